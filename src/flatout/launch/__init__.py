@@ -1,0 +1,1 @@
+"""Starting a job under the agent: environment, process, isolation. See ``start``."""
