@@ -20,7 +20,7 @@ Format version 1:
 ``step``
     One turn of the training loop: ``index`` (from 0), ``at_s`` (its start), ``step_ms``,
     ``phases_ms`` (list in the order of ``PHASES``), ``losses`` (one for each backward call that
-    started from a single scalar, in their order; an item not yet read is null), ``forwards``,
+    started from a single scalar, in their order; null where it could not be read), ``forwards``,
     ``backwards``, ``updates`` (optimizer steps), ``minor_faults``, ``major_faults``,
     ``peak_rss_bytes`` (of the process, so far), ``peak_device_bytes``, ``arm`` (index into the
     request's arms, null outside a comparison), ``mark`` (null, ``"switched"`` for a step left out
@@ -35,7 +35,7 @@ Format version 1:
     Aggregates of the profiled window, see ``agent/profile.py``.
 ``end``
     Last line of a process that ended in an orderly way: ``at_s``, ``reason`` (``exit`` or
-    ``stopped``), ``losses`` of steps that could only be read at the end: ``[[index, [..]], ..]``.
+    ``stopped``).
 
 Only the standard library is imported: the agent loads this file inside the user's program.
 """
@@ -245,7 +245,6 @@ def read_process(path: Path) -> ProcessRecord:
         RecordError: the file cannot be read or is not a record of this version.
     """
     process: ProcessRecord | None = None
-    late_losses: dict[int, list[float | None]] = {}
     for number, document in _lines(path):
         kind = document.get("kind")
         if kind == "header":
@@ -269,14 +268,8 @@ def read_process(path: Path) -> ProcessRecord:
             process.profile = document
         elif kind == "end":
             process.end = document
-            late_losses.update((index, losses) for index, losses in document.get("losses") or [])
     if process is None:
         raise RecordError(f"{path} is empty")
-    if late_losses:
-        process.steps = [
-            Step(**{**vars(s), "losses": tuple(late_losses.get(s.index, s.losses))})
-            for s in process.steps
-        ]
     return process
 
 

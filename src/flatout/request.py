@@ -89,4 +89,6 @@ class Request:
                 comparison = Comparison(**comparison)
             return cls(comparison=comparison, **document)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise RequestError(f"{run_directory / REQUEST_FILE} is not a request: {error}") from error
+            raise RequestError(
+                f"{run_directory / REQUEST_FILE} is not a request: {error}"
+            ) from error

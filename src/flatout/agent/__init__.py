@@ -1,0 +1,37 @@
+"""The half of flatout that lives inside the user's process. ``activate`` is its door.
+
+Imports the standard library, the user's own torch and the wire (``flatout.record``,
+``flatout.request``), nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from flatout.request import RUN_VARIABLE, Request
+
+_session: object | None = None
+
+
+def activate() -> None:
+    """Start to watch this process; called once, right after torch was imported.
+
+    Never raises: when the agent cannot start, one line on stderr says so and the program goes on.
+    """
+    global _session
+    if _session is not None or sys.version_info < (3, 10):
+        return
+    try:
+        from flatout.agent.session import Session
+
+        run_directory = Path(os.environ[RUN_VARIABLE])
+        session = Session(Request.read(run_directory), run_directory)
+        session.start()
+        _session = session
+    except Exception as error:  # noqa: BLE001 - said aloud, with its traceback on request
+        sys.stderr.write(f"flatout: the agent did not start: {type(error).__name__}: {error}\n")
+        if os.environ.get("FLATOUT_DEBUG") == "1":
+            traceback.print_exc()

@@ -1,0 +1,391 @@
+"""The agent of one process: reads the request, watches, records, and does what was asked.
+
+Whatever goes wrong in here is written to the record with its traceback, and the user's program goes
+on as if flatout were not there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import platform
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flatout.agent.hooks import Hooks, optimizer_exists
+from flatout.agent.losses import LossReader
+from flatout.agent.turns import (
+    DATA,
+    OPTIMIZER,
+    TRANSFER,
+    Turn,
+    Turns,
+)
+from flatout.record import (
+    ENVIRONMENT_NAMES,
+    EVENTS,
+    RECORD_VERSION,
+    RecordWriter,
+    record_path,
+)
+from flatout.request import Request
+
+try:
+    import resource
+except ImportError:  # Windows: no page faults, no peak memory
+    resource = None  # type: ignore[assignment]
+
+_PEAK_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""``ru_maxrss`` is in bytes on macOS and in KiB on Linux (getrusage(2) of each)."""
+
+
+class Session:
+    """One process under flatout.
+
+    Attributes:
+        request: what the controller asks for.
+        record: the record writer; ``event`` is the way to add to the event log.
+        arm, mark: written into the steps that close from now on.
+        forward_wrappers: called around each outermost module call, as
+            ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
+        before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
+    """
+
+    def __init__(self, request: Request, run_directory: Path) -> None:
+        self.request = request
+        self.run_directory = run_directory
+        self.arm: int | None = None
+        self.mark: str | None = None
+        self.losses = LossReader()
+        self.hooks = Hooks(
+            self._new_turns(),
+            self.losses.read,
+            on_trouble=lambda subject, why: self.event("skipped", subject, why),
+            on_failure=self._failed,
+        )
+        self.forward_wrappers = self.hooks.forward_wrappers
+        self.before_optimizer_step = self.hooks.before_optimizer_step
+        self.after_optimizer_step = self.hooks.after_optimizer_step
+        self.record = self._new_record()
+        self._stages: list[Callable[[Turn], bool]] = []
+        self._unwritten: list[_Closed] = []
+        self._started_ns = time.perf_counter_ns()
+        self._faults = _page_faults()
+        self._steps_timed = 0
+        self._asleep = False
+        self._is_fork = False
+
+    # What stages and knobs use
+
+    @property
+    def roots(self) -> list[Any]:
+        """Living modules that were called outermost so far."""
+        return self.hooks.roots
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """Living optimizers that have stepped so far."""
+        return list(self.hooks.optimizers)
+
+    @property
+    def loaders(self) -> list[Any]:
+        """Living data loaders that were iterated over so far."""
+        return list(self.hooks.loaders)
+
+    def event(self, what: str, subject: str, why: str, traceback: str | None = None) -> None:
+        """Add to the event log.
+
+        Args:
+            what: one of ``record.EVENTS``.
+            subject: what it is about (a knob, ``"profile"``, ...).
+            why: one sentence.
+            traceback: for failures.
+        """
+        assert what in EVENTS
+        self.record.write(
+            {
+                "kind": "event",
+                "at_s": self._at_s(time.perf_counter_ns()),
+                "what": what,
+                "subject": subject,
+                "why": why,
+                "traceback": traceback,
+            }
+        )
+
+    # Life
+
+    def start(self) -> None:
+        """Begin to watch; torch has just been imported."""
+        request = self.request
+        self.record.write(_header())
+        if request.seed is not None:
+            _seed(request.seed)
+        try:
+            self.hooks.install()
+        except BaseException:
+            self.hooks.remove()
+            raise
+        self._apply_settings()
+        if request.comparison is not None:
+            from flatout.agent.switch import Switch
+
+            self._stages.append(Switch(self, request.comparison).at_boundary)
+        elif request.stop_steps is not None or request.stop_seconds is not None:
+            self._stages.append(self._timed)
+        if request.profile_steps:
+            from flatout.agent.profile import Profiler
+
+            self._stages.append(Profiler(self, request.profile_steps).at_boundary)
+        if self._stages:
+            self._stages.append(self._stop)
+        atexit.register(self.finish, "exit")
+        os.register_at_fork(after_in_child=self._forked)
+        multiprocessing = sys.modules.get("multiprocessing.process")
+        if multiprocessing is None or multiprocessing.parent_process() is None:
+            self.record.flush()  # a worker process leaves nothing unless it trains
+
+    def finish(self, reason: str) -> None:
+        """Write the rest of the record; called at the exit or at the stop."""
+        if self._asleep:
+            return
+        self.hooks.finish()
+        self._write_turns(wait=True)
+        self._asleep = True
+        if self._is_fork:
+            return
+        self.record.write(
+            {"kind": "end", "at_s": self._at_s(time.perf_counter_ns()), "reason": reason}
+        )
+        self.record.close()
+
+    def _timed(self, turn: Turn) -> bool:
+        if turn.kind == "step" or not self.hooks.turns.may_train():
+            self._steps_timed += 1
+        limit = self.request.stop_steps
+        return limit is not None and self._steps_timed >= limit
+
+    def _stop(self, turn: Turn) -> bool:
+        self.event("stopped", "program", "all the steps asked for have been recorded")
+        self.finish("stopped")
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(0)
+
+    def _sleep(self) -> None:
+        self._asleep = True
+        self._stages.clear()
+        self.hooks.remove()
+
+    def _forked(self) -> None:
+        """In the child of a fork: nothing is recorded there unless it trains itself."""
+        self._unwritten.clear()
+        self._stages.clear()
+        self.record = self._new_record()
+        self.hooks.restart(self._new_turns())
+        self._is_fork = True
+
+    def _failed(self, subject: str, error: BaseException) -> None:
+        """Something of ours has failed: say so in the record and leave the program alone."""
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
+        self.record.flush()
+        self._sleep()
+
+    def _apply_settings(self) -> None:
+        if not self.request.settings:
+            return
+        from flatout import knobs
+
+        for name, setting in self.request.settings.items():
+            try:
+                knobs.get(name).apply(self, setting)
+            except Exception as error:  # noqa: BLE001 - recorded with its traceback
+                self.event(
+                    "failed", name, f"{type(error).__name__}: {error}", traceback.format_exc()
+                )
+            else:
+                self.event("applied", name, f"set to {setting} by the plan")
+
+    # The record
+
+    def _new_turns(self) -> Turns:
+        return Turns(self._turn_closed, optimizer_exists)
+
+    def _new_record(self) -> RecordWriter:
+        return RecordWriter(record_path(self.run_directory, os.getpid()), _say_record_stopped)
+
+    def _at_s(self, at_ns: int) -> float:
+        return round(self.record.seconds(at_ns), 6)
+
+    def _turn_closed(self, turn: Turn) -> None:
+        if self._asleep:
+            return
+        if self._is_fork:
+            if _is_loader_worker():
+                self._sleep()
+                return
+            self._is_fork = False
+            self.record.write(_header())
+        faults = _page_faults()
+        self._unwritten.append(
+            _Closed(
+                turn,
+                self.arm,
+                self.mark,
+                faults[0] - self._faults[0],
+                faults[1] - self._faults[1],
+                faults[2],
+            )
+        )
+        self._write_turns(wait=False)
+        self.record.flush_if_due(turn.end_ns)
+        self.hooks.turn_closed()
+        if self._stages:
+            self._run_stages(turn)
+        self._faults = faults
+
+    def _run_stages(self, turn: Turn) -> None:
+        limit_s = self.request.stop_seconds
+        late = limit_s is not None and turn.end_ns - self._started_ns > limit_s * 1e9
+        while self._stages:
+            stage = self._stages[0]
+            try:
+                done = stage(turn)
+            except Exception as error:  # noqa: BLE001 - recorded with its traceback
+                self.event(
+                    "failed",
+                    getattr(stage, "__qualname__", repr(stage)),
+                    f"{type(error).__name__}: {error}",
+                    traceback.format_exc(),
+                )
+                done = True
+            if not done and not (late and len(self._stages) > 1 and stage == self._timed):
+                return
+            self._stages.pop(0)
+
+    def _write_turns(self, wait: bool) -> None:
+        """Write the closed turns whose losses are known, in order; with ``wait``, all of them."""
+        for number, closed in enumerate(self._unwritten):
+            losses = self.losses.values(closed.turn.losses, wait)
+            if losses is None:
+                del self._unwritten[:number]
+                return
+            self.record.write_line(self._line(closed, losses))
+        self._unwritten.clear()
+
+    def _line(self, closed: _Closed, losses: list[float | None]) -> str:
+        turn = closed.turn
+        phases = [f"{ns / 1e6:.6f}" for ns in turn.phases_ns]
+        if not self.hooks.data_seen:
+            phases[DATA] = "null"
+        if not self.hooks.transfer_seen:
+            phases[TRANSFER] = "null"
+        if not self.hooks.update_seen:
+            phases[OPTIMIZER] = "null"
+        faults = (
+            f'"minor_faults":{closed.minor_faults},"major_faults":{closed.major_faults},'
+            f'"peak_rss_bytes":{closed.peak_rss_bytes}'
+            if resource is not None
+            else '"minor_faults":null,"major_faults":null,"peak_rss_bytes":null'
+        )
+        # The hot path of the record: by hand it takes a third of the time of json.dumps.
+        return (
+            f'{{"kind":"{turn.kind}","index":{turn.index},'
+            f'"at_s":{(turn.start_ns - self.record.started_ns) / 1e9:.6f},'
+            f'"step_ms":{(turn.end_ns - turn.start_ns) / 1e6:.6f},'
+            f'"phases_ms":[{",".join(phases)}],'
+            f'"losses":[{",".join([_json_number(loss) for loss in losses])}],'
+            f'"forwards":{turn.forwards},"backwards":{turn.backwards},"updates":{turn.updates},'
+            f'{faults},"peak_device_bytes":{_json_number(self.losses.peak_device_bytes)},'
+            f'"arm":{_json_number(closed.arm)},'
+            f'"mark":{"null" if closed.mark is None else json.dumps(closed.mark)},'
+            f'"grad":{"true" if turn.grad else "false"}}}\n'
+        )
+
+
+class _Closed(NamedTuple):
+    """A closed turn with what is known of it only at that moment."""
+
+    turn: Turn
+    arm: int | None
+    mark: str | None
+    minor_faults: int
+    major_faults: int
+    peak_rss_bytes: int
+
+
+def _page_faults() -> tuple[int, int, int]:
+    """Minor faults, major faults, peak resident bytes of this process so far."""
+    if resource is None:
+        return (0, 0, 0)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss * _PEAK_RSS_UNIT
+
+
+def _json_number(value: float | None) -> str:
+    if value is None:
+        return "null"
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "Infinity" if value > 0 else "-Infinity"
+    return repr(value)
+
+
+def _is_loader_worker() -> bool:
+    import torch.utils.data
+
+    return torch.utils.data.get_worker_info() is not None
+
+
+def _header() -> dict[str, Any]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    return {
+        "kind": "header",
+        "version": RECORD_VERSION,
+        "pid": os.getpid(),
+        "parent_pid": os.getppid(),
+        "rank": _environment_int("RANK"),
+        "world_size": _environment_int("WORLD_SIZE"),
+        "started_unix_s": round(time.time(), 3),
+        "program": os.path.basename(sys.argv[0]) if sys.argv else "",
+        "executable": sys.executable,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": accelerator.type if accelerator is not None else None,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT_NAMES if name in os.environ},
+    }
+
+
+def _environment_int(name: str) -> int | None:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else None
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator a program is likely to draw from before it seeds its own."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def _say_record_stopped(error: OSError) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"flatout: the record stops here, the program goes on: {error}\n".encode())

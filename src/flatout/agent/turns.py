@@ -1,0 +1,311 @@
+"""From events with times to turns: one turn of the training loop, or one pass forward without it.
+
+A pure state machine: no torch, no clock of its own. ``hooks.py`` feeds it what torch does; tests
+feed it recorded times. It answers two questions about any loop, without the user's help:
+
+*Where does a turn begin?*  At the first loader fetch after an optimizer step. Without a loader, at
+the end of the step of the optimizer that closes the cycle (the second one of a GAN). Without an
+optimizer object, at the first forward call after a backward call. A pass forward that no backward
+call follows (a model switched to evaluation, or gradients off) is a turn of its own kind, so
+evaluation is kept apart from training.
+
+*What was it doing meanwhile?*  Times are exclusive: inside an optimizer's closure, the forward and
+backward calls count as forward and backward. The gap between the last forward call and backward is
+the loss; between two forward calls it is forward (functional operations between two modules); any
+other gap is other Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flatout.record import PHASES
+
+DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
+
+CYCLE_LIMIT = 32
+"""Optimizer steps after which a turn is closed in any case.
+
+Longer cycles of several optimizers are taken for separate stages of training, and a batch that is
+reused more often (the epochs of PPO over one rollout) for a loop of its own.
+"""
+
+
+class Turn:
+    """A closed turn.
+
+    Attributes:
+        kind: ``"step"`` (it updated or differentiated something) or ``"evaluation"``.
+        index: how many turns of this kind came before.
+        start_ns, end_ns: ``time.perf_counter_ns`` readings.
+        phases_ns: exclusive times in the order of ``record.PHASES``; they sum to the turn.
+        losses: what ``backward_begins`` was given, in order.
+        grad: whether autograd recorded any forward call of the turn.
+    """
+
+    __slots__ = (
+        "backwards",
+        "end_ns",
+        "fetched",
+        "forwards",
+        "grad",
+        "index",
+        "kind",
+        "losses",
+        "phases_ns",
+        "start_ns",
+        "updates",
+    )
+
+    def __init__(self, start_ns: int) -> None:
+        self.kind = "step"
+        self.index = 0
+        self.start_ns = start_ns
+        self.end_ns = start_ns
+        self.phases_ns = [0] * len(PHASES)
+        self.losses: list[object] = []
+        self.forwards = 0
+        self.backwards = 0
+        self.updates = 0
+        self.fetched = False
+        self.grad = False
+
+
+class Turns:
+    """The state machine. All times are ``time.perf_counter_ns`` readings and must not decrease.
+
+    Args:
+        on_close: called with every closed turn, at the boundary between two turns.
+        optimizer_exists: whether the program has built an optimizer object; asked only while no
+            optimizer has stepped, to tell gradient accumulation from updates by hand.
+    """
+
+    def __init__(
+        self, on_close: Callable[[Turn], None], optimizer_exists: Callable[[], bool]
+    ) -> None:
+        self._on_close = on_close
+        self._optimizer_exists = optimizer_exists
+        self._turn: Turn | None = None
+        self._active: list[int] = []  # phases entered and not left, innermost last
+        self._last_ns = 0
+        self._previous = OTHER  # the outermost phase left last
+        self._roots: dict[int, bool] = {}  # root -> called with gradients in training mode
+        self._training_forwards = 0
+        self._evaluation_forwards = 0
+        self._updated_inside_backward = False
+        self._trained: set[int] = set()  # roots that took part in an update in training mode
+        self._counts = {"step": 0, "evaluation": 0}
+        self._backward_seen = False
+        self._update_seen = False
+        self._first_optimizer: int | None = None
+        self._previous_optimizer: int | None = None
+        self._closing_optimizer: int | None = None
+
+    def inside(self, phase: int) -> bool:
+        """Whether ``phase`` has been entered and not left."""
+        return phase in self._active
+
+    # Events
+
+    def fetch_begins(self, now_ns: int) -> None:
+        """A loader is asked for a batch (or for its iterator)."""
+        if self._active and OPTIMIZER not in self._active:
+            self.abandon()
+        if not self._active and self._closes_at_fetch():
+            self._close(now_ns)
+        self._enter(DATA, now_ns).fetched = True
+
+    def fetch_ends(self, now_ns: int) -> None:
+        """The batch is there, or the loader is at its end."""
+        self._leave(DATA, now_ns)
+
+    def transfer_begins(self, now_ns: int) -> None:
+        """A tensor is moved from the host to an accelerator."""
+        self._enter(TRANSFER, now_ns)
+
+    def transfer_ends(self, now_ns: int) -> None:
+        """The move is done, or queued on the device."""
+        self._leave(TRANSFER, now_ns)
+
+    def forward_begins(self, now_ns: int, root: int, grad: bool, training: bool) -> None:
+        """An outermost module is called.
+
+        Args:
+            root: identity of the module.
+            grad: whether autograd records.
+            training: the module's ``training`` flag.
+        """
+        trains = grad and (training or root not in self._trained)
+        evaluates = not training and root in self._trained
+        if not self._active and self._closes_at_forward(root, trains, evaluates):
+            self._close(now_ns)
+        turn = self._enter(FORWARD, now_ns)
+        turn.forwards += 1
+        turn.grad |= grad
+        self._roots[root] = self._roots.get(root, False) or (grad and training)
+        self._training_forwards += trains
+        self._evaluation_forwards += evaluates
+
+    def forward_ends(self, now_ns: int) -> None:
+        """The outermost module has returned or raised."""
+        self._leave(FORWARD, now_ns)
+
+    def backward_begins(self, now_ns: int, loss: object = None) -> None:
+        """Autograd is asked for gradients; ``loss`` is kept when it is not ``None``."""
+        turn = self._enter(BACKWARD, now_ns)
+        if loss is not None:
+            turn.losses.append(loss)
+
+    def backward_ends(self, now_ns: int) -> None:
+        """The gradients are there."""
+        turn = self._leave(BACKWARD, now_ns)
+        if turn is None or BACKWARD in self._active:
+            return
+        turn.backwards += 1
+        self._backward_seen = True
+        if self._updated_inside_backward and not self._active:
+            self._updated_inside_backward = False
+            self._updated(now_ns, None)
+
+    def update_begins(self, now_ns: int) -> None:
+        """An optimizer's step begins."""
+        if self._active and self._active[-1] == FORWARD:
+            self.abandon()
+        self._enter(OPTIMIZER, now_ns)
+
+    def update_ends(self, now_ns: int, optimizer: int) -> None:
+        """An optimizer's step has ended; ``optimizer`` is its identity."""
+        turn = self._leave(OPTIMIZER, now_ns)
+        if turn is None or OPTIMIZER in self._active:
+            return
+        turn.updates += 1
+        self._update_seen = True
+        if BACKWARD in self._active:
+            self._updated_inside_backward = True
+        elif not self._active:
+            self._updated(now_ns, optimizer)
+
+    def abandon(self) -> None:
+        """Forget the phases entered: an exception that the program caught has left them behind.
+
+        Done by itself where no program enters a phase: a fetch or a step inside a forward call.
+        """
+        self._active.clear()
+
+    def finish(self) -> None:
+        """Close the last turn, at its last event, if it is whole."""
+        turn = self._turn
+        if turn is None or self._active:
+            return
+        if turn.updates or self._is_manual_update() or self._is_evaluation():
+            self._close(self._last_ns)
+
+    # Where a turn closes
+
+    def _closes_at_fetch(self) -> bool:
+        turn = self._turn
+        if turn is None:
+            return False
+        return bool(turn.updates) or self._is_manual_update() or self._is_evaluation()
+
+    def _closes_at_forward(self, root: int, trains: bool, evaluates: bool) -> bool:
+        turn = self._turn
+        if turn is None:
+            return False
+        if turn.updates:
+            return evaluates
+        if turn.backwards:
+            return evaluates or (not turn.fetched and self._is_manual_update())
+        if not turn.forwards:
+            return False
+        if self._training_forwards:
+            return root in self._roots and not self.may_train()
+        return root in self._roots or (trains and self._evaluation_forwards > 0)
+
+    def _updated(self, now_ns: int, optimizer: int | None) -> None:
+        assert self._turn is not None
+        self._trained.update(root for root, trained in self._roots.items() if trained)
+        if optimizer is not None:
+            self._learn_cycle(optimizer)
+        full = self._turn.updates >= CYCLE_LIMIT
+        if full:
+            self._closing_optimizer = None
+        if full or (not self._turn.fetched and self._closing_optimizer in (None, optimizer)):
+            self._close(now_ns)
+
+    def _learn_cycle(self, optimizer: int) -> None:
+        if self._first_optimizer is None:
+            self._first_optimizer = optimizer
+        elif optimizer == self._first_optimizer and self._previous_optimizer != optimizer:
+            self._closing_optimizer = self._previous_optimizer
+        self._previous_optimizer = optimizer
+
+    def _is_manual_update(self) -> bool:
+        assert self._turn is not None
+        return bool(self._turn.backwards) and not self._update_seen and not self._optimizer_exists()
+
+    def _is_evaluation(self) -> bool:
+        turn = self._turn
+        if turn is None or not turn.forwards or turn.backwards:
+            return False
+        return not self._training_forwards or not self.may_train()
+
+    def may_train(self) -> bool:
+        return self._backward_seen or self._update_seen or self._optimizer_exists()
+
+    # Times
+
+    def _enter(self, phase: int, now_ns: int) -> Turn:
+        turn = self._turn
+        if turn is None:
+            turn = self._open(now_ns)
+        active = self._active
+        if active:
+            turn.phases_ns[active[-1]] += now_ns - self._last_ns
+        elif self._previous == FORWARD and phase == BACKWARD:
+            turn.phases_ns[LOSS] += now_ns - self._last_ns
+        elif self._previous == FORWARD and phase == FORWARD:
+            turn.phases_ns[FORWARD] += now_ns - self._last_ns
+        else:
+            turn.phases_ns[OTHER] += now_ns - self._last_ns
+        self._last_ns = now_ns
+        active.append(phase)
+        return turn
+
+    def _leave(self, phase: int, now_ns: int) -> Turn | None:
+        active = self._active
+        if phase not in active:
+            return None  # entered before the agent woke up, or abandoned
+        assert self._turn is not None
+        while True:
+            left = active.pop()
+            self._turn.phases_ns[left] += now_ns - self._last_ns
+            self._last_ns = now_ns
+            if left == phase:
+                break
+        if not active:
+            self._previous = phase
+        return self._turn
+
+    def _open(self, now_ns: int) -> Turn:
+        self._turn = Turn(now_ns)
+        self._last_ns = now_ns
+        self._previous = OTHER
+        self._roots = {}
+        self._training_forwards = 0
+        self._evaluation_forwards = 0
+        return self._turn
+
+    def _close(self, now_ns: int) -> None:
+        turn = self._turn
+        assert turn is not None
+        turn.phases_ns[OTHER] += now_ns - self._last_ns
+        turn.end_ns = now_ns
+        if not turn.updates and not turn.backwards:
+            turn.kind = "evaluation"
+        elif not turn.updates:  # updated by hand
+            self._trained.update(root for root, trained in self._roots.items() if trained)
+        turn.index = self._counts[turn.kind]
+        self._counts[turn.kind] += 1
+        self._open(now_ns)
+        self._on_close(turn)
