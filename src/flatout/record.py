@@ -17,17 +17,18 @@ Format version 1:
     distributed job), ``started_unix_s``, ``program`` (base name only), ``executable``, ``python``,
     ``torch``, ``threads`` (torch's intra-op threads), ``cpu_capability``, ``accelerator`` (device
     type or null), ``environment`` (only the variables in ``ENVIRONMENT_NAMES``).
-``step``
-    One turn of the training loop: ``index`` (from 0), ``at_s`` (its start), ``step_ms``,
-    ``phases_ms`` (list in the order of ``PHASES``), ``losses`` (one for each backward call that
-    started from a single scalar, in their order; null where it could not be read), ``forwards``,
+``turns``
+    ``rows``: turns in the order in which they ended, each a list in the order of ``COLUMNS``:
+    ``evaluation`` (1: a pass forward that no backward follows, which is a step of an evaluation
+    pass or, in a run without training, of the inference loop; 0: one turn of the training loop),
+    ``index`` (from 0, among its kind), ``start_ns`` and ``end_ns`` (since the header), the phases
+    in the order of ``PHASES`` as ``data_ns`` ..., ``losses`` (one for each backward call that
+    started from a single scalar, in order; null where it could not be read), ``forwards``,
     ``backwards``, ``updates`` (optimizer steps), ``minor_faults``, ``major_faults``,
     ``peak_rss_bytes`` (of the process, so far), ``peak_device_bytes``, ``arm`` (index into the
-    request's arms, null outside a comparison), ``mark`` (null, ``"switched"`` for a step left out
-    after a switch, ``"profiled"`` for a step slowed down by the profiler or the FLOP counter).
-``evaluation``
-    One forward pass that no backward follows: a step of an evaluation pass or, in a run without
-    training, of the inference loop. As ``step``, with ``grad`` (true when autograd recorded it).
+    request's arms, null outside a comparison), ``mark`` (null, ``"switched"`` for a turn left out
+    after a switch, ``"profiled"`` for one slowed down by the profiler or the FLOP counter),
+    ``grad`` (1 when autograd recorded a forward call).
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -55,6 +56,25 @@ FLUSH_SECONDS = 0.25
 
 PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other")
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
+
+COLUMNS = (
+    "evaluation",
+    "index",
+    "start_ns",
+    "end_ns",
+    *(f"{phase}_ns" for phase in PHASES),
+    "losses",
+    "forwards",
+    "backwards",
+    "updates",
+    "minor_faults",
+    "major_faults",
+    "peak_rss_bytes",
+    "peak_device_bytes",
+    "arm",
+    "mark",
+    "grad",
+)
 
 ENVIRONMENT_NAMES = (
     "CUDA_VISIBLE_DEVICES",
@@ -102,17 +122,28 @@ class RecordWriter:
         self.started_ns = time.perf_counter_ns()
         self._on_failure = on_failure
         self._lines: list[str] = []
+        self._rows: list[list[Any]] = []
         self._descriptor: int | None = None
         self._flushed_ns = self.started_ns
         self.broken = False
 
     def write(self, document: dict[str, Any]) -> None:
         """Queue one object; it reaches the file with the next flush."""
+        self._end_rows()
         self._lines.append(json.dumps(document, default=repr) + "\n")
 
-    def write_line(self, line: str) -> None:
-        """Queue one line that is already JSON and ends in a newline (the hot path of steps)."""
-        self._lines.append(line)
+    def write_turn(self, row: list[Any]) -> None:
+        """Queue one turn, a list in the order of ``COLUMNS``.
+
+        Turns are encoded together when they are flushed: encoding them one by one would cost more
+        than watching them.
+        """
+        self._rows.append(row)
+
+    def _end_rows(self) -> None:
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self._lines.append(json.dumps({"kind": "turns", "rows": rows}) + "\n")
 
     def seconds(self, at_ns: int) -> float:
         """Seconds between the header and a ``time.perf_counter_ns`` reading."""
@@ -126,6 +157,7 @@ class RecordWriter:
     def flush(self) -> None:
         """Append the queued lines in one write."""
         self._flushed_ns = time.perf_counter_ns()
+        self._end_rows()
         lines, self._lines = self._lines, []
         if self.broken or not lines:
             return
@@ -150,7 +182,7 @@ class RecordWriter:
 
 @dataclass(frozen=True)
 class Step:
-    """A ``step`` or ``evaluation`` line; the fields are those of the format above."""
+    """A row of ``turns``, in seconds and milliseconds; see the format above for the fields."""
 
     index: int
     at_s: float
@@ -256,10 +288,10 @@ def read_process(path: Path) -> ProcessRecord:
             process = process or ProcessRecord(path, document)
         elif process is None:
             raise RecordError(f"{path} line {number}: no header comes before it")
-        elif kind in ("step", "evaluation"):
-            (process.steps if kind == "step" else process.evaluations).append(
-                _step(document, path, number)
-            )
+        elif kind == "turns":
+            for row in document.get("rows", ()):
+                evaluation, step = _step(row, path, number)
+                (process.evaluations if evaluation else process.steps).append(step)
         elif kind == "event":
             process.events.append(
                 Event(*(document.get(k) for k in ("at_s", "what", "subject", "why", "traceback")))  # type: ignore[arg-type]
@@ -288,24 +320,33 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, document
 
 
-def _step(document: dict[str, Any], path: Path, number: int) -> Step:
+def _step(row: list[Any], path: Path, number: int) -> tuple[bool, Step]:
+    """Whether a row is an evaluation, and the row."""
     try:
-        return Step(
-            index=document["index"],
-            at_s=document["at_s"],
-            step_ms=document["step_ms"],
-            phases_ms=dict(zip(PHASES, document["phases_ms"], strict=True)),
-            losses=tuple(document["losses"]),
-            forwards=document["forwards"],
-            backwards=document["backwards"],
-            updates=document["updates"],
-            minor_faults=document["minor_faults"],
-            major_faults=document["major_faults"],
-            peak_rss_bytes=document["peak_rss_bytes"],
-            peak_device_bytes=document["peak_device_bytes"],
-            arm=document["arm"],
-            mark=document["mark"],
-            grad=document.get("grad", True),
+        value = dict(zip(COLUMNS, row, strict=True))
+        phases_ns = {phase: value[f"{phase}_ns"] for phase in PHASES}
+        step = Step(
+            at_s=value["start_ns"] / 1e9,
+            step_ms=(value["end_ns"] - value["start_ns"]) / 1e6,
+            phases_ms={phase: None if ns is None else ns / 1e6 for phase, ns in phases_ns.items()},
+            losses=tuple(value["losses"]),
+            grad=bool(value["grad"]),
+            **{
+                name: value[name]
+                for name in (
+                    "index",
+                    "forwards",
+                    "backwards",
+                    "updates",
+                    "minor_faults",
+                    "major_faults",
+                    "peak_rss_bytes",
+                    "peak_device_bytes",
+                    "arm",
+                    "mark",
+                )
+            },
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path} line {number} is not a step: {error!r}") from error
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path} line {number} has a turn that is not one: {error}") from error
+    return bool(value["evaluation"]), step

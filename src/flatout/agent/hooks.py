@@ -1,7 +1,7 @@
 """What torch does, told to ``turns.Turns``: fetches, root forwards, backwards, optimizer steps.
 
-Nothing here hangs on a module, an optimizer or a loader object: classes and namespaces get probes
-(``probe.py``), optimizers torch's own global step hooks. ``nn.Module`` itself is never touched and
+Nothing here hangs on a module, an optimizer or a loader object: classes and namespaces get watches
+(``_watch.c``), optimizers torch's own global step hooks. ``nn.Module`` itself is never touched and
 no global forward hook is used, since both take every submodule off its fast path.
 
 Which modules are *roots* (called outermost, whatever their place in the module tree) is only known
@@ -11,27 +11,67 @@ while, until a turn is over, and stays watched if an instance of it was called o
 
 from __future__ import annotations
 
-import functools
-import sys
-import threading
-import time
+import traceback
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from flatout.agent import probe
-from flatout.agent.probe import ClassProbe, FunctionProbe
-from flatout.agent.turns import BACKWARD, DATA, FORWARD, Turns
+from flatout.agent import _watch
+from flatout.agent.turns import BACKWARD, DATA, FORWARD, OPTIMIZER, TRANSFER, Turns
 
 if TYPE_CHECKING:
     import torch
 
 Call = Callable[..., Any]
 
-clock_ns = time.perf_counter_ns
+_CALLS_ONLY = -1
+"""The phase of a watch that notes nothing."""
+
+_BEGIN, _END, _USAGE = range(3)
+"""What an event is, as in ``_watch.c``."""
 
 _FIRST_TURNS = 3
 """Turns after which the first search for roots ends; the first may only be a sanity check."""
+
+_PATIENCE_NS = 250_000_000
+"""Time after which the log is read, at the next event."""
+
+
+class ForwardWrapper(Protocol):
+    """Called around an outermost module call, in place of ``call(module, *args, **kwargs)``."""
+
+    def __call__(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any: ...
+
+
+C = TypeVar("C")
+
+
+class Callbacks(Generic[C]):
+    """An ordered set of callbacks; the watches call none while it is empty."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._callbacks: list[C] = []
+        self._changed = changed
+
+    def append(self, callback: C) -> None:
+        """Add a callback behind the others."""
+        self._callbacks.append(callback)
+        self._changed()
+
+    def remove(self, callback: C) -> None:
+        """Take a callback out again.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        self._callbacks.remove(callback)
+        self._changed()
+
+    def __iter__(self) -> Iterator[C]:
+        return iter(self._callbacks)
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
 
 
 class Hooks:
@@ -40,7 +80,7 @@ class Hooks:
     Args:
         turns: where the events go.
         read_loss: turns a loss tensor into what is kept of it (called before backward).
-        on_trouble: called with a subject and a reason when something cannot be watched.
+        on_skip: called with a subject and a reason when something cannot be watched.
         on_failure: called with a subject and the error when something of ours has failed.
     """
 
@@ -48,30 +88,31 @@ class Hooks:
         self,
         turns: Turns,
         read_loss: Callable[[torch.Tensor], object],
-        on_trouble: Callable[[str, str], None],
+        on_skip: Callable[[str, str], None],
         on_failure: Callable[[str, BaseException], None],
     ) -> None:
-        self.forward_wrappers: list[Callable[..., Any]] = []
-        self.before_optimizer_step: list[Callable[[Any], None]] = []
-        self.after_optimizer_step: list[Callable[[Any], None]] = []
+        self.turns = turns
+        changed = self._callbacks_changed
+        self.forward_wrappers: Callbacks[ForwardWrapper] = Callbacks(changed)
+        self.before_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
+        self.after_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.optimizer_exists = False
         self.data_seen = False
         self.transfer_seen = False
         self.update_seen = False
-        self.turns = turns
-        self._read_loss = read_loss
-        self._on_trouble = on_trouble
-        probe.report_to(on_failure)
-        self._thread: int | None = None
-        self._roots: dict[int, weakref.ref[Any]] = {}
-        self._watched: dict[type, ClassProbe | None] = {}
-        self._root_classes: set[type] = set()
-        self._searching = True
+        self.searching = True
         self._turns_searched = 0
-        self._updating: list[int] = []
-        self._probes: list[ClassProbe | FunctionProbe] = []
+        self._on_skip = on_skip
+        self._on_failure = on_failure
+        self._read_loss = read_loss
+        self._roots: dict[int, weakref.ref[Any]] = {}
+        self._root_classes: set[type] = set()
+        self._module_watches: dict[type, _ClassWatch | None] = {}
+        self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
+        self._log = _watch.Log()
 
     @property
     def roots(self) -> list[Any]:
@@ -79,236 +120,273 @@ class Hooks:
         modules = (reference() for reference in self._roots.values())
         return [module for module in modules if module is not None]
 
-    def install(self) -> None:
-        """Start to watch. torch must be imported."""
+    def install(self, live: bool) -> None:
+        """Start to watch. torch must be imported.
+
+        Args:
+            live: tell ``turns`` of every event at once, so that what is done at a boundary is done
+                between two turns. Otherwise events are told in batches, which costs less.
+        """
         import torch
         from torch.nn.modules import module as nn_module
         from torch.optim import optimizer as torch_optimizer
         from torch.utils.data import dataloader
 
-        self._backward_code = torch.autograd.backward.__code__
-        self._is_grad_enabled = torch.is_grad_enabled
-        self._probes = [
-            ClassProbe(
-                dataloader._BaseDataLoaderIter, "__next__", self._fetch_begins, self._fetch_ends
-            ),
-            ClassProbe(dataloader.DataLoader, "__iter__", self._iter_begins, self._fetch_ends),
-            ClassProbe(torch.nn.Module, "__setstate__", self._module_restored, _nothing),
-            FunctionProbe(
-                torch.autograd, "_engine_run_backward", self._backward_begins, self._backward_ends
-            ),
+        log = self._log
+        log.live = live
+        log.patience_ns = _PATIENCE_NS
+        log.reader = self._contained("watch", self.read)
+        log.new_root = self._new_root
+        log.roots = {}
+        log.is_grad_enabled = torch.is_grad_enabled
+        log.read_loss = self._contained("loss", self._read_loss)
+        log.losses = []
+        self._callbacks_changed()
+        log.reset()
+        optimizer, loader = torch.optim.Optimizer, dataloader.DataLoader
+        iterator: type = dataloader._BaseDataLoaderIter
+        self._watches = [
+            _ClassWatch(log, iterator, "__next__", DATA),
+            _ClassWatch(log, loader, "__iter__", DATA, self._loader_begins),
+            _ClassWatch(log, torch.nn.Module, "__setstate__", _CALLS_ONLY, self._module_restored),
+            _ClassWatch(log, optimizer, "__init__", _CALLS_ONLY, self._optimizer_built),
+            _ClassWatch(log, optimizer, "__setstate__", _CALLS_ONLY, self._optimizer_built),
+            _FunctionWatch(log, torch.autograd, "_engine_run_backward", BACKWARD),
         ]
         if torch.accelerator.is_available():
-            for name in ("to", "cuda"):
-                self._probes.append(
-                    ClassProbe(torch.Tensor, name, self._transfer_begins, self._transfer_ends)
-                )
-        for watching in self._probes:
-            watching.install()
+            self._watches += [
+                _ClassWatch(log, torch.Tensor, name, TRANSFER) for name in ("to", "cuda")
+            ]
+        for watch in self._watches:
+            watch.install()
         self._handles = [
-            nn_module.register_module_module_registration_hook(self._module_registered),
-            nn_module.register_module_parameter_registration_hook(self._parameter_registered),
-            torch_optimizer.register_optimizer_step_pre_hook(self._update_begins),
-            torch_optimizer.register_optimizer_step_post_hook(self._update_ends),
+            nn_module.register_module_module_registration_hook(self._child_registered),
+            nn_module.register_module_parameter_registration_hook(self._child_registered),
+            torch_optimizer.register_optimizer_step_pre_hook(_watch.Mark(log, False)),
+            torch_optimizer.register_optimizer_step_post_hook(_watch.Mark(log, True)),
         ]
-        self._watch(torch.jit.ScriptModule)  # its instances are never registered
+        self._watch_module(torch.jit.ScriptModule)  # its instances are never registered
+        log.awake = True
 
     def remove(self) -> None:
         """Stop to watch and leave torch as it was found."""
+        self._log.awake = False
         for handle in self._handles:
             handle.remove()
-        for watching in [*self._probes, *self._watched.values()]:
-            if watching is not None:
-                watching.remove()
-        self._handles, self._probes, self._watched = [], [], {}
-
-    def turn_closed(self) -> None:
-        """A turn is over: end the search for roots when it has gone on long enough."""
-        if not self._searching:
-            return
-        self._turns_searched += 1
-        if self._turns_searched >= _FIRST_TURNS:
-            self._searching = False
-            for watched, watching in self._watched.items():
-                if watching is not None and watched not in self._root_classes:
-                    watching.remove()
-                    self._watched[watched] = None
-
-    def search_roots(self) -> None:
-        """Look for new roots for a while: the program has begun something new."""
-        self._searching = True
-        self._turns_searched = _FIRST_TURNS - 1
-        for watched, watching in list(self._watched.items()):
-            if watching is None:
-                self._watch(watched)
+        for watch in [*self._watches, *self._module_watches.values()]:
+            if watch is not None:
+                watch.remove()
+        self._handles, self._watches, self._module_watches = [], [], {}
 
     def restart(self, turns: Turns) -> None:
         """In the child of a fork: begin anew."""
         self.turns = turns
-        self._thread = None
-        self._updating.clear()
+        self._log.reset()
+        self._log.losses = []
 
     def finish(self) -> None:
-        """The program ends: close the last turn and stop to watch."""
+        """The program ends: read what is left, close the last turn and stop to watch."""
+        self.read()
         self.turns.finish()
         self.remove()
 
-    def _foreign_thread(self) -> bool:
-        """Whether this is another thread than the one that trains (or infers)."""
-        thread = threading.get_ident()
-        if self._thread is None:
-            self._thread = thread
-        return thread != self._thread
+    def _callbacks_changed(self) -> None:
+        self._log.wrap_forward = self._wrap_forward if self.forward_wrappers else None
+        self._log.before_update = self._before_update if self.before_optimizer_step else None
+        self._log.after_update = self._after_update if self.after_optimizer_step else None
 
     # Roots
 
-    def _watch(self, module_class: type) -> None:
-        watching = ClassProbe(module_class, "__call__", self._forward_begins, self._forward_ends)
+    def turn_closed(self) -> None:
+        """A turn of the search for roots is over; end it when it has gone on long enough."""
+        self._turns_searched += 1
+        if self._turns_searched >= _FIRST_TURNS:
+            self.searching = False
+            for module_class, watch in self._module_watches.items():
+                if watch is not None and module_class not in self._root_classes:
+                    watch.remove()
+                    self._module_watches[module_class] = None
+
+    def _search_roots(self) -> None:
+        """Look for new roots for a while: the program has begun something new."""
+        self.searching = True
+        self._turns_searched = _FIRST_TURNS - 1
+        for module_class, watch in list(self._module_watches.items()):
+            if watch is None:
+                self._watch_module(module_class)
+
+    def _watch_module(self, module_class: type) -> None:
+        watch = _ClassWatch(self._log, module_class, "__call__", FORWARD)
         try:
-            watching.install()
+            watch.install()
         except TypeError as error:
-            self._on_trouble(f"forward of {module_class.__qualname__}", str(error))
-        self._watched[module_class] = watching
+            self._on_skip(f"forward of {module_class.__qualname__}", str(error))
+        self._module_watches[module_class] = watch
 
-    def _module_registered(self, parent: Any, name: str, child: Any) -> None:
-        if type(parent) not in self._watched:
-            self._new_class(type(parent))
+    def _module_class_seen(self, module_class: type) -> None:
+        if module_class not in self._module_watches:
+            self._watch_module(module_class)
+            if not self.searching:
+                self._search_roots()
 
-    def _parameter_registered(self, parent: Any, name: str, parameter: Any) -> None:
-        if type(parent) not in self._watched:
-            self._new_class(type(parent))
+    def _child_registered(self, parent: Any, name: str, child: Any) -> None:
+        self._module_class_seen(type(parent))
 
-    def _module_restored(self, module: Any, original: Call) -> None:
+    def _module_restored(self, module: Any) -> None:
         """A module was unpickled or copied: its children were never registered."""
-        if type(module) not in self._watched:
-            self._new_class(type(module))
+        self._module_class_seen(type(module))
 
-    def _new_class(self, module_class: type) -> None:
-        self._watch(module_class)
-        if not self._searching:
-            self.search_roots()
+    def _new_root(self, module: Any) -> bool:
+        identity = id(module)
+        roots = self._log.roots
 
-    # Events. The ``_begins`` of probes have the signature of ``probe.BeginCall``.
+        def forget(_: object) -> None:
+            roots.pop(identity, None)
+            self._roots.pop(identity, None)
 
-    def _forward_begins(self, module: Any, original: Call) -> Call | None:
-        turns = self.turns
-        if turns.inside(FORWARD) or turns.inside(DATA) or turns.inside(BACKWARD):
-            return None
-        if self._foreign_thread():
-            return None
-        root = id(module)
-        reference = self._roots.get(root)
-        if reference is None or reference() is not module:
-            if next(module.parameters(), None) is None:
-                return None
-            self._roots[root] = weakref.ref(module)
+        is_root = next(module.parameters(), None) is not None
+        self._roots[identity] = weakref.ref(module, forget)
+        roots[identity] = is_root
+        if is_root:
             self._root_classes.add(type(module))
-        turns.forward_begins(clock_ns(), root, self._is_grad_enabled(), module.training)
-        for wrapper in self.forward_wrappers:
-            original = functools.partial(_call_wrapped, wrapper, original)
-        return original
+        else:
+            del self._roots[identity]
+        return is_root
 
-    def _forward_ends(self) -> None:
-        self.turns.forward_ends(clock_ns())
+    # Callbacks of the log
 
-    def _iter_begins(self, loader: Any, original: Call) -> Call | None:
+    def _optimizer_built(self, optimizer: Any) -> None:
+        self.optimizer_exists = True
+        self.optimizers.add(optimizer)
+
+    def _loader_begins(self, loader: Any) -> None:
         self.loaders.add(loader)
-        if not self._searching:
-            self.search_roots()
-        return self._fetch_begins(loader, original)
+        if not self.searching:
+            self._search_roots()
 
-    def _fetch_begins(self, source: Any, original: Call) -> Call | None:
-        if self.turns.inside(DATA) or self._foreign_thread():
-            return None
-        self.data_seen = True
-        self.turns.fetch_begins(clock_ns())
-        return original
+    def _wrap_forward(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        for wrapper in self.forward_wrappers:
+            call = _wrapped(wrapper, call)
+        return call(module, *args, **kwargs)
 
-    def _fetch_ends(self) -> None:
-        self.turns.fetch_ends(clock_ns())
+    def _before_update(self, optimizer: Any) -> None:
+        for callback in self.before_optimizer_step:
+            callback(optimizer)
 
-    def _transfer_begins(self, tensor: Any, original: Call) -> Call | None:
-        if tensor.device.type != "cpu" or self.turns.inside(DATA) or self._foreign_thread():
-            return None
-        self.transfer_seen = True
-        self.turns.transfer_begins(clock_ns())
-        return original
+    def _after_update(self, optimizer: Any) -> None:
+        for callback in self.after_optimizer_step:
+            callback(optimizer)
 
-    def _transfer_ends(self) -> None:
-        self.turns.transfer_ends(clock_ns())
+    def _contained(self, subject: str, function: Call) -> Call:
+        """``function`` with errors of ours reported instead of raised into the program."""
 
-    def _backward_begins(self, _: None, original: Call) -> Call | None:
-        if self.turns.inside(BACKWARD) or self._foreign_thread():
-            return None
-        loss = None
-        caller = sys._getframe(2)  # past probe.py, the function that calls the engine
-        if caller.f_code is self._backward_code:
-            tensors = caller.f_locals["tensors"]
-            if len(tensors) == 1 and tensors[0].numel() == 1:
-                loss = self._read_loss(tensors[0])
-        self.turns.backward_begins(clock_ns(), loss)
-        return original
+        def contained(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except Exception as error:
+                if not _is_ours(error):
+                    raise
+                self._on_failure(subject, error)
+                return None
 
-    def _backward_ends(self) -> None:
-        self.turns.backward_ends(clock_ns())
+        return contained
 
-    def _update_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._foreign_thread():
-            return
-        try:
-            if id(optimizer) in self._updating:  # its last step was left by an exception
-                self._updating.clear()
-                self.turns.abandon()
-            self._updating.append(id(optimizer))
-            if not self.update_seen or optimizer not in self.optimizers:
-                self.update_seen = True
-                self.optimizers.add(optimizer)
-            self.turns.update_begins(clock_ns())
-            for callback in self.before_optimizer_step:
-                callback(optimizer)
-        except Exception as error:  # noqa: BLE001 - reported, or raised on
-            self._contain("optimizer step", error)
-
-    def _update_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if id(optimizer) not in self._updating:
-            return
-        try:
-            for callback in self.after_optimizer_step:
-                callback(optimizer)
-            self._updating.remove(id(optimizer))
-            self.turns.update_ends(clock_ns(), id(optimizer))
-        except Exception as error:  # noqa: BLE001 - reported, or raised on
-            self._contain("optimizer step", error)
-
-    def _contain(self, subject: str, error: Exception) -> None:
-        """Report an error of ours; raise on what a signal handler of the program has raised."""
-        if not probe.is_ours(error):
-            raise error
-        probe.report(subject, error)
+    def read(self) -> None:
+        """Tell ``turns`` of the events noted since the last time."""
+        log, turns = self._log, self.turns
+        losses, log.losses = log.losses, []
+        next_loss = iter(losses).__next__
+        for what, phase, flags, time_ns, identity, extra in log.take():
+            if what == _USAGE:
+                turns.usage(time_ns, identity, extra)
+            elif phase == FORWARD:
+                if what == _BEGIN:
+                    turns.forward_begins(time_ns, identity, bool(flags & 1), bool(flags & 2))
+                else:
+                    turns.forward_ends(time_ns)
+            elif phase == BACKWARD:
+                if what == _BEGIN:
+                    turns.backward_begins(time_ns, next_loss() if flags else None)
+                else:
+                    turns.backward_ends(time_ns)
+            elif phase == DATA:
+                if what == _BEGIN:
+                    self.data_seen = True
+                    turns.fetch_begins(time_ns)
+                else:
+                    turns.fetch_ends(time_ns)
+            elif phase == OPTIMIZER:
+                if what == _BEGIN:
+                    self.update_seen = True
+                    turns.update_begins(time_ns, identity)
+                else:
+                    turns.update_ends(time_ns, identity)
+            elif what == _BEGIN:
+                self.transfer_seen = True
+                turns.transfer_begins(time_ns)
+            else:
+                turns.transfer_ends(time_ns)
 
 
-def optimizer_exists() -> bool:
-    """Whether an optimizer object was ever built: torch then has hooked its class's ``step``."""
-    from torch.optim import Optimizer
+class _ClassWatch:
+    """A watch in the place of the special method ``name`` of ``owner``."""
 
-    classes = [Optimizer]
-    while classes:
-        subclass = classes.pop()
-        if getattr(subclass.__dict__.get("step"), "hooked", False):
-            return True
-        classes.extend(subclass.__subclasses__())
-    return False
+    def __init__(
+        self, log: _watch.Log, owner: type, name: str, phase: int, before: Call | None = None
+    ) -> None:
+        self._owner = owner
+        self._name = name
+        self._own = owner.__dict__.get(name)
+        provider = owner
+        if self._own is None:
+            provider = next(
+                base
+                for base in owner.__mro__[1:]
+                if name in base.__dict__ and not isinstance(base.__dict__[name], _watch.Watch)
+            )
+        self._watch = _watch.Watch(log, phase, self._own, provider, name, before)
+
+    def install(self) -> None:
+        setattr(self._owner, self._name, self._watch)
+
+    def remove(self) -> None:
+        if self._owner.__dict__.get(self._name) is not self._watch:
+            return  # the program has put something else there
+        if self._own is not None:
+            setattr(self._owner, self._name, self._own)
+        else:
+            delattr(self._owner, self._name)
 
 
-def _nothing() -> None:
-    """The end of a call that nobody waits for."""
+class _FunctionWatch:
+    """A watch in the place of the function ``name`` of a module."""
+
+    def __init__(self, log: _watch.Log, namespace: Any, name: str, phase: int) -> None:
+        self._namespace = namespace
+        self._name = name
+        self._own = getattr(namespace, name)
+        self._watch = _watch.Watch(log, phase, self._own, None, name, None)
+
+    def install(self) -> None:
+        setattr(self._namespace, self._name, self._watch)
+
+    def remove(self) -> None:
+        if getattr(self._namespace, self._name, None) is self._watch:
+            setattr(self._namespace, self._name, self._own)
 
 
-def _call_wrapped(
-    wrapper: Callable[..., Any],
-    original: Call,
-    module: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    return wrapper(original, module, args, kwargs)
+def _wrapped(wrapper: ForwardWrapper, call: Call) -> Call:
+    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(call, module, args, kwargs)
+
+    return wrapped
+
+
+_PACKAGE = __file__.rpartition("agent")[0]
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error arose in our code or in what it calls in torch, rather than in a signal
+    handler of the program that happened to run meanwhile."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    return file.startswith(_PACKAGE) or "/torch/" in file.replace("\\", "/")

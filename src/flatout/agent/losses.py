@@ -69,6 +69,10 @@ class LossReader:
             return _Pending(value, copied)
         return _Pending(loss.detach(), None)
 
+    def pending(self, losses: list[object]) -> bool:
+        """Whether any of them has to be read later."""
+        return any(isinstance(loss, _Pending) for loss in losses)
+
     def values(self, losses: Iterable[object], wait: bool) -> list[float | None] | None:
         """The numbers behind what ``read`` gave, or ``None`` when one is still on its way.
 

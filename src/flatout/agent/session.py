@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import platform
 import random
@@ -17,9 +16,9 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from flatout.agent.hooks import Hooks, optimizer_exists
+from flatout.agent.hooks import Hooks
 from flatout.agent.losses import LossReader
 from flatout.agent.turns import (
     DATA,
@@ -29,6 +28,7 @@ from flatout.agent.turns import (
     Turns,
 )
 from flatout.record import (
+    COLUMNS,
     ENVIRONMENT_NAMES,
     EVENTS,
     RECORD_VERSION,
@@ -37,10 +37,7 @@ from flatout.record import (
 )
 from flatout.request import Request
 
-try:
-    import resource
-except ImportError:  # Windows: no page faults, no peak memory
-    resource = None  # type: ignore[assignment]
+_LOSSES = COLUMNS.index("losses")
 
 _PEAK_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """``ru_maxrss`` is in bytes on macOS and in KiB on Linux (getrusage(2) of each)."""
@@ -67,7 +64,7 @@ class Session:
         self.hooks = Hooks(
             self._new_turns(),
             self.losses.read,
-            on_trouble=lambda subject, why: self.event("skipped", subject, why),
+            on_skip=lambda subject, why: self.event("skipped", subject, why),
             on_failure=self._failed,
         )
         self.forward_wrappers = self.hooks.forward_wrappers
@@ -75,9 +72,9 @@ class Session:
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.record = self._new_record()
         self._stages: list[Callable[[Turn], bool]] = []
-        self._unwritten: list[_Closed] = []
+        self._unread: list[list[Any]] = []
         self._started_ns = time.perf_counter_ns()
-        self._faults = _page_faults()
+        self._usage: tuple[int, int, int] | None = None
         self._steps_timed = 0
         self._asleep = False
         self._is_fork = False
@@ -128,12 +125,6 @@ class Session:
         self.record.write(_header())
         if request.seed is not None:
             _seed(request.seed)
-        try:
-            self.hooks.install()
-        except BaseException:
-            self.hooks.remove()
-            raise
-        self._apply_settings()
         if request.comparison is not None:
             from flatout.agent.switch import Switch
 
@@ -146,6 +137,12 @@ class Session:
             self._stages.append(Profiler(self, request.profile_steps).at_boundary)
         if self._stages:
             self._stages.append(self._stop)
+        try:
+            self.hooks.install(live=bool(self._stages))
+        except BaseException:
+            self.hooks.remove()
+            raise
+        self._apply_settings()
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
         multiprocessing = sys.modules.get("multiprocessing.process")
@@ -157,7 +154,7 @@ class Session:
         if self._asleep:
             return
         self.hooks.finish()
-        self._write_turns(wait=True)
+        self._write_read(wait=True)
         self._asleep = True
         if self._is_fork:
             return
@@ -187,7 +184,7 @@ class Session:
 
     def _forked(self) -> None:
         """In the child of a fork: nothing is recorded there unless it trains itself."""
-        self._unwritten.clear()
+        self._unread.clear()
         self._stages.clear()
         self.record = self._new_record()
         self.hooks.restart(self._new_turns())
@@ -218,7 +215,7 @@ class Session:
     # The record
 
     def _new_turns(self) -> Turns:
-        return Turns(self._turn_closed, optimizer_exists)
+        return Turns(self._turn_closed, lambda: self.hooks.optimizer_exists)
 
     def _new_record(self) -> RecordWriter:
         return RecordWriter(record_path(self.run_directory, os.getpid()), _say_record_stopped)
@@ -235,23 +232,65 @@ class Session:
                 return
             self._is_fork = False
             self.record.write(_header())
-        faults = _page_faults()
-        self._unwritten.append(
-            _Closed(
-                turn,
-                self.arm,
-                self.mark,
-                faults[0] - self._faults[0],
-                faults[1] - self._faults[1],
-                faults[2],
-            )
-        )
-        self._write_turns(wait=False)
+        self._write_turn(turn)
         self.record.flush_if_due(turn.end_ns)
-        self.hooks.turn_closed()
+        if self.hooks.searching:
+            self.hooks.turn_closed()
         if self._stages:
             self._run_stages(turn)
-        self._faults = faults
+
+    def _write_turn(self, turn: Turn) -> None:
+        hooks = self.hooks
+        usage: tuple[int | None, int | None, int | None] = (None, None, None)
+        if turn.usage is not None:
+            minor_faults, major_faults, peak_rss = turn.usage
+            if self._usage is not None:
+                usage = (
+                    minor_faults - self._usage[0],
+                    major_faults - self._usage[1],
+                    peak_rss * _PEAK_RSS_UNIT,
+                )
+            self._usage = turn.usage
+        phases_ns: list[int | None] = [*turn.phases_ns]
+        if not hooks.data_seen:
+            phases_ns[DATA] = None
+        if not hooks.transfer_seen:
+            phases_ns[TRANSFER] = None
+        if not hooks.update_seen:
+            phases_ns[OPTIMIZER] = None
+        started_ns = self.record.started_ns
+        row = [
+            int(turn.kind == "evaluation"),
+            turn.index,
+            turn.start_ns - started_ns,
+            turn.end_ns - started_ns,
+            *phases_ns,
+            turn.losses,
+            turn.forwards,
+            turn.backwards,
+            turn.updates,
+            *usage,
+            self.losses.peak_device_bytes,
+            self.arm,
+            self.mark,
+            int(turn.grad),
+        ]
+        if self._unread or self.losses.pending(turn.losses):
+            self._unread.append(row)
+            self._write_read(wait=False)
+        else:
+            self.record.write_turn(row)
+
+    def _write_read(self, wait: bool) -> None:
+        """Write the turns whose losses have arrived, in order; with ``wait``, all of them."""
+        for number, row in enumerate(self._unread):
+            losses = self.losses.values(row[_LOSSES], wait)
+            if losses is None:
+                del self._unread[:number]
+                return
+            row[_LOSSES] = losses
+            self.record.write_turn(row)
+        self._unread.clear()
 
     def _run_stages(self, turn: Turn) -> None:
         limit_s = self.request.stop_seconds
@@ -271,74 +310,6 @@ class Session:
             if not done and not (late and len(self._stages) > 1 and stage == self._timed):
                 return
             self._stages.pop(0)
-
-    def _write_turns(self, wait: bool) -> None:
-        """Write the closed turns whose losses are known, in order; with ``wait``, all of them."""
-        for number, closed in enumerate(self._unwritten):
-            losses = self.losses.values(closed.turn.losses, wait)
-            if losses is None:
-                del self._unwritten[:number]
-                return
-            self.record.write_line(self._line(closed, losses))
-        self._unwritten.clear()
-
-    def _line(self, closed: _Closed, losses: list[float | None]) -> str:
-        turn = closed.turn
-        phases = [f"{ns / 1e6:.6f}" for ns in turn.phases_ns]
-        if not self.hooks.data_seen:
-            phases[DATA] = "null"
-        if not self.hooks.transfer_seen:
-            phases[TRANSFER] = "null"
-        if not self.hooks.update_seen:
-            phases[OPTIMIZER] = "null"
-        faults = (
-            f'"minor_faults":{closed.minor_faults},"major_faults":{closed.major_faults},'
-            f'"peak_rss_bytes":{closed.peak_rss_bytes}'
-            if resource is not None
-            else '"minor_faults":null,"major_faults":null,"peak_rss_bytes":null'
-        )
-        # The hot path of the record: by hand it takes a third of the time of json.dumps.
-        return (
-            f'{{"kind":"{turn.kind}","index":{turn.index},'
-            f'"at_s":{(turn.start_ns - self.record.started_ns) / 1e9:.6f},'
-            f'"step_ms":{(turn.end_ns - turn.start_ns) / 1e6:.6f},'
-            f'"phases_ms":[{",".join(phases)}],'
-            f'"losses":[{",".join([_json_number(loss) for loss in losses])}],'
-            f'"forwards":{turn.forwards},"backwards":{turn.backwards},"updates":{turn.updates},'
-            f'{faults},"peak_device_bytes":{_json_number(self.losses.peak_device_bytes)},'
-            f'"arm":{_json_number(closed.arm)},'
-            f'"mark":{"null" if closed.mark is None else json.dumps(closed.mark)},'
-            f'"grad":{"true" if turn.grad else "false"}}}\n'
-        )
-
-
-class _Closed(NamedTuple):
-    """A closed turn with what is known of it only at that moment."""
-
-    turn: Turn
-    arm: int | None
-    mark: str | None
-    minor_faults: int
-    major_faults: int
-    peak_rss_bytes: int
-
-
-def _page_faults() -> tuple[int, int, int]:
-    """Minor faults, major faults, peak resident bytes of this process so far."""
-    if resource is None:
-        return (0, 0, 0)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss * _PEAK_RSS_UNIT
-
-
-def _json_number(value: float | None) -> str:
-    if value is None:
-        return "null"
-    if value != value:
-        return "NaN"
-    if value in (float("inf"), float("-inf")):
-        return "Infinity" if value > 0 else "-Infinity"
-    return repr(value)
 
 
 def _is_loader_worker() -> bool:

@@ -41,6 +41,9 @@ class Turn:
         phases_ns: exclusive times in the order of ``record.PHASES``; they sum to the turn.
         losses: what ``backward_begins`` was given, in order.
         grad: whether autograd recorded any forward call of the turn.
+        usage: minor page faults, major page faults and peak resident set (in the unit of
+            getrusage) of the process so far, as last told before the turn closed; ``None`` where
+            the system does not tell.
     """
 
     __slots__ = (
@@ -55,6 +58,7 @@ class Turn:
         "phases_ns",
         "start_ns",
         "updates",
+        "usage",
     )
 
     def __init__(self, start_ns: int) -> None:
@@ -69,6 +73,7 @@ class Turn:
         self.updates = 0
         self.fetched = False
         self.grad = False
+        self.usage: tuple[int, int, int] | None = None
 
 
 class Turns:
@@ -78,6 +83,9 @@ class Turns:
         on_close: called with every closed turn, at the boundary between two turns.
         optimizer_exists: whether the program has built an optimizer object; asked only while no
             optimizer has stepped, to tell gradient accumulation from updates by hand.
+
+    Attributes:
+        active: phases entered and not left, innermost last.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class Turns:
         self._on_close = on_close
         self._optimizer_exists = optimizer_exists
         self._turn: Turn | None = None
-        self._active: list[int] = []  # phases entered and not left, innermost last
+        self.active: list[int] = []
         self._last_ns = 0
         self._previous = OTHER  # the outermost phase left last
         self._roots: dict[int, bool] = {}  # root -> called with gradients in training mode
@@ -97,21 +105,21 @@ class Turns:
         self._counts = {"step": 0, "evaluation": 0}
         self._backward_seen = False
         self._update_seen = False
+        self._updating: list[int] = []
+        self._usage: tuple[int, int, int] | None = None
         self._first_optimizer: int | None = None
         self._previous_optimizer: int | None = None
         self._closing_optimizer: int | None = None
 
-    def inside(self, phase: int) -> bool:
-        """Whether ``phase`` has been entered and not left."""
-        return phase in self._active
-
     # Events
+
+    def usage(self, minor_faults: int, major_faults: int, peak_rss: int) -> None:
+        """What the process has used so far; told before the event of the same moment."""
+        self._usage = (minor_faults, major_faults, peak_rss)
 
     def fetch_begins(self, now_ns: int) -> None:
         """A loader is asked for a batch (or for its iterator)."""
-        if self._active and OPTIMIZER not in self._active:
-            self.abandon()
-        if not self._active and self._closes_at_fetch():
+        if not self.active and self._closes_at_fetch():
             self._close(now_ns)
         self._enter(DATA, now_ns).fetched = True
 
@@ -137,7 +145,7 @@ class Turns:
         """
         trains = grad and (training or root not in self._trained)
         evaluates = not training and root in self._trained
-        if not self._active and self._closes_at_forward(root, trains, evaluates):
+        if not self.active and self._closes_at_forward(root, trains, evaluates):
             self._close(now_ns)
         turn = self._enter(FORWARD, now_ns)
         turn.forwards += 1
@@ -159,43 +167,44 @@ class Turns:
     def backward_ends(self, now_ns: int) -> None:
         """The gradients are there."""
         turn = self._leave(BACKWARD, now_ns)
-        if turn is None or BACKWARD in self._active:
+        if turn is None or BACKWARD in self.active:
             return
         turn.backwards += 1
         self._backward_seen = True
-        if self._updated_inside_backward and not self._active:
+        if self._updated_inside_backward and not self.active:
             self._updated_inside_backward = False
             self._updated(now_ns, None)
 
-    def update_begins(self, now_ns: int) -> None:
-        """An optimizer's step begins."""
-        if self._active and self._active[-1] == FORWARD:
+    def update_begins(self, now_ns: int, optimizer: int) -> None:
+        """An optimizer's step begins; ``optimizer`` is its identity."""
+        if optimizer in self._updating:  # its last step was left by an exception
             self.abandon()
+        self._updating.append(optimizer)
         self._enter(OPTIMIZER, now_ns)
 
     def update_ends(self, now_ns: int, optimizer: int) -> None:
         """An optimizer's step has ended; ``optimizer`` is its identity."""
+        if optimizer in self._updating:
+            self._updating.remove(optimizer)
         turn = self._leave(OPTIMIZER, now_ns)
-        if turn is None or OPTIMIZER in self._active:
+        if turn is None or OPTIMIZER in self.active:
             return
         turn.updates += 1
         self._update_seen = True
-        if BACKWARD in self._active:
+        if BACKWARD in self.active:
             self._updated_inside_backward = True
-        elif not self._active:
+        elif not self.active:
             self._updated(now_ns, optimizer)
 
     def abandon(self) -> None:
-        """Forget the phases entered: an exception that the program caught has left them behind.
-
-        Done by itself where no program enters a phase: a fetch or a step inside a forward call.
-        """
-        self._active.clear()
+        """Forget the phases entered: an exception that the program caught has left them behind."""
+        self.active.clear()
+        self._updating.clear()
 
     def finish(self) -> None:
         """Close the last turn, at its last event, if it is whole."""
         turn = self._turn
-        if turn is None or self._active:
+        if turn is None or self.active:
             return
         if turn.updates or self._is_manual_update() or self._is_evaluation():
             self._close(self._last_ns)
@@ -259,7 +268,7 @@ class Turns:
         turn = self._turn
         if turn is None:
             turn = self._open(now_ns)
-        active = self._active
+        active = self.active
         if active:
             turn.phases_ns[active[-1]] += now_ns - self._last_ns
         elif self._previous == FORWARD and phase == BACKWARD:
@@ -273,7 +282,7 @@ class Turns:
         return turn
 
     def _leave(self, phase: int, now_ns: int) -> Turn | None:
-        active = self._active
+        active = self.active
         if phase not in active:
             return None  # entered before the agent woke up, or abandoned
         assert self._turn is not None
@@ -301,6 +310,7 @@ class Turns:
         assert turn is not None
         turn.phases_ns[OTHER] += now_ns - self._last_ns
         turn.end_ns = now_ns
+        turn.usage = self._usage
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
         elif not turn.updates:  # updated by hand

@@ -1,0 +1,679 @@
+/* Watching callables from C: no frame of ours in the program's tracebacks, and next to no time.
+ *
+ * A Watch stands in a namespace in the place of a function: of a special method in a class
+ * (Module.__call__, the loader's __next__), or of a function in a module. Called, it calls the
+ * original, and notes in its Log when that began and ended. Python reads the log later, in one go,
+ * while it is warm in the caches; only when the log is `live` is it read at every event.
+ *
+ * Looked up on the class, a Watch gives the original: Dynamo, inspect and FX see what they would
+ * see without it. Pickled by value (cloudpickle does so with classes of __main__), it becomes the
+ * original.
+ *
+ * Limited API of CPython 3.10: one binary serves every later version.
+ */
+#include <Python.h>
+#include <structmember.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _WIN32
+#include <windows.h>
+static int64_t now_ns(void)
+{
+    LARGE_INTEGER count, frequency;
+    QueryPerformanceCounter(&count);
+    QueryPerformanceFrequency(&frequency);
+    return (int64_t)((double)count.QuadPart * 1e9 / (double)frequency.QuadPart);
+}
+#else
+#include <sys/resource.h>
+#include <time.h>
+static int64_t now_ns(void) /* the clock behind time.perf_counter_ns */
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+#endif
+
+/* Phases as in record.PHASES, and the events that belong to none. */
+enum { DATA = 0, TRANSFER = 1, FORWARD = 2, BACKWARD = 4, OPTIMIZER = 5, PHASES = 7 };
+enum { BEGIN = 0, END = 1, USAGE = 2 };
+
+typedef struct {
+    int what;  /* BEGIN, END, or USAGE */
+    int phase;
+    int flags; /* FORWARD BEGIN: 1 gradients recorded, 2 training mode; BACKWARD BEGIN: 1 a loss */
+    int64_t time_ns; /* USAGE: minor page faults */
+    int64_t id;      /* FORWARD: module, OPTIMIZER: optimizer; USAGE: major page faults */
+    int64_t extra;   /* USAGE: peak resident set, in the unit of getrusage */
+} Event;
+
+typedef struct {
+    PyObject_HEAD
+    Event *events;
+    Py_ssize_t count, capacity;
+    int depth[PHASES];
+    unsigned long thread; /* the one whose events are noted */
+    int64_t read_ns;
+    char claimed; /* whether that thread has computed anything */
+    char awake, live;
+    long long patience_ns;
+    PyObject *reader;          /* called without arguments when the log should be read */
+    PyObject *new_root;        /* called with a module called outermost for the first time -> bool */
+    PyObject *roots;           /* dict: id(module) -> whether it counts as a root */
+    PyObject *is_grad_enabled; /* torch.is_grad_enabled */
+    PyObject *read_loss;       /* called with a loss tensor before backward */
+    PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
+    PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
+    PyObject *before_update, *after_update; /* None, or called with the optimizer */
+} Log;
+
+static int log_event(Log *log, int what, int phase, int flags, int64_t time_ns, int64_t id,
+                     int64_t extra)
+{
+    if (log->count == log->capacity) {
+        Py_ssize_t capacity = log->capacity ? 2 * log->capacity : 1024;
+        Event *events = PyMem_Realloc(log->events, capacity * sizeof(Event));
+        if (events == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        log->events = events;
+        log->capacity = capacity;
+    }
+    log->events[log->count++] = (Event){what, phase, flags, time_ns, id, extra};
+    return 0;
+}
+
+static int log_usage(Log *log)
+{
+#ifdef _WIN32
+    (void)log;
+    return 0;
+#else
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return log_event(log, USAGE, 0, 0, usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss);
+#endif
+}
+
+/* Let Python read the log if it should. -1 with an exception set: one of the program's own signal
+ * handlers has raised meanwhile. */
+static int log_offer(Log *log, int64_t time_ns)
+{
+    if (!log->live && time_ns - log->read_ns < log->patience_ns)
+        return 0;
+    log->read_ns = time_ns;
+    PyObject *result = PyObject_CallObject(log->reader, NULL);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* Only one thread is watched: the first that computes, until then the one that imported torch (a
+ * thread that merely prefetches batches is none). */
+static int log_foreign_thread(Log *log, int phase)
+{
+    unsigned long thread = PyThread_get_thread_ident();
+    int computes = phase == FORWARD || phase == BACKWARD || phase == OPTIMIZER;
+    if (log->thread != thread && !log->claimed && computes)
+        log->thread = thread;
+    if (log->thread != thread)
+        return 1;
+    log->claimed |= computes;
+    return 0;
+}
+
+static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    Log *log = (Log *)self;
+    PyObject *list = PyList_New(log->count);
+    if (list == NULL)
+        return NULL;
+    for (Py_ssize_t i = 0; i < log->count; i++) {
+        Event *e = &log->events[i];
+        PyObject *item = Py_BuildValue("(iiiLLL)", e->what, e->phase, e->flags,
+                                       (long long)e->time_ns, (long long)e->id,
+                                       (long long)e->extra);
+        if (item == NULL || PyList_SetItem(list, i, item) < 0) {
+            Py_DECREF(list);
+            return NULL;
+        }
+    }
+    log->count = 0;
+    return list;
+}
+
+static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    Log *log = (Log *)self;
+    log->count = 0;
+    log->claimed = 0;
+    log->thread = PyThread_get_thread_ident();
+    memset(log->depth, 0, sizeof(log->depth));
+    Py_RETURN_NONE;
+}
+
+static void log_dealloc(PyObject *self)
+{
+    Log *log = (Log *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    PyMem_Free(log->events);
+    Py_XDECREF(log->reader);
+    Py_XDECREF(log->new_root);
+    Py_XDECREF(log->roots);
+    Py_XDECREF(log->is_grad_enabled);
+    Py_XDECREF(log->read_loss);
+    Py_XDECREF(log->losses);
+    Py_XDECREF(log->wrap_forward);
+    Py_XDECREF(log->before_update);
+    Py_XDECREF(log->after_update);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef log_methods[] = {
+    {"take", log_take, METH_NOARGS, "The events since the last time, as tuples; they are removed."},
+    {"reset", log_reset, METH_NOARGS, "Begin anew, with this thread (at the start, after a fork)."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef log_members[] = {
+    {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether anything is noted at all."},
+    {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at every event."},
+    {"patience_ns", T_LONGLONG, offsetof(Log, patience_ns), 0,
+     "Time after which the reader is called anyway, at the next event."},
+    {"reader", T_OBJECT, offsetof(Log, reader), 0, NULL},
+    {"new_root", T_OBJECT, offsetof(Log, new_root), 0, NULL},
+    {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
+    {"is_grad_enabled", T_OBJECT, offsetof(Log, is_grad_enabled), 0, NULL},
+    {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
+    {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
+    {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
+    {"before_update", T_OBJECT, offsetof(Log, before_update), 0, NULL},
+    {"after_update", T_OBJECT, offsetof(Log, after_update), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot log_slots[] = {
+    {Py_tp_doc, "Events noted by Watch and Mark objects, until Python reads them."},
+    {Py_tp_dealloc, log_dealloc},
+    {Py_tp_methods, log_methods},
+    {Py_tp_members, log_members},
+    {0, NULL},
+};
+
+static PyType_Spec log_spec = {
+    .name = "flatout.agent._watch.Log",
+    .basicsize = sizeof(Log),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = log_slots,
+};
+
+typedef struct {
+    PyObject_HEAD
+    Log *log;
+    int phase;          /* of the events it notes; -1: none, it only calls `before` */
+    PyObject *own;      /* the function it stands for, or NULL: looked up in `provider` */
+    PyObject *provider; /* the class that a lookup would reach without it */
+    PyObject *name;
+    PyObject *before;   /* None, or called with the instance as the call begins */
+    PyObject *method_type;
+} Watch;
+
+/* New reference to the function that a call reaches without the watch, as it is now. */
+static PyObject *watch_original(Watch *watch)
+{
+    if (watch->own != NULL) {
+        Py_INCREF(watch->own);
+        return watch->own;
+    }
+    return PyObject_GetAttr(watch->provider, watch->name);
+}
+
+static int is_true_attribute(PyObject *object, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+    if (value == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    int result = PyObject_IsTrue(value);
+    Py_DECREF(value);
+    if (result < 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    return result;
+}
+
+/* 1: the module counts as a root, 0: it does not, -1: exception set. */
+static int is_root(Log *log, PyObject *module)
+{
+    PyObject *key = PyLong_FromVoidPtr(module);
+    if (key == NULL)
+        return -1;
+    PyObject *known = PyDict_GetItemWithError(log->roots, key);
+    Py_DECREF(key);
+    if (known != NULL)
+        return known == Py_True;
+    if (PyErr_Occurred())
+        return -1;
+    PyObject *result = PyObject_CallFunctionObjArgs(log->new_root, module, NULL);
+    if (result == NULL)
+        return -1;
+    int root = PyObject_IsTrue(result);
+    Py_DECREF(result);
+    return root;
+}
+
+/* Keep the value of the loss that backward starts from. 1: kept, 0: there is none, -1: error. */
+static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
+{
+    /* torch.autograd.backward accumulates into .grad, torch.autograd.grad does not. */
+    PyObject *accumulates =
+        kwargs == NULL ? NULL : PyDict_GetItemString(kwargs, "accumulate_grad");
+    if (accumulates != Py_True || PyTuple_Size(args) < 1)
+        return 0;
+    PyObject *tensors = PyTuple_GetItem(args, 0);
+    if (!PyTuple_Check(tensors) || PyTuple_Size(tensors) != 1)
+        return 0;
+    PyObject *value =
+        PyObject_CallFunctionObjArgs(log->read_loss, PyTuple_GetItem(tensors, 0), NULL);
+    if (value == NULL)
+        return -1;
+    int kept = 0;
+    if (value != Py_None)
+        kept = PyList_Append(log->losses, value) < 0 ? -1 : 1;
+    Py_DECREF(value);
+    return kept;
+}
+
+/* Whether this call is noted. */
+static int is_noted(Watch *watch, PyObject *target)
+{
+    Log *log = watch->log;
+    const int *depth = log->depth;
+    if (!log->awake || watch->phase < 0 || depth[DATA])
+        return 0;
+    switch (watch->phase) {
+    case FORWARD:
+        if (depth[FORWARD] || depth[BACKWARD] || target == NULL)
+            return 0;
+        break;
+    case TRANSFER:
+        if (target == NULL || !is_true_attribute(target, "is_cpu"))
+            return 0;
+        break;
+    default:
+        if (depth[watch->phase])
+            return 0;
+    }
+    return !log_foreign_thread(log, watch->phase);
+}
+
+/* Note the end of a call; an exception that is set stays set. -1: exception set. */
+static int end(Watch *watch)
+{
+    Log *log = watch->log;
+    int64_t time_ns = now_ns();
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    int failed = log_event(log, END, watch->phase, 0, time_ns, 0, 0);
+    if (type != NULL) {
+        if (failed)
+            PyErr_Clear();
+        PyErr_Restore(type, value, traceback);
+        return -1;
+    }
+    return failed || (log->live && log_offer(log, time_ns) < 0) ? -1 : 0;
+}
+
+/* Note the beginning of a call. -1: exception set, and the end noted as well. */
+static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwargs)
+{
+    Log *log = watch->log;
+    int flags = 0;
+    if (watch->phase == FORWARD) {
+        PyObject *grad = PyObject_CallObject(log->is_grad_enabled, NULL);
+        if (grad == NULL)
+            return -1;
+        flags = (grad == Py_True) | (is_true_attribute(target, "training") << 1);
+        Py_DECREF(grad);
+    } else if (watch->phase == BACKWARD) {
+        flags = keep_loss(log, args, kwargs);
+        if (flags < 0)
+            return -1;
+    }
+    int64_t time_ns = now_ns();
+    if ((watch->phase == DATA || watch->phase == FORWARD) && log_usage(log) < 0)
+        return -1;
+    if (log_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
+        return -1;
+    return log_offer(log, time_ns) < 0 ? end(watch) : 0;
+}
+
+static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    Watch *watch = (Watch *)self;
+    Log *log = watch->log;
+    PyObject *original = watch_original(watch);
+    if (original == NULL)
+        return NULL;
+    PyObject *target =
+        watch->provider != NULL && PyTuple_Size(args) > 0 ? PyTuple_GetItem(args, 0) : NULL;
+    PyObject *result = NULL;
+
+    if (log->awake && watch->before != Py_None && target != NULL) {
+        PyObject *done = PyObject_CallFunctionObjArgs(watch->before, target, NULL);
+        if (done == NULL)
+            goto finished;
+        Py_DECREF(done);
+    }
+    int noted = is_noted(watch, target);
+    if (noted && watch->phase == FORWARD) {
+        noted = is_root(log, target);
+        if (noted < 0)
+            goto finished;
+    }
+    if (!noted) {
+        result = PyObject_Call(original, args, kwargs);
+        goto finished;
+    }
+    if (begin(watch, target, args, kwargs) < 0)
+        goto finished;
+    log->depth[watch->phase]++;
+    if (watch->phase == FORWARD && log->wrap_forward != Py_None) {
+        PyObject *rest = PyTuple_GetSlice(args, 1, PyTuple_Size(args));
+        PyObject *keywords = kwargs;
+        if (keywords == NULL)
+            keywords = PyDict_New();
+        else
+            Py_INCREF(keywords);
+        if (rest != NULL && keywords != NULL)
+            result = PyObject_CallFunctionObjArgs(log->wrap_forward, original, target, rest,
+                                                  keywords, NULL);
+        Py_XDECREF(rest);
+        Py_XDECREF(keywords);
+    } else {
+        result = PyObject_Call(original, args, kwargs);
+    }
+    if (log->depth[watch->phase] > 0) /* a fork inside the call has reset it */
+        log->depth[watch->phase]--;
+    if (end(watch) < 0)
+        Py_CLEAR(result);
+finished:
+    Py_DECREF(original);
+    return result;
+}
+
+/* torch.compile(module) takes module.__call__ as the function to compile, and compiles plain
+ * methods only (torch._dynamo.eval_frame.OptimizedModule._initialize). */
+static int asked_by_compile(void)
+{
+    PyFrameObject *frame = PyEval_GetFrame(); /* borrowed */
+    if (frame == NULL)
+        return 0;
+    PyObject *code = (PyObject *)PyFrame_GetCode(frame);
+    PyObject *name = PyObject_GetAttrString(code, "co_name");
+    Py_DECREF(code);
+    if (name == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    int result = PyUnicode_CompareWithASCIIString(name, "_initialize") == 0;
+    Py_DECREF(name);
+    return result;
+}
+
+static PyObject *watch_get(PyObject *self, PyObject *instance, PyObject *owner)
+{
+    Watch *watch = (Watch *)self;
+    (void)owner;
+    if (instance == NULL || instance == Py_None)
+        return watch_original(watch);
+    PyObject *function = self;
+    Py_INCREF(function);
+    if (asked_by_compile()) {
+        Py_DECREF(function);
+        function = watch_original(watch);
+        if (function == NULL)
+            return NULL;
+    }
+    PyObject *method = PyObject_CallFunctionObjArgs(watch->method_type, function, instance, NULL);
+    Py_DECREF(function);
+    return method;
+}
+
+static PyObject *watch_getattro(PyObject *self, PyObject *name)
+{
+    PyObject *value = PyObject_GenericGetAttr(self, name);
+    if (value != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError))
+        return value;
+    PyErr_Clear();
+    PyObject *original = watch_original((Watch *)self);
+    if (original == NULL)
+        return NULL;
+    value = PyObject_GetAttr(original, name);
+    Py_DECREF(original);
+    return value;
+}
+
+static PyObject *watch_repr(PyObject *self)
+{
+    PyObject *original = watch_original((Watch *)self);
+    if (original == NULL)
+        return NULL;
+    PyObject *result = PyObject_Repr(original);
+    Py_DECREF(original);
+    return result;
+}
+
+static PyObject *watch_reduce(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    Watch *watch = (Watch *)self;
+    if (watch->own == NULL) {
+        PyObject *builtins = PyImport_ImportModule("builtins");
+        if (builtins == NULL)
+            return NULL;
+        PyObject *getter = PyObject_GetAttrString(builtins, "getattr");
+        Py_DECREF(builtins);
+        return getter == NULL ? NULL
+                              : Py_BuildValue("(N(OO))", getter, watch->provider, watch->name);
+    }
+    PyObject *operators = PyImport_ImportModule("operator");
+    if (operators == NULL)
+        return NULL;
+    PyObject *first = PyObject_CallMethod(operators, "itemgetter", "i", 0);
+    Py_DECREF(operators);
+    return first == NULL ? NULL : Py_BuildValue("(N((O)))", first, watch->own);
+}
+
+static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"log", "phase", "own", "provider", "name", "before", NULL};
+    Watch *watch = (Watch *)self;
+    PyObject *log, *own, *provider, *name, *before;
+    int phase;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiOOOO", names, &log, &phase, &own, &provider,
+                                     &name, &before))
+        return -1;
+    PyObject *types = PyImport_ImportModule("types");
+    if (types == NULL)
+        return -1;
+    watch->method_type = PyObject_GetAttrString(types, "MethodType");
+    Py_DECREF(types);
+    if (watch->method_type == NULL)
+        return -1;
+    Py_INCREF(log);
+    watch->log = (Log *)log;
+    watch->phase = phase;
+    if (own != Py_None) {
+        Py_INCREF(own);
+        watch->own = own;
+    }
+    if (provider != Py_None) {
+        Py_INCREF(provider);
+        watch->provider = provider;
+    }
+    Py_INCREF(name);
+    watch->name = name;
+    Py_INCREF(before);
+    watch->before = before;
+    return 0;
+}
+
+static void watch_dealloc(PyObject *self)
+{
+    Watch *watch = (Watch *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF((PyObject *)watch->log);
+    Py_XDECREF(watch->own);
+    Py_XDECREF(watch->provider);
+    Py_XDECREF(watch->name);
+    Py_XDECREF(watch->before);
+    Py_XDECREF(watch->method_type);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef watch_methods[] = {
+    {"__reduce__", watch_reduce, METH_NOARGS, "Pickled, a watch is what it stands for."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot watch_slots[] = {
+    {Py_tp_doc, "Watch(log, phase, own, provider, name, before): stands for a callable, see above."},
+    {Py_tp_init, watch_init},
+    {Py_tp_dealloc, watch_dealloc},
+    {Py_tp_call, watch_call},
+    {Py_tp_descr_get, watch_get},
+    {Py_tp_getattro, watch_getattro},
+    {Py_tp_repr, watch_repr},
+    {Py_tp_methods, watch_methods},
+    {0, NULL},
+};
+
+#ifndef Py_TPFLAGS_METHOD_DESCRIPTOR
+#define Py_TPFLAGS_METHOD_DESCRIPTOR (1UL << 17)
+#endif
+
+static PyType_Spec watch_spec = {
+    .name = "flatout.agent._watch.Watch",
+    .basicsize = sizeof(Watch),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_METHOD_DESCRIPTOR,
+    .slots = watch_slots,
+};
+
+/* What torch's global optimizer hooks call: hook(optimizer, args, kwargs). */
+typedef struct {
+    PyObject_HEAD
+    Log *log;
+    int end;
+} Mark;
+
+static PyObject *mark_call(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    Mark *mark = (Mark *)self;
+    Log *log = mark->log;
+    (void)kwargs;
+    if (!log->awake || PyTuple_Size(args) < 1 || log_foreign_thread(log, OPTIMIZER))
+        Py_RETURN_NONE;
+    PyObject *optimizer = PyTuple_GetItem(args, 0);
+    PyObject *callback = mark->end ? log->after_update : log->before_update;
+    if (callback != Py_None && mark->end) { /* the knob's work belongs to the step it changes */
+        PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
+        if (done == NULL)
+            return NULL;
+        Py_DECREF(done);
+    }
+    int64_t time_ns = now_ns();
+    if (mark->end && log_usage(log) < 0)
+        return NULL;
+    if (log_event(log, mark->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
+                  (int64_t)(intptr_t)optimizer, 0) < 0)
+        return NULL;
+    if (log_offer(log, time_ns) < 0)
+        return NULL;
+    if (callback != Py_None && !mark->end) {
+        PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
+        if (done == NULL)
+            return NULL;
+        Py_DECREF(done);
+    }
+    Py_RETURN_NONE;
+}
+
+static int mark_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"log", "end", NULL};
+    PyObject *log;
+    int end;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Op", names, &log, &end))
+        return -1;
+    Py_INCREF(log);
+    ((Mark *)self)->log = (Log *)log;
+    ((Mark *)self)->end = end;
+    return 0;
+}
+
+static void mark_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF((PyObject *)((Mark *)self)->log);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot mark_slots[] = {
+    {Py_tp_doc, "Mark(log, end): a global optimizer step hook that notes the step's begin or end."},
+    {Py_tp_init, mark_init},
+    {Py_tp_dealloc, mark_dealloc},
+    {Py_tp_call, mark_call},
+    {0, NULL},
+};
+
+static PyType_Spec mark_spec = {
+    .name = "flatout.agent._watch.Mark",
+    .basicsize = sizeof(Mark),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = mark_slots,
+};
+
+static int add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type == NULL)
+        return -1;
+    int failed = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return failed;
+}
+
+static int execute(PyObject *module)
+{
+    if (add_type(module, &log_spec) < 0 || add_type(module, &watch_spec) < 0 ||
+        add_type(module, &mark_spec) < 0)
+        return -1;
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, execute},
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_watch",
+    .m_doc = "Watching callables from C.",
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__watch(void)
+{
+    return PyModuleDef_Init(&definition);
+}

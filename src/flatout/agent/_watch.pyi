@@ -1,0 +1,33 @@
+from collections.abc import Callable
+from typing import Any
+
+class Log:
+    awake: bool
+    live: bool
+    patience_ns: int
+    reader: Callable[[], Any]
+    new_root: Callable[[Any], bool]
+    roots: dict[int, bool]
+    is_grad_enabled: Callable[[], bool]
+    read_loss: Callable[[Any], object]
+    losses: list[object]
+    wrap_forward: Callable[..., Any] | None
+    before_update: Callable[[Any], None] | None
+    after_update: Callable[[Any], None] | None
+    def take(self) -> list[tuple[int, int, int, int, int, int]]: ...
+    def reset(self) -> None: ...
+
+class Watch:
+    def __init__(
+        self,
+        log: Log,
+        phase: int,
+        own: Any,
+        provider: type | None,
+        name: str,
+        before: Callable[[Any], None] | None,
+    ) -> None: ...
+
+class Mark:
+    def __init__(self, log: Log, end: bool) -> None: ...
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None: ...
