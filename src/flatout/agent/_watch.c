@@ -57,13 +57,15 @@ typedef struct {
     unsigned long thread; /* the one whose events are noted */
     int64_t read_ns;
     char claimed; /* whether that thread has computed anything */
+    char updates; /* whether an optimizer has stepped: usage is then noted at its steps only */
     char awake, live;
     long long patience_ns;
     PyObject *reader;          /* called without arguments when the log should be read */
     PyObject *new_root;        /* called with a module called outermost for the first time -> bool */
     PyObject *roots;           /* dict: id(module) -> whether it counts as a root */
     PyObject *is_grad_enabled; /* torch.is_grad_enabled */
-    PyObject *read_loss;       /* called with a loss tensor before backward */
+    PyObject *tensor_type;     /* torch.Tensor */
+    PyObject *read_loss;       /* called with a loss tensor that is not on the CPU */
     PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
     PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
     PyObject *before_update, *after_update; /* None, or called with the optimizer */
@@ -149,6 +151,7 @@ static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
     Log *log = (Log *)self;
     log->count = 0;
     log->claimed = 0;
+    log->updates = 0;
     log->thread = PyThread_get_thread_ident();
     memset(log->depth, 0, sizeof(log->depth));
     Py_RETURN_NONE;
@@ -163,6 +166,7 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->new_root);
     Py_XDECREF(log->roots);
     Py_XDECREF(log->is_grad_enabled);
+    Py_XDECREF(log->tensor_type);
     Py_XDECREF(log->read_loss);
     Py_XDECREF(log->losses);
     Py_XDECREF(log->wrap_forward);
@@ -188,6 +192,7 @@ static PyMemberDef log_members[] = {
     {"new_root", T_OBJECT, offsetof(Log, new_root), 0, NULL},
     {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
     {"is_grad_enabled", T_OBJECT, offsetof(Log, is_grad_enabled), 0, NULL},
+    {"tensor_type", T_OBJECT, offsetof(Log, tensor_type), 0, NULL},
     {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
     {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
@@ -279,8 +284,18 @@ static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
     PyObject *tensors = PyTuple_GetItem(args, 0);
     if (!PyTuple_Check(tensors) || PyTuple_Size(tensors) != 1)
         return 0;
-    PyObject *value =
-        PyObject_CallFunctionObjArgs(log->read_loss, PyTuple_GetItem(tensors, 0), NULL);
+    PyObject *tensor = PyTuple_GetItem(tensors, 0), *value;
+    if ((PyObject *)Py_TYPE(tensor) != log->tensor_type)
+        return 0; /* distributed, fake and other subclasses: reading one may do anything */
+    if (is_true_attribute(tensor, "is_cpu")) {
+        value = PyObject_CallMethod(tensor, "item", NULL);
+        if (value == NULL && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+            PyErr_Clear(); /* more than one element */
+            return 0;
+        }
+    } else {
+        value = PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
+    }
     if (value == NULL)
         return -1;
     int kept = 0;
@@ -347,7 +362,7 @@ static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwarg
             return -1;
     }
     int64_t time_ns = now_ns();
-    if ((watch->phase == DATA || watch->phase == FORWARD) && log_usage(log) < 0)
+    if (!log->updates && watch->phase != BACKWARD && log_usage(log) < 0)
         return -1;
     if (log_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
         return -1;
@@ -592,6 +607,7 @@ static PyObject *mark_call(PyObject *self, PyObject *args, PyObject *kwargs)
     int64_t time_ns = now_ns();
     if (mark->end && log_usage(log) < 0)
         return NULL;
+    log->updates = 1;
     if (log_event(log, mark->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
                   (int64_t)(intptr_t)optimizer, 0) < 0)
         return NULL;

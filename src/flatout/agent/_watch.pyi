@@ -9,6 +9,7 @@ class Log:
     new_root: Callable[[Any], bool]
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
+    tensor_type: type
     read_loss: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None

@@ -79,7 +79,7 @@ class Hooks:
 
     Args:
         turns: where the events go.
-        read_loss: turns a loss tensor into what is kept of it (called before backward).
+        read_loss: turns a loss tensor that is not on the CPU into what is kept of it.
         on_skip: called with a subject and a reason when something cannot be watched.
         on_failure: called with a subject and the error when something of ours has failed.
     """
@@ -139,6 +139,7 @@ class Hooks:
         log.new_root = self._new_root
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
+        log.tensor_type = torch.Tensor
         log.read_loss = self._contained("loss", self._read_loss)
         log.losses = []
         self._callbacks_changed()

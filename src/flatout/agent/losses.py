@@ -1,8 +1,9 @@
 """Reading losses without making the program wait.
 
-On the CPU a loss is there as soon as its tensor is. On an accelerator ``.item()`` would wait for
-everything queued before it, so the value is copied to pinned memory behind the work that computes
-it, with an event after the copy, and read once the event has come to pass.
+On the CPU a loss is there as soon as its tensor is (``_watch.c`` reads it). On an accelerator
+``.item()`` would wait for everything queued before it, so the value is copied to pinned memory
+behind the work that computes it, with an event after the copy, and read once the event has come
+to pass.
 """
 
 from __future__ import annotations
@@ -51,16 +52,14 @@ class LossReader:
         self.peak_device_bytes: int | None = None
 
     def read(self, loss: torch.Tensor) -> object:
-        """Take note of a loss, a tensor with one element, before backward runs.
+        """Take note of the loss on an accelerator that backward is about to start from.
 
-        Returns a float, or what ``values`` can turn into one later.
+        Returns what ``values`` turns into a number later, ``None`` if it has several elements.
         """
         import torch
 
-        if type(loss) not in (torch.Tensor, torch.nn.Parameter):
-            return None  # distributed and fake tensors: reading one may be a collective
-        if loss.device.type == "cpu":
-            return loss.item()
+        if loss.numel() != 1:
+            return None
         if loss.device.type in _STREAM_DEVICES:
             value = torch.empty((), dtype=loss.dtype, pin_memory=True)
             value.copy_(loss.detach().reshape(()), non_blocking=True)

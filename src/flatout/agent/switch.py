@@ -50,6 +50,7 @@ class Switch:
         self._arm: int | None = None
         self._undos: list[knobs.Undo] = []
         self._out: set[int] = set()
+        self._diverged: set[int] = set()
         self._unread: deque[tuple[int, list[object]]] = deque()
         self._baseline_diverges = False
         self._spoilt = False
@@ -132,12 +133,15 @@ class Switch:
                 self._non_finite(arm)
 
     def _non_finite(self, arm: int) -> None:
-        if arm == BASELINE and self._out:
+        if arm in self._diverged or self._baseline_diverges:
+            return
+        if self._diverged:
             self._spoilt = True
             self._session.event(
                 "noticed", "comparison", "ended: a failed arm has left non-finite weights behind"
             )
         elif arm == BASELINE:
             self._baseline_diverges = True
-        elif arm not in self._out and not self._baseline_diverges:
+        else:
+            self._diverged.add(arm)
             self._disqualify(arm, "a loss is not finite")
