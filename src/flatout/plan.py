@@ -1,0 +1,314 @@
+"""The plan: which settings a job runs with, and the evidence for it. A TOML file, never code.
+
+version = 1
+
+[plan]                      # knob = "setting"; the only table that is required
+precision = "bf16"
+
+[job]                       # what it was measured on
+command = ["python", "train.py"]
+program_sha256 = "..."      # of the script's file
+
+[machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
+
+[evidence]
+settings = {precision = "bf16"}   # what was proven; another [plan] is unproven
+ratio = 1.61                # bare step time over the plan's, from fresh processes
+ratio_low, ratio_high       # 95 % confidence interval
+pairs = 4
+bare_step_ms, plan_step_ms  # medians
+[evidence.in_process]       # knob = ratio of that knob alone, inside one process
+[[evidence.losses]]         # one for each backward call of a step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flatout import knobs
+from flatout.errors import UserError
+
+PLAN_VERSION = 1
+PLAN_FILE = "flatout.toml"
+
+Fact = str | int | float | bool
+
+
+class PlanError(UserError):
+    """A plan that cannot be read; the message names file, line and key."""
+
+
+@dataclass(frozen=True)
+class LossEvidence:
+    """The losses of one backward call of the step, bare against plan.
+
+    Attributes:
+        bare_final, plan_final: mean over the last quarter of the steps and over all seeds.
+        difference: mean paired difference, plan minus bare, where it is largest.
+        margin: largest mean difference that passes: one standard deviation of bare's own spread.
+        yardstick: ``"seeds"`` (spread between seeds), or ``"batches"`` (scatter between steps,
+            where the program sets its own seed).
+    """
+
+    bare_final: float
+    plan_final: float
+    difference: float
+    margin: float
+    yardstick: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a plan was written for; see the format above.
+
+    Attributes:
+        settings: what was proven.
+        ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
+        pairs: pairs of fresh processes behind it.
+        bare_step_ms, plan_step_ms: medians over all of them.
+        steps: horizon: how many steps from the start the proof covers.
+        seeds: how many seeds it was repeated with.
+        bare_repeats: whether bare gave identical losses twice.
+        verdict: ``"bitwise"`` or ``"non-inferior"``.
+        in_process: ratio of each knob alone, compared inside one process.
+        losses: one entry for each backward call of the step.
+    """
+
+    settings: Mapping[str, str]
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+    bare_step_ms: float
+    plan_step_ms: float
+    steps: int
+    seeds: int
+    bare_repeats: bool
+    verdict: str
+    in_process: Mapping[str, float] = field(default_factory=dict)
+    losses: tuple[LossEvidence, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Knob settings, what they were made for, and why.
+
+    Attributes:
+        settings: ``knob -> setting``.
+        command: the job it was made for; empty in a plan written by hand.
+        program_sha256: hash of the job's script, see ``program_sha256``.
+        machine: fingerprint of the machine, and torch's version.
+        evidence: ``None`` in a plan written by hand.
+    """
+
+    settings: Mapping[str, str]
+    command: tuple[str, ...] = ()
+    program_sha256: str | None = None
+    machine: Mapping[str, Fact] = field(default_factory=dict)
+    evidence: Evidence | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the evidence is for these very settings."""
+        return self.evidence is not None and dict(self.evidence.settings) == dict(self.settings)
+
+    def write(self, path: Path) -> None:
+        """Write the plan, replacing a file that is there.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        import tomlkit
+
+        document = tomlkit.document()
+        document.add(tomlkit.comment("Written by flatout tune. Apply it with:"))
+        document.add(tomlkit.comment(f"  flatout run --plan {path.name} -- COMMAND"))
+        document.add("version", tomlkit.item(PLAN_VERSION))
+        settings = tomlkit.table()
+        for name, setting in self.settings.items():
+            settings.add(name, setting)
+            settings[name].comment(knobs.get(name).summary)
+        document.add("plan", settings)
+        job: dict[str, Any] = {}
+        if self.command:
+            job["command"] = list(self.command)
+        if self.program_sha256 is not None:
+            job["program_sha256"] = self.program_sha256
+        if job:
+            document.add("job", tomlkit.item(job))
+        if self.machine:
+            document.add("machine", tomlkit.item(dict(self.machine)))
+        if self.evidence is not None:
+            evidence = dataclasses.asdict(self.evidence)
+            evidence["losses"] = list(evidence["losses"])
+            document.add("evidence", tomlkit.item(evidence))
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(tomlkit.dumps(document), "utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise PlanError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        PlanError: the file cannot be read, is not TOML, or holds what no plan holds.
+    """
+    import tomlkit
+    from tomlkit.exceptions import ParseError
+
+    try:
+        text = path.read_text("utf-8")
+        document = tomlkit.parse(text).unwrap()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PlanError(f"{path} cannot be read: {reason}") from error
+    except ParseError as error:
+        raise PlanError(f"{path} line {error.line}: this is not TOML: {error}") from error
+    return _Reader(path, text).plan(document)
+
+
+def program_sha256(command: Sequence[str], folder: Path | None = None) -> str | None:
+    """SHA-256 of the first file named by the command that is Python source, ``None`` without one.
+
+    Args:
+        command: the job.
+        folder: where it is started, by default the current directory.
+    """
+    for word in command:
+        path = (folder or Path.cwd()) / word
+        if path.suffix == ".py" and path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+class _Reader:
+    """Turns a parsed document into a plan; every error names file, line and key."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._lines = text.splitlines()
+
+    def plan(self, document: dict[str, Any]) -> Plan:
+        version = document.get("version", PLAN_VERSION)
+        if version != PLAN_VERSION:
+            self._fail((), "version", f"is {version}, this flatout reads {PLAN_VERSION}")
+        tables = ("plan", "job", "machine", "evidence")
+        self._known((), document, ("version", *tables))
+        for table in tables:
+            if not isinstance(document.get(table, {}), dict):
+                self._fail((), table, "must be a table")
+        if "plan" not in document:
+            raise PlanError(f"{self._path} has no table [plan]")
+        settings = document["plan"]
+        self._settings(("plan",), settings)
+        job = document.get("job", {})
+        self._known(("job",), job, ("command", "program_sha256"))
+        command = job.get("command", [])
+        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+            self._fail(("job",), "command", "must be a list of strings")
+        digest = job.get("program_sha256")
+        if digest is not None and not isinstance(digest, str):
+            self._fail(("job",), "program_sha256", "must be a string")
+        machine = document.get("machine", {})
+        for key, value in machine.items():
+            if not isinstance(value, Fact):
+                self._fail(("machine",), key, "must be a string, a number, or true or false")
+        evidence = document.get("evidence")
+        return Plan(
+            settings=settings,
+            command=tuple(command),
+            program_sha256=digest,
+            machine=machine,
+            evidence=None if evidence is None else self._evidence(evidence),
+        )
+
+    def _evidence(self, table: dict[str, Any]) -> Evidence:
+        where = ("evidence",)
+        checked = dict(self._fields(where, table, Evidence))
+        self._settings((*where, "settings"), checked["settings"])
+        for knob, ratio in checked.get("in_process", {}).items():
+            if not _is_number(ratio):
+                self._fail((*where, "in_process"), knob, "must be a number")
+        checked["losses"] = tuple(
+            LossEvidence(**self._fields((*where, "losses"), entry, LossEvidence))
+            for entry in checked.get("losses", [])
+        )
+        return Evidence(**checked)
+
+    def _settings(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
+        for name, setting in table.items():
+            if not isinstance(setting, str):
+                self._fail(where, name, "must be a string, the setting of a knob")
+            try:
+                knobs.check(name, setting)
+            except knobs.UnknownSettingError as error:
+                self._fail(where, name, f"is not possible: {error}")
+
+    def _fields(self, where: tuple[str, ...], table: Any, kind: type) -> dict[str, Any]:
+        """Check keys and types of a table against the fields of a dataclass."""
+        if not isinstance(table, dict):
+            self._fail(where[:-1], where[-1], "must hold tables")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        self._known(where, table, tuple(fields))
+        for name, described in fields.items():
+            if name not in table:
+                if (
+                    described.default is dataclasses.MISSING
+                    and described.default_factory is dataclasses.MISSING
+                ):
+                    raise PlanError(f"{self._path}: [{'.'.join(where)}] has no key {name!r}")
+                continue
+            test, meaning = _TYPES[str(described.type).partition("[")[0]]
+            if not test(table[name]):
+                self._fail(where, name, f"must be {meaning}")
+        return table
+
+    def _known(self, where: tuple[str, ...], table: dict[str, Any], known: tuple[str, ...]) -> None:
+        for key in table:
+            if key not in known:
+                self._fail(where, key, f"is not known (known: {', '.join(known)})")
+
+    def _fail(self, where: tuple[str, ...], key: str, what: str) -> NoReturn:
+        line = self._line(where, key)
+        place = f"{self._path} line {line}" if line is not None else str(self._path)
+        raise PlanError(f"{place}: {'.'.join((*where, key))} {what}")
+
+    def _line(self, where: tuple[str, ...], key: str) -> int | None:
+        """Number of the line on which a key stands: under its table's header, or in a header."""
+        name = re.escape(".".join(where))
+        here = not where
+        quoted = rf"""["']?{re.escape(key)}["']?"""
+        for number, line in enumerate(self._lines, 1):
+            if re.match(r"\s*\[", line):
+                here = bool(re.match(rf"\s*\[+\s*{name}\s*\]", line)) if where else False
+                path = rf"{name}\." if where else ""
+                if re.match(rf"\s*\[+\s*{path}{quoted}\s*[\].]", line):
+                    return number
+            elif here and re.match(rf"\s*{quoted}\s*[=.]", line):
+                return number
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
+    "float": (_is_number, "a number"),
+    "Mapping": (lambda value: isinstance(value, dict), "a table"),
+    "tuple": (lambda value: isinstance(value, list), "a list"),
+}
+"""How the type of a dataclass's field is checked in TOML, by the start of its annotation."""

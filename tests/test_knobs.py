@@ -1,0 +1,352 @@
+"""Every knob on real torch objects, watched by a real session inside this process."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs.precision import in_float32
+from flatout.request import Request
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(Request(), tmp_path)
+    session.hooks.install(live=False)
+    yield session
+    session.hooks.remove()
+
+
+def events(session: Session) -> list[dict[str, Any]]:
+    session.record.flush()
+    if not session.record.path.exists():
+        return []
+    lines = session.record.path.read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "event"]
+
+
+def test_the_registry_finds_both_and_checks_names() -> None:
+    assert set(knobs.registry()) >= {"precision", "optimizer"}
+    for knob in knobs.registry().values():
+        assert set(knob.exactness) == set(knob.settings)
+    knobs.check("precision", "bf16")
+    with pytest.raises(knobs.UnknownSettingError, match="no knob 'speed'"):
+        knobs.check("speed", "bf16")
+    with pytest.raises(knobs.UnknownSettingError, match=r"'int3'.*bf16"):
+        knobs.check("precision", "int3")
+
+
+def test_the_controller_reads_the_registry_without_torch() -> None:
+    program = "import sys, flatout.knobs as k; k.registry(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# precision
+
+
+class Net(nn.Module):
+    """Keeps what its inner layer saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 4)
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.a(x)
+        self.seen.append(hidden.dtype)
+        return self.b(hidden)
+
+
+def test_precision_is_bfloat16_inside_and_float32_outside(session: Session) -> None:
+    net, x = Net(), torch.randn(2, 8)
+    bare = net(x)
+    undo = knobs.get("precision").apply(session, "bf16")
+    output = net(x)
+    output.sum().backward()
+    assert net.seen[-1] == torch.bfloat16
+    assert output.dtype == torch.float32
+    assert net.a.weight.grad is not None
+    assert net.a.weight.grad.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
+    undo()
+    torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
+    assert events(session) == []
+
+
+def test_precision_leaves_alone_what_the_program_has_decided(session: Session) -> None:
+    knobs.get("precision").apply(session, "bf16")
+    net = Net()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(2, 8)).dtype == torch.bfloat16
+    double = Net().double()
+    double(torch.randn(2, 8).double())
+    double(torch.randn(2, 8).double())
+    assert double.seen[-1] == torch.float64
+    reasons = [event["why"] for event in events(session)]
+    assert len(reasons) == 2
+    assert "autocast already" in reasons[0]
+    assert "float64" in reasons[1]
+
+
+class NotInBfloat16(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros(4, 4)
+        output[torch.arange(4)] = self.linear(x)  # the dtypes must match
+        return output
+
+
+def test_precision_turns_itself_off_where_bfloat16_is_not_implemented(session: Session) -> None:
+    knobs.get("precision").apply(session, "bf16")
+    torch.manual_seed(0)
+    net, x = NotInBfloat16(), torch.randn(4, 4)
+    with torch.no_grad():
+        bare = net(x)
+    torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
+    (event,) = events(session)
+    assert (event["what"], event["subject"]) == ("failed", "precision")
+    assert "NotInBfloat16" in event["why"]
+    assert "Traceback" in event["traceback"]
+
+
+def test_precision_lets_the_programs_own_errors_through(session: Session) -> None:
+    knobs.get("precision").apply(session, "bf16")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Net()(torch.randn(2, 9))
+    assert events(session) == []
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    cache: object = None
+
+
+def test_outputs_in_containers_come_back_in_float32() -> None:
+    low, count = torch.ones(2, dtype=torch.bfloat16), torch.arange(2)
+    cache = object()
+    output = in_float32(
+        OrderedDict(a=[low, count], b=(low, None), c=Pair(low, 1), d=Output(low, cache), e=cache)
+    )
+    assert isinstance(output, OrderedDict)
+    assert output["a"][0].dtype == torch.float32
+    assert output["a"][1] is count
+    assert output["b"][0].dtype == torch.float32
+    assert isinstance(output["c"], Pair)
+    assert output["c"].first.dtype == torch.float32
+    assert isinstance(output["d"], Output)
+    assert output["d"].logits.dtype == torch.float32
+    assert output["d"].cache is cache
+    assert output["e"] is cache
+    same = {"x": torch.ones(2), "y": [count]}
+    assert in_float32(same) is same
+    assert in_float32(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_precision_is_not_tried_where_the_machine_multiplies_bfloat16_slower() -> None:
+    match = knobs.get("precision").match
+    assert match(knobs.Facts("cpu")).settings == ("bf16",)
+    assert match(knobs.Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings == ("bf16",)
+    slow = match(knobs.Facts("cpu", {"bfloat16": 1e10, "float32": 2e11}))
+    assert slow.settings == ()
+    assert slow.refusal is not None
+    assert "10 GFLOP/s" in slow.refusal
+    assert "200 GFLOP/s" in slow.refusal
+
+
+# optimizer
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "plain SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, lr_decay=0.1),
+}
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for number in range(steps):
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts the calls of torch's fused kernels, which still run."""
+    calls: list[str] = []
+    for name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_"):
+        kernel = getattr(torch, name)
+
+        def counted(*args: Any, _name: str = name, _kernel: Any = kernel, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _kernel(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_fused_steps_leave_no_trace_in_checkpoints(
+    session: Session, kind: str, fused_calls: list[str]
+) -> None:
+    bare_net = conv_net()
+    bare = OPTIMIZERS[kind](bare_net.parameters())
+    train(bare_net, bare, 4)
+    assert not fused_calls
+
+    net = conv_net()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    undo = knobs.get("optimizer").apply(session, "fused")
+    train(net, optimizer, 4)
+    assert len(fused_calls) == 3  # all but the first, which creates the state
+    saved = copy.deepcopy(optimizer.state_dict())
+    undo()
+    train(net, optimizer, 2)
+    assert len(fused_calls) == 3
+
+    assert saved["param_groups"] == bare.state_dict()["param_groups"]
+    reference = bare.state_dict()["state"]
+    assert saved["state"].keys() == reference.keys()
+    for number, state in saved["state"].items():
+        for key, value in state.items():
+            expected = reference[number][key]
+            if isinstance(expected, torch.Tensor):
+                assert (value.dtype, value.device, value.stride()) == (
+                    expected.dtype,
+                    expected.device,
+                    expected.stride(),
+                )
+    assert vars(optimizer).keys() - vars(bare).keys() <= {"_need_device_dtype_check_for_fused"}
+    assert events(session) == []
+
+
+def test_the_same_number_of_fused_steps_gives_the_same_weights(session: Session) -> None:
+    for make in OPTIMIZERS.values():
+        bare_net, net = conv_net(), conv_net()
+        train(bare_net, make(bare_net.parameters()), 5)
+        undo = knobs.get("optimizer").apply(session, "fused")
+        train(net, make(net.parameters()), 5)
+        undo()
+        for mine, other in zip(net.parameters(), bare_net.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_change_their_memory_format_are_not_stepped_fused(
+    session: Session, fused_calls: list[str]
+) -> None:
+    results = []
+    for with_knob in (False, True):
+        net = conv_net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        undo = knobs.get("optimizer").apply(session, "fused") if with_knob else None
+        train(net, optimizer, 3)
+        net.to(memory_format=torch.channels_last)
+        calls = len(fused_calls)
+        train(net, optimizer, 3)
+        assert len(fused_calls) == calls
+        if undo is not None:
+            undo()
+        results.append([p.detach().clone() for p in net.parameters()])
+    for bare, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, bare, rtol=1e-4, atol=1e-5)
+    (event,) = events(session)
+    assert "memory format" in event["why"]
+
+
+class OwnStep(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+class NoStep(torch.optim.AdamW):
+    pass
+
+
+def test_optimizers_that_must_be_left_alone(session: Session, fused_calls: list[str]) -> None:
+    knobs.get("optimizer").apply(session, "fused")
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    for _ in range(3):
+        embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+    for make in (
+        lambda p: torch.optim.AdamW(p, foreach=True),
+        lambda p: torch.optim.AdamW(p, fused=False),
+        lambda p: torch.optim.RMSprop(p),
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+        lambda p: OwnStep(p, lr=0.1),
+    ):
+        net = conv_net()
+        train(net, make(net.parameters()), 3)
+    net = conv_net().to(torch.float64)
+    optimizer = torch.optim.Adam(net.parameters())
+    for _ in range(3):
+        net(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    assert fused_calls == []
+    assert all(event["what"] == "skipped" for event in events(session))
+    assert len(events(session)) == 6  # foreach and fused share one reason
+
+
+def test_a_subclass_without_a_step_of_its_own_is_stepped_fused(
+    session: Session, fused_calls: list[str]
+) -> None:
+    knobs.get("optimizer").apply(session, "fused")
+    net = conv_net()
+    train(net, NoStep(net.parameters()), 3)
+    assert len(fused_calls) == 2
+
+
+def test_closures_work_and_an_exception_in_one_leaves_no_flag(
+    session: Session, fused_calls: list[str]
+) -> None:
+    undo = knobs.get("optimizer").apply(session, "fused")
+    net = conv_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = net(torch.randn(2, 3, 8, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    def failing() -> Any:
+        raise KeyError("mine")
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(fused_calls) == 2
+    with pytest.raises(KeyError, match="mine"):
+        optimizer.step(failing)
+    undo()
+    assert optimizer.param_groups[0]["fused"] is None

@@ -1,0 +1,128 @@
+"""Plans survive the way to the file and back, and say where they are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flatout import plan
+from flatout.plan import Evidence, LossEvidence, Plan, PlanError
+
+PLAN = Plan(
+    settings={"precision": "bf16", "optimizer": "fused"},
+    command=("python", "train.py", "--name", 'a "quoted" one'),
+    program_sha256="ab" * 32,
+    machine={"cpu": "Some CPU", "cores": 2, "torch": "2.13.0+cpu"},
+    evidence=Evidence(
+        settings={"precision": "bf16", "optimizer": "fused"},
+        ratio=1.61,
+        ratio_low=1.55,
+        ratio_high=1.67,
+        pairs=4,
+        bare_step_ms=161.0,
+        plan_step_ms=100.0,
+        steps=60,
+        seeds=4,
+        bare_repeats=True,
+        verdict="non-inferior",
+        in_process={"precision": 1.5, "optimizer": 1.1},
+        losses=(
+            LossEvidence(1.25, 1.26, 0.01, 0.02, "seeds"),
+            LossEvidence(0.5, 0.5, 0.0, 0.1, "seeds"),
+        ),
+    ),
+)
+
+
+def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "flatout.toml"
+    PLAN.write(path)
+    assert plan.read(path) == PLAN
+    assert plan.read(path).proven
+    assert [entry.name for entry in tmp_path.iterdir()] == ["flatout.toml"]
+    assert "flatout run --plan flatout.toml" in path.read_text()
+
+
+def test_a_plan_by_hand_needs_its_settings_only(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[plan]\noptimizer = "fused"\n')
+    read = plan.read(path)
+    assert read == Plan(settings={"optimizer": "fused"})
+    assert not read.proven
+
+
+def test_an_edited_plan_is_no_longer_proven(tmp_path: Path) -> None:
+    path = tmp_path / "flatout.toml"
+    PLAN.write(path)
+    lines = path.read_text().splitlines()
+    first = next(line for line in lines if line.startswith("precision"))
+    path.write_text("\n".join(line for line in lines if line != first))
+    assert plan.read(path).settings == {"optimizer": "fused"}
+    assert not plan.read(path).proven
+
+
+MISTAKES = {
+    "not TOML": ("[plan]\nprecision = \n", r"line 2: this is not TOML"),
+    "no plan": ("version = 1\n", r"has no table \[plan\]"),
+    "unknown knob": ('[plan]\nspeed = "up"\n', r"line 2: plan.speed is not possible: .*'speed'"),
+    "unknown setting": (
+        '[plan]\noptimizer = "fused"\nprecision = "int3"\n',
+        r"line 3: plan.precision is not possible: .*'int3'.*bf16",
+    ),
+    "not a string": ("[plan]\nprecision = 16\n", r"line 2: plan.precision must be a string"),
+    "unknown table": ("[plan]\n[planned]\n", r"line 2: planned is not known"),
+    "unknown key": ('[plan]\n[job]\nname = "x"\n', r"line 3: job.name is not known"),
+    "plan is no table": ("plan = 3\n", r"line 1: plan must be a table"),
+    "command": ('[plan]\n[job]\ncommand = "x"\n', r"line 3: job.command must be a list"),
+    "machine": ("[plan]\n[machine]\ncores = [1]\n", r"line 3: machine.cores must be"),
+    "version": ("version = 2\n[plan]\n", r"line 1: version is 2, this flatout reads 1"),
+    "evidence lacks a key": ("[plan]\n[evidence]\nratio = 2.0\n", r"\[evidence\] has no key"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_with_their_place(tmp_path: Path, mistake: str) -> None:
+    text, message = MISTAKES[mistake]
+    path = tmp_path / "flatout.toml"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message) as caught:
+        plan.read(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_types_in_the_evidence_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "flatout.toml"
+    PLAN.write(path)
+    good = path.read_text()
+    for line, wrong in (
+        ("ratio = 1.61", 'ratio = "much"'),
+        ("pairs = 4", "pairs = 4.5"),
+        ("bare_repeats = true", "bare_repeats = 1"),
+        ("margin = 0.02", 'margin = "small"'),
+    ):
+        assert line in good
+        path.write_text(good.replace(line, wrong, 1))
+        key = line.partition(" ")[0]
+        with pytest.raises(PlanError, match=rf"line \d+: evidence\..*{key} must be"):
+            plan.read(path)
+
+
+def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be read: No such file"):
+        plan.read(tmp_path / "nothing.toml")
+    with pytest.raises(PlanError, match="cannot be read: Is a directory"):
+        plan.read(tmp_path)
+    with pytest.raises(PlanError, match="cannot be written"):
+        PLAN.write(tmp_path / "no folder" / "flatout.toml")
+
+
+def test_the_program_is_the_first_python_file_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print(1)\n")
+    command = ["python", "-u", "train.py", "--epochs", "3"]
+    before = plan.program_sha256(command, tmp_path)
+    assert before is not None
+    (tmp_path / "train.py").write_text("print(2)\n")
+    assert plan.program_sha256(command, tmp_path) not in (None, before)
+    assert plan.program_sha256(["python", "-c", "pass"], tmp_path) is None
