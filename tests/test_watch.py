@@ -1,0 +1,218 @@
+"""The watches themselves: what a program can see of them, which is to be nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flatout.agent import _watch
+from flatout.agent.hooks import Hooks
+from flatout.agent.turns import Turn, Turns
+
+torch = pytest.importorskip("torch")
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x: Any, fail: bool = False) -> Any:
+        if fail:
+            raise ValueError("from forward")
+        return self.linear(x)
+
+
+class Watched:
+    def __init__(self, live: bool) -> None:
+        self.closed: list[Turn] = []
+        self.failures: list[BaseException] = []
+        self.hooks = Hooks(
+            Turns(self.closed.append, lambda: self.hooks.optimizer_exists),
+            read_loss=lambda loss: None,
+            on_skip=lambda subject, why: pytest.fail(why),
+            on_failure=lambda subject, error: self.failures.append(error),
+        )
+        self.hooks.install(live)
+
+
+@pytest.fixture(params=[True, False], ids=["live", "batched"])
+def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
+    watched = Watched(request.param)
+    yield watched
+    watched.hooks.remove()
+    assert not watched.failures
+
+
+def train(net: Any, steps: int) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(steps):
+        net(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
+def formatted(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError):
+        return traceback.format_exc()
+    pytest.fail("it did not raise")
+
+
+class BrokenData(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        raise ValueError("from the dataset")
+
+
+FAILURES = {
+    "forward": lambda net: net(torch.ones(1, 4), fail=True),
+    "shapes": lambda net: net(torch.ones(1, 5)),
+    "backward": lambda net: torch.ones(1).backward(),
+    "grad": lambda net: torch.autograd.grad(torch.ones(1), torch.ones(1)),
+    "loader": lambda net: list(torch.utils.data.DataLoader(BrokenData())),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_tracebacks_read_as_without(failure: str) -> None:
+    bare_net = Net()
+    bare = formatted(lambda: FAILURES[failure](bare_net))
+    watched = Watched(live=False)
+    try:
+        net = Net()
+        train(net, 1)
+        seen = formatted(lambda: FAILURES[failure](net))
+    finally:
+        watched.hooks.remove()
+    assert _frames(seen) == _frames(bare)
+    assert seen.splitlines()[-1] == bare.splitlines()[-1]
+
+
+def _frames(text: str) -> list[str]:
+    """File, line and function of each frame but those of this test, which differ by line."""
+    return [
+        line for line in text.splitlines() if line.startswith("  File ") and __file__ not in line
+    ]
+
+
+def test_a_model_saved_copied_or_pickled_has_nothing_of_ours(watched: Watched) -> None:
+    net = Net()
+    train(net, 2)
+    assert b"flatout" not in pickle.dumps(net.linear)
+    clone = copy.deepcopy(net)
+    assert not any("flatout" in type(value).__module__ for value in vars(clone).values())
+    assert "flatout" not in repr(vars(net))
+
+
+def test_pickled_by_value_a_watch_is_the_original(watched: Watched) -> None:
+    train(Net(), 1)
+    watch = vars(Net)["__call__"]
+    assert isinstance(watch, _watch.Watch)
+    assert pickle.loads(pickle.dumps(watch)) is torch.nn.Module.__call__
+
+
+def test_seen_from_the_class_there_is_no_watch(watched: Watched) -> None:
+    train(Net(), 1)
+    assert Net.__call__ is torch.nn.Module.__call__
+    assert "__call__" not in vars(torch.nn.Module) or not isinstance(
+        vars(torch.nn.Module)["__call__"], _watch.Watch
+    )
+    assert not inspect.signature(Net).parameters
+    assert inspect.signature(torch.nn.Module.__call__) == inspect.signature(Net.__call__)
+
+
+def test_removed_everything_is_as_before() -> None:
+    before = [
+        vars(torch.utils.data.DataLoader)["__iter__"],
+        vars(torch.nn.Module).get("__setstate__"),
+        vars(torch.optim.Optimizer)["__init__"],
+        torch.autograd._engine_run_backward,
+    ]
+    watched = Watched(live=False)
+    train(Net(), 2)
+    watched.hooks.finish()
+    assert "__call__" not in vars(Net)
+    assert "__call__" not in vars(torch.nn.Linear)
+    assert before == [
+        vars(torch.utils.data.DataLoader)["__iter__"],
+        vars(torch.nn.Module).get("__setstate__"),
+        vars(torch.optim.Optimizer)["__init__"],
+        torch.autograd._engine_run_backward,
+    ]
+    assert [turn.updates for turn in watched.closed] == [1, 1]
+
+
+def test_two_watched_classes_of_one_line_note_a_call_once(watched: Watched) -> None:
+    class Child(Net):
+        pass
+
+    train(Net(), 1)
+    train(Child(), 3)
+    watched.hooks.read()
+    assert [turn.forwards for turn in watched.closed] == [1] * 4
+
+
+def test_a_forward_wrapper_gets_the_call_and_gives_the_result(watched: Watched) -> None:
+    def doubled(call: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        return 2 * call(module, *args, **kwargs)
+
+    net = Net()
+    x = torch.ones(1, 4)
+    expected = 2 * net(x)
+    watched.hooks.forward_wrappers.append(doubled)
+    assert torch.equal(net(x), expected)
+    watched.hooks.forward_wrappers.remove(doubled)
+    assert torch.equal(net(x), expected / 2)
+
+
+def test_losses_are_those_that_backward_started_from(watched: Watched) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    expected = []
+    for _ in range(3):
+        loss = net(torch.ones(1, 4)).sum()
+        expected.append(loss.item())
+        (gradient,) = torch.autograd.grad(loss, net.linear.bias, retain_graph=True)
+        assert gradient.sum() == 2
+        loss.backward(retain_graph=True)
+        torch.stack([loss, loss]).backward(torch.ones(2))  # no single scalar
+        optimizer.step()
+    watched.hooks.read()
+    assert [turn.losses for turn in watched.closed] == [[loss] for loss in expected]
+    assert [turn.backwards for turn in watched.closed] == [3] * 3
+
+
+def test_another_thread_does_not_spoil_the_turns(watched: Watched) -> None:
+    import threading
+
+    net, other = Net(), Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        net(torch.ones(1, 4)).sum().backward()
+        thread = threading.Thread(target=lambda: other(torch.ones(1, 4)).sum().backward())
+        thread.start()
+        thread.join()
+        optimizer.step()
+    watched.hooks.read()
+    assert [(t.forwards, t.backwards, t.updates) for t in watched.closed] == [(1, 1, 1)] * 3
+
+
+def test_a_signal_during_a_watched_call_reaches_the_program(watched: Watched) -> None:
+    import signal
+
+    class Interrupting(Net):
+        def forward(self, x: Any, fail: bool = False) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupting()(torch.ones(1, 4))
