@@ -20,13 +20,7 @@ from typing import Any
 
 from flatout.agent.hooks import Hooks
 from flatout.agent.losses import LossReader
-from flatout.agent.turns import (
-    DATA,
-    OPTIMIZER,
-    TRANSFER,
-    Turn,
-    Turns,
-)
+from flatout.agent.turns import DATA, OPTIMIZER, TRANSFER, Turn, Turns
 from flatout.record import (
     COLUMNS,
     ENVIRONMENT_NAMES,
@@ -153,6 +147,7 @@ class Session:
         """Write the rest of the record; called at the exit or at the stop."""
         if self._asleep:
             return
+        self._stages.clear()
         self.hooks.finish()
         self._write_read(wait=True)
         self._asleep = True
