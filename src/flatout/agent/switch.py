@@ -85,6 +85,7 @@ class Switch:
             self._left = self._comparison.block_steps
             self._session.arm = arm
             self._session.mark = "switched" if self._comparison.discard_steps else None
+            self._session.event("applied", f"arm {arm}", "its turn")
             return False
         return self._end()
 

@@ -1,0 +1,1 @@
+"""``flatout tune``: candidates, trials, statistics, proof, plan."""
