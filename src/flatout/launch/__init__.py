@@ -1,1 +1,109 @@
-"""Starting a job under the agent: environment, process, isolation. See ``start``."""
+"""Starting a job under the agent: run directory, environment, isolation, process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flatout import paths
+from flatout.errors import UserError
+from flatout.launch import environment as job_environment
+from flatout.launch import process
+from flatout.launch.runs import new_run_directory
+from flatout.request import Request
+
+OUTPUT_FILE = "output.txt"
+"""What the job has written, in the run directory, when it was captured."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has ended.
+
+    Attributes:
+        run_directory: where its record is.
+        returncode: its exit status; negative: it died by that signal.
+        seconds: from its start.
+        output: what it wrote to standard output and error, when that was captured.
+        timed_out: whether it was ended because its time was over.
+    """
+
+    run_directory: Path
+    returncode: int
+    seconds: float
+    output: str | None
+    timed_out: bool
+
+
+def start(
+    command: Sequence[str],
+    request: Request,
+    *,
+    isolate: bool = False,
+    output: Literal["inherit", "discard", "capture"] = "inherit",
+    timeout_seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run a trial of a job to its end; no process of it is left then.
+
+    Args:
+        command: program and arguments.
+        request: what the agent shall do.
+        isolate: in a copy-on-write view of the file system, discarded afterwards.
+        output: what becomes of the job's standard output and error.
+        timeout_seconds: end it after this time.
+        environment: variables of a plan.
+
+    Raises:
+        UserError: there is no such program, no place for the record, or no isolation to be had.
+    """
+    try:
+        run_directory = new_run_directory()
+        request.write(run_directory)
+    except OSError as error:
+        raise UserError(
+            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}"
+        ) from None
+    job = list(command)
+    if isolate:
+        job = _isolated(job, run_directory)
+    descriptor = _open_output(output, run_directory)
+    try:
+        ended = process.run(
+            job,
+            job_environment.job_environment(run_directory, environment or {}),
+            output=descriptor,
+            timeout_seconds=timeout_seconds,
+            contained=True,
+        )
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    captured = None
+    if output == "capture":
+        captured = (run_directory / OUTPUT_FILE).read_text("utf-8", "replace")
+    return Finished(run_directory, ended.returncode, ended.seconds, captured, ended.timed_out)
+
+
+def _isolated(job: list[str], run_directory: Path) -> list[str]:
+    from flatout.launch import isolation
+
+    reason = isolation.unavailable_reason()
+    if reason is not None:
+        raise UserError(
+            f"{reason} The job would be stopped half way, on your real files: give --in-place to "
+            "allow that."
+        )
+    return isolation.command(
+        job, passthrough=[run_directory], scratch=paths.cache_directory() / "scratch"
+    )
+
+
+def _open_output(output: str, run_directory: Path) -> int | None:
+    if output == "inherit":
+        return None
+    path = os.devnull if output == "discard" else str(run_directory / OUTPUT_FILE)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,0 +1,76 @@
+"""The command line: one module for each verb, found by looking into this folder.
+
+A verb's module has ``SUMMARY`` (one line), ``add_arguments(parser)``, ``execute(arguments) -> int``
+and ``TAKES_JOB``: whether a command stands after ``--``. Only the module of the verb that is run
+imports anything heavy, inside its functions: ``flatout --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flatout import __version__
+from flatout.errors import UserError
+
+
+def verbs() -> dict[str, Any]:
+    """The verbs' modules by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="flatout",
+        description="Makes PyTorch programs run as fast as the machine allows, and proves that "
+        "they still compute the same thing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"flatout {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in verbs().items():
+        usage = f"flatout {name} [options]" + (" -- COMMAND ..." if module.TAKES_JOB else "")
+        subparser = subparsers.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            usage=usage,
+            allow_abbrev=False,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(execute=module.execute, takes_job=module.TAKES_JOB)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, separator, job = words, False, []
+    if "--" in words:
+        at = words.index("--")
+        own, separator, job = words[:at], True, words[at + 1 :]
+    parser = build_parser()
+    arguments = parser.parse_args(own)
+    try:
+        if arguments.takes_job:
+            if not job:
+                raise UserError(
+                    "there is no command to run: put it after --, as in "
+                    f"flatout {arguments.verb} -- python train.py"
+                )
+            arguments.command = job
+        elif separator:
+            raise UserError(f"flatout {arguments.verb} takes no command")
+        return int(arguments.execute(arguments))
+    except UserError as error:
+        print(f"flatout: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("flatout: interrupted", file=sys.stderr)
+        return 130

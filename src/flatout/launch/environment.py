@@ -1,0 +1,38 @@
+"""The environment of a job: one module-path entry, the run directory, the plan's variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from flatout.request import DISABLE_VARIABLE, RUN_VARIABLE
+
+HOOK_DIRECTORY = Path(__file__).parent / "hook"
+
+
+def is_disabled() -> bool:
+    """Whether the user has switched the agent off."""
+    return os.environ.get(DISABLE_VARIABLE) == "1"
+
+
+def job_environment(
+    run_directory: Path | None, plan_variables: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment in which the job starts.
+
+    Args:
+        run_directory: where the agent records; ``None``: the job runs without the agent.
+        plan_variables: what the plan sets.
+    """
+    environment = {**os.environ, **plan_variables}
+    if run_directory is None or is_disabled():
+        return environment
+    hook = str(HOOK_DIRECTORY)
+    others = [
+        entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry != hook
+    ]
+    path = os.pathsep.join(others)
+    environment["PYTHONPATH"] = f"{hook}{os.pathsep}{path}" if path else hook
+    environment[RUN_VARIABLE] = str(run_directory)
+    return environment

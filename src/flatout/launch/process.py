@@ -1,0 +1,272 @@
+"""One job as a child process that a shell could not tell from the bare command.
+
+The job stays in flatout's process group and on its terminal, so that Ctrl-C, Ctrl-Z and the
+terminal itself reach it as they would bare. What is sent to flatout's own process is passed on:
+
+- a signal from the terminal has reached the job already, and is not passed on;
+- a signal sent to the whole process group has reached it as well. To tell it from one sent to
+  flatout alone, a *sentinel*, a small process in the same group, tells of every signal it gets;
+- a job that stops makes flatout stop, a job that dies by a signal makes flatout die by it.
+
+The sentinel also kills the job when flatout is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from flatout.errors import UserError
+
+_FROM_KERNEL = 0x80
+"""``si_code`` of a signal that the kernel sent, as the terminal's do (SI_KERNEL, sigaction(2))."""
+
+_IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
+"""CPython ignores these at its start; the job gets them back as they are for any command."""
+
+_WATCHED = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGWINCH,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCONT,
+    signal.SIGCHLD,
+}
+_PASSED_ON = _WATCHED - {signal.SIGCHLD, signal.SIGCONT}
+
+_SENTINEL_WAIT_S = 0.05
+"""How long to wait for the sentinel to tell of the same signal: the kernel sends it to all of the
+group at once, but the sentinel has to be scheduled."""
+
+_GRACE_S = 5.0
+"""Time between SIGTERM and SIGKILL for a job that has to end."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a job ended.
+
+    Attributes:
+        returncode: its exit status; negative: it died by that signal.
+        seconds: from its start.
+        timed_out: whether it was ended because its time was over.
+    """
+
+    returncode: int
+    seconds: float
+    timed_out: bool = False
+
+
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    output: int | None = None,
+    timeout_seconds: float | None = None,
+    contained: bool = False,
+) -> Exit:
+    """Run a command to its end.
+
+    Args:
+        command: program and arguments, as a shell would pass them.
+        environment: all of its environment.
+        output: file descriptor for its standard output and error, ``None``: flatout's own.
+        timeout_seconds: end it after this time.
+        contained: end every process it leaves behind (trials); otherwise they live on, as they
+            would bare.
+
+    Raises:
+        UserError: there is no such program, or it cannot be executed.
+        KeyboardInterrupt: a contained job was interrupted, or told to end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    started_s = time.monotonic()
+    if contained:
+        _adopt_orphans()
+    try:
+        pid = _spawn(command, environment, before, output)
+        sentinel = _Sentinel(pid, started_by=os.getpid())
+        try:
+            status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s)
+        finally:
+            sentinel.end()
+            if contained:
+                _end_descendants()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if contained and interrupted:
+        raise KeyboardInterrupt
+    return Exit(os.waitstatus_to_exitcode(status), time.monotonic() - started_s, timed_out)
+
+
+def exit_like(returncode: int) -> int:
+    """End this process as the job has ended: by the same signal, or with the same status."""
+    if returncode >= 0:
+        return returncode
+    number = -returncode
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    return 128 + number  # the signal's default is not to end a process
+
+
+def _spawn(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    mask: Collection[int],
+    output: int | None,
+) -> int:
+    actions = []
+    if output is not None:
+        actions = [(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+    try:
+        return os.posix_spawnp(
+            command[0],
+            list(command),
+            dict(environment),
+            file_actions=actions,
+            setsigmask=mask,
+            setsigdef=_IGNORED_BY_PYTHON,
+        )
+    except FileNotFoundError:
+        raise UserError(f"there is no program {command[0]!r}", 127) from None
+    except (PermissionError, OSError) as error:
+        raise UserError(f"{command[0]!r} cannot be executed: {error.strerror}", 126) from None
+
+
+def _wait(
+    pid: int, sentinel: _Sentinel, timeout_seconds: float | None, started_s: float
+) -> tuple[int, bool, bool]:
+    """Wait for the job's end, passing signals on; its wait status, if timed out, if interrupted."""
+    timed_out = interrupted = False
+    kill_at_s: float | None = None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+        if done == pid and os.WIFSTOPPED(status):
+            os.kill(os.getpid(), signal.SIGSTOP)  # with the job, so that the shell takes over
+            os.kill(pid, signal.SIGCONT)
+            continue
+        if done == pid:
+            return status, timed_out, interrupted
+        now_s = time.monotonic()
+        deadline_s = kill_at_s
+        if timeout_seconds is not None and not timed_out:
+            deadline_s = started_s + timeout_seconds
+        received: signal.struct_siginfo | None
+        if deadline_s is None:
+            received = signal.sigwaitinfo(_WATCHED)
+        else:
+            received = signal.sigtimedwait(_WATCHED, max(0.0, deadline_s - now_s))
+        if received is None:
+            if timed_out:
+                os.kill(pid, signal.SIGKILL)
+                kill_at_s = None
+            else:
+                timed_out = True
+                kill_at_s = now_s + _GRACE_S
+                os.kill(pid, signal.SIGTERM)
+        elif received.si_signo in _PASSED_ON:
+            interrupted |= received.si_signo in (signal.SIGINT, signal.SIGTERM)
+            to_all = received.si_code == _FROM_KERNEL or sentinel.got(received.si_signo)
+            if not to_all:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, received.si_signo)
+
+
+class _Sentinel:
+    """A process in the same group that tells of signals sent to the group.
+
+    Args:
+        job: killed when flatout's process is gone.
+        started_by: flatout's process.
+    """
+
+    def __init__(self, job: int, started_by: int) -> None:
+        self._told, tell = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                os.close(self._told)
+                _stand_sentinel(tell, job, started_by)
+            finally:
+                os._exit(0)
+        os.close(tell)
+
+    def got(self, number: int) -> bool:
+        """Whether the sentinel has got this signal as well."""
+        deadline_s = time.monotonic() + _SENTINEL_WAIT_S
+        while True:
+            wait_s = max(0.0, deadline_s - time.monotonic())
+            if not select.select([self._told], [], [], wait_s)[0]:
+                return False
+            told = os.read(self._told, 1)
+            if not told:
+                return False
+            if told[0] == number:
+                return True
+
+    def end(self) -> None:
+        """End the sentinel."""
+        os.close(self._told)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def _stand_sentinel(tell: int, job: int, started_by: int) -> None:
+    """The sentinel's whole life; signals were blocked before the fork."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):  # a pipe that others read must end with the job
+        os.dup2(null, descriptor)
+    while True:
+        received = signal.sigtimedwait(_WATCHED, 0.5)
+        if os.getppid() != started_by:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job, signal.SIGKILL)
+            return
+        if received is not None and received.si_signo in _PASSED_ON:
+            os.write(tell, bytes([received.si_signo]))
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what the job's processes leave behind (prctl(2), Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    pr_set_child_subreaper = 36  # linux/prctl.h
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    descendants = psutil.Process().children(recursive=True)
+    for process in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(descendants, timeout=_GRACE_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_GRACE_S)
