@@ -1,0 +1,49 @@
+# Everything a checkout needs. Python 3.11 or later (3.10 runs flatout, not this set of pins) and a
+# C compiler.
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+all: test
+
+$(INSTALLED): pyproject.toml constraints.txt src/flatout/agent/_watch.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	./examples/demo.sh $(BIN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not measured and not frameworks"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Programs of Hugging Face, Accelerate, Lightning and timm under flatout, in environments of theirs.
+.venv-frameworks/.installed: constraints-frameworks.txt
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/pip install --quiet -c constraints-frameworks.txt \
+	    torch numpy transformers accelerate lightning mlxtend
+	touch $@
+
+.venv-timm/.installed: constraints-timm.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/pip install --quiet -c constraints-timm.txt torch torchvision timm numpy
+	touch $@
+
+frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
+	$(BIN)/python -m pytest -m frameworks
+
+# Measures time: run it on a machine that does nothing else.
+measured: $(INSTALLED)
+	$(BIN)/python -m pytest -m measured tests benchmarks
+
+clean:
+	rm -rf $(VENV) .venv-frameworks .venv-timm build dist src/flatout.egg-info
+	rm -f src/flatout/agent/_watch*.so
+
+.PHONY: all demo test lint frameworks measured clean
