@@ -36,7 +36,7 @@ def load_corpus(max_bytes: int = 4_000_000) -> tuple[torch.Tensor, torch.Tensor]
 def get_batch(
     text: torch.Tensor, batch_size: int, context: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows of ``text`` and the same windows one byte later, both (batch_size, context)."""
+    """Random windows of ``text``, and the same one byte later: both (batch_size, context)."""
     starts = torch.randint(len(text) - context - 1, (batch_size,), generator=generator).tolist()
     inputs = torch.stack([text[start : start + context] for start in starts])
     targets = torch.stack([text[start + 1 : start + context + 1] for start in starts])

@@ -1,4 +1,4 @@
-"""A small GPT: pre-norm transformer blocks with causal attention and dropout (Radford et al. 2019)."""
+"""A small GPT: pre-norm blocks with causal attention and dropout (Radford et al. 2019)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,308 @@
+"""What this machine can do at most, measured once under the job's own interpreter and cached.
+
+Nothing here is a datasheet's number: rates are measured by ``machine_probe.py`` in a process of its
+own, which imports torch; this module does not. What could not be measured is ``None``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flatout import paths
+from flatout.errors import UserError
+
+CACHE_VERSION = 1
+PROBE_SECONDS = 180
+"""Time limit of the measurement; it takes about ten seconds, of which torch's import is a part."""
+
+_FLAGS = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "bf16", "i8mm", "sve"),  # Arm
+)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do at most.
+
+    Attributes:
+        python: the interpreter it was measured with.
+        torch: version of its torch.
+        threads: torch's own choice of intra-op threads there.
+        matmul_flops_per_s: best rate of a matrix product by dtype name, on the accelerator if there
+            is one, else on the CPU.
+        memory_bytes_per_s: best rate of a copy there, bytes read plus bytes written.
+        page_fault_us: time of a first touch of a 4 KiB page.
+        devices: all of this by device type, with what an accelerator reports of itself.
+        measured_at_unix_s: when.
+        fingerprint: what must be the same for the figures to hold.
+    """
+
+    python: str
+    torch: str
+    threads: int
+    matmul_flops_per_s: Mapping[str, float | None]
+    memory_bytes_per_s: float | None
+    page_fault_us: float | None
+    devices: Mapping[str, Mapping[str, Any]]
+    measured_at_unix_s: float
+    fingerprint: Mapping[str, str | int | float]
+
+
+def ceilings(python: str, refresh: bool = False) -> Ceilings:
+    """The machine's ceilings for programs run by the interpreter ``python``.
+
+    Args:
+        python: path of an interpreter that can import torch.
+        refresh: measure even if there are cached figures.
+
+    Raises:
+        UserError: that interpreter cannot be run, or it has no torch.
+    """
+    key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
+    cache_file = paths.cache_directory() / "machine.json"
+    cached = _read_cache(cache_file)
+    if not refresh:
+        for entry in cached:
+            if entry["key"] == key:
+                return Ceilings(**entry["ceilings"])
+    measured = _measure(python)
+    entries = [entry for entry in cached if entry["key"] != key]
+    entries.append({"key": key, "ceilings": asdict(measured)})
+    _write_cache(cache_file, entries)
+    return measured
+
+
+def fingerprint() -> dict[str, str | int | float]:
+    """What identifies the machine: processor, cores to be had, memory, system."""
+    return {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "memory_gib": round(memory_limit_bytes() / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """Those of the processor's instruction sets that matter for speed here."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith(("flags", "Features")):
+            present = set(line.partition(":")[2].split())
+            return [flag for flag in _FLAGS if flag in present]
+    return []
+
+
+def usable_cores() -> float:
+    """Cores that this process may really use: its affinity mask, and its cgroup's CPU quota."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    quota = cgroup_cpu_quota()
+    return allowed if quota is None else min(float(allowed), quota)
+
+
+def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> float | None:
+    """CPU quota in cores, the smallest on the way up to the root; ``None``: no limit.
+
+    Args:
+        root: where the cgroup file systems are mounted.
+        own: content of ``/proc/self/cgroup``.
+
+    cgroup v2 ``cpu.max`` and v1 ``cpu.cfs_quota_us``, kernel documentation, "Control Group v2" and
+    "CFS Bandwidth Control".
+    """
+    quotas = []
+    for line in own.splitlines() if own is not None else _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        is_v2 = not controllers
+        if not is_v2 and "cpu" not in controllers.split(","):
+            continue
+        base = root if is_v2 else root / "cpu"
+        folder = base / path.lstrip("/")
+        while True:
+            quotas.append(_quota_v2(folder) if is_v2 else _quota_v1(folder))
+            if folder == base or base not in folder.parents:
+                break
+            folder = folder.parent
+    limits = [quota for quota in quotas if quota is not None]
+    return min(limits) if limits else None
+
+
+def _quota_v2(folder: Path) -> float | None:
+    words = "".join(_lines(str(folder / "cpu.max"))).split()
+    if len(words) != 2 or words[0] == "max":
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota = "".join(_lines(str(folder / "cpu.cfs_quota_us"))).strip()
+    period = "".join(_lines(str(folder / "cpu.cfs_period_us"))).strip()
+    if not quota or not period or int(quota) <= 0:
+        return None
+    return int(quota) / int(period)
+
+
+def memory_limit_bytes() -> int:
+    """Memory of the machine, or of this process's cgroup where that is less."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = "".join(_lines(f"/sys/fs/cgroup/{name}")).strip()
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def huge_pages() -> str | None:
+    """State of transparent huge pages: ``always``, ``madvise`` or ``never``."""
+    text = "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
+    chosen = re.search(r"\[(\w+)\]", text)
+    return chosen.group(1) if chosen else None
+
+
+def allocator() -> str:
+    """The C allocator that a job would get, and what steers it."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    for name in ("jemalloc", "tcmalloc", "mimalloc"):
+        if name in preloaded:
+            return name
+    try:
+        version = os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError, AttributeError):
+        version = None
+    steering = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name != "MALLOC_CONF")
+    ]
+    return " ".join([version or "the system's", *steering])
+
+
+def compiler() -> str | None:
+    """A C++ compiler that can build a Python extension, as ``torch.compile`` needs on a CPU."""
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if found is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\nint main() { return PY_MAJOR_VERSION - 3; }\n")
+        include = sysconfig.get_paths()["include"]
+        built = subprocess.run(
+            [found, f"-I{include}", "-fsyntax-only", str(source)],
+            capture_output=True,
+            check=False,
+        )
+    return found if built.returncode == 0 else None
+
+
+def default_python() -> str:
+    """The interpreter a job would most likely run with: the first on PATH, else flatout's own."""
+    return shutil.which("python") or shutil.which("python3") or sys.executable
+
+
+def _torch_stamp(python: str) -> str:
+    """Version of an interpreter's torch, without importing it.
+
+    Raises:
+        UserError: the interpreter cannot be run, or it has no torch.
+    """
+    code = "import importlib.metadata as m; print(m.version('torch'))"
+    try:
+        answer = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{python} cannot be run: {error}") from None
+    if answer.returncode != 0:
+        raise UserError(
+            f"{python} has no torch to measure with: name the job's interpreter with --python"
+        )
+    return answer.stdout.strip()
+
+
+def _measure(python: str) -> Ceilings:
+    script = Path(__file__).with_name("machine_probe.py")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLATOUT_")}
+    try:
+        answer = subprocess.run(
+            [python, "-P" if sys.version_info >= (3, 11) else "-s", str(script)],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"measuring the machine took more than {PROBE_SECONDS} s") from None
+    if answer.returncode != 0:
+        reason = answer.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"the machine could not be measured with {python}: {reason[0]}")
+    report = json.loads(answer.stdout)
+    devices = report["devices"]
+    main_device = devices[next(reversed(devices))]
+    return Ceilings(
+        python=python,
+        torch=report["torch"],
+        threads=report["threads"],
+        matmul_flops_per_s=main_device["matmul_flops_per_s"],
+        memory_bytes_per_s=main_device["memory_bytes_per_s"],
+        page_fault_us=report["page_fault_us"],
+        devices=devices,
+        measured_at_unix_s=time.time(),
+        fingerprint=fingerprint(),
+    )
+
+
+def _read_cache(file: Path) -> list[dict[str, Any]]:
+    try:
+        document = json.loads(file.read_text())
+        if document["version"] != CACHE_VERSION:
+            return []
+        entries = document["entries"]
+        return [e for e in entries if Ceilings(**e["ceilings"]) and isinstance(e["key"], dict)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"flatout: {file} cannot be read, measuring anew", file=sys.stderr)
+        return []
+
+
+def _write_cache(file: Path, entries: list[dict[str, Any]]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"version": CACHE_VERSION, "entries": entries}, indent=1))
+        temporary.replace(file)
+    except OSError as error:
+        print(f"flatout: {file} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
