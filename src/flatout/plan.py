@@ -74,7 +74,8 @@ class Evidence:
         pairs: pairs of fresh processes behind it.
         bare_step_ms, plan_step_ms: medians over all of them.
         steps: horizon: how many steps from the start the proof covers.
-        seeds: how many seeds it was repeated with.
+        seeds: how many seeds that changed anything it was repeated with (1: the program seeds
+            itself).
         bare_repeats: whether bare gave identical losses twice.
         verdict: ``"bitwise"`` or ``"non-inferior"``.
         in_process: ratio of each knob alone, compared inside one process.
@@ -146,9 +147,7 @@ class Plan:
         if self.machine:
             document.add("machine", tomlkit.item(dict(self.machine)))
         if self.evidence is not None:
-            evidence = dataclasses.asdict(self.evidence)
-            evidence["losses"] = list(evidence["losses"])
-            document.add("evidence", tomlkit.item(evidence))
+            document.add("evidence", tomlkit.item(_rounded(dataclasses.asdict(self.evidence))))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             partial.write_text(tomlkit.dumps(document), "utf-8")
@@ -297,6 +296,15 @@ class _Reader:
             elif here and re.match(rf"\s*{quoted}\s*[=.]", line):
                 return number
         return None
+
+
+def _rounded(value: Any) -> Any:
+    """``value`` with lists for tuples and every float in it to six significant digits."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _is_number(value: object) -> bool:

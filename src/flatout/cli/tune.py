@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flatout.machine import Ceilings
     from flatout.plan import Evidence
     from flatout.tune.tuner import Outcome
 
@@ -67,8 +66,6 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout.errors import UserError
     from flatout.tune.tuner import MINIMUM_STEPS, Options, Tuner
 
-    if not arguments.command:
-        raise UserError("tune needs a command: flatout tune -- python train.py ...")
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     for path in (arguments.plan, arguments.json):
@@ -81,7 +78,7 @@ def execute(arguments: argparse.Namespace) -> int:
         isolate=not arguments.in_place,
     )
     outcome = Tuner(
-        arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops
+        arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops_per_s
     ).run()
     if outcome.evidence is not None:
         _write_plan(arguments, outcome)
@@ -97,11 +94,11 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
-    from flatout import plan
+    from flatout import machine, plan
 
     header = outcome.header
-    machine: dict[str, plan.Fact] = {
-        **_ceilings(header["executable"]).fingerprint,
+    facts: dict[str, plan.Fact] = {
+        **machine.fingerprint(),
         "torch": header["torch"],
         "threads": header["threads"],
     }
@@ -109,7 +106,7 @@ def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
         settings=outcome.settings,
         command=tuple(arguments.command),
         program_sha256=plan.program_sha256(arguments.command),
-        machine=machine,
+        machine=facts,
         evidence=outcome.evidence,
     ).write(arguments.plan)
 
@@ -171,14 +168,13 @@ def _document(arguments: argparse.Namespace, outcome: Outcome) -> dict[str, Any]
     }
 
 
-def _ceilings(python: str) -> Ceilings:
+def _matmul_flops_per_s(python: str, device: str) -> Mapping[str, float | None]:
     from flatout import machine
 
-    return machine.ceilings(python)
-
-
-def _matmul_flops(python: str) -> Mapping[str, float]:
-    return {name: rate for name, rate in _ceilings(python).matmul_flops.items() if rate is not None}
+    rates: Mapping[str, float | None] = (
+        machine.ceilings(python).devices.get(device, {}).get("matmul_flops_per_s", {})
+    )
+    return rates
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from flatout.errors import UserError
+
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
@@ -30,13 +32,13 @@ class Facts:
 
     Attributes:
         device: type of the device that the job computes on (``"cpu"``, ``"cuda"``, ...).
-        matmul_flops: measured matrix product rate for each dtype name, in FLOP/s; a dtype that was
-            not measured is missing.
+        matmul_flops_per_s: measured matrix product rate of the device for each dtype name; ``None``
+            or missing where it was not measured.
         updates: whether optimizer objects step in the job's loop.
     """
 
     device: str
-    matmul_flops: Mapping[str, float] = field(default_factory=dict)
+    matmul_flops_per_s: Mapping[str, float | None] = field(default_factory=dict)
     updates: bool = True
 
 
@@ -73,7 +75,7 @@ class Knob:
     apply: Callable[[Session, str], Undo]
 
 
-class UnknownSettingError(ValueError):
+class UnknownSettingError(UserError):
     """A knob, or a setting of a knob, that does not exist."""
 
 

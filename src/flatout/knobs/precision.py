@@ -35,8 +35,8 @@ NAME = "precision"
 
 def match(facts: Facts) -> Match:
     """Refuses only where the machine was measured to multiply bfloat16 slower than float32."""
-    bf16 = facts.matmul_flops.get("bfloat16")
-    float32 = facts.matmul_flops.get("float32")
+    bf16 = facts.matmul_flops_per_s.get("bfloat16")
+    float32 = facts.matmul_flops_per_s.get("float32")
     if bf16 is not None and float32 is not None and bf16 < float32:
         return Match(
             (),

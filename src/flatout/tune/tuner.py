@@ -104,8 +104,8 @@ class Tuner:
         command: the job.
         options: what the user asks for.
         say: called with each line of progress.
-        measure: gives the measured matrix product rates (FLOP/s for each dtype) for the job's
-            interpreter.
+        measure: gives the measured matrix product rates (FLOP/s by dtype name) for the job's
+            interpreter and a device type.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Tuner:
         command: Sequence[str],
         options: Options,
         say: Callable[[str], None],
-        measure: Callable[[str], Mapping[str, float]],
+        measure: Callable[[str, str], Mapping[str, float | None]],
     ) -> None:
         self._command = command
         self._options = options
@@ -135,6 +135,7 @@ class Tuner:
         self._startup_s = max(first.seconds - sum(s.step_ms for s in first.process.steps) / 1e3, 0)
         self._steps = self._options.steps or max(len(first.process.steps), MINIMUM_STEPS)
         self._first = first
+        self._available = len(first.process.steps) if first.ended else None
         self._outcome.header = first.process.header
         self._say(
             f"bare: {self._step_s * 1e3:.4g} ms a step (median of {len(first.process.steps)} "
@@ -189,9 +190,10 @@ class Tuner:
     def _candidates(self) -> dict[str, str]:
         header, steps = self._first.process.header, self._first.process.steps
         on_accelerator = any(step.peak_device_bytes for step in steps)
+        device = str(header["accelerator"]) if on_accelerator else "cpu"
         facts = knobs.Facts(
-            device=str(header["accelerator"]) if on_accelerator else "cpu",
-            matmul_flops={} if on_accelerator else self._measure(str(header["executable"])),
+            device=device,
+            matmul_flops_per_s=self._measure(str(header["executable"]), device),
             updates=any(step.updates for step in steps),
         )
         candidates = {}
@@ -260,31 +262,34 @@ class Tuner:
             }
             if ratios.keys() == candidates.keys():
                 return ratios
-            if len(candidates) == len(names):
-                self._fit(done, names)
+            if len(candidates) == len(names):  # nothing failed, so the program ended too early
+                steps = len(done.process.steps)
+                if not done.ended or self._available == steps:
+                    raise UserError(f"the comparison of {_in_words(candidates)} gave no ratio")
+                self._available = steps
         return {}
 
-    def _fit(self, done: Trial, names: Sequence[str]) -> None:
-        """The program ended before all arms had their turns: shorten the blocks, or give up."""
-        steps = len(done.process.steps)
-        needed = WARMUP_STEPS + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * (len(names) + 1)
-        if not done.ended or steps < needed or self._available == steps:
-            raise UserError(
-                f"this program ends after {steps} training steps; to compare {len(names)} "
-                f"settings, tune needs at least {needed}"
-            )
-        self._available = steps
-
     def _comparison(self, candidates: Mapping[str, str]) -> Comparison:
+        """As long as the budget and the program allow.
+
+        Raises:
+            UserError: the program ends too early to compare anything.
+        """
         arms: tuple[dict[str, str], ...] = ({}, *({k: s} for k, s in candidates.items()))
         seconds = self._options.budget_seconds * COMPARISON_SHARE
         rounds = int(seconds / (self._step_s * BLOCK_STEPS * len(arms))) // 2 * 2
         rounds = min(max(rounds, MINIMUM_ROUNDS), MAXIMUM_ROUNDS)
         block_steps = BLOCK_STEPS
         if self._available is not None:
-            rounds = MINIMUM_ROUNDS
-            fitting = (self._available - WARMUP_STEPS) // (rounds * len(arms))
-            block_steps = min(block_steps, fitting)
+            usable = self._available - WARMUP_STEPS
+            rounds = min(rounds, max(usable // (block_steps * len(arms)) // 2 * 2, MINIMUM_ROUNDS))
+            block_steps = min(block_steps, usable // (rounds * len(arms)))
+            if block_steps < MINIMUM_BLOCK_STEPS:
+                needed = WARMUP_STEPS + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
+                raise UserError(
+                    f"this program ends after {self._available} training steps; to compare "
+                    f"{_in_words(candidates)} with bare, tune needs at least {needed}"
+                )
         return Comparison(
             arms=arms,
             block_steps=block_steps,
@@ -343,7 +348,7 @@ class Tuner:
             bare_step_ms=pairs.bare_step_ms,
             plan_step_ms=pairs.plan_step_ms,
             steps=verdict.steps,
-            seeds=ratio.pairs,
+            seeds=ratio.pairs if any(loss.yardstick == "seeds" for loss in verdict.losses) else 1,
             bare_repeats=verdict.bare_repeats,
             verdict=verdict.kind,
             in_process={name: self._outcome.in_process[name].value for name in settings},
