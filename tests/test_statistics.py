@@ -67,12 +67,13 @@ def ratios(steps: list[Step]) -> dict[int, statistics.Ratio]:
 
 
 def test_a_pair_alone_gives_no_interval() -> None:
-    with pytest.raises(ValueError, match="two pairs"):
-        statistics.ratio([0.1])
+    for interval in (statistics.claimed, statistics.in_sequence):
+        with pytest.raises(ValueError, match="two pairs"):
+            interval([0.1])
 
 
 def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
-    found = statistics.ratio([math.log(value) for value in (1.4, 1.5, 1.6, 1.7)])
+    found = statistics.claimed([math.log(value) for value in (1.4, 1.5, 1.6, 1.7)])
     # t(0.975, 3) = 3.182; standard deviation of the logs 0.08315
     assert found.value == pytest.approx(1.5459, abs=1e-3)
     assert found.low == pytest.approx(1.5459 * math.exp(-3.182 * 0.08315 / 2), rel=1e-3)
@@ -80,13 +81,30 @@ def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
     assert found.pairs == 4
 
 
+def test_the_signed_rank_interval_is_that_of_the_tables() -> None:
+    # Critical values of W for a two-sided 5 % test with 6 to 12 pairs: 0 2 3 5 8 10 13.
+    pairs = range(6, 13)
+    assert [statistics._critical_rank(count) for count in pairs] == [0, 2, 3, 5, 8, 10, 13]
+    assert statistics._critical_rank(5) is None
+    logs = [0.3, 0.1, 0.2, -0.05, 0.15, 0.25]
+    found = statistics.in_sequence(logs)
+    assert found.low == pytest.approx(math.exp(min(logs)))
+    assert found.high == pytest.approx(math.exp(max(logs)))
+
+
+def test_a_stall_of_a_whole_block_costs_one_pair_only() -> None:
+    logs = [0.10, 0.11, 0.09, -3.0, 0.12, 0.08, 0.10, 0.11, 0.09, 0.10, 0.12, 0.08]
+    found = statistics.in_sequence(logs)
+    assert found.value == pytest.approx(math.exp(0.1), rel=0.01)
+    assert found.low > 1
+    assert statistics.claimed(logs).low < 1
+
+
 def test_neighbours_that_resemble_each_other_widen_the_interval() -> None:
     walk = [0.0, 0.1, 0.2, 0.3, 0.3, 0.2, 0.1, 0.0]
-    close = statistics.ratio(walk, neighbours=True)
-    independent = statistics.ratio(walk)
+    shuffled = [0.0, 0.3, 0.1, 0.2, 0.0, 0.3, 0.1, 0.2]
+    close, independent = statistics.in_sequence(walk), statistics.in_sequence(shuffled)
     assert close.low < independent.low < independent.high < close.high
-    alternating = [0.0, 0.3] * 4
-    assert statistics.ratio(alternating, neighbours=True) == statistics.ratio(alternating)
 
 
 def test_blocks_are_told_apart_even_when_an_arm_follows_itself() -> None:

@@ -2,8 +2,8 @@
 
 Step times are skewed and drift: the machine's speed changes by 2x within minutes. So nothing here
 compares two means. Each block of steps counts once, by its median; arms are compared within pairs
-of rounds, whose mirrored order cancels a steady drift (see ``agent/switch.py``); and the interval
-is Student's t over the logarithms of these ratios, widened where neighbours resemble each other.
+of rounds, whose mirrored order cancels a steady drift (see ``agent/switch.py``); and intervals are
+taken over the logarithms of these ratios.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, combinations_with_replacement, pairwise
 from statistics import fmean, median, stdev
 
 from flatout.record import Step
@@ -24,7 +24,7 @@ class Ratio:
     """A speed-up: bare step time over the other's.
 
     Attributes:
-        value: geometric mean.
+        value: the estimate.
         low, high: confidence interval of it.
         pairs: number of pairs behind it.
     """
@@ -38,15 +38,11 @@ class Ratio:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
 
 
-def ratio(log_ratios: Sequence[float], neighbours: bool = False) -> Ratio:
-    """Geometric mean and t-interval of ratios given as natural logarithms.
+def claimed(log_ratios: Sequence[float]) -> Ratio:
+    """Geometric mean of ratios from independent pairs, with Student's t-interval.
 
     Args:
-        log_ratios: one for each pair, at least two.
-        neighbours: the pairs follow each other closely in one process, so that they may be
-            positively autocorrelated. The standard error then grows by
-            ``sqrt((1 + r) / (1 - r))``, with r their lag-1 autocorrelation where it is positive:
-            the effective sample size of a first-order autoregression (Bartlett 1946).
+        log_ratios: natural logarithms, one for each pair, at least two.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -57,19 +53,65 @@ def ratio(log_ratios: Sequence[float], neighbours: bool = False) -> Ratio:
     if count < 2:
         raise ValueError("an interval needs at least two pairs")
     centre = fmean(log_ratios)
-    error = stdev(log_ratios) / math.sqrt(count)
-    if neighbours and error > 0:
-        correlation = min(max(_lag_1(log_ratios), 0.0), 0.9)
-        error *= math.sqrt((1 + correlation) / (1 - correlation))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    half = quantile * stdev(log_ratios) / math.sqrt(count)
     return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
+
+
+def in_sequence(log_ratios: Sequence[float]) -> Ratio:
+    """Ratio of pairs that follow each other closely in one process, a few of which may be wild.
+
+    From six pairs on: the Hodges-Lehmann estimate (median of the means of all two) with the
+    interval that inverts Wilcoxon's signed-rank test (Hodges and Lehmann 1963), which from twelve
+    pairs on bears one in which the machine stood still; with fewer pairs as ``claimed``. The
+    interval grows by ``sqrt((1 + r) / (1 - r))``, with r the lag-1 autocorrelation where that is
+    positive: the effective sample size of a first-order autoregression (Bartlett 1946).
+
+    Args:
+        log_ratios: natural logarithms in the order of time, at least two.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    count = len(log_ratios)
+    rank = _critical_rank(count)
+    if rank is None:
+        simple = claimed(log_ratios)
+        centre, low, high = (math.log(x) for x in (simple.value, simple.low, simple.high))
+    else:
+        means = sorted((a + b) / 2 for a, b in combinations_with_replacement(log_ratios, 2))
+        centre, low, high = median(means), means[rank], means[-1 - rank]
+    correlation = min(max(_lag_1(log_ratios), 0.0), 0.9)
+    wider = math.sqrt((1 + correlation) / (1 - correlation))
+    return Ratio(
+        math.exp(centre),
+        math.exp(centre - (centre - low) * wider),
+        math.exp(centre + (high - centre) * wider),
+        count,
+    )
+
+
+def _critical_rank(count: int) -> int | None:
+    """Largest k with P(W <= k) <= 2.5 % for the signed-rank statistic W; ``None``: there is none.
+
+    W is the sum of those of the ranks 1 ... count that get a plus, each with probability 1/2.
+    """
+    ways = [1]
+    for rank in range(1, count + 1):
+        longer = [*ways, *[0] * rank]
+        for total, number in enumerate(ways):
+            longer[total + rank] += number
+        ways = longer
+    below = [total / 2**count for total in accumulate(ways)]
+    tail = (1 - CONFIDENCE) / 2
+    return sum(probability <= tail for probability in below) - 1 if below[0] <= tail else None
 
 
 def _lag_1(values: Sequence[float]) -> float:
     centre = fmean(values)
     deviations = [value - centre for value in values]
     power = sum(deviation**2 for deviation in deviations)
-    return sum(one * other for one, other in pairwise(deviations)) / power
+    return sum(one * other for one, other in pairwise(deviations)) / power if power else 0.0
 
 
 def blocks(steps: Sequence[Step], discard_steps: int) -> list[tuple[int, list[float]]]:
@@ -116,7 +158,7 @@ def in_process_ratios(
         pairs = [(bare[n] + bare[n + 1] - mine[n] - mine[n + 1]) / 2 for n in range(0, rounds, 2)]
         pairs = [pair for pair in pairs if not math.isnan(pair)]
         if arm and len(pairs) >= 2:
-            ratios[arm] = ratio(pairs, neighbours=True)
+            ratios[arm] = in_sequence(pairs)
     return ratios
 
 

@@ -38,7 +38,7 @@ MAXIMUM_STEPS = 200
 MINIMUM_PAIRS, MAXIMUM_PAIRS = 4, 12
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
-MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 6, 16
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 6, 40
 
 FIRST_RUN_SHARE = 1 / 16
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
@@ -410,7 +410,7 @@ class Tuner:
             ]
             for with_plan in (False, True)
         }
-        ratio = statistics.ratio(
+        ratio = statistics.claimed(
             [math.log(b / p) for b, p in zip(times_ms[False], times_ms[True], strict=True)]
         )
         verdict = proof.judge(
