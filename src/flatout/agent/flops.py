@@ -6,7 +6,6 @@ multiply and an add are two operations.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ def _rnn_layer(sequence: Any, input_weight: Any, hidden_weight: Any, *_: Any, **
     """One layer, one direction: each time step multiplies its input and its state with all gates'
     weights. ``sequence`` is (time, batch, features)."""
     weights = int(input_weight.numel()) + int(hidden_weight.numel())
-    return 2 * math.prod(sequence.shape[:2]) * weights
+    return 2 * int(sequence.shape[0]) * int(sequence.shape[1]) * weights
 
 
 def _rnn_layer_backward(*args: Any, **kwargs: Any) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +47,7 @@ def start(
     output: Literal["inherit", "discard", "capture"] = "inherit",
     timeout_seconds: float | None = None,
     environment: Mapping[str, str] | None = None,
+    progress: Callable[[Path], None] | None = None,
 ) -> Finished:
     """Run a trial of a job to its end; no process of it is left then.
 
@@ -56,6 +58,7 @@ def start(
         output: what becomes of the job's standard output and error.
         timeout_seconds: end it after this time.
         environment: variables of a plan.
+        progress: called now and then with the run directory while the job runs.
 
     Raises:
         UserError: there is no such program, no place for the record, or no isolation to be had.
@@ -78,6 +81,7 @@ def start(
             output=descriptor,
             timeout_seconds=timeout_seconds,
             contained=True,
+            tick=None if progress is None else partial(progress, run_directory),
         )
     finally:
         if descriptor is not None:

@@ -14,13 +14,14 @@ The sentinel also kills the job when flatout is killed.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import select
 import signal
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.errors import UserError
@@ -56,6 +57,9 @@ _GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL for a job that has to end."""
 
 
+TICK_S = 0.5
+
+
 @dataclass(frozen=True)
 class Exit:
     """How a job ended.
@@ -78,6 +82,7 @@ def run(
     output: int | None = None,
     timeout_seconds: float | None = None,
     contained: bool = False,
+    tick: Callable[[], None] | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -88,6 +93,7 @@ def run(
         timeout_seconds: end it after this time.
         contained: end every process it leaves behind (trials); otherwise they live on, as they
             would bare.
+        tick: called every ``TICK_S`` while the job runs.
 
     Raises:
         UserError: there is no such program, or it cannot be executed.
@@ -101,7 +107,7 @@ def run(
         pid = _spawn(command, environment, before, output)
         sentinel = _Sentinel(pid, started_by=os.getpid())
         try:
-            status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s)
+            status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s, tick)
         finally:
             sentinel.end()
             if contained:
@@ -154,7 +160,11 @@ def _spawn(
 
 
 def _wait(
-    pid: int, sentinel: _Sentinel, timeout_seconds: float | None, started_s: float
+    pid: int,
+    sentinel: _Sentinel,
+    timeout_seconds: float | None,
+    started_s: float,
+    tick: Callable[[], None] | None,
 ) -> tuple[int, bool, bool]:
     """Wait for the job's end, passing signals on; its wait status, if timed out, if interrupted."""
     timed_out = interrupted = False
@@ -171,12 +181,19 @@ def _wait(
         deadline_s = kill_at_s
         if timeout_seconds is not None and not timed_out:
             deadline_s = started_s + timeout_seconds
+        wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - now_s)
+        if tick is not None:
+            wait_s = min(wait_s, TICK_S)
         received: signal.struct_siginfo | None
-        if deadline_s is None:
+        if wait_s == math.inf:
             received = signal.sigwaitinfo(_WATCHED)
         else:
-            received = signal.sigtimedwait(_WATCHED, max(0.0, deadline_s - now_s))
+            received = signal.sigtimedwait(_WATCHED, wait_s)
+        if tick is not None:
+            tick()
         if received is None:
+            if deadline_s is None or time.monotonic() < deadline_s:
+                continue
             if timed_out:
                 os.kill(pid, signal.SIGKILL)
                 kill_at_s = None

@@ -1,0 +1,79 @@
+"""From a record to a diagnosis: what a step's time goes to, and what would help."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flatout.doctor.case import Case
+from flatout.doctor.findings import Finding, find_all
+from flatout.errors import UserError
+from flatout.machine import Ceilings
+from flatout.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``flatout doctor`` found.
+
+    Attributes:
+        case: the figures behind it.
+        findings: what the time goes to, largest share first, those without a share last.
+    """
+
+    case: Case
+    findings: list[Finding]
+
+    @property
+    def bottleneck(self) -> str | None:
+        """Kind of the first finding."""
+        return self.findings[0].kind if self.findings else None
+
+    def document(self) -> dict[str, Any]:
+        """The diagnosis as JSON types; what was not measured is ``None``."""
+        case = self.case
+        last = case.steps[-1]
+        faults = [s.minor_faults for s in case.steps if s.minor_faults is not None]
+        return {
+            "program": case.process.header["program"],
+            "trains": case.process.trains,
+            "steps": len(case.steps),
+            "step_ms": case.step_ms,
+            "phases_ms": case.phases_ms,
+            "bottleneck": self.bottleneck,
+            "mfu": case.mfu,
+            "flops_per_step": case.flops_per_step,
+            "uncounted_operators": case.uncounted_operators,
+            "dtype": case.main_dtype,
+            "operators": [
+                {k: o[k] for k in ("name", "calls", "self_ms", "device_self_ms", "share")}
+                for o in case.operators[:20]
+            ],
+            "minor_faults_per_step": sum(faults) / len(faults) if faults else None,
+            "peak_rss_bytes": last.peak_rss_bytes,
+            "peak_device_bytes": last.peak_device_bytes,
+            "threads": case.process.header.get("threads"),
+            "usable_cores": case.usable_cores,
+            "findings": [asdict(finding) for finding in self.findings],
+            "record": str(case.process.path),
+        }
+
+
+def diagnose(
+    run: RunRecord, ceilings: Ceilings | None, usable_cores: float | None = None
+) -> Diagnosis:
+    """Diagnose the main process of a run.
+
+    Args:
+        run: its record.
+        ceilings: of the machine it ran on, ``None`` if not known.
+        usable_cores: that the job could use, ``None`` if not known.
+
+    Raises:
+        UserError: there is no step to diagnose.
+    """
+    process = run.main
+    if process is None or not process.turns:
+        raise UserError("no training or inference step was seen, so there is nothing to diagnose")
+    case = Case(process, ceilings, usable_cores)
+    return Diagnosis(case, find_all(case))

@@ -1,0 +1,23 @@
+"""Numbers so small that the processor computes with them slowly."""
+
+from __future__ import annotations
+
+from flatout.doctor.case import Case
+from flatout.doctor.findings import Finding
+
+DENORMAL_SHARE = 0.01
+"""Share of denormal parameters from which on they were seen to slow kernels down
+(pytorch/pytorch#19651, #23862)."""
+
+
+def find(case: Case) -> Finding | None:
+    denormal = case.facts.get("parameters", {}).get("denormal_share")
+    if case.on_accelerator or denormal is None or denormal < DENORMAL_SHARE:
+        return None
+    return Finding(
+        "denormals",
+        "denormal numbers",
+        [f"{denormal:.1%} of the parameters are smaller than float32's smallest normal number"],
+        None,
+        "edit: torch.set_flush_denormal(True) at the start",
+    )

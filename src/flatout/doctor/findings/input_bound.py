@@ -1,0 +1,25 @@
+"""The step waits for its data."""
+
+from __future__ import annotations
+
+from flatout.doctor.case import Case
+from flatout.doctor.findings import MATTERS, Finding
+
+
+def find(case: Case) -> Finding | None:
+    share = case.phase_share("data")
+    if share is None or share < MATTERS:
+        return None
+    evidence = [f"the loader keeps the step waiting {case.phases_ms['data']:.3g} ms"]
+    for loader in case.facts.get("loaders", []):
+        evidence.append(
+            f"a loader over {loader['dataset']} with {loader['workers']} workers, batches of "
+            f"{loader['batch_size']}"
+        )
+    return Finding(
+        "input-bound",
+        "waiting for data",
+        evidence,
+        share,
+        "edit: more loader workers (DataLoader(num_workers=..)), or cheaper samples",
+    )
