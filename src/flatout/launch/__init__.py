@@ -63,6 +63,8 @@ def start(
     Raises:
         UserError: there is no such program, no place for the record, or no isolation to be had.
     """
+    job = list(command)
+    process.check_program(job[0])
     try:
         run_directory = new_run_directory()
         request.write(run_directory)
@@ -70,7 +72,6 @@ def start(
         raise UserError(
             f"the record cannot be written to {paths.runs_directory()}: {error.strerror}"
         ) from None
-    job = list(command)
     if isolate:
         job = _isolated(job, run_directory)
     descriptor = _open_output(output, run_directory)

@@ -18,6 +18,7 @@ import math
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import time
@@ -117,6 +118,19 @@ def run(
     if contained and interrupted:
         raise KeyboardInterrupt
     return Exit(os.waitstatus_to_exitcode(status), time.monotonic() - started_s, timed_out)
+
+
+def check_program(program: str) -> None:
+    """Check that there is such a program, as ``run`` would find it.
+
+    Raises:
+        UserError: there is none, or it cannot be executed.
+    """
+    if shutil.which(program) is not None:
+        return
+    if os.sep in program and os.path.exists(program):
+        raise UserError(f"{program!r} cannot be executed: it is no executable file", 126)
+    raise UserError(f"there is no program {program!r}", 127)
 
 
 def exit_like(returncode: int) -> int:

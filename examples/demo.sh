@@ -1,0 +1,23 @@
+#!/bin/sh
+# Diagnose, tune and run the language example. Argument: the folder of flatout and python.
+set -eu
+bin=$(cd "$1" && pwd)
+PATH="$bin:$PATH"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp "$(dirname "$0")"/language/*.py "$folder"
+cd "$folder"
+
+show() {
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+show flatout doctor --quiet -- python train.py
+show flatout tune --plan flatout.toml -- python train.py
+if [ -f flatout.toml ]; then
+    show cat flatout.toml
+    show flatout run --plan flatout.toml -- python train.py --steps 100
+else
+    show flatout run -- python train.py --steps 100
+fi
