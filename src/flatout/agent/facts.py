@@ -28,9 +28,17 @@ def collect(session: Session) -> dict[str, Any]:
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "anomaly_detection": torch.is_anomaly_enabled(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "float32_matmul_precision": _float32_matmul_precision(),
         },
         "threads": torch.get_num_threads(),
     }
+
+
+def _float32_matmul_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program has set it by the newer interface, for single backends
+        return None
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,15 +1,22 @@
 """A short profiled window after the timed steps, aggregated in process.
 
 ``steps`` turns under torch's profiler, then one under the FLOP counter. Both are entered and left
-at step boundaries. The record gets one line::
+at step boundaries. The record gets one line; times and counts are those of one turn, and the
+profiler has slowed them down::
 
     {"kind": "profile", "steps": 5, "step_ms": 12.3,
-     "operators": [{"name", "calls", "self_ms", "device_self_ms"}, ..],  # per step, largest first
-     "operators_total_ms": 10.1, "operators_total_calls": 321.0,         # of all, listed or not
-     "flops_by_dtype": {"float32": 1.2e9}, "counted": ["aten::mm", ..],  # those with a formula
-     "facts": {..}}                                                      # see facts.py
+     "operators": [{"name": "aten::mm", "phase": "backward", "within": null, "calls": 4.0,
+                    "self_ms": 1.5, "device_self_ms": null}, ..],   # largest first
+     "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
+     "device_total_ms": null,                                       # all kernels of the accelerator
+     "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
+     "flops_by_dtype": {"float32": 1200000000},
+     "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
+     "facts": {..}}                                                 # see facts.py
 
-``step_ms`` here is that of the profiled steps, which the profiler slows down.
+An operator's ``phase`` is ``optimizer``, ``backward`` or null (anything else); ``within`` is
+``attention`` for what ``scaled_dot_product_attention`` does, forwards and backwards, where it has
+no fused kernel. What could not be profiled is missing; an event says why.
 """
 
 from __future__ import annotations
@@ -17,10 +24,11 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 from flatout.agent import facts
 from flatout.agent.flops import FlopCounter
@@ -29,12 +37,14 @@ from flatout.agent.turns import Turn
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
-LISTED_OPERATORS = 60
+LISTED_OPERATORS = 100
+"""The rest is some thousandths of a step, and in the totals."""
 
-_DEVICE_ACTIVITIES = {
-    "cuda": "CUDA",
-    "xpu": "XPU",
-}
+_BACKWARD_NODE = "autograd::engine::evaluate_function"
+_OPTIMIZER_STEP = "Optimizer.step#"
+_UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
+_ANNOTATIONS = (_OPTIMIZER_STEP, "Optimizer.zero_grad#", "ProfilerStep#", "enumerate(DataLoader)#")
+"""Ranges that only annotate: their own time is Python's, not an operator's."""
 
 
 class Profiler:
@@ -50,6 +60,7 @@ class Profiler:
         self._steps = steps
         self._left = 0
         self._started_ns = 0
+        self._faults: tuple[int, int] | None = None
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
         self._result: dict[str, Any] = {"kind": "profile", "steps": steps}
@@ -58,34 +69,43 @@ class Profiler:
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the window is over."""
         if turn.kind != "step" and self._session.hooks.turns.may_train():
+            if self._flops is not None:
+                self._flops.restart()
             return False  # an evaluation pass in between
         self._left -= 1
         return self._left <= 0 and self._next()
 
     def _start(self) -> bool:
         self._session.mark = "profiled"
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and accelerator.type in _DEVICE_ACTIVITIES:
-            name = _DEVICE_ACTIVITIES[accelerator.type]
-            activities.append(getattr(torch.profiler.ProfilerActivity, name))
         if torch.autograd.profiler._is_profiler_enabled:
             self._session.event("skipped", "profile", "the program has a profiler of its own on")
             return self._count()
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to the program's stderr
-        self._profiler = torch.profiler.profile(activities=activities)
-        self._profiler.start()
-        self._started_ns = time.perf_counter_ns()
+        try:
+            self._profiler = _new_profiler()
+            self._profiler.start()
+        except Exception as error:  # noqa: BLE001 - recorded with its traceback
+            self._profiler = None
+            self._failed("profile", error)
+            return self._count()
         self._left = self._steps
         self._next = self._stop
+        self._faults = _minor_faults()
+        self._started_ns = time.perf_counter_ns()
         return False
 
     def _stop(self) -> bool:
         window_ns = time.perf_counter_ns() - self._started_ns
-        self._profiler.stop()
-        self._result["step_ms"] = window_ns / 1e6 / self._steps
-        self._result.update(_operators(self._profiler, self._steps))
+        faults = _minor_faults()
+        try:
+            self._profiler.stop()
+            self._result.update(aggregate(self._profiler.events(), self._steps))
+        except Exception as error:  # noqa: BLE001 - recorded with its traceback
+            self._failed("profile", error)
         self._profiler = None
+        self._result["step_ms"] = window_ns / 1e6 / self._steps
+        if self._faults is not None and faults is not None:
+            self._result["minor_faults"] = (faults[0] - self._faults[0]) / self._steps
+            self._result["minor_faults_of_thread"] = (faults[1] - self._faults[1]) / self._steps
         return self._count()
 
     def _count(self) -> bool:
@@ -99,38 +119,105 @@ class Profiler:
         assert self._flops is not None
         self._flops.__exit__(None, None, None)
         self._result["flops_by_dtype"] = dict(self._flops.flops_by_dtype)
-        self._result["counted"] = sorted(self._flops.counted)
+        self._result["counted"] = dict(self._flops.counted)
+        self._result["uncountable"] = self._flops.uncountable
         self._session.mark = None
         try:
             self._result["facts"] = facts.collect(self._session)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
-            self._result["facts"] = None
-            why = f"{type(error).__name__}: {error}"
-            self._session.event("failed", "facts", why, traceback.format_exc())
+            self._failed("facts", error)
         self._session.record.write(self._result)
         return True
 
+    def _failed(self, subject: str, error: Exception) -> None:
+        why = f"{type(error).__name__}: {error}"
+        self._session.event("failed", subject, why, traceback.format_exc())
 
-def _operators(profiler: Any, steps: int) -> dict[str, Any]:
-    """Self times by operator; ranges that only annotate (``Optimizer.step#..``) are left out."""
-    averages = [
-        event
-        for event in profiler.key_averages()
-        if "#" not in event.key and not event.key.startswith("ProfilerStep")
-    ]
+
+def _new_profiler() -> Any:
+    # Kineto would write of its start and stop to the program's stderr; it reads this when used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type in ("cuda", "xpu"):
+        activities.append(getattr(torch.profiler.ProfilerActivity, accelerator.type.upper()))
+    return torch.profiler.profile(activities=activities)
+
+
+def _minor_faults() -> tuple[int, int] | None:
+    """Minor page faults of the process and of this thread so far, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    thread = getattr(resource, "RUSAGE_THREAD", None)  # Linux
+    if thread is None:
+        return None
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return of_process, resource.getrusage(thread).ru_minflt
+
+
+def aggregate(events: Iterable[Any], steps: int) -> dict[str, Any]:
+    """Self times by operator.
+
+    Args:
+        events: what ``torch.profiler.profile.events()`` gives, in the order of their starts.
+        steps: turns they belong to.
+    """
     has_device = torch.accelerator.is_available()
-    operators = [
-        {
-            "name": event.key,
-            "calls": event.count / steps,
-            "self_ms": event.self_cpu_time_total / 1e3 / steps,
-            "device_self_ms": event.self_device_time_total / 1e3 / steps if has_device else None,
-        }
-        for event in averages
-    ]
-    operators.sort(key=lambda o: max(o["self_ms"], o["device_self_ms"] or 0.0), reverse=True)
+    operators: dict[tuple[str, str | None, str | None], dict[str, Any]] = {}
+    places: dict[int, tuple[str | None, str | None]] = {}
+    attention_nodes: set[int] = set()
+    device_us = 0.0
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            if not event.is_user_annotation:
+                device_us += event.time_range.elapsed_us()
+            continue
+        name = event.name
+        parent = event.cpu_parent
+        phase, within = places[id(parent)] if parent is not None else (None, None)
+        node = event.sequence_nr  # of autograd, shared by what made it and what evaluates it
+        if name.startswith(_OPTIMIZER_STEP):
+            phase = "optimizer"
+        elif name.startswith(_BACKWARD_NODE):
+            phase = "backward"
+            if node in attention_nodes:
+                within = "attention"
+        elif phase != "backward":
+            if name.startswith(_UNFUSED_ATTENTION):
+                within = "attention"
+            if within is not None:
+                attention_nodes.add(node)
+            else:  # an operator without a node of its own shows the next one's number
+                attention_nodes.discard(node)
+            attention_nodes.discard(-1)
+        places[id(event)] = (phase, within)
+        if name.startswith(_ANNOTATIONS):
+            continue
+        operator = operators.setdefault(
+            (name, phase, within),
+            {
+                "name": name,
+                "phase": phase,
+                "within": within,
+                "calls": 0.0,
+                "self_ms": 0.0,
+                "device_self_ms": 0.0 if has_device else None,
+            },
+        )
+        operator["calls"] += 1 / steps
+        operator["self_ms"] += event.self_cpu_time_total / 1e3 / steps
+        if has_device:
+            operator["device_self_ms"] += event.self_device_time_total / 1e3 / steps
+    ordered = sorted(
+        operators.values(),
+        key=lambda o: max(o["self_ms"], o["device_self_ms"] or 0.0),
+        reverse=True,
+    )
     return {
-        "operators": operators[:LISTED_OPERATORS],
-        "operators_total_ms": sum(o["self_ms"] for o in operators),
-        "operators_total_calls": sum(o["calls"] for o in operators),
+        "operators": ordered[:LISTED_OPERATORS],
+        "operators_total_ms": sum(o["self_ms"] for o in ordered),
+        "operators_total_calls": sum(o["calls"] for o in ordered),
+        "device_total_ms": device_us / 1e3 / steps if has_device else None,
     }

@@ -3,127 +3,113 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from flatout import paths
-from flatout.errors import UserError
 
 if TYPE_CHECKING:
     from flatout.launch import Finished
     from flatout.machine import Ceilings
+    from flatout.record import RunRecord
 
-SUMMARY = "run some steps of a command and tell where their time goes"
+SUMMARY = "find what limits a program on this machine"
 TAKES_JOB = True
 
-PROFILED_STEPS = 5
-START_SECONDS = 600
-"""Time that a program may take beyond --seconds, for its imports, its data and a first step."""
+DEFAULT_STEPS = 60
+DEFAULT_SECONDS = 45.0
+PROFILE_STEPS = 5
+
+_PROGRESS_EVERY_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``flatout doctor``."""
     parser.add_argument(
-        "--steps", type=int, default=60, metavar="N", help="steps to time (default: 60)"
+        "--steps",
+        type=int,
+        default=DEFAULT_STEPS,
+        metavar="N",
+        help=f"steps to time; some more are profiled (default: {DEFAULT_STEPS})",
     )
     parser.add_argument(
         "--seconds",
         type=float,
-        default=45.0,
+        default=DEFAULT_SECONDS,
         metavar="S",
-        help="stop timing after S seconds in any case (default: 45)",
+        help="stop timing after this many seconds from torch's import on, at the end of a step "
+        f"(default: {DEFAULT_SECONDS:g})",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the diagnosis here as well"
+        "--json", type=Path, metavar="PATH", help="write the diagnosis here as well"
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="keep the command's output in a file, unshown"
+        "--quiet", action="store_true", help="keep the program's output in a file instead"
     )
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="let the command write to your real files, though it is stopped half way",
+        help="let the program write to your files: it is stopped half way",
     )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    from flatout import launch, machine
-    from flatout.doctor import diagnose
+    """Run the command for a while, diagnose it, print what was found."""
+    from flatout import doctor, launch, machine
+    from flatout.errors import UserError
     from flatout.record import RecordError, read_run
+    from flatout.report import terminal
     from flatout.request import Request
 
-    if arguments.steps < 1 or arguments.seconds <= 0:
-        raise UserError("--steps and --seconds must be positive")
-    request = Request(
-        stop_steps=arguments.steps,
-        stop_seconds=arguments.seconds,
-        profile_steps=PROFILED_STEPS,
+    if arguments.steps < 1:
+        raise UserError("--steps must be at least 1")
+    if not arguments.seconds > 0:
+        raise UserError("--seconds must be more than 0")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"{arguments.json} cannot be written: its folder does not exist")
+    progress = _Progress(arguments.steps)
+    finished = launch.start(
+        arguments.command,
+        Request(
+            stop_steps=arguments.steps,
+            stop_seconds=arguments.seconds,
+            profile_steps=PROFILE_STEPS,
+        ),
+        isolate=not arguments.in_place,
+        output="capture" if arguments.quiet else "inherit",
+        progress=progress.show if sys.stderr.isatty() else None,
     )
-    with _progress(arguments.steps) as progress:
-        finished = launch.start(
-            arguments.command,
-            request,
-            isolate=not arguments.in_place,
-            output="capture" if arguments.quiet else "inherit",
-            timeout_seconds=arguments.seconds + START_SECONDS,
-            progress=progress,
-        )
+    progress.clear()
     try:
         run = read_run(finished.run_directory)
     except RecordError as error:
-        raise UserError(str(error)) from None
-    _check_steps(finished, bool(run.main and run.main.turns), run.main is not None)
-    assert run.main is not None
-    diagnosis = diagnose(run, _ceilings(run.main.header["executable"]), machine.usable_cores())
+        raise UserError(f"the record cannot be read: {error}") from None
+    if run.main is None or not run.main.turns:
+        raise UserError(_why_no_step(run, finished, arguments.quiet))
+    diagnosis = doctor.diagnose(
+        run, _ceilings(run.main.header["executable"]), machine.usable_cores()
+    )
     if arguments.json is not None:
+        document = diagnosis.document() | {"returncode": finished.returncode}
         try:
-            arguments.json.write_text(json.dumps(diagnosis.document(), indent=1) + "\n")
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from None
-    from rich.console import Console
-
-    from flatout.report.terminal import print_diagnosis
-
-    console = Console(highlight=False)
-    print_diagnosis(diagnosis, console)
-    for event in run.main.events:
-        if event.what in ("failed", "skipped"):
-            console.print(f"note: {event.subject} {event.what}: {event.why}", markup=False)
-    if arguments.quiet:
-        output = paths.shown(finished.run_directory / launch.OUTPUT_FILE)
-        console.print(f"the command's output is in {output}", markup=False)
-    return 0
-
-
-def _check_steps(finished: Finished, has_steps: bool, has_record: bool) -> None:
-    """Say in one sentence why there is nothing to diagnose."""
-    if has_steps:
-        return
-    if finished.output:
-        sys.stderr.write(finished.output[-2000:])
-    if finished.timed_out:
-        raise UserError(f"the command made no step in {finished.seconds:.0f} s and was ended", 1)
+    sys.stdout.flush()
+    terminal.print_diagnosis(diagnosis, sys.stdout)
     if finished.returncode != 0:
-        raise UserError(
-            f"the command ended with status {finished.returncode} before its first step", 1
-        )
-    if has_record:
-        raise UserError("the command ended without a training or inference step", 1)
-    started = any(finished.run_directory.glob("started-*"))
-    reason = (
-        "never imported torch"
-        if started
-        else "started no Python that loads the agent (python -I, sudo, a container?)"
-    )
-    raise UserError(f"the command {reason}, so there is nothing to diagnose", 1)
+        print(f"flatout: the program {_ended(finished)} in its window", file=sys.stderr)
+    if arguments.quiet:
+        print(f"flatout: the program's output is in {_output_file(finished)}", file=sys.stderr)
+    return 0
 
 
 def _ceilings(python: str) -> Ceilings | None:
     from flatout import machine
+    from flatout.errors import UserError
 
+    print("flatout: comparing with what this machine can do", file=sys.stderr)
     try:
         return machine.ceilings(python)
     except UserError as error:
@@ -131,24 +117,66 @@ def _ceilings(python: str) -> Ceilings | None:
         return None
 
 
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[Path], None] | None]:
-    """A progress bar on standard error, when that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+def _why_no_step(run: RunRecord, finished: Finished, quiet: bool) -> str:
+    where = f"; its output is in {_output_file(finished)}" if quiet else ""
+    if finished.returncode != 0:
+        return f"the program {_ended(finished)} before its first step was over{where}"
+    if run.main is not None:
+        return f"no training or inference step was seen in this program{where}"
+    if any(finished.run_directory.glob("started-*")):
+        return f"this program never imported torch{where}"
+    return (
+        "no Python of this command loaded flatout's agent (python -I, sudo, a container, or no "
+        f"Python at all?){where}"
+    )
 
-    from flatout.record import RecordError, read_run
 
-    columns = (TextColumn("flatout: steps"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("steps", total=steps)
+def _ended(finished: Finished) -> str:
+    if finished.returncode < 0:
+        return f"died by signal {-finished.returncode}"
+    return f"exited with status {finished.returncode}"
 
-        def show(run_directory: Path) -> None:
-            with contextlib.suppress(RecordError):  # nothing written yet
-                process = read_run(run_directory).main
-                bar.update(task, completed=min(steps, len(process.turns) if process else 0))
 
-        yield show
+def _output_file(finished: Finished) -> str:
+    from flatout import paths
+    from flatout.launch import OUTPUT_FILE
+
+    return paths.shown(finished.run_directory / OUTPUT_FILE)
+
+
+class _Progress:
+    """One line on stderr that is written over.
+
+    Args:
+        steps: how many are wanted.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._shown_at_s = time.monotonic()
+        self._is_shown = False
+
+    def show(self, run_directory: Path) -> None:
+        """Count the steps recorded so far."""
+        from flatout.record import RecordError, read_run
+
+        now_s = time.monotonic()
+        if now_s - self._shown_at_s < _PROGRESS_EVERY_S:
+            return
+        self._shown_at_s = now_s
+        try:
+            main = read_run(run_directory).main
+        except RecordError:
+            return  # its first line is being written
+        done = min(len(main.turns), self._steps) if main is not None else 0
+        bar = ("█" * (20 * done // self._steps)).ljust(20, "·")
+        text = f"flatout: {bar} {done} of {self._steps} steps"
+        sys.stderr.write(f"\r\x1b[K{text}\r")  # what the program writes next goes over it
+        sys.stderr.flush()
+        self._is_shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._is_shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

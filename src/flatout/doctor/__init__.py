@@ -33,23 +33,26 @@ class Diagnosis:
         """The diagnosis as JSON types; what was not measured is ``None``."""
         case = self.case
         last = case.steps[-1]
-        faults = [s.minor_faults for s in case.steps if s.minor_faults is not None]
+        profiled = case.process.profile is not None
         return {
             "program": case.process.header["program"],
+            "torch": case.process.header["torch"],
             "trains": case.process.trains,
             "steps": len(case.steps),
+            "warmup_steps": len(case.warmup_steps),
+            "warmup_ms": sum(step.step_ms for step in case.warmup_steps),
             "step_ms": case.step_ms,
+            "mean_step_ms": case.mean_step_ms,
             "phases_ms": case.phases_ms,
+            "evaluations": len(case.evaluations),
+            "evaluation_ms": sum(turn.step_ms for turn in case.evaluations),
             "bottleneck": self.bottleneck,
             "mfu": case.mfu,
             "flops_per_step": case.flops_per_step,
-            "uncounted_operators": case.uncounted_operators,
+            "uncounted_operators": case.uncounted_operators if profiled else None,
             "dtype": case.main_dtype,
-            "operators": [
-                {k: o[k] for k in ("name", "calls", "self_ms", "device_self_ms", "share")}
-                for o in case.operators[:20]
-            ],
-            "minor_faults_per_step": sum(faults) / len(faults) if faults else None,
+            "operators": case.operators_by_name[:20] if case.operators else None,
+            "minor_faults_per_step": case.minor_faults_per_step,
             "peak_rss_bytes": last.peak_rss_bytes,
             "peak_device_bytes": last.peak_device_bytes,
             "threads": case.process.header.get("threads"),
@@ -73,7 +76,7 @@ def diagnose(
         UserError: there is no step to diagnose.
     """
     process = run.main
-    if process is None or not process.turns:
+    if process is None or not any(turn.mark is None for turn in process.turns):
         raise UserError("no training or inference step was seen, so there is nothing to diagnose")
     case = Case(process, ceilings, usable_cores)
     return Diagnosis(case, find_all(case))

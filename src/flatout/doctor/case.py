@@ -12,26 +12,46 @@ from flatout.machine import Ceilings
 from flatout.record import PHASES, ProcessRecord, Step
 
 WARMUP_STEPS = 3
-"""Steps left out at the beginning: allocator, thread pools, kernels and compilation warm up."""
+"""Steps left out at the beginning: compilation, allocator, thread pools and caches warm up."""
 
-COMPUTE_PHASES = ("forward", "loss", "backward", "optimizer")
-"""Phases whose time is spent in operators."""
-
-MATMUL_OPERATORS = (
-    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation"),
-    *("aten::mkldnn_linear", "mkldnn::_linear_pointwise", "aten::mv", "aten::addmv", "aten::dot"),
+MATMUL_OPERATORS = frozenset(
+    {
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation"),
+        *("aten::mkldnn_linear", "mkldnn::_linear_pointwise", "mkl::_mkl_linear"),
+        *("aten::mv", "aten::addmv", "aten::dot"),
+    }
 )
-CONVOLUTION_OPERATORS = (
-    *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::thnn_conv2d"),
-    *("aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward", "aten::slow_conv3d_forward"),
-    *("aten::cudnn_convolution", "aten::miopen_convolution", "aten::_conv_depthwise2d"),
+CONVOLUTION_OPERATORS = frozenset(
+    {
+        *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::thnn_conv2d"),
+        *("aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward", "aten::slow_conv3d_forward"),
+        *("aten::cudnn_convolution", "aten::miopen_convolution", "aten::_conv_depthwise2d"),
+        *("aten::convolution", "aten::_convolution", "aten::convolution_overrideable"),
+        *("mkldnn::_convolution_pointwise", "aten::mkldnn_convolution_backward"),
+    }
 )
-ARITHMETIC = ("mm", "conv", "linear", "attention", "rnn", "lstm", "gru", "fft", "matmul", "cdist")
-"""Parts of names of operators that compute more than they move."""
+_ARITHMETIC = (
+    *("attention", "rnn", "lstm", "gru", "fft", "linalg", "cdist", "trilinear", "conv", "matmul"),
+    *("mm", "linear", "cholesky", "svd", "solve", "embedding_bag"),
+)
+"""Parts of the names of operators that may compute more than they move. All others (elementwise,
+reductions, norms, random numbers, indexing, copies) add nothing worth counting to the FLOPs."""
 
 UNCOUNTED_SHARE = 0.05
-"""An arithmetic operator with no FLOP formula and more than this share of the operators' time makes
-the FLOPs of the step unknown: below, the error is within the noise of the rates."""
+"""An arithmetic operator without a FLOP formula that takes more than this of the operators' time
+makes the FLOPs of the step unknown; below, the error is within that of the rates."""
+
+HIDDEN_CALLS = 1.5
+"""Matrix products profiled over those counted, from which on some are taken to be hidden from the
+counter inside another operator; batches of changing shape move the quotient a little."""
+
+PROFILER_US = 8.0
+"""What torch's profiler adds to an operator at most: 2 to 5 microseconds on machines of today. What
+the profiled steps took beyond that is a change of the machine's speed."""
+
+LARGE_US = 20.0
+"""Mean time of an operator from which on its kernel is the larger part: Python, autograd and
+dispatch cost some 5 to 10 microseconds a call."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +59,16 @@ class Case:
     """One process of a run, with the ceilings of its machine.
 
     Attributes:
-        process: its record.
-        ceilings: of its machine, ``None`` when they could not be measured.
-        usable_cores: cores that the job could use.
+        process: its record; it has turns.
+        ceilings: of its machine, ``None`` when they are not known.
+        usable_cores: cores that the job could use, ``None`` when not known.
     """
 
     process: ProcessRecord
-    ceilings: Ceilings | None
+    ceilings: Ceilings | None = None
     usable_cores: float | None = None
+
+    # Steps and phases: from the timed steps alone
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -55,9 +77,32 @@ class Case:
         return timed[min(WARMUP_STEPS, max(0, len(timed) - 1)) :]
 
     @cached_property
+    def warmup_steps(self) -> list[Step]:
+        """The steps left out at the beginning."""
+        first = self.steps[0].at_s if self.steps else float("inf")
+        return [step for step in self.process.turns if step.at_s < first]
+
+    @cached_property
+    def evaluations(self) -> list[Step]:
+        """Evaluation passes between the timed steps of training."""
+        if not self.process.trains:
+            return []
+        first, last = self.steps[0], self.steps[-1]
+        return [
+            turn
+            for turn in self.process.evaluations
+            if turn.mark is None and first.at_s <= turn.at_s <= last.at_s
+        ]
+
+    @cached_property
     def step_ms(self) -> float:
         """Median step."""
         return statistics.median(step.step_ms for step in self.steps)
+
+    @cached_property
+    def mean_step_ms(self) -> float:
+        """Mean step, which the mean phases sum to."""
+        return statistics.fmean(step.step_ms for step in self.steps)
 
     @cached_property
     def phases_ms(self) -> dict[str, float | None]:
@@ -68,15 +113,17 @@ class Case:
             means[phase] = statistics.fmean(values) if values else None
         return means
 
-    @cached_property
-    def mean_step_ms(self) -> float:
-        """Mean step, which the phases sum to."""
-        return statistics.fmean(step.step_ms for step in self.steps)
+    def phase_share(self, *phases: str) -> float:
+        """Share of the step that these phases take; one that was not measured counts nothing."""
+        return sum(self.phases_ms[phase] or 0.0 for phase in phases) / self.mean_step_ms
 
-    def phase_share(self, phase: str) -> float | None:
-        """Share of a phase in the step."""
-        ms = self.phases_ms[phase]
-        return None if ms is None else ms / self.mean_step_ms
+    @property
+    def minor_faults_per_step(self) -> float | None:
+        """Minor page faults of all threads in a step."""
+        faults = [step.minor_faults for step in self.steps if step.minor_faults is not None]
+        return statistics.fmean(faults) if faults else None
+
+    # The profiled window
 
     @property
     def profile(self) -> Mapping[str, Any]:
@@ -93,45 +140,80 @@ class Case:
         """Whether the machine has an accelerator that torch can use."""
         return self.process.header.get("accelerator") is not None
 
+    @property
+    def device_share(self) -> float | None:
+        """Share of a profiled step in which the accelerator was busy, ``None`` without one."""
+        device_ms = self.profile.get("device_total_ms")
+        return min(1.0, device_ms / self.profile["step_ms"]) if device_ms else None
+
     @cached_property
     def operators(self) -> list[dict[str, Any]]:
-        """The operators of a step with their ``share`` of it, largest first.
+        """The operators of a step, each with its ``share`` of an unprofiled one, largest first.
 
-        The profiler slows small operators down. So times are scaled to what the timed steps left
-        for operators (their compute phases), and never scaled up.
+        The profiler adds about the same time to each call: what the profiled steps took longer than
+        the timed ones, over the calls, is taken off each (at most ``PROFILER_US``). Then an
+        operator's share is that of the profiled step, less what was taken off.
         """
-        operators = self.profile.get("operators") or []
-        total_ms = self.profile.get("operators_total_ms")
-        if not operators or not total_ms:
+        step_ms = self.profile.get("step_ms")
+        calls = self.profile.get("operators_total_calls")
+        if not step_ms or not calls:
             return []
-        compute_ms = sum(self.phases_ms[phase] or 0.0 for phase in COMPUTE_PHASES)
-        scale = min(1.0, compute_ms / total_ms) / self.mean_step_ms
-        return [{**o, "share": o["self_ms"] * scale} for o in operators]
+        added_ms = min(max(0.0, step_ms - self.mean_step_ms) / calls, PROFILER_US / 1e3)
+        undisturbed_ms = step_ms - added_ms * calls
+        return [
+            {**o, "share": max(0.0, o["self_ms"] - o["calls"] * added_ms) / undisturbed_ms}
+            for o in self.profile["operators"]
+        ]
 
-    def operators_share(self, wanted: Callable[[str], bool]) -> float:
-        """Share of the step spent in the operators with a wanted name."""
-        return float(sum(o["share"] for o in self.operators if wanted(o["name"])))
+    def operators_share(self, wanted: Callable[[Mapping[str, Any]], bool]) -> float:
+        """Share of the step spent in the wanted operators."""
+        return float(sum(o["share"] for o in self.operators if wanted(o)))
+
+    @property
+    def operators_by_name(self) -> list[dict[str, Any]]:
+        """Operators with one entry a name, whatever part of the step they are called from."""
+        merged: dict[str, dict[str, Any]] = {}
+        for operator in self.operators:
+            known = merged.setdefault(
+                operator["name"],
+                {"name": operator["name"], "calls": 0.0, "self_ms": 0.0, "share": 0.0}
+                | {"device_self_ms": None},
+            )
+            for key in ("calls", "self_ms", "share", "device_self_ms"):
+                if operator[key] is not None:
+                    known[key] = (known[key] or 0.0) + operator[key]
+        ordered = sorted(merged.values(), key=lambda o: o["share"], reverse=True)
+        return sorted(ordered, key=lambda o: o["device_self_ms"] or 0.0, reverse=True)
+
+    # FLOPs
 
     @cached_property
     def uncounted_operators(self) -> list[str]:
         """Operators that make the FLOPs of the step unknown."""
-        counted = {*self.profile.get("counted", ()), *MATMUL_OPERATORS, *CONVOLUTION_OPERATORS}
-        total_ms = self.profile.get("operators_total_ms") or 1.0
-        return [
-            o["name"]
-            for o in self.operators
-            if o["self_ms"] / total_ms > UNCOUNTED_SHARE
-            and o["name"] not in counted
-            and any(part in o["name"].lower() for part in ARITHMETIC)
-        ]
+        counted = self.profile.get("counted", {})
+        total_ms = self.profile.get("operators_total_ms")
+        if not total_ms:
+            return []
+        products = [o for o in self.operators if o["name"] in MATMUL_OPERATORS]
+        products_counted = sum(counted.get(name, 0) for name in MATMUL_OPERATORS)
+        is_same_work = not any(turn.mark for turn in self.process.evaluations)
+        hidden = is_same_work and (
+            sum(o["calls"] for o in products) > HIDDEN_CALLS * products_counted
+        )
+        known = {*counted}
+        if not hidden:
+            known |= MATMUL_OPERATORS
+        if any("conv" in name for name in counted):
+            known |= CONVOLUTION_OPERATORS
+        heavy = [o for o in self.operators_by_name if o["self_ms"] > UNCOUNTED_SHARE * total_ms]
+        uncounted = {o["name"] for o in heavy if _is_arithmetic(o["name"])} - known
+        return sorted(uncounted | self.profile.get("uncountable", {}).keys())
 
     @property
     def flops_per_step(self) -> int | None:
         """Floating point operations of a step; ``None`` when not known."""
         by_dtype = self.profile.get("flops_by_dtype")
-        if not by_dtype or self.uncounted_operators:
-            return None
-        return int(sum(by_dtype.values()))
+        return None if by_dtype is None or self.uncounted_operators else sum(by_dtype.values())
 
     @property
     def main_dtype(self) -> str | None:
@@ -141,11 +223,32 @@ class Case:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP/s over the measured ceiling of the dtype in use (Chowdhery et al. 2022,
-        "PaLM", section 4.1, with a measured in place of a stated peak)."""
-        if self.flops_per_step is None or self.ceilings is None or self.main_dtype is None:
+        """Time that the step's operations need at the measured ceilings of their dtypes, over the
+        step's own: model FLOP/s over the ceiling (Chowdhery et al. 2022, "PaLM", section 4.1, with
+        a measured in place of a stated peak)."""
+        if self.flops_per_step is None or self.ceilings is None:
             return None
-        ceiling = self.ceilings.matmul_flops_per_s.get(self.main_dtype)
-        if not ceiling:
-            return None
-        return self.flops_per_step / (self.step_ms / 1e3) / ceiling
+        seconds = 0.0
+        for dtype, flops in self.profile["flops_by_dtype"].items():
+            ceiling = self.ceilings.matmul_flops_per_s.get(dtype)
+            if not ceiling:
+                return None
+            seconds += flops / ceiling
+        return seconds / (self.step_ms / 1e3)
+
+
+def is_large(operator: Mapping[str, Any]) -> bool:
+    """Whether its kernel is the larger part of a call."""
+    return bool(operator["self_ms"] * 1e3 > LARGE_US * operator["calls"])
+
+
+def is_arithmetic(operator: Mapping[str, Any]) -> bool:
+    """Whether it is a matrix product or a convolution."""
+    return operator["name"] in MATMUL_OPERATORS or operator["name"] in CONVOLUTION_OPERATORS
+
+
+def _is_arithmetic(name: str) -> bool:
+    library, _, operator = name.partition("::")
+    return library in ("aten", "mkldnn", "mkl", "onednn", "xpu") and any(
+        part in operator.lower() for part in _ARITHMETIC
+    )

@@ -1,1 +1,1 @@
-"""What the user sees: one file for each form of report."""
+"""Reports for people: what the other parts found, printed."""

@@ -1,102 +1,154 @@
-"""Diagnoses on a terminal."""
+"""A diagnosis for the terminal."""
 
 from __future__ import annotations
 
+from typing import IO
+
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from flatout.doctor import Diagnosis
-from flatout.doctor.case import WARMUP_STEPS, Case
+from flatout.doctor.case import Case
+from flatout.doctor.findings import Finding
 from flatout.record import PHASES
 
-LISTED_OPERATORS = 8
-BAR_WIDTH = 30
-NOT_MEASURED = "not measured"
+OPERATORS_SHOWN = 8
+_BAR_WIDTH = 24
+_WIDTH = 100
+"""Of a report that does not go to a terminal."""
 
 
-def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Print the phases, the operators, the figures and the findings."""
+def print_diagnosis(diagnosis: Diagnosis, file: IO[str]) -> None:
+    """Print a diagnosis: phases, operators, figures, findings."""
+    width = None if file.isatty() else _WIDTH
+    console = Console(file=file, highlight=False, width=width)
     case = diagnosis.case
-    kind = "training" if case.process.trains else "inference"
-    console.print(
-        f"[bold]{escape(case.process.header['program'])}[/]: {len(case.steps)} {kind} steps, "
-        f"median [bold]{case.step_ms:.4g} ms[/] (the first {WARMUP_STEPS} left out: warm-up)"
-    )
-    console.print(Padding(_phases(case), (1, 0, 0, 2)))
+    console.print(Text(_headline(case), style="bold"))
+    console.print(_phases(case))
     if case.operators:
-        console.print(Padding(_operators(case), (1, 0, 0, 2)))
-    console.print(Padding(_figures(diagnosis), (1, 0, 0, 2)))
-    console.print()
-    if not diagnosis.findings:
-        console.print("Nothing stands out: no finding explains a share of the step worth a remedy.")
-    for number, finding in enumerate(diagnosis.findings, 1):
-        share = "" if finding.share is None else f", at most {finding.share:.0%} of the step"
-        console.print(f"[bold]{number}. {escape(finding.title)}[/]{share}  ({finding.kind})")
-        for sentence in finding.evidence:
-            console.print(f"   {escape(sentence)}")
-        console.print(f"   -> {escape(finding.remedy)}")
-
-
-def _phases(case: Case) -> Table:
-    table = _table("phase", "ms", "share", "")
-    for phase in PHASES:
-        ms, share = case.phases_ms[phase], case.phase_share(phase)
-        if ms is None or share is None:
-            table.add_row(phase, NOT_MEASURED, "", "")
-        else:
-            table.add_row(phase, f"{ms:.4g}", f"{share:.0%}", "#" * round(share * BAR_WIDTH))
-    return table
-
-
-def _operators(case: Case) -> Table:
-    table = _table("operator", "ms", "share", "calls")
-    for operator in case.operators[:LISTED_OPERATORS]:
-        table.add_row(
-            escape(operator["name"]),
-            f"{operator['share'] * case.mean_step_ms:.4g}",
-            f"{operator['share']:.0%}",
-            f"{operator['calls']:.4g}",
-        )
-    return table
-
-
-def _figures(diagnosis: Diagnosis) -> Table:
-    case = diagnosis.case
-    document = diagnosis.document()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    flops = case.flops_per_step
-    table.add_row(
-        "operations a step", NOT_MEASURED if flops is None else f"{flops / 1e9:.4g} GFLOP"
-    )
-    if case.uncounted_operators:
-        table.add_row("", f"no formula for {', '.join(case.uncounted_operators)}")
-    if case.mfu is not None and case.ceilings is not None and case.main_dtype is not None:
-        ceiling = case.ceilings.matmul_flops_per_s[case.main_dtype] or 0.0
-        table.add_row(
-            "MFU",
-            f"{case.mfu:.0%} of the {ceiling / 1e9:.4g} GFLOP/s measured for "
-            f"{case.main_dtype} matrix products",
-        )
+        console.print(_operators(case))
+    console.print(_figures(case))
+    if diagnosis.findings:
+        console.print(Text("Findings", style="bold"), Text("(shares: upper bounds of the gain)"))
+        for number, finding in enumerate(diagnosis.findings, 1):
+            _print_finding(console, number, finding)
     else:
-        table.add_row("MFU", NOT_MEASURED)
-    faults = document["minor_faults_per_step"]
-    table.add_row("page faults a step", NOT_MEASURED if faults is None else f"{faults:,.0f}")
-    cores = NOT_MEASURED if case.usable_cores is None else f"{case.usable_cores:g}"
-    table.add_row("threads, cores", f"{document['threads']}, {cores}")
-    peak = document["peak_rss_bytes"]
-    table.add_row("peak memory", NOT_MEASURED if peak is None else f"{peak / 2**20:,.0f} MiB")
-    if case.on_accelerator:
-        peak = document["peak_device_bytes"]
-        shown = NOT_MEASURED if peak is None else f"{peak / 2**20:,.0f} MiB"
-        table.add_row("peak device memory", shown)
-        table.add_row("", "phases are host times: the device works on behind them")
-    return table
+        console.print(Text("Findings: none.", style="bold"), Text(_why_none(case)))
+    for note in notes(diagnosis):
+        console.print(Text(f"Note: {note}"))
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < number < 3 or column == "calls" else "left")
-    return table
+def notes(diagnosis: Diagnosis) -> list[str]:
+    """What could not be measured, and why."""
+    case = diagnosis.case
+    said = [
+        f"{event.subject}: {event.why}"
+        for event in case.process.events
+        if event.what == "failed" or (event.what == "skipped" and event.subject == "profile")
+    ]
+    if case.process.profile is None and not said:
+        said.append(
+            f"the program ended after {len(case.process.turns)} steps, before its operators could "
+            "be profiled; fewer --steps would leave room"
+        )
+    if case.ceilings is None:
+        said.append("without this machine's ceilings there is no MFU and no cost of page faults")
+    return said
+
+
+def _headline(case: Case) -> str:
+    kind = "steps" if case.process.trains else "inference steps"
+    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, median {_ms(case.step_ms)}"
+    warmup = case.warmup_steps
+    if warmup:
+        seconds = sum(step.step_ms for step in warmup) / 1e3
+        text += f" (without the first {len(warmup)}, {seconds:.3g} s, which warm up)"
+    return text
+
+
+def _phases(case: Case) -> Padding:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("phase")
+    table.add_column("mean", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    for phase in PHASES:
+        ms = case.phases_ms[phase]
+        if ms is not None:
+            share = ms / case.mean_step_ms
+            table.add_row(phase, _ms(ms), f"{share:.1%}", "█" * round(share * _BAR_WIDTH))
+    if case.evaluations:
+        total_ms = sum(turn.step_ms for turn in case.evaluations)
+        each_ms = total_ms / len(case.evaluations)
+        table.add_row("evaluation", _ms(each_ms), "", f"{len(case.evaluations)} passes, apart")
+    return Padding(table, (1, 0, 1, 2), expand=False)
+
+
+def _operators(case: Case) -> Padding:
+    on_device = any(o["device_self_ms"] is not None for o in case.operators)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("operator")
+    for name in ["calls", "share", *(["on the device"] if on_device else [])]:
+        table.add_column(name, justify="right")
+    for operator in case.operators_by_name[:OPERATORS_SHOWN]:
+        row = [operator["name"], f"{operator['calls']:.3g}", f"{operator['share']:.1%}"]
+        if on_device:
+            device_ms = operator["device_self_ms"]
+            row.append("" if device_ms is None else _ms(device_ms))
+        table.add_row(*row)
+    return Padding(table, (0, 0, 1, 2), expand=False)
+
+
+def _figures(case: Case) -> Padding:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("arithmetic", _arithmetic(case))
+    faults = case.minor_faults_per_step
+    if faults is not None:
+        table.add_row("page faults", f"{faults:,.0f} minor ones a step")
+    peak = [("memory", case.steps[-1].peak_rss_bytes)]
+    peak.append(("device memory", case.steps[-1].peak_device_bytes))
+    for name, value in peak:
+        if value is not None:
+            table.add_row(name, f"{value / 2**20:,.0f} MiB at the peak")
+    threads = case.process.header.get("threads")
+    if threads is not None:
+        cores = "" if case.usable_cores is None else f" on {case.usable_cores:g} cores"
+        table.add_row("threads", f"{threads}{cores}")
+    return Padding(table, (0, 0, 1, 2), expand=False)
+
+
+def _arithmetic(case: Case) -> str:
+    if case.uncounted_operators:
+        return f"not known: no formula for the operations of {', '.join(case.uncounted_operators)}"
+    if case.flops_per_step is None:
+        return "not measured"
+    text = f"{case.flops_per_step / 1e9:.3g} GFLOP a step"
+    if case.main_dtype is not None:
+        text += f", in {case.main_dtype}"
+    if case.mfu is not None:
+        text += f"; MFU {case.mfu:.1%} of what this machine was measured to do"
+    return text
+
+
+def _print_finding(console: Console, number: int, finding: Finding) -> None:
+    share = "share not known" if finding.share is None else f"at most {finding.share:.0%} of a step"
+    console.print(
+        Text(f"{number}. "), Text(finding.kind, style="bold"), Text(f"- {finding.title}: {share}")
+    )
+    for line in finding.evidence:
+        console.print(Padding(Text(line), (0, 0, 0, 3), expand=False))
+    console.print(Padding(Text(finding.remedy, style="green"), (0, 0, 0, 3), expand=False))
+
+
+def _why_none(case: Case) -> str:
+    if case.mfu is not None:
+        return f"The step is at {case.mfu:.0%} of the machine's arithmetic, and nothing stands out."
+    return "Nothing stands out."
+
+
+def _ms(ms: float) -> str:
+    if ms >= 1e4:
+        return f"{ms / 1e3:.3g} s"
+    return f"{ms:.3g} ms" if ms >= 1 else f"{ms * 1e3:.3g} us"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flatout.doctor.case import Case
 
@@ -33,6 +35,15 @@ class Finding:
     evidence: list[str]
     share: float | None
     remedy: str
+
+
+def listed(case: Case, wanted: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+    """Evidence: the three largest of the wanted operators."""
+    return [
+        f"{o['name']}: {o['calls']:.3g} calls, {o['share']:.0%} of a step"
+        for o in case.operators
+        if wanted(o)
+    ][:3]
 
 
 def kinds() -> list[str]:

@@ -1,4 +1,4 @@
-"""Autograd records passes that no backward call follows."""
+"""Autograd records passes forward that no backward call follows."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from flatout.doctor.findings import MATTERS, Finding
 
 
 def find(case: Case) -> Finding | None:
-    process = case.process
-    recorded = [step for step in process.evaluations if step.grad]
-    if not recorded:
-        return None
-    recorded_ms = sum(step.step_ms for step in recorded)
-    total_ms = sum(step.step_ms for step in process.steps + process.evaluations)
-    share = recorded_ms / total_ms
+    if case.process.trains:
+        passes = case.evaluations
+        total_ms = sum(turn.step_ms for turn in [*case.steps, *case.evaluations])
+    else:
+        passes = case.steps
+        total_ms = sum(turn.step_ms for turn in passes)
+    recorded = [turn for turn in passes if turn.grad]
+    share = sum(turn.phases_ms["forward"] or 0.0 for turn in recorded) / total_ms
     if share < MATTERS:
         return None
     return Finding(
         "gradient-in-evaluation",
         "gradients recorded in evaluation",
         [
-            f"{len(recorded)} passes forward without a backward call were recorded by autograd",
-            f"they are {share:.0%} of the time of all passes",
+            f"autograd recorded {len(recorded)} of {len(passes)} passes forward that no backward "
+            "call followed",
+            f"these forward calls are {share:.0%} of the time of all passes",
         ],
         share,
-        "edit: put the evaluation under torch.no_grad() or torch.inference_mode()",
+        "edit: put the evaluation under torch.inference_mode() or torch.no_grad()",
     )

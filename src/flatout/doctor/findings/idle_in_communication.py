@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding
+from flatout.doctor.findings import MATTERS, Finding, listed
 
 COMMUNICATION = ("gloo:", "nccl:", "c10d::", "mpi:", "xccl:", "ucc:")
 
 
 def find(case: Case) -> Finding | None:
-    def communicates(name: str) -> bool:
-        return name.startswith(COMMUNICATION)
+    def communicates(operator: Mapping[str, Any]) -> bool:
+        return str(operator["name"]).startswith(COMMUNICATION)
 
-    share = case.operators_share(communicates)
+    share = min(1.0, case.operators_share(communicates))
     if share < MATTERS:
         return None
     return Finding(
         "idle-in-communication",
         "communication between ranks",
-        [
-            f"{o['name']}: {o['calls']:.3g} a step, {o['self_ms']:.3g} ms"
-            for o in case.operators
-            if communicates(o["name"])
-        ][:3],
+        listed(case, communicates),
         share,
-        "edit: larger batches a rank, or gradient_as_bucket_view=True",
+        "edit: larger batches a rank, gradients accumulated over several (no_sync()), or "
+        "DistributedDataParallel(gradient_as_bucket_view=True)",
     )

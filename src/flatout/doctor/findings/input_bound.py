@@ -8,12 +8,12 @@ from flatout.doctor.findings import MATTERS, Finding
 
 def find(case: Case) -> Finding | None:
     share = case.phase_share("data")
-    if share is None or share < MATTERS:
+    if share < MATTERS:
         return None
-    evidence = [f"the loader keeps the step waiting {case.phases_ms['data']:.3g} ms"]
+    evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]
     for loader in case.facts.get("loaders", []):
         evidence.append(
-            f"a loader over {loader['dataset']} with {loader['workers']} workers, batches of "
+            f"a loader over {loader['dataset']} has {loader['workers']} workers, batches of "
             f"{loader['batch_size']}"
         )
     return Finding(
@@ -21,5 +21,6 @@ def find(case: Case) -> Finding | None:
         "waiting for data",
         evidence,
         share,
-        "edit: more loader workers (DataLoader(num_workers=..)), or cheaper samples",
+        "edit: cheaper samples (cached, decoded once), or loader workers "
+        "(DataLoader(num_workers=..)) where cores are idle",
     )

@@ -1,26 +1,30 @@
-"""Copies between memory formats around convolutions."""
+"""Copies around convolutions, as memory formats that do not match ask for."""
 
 from __future__ import annotations
 
-from flatout.doctor.case import Case
-from flatout.doctor.findings import Finding
+from flatout.doctor.case import CONVOLUTION_OPERATORS, Case, is_large
+from flatout.doctor.findings import Finding, listed
 
 COPIES_MATTER = 0.1
 """Some copying is part of any model; more of it beside convolutions points at their layout."""
 
 
 def find(case: Case) -> Finding | None:
-    kinds = case.facts.get("modules", {}).get("kinds", {})
-    if not any(name.startswith("Conv") for name in kinds):
+    convolves = any(o["name"] in CONVOLUTION_OPERATORS for o in case.operators)
+    if not convolves or case.main_dtype != "float32":  # with autocast, copies are its casts
         return None
-    share = case.operators_share(lambda name: name in ("aten::copy_", "aten::_to_copy"))
+    share = case.operators_share(lambda o: o["name"] == "aten::copy_" and is_large(o))
     if share < COPIES_MATTER:
         return None
-    calls = sum(o["calls"] for o in case.operators if o["name"] == "aten::copy_")
+    last = case.facts.get("modules", {}).get("convolutions_channels_last")
+    evidence = listed(case, lambda o: o["name"] == "aten::copy_")
+    if last is not None:
+        evidence.append(f"{last} convolutions have their weights in channels_last")
     return Finding(
         "layout-copies",
         "copies around convolutions",
-        [f"{calls:.3g} copies a step in a model with convolutions"],
+        evidence,
         share,
-        "edit: model.to(memory_format=torch.channels_last), and the inputs likewise",
+        "edit: one memory format for model and inputs "
+        "(.to(memory_format=torch.channels_last) on both, or on none)",
     )

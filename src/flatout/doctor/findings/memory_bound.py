@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-from flatout.doctor.case import Case
-from flatout.doctor.findings import Finding
+from collections.abc import Mapping
+from typing import Any
 
-ELEMENTWISE = (
-    *("add", "add_", "mul", "mul_", "div", "div_", "sub", "relu", "relu_", "gelu", "silu"),
-    *("sigmoid", "tanh", "exp", "threshold_backward", "gelu_backward", "silu_backward"),
-    *("native_batch_norm", "native_batch_norm_backward", "native_layer_norm"),
-    *("native_layer_norm_backward", "_softmax", "_softmax_backward_data", "sum", "where"),
-    *("fill_", "zero_", "clamp_min", "addcmul_", "addcdiv_", "lerp_", "sqrt"),
+from flatout.doctor.case import Case, is_large
+from flatout.doctor.findings import Finding, listed
+
+_NAMES = (
+    *("add", "add_", "mul", "mul_", "div", "div_", "sub", "sub_", "neg", "pow", "rsqrt", "sqrt"),
+    *("relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "exp", "clamp_min", "clamp_min_"),
+    *("threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward", "tanh_backward"),
+    *("native_batch_norm", "native_batch_norm_backward", "native_layer_norm", "leaky_relu_"),
+    *(
+        "native_layer_norm_backward",
+        "native_group_norm",
+        "native_group_norm_backward",
+        "leaky_relu",
+    ),
+    *("_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "sum"),
+    *(
+        "leaky_relu",
+        "leaky_relu_backward",
+        "where",
+        "fill_",
+        "zero_",
+        "masked_fill",
+        "masked_fill_",
+        "mean",
+    ),
 )
+ELEMENTWISE = frozenset(f"aten::{name}" for name in _NAMES)
+
 MEMORY_MATTERS = 0.25
 """Elementwise work is part of every model; a quarter of the step is worth fusing."""
 
 
 def find(case: Case) -> Finding | None:
-    names = {f"aten::{name}" for name in ELEMENTWISE}
-    share = case.operators_share(lambda name: name in names)
+    def moves(operator: Mapping[str, Any]) -> bool:
+        return (
+            operator["name"] in ELEMENTWISE
+            and is_large(operator)
+            and operator["phase"] != "optimizer"
+        )
+
+    share = case.operators_share(moves)
     if share < MEMORY_MATTERS:
         return None
-    top = [o for o in case.operators if o["name"] in names][:3]
     return Finding(
         "memory-bound",
         "elementwise operators, bound by memory",
-        [f"{o['name']}: {o['calls']:.3g} calls, {o['self_ms']:.3g} ms a step" for o in top],
+        listed(case, moves),
         share,
-        "edit: torch.compile(model) fuses them",
+        "edit: torch.compile(model), which fuses them",
     )

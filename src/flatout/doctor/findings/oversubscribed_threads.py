@@ -7,15 +7,23 @@ from flatout.doctor.findings import Finding
 
 
 def find(case: Case) -> Finding | None:
-    threads = case.process.header.get("threads")
+    header = case.process.header
+    threads = header.get("threads")
     if threads is None or case.usable_cores is None or case.on_accelerator:
         return None
-    if threads <= max(1.0, case.usable_cores):
+    ranks = int(header.get("environment", {}).get("LOCAL_WORLD_SIZE") or 1)
+    cores = max(1.0, case.usable_cores)
+    if threads * ranks <= cores or threads == 1:
         return None
+    who = (
+        f"{ranks} ranks compute with {threads} threads each"
+        if ranks > 1
+        else (f"torch computes with {threads} threads")
+    )
     return Finding(
         "oversubscribed-threads",
         "more threads than cores",
-        [f"torch computes with {threads} threads on {case.usable_cores:g} cores"],
+        [f"{who} on {case.usable_cores:g} cores"],
         None,
-        f"edit: start with OMP_NUM_THREADS={max(1, int(case.usable_cores))}",
+        f"edit: start with OMP_NUM_THREADS={max(1, int(cores / ranks))}",
     )

@@ -1,25 +1,26 @@
-"""Dropout's random numbers, which torch draws one by one on a CPU."""
+"""Random numbers (dropout's, mostly), which torch draws one by one on a CPU."""
 
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding
+from flatout.doctor.findings import MATTERS, Finding, listed
 
-RANDOM_OPERATORS = (
-    *("aten::bernoulli_", "aten::normal_", "aten::uniform_", "aten::random_"),
-    *("aten::exponential_", "aten::randperm", "aten::native_dropout"),
+RANDOM_OPERATORS = frozenset(
+    {
+        *("aten::bernoulli_", "aten::normal_", "aten::uniform_", "aten::random_"),
+        *("aten::exponential_", "aten::randperm", "aten::native_dropout", "aten::log_normal_"),
+    }
 )
 
 
 def find(case: Case) -> Finding | None:
-    share = case.operators_share(lambda name: name in RANDOM_OPERATORS)
+    share = case.operators_share(lambda o: o["name"] in RANDOM_OPERATORS)
     if case.on_accelerator or share < MATTERS:
         return None
-    drawn = [o for o in case.operators if o["name"] in RANDOM_OPERATORS]
     return Finding(
         "slow-random-numbers",
         "random numbers drawn one by one",
-        [f"{o['name']}: {o['calls']:.3g} calls, {o['self_ms']:.3g} ms a step" for o in drawn[:3]],
+        listed(case, lambda o: o["name"] in RANDOM_OPERATORS),
         share,
-        "edit: less dropout, or none where the data suffices (torch's CPU generator is serial)",
+        "edit: no dropout where the data suffices (torch's generator is serial on a CPU)",
     )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding
+from flatout.doctor.findings import MATTERS, Finding, listed
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "hipStreamSynchronize")
+WAITS = frozenset(
+    {
+        *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+        *("hipStreamSynchronize", "hipDeviceSynchronize"),
+    }
+)
 
 
 def find(case: Case) -> Finding | None:
-    if not case.on_accelerator:
+    if not case.on_accelerator or case.device_share is None:
         return None  # on a CPU reading a value costs next to nothing
-    waits = [o for o in case.operators if o["name"] in WAITS]
-    share = sum(o["share"] for o in waits)
+    waits = case.operators_share(lambda o: o["name"] in WAITS)
+    # A wait can cost no more than the device is idle: the rest of it is work being done.
+    share = min(waits, 1.0 - case.device_share)
     if share < MATTERS:
         return None
     return Finding(
         "synchronisation-points",
         "the host waits for the device",
-        [f"{o['name']}: {o['calls']:.3g} a step, {o['self_ms']:.3g} ms" for o in waits],
+        listed(case, lambda o: o["name"] in WAITS),
         share,
         "edit: read losses and metrics (.item(), .cpu(), print) every nth step",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatout.doctor.case import CONVOLUTION_OPERATORS, MATMUL_OPERATORS, Case
+from flatout.doctor.case import Case, is_arithmetic
 from flatout.doctor.findings import MATTERS, Finding
 
 WORTHWHILE = 1.3
@@ -10,25 +10,32 @@ WORTHWHILE = 1.3
 
 
 def find(case: Case) -> Finding | None:
-    if case.ceilings is None or case.main_dtype != "float32":
+    precision = case.facts.get("switches", {}).get("float32_matmul_precision") or "highest"
+    if case.ceilings is None or case.main_dtype != "float32" or precision != "highest":
         return None
     rates = case.ceilings.matmul_flops_per_s
     single, half = rates.get("float32"), rates.get("bfloat16")
     if not single or not half or half < WORTHWHILE * single:
         return None
-    arithmetic = case.operators_share(
-        lambda name: name in MATMUL_OPERATORS or name in CONVOLUTION_OPERATORS
-    )
+    if case.device_share is not None:
+        arithmetic = _device_share_of_arithmetic(case)
+    else:
+        arithmetic = case.operators_share(is_arithmetic)
     share = arithmetic * (1 - single / half)
     if share < MATTERS:
         return None
     return Finding(
-        "wrong-dtype",
+        "compute-bound-wrong-dtype",
         "float32 where bfloat16 is faster",
         [
-            f"matrix products and convolutions are {arithmetic:.0%} of a step, in float32",
+            f"matrix products and convolutions take {arithmetic:.0%} of a step, in float32",
             f"this machine does {half / single:.2g} times as many operations in bfloat16",
         ],
         share,
         "knob: precision=bf16",
     )
+
+
+def _device_share_of_arithmetic(case: Case) -> float:
+    device_ms = sum(o["device_self_ms"] or 0.0 for o in case.operators if is_arithmetic(o))
+    return float(device_ms / case.profile["step_ms"])

@@ -1,0 +1,29 @@
+"""Attention that writes its matrix of scores to memory, for want of a fused kernel."""
+
+from __future__ import annotations
+
+from flatout.doctor.case import Case
+from flatout.doctor.findings import MATTERS, Finding
+from flatout.doctor.findings.slow_random_numbers import RANDOM_OPERATORS
+
+
+def find(case: Case) -> Finding | None:
+    inside = [o for o in case.operators if o["within"] == "attention"]
+    random = [o for o in inside if o["name"] in RANDOM_OPERATORS]
+    # On a CPU the random numbers are a finding of their own.
+    share = sum(o["share"] for o in inside if case.on_accelerator or o not in random)
+    if share < MATTERS:
+        return None
+    evidence = ["scaled_dot_product_attention takes its unfused path, score matrix and all"]
+    if random and not case.on_accelerator:
+        evidence.append("it is called with dropout, for which torch has no fused kernel on a CPU")
+    return Finding(
+        "attention-off-flash",
+        "attention without a fused kernel",
+        evidence,
+        share,
+        "edit: attention without dropout (dropout_p=0)"
+        if random and not case.on_accelerator
+        else "edit: masks, shapes and dtypes that a fused kernel takes (is_causal=True, no "
+        "gradient for the mask)",
+    )
