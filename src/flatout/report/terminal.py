@@ -22,8 +22,14 @@ _WIDTH = 100
 
 def print_diagnosis(diagnosis: Diagnosis, file: IO[str]) -> None:
     """Print a diagnosis: phases, operators, figures, findings."""
-    width = None if file.isatty() else _WIDTH
-    console = Console(file=file, highlight=False, width=width)
+    console = Console(file=file, highlight=False, width=None if file.isatty() else _WIDTH)
+    with console.capture() as capture:
+        _print(console, diagnosis)
+    for line in capture.get().splitlines():  # rich fills lines up with blanks
+        print(line.rstrip(), file=file)
+
+
+def _print(console: Console, diagnosis: Diagnosis) -> None:
     case = diagnosis.case
     console.print(Text(_headline(case), style="bold"))
     console.print(_phases(case))

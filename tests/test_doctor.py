@@ -1,0 +1,524 @@
+"""The diagnosis: from recorded times, written by hand, to findings; the verb on real programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatout.doctor import Diagnosis, diagnose
+from flatout.doctor.findings import kinds
+from flatout.errors import UserError
+from flatout.machine import Ceilings
+from flatout.record import COLUMNS, PHASES, RecordWriter, read_run, record_path
+from flatout.report.terminal import print_diagnosis
+
+HEADER = {
+    "kind": "header",
+    "version": 1,
+    "program": "train.py",
+    "torch": "2.13.0",
+    "threads": 2,
+    "accelerator": None,
+    "executable": sys.executable,
+    "environment": {},
+}
+CEILINGS = Ceilings(
+    python=sys.executable,
+    torch="2.13.0",
+    threads=2,
+    matmul_flops_per_s={"float32": 1e11, "bfloat16": 4e11, "float16": None},
+    memory_bytes_per_s=1e10,
+    page_fault_us=0.5,
+    devices={},
+    measured_at_unix_s=0.0,
+    fingerprint={},
+)
+NO_BF16 = Ceilings(
+    **{
+        **CEILINGS.__dict__,
+        "matmul_flops_per_s": {"float32": 1e11, "bfloat16": 1e10},
+    }
+)
+
+
+def turn(number: int, phases_ms: dict[str, float | None], **fields: Any) -> list[Any]:
+    """One row; its length is the sum of its phases, at every 100 ms."""
+    start_ns = number * 100_000_000
+    total_ns = int(sum(ms or 0 for ms in phases_ms.values()) * 1e6)
+    values: dict[str, Any] = {
+        **dict.fromkeys(COLUMNS),
+        "evaluation": 0,
+        "index": number,
+        "losses": [],
+        "forwards": 1,
+        "backwards": 1,
+        "updates": 1,
+        "grad": 1,
+        "minor_faults": 0,
+        "major_faults": 0,
+        "start_ns": start_ns,
+        "end_ns": start_ns + total_ns,
+        "peak_rss_bytes": 2**28,
+        **{
+            f"{phase}_ns": None if phases_ms.get(phase) is None else int(phases_ms[phase] * 1e6)  # type: ignore[operator]
+            for phase in PHASES
+        },
+    }
+    return [{**values, **fields}[name] for name in COLUMNS]
+
+
+def operator(name: str, self_ms: float, calls: float = 1, **fields: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "phase": None,
+        "within": None,
+        "calls": calls,
+        "self_ms": self_ms,
+        "device_self_ms": None,
+        **fields,
+    }
+
+
+def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) -> dict[str, Any]:
+    facts = {
+        "optimizers": [],
+        "modules": {"convolutions_channels_last": 0},
+        "parameters": {"denormal_share": 0.0},
+        "loaders": [],
+        "switches": {"float32_matmul_precision": "highest"},
+    }
+    return {
+        "kind": "profile",
+        "steps": 5,
+        "step_ms": step_ms,
+        "operators": list(operators),
+        "operators_total_ms": sum(o["self_ms"] for o in operators),
+        "operators_total_calls": sum(o["calls"] for o in operators),
+        "device_total_ms": None,
+        "minor_faults": 0.0,
+        "minor_faults_of_thread": 0.0,
+        "flops_by_dtype": {"float32": 10**8},
+        "counted": {"aten::mm": 3},
+        "uncountable": {},
+        **fields,
+        "facts": {**facts, **fields.get("facts", {})},
+    }
+
+
+BALANCED = {"forward": 4.0, "loss": 0.0, "backward": 5.6, "optimizer": 0.3, "other": 0.1}
+PRODUCTS = operator("aten::mm", 9.0, calls=3)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Any:
+    """Writes a record by the real writer, reads it back and diagnoses it."""
+
+    def record(
+        phases_ms: dict[str, float | None] = BALANCED,
+        profiled: dict[str, Any] | None = None,
+        *,
+        rows: list[list[Any]] | None = None,
+        header: dict[str, Any] | None = None,
+        ceilings: Ceilings | None = NO_BF16,
+        usable_cores: float | None = 2.0,
+        **fields: Any,
+    ) -> Diagnosis:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        writer = RecordWriter(record_path(folder, 1), lambda error: pytest.fail(str(error)))
+        writer.write({**HEADER, **(header or {})})
+        for row in rows or [turn(n, phases_ms, **fields) for n in range(23)]:
+            writer.write_turn(row)
+        if profiled is not None:
+            writer.write(profiled)
+        writer.close()
+        return diagnose(read_run(folder), ceilings, usable_cores)
+
+    return record
+
+
+def kinds_found(diagnosis: Diagnosis) -> list[str]:
+    return [finding.kind for finding in diagnosis.findings]
+
+
+def share(diagnosis: Diagnosis, kind: str) -> float | None:
+    return next(finding.share for finding in diagnosis.findings if finding.kind == kind)
+
+
+def test_a_program_bound_by_its_arithmetic_has_no_finding(recorded: Any) -> None:
+    diagnosis = recorded(profiled=profile(PRODUCTS))
+    assert diagnosis.findings == []
+    assert diagnosis.bottleneck is None
+
+
+def test_warmup_and_profiled_steps_are_left_out(recorded: Any) -> None:
+    slow = {**BALANCED, "forward": 90.0}
+    rows = [turn(n, slow if n < 3 else BALANCED) for n in range(10)]
+    rows += [turn(n, slow, mark="profiled") for n in range(10, 15)]
+    diagnosis = recorded(rows=rows)
+    assert diagnosis.case.step_ms == pytest.approx(10.0)
+    assert len(diagnosis.case.steps) == 7
+    assert diagnosis.document()["warmup_steps"] == 3
+
+
+def test_waiting_for_data(recorded: Any) -> None:
+    diagnosis = recorded({**BALANCED, "data": 30.0})
+    assert diagnosis.bottleneck == "input-bound"
+    assert share(diagnosis, "input-bound") == pytest.approx(0.75)
+    assert "input-bound" not in kinds_found(recorded({**BALANCED, "data": 0.2}))
+
+
+ADAMW = {"class": "AdamW", "tensors": 4, "elements": 1000, "fused": False, "can_fuse": True}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "optimizer_ms", "found"),
+    [
+        (ADAMW, 15.0, True),
+        (ADAMW, 0.3, False),
+        ({**ADAMW, "fused": True}, 15.0, False),
+        ({**ADAMW, "class": "RMSprop", "can_fuse": False}, 15.0, False),
+    ],
+)
+def test_unfused_optimizer(
+    recorded: Any, optimizer: dict[str, Any], optimizer_ms: float, found: bool
+) -> None:
+    phases = {**BALANCED, "optimizer": optimizer_ms}
+    small = operator("aten::mul_", 5.0, calls=1000, phase="optimizer")
+    window = profile(PRODUCTS, small, step_ms=25.0, facts={"optimizers": [optimizer]})
+    diagnosis = recorded(phases, window)
+    assert ("unfused-optimizer" in kinds_found(diagnosis)) == found
+    if found:
+        assert diagnosis.bottleneck == "unfused-optimizer"
+        assert share(diagnosis, "unfused-optimizer") == pytest.approx(15 / 24.7, abs=0.01)
+
+
+def test_python_between_steps(recorded: Any) -> None:
+    diagnosis = recorded({**BALANCED, "other": 10.0}, profile(PRODUCTS, step_ms=20.0))
+    assert diagnosis.bottleneck == "python-between-steps"
+    assert share(diagnosis, "python-between-steps") == pytest.approx(10 / 19.9)
+
+
+def test_many_small_operators(recorded: Any) -> None:
+    window = profile(operator("aten::add", 5.0, calls=1000), step_ms=12.0)
+    diagnosis = recorded(profiled=window)
+    assert diagnosis.bottleneck == "overhead-bound"
+    assert share(diagnosis, "overhead-bound") == pytest.approx(0.96)
+
+
+def test_the_optimizers_small_operators_are_not_the_models(recorded: Any) -> None:
+    small = operator("aten::mul_", 5.0, calls=1000, phase="optimizer")
+    window = profile(operator("aten::mm", 4.5), small)
+    assert "overhead-bound" not in kinds_found(
+        recorded({**BALANCED, "forward": 2.0, "backward": 2.6, "optimizer": 5.3}, window)
+    )
+
+
+def test_large_operators_keep_their_share_however_much_the_profiler_slows_small_ones(
+    recorded: Any,
+) -> None:
+    """10 ms a step: 5 ms in one operator; 1000 small ones to which the profiler adds 4 us each."""
+    large, small = operator("aten::mm", 5.0), operator("aten::add", 9.0, calls=1000)
+    diagnosis = recorded(profiled=profile(large, small, step_ms=14.0))
+    shares = {o["name"]: o["share"] for o in diagnosis.case.operators}
+    assert shares["aten::mm"] == pytest.approx(0.5, abs=0.01)
+    assert shares["aten::add"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_shares_bear_a_machine_that_has_slowed_down_meanwhile(recorded: Any) -> None:
+    diagnosis = recorded(profiled=profile(operator("aten::mm", 15.0, calls=3), step_ms=30.0))
+    (only,) = diagnosis.case.operators
+    assert only["share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_slow_random_numbers_and_the_attention_around_them(recorded: Any) -> None:
+    window = profile(
+        operator("aten::bernoulli_", 4.0, within="attention"),
+        operator("aten::mul", 2.0, within="attention"),
+        operator("aten::mm", 3.0, calls=3),
+    )
+    diagnosis = recorded(profiled=window)
+    assert kinds_found(diagnosis) == ["slow-random-numbers", "attention-off-flash"]
+    assert share(diagnosis, "slow-random-numbers") == pytest.approx(0.4)
+    assert share(diagnosis, "attention-off-flash") == pytest.approx(0.2)
+
+
+def test_random_numbers_are_fast_on_an_accelerator(recorded: Any) -> None:
+    window = profile(operator("aten::bernoulli_", 4.0, device_self_ms=4.0), device_total_ms=9.5)
+    diagnosis = recorded(profiled=window, header={"accelerator": "cuda"})
+    assert "slow-random-numbers" not in kinds_found(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("ceilings", "dtype", "precision", "found"),
+    [
+        (CEILINGS, "float32", "highest", True),
+        (NO_BF16, "float32", "highest", False),
+        (CEILINGS, "bfloat16", "highest", False),
+        (CEILINGS, "float32", "medium", False),
+        (None, "float32", "highest", False),
+    ],
+)
+def test_wrong_dtype(
+    recorded: Any, ceilings: Ceilings | None, dtype: str, precision: str, found: bool
+) -> None:
+    window = profile(
+        PRODUCTS,
+        flops_by_dtype={dtype: 10**8},
+        facts={"switches": {"float32_matmul_precision": precision}},
+    )
+    diagnosis = recorded(profiled=window, ceilings=ceilings)
+    assert ("compute-bound-wrong-dtype" in kinds_found(diagnosis)) == found
+    if found:
+        assert share(diagnosis, "compute-bound-wrong-dtype") == pytest.approx(0.9 * 0.75)
+
+
+def test_page_faults_cost_what_the_machine_was_measured_to_take(recorded: Any) -> None:
+    window = profile(PRODUCTS, minor_faults=8000.0, minor_faults_of_thread=4000.0)
+    diagnosis = recorded(profiled=window, minor_faults=8000)
+    assert share(diagnosis, "page-fault-bound") == pytest.approx(0.2)
+    assert (
+        share(recorded(profiled=window, minor_faults=8000, ceilings=None), "page-fault-bound")
+        is None
+    )
+    assert "page-fault-bound" not in kinds_found(recorded(profiled=window, minor_faults=200))
+    assert "page-fault-bound" not in kinds_found(recorded(profiled=window, minor_faults=None))
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "environment", "found"),
+    [
+        (8, 2.0, {}, True),
+        (2, 2.0, {}, False),
+        (2, 2.0, {"LOCAL_WORLD_SIZE": "4"}, True),
+        (1, 2.0, {"LOCAL_WORLD_SIZE": "4"}, False),
+        (8, None, {}, False),
+    ],
+)
+def test_oversubscribed_threads(
+    recorded: Any, threads: int, cores: float | None, environment: dict[str, str], found: bool
+) -> None:
+    header = {"threads": threads, "environment": environment}
+    diagnosis = recorded(header=header, usable_cores=cores)
+    assert ("oversubscribed-threads" in kinds_found(diagnosis)) == found
+
+
+def test_gradients_in_evaluation(recorded: Any) -> None:
+    forward = {"forward": 9.0, "other": 1.0}
+    passes = {"evaluation": 1, "backwards": 0, "updates": 0}
+
+    def rows(grad: int) -> list[list[Any]]:
+        training = [turn(n, BALANCED) for n in range(20)]
+        evaluation = [turn(n, forward, grad=grad, **passes) for n in range(5, 15)]
+        return training + evaluation
+
+    diagnosis = recorded(rows=rows(grad=1))
+    assert diagnosis.bottleneck == "gradient-in-evaluation"
+    assert share(diagnosis, "gradient-in-evaluation") == pytest.approx(90 / 270)
+    assert kinds_found(recorded(rows=rows(grad=0))) == []
+
+
+def test_gradients_in_an_inference_loop(recorded: Any) -> None:
+    passes = {"evaluation": 1, "backwards": 0, "updates": 0}
+    rows = [turn(n, {"forward": 9.0, "other": 0.5}, grad=1, **passes) for n in range(20)]
+    diagnosis = recorded(rows=rows)
+    assert diagnosis.bottleneck == "gradient-in-evaluation"
+    assert not diagnosis.document()["trains"]
+
+
+def test_denormals(recorded: Any) -> None:
+    window = profile(PRODUCTS, facts={"parameters": {"denormal_share": 0.3}})
+    assert kinds_found(recorded(profiled=window)) == ["denormals"]
+
+
+def test_memory_bound_and_layout_copies(recorded: Any) -> None:
+    window = profile(
+        operator("aten::mkldnn_convolution", 3.0),
+        operator("aten::native_batch_norm", 4.0),
+        operator("aten::copy_", 2.0),
+        counted={"aten::convolution": 1},
+    )
+    diagnosis = recorded(profiled=window)
+    assert kinds_found(diagnosis) == ["memory-bound", "layout-copies"]
+    assert share(diagnosis, "memory-bound") == pytest.approx(0.4)
+    without = profile(PRODUCTS, operator("aten::copy_", 2.0))
+    assert "layout-copies" not in kinds_found(recorded(profiled=without))
+
+
+def test_communication(recorded: Any) -> None:
+    window = profile(operator("gloo:all_reduce", 3.0), operator("aten::mm", 6.0, calls=3))
+    assert share(recorded(profiled=window), "idle-in-communication") == pytest.approx(0.3)
+
+
+def test_synchronisation_matters_only_while_an_accelerator_is_idle(recorded: Any) -> None:
+    wait = operator("cudaStreamSynchronize", 4.0, calls=50)
+    item = operator("aten::_local_scalar_dense", 4.0, calls=50)
+    assert "synchronisation-points" not in kinds_found(recorded(profiled=profile(item)))
+    for device_ms, expected in ((7.0, 0.3), (10.0, None)):
+        window = profile(wait, device_total_ms=device_ms)
+        diagnosis = recorded(profiled=window, header={"accelerator": "cuda"})
+        if expected is None:
+            assert "synchronisation-points" not in kinds_found(diagnosis)
+        else:
+            assert share(diagnosis, "synchronisation-points") == pytest.approx(expected)
+
+
+def test_mfu_weighs_each_dtype_with_its_own_ceiling(recorded: Any) -> None:
+    window = profile(PRODUCTS, flops_by_dtype={"float32": 10**8, "bfloat16": 4 * 10**8})
+    assert recorded(profiled=window, ceilings=CEILINGS).case.mfu == pytest.approx(0.2)
+    assert recorded(profiled=window, ceilings=None).case.mfu is None
+    window = profile(PRODUCTS, flops_by_dtype={"float16": 10**8})
+    assert recorded(profiled=window, ceilings=CEILINGS).case.mfu is None
+
+
+def test_mfu_is_unknown_with_a_heavy_operator_that_no_formula_counts(recorded: Any) -> None:
+    for heavy in ("aten::_cdist_forward", "aten::some_new_attention", "aten::_fft_r2c"):
+        diagnosis = recorded(profiled=profile(PRODUCTS, operator(heavy, 2.0)))
+        assert diagnosis.case.uncounted_operators == [heavy]
+        assert diagnosis.document()["mfu"] is None
+        assert diagnosis.document()["flops_per_step"] is None
+    light = profile(PRODUCTS, operator("aten::_cdist_forward", 0.1), operator("aten::gelu", 4.0))
+    assert recorded(profiled=light).case.mfu is not None
+
+
+def test_mfu_is_unknown_when_products_hide_inside_another_operator(recorded: Any) -> None:
+    hidden = profile(operator("aten::addmm", 9.0, calls=12), counted={})
+    assert recorded(profiled=hidden).case.mfu is None
+
+
+def test_what_was_not_measured_is_null(recorded: Any) -> None:
+    document = recorded(minor_faults=None, peak_rss_bytes=None, ceilings=None).document()
+    for key in ("mfu", "flops_per_step", "minor_faults_per_step", "peak_rss_bytes", "operators"):
+        assert document[key] is None, key
+    assert document["uncounted_operators"] is None
+    assert document["phases_ms"]["data"] is None
+    json.dumps(document)
+
+
+def test_nothing_to_diagnose(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no training or inference step"):
+        diagnose(read_run(tmp_path), None)
+
+
+def test_every_kind_has_a_test() -> None:
+    source = Path(__file__).read_text()
+    assert [kind for kind in kinds() if f'"{kind}"' not in source] == []
+
+
+def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
+    text = io.StringIO()
+    print_diagnosis(recorded({**BALANCED, "data": 30.0}, ceilings=None), text)
+    report = text.getvalue()
+    assert "input-bound - waiting for data: at most 75% of a step" in report
+    assert "before its operators could" in report
+    assert "transfer" not in report
+    text = io.StringIO()
+    print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
+    assert "Findings: none" in text.getvalue()
+    assert "MFU 10.0%" in text.getvalue()
+
+
+# The verb
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+optimizer = torch.optim.AdamW(model.parameters())
+x, y = torch.randn(32, 64), torch.randint(0, 8, (32,))
+print("begins")
+for step in range(int(sys.argv[1])):
+    loss = nn.functional.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print("ends")
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for flatout's own files, so that the machine is measured once."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "train.py").write_text(PROGRAM)
+    return home
+
+
+def doctor(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flatout", "doctor", "--in-place", *words],
+        env={**os.environ, "FLATOUT_HOME": str(home / "own"), "OMP_NUM_THREADS": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_doctor_stops_the_program_and_reports(home: Path) -> None:
+    pytest.importorskip("torch")
+    job = [sys.executable, "train.py", "1000000"]
+    completed = doctor(home, "--steps", "20", "--json", "out.json", "--", *job)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.startswith("begins\n")
+    assert "ends" not in completed.stdout
+    assert "unfused-optimizer" in completed.stdout
+    assert all(line.startswith("flatout: ") for line in completed.stderr.splitlines())
+    document = json.loads((home / "out.json").read_text())
+    assert document["steps"] == 17
+    assert document["step_ms"] > 0
+    assert document["phases_ms"]["data"] is None
+    assert document["flops_per_step"] == 2 * 32 * (2 * 64 * 64 + 3 * 64 * 8)
+    assert 0 < document["mfu"] < 1
+    assert document["bottleneck"] == document["findings"][0]["kind"]
+    assert document["uncounted_operators"] == []
+
+
+def test_doctor_of_a_short_program_says_what_is_missing(home: Path) -> None:
+    pytest.importorskip("torch")
+    completed = doctor(home, "--quiet", "--", sys.executable, "train.py", "12")
+    assert completed.returncode == 0, completed.stderr
+    assert "the program ended after 12 steps" in completed.stdout
+    assert "begins" not in completed.stdout
+    output = completed.stderr.split("output is in ")[1].strip()
+    assert Path(output).expanduser().read_text() == "begins\nends\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["python", "-c", "import torch; raise SystemExit(7)"], "exited with status 7 before"),
+        (["python", "-c", "import torch; 1/0"], "exited with status 1 before its first step"),
+        (["python", "-c", "import torch; print(1)"], "no training or inference step"),
+        (["python", "-c", "print(1)"], "never imported torch"),
+        (["python", "-I", "-c", "print(1)"], "no Python of this command loaded"),
+        (["no-such-program"], "there is no program 'no-such-program'"),
+    ],
+)
+def test_doctor_of_nothing_to_diagnose_is_one_sentence(
+    home: Path, words: list[str], said: str
+) -> None:
+    pytest.importorskip("torch")
+    job = [sys.executable if word == "python" else word for word in words]
+    completed = doctor(home, "--", *job)
+    assert completed.returncode != 0
+    last = completed.stderr.splitlines()[-1]
+    assert last.startswith("flatout: ")
+    assert said in last
+    assert "flatout/" not in completed.stderr
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--seconds", "0"], ["--json", "no/x.json"]])
+def test_doctor_refuses_options_that_make_no_sense(home: Path, words: list[str]) -> None:
+    completed = doctor(home, *words, "--", "true")
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("flatout: ")
