@@ -70,14 +70,14 @@ def two_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tune(command: list[str], rates: dict[str, float], steps: int) -> Outcome:
-    options = Options(budget_seconds=20, steps=steps, isolate=False)
+    options = Options(budget_seconds=90, steps=steps, isolate=False)
     return Tuner(command, options, lambda line: None, lambda python, device: rates).run()
 
 
 @pytest.mark.usefixtures("two_pairs")
 def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: Path) -> None:
     """Autocast spares the program work, so it wins, and breaks a sigmoid before BCE loss."""
-    work = "for _ in range(4): torch.ones(400, 400) @ torch.ones(400, 400)"
+    work = "for _ in range(8): torch.ones(400, 400) @ torch.ones(400, 400)"
     outcome = tune(write(tmp_path, MANY_TENSORS, work), {}, steps=40)
     assert set(outcome.in_process) == {"precision", "optimizer"}
     assert outcome.dropped["precision"].startswith("not proven: the loss")

@@ -40,10 +40,10 @@ MINIMUM_PAIRS, MAXIMUM_PAIRS = 4, 12
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 6, 40
 
-FIRST_RUN_SHARE = 1 / 16
+FIRST_RUN_SHARE = 1 / 24
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
 
-COMPARISON_SHARE = 0.3
+COMPARISON_SHARE = 0.25
 """Share of the budget for the comparison inside one process."""
 
 
