@@ -218,7 +218,8 @@ def test_job_control_on_a_terminal(tmp_path: Path) -> None:
         tmp_path,
         "import sys, time\nprint([s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)])\n"
         "print('up', flush=True)\nprint('got', input(), flush=True)\n"
-        "try:\n    print('asleep', flush=True)\n    time.sleep(20)\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
+        "try:\n    print('asleep', flush=True)\n    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
         "    sys.exit(6)\n",
     )
     pid, terminal = pty.fork()

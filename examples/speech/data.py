@@ -1,0 +1,142 @@
+"""Recorded speech: the voice prompts of the Asterisk telephone system in five languages.
+
+They are the Debian packages asterisk-core-sounds-LANGUAGE-wav (16-bit samples at 8 kHz; CC BY-SA
+3.0, the Russian ones CC BY 3.0), 98 MB in all. ``apt-get download`` fetches them, or where there is
+no apt a plain download from Debian; neither needs root, and nothing is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import wave
+import zlib
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+LANGUAGES = ("en", "es", "fr", "it", "ru")
+SAMPLE_RATE = 8000
+SECONDS = 2.0
+TEST_SHARE = 0.2
+
+URL = (
+    "http://deb.debian.org/debian/pool/main/a/asterisk-core-sounds/"
+    "asterisk-core-sounds-{}-wav_1.6.1-1_all.deb"
+)
+SHA256 = {
+    "en": "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    "es": "9283a09a6d56fccdcc2bcfe86c48f0f844289cfbd46a3184d8785a6f7f569903",
+    "fr": "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e",
+    "it": "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb",
+    "ru": "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201",
+}
+
+
+def download(language: str) -> bytes:
+    """The Debian package of ``language``, from apt or else straight from Debian.
+
+    Raises:
+        OSError: neither can be reached, or what came is not the package that is expected.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        # As root apt would drop to a user of its own, who may not write into the scratch folder.
+        command = ["apt-get", "-o", "APT::Sandbox::User=root", "download"]
+        package = f"asterisk-core-sounds-{language}-wav"
+        try:
+            subprocess.run([*command, package], cwd=scratch, check=True, capture_output=True)
+            (archive,) = Path(scratch).glob("*.deb")
+            return archive.read_bytes()
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            url = URL.format(language)
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                data = answer.read()
+    if hashlib.sha256(data).hexdigest() != SHA256[language]:
+        raise OSError(f"{url} has another checksum than expected")
+    return data
+
+
+def unpack(package: bytes, target: Path) -> None:
+    """Write the WAV files of a Debian package into ``target``.
+
+    A package is an ``ar`` archive: 8 bytes of magic, then members with a header of 60 bytes, name
+    first and size at 48 (man 5 deb). The files are in the member ``data.tar.xz``.
+    """
+    at = 8
+    while at < len(package):
+        name, size = package[at : at + 16].strip(), int(package[at + 48 : at + 58])
+        member = package[at + 60 : at + 60 + size]
+        at += 60 + size + size % 2
+        if name == b"data.tar.xz":
+            with tarfile.open(fileobj=io.BytesIO(member)) as files:
+                for entry in files:
+                    if entry.isfile() and entry.name.endswith(".wav"):
+                        # usr/share/asterisk/sounds/VOICE/FOLDERS/NAME.wav
+                        prompt = "-".join(Path(entry.name).parts[-1:0:-1][::-1][5:])
+                        (target / prompt).write_bytes(files.extractfile(entry).read())
+
+
+def fetch(folder: Path) -> None:
+    """Fetch what is missing of the recordings into ``folder``/LANGUAGE/."""
+    for language in LANGUAGES:
+        target = folder / language
+        if target.is_dir():
+            continue
+        print(f"fetching recordings: {language}", file=sys.stderr)
+        try:
+            package = download(language)
+        except OSError as error:
+            sys.exit(
+                f"cannot fetch the recordings ({error}); put WAV files of speech (8 kHz, 16 bit, "
+                f"mono) into {target}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        # Complete or not there: an interrupted run leaves no half of a language behind.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            unpack(package, Path(scratch))
+            Path(scratch).chmod(0o755)
+            Path(scratch).rename(target)
+            Path(scratch).mkdir()
+
+
+def read_wave(path: Path) -> torch.Tensor:
+    """Samples in [-1, 1] of a mono 16-bit file at ``SAMPLE_RATE``."""
+    with wave.open(str(path)) as file:
+        if (file.getframerate(), file.getsampwidth(), file.getnchannels()) != (SAMPLE_RATE, 2, 1):
+            raise ValueError(f"{path} is not mono 16-bit audio at {SAMPLE_RATE} Hz")
+        samples = bytearray(file.readframes(file.getnframes()))
+    if not samples:
+        return torch.zeros(0)
+    return torch.frombuffer(samples, dtype=torch.int16).float() / 32768
+
+
+def load_speech(folder: Path) -> tuple[TensorDataset, TensorDataset]:
+    """Training and test clips: waveforms (samples,) of ``SECONDS``, and the language's number.
+
+    A prompt is on the same side in every language, so that no sentence of the test was heard in
+    training. Clips of a second and less are left out, others are cut from their beginning.
+    """
+    fetch(folder)
+    length = int(SECONDS * SAMPLE_RATE)
+    clips: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    labels: tuple[list[int], list[int]] = ([], [])
+    for number, language in enumerate(LANGUAGES):
+        for path in sorted((folder / language).glob("*.wav")):
+            samples = read_wave(path)
+            if "silence" in path.name or len(samples) < SAMPLE_RATE:
+                continue
+            side = zlib.crc32(path.name.encode()) % 100 < 100 * TEST_SHARE
+            clip = torch.zeros(length)
+            clip[: len(samples)] = samples[:length]
+            clips[side].append(clip)
+            labels[side].append(number)
+    train, test = (
+        TensorDataset(torch.stack(clips[side]), torch.tensor(labels[side])) for side in (0, 1)
+    )
+    return train, test
