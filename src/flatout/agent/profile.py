@@ -1,15 +1,17 @@
 """A short profiled window after the timed steps, aggregated in process.
 
 ``steps`` turns under torch's profiler, then one under the FLOP counter. Both are entered and left
-at step boundaries. The record gets one line; times and counts are those of one turn, and the
+at step boundaries. The record gets one line; times and counts are means over the profiled turns,
+without the quickest and the slowest (a stall of the machine falls into one of few), and the
 profiler has slowed them down::
 
-    {"kind": "profile", "steps": 5, "step_ms": 12.3,
+    {"kind": "profile", "steps": 10, "step_ms": 12.3,
      "operators": [{"name": "aten::mm", "phase": "backward", "within": null, "calls": 4.0,
                     "self_ms": 1.5, "device_self_ms": null}, ..],   # largest first
      "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
      "device_total_ms": null,                                       # all kernels of the accelerator
      "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
+     "page_fault_us": 0.5,                                          # measured in this process
      "flops_by_dtype": {"float32": 1200000000},
      "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
      "facts": {..}}                                                 # see facts.py
@@ -22,9 +24,12 @@ no fused kernel. What could not be profiled is missing; an event says why.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,13 +42,28 @@ from flatout.agent.turns import Turn
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
+FEWEST_STEPS = 3
+ENOUGH_SECONDS = 1.0
+"""The window ends after so many steps once it is that long, lest its events fill the memory."""
+
 LISTED_OPERATORS = 100
 """The rest is some thousandths of a step, and in the totals."""
+
+_FRESH_BYTES = 48 * 2**20
+"""Beyond every size up to which glibc keeps freed memory by itself (mallopt(3): 32 MiB)."""
+_SERIAL_ELEMENTS = 32768
+"""Of operations on so few elements torch makes one thread's work (``at::internal::GRAIN_SIZE``)."""
+_FEWEST_FAULTS = 8
+"""Huge pages make few faults of so much memory; fewer than that, it was at hand already."""
 
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
 _UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
-_ANNOTATIONS = (_OPTIMIZER_STEP, "Optimizer.zero_grad#", "ProfilerStep#", "enumerate(DataLoader)#")
+_BEGIN = "flatout::begin"
+_ANNOTATIONS = (
+    *(_OPTIMIZER_STEP, "Optimizer.zero_grad#", "ProfilerStep#", "enumerate(DataLoader)#"),
+    _BEGIN,
+)
 """Ranges that only annotate: their own time is Python's, not an operator's."""
 
 
@@ -52,18 +72,18 @@ class Profiler:
 
     Args:
         session: the session of this process.
-        steps: turns to profile.
+        steps: turns to profile at most.
     """
 
     def __init__(self, session: Session, steps: int) -> None:
         self._session = session
         self._steps = steps
         self._left = 0
-        self._started_ns = 0
+        self._boundaries_ns: list[int] = []
         self._faults: tuple[int, int] | None = None
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
-        self._result: dict[str, Any] = {"kind": "profile", "steps": steps}
+        self._result: dict[str, Any] = {"kind": "profile", "steps": 0}
         self._next: Callable[[], bool] = self._start
 
     def at_boundary(self, turn: Turn) -> bool:
@@ -72,8 +92,15 @@ class Profiler:
             if self._flops is not None:
                 self._flops.restart()
             return False  # an evaluation pass in between
+        self._boundaries_ns.append(time.perf_counter_ns())
         self._left -= 1
+        if self._profiler is not None and self._is_long_enough():
+            self._left = 0
         return self._left <= 0 and self._next()
+
+    def _is_long_enough(self) -> bool:
+        seconds = (self._boundaries_ns[-1] - self._boundaries_ns[0]) / 1e9
+        return len(self._boundaries_ns) > FEWEST_STEPS and seconds >= ENOUGH_SECONDS
 
     def _start(self) -> bool:
         self._session.mark = "profiled"
@@ -90,22 +117,28 @@ class Profiler:
         self._left = self._steps
         self._next = self._stop
         self._faults = _minor_faults()
-        self._started_ns = time.perf_counter_ns()
-        return False
+        self._boundaries_ns = [time.perf_counter_ns()]
+        with torch.profiler.record_function(_BEGIN):  # tells the profiler's clock from ours
+            return False
 
     def _stop(self) -> bool:
-        window_ns = time.perf_counter_ns() - self._started_ns
         faults = _minor_faults()
         try:
             self._profiler.stop()
-            self._result.update(aggregate(self._profiler.events(), self._steps))
+            events = self._profiler.events()
+            begin = next(event for event in events if event.name == _BEGIN)
+            first_ns = self._boundaries_ns[0]
+            boundaries_us = [
+                begin.time_range.start + (at_ns - first_ns) / 1e3 for at_ns in self._boundaries_ns
+            ]
+            self._result.update(aggregate(events, boundaries_us))
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("profile", error)
         self._profiler = None
-        self._result["step_ms"] = window_ns / 1e6 / self._steps
         if self._faults is not None and faults is not None:
-            self._result["minor_faults"] = (faults[0] - self._faults[0]) / self._steps
-            self._result["minor_faults_of_thread"] = (faults[1] - self._faults[1]) / self._steps
+            steps = len(self._boundaries_ns) - 1
+            self._result["minor_faults"] = (faults[0] - self._faults[0]) / steps
+            self._result["minor_faults_of_thread"] = (faults[1] - self._faults[1]) / steps
         return self._count()
 
     def _count(self) -> bool:
@@ -122,6 +155,7 @@ class Profiler:
         self._result["counted"] = dict(self._flops.counted)
         self._result["uncountable"] = self._flops.uncountable
         self._session.mark = None
+        self._result["page_fault_us"] = page_fault_us()
         try:
             self._result["facts"] = facts.collect(self._session)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
@@ -157,21 +191,51 @@ def _minor_faults() -> tuple[int, int] | None:
     return of_process, resource.getrusage(thread).ru_minflt
 
 
-def aggregate(events: Iterable[Any], steps: int) -> dict[str, Any]:
-    """Self times by operator.
+def page_fault_us() -> float | None:
+    """What a minor page fault costs this process, with the allocator and the huge pages it has: how
+    much longer fresh memory takes to fill and to hand back than memory at hand, over the faults
+    there; median of five. ``None``: the allocator causes no faults, or the system does not tell.
+    """
+    costs_us = []
+    for _ in range(5):
+        before = _minor_faults()
+        times_ns = [time.perf_counter_ns()]
+        memory = torch.empty(_FRESH_BYTES, dtype=torch.uint8)
+        for value in (1, 2):
+            for part in memory.split(_SERIAL_ELEMENTS):
+                part.fill_(value)
+            times_ns.append(time.perf_counter_ns())
+        del memory, part
+        times_ns.append(time.perf_counter_ns())
+        after = _minor_faults()
+        if before is None or after is None or after[1] - before[1] < _FEWEST_FAULTS:
+            return None
+        fresh, again, free = (b - a for a, b in pairwise(times_ns))
+        costs_us.append((fresh - again + free) / 1e3 / (after[1] - before[1]))
+    return max(0.0, statistics.median(costs_us))
+
+
+def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str, Any]:
+    """Self times by operator, means over the steps that count.
 
     Args:
         events: what ``torch.profiler.profile.events()`` gives, in the order of their starts.
-        steps: turns they belong to.
+        boundaries_us: where steps end and begin, by the clock of the events; at least two.
     """
+    durations_us = [b - a for a, b in pairwise(boundaries_us)]
+    by_duration = sorted(range(len(durations_us)), key=durations_us.__getitem__)
+    trimmed = len(by_duration) // 4
+    counting = set(by_duration[trimmed : len(by_duration) - trimmed])
+    steps = len(counting)
     has_device = torch.accelerator.is_available()
     operators: dict[tuple[str, str | None, str | None], dict[str, Any]] = {}
     places: dict[int, tuple[str | None, str | None]] = {}
     attention_nodes: set[int] = set()
     device_us = 0.0
     for event in events:
+        counts = bisect_right(boundaries_us, event.time_range.start) - 1 in counting
         if event.device_type != DeviceType.CPU:
-            if not event.is_user_annotation:
+            if counts and not event.is_user_annotation:
                 device_us += event.time_range.elapsed_us()
             continue
         name = event.name
@@ -193,7 +257,7 @@ def aggregate(events: Iterable[Any], steps: int) -> dict[str, Any]:
                 attention_nodes.discard(node)
             attention_nodes.discard(-1)
         places[id(event)] = (phase, within)
-        if name.startswith(_ANNOTATIONS):
+        if not counts or name.startswith(_ANNOTATIONS):
             continue
         operator = operators.setdefault(
             (name, phase, within),
@@ -216,6 +280,8 @@ def aggregate(events: Iterable[Any], steps: int) -> dict[str, Any]:
         reverse=True,
     )
     return {
+        "steps": steps,
+        "step_ms": sum(durations_us[step] for step in counting) / 1e3 / steps,
         "operators": ordered[:LISTED_OPERATORS],
         "operators_total_ms": sum(o["self_ms"] for o in ordered),
         "operators_total_calls": sum(o["calls"] for o in ordered),

@@ -19,7 +19,8 @@ TAKES_JOB = True
 
 DEFAULT_STEPS = 60
 DEFAULT_SECONDS = 45.0
-PROFILE_STEPS = 5
+PROFILE_STEPS = 20
+"""At most; long steps need fewer."""
 
 _PROGRESS_EVERY_S = 0.5
 

@@ -45,7 +45,8 @@ def find(case: Case) -> Finding | None:
             and operator["phase"] != "optimizer"
         )
 
-    share = case.operators_share(moves)
+    # Fresh memory is first touched by what writes to it: that part is a finding of its own.
+    share = case.operators_share(moves) - (case.page_fault_share or 0.0)
     if share < MEMORY_MATTERS:
         return None
     return Finding(

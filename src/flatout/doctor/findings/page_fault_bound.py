@@ -13,17 +13,15 @@ def find(case: Case) -> Finding | None:
     faults = case.minor_faults_per_step
     if faults is None or faults < MANY_FAULTS:
         return None
-    # Threads that compute together fault together, so the step waits for this thread's part.
-    all_threads = case.profile.get("minor_faults")
-    part = case.profile["minor_faults_of_thread"] / all_threads if all_threads else 1.0
-    cost_us = case.ceilings.page_fault_us if case.ceilings is not None else None
-    evidence = [f"{faults:,.0f} minor page faults a step, {part:.0%} of them in the main thread"]
-    share = None
-    if cost_us is not None:
-        share = min(1.0, faults * part * cost_us / 1e3 / case.mean_step_ms)
-        if share < MATTERS:
-            return None
-        evidence.append(f"one costs {cost_us:.2g} us on this machine")
+    share = case.page_fault_share
+    if share is not None and share < MATTERS:
+        return None
+    evidence = [
+        f"{faults:,.0f} minor page faults a step, {case.main_thread_faults:.0%} of them in the "
+        "main thread"
+    ]
+    if case.page_fault_us is not None:
+        evidence.append(f"one costs {case.page_fault_us:.2g} us here")
     return Finding(
         "page-fault-bound",
         "page faults",
