@@ -3,6 +3,9 @@
 They are the Debian packages asterisk-core-sounds-LANGUAGE-wav (16-bit samples at 8 kHz; CC BY-SA
 3.0, the Russian ones CC BY 3.0), 98 MB in all. ``apt-get download`` fetches them, or where there is
 no apt a plain download from Debian; neither needs root, and nothing is installed.
+
+Each language has one speaker. English and Spanish have the same one, so these two cannot be told
+apart by the voice; the others can.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ LANGUAGES = ("en", "es", "fr", "it", "ru")
 SAMPLE_RATE = 8000
 SECONDS = 2.0
 TEST_SHARE = 0.2
+FOLDER = Path.home() / ".cache" / "flatout-examples" / "speech"
 
 URL = (
     "http://deb.debian.org/debian/pool/main/a/asterisk-core-sounds/"
@@ -77,8 +81,9 @@ def unpack(package: bytes, target: Path) -> None:
             with tarfile.open(fileobj=io.BytesIO(member)) as files:
                 for entry in files:
                     if entry.isfile() and entry.name.endswith(".wav"):
-                        # usr/share/asterisk/sounds/VOICE/FOLDERS/NAME.wav
-                        prompt = "-".join(Path(entry.name).parts[-1:0:-1][::-1][5:])
+                        # usr/share/asterisk/sounds/VOICE/PROMPT.wav, VOICE/digits/PROMPT.wav
+                        parts = Path(entry.name).parts
+                        prompt = "-".join(parts[parts.index("sounds") + 2 :])
                         (target / prompt).write_bytes(files.extractfile(entry).read())
 
 
@@ -99,10 +104,10 @@ def fetch(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Complete or not there: an interrupted run leaves no half of a language behind.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            unpack(package, Path(scratch))
-            Path(scratch).chmod(0o755)
-            Path(scratch).rename(target)
-            Path(scratch).mkdir()
+            partial = Path(scratch, language)
+            partial.mkdir()
+            unpack(package, partial)
+            partial.rename(target)
 
 
 def read_wave(path: Path) -> torch.Tensor:
@@ -116,14 +121,20 @@ def read_wave(path: Path) -> torch.Tensor:
     return torch.frombuffer(samples, dtype=torch.int16).float() / 32768
 
 
+def first_seconds(samples: torch.Tensor) -> torch.Tensor:
+    """The first ``SECONDS`` of ``samples``, filled up with zeros."""
+    clip = torch.zeros(int(SECONDS * SAMPLE_RATE))
+    clip[: len(samples)] = samples[: len(clip)]
+    return clip
+
+
 def load_speech(folder: Path) -> tuple[TensorDataset, TensorDataset]:
     """Training and test clips: waveforms (samples,) of ``SECONDS``, and the language's number.
 
     A prompt is on the same side in every language, so that no sentence of the test was heard in
-    training. Clips of a second and less are left out, others are cut from their beginning.
+    training, in whatever language. Clips under a second are left out.
     """
     fetch(folder)
-    length = int(SECONDS * SAMPLE_RATE)
     clips: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     labels: tuple[list[int], list[int]] = ([], [])
     for number, language in enumerate(LANGUAGES):
@@ -132,9 +143,7 @@ def load_speech(folder: Path) -> tuple[TensorDataset, TensorDataset]:
             if "silence" in path.name or len(samples) < SAMPLE_RATE:
                 continue
             side = zlib.crc32(path.name.encode()) % 100 < 100 * TEST_SHARE
-            clip = torch.zeros(length)
-            clip[: len(samples)] = samples[:length]
-            clips[side].append(clip)
+            clips[side].append(first_seconds(samples))
             labels[side].append(number)
     train, test = (
         TensorDataset(torch.stack(clips[side]), torch.tensor(labels[side])) for side in (0, 1)

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import LANGUAGES, SAMPLE_RATE, SECONDS, read_wave
+from data import LANGUAGES, first_seconds, read_wave
 from model import LanguageClassifier
 
 
@@ -23,11 +23,8 @@ def main() -> None:
     model = LanguageClassifier()
     model.load_state_dict(torch.load(arguments.checkpoint))
     model.eval()
-    length = int(SECONDS * SAMPLE_RATE)
     for path in arguments.files:
-        samples = read_wave(path)[:length]
-        clip = torch.zeros(1, length)
-        clip[0, : len(samples)] = samples
+        clip = first_seconds(read_wave(path))[None]
         with torch.inference_mode():
             probabilities = model(clip).softmax(1)[0]
         best = int(probabilities.argmax())
