@@ -87,8 +87,9 @@ def main() -> int:
             failed |= mean - half > allowed
             print(
                 f"{label} steps: {statistics.median(bare):.0f} us bare, watching adds "
-                f"{mean:.1f} us ({mean - half:.1f} to {mean + half:.1f}, {len(added)} pairs, single "
-                f"differences {min(added):.1f} to {max(added):.1f}); allowed {allowed:.1f} us",
+                f"{mean:.1f} us ({mean - half:.1f} to {mean + half:.1f}, {len(added)} pairs, "
+                f"single differences {min(added):.1f} to {max(added):.1f}); "
+                f"allowed {allowed:.1f} us",
                 flush=True,
             )
     return int(failed)
