@@ -72,6 +72,7 @@ def ceilings(python: str, refresh: bool = False) -> Ceilings:
     Raises:
         UserError: that interpreter cannot be run, or it has no torch.
     """
+    python = os.path.abspath(shutil.which(python) or python)  # one name for one interpreter
     key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
     cache_file = paths.cache_directory() / "machine.json"
     cached = _read_cache(cache_file)

@@ -1,0 +1,126 @@
+"""What the machine is and can do: quotas, the cache of figures, what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flatout import machine
+from flatout.cli import main
+from flatout.errors import UserError
+
+REPORT = {
+    "torch": "2.13.0",
+    "threads": 2,
+    "cpu_capability": "AVX2",
+    "page_fault_us": None,
+    "devices": {
+        "cpu": {
+            "reported": {},
+            "matmul_flops_per_s": {"float32": 1.5e11, "bfloat16": None},
+            "memory_bytes_per_s": 2e10,
+        },
+        "cuda": {
+            "reported": {"name": "a device", "count": 1},
+            "matmul_flops_per_s": {"float32": 1e13, "bfloat16": 1e14},
+            "memory_bytes_per_s": 1e12,
+        },
+    },
+}
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for the measurement, which takes seconds; the list tells how often it was made."""
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
+    made: list[str] = []
+    run = subprocess.run
+
+    def probe(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        if not command[-1].endswith("machine_probe.py"):
+            return run(command, **options)  # type: ignore[call-overload,no-any-return]
+        made.append(command[0])
+        return subprocess.CompletedProcess(command, 0, json.dumps(REPORT), "")
+
+    monkeypatch.setattr(subprocess, "run", probe)
+    return made
+
+
+def test_measured_once_and_again_on_request(measured: list[str]) -> None:
+    first = machine.ceilings(sys.executable)
+    assert machine.ceilings(sys.executable) == first
+    assert len(measured) == 1
+    machine.ceilings(sys.executable, refresh=True)
+    assert len(measured) == 2
+    assert first.matmul_flops_per_s["bfloat16"] == 1e14  # the accelerator's
+    assert first.page_fault_us is None
+
+
+def test_one_interpreter_has_one_entry_whatever_it_is_called(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.ceilings(sys.executable)
+    monkeypatch.chdir(Path(sys.executable).parent)
+    machine.ceilings(f"./{Path(sys.executable).name}")
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"version": 1, "entries": [{}]}', "[]"])
+def test_a_damaged_cache_is_measured_anew(
+    measured: list[str], damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "machine.json").write_text(damage)
+    machine.ceilings(sys.executable)
+    assert len(measured) == 1
+    assert "measuring anew" in capsys.readouterr().err
+
+
+def test_what_was_not_measured_is_said(
+    measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["machine", "--python", sys.executable]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "page fault not measured" in shown
+    assert "cpu: float32 matrix product 150 GFLOP/s" in shown
+    assert "cpu: bfloat16 matrix product not measured" in shown
+    assert "cuda: name a device" in shown
+
+
+def test_an_interpreter_without_torch_is_one_sentence(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
+    with pytest.raises(UserError, match="has no torch to measure with"):
+        machine.ceilings(str(tmp_path / "v" / "bin" / "python"))
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "quota"),
+    [
+        ({"a/b/cpu.max": "150000 100000", "a/cpu.max": "max 100000"}, "0::/a/b", 1.5),
+        ({"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, "0::/a/b", 2.0),
+        ({"a/cpu.max": "max 100000"}, "0::/a", None),
+        ({}, "0::/gone", None),
+        (
+            {"cpu/x/cpu.cfs_quota_us": "50000", "cpu/x/cpu.cfs_period_us": "100000"},
+            "4:memory:/x\n3:cpu,cpuacct:/x",
+            0.5,
+        ),
+        (
+            {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"},
+            "3:cpu,cpuacct:/x",
+            None,
+        ),
+    ],
+)
+def test_the_smallest_quota_on_the_way_up_counts(
+    files: dict[str, str], own: str, quota: float | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert machine.cgroup_cpu_quota(tmp_path, own) == quota
