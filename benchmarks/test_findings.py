@@ -61,8 +61,9 @@ def test_the_planted_bottleneck_is_the_first_finding(home: Path, program: str, k
 
 
 def planted_share(output: str, warmup_steps: int) -> float:
-    """The planted part of the timed steps, from what the program printed."""
+    """The planted part of the timed steps, from what the program printed. Before it prints the last
+    of them, the profiler has begun."""
     rows = [line.split()[1:] for line in output.splitlines() if line.startswith("planted ")]
-    timed = [(float(part), float(step)) for part, step in rows[warmup_steps:STEPS]]
+    timed = [(float(part), float(step)) for part, step in rows[warmup_steps : STEPS - 1]]
     assert len(rows) > STEPS
     return sum(part for part, _ in timed) / sum(step for _, step in timed)

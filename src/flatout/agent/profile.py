@@ -11,7 +11,7 @@ profiler has slowed them down::
      "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
      "device_total_ms": null,                                       # all kernels of the accelerator
      "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
-     "page_fault_us": 0.5,                                          # measured in this process
+     "page_fault_us": 0.5,                                          # before and after the window
      "flops_by_dtype": {"float32": 1200000000},
      "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
      "facts": {..}}                                                 # see facts.py
@@ -81,6 +81,7 @@ class Profiler:
         self._left = 0
         self._boundaries_ns: list[int] = []
         self._faults: tuple[int, int] | None = None
+        self._fault_costs_us: list[float] = []
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
         self._result: dict[str, Any] = {"kind": "profile", "steps": 0}
@@ -107,6 +108,7 @@ class Profiler:
         if torch.autograd.profiler._is_profiler_enabled:
             self._session.event("skipped", "profile", "the program has a profiler of its own on")
             return self._count()
+        self._fault_costs_us += page_fault_costs_us()
         try:
             self._profiler = _new_profiler()
             self._profiler.start()
@@ -135,6 +137,9 @@ class Profiler:
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("profile", error)
         self._profiler = None
+        self._fault_costs_us += page_fault_costs_us()
+        if self._fault_costs_us:
+            self._result["page_fault_us"] = statistics.median(self._fault_costs_us)
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
             self._result["minor_faults"] = (faults[0] - self._faults[0]) / steps
@@ -155,7 +160,6 @@ class Profiler:
         self._result["counted"] = dict(self._flops.counted)
         self._result["uncountable"] = self._flops.uncountable
         self._session.mark = None
-        self._result["page_fault_us"] = page_fault_us()
         try:
             self._result["facts"] = facts.collect(self._session)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
@@ -191,12 +195,12 @@ def _minor_faults() -> tuple[int, int] | None:
     return of_process, resource.getrusage(thread).ru_minflt
 
 
-def page_fault_us() -> float | None:
-    """What a minor page fault costs this process, with the allocator and the huge pages it has: how
+def page_fault_costs_us() -> list[float]:
+    """What a minor page fault costs this process now, with its allocator and its huge pages: how
     much longer fresh memory takes to fill and to hand back than memory at hand, over the faults
-    there; median of five. ``None``: the allocator causes no faults, or the system does not tell.
+    there; five times. Empty: the allocator causes no faults, or the system does not tell.
     """
-    costs_us = []
+    costs_us: list[float] = []
     for _ in range(5):
         before = _minor_faults()
         times_ns = [time.perf_counter_ns()]
@@ -209,10 +213,10 @@ def page_fault_us() -> float | None:
         times_ns.append(time.perf_counter_ns())
         after = _minor_faults()
         if before is None or after is None or after[1] - before[1] < _FEWEST_FAULTS:
-            return None
+            return []
         fresh, again, free = (b - a for a, b in pairwise(times_ns))
-        costs_us.append((fresh - again + free) / 1e3 / (after[1] - before[1]))
-    return max(0.0, statistics.median(costs_us))
+        costs_us.append(max(0.0, (fresh - again + free) / 1e3 / (after[1] - before[1])))
+    return costs_us
 
 
 def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str, Any]:

@@ -146,13 +146,29 @@ class Case:
         device_ms = self.profile.get("device_total_ms")
         return min(1.0, device_ms / self.profile["step_ms"]) if device_ms else None
 
+    @property
+    def _profiler_ms(self) -> float:
+        """What the profiler has added to a step."""
+        longer_ms = max(0.0, float(self.profile["step_ms"]) - self.step_ms)
+        return min(longer_ms, float(self.profile["operators_total_calls"]) * PROFILER_US / 1e3)
+
+    @property
+    def _profiled_step_ms(self) -> float:
+        """The profiled step, less what the profiler has added."""
+        return float(self.profile["step_ms"]) - self._profiler_ms
+
     @cached_property
     def page_fault_share(self) -> float | None:
         """Share of the step that page faults cost, ``None`` when not known."""
         faults, cost_us = self.minor_faults_per_step, self.page_fault_us
         if faults is None or cost_us is None:
             return None
-        return min(1.0, faults * self.main_thread_faults * cost_us / 1e3 / self.mean_step_ms)
+        step_ms = self.mean_step_ms
+        if self.operators and self.profile.get("page_fault_us") is not None:
+            step_ms = (
+                self.profile["step_ms"] - self._profiler_ms
+            )  # of the same speed of the machine
+        return min(1.0, faults * self.main_thread_faults * cost_us / 1e3 / step_ms)
 
     @property
     def page_fault_us(self) -> float | None:
@@ -177,14 +193,12 @@ class Case:
         the median timed one, over the calls, is taken off each (at most ``PROFILER_US``). Then an
         operator's share is that of the profiled step, less what was taken off.
         """
-        step_ms = self.profile.get("step_ms")
         calls = self.profile.get("operators_total_calls")
-        if not step_ms or not calls:
+        if not calls:
             return []
-        added_ms = min(max(0.0, step_ms - self.step_ms) / calls, PROFILER_US / 1e3)
-        undisturbed_ms = step_ms - added_ms * calls
+        added_ms = self._profiler_ms / calls
         return [
-            {**o, "share": max(0.0, o["self_ms"] - o["calls"] * added_ms) / undisturbed_ms}
+            {**o, "share": max(0.0, o["self_ms"] - o["calls"] * added_ms) / self._profiled_step_ms}
             for o in self.profile["operators"]
         ]
 
