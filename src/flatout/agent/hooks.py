@@ -109,6 +109,7 @@ class Hooks:
         self._read_loss = read_loss
         self._roots: dict[int, weakref.ref[Any]] = {}
         self._root_classes: set[type] = set()
+        self._plain_module: type | None = None
         self._module_watches: dict[type, _ClassWatch | None] = {}
         self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
@@ -132,6 +133,7 @@ class Hooks:
         from torch.optim import optimizer as torch_optimizer
         from torch.utils.data import dataloader
 
+        self._plain_module = torch.nn.Module
         log = self._log
         log.live = live
         log.patience_ns = _PATIENCE_NS
@@ -225,6 +227,8 @@ class Hooks:
         self._module_watches[module_class] = watch
 
     def _module_class_seen(self, module_class: type) -> None:
+        if module_class is self._plain_module:
+            return  # a bare container; a watch on it would be one on every module
         if module_class not in self._module_watches:
             self._watch_module(module_class)
             if not self.searching:
