@@ -284,13 +284,21 @@ for i in range(6): net(x)""",
 }
 
 
-@pytest.mark.parametrize("mode", ["with torch.no_grad():", "with torch.inference_mode():", "if 1:"])
-@pytest.mark.parametrize("name", INFERENCE)
+WITHOUT_GRADIENTS = "with torch.no_grad():"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, WITHOUT_GRADIENTS) for name in INFERENCE),
+        ("no loader", "with torch.inference_mode():"),
+        ("no loader", "if True:"),
+        ("loader", "if True:"),
+    ],
+)
 def test_inference_steps_are_root_forwards(name: str, mode: str, tmp_path: Path) -> None:
     body = "\n".join("    " + line for line in INFERENCE[name].splitlines())
     program = f"net = Net().eval()\n{mode}\n{body}\nprint(json.dumps({{}}))"
-    if name != "no loader" and mode != "with torch.no_grad():":
-        pytest.skip("one mode is enough for the variants that load models")
     _, process = run(tmp_path, program)
     assert not process.trains
     assert counts(process.turns) == [(1, 0, 0)] * 6
