@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not arguments.prompt or not arguments.prompt.isascii():
+        parser.error("the prompt must be ASCII text, at least one character")
 
     checkpoint = torch.load(arguments.checkpoint)
     model = GPT(Config(**checkpoint["config"]))
