@@ -425,6 +425,10 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "input-bound - waiting for data: at most 75% of a step" in report
     assert "before its operators could" in report
     assert "transfer" not in report
+    assert "steps were timed" not in report
+    text = io.StringIO()
+    print_diagnosis(recorded(rows=[turn(n, BALANCED) for n in range(5)]), text)
+    assert "only 2 steps were timed" in text.getvalue()
     text = io.StringIO()
     print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
     assert "Findings: none" in text.getvalue()

@@ -15,6 +15,8 @@ from flatout.doctor.findings import Finding
 from flatout.record import PHASES
 
 OPERATORS_SHOWN = 8
+FEW_STEPS = 5
+"""Timed steps below which a stall of the machine can be most of what was seen."""
 _BAR_WIDTH = 24
 _WIDTH = 100
 """Of a report that does not go to a terminal."""
@@ -54,7 +56,9 @@ def notes(diagnosis: Diagnosis) -> list[str]:
         for event in case.process.events
         if event.what == "failed" or (event.what == "skipped" and event.subject == "profile")
     ]
-    if case.process.profile is None and not said:
+    if len(case.steps) < FEW_STEPS:
+        said.append(f"only {len(case.steps)} steps were timed; more --seconds would tell more")
+    if case.process.profile is None and not case.process.events:
         said.append(
             f"the program ended after {len(case.process.turns)} steps, before its operators could "
             "be profiled; fewer --steps would leave room"
