@@ -56,13 +56,13 @@ def notes(diagnosis: Diagnosis) -> list[str]:
         for event in case.process.events
         if event.what == "failed" or (event.what == "skipped" and event.subject == "profile")
     ]
-    if len(case.steps) < FEW_STEPS:
-        said.append(f"only {len(case.steps)} steps were timed; more --seconds would tell more")
-    if case.process.profile is None and not case.process.events:
+    if case.process.profile is None and not said:
         said.append(
             f"the program ended after {len(case.process.turns)} steps, before its operators could "
             "be profiled; fewer --steps would leave room"
         )
+    if len(case.steps) < FEW_STEPS:
+        said.append(f"only {len(case.steps)} steps were timed; more --seconds would tell more")
     if case.ceilings is None:
         said.append("without this machine's ceilings there is no MFU and no cost of page faults")
     return said
