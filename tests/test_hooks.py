@@ -38,3 +38,41 @@ def test_a_plain_module_as_container_does_not_put_a_watch_on_every_module(tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(1, 2) function\n"
+
+
+RETRACE = """
+import torch.fx as fx
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = fx.symbolic_trace(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
+    def forward(self, x):
+        return self.inner(x)
+
+class Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, fx.GraphModule) or super().is_leaf_module(module, name)
+
+print([(node.op, str(node.target)) for node in Tracer().trace(Net()).nodes])
+"""
+
+
+def test_a_traced_graph_is_traced_again_as_bare(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RETRACE)
+    bare = [sys.executable, "program.py"]
+    outputs = [
+        subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "FLATOUT_HOME": str(tmp_path / "flatout-home")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for command in (bare, [sys.executable, "-m", "flatout", "run", "--", *bare])
+    ]
+    assert outputs[0] == outputs[1]
+    assert "call_module" in outputs[0]

@@ -11,6 +11,8 @@ while, until a turn is over, and stays watched if an instance of it was called o
 
 from __future__ import annotations
 
+import functools
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
@@ -135,10 +137,11 @@ class Hooks:
 
         self._plain_module = torch.nn.Module
         log = self._log
+        contained = functools.partial(self._contained, "watch")
         log.live = live
         log.patience_ns = _PATIENCE_NS
-        log.reader = self._contained("watch", self.read)
-        log.new_root = self._new_root
+        log.reader = contained(self.read)
+        log.new_root = contained(self._new_root)
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
@@ -150,10 +153,14 @@ class Hooks:
         iterator: type = dataloader._BaseDataLoaderIter
         self._watches = [
             _ClassWatch(log, iterator, "__next__", DATA),
-            _ClassWatch(log, loader, "__iter__", DATA, self._loader_begins),
-            _ClassWatch(log, torch.nn.Module, "__setstate__", _CALLS_ONLY, self._module_restored),
-            _ClassWatch(log, optimizer, "__init__", _CALLS_ONLY, self._optimizer_built),
-            _ClassWatch(log, optimizer, "__setstate__", _CALLS_ONLY, self._optimizer_built),
+            _ClassWatch(log, loader, "__iter__", DATA, contained(self._loader_begins)),
+            _ClassWatch(
+                log, torch.nn.Module, "__setstate__", _CALLS_ONLY, contained(self._module_restored)
+            ),
+            _ClassWatch(log, optimizer, "__init__", _CALLS_ONLY, contained(self._optimizer_built)),
+            _ClassWatch(
+                log, optimizer, "__setstate__", _CALLS_ONLY, contained(self._optimizer_built)
+            ),
             _FunctionWatch(log, torch.autograd, "_engine_run_backward", BACKWARD),
         ]
         if torch.accelerator.is_available():
@@ -163,8 +170,10 @@ class Hooks:
         for watch in self._watches:
             watch.install()
         self._handles = [
-            nn_module.register_module_module_registration_hook(self._child_registered),
-            nn_module.register_module_parameter_registration_hook(self._child_registered),
+            nn_module.register_module_module_registration_hook(contained(self._child_registered)),
+            nn_module.register_module_parameter_registration_hook(
+                contained(self._child_registered)
+            ),
             torch_optimizer.register_optimizer_step_pre_hook(_watch.Mark(log, False)),
             torch_optimizer.register_optimizer_step_post_hook(_watch.Mark(log, True)),
         ]
@@ -229,6 +238,9 @@ class Hooks:
     def _module_class_seen(self, module_class: type) -> None:
         if module_class is self._plain_module:
             return  # a bare container; a watch on it would be one on every module
+        fx = sys.modules.get("torch.fx.graph_module")
+        if fx is not None and issubclass(module_class, fx.GraphModule):
+            return  # it makes a __call__ of its own from the one its class has, once and for all
         if module_class not in self._module_watches:
             self._watch_module(module_class)
             if not self.searching:
