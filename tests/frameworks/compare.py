@@ -43,6 +43,7 @@ def run(command: list[str], template: Path, folder: Path, flatout_home: Path | N
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars redraw themselves as time goes by
     }
     if flatout_home is not None:
         environment["FLATOUT_HOME"] = str(flatout_home)
