@@ -123,7 +123,6 @@ class RecordWriter:
         self._on_failure = on_failure
         self._lines: list[str] = []
         self._rows: list[list[Any]] = []
-        self._descriptor: int | None = None
         self._flushed_ns = self.started_ns
         self.broken = False
 
@@ -161,23 +160,24 @@ class RecordWriter:
         lines, self._lines = self._lines, []
         if self.broken or not lines:
             return
+        data = "".join(lines).encode("utf-8", "backslashreplace")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         try:
-            if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
-                self._descriptor = os.open(self.path, flags, 0o644)
-            data = "".join(lines).encode("utf-8", "backslashreplace")
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            # Not kept open: a program that closes descriptors it does not know (a daemon does)
+            # would get the same number for a file of its own, and the record in it.
+            descriptor = os.open(self.path, flags, 0o644)
+            try:
+                while data:
+                    data = data[os.write(descriptor, data) :]
+            finally:
+                os.close(descriptor)
         except OSError as error:
             self.broken = True
             self._on_failure(error)
 
     def close(self) -> None:
-        """Flush and close."""
+        """The last flush."""
         self.flush()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 @dataclass(frozen=True)
