@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from compare import Outcome, compare, differences
+from compare import Outcome, compare
 
-from flatout.record import RunRecord
+from flatout.record import ProcessRecord, RunRecord
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -18,6 +18,10 @@ FRAMEWORKS = Path(
     os.environ.get("FLATOUT_TEST_FRAMEWORKS_PYTHON", ROOT / ".venv-frameworks/bin/python")
 )
 TIMM = Path(os.environ.get("FLATOUT_TEST_TIMM_PYTHON", ROOT / ".venv-timm/bin/python"))
+
+pytestmark = pytest.mark.frameworks
+
+Counts = tuple[int, int, int]
 
 
 @pytest.fixture
@@ -37,83 +41,96 @@ def printed_losses(outcome: Outcome) -> list[float]:
     return [float(text) for text in re.findall(r"\bloss (\S+)", outcome.stdout)]
 
 
-def counts(record: RunRecord) -> list[tuple[int, int, int]]:
+def recorded_losses(process: ProcessRecord) -> list[float | None]:
+    return [loss for step in process.steps for loss in step.losses]
+
+
+def checked(record: RunRecord) -> ProcessRecord:
+    """The main process, once what must hold in every process of every record does."""
+    for process in record.processes:
+        assert not [event for event in process.events if event.what == "failed"]
+        for step in [*process.steps, *process.evaluations]:
+            phases_ms = sum(ms for ms in step.phases_ms.values() if ms is not None)
+            assert phases_ms == pytest.approx(step.step_ms)
+            assert step.phases_ms["forward"]
+        for step in process.steps:
+            assert step.phases_ms["backward"]
+            assert step.phases_ms["optimizer"]
     assert record.main is not None
-    assert not [event for event in record.main.events if event.what == "failed"]
-    return [(s.forwards, s.backwards, s.updates) for s in record.main.steps]
+    return record.main
 
 
-def last_loss(record: RunRecord) -> float | None:
-    assert record.main is not None
-    return record.main.steps[-1].losses[-1]
+def steps(process: ProcessRecord) -> list[Counts]:
+    return [(step.forwards, step.backwards, step.updates) for step in process.steps]
 
 
-def test_the_comparison_sees_a_difference() -> None:
-    assert differences("loss 1.5 in 3 s", "loss 1.5 in 4 s", "loss 1.5 in 5 s") == []
-    assert differences("loss 1.5 in 3 s", "loss 1.5 in 4 s", "loss 1.6 in 5 s")
-    assert differences("a b", "a b", "a b c")
+def evaluations(process: ProcessRecord) -> list[Counts]:
+    return [(step.forwards, step.backwards, step.updates) for step in process.evaluations]
 
 
-@pytest.mark.frameworks
 def test_hugging_face_trainer(template: Path, tmp_path: Path) -> None:
-    own, record = compare([str(needs(FRAMEWORKS)), "hf_trainer.py"], template, tmp_path)
-    assert own.returncode == 0
-    assert counts(record) == [(2, 2, 1)] * 12
-    assert record.main is not None
-    assert len(record.main.evaluations) == 4
-    losses = [loss for step in record.main.steps for loss in step.losses]
-    assert all(loss is not None for loss in losses)
-    mean = sum(loss for loss in losses if loss is not None) / len(losses)
-    # Trainer divides each micro-batch's loss by their number before it calls backward.
-    assert 2 * mean == pytest.approx(printed_losses(own)[-1], rel=1e-5)
+    python = needs(FRAMEWORKS)
+    own, record = compare([str(python), "hf_trainer.py"], template, tmp_path, python)
+    assert own.returncode == 0, own.stderr
+    main = checked(record)
+    assert steps(main) == [(2, 2, 1)] * 12
+    assert evaluations(main) == [(1, 0, 0)] * 4
+    assert recorded_losses(main) == printed_losses(own)
 
 
-@pytest.mark.frameworks
-def test_accelerate(template: Path, tmp_path: Path) -> None:
-    launcher = needs(FRAMEWORKS).parent / "accelerate"
+# Two processes on CPUs `accelerate launch` leaves to torchrun and MPI.
+@pytest.mark.parametrize(("launcher", "processes"), [("accelerate launch", 1), ("torchrun", 2)])
+def test_accelerate(launcher: str, processes: int, template: Path, tmp_path: Path) -> None:
+    python = needs(FRAMEWORKS)
+    options = {
+        "accelerate launch": "--cpu --num_machines 1 --mixed_precision no --dynamo_backend no "
+        "--num_processes 1",
+        "torchrun": "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0",
+    }
     command = [
-        *(str(launcher), "launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", "--num_processes", "1"),
+        *f"{python.parent}/{launcher} {options[launcher]}".split(),
         "accelerate_script.py",
     ]
-    own, record = compare(command, template, tmp_path)
+    own, record = compare(command, template, tmp_path, python)
     assert own.returncode == 0, own.stderr
-    assert len(printed_losses(own)) == 2
-    assert counts(record) == [(2, 2, 1)] * 16
+    main = checked(record)
+    trained = [process for process in record.processes if process.trains]
+    assert len(trained) == processes
+    assert all(steps(process) == [(2, 2, 1)] * (16 // processes) for process in trained)
+    # Accelerate divides each loss by the number of micro-batches before it calls backward.
+    assert recorded_losses(main) == [loss / 2 for loss in printed_losses(own)]
 
 
-@pytest.mark.frameworks
 def test_lightning(template: Path, tmp_path: Path) -> None:
-    own, record = compare([str(needs(FRAMEWORKS)), "lightning_script.py"], template, tmp_path)
+    python = needs(FRAMEWORKS)
+    own, record = compare([str(python), "lightning_script.py"], template, tmp_path, python)
     assert own.returncode == 0, own.stderr
-    assert counts(record) == [(1, 1, 1)] * 32
-    assert record.main is not None
-    assert len(record.main.evaluations) == 2 + 2 * 4
-    assert last_loss(record) == printed_losses(own)[-1]
+    main = checked(record)
+    assert steps(main) == [(1, 1, 1)] * 32
+    assert evaluations(main) == [(1, 0, 0)] * (2 + 2 * 4)  # the sanity check, then every epoch
+    assert recorded_losses(main) == printed_losses(own)
 
 
-@pytest.mark.frameworks
 def test_torchrun_with_two_ranks(template: Path, tmp_path: Path) -> None:
-    launcher = needs(FRAMEWORKS).parent / "torchrun"
+    python = needs(FRAMEWORKS)
     command = [
-        *(str(launcher), "--nproc_per_node", "2", "--rdzv_backend", "c10d"),
+        *(str(python.parent / "torchrun"), "--nproc_per_node", "2", "--rdzv_backend", "c10d"),
         *("--rdzv_endpoint", "localhost:0", "torchrun_ddp.py"),
     ]
-    own, record = compare(command, template, tmp_path)
+    own, record = compare(command, template, tmp_path, python)
     assert own.returncode == 0, own.stderr
+    main = checked(record)
     trained = [process for process in record.processes if process.trains]
-    assert sorted(process.header["rank"] for process in trained) == [0, 1]
-    assert record.main is not None
-    assert record.main.header["rank"] == 0
-    assert counts(record) == [(1, 1, 1)] * 16
-    assert len(printed_losses(own)) == 2
+    assert [process.header["rank"] for process in trained] == [0, 1]
+    assert all(steps(process) == [(1, 1, 1)] * 16 for process in trained)
+    assert recorded_losses(main) == printed_losses(own)
 
 
-@pytest.mark.frameworks
 def test_timm(template: Path, tmp_path: Path) -> None:
-    own, record = compare([str(needs(TIMM)), "timm_script.py"], template, tmp_path)
+    python = needs(TIMM)
+    own, record = compare([str(python), "timm_script.py"], template, tmp_path, python)
     assert own.returncode == 0, own.stderr
-    assert record.main is not None
-    losses = [loss for step in record.main.steps for loss in step.losses]
-    assert losses == printed_losses(own)
-    assert counts(record) == [(1, 1, 1)] * 8
+    main = checked(record)
+    assert steps(main) == [(1, 1, 1)] * 8
+    assert evaluations(main) == [(1, 0, 0)]
+    assert recorded_losses(main) == printed_losses(own)

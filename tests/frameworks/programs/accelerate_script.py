@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 set_seed(0)
-accelerator = Accelerator(gradient_accumulation_steps=2)
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 model = nn.Sequential(
     nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10)
 )
@@ -21,13 +21,14 @@ for epoch in range(2):
         with accelerator.accumulate(model):
             loss = nn.functional.cross_entropy(model(x), y)
             accelerator.backward(loss)
+            accelerator.print("micro-batch loss", repr(loss.item()))
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
     total = accelerator.gather(loss.detach()).mean().item()
-    accelerator.print("epoch", epoch, "loss", repr(total))
+    accelerator.print("epoch", epoch, "mean", repr(total))
 accelerator.wait_for_everyone()
 if accelerator.is_main_process:
     torch.save(accelerator.unwrap_model(model).state_dict(), "model.pt")

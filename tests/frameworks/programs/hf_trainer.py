@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a tiny GPT-2 on this file's own folder, evaluated and saved."""
+"""Hugging Face Trainer: a tiny GPT-2 on a file of the standard library, evaluated and saved."""
 
 import sysconfig
 from pathlib import Path
@@ -6,13 +6,21 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
+
+class Printing(Trainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        print("loss", repr(loss.item()))
+        return loss
+
+
 set_seed(0)
 text = Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_bytes()[: 64 * 65]
 tokens = torch.tensor(list(text)).clamp(max=127).view(-1, 65)[:, :64]
 samples = [{"input_ids": row, "labels": row} for row in tokens]
 
 config = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-trainer = Trainer(
+trainer = Printing(
     model=GPT2LMHeadModel(config),
     args=TrainingArguments(
         output_dir="out",
@@ -32,4 +40,4 @@ trainer = Trainer(
 )
 result = trainer.train()
 trainer.save_model("final")
-print("loss", repr(result.training_loss))
+print("mean", repr(result.training_loss))

@@ -20,6 +20,7 @@ class Digits(lightning.LightningModule):
         x, y = batch
         loss = nn.functional.cross_entropy(self(x), y)
         self.log("loss", loss)
+        print("loss", repr(loss.item()))
         return loss
 
     def validation_step(self, batch, _):
@@ -43,5 +44,4 @@ trainer = lightning.Trainer(
 )
 model = Digits()
 trainer.fit(model, DataLoader(data, batch_size=16, shuffle=True), DataLoader(data, batch_size=64))
-print("loss", repr(trainer.callback_metrics["loss"].item()))
 print("accuracy", repr(trainer.callback_metrics["accuracy"].item()))

@@ -22,9 +22,11 @@ for epoch in range(2):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if dist.get_rank() == 0:
+            print("loss", repr(loss.item()))
     dist.all_reduce(loss.detach())
     if dist.get_rank() == 0:
-        print("epoch", epoch, "loss", repr(loss.item()), flush=True)
+        print("epoch", epoch, "sum", repr(loss.item()), flush=True)
 if dist.get_rank() == 0:
     torch.save(model.module.state_dict(), "model.pt")
 dist.destroy_process_group()
