@@ -189,8 +189,8 @@ class Hooks:
             if watch is not None:
                 watch.remove()
         self._handles, self._watches, self._module_watches = [], [], {}
-        # A class left here would keep the globals of the program's own module alive at the exit, and
-        # a file that the program leaves to Python to close would lose what is still buffered.
+        # A class left here would keep the globals of the program's own module alive at the exit,
+        # and a file that the program leaves to Python to close would lose what is still buffered.
         self._root_classes = set()
 
     def restart(self, turns: Turns) -> None:
