@@ -16,12 +16,12 @@ from flatout.doctor import Diagnosis, diagnose
 from flatout.doctor.findings import kinds
 from flatout.errors import UserError
 from flatout.machine import Ceilings
-from flatout.record import COLUMNS, PHASES, RecordWriter, read_run, record_path
+from flatout.record import ProcessRecord, RunRecord, Step, record_path
 from flatout.report.terminal import print_diagnosis
+from flatout.turns import PHASES
 
 HEADER = {
     "kind": "header",
-    "version": 1,
     "program": "train.py",
     "torch": "2.13.0",
     "threads": 2,
@@ -48,30 +48,26 @@ NO_BF16 = Ceilings(
 )
 
 
-def turn(number: int, phases_ms: dict[str, float | None], **fields: Any) -> list[Any]:
-    """One row; its length is the sum of its phases, at every 100 ms."""
-    start_ns = number * 100_000_000
-    total_ns = int(sum(ms or 0 for ms in phases_ms.values()) * 1e6)
+def turn(number: int, phases_ms: dict[str, float | None], **fields: Any) -> Step:
+    """One step; its length is the sum of its phases, at every 100 ms."""
     values: dict[str, Any] = {
-        **dict.fromkeys(COLUMNS),
-        "evaluation": 0,
         "index": number,
-        "losses": [],
+        "at_s": number / 10,
+        "step_ms": sum(ms or 0 for ms in phases_ms.values()),
+        "phases_ms": dict.fromkeys(PHASES) | phases_ms,
+        "losses": (),
         "forwards": 1,
         "backwards": 1,
         "updates": 1,
-        "grad": 1,
         "minor_faults": 0,
         "major_faults": 0,
-        "start_ns": start_ns,
-        "end_ns": start_ns + total_ns,
         "peak_rss_bytes": 2**28,
-        **{
-            f"{phase}_ns": None if phases_ms.get(phase) is None else int(phases_ms[phase] * 1e6)  # type: ignore[operator]
-            for phase in PHASES
-        },
+        "peak_device_bytes": None,
+        "arm": None,
+        "mark": None,
+        "grad": True,
     }
-    return [{**values, **fields}[name] for name in COLUMNS]
+    return Step(**(values | fields))
 
 
 def operator(name: str, self_ms: float, calls: float = 1, **fields: Any) -> dict[str, Any]:
@@ -118,28 +114,29 @@ PRODUCTS = operator("aten::mm", 9.0, calls=3)
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Any:
-    """Writes a record by the real writer, reads it back and diagnoses it."""
+    """Diagnoses what a process has recorded."""
 
     def record(
         phases_ms: dict[str, float | None] = BALANCED,
         profiled: dict[str, Any] | None = None,
         *,
-        rows: list[list[Any]] | None = None,
+        steps: list[Step] | None = None,
+        evaluations: list[Step] | None = None,
         header: dict[str, Any] | None = None,
         ceilings: Ceilings | None = NO_BF16,
         usable_cores: float | None = 2.0,
         **fields: Any,
     ) -> Diagnosis:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        writer = RecordWriter(record_path(folder, 1), lambda error: pytest.fail(str(error)))
-        writer.write({**HEADER, **(header or {})})
-        for row in rows or [turn(n, phases_ms, **fields) for n in range(23)]:
-            writer.write_turn(row)
-        if profiled is not None:
-            writer.write(profiled)
-        writer.close()
-        return diagnose(read_run(folder), ceilings, usable_cores)
+        if steps is None:
+            steps = [turn(n, phases_ms, **fields) for n in range(23)]
+        process = ProcessRecord(
+            record_path(tmp_path, 1),
+            HEADER | (header or {}),
+            steps,
+            evaluations or [],
+            profile=profiled,
+        )
+        return diagnose(RunRecord(tmp_path, [process]), ceilings, usable_cores)
 
     return record
 
@@ -160,9 +157,9 @@ def test_a_program_bound_by_its_arithmetic_has_no_finding(recorded: Any) -> None
 
 def test_warmup_and_profiled_steps_are_left_out(recorded: Any) -> None:
     slow = {**BALANCED, "forward": 90.0}
-    rows = [turn(n, slow if n < 3 else BALANCED) for n in range(10)]
-    rows += [turn(n, slow, mark="profiled") for n in range(10, 15)]
-    diagnosis = recorded(rows=rows)
+    steps = [turn(n, slow if n < 3 else BALANCED) for n in range(10)]
+    steps += [turn(n, slow, mark="profiled") for n in range(10, 15)]
+    diagnosis = recorded(steps=steps)
     assert diagnosis.case.step_ms == pytest.approx(10.0)
     assert len(diagnosis.case.steps) == 7
     assert diagnosis.document()["warmup_steps"] == 3
@@ -316,23 +313,22 @@ def test_oversubscribed_threads(
 
 def test_gradients_in_evaluation(recorded: Any) -> None:
     forward = {"forward": 9.0, "other": 1.0}
-    passes = {"evaluation": 1, "backwards": 0, "updates": 0}
+    training = [turn(n, BALANCED) for n in range(20)]
 
-    def rows(grad: int) -> list[list[Any]]:
-        training = [turn(n, BALANCED) for n in range(20)]
-        evaluation = [turn(n, forward, grad=grad, **passes) for n in range(5, 15)]
-        return training + evaluation
+    def diagnosed(grad: bool) -> Diagnosis:
+        evaluation = [turn(n, forward, grad=grad, backwards=0, updates=0) for n in range(5, 15)]
+        return recorded(steps=training, evaluations=evaluation)  # type: ignore[no-any-return]
 
-    diagnosis = recorded(rows=rows(grad=1))
+    diagnosis = diagnosed(grad=True)
     assert diagnosis.bottleneck == "gradient-in-evaluation"
     assert share(diagnosis, "gradient-in-evaluation") == pytest.approx(90 / 270)
-    assert kinds_found(recorded(rows=rows(grad=0))) == []
+    assert kinds_found(diagnosed(grad=False)) == []
 
 
 def test_gradients_in_an_inference_loop(recorded: Any) -> None:
-    passes = {"evaluation": 1, "backwards": 0, "updates": 0}
-    rows = [turn(n, {"forward": 9.0, "other": 0.5}, grad=1, **passes) for n in range(20)]
-    diagnosis = recorded(rows=rows)
+    phases_ms = {"forward": 9.0, "other": 0.5}
+    passes = [turn(n, phases_ms, backwards=0, updates=0) for n in range(20)]
+    diagnosis = recorded(steps=[], evaluations=passes)
     assert diagnosis.bottleneck == "gradient-in-evaluation"
     assert not diagnosis.document()["trains"]
 
@@ -410,7 +406,7 @@ def test_what_was_not_measured_is_null(recorded: Any) -> None:
 
 def test_nothing_to_diagnose(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no training or inference step"):
-        diagnose(read_run(tmp_path), None)
+        diagnose(RunRecord(tmp_path, []), None)
 
 
 def test_every_kind_has_a_test() -> None:
@@ -427,7 +423,7 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "transfer" not in report
     assert "steps were timed" not in report
     text = io.StringIO()
-    print_diagnosis(recorded(rows=[turn(n, BALANCED) for n in range(5)]), text)
+    print_diagnosis(recorded(steps=[turn(n, BALANCED) for n in range(5)]), text)
     assert "only 2 steps were timed" in text.getvalue()
     text = io.StringIO()
     print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)

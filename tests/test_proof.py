@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from flatout.record import PHASES, Step
+from flatout.record import Step
 from flatout.request import Request
 from flatout.tune import proof, trial
 from flatout.tune.proof import Curve, Verdict
+from flatout.turns import PHASES
 
 SEEDS, STEPS = 4, 80
 

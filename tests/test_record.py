@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
+from flatout.agent import _watch
 from flatout.record import (
-    COLUMNS,
-    PHASES,
     RECORD_VERSION,
     RecordError,
     RecordWriter,
@@ -21,15 +20,50 @@ from flatout.record import (
     record_path,
 )
 from flatout.request import Comparison, Request, RequestError
+from flatout.turns import (
+    ARM,
+    BACKWARD,
+    BEGIN,
+    DATA,
+    END,
+    FORWARD,
+    MARK,
+    MARKS,
+    NOTE,
+    OPTIMIZER,
+    PHASES,
+    USAGE,
+)
 
-HEADER = {"kind": "header", "version": RECORD_VERSION, "pid": 1, "rank": None}
+HEADER = {"kind": "header", "version": RECORD_VERSION, "pid": 1, "rank": None, "started_ns": 7}
+NET, OPTIMIZER_ID = 2**46 + 16, 2**47 - 8
+MS = 1_000_000
 
 
-def row(**changes: Any) -> list[Any]:
-    values: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
-    values |= {f"{phase}_ns": 1_000_000 for phase in PHASES}
-    values |= {"start_ns": 2_000_000_000, "end_ns": 2_007_000_000, "losses": [0.5], "mark": None}
-    return list((values | changes).values())
+class Program:
+    """Notes what a program would: batches, root forwards, backwards and optimizer steps."""
+
+    def __init__(self) -> None:
+        self.log = _watch.Log()
+        self.now_ns = 10**15
+        self.faults = 0
+
+    def phase(self, phase: int, ms: int, flags: int = 0, identity: int = 0) -> None:
+        self.log.note(BEGIN, phase, flags, self.now_ns, identity)
+        self.now_ns += ms * MS
+        self.log.note(END, phase, 0, self.now_ns, identity)
+
+    def step(self, fetches: bool = True) -> None:
+        if fetches:
+            self.phase(DATA, 2)
+        self.phase(FORWARD, 4, flags=3, identity=NET)
+        self.phase(BACKWARD, 3, flags=1)
+        self.faults += 5
+        self.log.note(USAGE, 0, 0, self.faults, 0, 2**30)
+        self.phase(OPTIMIZER, 1, identity=OPTIMIZER_ID)
+
+    def evaluation(self) -> None:
+        self.phase(FORWARD, 4, flags=0, identity=NET)
 
 
 def writer(path: Path) -> RecordWriter:
@@ -39,39 +73,92 @@ def writer(path: Path) -> RecordWriter:
     return RecordWriter(path, fail)
 
 
+def losses(*values: float | None, peak_device_bytes: int | None = None) -> dict[str, Any]:
+    return {"kind": "losses", "values": values, "peak_device_bytes": peak_device_bytes}
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
+    program = Program()
     record = writer(record_path(tmp_path, 1))
-    record.write(HEADER)
-    record.write_turn(row(index=0, data_ns=None, losses=[0.25, float("nan"), None]))
-    record.write_turn(row(index=0, evaluation=1, grad=1))
+    record.write({**HEADER, "started_ns": program.now_ns - 2_000_000_000})
+    program.step()
+    record.write_events(program.log.pack())
+    record.write(losses(0.25))
     record.write({"kind": "event", "at_s": 1.5, "what": "skipped", "subject": "a", "why": "b"})
-    record.write_turn(row(index=1, arm=1, mark="switched"))
+    program.phase(DATA, 1)
+    program.log.note(NOTE, ARM, 0, 1)
+    program.log.note(NOTE, MARK, 0, MARKS.index("switched"))
+    program.step(fetches=False)
+    program.step()
+    program.log.note(NOTE, ARM, 0, -1)
+    program.log.note(NOTE, MARK, 0, 0)
+    program.evaluation()
+    program.step()
+    record.write_events(program.log.pack())
+    record.write(losses(float("nan"), 0.125, peak_device_bytes=4096))
     record.write({"kind": "end", "at_s": 3.0, "reason": "exit"})
     record.close()
 
     process = read_run(tmp_path).main
     assert process is not None
-    first, second = process.steps
-    assert first.step_ms == 7.0
+    first, second, third, fourth = process.steps
+    assert first.step_ms == 10.0
     assert first.at_s == 2.0
-    assert first.phases_ms == {**dict.fromkeys(PHASES, 1.0), "data": None}
-    assert first.losses[0] == 0.25
-    assert first.losses[1] != first.losses[1]
-    assert first.losses[2] is None
-    assert (second.arm, second.mark) == (1, "switched")
-    assert [step.grad for step in process.evaluations] == [True]
+    assert first.phases_ms == {
+        **dict.fromkeys(PHASES, 0.0),
+        "data": 2.0,
+        "transfer": None,
+        "forward": 4.0,
+        "backward": 3.0,
+        "optimizer": 1.0,
+    }
+    assert first.losses == (0.25,)
+    assert first.peak_device_bytes is None
+    assert (first.minor_faults, first.peak_rss_bytes) == (None, 2**30)
+    assert (first.forwards, first.backwards, first.updates, first.grad) == (1, 1, 1, True)
+    assert second.minor_faults == 5
+    assert second.losses[0] != second.losses[0]
+    assert second.peak_device_bytes == 4096
+    assert third.losses == (0.125,)
+    assert [(step.arm, step.mark) for step in process.steps] == [
+        (None, None),
+        (1, "switched"),
+        (None, None),  # it ended with the evaluation pass, after the note
+        (None, None),
+    ]
+    assert fourth.losses == (None,), "its value never came"
+    assert [(step.grad, step.step_ms) for step in process.evaluations] == [(False, 4.0)]
     assert process.events[0].why == "b"
     assert process.events[0].traceback is None
     assert process.end == {"kind": "end", "at_s": 3.0, "reason": "exit"}
 
 
+def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        program = Program()
+        record = writer(record_path(tmp_path, 1))
+        record.write(HEADER)
+        program.step()
+        record.write_events(program.log.pack())
+        record.write(losses(value))
+        record.close()
+    assert [step.losses for step in read_process(record_path(tmp_path, 1)).steps] == [
+        (1.0,),
+        (2.0,),
+    ]
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
+    program = Program()
     record = writer(record_path(tmp_path, 1))
     record.write(HEADER)
-    record.write_turn(row())
+    program.step()
+    record.write_events(program.log.pack())
     record.flush()
-    record.write_turn(row(index=1))
+    for _ in range(3):
+        program.step()
+    record.write_events(program.log.pack())
     record.close()
     path = record_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -82,11 +169,13 @@ def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     ("content", "reason"),
     [
         ("", "is empty"),
-        ('{"kind": "turns", "rows": []}\n', "no header"),
+        ('{"kind": "events", "packed": ""}\n', "no header"),
         (json.dumps({**HEADER, "version": 99}) + "\n", "version 99"),
         ("not json\n", "not JSON"),
         ("[1]\n", "not a JSON object"),
-        (json.dumps(HEADER) + '\n{"kind": "turns", "rows": [[1, 2]]}\n', "not one"),
+        (json.dumps(HEADER) + '\n{"kind": "events"}\n', "no readable events"),
+        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "/w=="}\n', "no readable events"),
+        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "*"}\n', "no readable events"),
     ],
 )
 def test_what_is_no_record_is_said_in_one_sentence(
@@ -101,8 +190,10 @@ def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
     for pid, steps in ((1, 0), (2, 3), (3, 1)):
         record = writer(record_path(tmp_path, pid))
         record.write({**HEADER, "pid": pid})
-        for index in range(steps):
-            record.write_turn(row(index=index))
+        program = Program()
+        for _ in range(steps):
+            program.step()
+        record.write_events(program.log.pack())
         record.close()
     assert [process.header["pid"] for process in read_run(tmp_path).processes] == [2, 3, 1]
 

@@ -9,8 +9,9 @@ from statistics import fmean
 import pytest
 
 from flatout.agent.switch import block_order
-from flatout.record import PHASES, Step
+from flatout.record import Step
 from flatout.tune import statistics
+from flatout.turns import PHASES
 
 DISCARD, BLOCK, ROUNDS = 2, 8, 12
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import pytest
 
-from flatout.agent.turns import Turn, Turns
-from flatout.record import PHASES
+from flatout.turns import PHASES, Turn, Turns
 
 MS = 1_000_000
 
@@ -24,7 +23,7 @@ class Program:
     def __init__(self, *, optimizer_exists: bool = True) -> None:
         self.now = 0
         self.closed: list[Turn] = []
-        self.turns = Turns(self.closed.append, lambda: optimizer_exists)
+        self.turns = Turns(self.closed.append, optimizer_exists)
 
     def wait(self, ms: int) -> int:
         self.now += ms * MS

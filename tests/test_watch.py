@@ -13,7 +13,7 @@ import pytest
 
 from flatout.agent import _watch
 from flatout.agent.hooks import Hooks
-from flatout.agent.turns import Turn, Turns
+from flatout.turns import Turn, Turns
 
 torch = pytest.importorskip("torch")
 
@@ -34,7 +34,8 @@ class Watched:
         self.closed: list[Turn] = []
         self.failures: list[BaseException] = []
         self.hooks = Hooks(
-            Turns(self.closed.append, lambda: self.hooks.optimizer_exists),
+            lambda optimizer_exists: Turns(self.closed.append, optimizer_exists),
+            offered=lambda: self.hooks.read(),
             read_loss=lambda loss: None,
             on_skip=lambda subject, why: pytest.fail(why),
             on_failure=lambda subject, error: self.failures.append(error),
@@ -139,7 +140,8 @@ def test_removed_everything_is_as_before() -> None:
     ]
     watched = Watched(live=False)
     train(Net(), 2)
-    watched.hooks.finish()
+    watched.hooks.read()
+    watched.hooks.remove()
     assert "__call__" not in vars(Net)
     assert "__call__" not in vars(torch.nn.Linear)
     assert before == [

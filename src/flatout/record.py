@@ -5,30 +5,28 @@ A run has a directory, named by the environment variable ``FLATOUT_RUN``::
     request.json            what the agent was asked to do (see ``request.py``)
     record-PID.jsonl        one file for each process whose agent had something to record
 
-A record file is append-only JSON Lines: one object a line, each with a ``kind``. It is written at
-step boundaries, at the latest every ``FLUSH_SECONDS``, in whole lines, so a killed run is readable;
-a torn last line is ignored by the reader. Times are in the unit their name ends with, ``at_s`` is
-seconds since the header was written. What was not measured is ``null``, never 0.
+A record file is append-only JSON Lines: one object a line, each with a ``kind``. It is written in
+whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn last line is ignored
+by the reader. Times are in the unit their name ends with, ``at_s`` is seconds since the header was
+written. What was not measured is ``null``, never 0.
 
-Format version 1:
+Format version 2:
 
 ``header``
     First line. ``version``, ``pid``, ``parent_pid``, ``rank`` and ``world_size`` (null outside a
-    distributed job), ``started_unix_s``, ``program`` (base name only), ``executable``, ``python``,
-    ``torch``, ``threads`` (torch's intra-op threads), ``cpu_capability``, ``accelerator`` (device
-    type or null), ``environment`` (only the variables in ``ENVIRONMENT_NAMES``).
-``turns``
-    ``rows``: turns in the order in which they ended, each a list in the order of ``COLUMNS``:
-    ``evaluation`` (1: a pass forward that no backward follows, which is a step of an evaluation
-    pass or, in a run without training, of the inference loop; 0: one turn of the training loop),
-    ``index`` (from 0, among its kind), ``start_ns`` and ``end_ns`` (since the header), the phases
-    in the order of ``PHASES`` as ``data_ns`` ..., ``losses`` (one for each backward call that
-    started from a single scalar, in order; null where it could not be read), ``forwards``,
-    ``backwards``, ``updates`` (optimizer steps), ``minor_faults``, ``major_faults``,
-    ``peak_rss_bytes`` (of the process, so far), ``peak_device_bytes``, ``arm`` (index into the
-    request's arms, null outside a comparison), ``mark`` (null, ``"switched"`` for a turn left out
-    after a switch, ``"profiled"`` for one slowed down by the profiler or the FLOP counter),
-    ``grad`` (1 when autograd recorded a forward call).
+    distributed job), ``started_unix_s``, ``started_ns`` (the same moment on the clock of the
+    events), ``program`` (base name only), ``executable``, ``python``, ``torch``, ``threads``
+    (torch's intra-op threads), ``cpu_capability``, ``accelerator`` (device type or null),
+    ``environment`` (only the variables in ``ENVIRONMENT_NAMES``).
+``events``
+    ``packed``: what torch did since the line before, in base64. An event (``turns.TorchEvent``) is
+    one byte, kind + 4 * phase + 32 * flags, then its values, each as the difference to the last one
+    of its kind in the file (times; modules; optimizers; each of the three usages; notes; all from
+    0 at a header), zigzag-encoded and in LEB128. What a step is, and its phases, ``turns.py``
+    makes of them when the record is read.
+``losses``
+    ``values``: the next losses that backward calls started from, in order (an accelerator's arrive
+    late); ``peak_device_bytes``: most memory torch had allocated on the accelerator so far.
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -43,6 +41,7 @@ Only the standard library is imported: the agent loads this file inside the user
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import time
@@ -51,30 +50,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RECORD_VERSION = 1
+from flatout.turns import (
+    DATA,
+    FORWARD,
+    NOTE,
+    OPTIMIZER,
+    PHASES,
+    TRANSFER,
+    USAGE,
+    TorchEvent,
+    Turn,
+    Turns,
+)
+
+RECORD_VERSION = 2
 FLUSH_SECONDS = 0.25
 
-PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other")
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
-
-COLUMNS = (
-    "evaluation",
-    "index",
-    "start_ns",
-    "end_ns",
-    *(f"{phase}_ns" for phase in PHASES),
-    "losses",
-    "forwards",
-    "backwards",
-    "updates",
-    "minor_faults",
-    "major_faults",
-    "peak_rss_bytes",
-    "peak_device_bytes",
-    "arm",
-    "mark",
-    "grad",
-)
 
 ENVIRONMENT_NAMES = (
     "CUDA_VISIBLE_DEVICES",
@@ -122,41 +114,29 @@ class RecordWriter:
         self.started_ns = time.perf_counter_ns()
         self._on_failure = on_failure
         self._lines: list[str] = []
-        self._rows: list[list[Any]] = []
         self._flushed_ns = self.started_ns
         self.broken = False
 
     def write(self, document: dict[str, Any]) -> None:
         """Queue one object; it reaches the file with the next flush."""
-        self._end_rows()
         self._lines.append(json.dumps(document, default=repr) + "\n")
 
-    def write_turn(self, row: list[Any]) -> None:
-        """Queue one turn, a list in the order of ``COLUMNS``.
-
-        Turns are encoded together when they are flushed: encoding them one by one would cost more
-        than watching them.
-        """
-        self._rows.append(row)
-
-    def _end_rows(self) -> None:
-        if self._rows:
-            rows, self._rows = self._rows, []
-            self._lines.append(json.dumps({"kind": "turns", "rows": rows}) + "\n")
+    def write_events(self, packed: bytes) -> None:
+        """Queue what the log has packed."""
+        if packed:
+            self.write({"kind": "events", "packed": base64.b64encode(packed).decode()})
 
     def seconds(self, at_ns: int) -> float:
         """Seconds between the header and a ``time.perf_counter_ns`` reading."""
         return (at_ns - self.started_ns) / 1e9
 
-    def flush_if_due(self, now_ns: int) -> None:
-        """Flush when ``FLUSH_SECONDS`` have passed since the last time."""
-        if now_ns - self._flushed_ns > FLUSH_SECONDS * 1e9:
-            self.flush()
+    def is_due(self) -> bool:
+        """Whether ``FLUSH_SECONDS`` have passed since the last flush."""
+        return time.perf_counter_ns() - self._flushed_ns > FLUSH_SECONDS * 1e9
 
     def flush(self) -> None:
         """Append the queued lines in one write."""
         self._flushed_ns = time.perf_counter_ns()
-        self._end_rows()
         lines, self._lines = self._lines, []
         if self.broken or not lines:
             return
@@ -182,7 +162,10 @@ class RecordWriter:
 
 @dataclass(frozen=True)
 class Step:
-    """A row of ``turns``, in seconds and milliseconds; see the format above for the fields."""
+    """A turn (see ``turns.Turn``) in seconds since the header and in milliseconds.
+
+    Phases that the program never entered are ``None``, and so are losses that could not be read.
+    """
 
     index: int
     at_s: float
@@ -277,6 +260,7 @@ def read_process(path: Path) -> ProcessRecord:
         RecordError: the file cannot be read or is not a record of this version.
     """
     process: ProcessRecord | None = None
+    replay: _Replay | None = None
     for number, document in _lines(path):
         kind = document.get("kind")
         if kind == "header":
@@ -286,12 +270,22 @@ def read_process(path: Path) -> ProcessRecord:
                     f"{RECORD_VERSION}"
                 )
             process = process or ProcessRecord(path, document)
-        elif process is None:
+            if replay is not None:
+                replay.finish()
+            replay = _Replay(process, document)
+        elif process is None or replay is None:
             raise RecordError(f"{path} line {number}: no header comes before it")
-        elif kind == "turns":
-            for row in document.get("rows", ()):
-                evaluation, step = _step(row, path, number)
-                (process.evaluations if evaluation else process.steps).append(step)
+        elif kind == "events":
+            try:
+                replay.tell(base64.b64decode(document["packed"], validate=True))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                why = f"{type(error).__name__}: {error}"
+                raise RecordError(f"{path} line {number} has no readable events: {why}") from error
+        elif kind == "losses":
+            replay.losses += document.get("values", ())
+            replay.peak_device_bytes += [document.get("peak_device_bytes")] * (
+                len(replay.losses) - len(replay.peak_device_bytes)
+            )
         elif kind == "event":
             process.events.append(
                 Event(*(document.get(k) for k in ("at_s", "what", "subject", "why", "traceback")))  # type: ignore[arg-type]
@@ -300,9 +294,114 @@ def read_process(path: Path) -> ProcessRecord:
             process.profile = document
         elif kind == "end":
             process.end = document
-    if process is None:
+    if process is None or replay is None:
         raise RecordError(f"{path} is empty")
+    replay.finish()
     return process
+
+
+_TIME_PLACE, _NOTE_PLACE, _USAGE_PLACE = 8, 9, 10
+"""Where the last value of a kind is; that of a phase's modules or optimizers is at the phase."""
+
+
+class _Replay:
+    """Makes steps of the events of one process, from header to header.
+
+    Attributes:
+        losses: the values read so far.
+        peak_device_bytes: that much memory was allocated when each of them was read.
+    """
+
+    def __init__(self, process: ProcessRecord, header: dict[str, Any]) -> None:
+        self.losses: list[float | None] = []
+        self.peak_device_bytes: list[int | None] = []
+        self._process = process
+        self._started_ns = int(header.get("started_ns", 0))
+        self._last = [0] * (_USAGE_PLACE + 3)
+        self._losses_kept = 0
+        self._turns = Turns(self._closed)
+        self._closed_turns: list[tuple[Turn, dict[str, float | None]]] = []
+
+    def tell(self, packed: bytes) -> None:
+        """The next packed events."""
+        self._turns.tell(self._unpack(packed), iter(self._loss_number, None))
+
+    def finish(self) -> None:
+        """There are no more events."""
+        self._turns.finish()
+        peak_device_bytes: int | None = None
+        for turn, phases_ms in self._closed_turns:
+            losses: list[float | None] = []
+            for number in turn.losses:
+                assert isinstance(number, int)
+                arrived = number < len(self.losses)
+                losses.append(self.losses[number] if arrived else None)
+                if arrived:
+                    peak_device_bytes = self.peak_device_bytes[number]
+            step = Step(
+                index=turn.index,
+                at_s=(turn.start_ns - self._started_ns) / 1e9,
+                step_ms=(turn.end_ns - turn.start_ns) / 1e6,
+                phases_ms=phases_ms,
+                losses=tuple(losses),
+                forwards=turn.forwards,
+                backwards=turn.backwards,
+                updates=turn.updates,
+                minor_faults=turn.minor_faults,
+                major_faults=turn.major_faults,
+                peak_rss_bytes=turn.peak_rss_bytes,
+                peak_device_bytes=peak_device_bytes,
+                arm=turn.arm,
+                mark=turn.mark,
+                grad=turn.grad,
+            )
+            process = self._process
+            (process.steps if turn.kind == "step" else process.evaluations).append(step)
+
+    def _loss_number(self) -> int:
+        self._losses_kept += 1
+        return self._losses_kept - 1
+
+    def _closed(self, turn: Turn) -> None:
+        unseen = {DATA, TRANSFER, OPTIMIZER} - self._turns.seen
+        phases_ms = {
+            name: None if phase in unseen else turn.phases_ns[phase] / 1e6
+            for phase, name in enumerate(PHASES)
+        }
+        self._closed_turns.append((turn, phases_ms))
+
+    def _unpack(self, packed: bytes) -> Iterator[TorchEvent]:
+        last, at, size = self._last, 0, len(packed)
+        values = [0, 0, 0]
+        while at < size:
+            what = packed[at]
+            at += 1
+            kind, phase = what & 3, what >> 2 & 7
+            for number in range(_value_count(kind, phase)):
+                rest, shift = 0, 0
+                while True:
+                    byte = packed[at]
+                    at += 1
+                    rest |= (byte & 127) << shift
+                    if byte < 128:
+                        break
+                    shift += 7
+                if kind == USAGE:
+                    place = _USAGE_PLACE + number
+                elif kind == NOTE:
+                    place = _NOTE_PLACE
+                else:
+                    place = phase if number else _TIME_PLACE
+                last[place] += rest >> 1 ^ -(rest & 1)
+                values[number] = last[place]
+            yield kind, phase, what >> 5, values[0], values[1], values[2]
+
+
+def _value_count(kind: int, phase: int) -> int:
+    """How many values an event has; the same in ``agent/_watch.c``."""
+    if kind == USAGE:
+        return 3
+    return 2 if kind != NOTE and phase in (FORWARD, OPTIMIZER) else 1
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -318,35 +417,3 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(document, dict):
             raise RecordError(f"{path} line {number} is not a JSON object")
         yield number, document
-
-
-def _step(row: list[Any], path: Path, number: int) -> tuple[bool, Step]:
-    """Whether a row is an evaluation, and the row."""
-    try:
-        value = dict(zip(COLUMNS, row, strict=True))
-        phases_ns = {phase: value[f"{phase}_ns"] for phase in PHASES}
-        step = Step(
-            at_s=value["start_ns"] / 1e9,
-            step_ms=(value["end_ns"] - value["start_ns"]) / 1e6,
-            phases_ms={phase: None if ns is None else ns / 1e6 for phase, ns in phases_ns.items()},
-            losses=tuple(value["losses"]),
-            grad=bool(value["grad"]),
-            **{
-                name: value[name]
-                for name in (
-                    "index",
-                    "forwards",
-                    "backwards",
-                    "updates",
-                    "minor_faults",
-                    "major_faults",
-                    "peak_rss_bytes",
-                    "peak_device_bytes",
-                    "arm",
-                    "mark",
-                )
-            },
-        )
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path} line {number} has a turn that is not one: {error}") from error
-    return bool(value["evaluation"]), step

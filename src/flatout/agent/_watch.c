@@ -2,8 +2,10 @@
  *
  * A Watch stands in a namespace in the place of a function: of a special method in a class
  * (Module.__call__, the loader's __next__), or of a function in a module. Called, it calls the
- * original, and notes in its Log when that began and ended. Python reads the log later, in one go,
- * while it is warm in the caches; only when the log is `live` is it read at every event.
+ * original, and notes in its Log when that began and ended. The log packs what it is told into a
+ * few bytes (the `events` of record.py); Python takes them now and then and understands them when
+ * the record is read. Only while the log is `told` are the events kept as they are as well, and only
+ * while it is `live` is Python called at every one of them.
  *
  * Looked up on the class, a Watch gives the original: Dynamo, inspect and FX see what they would
  * see without it. Pickled by value (cloudpickle does so with classes of __main__), it becomes the
@@ -36,29 +38,33 @@ static int64_t now_ns(void) /* the clock behind time.perf_counter_ns */
 }
 #endif
 
-/* Phases as in record.PHASES, and the events that belong to none. */
+/* Phases and kinds of event as in turns.py. */
 enum { DATA = 0, TRANSFER = 1, FORWARD = 2, BACKWARD = 4, OPTIMIZER = 5, PHASES = 7 };
-enum { BEGIN = 0, END = 1, USAGE = 2 };
+enum { BEGIN = 0, END = 1, USAGE = 2, NOTE = 3 };
 
 typedef struct {
-    int what;  /* BEGIN, END, or USAGE */
-    int phase;
+    int what;  /* BEGIN, END, USAGE or NOTE */
+    int phase; /* NOTE: which */
     int flags; /* FORWARD BEGIN: 1 gradients recorded, 2 training mode; BACKWARD BEGIN: 1 a loss */
-    int64_t time_ns; /* USAGE: minor page faults */
-    int64_t id;      /* FORWARD: module, OPTIMIZER: optimizer; USAGE: major page faults */
-    int64_t extra;   /* USAGE: peak resident set, in the unit of getrusage */
+    int64_t value[3]; /* BEGIN, END: time in ns, FORWARD: module, OPTIMIZER: optimizer; USAGE: minor
+                         page faults, major ones, peak resident set in bytes; NOTE: the value */
 } Event;
+
+enum { LONGEST = 1 + 3 * 10 }; /* bytes of a packed event */
 
 typedef struct {
     PyObject_HEAD
-    Event *events;
+    Event *events; /* what `take` gives, kept while `told` */
     Py_ssize_t count, capacity;
+    unsigned char *packed; /* what `pack` gives */
+    Py_ssize_t packed_bytes, packed_capacity;
+    int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* values packed last */
     int depth[PHASES];
     unsigned long thread; /* the one whose events are noted */
     int64_t read_ns;
     char claimed; /* whether that thread has computed anything */
     char updates; /* whether an optimizer has stepped: usage is then noted at its steps only */
-    char awake, live;
+    char awake, told, live;
     long long patience_ns;
     PyObject *reader;          /* called without arguments when the log should be read */
     PyObject *new_root;        /* called with a module called outermost for the first time -> bool */
@@ -71,20 +77,65 @@ typedef struct {
     PyObject *before_update, *after_update; /* None, or called with the optimizer */
 } Log;
 
-static int log_event(Log *log, int what, int phase, int flags, int64_t time_ns, int64_t id,
-                     int64_t extra)
+/* How many values an event of this kind has; the same in record.py. */
+static int value_count(int what, int phase)
 {
-    if (log->count == log->capacity) {
-        Py_ssize_t capacity = log->capacity ? 2 * log->capacity : 1024;
-        Event *events = PyMem_Realloc(log->events, capacity * sizeof(Event));
-        if (events == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        log->events = events;
-        log->capacity = capacity;
+    if (what == USAGE)
+        return 3;
+    return what != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
+}
+
+/* The memory, made larger if need be; NULL with an exception set when there is none. */
+static void *grown(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t size)
+{
+    if (needed <= *capacity)
+        return memory;
+    Py_ssize_t larger = 2 * needed + 1024;
+    memory = PyMem_Realloc(memory, larger * size);
+    if (memory == NULL)
+        PyErr_NoMemory();
+    else
+        *capacity = larger;
+    return memory;
+}
+
+/* One byte for the kind, then each value as the difference to the last one of its kind, zigzag and
+ * in groups of 7 bits (LEB128). */
+static void pack(Log *log, const Event *e)
+{
+    unsigned char *out = log->packed + log->packed_bytes;
+    *out++ = (unsigned char)(e->what | e->phase << 2 | e->flags << 5);
+    for (int i = 0; i < value_count(e->what, e->phase); i++) {
+        int64_t *last = e->what == NOTE    ? &log->last_note
+                        : e->what == USAGE ? &log->last_usage[i]
+                        : i == 0           ? &log->last_ns
+                                           : &log->last_id[e->phase];
+        uint64_t change = (uint64_t)e->value[i] - (uint64_t)*last;
+        *last = e->value[i];
+        uint64_t rest = change << 1 ^ (change >> 63 ? ~(uint64_t)0 : 0);
+        for (; rest > 127; rest >>= 7)
+            *out++ = (unsigned char)(rest | 128);
+        *out++ = (unsigned char)rest;
     }
-    log->events[log->count++] = (Event){what, phase, flags, time_ns, id, extra};
+    log->packed_bytes = out - log->packed;
+}
+
+static int log_event(Log *log, int what, int phase, int flags, int64_t first, int64_t second,
+                     int64_t third)
+{
+    Event event = {what, phase, flags, {first, second, third}};
+    void *memory = grown(log->packed, &log->packed_capacity, log->packed_bytes + LONGEST, 1);
+    if (memory == NULL)
+        return -1;
+    log->packed = memory;
+    if (log->told) {
+        memory = grown(log->events, &log->capacity, log->count + 1, sizeof(Event));
+        if (memory == NULL)
+            return -1;
+        log->events = memory;
+        log->events[log->count++] = event;
+    }
+    pack(log, &event);
     return 0;
 }
 
@@ -96,7 +147,12 @@ static int log_usage(Log *log)
 #else
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    return log_event(log, USAGE, 0, 0, usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss);
+#ifdef __APPLE__
+    const int64_t unit = 1; /* getrusage(2) of each system */
+#else
+    const int64_t unit = 1024;
+#endif
+    return log_event(log, USAGE, 0, 0, usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss * unit);
 #endif
 }
 
@@ -135,8 +191,8 @@ static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
     for (Py_ssize_t i = 0; i < log->count; i++) {
         Event *e = &log->events[i];
         PyObject *item = Py_BuildValue("(iiiLLL)", e->what, e->phase, e->flags,
-                                       (long long)e->time_ns, (long long)e->id,
-                                       (long long)e->extra);
+                                       (long long)e->value[0], (long long)e->value[1],
+                                       (long long)e->value[2]);
         if (item == NULL || PyList_SetItem(list, i, item) < 0) {
             Py_DECREF(list);
             return NULL;
@@ -146,10 +202,33 @@ static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
     return list;
 }
 
+static PyObject *log_pack(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    Log *log = (Log *)self;
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)log->packed, log->packed_bytes);
+    if (bytes != NULL)
+        log->packed_bytes = 0;
+    return bytes;
+}
+
+static PyObject *log_note(PyObject *self, PyObject *args)
+{
+    int what, phase, flags;
+    long long first, second = 0, third = 0;
+    if (!PyArg_ParseTuple(args, "iiiL|LL", &what, &phase, &flags, &first, &second, &third) ||
+        log_event((Log *)self, what, phase, flags, first, second, third) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     Log *log = (Log *)self;
     log->count = 0;
+    log->packed_bytes = 0;
+    log->last_ns = log->last_note = 0;
+    memset(log->last_id, 0, sizeof(log->last_id));
+    memset(log->last_usage, 0, sizeof(log->last_usage));
     log->claimed = 0;
     log->updates = 0;
     log->thread = PyThread_get_thread_ident();
@@ -162,6 +241,7 @@ static void log_dealloc(PyObject *self)
     Log *log = (Log *)self;
     PyTypeObject *type = Py_TYPE(self);
     PyMem_Free(log->events);
+    PyMem_Free(log->packed);
     Py_XDECREF(log->reader);
     Py_XDECREF(log->new_root);
     Py_XDECREF(log->roots);
@@ -178,13 +258,17 @@ static void log_dealloc(PyObject *self)
 }
 
 static PyMethodDef log_methods[] = {
-    {"take", log_take, METH_NOARGS, "The events since the last time, as tuples; they are removed."},
+    {"take", log_take, METH_NOARGS,
+     "The events since the last time, as tuples, if it was told; they are removed."},
+    {"pack", log_pack, METH_NOARGS, "The events since the last time, packed; they are removed."},
+    {"note", log_note, METH_VARARGS, "Note an event: what, phase, flags and up to three values."},
     {"reset", log_reset, METH_NOARGS, "Begin anew, with this thread (at the start, after a fork)."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef log_members[] = {
     {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether anything is noted at all."},
+    {"told", T_BOOL, offsetof(Log, told), 0, "Whether events are kept for `take` as well."},
     {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at every event."},
     {"patience_ns", T_LONGLONG, offsetof(Log, patience_ns), 0,
      "Time after which the reader is called anyway, at the next event."},

@@ -3,6 +3,7 @@ from typing import Any
 
 class Log:
     awake: bool
+    told: bool
     live: bool
     patience_ns: int
     reader: Callable[[], Any]
@@ -16,6 +17,10 @@ class Log:
     before_update: Callable[[Any], None] | None
     after_update: Callable[[Any], None] | None
     def take(self) -> list[tuple[int, int, int, int, int, int]]: ...
+    def pack(self) -> bytes: ...
+    def note(
+        self, what: int, phase: int, flags: int, first: int, second: int = 0, third: int = 0
+    ) -> None: ...
     def reset(self) -> None: ...
 
 class Watch:

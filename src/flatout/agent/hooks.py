@@ -1,4 +1,4 @@
-"""What torch does, told to ``turns.Turns``: fetches, root forwards, backwards, optimizer steps.
+"""What torch does, noted in a log: fetches, root forwards, backwards, optimizer steps.
 
 Nothing here hangs on a module, an optimizer or a loader object: classes and namespaces get watches
 (``_watch.c``), optimizers torch's own global step hooks. ``nn.Module`` itself is never touched and
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch
-from flatout.agent.turns import BACKWARD, DATA, FORWARD, OPTIMIZER, TRANSFER, Turns
+from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +28,6 @@ Call = Callable[..., Any]
 
 _CALLS_ONLY = -1
 """The phase of a watch that notes nothing."""
-
-_BEGIN, _END, _USAGE = range(3)
-"""What an event is, as in ``_watch.c``."""
 
 _FIRST_TURNS = 3
 """Turns after which the first search for roots ends; the first may only be a sanity check."""
@@ -80,20 +77,28 @@ class Hooks:
     """Installs and removes everything that watches torch in this process.
 
     Args:
-        turns: where the events go.
+        new_turns: makes what is told of the events where that is needed, knowing whether an
+            optimizer exists already.
+        offered: called when the log may be read, by ``read``.
         read_loss: turns a loss tensor that is not on the CPU into what is kept of it.
         on_skip: called with a subject and a reason when something cannot be watched.
         on_failure: called with a subject and the error when something of ours has failed.
+
+    Attributes:
+        turns: as far as they have been told; behind, or empty, while ``told`` is off.
+        losses: those kept since the record last took them.
     """
 
     def __init__(
         self,
-        turns: Turns,
+        new_turns: Callable[[bool], Turns],
+        offered: Callable[[], None],
         read_loss: Callable[[torch.Tensor], object],
         on_skip: Callable[[str, str], None],
         on_failure: Callable[[str, BaseException], None],
     ) -> None:
-        self.turns = turns
+        self.turns = new_turns(False)
+        self.losses: list[object] = []
         changed = self._callbacks_changed
         self.forward_wrappers: Callbacks[ForwardWrapper] = Callbacks(changed)
         self.before_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
@@ -101,11 +106,10 @@ class Hooks:
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self.optimizer_exists = False
-        self.data_seen = False
-        self.transfer_seen = False
-        self.update_seen = False
         self.searching = True
         self._turns_searched = 0
+        self._new_turns = new_turns
+        self._offered = offered
         self._on_skip = on_skip
         self._on_failure = on_failure
         self._read_loss = read_loss
@@ -116,6 +120,7 @@ class Hooks:
         self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
         self._log = _watch.Log()
+        self._log.reset()
 
     @property
     def roots(self) -> list[Any]:
@@ -128,7 +133,7 @@ class Hooks:
 
         Args:
             live: tell ``turns`` of every event at once, so that what is done at a boundary is done
-                between two turns. Otherwise events are told in batches, which costs less.
+                between two turns.
         """
         import torch
         from torch.nn.modules import module as nn_module
@@ -139,8 +144,9 @@ class Hooks:
         log = self._log
         contained = functools.partial(self._contained, "watch")
         log.live = live
+        log.told = True  # to search for roots
         log.patience_ns = _PATIENCE_NS
-        log.reader = contained(self.read)
+        log.reader = contained(self._offered)
         log.new_root = contained(self._new_root)
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
@@ -148,7 +154,6 @@ class Hooks:
         log.read_loss = self._contained("loss", self._read_loss)
         log.losses = []
         self._callbacks_changed()
-        log.reset()
         optimizer, loader = torch.optim.Optimizer, dataloader.DataLoader
         iterator: type = dataloader._BaseDataLoaderIter
         self._watches = [
@@ -193,17 +198,34 @@ class Hooks:
         # and a file that the program leaves to Python to close would lose what is still buffered.
         self._root_classes = set()
 
-    def restart(self, turns: Turns) -> None:
+    @property
+    def told(self) -> bool:
+        """Whether ``turns`` is told of what happens."""
+        return self._log.told
+
+    @told.setter
+    def told(self, told: bool) -> None:
+        if told and not self._log.told:
+            self.turns = self._new_turns(self.optimizer_exists)
+        self._log.told = told
+
+    def restart(self) -> None:
         """In the child of a fork: begin anew."""
-        self.turns = turns
         self._log.reset()
         self._log.losses = []
+        self.losses = []
+        self._log.told = False
+        self.told = True
+        if self.optimizer_exists:
+            self._log.note(NOTE, OPTIMIZER_BUILT, 0, 0)
 
-    def finish(self) -> None:
-        """The program ends: read what is left, close the last turn and stop to watch."""
-        self.read()
-        self.turns.finish()
-        self.remove()
+    def note(self, which: int, value: int) -> None:
+        """Add a note of the agent (see ``turns.TorchEvent``) to the events."""
+        self._log.note(NOTE, which, 0, value)
+
+    def pack(self) -> bytes:
+        """The events since the last time, for the record."""
+        return self._log.pack()
 
     def _callbacks_changed(self) -> None:
         self._log.wrap_forward = self._wrap_forward if self.forward_wrappers else None
@@ -225,6 +247,7 @@ class Hooks:
     def _search_roots(self) -> None:
         """Look for new roots for a while: the program has begun something new."""
         self.searching = True
+        self.told = True
         self._turns_searched = _FIRST_TURNS - 1
         for module_class, watch in list(self._module_watches.items()):
             if watch is None:
@@ -276,7 +299,9 @@ class Hooks:
     # Callbacks of the log
 
     def _optimizer_built(self, optimizer: Any) -> None:
-        self.optimizer_exists = True
+        if not self.optimizer_exists:
+            self.optimizer_exists = True
+            self.note(OPTIMIZER_BUILT, 0)
         self.optimizers.add(optimizer)
 
     def _loader_begins(self, loader: Any) -> None:
@@ -312,40 +337,12 @@ class Hooks:
         return contained
 
     def read(self) -> None:
-        """Tell ``turns`` of the events noted since the last time."""
-        log, turns = self._log, self.turns
+        """Collect the losses kept since the last time, and tell ``turns`` if it is to be told."""
+        log = self._log
         losses, log.losses = log.losses, []
-        next_loss = iter(losses).__next__
-        for what, phase, flags, time_ns, identity, extra in log.take():
-            if what == _USAGE:
-                turns.usage(time_ns, identity, extra)
-            elif phase == FORWARD:
-                if what == _BEGIN:
-                    turns.forward_begins(time_ns, identity, bool(flags & 1), bool(flags & 2))
-                else:
-                    turns.forward_ends(time_ns)
-            elif phase == BACKWARD:
-                if what == _BEGIN:
-                    turns.backward_begins(time_ns, next_loss() if flags else None)
-                else:
-                    turns.backward_ends(time_ns)
-            elif phase == DATA:
-                if what == _BEGIN:
-                    self.data_seen = True
-                    turns.fetch_begins(time_ns)
-                else:
-                    turns.fetch_ends(time_ns)
-            elif phase == OPTIMIZER:
-                if what == _BEGIN:
-                    self.update_seen = True
-                    turns.update_begins(time_ns, identity)
-                else:
-                    turns.update_ends(time_ns, identity)
-            elif what == _BEGIN:
-                self.transfer_seen = True
-                turns.transfer_begins(time_ns)
-            else:
-                turns.transfer_ends(time_ns)
+        self.losses += losses
+        if log.told:
+            self.turns.tell(log.take(), iter(losses))
 
 
 class _ClassWatch:

@@ -68,9 +68,22 @@ class LossReader:
             return _Pending(value, copied)
         return _Pending(loss.detach(), None)
 
-    def pending(self, losses: list[object]) -> bool:
-        """Whether any of them has to be read later."""
-        return any(isinstance(loss, _Pending) for loss in losses)
+    def arrived(self, losses: list[object], wait: bool) -> list[float | None]:
+        """The numbers behind the first of ``losses``, up to one that is still on its way.
+
+        They are taken out of the list; with ``wait``, all of them.
+        """
+        numbers: list[float | None] = []
+        for loss in losses:
+            if isinstance(loss, float):
+                numbers.append(loss)
+                continue
+            number = self.values((loss,), wait)
+            if number is None:
+                break
+            numbers += number
+        del losses[: len(numbers)]
+        return numbers
 
     def values(self, losses: Iterable[object], wait: bool) -> list[float | None] | None:
         """The numbers behind what ``read`` gave, or ``None`` when one is still on its way.

@@ -37,7 +37,7 @@ from torch._C._autograd import DeviceType
 
 from flatout.agent import facts
 from flatout.agent.flops import FlopCounter
-from flatout.agent.turns import Turn
+from flatout.turns import Turn
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session

@@ -20,9 +20,7 @@ from typing import Any
 
 from flatout.agent.hooks import Hooks
 from flatout.agent.losses import LossReader
-from flatout.agent.turns import DATA, OPTIMIZER, TRANSFER, Turn, Turns
 from flatout.record import (
-    COLUMNS,
     ENVIRONMENT_NAMES,
     EVENTS,
     RECORD_VERSION,
@@ -30,11 +28,7 @@ from flatout.record import (
     record_path,
 )
 from flatout.request import Request
-
-_LOSSES = COLUMNS.index("losses")
-
-_PEAK_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""``ru_maxrss`` is in bytes on macOS and in KiB on Linux (getrusage(2) of each)."""
+from flatout.turns import ARM, MARK, MARKS, Turn, Turns
 
 
 class Session:
@@ -43,7 +37,6 @@ class Session:
     Attributes:
         request: what the controller asks for.
         record: the record writer; ``event`` is the way to add to the event log.
-        arm, mark: written into the steps that close from now on.
         forward_wrappers: called around each outermost module call, as
             ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
@@ -52,11 +45,10 @@ class Session:
     def __init__(self, request: Request, run_directory: Path) -> None:
         self.request = request
         self.run_directory = run_directory
-        self.arm: int | None = None
-        self.mark: str | None = None
         self.losses = LossReader()
         self.hooks = Hooks(
-            self._new_turns(),
+            lambda optimizer_exists: Turns(self._turn_closed, optimizer_exists),
+            self._read,
             self.losses.read,
             on_skip=lambda subject, why: self.event("skipped", subject, why),
             on_failure=self._failed,
@@ -65,10 +57,10 @@ class Session:
         self.before_optimizer_step = self.hooks.before_optimizer_step
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.record = self._new_record()
+        self._arm: int | None = None
+        self._mark: str | None = None
         self._stages: list[Callable[[Turn], bool]] = []
-        self._unread: list[list[Any]] = []
         self._started_ns = time.perf_counter_ns()
-        self._usage: tuple[int, int, int] | None = None
         self._steps_timed = 0
         self._asleep = False
         self._is_fork = False
@@ -89,6 +81,26 @@ class Session:
     def loaders(self) -> list[Any]:
         """Living data loaders that were iterated over so far."""
         return list(self.hooks.loaders)
+
+    @property
+    def arm(self) -> int | None:
+        """The arm that the turns closing from now on belong to."""
+        return self._arm
+
+    @arm.setter
+    def arm(self, arm: int | None) -> None:
+        self._arm = arm
+        self.hooks.note(ARM, -1 if arm is None else arm)
+
+    @property
+    def mark(self) -> str | None:
+        """The mark (one of ``turns.MARKS``) of the turns closing from now on."""
+        return self._mark
+
+    @mark.setter
+    def mark(self, mark: str | None) -> None:
+        self._mark = mark
+        self.hooks.note(MARK, MARKS.index(mark))
 
     def event(self, what: str, subject: str, why: str, traceback: str | None = None) -> None:
         """Add to the event log.
@@ -116,7 +128,7 @@ class Session:
     def start(self) -> None:
         """Begin to watch; torch has just been imported."""
         request = self.request
-        self.record.write(_header())
+        self.record.write(_header(self.record))
         if request.seed is not None:
             _seed(request.seed)
         if request.comparison is not None:
@@ -148,11 +160,13 @@ class Session:
         if self._asleep:
             return
         self._stages.clear()
-        self.hooks.finish()
-        self._write_read(wait=True)
+        self.hooks.read()
+        self.hooks.turns.finish()
+        self.hooks.remove()
         self._asleep = True
         if self._is_fork:
             return
+        self._write_events(wait=True)
         self.record.write(
             {"kind": "end", "at_s": self._at_s(time.perf_counter_ns()), "reason": reason}
         )
@@ -179,16 +193,16 @@ class Session:
 
     def _forked(self) -> None:
         """In the child of a fork: nothing is recorded there unless it trains itself."""
-        self._unread.clear()
         self._stages.clear()
         self.record = self._new_record()
-        self.hooks.restart(self._new_turns())
+        self.hooks.restart()
         self._is_fork = True
 
     def _failed(self, subject: str, error: BaseException) -> None:
         """Something of ours has failed: say so in the record and leave the program alone."""
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
+        self._write_events(wait=False)
         self.record.flush()
         self._sleep()
 
@@ -209,14 +223,31 @@ class Session:
 
     # The record
 
-    def _new_turns(self) -> Turns:
-        return Turns(self._turn_closed, lambda: self.hooks.optimizer_exists)
-
     def _new_record(self) -> RecordWriter:
         return RecordWriter(record_path(self.run_directory, os.getpid()), _say_record_stopped)
 
     def _at_s(self, at_ns: int) -> float:
         return round(self.record.seconds(at_ns), 6)
+
+    def _read(self) -> None:
+        """The log may be read: act on it, and write it down when that is due."""
+        self.hooks.read()
+        is_wanted = not self._stages or self.record.is_due()
+        if is_wanted and not self._is_fork and not self._asleep:
+            self._write_events(wait=False)
+            self.record.flush()
+
+    def _write_events(self, wait: bool) -> None:
+        self.record.write_events(self.hooks.pack())
+        losses = self.losses.arrived(self.hooks.losses, wait)
+        if losses:
+            self.record.write(
+                {
+                    "kind": "losses",
+                    "values": losses,
+                    "peak_device_bytes": self.losses.peak_device_bytes,
+                }
+            )
 
     def _turn_closed(self, turn: Turn) -> None:
         if self._asleep:
@@ -226,66 +257,12 @@ class Session:
                 self._sleep()
                 return
             self._is_fork = False
-            self.record.write(_header())
-        self._write_turn(turn)
-        self.record.flush_if_due(turn.end_ns)
+            self.record.write(_header(self.record))
         if self.hooks.searching:
             self.hooks.turn_closed()
         if self._stages:
             self._run_stages(turn)
-
-    def _write_turn(self, turn: Turn) -> None:
-        hooks = self.hooks
-        usage: tuple[int | None, int | None, int | None] = (None, None, None)
-        if turn.usage is not None:
-            minor_faults, major_faults, peak_rss = turn.usage
-            if self._usage is not None:
-                usage = (
-                    minor_faults - self._usage[0],
-                    major_faults - self._usage[1],
-                    peak_rss * _PEAK_RSS_UNIT,
-                )
-            self._usage = turn.usage
-        phases_ns: list[int | None] = [*turn.phases_ns]
-        if not hooks.data_seen:
-            phases_ns[DATA] = None
-        if not hooks.transfer_seen:
-            phases_ns[TRANSFER] = None
-        if not hooks.update_seen:
-            phases_ns[OPTIMIZER] = None
-        started_ns = self.record.started_ns
-        row = [
-            int(turn.kind == "evaluation"),
-            turn.index,
-            turn.start_ns - started_ns,
-            turn.end_ns - started_ns,
-            *phases_ns,
-            turn.losses,
-            turn.forwards,
-            turn.backwards,
-            turn.updates,
-            *usage,
-            self.losses.peak_device_bytes,
-            self.arm,
-            self.mark,
-            int(turn.grad),
-        ]
-        if self._unread or self.losses.pending(turn.losses):
-            self._unread.append(row)
-            self._write_read(wait=False)
-        else:
-            self.record.write_turn(row)
-
-    def _write_read(self, wait: bool) -> None:
-        """Write the turns whose losses have arrived, in order; with ``wait``, all of them."""
-        for number, row in enumerate(self._unread):
-            losses = self.losses.values(row[_LOSSES], wait)
-            if losses is None:
-                del self._unread[:number]
-                return
-            row[_LOSSES] = losses
-            self.record.write_turn(row)
-        self._unread.clear()
+        self.hooks.told = self.hooks.searching or bool(self._stages)
 
     def _run_stages(self, turn: Turn) -> None:
         limit_s = self.request.stop_seconds
@@ -313,7 +290,7 @@ def _is_loader_worker() -> bool:
     return torch.utils.data.get_worker_info() is not None
 
 
-def _header() -> dict[str, Any]:
+def _header(record: RecordWriter) -> dict[str, Any]:
     import torch
 
     accelerator = torch.accelerator.current_accelerator()
@@ -325,6 +302,7 @@ def _header() -> dict[str, Any]:
         "rank": _environment_int("RANK"),
         "world_size": _environment_int("WORLD_SIZE"),
         "started_unix_s": round(time.time(), 3),
+        "started_ns": record.started_ns,
         "program": os.path.basename(sys.argv[0]) if sys.argv else "",
         "executable": sys.executable,
         "python": platform.python_version(),

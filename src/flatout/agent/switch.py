@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flatout import knobs
-from flatout.agent.turns import Turn
 from flatout.request import Comparison
+from flatout.turns import Turn
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session

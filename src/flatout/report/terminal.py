@@ -12,7 +12,7 @@ from rich.text import Text
 from flatout.doctor import Diagnosis
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
-from flatout.record import PHASES
+from flatout.turns import PHASES
 
 OPERATORS_SHOWN = 8
 FEW_STEPS = 5

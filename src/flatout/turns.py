@@ -1,7 +1,9 @@
 """From events with times to turns: one turn of the training loop, or one pass forward without it.
 
-A pure state machine: no torch, no clock of its own. ``hooks.py`` feeds it what torch does; tests
-feed it recorded times. It answers two questions about any loop, without the user's help:
+A pure state machine: no torch, no clock of its own. What it is told are the events that
+``agent/_watch.c`` notes: the reader of a record tells it all of them (``record.py``), the agent
+does so too while something is to be done at the boundary between two turns. It answers two
+questions about any loop, without the user's help:
 
 *Where does a turn begin?*  At the first loader fetch after an optimizer step. Without a loader, at
 the end of the step of the optimizer that closes the cycle (the second one of a GAN). Without an
@@ -17,11 +19,24 @@ other gap is other Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
-from flatout.record import PHASES
-
+PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other")
 DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
+
+BEGIN, END, USAGE, NOTE = range(4)
+"""Kinds of event: a phase begins, it ends, what the process has used, a note of the agent."""
+
+OPTIMIZER_BUILT, ARM, MARK = range(3)
+"""Notes: an optimizer object exists; from here on turns belong to this arm, have this mark."""
+
+MARKS = (None, "switched", "profiled")
+
+TorchEvent = tuple[int, int, int, int, int, int]
+"""Kind; phase or note; flags (forward begins: 1 gradients are recorded, 2 training mode; backward
+begins: 1 a loss was kept); three values. Those of a phase: the time in ns; which module or
+optimizer. Usage: minor page faults, major ones, peak resident set in bytes. Note: an arm and a mark
+are numbers, -1 is no arm."""
 
 CYCLE_LIMIT = 32
 """Optimizer steps after which a turn is closed in any case.
@@ -36,17 +51,19 @@ class Turn:
 
     Attributes:
         kind: ``"step"`` (it updated or differentiated something) or ``"evaluation"``.
+        arm, mark: as last noted before the turn closed.
         index: how many turns of this kind came before.
         start_ns, end_ns: ``time.perf_counter_ns`` readings.
-        phases_ns: exclusive times in the order of ``record.PHASES``; they sum to the turn.
+        phases_ns: exclusive times in the order of ``PHASES``; they sum to the turn.
         losses: what ``backward_begins`` was given, in order.
         grad: whether autograd recorded any forward call of the turn.
-        usage: minor page faults, major page faults and peak resident set (in the unit of
-            getrusage) of the process so far, as last told before the turn closed; ``None`` where
-            the system does not tell.
+        minor_faults, major_faults: page faults of the process in the turn; ``None`` where the
+            system does not tell, and in the first turn.
+        peak_rss_bytes: of the process, so far.
     """
 
     __slots__ = (
+        "arm",
         "backwards",
         "end_ns",
         "fetched",
@@ -55,10 +72,13 @@ class Turn:
         "index",
         "kind",
         "losses",
+        "major_faults",
+        "mark",
+        "minor_faults",
+        "peak_rss_bytes",
         "phases_ns",
         "start_ns",
         "updates",
-        "usage",
     )
 
     def __init__(self, start_ns: int) -> None:
@@ -73,7 +93,11 @@ class Turn:
         self.updates = 0
         self.fetched = False
         self.grad = False
-        self.usage: tuple[int, int, int] | None = None
+        self.arm: int | None = None
+        self.mark: str | None = None
+        self.minor_faults: int | None = None
+        self.major_faults: int | None = None
+        self.peak_rss_bytes: int | None = None
 
 
 class Turns:
@@ -81,18 +105,20 @@ class Turns:
 
     Args:
         on_close: called with every closed turn, at the boundary between two turns.
-        optimizer_exists: whether the program has built an optimizer object; asked only while no
-            optimizer has stepped, to tell gradient accumulation from updates by hand.
+        optimizer_exists: whether the program has built an optimizer object already, which tells
+            gradient accumulation from updates by hand while none has stepped.
 
     Attributes:
         active: phases entered and not left, innermost last.
+        seen: phases ever entered.
     """
 
-    def __init__(
-        self, on_close: Callable[[Turn], None], optimizer_exists: Callable[[], bool]
-    ) -> None:
+    def __init__(self, on_close: Callable[[Turn], None], optimizer_exists: bool = False) -> None:
         self._on_close = on_close
         self._optimizer_exists = optimizer_exists
+        self.seen: set[int] = set()
+        self._arm: int | None = None
+        self._mark: str | None = None
         self._turn: Turn | None = None
         self.active: list[int] = []
         self._last_ns = 0
@@ -107,15 +133,62 @@ class Turns:
         self._update_seen = False
         self._updating: list[int] = []
         self._usage: tuple[int, int, int] | None = None
+        self._usage_at_close: tuple[int, int, int] | None = None
         self._first_optimizer: int | None = None
         self._previous_optimizer: int | None = None
         self._closing_optimizer: int | None = None
 
     # Events
 
-    def usage(self, minor_faults: int, major_faults: int, peak_rss: int) -> None:
+    def tell(self, events: Iterable[TorchEvent], losses: Iterator[object]) -> None:
+        """What happened, in order.
+
+        Args:
+            events: the events.
+            losses: what belongs to those backward calls whose loss was kept.
+        """
+        for kind, phase, flags, first, second, third in events:
+            if kind == USAGE:
+                self.usage(first, second, third)
+            elif kind == NOTE:
+                self.note(phase, first)
+            elif phase == FORWARD:
+                if kind == BEGIN:
+                    self.forward_begins(first, second, bool(flags & 1), bool(flags & 2))
+                else:
+                    self.forward_ends(first)
+            elif phase == BACKWARD:
+                if kind == BEGIN:
+                    self.backward_begins(first, next(losses) if flags else None)
+                else:
+                    self.backward_ends(first)
+            elif phase == OPTIMIZER:
+                if kind == BEGIN:
+                    self.update_begins(first, second)
+                else:
+                    self.update_ends(first, second)
+            elif phase == DATA:
+                if kind == BEGIN:
+                    self.fetch_begins(first)
+                else:
+                    self.fetch_ends(first)
+            elif kind == BEGIN:
+                self.transfer_begins(first)
+            else:
+                self.transfer_ends(first)
+
+    def usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
         """What the process has used so far; told before the event of the same moment."""
-        self._usage = (minor_faults, major_faults, peak_rss)
+        self._usage = (minor_faults, major_faults, peak_rss_bytes)
+
+    def note(self, which: int, value: int) -> None:
+        """A note of the agent."""
+        if which == OPTIMIZER_BUILT:
+            self._optimizer_exists = True
+        elif which == ARM:
+            self._arm = None if value < 0 else value
+        else:
+            self._mark = MARKS[value]
 
     def fetch_begins(self, now_ns: int) -> None:
         """A loader is asked for a batch (or for its iterator)."""
@@ -251,7 +324,7 @@ class Turns:
 
     def _is_manual_update(self) -> bool:
         assert self._turn is not None
-        return bool(self._turn.backwards) and not self._update_seen and not self._optimizer_exists()
+        return bool(self._turn.backwards) and not self._update_seen and not self._optimizer_exists
 
     def _is_evaluation(self) -> bool:
         turn = self._turn
@@ -260,7 +333,8 @@ class Turns:
         return not self._training_forwards or not self.may_train()
 
     def may_train(self) -> bool:
-        return self._backward_seen or self._update_seen or self._optimizer_exists()
+        """Whether anything speaks for training; if nothing does, the program infers."""
+        return self._backward_seen or self._update_seen or self._optimizer_exists
 
     # Times
 
@@ -279,6 +353,7 @@ class Turns:
             turn.phases_ns[OTHER] += now_ns - self._last_ns
         self._last_ns = now_ns
         active.append(phase)
+        self.seen.add(phase)
         return turn
 
     def _leave(self, phase: int, now_ns: int) -> Turn | None:
@@ -310,7 +385,13 @@ class Turns:
         assert turn is not None
         turn.phases_ns[OTHER] += now_ns - self._last_ns
         turn.end_ns = now_ns
-        turn.usage = self._usage
+        turn.arm, turn.mark = self._arm, self._mark
+        if self._usage is not None:
+            minor_faults, major_faults, turn.peak_rss_bytes = self._usage
+            if self._usage_at_close is not None:
+                turn.minor_faults = minor_faults - self._usage_at_close[0]
+                turn.major_faults = major_faults - self._usage_at_close[1]
+            self._usage_at_close = self._usage
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
         elif not turn.updates:  # updated by hand
