@@ -204,3 +204,14 @@ def test_an_optimizer_step_left_by_an_exception_does_not_spoil_the_next() -> Non
     program.turns.update_begins(program.wait(1), 1)  # its end never comes
     program.play("DFBO" * 3)
     assert program.counts()[-1] == (1, 1, 1)
+
+
+def test_page_faults_of_short_turns_are_spread_over_them():
+    program = Program()
+    program.turns.usage(100, 0, 2**20)
+    program.play("DFBO DFBO DFBO")
+    program.turns.usage(160, 3, 2**21)
+    program.play("DFBO D")
+    assert [turn.minor_faults for turn in program.closed] == [None, None, 20, None]
+    assert [turn.major_faults for turn in program.closed] == [None, None, 1, None]
+    assert [turn.peak_rss_bytes for turn in program.closed] == [2**20, 2**20, 2**21, 2**21]

@@ -42,11 +42,14 @@ Only the standard library is imported: the agent loads this file inside the user
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +178,8 @@ class Step:
     forwards: int
     backwards: int
     updates: int
-    minor_faults: int | None
-    major_faults: int | None
+    minor_faults: float | None
+    major_faults: float | None
     peak_rss_bytes: int | None
     peak_device_bytes: int | None
     arm: int | None
@@ -236,21 +239,54 @@ def record_path(run_directory: Path, pid: int) -> Path:
     return run_directory / f"record-{pid}.jsonl"
 
 
+@dataclass
+class StepTimes:
+    """How long the turns of one process took, in milliseconds, and no more of them."""
+
+    steps: array[float]
+    evaluations: array[float]
+    rank: int
+    failures: int = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the process trained; if not, its steps are those of the inference loop."""
+        return bool(self.steps)
+
+    @property
+    def turns(self) -> array[float]:
+        """The steps of the program: of its training loop or else of its inference loop."""
+        return self.steps if self.trains else self.evaluations
+
+
 def read_run(run_directory: Path) -> RunRecord:
     """Read a run directory.
 
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-    if not run_directory.is_dir():
-        raise RecordError(f"{run_directory} is not a run directory")
-    processes = [read_process(path) for path in sorted(run_directory.glob("record-*.jsonl"))]
 
     def importance(process: ProcessRecord) -> tuple[int, int, int]:
-        rank = process.header.get("rank")
-        return (len(process.steps), len(process.evaluations), -(rank if rank is not None else 0))
+        return len(process.steps), len(process.evaluations), -_rank(process.header)
 
+    processes = [read_process(path) for path in _record_paths(run_directory)]
     return RunRecord(run_directory, sorted(processes, key=importance, reverse=True))
+
+
+def read_step_times(run_directory: Path) -> StepTimes | None:
+    """The step times of the main process of a run, ``None`` when no agent recorded anything.
+
+    A step read this way takes 8 bytes, in ``read_run`` 1.5 kB: for runs of any length.
+
+    Raises:
+        RecordError: the directory is missing, or a file in it is not a record of this version.
+    """
+
+    def importance(times: StepTimes) -> tuple[int, int, int]:
+        return len(times.steps), len(times.evaluations), -times.rank
+
+    processes = [_process_step_times(path) for path in _record_paths(run_directory)]
+    return max(processes, key=importance, default=None)
 
 
 def read_process(path: Path) -> ProcessRecord:
@@ -259,28 +295,18 @@ def read_process(path: Path) -> ProcessRecord:
     Raises:
         RecordError: the file cannot be read or is not a record of this version.
     """
-    process: ProcessRecord | None = None
-    replay: _Replay | None = None
-    for number, document in _lines(path):
+    documents = _documents(path)
+    _, header = next(documents)
+    process = ProcessRecord(path, header)
+    replay = _Replay(process, header)
+    for number, document in documents:
         kind = document.get("kind")
         if kind == "header":
-            if document.get("version") != RECORD_VERSION:
-                raise RecordError(
-                    f"{path} has record version {document.get('version')}, this flatout reads "
-                    f"{RECORD_VERSION}"
-                )
-            process = process or ProcessRecord(path, document)
-            if replay is not None:
-                replay.finish()
+            replay.finish()
             replay = _Replay(process, document)
-        elif process is None or replay is None:
-            raise RecordError(f"{path} line {number}: no header comes before it")
         elif kind == "events":
-            try:
-                replay.tell(base64.b64decode(document["packed"], validate=True))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                why = f"{type(error).__name__}: {error}"
-                raise RecordError(f"{path} line {number} has no readable events: {why}") from error
+            with _reading_events(path, number):
+                replay.tell(_packed(document))
         elif kind == "losses":
             replay.losses += document.get("values", ())
             replay.peak_device_bytes += [document.get("peak_device_bytes")] * (
@@ -294,14 +320,81 @@ def read_process(path: Path) -> ProcessRecord:
             process.profile = document
         elif kind == "end":
             process.end = document
-    if process is None or replay is None:
-        raise RecordError(f"{path} is empty")
     replay.finish()
     return process
 
 
+def _process_step_times(path: Path) -> StepTimes:
+    documents = _documents(path)
+    _, header = next(documents)
+    times = StepTimes(array("d"), array("d"), _rank(header))
+
+    def closed(turn: Turn) -> None:
+        kept = times.steps if turn.kind == "step" else times.evaluations
+        kept.append((turn.end_ns - turn.start_ns) / 1e6)
+
+    turns, unpacker = Turns(closed), _Unpacker()
+    for number, document in documents:
+        kind = document.get("kind")
+        if kind == "header":
+            turns.finish()
+            turns, unpacker = Turns(closed), _Unpacker()
+        elif kind == "events":
+            with _reading_events(path, number):
+                turns.tell(unpacker.events(_packed(document)), repeat(None))
+        elif kind == "event":
+            times.failures += document.get("what") == "failed"
+    turns.finish()
+    return times
+
+
+def _record_paths(run_directory: Path) -> list[Path]:
+    if not run_directory.is_dir():
+        raise RecordError(f"{run_directory} is not a run directory")
+    return sorted(run_directory.glob("record-*.jsonl"))
+
+
+def _rank(header: dict[str, Any]) -> int:
+    rank = header.get("rank")
+    return rank if isinstance(rank, int) else 0
+
+
 _TIME_PLACE, _NOTE_PLACE, _USAGE_PLACE = 8, 9, 10
 """Where the last value of a kind is; that of a phase's modules or optimizers is at the phase."""
+
+
+class _Unpacker:
+    """Unpacks the events of one process, from header to header."""
+
+    def __init__(self) -> None:
+        self._last = [0] * (_USAGE_PLACE + 3)
+
+    def events(self, packed: bytes) -> Iterator[TorchEvent]:
+        """The next packed events."""
+        last, at, size = self._last, 0, len(packed)
+        values = [0, 0, 0]
+        while at < size:
+            what = packed[at]
+            at += 1
+            kind, phase = what & 3, what >> 2 & 7
+            for number in range(_value_count(kind, phase)):
+                rest, shift = 0, 0
+                while True:
+                    byte = packed[at]
+                    at += 1
+                    rest |= (byte & 127) << shift
+                    if byte < 128:
+                        break
+                    shift += 7
+                if kind == USAGE:
+                    place = _USAGE_PLACE + number
+                elif kind == NOTE:
+                    place = _NOTE_PLACE
+                else:
+                    place = phase if number else _TIME_PLACE
+                last[place] += rest >> 1 ^ -(rest & 1)
+                values[number] = last[place]
+            yield kind, phase, what >> 5, values[0], values[1], values[2]
 
 
 class _Replay:
@@ -317,14 +410,14 @@ class _Replay:
         self.peak_device_bytes: list[int | None] = []
         self._process = process
         self._started_ns = int(header.get("started_ns", 0))
-        self._last = [0] * (_USAGE_PLACE + 3)
+        self._unpacker = _Unpacker()
         self._losses_kept = 0
         self._turns = Turns(self._closed)
         self._closed_turns: list[tuple[Turn, dict[str, float | None]]] = []
 
     def tell(self, packed: bytes) -> None:
         """The next packed events."""
-        self._turns.tell(self._unpack(packed), iter(self._loss_number, None))
+        self._turns.tell(self._unpacker.events(packed), iter(self._loss_number, None))
 
     def finish(self) -> None:
         """There are no more events."""
@@ -370,32 +463,6 @@ class _Replay:
         }
         self._closed_turns.append((turn, phases_ms))
 
-    def _unpack(self, packed: bytes) -> Iterator[TorchEvent]:
-        last, at, size = self._last, 0, len(packed)
-        values = [0, 0, 0]
-        while at < size:
-            what = packed[at]
-            at += 1
-            kind, phase = what & 3, what >> 2 & 7
-            for number in range(_value_count(kind, phase)):
-                rest, shift = 0, 0
-                while True:
-                    byte = packed[at]
-                    at += 1
-                    rest |= (byte & 127) << shift
-                    if byte < 128:
-                        break
-                    shift += 7
-                if kind == USAGE:
-                    place = _USAGE_PLACE + number
-                elif kind == NOTE:
-                    place = _NOTE_PLACE
-                else:
-                    place = phase if number else _TIME_PLACE
-                last[place] += rest >> 1 ^ -(rest & 1)
-                values[number] = last[place]
-            yield kind, phase, what >> 5, values[0], values[1], values[2]
-
 
 def _value_count(kind: int, phase: int) -> int:
     """How many values an event has; the same in ``agent/_watch.c``."""
@@ -404,16 +471,49 @@ def _value_count(kind: int, phase: int) -> int:
     return 2 if kind != NOTE and phase in (FORWARD, OPTIMIZER) else 1
 
 
+def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a record file with their line numbers, a header first."""
+    is_empty = True
+    for number, document in _lines(path):
+        if document.get("kind") == "header":
+            if document.get("version") != RECORD_VERSION:
+                raise RecordError(
+                    f"{path} has record version {document.get('version')}, this flatout reads "
+                    f"{RECORD_VERSION}"
+                )
+        elif is_empty:
+            raise RecordError(f"{path} line {number}: no header comes before it")
+        is_empty = False
+        yield number, document
+    if is_empty:
+        raise RecordError(f"{path} is empty")
+
+
+def _packed(document: dict[str, Any]) -> bytes:
+    return base64.b64decode(document["packed"], validate=True)
+
+
+@contextlib.contextmanager
+def _reading_events(path: Path, number: int) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise RecordError(f"{path} line {number} has no readable events: {why}") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text("utf-8", "replace").split("\n")
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n"):
+                    return  # torn
+                try:
+                    document = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
+                if not isinstance(document, dict):
+                    raise RecordError(f"{path} line {number} is not a JSON object")
+                yield number, document
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
-        if not isinstance(document, dict):
-            raise RecordError(f"{path} line {number} is not a JSON object")
-        yield number, document

@@ -57,9 +57,10 @@ class Turn:
         phases_ns: exclusive times in the order of ``PHASES``; they sum to the turn.
         losses: what ``backward_begins`` was given, in order.
         grad: whether autograd recorded any forward call of the turn.
-        minor_faults, major_faults: page faults of the process in the turn; ``None`` where the
-            system does not tell, and in the first turn.
-        peak_rss_bytes: of the process, so far.
+        minor_faults, major_faults: page faults of the process per turn, over the turns since
+            usage was last noted (short turns: not at each); ``None`` if it was not noted, and
+            the first time.
+        peak_rss_bytes: of the process, as last noted.
     """
 
     __slots__ = (
@@ -95,8 +96,8 @@ class Turn:
         self.grad = False
         self.arm: int | None = None
         self.mark: str | None = None
-        self.minor_faults: int | None = None
-        self.major_faults: int | None = None
+        self.minor_faults: float | None = None
+        self.major_faults: float | None = None
         self.peak_rss_bytes: int | None = None
 
 
@@ -133,7 +134,8 @@ class Turns:
         self._update_seen = False
         self._updating: list[int] = []
         self._usage: tuple[int, int, int] | None = None
-        self._usage_at_close: tuple[int, int, int] | None = None
+        self._usage_before: tuple[int, int, int] | None = None
+        self._turns_since_usage = 0
         self._first_optimizer: int | None = None
         self._previous_optimizer: int | None = None
         self._closing_optimizer: int | None = None
@@ -386,12 +388,7 @@ class Turns:
         turn.phases_ns[OTHER] += now_ns - self._last_ns
         turn.end_ns = now_ns
         turn.arm, turn.mark = self._arm, self._mark
-        if self._usage is not None:
-            minor_faults, major_faults, turn.peak_rss_bytes = self._usage
-            if self._usage_at_close is not None:
-                turn.minor_faults = minor_faults - self._usage_at_close[0]
-                turn.major_faults = major_faults - self._usage_at_close[1]
-            self._usage_at_close = self._usage
+        self._account_usage(turn)
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
         elif not turn.updates:  # updated by hand
@@ -400,3 +397,14 @@ class Turns:
         self._counts[turn.kind] += 1
         self._open(now_ns)
         self._on_close(turn)
+
+    def _account_usage(self, turn: Turn) -> None:
+        self._turns_since_usage += 1
+        usage, before = self._usage, self._usage_before
+        if usage is not None:
+            if before is not None:
+                turn.minor_faults = (usage[0] - before[0]) / self._turns_since_usage
+                turn.major_faults = (usage[1] - before[1]) / self._turns_since_usage
+            self._usage, self._usage_before, self._turns_since_usage = None, usage, 0
+        if self._usage_before is not None:
+            turn.peak_rss_bytes = self._usage_before[2]

@@ -11,6 +11,8 @@ class Log:
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
     tensor_type: type
+    float32: object
+    float64: object
     read_loss: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None

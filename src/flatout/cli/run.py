@@ -11,7 +11,7 @@ from flatout import paths
 from flatout.errors import UserError
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
-from flatout.record import RecordError, read_run
+from flatout.record import RecordError, read_step_times
 from flatout.request import Request
 
 SUMMARY = "run a command, with a plan or just watched"
@@ -75,20 +75,19 @@ def _prepare(request: Request) -> Path | None:
 def _summary(run_directory: Path) -> str:
     where = paths.shown(run_directory)
     try:
-        main = read_run(run_directory).main
+        times = read_step_times(run_directory)
     except RecordError as error:
         return f"the record cannot be read: {error}"
-    if main is None:
+    if times is None:
         if any(run_directory.glob("started-*")):
             return f"torch was never imported, so there was nothing to watch; record in {where}"
         return (
             "no Python of this command loaded the agent (python -I, sudo, a container, or no "
             f"Python at all?), so nothing was watched; record in {where}"
         )
-    if not main.turns:
+    if not times.turns:
         return f"no training or inference step was seen; record in {where}"
-    median_ms = statistics.median(step.step_ms for step in main.turns)
-    kind = "steps" if main.trains else "inference steps"
-    failures = sum(event.what == "failed" for event in main.events)
-    trouble = f"; {failures} of flatout's own parts failed, see there" if failures else ""
-    return f"{len(main.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}"
+    median_ms = statistics.median(times.turns)
+    kind = "steps" if times.trains else "inference steps"
+    trouble = f"; {times.failures} of flatout's own parts failed, see there" * bool(times.failures)
+    return f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}"
