@@ -38,7 +38,7 @@ TRIMMED = 0.1
 """Share of the differences left out at either end: blocks that another tenant disturbed."""
 
 PREPARED = """
-import json, sys, time
+import functools, json, sys, time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -99,7 +99,7 @@ def watch(on):
     for hooks, ours in step_hooks:
         hooks.update(ours) if on else hooks.clear()
 
-call = nn.Module.__call__
+bare_net = functools.partial(nn.Module.__call__, net)
 times, writes = [], []
 since = time.perf_counter()
 for index in range(len(loader) * 9 // 40 * 4):
@@ -107,7 +107,7 @@ for index in range(len(loader) * 9 // 40 * 4):
     watch(on)
     start = time.perf_counter()
     x, y = next(batches)
-    outputs = net(x) if on else call(net, x)
+    outputs = net(x) if on else bare_net(x)
     loss = loss_function(outputs, y)
     optimizer.zero_grad()
     loss.backward()

@@ -212,6 +212,6 @@ def test_page_faults_of_short_turns_are_spread_over_them():
     program.play("DFBO DFBO DFBO")
     program.turns.usage(160, 3, 2**21)
     program.play("DFBO D")
-    assert [turn.minor_faults for turn in program.closed] == [None, None, 20, None]
-    assert [turn.major_faults for turn in program.closed] == [None, None, 1, None]
+    assert [turn.minor_faults for turn in program.closed] == [None, None, 30, None]
+    assert [turn.major_faults for turn in program.closed] == [None, None, 1.5, None]
     assert [turn.peak_rss_bytes for turn in program.closed] == [2**20, 2**20, 2**21, 2**21]

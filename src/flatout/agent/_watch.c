@@ -56,9 +56,9 @@ enum { LONGEST = 1 + 3 * 10 }; /* bytes of a packed event */
 enum { USAGE_PERIOD_NS = 5000000 };
 
 /* Names looked up at every step, made once. */
-enum { IS_CPU, TRAINING, DTYPE, DIM, IS_NEG, DATA_PTR, ITEM, NAMES };
+enum { IS_CPU, TRAINING, DTYPE, DIM, IS_VIEW, DATA_PTR, ITEM, NAMES };
 static const char *const spelled[NAMES] = {"is_cpu", "training", "dtype",   "dim",
-                                           "is_neg", "data_ptr", "item"};
+                                           "_is_view", "data_ptr", "item"};
 
 typedef struct {
     PyObject_HEAD
@@ -405,13 +405,14 @@ static int64_t number(PyObject *object, PyObject *name)
 }
 
 /* New reference to the value of a CPU tensor of one element. Where it is plainly there in memory it
- * is read from there: `item` goes through torch's dispatcher, 6 microseconds in a cold cache. */
+ * is read from there (a view may have torch's lazy negative bit): `item` goes through torch's
+ * dispatcher, 6 microseconds in a cold cache. */
 static PyObject *scalar(Log *log, PyObject *tensor)
 {
     PyObject *dtype = PyObject_GetAttr(tensor, log->names[DTYPE]);
     int bytes = dtype == NULL ? 0 : dtype == log->float32 ? 4 : dtype == log->float64 ? 8 : 0;
     Py_XDECREF(dtype);
-    if (bytes && number(tensor, log->names[DIM]) == 0 && number(tensor, log->names[IS_NEG]) == 0) {
+    if (bytes && number(tensor, log->names[DIM]) == 0 && number(tensor, log->names[IS_VIEW]) == 0) {
         int64_t address = number(tensor, log->names[DATA_PTR]);
         if (address > 0)
             return PyFloat_FromDouble(bytes == 4 ? *(const float *)(intptr_t)address
