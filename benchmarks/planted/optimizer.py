@@ -10,7 +10,7 @@ model = nn.Sequential(*(layer for _ in range(16) for layer in (nn.Linear(384, 38
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 for _ in range(100_000):
     optimizer.zero_grad()
-    model(torch.randn(40, 384)).square().mean().backward()
+    model(torch.randn(24, 384)).square().mean().backward()
     with truth.part():
         optimizer.step()
     truth.step()

@@ -71,6 +71,9 @@ FLUSH_SECONDS = 0.25
 
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
 
+MANY_FAULTS = 256
+"""Minor page faults of a step (1 MiB of memory) below which they cannot matter."""
+
 ENVIRONMENT_NAMES = (
     "CUDA_VISIBLE_DEVICES",
     "GLIBC_TUNABLES",

@@ -1,9 +1,10 @@
 """A short profiled window after the timed steps, aggregated in process.
 
-``steps`` turns under torch's profiler, then one under the FLOP counter. Both are entered and left
-at step boundaries. The record gets one line; times and counts are means over the profiled turns,
-without the quickest and the slowest (a stall of the machine falls into one of few), and the
-profiler has slowed them down::
+``steps`` turns under torch's profiler; then, if they cause many page faults, some with a
+measurement of what a fault costs in between, at the same speed of the machine; then one under the
+FLOP counter. All is entered and left at step boundaries. The record gets one line; times and counts
+are means over the profiled turns, without the quickest and the slowest (a stall of the machine
+falls into one of few), and the profiler has slowed them down::
 
     {"kind": "profile", "steps": 10, "step_ms": 12.3,
      "operators": [{"name": "aten::mm", "phase": "backward", "within": null, "calls": 4.0,
@@ -11,7 +12,7 @@ profiler has slowed them down::
      "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
      "device_total_ms": null,                                       # all kernels of the accelerator
      "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
-     "page_fault_us": 0.5,                                          # before and after the window
+     "page_fault_us": 0.5, "page_fault_step_ms": 11.9,              # see page_fault_cost_us
      "flops_by_dtype": {"float32": 1200000000},
      "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
      "facts": {..}}                                                 # see facts.py
@@ -37,6 +38,7 @@ from torch._C._autograd import DeviceType
 
 from flatout.agent import facts
 from flatout.agent.flops import FlopCounter
+from flatout.record import MANY_FAULTS
 from flatout.turns import Turn
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ _SERIAL_ELEMENTS = 32768
 """Of operations on so few elements torch makes one thread's work (``at::internal::GRAIN_SIZE``)."""
 _FEWEST_FAULTS = 8
 """Huge pages make few faults of so much memory; fewer than that, it was at hand already."""
+
+_FAULT_COSTS = 24
+_WEIGHING_SECONDS = 4.0
+"""How often the cost of a page fault is measured, single ones spread by a tenth; after so long they
+are as many as they are."""
 
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
@@ -82,6 +89,7 @@ class Profiler:
         self._boundaries_ns: list[int] = []
         self._faults: tuple[int, int] | None = None
         self._fault_costs_us: list[float] = []
+        self._fault_steps_ms: list[float] = []
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
         self._result: dict[str, Any] = {"kind": "profile", "steps": 0}
@@ -100,15 +108,16 @@ class Profiler:
         return self._left <= 0 and self._next()
 
     def _is_long_enough(self) -> bool:
-        seconds = (self._boundaries_ns[-1] - self._boundaries_ns[0]) / 1e9
-        return len(self._boundaries_ns) > FEWEST_STEPS and seconds >= ENOUGH_SECONDS
+        return len(self._boundaries_ns) > FEWEST_STEPS and self._has_taken(ENOUGH_SECONDS)
+
+    def _has_taken(self, seconds: float) -> bool:
+        return self._boundaries_ns[-1] - self._boundaries_ns[0] >= seconds * 1e9
 
     def _start(self) -> bool:
         self._session.mark = "profiled"
         if torch.autograd.profiler._is_profiler_enabled:
             self._session.event("skipped", "profile", "the program has a profiler of its own on")
             return self._count()
-        self._fault_costs_us += page_fault_costs_us()
         try:
             self._profiler = _new_profiler()
             self._profiler.start()
@@ -137,14 +146,34 @@ class Profiler:
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("profile", error)
         self._profiler = None
-        self._fault_costs_us += page_fault_costs_us()
-        if self._fault_costs_us:
-            self._result["page_fault_us"] = statistics.median(self._fault_costs_us)
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
             self._result["minor_faults"] = (faults[0] - self._faults[0]) / steps
             self._result["minor_faults_of_thread"] = (faults[1] - self._faults[1]) / steps
+            if self._result["minor_faults"] >= MANY_FAULTS:
+                self._boundaries_ns = self._boundaries_ns[-1:]
+                return self._weigh_fault()
         return self._count()
+
+    def _weigh_fault(self) -> bool:
+        if len(self._boundaries_ns) > 1:
+            self._fault_steps_ms.append((self._boundaries_ns[-1] - self._boundaries_ns[-2]) / 1e6)
+        cost_us = page_fault_cost_us()
+        if cost_us is not None:
+            self._fault_costs_us.append(cost_us)
+        weighed = len(self._fault_steps_ms)
+        if (
+            cost_us is None
+            or weighed == _FAULT_COSTS
+            or (weighed and self._has_taken(_WEIGHING_SECONDS))
+        ):
+            if cost_us is not None:
+                self._result["page_fault_us"] = _middle_mean(self._fault_costs_us)
+                self._result["page_fault_step_ms"] = _middle_mean(self._fault_steps_ms)
+            return self._count()
+        self._next = self._weigh_fault
+        self._left = 2  # the first finds its caches full of what was filled here
+        return False
 
     def _count(self) -> bool:
         self._flops = FlopCounter()
@@ -172,6 +201,12 @@ class Profiler:
         self._session.event("failed", subject, why, traceback.format_exc())
 
 
+def _middle_mean(values: list[float]) -> float:
+    """Mean without the lowest and the highest quarter: a stall of the machine falls into one."""
+    trimmed = len(values) // 4
+    return statistics.fmean(sorted(values)[trimmed : len(values) - trimmed])
+
+
 def _new_profiler() -> Any:
     # Kineto would write of its start and stop to the program's stderr; it reads this when used.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -195,28 +230,25 @@ def _minor_faults() -> tuple[int, int] | None:
     return of_process, resource.getrusage(thread).ru_minflt
 
 
-def page_fault_costs_us() -> list[float]:
+def page_fault_cost_us() -> float | None:
     """What a minor page fault costs this process now, with its allocator and its huge pages: how
     much longer fresh memory takes to fill and to hand back than memory at hand, over the faults
-    there; five times. Empty: the allocator causes no faults, or the system does not tell.
+    there. ``None``: the allocator causes no faults, or the system does not tell.
     """
-    costs_us: list[float] = []
-    for _ in range(5):
-        before = _minor_faults()
-        times_ns = [time.perf_counter_ns()]
-        memory = torch.empty(_FRESH_BYTES, dtype=torch.uint8)
-        for value in (1, 2):
-            for part in memory.split(_SERIAL_ELEMENTS):
-                part.fill_(value)
-            times_ns.append(time.perf_counter_ns())
-        del memory, part
+    before = _minor_faults()
+    times_ns = [time.perf_counter_ns()]
+    memory = torch.empty(_FRESH_BYTES // 8, dtype=torch.float64)  # a few large parts
+    for value in (1.0, 2.0):
+        for part in memory.split(_SERIAL_ELEMENTS):
+            part.fill_(value)
         times_ns.append(time.perf_counter_ns())
-        after = _minor_faults()
-        if before is None or after is None or after[1] - before[1] < _FEWEST_FAULTS:
-            return []
-        fresh, again, free = (b - a for a, b in pairwise(times_ns))
-        costs_us.append(max(0.0, (fresh - again + free) / 1e3 / (after[1] - before[1])))
-    return costs_us
+    del memory, part
+    times_ns.append(time.perf_counter_ns())
+    after = _minor_faults()
+    if before is None or after is None or after[1] - before[1] < _FEWEST_FAULTS:
+        return None
+    fresh, again, free = (b - a for a, b in pairwise(times_ns))
+    return max(0.0, (fresh - again + free) / 1e3 / (after[1] - before[1]))
 
 
 def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str, Any]:

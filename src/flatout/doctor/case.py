@@ -164,11 +164,7 @@ class Case:
         faults, cost_us = self.minor_faults_per_step, self.page_fault_us
         if faults is None or cost_us is None:
             return None
-        step_ms = self.mean_step_ms
-        if self.operators and self.profile.get("page_fault_us") is not None:
-            step_ms = (
-                self.profile["step_ms"] - self._profiler_ms
-            )  # of the same speed of the machine
+        step_ms = self.profile.get("page_fault_step_ms") or self.mean_step_ms
         return min(1.0, faults * self.main_thread_faults * cost_us / 1e3 / step_ms)
 
     @property

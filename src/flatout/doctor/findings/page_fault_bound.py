@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
-
-MANY_FAULTS = 256
-"""Minor faults of a step (1 MiB of memory) below which they cannot matter."""
+from flatout.record import MANY_FAULTS
 
 
 def find(case: Case) -> Finding | None:
