@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not measured and not frameworks"
+	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
