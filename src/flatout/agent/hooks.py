@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch
+from flatout.record import FLUSH_SECONDS
 from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ _CALLS_ONLY = -1
 
 _FIRST_TURNS = 3
 """Turns after which the first search for roots ends; the first may only be a sanity check."""
-
-_PATIENCE_NS = 250_000_000
-"""Time after which the log is read, at the next event."""
 
 
 class ForwardWrapper(Protocol):
@@ -145,7 +143,7 @@ class Hooks:
         contained = functools.partial(self._contained, "watch")
         log.live = live
         log.told = True  # to search for roots
-        log.patience_ns = _PATIENCE_NS
+        log.patience_ns = round(FLUSH_SECONDS * 1e9)
         log.reader = contained(self._offered)
         log.new_root = contained(self._new_root)
         log.roots = {}

@@ -12,7 +12,7 @@ falls into one of few), and the profiler has slowed them down::
      "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
      "device_total_ms": null,                                       # all kernels of the accelerator
      "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
-     "page_fault_us": 0.5, "page_fault_step_ms": 11.9,              # see page_fault_cost_us
+     "page_fault_us": 0.5, "page_fault_step_ms": 11.9,              # one fault; the steps around it
      "flops_by_dtype": {"float32": 1200000000},
      "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
      "facts": {..}}                                                 # see facts.py
