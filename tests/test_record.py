@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -73,17 +72,13 @@ def writer(path: Path) -> RecordWriter:
     return RecordWriter(path, fail)
 
 
-def losses(*values: float | None, peak_device_bytes: int | None = None) -> dict[str, Any]:
-    return {"kind": "losses", "values": values, "peak_device_bytes": peak_device_bytes}
-
-
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     program = Program()
     record = writer(record_path(tmp_path, 1))
     record.write({**HEADER, "started_ns": program.now_ns - 2_000_000_000})
     program.step()
     record.write_events(program.log.pack())
-    record.write(losses(0.25))
+    record.write_losses([0.25], None)
     record.write({"kind": "event", "at_s": 1.5, "what": "skipped", "subject": "a", "why": "b"})
     program.phase(DATA, 1)
     program.log.note(NOTE, ARM, 0, 1)
@@ -95,7 +90,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     program.evaluation()
     program.step()
     record.write_events(program.log.pack())
-    record.write(losses(float("nan"), 0.125, peak_device_bytes=4096))
+    record.write_losses([float("nan"), 0.125], 4096)
     record.write({"kind": "end", "at_s": 3.0, "reason": "exit"})
     record.close()
 
@@ -140,7 +135,7 @@ def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: P
         record.write(HEADER)
         program.step()
         record.write_events(program.log.pack())
-        record.write(losses(value))
+        record.write_losses([value], None)
         record.close()
     assert [step.losses for step in read_process(record_path(tmp_path, 1)).steps] == [
         (1.0,),
@@ -173,9 +168,10 @@ def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
         (json.dumps({**HEADER, "version": 99}) + "\n", "version 99"),
         ("not json\n", "not JSON"),
         ("[1]\n", "not a JSON object"),
-        (json.dumps(HEADER) + '\n{"kind": "events"}\n', "no readable events"),
-        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "/w=="}\n', "no readable events"),
-        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "*"}\n', "no readable events"),
+        (json.dumps(HEADER) + '\n{"kind": "events"}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "/w=="}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "*"}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "losses", "packed": "AAAA"}\n', "cannot be unpacked"),
     ],
 )
 def test_what_is_no_record_is_said_in_one_sentence(

@@ -6,7 +6,7 @@ import copy
 import inspect
 import pickle
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -191,6 +191,45 @@ def test_losses_are_those_that_backward_started_from(watched: Watched) -> None:
     watched.hooks.read()
     assert [turn.losses for turn in watched.closed] == [[loss] for loss in expected]
     assert [turn.backwards for turn in watched.closed] == [3] * 3
+
+
+LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float32": lambda x: x.sum(),
+    "float64": lambda x: x.double().sum() / 3,
+    "bfloat16": lambda x: x.bfloat16().sum(),
+    "one element": lambda x: x.sum().reshape(1),
+    "view": lambda x: x.cumsum(0)[1],
+    "lazily negated view": lambda x: torch.complex(x, x).conj().imag[1],
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "item"])
+def test_losses_of_every_kind_are_what_item_gives(
+    kind: str, exchange: bool, watched: Watched
+) -> None:
+    if not exchange:
+        assert not watched.hooks._log.look_by(None)  # torch before 2.10
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    loss = LOSSES[kind](net(torch.ones(1, 4))[0])
+    loss.backward()
+    optimizer.step()
+    net(torch.ones(1, 4))
+    watched.hooks.read()
+    (turn,) = watched.closed
+    assert turn.losses == [loss.item()]
+
+
+def test_a_complex_loss_is_not_kept(watched: Watched) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    loss = torch.complex(net(torch.ones(1, 4)), torch.ones(1, 2)).sum()
+    loss.backward(torch.ones((), dtype=loss.dtype))
+    optimizer.step()
+    net(torch.ones(1, 4))
+    watched.hooks.read()
+    assert [turn.losses for turn in watched.closed] == [[]]
 
 
 def test_another_thread_does_not_spoil_the_turns(watched: Watched) -> None:

@@ -10,7 +10,7 @@ whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn 
 by the reader. Times are in the unit their name ends with, ``at_s`` is seconds since the header was
 written. What was not measured is ``null``, never 0.
 
-Format version 2:
+Format version 3:
 
 ``header``
     First line. ``version``, ``pid``, ``parent_pid``, ``rank`` and ``world_size`` (null outside a
@@ -25,8 +25,9 @@ Format version 2:
     0 at a header), zigzag-encoded and in LEB128. What a step is, and its phases, ``turns.py``
     makes of them when the record is read.
 ``losses``
-    ``values``: the next losses that backward calls started from, in order (an accelerator's arrive
-    late); ``peak_device_bytes``: most memory torch had allocated on the accelerator so far.
+    ``packed``: the next losses that backward calls started from, in order (an accelerator's arrive
+    late), as little-endian float64 in base64; ``peak_device_bytes``: most memory torch had
+    allocated on the accelerator so far.
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -45,6 +46,7 @@ import base64
 import contextlib
 import json
 import os
+import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -66,7 +68,7 @@ from flatout.turns import (
     Turns,
 )
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 FLUSH_SECONDS = 0.25
 
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
@@ -130,7 +132,16 @@ class RecordWriter:
     def write_events(self, packed: bytes) -> None:
         """Queue what the log has packed."""
         if packed:
-            self.write({"kind": "events", "packed": base64.b64encode(packed).decode()})
+            self._lines.append(f'{{"kind": "events", "packed": "{_base64(packed)}"}}\n')
+
+    def write_losses(self, losses: list[float], peak_device_bytes: int | None) -> None:
+        """Queue the losses that have arrived."""
+        if losses:
+            packed = _base64(struct.pack(f"<{len(losses)}d", *losses))
+            self._lines.append(
+                f'{{"kind": "losses", "packed": "{packed}", '
+                f'"peak_device_bytes": {json.dumps(peak_device_bytes)}}}\n'
+            )
 
     def seconds(self, at_ns: int) -> float:
         """Seconds between the header and a ``time.perf_counter_ns`` reading."""
@@ -308,13 +319,13 @@ def read_process(path: Path) -> ProcessRecord:
             replay.finish()
             replay = _Replay(process, document)
         elif kind == "events":
-            with _reading_events(path, number):
+            with _unpacking(path, number):
                 replay.tell(_packed(document))
         elif kind == "losses":
-            replay.losses += document.get("values", ())
-            replay.peak_device_bytes += [document.get("peak_device_bytes")] * (
-                len(replay.losses) - len(replay.peak_device_bytes)
-            )
+            with _unpacking(path, number):
+                losses = [loss for (loss,) in struct.iter_unpack("<d", _packed(document))]
+            replay.losses += losses
+            replay.peak_device_bytes += [document.get("peak_device_bytes")] * len(losses)
         elif kind == "event":
             process.events.append(
                 Event(*(document.get(k) for k in ("at_s", "what", "subject", "why", "traceback")))  # type: ignore[arg-type]
@@ -343,7 +354,7 @@ def _process_step_times(path: Path) -> StepTimes:
             turns.finish()
             turns, unpacker = Turns(closed), _Unpacker()
         elif kind == "events":
-            with _reading_events(path, number):
+            with _unpacking(path, number):
                 turns.tell(unpacker.events(_packed(document)), repeat(None))
         elif kind == "event":
             times.failures += document.get("what") == "failed"
@@ -409,7 +420,7 @@ class _Replay:
     """
 
     def __init__(self, process: ProcessRecord, header: dict[str, Any]) -> None:
-        self.losses: list[float | None] = []
+        self.losses: list[float] = []
         self.peak_device_bytes: list[int | None] = []
         self._process = process
         self._started_ns = int(header.get("started_ns", 0))
@@ -492,17 +503,21 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RecordError(f"{path} is empty")
 
 
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 def _packed(document: dict[str, Any]) -> bytes:
     return base64.b64decode(document["packed"], validate=True)
 
 
 @contextlib.contextmanager
-def _reading_events(path: Path, number: int) -> Iterator[None]:
+def _unpacking(path: Path, number: int) -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
         why = f"{type(error).__name__}: {error}"
-        raise RecordError(f"{path} line {number} has no readable events: {why}") from error
+        raise RecordError(f"{path} line {number} cannot be unpacked: {why}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

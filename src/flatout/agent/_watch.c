@@ -52,13 +52,38 @@ typedef struct {
 
 enum { LONGEST = 1 + 3 * 10 }; /* bytes of a packed event */
 
-/* getrusage takes 5 microseconds between two steps: too much for each step of a millisecond. */
-enum { USAGE_PERIOD_NS = 5000000 };
+/* getrusage takes some 15 microseconds between two steps: too much for each of a millisecond. */
+enum { USAGE_PERIOD_NS = 20000000 };
 
 /* Names looked up at every step, made once. */
-enum { IS_CPU, TRAINING, DTYPE, DIM, IS_VIEW, DATA_PTR, ITEM, NAMES };
-static const char *const spelled[NAMES] = {"is_cpu", "training", "dtype",   "dim",
-                                           "_is_view", "data_ptr", "item"};
+enum { IS_CPU, TRAINING, IS_VIEW, ITEM, NAMES };
+static const char *const spelled[NAMES] = {"is_cpu", "training", "_is_view", "item"};
+
+/* From the DLPack specification, version 1.3: how a tensor lies in memory, and the table of C
+ * functions that a tensor type offers as __dlpack_c_exchange_api__ (a capsule of this name). */
+enum { DLPACK_MAJOR = 1, DL_CPU = 1, DL_FLOAT = 2 };
+static const char exchange_name[] = "dlpack_exchange_api";
+typedef struct {
+    void *data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} DLTensor;
+typedef int (*Describe)(void *tensor, DLTensor *description);
+typedef struct {
+    uint32_t major, minor;
+    void *previous;
+    void *allocate, *export_managed, *import_managed;
+    Describe describe; /* without synchronising; the memory stays the tensor's; may be NULL */
+    void *current_stream;
+} Exchange;
 
 typedef struct {
     PyObject_HEAD
@@ -83,7 +108,7 @@ typedef struct {
     PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
     PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
     PyObject *before_update, *after_update; /* None, or called with the optimizer */
-    PyObject *float32, *float64; /* torch's dtypes */
+    Describe describe; /* torch's way to look into a tensor from C, NULL: there is none */
     PyObject *names[NAMES];
 } Log;
 
@@ -236,6 +261,16 @@ static PyObject *log_note(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *log_look_by(PyObject *self, PyObject *capsule)
+{
+    Exchange *exchange = NULL;
+    if (PyCapsule_IsValid(capsule, exchange_name))
+        exchange = PyCapsule_GetPointer(capsule, exchange_name);
+    int usable = exchange != NULL && exchange->major == DLPACK_MAJOR;
+    ((Log *)self)->describe = usable ? exchange->describe : NULL;
+    return PyBool_FromLong(usable && exchange->describe != NULL);
+}
+
 static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     Log *log = (Log *)self;
@@ -281,8 +316,6 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->wrap_forward);
     Py_XDECREF(log->before_update);
     Py_XDECREF(log->after_update);
-    Py_XDECREF(log->float32);
-    Py_XDECREF(log->float64);
     for (int i = 0; i < NAMES; i++)
         Py_XDECREF(log->names[i]);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -295,6 +328,8 @@ static PyMethodDef log_methods[] = {
      "The events since the last time, as tuples, if it was told; they are removed."},
     {"pack", log_pack, METH_NOARGS, "The events since the last time, packed; they are removed."},
     {"note", log_note, METH_VARARGS, "Note an event: what, phase, flags and up to three values."},
+    {"look_by", log_look_by, METH_O,
+     "Read losses by this DLPack exchange API; False if it is none that can be used."},
     {"reset", log_reset, METH_NOARGS, "Begin anew, with this thread (at the start, after a fork)."},
     {NULL, NULL, 0, NULL},
 };
@@ -315,8 +350,6 @@ static PyMemberDef log_members[] = {
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
     {"before_update", T_OBJECT, offsetof(Log, before_update), 0, NULL},
     {"after_update", T_OBJECT, offsetof(Log, after_update), 0, NULL},
-    {"float32", T_OBJECT, offsetof(Log, float32), 0, NULL},
-    {"float64", T_OBJECT, offsetof(Log, float64), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -393,33 +426,44 @@ static int is_root(Log *log, PyObject *module)
     return root;
 }
 
-/* What the method `name` of `object` gives, a number that is not negative; -1: exception set. */
-static int64_t number(PyObject *object, PyObject *name)
+/* Whether the tensor is plainly there in memory: a view may have torch's lazy negative bit. */
+static int is_plain(Log *log, PyObject *tensor)
 {
-    PyObject *result = PyObject_CallMethodObjArgs(object, name, NULL);
-    if (result == NULL)
-        return -1;
-    int64_t value = PyLong_AsLongLong(result);
-    Py_DECREF(result);
-    return value;
+    PyObject *is_view = PyObject_CallMethodObjArgs(tensor, log->names[IS_VIEW], NULL);
+    PyErr_Clear();
+    Py_XDECREF(is_view);
+    return is_view == Py_False;
 }
 
-/* New reference to the value of a CPU tensor of one element. Where it is plainly there in memory it
- * is read from there (a view may have torch's lazy negative bit): `item` goes through torch's
- * dispatcher, 6 microseconds in a cold cache. */
-static PyObject *scalar(Log *log, PyObject *tensor)
+/* New reference to what is kept of a loss, None if it is no real number. A scalar on the CPU is read from its memory: `item` goes
+ * through torch's dispatcher, 6 microseconds in a cold cache. */
+static PyObject *loss_value(Log *log, PyObject *tensor)
 {
-    PyObject *dtype = PyObject_GetAttr(tensor, log->names[DTYPE]);
-    int bytes = dtype == NULL ? 0 : dtype == log->float32 ? 4 : dtype == log->float64 ? 8 : 0;
-    Py_XDECREF(dtype);
-    if (bytes && number(tensor, log->names[DIM]) == 0 && number(tensor, log->names[IS_VIEW]) == 0) {
-        int64_t address = number(tensor, log->names[DATA_PTR]);
-        if (address > 0)
-            return PyFloat_FromDouble(bytes == 4 ? *(const float *)(intptr_t)address
-                                                 : *(const double *)(intptr_t)address);
+    DLTensor loss;
+    if (log->describe != NULL && log->describe(tensor, &loss) < 0) {
+        PyErr_Clear();
+        log->describe = NULL; /* a device that DLPack does not know: failing is slow */
     }
+    int known = log->describe != NULL;
+    int on_cpu = known ? loss.device.type == DL_CPU : is_true_attribute(tensor, log->names[IS_CPU]);
+    if (!on_cpu)
+        return PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
+    int bits = known && loss.ndim == 0 && loss.data != NULL && loss.dtype.code == DL_FLOAT &&
+                       loss.dtype.lanes == 1
+                   ? loss.dtype.bits
+                   : 0;
+    if ((bits == 32 || bits == 64) && is_plain(log, tensor)) {
+        const char *at = (const char *)loss.data + loss.byte_offset;
+        return PyFloat_FromDouble(bits == 32 ? *(const float *)at : *(const double *)at);
+    }
+    PyObject *value = PyObject_CallMethodObjArgs(tensor, log->names[ITEM], NULL);
+    int is_none = value == NULL ? PyErr_ExceptionMatches(PyExc_RuntimeError) /* several elements */
+                                : !PyFloat_Check(value);                     /* complex */
+    if (!is_none)
+        return value;
     PyErr_Clear();
-    return PyObject_CallMethodObjArgs(tensor, log->names[ITEM], NULL);
+    Py_XDECREF(value);
+    Py_RETURN_NONE;
 }
 
 /* Keep the value of the loss that backward starts from. 1: kept, 0: there is none, -1: error. */
@@ -433,18 +477,10 @@ static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
     PyObject *tensors = PyTuple_GetItem(args, 0);
     if (!PyTuple_Check(tensors) || PyTuple_Size(tensors) != 1)
         return 0;
-    PyObject *tensor = PyTuple_GetItem(tensors, 0), *value;
+    PyObject *tensor = PyTuple_GetItem(tensors, 0);
     if ((PyObject *)Py_TYPE(tensor) != log->tensor_type)
         return 0; /* distributed, fake and other subclasses: reading one may do anything */
-    if (is_true_attribute(tensor, log->names[IS_CPU])) {
-        value = scalar(log, tensor);
-        if (value == NULL && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
-            PyErr_Clear(); /* more than one element */
-            return 0;
-        }
-    } else {
-        value = PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
-    }
+    PyObject *value = loss_value(log, tensor);
     if (value == NULL)
         return -1;
     int kept = 0;

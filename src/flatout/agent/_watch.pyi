@@ -11,8 +11,6 @@ class Log:
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
     tensor_type: type
-    float32: object
-    float64: object
     read_loss: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None
@@ -23,6 +21,7 @@ class Log:
     def note(
         self, what: int, phase: int, flags: int, first: int, second: int = 0, third: int = 0
     ) -> None: ...
+    def look_by(self, exchange_api: object) -> bool: ...
     def reset(self) -> None: ...
 
 class Watch:

@@ -149,7 +149,7 @@ class Hooks:
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
-        log.float32, log.float64 = torch.float32, torch.float64
+        log.look_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # torch 2.10 or later
         log.read_loss = self._contained("loss", self._read_loss)
         log.losses = []
         self._callbacks_changed()

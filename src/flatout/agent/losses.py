@@ -8,7 +8,6 @@ to pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,11 +53,11 @@ class LossReader:
     def read(self, loss: torch.Tensor) -> object:
         """Take note of the loss on an accelerator that backward is about to start from.
 
-        Returns what ``values`` turns into a number later, ``None`` if it has several elements.
+        Returns what ``number`` turns into one later, ``None`` if it is no real number.
         """
         import torch
 
-        if loss.numel() != 1:
+        if loss.numel() != 1 or loss.is_complex():
             return None
         if loss.device.type in _STREAM_DEVICES:
             value = torch.empty((), dtype=loss.dtype, pin_memory=True)
@@ -68,44 +67,42 @@ class LossReader:
             return _Pending(value, copied)
         return _Pending(loss.detach(), None)
 
-    def arrived(self, losses: list[object], wait: bool) -> list[float | None]:
+    def arrived(self, losses: list[object], wait: bool) -> list[float]:
         """The numbers behind the first of ``losses``, up to one that is still on its way.
 
-        They are taken out of the list; with ``wait``, all of them.
+        They are taken out of the list.
+
+        Args:
+            losses: numbers, and what ``read`` returned.
+            wait: wait for those on their way (at the end of the program).
         """
-        numbers: list[float | None] = []
+        numbers: list[float] = []
         for loss in losses:
-            if isinstance(loss, float):
-                numbers.append(loss)
-                continue
-            number = self.values((loss,), wait)
+            number = loss if isinstance(loss, float) else self.number(loss, wait)
             if number is None:
                 break
-            numbers += number
+            numbers.append(number)
         del losses[: len(numbers)]
         return numbers
 
-    def values(self, losses: Iterable[object], wait: bool) -> list[float | None] | None:
-        """The numbers behind what ``read`` gave, or ``None`` when one is still on its way.
+    def number(self, loss: object, wait: bool) -> float | None:
+        """The number behind a loss, ``None`` while it is still on its way.
 
         Args:
-            losses: what ``read`` returned.
-            wait: wait for those on their way (at the end of the program).
+            loss: a number, or what ``read`` returned.
+            wait: wait for it.
         """
-        numbers: list[float | None] = []
-        for loss in losses:
-            if isinstance(loss, _Pending):
-                if wait and loss.copied is not None:
-                    loss.copied.synchronize()
-                elif not wait and not loss.has_arrived():
-                    return None
-                numbers.append(float(loss.value))
-                self._note_peak_memory(loss.value)
-            else:
-                numbers.append(loss if isinstance(loss, float) else None)
-        return numbers
+        if isinstance(loss, float):
+            return loss
+        assert isinstance(loss, _Pending)
+        if wait and loss.copied is not None:
+            loss.copied.synchronize()
+        elif not wait and not loss.has_arrived():
+            return None
+        self._note_peak_memory()
+        return float(loss.value)
 
-    def _note_peak_memory(self, value: torch.Tensor) -> None:
+    def _note_peak_memory(self) -> None:
         import torch
 
         accelerator = torch.accelerator.current_accelerator()

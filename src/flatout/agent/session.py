@@ -239,15 +239,8 @@ class Session:
 
     def _write_events(self, wait: bool) -> None:
         self.record.write_events(self.hooks.pack())
-        losses = self.losses.arrived(self.hooks.losses, wait)
-        if losses:
-            self.record.write(
-                {
-                    "kind": "losses",
-                    "values": losses,
-                    "peak_device_bytes": self.losses.peak_device_bytes,
-                }
-            )
+        arrived = self.losses.arrived(self.hooks.losses, wait)
+        self.record.write_losses(arrived, self.losses.peak_device_bytes)
 
     def _turn_closed(self, turn: Turn) -> None:
         if self._asleep:

@@ -51,7 +51,7 @@ class Switch:
         self._undos: list[knobs.Undo] = []
         self._out: set[int] = set()
         self._diverged: set[int] = set()
-        self._unread: deque[tuple[int, list[object]]] = deque()
+        self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
         self._spoilt = False
         self._set(BASELINE)
@@ -123,14 +123,14 @@ class Switch:
     def _read_losses(self, turn: Turn) -> None:
         """Look at the losses that have arrived; on an accelerator that may be some steps later."""
         if self._arm is not None:
-            self._unread.append((self._arm, turn.losses))
+            self._unread += ((self._arm, loss) for loss in turn.losses)
         while self._unread:
-            arm, losses = self._unread[0]
-            values = self._session.losses.values(losses, wait=False)
-            if values is None:
+            arm, loss = self._unread[0]
+            number = self._session.losses.number(loss, wait=False)
+            if number is None:
                 return
             self._unread.popleft()
-            if any(value is not None and not math.isfinite(value) for value in values):
+            if not math.isfinite(number):
                 self._non_finite(arm)
 
     def _non_finite(self, arm: int) -> None:
