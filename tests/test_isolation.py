@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from flatout import cli
+from flatout.cli import doctor, tune  # noqa: F401
 from flatout.launch import isolation
+from flatout.tune import tuner
 
 pytestmark = pytest.mark.skipif(
     isolation.unavailable_reason() is not None, reason=str(isolation.unavailable_reason())
@@ -39,7 +43,33 @@ for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
 print(os.getcwd(), sys.argv[1:], os.environ.get("MARK"), sys.stdin.read())
 sys.exit(7)
 """
+SLOW_BF16 = {"bfloat16": 1e10, "float32": 1e11}
+"""A machine on which precision is not tried."""
 NAMES = ["new", "kept.txt", "other.txt", "link", "moved", "base.sqlite"]
+
+
+TRAINER = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        parts = (torch.nn.Parameter(0.1 * torch.randn(16)) for _ in range(100))
+        self.parts = torch.nn.ParameterList(parts)
+    def forward(self, x):
+        return x @ torch.stack(list(self.parts)).sum(0)
+net = Net()
+optimizer = torch.optim.AdamW(net.parameters())
+for step in range(2000):
+    loss = net(torch.randn(8, 16)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+        with open(folder / "kept.txt", "a") as file:
+            print(loss.item(), file=file)
+    if step % 10 == 0:
+        torch.save(net.state_dict(), "other.txt")
+"""
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
@@ -92,6 +122,40 @@ def test_every_write_is_seen_inside_and_gone_outside(world: Path) -> None:
     assert result.returncode == 7
     for name, entries in before.items():
         assert snapshot(world / name) == entries
+
+
+@pytest.mark.parametrize("verb", ["doctor", "tune"])
+def test_a_verb_leaves_every_file_as_it_was(
+    verb: str, world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For tune, with a first run, a comparison inside one process, and pairs of fresh ones."""
+    program = WRITER.rpartition("print(os.getcwd()")[0] + TRAINER
+    (world / "work" / "program.py").write_text(f"NAMES = {NAMES!r}\n{program}")
+    monkeypatch.chdir(world / "work")
+    monkeypatch.setenv("HOME", str(world / "home"))
+    monkeypatch.setenv("TMPDIR", str(world / "temporary"))
+    monkeypatch.setenv("FLATOUT_HOME", str(world / "own"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(cli.tune, "_matmul_flops_per_s", lambda python, device: SLOW_BF16)
+    monkeypatch.setattr(cli.doctor, "_ceilings", lambda python: None)
+    monkeypatch.setattr(tuner, "MINIMUM_PAIRS", 2)
+    monkeypatch.setattr(tuner, "MAXIMUM_PAIRS", 2)
+    found = world / "found.json"
+    options = {
+        "doctor": ["--steps", "20"],
+        "tune": ["--steps", "30", "--budget", "20s", "--plan", str(world / "plan.toml")],
+    }
+    before = {name: snapshot(world / name) for name in ("work", "home", "temporary")}
+    job = [sys.executable, "program.py"]
+    assert cli.main([verb, *options[verb], "--json", str(found), "--", *job]) == 0
+    for name, entries in before.items():
+        assert snapshot(world / name) == entries
+    document = json.loads(found.read_text())
+    if verb == "doctor":
+        assert document["steps"] > 10
+    else:
+        assert "optimizer" in document["in_process"]
+    assert "flatout/" not in capfd.readouterr().err
 
 
 def test_without_privileges() -> None:

@@ -17,6 +17,7 @@ from flatout.record import (
     read_process,
     read_run,
     record_path,
+    write_failure,
 )
 from flatout.request import Comparison, Request, RequestError
 from flatout.turns import (
@@ -65,16 +66,9 @@ class Program:
         self.phase(FORWARD, 4, flags=0, identity=NET)
 
 
-def writer(path: Path) -> RecordWriter:
-    def fail(error: OSError) -> None:
-        raise error
-
-    return RecordWriter(path, fail)
-
-
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     program = Program()
-    record = writer(record_path(tmp_path, 1))
+    record = RecordWriter(tmp_path, 1)
     record.write({**HEADER, "started_ns": program.now_ns - 2_000_000_000})
     program.step()
     record.write_events(program.log.pack())
@@ -131,7 +125,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         program = Program()
-        record = writer(record_path(tmp_path, 1))
+        record = RecordWriter(tmp_path, 1)
         record.write(HEADER)
         program.step()
         record.write_events(program.log.pack())
@@ -146,7 +140,7 @@ def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: P
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     program = Program()
-    record = writer(record_path(tmp_path, 1))
+    record = RecordWriter(tmp_path, 1)
     record.write(HEADER)
     program.step()
     record.write_events(program.log.pack())
@@ -184,7 +178,7 @@ def test_what_is_no_record_is_said_in_one_sentence(
 
 def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
     for pid, steps in ((1, 0), (2, 3), (3, 1)):
-        record = writer(record_path(tmp_path, pid))
+        record = RecordWriter(tmp_path, pid)
         record.write({**HEADER, "pid": pid})
         program = Program()
         for _ in range(steps):
@@ -194,20 +188,32 @@ def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
     assert [process.header["pid"] for process in read_run(tmp_path).processes] == [2, 3, 1]
 
 
-def test_a_full_disk_is_said_once_and_nothing_raises() -> None:
+def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    errors: list[OSError] = []
-    record = RecordWriter(Path("/dev/full"), errors.append)
+    record_path(tmp_path, 5).symlink_to("/dev/full")
+    record = RecordWriter(tmp_path, 5)
+    assert write_failure(tmp_path) is None
     for _ in range(3):
         record.write(HEADER)
         record.flush()
     record.close()
-    assert [error.errno for error in errors] == [errno.ENOSPC]
+    assert write_failure(tmp_path) == os.strerror(errno.ENOSPC)
+
+
+def test_a_run_directory_that_is_gone_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = RecordWriter(tmp_path / "gone", 5)
+    for _ in range(3):
+        record.write(HEADER)
+        record.flush()
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("flatout: the record stops, the program goes on: ")
 
 
 def test_a_record_that_nobody_wrote_to_leaves_no_file(tmp_path: Path) -> None:
-    writer(record_path(tmp_path, 1)).close()
+    RecordWriter(tmp_path, 1).close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flatout.errors import UserError
+
 
 def runs_directory() -> Path:
     """Where the run directories are."""
@@ -27,6 +29,21 @@ def shown(path: Path) -> str:
         return f"~/{path.relative_to(Path.home())}"
     except (ValueError, RuntimeError):
         return str(path)
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file can be written, before work that would be lost otherwise.
+
+    Raises:
+        UserError: its folder does not exist, or the file or folder is read-only.
+    """
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{file} cannot be written: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UserError(f"{file} cannot be written: it is a folder")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"{file} cannot be written: it is read-only here")
 
 
 def _base(variable: str, default: str) -> Path:

@@ -4,6 +4,7 @@ A run has a directory, named by the environment variable ``FLATOUT_RUN``::
 
     request.json            what the agent was asked to do (see ``request.py``)
     record-PID.jsonl        one file for each process whose agent had something to record
+    incomplete-PID-ERRNO    empty: that process could not write its record to the end, and why
 
 A record file is append-only JSON Lines: one object a line, each with a ``kind``. It is written in
 whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn last line is ignored
@@ -49,7 +50,7 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -70,6 +71,8 @@ from flatout.turns import (
 
 RECORD_VERSION = 3
 FLUSH_SECONDS = 0.25
+
+_INCOMPLETE = "incomplete"
 
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
 
@@ -107,23 +110,25 @@ class RecordError(ValueError):
 
 
 class RecordWriter:
-    """Appends lines to one record file; turns itself off, once and audibly, when it cannot.
+    """Appends lines to one process's record file.
 
-    The file is created with the first flush, so a process that records nothing leaves nothing.
+    The file is created with the first flush, so a process that records nothing leaves nothing. An
+    existing file (a process that replaced itself by ``exec`` keeps its pid) is appended to, its
+    header line repeated. When writing fails (full disk, read-only folder), nothing more is written
+    and ``write_failure`` of the run says why.
 
     Args:
-        path: the record file; an existing file (a process that replaced itself by ``exec`` keeps
-            its pid) is appended to, its header line repeated.
-        on_failure: called once with the error when writing fails (full disk, read-only folder).
+        run_directory: the run's.
+        pid: of this process.
     """
 
-    def __init__(self, path: Path, on_failure: Callable[[OSError], None]) -> None:
-        self.path = path
+    def __init__(self, run_directory: Path, pid: int) -> None:
+        self.path = record_path(run_directory, pid)
         self.started_ns = time.perf_counter_ns()
-        self._on_failure = on_failure
+        self._pid = pid
         self._lines: list[str] = []
         self._flushed_ns = self.started_ns
-        self.broken = False
+        self._broken = False
 
     def write(self, document: dict[str, Any]) -> None:
         """Queue one object; it reaches the file with the next flush."""
@@ -155,7 +160,7 @@ class RecordWriter:
         """Append the queued lines in one write."""
         self._flushed_ns = time.perf_counter_ns()
         lines, self._lines = self._lines, []
-        if self.broken or not lines:
+        if self._broken or not lines:
             return
         data = "".join(lines).encode("utf-8", "backslashreplace")
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
@@ -169,8 +174,17 @@ class RecordWriter:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            self.broken = True
-            self._on_failure(error)
+            self._broken = True
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        """Leave a note for ``write_failure``: a full disk still takes an empty file."""
+        note = self.path.with_name(f"{_INCOMPLETE}-{self._pid}-{error.errno}")
+        try:
+            os.close(os.open(note, os.O_WRONLY | os.O_CREAT, 0o644))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.write(2, f"flatout: the record stops, the program goes on: {error}\n".encode())
 
     def close(self) -> None:
         """The last flush."""
@@ -271,6 +285,13 @@ class StepTimes:
     def turns(self) -> array[float]:
         """The steps of the program: of its training loop or else of its inference loop."""
         return self.steps if self.trains else self.evaluations
+
+
+def write_failure(run_directory: Path) -> str | None:
+    """Why a process could not write its record to the end, ``None`` if all could."""
+    for note in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
+        return os.strerror(int(note.name.rpartition("-")[2]))
+    return None
 
 
 def read_run(run_directory: Path) -> RunRecord:

@@ -25,7 +25,6 @@ from flatout.record import (
     EVENTS,
     RECORD_VERSION,
     RecordWriter,
-    record_path,
 )
 from flatout.request import Request
 from flatout.turns import ARM, MARK, MARKS, Turn, Turns
@@ -56,7 +55,7 @@ class Session:
         self.forward_wrappers = self.hooks.forward_wrappers
         self.before_optimizer_step = self.hooks.before_optimizer_step
         self.after_optimizer_step = self.hooks.after_optimizer_step
-        self.record = self._new_record()
+        self.record = RecordWriter(run_directory, os.getpid())
         self._arm: int | None = None
         self._mark: str | None = None
         self._stages: list[Callable[[Turn], bool]] = []
@@ -194,7 +193,7 @@ class Session:
     def _forked(self) -> None:
         """In the child of a fork: nothing is recorded there unless it trains itself."""
         self._stages.clear()
-        self.record = self._new_record()
+        self.record = RecordWriter(self.run_directory, os.getpid())
         self.hooks.restart()
         self._is_fork = True
 
@@ -222,9 +221,6 @@ class Session:
                 self.event("applied", name, f"set to {setting} by the plan")
 
     # The record
-
-    def _new_record(self) -> RecordWriter:
-        return RecordWriter(record_path(self.run_directory, os.getpid()), _say_record_stopped)
 
     def _at_s(self, at_ns: int) -> float:
         return round(self.record.seconds(at_ns), 6)
@@ -321,8 +317,3 @@ def _seed(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
-
-
-def _say_record_stopped(error: OSError) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"flatout: the record stops here, the program goes on: {error}\n".encode())

@@ -57,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command for a while, diagnose it, print what was found."""
-    from flatout import doctor, launch, machine
+    from flatout import doctor, launch, machine, paths
     from flatout.errors import UserError
-    from flatout.record import RecordError, read_run
     from flatout.report import terminal
     from flatout.request import Request
 
@@ -67,8 +66,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UserError("--steps must be at least 1")
     if not arguments.seconds > 0:
         raise UserError("--seconds must be more than 0")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"{arguments.json} cannot be written: its folder does not exist")
+    if arguments.json is not None:
+        paths.check_writable(arguments.json)
     progress = _Progress(arguments.steps)
     finished = launch.start(
         arguments.command,
@@ -82,10 +81,7 @@ def execute(arguments: argparse.Namespace) -> int:
         progress=progress.show if sys.stderr.isatty() else None,
     )
     progress.clear()
-    try:
-        run = read_run(finished.run_directory)
-    except RecordError as error:
-        raise UserError(f"the record cannot be read: {error}") from None
+    run = finished.read_record()
     if run.main is None or not run.main.turns:
         raise UserError(_why_no_step(run, finished, arguments.quiet))
     diagnosis = doctor.diagnose(

@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    from flatout import machine
+    from flatout import machine, paths
 
+    if arguments.json is not None:
+        paths.check_writable(arguments.json)
     python = arguments.python or machine.default_python()
     ceilings = machine.ceilings(python, arguments.refresh)
     facts = {

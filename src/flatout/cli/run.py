@@ -11,7 +11,7 @@ from flatout import paths
 from flatout.errors import UserError
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
-from flatout.record import RecordError, read_step_times
+from flatout.record import RecordError, read_step_times, write_failure
 from flatout.request import Request
 
 SUMMARY = "run a command, with a plan or just watched"
@@ -74,6 +74,9 @@ def _prepare(request: Request) -> Path | None:
 
 def _summary(run_directory: Path) -> str:
     where = paths.shown(run_directory)
+    failure = write_failure(run_directory)
+    if failure is not None:
+        return f"the record could not be written to its end in {where}: {failure}"
     try:
         times = read_step_times(run_directory)
     except RecordError as error:

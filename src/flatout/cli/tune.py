@@ -63,14 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Tune; the exit code is 0 with and without a plan."""
+    from flatout import paths
     from flatout.errors import UserError
     from flatout.tune.tuner import MINIMUM_STEPS, Options, Tuner
 
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     for path in (arguments.plan, arguments.json):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path is not None:
+            paths.check_writable(path)
     options = Options(
         budget_seconds=arguments.budget,
         steps=arguments.steps,
@@ -80,6 +81,8 @@ def execute(arguments: argparse.Namespace) -> int:
     outcome = Tuner(
         arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops_per_s
     ).run()
+    for line in _report(arguments, outcome):  # first: a disk may be full by now
+        _say(line)
     if outcome.evidence is not None:
         _write_plan(arguments, outcome)
     if arguments.json is not None:
@@ -88,8 +91,6 @@ def execute(arguments: argparse.Namespace) -> int:
             arguments.json.write_text(document + "\n", "utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from error
-    for line in _report(arguments, outcome):
-        _say(line)
     return 0
 
 

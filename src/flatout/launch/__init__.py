@@ -14,6 +14,7 @@ from flatout.errors import UserError
 from flatout.launch import environment as job_environment
 from flatout.launch import process
 from flatout.launch.runs import new_run_directory
+from flatout.record import RecordError, RunRecord, read_run, write_failure
 from flatout.request import Request
 
 OUTPUT_FILE = "output.txt"
@@ -37,6 +38,23 @@ class Finished:
     seconds: float
     output: str | None
     timed_out: bool
+
+    def read_record(self) -> RunRecord:
+        """What was recorded.
+
+        Raises:
+            UserError: it could not be written to the end, or it cannot be read.
+        """
+        failure = write_failure(self.run_directory)
+        if failure is not None:
+            raise UserError(
+                f"the record cannot be written to {paths.shown(self.run_directory)}: {failure}; "
+                "FLATOUT_HOME can name another place"
+            )
+        try:
+            return read_run(self.run_directory)
+        except RecordError as error:
+            raise UserError(f"the record cannot be read: {error}") from None
 
 
 def start(
@@ -70,7 +88,8 @@ def start(
         request.write(run_directory)
     except OSError as error:
         raise UserError(
-            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}"
+            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            "FLATOUT_HOME can name another place"
         ) from None
     if isolate:
         job = _isolated(job, run_directory)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flatout import launch
-from flatout.record import ProcessRecord, RecordError, read_run
+from flatout.record import ProcessRecord
 from flatout.request import Request
 
 _TAIL_LINES = 12
@@ -54,16 +54,13 @@ def run(
 
     Raises:
         TrialFailedError: it failed, hung, or recorded nothing.
-        UserError: it could not be started.
+        UserError: it could not be started, or its record was lost.
     """
     finished = launch.start(
         command, request, isolate=isolate, output="capture", timeout_seconds=timeout_seconds
     )
     tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
-    try:
-        process = read_run(finished.run_directory).main
-    except RecordError as error:
-        raise TrialFailedError(str(error), None, tail) from error
+    process = finished.read_record().main
     if finished.timed_out:
         why = f"it was stopped after {timeout_seconds:.0f} s, far longer than expected"
     elif finished.returncode < 0:
