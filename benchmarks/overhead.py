@@ -1,20 +1,22 @@
 """What watching costs a step, at steps of about 1, 10 and 100 ms.
 
-    python benchmarks/overhead.py [--processes 6] [--pairs 6]
+    python benchmarks/overhead.py [--processes 12] [--pairs 6]
 
 *Inside one process* under ``flatout run``, watched and bare steps of one loop take turns: for a
 bare step the watches on backward and on the optimizer are taken out, the root is called past its
-own, and the one on the loader is asleep (a tenth of a microsecond). The trimmed mean of the
-differences is a process's figure; the write of the record, which comes four times a second, is
-timed apart and added. The 95 % confidence interval is over processes. Exits with 1 if the mean is
-above what is allowed (20 microseconds and 0.5 % of the step) or known no finer.
+own, and the one on the loader is asleep (a tenth of a microsecond). Of four steps two are watched,
+the outer or the inner ones by lot; their difference cancels drift, and the mean of the middle half
+of all differences is a process's figure. The write of the record, which comes four times a second,
+is timed apart and added. The 95 % confidence interval is over processes. Exits with 1 if any of it
+lies above what is allowed (20 microseconds and 0.5 % of the step).
 
 *Against the bare command*, as a check on that: two living processes, bare and watched, take turns
 on one core. They differ by some percent however they are started (memory layout), in either
 direction, so this is done for the shortest step only and fails only if the whole interval lies
 above what is allowed.
 
-Run it on a machine that does nothing else.
+Run it on a machine that does nothing else; it takes half an hour, most of it for the long steps,
+which scatter by more than what is looked for.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from scipy import stats
 ALLOWED_US = 20.0
 ALLOWED_SHARE = 0.005
 WRITES_A_SECOND = 4
-TRIMMED = 0.1
-"""Share of the differences left out at either end: blocks that another tenant disturbed."""
+TRIMMED = 0.25
+"""Share of the differences left out at either end: steps that another tenant disturbed."""
 
 PREPARED = """
-import functools, json, sys, time
+import functools, json, random, statistics, sys, time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,6 +83,7 @@ for _ in range(len(loader) // 10):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+session._read()  # the search for roots is over then
 assert not session.hooks.told
 log.patience_ns = 2**62
 watched_backward = torch.autograd._engine_run_backward
@@ -100,26 +103,31 @@ def watch(on):
         hooks.update(ours) if on else hooks.clear()
 
 bare_net = functools.partial(nn.Module.__call__, net)
-times, writes = [], []
+lot = random.Random(0)
+added, bare, writes = [], [], []
 since = time.perf_counter()
-for index in range(len(loader) * 9 // 40 * 4):
-    on = index % 4 in (0, 3)
-    watch(on)
-    start = time.perf_counter()
-    x, y = next(batches)
-    outputs = net(x) if on else bare_net(x)
-    loss = loss_function(outputs, y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    times.append((time.perf_counter() - start) * 1e6)
-    if index % 4 == 3 and time.perf_counter() - since > 0.5:  # a quarter of a second of events
+for _ in range(len(loader) * 9 // 40):
+    order = lot.choice([(True, False, False, True), (False, True, True, False)])
+    taken = [0.0, 0.0]
+    for on in order:
+        watch(on)
+        start = time.perf_counter()
+        x, y = next(batches)
+        outputs = net(x) if on else bare_net(x)
+        loss = loss_function(outputs, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        taken[on] += (time.perf_counter() - start) * 1e6
+    bare.append(taken[0] / 2)
+    added.append((taken[1] - taken[0]) / 2)
+    if time.perf_counter() - since > 0.5:  # a quarter of a second of events
         start = time.perf_counter()
         session._read()
         since = time.perf_counter()
         writes.append((since - start) * 1e6)
 watch(True)
-print(json.dumps([times, writes]))
+print(json.dumps([statistics.median(bare), added, statistics.fmean(writes)]))
 """
 )
 
@@ -150,7 +158,7 @@ class Size(NamedTuple):
     steps: int
 
 
-SIZES = {"1 ms": Size(4, 8000), "10 ms": Size(80, 2000), "100 ms": Size(800, 1500)}
+SIZES = {"1 ms": Size(4, 4000), "10 ms": Size(80, 3000), "100 ms": Size(800, 750)}
 LOCKSTEP_SIZE = Size(4, 100)
 LOCKSTEP_BLOCKS = 60
 
@@ -192,19 +200,19 @@ class Bench:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **STEADY_HEAP, "FLATOUT_HOME": str(self._folder / "home")},
         )
 
     def alternating(self, size: Size) -> tuple[float, float, float]:
         """One process, in us: its bare step, what watching adds, and what of that is writing."""
-        output, _ = self.start("alternating.py", size, watched=True).communicate()
-        times, writes = json.loads(output)
-        quartets = [times[at : at + 4] for at in range(0, len(times), 4)]
-        added = [(first + last - second - third) / 2 for first, second, third, last in quartets]
-        step_us = statistics.median(time for quartet in quartets for time in quartet[1:3])
-        writing_us = statistics.fmean(writes) * WRITES_A_SECOND * step_us / 1e6
+        process = self.start("alternating.py", size, watched=True)
+        output, said = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(said)
+        step_us, added, write_us = json.loads(output)
+        writing_us = write_us * WRITES_A_SECOND * step_us / 1e6
         return step_us, float(stats.trim_mean(added, TRIMMED)) + writing_us, writing_us
 
     def lockstep(self) -> tuple[float, float]:
@@ -232,7 +240,7 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=6)
     arguments = parser.parse_args()
 
@@ -246,7 +254,7 @@ def main() -> int:
             writing_us = statistics.fmean(writing for _, _, writing in processes)
             added = Added.over([added for _, added, _ in processes])
             allowed_us = ALLOWED_US + ALLOWED_SHARE * step_us
-            failed |= added.mean > allowed_us or added.high - added.mean > allowed_us
+            failed |= added.high > allowed_us
             print(
                 f"{label}: a step of {step_us:.0f} us, watching adds {added}, of which "
                 f"{writing_us:.1f} us are the record's writing; allowed {allowed_us:.1f} us "

@@ -50,11 +50,11 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flatout.turns import (
     DATA,
@@ -226,8 +226,28 @@ class Event:
     traceback: str | None
 
 
+S = TypeVar("S", bound=Sized)
+
+
+class _Loops(Generic[S]):
+    """What a process did again and again: steps of training, and passes forward alone."""
+
+    steps: S
+    evaluations: S
+
+    @property
+    def trains(self) -> bool:
+        """Whether the process trained; if not, its steps are those of the inference loop."""
+        return bool(len(self.steps))
+
+    @property
+    def turns(self) -> S:
+        """The steps of the program: of its training loop or else of its inference loop."""
+        return self.steps if self.trains else self.evaluations
+
+
 @dataclass
-class ProcessRecord:
+class ProcessRecord(_Loops[list[Step]]):
     """Everything that one process recorded."""
 
     path: Path
@@ -239,19 +259,14 @@ class ProcessRecord:
     end: dict[str, Any] | None = None
 
     @property
-    def trains(self) -> bool:
-        """Whether the process trained; if not, its steps are those of the inference loop."""
-        return bool(self.steps)
-
-    @property
-    def turns(self) -> list[Step]:
-        """The steps of the program: of its training loop or else of its inference loop."""
-        return self.steps if self.trains else self.evaluations
+    def rank(self) -> int:
+        """Its rank in a distributed job, else 0."""
+        return _rank(self.header)
 
 
 @dataclass
 class RunRecord:
-    """All processes of one run, the main one first (rank 0, else the one with the most steps)."""
+    """All processes of one run, the main one first (that trained most, of equal ones rank 0)."""
 
     directory: Path
     processes: list[ProcessRecord]
@@ -268,23 +283,13 @@ def record_path(run_directory: Path, pid: int) -> Path:
 
 
 @dataclass
-class StepTimes:
+class StepTimes(_Loops["array[float]"]):
     """How long the turns of one process took, in milliseconds, and no more of them."""
 
     steps: array[float]
     evaluations: array[float]
     rank: int
     failures: int = 0
-
-    @property
-    def trains(self) -> bool:
-        """Whether the process trained; if not, its steps are those of the inference loop."""
-        return bool(self.steps)
-
-    @property
-    def turns(self) -> array[float]:
-        """The steps of the program: of its training loop or else of its inference loop."""
-        return self.steps if self.trains else self.evaluations
 
 
 def write_failure(run_directory: Path) -> str | None:
@@ -300,12 +305,8 @@ def read_run(run_directory: Path) -> RunRecord:
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-
-    def importance(process: ProcessRecord) -> tuple[int, int, int]:
-        return len(process.steps), len(process.evaluations), -_rank(process.header)
-
     processes = [read_process(path) for path in _record_paths(run_directory)]
-    return RunRecord(run_directory, sorted(processes, key=importance, reverse=True))
+    return RunRecord(run_directory, sorted(processes, key=_importance, reverse=True))
 
 
 def read_step_times(run_directory: Path) -> StepTimes | None:
@@ -316,12 +317,8 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-
-    def importance(times: StepTimes) -> tuple[int, int, int]:
-        return len(times.steps), len(times.evaluations), -times.rank
-
     processes = [_process_step_times(path) for path in _record_paths(run_directory)]
-    return max(processes, key=importance, default=None)
+    return max(processes, key=_importance, default=None)
 
 
 def read_process(path: Path) -> ProcessRecord:
@@ -381,6 +378,11 @@ def _process_step_times(path: Path) -> StepTimes:
             times.failures += document.get("what") == "failed"
     turns.finish()
     return times
+
+
+def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:
+    """Largest for the main process: the one that trained most, of equal ones rank 0."""
+    return len(process.steps), len(process.evaluations), -process.rank
 
 
 def _record_paths(run_directory: Path) -> list[Path]:

@@ -1,10 +1,13 @@
-"""Programs of other frameworks, bare and under ``flatout run``: the same to the last bit."""
+"""The examples and programs of other frameworks, bare and under ``flatout run``: the same to the
+last bit."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,63 @@ def steps(process: ProcessRecord) -> list[Counts]:
 
 def evaluations(process: ProcessRecord) -> list[Counts]:
     return [(step.forwards, step.backwards, step.updates) for step in process.evaluations]
+
+
+# Training with its evaluation, then inference from what it saved.
+EXAMPLES = {
+    "cnn": ("image", "train.py --steps 30 --workers 2 --save it.pt", "infer.py it.pt"),
+    "vit": ("image", "train.py --model vit --steps 30 --save it.pt", "infer.py it.pt"),
+    "language": (
+        "language",
+        "train.py --steps 20 --evaluate-every 10 --log-every 1 --save it.pt",
+        "infer.py it.pt --length 40",
+    ),
+    "speech": (
+        "speech",
+        "train.py --steps 6 --data DATA --save it.pt",
+        "infer.py it.pt DATA/en/vm-goodbye.wav DATA/fr/vm-goodbye.wav",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recordings of the speech example, fetched by itself."""
+    data = tmp_path_factory.mktemp("recordings")
+    fetched = subprocess.run(
+        [sys.executable, "train.py", "--epochs", "0", "--data", data],
+        cwd=ROOT / "examples/speech",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "cannot fetch" in fetched.stderr:
+        pytest.skip(fetched.stderr.strip().splitlines()[-1])
+    assert fetched.returncode == 0, fetched.stderr
+    return data
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    example, training, inference = EXAMPLES[name]
+    template = tmp_path / "template"
+    shutil.copytree(
+        ROOT / "examples" / example, template, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    script = f"{sys.executable} {training} && {sys.executable} {inference}"
+    if name == "speech":
+        script = script.replace("DATA", str(request.getfixturevalue("recordings")))
+    own, record = compare(
+        ["sh", "-c", script], template, tmp_path, Path(sys.executable), bare_runs=1
+    )
+    assert own.returncode == 0, own.stderr
+    assert "it.pt" in own.files
+    main = checked(record)
+    printed = re.findall(r"^step \d+ loss (\S+)", own.stdout, re.MULTILINE)
+    assert printed
+    assert set(printed) <= {f"{loss:.6f}" for loss in recorded_losses(main)}
+    (inferring,) = (process for process in record.processes if not process.trains)
+    assert inferring.evaluations
 
 
 def test_hugging_face_trainer(template: Path, tmp_path: Path) -> None:
