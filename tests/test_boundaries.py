@@ -40,7 +40,10 @@ losses = []
 
 
 def run(tmp_path: Path, program: str) -> tuple[dict[str, object], ProcessRecord]:
-    """Run a program under ``flatout run``; what it printed last, and the record of its process."""
+    """Run a program under ``flatout run``: what it printed last, and the record of its process.
+
+    There is one record, for a worker leaves none.
+    """
     script = tmp_path / "program.py"
     script.write_text(PREAMBLE + program)
     home = tmp_path / "flatout-home"
@@ -54,8 +57,7 @@ def run(tmp_path: Path, program: str) -> tuple[dict[str, object], ProcessRecord]
     )
     assert completed.returncode == 0, completed.stderr
     (run_directory,) = (home / "runs").iterdir()
-    process = read_run(run_directory).main
-    assert process is not None
+    (process,) = read_run(run_directory).processes
     assert not [event for event in process.events if event.what == "failed"]
     return json.loads(completed.stdout.splitlines()[-1]), process
 
@@ -216,17 +218,16 @@ print(json.dumps({"losses": losses, "evaluations": 0}))
 """,
         (1, 1, 1),
     ),
-    "loader workers, copied model": (
+    "copied model": (
         """
 import copy
-if __name__ == "__main__":
-    net = copy.deepcopy(Net())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for a, b in DataLoader(data, batch_size=8, num_workers=2):
-        loss = loss_function(net(a), b)
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
-        losses.append(loss.item())
-    print(json.dumps({"losses": losses, "evaluations": 0}))
+net = copy.deepcopy(Net())
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for a, b in DataLoader(data, batch_size=8):
+    loss = loss_function(net(a), b)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    losses.append(loss.item())
+print(json.dumps({"losses": losses, "evaluations": 0}))
 """,
         (1, 1, 1),
     ),
@@ -250,6 +251,28 @@ print(json.dumps({"losses": losses, "evaluations": 6}))
 """,
         (1, 1, 1),
     ),
+}
+
+
+LOADER_WORKERS = """
+extract = nn.Linear(8, 8)
+class Extracted(TensorDataset):
+    def __getitem__(self, index):
+        a, b = super().__getitem__(index)
+        with torch.no_grad():
+            return extract(a), b
+if __name__ == "__main__":
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for a, b in DataLoader(Extracted(x, y), 8, num_workers=2, multiprocessing_context="METHOD"):
+        loss = loss_function(net(a), b)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        losses.append(loss.item())
+    print(json.dumps({"losses": losses, "evaluations": 0}))
+"""
+TRAINING |= {
+    f"loader workers by {method}": (LOADER_WORKERS.replace("METHOD", method), (1, 1, 1))
+    for method in ("fork", "spawn", "forkserver")
 }
 
 
@@ -303,3 +326,29 @@ def test_inference_steps_are_root_forwards(name: str, mode: str, tmp_path: Path)
     assert not process.trains
     assert counts(process.turns) == [(1, 0, 0)] * 6
     check_times(process)
+
+
+def test_a_child_that_trains_is_recorded(tmp_path: Path) -> None:
+    program = """
+import torch.multiprocessing as mp
+def train(rank):
+    net = Net()
+    for i in range(3):
+        loss_function(net(x), y).backward()
+if __name__ == "__main__":
+    mp.spawn(train, nprocs=1)
+    mp.start_processes(train, nprocs=1, start_method="fork")
+"""
+    script = tmp_path / "program.py"
+    script.write_text(PREAMBLE + program)
+    home = tmp_path / "flatout-home"
+    subprocess.run(
+        [sys.executable, "-m", "flatout", "run", "--", sys.executable, str(script)],
+        env={**os.environ, "FLATOUT_HOME": str(home)},
+        timeout=120,
+        check=True,
+    )
+    (run_directory,) = (home / "runs").iterdir()
+    *children, parent = read_run(run_directory).processes
+    assert [counts(child.steps) for child in children] == [[(1, 1, 0)] * 3] * 2
+    assert not parent.turns

@@ -97,6 +97,14 @@ def test_an_interpreter_without_torch_is_one_sentence(tmp_path: Path) -> None:
         machine.ceilings(str(tmp_path / "v" / "bin" / "python"))
 
 
+def test_an_interpreter_on_path_without_torch_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
+    monkeypatch.setenv("PATH", str(tmp_path / "v" / "bin"))
+    assert machine.default_python() == sys.executable
+
+
 @pytest.mark.parametrize(
     ("files", "own", "quota"),
     [

@@ -6,6 +6,7 @@ own, which imports torch; this module does not. What could not be measured is ``
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -221,8 +222,17 @@ def compiler() -> str | None:
 
 
 def default_python() -> str:
-    """The interpreter a job would most likely run with: the first on PATH, else flatout's own."""
-    return shutil.which("python") or shutil.which("python3") or sys.executable
+    """The interpreter a job would most likely run with: that on PATH or flatout's own.
+
+    It is the first of them that has torch, if one has.
+    """
+    on_path = shutil.which("python") or shutil.which("python3")
+    candidates = [on_path, sys.executable] if on_path is not None else [sys.executable]
+    for python in candidates:
+        with contextlib.suppress(UserError):
+            _torch_stamp(python)
+            return python
+    return candidates[0]
 
 
 def _torch_stamp(python: str) -> str:

@@ -130,9 +130,13 @@ class RecordWriter:
         self._flushed_ns = self.started_ns
         self._broken = False
 
+    def begin(self, header: dict[str, Any]) -> None:
+        """Queue the header, before what is queued already."""
+        self._lines.insert(0, _line(header))
+
     def write(self, document: dict[str, Any]) -> None:
         """Queue one object; it reaches the file with the next flush."""
-        self._lines.append(json.dumps(document, default=repr) + "\n")
+        self._lines.append(_line(document))
 
     def write_events(self, packed: bytes) -> None:
         """Queue what the log has packed."""
@@ -189,6 +193,10 @@ class RecordWriter:
     def close(self) -> None:
         """The last flush."""
         self.flush()
+
+
+def _line(document: dict[str, Any]) -> str:
+    return json.dumps(document, default=repr) + "\n"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing.util
 import os
 import platform
 import random
@@ -39,6 +40,9 @@ class Session:
         forward_wrappers: called around each outermost module call, as
             ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
+
+    A child process that is forked or made by ``multiprocessing`` is quiet: it leaves no record
+    before the first step of its own, so that data loader workers leave none.
     """
 
     def __init__(self, request: Request, run_directory: Path) -> None:
@@ -62,7 +66,7 @@ class Session:
         self._started_ns = time.perf_counter_ns()
         self._steps_timed = 0
         self._asleep = False
-        self._is_fork = False
+        self._is_quiet = _is_worker()
 
     # What stages and knobs use
 
@@ -127,7 +131,8 @@ class Session:
     def start(self) -> None:
         """Begin to watch; torch has just been imported."""
         request = self.request
-        self.record.write(_header(self.record))
+        if not self._is_quiet:
+            self._speak()
         if request.seed is not None:
             _seed(request.seed)
         if request.comparison is not None:
@@ -150,9 +155,9 @@ class Session:
         self._apply_settings()
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
-        multiprocessing = sys.modules.get("multiprocessing.process")
-        if multiprocessing is None or multiprocessing.parent_process() is None:
-            self.record.flush()  # a worker process leaves nothing unless it trains
+        multiprocessing.util.register_after_fork(self, _finish_at_its_end)
+        if not self._is_quiet:
+            self.record.flush()
 
     def finish(self, reason: str) -> None:
         """Write the rest of the record; called at the exit or at the stop."""
@@ -163,7 +168,7 @@ class Session:
         self.hooks.turns.finish()
         self.hooks.remove()
         self._asleep = True
-        if self._is_fork:
+        if self._is_quiet:
             return
         self._write_events(wait=True)
         self.record.write(
@@ -191,16 +196,18 @@ class Session:
         self.hooks.remove()
 
     def _forked(self) -> None:
-        """In the child of a fork: nothing is recorded there unless it trains itself."""
+        """In the child of a fork."""
         self._stages.clear()
         self.record = RecordWriter(self.run_directory, os.getpid())
         self.hooks.restart()
-        self._is_fork = True
+        self._is_quiet = True
 
     def _failed(self, subject: str, error: BaseException) -> None:
         """Something of ours has failed: say so in the record and leave the program alone."""
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
+        if self._is_quiet:
+            self._speak()
         self._write_events(wait=False)
         self.record.flush()
         self._sleep()
@@ -222,6 +229,11 @@ class Session:
 
     # The record
 
+    def _speak(self) -> None:
+        """Begin the record."""
+        self._is_quiet = False
+        self.record.begin(_header(self.record))
+
     def _at_s(self, at_ns: int) -> float:
         return round(self.record.seconds(at_ns), 6)
 
@@ -229,7 +241,7 @@ class Session:
         """The log may be read: act on it, and write it down when that is due."""
         self.hooks.read()
         is_wanted = not self._stages or self.record.is_due()
-        if is_wanted and not self._is_fork and not self._asleep:
+        if is_wanted and not self._is_quiet and not self._asleep:
             self._write_events(wait=False)
             self.record.flush()
 
@@ -241,12 +253,11 @@ class Session:
     def _turn_closed(self, turn: Turn) -> None:
         if self._asleep:
             return
-        if self._is_fork:
+        if self._is_quiet:
             if _is_loader_worker():
                 self._sleep()
                 return
-            self._is_fork = False
-            self.record.write(_header(self.record))
+            self._speak()
         if self.hooks.searching:
             self.hooks.turn_closed()
         if self._stages:
@@ -271,6 +282,18 @@ class Session:
             if not done and not (late and len(self._stages) > 1 and stage == self._timed):
                 return
             self._stages.pop(0)
+
+
+def _is_worker() -> bool:
+    """Whether ``multiprocessing`` made this process, also while it still imports what it needs."""
+    return multiprocessing.parent_process() is not None or getattr(
+        multiprocessing.current_process(), "_inheriting", False
+    )
+
+
+def _finish_at_its_end(session: Session) -> None:
+    """In a child made by ``multiprocessing``, which may end without ``atexit``."""
+    multiprocessing.util.Finalize(None, session.finish, ("exit",), exitpriority=-1)
 
 
 def _is_loader_worker() -> bool:
