@@ -15,8 +15,8 @@ on one core. They differ by some percent however they are started (memory layout
 direction, so this is done for the shortest step only and fails only if the whole interval lies
 above what is allowed.
 
-Run it on a machine that does nothing else; it takes half an hour, most of it for the long steps,
-which scatter by more than what is looked for.
+Run it on a machine that does nothing else; it takes some 20 minutes, most of it for the long
+steps, which scatter by more than what is looked for.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ class Size(NamedTuple):
     steps: int
 
 
-SIZES = {"1 ms": Size(4, 4000), "10 ms": Size(80, 3000), "100 ms": Size(800, 750)}
-LOCKSTEP_SIZE = Size(4, 100)
+STEPS = {1: 4000, 10: 2000, 100: 500}
+"""Milliseconds of a step -> steps of a process."""
+LOCKSTEP_STEPS = 100
 LOCKSTEP_BLOCKS = 60
 
 
@@ -215,27 +216,39 @@ class Bench:
         writing_us = write_us * WRITES_A_SECOND * step_us / 1e6
         return step_us, float(stats.trim_mean(added, TRIMMED)) + writing_us, writing_us
 
-    def lockstep(self) -> tuple[float, float]:
+    def turns(self, step_us: float) -> int:
+        """How many turns of the network make a step of this length here."""
+        times = []
+        for turns in (4, 404):
+            loop = self.start("lockstep.py", Size(turns, LOCKSTEP_STEPS), watched=False)
+            times.append(min(_block_us(loop) for _ in range(5)))
+            loop.communicate()
+        turn_us = (times[1] - times[0]) / 400
+        return max(1, round(4 + (step_us - times[0]) / turn_us))
+
+    def lockstep(self, turns: int) -> tuple[float, float]:
         """One pair of processes: the bare step, and what watching adds to it, in us."""
-        loops = [self.start("lockstep.py", LOCKSTEP_SIZE, watched) for watched in (False, True)]
-
-        def step_us(loop: subprocess.Popen[str]) -> float:
-            assert loop.stdin is not None
-            assert loop.stdout is not None
-            loop.stdin.write("go\n")
-            loop.stdin.flush()
-            return float(loop.stdout.readline())
-
+        size = Size(turns, LOCKSTEP_STEPS)
+        loops = [self.start("lockstep.py", size, watched) for watched in (False, True)]
         for loop in loops * 5:
-            step_us(loop)
+            _block_us(loop)
         bare, added = [], []
         for turn in range(LOCKSTEP_BLOCKS):
-            times = {loop: step_us(loop) for loop in loops[:: 1 if turn % 2 else -1]}
+            times = {loop: _block_us(loop) for loop in loops[:: 1 if turn % 2 else -1]}
             bare.append(times[loops[0]])
             added.append(times[loops[1]] - times[loops[0]])
         for loop in loops:
             loop.communicate()
         return statistics.median(bare), float(stats.trim_mean(added, TRIMMED))
+
+
+def _block_us(loop: subprocess.Popen[str]) -> float:
+    """The mean step of the next block of a lockstep loop."""
+    assert loop.stdin is not None
+    assert loop.stdout is not None
+    loop.stdin.write("go\n")
+    loop.stdin.flush()
+    return float(loop.stdout.readline())
 
 
 def main() -> int:
@@ -248,7 +261,8 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
-        for label, size in SIZES.items():
+        for step_ms, steps in STEPS.items():
+            size = Size(bench.turns(step_ms * 1e3), steps)
             processes = [bench.alternating(size) for _ in range(arguments.processes)]
             step_us = statistics.fmean(step for step, _, _ in processes)
             writing_us = statistics.fmean(writing for _, _, writing in processes)
@@ -256,12 +270,13 @@ def main() -> int:
             allowed_us = ALLOWED_US + ALLOWED_SHARE * step_us
             failed |= added.high > allowed_us
             print(
-                f"{label}: a step of {step_us:.0f} us, watching adds {added}, of which "
+                f"{step_ms} ms: a step of {step_us:.0f} us, watching adds {added}, of which "
                 f"{writing_us:.1f} us are the record's writing; allowed {allowed_us:.1f} us "
                 f"({arguments.processes} processes of {size.steps} steps)",
                 flush=True,
             )
-        pairs = [bench.lockstep() for _ in range(arguments.pairs)]
+        turns = bench.turns(min(STEPS) * 1e3)
+        pairs = [bench.lockstep(turns) for _ in range(arguments.pairs)]
         step_us = statistics.fmean(step for step, _ in pairs)
         added = Added.over([added for _, added in pairs])
         allowed_us = ALLOWED_US + ALLOWED_SHARE * step_us
