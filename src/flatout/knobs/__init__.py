@@ -6,22 +6,33 @@ agent to do it, so no knob imports torch at its top level.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from flatout import kernels
 from flatout.errors import UserError
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
+    from flatout.request import Request
 
 Exactness = Literal["bitwise", "reordered", "reduced", "resampled", "reshuffled"]
-"""What a setting may change: nothing; the order of the same arithmetic; the precision; the stream
-of random numbers; the order of the data. It decides what proof is asked for."""
+"""What a setting may change, at most. It decides what proof is asked for."""
+
+EXACTNESS: Mapping[Exactness, str] = {
+    "bitwise": "nothing changes",
+    "reordered": "the same arithmetic in another order",
+    "reduced": "lower precision",
+    "resampled": "other random numbers of the same distribution",
+    "reshuffled": "other random numbers, and with them another order of the data",
+}
+"""What each class means."""
 
 Undo = Callable[[], None]
 
@@ -35,11 +46,34 @@ class Facts:
         matmul_flops_per_s: measured matrix product rate of the device for each dtype name; ``None``
             or missing where it was not measured.
         updates: whether optimizer objects step in the job's loop.
+        huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
+        threads: how many threads torch takes for an operator.
     """
 
     device: str
     matmul_flops_per_s: Mapping[str, float | None] = field(default_factory=dict)
     updates: bool = True
+    huge_pages: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a user should know about a knob, in Markdown.
+
+    Attributes:
+        what: what it does.
+        helps: when it helps.
+        hurts: when it hurts.
+        by_hand: how to do the same in one's own code.
+        sources: documentation, papers, issues.
+    """
+
+    what: str
+    helps: str
+    hurts: str
+    by_hand: str
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +94,18 @@ class Knob:
         settings: from the gentlest to the boldest.
         exactness: of each setting.
         hot: whether it can be applied and undone between two steps of a living process.
-        match: which settings to try, given the facts.
+        platforms: device types it is for.
+        card: what a user should know about it.
+        match: which settings to try, given the facts, on a device of its platforms.
         apply: sets it, in the user's process, at a step boundary or before the first step; returns
-            what undoes it at a later step boundary. It leaves alone what it can't do or what the
-            program has already chosen, and says so by a ``skipped`` event.
+            what undoes it at a later step boundary. Raises ``RefusedError`` where it can do
+            nothing, or where the program has chosen already; what it leaves alone later, it says
+            by a ``skipped`` event.
+        claims: what it takes into its own hands, in words; two knobs of a plan must not claim the
+            same.
+        kernels: what it needs of ``flatout.kernels``; built before the job starts.
+        variables: of a cold knob: environment variables that the job must start with, given the
+            setting and the environment as it is; none where the user has chosen already.
     """
 
     name: str
@@ -71,8 +113,27 @@ class Knob:
     settings: tuple[str, ...]
     exactness: Mapping[str, Exactness]
     hot: bool
+    platforms: tuple[str, ...]
+    card: Card
     match: Callable[[Facts], Match]
     apply: Callable[[Session, str], Undo]
+    claims: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
+
+    def offer(self, facts: Facts) -> Match:
+        """Which settings to try, given the facts."""
+        if facts.device not in self.platforms:
+            return Match((), f"it is for {', '.join(self.platforms)}, not for {facts.device}")
+        return self.match(facts)
+
+
+class RefusedError(Exception):
+    """A knob that can do nothing here, or that the program has turned itself; one sentence."""
+
+
+class ConflictError(UserError):
+    """Two knobs that take the same thing into their hands."""
 
 
 class UnknownSettingError(UserError):
@@ -111,3 +172,49 @@ def check(name: str, setting: str) -> None:
         raise UnknownSettingError(
             f"knob {name!r} has no setting {setting!r} (it has: {', '.join(settings)})"
         )
+
+
+def is_bitwise(name: str, setting: str) -> bool:
+    """Whether a setting changes nothing, and so needs no proof of its own."""
+    return get(name).exactness[setting] == "bitwise"
+
+
+def check_claims(names: Iterable[str]) -> None:
+    """Check that no two knobs of a plan claim the same.
+
+    Raises:
+        ConflictError: two do.
+    """
+    claimed: dict[str, str] = {}
+    for name in names:
+        for claim in get(name).claims:
+            other = claimed.setdefault(claim, name)
+            if other != name:
+                raise ConflictError(
+                    f"the knobs {other} and {name} cannot be turned together: both take {claim} "
+                    "into their hands"
+                )
+
+
+def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:
+    """Do what must be done before a job starts; returns the variables to add to ``environment``.
+
+    A kernel that cannot be built is no error: the agent finds that out again, and records it.
+
+    Raises:
+        ConflictError: two knobs that would be turned together claim the same.
+    """
+    arms = request.comparison.arms if request.comparison is not None else ({},)
+    for arm in arms:
+        check_claims({**request.settings, **arm})
+    turned = {name for plan in (request.settings, *arms) for name in plan}
+    needed = {kernel for name in turned for kernel in get(name).kernels}
+    for kernel in sorted(needed):
+        with contextlib.suppress(kernels.KernelError):
+            kernels.build(kernel)
+    variables: dict[str, str] = {}
+    for name, setting in request.settings.items():
+        ask = get(name).variables
+        if ask is not None:
+            variables.update(ask(setting, {**environment, **variables}))
+    return variables

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from flatout import paths
+from flatout import knobs, paths
 from flatout.errors import UserError
-from flatout.launch import environment as job_environment
-from flatout.launch import process
+from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, RunRecord, read_run, write_failure
 from flatout.request import Request
@@ -64,7 +63,6 @@ def start(
     isolate: bool = False,
     output: Literal["inherit", "discard", "capture"] = "inherit",
     timeout_seconds: float | None = None,
-    environment: Mapping[str, str] | None = None,
     progress: Callable[[Path], None] | None = None,
 ) -> Finished:
     """Run a trial of a job to its end; no process of it is left then.
@@ -75,7 +73,6 @@ def start(
         isolate: in a copy-on-write view of the file system, discarded afterwards.
         output: what becomes of the job's standard output and error.
         timeout_seconds: end it after this time.
-        environment: variables of a plan.
         progress: called now and then with the run directory while the job runs.
 
     Raises:
@@ -97,7 +94,7 @@ def start(
     try:
         ended = process.run(
             job,
-            job_environment.job_environment(run_directory, environment or {}),
+            environment.job_environment(run_directory, knobs.prepare(request, os.environ)),
             output=descriptor,
             timeout_seconds=timeout_seconds,
             contained=True,
