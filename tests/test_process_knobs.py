@@ -1,0 +1,293 @@
+"""Knobs of the process: allocator, threads, garbage collection, denormals, float32 products."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs import allocator, threads
+from flatout.record import RunRecord, read_run
+from flatout.request import Comparison, Request
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(Request(), tmp_path)
+
+
+def run(tmp_path: Path, program: str, *settings: str, **environment: str) -> tuple[Any, RunRecord]:
+    """What a program prints (JSON) under ``flatout run --set``, and its record."""
+    (tmp_path / "program.py").write_text(program)
+    home = tmp_path / "home"
+    words = [word for setting in settings for word in ("--set", setting)]
+    kept = {k: v for k, v in os.environ.items() if k not in (*threads.VARIABLES, "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-m", "flatout", "run", *words, "--", sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**kept, "FLATOUT_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (run_directory,) = (home / "runs").iterdir()
+    return json.loads(done.stdout), read_run(run_directory)
+
+
+def events(record: RunRecord) -> list[tuple[str, str]]:
+    assert record.main is not None
+    return [(event.what, event.subject) for event in record.main.events]
+
+
+# allocator
+
+SHOW = "import json, os, torch\nprint(json.dumps({k: os.environ.get(k) for k in %s}))\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize("setting", allocator.TUNABLES)
+def test_a_program_starts_with_the_tunables(tmp_path: Path, setting: str) -> None:
+    shown, record = run(tmp_path, SHOW % ["GLIBC_TUNABLES"], f"allocator={setting}")
+    assert shown == {"GLIBC_TUNABLES": allocator.TUNABLES[setting]}
+    assert events(record) == [("applied", "allocator")]
+
+
+FAULTS = """
+import json, resource, torch
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+sizes = (12_000_000, 9_000_000, 11_000_000)
+for size in sizes: torch.empty(size).fill_(1)
+before = faults()
+for _ in range(10):
+    for size in sizes: torch.empty(size).fill_(1)
+print(json.dumps(faults() - before))
+"""
+
+
+@pytest.mark.skipif(
+    allocator._glibc() is None or allocator._glibc() < allocator.OLDEST_GLIBC,
+    reason="glibc without these tunables",
+)
+def test_kept_memory_is_not_faulted_in_again(tmp_path: Path) -> None:
+    for folder in ("bare", "kept"):
+        (tmp_path / folder).mkdir()
+    bare, _ = run(tmp_path / "bare", FAULTS)
+    kept, _ = run(tmp_path / "kept", FAULTS, "allocator=keep")
+    assert bare > 50_000
+    assert kept < bare / 100
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("GLIBC_TUNABLES", "glibc.malloc.arena_max=1"), ("MALLOC_ARENA_MAX", "2")],
+)
+def test_an_allocator_that_is_steered_already_is_left_alone(
+    tmp_path: Path, variable: str, value: str
+) -> None:
+    names = ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"]
+    program, own = SHOW % names, {variable: value}
+    shown, record = run(tmp_path, program, "allocator=keep", **own)
+    assert shown == {**dict.fromkeys(names), **own}
+    assert record.main is not None
+    (event,) = record.main.events
+    assert event.what == "skipped"
+    assert f"{variable} was set already" in event.why
+
+
+def test_other_tunables_and_preloads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "library", lambda name: f"lib{name}.so.9")
+    given = {"GLIBC_TUNABLES": "glibc.rtld.nns=4", "LD_PRELOAD": "libmine.so"}
+    assert allocator.variables("hugepages", given) == {
+        "GLIBC_TUNABLES": "glibc.rtld.nns=4:glibc.malloc.hugetlb=1"
+    }
+    assert allocator.variables("tcmalloc", given) == {"LD_PRELOAD": "libmine.so:libtcmalloc.so.9"}
+    assert allocator.variables("jemalloc", {}) == {
+        "LD_PRELOAD": "libjemalloc.so.9",
+        "MALLOC_CONF": allocator.JEMALLOC_CONF,
+    }
+    assert allocator.variables("jemalloc", {"LD_PRELOAD": "/opt/libtcmalloc.so"}) == {}
+
+
+def test_an_allocator_that_is_not_installed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocator, "library", lambda name: None)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert allocator.variables("jemalloc", {}) == {}
+    with pytest.raises(knobs.RefusedError, match="jemalloc is not to be had"):
+        knobs.get("allocator").apply(session, "jemalloc")
+
+
+def test_which_allocators_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(allocator, "_glibc", lambda: (2, 36))
+    monkeypatch.setattr(allocator, "library", lambda name: None)
+    offer = knobs.get("allocator").offer
+    assert offer(knobs.Facts("cpu", huge_pages="madvise")).settings == ("keep", "hugepages")
+    assert "never" in str(offer(knobs.Facts("cpu", huge_pages="never")).refusal)
+    monkeypatch.setattr(allocator, "_glibc", lambda: (2, 31))
+    assert "2.35" in str(offer(knobs.Facts("cpu", huge_pages="always")).refusal)
+    monkeypatch.setattr(allocator, "library", lambda name: name)
+    assert offer(knobs.Facts("cpu")).settings == ("tcmalloc", "jemalloc")
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert offer(knobs.Facts("cpu")).refusal == "MALLOC_TOP_PAD_ is set already"
+
+
+# threads
+
+
+@pytest.fixture
+def number() -> Iterator[int]:
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_threads_are_set_and_set_back(
+    session: Session, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 6)
+    for setting, expected in {"one": 1, "half": 3, "all": 6}.items():
+        undo = knobs.get("threads").apply(session, setting)
+        assert torch.get_num_threads() == expected
+        undo()
+        assert torch.get_num_threads() == number
+    undo = knobs.get("threads").apply(session, "one")
+    torch.set_num_threads(4)  # the program's own choice
+    undo()
+    assert torch.get_num_threads() == 4
+
+
+def test_threads_of_the_environment_hold(
+    session: Session, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with pytest.raises(knobs.RefusedError, match="OMP_NUM_THREADS is set: the number stays"):
+        knobs.get("threads").apply(session, "one")
+    assert torch.get_num_threads() == number
+
+
+def test_which_numbers_of_threads_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, now, settings in (
+        (1, 1, ()),
+        (1, 4, ("one",)),
+        (2, 2, ("one",)),
+        (2, 8, ("all", "one")),
+        (8, 8, ("half", "one")),
+        (8, None, ("all", "half", "one")),
+    ):
+        monkeypatch.setattr(threads, "usable_cores", lambda cores=cores: cores)
+        assert knobs.get("threads").offer(knobs.Facts("cpu", threads=now)).settings == settings
+
+
+# gc
+
+
+def test_garbage_is_collected_seldom_and_again_as_ever(session: Session) -> None:
+    before = gc.get_threshold()
+    undo = knobs.get("gc").apply(session, "seldom")
+    assert gc.get_threshold()[0] > before[0]
+    assert gc.get_freeze_count() > 0
+    assert gc.isenabled()
+    undo()
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_program_that_decides_on_garbage_itself(session: Session) -> None:
+    gc.disable()
+    try:
+        with pytest.raises(knobs.RefusedError, match="itself"):
+            knobs.get("gc").apply(session, "seldom")
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
+    before = gc.get_threshold()
+    undo = knobs.get("gc").apply(session, "seldom")
+    gc.set_threshold(5, 5, 5)
+    undo()
+    assert gc.get_threshold() == (5, 5, 5)
+    gc.set_threshold(*before)
+
+
+# denormals
+
+TINY = """
+import json, torch
+x = torch.full((1_000_000,), 1e-39)
+print(json.dumps([(x * 1.5).count_nonzero().item(), torch.get_num_threads()]))
+"""
+
+
+def test_denormals_are_zero_in_every_thread(tmp_path: Path) -> None:
+    (count, number), record = run(tmp_path, TINY, "denormals=flush")
+    assert number > 0
+    assert count == 0
+    assert events(record) == [("applied", "denormals")]
+    knob = knobs.get("denormals")
+    assert knob.offer(knobs.Facts("cpu")).settings == ()
+
+
+# precision=medium
+
+
+def products() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=generator)
+    return a @ b, a.double() @ b.double()
+
+
+def test_medium_stays_within_bfloat16_and_is_undone(session: Session) -> None:
+    convolution = torch.nn.Conv2d(16, 16, 3)
+    x = torch.randn(2, 16, 32, 32)
+    bare, exact = products()
+    bare_map = convolution(x)
+    undo = knobs.get("precision").apply(session, "medium")
+    assert torch.get_float32_matmul_precision() == "medium"
+    rounded, _ = products()
+    # bfloat16 keeps 8 bits: 2**-8 relative on each factor, 256 products of about 1.
+    assert (rounded - exact).abs().max() < 2 * 2**-8 * 256**0.5 * 4
+    torch.testing.assert_close(convolution(x), bare_map, rtol=0.05, atol=0.05)
+    undo()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(products()[0], bare)
+    assert torch.equal(convolution(x), bare_map)
+
+
+def test_medium_leaves_a_choice_of_the_program_alone(session: Session) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(knobs.RefusedError, match="has chosen"):
+            knobs.get("precision").apply(session, "medium")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# together
+
+
+def test_kernels_are_built_and_variables_known_before_the_job_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
+    request = Request(comparison=Comparison(arms=({}, {"random": "fast"})))
+    assert knobs.prepare(request, {}) == {}
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 1
+    assert knobs.prepare(Request(settings={"allocator": "hugepages"}), {}) == {
+        "GLIBC_TUNABLES": allocator.TUNABLES["hugepages"]
+    }
