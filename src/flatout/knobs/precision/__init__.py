@@ -1,0 +1,157 @@
+"""Lower precision of matrix products and convolutions: inside their kernels, or by autocast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "precision"
+
+FASTER = 1.2
+"""How many times the rate of bfloat16 that of float16 must be for loss scaling to be worth it."""
+
+
+def match(facts: Facts) -> Match:
+    """Refuses only where half precision was measured to be slower than float32."""
+    rates = facts.matmul_flops_per_s
+    float32 = rates.get("float32") or 0.0
+    bf16, fp16 = rates.get("bfloat16"), rates.get("float16")
+    settings: tuple[str, ...] = ("bf16", "safe", "medium")
+    if bf16 is not None and bf16 < float32:
+        settings = ()
+    if fp16 is not None and fp16 > FASTER * max(bf16 or 0.0, float32):
+        settings += ("fp16",)
+    why = (
+        f"this machine multiplies bfloat16 matrices at {(bf16 or 0) / 1e9:.3g} GFLOP/s, float32 at "
+        f"{float32 / 1e9:.3g} GFLOP/s"
+    )
+    return Match(settings, None if settings else why)
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Turn autocast on around the outermost modules, or let float32 products round inside."""
+    return {"medium": _medium, "bf16": _bf16, "safe": _safe, "fp16": _fp16}[setting](session)
+
+
+def _medium(session: Session) -> Undo:
+    import torch
+
+    mkldnn: Any = torch.backends.mkldnn
+    try:
+        before = torch.get_float32_matmul_precision()
+        convolutions = mkldnn.conv.fp32_precision
+    except (RuntimeError, AttributeError) as error:  # set through the newer, finer switches
+        raise RefusedError(f"the precision of float32 products cannot be read: {error}") from error
+    if before != "highest" or convolutions not in ("none", "ieee"):
+        raise RefusedError("the program has chosen the precision of float32 products")
+    torch.set_float32_matmul_precision("medium")
+    mkldnn.conv.fp32_precision = "bf16"
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(before)
+        mkldnn.conv.fp32_precision = convolutions
+
+    return undo
+
+
+def _bf16(session: Session) -> Undo:
+    import torch
+
+    from flatout.knobs.precision.autocast import Autocast
+
+    autocast = Autocast(session, NAME, torch.bfloat16)
+    session.forward_wrappers.append(autocast)
+    return lambda: session.forward_wrappers.remove(autocast)
+
+
+def _safe(session: Session) -> Undo:
+    import torch
+
+    from flatout.knobs.precision.autocast import SafeAutocast
+    from flatout.knobs.precision.operators import Float32Operators
+
+    accelerator = torch.accelerator.current_accelerator()
+    if not hasattr(torch.library, "get_kernel"):
+        raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
+    operators = Float32Operators(
+        "cpu" if accelerator is None else accelerator.type,
+        lambda error: session.contain(NAME, error),
+    )
+    autocast = SafeAutocast(session, NAME, torch.bfloat16, operators)
+    session.forward_wrappers.append(autocast)
+
+    def undo() -> None:
+        session.forward_wrappers.remove(autocast)
+        operators.remove()
+
+    return undo
+
+
+def _fp16(session: Session) -> Undo:
+    import torch
+
+    from flatout.knobs.precision.autocast import ScaledAutocast
+    from flatout.knobs.precision.scaling import LossScaling
+
+    scaling = LossScaling(session, NAME)
+    autocast = ScaledAutocast(session, NAME, torch.float16, scaling)
+    before, after = (session.contained(NAME, f) for f in (scaling.before, scaling.after))
+    session.forward_wrappers.append(autocast)
+    session.before_optimizer_step.append(before)
+    session.after_optimizer_step.append(after)
+    scaling.install()
+
+    def undo() -> None:
+        session.forward_wrappers.remove(autocast)
+        session.before_optimizer_step.remove(before)
+        session.after_optimizer_step.remove(after)
+        scaling.remove()
+
+    return undo
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="matrix products and convolutions in half precision",
+    settings=("medium", "safe", "bf16", "fp16"),
+    exactness=dict.fromkeys(("medium", "safe", "bf16", "fp16"), "reduced"),
+    hot=True,
+    platforms=("cpu", "cuda", "xpu", "mps"),
+    card=Card(
+        what="`medium`: tensors stay in float32, and the factors of matrix products and "
+        "convolutions are rounded to bfloat16 (on CUDA to TF32) inside the kernels that can do "
+        "so, in training and evaluation, until the program sets a precision itself.\n\n"
+        "`bf16`: each outermost module call that records gradients runs under `torch.autocast`; "
+        "what it returns comes back in float32, so losses outside the module are computed as "
+        "before. Parameters, gradients and optimizer state stay in float32. Evaluation passes, and "
+        "programs that use autocast themselves, are left as they are.\n\n"
+        "`safe`: the same, but what is known to suffer runs in float32: sigmoid, softmax, "
+        "logarithms, powers and norms, and the last matrix product or convolution of each "
+        "outermost module.\n\n"
+        "`fp16`: autocast to float16 with the loss scaling of `torch.amp.GradScaler`, for devices "
+        "that multiply float16 faster than bfloat16. Gradients are divided by the scale before "
+        "`backward` returns, so clipping and accumulation see what they would see without; a step "
+        "whose gradients are not finite is left out.",
+        helps="Matrix products and convolutions dominate, and the device multiplies bfloat16 "
+        "faster than float32 (AMX, AVX512-BF16, tensor cores).",
+        hurts="`bf16`: a probability computed inside the module (Sigmoid before `BCELoss`) rounds "
+        "to exactly 1, which destroys the training; `safe` keeps it. Small shapes, where the casts "
+        "cost more than they save. `fp16`: values beyond 65504.",
+        by_hand='`torch.set_float32_matmul_precision("medium")` and '
+        '`torch.backends.mkldnn.conv.fp32_precision = "bf16"`; or '
+        "`with torch.autocast(device_type, torch.bfloat16): output = model(input)`, and "
+        "the loss outside, on `output.float()`; for float16 with `torch.amp.GradScaler`",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/amp.html",
+            "https://docs.pytorch.org/docs/stable/notes/mkldnn.html",
+            "https://arxiv.org/abs/1710.03740 (loss scaling)",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("autocast",),
+)

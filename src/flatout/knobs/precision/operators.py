@@ -1,0 +1,148 @@
+"""What loses too much in half precision, kept in float32 under autocast.
+
+``torch.autocast`` knows such operators on CUDA (its float32 list), few on the CPU, and on neither
+the sigmoid: in bfloat16 it is exactly 1 from 6.2 on, and ``log(1 - p)`` of ``BCELoss`` is cut off
+there. The kernels registered here for the autocast dispatch key fill that gap. The last matrix
+product or convolution of each module (the head, whose outputs go into the loss) is kept in float32
+as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+FLOAT32 = (
+    *("sigmoid", "log_sigmoid", "softplus", "softmax.int", "log_softmax.int", "logsumexp"),
+    *("exp", "log", "log2", "log10", "log1p", "pow.Tensor_Scalar", "cumsum", "norm.Scalar"),
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
+)
+"""The float32 list of autocast on CUDA, as far as it matters in training, and what it lacks: the
+sigmoids and the norms. https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference"""
+
+PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "addmm")
+"""Operators that a head may be, with their weight as the second or third argument."""
+
+_PRODUCT_FUNCTIONS = {
+    *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
+    *(torch.addmm, torch.Tensor.addmm),
+}
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Float32Operators:
+    """Kernels for the autocast key of a device type.
+
+    Args:
+        device: the device type.
+        on_failure: called when one of them has failed; torch's own has done it then.
+
+    Attributes:
+        is_wanted: whether they shall act; otherwise they do what torch does.
+
+    Raises:
+        RuntimeError: this torch cannot hand over the kernels to be replaced.
+    """
+
+    def __init__(self, device: str, on_failure: Callable[[Exception], None]) -> None:
+        key = f"Autocast{device.upper()}"
+        self.is_wanted = True
+        self._on_failure = on_failure
+        self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        self._heads: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of every replaced kernel
+            for name in FLOAT32:
+                self._replace(name, key, self._kept)
+            for name in PRODUCTS:
+                self._replace(name, key, self._product)
+
+    def remove(self) -> None:
+        """Put torch's own kernels back."""
+        self._library._destroy()
+
+    @contextlib.contextmanager
+    def finding_head(self) -> Iterator[None]:
+        """The last product in here with a parameter is a head from now on."""
+        with _Products() as products:
+            yield
+        if products.weight is not None:
+            self._heads[id(products.weight)] = weakref.ref(products.weight)
+
+    def _replace(self, name: str, key: str, kind: Callable[..., Any]) -> None:
+        qualified = f"aten::{name}"
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        own = None
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+            own = torch.library.get_kernel(qualified, key)
+
+        def theirs(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if own is not None:
+                return own.call_boxed(keyset, *args, **kwargs)
+            return self._past_autocast(operator, args, kwargs)
+
+        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.is_wanted:
+                try:
+                    arguments = kind(args)
+                except Exception as error:  # noqa: BLE001 - reported
+                    self._on_failure(error)
+                else:
+                    if arguments is not None:
+                        return self._past_autocast(operator, arguments, kwargs)
+            return theirs(keyset, *args, **kwargs)
+
+        self._library.impl(name, kernel, key, with_keyset=True)
+
+    def _past_autocast(
+        self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(self._excluded):
+            return operator(*args, **kwargs)
+
+    def _kept(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(map(_widened, args))
+
+    def _product(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The arguments in float32 for a head, ``None`` for what autocast may have."""
+        weight = _weight(args)
+        if weight is None or id(weight) not in self._heads:
+            return None
+        if self._heads[id(weight)]() is not weight:
+            del self._heads[id(weight)]
+            return None
+        return self._kept(args)
+
+
+class _Products(TorchFunctionMode):
+    """Sees the weight of each matrix product and convolution that is called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: torch.nn.Parameter | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in _PRODUCT_FUNCTIONS:
+            weight = _weight((*args, *(kwargs or {}).values()))
+            self.weight = self.weight if weight is None else weight
+        return function(*args, **(kwargs or {}))
+
+
+def _weight(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
+    return next((a for a in args[1:3] if isinstance(a, torch.nn.Parameter)), None)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALVES else value

@@ -1,0 +1,409 @@
+"""Half precision that keeps what training needs: safe operators, loss scaling."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs.precision import scaling
+from flatout.knobs.precision.operators import FLOAT32, PRODUCTS
+from flatout.request import Request
+
+Turn = Callable[[str], knobs.Undo]
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(Request(), tmp_path)
+    session.hooks.install(live=False)
+    yield session
+    session.hooks.remove()
+
+
+@pytest.fixture
+def turn(session: Session) -> Iterator[Turn]:
+    undos = []
+
+    def turn(setting: str) -> knobs.Undo:
+        undo = knobs.get("precision").apply(session, setting)
+        undos.append(undo)
+        return undo
+
+    yield turn
+    for undo in undos:
+        try:
+            undo()
+        except ValueError:  # the test has undone it
+            continue
+
+
+def events(session: Session) -> list[dict[str, Any]]:
+    session.record.flush()
+    if not session.record.path.exists():
+        return []
+    lines = session.record.path.read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "event"]
+
+
+class Probability(nn.Module):
+    """Two layers and a sigmoid, as in a discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.head(torch.relu(self.hidden(x))))
+
+
+def sure(logit: float) -> tuple[Probability, torch.Tensor]:
+    """A net whose probability has this logit."""
+    net = Probability()
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.fill_(logit)
+    return net, torch.ones(2, 4)
+
+
+def test_the_sigmoid_of_a_sure_net_is_not_rounded_to_one(turn: Turn) -> None:
+    net, x = sure(8.0)
+    bare = net(x).detach()
+    undo = turn("bf16")
+    assert net(x).unique().item() == 1.0
+    undo()
+    turn("safe")
+    assert net(x).dtype == torch.float32
+    torch.testing.assert_close(net(x).detach(), bare, rtol=1e-6, atol=0)
+    loss = nn.functional.binary_cross_entropy(net(x), torch.zeros(2, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(8.0, abs=1e-3)
+    assert net.head.bias.grad is not None
+    assert net.head.bias.grad.item() == pytest.approx(1.0, abs=1e-3)
+
+
+class Watched(nn.Module):
+    """Tells the dtypes inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        convolved = self.first(x)
+        normed = self.norm(convolved)
+        second = self.second(normed.flatten(1))
+        logits = self.head(second)
+        probability = logits.softmax(-1)
+        self.dtypes = {
+            "first": convolved.dtype,
+            "norm": normed.dtype,
+            "second": second.dtype,
+            "head": logits.dtype,
+            "softmax": probability.dtype,
+        }
+        return probability.log()
+
+
+def test_products_are_in_bfloat16_the_head_norms_and_softmax_are_not(turn: Turn) -> None:
+    torch.manual_seed(0)
+    net, x = Watched(), torch.randn(3, 1, 4, 4)
+    reference = copy.deepcopy(net).double()(x.double())
+    turn("safe")
+    outputs = [net(x) for _ in range(3)]
+    half, whole = torch.bfloat16, torch.float32
+    assert net.dtypes == dict(zip(net.dtypes, (half, whole, half, whole, whole), strict=True))
+    for output in outputs:  # bfloat16 has 8 bits: 2**-8 for each of two products
+        torch.testing.assert_close(output.double(), reference, rtol=0.02, atol=0.02)
+
+
+def test_a_net_with_one_product_is_all_head(turn: Turn) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3), torch.randn(5, 4)
+    bare = net(x).detach()
+    turn("safe")
+    for _ in range(3):
+        torch.testing.assert_close(net(x).detach(), bare, rtol=0, atol=0)
+
+
+def test_the_programs_own_autocast_is_as_it_was(session: Session, turn: Turn) -> None:
+    net, x = sure(8.0)
+    turn("safe")
+    net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(x)
+    assert output.dtype == torch.bfloat16
+    assert output.unique().item() == 1.0
+    assert "the program uses autocast already" in events(session)[0]["why"]
+
+
+def test_safe_is_undone(turn: Turn) -> None:
+    def kernels() -> list[bool]:
+        return [
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU")
+            for name in (*FLOAT32, *PRODUCTS)
+        ]
+
+    before = kernels()
+    undo = turn("safe")
+    assert all(kernels())
+    undo()
+    assert kernels() == before
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.sigmoid(torch.ones(2).bfloat16()).dtype == torch.bfloat16
+        assert nn.Linear(2, 2)(torch.ones(2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("setting", ["safe", "fp16"])
+def test_nothing_of_it_is_in_the_module(turn: Turn, setting: str) -> None:
+    net = Probability()
+    optimizer = torch.optim.Adam(net.parameters())
+    turn(setting)
+    net(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    buffer = io.BytesIO()
+    torch.save([net, optimizer.state_dict()], buffer)
+    assert b"flatout" not in buffer.getvalue()
+    assert b"flatout" not in pickle.dumps(net)
+    copy.deepcopy(net)
+
+
+def test_a_recomputed_forward_pass_is_the_same(turn: Turn) -> None:
+    """A checkpoint runs parts of the forward pass again while backward runs."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.head = Probability(), nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(checkpoint(self.part, x, use_reentrant=False))
+
+    torch.manual_seed(0)
+    net, x = Checkpointed(), torch.randn(8, 4)
+    net(x).square().sum().backward()
+    reference = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    turn("safe")
+    for _ in range(2):
+        net.zero_grad()
+        net(x).square().sum().backward()
+        for parameter, grad in zip(net.parameters(), reference, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, grad, rtol=0.05, atol=0.05)
+
+
+# Loss scaling
+
+
+class Small(nn.Module):
+    """Gradients that float16 takes for zero: below 6e-8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def gradients(net: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.double().clone() for p in net.parameters() if p.grad is not None]
+
+
+def small() -> tuple[Small, torch.optim.Optimizer, torch.Tensor]:
+    torch.manual_seed(0)
+    net = Small()
+    return net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9), torch.randn(16, 4)
+
+
+def small_loss(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = net(x)
+    return 1e-8 * output.mean()
+
+
+def assert_gradients_are_right(net: nn.Module, reference: list[torch.Tensor], times: int) -> None:
+    for mine, exact in zip(gradients(net), reference, strict=True):
+        # float16 has 11 bits; what is added up in it, some of them less
+        torch.testing.assert_close(mine, times * exact, rtol=0.02, atol=1e-11)
+
+
+def reference_gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    exact = copy.deepcopy(net).double()
+    small_loss(exact, x.double()).backward()
+    return gradients(exact)
+
+
+def test_small_gradients_survive(turn: Turn) -> None:
+    net, _, x = small()
+    reference = reference_gradients(net, x)
+    with torch.autocast("cpu", torch.float16):
+        small_loss(net, x).backward()
+    assert not gradients(net)[0].any()  # what would happen without scaling
+    net.zero_grad()
+    turn("fp16")
+    small_loss(net, x).backward()
+    assert_gradients_are_right(net, reference, times=1)
+
+
+def test_gradients_are_accumulated_and_clipped_at_their_size(turn: Turn) -> None:
+    net, _, x = small()
+    reference = reference_gradients(net, x)
+    turn("fp16")
+    for _ in range(3):
+        small_loss(net, x).backward()
+    assert_gradients_are_right(net, reference, times=3)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    exact = torch.stack([g.norm() for g in reference]).norm()
+    assert norm.item() == pytest.approx(3 * exact.item(), rel=0.02)
+
+
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(
+    session: Session, turn: Turn
+) -> None:
+    torch.manual_seed(0)
+    net = Small()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    x = torch.randn(16, 4)
+    turn("fp16")
+    (0.01 * net(x).mean()).backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in net.parameters()]
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    (1e6 * net(x).mean()).backward()  # times the scale it overflows
+    assert not gradients(net)[0].isfinite().all()
+    optimizer.step()
+    for parameter, old in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=0)
+        assert parameter.grad is not None
+    assert str(optimizer.state_dict()) == str(state)
+    (event,) = (e for e in events(session) if e["what"] == "noticed")
+    assert event["why"].endswith("loss scale 32768")
+    optimizer.zero_grad()
+    (0.01 * net(x).mean()).backward()
+    optimizer.step()
+    assert any(
+        not torch.equal(parameter.detach(), old)
+        for parameter, old in zip(net.parameters(), before, strict=True)
+    )
+
+
+def test_only_the_optimizer_whose_gradients_are_not_finite_waits(turn: Turn) -> None:
+    torch.manual_seed(0)
+    one, other, x = Small(), Small(), torch.randn(8, 4)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (one, other)]
+    turn("fp16")
+    before = [net.second.bias.detach().clone() for net in (one, other)]
+    (1e7 * one(x).mean() + 0.01 * other(x).mean()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(one.second.bias, before[0])
+    assert not torch.equal(other.second.bias, before[1])
+
+
+def test_the_scale_grows_again(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "GROWTH_INTERVAL", 3)
+    seen: list[float] = []
+    init = scaling.LossScaling.__init__
+
+    def remembered(self: scaling.LossScaling, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    made: list[scaling.LossScaling] = []
+    monkeypatch.setattr(scaling.LossScaling, "__init__", remembered)
+    net, optimizer, x = small()
+    turn("fp16")
+    for _ in range(7):
+        small_loss(net, x).backward()
+        optimizer.step()
+        seen.append(made[0].scale)
+    assert [s / 2**16 for s in seen] == [1, 1, 2, 2, 2, 4, 4]
+
+
+def test_a_closure_is_stopped_too(turn: Turn) -> None:
+    torch.manual_seed(0)
+    net, x = Small(), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    turn("fp16")
+    size = 1.0
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = size * net(x).square().mean()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
+    before = [p.detach().clone() for p in net.parameters()]
+    size = 1e9
+    optimizer.step(closure)
+    assert all(map(torch.equal, net.parameters(), before))
+    size = 1.0
+    optimizer.step(closure)
+    assert not all(map(torch.equal, net.parameters(), before))
+
+
+def test_leaves_of_the_program_turn_it_back(session: Session, turn: Turn) -> None:
+    net, _, x = small()
+    x.requires_grad_()
+    exact, exact_x = copy.deepcopy(net), x.detach().clone().requires_grad_()
+    exact(exact_x).sum().backward()
+    turn("fp16")
+    net(x).sum().backward()
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    torch.testing.assert_close(x.grad, exact_x.grad, rtol=0.02, atol=0.02)
+    (event,) = events(session)
+    assert event["what"] == "failed"
+    assert "belong to no module and no optimizer" in event["why"]
+
+
+def test_a_program_without_an_optimizer_is_left_alone(session: Session, turn: Turn) -> None:
+    net, x = Small(), torch.randn(8, 4)
+    turn("fp16")
+    net(x).mean().backward()
+    assert "cannot be left out" in events(session)[0]["why"]
+
+
+def test_autograd_grad_is_as_it_was(turn: Turn) -> None:
+    net, _, x = small()
+    turn("fp16")
+    (grad,) = torch.autograd.grad(net(x).mean(), [net.second.bias])
+    assert grad.item() == pytest.approx(1.0, rel=1e-3)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_fp16_is_undone(turn: Turn) -> None:
+    own = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    net, _, x = small()
+    undo = turn("fp16")
+    small_loss(net, x).backward()
+    undo()
+    assert torch.autograd._engine_run_backward is own  # type: ignore[attr-defined]
+    assert net(x).dtype == torch.float32
+
+
+def test_what_is_offered_depends_on_the_rates() -> None:
+    def offered(device: str, **rates: float) -> tuple[str, ...]:
+        return knobs.get("precision").offer(knobs.Facts(device, rates)).settings
+
+    assert offered("cpu", float32=1e11, bfloat16=2e11) == ("bf16", "safe", "medium")
+    assert offered("cpu", float32=1e11, bfloat16=1e10) == ()
+    turing = {"float32": 8e12, "float16": 5e13, "bfloat16": 4e12}
+    assert offered("cuda", **turing) == ("fp16",)
+    ampere = {"float32": 1.9e13, "float16": 2.6e14, "bfloat16": 2.5e14}
+    assert offered("cuda", **ampere) == ("bf16", "safe", "medium")
