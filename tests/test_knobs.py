@@ -18,7 +18,8 @@ from torch import nn
 
 from flatout import knobs
 from flatout.agent.session import Session
-from flatout.knobs.precision import in_float32
+from flatout.cli import main
+from flatout.knobs.precision.autocast import in_float32
 from flatout.request import Request
 
 
@@ -47,6 +48,12 @@ def test_the_registry_finds_both_and_checks_names() -> None:
         knobs.check("speed", "bf16")
     with pytest.raises(knobs.UnknownSettingError, match=r"'int3'.*bf16"):
         knobs.check("precision", "int3")
+
+
+def test_a_knob_is_not_offered_on_a_device_it_is_not_for() -> None:
+    offer = knobs.get("optimizer").offer(knobs.Facts("cuda"))
+    assert offer.settings == ()
+    assert offer.refusal == "it is for cpu, not for cuda"
 
 
 def test_the_controller_reads_the_registry_without_torch() -> None:
@@ -124,7 +131,8 @@ def test_precision_turns_itself_off_where_bfloat16_is_not_implemented(session: S
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     (event,) = events(session)
     assert (event["what"], event["subject"]) == ("failed", "precision")
-    assert "NotInBfloat16" in event["why"]
+    assert event["why"].startswith("turned back: RuntimeError")
+    assert "in forward" in event["traceback"]
     assert "Traceback" in event["traceback"]
 
 
@@ -167,8 +175,8 @@ def test_outputs_in_containers_come_back_in_float32() -> None:
 
 def test_precision_is_not_tried_where_the_machine_multiplies_bfloat16_slower() -> None:
     match = knobs.get("precision").match
-    assert match(knobs.Facts("cpu")).settings == ("bf16",)
-    assert match(knobs.Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings == ("bf16",)
+    assert match(knobs.Facts("cpu")).settings[0] == "bf16"
+    assert match(knobs.Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings[0] == "bf16"
     slow = match(knobs.Facts("cpu", {"bfloat16": 1e10, "float32": 2e11}))
     assert slow.settings == ()
     assert slow.refusal is not None
@@ -350,3 +358,16 @@ def test_closures_work_and_an_exception_in_one_leaves_no_flag(
         optimizer.step(failing)
     undo()
     assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_two_knobs_that_claim_the_same_are_not_turned_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rival = dataclasses.replace(knobs.get("gc"), name="rival", claims=knobs.get("random").claims)
+    registry = {**knobs.registry(), "rival": rival}
+    monkeypatch.setattr(knobs, "registry", lambda: registry)
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", f"open({str(started)!r}, 'w')"]
+    assert main(["run", "--set", "rival=seldom", "--set", "random=fast", "--", *command]) == 2
+    assert "the knobs rival and random cannot be turned together" in capfd.readouterr().err
+    assert not started.exists()

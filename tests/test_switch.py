@@ -168,3 +168,13 @@ def test_a_baseline_with_non_finite_losses_disqualifies_nobody(tmp_path: Path) -
     process = run(tmp_path, LOOP.replace("mean()", "mean() * float('inf')"), comparison)
     assert [event for event in process.events if event.what == "failed"] == []
     assert sum(step.arm == 1 for step in process.steps) == 6
+
+
+def test_an_arm_that_is_refused_is_out_and_the_others_go_on(tmp_path: Path) -> None:
+    arms = (BARE, {"threads": "all"}, FUSED)  # OMP_NUM_THREADS is set
+    process = run(tmp_path, LOOP, Comparison(arms=arms, block_steps=4, rounds=4))
+    failed = [event for event in process.events if event.what == "failed"]
+    assert [(event.subject, event.why) for event in failed] == [
+        ("arm 1", "OMP_NUM_THREADS is set: the number stays")
+    ]
+    assert {step.arm for step in process.steps} == {None, 0, 2}

@@ -45,6 +45,22 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What some of the settings were proven with; where the program differs, they are left out.
+
+    Attributes:
+        knobs: whose settings hold only there.
+        torch: its version.
+        inputs: of the first outermost module call, in the words of ``flatout.signature``; ``None``
+            where they are not known.
+    """
+
+    knobs: tuple[str, ...]
+    torch: str | None
+    inputs: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -56,6 +72,7 @@ class Request:
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
         seed: seed set for torch, ``random`` and NumPy before the program's own code runs.
+        proof: under which conditions some of the settings apply.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -64,6 +81,7 @@ class Request:
     profile_steps: int = 0
     comparison: Comparison | None = None
     seed: int | None = None
+    proof: Proof | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
@@ -87,7 +105,11 @@ class Request:
             if comparison is not None:
                 comparison["arms"] = tuple(comparison["arms"])
                 comparison = Comparison(**comparison)
-            return cls(comparison=comparison, **document)
+            proof = document.pop("proof", None)
+            if proof is not None:
+                inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
+                proof = Proof(tuple(proof["knobs"]), proof["torch"], inputs)
+            return cls(comparison=comparison, proof=proof, **document)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"

@@ -208,6 +208,15 @@ class Hooks:
             self.turns = self._new_turns(self.optimizer_exists)
         self._log.told = told
 
+    @property
+    def live(self) -> bool:
+        """Whether ``turns``, if it is told, is told of every event at once."""
+        return self._log.live
+
+    @live.setter
+    def live(self, live: bool) -> None:
+        self._log.live = live
+
     def restart(self) -> None:
         """In the child of a fork: begin anew."""
         self._log.reset()
@@ -328,7 +337,7 @@ class Hooks:
             try:
                 return function(*args)
             except Exception as error:
-                if not _is_ours(error):
+                if not is_ours(error):
                     raise
                 self._on_failure(subject, error)
                 return None
@@ -401,7 +410,7 @@ def _wrapped(wrapper: ForwardWrapper, call: Call) -> Call:
 _PACKAGE = __file__.rpartition("agent")[0]
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
     """Whether an error arose in our code or in what it calls in torch, rather than in a signal
     handler of the program that happened to run meanwhile."""
     file = traceback.extract_tb(error.__traceback__)[-1].filename

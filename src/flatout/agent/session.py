@@ -17,9 +17,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flatout.agent.hooks import Hooks
+from flatout.agent.hooks import Hooks, is_ours
+from flatout.agent.inputs import FirstInputs
 from flatout.agent.losses import LossReader
 from flatout.record import (
     ENVIRONMENT_NAMES,
@@ -29,6 +30,9 @@ from flatout.record import (
 )
 from flatout.request import Request
 from flatout.turns import ARM, MARK, MARKS, Turn, Turns
+
+if TYPE_CHECKING:
+    from flatout.knobs import Undo
 
 
 class Session:
@@ -40,6 +44,7 @@ class Session:
         forward_wrappers: called around each outermost module call, as
             ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
+        failed_knobs: why each knob that has failed in use did so.
 
     A child process that is forked or made by ``multiprocessing`` is quiet: it leaves no record
     before the first step of its own, so that data loader workers leave none.
@@ -60,6 +65,8 @@ class Session:
         self.before_optimizer_step = self.hooks.before_optimizer_step
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.record = RecordWriter(run_directory, os.getpid())
+        self.failed_knobs: dict[str, str] = {}
+        self._undos: dict[str, Undo] = {}
         self._arm: int | None = None
         self._mark: str | None = None
         self._stages: list[Callable[[Turn], bool]] = []
@@ -126,6 +133,72 @@ class Session:
             }
         )
 
+    # Knobs
+
+    def turn(self, knob: str, setting: str) -> None:
+        """Apply a setting; called at a step boundary or before the first step.
+
+        Raises:
+            knobs.RefusedError: the knob can do nothing here.
+        """
+        from flatout import knobs
+
+        self._undos[knob] = knobs.get(knob).apply(self, setting)
+
+    def turn_off(self, knob: str) -> bool:
+        """Undo what ``turn`` did; returns whether there was anything to undo."""
+        undo = self._undos.pop(knob, None)
+        if undo is not None:
+            undo()
+        return undo is not None
+
+    def turn_back(self, knob: str, error: Exception) -> None:
+        """A knob has failed in use: it is recorded, and undone at the next step boundary.
+
+        Until then the knob itself leaves everything to the program.
+        """
+        if knob in self.failed_knobs:
+            return
+        why = f"{type(error).__name__}: {error}"
+        self.failed_knobs[knob] = why
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.event("failed", knob, f"turned back: {why}", trace)
+        self.hooks.told = self.hooks.live = True
+
+    def contain(self, knob: str, error: Exception) -> None:
+        """``turn_back``, unless the error came from a signal handler of the program.
+
+        Raises:
+            Exception: that error.
+        """
+        if not is_ours(error):
+            raise error
+        self.turn_back(knob, error)
+
+    def contained(self, knob: str, function: Callable[[Any], None]) -> Callable[[Any], None]:
+        """``function``, a knob's callback around optimizer steps, turned back when it raises."""
+
+        def contained(optimizer: Any) -> None:
+            if knob not in self.failed_knobs:
+                try:
+                    function(optimizer)
+                except Exception as error:  # noqa: BLE001 - recorded with its traceback
+                    self.contain(knob, error)
+
+        return contained
+
+    def _undo_failed(self) -> None:
+        for knob in self.failed_knobs:
+            if knob in self._undos:
+                try:
+                    self.turn_off(knob)
+                except Exception as error:  # noqa: BLE001 - recorded with its traceback
+                    why = f"not undone: {type(error).__name__}: {error}"
+                    self.event("failed", knob, why, traceback.format_exc())
+                else:
+                    self.event("undone", knob, "it has failed")
+        self.hooks.live = bool(self._stages)
+
     # Life
 
     def start(self) -> None:
@@ -153,6 +226,7 @@ class Session:
             self.hooks.remove()
             raise
         self._apply_settings()
+        self.forward_wrappers.append(FirstInputs(self))
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
         multiprocessing.util.register_after_fork(self, _finish_at_its_end)
@@ -215,11 +289,23 @@ class Session:
     def _apply_settings(self) -> None:
         if not self.request.settings:
             return
+        import torch
+
         from flatout import knobs
 
+        proof = self.request.proof
         for name, setting in self.request.settings.items():
+            if proof is not None and name in proof.knobs and proof.torch != torch.__version__:
+                self.event(
+                    "skipped",
+                    name,
+                    f"proven with torch {proof.torch}, this is {torch.__version__}",
+                )
+                continue
             try:
-                knobs.get(name).apply(self, setting)
+                self.turn(name, setting)
+            except knobs.RefusedError as refusal:
+                self.event("skipped", name, str(refusal))
             except Exception as error:  # noqa: BLE001 - recorded with its traceback
                 self.event(
                     "failed", name, f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -260,6 +346,8 @@ class Session:
             self._speak()
         if self.hooks.searching:
             self.hooks.turn_closed()
+        if self.failed_knobs:
+            self._undo_failed()
         if self._stages:
             self._run_stages(turn)
         self.hooks.told = self.hooks.searching or bool(self._stages)

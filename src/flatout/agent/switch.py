@@ -48,7 +48,6 @@ class Switch:
         self._blocks = block_order(len(comparison.arms), comparison.rounds)
         self._left = comparison.warmup_steps
         self._arm: int | None = None
-        self._undos: list[knobs.Undo] = []
         self._out: set[int] = set()
         self._diverged: set[int] = set()
         self._unread: deque[tuple[int, object]] = deque()
@@ -63,6 +62,7 @@ class Switch:
         if turn.kind != "step":
             return False
         self._read_losses(turn)
+        self._look_for_failed_knobs()
         self._left -= 1
         if self._spoilt:
             return self._end()
@@ -103,7 +103,11 @@ class Switch:
         self._arm = arm
         for name, setting in self._comparison.arms[arm].items():
             try:
-                self._undos.append(knobs.get(name).apply(self._session, setting))
+                self._session.turn(name, setting)
+            except knobs.RefusedError as refusal:
+                self._disqualify(arm, str(refusal))
+                self._undo()
+                return False
             except Exception as error:  # noqa: BLE001 - recorded with its traceback
                 why = f"{name} = {setting}: {type(error).__name__}: {error}"
                 self._disqualify(arm, why, traceback.format_exc())
@@ -112,9 +116,18 @@ class Switch:
         return True
 
     def _undo(self) -> None:
-        while self._undos:
-            self._undos.pop()()
+        if self._arm is not None:
+            for name in reversed(self._comparison.arms[self._arm]):
+                self._session.turn_off(name)
         self._arm = None
+
+    def _look_for_failed_knobs(self) -> None:
+        if self._arm is not None and self._arm not in self._out:
+            for name, setting in self._comparison.arms[self._arm].items():
+                if name in self._session.failed_knobs:
+                    why = self._session.failed_knobs.pop(name)
+                    self._disqualify(self._arm, f"{name} = {setting}: {why}")
+                    return
 
     def _disqualify(self, arm: int, why: str, trace: str | None = None) -> None:
         self._out.add(arm)

@@ -1,19 +1,4 @@
-"""The optimizer's own kernel: torch's fused step in place of one operation after the other.
-
-What it does: sets ``fused=True`` in the parameter groups of Adam, AdamW, SGD and Adagrad while they
-step, and takes it back after each step, so that checkpoints are those of the program without it.
-
-When it helps: many parameter tensors, or an optimizer that takes a good part of the step. On the
-CPU torch otherwise goes through the parameters one by one.
-
-When it hurts: hardly ever; a few small tensors gain nothing.
-
-By hand: ``torch.optim.AdamW(parameters, fused=True)``.
-
-Source: https://docs.pytorch.org/docs/stable/optim.html. The fused kernels take parameter, gradient
-and state for equally laid out and compute wrong updates, silently, where they are not (for instance
-after ``model.to(memory_format=torch.channels_last)`` in the middle of training), hence the checks.
-"""
+"""The optimizer's own kernel: torch's fused step in place of one operation after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +6,7 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Facts, Knob, Match, Undo
+from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
     import torch
@@ -32,27 +17,22 @@ NAME = "optimizer"
 
 
 def match(facts: Facts) -> Match:
-    """Needs an optimizer object that steps, on the CPU."""
+    """Needs an optimizer object that steps."""
     if not facts.updates:
         return Match((), "no optimizer object steps in this program")
-    if facts.device != "cpu":
-        return Match(
-            (),
-            f"on {facts.device} torch keeps the step counters of fused optimizers on the device, "
-            "which would change what a checkpoint holds",
-        )
     return Match(("fused",))
 
 
 def apply(session: Session, setting: str) -> Undo:
     """Let the optimizers that have stepped once step fused from now on."""
     fused = _FusedSteps(session)
-    session.before_optimizer_step.append(fused.before)
-    session.after_optimizer_step.append(fused.after)
+    before, after = (session.contained(NAME, f) for f in (fused.before, fused.after))
+    session.before_optimizer_step.append(before)
+    session.after_optimizer_step.append(after)
 
     def undo() -> None:
-        session.before_optimizer_step.remove(fused.before)
-        session.after_optimizer_step.remove(fused.after)
+        session.before_optimizer_step.remove(before)
+        session.after_optimizer_step.remove(after)
         fused.restore()
 
     return undo
@@ -163,6 +143,23 @@ KNOB = Knob(
     settings=("fused",),
     exactness={"fused": "reordered"},
     hot=True,
+    platforms=("cpu",),
+    card=Card(
+        what="Sets `fused=True` in the parameter groups of Adam, AdamW, SGD and Adagrad while they "
+        "step, and takes it back after each step, so that checkpoints are those of the program "
+        "without it. Optimizers for which torch has no fused step, or whose parameters, gradients "
+        "and state are not laid out alike, are left alone: the fused kernels would compute wrong "
+        "updates, silently (for instance after `model.to(memory_format=torch.channels_last)` in "
+        "the middle of training).",
+        helps="Many parameter tensors, or an optimizer that takes a good part of the step: on the "
+        "CPU torch otherwise goes through the parameters one by one.",
+        hurts="Hardly ever; a few small tensors gain nothing. Not for accelerators: there torch "
+        "keeps the step counters of fused optimizers on the device, which would change what a "
+        "checkpoint holds.",
+        by_hand="`torch.optim.AdamW(parameters, fused=True)`",
+        sources=("https://docs.pytorch.org/docs/stable/optim.html",),
+    ),
     match=match,
     apply=apply,
+    claims=("the steps of optimizers",),
 )

@@ -1,0 +1,40 @@
+"""The inputs of a program's first outermost module call, as one word for each tensor.
+
+A tensor is ``dtype[size,size]``, such as ``float32[64,3,32,32]``; in a plan, ``*`` stands for a
+size that differed between the runs behind the proof. Standard library only: both halves load this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+VARYING = "*"
+
+
+def matches(proven: Sequence[str], seen: Sequence[str]) -> bool:
+    """Whether the inputs of a run are those of the proof."""
+    return len(proven) == len(seen) and all(map(_matches, proven, seen))
+
+
+def merged(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
+    """What both match, ``None`` if they differ in more than sizes."""
+    if len(one) != len(other):
+        return None
+    words = []
+    for a, b in zip(one, other, strict=True):
+        (dtype, sizes), (other_dtype, other_sizes) = _parts(a), _parts(b)
+        if dtype != other_dtype or len(sizes) != len(other_sizes):
+            return None
+        kept = (x if x == y else VARYING for x, y in zip(sizes, other_sizes, strict=True))
+        words.append(f"{dtype}[{','.join(kept)}]")
+    return tuple(words)
+
+
+def _matches(proven: str, seen: str) -> bool:
+    both = merged((proven,), (seen,))
+    return both == (proven,)
+
+
+def _parts(word: str) -> tuple[str, list[str]]:
+    dtype, _, sizes = word.rstrip("]").partition("[")
+    return dtype, sizes.split(",")
