@@ -70,7 +70,9 @@ def two_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tune(command: list[str], rates: dict[str, float], steps: int) -> Outcome:
-    options = Options(budget_seconds=90, steps=steps, isolate=False)
+    options = Options(
+        budget_seconds=90, steps=steps, isolate=False, knobs=("precision", "optimizer")
+    )
     return Tuner(command, options, lambda line: None, lambda python, device: rates).run()
 
 
@@ -109,6 +111,22 @@ for step in range(1000):
     assert outcome.why.startswith("no setting is faster")
     assert "no optimizer object" in outcome.dropped["optimizer"]
     assert "10 GFLOP/s" in outcome.dropped["precision"]
+
+
+def groups(available: int | None, count: int) -> list[dict[str, str]]:
+    made = Tuner(["x"], Options(), lambda line: None, lambda python, device: {})
+    made._available = available
+    return made._groups({str(number): "on" for number in range(count)})
+
+
+def test_a_short_program_compares_the_knobs_in_parts() -> None:
+    assert [len(group) for group in groups(None, 5)] == [5]
+    assert [len(group) for group in groups(None, 9)] == [5, 4]
+    assert [len(group) for group in groups(80, 5)] == [2, 2, 1]  # three arms of six blocks of four
+    assert [len(group) for group in groups(30, 2)] == [1, 1]
+    assert groups(None, 0) == []
+    parts = groups(80, 5)
+    assert sorted(name for group in parts for name in group) == list("01234")
 
 
 @pytest.mark.usefixtures("two_pairs")
@@ -170,6 +188,7 @@ def test_programs_that_cannot_be_tuned_are_one_sentence(tmp_path: Path, mistake:
         (["--budget", "soon", "--", "x"], "is not a time such as"),
         (["--steps", "0", "--", "x"], "is not a positive integer"),
         (["--steps", "5", "--", "x"], "must be at least 20"),
+        (["--knobs", "gc,warp", "--", "x"], "there is no knob 'warp' (known: "),
         (["--plan", "nowhere/p.toml", "--", "x"], "there is no folder nowhere"),
         (["--in-place", "--", "no-such-program-anywhere"], "no-such-program-anywhere"),
     ],
@@ -192,6 +211,7 @@ def test_plan_report_and_document_agree(
     command = write(tmp_path, MANY_TENSORS)
     monkeypatch.chdir(tmp_path)
     options = ["--in-place", "--budget", "20s", "--steps", "30", "--json", "found.json"]
+    options += ["--knobs", "precision,optimizer"]
     assert main(["tune", *options, "--", *command]) == 0
     said = capsys.readouterr()
     assert said.out == ""
@@ -205,6 +225,7 @@ def test_plan_report_and_document_agree(
     assert written.proven
     assert dict(written.settings) == found["settings"]
     assert written.command == tuple(command)
+    assert written.inputs == ("float32[256,16]",)
     assert written.evidence is not None
     assert written.evidence.ratio == pytest.approx(found["evidence"]["ratio"], rel=1e-5)
     assert written.evidence.ratio_low > 1

@@ -8,6 +8,7 @@ precision = "bf16"
 [job]                       # what it was measured on
 command = ["python", "train.py"]
 program_sha256 = "..."      # of the script's file
+inputs = ["float32[64,784]"]      # of the first outermost module call, * where a size varies
 
 [machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
 
@@ -105,6 +106,7 @@ class Plan:
         settings: ``knob -> setting``.
         command: the job it was made for; empty in a plan written by hand.
         program_sha256: hash of the job's script, see ``program_sha256``.
+        inputs: of the first outermost module call, in the words of ``flatout.signature``.
         machine: fingerprint of the machine, and torch's version.
         evidence: ``None`` in a plan written by hand.
     """
@@ -112,6 +114,7 @@ class Plan:
     settings: Mapping[str, str]
     command: tuple[str, ...] = ()
     program_sha256: str | None = None
+    inputs: tuple[str, ...] | None = None
     machine: Mapping[str, Fact] = field(default_factory=dict)
     evidence: Evidence | None = None
 
@@ -119,6 +122,30 @@ class Plan:
     def proven(self) -> bool:
         """Whether the evidence is for these very settings."""
         return self.evidence is not None and dict(self.evidence.settings) == dict(self.settings)
+
+    @property
+    def torch(self) -> str | None:
+        """Version of torch that it was proven with."""
+        version = self.machine.get("torch")
+        return version if isinstance(version, str) else None
+
+    def differences(
+        self, command: Sequence[str], fingerprint: Mapping[str, Fact]
+    ) -> tuple[str, ...]:
+        """What is not as it was when the plan was proven, as far as it shows before the start.
+
+        Args:
+            command: the job.
+            fingerprint: of this machine.
+        """
+        found = [
+            f"{key} was {self.machine[key]}, is {here}"
+            for key, here in fingerprint.items()
+            if self.machine.get(key, here) != here
+        ]
+        if self.program_sha256 not in (None, program_sha256(command)):
+            found.append("the program's file has changed")
+        return tuple(found)
 
     def write(self, path: Path) -> None:
         """Write the plan, replacing a file that is there.
@@ -142,6 +169,8 @@ class Plan:
             job["command"] = list(self.command)
         if self.program_sha256 is not None:
             job["program_sha256"] = self.program_sha256
+        if self.inputs is not None:
+            job["inputs"] = list(self.inputs)
         if job:
             document.add("job", tomlkit.item(job))
         if self.machine:
@@ -211,10 +240,8 @@ class _Reader:
         settings = document["plan"]
         self._settings(("plan",), settings)
         job = document.get("job", {})
-        self._known(("job",), job, ("command", "program_sha256"))
-        command = job.get("command", [])
-        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
-            self._fail(("job",), "command", "must be a list of strings")
+        self._known(("job",), job, ("command", "program_sha256", "inputs"))
+        command, inputs = (self._words(job, key) for key in ("command", "inputs"))
         digest = job.get("program_sha256")
         if digest is not None and not isinstance(digest, str):
             self._fail(("job",), "program_sha256", "must be a string")
@@ -225,11 +252,20 @@ class _Reader:
         evidence = document.get("evidence")
         return Plan(
             settings=settings,
-            command=tuple(command),
+            command=command or (),
             program_sha256=digest,
+            inputs=inputs,
             machine=machine,
             evidence=None if evidence is None else self._evidence(evidence),
         )
+
+    def _words(self, job: dict[str, Any], key: str) -> tuple[str, ...] | None:
+        words = job.get(key)
+        if words is None:
+            return None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            self._fail(("job",), key, "must be a list of strings")
+        return tuple(words)
 
     def _evidence(self, table: dict[str, Any]) -> Evidence:
         where = ("evidence",)

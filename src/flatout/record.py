@@ -29,6 +29,8 @@ Format version 3:
     ``packed``: the next losses that backward calls started from, in order (an accelerator's arrive
     late), as little-endian float64 in base64; ``peak_device_bytes``: most memory torch had
     allocated on the accelerator so far.
+``inputs``
+    Once: ``tensors``, the inputs of the first outermost module call (see ``signature.py``).
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -45,6 +47,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import struct
@@ -263,6 +266,7 @@ class ProcessRecord(_Loops[list[Step]]):
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Step] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    inputs: tuple[str, ...] | None = None
     profile: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
 
@@ -292,12 +296,12 @@ def record_path(run_directory: Path, pid: int) -> Path:
 
 @dataclass
 class StepTimes(_Loops["array[float]"]):
-    """How long the turns of one process took, in milliseconds, and no more of them."""
+    """How long the turns of one process took, in milliseconds, no more of them; and its events."""
 
     steps: array[float]
     evaluations: array[float]
     rank: int
-    failures: int = 0
+    events: list[Event] = field(default_factory=list)
 
 
 def write_failure(run_directory: Path) -> str | None:
@@ -353,9 +357,9 @@ def read_process(path: Path) -> ProcessRecord:
             replay.losses += losses
             replay.peak_device_bytes += [document.get("peak_device_bytes")] * len(losses)
         elif kind == "event":
-            process.events.append(
-                Event(*(document.get(k) for k in ("at_s", "what", "subject", "why", "traceback")))  # type: ignore[arg-type]
-            )
+            process.events.append(_event(document))
+        elif kind == "inputs":
+            process.inputs = tuple(document.get("tensors", ()))
         elif kind == "profile":
             process.profile = document
         elif kind == "end":
@@ -383,9 +387,14 @@ def _process_step_times(path: Path) -> StepTimes:
             with _unpacking(path, number):
                 turns.tell(unpacker.events(_packed(document)), repeat(None))
         elif kind == "event":
-            times.failures += document.get("what") == "failed"
+            times.events.append(_event(document))
     turns.finish()
     return times
+
+
+def _event(document: dict[str, Any]) -> Event:
+    values: dict[str, Any] = {f.name: document.get(f.name) for f in dataclasses.fields(Event)}
+    return Event(**values)
 
 
 def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flatout import paths
 from flatout.errors import UserError
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, read_step_times, write_failure
-from flatout.request import Request
+from flatout.request import Proof, Request
+
+if TYPE_CHECKING:
+    from flatout.plan import Plan
 
 SUMMARY = "run a command, with a plan or just watched"
 TAKES_JOB = True
@@ -27,25 +33,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KNOB=SETTING",
         help="turn one knob by hand, on top of the plan; may be repeated",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="apply the whole plan although machine, torch, program or inputs have changed",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    request = Request(settings=_settings(arguments))
-    run_directory = None
+    request = _request(arguments)
+    run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
-    exited = process.run(arguments.command, environment.job_environment(run_directory, {}))
+    if run_directory is not None and request.settings:
+        from flatout import knobs
+
+        variables = knobs.prepare(request, os.environ)
+    exited = process.run(arguments.command, environment.job_environment(run_directory, variables))
     if run_directory is not None:
-        print(f"flatout: {_summary(run_directory)}", file=sys.stderr)
+        for line in _summary(run_directory, request):
+            _say(line)
     return process.exit_like(exited.returncode)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+def _request(arguments: argparse.Namespace) -> Request:
     settings: dict[str, str] = {}
+    proof = None
     if arguments.plan is not None:
         from flatout import plan
 
-        settings.update(plan.read(arguments.plan).settings)
+        settings, proof = _proven_here(plan.read(arguments.plan), arguments)
     if arguments.set:
         from flatout import knobs
 
@@ -55,7 +72,30 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
                 raise UserError(f"--set takes KNOB=SETTING, not {word!r}")
             knobs.check(name, setting)
             settings[name] = setting
-    return settings
+            if proof is not None:
+                proof = replace(proof, knobs=tuple(knob for knob in proof.knobs if knob != name))
+    return Request(settings=settings, proof=proof)
+
+
+def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:
+    """The settings that may be applied, and what the agent must still see to."""
+    settings = dict(plan.settings)
+    if plan.evidence is None or arguments.trust:
+        return settings, None
+    from flatout import knobs, machine
+
+    if not plan.proven:
+        _say(f"[plan] in {arguments.plan} is not what was proven; it is applied as it stands")
+        return settings, None
+    sensitive = tuple(name for name, s in settings.items() if not knobs.is_bitwise(name, s))
+    differences = plan.differences(arguments.command, machine.fingerprint())
+    if not differences or not sensitive:
+        return settings, Proof(sensitive, plan.torch, plan.inputs)
+    _say(
+        f"{', '.join(sensitive)} left out, proven under other conditions: "
+        f"{'; '.join(differences)}. 'flatout tune' proves anew, --trust applies the plan as it is"
+    )
+    return {name: s for name, s in settings.items() if name not in sensitive}, None
 
 
 def _prepare(request: Request) -> Path | None:
@@ -63,34 +103,50 @@ def _prepare(request: Request) -> Path | None:
         run_directory = new_run_directory()
         request.write(run_directory)
     except OSError as error:
-        print(
-            f"flatout: nothing is recorded, the command runs bare: {paths.runs_directory()}: "
-            f"{error.strerror}",
-            file=sys.stderr,
+        _say(
+            f"nothing is recorded, the command runs bare: {paths.runs_directory()}: "
+            f"{error.strerror}"
         )
         return None
     return run_directory
 
 
-def _summary(run_directory: Path) -> str:
+def _summary(run_directory: Path, request: Request) -> list[str]:
     where = paths.shown(run_directory)
     failure = write_failure(run_directory)
     if failure is not None:
-        return f"the record could not be written to its end in {where}: {failure}"
+        return [f"the record could not be written to its end in {where}: {failure}"]
     try:
         times = read_step_times(run_directory)
     except RecordError as error:
-        return f"the record cannot be read: {error}"
+        return [f"the record cannot be read: {error}"]
     if times is None:
         if any(run_directory.glob("started-*")):
-            return f"torch was never imported, so there was nothing to watch; record in {where}"
-        return (
+            return [f"torch was never imported, so there was nothing to watch; record in {where}"]
+        return [
             "no Python of this command loaded the agent (python -I, sudo, a container, or no "
             f"Python at all?), so nothing was watched; record in {where}"
-        )
+        ]
+    lines = [
+        f"{event.subject}={request.settings[event.subject]} {_OUTCOMES[event.what]}: {event.why}"
+        for event in times.events
+        if event.what in _OUTCOMES and event.subject in request.settings
+    ]
     if not times.turns:
-        return f"no training or inference step was seen; record in {where}"
+        return [*lines, f"no training or inference step was seen; record in {where}"]
     median_ms = statistics.median(times.turns)
     kind = "steps" if times.trains else "inference steps"
-    trouble = f"; {times.failures} of flatout's own parts failed, see there" * bool(times.failures)
-    return f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}"
+    failures = sum(event.what == "failed" for event in times.events)
+    trouble = f"; {failures} of flatout's own parts failed, see there" * bool(failures)
+    return [
+        *lines,
+        f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
+    ]
+
+
+def _say(line: str) -> None:
+    print(f"flatout: {line}", file=sys.stderr, flush=True)
+
+
+_OUTCOMES = {"skipped": "not applied", "failed": "failed"}
+"""What is said of a knob's events."""

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps for which the plan is proven (default: as the budget allows)",
     )
     parser.add_argument(
+        "--knobs",
+        type=_knobs,
+        metavar="KNOB,...",
+        help="try these only (default: all that match; 'flatout knobs' lists them)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first pair (default: 0)"
     )
     parser.add_argument(
@@ -77,6 +83,7 @@ def execute(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         seed=arguments.seed,
         isolate=not arguments.in_place,
+        knobs=arguments.knobs,
     )
     outcome = Tuner(
         arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops_per_s
@@ -107,6 +114,7 @@ def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
         settings=outcome.settings,
         command=tuple(arguments.command),
         program_sha256=plan.program_sha256(arguments.command),
+        inputs=outcome.inputs,
         machine=facts,
         evidence=outcome.evidence,
     ).write(arguments.plan)
@@ -191,6 +199,17 @@ def _seconds(text: str) -> float:
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 5m or 1h")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _knobs(text: str) -> tuple[str, ...]:
+    from flatout import knobs
+
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in knobs.registry():
+            known = ", ".join(knobs.registry())
+            raise argparse.ArgumentTypeError(f"there is no knob {name!r} (known: {known})")
+    return names
 
 
 def _positive(text: str) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from flatout import knobs
+from flatout import knobs, machine, signature
 from flatout.errors import UserError
 from flatout.plan import Evidence
 from flatout.record import Step
@@ -44,7 +44,10 @@ FIRST_RUN_SHARE = 1 / 24
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
 
 COMPARISON_SHARE = 0.25
-"""Share of the budget for the comparison inside one process."""
+"""Share of the budget for the comparisons inside one process."""
+
+MAXIMUM_ARMS = 8
+"""That take turns in one process; the steps of one arm should not lie too far apart."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class Options:
         steps: horizon of the proof; ``None``: from the budget, at most ``MAXIMUM_STEPS``.
         seed: of the first pair; the others count up from it.
         isolate: run every trial in a copy-on-write view.
+        knobs: to be tried; ``None``: all.
     """
 
     budget_seconds: float = 300.0
     steps: int | None = None
     seed: int = 0
     isolate: bool = True
+    knobs: Collection[str] | None = None
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Outcome:
         in_process: ratio of each knob alone inside one process.
         dropped: knobs that were not tried, or failed, with the reason.
         header: of the first run's record: interpreter, torch and so on.
+        inputs: what went into the first outermost module call of every run, see
+            ``flatout.signature``; ``None`` if there is nothing that all runs have in common.
         seconds: how long all of it took.
     """
 
@@ -84,6 +91,7 @@ class Outcome:
     in_process: dict[str, Ratio] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     header: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] | None = None
     seconds: float = 0.0
 
 
@@ -137,6 +145,7 @@ class Tuner:
         self._first = first
         self._available = len(first.process.steps) if first.ended else None
         self._outcome.header = first.process.header
+        self._outcome.inputs = first.process.inputs
         self._say(
             f"bare: {self._step_s * 1e3:.4g} ms a step (median of {len(first.process.steps)} "
             f"steps), {self._startup_s:.1f} s of start-up"
@@ -195,10 +204,15 @@ class Tuner:
             device=device,
             matmul_flops_per_s=self._measure(str(header["executable"]), device),
             updates=any(step.updates for step in steps),
+            huge_pages=machine.huge_pages(),
+            threads=header["threads"],
         )
         candidates = {}
+        wanted = self._options.knobs
         for name, knob in knobs.registry().items():
-            match = knob.match(facts)
+            if wanted is not None and name not in wanted:
+                continue
+            match = knob.offer(facts)
             if match.settings and knob.hot:
                 candidates[name] = match.settings[0]
             else:
@@ -208,19 +222,36 @@ class Tuner:
     def _winners(self, candidates: dict[str, str]) -> dict[str, str]:
         """The candidates that are faster inside one process."""
         winners = {}
-        for name, ratio in self._compare(dict(candidates)).items():
-            self._outcome.in_process[name] = ratio
-            self._say(f"{name}={candidates[name]}: {ratio} inside one process")
-            if ratio.low > 1:
-                winners[name] = candidates[name]
-            else:
-                self._drop(name, self._skips.get(name, "it is not faster, beyond noise"))
+        groups = self._groups(candidates)
+        for group in groups:
+            for name, ratio in self._compare(group, 1 / len(groups)).items():
+                self._outcome.in_process[name] = ratio
+                self._say(f"{name}={candidates[name]}: {ratio} inside one process")
+                if ratio.low > 1:
+                    winners[name] = candidates[name]
+                else:
+                    self._drop(name, self._skips.get(name, "it is not faster, beyond noise"))
         return winners
 
-    def _compare(self, candidates: dict[str, str]) -> dict[str, Ratio]:
-        """Compare each candidate with bare; those that fail are dropped, the rest tried again."""
+    def _groups(self, candidates: Mapping[str, str]) -> list[dict[str, str]]:
+        """The candidates in as few parts as a program of this length can compare at a time."""
+        size = MAXIMUM_ARMS - 1
+        if self._available is not None:
+            arms = (self._available - WARMUP_STEPS) // (MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS)
+            size = min(max(arms - 1, 1), size)
+        parts = math.ceil(len(candidates) / size)
+        items = list(candidates.items())
+        return [dict(items[part::parts]) for part in range(parts)]
+
+    def _compare(self, candidates: dict[str, str], share: float) -> dict[str, Ratio]:
+        """Compare each candidate with bare; those that fail are dropped, the rest tried again.
+
+        Args:
+            candidates: to be compared, those that fail are taken out.
+            share: of the time for all comparisons.
+        """
         while candidates:
-            comparison = self._comparison(candidates)
+            comparison = self._comparison(candidates, share)
             self._say(
                 f"comparing {_in_words(candidates)} with bare inside one process, "
                 f"{comparison.rounds} rounds of {comparison.block_steps} steps each"
@@ -269,14 +300,14 @@ class Tuner:
                 self._available = steps
         return {}
 
-    def _comparison(self, candidates: Mapping[str, str]) -> Comparison:
+    def _comparison(self, candidates: Mapping[str, str], share: float) -> Comparison:
         """As long as the budget and the program allow.
 
         Raises:
             UserError: the program ends too early to compare anything.
         """
         arms: tuple[dict[str, str], ...] = ({}, *({k: s} for k, s in candidates.items()))
-        seconds = self._options.budget_seconds * COMPARISON_SHARE
+        seconds = self._options.budget_seconds * COMPARISON_SHARE * share
         rounds = int(seconds / (self._step_s * BLOCK_STEPS * len(arms))) // 2 * 2
         rounds = min(max(rounds, MINIMUM_ROUNDS), MAXIMUM_ROUNDS)
         block_steps = BLOCK_STEPS
@@ -396,6 +427,7 @@ class Tuner:
                     self._failed(settings, "the program ends earlier under it")
                     return None
                 runs[with_plan].append(done.process.steps)
+                self._outcome.inputs = _in_common(self._outcome.inputs, done.process.inputs)
             bare_ms, plan_ms = (
                 statistics.typical_step_ms(runs[with_plan][-1], WARMUP_STEPS)
                 for with_plan in (False, True)
@@ -417,10 +449,7 @@ class Tuner:
             [proof.curves(steps) for steps in runs[False]],
             [proof.curves(steps) for steps in runs[True]],
             proof.curves(self._first.process.steps),
-            bitwise=all(
-                knobs.get(name).exactness[setting] == "bitwise"
-                for name, setting in settings.items()
-            ),
+            bitwise=all(knobs.is_bitwise(name, setting) for name, setting in settings.items()),
         )
         self._say(f"{_in_words(settings)}: {ratio}; {verdict.why}")
         return _Pairs(ratio, verdict, median(times_ms[False]), median(times_ms[True]))
@@ -449,6 +478,12 @@ class Tuner:
     def _drop(self, name: str, why: str) -> None:
         self._outcome.dropped[name] = why
         self._say(f"{name} is left out: {why}")
+
+
+def _in_common(
+    one: tuple[str, ...] | None, other: tuple[str, ...] | None
+) -> tuple[str, ...] | None:
+    return None if one is None or other is None else signature.merged(one, other)
 
 
 def _length(comparison: Comparison) -> int:
