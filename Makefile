@@ -46,4 +46,7 @@ clean:
 	rm -rf $(VENV) .venv-frameworks .venv-timm build dist src/flatout.egg-info
 	rm -f src/flatout/agent/_watch*.so
 
-.PHONY: all demo test lint frameworks measured clean
+docs: $(INSTALLED)
+	$(BIN)/python -m flatout.report.card docs/knobs
+
+.PHONY: all demo test lint docs frameworks measured clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from flatout.doctor import Diagnosis, diagnose
+from flatout import knobs
+from flatout.doctor import Diagnosis, diagnose, findings
 from flatout.doctor.findings import kinds
 from flatout.errors import UserError
 from flatout.machine import Ceilings
@@ -407,6 +409,18 @@ def test_what_was_not_measured_is_null(recorded: Any) -> None:
 def test_nothing_to_diagnose(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no training or inference step"):
         diagnose(RunRecord(tmp_path, []), None)
+
+
+def test_the_knobs_that_findings_name_are_there() -> None:
+    folder = Path(findings.__file__).parent
+    named = [
+        word
+        for file in folder.glob("*.py")
+        for word in re.findall(r"knob: ([a-z_]+=[a-z_0-9]+)", file.read_text())
+    ]
+    assert named
+    for word in named:
+        knobs.check(*word.split("="))
 
 
 def test_every_kind_has_a_test() -> None:

@@ -179,11 +179,11 @@ def run(
     script = tmp_path / "program.py"
     script.write_text(PREAMBLE + program)
     monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     finished = launch.start(
         [sys.executable, str(script)],
         Request(stop_steps=steps, profile_steps=2),
         output="capture",
-        environment={"OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.output
     process = read_run(finished.run_directory).main

@@ -19,5 +19,5 @@ def find(case: Case) -> Finding | None:
         "denormal numbers",
         [f"{denormal:.1%} of the parameters are smaller than float32's smallest normal number"],
         None,
-        "edit: torch.set_flush_denormal(True) at the start",
+        "knob: denormals=flush (by hand: torch.set_flush_denormal(True) at the start)",
     )

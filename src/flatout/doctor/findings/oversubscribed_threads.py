@@ -25,5 +25,6 @@ def find(case: Case) -> Finding | None:
         "more threads than cores",
         [f"{who} on {case.usable_cores:g} cores"],
         None,
-        f"edit: start with OMP_NUM_THREADS={max(1, int(cores / ranks))}",
+        f"edit: start with OMP_NUM_THREADS={max(1, int(cores / ranks))}"
+        + " (knob: threads=all)" * (ranks == 1),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
+from flatout.knobs.allocator import TUNABLES
 from flatout.record import MANY_FAULTS
 
 
@@ -25,6 +26,5 @@ def find(case: Case) -> Finding | None:
         "page faults",
         evidence,
         share,
-        "edit: start with GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
-        "glibc.malloc.trim_threshold=4294967296",
+        f"knob: allocator=keep (by hand: start with GLIBC_TUNABLES={TUNABLES['keep']})",
     )

@@ -22,5 +22,5 @@ def find(case: Case) -> Finding | None:
         "random numbers drawn one by one",
         listed(case, lambda o: o["name"] in RANDOM_OPERATORS),
         share,
-        "edit: no dropout where the data suffices (torch's generator is serial on a CPU)",
+        "knob: random=fast (torch's generator is serial on a CPU)",
     )

@@ -1,0 +1,66 @@
+"""A knob's card as Markdown: for the terminal, and for the pages under ``docs/knobs/``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flatout import knobs
+from flatout.knobs import Knob
+
+
+def markdown(knob: Knob) -> str:
+    """The page of a knob."""
+    card = knob.card
+    settings = "\n".join(
+        f"- `{knob.name}={setting}`: {knob.exactness[setting]} "
+        f"({knobs.EXACTNESS[knob.exactness[setting]]})"
+        for setting in knob.settings
+    )
+    when = (
+        "between two steps of a running process" if knob.hot else "when a process starts, only then"
+    )
+    sources = "\n".join(f"- {source}" for source in card.sources)
+    return f"""# {knob.name}
+
+{knob.summary[0].upper()}{knob.summary[1:]}.
+
+{settings}
+
+It is turned {when}. Devices: {", ".join(knob.platforms)}.
+
+## What it does
+
+{card.what}
+
+## When it helps
+
+{card.helps}
+
+## When it hurts
+
+{card.hurts}
+
+## By hand
+
+{card.by_hand}
+
+## Sources
+
+{sources}
+"""
+
+
+def write_pages(folder: Path) -> None:
+    """Write one page for each knob, and remove those of knobs that are no more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {f"{name}.md": markdown(knob) for name, knob in knobs.registry().items()}
+    for page in folder.glob("*.md"):
+        if page.name not in pages:
+            page.unlink()
+    for name, text in pages.items():
+        (folder / name).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    write_pages(Path(sys.argv[1]))
