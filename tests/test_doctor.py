@@ -183,7 +183,8 @@ ADAMW = {"class": "AdamW", "tensors": 4, "elements": 1000, "fused": False, "can_
         (ADAMW, 15.0, True),
         (ADAMW, 0.3, False),
         ({**ADAMW, "fused": True}, 15.0, False),
-        ({**ADAMW, "class": "RMSprop", "can_fuse": False}, 15.0, False),
+        ({**ADAMW, "class": "RMSprop", "can_fuse": False}, 15.0, True),
+        ({**ADAMW, "class": "LBFGS", "can_fuse": False}, 15.0, False),
     ],
 )
 def test_unfused_optimizer(

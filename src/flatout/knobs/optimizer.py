@@ -1,4 +1,4 @@
-"""The optimizer's own kernel: torch's fused step in place of one operation after the other."""
+"""The optimizer's step: one pass over memory in place of one operation after the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout import kernels
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +21,32 @@ def match(facts: Facts) -> Match:
     """Needs an optimizer object that steps."""
     if not facts.updates:
         return Match((), "no optimizer object steps in this program")
-    return Match(("fused",))
+    return Match(("onepass", "fused") if kernels.find_compiler() is not None else ("fused",))
 
 
 def apply(session: Session, setting: str) -> Undo:
-    """Let the optimizers that have stepped once step fused from now on."""
+    """Let every optimizer step in one pass from now on, or those that have stepped once fused."""
+    return {"onepass": _onepass, "fused": _fused}[setting](session)
+
+
+def _onepass(session: Session) -> Undo:
+    from flatout.optim import functional
+
+    try:
+        stand_ins = functional.load(lambda error: session.contain(NAME, error))
+    except kernels.KernelError as error:
+        raise RefusedError(f"torch's own steps stay: {error}") from error
+    for stand_in in stand_ins:
+        stand_in.install()
+
+    def undo() -> None:
+        for stand_in in stand_ins:
+            stand_in.remove()
+
+    return undo
+
+
+def _fused(session: Session) -> Undo:
     fused = _FusedSteps(session)
     before, after = (session.contained(NAME, f) for f in (fused.before, fused.after))
     session.before_optimizer_step.append(before)
@@ -139,27 +161,34 @@ def _parameter_refusal(
 
 KNOB = Knob(
     name=NAME,
-    summary="torch's fused kernel for the steps of Adam, AdamW, SGD and Adagrad",
-    settings=("fused",),
-    exactness={"fused": "reordered"},
+    summary="steps of optimizers in one pass over memory",
+    settings=("fused", "onepass"),
+    exactness={"fused": "reordered", "onepass": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="Sets `fused=True` in the parameter groups of Adam, AdamW, SGD and Adagrad while they "
-        "step, and takes it back after each step, so that checkpoints are those of the program "
-        "without it. Optimizers for which torch has no fused step, or whose parameters, gradients "
-        "and state are not laid out alike, are left alone: the fused kernels would compute wrong "
-        "updates, silently (for instance after `model.to(memory_format=torch.channels_last)` in "
-        "the middle of training).",
+        what="`onepass`: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam, "
+        "with all their options, step through kernels compiled for this processor, all parameters "
+        "of a group in one call. State and checkpoints are torch's own. Parameters that are not "
+        "float32, sparse gradients, and tensors laid out unlike their parameters are stepped by "
+        "torch as ever; so are programs that choose `foreach` or `fused` themselves. Needs a C "
+        "compiler. `flatout.optim` has the same as classes.\n\n"
+        "`fused`: sets torch's `fused=True` in the parameter groups of Adam, AdamW, SGD and "
+        "Adagrad while they step, and takes it back after each step, so that checkpoints are those "
+        "of the program without it. Optimizers whose parameters, gradients and state are not laid "
+        "out alike are left alone: torch's fused kernels would compute wrong updates, silently "
+        "(for instance after `model.to(memory_format=torch.channels_last)` in the middle of "
+        "training).",
         helps="Many parameter tensors, or an optimizer that takes a good part of the step: on the "
         "CPU torch otherwise goes through the parameters one by one.",
         hurts="Hardly ever; a few small tensors gain nothing. Not for accelerators: there torch "
         "keeps the step counters of fused optimizers on the device, which would change what a "
         "checkpoint holds.",
-        by_hand="`torch.optim.AdamW(parameters, fused=True)`",
+        by_hand="`flatout.optim.AdamW(parameters)`, or `torch.optim.AdamW(parameters, fused=True)`",
         sources=("https://docs.pytorch.org/docs/stable/optim.html",),
     ),
     match=match,
     apply=apply,
     claims=("the steps of optimizers",),
+    kernels=("optimizers",),
 )

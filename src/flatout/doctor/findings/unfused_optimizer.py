@@ -5,15 +5,23 @@ from __future__ import annotations
 from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
 
+ONE_PASS = ("RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam")
+"""For which torch has no fused step on any device, but the knob."""
+
 
 def find(case: Case) -> Finding | None:
     share = case.phase_share("optimizer")
-    plain = [o for o in case.facts.get("optimizers", []) if o["can_fuse"] and not o["fused"]]
+    plain = [
+        o
+        for o in case.facts.get("optimizers", [])
+        if not o["fused"]
+        and (o["can_fuse"] or (o["class"] in ONE_PASS and not case.on_accelerator))
+    ]
     if share < MATTERS or not plain:
         return None
     return Finding(
         "unfused-optimizer",
-        "an optimizer without its fused kernel",
+        "an optimizer that goes over its parameters one by one",
         [f"its steps take {case.phases_ms['optimizer']:.3g} ms"]
         + [
             f"{o['class']} goes over {o['tensors']} tensors, {o['elements']:,} elements, in "
@@ -23,5 +31,5 @@ def find(case: Case) -> Finding | None:
         share,
         "edit: fused=True where the optimizer is built"
         if case.on_accelerator
-        else "knob: optimizer=fused (by hand: fused=True)",
+        else "knob: optimizer=onepass (by hand: flatout.optim, or fused=True)",
     )

@@ -1,0 +1,207 @@
+"""Torch's optimizers with one pass over memory a step: a library for those who write it themselves.
+
+Each class has the arguments, the behaviour and the ``state_dict`` of the class of the same name in
+``torch.optim``, and is one of its subclasses: checkpoints go both ways. In the formulas g is the
+gradient (negated with ``maximize``; plus weight decay times the parameter, where that is not
+decoupled), p the parameter, t the step, counted from 1, and every operation is elementwise.
+
+On a CPU, float32 parameters are stepped by ``kernels/optimizers.c``, which needs a C compiler at
+its first use; everything else (other dtypes, sparse gradients, gradients laid out unlike their
+parameters, ``foreach`` or ``fused`` chosen by the caller) is stepped by torch. On accelerators
+torch's fused step is the default, for the classes that have one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from flatout.optim import functional
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@functools.cache
+def _stand_ins() -> dict[str, functional.OnePass]:
+    return {stand_in.name: stand_in for stand_in in functional.load(_raise)}
+
+
+class _OnePass(torch.optim.Optimizer):
+    """What the classes have in common.
+
+    Raises:
+        flatout.kernels.KernelError: at the first step, if the kernels cannot be compiled.
+    """
+
+    _form: str
+
+    def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        fusible = "fused" in inspect.signature(super().__init__).parameters
+        if fusible and not kwargs.keys() & {"fused", "foreach", "differentiable", "capturable"}:
+            kwargs["fused"] = _all_on_accelerator(params) or None
+        super().__init__(params, *args, **kwargs)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what ``closure`` returned.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+        """
+        base: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.optim"))
+        stand_in = _stand_ins()[self._form]
+        with (
+            torch.set_grad_enabled(self.defaults.get("differentiable", False)),
+            functional.installed(stand_in),
+        ):
+            # torch's own step without its decorators: hooks and profiling are done around this one
+            return inspect.unwrap(base.step)(self, closure)
+
+
+def _all_on_accelerator(params: list[Any]) -> bool:
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    tensors = [t for group in groups for t in _listed(group["params"])]
+    return bool(tensors) and all(
+        isinstance(t, torch.Tensor)
+        and t.device.type in ("cuda", "mps", "xpu")
+        and t.is_floating_point()
+        for t in tensors
+    )
+
+
+def _listed(params: Any) -> list[Any]:
+    if isinstance(params, torch.Tensor):
+        return [params]
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+class SGD(_OnePass, torch.optim.SGD):
+    """Gradient descent, with momentum and Nesterov's variant.
+
+    m = momentum * m + (1 - dampening) * g (m = g at the first step); p -= lr * m, or, Nesterov,
+    p -= lr * (g + momentum * m); without momentum p -= lr * g.
+
+    Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
+    """
+
+    _form = "sgd"
+
+
+class Adam(_OnePass, torch.optim.Adam):
+    """Adaptive moments.
+
+    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g^2. Both start at 0 and are
+    therefore too small at first, by 1 - beta1^t and 1 - beta2^t, which the bias correction divides
+    by; without it the first step would be (1 - beta1) / sqrt(1 - beta2) times as long, 3.2 times
+    with the defaults:
+    p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps). With ``amsgrad``, the largest v
+    so far stands for v.
+
+    Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015, arXiv:1412.6980;
+    Reddi et al., On the convergence of Adam and beyond, ICLR 2018 (AMSGrad).
+    """
+
+    _form = "adam"
+
+
+class AdamW(_OnePass, torch.optim.AdamW):
+    """Adam with decoupled weight decay: p *= 1 - lr * weight_decay before the step.
+
+    Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019, arXiv:1711.05101.
+    """
+
+    _form = "adam"
+
+
+class RMSprop(_OnePass, torch.optim.RMSprop):
+    """Division by a running root mean square.
+
+    v = alpha * v + (1 - alpha) * g^2; p -= lr * g / (sqrt(v) + eps). Centered: sqrt(v - u^2), with
+    u = alpha * u + (1 - alpha) * g. With momentum: m = momentum * m + g / (sqrt(..) + eps);
+    p -= lr * m.
+
+    Tieleman and Hinton, Lecture 6.5, COURSERA: Neural networks for machine learning, 2012;
+    centered: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
+    """
+
+    _form = "rmsprop"
+
+
+class Adagrad(_OnePass, torch.optim.Adagrad):
+    """Division by the root of the sum of all squares so far.
+
+    s += g^2; p -= lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps).
+
+    Duchi, Hazan and Singer, Adaptive subgradient methods, JMLR 12, 2011.
+    """
+
+    _form = "adagrad"
+
+
+class Adadelta(_OnePass, torch.optim.Adadelta):
+    """Steps in the unit of the parameter.
+
+    v = rho * v + (1 - rho) * g^2; d = sqrt(u + eps) / sqrt(v + eps) * g;
+    u = rho * u + (1 - rho) * d^2; p -= lr * d.
+
+    Zeiler, ADADELTA: An adaptive learning rate method, 2012, arXiv:1212.5701.
+    """
+
+    _form = "adadelta"
+
+
+class Adamax(_OnePass, torch.optim.Adamax):
+    """Adam with the infinity norm.
+
+    m as in Adam; u = max(beta2 * u, abs(g) + eps); p -= lr / (1 - beta1^t) * m / u.
+
+    Kingma and Ba, section 7.1, arXiv:1412.6980.
+    """
+
+    _form = "adamax"
+
+
+class NAdam(_OnePass, torch.optim.NAdam):
+    """Adam with Nesterov's momentum.
+
+    m, v as in Adam; mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2); M_t = mu_1 * ... * mu_t;
+    p -= lr * ((1 - mu_t) / (1 - M_t) * g + mu_{t+1} / (1 - M_t * mu_{t+1}) * m)
+    / (sqrt(v / (1 - beta2^t)) + eps).
+
+    Dozat, Incorporating Nesterov momentum into Adam, ICLR workshop 2016.
+    """
+
+    _form = "nadam"
+
+
+class RAdam(_OnePass, torch.optim.RAdam):
+    """Adam whose adaptive part waits until its variance is tractable.
+
+    m, v as in Adam; R = 2 / (1 - beta2) - 1; r_t = R - 2 * t * beta2^t / (1 - beta2^t). While
+    r_t <= 5: p -= lr * m / (1 - beta1^t). Then: p -= lr * m / (1 - beta1^t)
+    * sqrt(1 - beta2^t) / (sqrt(v) + eps)
+    * sqrt((r_t - 4) * (r_t - 2) * R / ((R - 4) * (R - 2) * r_t)).
+
+    Liu et al., On the variance of the adaptive learning rate and beyond, ICLR 2020,
+    arXiv:1908.03265.
+    """
+
+    _form = "radam"
