@@ -1,6 +1,7 @@
 """Flatout's kernels against torch's own operators, interleaved.
 
-    python benchmarks/kernels.py [--pairs 20]
+    python benchmarks/kernels.py                      # all parts
+    python benchmarks/kernels.py optimizers --pairs 10
 
 Both take turns in blocks of calls, each block after two calls that are not timed; a ratio is the
 geometric mean over pairs of blocks, with its 95 % interval (t, over the logarithms). Exits with 1
@@ -10,19 +11,21 @@ when a ratio lies below what is asked of it. Run it on a machine that does nothi
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
 
 from flatout import kernels
-from flatout.knobs import random
+from flatout.knobs import Undo, random
+from flatout.optim import functional
 
 BLOCK_S = 0.05
 """Length of a block of torch's calls, about."""
@@ -37,7 +40,7 @@ class Ratio(NamedTuple):
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.value:.1f}x ({self.low:.1f} to {self.high:.1f}, {self.pairs} pairs)"
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
 
 
 def interleaved(
@@ -45,55 +48,151 @@ def interleaved(
 ) -> tuple[float, float, Ratio]:
     """Microseconds of a call bare and switched (medians), and their ratio."""
 
-    def block_us(count: int) -> float:
-        call(), call()
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            call()
-        return (time.perf_counter_ns() - start) / count / 1e3
-
-    count = max(1, math.ceil(BLOCK_S * 1e6 / block_us(3)))
+    count = max(1, math.ceil(BLOCK_S * 1e6 / block_us(call, 3)))
     bare, fast = [], []
     for pair in range(pairs):
         for on in (False, True) if pair % 2 else (True, False):
             if on:
                 with switched():
-                    fast.append(block_us(count))
+                    fast.append(block_us(call, count))
             else:
-                bare.append(block_us(count))
-    logs = np.log(np.array(bare) / np.array(fast))
-    half = stats.t.ppf(0.975, pairs - 1) * stats.sem(logs)
+                bare.append(block_us(call, count))
+    ratios = [slow / quick for slow, quick in zip(bare, fast, strict=True)]
+    return float(np.median(bare)), float(np.median(fast)), ratio_of(ratios)
+
+
+def block_us(call: Callable[[], object], count: int) -> float:
+    """Microseconds of a call, of ``count`` after two that are not timed."""
+    call(), call()
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        call()
+    return (time.perf_counter_ns() - start) / count / 1e3
+
+
+def ratio_of(ratios: Sequence[float]) -> Ratio:
+    """Geometric mean, with its 95 % interval."""
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(logs)
     value, low, high = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
-    return float(np.median(bare)), float(np.median(fast)), Ratio(value, low, high, pairs)
+    return Ratio(float(value), float(low), float(high), len(ratios))
 
 
-@contextmanager
-def fast_random():  # type: ignore[no-untyped-def]
-    undo = random.install(kernels.load("bernoulli"), paired=False)
-    yield
-    undo()
+def switched_on(make: Callable[[], Undo]) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which a knob is on."""
+
+    @contextmanager
+    def on() -> Iterator[None]:
+        undo = make()
+        yield
+        undo()
+
+    return on
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=20)
-    pairs = parser.parse_args().pairs
-    failed = False
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+def bernoulli(pairs: int) -> bool:
+    """``Tensor.bernoulli_`` against the parallel generator; returns whether all is as asked."""
+    library = kernels.load("bernoulli")
+    fast = switched_on(lambda: random.install(library, paired=False, on_failure=_raise))
+    is_as_asked = True
     for dtype in (torch.float32, torch.bfloat16):
         for power in (4, 5, 6, 7):
             tensor = torch.empty(10**power, dtype=dtype)
-            bare_us, fast_us, ratio = interleaved(
-                lambda tensor=tensor: tensor.bernoulli_(0.8), fast_random, pairs
-            )
             asked = 15 if power >= 6 else 1
-            failed |= ratio.low < asked
-            print(
-                f"bernoulli_ of 1e{power} {str(dtype)[6:]}: {bare_us:.4g} us, "
-                f"{fast_us:.4g} us, {ratio}; asked: {asked}x",
-                flush=True,
-            )
-    return int(failed)
+            name = f"bernoulli_ of 1e{power} {str(dtype)[6:]}"
+            call = functools.partial(tensor.bernoulli_, 0.8)
+            is_as_asked &= compared(name, call, fast, pairs, asked)
+    return is_as_asked
+
+
+def optimizers(pairs: int) -> bool:
+    """Steps against torch's own, and against a copy of memory in bytes moved per second."""
+    is_as_asked = True
+    stand_ins = functional.load(_raise)
+
+    @contextmanager
+    def one_pass() -> Iterator[None]:
+        with ExitStack() as stack:
+            for stand_in in stand_ins:
+                stack.enter_context(functional.installed(stand_in))
+            yield
+
+    for name, (options, floats) in OPTIMIZERS.items():
+        for shapes in ([1000] * 200, [10**6], [10**8]):
+            params = [torch.nn.Parameter(torch.ones(size)) for size in shapes]
+            for param in params:
+                param.grad = torch.full_like(param, 0.01)
+            optimizer = getattr(torch.optim, name)(params, **options)
+            optimizer.step()
+            described = f"{name} of {len(shapes)} x {shapes[0]:.0e}"
+            is_as_asked &= compared(described, optimizer.step, one_pass, pairs, 1)
+            if len(shapes) == 1:
+                source, target = torch.ones(shapes[0]), torch.ones(shapes[0])
+                asked = 0.8 if shapes[0] == 10**8 else 0.0
+                with one_pass():
+                    share = bandwidth_share(
+                        functools.partial(target.copy_, source), optimizer.step, floats, pairs
+                    )
+                print(f"    bandwidth, as a share of a copy's: {share}; asked: {asked}")
+                is_as_asked &= share.low >= asked
+            del params, optimizer
+    return is_as_asked
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], int]] = {
+    "SGD": ({"momentum": 0.9}, 5),
+    "Adam": ({}, 7),
+    "AdamW": ({"amsgrad": True}, 9),
+    "RMSprop": ({"momentum": 0.9, "centered": True}, 9),
+    "Adagrad": ({}, 5),
+    "Adadelta": ({}, 7),
+    "Adamax": ({}, 7),
+    "NAdam": ({}, 7),
+    "RAdam": ({}, 7),
+}
+"""Options, and how many numbers are read and written for each parameter."""
+
+
+def bandwidth_share(
+    copy: Callable[[], object], step: Callable[[], object], floats: int, pairs: int
+) -> Ratio:
+    """Bytes per second of a step over those of a copy, which reads one number and writes one."""
+    ratios = []
+    for pair in range(pairs):
+        first, second = (copy, step) if pair % 2 else (step, copy)
+        times = {first: block_us(first, 3), second: block_us(second, 3)}
+        ratios.append(floats / 2 * times[copy] / times[step])
+    return ratio_of(ratios)
+
+
+def compared(
+    name: str,
+    call: Callable[[], object],
+    on: Callable[[], AbstractContextManager[None]],
+    pairs: int,
+    asked: float,
+) -> bool:
+    """Print how much faster ``call`` is when a knob is on; returns whether that is as asked."""
+    bare_us, on_us, ratio = interleaved(call, on, pairs)
+    print(f"{name}: {bare_us:.4g} us, {on_us:.4g} us, {ratio}; asked: {asked}x", flush=True)
+    return ratio.low >= asked
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+PARTS = {"bernoulli": bernoulli, "optimizers": optimizers}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--pairs", type=int, default=20)
+    arguments = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    results = [PARTS[name](arguments.pairs) for name in arguments.parts or PARTS]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

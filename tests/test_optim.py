@@ -396,7 +396,7 @@ def test_a_failure_is_torchs_step_and_is_reported(
     stand_ins: list[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = one_step(torch.ones(4), torch.ones(4), "Adam", fused=False, foreach=False)
-    monkeypatch.setattr(functional, "_alike", None)
+    monkeypatch.setattr(functional, "_are_plain", None)
     result = one_step(torch.ones(4), torch.ones(4), "Adam")
     torch.testing.assert_close(result, expected)
     assert [type(failure) for failure in stand_ins] == [TypeError] * 2

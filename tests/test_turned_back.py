@@ -35,6 +35,9 @@ BREAKAGES = {
     "random=paired": """
         from flatout.knobs import random
         random.Bernoulli.fill = None""",
+    "optimizer=onepass": """
+        from flatout.optim import functional
+        functional._are_plain = None""",
     "optimizer=fused": """
         from flatout.knobs import optimizer as knob
         knob.refusal = None""",

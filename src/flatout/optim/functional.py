@@ -12,6 +12,8 @@ import contextlib
 import ctypes
 import importlib
 import inspect
+import itertools
+import operator
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ SLOTS = 6
 """Addresses for each tensor: parameter, gradient, three of state, step counter."""
 
 Options = Callable[[Mapping[str, Any]], tuple[float, ...]]
+Column = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -157,44 +160,43 @@ class OnePass:
         options = form.options(arguments)
         if not all(isinstance(option, (int, float)) for option in options):
             return []  # a tensor
-        params: list[torch.Tensor] = arguments["params"]
-        gradients: list[torch.Tensor] = arguments["grads"]
-        state = [arguments[name] for name in form.state if self._has(name, arguments)]
-        slots = [
-            arguments[name] if name in form.scalars or self._has(name, arguments) else None
-            for name in form.state
-        ]
-        numbers = [arguments[name] for name in form.scalars]
+        if form.name == "sgd" and not any(options[1:]):
+            return []  # one operation of torch does it as well
+        names = [name for name in form.state if self._has(name, arguments)]
+        tensors: list[Column] = [arguments[name] for name in ("params", "grads", *names)]
+        numbers: list[Column] = [arguments[name] for name in form.scalars]
+        slots = [0, 1, *(2 + form.state.index(name) for name in (*names, *form.scalars))]
         if form.counts:
             numbers.append(arguments["state_steps"])
-        rows, sizes = array("Q"), array("q")
-        done, written = [], []
-        for i, param in enumerate(params):
-            tensors = [values[i] for values in state]
-            single = [values[i] for values in numbers]
-            usable = _alike(param, gradients[i], tensors) and all(map(_is_number, single))
-            done.append(usable)
-            if not usable:
-                continue
-            addresses = [0] * SLOTS
-            addresses[0], addresses[1] = param.data_ptr(), gradients[i].data_ptr()
-            for slot, values in enumerate(slots, 2):
-                if values is not None:
-                    addresses[slot] = values[i].data_ptr()
-            if form.counts:
-                addresses[-1] = single[-1].data_ptr()
-            rows.extend(addresses)
-            sizes.append(param.numel())
-            written += [param, *tensors, *single]
-        if not sizes:
+            slots.append(SLOTS - 1)
+        if _are_plain(tensors, numbers):
+            done = [True] * len(tensors[0])
+        else:
+            done = [
+                _alike(row) and _are_numbers(single)
+                for row, single in itertools.zip_longest(
+                    zip(*tensors, strict=True), zip(*numbers, strict=True), fillvalue=()
+                )
+            ]
+            tensors, numbers = (
+                [list(itertools.compress(column, done)) for column in columns]
+                for columns in (tensors, numbers)
+            )
+        count = len(tensors[0])
+        if not count:
             return []
+        addresses = array("Q", bytes(8 * SLOTS * count))
+        for slot, column in zip(slots, (*tensors, *numbers), strict=True):
+            addresses[slot::SLOTS] = array("Q", map(torch.Tensor.data_ptr, column))
+        sizes = array("q", map(torch.Tensor.numel, tensors[0]))
         threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
+        written = itertools.chain(tensors[0], *tensors[2:], *numbers)
         torch.autograd.graph.increment_version(written)
         numbers_passed = array("d", options)
         failed = self._kernel(
-            rows.buffer_info()[0],
+            addresses.buffer_info()[0],
             sizes.buffer_info()[0],
-            len(sizes),
+            count,
             numbers_passed.buffer_info()[0],
             threads,
         )
@@ -253,40 +255,40 @@ def installed(stand_in: OnePass) -> Iterator[None]:
         stand_in.remove()
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}  # None stands for a momentum that torch makes yet
+_KINDS = {(torch.float32, True, torch.strided)}
+_kind = operator.attrgetter("dtype", "is_cpu", "layout")
 
 
-def _alike(
-    param: torch.Tensor, gradient: torch.Tensor, state: Sequence[torch.Tensor | None]
-) -> bool:
+def _are_plain(tensors: Sequence[Column], numbers: Sequence[Column]) -> bool:
+    """Whether the kernel may take all of them; columns at once, since this is what a step costs."""
+    sizes = list(map(torch.Tensor.numel, tensors[0]))
+    return (
+        all(_PLAIN.issuperset(map(type, column)) for column in (*tensors, *numbers))
+        and all(set(map(_kind, column)) == _KINDS for column in (*tensors, *numbers))
+        and all(all(map(torch.Tensor.is_contiguous, column)) for column in tensors)
+        and all(list(map(torch.Tensor.numel, column)) == sizes for column in tensors[1:])
+        and all(set(map(torch.Tensor.numel, column)) == {1} for column in numbers)
+    )
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the kernel may go through them side by side: float32 on the CPU, laid out alike."""
-    tensors: list[torch.Tensor] = []
-    count = param.numel()
-    for tensor in (param, gradient, *state):
-        if (
-            tensor is None  # a momentum that torch makes at the first step
-            or type(tensor) not in _PLAIN
-            or tensor.dtype is not torch.float32
-            or not tensor.is_cpu
-            or tensor.layout is not torch.strided
-            or tensor.numel() != count
-        ):
-            return False
-        tensors.append(tensor)
+    if not all(type(tensor) in _PLAIN and _kind(tensor) in _KINDS for tensor in tensors):
+        return False
+    first = tensors[0]
     if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    strides = param.stride()
+        return all(tensor.numel() == first.numel() for tensor in tensors)
     return (
-        all(tensor.stride() == strides for tensor in tensors)
-        and all(tensor.shape == param.shape for tensor in tensors)
-        and bool(torch.ops.aten.is_non_overlapping_and_dense.default(param))
+        all(tensor.stride() == first.stride() for tensor in tensors)
+        and all(tensor.shape == first.shape for tensor in tensors)
+        and bool(torch.ops.aten.is_non_overlapping_and_dense.default(first))
     )
 
 
-def _is_number(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.numel() == 1
+def _are_numbers(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(
+        type(tensor) in _PLAIN and _kind(tensor) in _KINDS and tensor.numel() == 1
+        for tensor in tensors
     )
+
