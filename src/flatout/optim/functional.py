@@ -291,4 +291,3 @@ def _are_numbers(tensors: Sequence[torch.Tensor]) -> bool:
         type(tensor) in _PLAIN and _kind(tensor) in _KINDS and tensor.numel() == 1
         for tensor in tensors
     )
-
