@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from torch.nn import functional as F
 
 from flatout import kernels
 from flatout.knobs import Undo, random
+from flatout.knobs.attention import cpu
 from flatout.optim import functional
 
 BLOCK_S = 0.05
@@ -105,6 +107,24 @@ def bernoulli(pairs: int) -> bool:
     return is_as_asked
 
 
+def attention(pairs: int) -> bool:
+    """Forward and backward with dropout, causal, against torch's own."""
+    library = kernels.load("attention")
+    fast = switched_on(lambda: cpu.install(library, is_paired=False, on_failure=_raise))
+    is_as_asked = True
+    for dtype, asked in ((torch.bfloat16, 2.0), (torch.float32, 1.0)):
+        inputs = [torch.randn(16, 6, 256, 64).to(dtype).requires_grad_() for _ in range(3)]
+        gradient = torch.randn(16, 6, 256, 64).to(dtype)
+
+        def both(inputs: list[torch.Tensor] = inputs, gradient: torch.Tensor = gradient) -> None:
+            output = F.scaled_dot_product_attention(*inputs, dropout_p=0.2, is_causal=True)
+            torch.autograd.grad(output, inputs, gradient)
+
+        name = f"attention with dropout, 16 x 6 x 256 x 64 {str(dtype)[6:]}"
+        is_as_asked &= compared(name, both, fast, pairs, asked)
+    return is_as_asked
+
+
 def optimizers(pairs: int) -> bool:
     """Steps against torch's own, and against a copy of memory in bytes moved per second."""
     is_as_asked = True
@@ -182,7 +202,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-PARTS = {"bernoulli": bernoulli, "optimizers": optimizers}
+PARTS = {"bernoulli": bernoulli, "attention": attention, "optimizers": optimizers}
 
 
 def main() -> int:

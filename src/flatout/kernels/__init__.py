@@ -65,7 +65,9 @@ def build(name: str) -> Path:
         raise KernelError("there is no C compiler (CC, cc, gcc or clang)")
     command = [*compiler, *FLAGS, *OPENMP]
     key = hashlib.sha256()
-    for part in (source.read_bytes(), "\0".join(command).encode(), _processor().encode()):
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    parts = [file.read_bytes() for file in sources]
+    for part in (*parts, "\0".join(command).encode(), _processor().encode()):
         key.update(hashlib.sha256(part).digest())
     folder = paths.cache_directory() / "kernels"
     library = folder / f"{name}-{key.hexdigest()[:24]}.so"

@@ -178,10 +178,8 @@ class OnePass:
                     zip(*tensors, strict=True), zip(*numbers, strict=True), fillvalue=()
                 )
             ]
-            tensors, numbers = (
-                [list(itertools.compress(column, done)) for column in columns]
-                for columns in (tensors, numbers)
-            )
+            tensors = [list(itertools.compress(column, done)) for column in tensors]
+            numbers = [list(itertools.compress(column, done)) for column in numbers]
         count = len(tensors[0])
         if not count:
             return []

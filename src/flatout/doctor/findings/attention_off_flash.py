@@ -22,7 +22,7 @@ def find(case: Case) -> Finding | None:
         "attention without a fused kernel",
         evidence,
         share,
-        "edit: attention without dropout (dropout_p=0)"
+        "knob: attention=fast (one pass, with dropout)"
         if random and not case.on_accelerator
         else "edit: masks, shapes and dtypes that a fused kernel takes (is_causal=True, no "
         "gradient for the mask)",

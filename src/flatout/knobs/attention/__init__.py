@@ -1,0 +1,116 @@
+"""Attention: on the CPU with dropout in one pass, on CUDA by the backend that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flatout import kernels
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "attention"
+
+BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+}
+"""Settings for CUDA, and the names of ``torch.nn.attention.SDPBackend``."""
+
+
+def match(facts: Facts) -> Match:
+    """Whether there is attention with dropout shows in the comparison."""
+    if facts.device == "cuda":
+        return Match(tuple(BACKENDS))
+    if kernels.find_compiler() is None:
+        return Match((), "there is no C compiler")
+    return Match(("fast",))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Replace the operator on the CPU, or prefer a backend in every outermost module call."""
+    import torch
+
+    if setting in BACKENDS:
+        if not torch.cuda.is_available():
+            raise RefusedError(f"{setting} is for CUDA")
+        prefer = Preference(BACKENDS[setting])
+        session.forward_wrappers.append(prefer)
+        return lambda: session.forward_wrappers.remove(prefer)
+
+    from flatout.knobs.attention import cpu
+
+    try:
+        library = kernels.load("attention")
+        if not hasattr(torch.library, "get_kernel"):
+            raise kernels.KernelError(f"torch {torch.__version__} cannot hand its kernel over")
+    except kernels.KernelError as error:
+        raise RefusedError(f"torch's own attention stays: {error}") from error
+    return cpu.install(
+        library,
+        is_paired=setting == "paired",
+        on_failure=lambda error: session.contain(NAME, error),
+    )
+
+
+class Preference:
+    """Tries one backend before the others; a mask or dtype it cannot take goes to the next.
+
+    Args:
+        name: of ``torch.nn.attention.SDPBackend``.
+    """
+
+    def __init__(self, name: str) -> None:
+        from torch.nn.attention import SDPBackend
+
+        first = getattr(SDPBackend, name)
+        others = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+        self.order = [first, *(getattr(SDPBackend, other) for other in others if other != name)]
+
+    def __call__(self, call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+        """Around an outermost module call."""
+        from torch.nn.attention import sdpa_kernel
+
+        with sdpa_kernel(self.order, set_priority=True):
+            return call(module, *args, **kwargs)
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="attention with dropout that does not store its matrix; on CUDA, the backend",
+    settings=("paired", "fast", *BACKENDS),
+    exactness={"paired": "resampled", "fast": "reshuffled", **dict.fromkeys(BACKENDS, "reordered")},
+    hot=True,
+    platforms=("cpu", "cuda"),
+    card=Card(
+        what="On the CPU, `F.scaled_dot_product_attention` with dropout computes the whole matrix "
+        "of probabilities in float32, draws a random number for each by a serial generator, and "
+        "keeps both for the backward pass. `fast` goes through the matrix block by block, forward "
+        "and backward, with scores and softmax in float32 and a counter-based generator "
+        "(Philox4x32-10), and keeps one number a row. Each call draws one key from torch's default "
+        "generator, so seeds and saved random states keep their meaning; the masks, and what the "
+        "program draws afterwards, are others. The probability of keeping is exact to 2^-17, and "
+        "the rescaling fits it. `paired` leaves the generator as torch's own attention does, at no "
+        "gain; it is there for proofs. Left to torch: attention without dropout, grouped queries, "
+        "masks that require gradients, compiled regions, `torch.func`. Needs a C compiler.\n\n"
+        "On CUDA, `flash`, `cudnn` and `efficient` are tried before torch's other backends in "
+        "every outermost module call.",
+        helps="Training of transformers with dropout in their attention on the CPU; on CUDA, "
+        "shapes for which torch's order of backends is not the best.",
+        hurts="Where results must be repeated number by number from a run without it.",
+        by_hand="Train without dropout in the attention, which keeps torch on its flash path; on "
+        "CUDA, `with torch.nn.attention.sdpa_kernel([...], set_priority=True): model(input)`.",
+        sources=(
+            "https://arxiv.org/abs/2205.14135 (FlashAttention)",
+            "https://doi.org/10.1145/2063384.2063405 (Philox)",
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("scaled dot product attention",),
+    kernels=("attention",),
+)

@@ -1,0 +1,465 @@
+"""Attention on the CPU in blocks of scores that stay in the cache, with dropout in the same pass.
+
+The matrix products are torch's; what lies between them is ``kernels/attention.c``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from flatout.knobs import Undo
+
+OPERATOR = "aten::scaled_dot_product_attention"
+
+BLOCK_BYTES = 1 << 21
+"""Size of a block of scores, about, so that it stays in a cache."""
+
+BLOCK_ROWS = 128
+"""Most rows of a block: under a causal mask, what lies right of a block's last row is left out."""
+
+ALWAYS = 1 << 16
+"""The kernel keeps a probability when a half word lies below this times that of keeping."""
+
+
+class Kernel:
+    """``kernels/attention.c``.
+
+    Args:
+        library: of it.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        signatures: dict[str, tuple[Any, ...]] = {
+            "attention_forward": (pointer,) * 4,
+            "attention_backward": (pointer,) * 7,
+            "row_products": (pointer, pointer, pointer, size, size, ctypes.c_int, ctypes.c_int),
+            "dropout_factors": (pointer, pointer),
+        }
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.restype = None
+            function.argtypes = list(arguments)
+            setattr(self, name.removeprefix("attention_"), function)
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    row_products: Callable[..., None]
+    dropout_factors: Callable[..., None]
+
+
+class Block(ctypes.Structure):
+    """Scores of some rows of some heads, as ``Block`` of ``kernels/attention.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("first_head", "first_row")),
+        *((name, ctypes.c_int64) for name in ("all_rows", "all_columns", "heads_per_batch")),
+        ("bias", ctypes.c_void_p),
+        *((f"bias_{name}", ctypes.c_int64) for name in ("batch", "head", "row", "column")),
+        ("key", ctypes.c_uint64),
+        ("scale", ctypes.c_float),
+        ("keep", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("causal", "is_bf16", "threads")),
+    )
+
+
+class Job(NamedTuple):
+    """What is asked for, besides the tensors.
+
+    Attributes:
+        scale: of the scores.
+        is_causal: whether row ``r`` sees columns 0 to ``r``.
+        keep: probability of keeping a probability, times ``ALWAYS``.
+        key: of the random numbers.
+        heads_per_batch: how many heads share a row of the bias's first dimension.
+    """
+
+    scale: float
+    is_causal: bool
+    keep: int
+    key: int
+    heads_per_batch: int
+
+    def groups(self, heads: int, rows: int, columns: int) -> Iterator[slice]:
+        """Heads that are worked on together."""
+        depth = max(1, BLOCK_BYTES // (4 * _height(rows) * columns))
+        for first in range(0, heads, depth):
+            yield slice(first, min(first + depth, heads))
+
+    def blocks(
+        self, heads: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
+    ) -> Iterator[tuple[Block, slice, slice]]:
+        """The blocks of some heads, with the rows and columns that they are made of.
+
+        Args:
+            heads: of all of them.
+            query: all heads x rows x width.
+            key: all heads x columns x width.
+            bias: batch x heads per batch x rows x columns, or what broadcasts to it by strides.
+        """
+        rows, columns = query.shape[1], key.shape[1]
+        block = Block(
+            first_head=heads.start,
+            heads=heads.stop - heads.start,
+            all_rows=rows,
+            all_columns=columns,
+            heads_per_batch=self.heads_per_batch,
+            key=self.key,
+            scale=self.scale,
+            keep=self.keep,
+            causal=self.is_causal,
+            is_bf16=query.dtype is torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
+        if bias is not None:
+            block.bias = bias.data_ptr()
+            block.bias_batch, block.bias_head, block.bias_row, block.bias_column = bias.stride()
+        for first in range(0, rows, _height(rows)):
+            last = min(first + _height(rows), rows)
+            block.first_row, block.rows = first, last - first
+            block.columns = min(columns, last) if self.is_causal else columns
+            yield block, slice(first, last), slice(0, block.columns)
+
+
+def _height(rows: int) -> int:
+    return max(1, min(rows, BLOCK_ROWS))
+
+
+class Scratch:
+    """Memory that is used for one tensor after the other, so that its pages stay."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def of(self, *shape: int) -> torch.Tensor:
+        """A contiguous tensor with whatever was there before."""
+        count = math.prod(shape)
+        if self._memory.numel() < count:
+            self._memory = self._memory.new_empty(count)
+        return self._memory[:count].view(shape)
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy; the tensor itself where that is contiguous and of this dtype."""
+        if tensor.dtype is self._memory.dtype and tensor.is_contiguous():
+            return tensor
+        return self.of(*tensor.shape).copy_(tensor)
+
+
+class Attention(torch.autograd.Function):
+    """Softmax of scaled products, dropout, and the product with the values, block by block.
+
+    Saved for the backward pass: what came in, what went out, and one number a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        job: Job,
+        kernel: Kernel,
+        on_failure: Callable[[Exception], None],
+    ) -> torch.Tensor:
+        """Args: heads x rows x width, heads x columns x width (twice), ``Job.blocks``' bias."""
+        try:
+            output, sums = _outputs(query, key, value, bias, job, kernel)
+        except Exception as error:
+            on_failure(error)
+            raise _FailedError from error
+        ctx.save_for_backward(query, key, value, bias, output, sums)
+        ctx.job, ctx.kernel, ctx.on_failure = job, kernel, on_failure
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """See ``forward``; what it returns can be differentiated when that is asked for."""
+        query, key, value, bias, output, sums = ctx.saved_tensors
+        job, kernel = ctx.job, ctx.kernel
+        needed = ctx.needs_input_grad[:3]
+        found: Iterable[torch.Tensor]
+        with torch.autocast("cpu", enabled=False):
+            inputs = query, key, value
+            if not torch.is_grad_enabled():
+                try:
+                    found = _gradients(*inputs, bias, output, sums, gradient, job, kernel)
+                    return (*found, None, None, None, None)
+                except Exception as error:  # noqa: BLE001 - reported
+                    ctx.on_failure(error)
+                    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                again = differentiable(*inputs, bias, job, kernel)
+                found = torch.autograd.grad(
+                    again,
+                    list(itertools.compress(inputs, needed)),
+                    gradient,
+                    create_graph=create_graph,
+                )
+        each = iter(found)
+        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
+
+
+class _FailedError(Exception):
+    """What has failed is reported already."""
+
+
+def _outputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+    kernel: Kernel,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes out, and the logarithm of the sum of each row."""
+    heads, rows, _ = query.shape
+    columns = key.shape[1]
+    output = query.new_empty(heads, rows, value.shape[2])
+    sums = torch.empty(heads, rows)
+    exact_queries, exact_keys, all_scores, all_sums = (Scratch(torch.float32) for _ in range(4))
+    all_dropped, all_outputs = Scratch(query.dtype), Scratch(query.dtype)
+    for group in job.groups(heads, rows, columns):
+        exact_query = exact_queries.copy_of(query[group])
+        exact_key = exact_keys.copy_of(key[group])
+        for block, seen_by, seen in job.blocks(group, query, key, bias):
+            shape = block.heads, block.rows, block.columns
+            scores, dropped = all_scores.of(*shape), all_dropped.of(*shape)
+            of_rows = all_sums.of(*shape[:2])
+            torch.bmm(exact_query[:, seen_by], exact_key[:, seen].mT, out=scores)
+            kernel.forward(
+                ctypes.addressof(block),
+                *(tensor.data_ptr() for tensor in (scores, dropped, of_rows)),
+            )
+            sums[group, seen_by] = of_rows
+            summed = all_outputs.of(*shape[:2], value.shape[2])
+            output[group, seen_by] = torch.bmm(dropped, value[group, seen], out=summed)
+    return output, sums
+
+
+def _gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    gradient: torch.Tensor,
+    job: Job,
+    kernel: Kernel,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradient = gradient.contiguous()
+    means = torch.empty_like(sums)
+    kernel.row_products(
+        output.data_ptr(),
+        gradient.data_ptr(),
+        means.data_ptr(),
+        means.numel(),
+        output.shape[2],
+        output.dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    heads, rows, _ = query.shape
+    columns = key.shape[1]
+    of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+    exact_queries, exact_keys, all_scores, all_sums, all_means, keys_summed, values_summed = (
+        Scratch(torch.float32) for _ in range(7)
+    )
+    exact_gradients, exact_values, all_of_dropped = (Scratch(torch.float32) for _ in range(3))
+    all_dropped, all_of_scores, products = (Scratch(query.dtype) for _ in range(3))
+    for group in job.groups(heads, rows, columns):
+        exact_query = exact_queries.copy_of(query[group])
+        exact_key = exact_keys.copy_of(key[group])
+        exact_gradient = exact_gradients.copy_of(gradient[group])
+        exact_value = exact_values.copy_of(value[group])
+        key_sum = keys_summed.of(*key[group].shape).zero_()
+        value_sum = values_summed.of(*value[group].shape).zero_()
+        for block, seen_by, seen in job.blocks(group, query, key, bias):
+            shape = block.heads, block.rows, block.columns
+            scores, of_dropped, dropped, of_scores = (
+                memory.of(*shape)
+                for memory in (all_scores, all_of_dropped, all_dropped, all_of_scores)
+            )
+            here = gradient[group, seen_by]
+            torch.bmm(exact_query[:, seen_by], exact_key[:, seen].mT, out=scores)
+            torch.bmm(exact_gradient[:, seen_by], exact_value[:, seen].mT, out=of_dropped)
+            kernel.backward(
+                ctypes.addressof(block),
+                scores.data_ptr(),
+                all_sums.copy_of(sums[group, seen_by]).data_ptr(),
+                all_means.copy_of(means[group, seen_by]).data_ptr(),
+                *(tensor.data_ptr() for tensor in (of_dropped, dropped, of_scores)),
+            )
+
+            def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+                to = products.of(left.shape[0], left.shape[1], right.shape[2])
+                return torch.bmm(left, right, out=to)
+
+            of_query[group, seen_by] = product(of_scores, key[group, seen])
+            key_sum[:, seen] += product(of_scores.mT, query[group, seen_by])
+            value_sum[:, seen] += product(dropped.mT, here)
+        of_key[group], of_value[group] = key_sum, value_sum
+    return of_query, of_key, of_value
+
+
+def differentiable(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """The same in operations of torch, with the same random numbers; the matrix is stored."""
+    scores = query @ key.mT * job.scale
+    heads, rows, columns = scores.shape
+    if bias is not None:
+        batch = heads // job.heads_per_batch
+        full = bias.expand(batch, job.heads_per_batch, rows, columns)
+        scores = scores + full.reshape(heads, rows, columns)
+    if job.is_causal:
+        unseen = torch.ones(rows, columns, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(unseen, -math.inf)
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    if job.keep < ALWAYS:
+        factors = torch.empty(heads, rows, columns)
+        block = next(job.blocks(slice(0, heads), query, key, None))[0]
+        block.rows, block.columns = rows, columns
+        kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
+        probabilities = probabilities * factors
+    return probabilities.to(value.dtype) @ value
+
+
+def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Exception], None]) -> Undo:
+    """Replace attention with dropout on the CPU; returns what puts torch's own back.
+
+    Args:
+        library: of ``kernels/attention.c``.
+        is_paired: the default generator advances as it would without this.
+        on_failure: called when it could not be computed; torch's own way has been gone then.
+    """
+    own = torch.library.get_kernel(OPERATOR, "AutogradCPU")
+    kernel = Kernel(library)
+
+    def attention(
+        keyset: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        keep = round((1.0 - dropout_p) * ALWAYS)
+        state = None
+        if (
+            0 < keep < ALWAYS
+            and not enable_gqa
+            and not (is_causal and attn_mask is not None)
+            and can_take(query, key, value, attn_mask)
+        ):
+            state = torch.get_rng_state()
+            try:
+                drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+                if is_paired:
+                    torch.set_rng_state(state)
+                    query.new_empty((*query.shape[:3], key.shape[2])).bernoulli_(1.0 - dropout_p)
+                width = query.shape[3]
+                job = Job(
+                    1.0 / math.sqrt(width) if scale is None else scale,
+                    *(is_causal, keep, drawn, query.shape[1]),
+                )
+                return apply(query, key, value, attn_mask, job, kernel, on_failure)
+            except _FailedError:
+                torch.set_rng_state(state)
+        result: torch.Tensor = own.call_boxed(
+            *(keyset, query, key, value, attn_mask, dropout_p, is_causal),
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        return result
+
+    replaced = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every replaced kernel
+        for dispatch_key in ("AutogradCPU", "CPU"):
+            replaced.impl("scaled_dot_product_attention", attention, dispatch_key, with_keyset=True)
+    destroy: Undo = replaced._destroy
+    return destroy
+
+
+def apply(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    job: Job,
+    kernel: Kernel,
+    on_failure: Callable[[Exception], None],
+) -> torch.Tensor:
+    """Attention of tensors with the shapes of ``F.scaled_dot_product_attention``, of 4 dimensions.
+
+    Args:
+        query: batch x heads x rows x width.
+        key: batch x heads x columns x width.
+        value: batch x heads x columns x another width.
+        mask: what broadcasts to batch x heads x rows x columns: true where a row sees a column, or
+            numbers to be added to the scores.
+        job: what is asked for.
+        kernel: the compiled part.
+        on_failure: called when the backward pass failed and was gone in operations of torch.
+    """
+    batch, heads, rows, _ = query.shape
+    flat = (x.reshape(batch * heads, *x.shape[2:]).contiguous() for x in (query, key, value))
+    bias = None
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            bias = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        else:
+            bias = mask.float()
+        bias = bias.expand(batch, heads, rows, key.shape[2])
+    output: torch.Tensor = Attention.apply(*flat, bias, job, kernel, on_failure)
+    return output.view(batch, heads, rows, value.shape[3])
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def can_take(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Whether these are plain tensors with shapes that fit, outside of anything that transforms."""
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if (
+        not all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    batch_and_heads, columns = query.shape[:2], key.shape[2:3]
+    return (
+        query.dtype in (torch.float32, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and query.dim() == key.dim() == value.dim() == 4
+        and key.shape == (*batch_and_heads, *columns, query.shape[3])
+        and value.shape[:3] == key.shape[:3]
+        and min(query.numel(), key.numel(), value.numel()) > 0
+        and (mask is None or (mask.dtype in _MASKS and not mask.requires_grad and mask.dim() <= 4))
+    )
+
+
+_MASKS = (torch.bool, torch.float32, torch.bfloat16)

@@ -1,0 +1,374 @@
+"""The knob ``attention``: held against float64, seeds and states as ever, and what it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from flatout import kernels, knobs
+from flatout.agent.session import Session
+from flatout.knobs.attention import cpu
+from flatout.request import Request
+
+pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(Request(), tmp_path)
+
+
+@pytest.fixture
+def fast(session: Session) -> Iterator[None]:
+    undo = knobs.get("attention").apply(session, "fast")
+    yield
+    undo()
+    assert not session.failed_knobs
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many blocks":
+        monkeypatch.setattr(cpu, "BLOCK_ROWS", 7)
+        monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 7 * 50 * 2)
+
+
+def inputs(
+    rows: int = 37, columns: int = 37, dtype: torch.dtype = torch.float32, width: int = 16
+) -> Tensors:
+    torch.manual_seed(1)
+    shapes = (2, 3, rows, 16), (2, 3, columns, 16), (2, 3, columns, width)
+    return tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+def factors(job: cpu.Job, rows: int, columns: int) -> torch.Tensor:
+    """What the kernel multiplies the probabilities with."""
+    query, key = torch.zeros(6, rows, 1), torch.zeros(6, columns, 1)
+    block = next(job.blocks(slice(0, 6), query, key, None))[0]
+    block.rows, block.columns = rows, columns
+    made = torch.empty(2, 3, rows, columns)
+    kernel().dropout_factors(cpu.ctypes.addressof(block), made.data_ptr())
+    return made
+
+
+def kernel() -> cpu.Kernel:
+    return cpu.Kernel(kernels.load("attention"))
+
+
+def reference(
+    tensors: Tensors, mask: torch.Tensor | None, job: cpu.Job
+) -> tuple[torch.Tensor, Tensors]:
+    """Output and gradients in float64, of inputs with the same rounding."""
+    query, key, value = (x.detach().double().requires_grad_() for x in tensors)
+    scores = query @ key.mT * job.scale
+    rows, columns = scores.shape[2:]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    if job.is_causal:
+        scores = scores.masked_fill(torch.ones(rows, columns, dtype=torch.bool).triu(1), -math.inf)
+    probabilities = scores.softmax(-1).nan_to_num(0.0)
+    output = (probabilities * factors(job, rows, columns).double()) @ value
+    return output.detach(), torch.autograd.grad(output.square().sum(), (query, key, value))
+
+
+MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
+    "none": lambda: None,
+    "bool": lambda: torch.rand(2, 1, 37, 45) > 0.3,
+    "rows of nothing": lambda: torch.arange(45).expand(2, 3, 37, 45) < torch.arange(37)[:, None],
+    "numbers for each head": lambda: torch.randn(3, 1, 45),
+    "two dimensions": lambda: torch.randn(37, 45),
+    "bfloat16": lambda: torch.randn(2, 3, 37, 45).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_with_a_mask_as_in_float64(blocks: None, mask: Callable[[], torch.Tensor | None]) -> None:
+    tensors, chosen = inputs(37, 45, width=20), mask()
+    job = cpu.Job(0.3, False, 50_000, 77, 3)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    gradients = torch.autograd.grad(output.square().sum(), tensors)
+    expected, expected_gradients = reference(tensors, chosen, job)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    for found, right in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 30_000, 65_536])
+@pytest.mark.parametrize("shape", [(37, 37), (5, 200), (200, 5), (1, 1), (130, 300)])
+def test_causal_as_in_float64(blocks: None, shape: tuple[int, int], keep: int) -> None:
+    tensors = inputs(*shape)
+    job = cpu.Job(0.25, True, keep, 5, 3)
+    output = cpu.apply(*tensors, None, job, kernel(), raising)
+    gradients = torch.autograd.grad(output.square().sum(), tensors)
+    expected, expected_gradients = reference(tensors, None, job)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+    for found, right in zip(gradients, expected_gradients, strict=True):
+        largest = right.abs().max().item()
+        torch.testing.assert_close(found.double(), right, atol=1e-4 + 1e-5 * largest, rtol=1e-4)
+
+
+def test_in_bfloat16_about_as_close_to_float64_as_torch_is(blocks: None) -> None:
+    tensors = inputs(64, 64, torch.bfloat16)
+    job = cpu.Job(0.25, True, cpu.ALWAYS, 5, 3)  # without dropout, to have torch's own beside it
+    expected = reference(tensors, None, job)
+
+    def errors(output: torch.Tensor) -> list[float]:
+        gradients = torch.autograd.grad(output.float().square().sum(), tensors)
+        pairs = zip((output, *gradients), (expected[0], *expected[1]), strict=True)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+    ours = errors(cpu.apply(*tensors, None, job, kernel(), raising))
+    torchs = errors(F.scaled_dot_product_attention(*tensors, is_causal=True))
+    assert all(a < 1.6 * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+def test_large_scores_overflow_nothing() -> None:
+    tensors = tuple((x.detach() * 100).requires_grad_() for x in inputs())
+    job = cpu.Job(1.0, True, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(*tensors, None, job, kernel(), raising)
+    gradients = torch.autograd.grad(output.sum(), tensors)
+    assert all(x.isfinite().all() for x in (output, *gradients))
+    expected = reference(tensors, None, job)[0]
+    torch.testing.assert_close(output.double(), expected, atol=0.1, rtol=0.02)
+
+
+def test_the_same_with_any_number_of_threads(fast: None) -> None:
+    def run(threads: int) -> Tensors:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            tensors = inputs(200, 200)
+            output = F.scaled_dot_product_attention(*tensors, dropout_p=0.3)
+            return output, *torch.autograd.grad(output.square().sum(), tensors)
+        finally:
+            torch.set_num_threads(before)
+
+    for one, two in zip(run(1), run(2), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+        assert torch.equal(one == 0, two == 0)
+
+
+def test_each_probability_is_kept_as_often_as_asked(fast: None) -> None:
+    kept = dropout(rows=64, columns=300, dropout_p=0.3) > 0
+    share = kept.float().mean((0, 1))
+    count = kept.shape[0] * kept.shape[1]
+    deviation = math.sqrt(0.3 * 0.7 / count)
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=5 * deviation / 138)
+    assert (share - 0.7).abs().max() < 6 * deviation
+    neighbours = (kept[..., 1:] == kept[..., :-1]).float().mean().item()
+    heads = (kept[:, 1:] == kept[:, :-1]).float().mean().item()
+    assert neighbours == pytest.approx(0.58, abs=0.004)
+    assert heads == pytest.approx(0.58, abs=0.004)
+
+
+def dropout(rows: int, columns: int, dropout_p: float) -> torch.Tensor:
+    """Dropped probabilities, all of which were the same before."""
+    query, key = torch.zeros(4, 16, rows, 8), torch.zeros(4, 16, columns, 8)
+    value = torch.eye(columns).expand(4, 16, columns, columns)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+
+
+def test_the_mean_of_the_output_is_that_without_dropout(fast: None) -> None:
+    assert dropout(64, 300, 0.3).mean().item() == pytest.approx(1 / 300, rel=2e-3)
+    assert dropout(64, 300, 0.9999).max().item() == pytest.approx(65536 / 7 / 300)
+
+
+def test_seeds_and_saved_states_mean_what_they_meant(fast: None) -> None:
+    torch.manual_seed(3)
+    first = dropout(8, 40, 0.5)
+    state = torch.get_rng_state()
+    second = dropout(8, 40, 0.5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(8, 40, 0.5), first)
+    torch.set_rng_state(state)
+    assert torch.equal(dropout(8, 40, 0.5), second)
+
+
+def test_paired_leaves_the_generator_as_torch_does(session: Session) -> None:
+    torch.manual_seed(3)
+    dropout(8, 40, 0.5)
+    expected = torch.rand(3)
+    undo = knobs.get("attention").apply(session, "paired")
+    torch.manual_seed(3)
+    ours = dropout(8, 40, 0.5)
+    assert torch.equal(torch.rand(3), expected)
+    undo()
+    torch.manual_seed(3)
+    assert not torch.equal(dropout(8, 40, 0.5), ours)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_undone_it_is_torchs_own_again(session: Session) -> None:
+    def drawn() -> torch.Tensor:
+        torch.manual_seed(3)
+        return dropout(8, 40, 0.5)
+
+    own = drawn()
+    for _ in range(2):
+        undo = knobs.get("attention").apply(session, "fast")
+        assert not torch.equal(drawn(), own)
+        undo()
+        assert torch.equal(drawn(), own)
+
+
+def left_alone(tensors: Tensors) -> dict[str, Callable[[], Any]]:
+    query, key, value = tensors
+    attend = F.scaled_dot_product_attention
+    bias = torch.zeros(37, 37, requires_grad=True)
+
+    def jvp() -> torch.Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(query, query)
+            made = attend(dual, key, value, dropout_p=0.5)
+            return torch.autograd.forward_ad.unpack_dual(made).tangent
+
+    return {
+        "no dropout": lambda: attend(query, key, value),
+        "all dropped": lambda: attend(query, key, value, dropout_p=1.0),
+        "three dimensions": lambda: attend(query[0], key[0], value[0], dropout_p=0.5),
+        "float64": lambda: attend(*(x.double() for x in tensors), dropout_p=0.5),
+        "a batch that broadcasts": lambda: attend(query, key[:1], value[:1], dropout_p=0.5),
+        "grouped queries": lambda: attend(
+            query, key[:, :1], value[:, :1], dropout_p=0.5, enable_gqa=True
+        ),
+        "a mask with gradient": lambda: torch.autograd.grad(
+            attend(query, key, value, bias, dropout_p=0.5).sum(), bias
+        )[0],
+        "torch.func": lambda: torch.func.grad(lambda x: attend(x, key, value, dropout_p=0.5).sum())(
+            query
+        ),
+        "vmap": lambda: torch.vmap(
+            lambda x: attend(x, key[0], value[0], dropout_p=0.5), randomness="different"
+        )(query),
+        "forward mode": jvp,
+        "compiled": lambda: torch.compile(attend, backend="aot_eager")(
+            query, key, value, dropout_p=0.5
+        ),
+        "empty": lambda: attend(query[:, :, :0], key, value, dropout_p=0.5),
+    }
+
+
+@pytest.mark.parametrize("case", left_alone(inputs()))
+def test_left_to_torch(session: Session, case: str) -> None:
+    def run() -> torch.Tensor:
+        torch.manual_seed(3)
+        return left_alone(inputs())[case]()
+
+    own = run()
+    undo = knobs.get("attention").apply(session, "fast")
+    torch._dynamo.reset()
+    assert torch.equal(run(), own)
+    undo()
+    assert not session.failed_knobs
+
+
+@pytest.mark.parametrize("mistake", [{"is_causal": True}, {"attn_mask": torch.ones(3, 3)}])
+def test_mistakes_are_reported_by_torch(fast: None, mistake: dict[str, Any]) -> None:
+    mistake = {"attn_mask": torch.zeros(37, 37), **mistake}
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(*inputs(), dropout_p=0.5, **mistake)
+
+
+def test_a_gradient_of_the_gradient(fast: None) -> None:
+    tensors = tuple(x.detach().double() for x in inputs(5, 5))
+
+    def penalty(query: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        single = (query.float(), *(x.float() for x in tensors[1:]))
+        output = F.scaled_dot_product_attention(*single, dropout_p=0.5, is_causal=True)
+        gradient = torch.autograd.grad(output.square().sum(), query, create_graph=True)[0]
+        return gradient.square().sum()
+
+    query = tensors[0].requires_grad_()
+    found = torch.autograd.grad(penalty(query), query)[0]
+    direction = torch.randn_like(query)
+    step = 1e-3
+    difference = penalty(query + step * direction) - penalty(query - step * direction)
+    slope = difference.item() / (2 * step)
+    assert (found * direction).sum().item() == pytest.approx(slope, rel=2e-2)
+
+
+def test_recomputed_under_activation_checkpointing(fast: None) -> None:
+    def gradients(is_checkpointed: bool) -> Tensors:
+        tensors = inputs()
+        torch.manual_seed(3)
+
+        def block(*args: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(*args, dropout_p=0.5, is_causal=True) * 2
+
+        output = (
+            checkpoint(block, *tensors, use_reentrant=False) if is_checkpointed else block(*tensors)
+        )
+        return torch.autograd.grad(output.square().sum(), tensors)
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backward_under_autocast_and_after_a_layout_of_its_own(fast: None) -> None:
+    def gradients(in_autocast: bool) -> Tensors:
+        tensors = inputs()
+        torch.manual_seed(3)
+        swapped = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
+        output = F.scaled_dot_product_attention(*swapped, dropout_p=0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_autocast):
+            return torch.autograd.grad(output.transpose(1, 2).reshape(2, 37, -1).sum(), tensors)
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("part", ["_outputs", "_gradients"])
+def test_a_failure_is_reported_and_the_result_is_there(
+    session: Session, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def gradients() -> Tensors:
+        tensors = inputs()
+        torch.manual_seed(3)
+        output = F.scaled_dot_product_attention(*tensors, dropout_p=0.5)
+        return torch.autograd.grad(output.square().sum(), tensors)
+
+    own = gradients()
+    undo = knobs.get("attention").apply(session, "fast")
+    ours = gradients()
+    monkeypatch.setattr(cpu, part, None)
+    found = gradients()
+    undo()
+    assert "TypeError" in session.failed_knobs["attention"]
+    for one, other in zip(found, own if part == "_outputs" else ours, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_backend_is_preferred_inside_module_calls(session: Session) -> None:
+    from torch.nn.attention import SDPBackend
+
+    from flatout.knobs.attention import Preference
+
+    order = torch._C._get_sdp_priority_order()
+    seen = []
+    prefer = Preference("CUDNN_ATTENTION")
+    found = prefer(
+        lambda module, x, y: seen.append(torch._C._get_sdp_priority_order()) or x + y,
+        None,
+        (1,),
+        {"y": 2},
+    )
+    assert found == 3
+    assert seen[0][0] == int(SDPBackend.CUDNN_ATTENTION)
+    assert torch._C._get_sdp_priority_order() == order
+    with pytest.raises(knobs.RefusedError, match="CUDA"):
+        knobs.get("attention").apply(session, "cudnn")
