@@ -21,6 +21,6 @@ def find(case: Case) -> Finding | None:
         "waiting for data",
         evidence,
         share,
-        "edit: cheaper samples (cached, decoded once), or loader workers "
-        "(DataLoader(num_workers=..)) where cores are idle",
+        "knob: loader=cache (samples that come out the same every epoch, from memory), "
+        "loader=prefetch, or loader=workers where cores are idle",
     )

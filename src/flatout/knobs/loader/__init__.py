@@ -1,0 +1,88 @@
+"""The data loader: samples from memory, a thread that fetches ahead, worker processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatout.knobs import Card, Facts, Knob, Match, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "loader"
+
+MOST_WORKERS = 8
+"""Beyond this a loader's own process, which collects from all of them, seldom keeps up."""
+
+
+def match(facts: Facts) -> Match:
+    """Whether there is a loader, and what it waits for, shows in the comparison."""
+    return Match(("cache", "prefetch", "workers"))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Take the place of a method of torch's loaders, living ones too."""
+
+    def say(what: str, why: str) -> None:
+        session.event(what, NAME, why)
+
+    if setting == "cache":
+        from flatout.knobs.loader.cache import SampleCache
+
+        return SampleCache(say, lambda error: session.contain(NAME, error)).install()
+    if setting == "prefetch":
+        from flatout.knobs.loader.prefetch import Prefetch
+
+        return Prefetch(say).install()
+
+    from flatout import machine
+    from flatout.knobs.loader.workers import Workers
+
+    return Workers(worker_count(machine.usable_cores()), say).install()
+
+
+def worker_count(cores: float) -> int:
+    """How many workers a loader gets: one core is left to the program itself."""
+    return max(1, min(MOST_WORKERS, int(cores) - 1))
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="samples from memory, fetched ahead by a thread, or by worker processes",
+    settings=("cache", "prefetch", "workers"),
+    exactness={"cache": "bitwise", "prefetch": "reshuffled", "workers": "reshuffled"},
+    hot=True,
+    platforms=("cpu", "cuda", "xpu", "mps"),
+    card=Card(
+        what="`cache`: a map-style dataset whose samples come out the same to the last bit when "
+        "the next epoch fetches them again is from then on read from memory, up to a quarter of "
+        "what is available. One sample of each batch is still fetched and compared; when it "
+        "differs, or the dataset has drawn a random number, the batch and all that follow are "
+        "fetched as ever. Loaders with workers are left alone.\n\n"
+        "`prefetch`: for loaders without workers, a thread fetches the next two batches while the "
+        "step computes. Datasets that draw random numbers are left alone.\n\n"
+        "`workers`: loaders without workers get as many as there are cores, less one (at most "
+        f"{MOST_WORKERS}), each four batches ahead; workers live on from one epoch to the next, "
+        "unless something was set on the dataset meanwhile; on CUDA, batches are pinned. Iterable "
+        "datasets are left alone.\n\n"
+        "The order of the data and the random numbers of the program stay as they are for datasets "
+        "that are deterministic. With `workers`, random transforms draw from the workers' "
+        "generators instead of the program's.",
+        helps="The step waits for the loader: decoding and transforming every epoch anew "
+        "(`cache`), reading and decoders that release the interpreter lock (`prefetch`), "
+        "transforms in Python on machines with cores to spare (`workers`).",
+        hurts="`workers` on few cores, where they take the time of the step. `prefetch` and "
+        "`workers` with a dataset or sampler that looks at the state of the training: it is "
+        "asked earlier. A dataset whose samples differ by a generator of its own less often than "
+        "once in 64 may be kept by `cache`.",
+        by_hand="A list of the samples, made once; `DataLoader(..., num_workers=3, "
+        "persistent_workers=True, prefetch_factor=4, pin_memory=True)`.",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/data.html",
+            "https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the fetching of loaders",),
+)
