@@ -25,6 +25,5 @@ def find(case: Case) -> Finding | None:
         "copies around convolutions",
         evidence,
         share,
-        "edit: one memory format for model and inputs "
-        "(.to(memory_format=torch.channels_last) on both, or on none)",
+        "knob: memory_format=channels_last (one format from the first convolution to the last)",
     )

@@ -15,7 +15,7 @@ from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
 from flatout.knobs import Undo
-from flatout.knobs.loader.place import take_place
+from flatout.place import take_place
 
 TRUSTED_AFTER = 64
 """Samples that must have come out the same twice before any is taken from memory."""

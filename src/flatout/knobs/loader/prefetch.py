@@ -14,7 +14,7 @@ from torch.utils.data import _utils, dataloader
 
 from flatout.knobs import Undo
 from flatout.knobs.loader.cache import random_states
-from flatout.knobs.loader.place import take_place
+from flatout.place import take_place
 
 AHEAD = 2
 """Batches that are fetched before they are asked for."""

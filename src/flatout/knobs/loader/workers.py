@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import dataloader
 
 from flatout.knobs import Undo
-from flatout.knobs.loader.place import take_place
+from flatout.place import take_place
 
 PREFETCH_FACTOR = 4
 """Batches that each worker is ahead: samples that take longer than others hold up nobody."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from flatout.nested import mapped
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -164,33 +164,9 @@ class ScaledAutocast(Autocast):
 
 
 def in_float32(output: Any) -> Any:
-    """``output`` with every bfloat16 or float16 tensor in it as float32.
+    """``output`` with every bfloat16 or float16 tensor in it as float32."""
 
-    Looks into tuples, lists, dicts and dataclasses (and so into the outputs of Hugging Face
-    models). A container is copied only where a tensor in it changes; others are returned as such.
-    """
-    if isinstance(output, torch.Tensor):
-        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-    if isinstance(output, (tuple, list)):
-        items = [in_float32(item) for item in output]
-        if all(new is old for new, old in zip(items, output, strict=True)):
-            return output
-        kind: Any = type(output)
-        return kind(*items) if hasattr(output, "_fields") else kind(items)
-    if isinstance(output, dict):
-        values = {key: in_float32(value) for key, value in output.items()}
-        changed = {key: value for key, value in values.items() if value is not output[key]}
-        if changed:
-            output = copy.copy(output)
-            for key, value in changed.items():
-                output[key] = value
-        return output
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-        values = {name: in_float32(value) for name, value in fields.items()}
-        if any(values[name] is not fields[name] for name in fields):
-            output = copy.copy(output)
-            for name, value in values.items():
-                object.__setattr__(output, name, value)
-        return output
-    return output
+    def exact(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+    return mapped(exact, output)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flatout.knobs import Undo
 
-
-def take_place(owner: type, name: str, function: Callable[..., Any]) -> Undo:
+def take_place(owner: type, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Put ``function`` where a method is.
 
     Returns:

@@ -1,0 +1,214 @@
+"""Images with their channels side by side in memory, as the kernels for convolutions like them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flatout.knobs import Card, Facts, Knob, Match, Undo
+
+if TYPE_CHECKING:
+    import torch
+
+    from flatout.agent.session import Session
+
+NAME = "memory_format"
+
+
+def match(facts: Facts) -> Match:
+    """Whether there are convolutions shows in the comparison."""
+    return Match(("channels_last",))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Turn what goes into convolutions around, from the next outermost module call on."""
+    from torch import nn
+
+    from flatout.place import take_place
+
+    wrapper = ChannelsLast(session)
+    session.forward_wrappers.append(wrapper)
+    conv_forward: Callable[..., torch.Tensor] = nn.Conv2d._conv_forward
+    transposed_forward: Callable[..., torch.Tensor] = nn.ConvTranspose2d.forward
+
+    def convolve(module: Any, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        turned = wrapper.turned(images, module)
+        return conv_forward(module, turned, *args, **kwargs)
+
+    def convolve_transposed(
+        module: Any, input: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        return transposed_forward(module, wrapper.turned(input, module), *args, **kwargs)
+
+    undos = (
+        take_place(nn.Conv2d, "_conv_forward", convolve),
+        take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
+    )
+
+    def undo() -> None:
+        for give_back in undos:
+            give_back()
+        session.forward_wrappers.remove(wrapper)
+
+    return undo
+
+
+class ChannelsLast:
+    """A forward wrapper: convolutions inside get and give channels last, the caller does not.
+
+    Parameters stay as they are: torch takes the format of its input for all of a convolution, so
+    neither optimizers nor checkpoints ever see another one.
+
+    Args:
+        session: of this process.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._suits: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._tried: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
+        self._is_on = False
+
+    def turned(self, images: torch.Tensor, convolution: Any) -> torch.Tensor:
+        """What a convolution is to be given: batch x channels x height x width, the same values."""
+        import torch
+
+        if (
+            not self._is_on
+            or convolution.groups != 1
+            or images.dim() != 4
+            or torch.compiler.is_compiling()
+        ):
+            return images
+        return channels_last(images)
+
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Around an outermost module call."""
+        if NAME in self._session.failed_knobs or self._is_on or not self._is_for(module):
+            return call(module, *args, **kwargs)
+        tried = self._tried.setdefault(module, set())
+        before = None if module.training in tried else Snapshot(module)
+        tried.add(module.training)
+        self._is_on = True
+        try:
+            output = call(module, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - raised again below unless the format caused it
+            failure = error
+        else:
+            return as_in_rows(output)
+        finally:
+            self._is_on = False
+        if before is not None:
+            before.restore()
+        output = call(module, *args, **kwargs)  # raises again what was the program's own error
+        self._session.turn_back(NAME, failure)
+        return output
+
+    def _is_for(self, module: Any) -> bool:
+        """Whether most of a module's convolutions are neither grouped nor of other dimensions."""
+        if module not in self._suits:
+            from torch import nn
+
+            found = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+            plain = sum(convolution.groups == 1 for convolution in found)
+            self._suits[module] = plain > len(found) / 2
+            if not self._suits[module]:
+                why = "grouped convolutions" if found else "no two-dimensional convolutions"
+                name = type(module).__qualname__
+                self._session.event("skipped", NAME, f"{name} is left alone: it has {why}")
+        return self._suits[module]
+
+
+class Snapshot:
+    """What a forward pass changes besides its output: random states and buffers.
+
+    Args:
+        module: that is about to be called.
+    """
+
+    def __init__(self, module: Any) -> None:
+        import torch
+
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        self._state = torch.get_rng_state()
+        self._accelerator = torch.accelerator.current_accelerator()
+        if self._accelerator is not None:
+            backend = torch.get_device_module(self._accelerator)
+            self._accelerator_state = backend.get_rng_state()
+
+    def restore(self) -> None:
+        """Bring it all back."""
+        import torch
+
+        torch.set_rng_state(self._state)
+        if self._accelerator is not None:
+            torch.get_device_module(self._accelerator).set_rng_state(self._accelerator_state)
+        with torch.no_grad():
+            for buffer, copy in self._buffers:
+                buffer.copy_(copy)
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """The same values with the channels side by side; ``images`` itself where they are."""
+    import torch
+
+    batch, channels, height, width = images.shape
+    if images.stride(1) == 1:
+        return images
+    if channels > 1:
+        return images.contiguous(memory_format=torch.channels_last)
+    # Of one channel every layout is both; only the strides tell torch which is meant.
+    return images.contiguous().view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def as_in_rows(output: Any) -> Any:
+    """Tensors in nested sequences and mappings as the module would have returned them."""
+    import torch
+
+    from flatout.nested import mapped
+
+    def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            return tensor.contiguous()
+        return tensor
+
+    return mapped(contiguous, output)
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="convolutions on images with their channels side by side",
+    settings=("channels_last",),
+    exactness={"channels_last": "resampled"},
+    hot=True,
+    platforms=("cpu", "cuda", "xpu", "mps"),
+    card=Card(
+        what="In every outermost module call, `Conv2d` and `ConvTranspose2d` get their input in "
+        "the format `torch.channels_last`, and pass it on; what the call returns is contiguous "
+        "again. Parameters, gradients and the optimizer's state keep their layout, so fused "
+        "optimizers and checkpoints are safe: torch's fused steps are silently wrong where the "
+        "strides of state and parameter differ. A module that fails on the format (a `view` of "
+        "activations) is called again without it, and the knob turned back. Left alone: modules "
+        "most of whose convolutions are grouped. Dropout on images meets the same random numbers "
+        "in another order.",
+        helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",
+        hurts="Operators between the convolutions that know rows only: each costs two copies. "
+        "Inputs of a few channels.",
+        by_hand="`model = model.to(memory_format=torch.channels_last)` before the optimizer is "
+        "made, and `images = images.contiguous(memory_format=torch.channels_last)` each step",
+        sources=(
+            "https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html",
+            "https://github.com/pytorch/pytorch/issues/34977 (grouped convolutions)",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the layout of images",),
+)

@@ -1,0 +1,168 @@
+"""The knob ``memory_format``: convolutions get channels last, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs.memory_format import channels_last
+from flatout.request import Request
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    made = Session(Request(), tmp_path)
+    made.hooks.install(live=False)
+    yield made
+    made.hooks.remove()
+
+
+class Net(nn.Module):
+    """Remembers the strides of its activations."""
+
+    def __init__(self, groups: int = 1, views: bool = False, channels: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        self.third = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Linear(128, 4)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=groups)
+        self.views = views
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = F.relu(self.norm(self.first(x)))
+        self.seen.append(x.stride(1) == 1)
+        x = F.max_pool2d(self.third(self.second(x)), 2)
+        flat = x.view(len(x), -1) if self.views else x.flatten(1)
+        return {"class": self.head(self.drop(flat)), "map": self.up(x)}
+
+
+def train(net: Net, steps: int = 8, turn: Any = None, **options: Any) -> list[torch.Tensor]:
+    """Losses and final weights; ``turn`` is called with the step's number."""
+    torch.manual_seed(0)
+    x = torch.randn(8, net.first.in_channels, 8, 8)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, **options)
+    losses = []
+    for step in range(steps):
+        if turn is not None:
+            turn(step)
+        output = net(x)
+        assert output["map"].is_contiguous()
+        loss = F.cross_entropy(output["class"], torch.arange(8) % 4) + output["map"].view(-1).std()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    for param in net.parameters():
+        tensors = (param, param.grad, *optimizer.state[param].values())
+        assert all(t is not None and t.is_contiguous() for t in tensors)
+    return [torch.stack(losses), *(p.detach() for p in net.parameters()), *net.buffers()]
+
+
+def made(**options: Any) -> Net:
+    torch.manual_seed(1)
+    return Net(**options)
+
+
+def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_the_training_is_the_same_whatever_the_optimizer(
+    session: Session, options: dict[str, Any], channels: int
+) -> None:
+    expected = train(made(channels=channels), **options)
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    net = made(channels=channels)
+    found = train(net, **options)
+    undo()
+    assert all(net.seen)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_switched_in_the_middle_of_a_run(session: Session, options: dict[str, Any]) -> None:
+    expected = train(made(), **options)
+    undos: list[Any] = []
+
+    def turn(step: int) -> None:
+        if step == 3:
+            undos.append(knobs.get("memory_format").apply(session, "channels_last"))
+        if step == 6:
+            undos[0]()
+
+    net = made()
+    found = train(net, turn=turn, **options)
+    assert net.seen == [False] * 3 + [True] * 3 + [False] * 2
+    close(found, expected)
+
+
+def test_a_module_that_views_its_activations_is_called_again_without(session: Session) -> None:
+    expected = train(made(views=True))
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    net = made(views=True)
+    found = train(net)
+    undo()
+    assert net.seen == [True] + [False] * 8
+    assert "view size is not compatible" in session.failed_knobs["memory_format"]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)  # dropout and batch norm as if nothing had been
+
+
+def test_an_error_of_the_program_is_raised(session: Session) -> None:
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    with pytest.raises(RuntimeError, match="channels"):
+        made()(torch.randn(2, 5, 8, 8))
+    undo()
+    assert not session.failed_knobs
+
+
+def test_grouped_convolutions_are_left_alone(session: Session) -> None:
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    net = made(groups=8)
+    train(net, 2)
+    undo()
+    assert not any(net.seen)
+
+
+def test_a_model_in_channels_last_already(session: Session) -> None:
+    net = made().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = net.eval()(x)
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    found = net(x)
+    undo()
+    assert torch.equal(found["class"], expected["class"])
+
+
+def test_compiled_it_is_left_to_the_compiler(session: Session) -> None:
+    net = made().eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)["class"]
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    found = torch.compile(net, backend="aot_eager")(x)["class"]
+    undo()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5), (1, 4, 1, 1), (3, 1, 1, 1)])
+def test_turned_around(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    y = channels_last(x)
+    assert torch.equal(x, y)
+    assert y.stride(1) == 1
+    assert channels_last(y).data_ptr() == y.data_ptr()
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(gradient, 2 * x)
