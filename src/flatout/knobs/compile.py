@@ -1,0 +1,240 @@
+"""Compilation: ``module.compile()`` in place on the outermost modules, or on their blocks."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "compile"
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "regional": {},
+    "default": {},
+    "dynamic": {"dynamic": True},
+    "max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+}
+"""Of ``torch.nn.Module.compile``, for each setting."""
+
+MOST_SAID = 20
+"""Graphs after which no more are spoken of in the record."""
+
+
+def match(facts: Facts) -> Match:
+    """Needs what Inductor compiles with."""
+    if facts.device == "cuda":
+        return Match(("regional", "default", "reduce-overhead", "max-autotune"))
+    if facts.device == "cpu" and (why := missing()):
+        return Match((), why)
+    return Match(("regional", "default"))
+
+
+def missing() -> str | None:
+    """What Inductor lacks for the CPU on this machine, or ``None``."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "there is no C++ compiler (g++ or clang++)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Python's headers are not installed ({header})"
+    return None
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Compile each outermost module at its next call after the search for them is over."""
+    import torch
+
+    if setting == "reduce-overhead" and not torch.cuda.is_available():
+        raise RefusedError("reduce-overhead is for CUDA")
+    if torch.accelerator.current_accelerator() is None and (why := missing()):
+        raise RefusedError(why)
+    wrapper = Compiled(session, setting, OPTIONS[setting])
+    session.forward_wrappers.append(wrapper)
+
+    def undo() -> None:
+        session.forward_wrappers.remove(wrapper)
+        wrapper.restore()
+
+    return undo
+
+
+class Compiled:
+    """The forward wrapper.
+
+    Args:
+        session: of this process.
+        setting: of this knob.
+        options: of ``torch.nn.Module.compile``.
+    """
+
+    def __init__(self, session: Session, setting: str, options: Mapping[str, Any]) -> None:
+        self._session = session
+        self._is_regional = setting == "regional"
+        self._has_graphs_of_cuda = setting == "reduce-overhead"
+        self._options = options
+        self._compiled: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._counted = (0, 0)
+        self._said = 0
+
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Around an outermost module call."""
+        session = self._session
+        if NAME in session.failed_knobs:
+            return call(module, *args, **kwargs)
+        if module not in self._compiled:
+            if session.hooks.searching:
+                return call(module, *args, **kwargs)  # classes are watched: nothing to trace
+            self._compiled[module] = self._compile(module)
+        if not self._compiled[module]:
+            return call(module, *args, **kwargs)
+        try:
+            output = self._run(call, module, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - raised again below unless compiling caused it
+            failure = error
+        else:
+            self._count()
+            return output
+        self.restore()
+        output = call(module, *args, **kwargs)  # raises again what was the program's own error
+        session.turn_back(NAME, failure)
+        return output
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not self._has_graphs_of_cuda:
+            return call(module, *args, **kwargs)
+        import torch
+
+        from flatout.nested import mapped
+
+        torch.compiler.cudagraph_mark_step_begin()
+        # The next call writes into the same memory.
+        return mapped(torch.Tensor.clone, call(module, *args, **kwargs))
+
+    def _compile(self, root: Any) -> weakref.WeakSet[Any]:
+        """Set what is to be compiled; nothing where the program has compiled or scripted."""
+        import torch
+
+        why = None
+        if isinstance(root, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
+            module._compiled_call_impl is not None for module in root.modules()
+        ):
+            why = "the program compiles it itself"
+        chosen = blocks(root) if self._is_regional else [root]
+        if not chosen:
+            why = "it has no blocks of one class in a list"
+        if why is not None:
+            name = type(root).__qualname__
+            self._session.event("skipped", NAME, f"{name} is left alone: {why}")
+            return weakref.WeakSet()
+        for module in chosen:
+            module.compile(**self._options)
+        return weakref.WeakSet(chosen)
+
+    def _count(self) -> None:
+        """Say when there are more graphs than before the call."""
+        from torch._dynamo.utils import counters
+
+        graphs = counters["stats"]["unique_graphs"]
+        if graphs == self._counted[0] or self._said >= MOST_SAID:
+            return
+        broken: Counter[str] = counters["graph_break"]
+        breaks = sum(broken.values())
+        why = f"{graphs} graphs compiled, {breaks} breaks"
+        if breaks > self._counted[1]:
+            first = next(iter(broken.most_common(1)))[0].strip().splitlines()[0]
+            why += f", most often: {first}"
+        self._counted = graphs, breaks
+        self._said += 1
+        self._session.event("noticed", NAME, why)
+
+    def restore(self) -> None:
+        """Let everything run as before."""
+        for modules in self._compiled.values():
+            for module in modules:
+                module.__dict__.pop("_compiled_call_impl", None)
+        self._compiled.clear()
+
+
+def blocks(root: Any) -> list[Any]:
+    """The modules of the class that occurs most often within one list of modules, twice at least.
+
+    Only the outermost of nested lists count.
+    """
+    from torch import nn
+
+    best: list[Any] = []
+
+    def visit(module: Any) -> None:
+        nonlocal best
+        for child in module.children():
+            if isinstance(child, (nn.ModuleList, nn.Sequential)):
+                kinds = Counter(type(block) for block in child if any(block.children()))
+                if kinds:
+                    kind, count = kinds.most_common(1)[0]
+                    if count > max(1, len(best)):
+                        best = [block for block in child if type(block) is kind]
+                    if count > 1:
+                        continue
+            visit(child)
+
+    visit(root)
+    return best
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="torch.compile in place on the outermost modules, or on their repeated blocks",
+    settings=tuple(OPTIONS),
+    exactness=dict.fromkeys(OPTIONS, "reshuffled"),
+    hot=True,
+    platforms=("cpu", "cuda", "xpu"),
+    card=Card(
+        what="`module.compile()` on each outermost module, in place: its class, its `state_dict` "
+        "and its parameters stay what they are. `regional` compiles the blocks that a module "
+        "repeats in a list, once for all of them, which takes a fraction of the time; `dynamic` "
+        "compiles for any shapes at once; `max-autotune` measures several kernels for each "
+        "operation; `reduce-overhead` replays whole graphs of CUDA kernels, and copies what comes "
+        "out. Graphs and breaks are counted in the record. When a call fails, all modules run as "
+        "before, and the knob is turned back. Dropout in compiled regions has a generator of its "
+        "own, so `random` and `attention` do nothing there. LSTM and GRU stay on oneDNN and cuDNN. "
+        "Left alone: modules that the program compiles or scripts itself.",
+        helps="Many small operations between the matrix products; overhead of Python and of "
+        "launches. CPU, CUDA, ROCm, XPU.",
+        hurts="Shapes that change (`dynamic` may help), short runs: compiling takes a minute. "
+        "Modules that break the graph often.",
+        by_hand="`model.compile()`, or `for block in model.blocks: block.compile()`, before the "
+        "first step",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/generated/torch.compile.html",
+            "https://docs.pytorch.org/tutorials/recipes/regional_compilation.html",
+            "https://github.com/pytorch/pytorch/issues/158007 (RNNs)",
+            "https://github.com/pytorch/pytorch/issues/170604 (outputs of CUDA graphs)",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the compilation of modules",),
+)
