@@ -26,5 +26,6 @@ def find(case: Case) -> Finding | None:
             f"these forward calls are {share:.0%} of the time of all passes",
         ],
         share,
-        "edit: put the evaluation under torch.inference_mode() or torch.no_grad()",
+        "edit: put the evaluation under torch.inference_mode() or torch.no_grad(); or, "
+        "knowing that nothing is trained through it, knob: evaluation=no_grad",
     )
