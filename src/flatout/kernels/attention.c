@@ -9,9 +9,7 @@
    Each element is kept with probability keep / 2^16; the half word that decides it is a function of
    the key and of its place in the whole matrix alone. */
 
-#include <math.h>
-#include <string.h>
-
+#include "elementary.h"
 #include "philox.h"
 
 enum { SPAN = 2 * BLOCK, ALWAYS = 1 << 16 };
@@ -63,27 +61,6 @@ static inline void store_span(void *to, int64_t at, const float *from, int64_t c
 static inline void clear_span(void *to, int64_t at, int64_t count, int is_bf16) {
     size_t width = is_bf16 ? sizeof(uint16_t) : sizeof(float);
     memset((char *)to + (size_t)at * width, 0, (size_t)count * width);
-}
-
-/* e^x to 2 units in the last place for x <= 0; below the smallest normal number, 0. The polynomial
-   is Taylor's, on [-ln(2)/2, ln(2)/2]. */
-static inline float exponential(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
-    float n = rintf(clamped * 1.44269504f);
-    float r = clamped - n * 0.693359375f;
-    r -= n * -2.12194440e-4f;
-    float y = 1.0f / 5040;
-    y = y * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? 0.0f : y * power;
 }
 
 static inline int64_t seen(const Block *b, int64_t row) {

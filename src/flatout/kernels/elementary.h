@@ -1,0 +1,49 @@
+/* Functions of float32 in a form that compilers vectorise. */
+
+#ifndef FLATOUT_ELEMENTARY_H
+#define FLATOUT_ELEMENTARY_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* e^x to 2 units in the last place for x <= 0; below the smallest normal number, 0. The polynomial
+   is Taylor's, on [-ln(2)/2, ln(2)/2]. */
+static inline float exponential(float x) {
+    float clamped = x < -87.0f ? -87.0f : x;
+    float n = rintf(clamped * 1.44269504f);
+    float r = clamped - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    float y = 1.0f / 5040;
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? 0.0f : y * power;
+}
+
+static inline float sigmoid(float x) {
+    float e = exponential(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* Near 0, where the quotient would cancel, Taylor's series. */
+static inline float hyperbolic_tangent(float x) {
+    float size = x < 0.0f ? -x : x, square = x * x;
+    float e = exponential(-2.0f * size);
+    float quotient = (1.0f - e) / (1.0f + e);
+    float series = 62.0f / 2835;
+    series = series * square - 17.0f / 315;
+    series = series * square + 2.0f / 15;
+    series = series * square - 1.0f / 3;
+    series = x + x * square * series;
+    return size < 0.3f ? series : x < 0.0f ? -quotient : quotient;
+}
+
+#endif

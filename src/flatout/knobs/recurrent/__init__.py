@@ -1,0 +1,66 @@
+"""Gated recurrent units: all time steps of a layer in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatout import kernels
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "recurrent"
+
+
+def match(facts: Facts) -> Match:
+    """Whether there is such a unit shows in the comparison."""
+    if kernels.find_compiler() is None:
+        return Match((), "there is no C compiler")
+    return Match(("fused",))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Replace the operator, for every thread of this process."""
+    import torch
+
+    from flatout.knobs.recurrent import cpu
+
+    try:
+        library = kernels.load("gru")
+        if not hasattr(torch.library, "get_kernel"):
+            raise kernels.KernelError(f"torch {torch.__version__} cannot hand its kernel over")
+    except kernels.KernelError as error:
+        raise RefusedError(f"torch's own units stay: {error}") from error
+    return cpu.install(library, lambda error: session.contain(NAME, error))
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="GRU layers whose time steps are one call, forward and backward",
+    settings=("fused",),
+    exactness={"fused": "reordered"},
+    hot=True,
+    platforms=("cpu",),
+    card=Card(
+        what="`torch.nn.GRU` on the CPU makes ten operations of each time step, and autograd as "
+        "many again. `fused` computes the products of the input at once, as torch does, and then "
+        "all steps of a layer and direction in one call of a compiled kernel, in which each thread "
+        "takes some rows of the batch through all steps; backward likewise. In float32, under "
+        "autocast too. Left to torch: packed sequences, units wider than 512, `torch.func`, "
+        "compiled regions; LSTM, which oneDNN computes. Needs a C compiler.",
+        helps="Training and inference with GRU layers on the CPU, as in speech: narrow units, "
+        "long sequences.",
+        hurts="Batches of fewer rows than cores use one core for each row.",
+        by_hand="There is nothing as fast in torch; convolutions or attention in place of the "
+        "recurrence.",
+        sources=(
+            "https://arxiv.org/abs/1406.1078 (GRU)",
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("gated recurrent units",),
+    kernels=("gru",),
+)
