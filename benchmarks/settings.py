@@ -56,7 +56,7 @@ CASES = {
     "speech": Case(
         (str(EXAMPLES / "speech" / "train.py"),),
         200,
-        {**FAST, "loader": "cache"},
+        {**FAST, "recurrent": "fused", "precision": "medium"},
         2.0,
     ),
     "gan": Case((str(HERE / "programs" / "dcgan.py"),), 500, {"precision": "safe"}, 1.5),

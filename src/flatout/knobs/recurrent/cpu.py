@@ -108,9 +108,10 @@ class Recurrence(torch.autograd.Function):
                     job.on_failure(error)
             needed = ctx.needs_input_grad[:4]
             create_graph = torch.is_grad_enabled()
-            given: list[Any] = [inputs, first, weight, bias]
+            given: tuple[Any, Any, Any, Any] = inputs, first, weight, bias
             if not create_graph:
-                given = [x.detach().requires_grad_() if x is not None else None for x in given]
+                detached = (x.detach().requires_grad_() if x is not None else None for x in given)
+                given = next(detached), next(detached), next(detached), next(detached)
             with torch.enable_grad():
                 again = differentiable(*given, job.is_backwards)
                 asked = [x for x, is_needed in zip(given, needed, strict=True) if is_needed]
