@@ -50,13 +50,13 @@ CASES = {
     "image": Case(
         (str(EXAMPLES / "image" / "train.py"),),
         200,
-        {**FAST, "memory_format": "channels_last", "loader": "cache"},
+        {**FAST, "memory_format": "channels_last"},
         2.5,
     ),
     "speech": Case(
         (str(EXAMPLES / "speech" / "train.py"),),
         200,
-        {**FAST, "recurrent": "fused", "precision": "medium"},
+        {**FAST, "recurrent": "fused"},
         2.0,
     ),
     "gan": Case((str(HERE / "programs" / "dcgan.py"),), 500, {"precision": "safe"}, 1.5),
