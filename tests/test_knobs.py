@@ -371,3 +371,34 @@ def test_two_knobs_that_claim_the_same_are_not_turned_together(
     assert main(["run", "--set", "rival=seldom", "--set", "random=fast", "--", *command]) == 2
     assert "the knobs rival and random cannot be turned together" in capfd.readouterr().err
     assert not started.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("random", ["aten::bernoulli_"]),
+        ("attention", ["aten::scaled_dot_product_attention", "aten::bernoulli_"]),
+        ("recurrent", ["aten::gru"]),
+        ("memory_format", ["aten::mkldnn_convolution"]),
+    ],
+)
+def test_a_knob_whose_operators_are_not_in_the_step_is_not_tried(
+    name: str, needed: list[str]
+) -> None:
+    offer = knobs.get(name).offer
+    assert offer(knobs.Facts("cpu")).settings
+    assert offer(knobs.Facts("cpu", operators=frozenset(needed))).settings
+    for missing in needed:
+        others = frozenset(needed) - {missing} | {"aten::mm"}
+        refused = offer(knobs.Facts("cpu", operators=others))
+        assert refused.settings == ()
+        assert refused.refusal
+
+
+def test_a_loader_that_nothing_waits_for_is_not_turned() -> None:
+    offer = knobs.get("loader").offer
+    assert offer(knobs.Facts("cpu")).settings == ("cache", "prefetch", "workers")
+    assert offer(knobs.Facts("cpu", data_share=0.3)).settings
+    assert offer(knobs.Facts("cpu", data_share=0.001)).refusal == (
+        "its steps wait for data 0.1% of their time"
+    )

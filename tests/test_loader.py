@@ -118,6 +118,10 @@ def test_undone_nothing_comes_from_memory(session: Session) -> None:
     dataset.asked = 0
     batches(loader_of(dataset), 2)
     assert dataset.asked == 2 * 96
+    undo = knobs.get("loader").apply(session, "cache")
+    batches(loader_of(dataset), 2)
+    undo()
+    assert dataset.asked == 2 * 96 + 2 * 10  # it goes on from what it knew
 
 
 def draws_torch(index: int) -> Any:

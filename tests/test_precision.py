@@ -97,7 +97,7 @@ class Watched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.first, self.norm = nn.Conv2d(1, 4, 3), nn.GroupNorm(1, 4)
         self.second, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
         self.dtypes: dict[str, torch.dtype] = {}
 
@@ -127,6 +127,55 @@ def test_products_are_in_bfloat16_the_head_norms_and_softmax_are_not(turn: Turn)
     assert net.dtypes == dict(zip(net.dtypes, (half, whole, half, whole, whole), strict=True))
     for output in outputs:  # bfloat16 has 8 bits: 2**-8 for each of two products
         torch.testing.assert_close(output.double(), reference, rtol=0.02, atol=0.02)
+
+
+def test_a_head_that_is_a_transposed_convolution(turn: Turn) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 1, 3))
+    x = torch.randn(2, 4, 5, 5)
+    dtypes = {}
+    for number in (0, 2):
+        net[number].register_forward_hook(
+            lambda module, given, output, number=number: dtypes.update({number: output.dtype})
+        )
+    turn("safe")
+    for _ in range(2):
+        net(x)
+    assert dtypes == {0: torch.bfloat16, 2: torch.float32}
+
+
+def test_batch_norm_loses_no_statistics_under_autocast(turn: Turn) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))
+    x = torch.randn(16, 3, 9, 9) * 3 + 10
+    turn("safe")
+    net(x)  # the first pass shows the head
+    norm = net[1]
+    norm.reset_running_stats()
+    given: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    net(x)
+    assert given[0].dtype == torch.bfloat16
+    exact = given[0].double()
+    mean, variance = exact.mean((0, 2, 3)), exact.transpose(0, 1).flatten(1).var(1)
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * mean, **close)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * variance, **close)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"stride": 3}, {"padding": 1}], ids=str)
+def test_a_head_as_large_as_its_images(turn: Turn, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 5, **options))
+    x = torch.randn(4, 3, 7, 7)
+    turn("safe")
+    net(x)
+    given: list[torch.Tensor] = []
+    net[2].register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    output = net(x)
+    exact = copy.deepcopy(net[2]).double()(given[0].double())
+    assert given[0].dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_net_with_one_product_is_all_head(turn: Turn) -> None:

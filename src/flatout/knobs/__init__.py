@@ -48,6 +48,9 @@ class Facts:
         updates: whether optimizer objects step in the job's loop.
         huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: how many threads torch takes for an operator.
+        operators: names of torch's operators that take a part of the step worth mentioning;
+            ``None``: not measured.
+        data_share: of the step's time, waiting for data; ``None``: not measured.
     """
 
     device: str
@@ -55,6 +58,14 @@ class Facts:
     updates: bool = True
     huge_pages: str | None = None
     threads: int | None = None
+    operators: frozenset[str] | None = None
+    data_share: float | None = None
+
+    def lack(self, *words: str) -> bool:
+        """Whether it is known that no operator with one of these words in its name matters."""
+        if self.operators is None:
+            return False
+        return not any(word in name for name in self.operators for word in words)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def match(facts: Facts) -> Match:
-    """Whether there are convolutions shows in the comparison."""
+    """Needs convolutions in the step."""
+    if facts.lack("convolution"):
+        return Match((), "there are no convolutions in its steps")
     return Match(("benchmark",))
 
 

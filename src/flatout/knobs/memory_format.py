@@ -17,7 +17,9 @@ NAME = "memory_format"
 
 
 def match(facts: Facts) -> Match:
-    """Whether there are convolutions shows in the comparison."""
+    """Needs convolutions in the step."""
+    if facts.lack("convolution"):
+        return Match((), "there are no convolutions in its steps")
     return Match(("channels_last",))
 
 

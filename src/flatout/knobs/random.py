@@ -23,7 +23,9 @@ SERIAL_BELOW = 32768
 
 
 def match(facts: Facts) -> Match:
-    """Offered wherever it is known: whether the program draws at all shows in the comparison."""
+    """Needs random numbers in the step."""
+    if facts.lack("bernoulli"):
+        return Match((), "its steps draw no random numbers to speak of")
     return Match(("fast",))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from flatout import knobs, machine, signature
 from flatout.errors import UserError
 from flatout.plan import Evidence
-from flatout.record import Step
+from flatout.record import ProcessRecord, Step
 from flatout.request import Comparison, Request
 from flatout.tune import proof, statistics, trial
 from flatout.tune.proof import Verdict
@@ -45,6 +45,9 @@ FIRST_RUN_SHARE = 1 / 24
 
 COMPARISON_SHARE = 0.25
 """Share of the budget for the comparisons inside one process."""
+
+PROFILE_STEPS = 5
+"""Steps of the first run, after those that are timed, that show which operators there are."""
 
 MAXIMUM_ARMS = 8
 """That take turns in one process; the steps of one arm should not lie too far apart."""
@@ -141,13 +144,14 @@ class Tuner:
         first = self._first_run()
         self._step_s = statistics.typical_step_ms(first.process.steps, WARMUP_STEPS) / 1e3
         self._startup_s = max(first.seconds - sum(s.step_ms for s in first.process.steps) / 1e3, 0)
-        self._steps = self._options.steps or max(len(first.process.steps), MINIMUM_STEPS)
+        timed = sum(step.mark is None for step in first.process.steps)
+        self._steps = self._options.steps or max(timed, MINIMUM_STEPS)
         self._first = first
         self._available = len(first.process.steps) if first.ended else None
         self._outcome.header = first.process.header
         self._outcome.inputs = first.process.inputs
         self._say(
-            f"bare: {self._step_s * 1e3:.4g} ms a step (median of {len(first.process.steps)} "
+            f"bare: {self._step_s * 1e3:.4g} ms a step (median of {timed} "
             f"steps), {self._startup_s:.1f} s of start-up"
         )
         settings = self._winners(self._candidates())
@@ -167,6 +171,7 @@ class Tuner:
             seed=options.seed,
             stop_steps=options.steps or MAXIMUM_STEPS,
             stop_seconds=None if options.steps else limit_s,
+            profile_steps=PROFILE_STEPS,
         )
         self._say("running the bare program to see how it trains")
         try:
@@ -206,6 +211,8 @@ class Tuner:
             updates=any(step.updates for step in steps),
             huge_pages=machine.huge_pages(),
             threads=header["threads"],
+            operators=_operators(self._first.process),
+            data_share=_data_share(steps),
         )
         candidates = {}
         wanted = self._options.knobs
@@ -501,6 +508,20 @@ def _arm_at_the_end(failure: TrialFailedError) -> int | None:
         return None
     turns = [e.subject for e in failure.process.events if e.subject.startswith("arm ")]
     return int(turns[-1].removeprefix("arm ")) if turns else None
+
+
+def _operators(process: ProcessRecord) -> frozenset[str] | None:
+    """Names of the operators in the profiled steps; nothing if the program ended before them."""
+    if process.profile is None:
+        return None
+    return frozenset(operator["name"] for operator in process.profile["operators"])
+
+
+def _data_share(steps: Sequence[Step]) -> float | None:
+    """Of the time of steps, waiting for data."""
+    timed = [step for step in steps[WARMUP_STEPS:] if step.mark is None]
+    total_ms = sum(step.step_ms for step in timed)
+    return sum(step.phases_ms["data"] or 0.0 for step in timed) / total_ms if timed else None
 
 
 def _said(message: str, failure: TrialFailedError) -> UserError:

@@ -22,11 +22,15 @@ BACKENDS = {
 
 
 def match(facts: Facts) -> Match:
-    """Whether there is attention with dropout shows in the comparison."""
+    """Needs attention in the step, on the CPU with dropout."""
+    if facts.lack("scaled_dot_product"):
+        return Match((), "its steps do not call scaled_dot_product_attention")
     if facts.device == "cuda":
         return Match(tuple(BACKENDS))
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
+    if facts.lack("bernoulli"):
+        return Match((), "its attention is without dropout, which torch computes in one pass")
     return Match(("fast",))
 
 

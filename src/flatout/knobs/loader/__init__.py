@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
+    from flatout.knobs.loader.cache import SampleCache
 
 NAME = "loader"
 
@@ -15,9 +17,18 @@ MOST_WORKERS = 8
 """Beyond this a loader's own process, which collects from all of them, seldom keeps up."""
 
 
+WORTH_SHARE = 0.02
+"""Of the step's time, waiting for data, below which there is nothing to gain."""
+
+
 def match(facts: Facts) -> Match:
-    """Whether there is a loader, and what it waits for, shows in the comparison."""
+    """Needs steps that wait for their data."""
+    if facts.data_share is not None and facts.data_share < WORTH_SHARE:
+        return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
     return Match(("cache", "prefetch", "workers"))
+
+
+_caches: weakref.WeakKeyDictionary[Session, SampleCache] = weakref.WeakKeyDictionary()
 
 
 def apply(session: Session, setting: str) -> Undo:
@@ -29,7 +40,10 @@ def apply(session: Session, setting: str) -> Undo:
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
-        return SampleCache(say, lambda error: session.contain(NAME, error)).install()
+        # A comparison turns this on and off: each time, it goes on from what it knows.
+        if session not in _caches:
+            _caches[session] = SampleCache(say, lambda error: session.contain(NAME, error))
+        return _caches[session].install()
     if setting == "prefetch":
         from flatout.knobs.loader.prefetch import Prefetch
 

@@ -54,17 +54,14 @@ class SampleCache:
         self._own: Callable[[Any, Any], Any] = fetch._MapDatasetFetcher.fetch
 
     def install(self) -> Undo:
-        """Take the place of torch's method; returns what ends that."""
+        """Take the place of torch's method; returns what ends that.
+
+        What is known stays, in case it is wanted again.
+        """
         self._own = fetch._MapDatasetFetcher.fetch
-        give_back = take_place(
+        return take_place(
             fetch._MapDatasetFetcher, "fetch", lambda fetcher, index: self.fetch(fetcher, index)
         )
-
-        def undo() -> None:
-            give_back()
-            self._stores.clear()
-
-        return undo
 
     def fetch(self, fetcher: Any, index: Any) -> Any:
         """A batch, as the loader's fetcher would make it."""

@@ -14,7 +14,9 @@ NAME = "recurrent"
 
 
 def match(facts: Facts) -> Match:
-    """Whether there is such a unit shows in the comparison."""
+    """Needs such a unit in the step."""
+    if facts.lack("aten::gru"):
+        return Match((), "there is no GRU in its steps")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("fused",))
