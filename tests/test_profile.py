@@ -14,7 +14,7 @@ import pytest
 
 from flatout import launch
 from flatout.record import ProcessRecord, read_run
-from flatout.request import Request
+from flatout.request import RUN_VARIABLE, Request
 
 torch = pytest.importorskip("torch")
 
@@ -342,3 +342,28 @@ for step in steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 1000):
 
 
 _START = "import torch, flatout.agent; flatout.agent.activate(); "
+
+
+@pytest.mark.parametrize("steps", range(6, 13))
+def test_a_program_that_ends_within_the_window_ends_as_ever(tmp_path: Path, steps: int) -> None:
+    program = f"""
+import torch
+from flatout.agent import activate
+activate()
+net = torch.nn.Linear(4, 4)
+for _ in range({steps}):
+    net(torch.randn(2, 4)).sum().backward()
+    net.zero_grad()
+print("over")
+"""
+    Request(stop_steps=6, profile_steps=3).write(tmp_path)
+    completed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, RUN_VARIABLE: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout in ("over\n", "")

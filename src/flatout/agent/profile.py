@@ -107,6 +107,14 @@ class Profiler:
             self._left = 0
         return self._left <= 0 and self._next()
 
+    def close(self) -> None:
+        """End what is under way: torch's profiler does not outlive the interpreter."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+        if self._next == self._finish and self._flops is not None:
+            self._flops.__exit__(None, None, None)
+
     def _is_long_enough(self) -> bool:
         return len(self._boundaries_ns) > FEWEST_STEPS and self._has_taken(ENOUGH_SECONDS)
 
@@ -185,6 +193,7 @@ class Profiler:
     def _finish(self) -> bool:
         assert self._flops is not None
         self._flops.__exit__(None, None, None)
+        self._next = self._start
         self._result["flops_by_dtype"] = dict(self._flops.flops_by_dtype)
         self._result["counted"] = dict(self._flops.counted)
         self._result["uncountable"] = self._flops.uncountable

@@ -72,6 +72,7 @@ class Session:
         self._stages: list[Callable[[Turn], bool]] = []
         self._started_ns = time.perf_counter_ns()
         self._steps_timed = 0
+        self._close_profiler: Callable[[], None] = lambda: None
         self._asleep = False
         self._is_quiet = _is_worker()
 
@@ -217,7 +218,9 @@ class Session:
         if request.profile_steps:
             from flatout.agent.profile import Profiler
 
-            self._stages.append(Profiler(self, request.profile_steps).at_boundary)
+            profiler = Profiler(self, request.profile_steps)
+            self._stages.append(profiler.at_boundary)
+            self._close_profiler = profiler.close
         if self._stages:
             self._stages.append(self._stop)
         try:
@@ -238,6 +241,8 @@ class Session:
         if self._asleep:
             return
         self._stages.clear()
+        if reason == "exit":
+            self._close_profiler()
         self.hooks.read()
         self.hooks.turns.finish()
         self.hooks.remove()
