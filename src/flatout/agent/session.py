@@ -166,6 +166,20 @@ class Session:
         self.event("failed", knob, f"turned back: {why}", trace)
         self.hooks.told = self.hooks.live = True
 
+    def attempt(self, knob: str, turned: Callable[[], Any], bare: Callable[[], Any]) -> Any:
+        """What ``turned`` returns; if it raises, what ``bare`` does, and the knob is turned back.
+
+        Raises:
+            Exception: what ``bare`` raises: that was the program's own error.
+        """
+        try:
+            return turned()
+        except Exception as error:  # noqa: BLE001 - raised again by bare unless it is the knob's
+            failure = error
+        result = bare()
+        self.turn_back(knob, failure)
+        return result
+
     def contain(self, knob: str, error: Exception) -> None:
         """``turn_back``, unless the error came from a signal handler of the program.
 

@@ -101,17 +101,17 @@ class Compiled:
             self._compiled[module] = self._compile(module)
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
-        try:
+
+        def compiled() -> Any:
             output = self._run(call, module, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - raised again below unless compiling caused it
-            failure = error
-        else:
             self._count()
             return output
-        self.restore()
-        output = call(module, *args, **kwargs)  # raises again what was the program's own error
-        session.turn_back(NAME, failure)
-        return output
+
+        def bare() -> Any:
+            self.restore()
+            return call(module, *args, **kwargs)
+
+        return session.attempt(NAME, compiled, bare)
 
     def _run(
         self,
@@ -124,7 +124,7 @@ class Compiled:
             return call(module, *args, **kwargs)
         import torch
 
-        from flatout.nested import mapped
+        from flatout.agent.nested import mapped
 
         torch.compiler.cudagraph_mark_step_begin()
         # The next call writes into the same memory.

@@ -69,7 +69,7 @@ class NoGrad:
 
     def _watched(self, output: Any, module: Any) -> Any:
         """The output, with a hook that says when a backward pass comes through it."""
-        from flatout.nested import mapped
+        from flatout.agent.nested import mapped
 
         reference = weakref.ref(module)
 
@@ -91,7 +91,7 @@ class NoGrad:
 
 def _requires_grad(value: Any) -> bool:
 
-    from flatout.nested import mapped
+    from flatout.agent.nested import mapped
 
     found = []
 

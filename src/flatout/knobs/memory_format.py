@@ -27,7 +27,7 @@ def apply(session: Session, setting: str) -> Undo:
     """Turn what goes into convolutions around, from the next outermost module call on."""
     from torch import nn
 
-    from flatout.place import take_place
+    from flatout.agent.place import take_place
 
     wrapper = ChannelsLast(session)
     session.forward_wrappers.append(wrapper)
@@ -98,20 +98,20 @@ class ChannelsLast:
         tried = self._tried.setdefault(module, set())
         before = None if module.training in tried else Snapshot(module)
         tried.add(module.training)
-        self._is_on = True
-        try:
-            output = call(module, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - raised again below unless the format caused it
-            failure = error
-        else:
-            return as_in_rows(output)
-        finally:
-            self._is_on = False
-        if before is not None:
-            before.restore()
-        output = call(module, *args, **kwargs)  # raises again what was the program's own error
-        self._session.turn_back(NAME, failure)
-        return output
+
+        def turned() -> Any:
+            self._is_on = True
+            try:
+                return as_in_rows(call(module, *args, **kwargs))
+            finally:
+                self._is_on = False
+
+        def bare() -> Any:
+            if before is not None:
+                before.restore()
+            return call(module, *args, **kwargs)
+
+        return self._session.attempt(NAME, turned, bare)
 
     def _is_for(self, module: Any) -> bool:
         """Whether most of a module's convolutions are neither grouped nor of other dimensions."""
@@ -174,7 +174,7 @@ def as_in_rows(output: Any) -> Any:
     """Tensors in nested sequences and mappings as the module would have returned them."""
     import torch
 
-    from flatout.nested import mapped
+    from flatout.agent.nested import mapped
 
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +29,10 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Put the generator behind the operator, for every thread of this process."""
-    import torch
+    from flatout.agent import dispatch
 
-    try:
-        kernel = kernels.load("bernoulli")
-        if not hasattr(torch.library, "get_kernel"):
-            raise kernels.KernelError(f"torch {torch.__version__} cannot hand its kernel over")
-    except kernels.KernelError as error:
-        raise RefusedError(f"torch's own generator stays: {error}") from error
     return install(
-        kernel,
+        dispatch.compiled("bernoulli", "torch's own numbers"),
         paired=setting == "paired",
         on_failure=lambda error: session.contain(NAME, error),
     )
@@ -56,6 +48,8 @@ def install(kernel: ctypes.CDLL, paired: bool, on_failure: Callable[[Exception],
         on_failure: called when a tensor could not be filled; torch's own kernel has done it then.
     """
     import torch
+
+    from flatout.agent import dispatch
 
     own = torch.library.get_kernel(OPERATOR, "CPU")
     bernoulli = Bernoulli(kernel)
@@ -83,12 +77,7 @@ def install(kernel: ctypes.CDLL, paired: bool, on_failure: Callable[[Exception],
         result: torch.Tensor = own.call_boxed(keyset, tensor, p, generator=generator)
         return result
 
-    library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of every replaced kernel
-        library.impl("bernoulli_.float", bernoulli_, "CPU", with_keyset=True)
-    destroy: Undo = library._destroy
-    return destroy
+    return dispatch.replace({"bernoulli_.float": bernoulli_}, "CPU")
 
 
 class Bernoulli:

@@ -24,7 +24,7 @@ def apply(session: Session, setting: str) -> Undo:
     """Take the place of ``Optimizer.zero_grad``."""
     import torch
 
-    from flatout.place import take_place
+    from flatout.agent.place import take_place
 
     dropping = Dropping(torch.optim.Optimizer.zero_grad)
     before = session.contained(NAME, dropping.before_step)

@@ -45,16 +45,11 @@ def apply(session: Session, setting: str) -> Undo:
         session.forward_wrappers.append(prefer)
         return lambda: session.forward_wrappers.remove(prefer)
 
+    from flatout.agent import dispatch
     from flatout.knobs.attention import cpu
 
-    try:
-        library = kernels.load("attention")
-        if not hasattr(torch.library, "get_kernel"):
-            raise kernels.KernelError(f"torch {torch.__version__} cannot hand its kernel over")
-    except kernels.KernelError as error:
-        raise RefusedError(f"torch's own attention stays: {error}") from error
     return cpu.install(
-        library,
+        dispatch.compiled("attention", "torch's own kernels"),
         is_paired=setting == "paired",
         on_failure=lambda error: session.contain(NAME, error),
     )

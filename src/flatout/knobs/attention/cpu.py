@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
+from flatout.agent import dispatch
 from flatout.knobs import Undo
 
 OPERATOR = "aten::scaled_dot_product_attention"
@@ -393,13 +393,7 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
         )
         return result
 
-    replaced = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of every replaced kernel
-        for dispatch_key in ("AutogradCPU", "CPU"):
-            replaced.impl("scaled_dot_product_attention", attention, dispatch_key, with_keyset=True)
-    destroy: Undo = replaced._destroy
-    return destroy
+    return dispatch.replace({"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU")
 
 
 def apply(

@@ -14,8 +14,8 @@ from torch.utils import data
 from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
+from flatout.agent.place import take_place
 from flatout.knobs import Undo
-from flatout.place import take_place
 
 TRUSTED_AFTER = 64
 """Samples that must have come out the same twice before any is taken from memory."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import _utils, dataloader
 
+from flatout.agent.place import take_place
 from flatout.knobs import Undo
 from flatout.knobs.loader.cache import random_states
-from flatout.place import take_place
 
 AHEAD = 2
 """Batches that are fetched before they are asked for."""

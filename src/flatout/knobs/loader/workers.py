@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import dataloader
 
+from flatout.agent.place import take_place
 from flatout.knobs import Undo
-from flatout.place import take_place
 
 PREFETCH_FACTOR = 4
 """Batches that each worker is ahead: samples that take longer than others hold up nobody."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.nested import mapped
+from flatout.agent.nested import mapped
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -47,15 +47,11 @@ class Autocast:
             if device is not None:
                 self._under_another(module)
             return call(module, *args, **kwargs)
-        try:
-            output = self._under(device, call, module, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - raised again below unless it is autocast's own
-            failure = error
-        else:
-            return in_float32(output)
-        output = call(module, *args, **kwargs)  # raises again what was the program's own error
-        self._session.turn_back(self._knob, failure)
-        return output
+        return self._session.attempt(
+            self._knob,
+            lambda: in_float32(self._under(device, call, module, args, kwargs)),
+            lambda: call(module, *args, **kwargs),
+        )
 
     def _under(
         self,

@@ -10,7 +10,6 @@ as well.
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from flatout.agent import dispatch
 
 FLOAT32 = (
     *("sigmoid", "log_sigmoid", "softplus", "softmax.int", "log_softmax.int", "logsumexp"),
@@ -54,6 +55,7 @@ class Float32Operators:
 
     Attributes:
         is_wanted: whether they shall act; otherwise they do what torch does.
+        remove: puts torch's own kernels back.
 
     Raises:
         RuntimeError: this torch cannot hand over the kernels to be replaced.
@@ -65,17 +67,9 @@ class Float32Operators:
         self._on_failure = on_failure
         self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         self._heads: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._library = torch.library.Library("aten", "IMPL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of every replaced kernel
-            for name in FLOAT32:
-                self._replace(name, key, self._kept)
-            for name in PRODUCTS:
-                self._replace(name, key, self._product)
-
-    def remove(self) -> None:
-        """Put torch's own kernels back."""
-        self._library._destroy()
+        kernels = {name: self._kernel(name, key, self._kept) for name in FLOAT32}
+        kernels |= {name: self._kernel(name, key, self._product) for name in PRODUCTS}
+        self.remove = dispatch.replace(kernels, key)
 
     @contextlib.contextmanager
     def finding_head(self) -> Iterator[None]:
@@ -85,7 +79,7 @@ class Float32Operators:
         if products.weight is not None:
             self._heads[id(products.weight)] = weakref.ref(products.weight)
 
-    def _replace(self, name: str, key: str, kind: Callable[..., Any]) -> None:
+    def _kernel(self, name: str, key: str, kind: Callable[..., Any]) -> Callable[..., Any]:
         qualified = f"aten::{name}"
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
@@ -112,7 +106,7 @@ class Float32Operators:
                         return self._past_autocast(wanted, arguments, kwargs)
             return theirs(keyset, *args, **kwargs)
 
-        self._library.impl(name, kernel, key, with_keyset=True)
+        return kernel
 
     def _past_autocast(
         self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

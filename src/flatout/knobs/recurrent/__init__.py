@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -24,16 +24,10 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Replace the operator, for every thread of this process."""
-    import torch
-
+    from flatout.agent import dispatch
     from flatout.knobs.recurrent import cpu
 
-    try:
-        library = kernels.load("gru")
-        if not hasattr(torch.library, "get_kernel"):
-            raise kernels.KernelError(f"torch {torch.__version__} cannot hand its kernel over")
-    except kernels.KernelError as error:
-        raise RefusedError(f"torch's own units stay: {error}") from error
+    library = dispatch.compiled("gru", "torch's own units")
     return cpu.install(library, lambda error: session.contain(NAME, error))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from flatout.agent import dispatch
 from flatout.knobs import Undo
 
 OPERATOR = "aten::gru.input"
@@ -270,13 +270,7 @@ def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Un
         )
         return result
 
-    replaced = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of every replaced kernel
-        for dispatch_key in ("AutogradCPU", "CPU"):
-            replaced.impl("gru.input", replacement, dispatch_key, with_keyset=True)
-    destroy: Undo = replaced._destroy
-    return destroy
+    return dispatch.replace({"gru.input": replacement}, "AutogradCPU", "CPU")
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

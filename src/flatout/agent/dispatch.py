@@ -1,0 +1,50 @@
+"""Other kernels for operators of torch, compiled ones among them."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from flatout import kernels
+from flatout.knobs import RefusedError, Undo
+
+
+def compiled(name: str, stays: str) -> ctypes.CDLL:
+    """The library of a kernel that is to stand in for an operator.
+
+    Args:
+        name: of the kernel.
+        stays: what is used without it, in words.
+
+    Raises:
+        RefusedError: it cannot be had, or this torch cannot hand its own kernel over.
+    """
+    try:
+        library = kernels.load(name)
+    except kernels.KernelError as error:
+        raise RefusedError(f"{stays} stay: {error}") from error
+    if not hasattr(torch.library, "get_kernel"):
+        raise RefusedError(f"{stays} stay: torch {torch.__version__} cannot hand its kernel over")
+    return library
+
+
+def replace(functions: Mapping[str, Callable[..., Any]], *keys: str) -> Undo:
+    """Put functions behind operators; returns what puts torch's own kernels back.
+
+    Args:
+        functions: by the operator's name without ``aten::``; each is called with the set of
+            dispatch keys, which torch's own kernel wants to have, and the operator's arguments.
+        keys: the dispatch keys that they are for.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every replaced kernel
+        for name, function in functions.items():
+            for key in keys:
+                library.impl(name, function, key, with_keyset=True)
+    destroy: Undo = library._destroy
+    return destroy
