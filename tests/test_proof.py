@@ -44,6 +44,13 @@ def judge(
     return proof.judge([(c,) for c in bare], [(c,) for c in plan], (bare[0],), bitwise)
 
 
+def test_a_run_that_was_longer_repeats_another_as_far_as_that_goes() -> None:
+    curve = bare_curve(0)
+    for repeat in ((*curve, 1.0, 2.0), curve[:-3]):
+        assert proof.judge([(curve,)] * 2, [(curve,)] * 2, (repeat,), True).bare_repeats
+    assert not proof.judge([(curve,)] * 2, [(curve,)] * 2, ((9.0, *curve),), True).bare_repeats
+
+
 @pytest.mark.parametrize("self_seeded", [False, True])
 def test_identical_losses_are_bitwise(self_seeded: bool) -> None:
     verdict = judge(lambda number: 0.0, self_seeded=self_seeded, bitwise=True)

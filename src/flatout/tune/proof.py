@@ -97,7 +97,7 @@ def judge(
         kind = "bitwise" if same else "non-inferior"
         return Verdict(passed, why, kind, steps, repeats, tuple(losses))
 
-    shared = min((len(curve) for curve in repeat), default=0)
+    shared = min(map(len, (*repeat, *bare[0])), default=0)
     repeats = len(repeat) == sites and all(
         one[:shared] == other[:shared] for one, other in zip(bare[0], repeat, strict=True)
     )

@@ -144,14 +144,14 @@ class Tuner:
         first = self._first_run()
         self._step_s = statistics.typical_step_ms(first.process.steps, WARMUP_STEPS) / 1e3
         self._startup_s = max(first.seconds - sum(s.step_ms for s in first.process.steps) / 1e3, 0)
-        timed = sum(step.mark is None for step in first.process.steps)
-        self._steps = self._options.steps or max(timed, MINIMUM_STEPS)
+        self._bare_steps = [step for step in first.process.steps if step.mark is None]
+        self._steps = self._options.steps or max(len(self._bare_steps), MINIMUM_STEPS)
         self._first = first
         self._available = len(first.process.steps) if first.ended else None
         self._outcome.header = first.process.header
         self._outcome.inputs = first.process.inputs
         self._say(
-            f"bare: {self._step_s * 1e3:.4g} ms a step (median of {timed} "
+            f"bare: {self._step_s * 1e3:.4g} ms a step (median of {len(self._bare_steps)} "
             f"steps), {self._startup_s:.1f} s of start-up"
         )
         settings = self._winners(self._candidates())
@@ -202,7 +202,7 @@ class Tuner:
     # Candidates, and their comparison inside one process
 
     def _candidates(self) -> dict[str, str]:
-        header, steps = self._first.process.header, self._first.process.steps
+        header, steps = self._first.process.header, self._bare_steps
         on_accelerator = any(step.peak_device_bytes for step in steps)
         device = str(header["accelerator"]) if on_accelerator else "cpu"
         facts = knobs.Facts(
@@ -455,7 +455,7 @@ class Tuner:
         verdict = proof.judge(
             [proof.curves(steps) for steps in runs[False]],
             [proof.curves(steps) for steps in runs[True]],
-            proof.curves(self._first.process.steps),
+            proof.curves(self._bare_steps),
             bitwise=all(knobs.is_bitwise(name, setting) for name, setting in settings.items()),
         )
         self._say(f"{_in_words(settings)}: {ratio}; {verdict.why}")
@@ -519,7 +519,7 @@ def _operators(process: ProcessRecord) -> frozenset[str] | None:
 
 def _data_share(steps: Sequence[Step]) -> float | None:
     """Of the time of steps, waiting for data."""
-    timed = [step for step in steps[WARMUP_STEPS:] if step.mark is None]
+    timed = steps[WARMUP_STEPS:]
     total_ms = sum(step.step_ms for step in timed)
     return sum(step.phases_ms["data"] or 0.0 for step in timed) / total_ms if timed else None
 
