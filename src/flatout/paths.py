@@ -17,6 +17,11 @@ def runs_directory() -> Path:
     return _base("XDG_STATE_HOME", ".local/state") / "runs"
 
 
+def tunes_directory() -> Path:
+    """Where the folders of tunes are."""
+    return _base("XDG_STATE_HOME", ".local/state") / "tunes"
+
+
 def cache_directory() -> Path:
     """Where measured ceilings and the scratch of isolated runs are."""
     home = os.environ.get("FLATOUT_HOME")
