@@ -41,7 +41,7 @@ to end has five seconds to do so."""
 TUNE_SECONDS = 600.0
 """A tune that takes longer hangs."""
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 
 OPTIONS = ["--budget", "20s", "--steps", "30", "--knobs", "optimizer,zero_grad"]
 
@@ -75,12 +75,32 @@ class FailedError(Exception):
     """Something is not as it should be after a kill, or at the end of a tune."""
 
 
+def whole_lines(path: Path) -> bytes:
+    """What the whole lines of a journal hold; a torn last line must not trouble its reader.
+
+    Raises:
+        FailedError: one of them is no JSON, or the reader does not see them.
+    """
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        expected = [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise FailedError(f"{path} is corrupt: {error}") from error
+    if journal.read(path) != expected:
+        raise FailedError(f"{path} is read as something else")
+    return whole
+
+
 class Soak:
     """One soak.
 
     Args:
         folder: for the program, the plans, flatout's own files and what it says.
         seed: of the moments.
+
+    Attributes:
+        checked: the journals that were read.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -93,7 +113,9 @@ class Soak:
         self._job = [sys.executable, str(script)]
         self._tunes = 0
         self._starts = 0
+        self.checked: set[Path] = set()
         self._journals: dict[Path, bytes] = {}
+        self._ended: set[Path] = set()
 
     def run(self, kills: int) -> None:
         """Kill so many times, and then let a tune end.
@@ -102,37 +124,37 @@ class Soak:
             FailedError: something is wrong.
         """
         began_s = time.monotonic()
-        self._end(self._start(resume=False))
+        self._finish(self._start())
         typical_s = time.monotonic() - began_s
         print(f"a tune that is left alone takes {typical_s:.0f} s", flush=True)
-        resume = False
         done = 0
         while done < kills:
             target = self._random.choice(["flatout", "the job"])
             moment_s = self._random.uniform(0, typical_s)
-            began_s = time.monotonic()
-            tuning = self._start(resume=resume)
+            began_s, tunes = time.monotonic(), self._tunes
+            tuning = self._start()
             if not self._kill(tuning, target, moment_s):
-                self._end(tuning)
-                if not resume:
+                self._finish(tuning)
+                if self._tunes > tunes:  # not one that went on
                     typical_s = time.monotonic() - began_s
-                resume = False
                 continue
             done += 1
-            self._wait(tuning)  # with its job killed, it may go on without that trial, or give up
-            has_plan = tuning.returncode == 0 and self._plan.exists()
+            self._wait(tuning)  # with its job killed, it may go on, or give up until it is resumed
             print(
                 f"kill {done} of {kills}: {target} after {moment_s:.1f} s; tune {self._tunes} "
-                f"ended with {tuning.returncode}" + " and a plan" * has_plan,
+                f"ended with {tuning.returncode}",
                 flush=True,
             )
-            self._check()
-            resume = not has_plan
-        self._end(self._start(resume=resume))
+            has_ended = self._check()
+            if has_ended or tuning.returncode == 0:
+                self._check_plan()
+        self._finish(self._start())
 
-    def _start(self, *, resume: bool) -> subprocess.Popen[bytes]:
-        """Begin a tune, or go on with the last one."""
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Go on with the tune that has not come to its end, or begin another one."""
         self._starts += 1
+        # A tune that was killed before its journal had a line has nothing to go on with.
+        resume = self._journals.keys() > self._ended
         if not resume:
             self._tunes += 1
         self._plan = self._folder / f"plan-{self._tunes}.toml"
@@ -184,40 +206,46 @@ class Soak:
         if "Traceback (most recent call last)" in self._said.read_text("utf-8", "replace"):
             raise FailedError(f"a traceback: {self._said}")
 
-    def _end(self, tuning: subprocess.Popen[bytes]) -> None:
+    def _finish(self, tuning: subprocess.Popen[bytes]) -> None:
         """Wait for a tune that nothing disturbs any more, and check that it ends with a plan."""
         self._wait(tuning)
+        self._check()
         if tuning.returncode != 0:
             raise FailedError(f"a tune ended with {tuning.returncode}: {self._said}")
-        if not self._plan.exists():
-            raise FailedError(f"a tune ended without a plan: {self._said}")
-        if not plan.read(self._plan).proven:
-            raise FailedError(f"the plan is not proven: {self._plan}")
-        self._check()
+        self._check_plan()
         print(f"tune {self._tunes} ended with a plan", flush=True)
 
-    def _check(self) -> None:
-        """Check that no process is left, and that the journals hold what they held before."""
+    def _check_plan(self) -> None:
+        if not self._plan.exists():
+            raise FailedError(f"a tune came to its end without a plan: {self._said}")
+        if not plan.read(self._plan).proven:
+            raise FailedError(f"the plan is not proven: {self._plan}")
+
+    def _check(self) -> bool:
+        """Check that no process is left, and that the journals hold what they held before.
+
+        Returns whether a tune has come to its end since the last time.
+        """
         deadline_s = time.monotonic() + CLEAN_SECONDS
         while left := self._processes():
             if time.monotonic() > deadline_s:
                 raise FailedError(f"{len(left)} processes are left: {left}")
             time.sleep(POLL_SECONDS)
-        journals = sorted(self._home.glob("tunes/*/journal.jsonl"))
-        if len(journals) > self._tunes:
-            raise FailedError(f"{self._tunes} tunes, but {len(journals)} journals: {self._home}")
-        for path in journals:
-            content = path.read_bytes()
-            complete = content[: content.rfind(b"\n") + 1]
-            for line in complete.splitlines():
-                try:
-                    json.loads(line)
-                except ValueError:
-                    raise FailedError(f"{path} has a line {line[:80]!r}") from None
-            if not complete.startswith(self._journals.get(path, b"")):
+        paths = sorted(self._home.glob(f"tunes/*/{journal.JOURNAL_FILE}"))
+        if len(paths) > self._tunes:
+            raise FailedError(f"{self._tunes} tunes, but {len(paths)} journals: {self._home}")
+        lost = self._journals.keys() - self._ended - set(paths)  # those that ended may be cleared
+        if lost:
+            raise FailedError(f"there is no {lost.pop()} any more")
+        before, ended_before = self._journals, self._ended
+        self._journals = {path: whole_lines(path) for path in paths}
+        self._journals = {path: lines for path, lines in self._journals.items() if lines}
+        self._ended = {path for path in paths if (path.parent / journal.RESULT_FILE).exists()}
+        self.checked |= set(paths)
+        for path, lines in self._journals.items():
+            if not lines.startswith(before.get(path, b"")):
                 raise FailedError(f"{path} has lost lines")
-            journal.read(path)
-            self._journals[path] = complete
+        return not self._ended <= ended_before
 
     def _processes(self) -> list[psutil.Process]:
         """What runs with our marker."""
@@ -229,11 +257,6 @@ class Soak:
             except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie, or another user's
                 continue
         return found
-
-    @property
-    def journals(self) -> int:
-        """How many journals were read."""
-        return len(self._journals)
 
     def clean(self) -> None:
         """End what a failure left behind."""
@@ -258,10 +281,10 @@ def main() -> int:
         return 1
     finally:
         soak.clean()
-    if not soak.journals:
+    if not soak.checked:
         print(f"FAILED: there is no journal in {folder}")
         return 1
-    print(f"{arguments.kills} kills: no process left, {soak.journals} journals sound")
+    print(f"{arguments.kills} kills: no process left, {len(soak.checked)} journals sound")
     shutil.rmtree(folder)
     return 0
 

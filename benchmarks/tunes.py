@@ -6,9 +6,10 @@
 
 Each program is tuned, and then run bare and under ``flatout run`` with the plan, in alternation, a
 seed for each pair. The programs print a line now and then, flushed as it is printed; this script
-notes when each line comes out of the pipe, on a clock of its own. Seconds a step are the time
-between two lines over the steps between them, the median over a run: start-up and end are in none
-of them, and an evaluation is in few. What lies before the second line is left out as warm-up.
+notes when each line comes out of the pipe, on a clock of its own. Seconds a step are the time from
+the second line to the last over the steps between them. That leaves out start-up, warm-up and end,
+without the noise of taking one whole run from another, and has all that the program does between
+its steps, as the claim has.
 
 A results file gets one line of JSON for each finished measurement, so a run that was ended goes on
 where it was, and several may share the file. Exits with 1 when a target is missed or a program
@@ -28,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def quotient(one: Ratio, other: Ratio) -> Interval:
 
 
 def step_seconds(lines: Sequence[tuple[int, float]]) -> float:
-    """Median seconds a step.
+    """Mean seconds a step, from the second line on.
 
     Args:
         lines: number of the step and seconds since the start, of each line that was printed.
@@ -122,10 +122,8 @@ def step_seconds(lines: Sequence[tuple[int, float]]) -> float:
     """
     if len(lines) < 3:
         raise ValueError(f"{len(lines)} lines with a step are too few to time any")
-    later = lines[1:]
-    return statistics.median(
-        (end_s - begin_s) / (end - begin) for (begin, begin_s), (end, end_s) in pairwise(later)
-    )
+    (begin, begin_s), (end, end_s) = lines[1], lines[-1]
+    return (end_s - begin_s) / (end - begin)
 
 
 class Results:
@@ -160,7 +158,7 @@ class Results:
 def timed(command: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a command to its end.
 
-    Returns its whole wall time and its median step in seconds, when each of its lines with a step
+    Returns its whole wall time and its mean step in seconds, when each of its lines with a step
     came (step, seconds since the start), and what flatout said.
 
     Raises:
