@@ -19,11 +19,11 @@ from typing import Any
 from flatout import knobs, machine, signature
 from flatout.errors import UserError
 from flatout.plan import Evidence
+from flatout.ratios import Ratio
 from flatout.record import ProcessRecord, Step
 from flatout.request import Comparison, Request
 from flatout.tune import proof, statistics, trial
 from flatout.tune.proof import Verdict
-from flatout.tune.statistics import Ratio
 from flatout.tune.trial import Trial, TrialFailedError
 
 WARMUP_STEPS = 3
@@ -267,7 +267,7 @@ class Tuner:
             try:
                 done = self._trial(
                     Request(comparison=comparison, seed=self._options.seed),
-                    steps=_length(comparison),
+                    steps=comparison.longest_steps,
                 )
             except TrialFailedError as failure:
                 culprit = _arm_at_the_end(failure)
@@ -491,11 +491,6 @@ def _in_common(
     one: tuple[str, ...] | None, other: tuple[str, ...] | None
 ) -> tuple[str, ...] | None:
     return None if one is None or other is None else signature.merged(one, other)
-
-
-def _length(comparison: Comparison) -> int:
-    blocks = len(comparison.arms) * comparison.rounds
-    return comparison.warmup_steps + blocks * comparison.block_steps
 
 
 def _in_words(settings: Mapping[str, str]) -> str:
