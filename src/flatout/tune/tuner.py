@@ -391,6 +391,7 @@ class Tuner:
             verdict=verdict.kind,
             in_process={name: self._outcome.in_process[name].value for name in settings},
             losses=verdict.losses,
+            checks=verdict.checks,
         )
 
     def _try(self, settings: dict[str, str]) -> _Pairs | None:
@@ -453,10 +454,10 @@ class Tuner:
             [math.log(b / p) for b, p in zip(times_ms[False], times_ms[True], strict=True)]
         )
         verdict = proof.judge(
-            [proof.curves(steps) for steps in runs[False]],
-            [proof.curves(steps) for steps in runs[True]],
-            proof.curves(self._bare_steps),
-            bitwise=all(knobs.is_bitwise(name, setting) for name, setting in settings.items()),
+            [proof.Run(proof.curves(steps)) for steps in runs[False]],
+            [proof.Run(proof.curves(steps)) for steps in runs[True]],
+            proof.Run(proof.curves(self._bare_steps)),
+            proof.exactness(settings),
         )
         self._say(f"{_in_words(settings)}: {ratio}; {verdict.why}")
         return _Pairs(ratio, verdict, median(times_ms[False]), median(times_ms[True]))
