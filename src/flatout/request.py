@@ -91,6 +91,21 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What a proof wants to see of what the program computes; see ``agent/inspection.py``.
+
+    Attributes:
+        gradient_steps: of each parameter, the gradients of its first so many updates.
+        state: parameters and buffers at the end, and what passes forward without training give.
+        outputs: so many of the first passes forward without training in every detail.
+    """
+
+    gradient_steps: int = 0
+    state: bool = False
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -101,8 +116,10 @@ class Request:
             imported, even when ``stop_steps`` has not been reached.
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
-        seed: seed set for torch, ``random`` and NumPy before the program's own code runs.
+        seed: seed set for torch, ``random`` and NumPy before the program's own code runs; unless
+            it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
         proof: under which conditions some of the settings apply.
+        inspection: what to record beyond times and losses.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -112,6 +129,7 @@ class Request:
     comparison: Comparison | None = None
     seed: int | None = None
     proof: Proof | None = None
+    inspection: Inspection | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
@@ -139,7 +157,10 @@ class Request:
             if proof is not None:
                 inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
                 proof = Proof(tuple(proof["knobs"]), proof["torch"], inputs)
-            return cls(comparison=comparison, proof=proof, **document)
+            inspection = document.pop("inspection", None)
+            if inspection is not None:
+                inspection = Inspection(**inspection)
+            return cls(comparison=comparison, proof=proof, inspection=inspection, **document)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"
