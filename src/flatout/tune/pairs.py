@@ -7,15 +7,15 @@ machine cancels; both runs of a pair have the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
 from flatout.errors import UserError
+from flatout.ratios import Ratio
 from flatout.record import ProcessRecord, Step
-from flatout.request import Request
+from flatout.request import Inspection, Request
 from flatout.tune import statistics, trial
-from flatout.tune.statistics import Ratio
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 
 WARMUP_STEPS = 3
@@ -107,16 +107,6 @@ def step_ms(process: ProcessRecord) -> float:
     return whole_ms / len(timed)
 
 
-NARROW = 0.05
-"""Half-width of an interval, as a share, from which on more pairs are not asked for."""
-
-
-def is_narrow(log_ratios: Sequence[float]) -> bool:
-    """Whether the claim is known to five percent."""
-    ratio = statistics.claimed(log_ratios)
-    return math.log(ratio.high / ratio.low) / 2 <= NARROW
-
-
 def median_step_ms(trials: list[Trial]) -> float:
     """Of several runs."""
     return median(step_ms(done.process) for done in trials)
@@ -161,20 +151,30 @@ def run(
         say(f"pair {number + 1}: {one:.4g} ms, {other:.4g} ms, {one / other:.2f}x")
 
 
+STATE = Inspection(state=True)
+"""What a proof wants to see of a run, besides its losses."""
+
+
 def one_run(
-    trials: Trials, settings: Mapping[str, str], *, pace: Pace, steps: int, seed: int
+    trials: Trials,
+    settings: Mapping[str, str],
+    *,
+    pace: Pace,
+    steps: int,
+    seed: int,
+    inspection: Inspection = STATE,
 ) -> Trial:
     """One run under some settings.
 
     Raises:
         TrialFailedError: it fails, one of the knobs does, or it ends early.
     """
-    request = Request(settings=dict(settings), stop_steps=steps, seed=seed)
+    request = Request(settings=dict(settings), stop_steps=steps, seed=seed, inspection=inspection)
     done = trials.run(request, pace.limit_s(steps))
     for name, why in trial.reasons(done.process, "failed").items():
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
-    if len(done.process.turns) < MINIMUM_STEPS:
+    if len(done.process.turns) < min(MINIMUM_STEPS, steps):
         raise TrialFailedError(
             f"with seed {seed} this program ends after {len(done.process.turns)} steps, tune "
             f"needs at least {MINIMUM_STEPS}",

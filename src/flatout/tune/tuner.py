@@ -15,10 +15,12 @@ which are in the journal: a tune that was killed goes on from there (see ``journ
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flatout import knobs, machine, signature
 from flatout.doctor.case import Case
@@ -26,20 +28,31 @@ from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
 from flatout.knobs import Exactness
 from flatout.machine import Ceilings
-from flatout.plan import Evidence
-from flatout.request import Comparison, Request
-from flatout.tune import candidates, memory, pairs, proof, statistics, trial
+from flatout.plan import Check, Evidence
+from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
+from flatout.record import Gradient
+from flatout.request import Comparison, Inspection, Request
+from flatout.tune import (
+    candidates,
+    design,
+    gradients,
+    memory,
+    pairs,
+    proof,
+    search,
+    statistics,
+    trial,
+)
 from flatout.tune.candidates import Candidate
 from flatout.tune.journal import Journal
 from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
-from flatout.tune.statistics import Ratio
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 
 MAXIMUM_STEPS = 200
 """Horizon of the proof unless the user asks for another."""
 
-MINIMUM_PAIRS, MAXIMUM_PAIRS = 5, 24
+MAXIMUM_PAIRS = 24
 
 COLD_PAIRS = 3
 """For a knob that needs a process of its own: these rank, they claim nothing."""
@@ -48,7 +61,7 @@ SLOW_START_S = 120.0
 """What compiling takes in all of these, about: later processes find most of it in the cache."""
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
-MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 6, 40
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 2, 40
 
 FIRST_RUN_SHARE = 1 / 24
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
@@ -62,8 +75,11 @@ COLD_SHARE = 0.15
 PROFILE_STEPS = 5
 """Steps of the first run, after those that are timed, that show which operators there are."""
 
-MAXIMUM_ARMS = 8
-"""That take turns in one process; the steps of one arm should not lie too far apart."""
+MAXIMUM_CANDIDATES = 11
+"""That are compared in one process: in 24 stacks (``design.stacks``)."""
+
+GRADIENT_SEEDS, GRADIENT_STEPS = 2, 3
+"""For which the gradients are compared, before anything else is."""
 
 MAXIMUM_PROOFS = 4
 """Plans that are put to the proof one after the other, each gentler than the one before."""
@@ -188,6 +204,9 @@ class Tuner:
         self._ceilings = ceilings
         self._outcome = Outcome()
         self._available: int | None = None
+        self._offered: dict[str, list[str]] = {}
+        self._bare_gradients: Sequence[Mapping[str, Sequence[Gradient]]] = ()
+        self._gradients = Check("gradients", "open", "no gradients were recorded")
 
     def run(self) -> Outcome:
         """Tune; after an interruption, what has been proven until then.
@@ -219,7 +238,7 @@ class Tuner:
         try:
             self._first_run()
             made = Pairs({}, dict(settings))
-            self._alternate(made, count, count, math.inf, self._steps)
+            self._alternate(made, lambda made: made.count >= count, self._steps)
             outcome.interrupted = made.interrupted
             refusal = self._refusal(made)
             if refusal is None:
@@ -281,12 +300,13 @@ class Tuner:
         step_s = pairs.step_ms(process) / 1e3
         in_steps_s = sum(step.step_ms for step in process.steps) / 1e3
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
-        self._bare_steps = [step for step in process.steps if step.mark is None]
-        self._steps = options.steps or max(len(self._bare_steps), MINIMUM_STEPS)
+        self._first = first
+        timed = [step for step in process.steps if step.mark is None]
+        self._steps = options.steps or max(len(timed), MINIMUM_STEPS)
         if first.ended:
             self._available = outcome.job_steps = len(process.steps)
         self._say(
-            f"bare: {step_s * 1e3:.4g} ms a step ({len(self._bare_steps)} steps), "
+            f"bare: {step_s * 1e3:.4g} ms a step ({len(timed)} steps), "
             f"{self._pace.startup_s:.1f} s of start-up"
         )
         return first
@@ -303,6 +323,8 @@ class Tuner:
         known = candidates.facts(case, str(header["accelerator"]) if on_accelerator else "cpu")
         found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
         self._outcome.refused = refused
+        for name in knobs.registry():
+            self._offered[name] = list(knobs.get(name).offer(known).settings)
         for name, why in refused.items():
             self._say(f"{name} is not tried: {why}")
         for candidate in found:
@@ -313,125 +335,163 @@ class Tuner:
     # Inside one process
 
     def _screen(self, found: Sequence[Candidate]) -> dict[str, str]:
-        """The best setting of each hot knob that is faster than bare, the fastest first."""
+        """The best setting of each hot knob that is faster, the fastest first.
+
+        They are compared in stacks, which tell what each brings among the others; only where one
+        of them ends the program, each alone, which tells which one it is.
+        """
         best: dict[str, tuple[float, str]] = {}
-        groups = self._groups([candidate for candidate in found if candidate.is_hot])
-        for group in groups:
-            arms = [self._arm(candidate.settings) for candidate in group]
-            for arm in self._compare({}, arms, COMPARISON_SHARE / len(groups)):
-                ratio = arm.ratio
-                if ratio is None:
-                    continue
-                ((knob, setting),) = arm.settings.items()
-                self._say(f"{knob}={setting}: {ratio} inside one process")
-                if ratio.low > 1:
-                    arm.state = "won"
-                    best[knob] = max(best.get(knob, (0.0, "")), (ratio.value, setting))
-                elif arm.state != "failed":
-                    arm.state = "no gain"
-                    arm.why = arm.why or "it is not faster, beyond noise"
-                self._changed()
+        hot = [candidate for candidate in found if candidate.is_hot]
+        try:
+            self._compare_stacks(hot)
+        except TrialFailedError as failure:
+            self._say(f"the program fails under several knobs, each is tried alone: {failure}")
+            self._compare_alone(hot)
+        for candidate in hot:
+            arm = self._arm(candidate.settings)
+            if arm.ratio is None:
+                continue
+            self._say(f"{candidate}: {arm.ratio} inside one process")
+            if statistics.winners({str(candidate): arm.ratio}):
+                arm.state = "won"
+                setting = (arm.ratio.value, candidate.setting)
+                best[candidate.knob] = max(best.get(candidate.knob, (0.0, "")), setting)
+            else:
+                arm.state = "no gain"
+                arm.why = arm.why or "it is not faster, beyond noise"
+            self._changed()
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         return {knob: setting for knob, (_, setting) in ordered}
 
+    def _compare_stacks(self, hot: Sequence[Candidate]) -> None:
+        """Fill in the ratio of each candidate among the others; those that fail are out.
+
+        Raises:
+            TrialFailedError: the program failed under a stack of several.
+        """
+        groups = self._groups(hot)
+        for group in groups:
+            stacks = design.stacks(_factors(group))
+            share = COMPARISON_SHARE / len(groups)
+            done, comparison = self._compare(stacks, "settings", share, group)
+            failures = trial.reasons(done.process, "failed")
+            applied = [
+                {knob: setting for knob, setting in stack.items() if knob not in failures}
+                for stack in stacks
+            ]
+            ratios = setting_ratios(_complete_blocks(done, comparison), applied)
+            skips = trial.reasons(done.process, "skipped")
+            for candidate in group:
+                arm = self._arm(candidate.settings)
+                if candidate.knob in failures:
+                    self._fail(arm, failures[candidate.knob])
+                else:
+                    arm.ratio = ratios.get((candidate.knob, candidate.setting))
+                    arm.why = skips.get(candidate.knob, "")
+
+    def _compare_alone(self, hot: Sequence[Candidate]) -> None:
+        """Fill in the ratio of each candidate alone; those that fail are out."""
+        for group in self._groups(hot):
+            left = [candidate for candidate in group if self._arm(candidate.settings).ratio is None]
+            while left:
+                arms = ({}, *(candidate.settings for candidate in left))
+                try:
+                    done, comparison = self._compare(arms, "arms", COMPARISON_SHARE, left)
+                except TrialFailedError as failure:
+                    at = _arm_at_the_end(failure)
+                    if not at:
+                        raise pairs.said("the program fails when it runs again", failure) from (
+                            failure
+                        )
+                    culprit = self._arm(left.pop(at - 1).settings)
+                    self._fail(culprit, f"the program fails under it: {failure}")
+                    continue
+                failures = trial.reasons(done.process, "failed")
+                ratios = arm_ratios(_complete_blocks(done, comparison))
+                for number, candidate in enumerate(left, 1):
+                    arm = self._arm(candidate.settings)
+                    if f"arm {number}" in failures:
+                        self._fail(arm, failures[f"arm {number}"])
+                    else:
+                        arm.ratio = ratios.get(number)
+                break
+
     def _stack(self, settings: dict[str, str]) -> dict[str, str]:
         """The winners together, without those that gain nothing on top of the others."""
-        if len(settings) < 2:
+        if len(settings) < 2 or self._available is not None:
             return settings
-        arms = [
-            Arm({name: s for name, s in settings.items() if name != left_out})
-            for left_out in settings
-        ]
-        compared = self._compare(settings, arms, COMPARISON_SHARE)
+        stacks = (
+            settings,
+            *({k: s for k, s in settings.items() if k != left_out} for left_out in settings),
+        )
+        try:
+            done, comparison = self._compare(stacks, "arms", COMPARISON_SHARE / 2, None)
+        except TrialFailedError as failure:
+            self._say(f"what each knob brings to the stack is not known: {failure}")
+            return settings
+        found = arm_ratios(_complete_blocks(done, comparison))
+        without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
+        for knob, ratio in without.items():
+            gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
+            self._outcome.without[knob] = gain
+            self._say(f"{knob} on top of the others: {gain} inside one process")
         kept = dict(settings)
-        for arm, left_out in zip(compared, settings, strict=True):
-            if arm.ratio is None:
-                continue
-            gain = Ratio(
-                1 / arm.ratio.value, 1 / arm.ratio.high, 1 / arm.ratio.low, arm.ratio.pairs
-            )
-            self._outcome.without[left_out] = gain
-            self._say(f"{left_out} on top of the others: {gain} inside one process")
-            if gain.high < 1 and len(kept) > 1:
-                self._leave_out(left_out, kept.pop(left_out), "it slows the other settings down")
+        for knob in statistics.redundant(without)[: len(settings) - 1]:
+            self._leave_out(knob, kept.pop(knob), "the other settings are as fast without it")
         return kept
 
     def _groups(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """The candidates in as few parts as a program of this length can compare at a time."""
         if not hot:
             return []
-        size = MAXIMUM_ARMS - 1
+        size = MAXIMUM_CANDIDATES
         if self._available is not None:
-            arms = (self._available - WARMUP_STEPS) // (MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS)
-            size = min(max(arms - 1, 1), size)
+            rounds = (self._available - WARMUP_STEPS) // MINIMUM_BLOCK_STEPS
+            size = 3 if rounds < MINIMUM_ROUNDS * 16 else size
         count = -(-len(hot) // size)
         return [list(hot[part::count]) for part in range(count)]
 
     def _compare(
-        self, baseline: Mapping[str, str], arms: Sequence[Arm], share: float
-    ) -> Sequence[Arm]:
-        """Let arms take turns with a baseline inside one process; fills in their ratios.
-
-        Those that fail are out, and the rest is tried again.
+        self,
+        arms: Sequence[Mapping[str, str]],
+        decide: Literal["arms", "settings"],
+        share: float,
+        of: Sequence[Candidate] | None,
+    ) -> tuple[Trial, Comparison]:
+        """Let arms take turns inside one process.
 
         Args:
-            baseline: what they are compared with.
-            arms: what to compare.
+            arms: the first is what the others are compared with.
+            decide: what ends it before its time, see ``Comparison``.
             share: of the budget.
-        """
-        left = list(arms)
-        while left:
-            comparison = self._comparison([baseline, *(arm.settings for arm in left)], share)
-            self._say(
-                f"comparing {_listed(arm.settings for arm in left)} with "
-                f"{_in_words(baseline) or 'bare'} inside one process, {comparison.rounds} rounds "
-                f"of {comparison.block_steps} steps each"
-            )
-            for arm in left:
-                arm.stage = "inside one process"
-            try:
-                done = self._trials.run(
-                    Request(comparison=comparison, seed=self._options.seed),
-                    self._pace.limit_s(_length(comparison)),
-                )
-            except TrialFailedError as failure:
-                culprit = _arm_at_the_end(failure)
-                if not culprit:
-                    raise pairs.said("the program fails when it runs again", failure) from failure
-                self._fail(left.pop(culprit - 1), f"the program fails under it: {failure}")
-                continue
-            failures = trial.reasons(done.process, "failed")
-            if "arm 0" in failures:
-                self._say(f"{_in_words(baseline)} cannot be compared: {failures['arm 0']}")
-                break
-            skips = trial.reasons(done.process, "skipped")
-            ratios = statistics.in_process_ratios(
-                statistics.blocks(done.process.steps, DISCARD_STEPS),
-                comparison.block_steps - DISCARD_STEPS,
-            )
-            rest = []
-            for number, arm in enumerate(left, 1):
-                names = [*arm.settings]
-                why = failures.get(f"arm {number}") or _first(failures, names)
-                if why is not None:
-                    self._fail(arm, why)
-                    continue
-                rest.append(arm)
-                arm.ratio = ratios.get(number)
-                arm.why = _first(skips, names) or ""
-            if all(arm.ratio is not None for arm in rest):
-                break
-            if len(rest) == len(left):  # nothing failed, so the program ended too early
-                steps = len(done.process.steps)
-                if not done.ended or self._available == steps:
-                    raise UserError(
-                        f"the comparison of {_listed(arm.settings for arm in left)} gave no ratio"
-                    )
-                self._available = steps
-            left = rest
-        return arms
+            of: the candidates that it is about, ``None``: the stack that they have become.
 
-    def _comparison(self, arms: Sequence[Mapping[str, str]], share: float) -> Comparison:
+        Raises:
+            TrialFailedError: the program fails under one of them.
+            UserError: the program ends too early to compare anything.
+        """
+        comparison = self._comparison(arms, decide, share)
+        what = "; ".join(map(str, of)) if of is not None else "the stack less each of its knobs"
+        self._say(
+            f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
+        )
+        for candidate in of or ():
+            arm = self._arm(candidate.settings)
+            arm.stage, arm.state = "inside one process", "running"
+        self._changed()
+        request = Request(comparison=comparison, seed=self._options.seed)
+        done = self._trials.run(request, self._pace.limit_s(comparison.longest_steps))
+        if done.ended and self._available is None:
+            self._available = len(done.process.steps)
+            return self._compare(arms, decide, share, of)
+        return done, comparison
+
+    def _comparison(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        decide: Literal["arms", "settings"],
+        share: float,
+    ) -> Comparison:
         """As long as the budget and the program allow.
 
         Raises:
@@ -440,24 +500,27 @@ class Tuner:
         seconds = self._options.budget_seconds * share
         rounds = int(seconds / (self._pace.step_s * BLOCK_STEPS * len(arms))) // 2 * 2
         rounds = min(max(rounds, MINIMUM_ROUNDS), MAXIMUM_ROUNDS)
-        block_steps = BLOCK_STEPS
-        if self._available is not None:
-            usable = self._available - WARMUP_STEPS
-            rounds = min(rounds, max(usable // (block_steps * len(arms)) // 2 * 2, MINIMUM_ROUNDS))
-            block_steps = min(block_steps, usable // (rounds * len(arms)))
-            if block_steps < MINIMUM_BLOCK_STEPS:
-                needed = WARMUP_STEPS + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
-                raise UserError(
-                    f"this program ends after {self._available} training steps; to compare "
-                    f"{_listed(arms[1:])} with bare, tune needs at least {needed}"
-                )
-        return Comparison(
+        made = Comparison(
             arms=tuple(map(dict, arms)),
-            block_steps=block_steps,
+            block_steps=BLOCK_STEPS,
             discard_steps=DISCARD_STEPS,
             warmup_steps=WARMUP_STEPS,
             rounds=rounds,
+            decide=decide,
         )
+        if self._available is None or made.longest_steps <= self._available:
+            return made
+        usable = self._available - (made.longest_steps - len(arms) * rounds * BLOCK_STEPS)
+        rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, MINIMUM_ROUNDS)
+        block_steps = min(BLOCK_STEPS, usable // (rounds * len(arms)))
+        if block_steps < MINIMUM_BLOCK_STEPS:
+            needed = self._available - usable + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
+            raise UserError(
+                f"this program ends after {self._available} training steps; to compare "
+                f"{len(arms)} combinations of settings tune needs at least {needed}; with --knobs "
+                "there are fewer"
+            )
+        return dataclasses.replace(made, rounds=rounds, block_steps=block_steps)
 
     # In fresh processes
 
@@ -483,7 +546,7 @@ class Tuner:
             arm.stage = "fresh processes"
             tried = Pairs(dict(settings), settings | candidate.settings)
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
-            self._alternate(tried, COLD_PAIRS, COLD_PAIRS, math.inf, _short(self._steps))
+            self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
             if tried.interrupted:
                 raise KeyboardInterrupt
             if tried.failure is not None:
@@ -508,13 +571,17 @@ class Tuner:
         """Find the settings among the winners that are proven and faster; fill in the outcome."""
         outcome = self._outcome
         for _ in range(MAXIMUM_PROOFS):
+            if not settings:
+                return
             made = Pairs({}, dict(settings))
-            self._say(
-                f"{_in_words(settings)} against bare in fresh processes, {self._steps} steps each"
-            )
-            budget_s = self._options.budget_seconds
-            self._alternate(made, MINIMUM_PAIRS, MAXIMUM_PAIRS, budget_s, self._steps)
-            refusal = self._refusal(made)
+            refusal, passes = self._gradients_refusal(settings), self._gradients_pass
+            if refusal is None:
+                self._say(
+                    f"{_in_words(settings)} against bare in fresh processes, {self._steps} steps "
+                    "each"
+                )
+                self._alternate(made, self._is_enough, self._steps)
+                refusal, passes = self._refusal(made), functools.partial(self._passes, made)
             if refusal is None:
                 break
             self._say(f"{_in_words(settings)}: {refusal}")
@@ -522,13 +589,11 @@ class Tuner:
             if made.interrupted:
                 outcome.interrupted = True
                 return
-            settings = self._without_culprit(made, refusal)
-            if not settings:
-                return
+            settings = self._without_culprit(settings, refusal, passes)
         else:
             return
         outcome.interrupted = made.interrupted
-        if made.ratio.low <= 1:
+        if not statistics.is_gain(made.ratio):
             outcome.why = (
                 f"{_in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
             )
@@ -541,7 +606,9 @@ class Tuner:
             return f"it fails in a fresh process: {made.failure}"
         if made.count < 2:
             return "there was no time for two pairs"
-        verdict = self._outcome.verdict = self._judge(made.second, made.firsts, made.seconds)
+        verdict = self._judge(made.second, made.firsts, made.seconds)
+        checks = (self._gradients, *(c for c in verdict.checks if c.name != self._gradients.name))
+        self._outcome.verdict = dataclasses.replace(verdict, checks=checks)
         if not verdict.passed:
             return verdict.why
         return memory.refusal(
@@ -552,61 +619,111 @@ class Tuner:
         self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
     ) -> Verdict:
         return proof.judge(
-            [proof.curves(done.process.steps) for done in bare],
-            [proof.curves(done.process.steps) for done in plan],
-            proof.curves(self._bare_steps),
-            bitwise=all(knobs.is_bitwise(name, setting) for name, setting in settings.items()),
+            [proof.Run.of(done.process) for done in bare],
+            [proof.Run.of(done.process) for done in plan],
+            proof.Run.of(self._first.process),
+            proof.exactness(settings),
         )
 
-    def _without_culprit(self, made: Pairs, refusal: str) -> dict[str, str]:
-        """The settings with the culprit turned to its gentler setting, or off."""
-        settings = dict(made.second)
-        self._say("looking for the culprit")
-        bare = made.firsts[: max(MINIMUM_PAIRS, 2)]
+    def _gradients_refusal(self, settings: Mapping[str, str]) -> str | None:
+        """Why the plan's first gradients are not bare's, ``None``: they are, or cannot be had."""
+        paired = search.paired(settings)
+        bare = self._first_gradients({})
+        try:
+            plan = self._first_gradients(paired)
+        except TrialFailedError as failure:
+            return f"it fails in a fresh process: {failure}"
+        check = self._gradients = gradients.judge(bare, plan, proof.exactness(paired))
+        self._say(f"first gradients of {_in_words(paired)}: {check.why}")
+        return check.why if check.result == "failed" else None
 
-        def passes(part: Mapping[str, str]) -> bool:
-            runs = []
-            for number in range(len(bare)):
-                try:
-                    runs.append(
-                        pairs.one_run(
-                            self._trials,
-                            part,
-                            pace=self._pace,
-                            steps=self._steps,
-                            seed=self._options.seed + number,
-                        )
+    def _first_gradients(
+        self, settings: Mapping[str, str]
+    ) -> Sequence[Mapping[str, Sequence[Gradient]]]:
+        """Of one short run for each of a few seeds.
+
+        Raises:
+            TrialFailedError: it fails under the settings.
+            UserError: it fails without any.
+        """
+        if not settings and self._bare_gradients:
+            return self._bare_gradients
+        found = []
+        for number in range(GRADIENT_SEEDS):
+            try:
+                done = pairs.one_run(
+                    self._trials,
+                    settings,
+                    pace=self._pace,
+                    steps=GRADIENT_STEPS + 1,
+                    seed=self._options.seed + number,
+                    inspection=Inspection(gradient_steps=GRADIENT_STEPS),
+                )
+            except TrialFailedError as failure:
+                if settings:
+                    raise
+                raise pairs.said("the program fails when it runs again", failure) from failure
+            found.append(done.process.gradients)
+        if not settings:
+            self._bare_gradients = found
+        return found
+
+    def _gradients_pass(self, part: Mapping[str, str]) -> bool:
+        return self._gradients_refusal(part) is None
+
+    def _passes(self, made: Pairs, part: Mapping[str, str]) -> bool:
+        """Whether a part of the settings passes, held against bare runs that there are already."""
+        bare = made.firsts[: statistics.MINIMUM_PAIRS]
+        runs = []
+        for number in range(len(bare)):
+            try:
+                runs.append(
+                    pairs.one_run(
+                        self._trials,
+                        part,
+                        pace=self._pace,
+                        steps=self._steps,
+                        seed=self._options.seed + number,
                     )
-                except TrialFailedError:
-                    return False
-            too_much = memory.refusal(
-                [done.process.steps for done in bare],
-                [done.process.steps for done in runs],
-                self._options.memory,
-            )
-            return self._judge(part, bare, runs).passed and too_much is None
-
-        for name in proof.culprits(settings, passes):
-            gentler = proof.gentler(name, settings[name])
-            if gentler is None:
-                self._leave_out(name, settings.pop(name), refusal)
-            else:
-                self._leave_out(name, settings[name], refusal)
-                settings[name] = gentler
-                self._say(f"{name} is turned back to {gentler}")
-        return settings
-
-    def _alternate(self, made: Pairs, fewest: int, most: int, until_s: float, steps: int) -> None:
-        """Pairs, until there are enough for a narrow interval or time is over."""
-
-        def is_enough(so_far: Pairs) -> bool:
-            if so_far.count < min(fewest, most):
+                )
+            except TrialFailedError:
                 return False
-            if so_far.count >= most or pairs.is_narrow(so_far.log_ratios):
-                return True
-            pair_s = 2 * self._pace.seconds(steps)
-            return self._trials.spent_s + pair_s > until_s
+        too_much = memory.refusal(
+            [done.process.steps for done in bare],
+            [done.process.steps for done in runs],
+            self._options.memory,
+        )
+        return self._judge(part, bare, runs).passed and too_much is None
 
+    def _without_culprit(
+        self,
+        settings: Mapping[str, str],
+        refusal: str,
+        passes: Callable[[Mapping[str, str]], bool],
+    ) -> dict[str, str]:
+        """The settings with the culprit turned to its gentler setting, or off."""
+        self._say("looking for the culprit")
+        left = dict(settings)
+        for name, setting in search.culprits(settings, passes).items():
+            self._leave_out(name, setting, refusal)
+            gentler = search.gentler(name, setting, self._offered.get(name))
+            if gentler is None:
+                del left[name]
+            else:
+                left[name] = gentler
+                self._say(f"{name} is turned back to {gentler}")
+        return left
+
+    def _is_enough(self, made: Pairs) -> bool:
+        """Whether the claim is narrow enough, or time is over."""
+        if made.count < statistics.MINIMUM_PAIRS:
+            return False
+        pair_s = 2 * self._pace.seconds(self._steps)
+        is_late = self._trials.spent_s + pair_s > self._options.budget_seconds
+        return is_late or statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS)
+
+    def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
+        """Pairs of runs, until there are enough."""
         pairs.run(
             self._trials,
             made,
@@ -641,6 +758,7 @@ class Tuner:
             verdict=verdict.kind,
             in_process={name: r.value for name, r in alone.items() if r is not None},
             losses=verdict.losses,
+            checks=verdict.checks,
         )
 
     # Arms
@@ -676,21 +794,30 @@ def _in_common(
     return None if one is None or other is None else signature.merged(one, other)
 
 
-def _length(comparison: Comparison) -> int:
-    blocks = len(comparison.arms) * comparison.rounds
-    return comparison.warmup_steps + blocks * comparison.block_steps
+def _factors(of: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
+    """The settings, those together that exclude each other: of one knob, or of one claim."""
+    factors: list[tuple[set[str], list[tuple[str, str]]]] = []
+    for candidate in of:
+        takes = {candidate.knob, *knobs.get(candidate.knob).claims}
+        setting = (candidate.knob, candidate.setting)
+        for taken, settings in factors:
+            if taken & takes:
+                taken |= takes
+                settings.append(setting)
+                break
+        else:
+            factors.append((takes, [setting]))
+    return [settings for _, settings in factors]
+
+
+def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
+    timed_steps = comparison.block_steps - comparison.discard_steps
+    blocks = statistics.blocks(done.process.steps, comparison.discard_steps)
+    return [block for block in blocks if len(block.times_ms) >= timed_steps]
 
 
 def _in_words(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={setting}" for name, setting in settings.items())
-
-
-def _listed(arms: Iterable[Mapping[str, str]]) -> str:
-    return "; ".join(map(_in_words, arms))
-
-
-def _first(reasons: Mapping[str, str], names: Sequence[str]) -> str | None:
-    return next((reasons[name] for name in names if name in reasons), None)
 
 
 def _arm_at_the_end(failure: TrialFailedError) -> int | None:
