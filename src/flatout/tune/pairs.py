@@ -7,7 +7,7 @@ machine cancels; both runs of a pair have the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -107,9 +107,46 @@ def step_ms(process: ProcessRecord) -> float:
     return whole_ms / len(timed)
 
 
-def median_step_ms(trials: list[Trial]) -> float:
-    """Of several runs."""
-    return median(step_ms(done.process) for done in trials)
+@dataclass(frozen=True)
+class Cost:
+    """What one side takes, medians over its runs.
+
+    Attributes:
+        startup_s: from the start of the process to its first step, and from its last to its end.
+        warmup_s: what the first steps take more than later ones: compilation, first calls.
+        step_ms: one step after that.
+    """
+
+    startup_s: float
+    warmup_s: float
+    step_ms: float
+
+    def job_s(self, steps: int) -> float:
+        """The projected time of a job of so many steps."""
+        return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
+
+
+def cost(trials: Sequence[Trial]) -> Cost:
+    """What these runs of one side take."""
+    startups, warmups = [], []
+    for done in trials:
+        turns = [turn for turn in done.process.turns if turn.mark is None]
+        first_s = sum(turn.step_ms for turn in turns[:WARMUP_STEPS]) / 1e3
+        usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
+        whole_s = (turns[-1].at_s - turns[0].at_s) + turns[-1].step_ms / 1e3
+        startups.append(max(done.seconds - whole_s, 0.0))
+        warmups.append(max(first_s - usual_s, 0.0))
+    steps_ms = [step_ms(done.process) for done in trials]
+    return Cost(median(startups), median(warmups), median(steps_ms))
+
+
+def break_even_steps(bare: Cost, plan: Cost) -> int | None:
+    """Steps after which the plan has made up for its longer start; ``None``: never."""
+    gain_s = (bare.step_ms - plan.step_ms) / 1e3
+    longer_s = plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
+    if gain_s <= 0:
+        return None
+    return max(0, math.ceil(longer_s / gain_s))
 
 
 def run(

@@ -598,6 +598,14 @@ class Tuner:
                 f"{_in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
             )
             return
+        bare, plan = pairs.cost(made.firsts), pairs.cost(made.seconds)
+        job_steps = outcome.job_steps
+        if job_steps is not None and plan.job_s(job_steps) >= bare.job_s(job_steps):
+            outcome.why = (
+                f"{_in_words(settings)} gives {made.ratio} a step, but the whole job has only "
+                f"{job_steps}: {plan.job_s(job_steps):.1f} s against {bare.job_s(job_steps):.1f} s"
+            )
+            return
         self._accept(settings, made)
 
     def _refusal(self, made: Pairs) -> str | None:
@@ -750,8 +758,8 @@ class Tuner:
             ratio_low=ratio.low,
             ratio_high=ratio.high,
             pairs=ratio.pairs,
-            bare_step_ms=pairs.median_step_ms(made.firsts),
-            plan_step_ms=pairs.median_step_ms(made.seconds),
+            bare_step_ms=pairs.cost(made.firsts).step_ms,
+            plan_step_ms=pairs.cost(made.seconds).step_ms,
             steps=verdict.steps,
             seeds=ratio.pairs if any(loss.yardstick == "seeds" for loss in verdict.losses) else 1,
             bare_repeats=verdict.bare_repeats,
