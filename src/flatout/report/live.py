@@ -42,7 +42,6 @@ class LiveTable:
         self._file = sys.stderr if file is None else file
         self._live: Live | None = None
         self._arms: tuple[Arm, ...] = ()
-        self._left_s: float | None = None
         self._shown_at_s = -float("inf")
 
     def __enter__(self) -> LiveTable:
@@ -52,7 +51,7 @@ class LiveTable:
         from rich.live import Live
 
         console = Console(file=self._file, highlight=False, markup=False, emoji=False)
-        if console.is_dumb_terminal:
+        if console.is_dumb_terminal or not console.is_terminal:
             return self
         self._live = Live(
             console=console,
@@ -60,7 +59,6 @@ class LiveTable:
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
-            get_renderable=self._rendered,
         )
         self._live.start()
         console.show_cursor(True)
@@ -97,42 +95,42 @@ class LiveTable:
         arms = tuple(arms)
         now_s = time.monotonic()
         has_changed = arms != self._arms
-        self._arms, self._left_s = arms, left_seconds
+        self._arms = arms
         if self._live is not None and (has_changed or now_s - self._shown_at_s > _SHOWN_EVERY_S):
             self._shown_at_s = now_s
-            self._live.refresh()
+            size = self._live.console.size
+            self._live.update(_table(arms, left_seconds, size.width, size.height), refresh=True)
 
-    def _rendered(self) -> RenderableType:
-        from rich.table import Table
-        from rich.text import Text
 
-        assert self._live is not None
-        width, height = self._live.console.size
-        left = "" if self._left_s is None else f"{figures.duration(max(self._left_s, 0))} left"
-        if not self._arms:
-            return Text(left, "dim")
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", caption=Text(left, "dim"))
-        table.caption_justify = "left"
-        table.add_column("settings", no_wrap=True, overflow="ellipsis")
-        table.add_column("ratio", justify="right", no_wrap=True)
-        if width >= _INTERVAL_WIDTH:
-            table.add_column("95 % interval", no_wrap=True)
-        if width >= _STATE_WIDTH:
-            table.add_column("state", no_wrap=True)
-        shown = _of_most_interest(self._arms, max(height - _LINES_AROUND, 1))
-        for arm in shown:
-            cells = [figures.printable(arm.label), "", "", arm.state]
-            if arm.ratio is not None:
-                cells[1] = f"{arm.ratio.value:.2f}x"
-                cells[2] = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
-            if width < _INTERVAL_WIDTH:
-                del cells[2]
-            row = [Text(cell) for cell in cells[: len(table.columns)]]
-            table.add_row(*row, style=_STYLES.get(arm.state))
-        hidden = len(self._arms) - len(shown)
-        if hidden:
-            table.add_row(Text(f"and {hidden} more", "dim"))
-        return table
+def _table(arms: Sequence[Arm], left_s: float | None, width: int, height: int) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    left = "" if left_s is None else f"{figures.duration(max(left_s, 0))} left"
+    if not arms:
+        return Text(left, "dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", caption=Text(left, "dim"))
+    table.caption_justify = "left"
+    table.add_column("settings", no_wrap=True, overflow="ellipsis")
+    table.add_column("ratio", justify="right", no_wrap=True)
+    if width >= _INTERVAL_WIDTH:
+        table.add_column("95 % interval", no_wrap=True)
+    if width >= _STATE_WIDTH:
+        table.add_column("state", no_wrap=True)
+    shown = _of_most_interest(arms, max(height - _LINES_AROUND, 1))
+    for arm in shown:
+        cells = [figures.printable(arm.label), "", "", arm.state]
+        if arm.ratio is not None:
+            cells[1] = f"{arm.ratio.value:.2f}x"
+            cells[2] = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
+        if width < _INTERVAL_WIDTH:
+            del cells[2]
+        row = [Text(cell) for cell in cells[: len(table.columns)]]
+        table.add_row(*row, style=_STYLES.get(arm.state))
+    hidden = len(arms) - len(shown)
+    if hidden:
+        table.add_row(Text(f"and {hidden} more", "dim"))
+    return table
 
 
 def _of_most_interest(arms: Sequence[Arm], room: int) -> list[Arm]:

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from flatout import __version__
+from flatout.plan import Fact
 from flatout.report import charts, figures, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, joined, with_code
@@ -137,7 +138,7 @@ def _plan(document: Document) -> Markup | None:
             "table",
             element("thead", _row("th", heading, numbers=(2, 3))),
             element("tbody", *(_knob(knob, heading) for knob in document.knobs)),
-            class_="stacked",
+            class_="stacked knobs",
         ),
     )
 
@@ -206,7 +207,13 @@ def _phases(document: Document) -> Markup:
         cells = [figures.milliseconds(ms) for ms in values]
         if len(values) == 2:
             cells.append(_with_minus(figures.change(*values)))
-        rows.append(_row("td", (joined(_swatch(phase), phase), *cells), numbers=(1, 2, 3)))
+        rows.append(
+            _row(
+                "td",
+                (element("span", _swatch(phase), phase, class_="phase"), *cells),
+                numbers=(1, 2, 3),
+            )
+        )
     heading = ("Phase", *(name for name, _ in sides), *(("Change",) if len(sides) == 2 else ()))
     return _section(
         "Phases of a step",
@@ -261,7 +268,9 @@ def _checks(proof: Proof) -> Markup | None:
     rows = []
     for check in proof.checks:
         verdict = {True: "passed", False: "not passed", None: figures.NOT_MEASURED}[check.passed]
-        told = ", ".join(f"{key} {_fact(value)}" for key, value in check.figures.items())
+        told = ", ".join(
+            f"{key.replace('_', ' ')} {_fact(value)}" for key, value in check.figures.items()
+        )
         rows.append(
             element(
                 "tr",
@@ -437,7 +446,7 @@ def _not_compared(document: Document) -> Markup | None:
         for arm in arms
     ]
     return _section(
-        "What gave no ratio",
+        "Failed or not tried",
         element(
             "table",
             element(
@@ -487,15 +496,15 @@ def _findings(document: Document) -> Markup | None:
 
 
 def _machine(document: Document) -> Markup:
-    facts = {"torch": document.torch, **document.machine}
+    facts: dict[str, Fact | None] = {"torch": document.torch, **document.machine}
     return _section(
         "Where it was measured",
         element("pre", element("code", shlex.join(document.command))),
         element(
             "dl",
             *chain.from_iterable(
-                (element("dt", name.replace("_", " ")), element("dd", _fact(value)))
-                for name, value in facts.items()
+                (element("dt", name.replace("_", " ")), element("dd", value))
+                for name, value in map(_with_unit, facts.items())
             ),
             class_="machine",
         ),
@@ -553,5 +562,16 @@ def _fact(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:
+    """Name and value of a fact; an amount of memory in its usual unit."""
+    name, value = fact
+    if name.endswith("_bytes") and isinstance(value, (int, float)):
+        return name.removesuffix("_bytes"), figures.memory(value)
+    return name, _fact(value)
+
+
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")
+    """``text`` with a capital at its beginning, unless that is code, and a stop at its end."""
+    begins_with_code = "=" in text.partition(" ")[0]
+    begin = text[:1] if begins_with_code else text[:1].upper()
+    return begin + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")
