@@ -318,11 +318,11 @@ def _told(shown: Curves) -> str:
     """The curves in a sentence."""
     told = []
     for name, side in (("bare", shown.bare), ("with the plan", shown.plan)):
-        means = [p for p in side if p.mean is not None]
-        if means:
+        for part in _unbroken(side):
+            first, last = part[0], part[-1]
             told.append(
-                f"{name} from {means[0].mean:.4g} at step {means[0].step} to {means[-1].mean:.4g} "
-                f"at step {means[-1].step}"
+                f"{name} from {first.mean:.4g} at step {first.step} to {last.mean:.4g} at step "
+                f"{last.step}"
             )
     return f"{shown.site}: {'; '.join(told)}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 NOT_MEASURED = "not measured"
 
 
@@ -47,6 +49,16 @@ def change(bare: float | None, plan: float | None) -> str:
 def longer(bare_s: float | None, plan_s: float | None) -> str:
     """How many seconds more or less the plan takes; empty where it is not known."""
     return "" if bare_s is None or plan_s is None else f"{plan_s - bare_s:+.1f} s"
+
+
+def loss(value: float) -> str:
+    """A loss, to six digits; in words when it has diverged."""
+    return f"{value:.6g}" if math.isfinite(value) else "not finite"
+
+
+def signed(value: float) -> str:
+    """A difference, to two digits; in words when it is none."""
+    return f"{value:+.2g}" if math.isfinite(value) else "not finite"
 
 
 def count(number: int, one: str) -> str:

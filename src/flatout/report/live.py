@@ -20,6 +20,9 @@ _SHOWN_EVERY_S = 0.2
 _INTERVAL_WIDTH, _STATE_WIDTH = 72, 40
 """Columns of a terminal from which on there is room for the interval, and for the state."""
 
+_GAP = 2
+"""Blanks after a column."""
+
 _LINES_AROUND = 5
 """Of a terminal, that are not arms: heading, what is hidden, time left, and two lines said."""
 
@@ -109,27 +112,29 @@ def _table(arms: Sequence[Arm], left_s: float | None, width: int, height: int) -
     left = "" if left_s is None else f"{figures.duration(max(left_s, 0))} left"
     if not arms:
         return Text(left, "dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", caption=Text(left, "dim"))
-    table.caption_justify = "left"
-    table.add_column("settings", no_wrap=True, overflow="ellipsis")
-    table.add_column("ratio", justify="right", no_wrap=True)
-    if width >= _INTERVAL_WIDTH:
-        table.add_column("95 % interval", no_wrap=True)
-    if width >= _STATE_WIDTH:
-        table.add_column("state", no_wrap=True)
+    with_interval, with_state = width >= _INTERVAL_WIDTH, width >= _STATE_WIDTH
+    rows = [("settings", "ratio", "95 % interval", "state")]
     shown = _of_most_interest(arms, max(height - _LINES_AROUND, 1))
     for arm in shown:
-        cells = [figures.printable(arm.label), "", "", arm.state]
+        ratio = interval = ""
         if arm.ratio is not None:
-            cells[1] = f"{arm.ratio.value:.2f}x"
-            cells[2] = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
-        if width < _INTERVAL_WIDTH:
-            del cells[2]
-        row = [Text(cell) for cell in cells[: len(table.columns)]]
-        table.add_row(*row, style=_STYLES.get(arm.state))
-    hidden = len(arms) - len(shown)
-    if hidden:
-        table.add_row(Text(f"and {hidden} more", "dim"))
+            ratio = f"{arm.ratio.value:.2f}x"
+            interval = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
+        rows.append((figures.printable(arm.label), ratio, interval, arm.state))
+    is_shown = (True, True, with_interval, with_state)
+    columns = [
+        cells for cells, wanted in zip(zip(*rows, strict=True), is_shown, strict=True) if wanted
+    ]
+    others = sum(max(map(len, cells)) + _GAP for cells in columns[1:])
+    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim", caption=Text(left, "dim"))
+    table.caption_justify = "left"
+    for number, (heading, *_) in enumerate(columns):
+        table.add_column(heading, no_wrap=True, justify="right" if number == 1 else "left")
+    table.columns[0].max_width = max(width - others - _GAP, 1)
+    for arm, row in zip(shown, list(zip(*columns, strict=True))[1:], strict=True):
+        table.add_row(*map(Text, row), style=_STYLES.get(arm.state))
+    if len(arms) > len(shown):
+        table.add_row(Text(f"and {len(arms) - len(shown)} more", "dim"))
     return table
 
 

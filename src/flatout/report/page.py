@@ -50,7 +50,7 @@ def _header(document: Document) -> Markup:
     claim = document.claim
     if document.plan is None:
         title = f"No plan for {document.program}"
-        lead = f"{_sentence(document.why)} The program is best run as it is."
+        lead = _sentence(document.why)
     elif claim is None:
         title, lead = f"A plan for {document.program}", _sentence(document.why)
     else:
@@ -97,7 +97,7 @@ def _key_figures(document: Document) -> list[Markup]:
             (
                 "Break-even",
                 words.break_even(document).capitalize(),
-                "when a longer start is made up for",
+                "to make up for a longer start",
             ),
             (
                 "Proof",
@@ -319,9 +319,9 @@ def _losses(proof: Proof) -> Markup | None:
                 "td",
                 (
                     proof.curves[n].site if len(proof.curves) == len(proof.losses) else f"{n + 1}",
-                    f"{loss.bare_final:.6g}",
-                    f"{loss.plan_final:.6g}",
-                    _with_minus(f"{loss.difference:+.2g}"),
+                    figures.loss(loss.bare_final),
+                    figures.loss(loss.plan_final),
+                    _with_minus(figures.signed(loss.difference)),
                     f"\N{PLUS-MINUS SIGN}{loss.margin:.2g}",
                 ),
                 heading,
@@ -559,7 +559,7 @@ def _fact(value: object) -> str:
         return figures.NOT_MEASURED
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return _with_minus(f"{value:.6g}") if isinstance(value, float) else str(value)
 
 
 def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:

@@ -111,10 +111,13 @@ def loss(loss: LossEvidence, proof: Proof) -> str:
     compared = (
         ", identical at every step"
         if proof.kind == "bitwise" and proof.passed
-        else f" (difference {loss.difference:+.2g}; bare's own spread "
+        else f" (difference {figures.signed(loss.difference)}; bare's own spread "
         f"{YARDSTICKS.get(loss.yardstick, loss.yardstick)} allows {loss.margin:.2g})"
     )
-    return f"{loss.bare_final:.6g} bare, {loss.plan_final:.6g} with the plan{compared}"
+    return (
+        f"{figures.loss(loss.bare_final)} bare, {figures.loss(loss.plan_final)} with the plan"
+        f"{compared}"
+    )
 
 
 def outcome(arm: Arm) -> str:
