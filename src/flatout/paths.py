@@ -1,4 +1,4 @@
-"""Where flatout keeps its own files: records (state) and what can be made again (cache).
+"""Where flatout keeps its own files: records and tunes (state) and what can be made again (cache).
 
 ``FLATOUT_HOME`` holds both when it is set; otherwise the XDG base directories
 (https://specifications.freedesktop.org/basedir-spec/latest/).
