@@ -6,6 +6,7 @@ import math
 
 from flatout.doctor.findings import Finding
 from flatout.plan import LossEvidence
+from flatout.ratios import Ratio
 from flatout.tune.document import (
     Arm,
     Check,
@@ -16,7 +17,6 @@ from flatout.tune.document import (
     Proof,
     Side,
 )
-from flatout.tune.statistics import Ratio
 
 COMMAND = ("python", "train.py", "--data", "speech & <noise>", "--epochs", "300")
 SPECTRAL = "python train.py --data 'speech & <noise>' --epochs 300"

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import re
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flatout.machine import Ceilings
-    from flatout.plan import Evidence
     from flatout.tune.tuner import Outcome
 
 SUMMARY = "try settings, measure and prove them, and write the plan"
@@ -92,7 +88,9 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout import paths
     from flatout.errors import UserError
     from flatout.launch.process import check_program
-    from flatout.tune import journal
+    from flatout.report import words
+    from flatout.report.live import LiveTable
+    from flatout.tune import journal, result
     from flatout.tune.pairs import MINIMUM_STEPS
     from flatout.tune.tuner import Options, Tuner
 
@@ -113,22 +111,26 @@ def execute(arguments: argparse.Namespace) -> int:
         exactness=arguments.exactness,
         memory=arguments.memory,
     )
-    progress = nothing if arguments.quiet else say
     opened = (journal.resume if arguments.resume else journal.begin)("tune", arguments.command)
     try:
-        outcome = Tuner(arguments.command, options, opened, progress, no_show, ceilings).run()
-        document = json.dumps(_document(arguments, outcome), indent=1) + "\n"
+        with LiveTable(quiet=arguments.quiet) as table:
+
+            def show(so_far: Outcome, left_seconds: float) -> None:
+                table.show(result.arms(so_far.arms, {}), left_seconds)
+
+            outcome = Tuner(arguments.command, options, opened, table.say, show, ceilings).run()
+        document = result.made(arguments.command, arguments.plan, outcome)
         if not outcome.interrupted:
-            opened.finish(document)
+            opened.finish(document.to_json())
     finally:
         opened.close()
-    for line in _report(arguments, outcome):  # first: a disk may be full by now
+    for line in words.lines(document):  # first: a disk may be full by now
         say(line)
     if outcome.evidence is not None:
         write_plan(arguments.plan, arguments.command, outcome)
     if arguments.json is not None:
         try:
-            arguments.json.write_text(document, "utf-8")
+            arguments.json.write_text(document.to_json(), "utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from error
     return 130 if outcome.interrupted else 0
@@ -174,77 +176,8 @@ def ceilings(python: str) -> Ceilings | None:
         return None
 
 
-def _report(arguments: argparse.Namespace, outcome: Outcome) -> list[str]:
-    """The result, in words."""
-    from flatout import knobs
-
-    if outcome.evidence is None:
-        return [f"no plan written: {outcome.why}"]
-    evidence = outcome.evidence
-    lines = [f"the plan, in {arguments.plan}:"]
-    for name, setting in outcome.settings.items():
-        lines.append(f"  {name} = {setting}: {knobs.get(name).summary}")
-    lines += evidence_lines(evidence)
-    plan_option = f"--plan {shlex.quote(str(arguments.plan))}"
-    lines.append(f"next: flatout run {plan_option} -- {shlex.join(arguments.command)}")
-    return lines
-
-
-def evidence_lines(evidence: Evidence) -> list[str]:
-    """What was measured and proven, in words."""
-    lines = [
-        f"bare over plan: {evidence.ratio:.2f}x ({evidence.ratio_low:.2f} to "
-        f"{evidence.ratio_high:.2f} with 95 % confidence), {evidence.bare_step_ms:.4g} ms a step "
-        f"against {evidence.plan_step_ms:.4g} ms, {evidence.pairs} pairs of fresh processes",
-        *_loss_lines(evidence),
-    ]
-    if not evidence.bare_repeats:
-        lines.append("note: the bare program does not repeat its own losses from one seed")
-    return lines
-
-
-def _loss_lines(evidence: Evidence) -> list[str]:
-    lines = []
-    for number, loss in enumerate(evidence.losses, 1):
-        which = f" {number}" if len(evidence.losses) > 1 else ""
-        spread = {"seeds": "between seeds", "batches": "between batches"}[loss.yardstick]
-        lines.append(
-            f"loss{which} over the last quarter of {evidence.steps} steps: {loss.bare_final:.6g} "
-            f"bare, {loss.plan_final:.6g} with the plan"
-            + (
-                ", identical at every step"
-                if evidence.verdict == "bitwise"
-                else f" (difference {loss.difference:+.2g}; bare's own spread {spread} "
-                f"allows {loss.margin:.2g})"
-            )
-        )
-    return lines
-
-
-def _document(arguments: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
-    evidence = outcome.evidence
-    return {
-        "command": arguments.command,
-        "plan": str(arguments.plan) if evidence is not None else None,
-        "settings": outcome.settings,
-        "why": outcome.why,
-        "evidence": None if evidence is None else dataclasses.asdict(evidence),
-        "arms": [dataclasses.asdict(arm) for arm in outcome.arms],
-        "refused": outcome.refused,
-        "seconds": outcome.seconds,
-    }
-
-
 def say(line: str) -> None:
     print(f"flatout: {line}", file=sys.stderr, flush=True)
-
-
-def nothing(line: str) -> None:
-    """``--quiet``."""
-
-
-def no_show(arms: object, left_seconds: float) -> None:
-    """No live table."""
 
 
 def _seconds(text: str) -> float:

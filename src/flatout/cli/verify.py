@@ -56,7 +56,9 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout.cli import tune
     from flatout.errors import UserError
     from flatout.launch.process import check_program
-    from flatout.tune import journal
+    from flatout.report import words
+    from flatout.report.live import LiveTable
+    from flatout.tune import journal, result
     from flatout.tune.pairs import MINIMUM_STEPS
     from flatout.tune.tuner import MAXIMUM_STEPS, Options, Tuner
 
@@ -76,20 +78,25 @@ def execute(arguments: argparse.Namespace) -> int:
         isolate=not arguments.in_place,
         memory=arguments.memory,
     )
-    say = tune.nothing if arguments.quiet else tune.say
     opened = (journal.resume if arguments.resume else journal.begin)("verify", arguments.command)
     try:
-        tuner = Tuner(arguments.command, options, opened, say, tune.no_show, tune.ceilings)
-        outcome = tuner.verify(proven.settings, arguments.seeds)
+        with LiveTable(quiet=arguments.quiet) as table:
+            tuner = Tuner(
+                arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
+            )
+            outcome = tuner.verify(proven.settings, arguments.seeds)
         if not outcome.interrupted:
-            opened.finish("{}\n")
+            opened.finish()
     finally:
         opened.close()
+    document = result.made(arguments.command, arguments.plan, outcome)
+    if document.claim is not None:
+        tune.say(words.claim_line(document))
+    for line in words.proof_lines(document.proof) if document.proof is not None else ():
+        tune.say(line)
     if outcome.evidence is None:
         tune.say(outcome.why)
     else:
-        for line in tune.evidence_lines(outcome.evidence):
-            tune.say(line)
         tune.write_plan(arguments.plan, arguments.command, outcome)
         tune.say(f"proven, written into {arguments.plan}")
     if outcome.interrupted:

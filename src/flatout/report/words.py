@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
+from flatout.ratios import Ratio
 from flatout.report import figures
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
-from flatout.tune.statistics import Ratio
 
 ARMS_SHOWN = 12
 """Of each kind; the page has them all."""
@@ -33,11 +33,11 @@ def lines(document: Document) -> list[str]:
         said.append(f"the plan, in {document.plan}:")
         for knob in document.knobs:
             said += _knob(knob)
-        said.append(_claim(document))
+        said.append(claim_line(document))
         said += _sides(document.baseline, document.with_plan or Side())
         said.append(f"break-even: {break_even(document)}")
     if document.proof is not None:
-        said += _proof(document.proof)
+        said += proof_lines(document.proof)
     said += _arms("tried, and no help:", document.arms, _DID_NOT_HELP)
     said += _arms("not tried:", document.arms, _NOT_TRIED)
     if document.next_command is not None:
@@ -133,7 +133,8 @@ def _knob(knob: KnobResult) -> list[str]:
     ]
 
 
-def _claim(document: Document) -> str:
+def claim_line(document: Document) -> str:
+    """The ratio from fresh processes."""
     claim = document.claim
     if claim is None:
         return f"faster: {figures.NOT_MEASURED}"
@@ -157,7 +158,8 @@ def _sides(baseline: Side, with_plan: Side) -> list[str]:
     ]
 
 
-def _proof(proof: Proof) -> list[str]:
+def proof_lines(proof: Proof) -> list[str]:
+    """The verdict, its checks and the losses."""
     said = [f"proof: {proof_headline(proof)}"]
     for check in proof.checks:
         verdict = {True: "passed", False: "NOT PASSED", None: "not measured"}[check.passed]

@@ -30,10 +30,10 @@ from flatout import __version__, paths, plan
 from flatout.errors import UserError
 from flatout.launch.runs import clear_old, new_directory
 from flatout.request import Request
+from flatout.tune.document import DOCUMENT_FILE
 
 JOURNAL_VERSION = 1
 JOURNAL_FILE = "journal.jsonl"
-RESULT_FILE = "result.json"
 RUNS_FOLDER = "runs"
 
 KEPT_TUNES = 20
@@ -128,18 +128,22 @@ class Journal:
         document = {"kind": "trial", "request": _plain(request), **dataclasses.asdict(entry)}
         _append(self._descriptor, self.path, document)
 
-    def finish(self, result: str) -> None:
-        """Write down what came out; there is nothing to resume from now on.
+    def finish(self, result: str | None = None) -> None:
+        """Write down what came out, if anything; there is nothing to resume from now on.
 
         Raises:
             JournalError: it cannot be written.
         """
-        partial = self.folder / f"{RESULT_FILE}.partial"
-        try:
-            partial.write_text(result, "utf-8")
-            partial.replace(self.folder / RESULT_FILE)
-        except OSError as error:
-            raise JournalError(f"{self.folder} cannot be written to: {error.strerror}") from error
+        if result is not None:
+            partial = self.folder / f"{DOCUMENT_FILE}.partial"
+            try:
+                partial.write_text(result, "utf-8")
+                partial.replace(self.folder / DOCUMENT_FILE)
+            except OSError as error:
+                raise JournalError(
+                    f"{self.folder} cannot be written to: {error.strerror}"
+                ) from error
+        _append(self._descriptor, self.path, {"kind": "end"})
 
     def close(self) -> None:
         """Let go of it."""
@@ -181,10 +185,10 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     job = _job(verb, command)
     other: str | None = None
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):
-        if (path.parent / RESULT_FILE).exists():
-            continue
         lines = read(path)
-        recorded = lines[0] if lines else {}
+        if not lines or lines[-1].get("kind") == "end":
+            continue
+        recorded = lines[0]
         if any(recorded.get(key) != job[key] for key in ("verb", "command", "folder")):
             continue
         changed = [key for key, value in job.items() if recorded.get(key) != value]

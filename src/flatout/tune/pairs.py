@@ -17,6 +17,7 @@ from flatout.record import ProcessRecord, Step
 from flatout.request import Inspection, Request
 from flatout.tune import statistics, trial
 from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.turns import PHASES
 
 WARMUP_STEPS = 3
 """Steps left out at the beginning of each run: first calls, lazy initialisation."""
@@ -138,6 +139,20 @@ def cost(trials: Sequence[Trial]) -> Cost:
         warmups.append(max(first_s - usual_s, 0.0))
     steps_ms = [step_ms(done.process) for done in trials]
     return Cost(median(startups), median(warmups), median(steps_ms))
+
+
+def phases_ms(trials: Sequence[Trial]) -> dict[str, float | None]:
+    """Mean time of each phase in a step, over the runs of one side; ``None``: not measured."""
+    steps = [
+        turn
+        for done in trials
+        for turn in [turn for turn in done.process.turns if turn.mark is None][WARMUP_STEPS:]
+    ]
+    means: dict[str, float | None] = {}
+    for phase in PHASES:
+        known = [ms for step in steps if (ms := step.phases_ms[phase]) is not None]
+        means[phase] = sum(known) / len(steps) if known else None
+    return means
 
 
 def break_even_steps(bare: Cost, plan: Cost) -> int | None:

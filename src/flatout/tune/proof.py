@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, stdev
@@ -126,11 +126,14 @@ class LossCurves:
     Attributes:
         steps: the first step of each point.
         bare, plan: the losses.
+        bare_spread, plan_spread: their standard deviations between seeds.
     """
 
     steps: tuple[int, ...]
     bare: Curve
     plan: Curve
+    bare_spread: Curve
+    plan_spread: Curve
 
 
 @dataclass(frozen=True)
@@ -445,10 +448,14 @@ def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> L
     width = max(-(-steps // points), 1)
     starts = range(0, steps, width)
 
-    def mean(runs: Sequence[Curve]) -> Curve:
-        return tuple(fmean(_means(runs, range(s, min(s + width, steps)))) for s in starts)
+    def over(runs: Sequence[Curve], figure: Callable[[Sequence[float]], float]) -> Curve:
+        return tuple(figure(_means(runs, range(s, min(s + width, steps)))) for s in starts)
 
-    return LossCurves(tuple(starts), mean(bare), mean(plan))
+    def spread(values: Sequence[float]) -> float:
+        return stdev(values) if len(values) > 1 else 0.0
+
+    means, spreads = ([over(runs, f) for runs in (bare, plan)] for f in (fmean, spread))
+    return LossCurves(tuple(starts), *means, *spreads)
 
 
 # Passes that do not train, and the end

@@ -6,17 +6,14 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 
 from flatout import knobs, machine
-from flatout.tune import document, memory, pairs
+from flatout.tune import pairs
 from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
-from flatout.tune.proof import Verdict
+from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
-from flatout.tune.tuner import Outcome
 from flatout.tune.tuner import Arm as Tried
-
-PLAN_OPTION = "--plan"
+from flatout.tune.tuner import Outcome
 
 
 def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
@@ -41,7 +38,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     if has_plan and found is not None:
         break_even = pairs.break_even_steps(pairs.cost(found.firsts), pairs.cost(found.seconds))
     resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None
-    following = f"flatout run {PLAN_OPTION} {shlex.quote(str(plan))}" if has_plan else resume
+    following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
     return Document(
         command=tuple(command),
         program=str(header.get("program", "")),
@@ -142,8 +139,19 @@ def _proof(verdict: Verdict, outcome: Outcome) -> Proof:
             for check in verdict.checks
         ),
         curves=tuple(
-            Curves(f"loss {number}", *(_points(c.steps, side) for side in (c.bare, c.plan)))
+            Curves(
+                f"loss {number}",
+                _points(c.steps, c.bare, c.bare_spread),
+                _points(c.steps, c.plan, c.plan_spread),
+            )
             for number, c in enumerate(verdict.curves, 1)
         ),
         losses=verdict.losses,
+    )
+
+
+def _points(steps: Sequence[int], means: Curve, spreads: Curve) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(step, mean, mean - spread, mean + spread)
+        for step, mean, spread in zip(steps, means, spreads, strict=True)
     )

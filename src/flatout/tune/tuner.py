@@ -44,6 +44,7 @@ from flatout.tune import (
     trial,
 )
 from flatout.tune.candidates import Candidate
+from flatout.tune.document import Stage, State
 from flatout.tune.journal import Journal
 from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
@@ -110,21 +111,12 @@ class Options:
 
 @dataclass
 class Arm:
-    """Something that was tried, or not.
-
-    Attributes:
-        settings: what was set.
-        stage: ``"inside one process"`` or ``"fresh processes"``; ``""`` if it was not tried.
-        ratio: to what it was compared with, ``None``: not measured.
-        state: ``"won"``, ``"no gain"``, ``"failed"``, ``"not tried"`` or ``"left out"``.
-        why: the reason, one clause.
-        bound: the speed-up that it cannot exceed, ``None``: not known.
-    """
+    """A candidate and what has become of it; see ``document.Arm``."""
 
     settings: Mapping[str, str]
-    stage: str = ""
+    stage: Stage = "inside one process"
     ratio: Ratio | None = None
-    state: str = "not tried"
+    state: State = "not tried"
     why: str = ""
     bound: float | None = None
 
@@ -144,6 +136,7 @@ class Outcome:
         pairs: behind the plan, ``None`` when there is none.
         verdict: of the last proof.
         pace: of bare.
+        phases_ms: of a step of bare; ``None``: not measured.
         header: of the first run's record: interpreter, torch and so on.
         inputs: what went into the first outermost module call of every run, see
             ``flatout.signature``; ``None`` if there is nothing that all runs have in common.
@@ -162,6 +155,7 @@ class Outcome:
     pairs: Pairs | None = None
     verdict: Verdict | None = None
     pace: Pace | None = None
+    phases_ms: Mapping[str, float | None] = field(default_factory=dict)
     header: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] | None = None
     job_steps: int | None = None
@@ -184,7 +178,7 @@ class Tuner:
         options: what the user asks for.
         journal: of this tune.
         say: called with each line of progress.
-        show: called with the arms and the seconds left whenever an arm has changed.
+        show: called with the outcome so far and the seconds left whenever an arm has changed.
         ceilings: what the machine can do for an interpreter, ``None``: not known.
     """
 
@@ -194,7 +188,7 @@ class Tuner:
         options: Options,
         journal: Journal,
         say: Callable[[str], None],
-        show: Callable[[Sequence[Arm], float], None],
+        show: Callable[[Outcome, float], None],
         ceilings: Callable[[str], Ceilings | None],
     ) -> None:
         self._options = options
@@ -320,6 +314,7 @@ class Tuner:
             first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
         )
         self._outcome.findings = find_all(case)
+        self._outcome.phases_ms = case.phases_ms
         known = candidates.facts(case, str(header["accelerator"]) if on_accelerator else "cpu")
         found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
         self._outcome.refused = refused
@@ -540,10 +535,13 @@ class Tuner:
                     f"trying it takes about {needed_s:.0f} s, which wants a --budget of "
                     f"{math.ceil(needed_s / COLD_SHARE / 120)}m"
                 )
+                arm.stage = "fresh processes"
                 self._say(f"{candidate} is not tried: {arm.why}")
                 self._changed()
                 continue
             arm.stage = "fresh processes"
+            arm.state = "running"
+            self._changed()
             tried = Pairs(dict(settings), settings | candidate.settings)
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
             self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
@@ -788,7 +786,7 @@ class Tuner:
 
     def _changed(self) -> None:
         left_s = self._options.budget_seconds - self._trials.spent_s
-        self._show(self._outcome.arms, max(left_s, 0.0))
+        self._show(self._outcome, max(left_s, 0.0))
 
 
 def _short(steps: int) -> int:
