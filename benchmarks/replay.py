@@ -22,6 +22,7 @@ import math
 import random
 import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, cast
 
 from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.ratios import Block, Ratio, setting_ratios
+from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
 from flatout.request import Comparison
 from flatout.tune import design, statistics
 from flatout.turns import Turn
@@ -42,9 +43,11 @@ WARMUP_STEPS = 3
 DUMMIES = 20
 
 SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 4, 1, 2
-DROP_BLOCK_STEPS, DROP_ROUNDS = 4, 8
+DROP_BLOCK_STEPS, DROP_ROUNDS = 4, 6
 RUN_STEPS = 10
-"""Of each fresh process."""
+"""Of each fresh process, where they run one after the other."""
+RELAY_STEPS = 28
+"""Of each fresh process, where two take turns; as recorded."""
 
 PIECE_STEPS = 200
 """Mean length of the pieces of the long run, of geometric distribution (stationary bootstrap,
@@ -76,19 +79,31 @@ class Recorded:
     Attributes:
         long_ms: step times of the long run.
         short_ms: those of the short runs, in the order in which they were made.
+        relay_ms: of pairs of runs that took turns, the steps that count.
         carry: what a step takes more, as a factor, by its place after a switch that turned
             something on, and after one that turned it off.
     """
 
     long_ms: list[float]
     short_ms: list[list[float]]
+    relay_ms: list[list[list[float]]]
     carry: dict[bool, list[float]]
+
+
+def recorded_programs() -> list[str]:
+    """Names of the programs that were recorded."""
+    return sorted(path.name.removesuffix(".json.gz") for path in RECORDED.glob("*.json.gz"))
 
 
 def load(name: str) -> Recorded:
     """Read what was recorded of a program."""
     document = json.loads(gzip.decompress((RECORDED / f"{name}.json.gz").read_bytes()))
-    return Recorded(document["long_ms"][10:], document["short_ms"], _carry(document["switched"]))
+    return Recorded(
+        document["long_ms"][10:],
+        document["short_ms"],
+        document["relay_ms"],
+        _carry(document["switched"]),
+    )
 
 
 def _carry(switched: dict[str, Any]) -> dict[bool, list[float]]:
@@ -180,9 +195,20 @@ class Machine:
     def _gain(self, settings: dict[str, str]) -> float:
         return math.prod(self._gains.get(knob, 1.0) for knob in settings)
 
-    def pair(self, settings: dict[str, str], steps: int) -> float:
+    def pair(self, settings: dict[str, str], in_relay: bool) -> float:
         """A pair of fresh processes, bare and with settings; the logarithm of the ratio."""
-        self.steps += 2 * steps
+        if in_relay:
+            self.steps += 2 * RELAY_STEPS
+            runs = self._draw.choice(self._recorded.relay_ms)
+            bare, plan = runs if self._draw.random() < 0.5 else reversed(runs)
+        else:
+            self.steps += 2 * RUN_STEPS
+            bare, plan = (run[WARMUP_STEPS:RUN_STEPS] for run in self._two_runs())
+        log_ratios = [math.log(one / other) for one, other in zip(bare, plan, strict=True)]
+        return median(log_ratios) + math.log(self._gain(settings))
+
+    def _two_runs(self) -> tuple[list[float], list[float]]:
+        """Bare and plan; of two pairs, the second the other way round."""
         if not self._pairs:
             runs = self._recorded.short_ms
             start = self._draw.randrange(len(runs) - 3)
@@ -191,14 +217,7 @@ class Machine:
             if self._draw.random() < 0.5:
                 pairs = [(plan, bare) for bare, plan in pairs]
             self._pairs.extend(pairs)
-        bare, plan = self._pairs.popleft()
-        gain = self._gain(settings)
-        return median(
-            math.log(bare_ms / plan_ms * gain)
-            for bare_ms, plan_ms in zip(
-                bare[WARMUP_STEPS:steps], plan[WARMUP_STEPS:steps], strict=True
-            )
-        )
+        return self._pairs.popleft()
 
 
 class Outcome(NamedTuple):
@@ -209,7 +228,24 @@ class Outcome(NamedTuple):
     is_claimed: bool
 
 
-def tune(machine: Machine, knobs: list[str]) -> Outcome:
+def drop(machine: Machine, settings: dict[str, str]) -> dict[str, str]:
+    """The stack without what it does not need."""
+    parts = list(settings)
+    without = [{knob: settings[knob] for knob in parts if knob != part} for part in parts]
+    found = machine.compare(
+        Comparison(
+            arms=(settings, *without),
+            block_steps=DROP_BLOCK_STEPS,
+            discard_steps=SCREEN_DISCARD_STEPS,
+            rounds=DROP_ROUNDS,
+        )
+    )
+    ratios = {parts[arm - 1]: ratio for arm, ratio in arm_ratios(found).items()}
+    spare = statistics.redundant(ratios)[: len(parts) - 1]
+    return {knob: setting for knob, setting in settings.items() if knob not in spare}
+
+
+def tune(machine: Machine, knobs: list[str], in_relay: bool) -> Outcome:
     """All the decisions of a tune, in the order of ``flatout tune``."""
     machine.steps = FIRST_RUN_STEPS
     arms = design.stacks([[(knob, "on")] for knob in knobs])
@@ -226,20 +262,25 @@ def tune(machine: Machine, knobs: list[str]) -> Outcome:
     settings = dict(statistics.winners(setting_ratios(found, arms)))
     if not settings:
         return Outcome({}, None, False)
-    most = max((STEPS - machine.steps) // (2 * RUN_STEPS), statistics.MINIMUM_PAIRS)
+    if len(settings) > 1:
+        settings = drop(machine, settings)
+    pair_steps = 2 * (RELAY_STEPS if in_relay else RUN_STEPS)
+    most = max((STEPS - machine.steps) // pair_steps, statistics.MINIMUM_PAIRS)
     logs: list[float] = []
     while len(logs) < most and not statistics.enough_pairs(logs, most):
-        logs.append(machine.pair(settings, RUN_STEPS))
+        logs.append(machine.pair(settings, in_relay))
     ratio = statistics.claimed(logs)
     return Outcome(settings, ratio, statistics.is_gain(ratio))
 
 
-def replay(name: str, scenario: Scenario, replays: int) -> list[Outcome]:
-    """A program and a scenario, again and again."""
+def replay(
+    name: str, scenario: Scenario, seeds: Iterable[int], in_relay: bool = True
+) -> list[Outcome]:
+    """A program and a scenario, with one replay for each seed."""
     recorded = load(name)
     gains = {f"real{number}": gain for number, gain in enumerate(scenario.gains)}
     knobs = [*gains, *(f"dummy{number}" for number in range(DUMMIES))]
-    return [tune(Machine(recorded, gains, seed), knobs) for seed in range(replays)]
+    return [tune(Machine(recorded, gains, seed), knobs, in_relay) for seed in seeds]
 
 
 def share(claims: int, replays: int) -> Ratio:
@@ -252,15 +293,22 @@ def share(claims: int, replays: int) -> Ratio:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = sorted(path.name.removesuffix(".json.gz") for path in RECORDED.glob("*.json.gz"))
+    names = recorded_programs()
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(names)}")
     parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument(
+        "--one-after-the-other",
+        action="store_true",
+        help="fresh processes run one after the other instead of taking turns",
+    )
     arguments = parser.parse_args()
     is_as_asked = True
     for title, scenario in SCENARIOS.items():
         print(f"{title} and {DUMMIES} dummies")
         for name in arguments.programs or names:
-            outcomes = replay(name, scenario, arguments.replays)
+            outcomes = replay(
+                name, scenario, range(arguments.replays), not arguments.one_after_the_other
+            )
             claims = share(sum(outcome.is_claimed for outcome in outcomes), len(outcomes))
             is_as_asked &= claims.high >= scenario.least and claims.low <= scenario.most
             kept = fmean("real0" in outcome.settings for outcome in outcomes)

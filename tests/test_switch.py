@@ -106,7 +106,7 @@ class Scripted:
         while not is_over:
             turn = Turn(0)
             gain = math.prod(self._gains.get(knob, 1.0) for knob in self.on)
-            turn.end_ns = round(1e7 / gain * math.exp(self._draw.gauss(0, 0.01)))
+            turn.end_ns = round(1e7 / gain * math.exp(self._draw.gauss(0, 0.04)))
             self.arms.append(self.arm)
             is_over = switch.at_boundary(turn)
 

@@ -75,6 +75,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Relay:
+    """Two runs that take turns in blocks of steps, see ``agent/relay.py``.
+
+    Attributes:
+        folder: known to both, where the baton lies.
+        place: 0 for the one that begins, else 1.
+        block_steps: steps of a turn, the discarded ones included.
+        discard_steps: steps left out of the ratio after each wait, at least 1.
+        warmup_steps: steps before the first block, at least 1; both make them at the same time.
+        blocks: turns of each.
+    """
+
+    folder: str
+    place: int
+    block_steps: int = 5
+    discard_steps: int = 1
+    warmup_steps: int = 3
+    blocks: int = 4
+
+
+@dataclass(frozen=True)
 class Proof:
     """What some of the settings were proven with; where the program differs, they are left out.
 
@@ -116,6 +137,7 @@ class Request:
             imported, even when ``stop_steps`` has not been reached.
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
+        relay: another run to take turns with; the program is stopped when all turns are over.
         seed: seed set for torch, ``random`` and NumPy before the program's own code runs; unless
             it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
         proof: under which conditions some of the settings apply.
@@ -127,6 +149,7 @@ class Request:
     stop_seconds: float | None = None
     profile_steps: int = 0
     comparison: Comparison | None = None
+    relay: Relay | None = None
     seed: int | None = None
     proof: Proof | None = None
     inspection: Inspection | None = None
@@ -153,6 +176,9 @@ class Request:
             if comparison is not None:
                 comparison["arms"] = tuple(comparison["arms"])
                 comparison = Comparison(**comparison)
+            relay = document.pop("relay", None)
+            if relay is not None:
+                relay = Relay(**relay)
             proof = document.pop("proof", None)
             if proof is not None:
                 inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
@@ -160,7 +186,9 @@ class Request:
             inspection = document.pop("inspection", None)
             if inspection is not None:
                 inspection = Inspection(**inspection)
-            return cls(comparison=comparison, proof=proof, inspection=inspection, **document)
+            return cls(
+                comparison=comparison, relay=relay, proof=proof, inspection=inspection, **document
+            )
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"

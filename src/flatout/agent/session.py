@@ -230,6 +230,10 @@ class Session:
             from flatout.agent.switch import Switch
 
             self._stages.append(Switch(self, request.comparison).at_boundary)
+        elif request.relay is not None:
+            from flatout.agent.relay import Runner
+
+            self._stages.append(Runner(self, request.relay).at_boundary)
         elif request.stop_steps is not None or request.stop_seconds is not None:
             self._stages.append(self._timed)
         if request.profile_steps:
