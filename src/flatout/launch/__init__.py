@@ -11,7 +11,7 @@ from typing import Literal
 
 from flatout import knobs, paths
 from flatout.errors import UserError
-from flatout.launch import environment, process
+from flatout.launch import environment, process, trackers
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, RunRecord, read_run, write_failure
 from flatout.request import Request
@@ -65,7 +65,7 @@ def start(
     timeout_seconds: float | None = None,
     progress: Callable[[Path], None] | None = None,
 ) -> Finished:
-    """Run a trial of a job to its end; no process of it is left then.
+    """Run a trial of a job to its end, with its trackers offline; no process of it is left then.
 
     Args:
         command: program and arguments.
@@ -90,11 +90,12 @@ def start(
         ) from None
     if isolate:
         job = _isolated(job, run_directory)
+    variables = knobs.prepare(request, os.environ)
     descriptor = _open_output(output, run_directory)
     try:
         ended = process.run(
             job,
-            environment.job_environment(run_directory, knobs.prepare(request, os.environ)),
+            trackers.offline(environment.job_environment(run_directory, variables)),
             output=descriptor,
             timeout_seconds=timeout_seconds,
             contained=True,
