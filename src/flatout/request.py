@@ -61,6 +61,32 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class ProvenLoss:
+    """The loss of one backward call of the step, as the proof of the plan has seen it.
+
+    Attributes:
+        final: mean over the last quarter of the proof's steps, of bare or plan, what is larger.
+        margin: one standard deviation of bare's own spread.
+    """
+
+    final: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What the guard compares losses with.
+
+    Attributes:
+        steps: from the start of the program, which the proof covers; 0: there is no proof.
+        losses: one for each backward call of a step.
+    """
+
+    steps: int = 0
+    losses: tuple[ProvenLoss, ...] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -73,6 +99,7 @@ class Request:
         comparison: arms to compare inside the process.
         seed: seed set for torch, ``random`` and NumPy before the program's own code runs.
         proof: under which conditions some of the settings apply.
+        guard: have the guard watch over what the settings change, with these losses in mind.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -82,6 +109,7 @@ class Request:
     comparison: Comparison | None = None
     seed: int | None = None
     proof: Proof | None = None
+    guard: Envelope | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
@@ -109,7 +137,11 @@ class Request:
             if proof is not None:
                 inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
                 proof = Proof(tuple(proof["knobs"]), proof["torch"], inputs)
-            return cls(comparison=comparison, proof=proof, **document)
+            guard = document.pop("guard", None)
+            if guard is not None:
+                losses = tuple(ProvenLoss(**loss) for loss in guard["losses"])
+                guard = Envelope(guard["steps"], losses)
+            return cls(comparison=comparison, proof=proof, guard=guard, **document)
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"
