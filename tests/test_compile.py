@@ -133,7 +133,7 @@ def test_a_module_that_compiles_again_and_again_is_left_to_itself(session: Sessi
     for times in range(12):
         torch.testing.assert_close(call(module, x, times), module(x, times))
     assert "had to compile something anew" in session.failed_knobs["compile"]
-    assert count() == knob.MOST_COMPILING_CALLS + 1
+    assert count() == knob.MOST_COMPILING_CALLS
     assert module._compiled_call_impl is None
 
 

@@ -30,9 +30,10 @@ MOST_SAID = 20
 """Graphs after which no more are spoken of in the record."""
 
 MOST_COMPILING_CALLS = 8
-"""Calls of one module that may compile something. The first one, a shape that turns out to vary,
-evaluation and its shapes make four or five; and Dynamo gives a piece of code up after as many
-(``torch._dynamo.config.recompile_limit``), but goes on to check all its guards."""
+"""Calls of one module that had to compile something after which it is left uncompiled. The first
+one, a shape that turns out to vary, evaluation and its shapes make four or five; and Dynamo gives a
+piece of code up after as many (``torch._dynamo.config.recompile_limit``), but goes on to check all
+its guards."""
 
 
 def match(facts: Facts) -> Match:
@@ -179,7 +180,7 @@ class Compiled:
     def _count_call(self, module: Any) -> None:
         """Give up when a module compiles again and again."""
         calls = self._compiling_calls[module] = self._compiling_calls.get(module, 0) + 1
-        if calls > MOST_COMPILING_CALLS:
+        if calls >= MOST_COMPILING_CALLS:
             self.restore()
             why = f"{calls} calls of {type(module).__qualname__} had to compile something anew"
             self._session.turn_back(NAME, RuntimeError(why))
