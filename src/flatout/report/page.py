@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from flatout import __version__, knobs
+from flatout import __version__
 from flatout.plan import Fact
 from flatout.report import charts, figures, words
 from flatout.report.charts import RatioAxis
@@ -148,7 +148,7 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
     return element(
         "tr",
         element("th", name, element("small", knob.summary), scope="row"),
-        element("td", knobs.EXACTNESS[knob.exactness], data_label=heading[1]),
+        element("td", knob.exactness, data_label=heading[1]),
         *(
             element("td", _ratio_cell(ratio), class_="number", data_label=label)
             for ratio, label in ((knob.alone, heading[2]), (knob.without_it, heading[3]))

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, Union
 
 from flatout.doctor.findings import Finding
 from flatout.errors import UserError
-from flatout.knobs import Exactness
 from flatout.plan import Fact, LossEvidence
 from flatout.tune.statistics import Ratio
 
@@ -89,7 +88,7 @@ class KnobResult:
     Attributes:
         knob, setting: as in the plan.
         summary, by_hand: of its card; ``by_hand`` is Markdown.
-        exactness: class of the setting.
+        exactness: what the setting may change, in the words of ``knobs.EXACTNESS``.
         alone: bare step time over that with this knob alone.
         without_it: step time of the plan without this knob over that of the whole plan.
     """
@@ -97,7 +96,7 @@ class KnobResult:
     knob: str
     setting: str
     summary: str
-    exactness: Exactness
+    exactness: str
     by_hand: str
     alone: Ratio | None = None
     without_it: Ratio | None = None
