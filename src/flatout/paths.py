@@ -18,7 +18,7 @@ def runs_directory() -> Path:
 
 
 def tunes_directory() -> Path:
-    """Where each tune has a folder of its own."""
+    """Where the folders of tunes are."""
     return _base("XDG_STATE_HOME", ".local/state") / "tunes"
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
+    from flatout.machine import Ceilings
     from flatout.plan import Evidence
     from flatout.tune.tuner import Outcome
 
@@ -54,6 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="try these only (default: all that match; 'flatout knobs' lists them)",
     )
     parser.add_argument(
+        "--exactness",
+        type=_exactness,
+        metavar="CLASS,...",
+        help="try settings of these classes only: bitwise, reordered, reduced, resampled, "
+        "reshuffled (default: all)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="peak memory that is allowed, as a multiple of the bare program's (default: 1.1)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the last tune of this command that has not come to its end",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first pair (default: 0)"
     )
     parser.add_argument(
@@ -68,40 +88,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Tune; the exit code is 0 with and without a plan."""
+    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C."""
     from flatout import paths
     from flatout.errors import UserError
-    from flatout.tune.tuner import MINIMUM_STEPS, Options, Tuner
+    from flatout.launch.process import check_program
+    from flatout.tune import journal
+    from flatout.tune.pairs import MINIMUM_STEPS
+    from flatout.tune.tuner import Options, Tuner
 
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
+    if not arguments.memory >= 1:
+        raise UserError("--memory must be at least 1: that is what the bare program takes")
     for path in (arguments.plan, arguments.json):
         if path is not None:
             paths.check_writable(path)
+    check_program(arguments.command[0])
     options = Options(
         budget_seconds=arguments.budget,
         steps=arguments.steps,
         seed=arguments.seed,
         isolate=not arguments.in_place,
         knobs=arguments.knobs,
+        exactness=arguments.exactness,
+        memory=arguments.memory,
     )
-    outcome = Tuner(
-        arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops_per_s
-    ).run()
+    progress = nothing if arguments.quiet else say
+    opened = (journal.resume if arguments.resume else journal.begin)("tune", arguments.command)
+    try:
+        outcome = Tuner(arguments.command, options, opened, progress, no_show, ceilings).run()
+        document = json.dumps(_document(arguments, outcome), indent=1) + "\n"
+        if not outcome.interrupted:
+            opened.finish(document)
+    finally:
+        opened.close()
     for line in _report(arguments, outcome):  # first: a disk may be full by now
-        _say(line)
+        say(line)
     if outcome.evidence is not None:
-        _write_plan(arguments, outcome)
+        write_plan(arguments.plan, arguments.command, outcome)
     if arguments.json is not None:
-        document = json.dumps(_document(arguments, outcome), indent=1)
         try:
-            arguments.json.write_text(document + "\n", "utf-8")
+            arguments.json.write_text(document, "utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from error
-    return 0
+    return 130 if outcome.interrupted else 0
 
 
-def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
+def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
+    """Write down what has been proven.
+
+    Raises:
+        PlanError: the file cannot be written.
+    """
     from flatout import machine, plan
 
     header = outcome.header
@@ -112,12 +150,28 @@ def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
     }
     plan.Plan(
         settings=outcome.settings,
-        command=tuple(arguments.command),
-        program_sha256=plan.program_sha256(arguments.command),
+        command=tuple(command),
+        program_sha256=plan.program_sha256(command),
         inputs=outcome.inputs,
         machine=facts,
         evidence=outcome.evidence,
-    ).write(arguments.plan)
+    ).write(path)
+
+
+def ceilings(python: str) -> Ceilings | None:
+    """What this machine can do for an interpreter; ``None``, and a line, if that is not to be had.
+
+    Args:
+        python: its path.
+    """
+    from flatout import machine
+    from flatout.errors import UserError
+
+    try:
+        return machine.ceilings(python)
+    except UserError as error:
+        say(f"{error}; the machine's ceilings count as not measured")
+        return None
 
 
 def _report(arguments: argparse.Namespace, outcome: Outcome) -> list[str]:
@@ -130,16 +184,22 @@ def _report(arguments: argparse.Namespace, outcome: Outcome) -> list[str]:
     lines = [f"the plan, in {arguments.plan}:"]
     for name, setting in outcome.settings.items():
         lines.append(f"  {name} = {setting}: {knobs.get(name).summary}")
-    lines.append(
-        f"faster: {evidence.ratio:.2f}x ({evidence.ratio_low:.2f} to {evidence.ratio_high:.2f} "
-        f"with 95 % confidence), {evidence.bare_step_ms:.4g} ms a step down to "
-        f"{evidence.plan_step_ms:.4g} ms, {evidence.pairs} pairs of fresh processes"
-    )
-    lines += _loss_lines(evidence)
-    if not evidence.bare_repeats:
-        lines.append("note: the bare program does not repeat its own losses from one seed")
+    lines += evidence_lines(evidence)
     plan_option = f"--plan {shlex.quote(str(arguments.plan))}"
     lines.append(f"next: flatout run {plan_option} -- {shlex.join(arguments.command)}")
+    return lines
+
+
+def evidence_lines(evidence: Evidence) -> list[str]:
+    """What was measured and proven, in words."""
+    lines = [
+        f"bare over plan: {evidence.ratio:.2f}x ({evidence.ratio_low:.2f} to "
+        f"{evidence.ratio_high:.2f} with 95 % confidence), {evidence.bare_step_ms:.4g} ms a step "
+        f"against {evidence.plan_step_ms:.4g} ms, {evidence.pairs} pairs of fresh processes",
+        *_loss_lines(evidence),
+    ]
+    if not evidence.bare_repeats:
+        lines.append("note: the bare program does not repeat its own losses from one seed")
     return lines
 
 
@@ -169,29 +229,22 @@ def _document(arguments: argparse.Namespace, outcome: Outcome) -> dict[str, Any]
         "settings": outcome.settings,
         "why": outcome.why,
         "evidence": None if evidence is None else dataclasses.asdict(evidence),
-        "in_process": {
-            name: dataclasses.asdict(ratio) for name, ratio in outcome.in_process.items()
-        },
-        "dropped": outcome.dropped,
+        "arms": [dataclasses.asdict(arm) for arm in outcome.arms],
+        "refused": outcome.refused,
         "seconds": outcome.seconds,
     }
 
 
-def _matmul_flops_per_s(python: str, device: str) -> Mapping[str, float | None]:
-    from flatout import machine
-
-    rates: Mapping[str, float | None] = (
-        machine.ceilings(python).devices.get(device, {}).get("matmul_flops_per_s", {})
-    )
-    return rates
-
-
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(f"flatout: {line}", file=sys.stderr, flush=True)
 
 
-def _nothing(line: str) -> None:
+def nothing(line: str) -> None:
     """``--quiet``."""
+
+
+def no_show(arms: object, left_seconds: float) -> None:
+    """No live table."""
 
 
 def _seconds(text: str) -> float:
@@ -210,6 +263,18 @@ def _knobs(text: str) -> tuple[str, ...]:
             known = ", ".join(knobs.registry())
             raise argparse.ArgumentTypeError(f"there is no knob {name!r} (known: {known})")
     return names
+
+
+def _exactness(text: str) -> tuple[str, ...]:
+    from flatout.knobs import EXACTNESS
+
+    classes = tuple(text.split(","))
+    for name in classes:
+        if name not in EXACTNESS:
+            raise argparse.ArgumentTypeError(
+                f"there is no class {name!r} (known: {', '.join(EXACTNESS)})"
+            )
+    return classes
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 from flatout import knobs, paths
 from flatout.errors import UserError
 from flatout.launch import environment, process
-from flatout.launch.runs import new_run_directory
+from flatout.launch.runs import new_directory, new_run_directory
 from flatout.record import RecordError, RunRecord, read_run, write_failure
 from flatout.request import Request
 
@@ -64,6 +64,7 @@ def start(
     output: Literal["inherit", "discard", "capture"] = "inherit",
     timeout_seconds: float | None = None,
     progress: Callable[[Path], None] | None = None,
+    runs: Path | None = None,
 ) -> Finished:
     """Run a trial of a job to its end; no process of it is left then.
 
@@ -74,6 +75,7 @@ def start(
         output: what becomes of the job's standard output and error.
         timeout_seconds: end it after this time.
         progress: called now and then with the run directory while the job runs.
+        runs: where its run directory is made; by default, where the records of runs are kept.
 
     Raises:
         UserError: there is no such program, no place for the record, or no isolation to be had.
@@ -81,11 +83,11 @@ def start(
     job = list(command)
     process.check_program(job[0])
     try:
-        run_directory = new_run_directory()
+        run_directory = new_run_directory() if runs is None else new_directory(runs)
         request.write(run_directory)
     except OSError as error:
         raise UserError(
-            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            f"the record cannot be written to {runs or paths.runs_directory()}: {error.strerror}; "
             "FLATOUT_HOME can name another place"
         ) from None
     if isolate:

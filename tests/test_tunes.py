@@ -1,0 +1,209 @@
+"""``benchmarks/tunes.py``: what it makes of what it has measured, and what it measures again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from flatout.tune.statistics import Ratio, claimed
+
+PLAN = 'version = 1\n\n[plan]\noptimizer = "onepass"\n'
+
+NAMES = ["image", "language", "speech", "dcgan"]
+
+
+@pytest.fixture(scope="module")
+def tunes() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "tunes.py"
+    specification = importlib.util.spec_from_file_location("tunes", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def tuned(value: float, seconds: float = 250.0) -> dict[str, Any]:
+    claim = {"value": value, "low": value / 1.02, "high": value * 1.02, "pairs": 6}
+    settings = {"optimizer": "onepass"}
+    return {"seconds": seconds, "settings": settings, "why": "", "claimed": claim, "plan": PLAN}
+
+
+def no_plan(seconds: float) -> dict[str, Any]:
+    why = "no setting is faster"
+    return {"seconds": seconds, "settings": {}, "why": why, "claimed": None, "plan": None}
+
+
+def pair(bare_s: float, plan_s: float) -> dict[str, Any]:
+    return {"bare": {"step_s": bare_s, "said": []}, "plan": {"step_s": plan_s, "said": []}}
+
+
+def measured(
+    tunes: ModuleType, path: Path, name: str, claim: float, factor: float, bare_s: float = 0.1
+) -> None:
+    """A tune that claims, and pairs with another ratio, give or take a percent."""
+    results = tunes.Results(path)
+    results.add(name, "tune", **tuned(claim))
+    for noise in (0.99, 1.01, 1.0, 1.005, 0.995):
+        results.add(name, "pair", **pair(bare_s, bare_s / factor * noise))
+
+
+def test_the_quotient_of_two_ratios_has_both_their_uncertainties(tunes: ModuleType) -> None:
+    one = Ratio(2.0, 2.0 / 1.03, 2.0 * 1.03, 8)
+    other = Ratio(1.6, 1.6 / 1.04, 1.6 * 1.04, 8)
+    value, low, high = tunes.quotient(one, other)
+    half = math.hypot(math.log(1.03), math.log(1.04))
+    assert value == pytest.approx(1.25)
+    assert (low, high) == (
+        pytest.approx(1.25 * math.exp(-half)),
+        pytest.approx(1.25 * math.exp(half)),
+    )
+    backwards = tunes.quotient(other, one)
+    assert backwards == pytest.approx((1 / value, 1 / high, 1 / low))
+
+
+def test_bounds_that_lie_askew_go_to_their_own_sides(tunes: ModuleType) -> None:
+    exact = Ratio(1.0, 1.0, 1.0, 0)
+    askew = Ratio(1.0, 0.98, 1.10, 8)
+    assert tunes.quotient(askew, exact) == pytest.approx((1.0, 0.98, 1.10))
+    assert tunes.quotient(exact, askew) == pytest.approx((1.0, 1 / 1.10, 1 / 0.98))
+
+
+def test_start_up_and_warm_up_are_in_no_step(tunes: ModuleType) -> None:
+    lines = [(0, 30.0), (10, 39.0), (20, 39.5), (30, 42.0), (40, 42.5)]  # an evaluation of 2 s
+    assert tunes.step_seconds(lines) == pytest.approx(3.5 / 30)
+    with pytest.raises(ValueError, match="2 lines"):
+        tunes.step_seconds(lines[:2])
+
+
+def test_lines_are_timed_from_outside(tunes: ModuleType, tmp_path: Path) -> None:
+    script = "for step in range(0, 50, 10): print(f'step {step} loss 0.5', flush=True)"
+    run = tunes.timed([sys.executable, "-c", script], tmp_path)
+    assert [step for step, _ in run["lines"]] == [0, 10, 20, 30, 40]
+    assert 0 < run["lines"][0][1] <= run["lines"][-1][1] <= run["wall_s"]
+    assert run["step_s"] > 0
+    with pytest.raises(tunes.subprocess.CalledProcessError, match="exit status 3"):
+        tunes.timed([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+def test_only_what_is_missing_is_measured(
+    tunes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.jsonl"
+    results = tunes.Results(path)
+    results.add("dcgan", "tune", **tuned(2.0))
+    results.add("dcgan", "pair", **pair(0.2, 0.1))
+    results.add("image", "pair", **pair(0.2, 0.1))  # another shard's
+    with path.open("a") as file:
+        file.write('{"program": "dcgan", "kind": "pa')  # killed as it wrote
+    started: list[list[str]] = []
+
+    def timed(command: list[str], folder: Path) -> dict[str, Any]:
+        if "flatout" in command:
+            assert Path(command[command.index("--plan") + 1]).read_text() == PLAN
+        started.append(command)
+        return {"step_s": 0.1 if "flatout" in command else 0.2, "said": []}
+
+    monkeypatch.setattr(tunes, "timed", timed)
+    results = tunes.Results(path)
+    tunes.measure("dcgan", ["python", "x.py"], 40, 3, "5m", results)
+    sides = ["plan" if "flatout" in command else "bare" for command in started]
+    assert sides == ["plan", "bare", "bare", "plan"]  # pairs 1 and 2
+    assert [command[-2:] for command in started] == [["--seed", "1"]] * 2 + [["--seed", "2"]] * 2
+    assert all(command[-5:-2] == ["x.py", "--steps", "40"] for command in started)
+    assert len(tunes.Results(path).of("dcgan", "pair")) == 3
+    tunes.measure("dcgan", ["python", "x.py"], 40, 3, "5m", tunes.Results(path))
+    assert len(started) == 4
+
+
+def test_all_as_asked(tunes: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for name in NAMES:
+        measured(tunes, path, name, 2.0, 2.0)
+    tunes.Results(path).add("jpeg", "tune", **no_plan(200))
+    lines, is_as_asked = tunes.summary([*NAMES, "jpeg"], tunes.Results(path))
+    assert is_as_asked, lines
+    assert len(lines) == 1 + 2 * 5
+    assert "no plan" in lines[-2]
+    assert "no setting is faster" in lines[-1]
+
+
+def test_a_tune_may_take_as_long_as_600_bare_steps(tunes: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    measured(tunes, path, "image", 2.0, 2.0, bare_s=1.0)
+    results = tunes.Results(path)
+    results.add("image", "tune", **tuned(2.0, seconds=599))
+    results.add("jpeg", "tune", **no_plan(599))
+    results.add("jpeg", "bare", step_s=1.0)
+    assert tunes.summary(["image", "jpeg"], results)[1]
+    results.add("image", "tune", **tuned(2.0, seconds=601))
+    lines, is_as_asked = tunes.summary(["image", "jpeg"], results)
+    assert not is_as_asked
+    assert "MISSED image: tuned for 601 s, allowed: 600 s" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "factor", "missed"),
+    [
+        ("dcgan", 1.4, 1.4, "MISSED dcgan: asked: 1.5x"),
+        ("image", 1.0, 0.95, "MISSED image: may be slower than bare"),
+        ("language", 1.2, None, "MISSED language: not measured to its end"),
+    ],
+)
+def test_what_is_missed_is_said(
+    tunes: ModuleType, tmp_path: Path, name: str, claim: float, factor: float | None, missed: str
+) -> None:
+    path = tmp_path / "results.jsonl"
+    if factor is None:
+        tunes.Results(path).add(name, "tune", **tuned(claim))
+    else:
+        measured(tunes, path, name, claim, factor)
+    lines, is_as_asked = tunes.summary([name], tunes.Results(path))
+    assert not is_as_asked
+    assert any(line.startswith(missed) for line in lines)
+
+
+def test_one_ratio_of_all_may_disagree(tunes: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for name in NAMES[:3]:
+        measured(tunes, path, name, 2.0, 2.0 if name != "speech" else 1.7)
+    lines, is_as_asked = tunes.summary(NAMES[:3], tunes.Results(path))
+    assert is_as_asked
+    assert "claimed and independent ratio disagree for speech" in lines
+    measured(tunes, path, "dcgan", 2.0, 1.7)
+    lines, is_as_asked = tunes.summary(NAMES, tunes.Results(path))
+    assert not is_as_asked
+    assert "MISSED claimed and independent ratio disagree: speech, dcgan" in lines
+
+
+def test_a_quotient_that_is_not_known_well_enough_is_a_miss(
+    tunes: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.jsonl"
+    results = tunes.Results(path)
+    results.add("image", "tune", **tuned(2.0))
+    for plan_s in (0.09, 0.1, 0.11, 0.12, 0.1):
+        results.add("image", "pair", **pair(0.2, plan_s))
+    ratio = claimed([math.log(0.2 / plan_s) for plan_s in (0.09, 0.1, 0.11, 0.12, 0.1)])
+    verdict = tunes.judge("image", results)
+    assert verdict.independent == ratio
+    lines, is_as_asked = tunes.summary(["image"], results)
+    assert not is_as_asked
+    assert any("MISSED image: the quotient is known to" in line for line in lines)
+
+
+def test_the_file_is_one_line_of_json_for_each_measurement(
+    tunes: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.jsonl"
+    measured(tunes, path, "image", 2.0, 2.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["tune", *["pair"] * 5]
+    assert {line["program"] for line in lines} == {"image"}
