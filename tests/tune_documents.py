@@ -7,6 +7,7 @@ import math
 from flatout.doctor.findings import Finding
 from flatout.knobs import EXACTNESS
 from flatout.plan import LossEvidence
+from flatout.ratios import Ratio
 from flatout.tune.document import (
     Arm,
     Check,
@@ -17,7 +18,6 @@ from flatout.tune.document import (
     Proof,
     Side,
 )
-from flatout.tune.statistics import Ratio
 
 COMMAND = ("python", "train.py", "--data", "speech & <noise>", "--epochs", "300")
 SHELL_COMMAND = "python train.py --data 'speech & <noise>' --epochs 300"

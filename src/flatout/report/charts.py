@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 
+from flatout.ratios import Ratio
 from flatout.report import figures
 from flatout.report.markup import Markup, element, joined
 from flatout.tune.document import CurvePoint, Curves
-from flatout.tune.statistics import Ratio
 from flatout.turns import PHASES
 
 POINTS_SHOWN = 300

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from flatout import __version__
 from flatout.plan import Fact
+from flatout.ratios import Ratio
 from flatout.report import charts, figures, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, joined, with_code
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
-from flatout.tune.statistics import Ratio
 from flatout.turns import PHASES
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

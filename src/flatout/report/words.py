@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
+from flatout.ratios import Ratio
 from flatout.report import figures
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
-from flatout.tune.statistics import Ratio
 
 ARMS_SHOWN = 12
 """Of each kind; the page has them all."""

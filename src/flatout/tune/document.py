@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Union
 from flatout.doctor.findings import Finding
 from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
-from flatout.tune.statistics import Ratio
+from flatout.ratios import Ratio
 
 DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
