@@ -12,6 +12,11 @@ inputs = ["float32[64,784]"]      # of the first outermost module call, * where 
 
 [machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
 
+[learned]                   # of flatout run --tune, in the place of [evidence]: nothing is proven
+state = "unproven"
+measured = "in-process"
+ratios = {optimizer = 1.4}  # knob = ratio inside the training process
+
 [evidence]
 settings = {precision = "bf16"}   # what was proven; another [plan] is unproven
 ratio = 1.61                # bare step time over the plan's, from fresh processes
@@ -39,6 +44,8 @@ from flatout.errors import UserError
 
 PLAN_VERSION = 1
 PLAN_FILE = "flatout.toml"
+
+_LEARNED = {"state": "unproven", "measured": "in-process"}
 
 Fact = str | int | float | bool
 
@@ -139,6 +146,8 @@ class Plan:
         inputs: of the first outermost module call, in the words of ``flatout.signature``.
         machine: fingerprint of the machine, and torch's version.
         evidence: ``None`` in a plan written by hand.
+        learned: knob -> ratio inside one process, of a plan that was learned while training and is
+            not proven; ``None`` in any other.
     """
 
     settings: Mapping[str, str]
@@ -147,6 +156,7 @@ class Plan:
     inputs: tuple[str, ...] | None = None
     machine: Mapping[str, Fact] = field(default_factory=dict)
     evidence: Evidence | None = None
+    learned: Mapping[str, float] | None = None
 
     @property
     def proven(self) -> bool:
@@ -186,7 +196,9 @@ class Plan:
         import tomlkit
 
         document = tomlkit.document()
-        document.add(tomlkit.comment("Written by flatout tune. Apply it with:"))
+        learned = self.learned is not None
+        verb = "run --tune, and not proven" if learned else "tune"
+        document.add(tomlkit.comment(f"Written by flatout {verb}. Apply it with:"))
         document.add(tomlkit.comment(f"  flatout run --plan {path.name} -- COMMAND"))
         document.add("version", tomlkit.item(PLAN_VERSION))
         settings = tomlkit.table()
@@ -205,6 +217,8 @@ class Plan:
             document.add("job", tomlkit.item(job))
         if self.machine:
             document.add("machine", tomlkit.item(dict(self.machine)))
+        if self.learned is not None:
+            document.add("learned", tomlkit.item(_LEARNED | {"ratios": _rounded(self.learned)}))
         if self.evidence is not None:
             document.add("evidence", tomlkit.item(_rounded(dataclasses.asdict(self.evidence))))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -260,7 +274,7 @@ class _Reader:
         version = document.get("version", PLAN_VERSION)
         if version != PLAN_VERSION:
             self._fail((), "version", f"is {version}, this flatout reads {PLAN_VERSION}")
-        tables = ("plan", "job", "machine", "evidence")
+        tables = ("plan", "job", "machine", "learned", "evidence")
         self._known((), document, ("version", *tables))
         for table in tables:
             if not isinstance(document.get(table, {}), dict):
@@ -279,7 +293,7 @@ class _Reader:
         for key, value in machine.items():
             if not isinstance(value, Fact):
                 self._fail(("machine",), key, "must be a string, a number, or true or false")
-        evidence = document.get("evidence")
+        evidence, learned = document.get("evidence"), document.get("learned")
         return Plan(
             settings=settings,
             command=command or (),
@@ -287,7 +301,22 @@ class _Reader:
             inputs=inputs,
             machine=machine,
             evidence=None if evidence is None else self._evidence(evidence),
+            learned=None if learned is None else self._learned(learned),
         )
+
+    def _learned(self, table: dict[str, Any]) -> Mapping[str, float]:
+        where = ("learned",)
+        self._known(where, table, (*_LEARNED, "ratios"))
+        for key, only in _LEARNED.items():
+            if table.get(key, only) != only:
+                self._fail(where, key, f'must be "{only}"')
+        found = table.get("ratios", {})
+        if not isinstance(found, dict):
+            self._fail(where, "ratios", "must be a table")
+        for knob, ratio in found.items():
+            if not _is_number(ratio):
+                self._fail((*where, "ratios"), knob, "must be a number")
+        return found
 
     def _words(self, job: dict[str, Any], key: str) -> tuple[str, ...] | None:
         words = job.get(key)

@@ -37,6 +37,8 @@ Format version 4:
     does not train, with the fields of ``Output``. ``state``: ``roots``, the outermost modules at
     the end, each with the fields of ``RootState``. Samples are little-endian float32 (``top1``:
     int32) in base64.
+``learned``
+    After a comparison in the real training: ``settings``, each with the fields of ``Learned``.
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -321,6 +323,25 @@ class RootState:
     buffers: tuple[BufferState, ...]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a comparison in the real training has shown of a setting.
+
+    Attributes:
+        knob, setting: that was compared with the bare program.
+        kept: whether it is on from then on.
+        value, low, high, pairs: the ratio, see ``ratios.Ratio``.
+    """
+
+    knob: str
+    setting: str
+    kept: bool
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
 S = TypeVar("S", bound=Sized)
 
 
@@ -387,12 +408,19 @@ def record_path(run_directory: Path, pid: int) -> Path:
 
 @dataclass
 class StepTimes(_Loops["array[float]"]):
-    """How long the turns of one process took, in milliseconds, no more of them; and its events."""
+    """How long the turns of one process took, in milliseconds, no more of them; and its events.
+
+    ``learned`` is ``None`` where no comparison came to its end.
+    """
 
     steps: array[float]
     evaluations: array[float]
     rank: int
     events: list[Event] = field(default_factory=list)
+    learned: list[Learned] | None = None
+    torch: str = ""
+    threads: int = 0
+    inputs: tuple[str, ...] | None = None
 
 
 def write_failure(run_directory: Path) -> str | None:
@@ -473,6 +501,7 @@ def _process_step_times(path: Path) -> StepTimes:
     documents = _documents(path)
     _, header = next(documents)
     times = StepTimes(array("d"), array("d"), _rank(header))
+    times.torch, times.threads = str(header.get("torch")), int(header.get("threads") or 0)
 
     def closed(turn: Turn) -> None:
         kept = times.steps if turn.kind == "step" else times.evaluations
@@ -489,6 +518,10 @@ def _process_step_times(path: Path) -> StepTimes:
                 turns.tell(unpacker.events(_packed(document)), repeat(None))
         elif kind == "event":
             times.events.append(_event(document))
+        elif kind == "inputs":
+            times.inputs = tuple(document.get("tensors", ()))
+        elif kind == "learned":
+            times.learned = [Learned(**entry) for entry in document["settings"]]
     turns.finish()
     return times
 

@@ -164,6 +164,8 @@ class Request:
             imported, even when ``stop_steps`` has not been reached.
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
+        learn: after the comparison, whose arms are single settings, the program goes on under
+            those that were faster.
         relay: another run to take turns with; the program is stopped when all turns are over.
         seed: seed set for torch, ``random`` and NumPy before the program's own code runs; unless
             it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
@@ -177,6 +179,7 @@ class Request:
     stop_seconds: float | None = None
     profile_steps: int = 0
     comparison: Comparison | None = None
+    learn: bool = False
     relay: Relay | None = None
     seed: int | None = None
     proof: Proof | None = None

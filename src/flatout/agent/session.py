@@ -240,9 +240,11 @@ class Session:
 
             seeds.sow(request.seed)
         if request.comparison is not None:
+            from flatout.agent.learning import Learner
             from flatout.agent.switch import Switch
 
-            self._stages.append(Switch(self, request.comparison).at_boundary)
+            compares = Learner if request.learn else Switch
+            self._stages.append(compares(self, request.comparison).at_boundary)
         elif request.relay is not None:
             from flatout.agent.relay import Runner
 
@@ -255,7 +257,7 @@ class Session:
             profiler = Profiler(self, request.profile_steps)
             self._stages.append(profiler.at_boundary)
             self._close_profiler = profiler.close
-        if self._stages:
+        if self._stages and not request.learn:
             self._stages.append(self._stop)
         try:
             self.hooks.install(live=bool(self._stages))

@@ -175,20 +175,21 @@ class Switch:
         self._arm = arm
         for name, setting in list(self._arms[arm].items()):
             trace = None
+            what = "failed"
             try:
                 self._session.turn(name, setting)
             except knobs.RefusedError as refusal:
-                why = str(refusal)
+                why, what = str(refusal), "skipped"
             except Exception as error:  # noqa: BLE001 - recorded with its traceback
                 why = f"{name} = {setting}: {type(error).__name__}: {error}"
                 trace = traceback.format_exc()
             else:
                 continue
             if self._comparison.decide == "settings":
-                self._session.event("failed", name, why, trace)
+                self._session.event("failed", name, why, trace)  # skipped would say: in part
                 self._leave_out(name, setting)
             else:
-                self._disqualify(arm, why, trace)
+                self._disqualify(arm, why, trace, what)
                 self._undo()
                 return False
         return True
@@ -216,9 +217,11 @@ class Switch:
             if arm.get(name) == setting:
                 del arm[name]
 
-    def _disqualify(self, arm: int, why: str, trace: str | None = None) -> None:
+    def _disqualify(
+        self, arm: int, why: str, trace: str | None = None, what: str = "failed"
+    ) -> None:
         self._out.add(arm)
-        self._session.event("failed", f"arm {arm}", why, trace)
+        self._session.event(what, f"arm {arm}", why, trace)
 
     def _read_losses(self, turn: Turn) -> None:
         """Look at the losses that have arrived; on an accelerator that may be some steps later."""

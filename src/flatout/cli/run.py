@@ -26,7 +26,18 @@ TAKES_JOB = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan (flatout.toml)")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="apply this plan (flatout.toml); with --tune, where what was learned is written",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="learn while training: compare settings that change no arithmetic in blocks of the "
+        "first steps, go on with those that are faster, and write them as an unproven plan",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -42,11 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    request = _request(arguments)
+    """Run the command; the exit code is its own."""
+    if arguments.tune:
+        from flatout.tune import learning
+    request = learning.request(arguments) if arguments.tune else _request(arguments)
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
-    if run_directory is not None and request.settings:
+    if run_directory is not None and (request.settings or request.comparison is not None):
         from flatout import knobs
 
         variables = knobs.prepare(request, os.environ)
@@ -54,6 +68,9 @@ def execute(arguments: argparse.Namespace) -> int:
     if run_directory is not None:
         for line in _summary(run_directory, request):
             _say(line)
+        if arguments.tune:
+            for line in learning.conclude(arguments, run_directory):
+                _say(line)
     return process.exit_like(exited.returncode)
 
 
@@ -98,11 +115,13 @@ def _guard(plan: Plan, settings: Mapping[str, str]) -> Envelope | None:
 def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:
     """The settings that may be applied, and what the agent must still see to."""
     settings = dict(plan.settings)
-    if plan.evidence is None or arguments.trust:
+    if (plan.evidence is None and plan.learned is None) or arguments.trust:
         return settings, None
     from flatout import knobs, machine
 
-    if not plan.proven:
+    if plan.learned is not None:
+        _say(f"{arguments.plan} was learned while training and is not proven")
+    elif not plan.proven:
         _say(f"[plan] in {arguments.plan} is not what was proven; it is applied as it stands")
         return settings, None
     sensitive = tuple(name for name, s in settings.items() if not knobs.is_bitwise(name, s))
@@ -110,7 +129,8 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     if not differences or not sensitive:
         return settings, Proof(sensitive, plan.torch, plan.inputs)
     _say(
-        f"{', '.join(sensitive)} left out, proven under other conditions: "
+        f"{', '.join(sensitive)} left out, {'proven' if plan.proven else 'learned'} under other "
+        "conditions: "
         f"{'; '.join(differences)}. 'flatout tune' proves anew, --trust applies the plan as it is"
     )
     return {name: s for name, s in settings.items() if name not in sensitive}, None

@@ -66,7 +66,7 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
     warmup_s = (bare.warmup_s, plan.warmup_s)
     rows: list[tuple[str, Callable[..., str], Callable[..., str], _Values]] = [
-        ("step (median)", figures.milliseconds, change, (bare.step_ms, plan.step_ms)),
+        ("step", figures.milliseconds, change, (bare.step_ms, plan.step_ms)),
         ("start-up", duration, figures.longer, (bare.startup_s, plan.startup_s)),
         ("compilation, first steps", duration, figures.longer, warmup_s),
         ("whole job (projected)", duration, change, (bare.job_s, plan.job_s)),

@@ -197,6 +197,6 @@ def _outcome(entry: Entry, process: ProcessRecord | None) -> Trial:
     return Trial(process, entry.seconds, entry.ended)
 
 
-def reasons(process: ProcessRecord, what: str) -> dict[str, str]:
-    """The reason of the last event of a kind, for each subject (a knob, or ``arm N``)."""
-    return {event.subject: event.why for event in process.events if event.what == what}
+def reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
+    """The reason of the last event of some kinds, for each subject (a knob, or ``arm N``)."""
+    return {event.subject: event.why for event in process.events if event.what in what}

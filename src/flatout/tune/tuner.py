@@ -401,7 +401,7 @@ class Tuner:
                     culprit = self._arm(left.pop(at - 1).settings)
                     self._fail(culprit, f"the program fails under it: {failure}")
                     continue
-                failures = trial.reasons(done.process, "failed")
+                failures = trial.reasons(done.process, "skipped", "failed")
                 ratios = arm_ratios(_complete_blocks(done, comparison))
                 for number, candidate in enumerate(left, 1):
                     arm = self._arm(candidate.settings)
