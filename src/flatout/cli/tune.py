@@ -120,14 +120,14 @@ def execute(arguments: argparse.Namespace) -> int:
 
             outcome = Tuner(arguments.command, options, opened, table.say, show, ceilings).run()
         document = result.made(arguments.command, arguments.plan, outcome)
+        for line in words.lines(document):  # first: a disk may be full by now
+            say(line)
+        if outcome.evidence is not None:
+            write_plan(arguments.plan, arguments.command, outcome)
         if not outcome.interrupted:
             opened.finish(document.to_json())
     finally:
         opened.close()
-    for line in words.lines(document):  # first: a disk may be full by now
-        say(line)
-    if outcome.evidence is not None:
-        write_plan(arguments.plan, arguments.command, outcome)
     if arguments.json is not None:
         try:
             arguments.json.write_text(document.to_json(), "utf-8")

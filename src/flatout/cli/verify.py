@@ -85,6 +85,8 @@ def execute(arguments: argparse.Namespace) -> int:
                 arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
             )
             outcome = tuner.verify(proven.settings, arguments.seeds)
+        if outcome.evidence is not None:
+            tune.write_plan(arguments.plan, arguments.command, outcome)
         if not outcome.interrupted:
             opened.finish()
     finally:
@@ -97,7 +99,6 @@ def execute(arguments: argparse.Namespace) -> int:
     if outcome.evidence is None:
         tune.say(outcome.why)
     else:
-        tune.write_plan(arguments.plan, arguments.command, outcome)
         tune.say(f"proven, written into {arguments.plan}")
     if outcome.interrupted:
         return 130

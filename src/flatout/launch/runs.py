@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flatout import paths
@@ -39,15 +40,27 @@ def new_directory(parent: Path) -> Path:
     return directory
 
 
-def clear_old(parent: Path, kept: int, kept_bytes: int) -> None:
-    """Remove the oldest directories beyond a number and a size, but none in use."""
+def clear_old(
+    parent: Path,
+    kept: int,
+    kept_bytes: int,
+    is_in_use: Callable[[Path], bool] | None = None,
+) -> None:
+    """Remove the oldest directories beyond a number and a size, but none in use.
+
+    Args:
+        parent: where they are.
+        kept, kept_bytes: what stays.
+        is_in_use: by default, whether the process that made it is alive.
+    """
+    is_in_use = is_in_use or _is_makers
     directories = sorted(
         (entry for entry in parent.iterdir() if entry.is_dir()), key=lambda d: d.name, reverse=True
     )
     total_bytes = 0
     for number, directory in enumerate(directories, 1):
         total_bytes += _size(directory)
-        if (number > kept or total_bytes > kept_bytes) and not _in_use(directory):
+        if (number > kept or total_bytes > kept_bytes) and not is_in_use(directory):
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -61,7 +74,7 @@ def _size(directory: Path) -> int:
     return total_bytes
 
 
-def _in_use(directory: Path) -> bool:
+def _is_makers(directory: Path) -> bool:
     """Whether the flatout that made it still runs; its process id is part of the name."""
     parts = directory.name.split("-")
     if len(parts) != 4 or not parts[2].isdigit():

@@ -164,7 +164,7 @@ def begin(verb: str, command: Sequence[str]) -> Journal:
     tunes = paths.tunes_directory()
     try:
         tunes.mkdir(parents=True, exist_ok=True)
-        clear_old(tunes, KEPT_TUNES, KEPT_BYTES)
+        clear_old(tunes, KEPT_TUNES, KEPT_BYTES, is_in_use=_is_locked)
         folder = new_directory(tunes)
         (folder / RUNS_FOLDER).mkdir()
         path = folder / JOURNAL_FILE
@@ -245,6 +245,17 @@ def _locked(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a tune is going on in this folder, whichever process began it."""
+    try:
+        os.close(_locked(folder / JOURNAL_FILE))
+    except BlockingIOError:
+        return True
+    except JournalError:
+        pass  # there is none
+    return False
 
 
 def _whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:

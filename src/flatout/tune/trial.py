@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +90,8 @@ class Trials:
             TrialFailedError: it failed, hung, or recorded nothing.
             UserError: it could not be started, or its record or the journal cannot be written.
         """
-        entries = self._journal.recorded(request)
-        if entries is None:
+
+        def start() -> tuple[launch.Finished]:
             finished = launch.start(
                 self._command,
                 request,
@@ -100,9 +100,9 @@ class Trials:
                 timeout_seconds=timeout_seconds,
                 runs=self._journal.runs,
             )
-            entries = (_entry(finished, timeout_seconds, self.spent_s),)
-            self._journal.add((request,), entries)
-        return self._outcome(entries[0])
+            return (finished,)
+
+        return self._outcome(self._entries((request,), start, timeout_seconds)[0])
 
     def run_two(
         self, requests: tuple[Request, Request], relay: Relay, timeout_seconds: float
@@ -122,9 +122,9 @@ class Trials:
             dataclasses.replace(request, relay=dataclasses.replace(relay, place=place))
             for place, request in enumerate(requests)
         )
-        entries = self._journal.recorded(*asked)
-        if entries is None:
-            both = launch.start_relay(
+
+        def start() -> tuple[launch.Finished, launch.Finished]:
+            return launch.start_relay(
                 self._command,
                 requests,
                 relay,
@@ -132,8 +132,8 @@ class Trials:
                 timeout_seconds=timeout_seconds,
                 runs=self._journal.runs,
             )
-            entries = tuple(_entry(one, timeout_seconds, self.spent_s) for one in both)
-            self._journal.add(asked, entries)
+
+        entries = self._entries(asked, start, timeout_seconds)
         done: list[Trial] = []
         for place, entry in enumerate(entries):
             try:
@@ -144,6 +144,26 @@ class Trials:
         if len(done) < 2:
             raise RelayFailedError(0, TrialFailedError("both were ended", None, ""))
         return done[0], done[1]
+
+    def _entries(
+        self,
+        requests: tuple[Request, ...],
+        start: Callable[[], Sequence[launch.Finished]],
+        timeout_seconds: float,
+    ) -> tuple[Entry, ...]:
+        """From the journal, or from running it.
+
+        What was killed from outside (by a user, or by the kernel for want of memory) is run once
+        more, and not written down before: it says little about the program.
+        """
+        entries = self._journal.recorded(*requests)
+        if entries is None:
+            finished = start()
+            if any(one.returncode == -signal.SIGKILL and not one.timed_out for one in finished):
+                finished = start()
+            entries = tuple(_entry(one, timeout_seconds, self.spent_s) for one in finished)
+            self._journal.add(requests, entries)
+        return entries
 
     def _outcome(self, entry: Entry) -> Trial:
         try:
