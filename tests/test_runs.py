@@ -22,14 +22,14 @@ def old_run(folder: Path, number: int, pid: int = NOBODY, size: int = 10) -> Pat
 
 def test_the_oldest_go_beyond_a_number(tmp_path: Path) -> None:
     old = [old_run(tmp_path, number) for number in range(runs.KEPT_RUNS + 3)]
-    runs.clear_old_runs(tmp_path)
+    runs.clear_old(tmp_path, runs.KEPT_RUNS, runs.KEPT_BYTES)
     assert sorted(tmp_path.iterdir()) == old[3:]
 
 
 def test_the_oldest_go_beyond_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "KEPT_BYTES", 100)
     old = [old_run(tmp_path, number, size=40) for number in range(4)]
-    runs.clear_old_runs(tmp_path)
+    runs.clear_old(tmp_path, runs.KEPT_RUNS, runs.KEPT_BYTES)
     assert sorted(tmp_path.iterdir()) == old[2:]
 
 
@@ -39,7 +39,7 @@ def test_a_run_that_is_still_going_on_is_kept(
     monkeypatch.setattr(runs, "KEPT_RUNS", 0)
     going_on = old_run(tmp_path, 0, pid=os.getpid())
     old_run(tmp_path, 1)
-    runs.clear_old_runs(tmp_path)
+    runs.clear_old(tmp_path, runs.KEPT_RUNS, runs.KEPT_BYTES)
     assert list(tmp_path.iterdir()) == [going_on]
 
 

@@ -9,8 +9,9 @@ from statistics import fmean
 import pytest
 
 from flatout.agent.switch import block_order
+from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios, t_quantile
 from flatout.record import Step
-from flatout.tune import statistics
+from flatout.tune import design, statistics
 from flatout.turns import PHASES
 
 DISCARD, BLOCK, ROUNDS = 2, 8, 12
@@ -62,15 +63,27 @@ def compared(slowness: list[float], step_ms: list[float], carry_over: float = 0.
     return steps
 
 
-def ratios(steps: list[Step]) -> dict[int, statistics.Ratio]:
-    found = statistics.blocks(steps, DISCARD)
-    return dict(statistics.in_process_ratios(found, BLOCK - DISCARD))
+def ratios(steps: list[Step]) -> dict[int, Ratio]:
+    return statistics.in_process_ratios(statistics.blocks(steps, DISCARD), BLOCK - DISCARD)
+
+
+def screened(
+    slowness: list[float], gains: dict[tuple[str, str], float], rounds: int
+) -> dict[tuple[str, str], Ratio]:
+    """The ratios of settings with these gains, from stacks of them on a machine this slow."""
+    arms = design.stacks([[setting] for setting in gains])
+    times, found = iter(slowness), []
+    for arm in block_order(len(arms), rounds):
+        gain = math.prod(gains[setting] for setting in arms[arm].items())
+        found.append(Block(arm, [10.0 / gain * next(times) for _ in range(4)]))
+    return setting_ratios(found, arms)
 
 
 def test_a_pair_alone_gives_no_interval() -> None:
-    for interval in (statistics.claimed, statistics.in_sequence):
-        with pytest.raises(ValueError, match="two pairs"):
-            interval([0.1])
+    with pytest.raises(ValueError, match="two pairs"):
+        statistics.claimed([0.1])
+    assert arm_ratios([Block(0, [1.0]), Block(1, [1.0])]) == {}
+    assert arm_ratios([]) == {}
 
 
 def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
@@ -82,37 +95,53 @@ def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
     assert found.pairs == 4
 
 
-def test_the_signed_rank_interval_is_that_of_the_tables() -> None:
-    # Critical values of W for a two-sided 5 % test with 6 to 12 pairs: 0 2 3 5 8 10 13.
-    pairs = range(6, 13)
-    assert [statistics._critical_rank(count) for count in pairs] == [0, 2, 3, 5, 8, 10, 13]
-    assert statistics._critical_rank(5) is None
-    logs = [0.3, 0.1, 0.2, -0.05, 0.15, 0.25]
-    found = statistics.in_sequence(logs)
-    assert found.low == pytest.approx(math.exp(min(logs)))
-    assert found.high == pytest.approx(math.exp(max(logs)))
+def test_quantiles_of_students_t_are_those_of_the_tables() -> None:
+    for freedom, quantile in ((5, 2.571), (8, 2.306), (12, 2.179), (30, 2.042), (1000, 1.962)):
+        assert t_quantile(0.975, freedom) == pytest.approx(quantile, rel=0.01)
 
 
-def test_a_stall_of_a_whole_block_costs_one_pair_only() -> None:
-    logs = [0.10, 0.11, 0.09, -3.0, 0.12, 0.08, 0.10, 0.11, 0.09, 0.10, 0.12, 0.08]
-    found = statistics.in_sequence(logs)
-    assert found.value == pytest.approx(math.exp(0.1), rel=0.01)
+def test_a_stall_of_a_whole_block_moves_the_ratio_little() -> None:
+    slowness = machine(3)
+    quiet = ratios(compared(slowness, [11.0, 10.0]))[1]
+    stalled = [s * 20 if 83 <= n < 99 else s for n, s in enumerate(slowness)]
+    found = ratios(compared(stalled, [11.0, 10.0]))[1]
+    assert found.value == pytest.approx(quiet.value, rel=0.02)
     assert found.low > 1
-    assert statistics.claimed(logs).low < 1
 
 
-def test_neighbours_that_resemble_each_other_widen_the_interval() -> None:
-    walk = [0.0, 0.1, 0.2, 0.3, 0.3, 0.2, 0.1, 0.0]
-    shuffled = [0.0, 0.3, 0.1, 0.2, 0.0, 0.3, 0.1, 0.2]
-    close, independent = statistics.in_sequence(walk), statistics.in_sequence(shuffled)
-    assert close.low < independent.low < independent.high < close.high
+def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
+    """On a machine that is faster for a while and slower for a while, turns are what helps."""
+    widths: dict[bool, list[float]] = {False: [], True: []}
+    for seed in range(20):
+        draw, walk, logs = random.Random(seed), 0.0, []
+        for _ in range(48):
+            walk = 0.8 * walk + draw.gauss(0, 0.05)
+            logs.append(walk)
+        for take_turns in widths:
+            arms = list(block_order(2, 24))
+            arms = arms if take_turns else sorted(arms)
+            found = [Block(arm, [math.exp(log)]) for arm, log in zip(arms, logs, strict=True)]
+            ratio = arm_ratios(found)[1]
+            widths[take_turns].append(math.log(ratio.high / ratio.low))
+    assert fmean(widths[False]) > 2 * fmean(widths[True])
 
 
 def test_blocks_are_told_apart_even_when_an_arm_follows_itself() -> None:
     steps = compared([1.0] * 1000, [10.0, 5.0])
     found = statistics.blocks(steps, DISCARD)
-    assert [arm for arm, _ in found] == list(block_order(2, ROUNDS))
-    assert all(len(times) == BLOCK - DISCARD for _, times in found)
+    assert [block.arm for block in found] == list(block_order(2, ROUNDS))
+    assert all(len(block.times_ms) == BLOCK - DISCARD for block in found)
+
+
+def test_the_first_turn_of_an_arm_counts_for_its_warm_up_alone() -> None:
+    first = [step(time, 1, "first") for time in (5000.0, 700.0, 5.0)]
+    first += [step(time, 2, "first") for time in (4.0, 4.0, 4.0)]
+    steps = first + compared([1.0] * 1000, [10.0, 5.0, 4.0])
+    found = statistics.blocks(steps, DISCARD)
+    assert [block.arm for block in found] == [1, 2, *block_order(3, ROUNDS)]
+    assert statistics.warm_up_seconds(found) == {1: pytest.approx(5.69), 2: 0.0}
+    ratio = statistics.in_process_ratios(found, BLOCK - DISCARD)[1]
+    assert ratio.value == pytest.approx(2.0)
 
 
 def test_a_steady_drift_cancels() -> None:
@@ -151,13 +180,87 @@ def test_a_difference_is_found_where_there_is_one() -> None:
     assert fmean(ratio.value for ratio in found) == pytest.approx(1.2, rel=0.02)
 
 
-def test_incomplete_rounds_and_arms_that_were_stopped_are_left_out() -> None:
+def test_incomplete_blocks_are_left_out_and_arms_that_were_stopped_keep_their_ratio() -> None:
     steps = compared([1.0] * 1000, [10.0, 5.0, 4.0])
     cut = steps[: 3 + 3 * BLOCK * 5 + BLOCK // 2]  # five rounds and a half block
-    assert ratios(cut)[1].pairs == 2
+    assert ratios(cut)[1].pairs == 5
     stopped = [s for n, s in enumerate(steps) if s.arm != 2 or n < 60]
-    assert set(ratios(stopped)) == {1}
     assert ratios(stopped)[1].value == pytest.approx(2.0)
+    assert ratios(stopped)[2].value == pytest.approx(2.5)
+    assert ratios(stopped)[2].pairs < ratios(stopped)[1].pairs
+
+
+def test_stacks_tell_many_settings_apart_in_few_steps() -> None:
+    gains = {(f"knob{number}", "on"): 1.0 for number in range(20)}
+    gains["real", "on"] = 1.1
+    gains["slow", "on"] = 0.9
+    found = [screened(machine(seed), gains, 2) for seed in range(10)]
+    for seen in found:
+        assert seen["real", "on"].low > 1
+        assert seen["slow", "on"].high < 1
+        assert statistics.winners(seen)[0] == ("real", "on")
+    dummies = [r for seen in found for (knob, _), r in seen.items() if knob.startswith("knob")]
+    assert fmean(ratio.low <= 1 <= ratio.high for ratio in dummies) > 0.85
+
+
+def test_settings_that_exclude_each_other_are_never_together() -> None:
+    arms = design.stacks([[("precision", "bf16"), ("precision", "safe")], [("gc", "off")]])
+    assert arms[0] == {}
+    assert {arm.get("precision") for arm in arms} == {None, "bf16", "safe"}
+    claims = design.stacks([[("compile", "on"), ("memory_format", "channels_last")]])
+    assert all(len(arm) < 2 for arm in claims)
+    with pytest.raises(ValueError, match="at most 47"):
+        design.stacks([[(f"knob{number}", "on")] for number in range(48)])
+
+
+@pytest.mark.parametrize("factors", [1, 3, 4, 7, 11, 12, 23, 30, 47])
+def test_each_setting_is_on_in_half_of_the_stacks_whatever_the_others_are(factors: int) -> None:
+    arms = design.stacks([[(f"knob{number}", "on")] for number in range(factors)])
+    on = [[f"knob{number}" in arm for arm in arms] for number in range(factors)]
+    for column in on:
+        assert sum(column) * 2 == len(arms)
+    for one in range(factors):
+        for other in range(one):
+            together = sum(a and b for a, b in zip(on[one], on[other], strict=True))
+            assert together * 4 == len(arms)
+
+
+def test_pairs_compare_each_step_with_its_own_counterpart() -> None:
+    sizes = random.Random(0).choices((1.0, 2.0, 4.0, 8.0), k=20)
+    bare = [step(900.0), *(step(10 * size) for size in sizes)]
+    plan = [step(100.0), *(step(8 * size) for size in sizes[:12])]
+    assert statistics.pair_log_ratio(bare, plan, 1) == pytest.approx(math.log(1.25))
+    with pytest.raises(ValueError, match="no steps"):
+        statistics.pair_log_ratio(bare, plan, 13)
+
+
+def test_pairs_are_enough_when_the_interval_is_narrow_or_there_is_no_gain() -> None:
+    narrow = [0.10, 0.11, 0.09, 0.10, 0.11]
+    wide = [0.0, 0.3, -0.1, 0.2, 0.4]
+    assert not statistics.enough_pairs(narrow[:4], 12)
+    assert statistics.enough_pairs(narrow, 12)
+    assert statistics.enough_pairs([0.0, 0.01, -0.01, 0.0, 0.01], 12)
+    assert not statistics.enough_pairs(wide, 12)
+    assert statistics.enough_pairs(wide, 5)
+    assert statistics.enough_pairs([log - 0.5 for log in wide], 12)
+
+
+def test_winners_are_faster_beyond_noise_and_parts_that_cost_nothing_to_drop_are_redundant() -> (
+    None
+):
+    found = {
+        "a": Ratio(1.1, 1.05, 1.15, 9),
+        "b": Ratio(1.3, 0.99, 1.6, 9),
+        "c": Ratio(1.5, 1.4, 1.6, 9),
+    }
+    assert statistics.winners(found) == ["c", "a"]
+    without = {
+        "needed": Ratio(0.8, 0.75, 0.85, 9),
+        "unclear": Ratio(0.98, 0.93, 1.03, 9),
+        "useless": Ratio(1.0, 0.985, 1.015, 9),
+        "harmful": Ratio(1.1, 1.05, 1.15, 9),
+    }
+    assert statistics.redundant(without) == ["harmful", "useless"]
 
 
 def test_the_typical_step_is_the_median_after_the_warm_up() -> None:

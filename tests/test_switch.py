@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import subprocess
 import sys
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import cast
 
-from flatout.agent.switch import block_order
+from flatout.agent.session import Session
+from flatout.agent.switch import Switch, block_order
+from flatout.knobs import RefusedError
 from flatout.record import ProcessRecord, read_run
 from flatout.request import RUN_VARIABLE, Comparison, Request
+from flatout.tune import design
+from flatout.turns import Turn
 
 BARE: dict[str, str] = {}
 BF16 = {"precision": "bf16"}
@@ -67,6 +74,97 @@ def test_drift_cancels_in_each_pair_of_rounds() -> None:
     assert {list(block_order(3, 6))[start] for start in (0, 6, 12)} == {0, 1, 2}
 
 
+class Scripted:
+    """A session of a program whose step times are known, and a machine that is never the same."""
+
+    def __init__(self, gains: dict[str, float], failing: str | None = None) -> None:
+        self.arm: int | None = None
+        self.mark: str | None = None
+        self.failed_knobs: dict[str, str] = {}
+        self.events: list[tuple[str, str, str]] = []
+        self.arms: list[int | None] = []
+        self.on: list[str] = []
+        self._gains = gains
+        self._failing = failing
+        self._draw = random.Random(0)
+
+    def turn(self, knob: str, setting: str) -> None:
+        if knob == self._failing:
+            raise RefusedError("not here")
+        self.on.append(knob)
+
+    def turn_off(self, knob: str) -> None:
+        if knob in self.on:
+            self.on.remove(knob)
+
+    def event(self, what: str, subject: str, why: str, trace: str | None = None) -> None:
+        self.events.append((what, subject, why))
+
+    def compare(self, comparison: Comparison) -> None:
+        switch = Switch(cast(Session, self), comparison)
+        is_over = False
+        while not is_over:
+            turn = Turn(0)
+            gain = math.prod(self._gains.get(knob, 1.0) for knob in self.on)
+            turn.end_ns = round(1e7 / gain * math.exp(self._draw.gauss(0, 0.04)))
+            self.arms.append(self.arm)
+            is_over = switch.at_boundary(turn)
+
+    def reasons(self, what: str) -> dict[str, str]:
+        return {subject: why for kind, subject, why in self.events if kind == what}
+
+
+def arms_of(*knobs: str) -> tuple[dict[str, str], ...]:
+    return (BARE, *({knob: "on"} for knob in knobs))
+
+
+def test_arms_without_a_gain_leave_and_the_rest_goes_on_in_mirrored_rounds() -> None:
+    session = Scripted({"a": 1.2, "b": 0.8, "d": 1.021})
+    comparison = Comparison(
+        arms=arms_of("a", "b", "c", "d"), block_steps=4, discard_steps=1, rounds=60, decide="arms"
+    )
+    session.compare(comparison)
+    left = session.reasons("stopped")
+    assert left.keys() >= {"arm 2", "arm 3"}
+    assert "arm 1" not in left
+    assert "less than 1.02x" in left["arm 2"]
+    assert len(session.arms) < comparison.longest_steps
+    blocks = session.arms[3 + 4 * 3 :: 4]
+    compared = []
+    while blocks:  # the pairs of rounds, each its own mirror image
+        half = next(
+            n for n in range(1, 6) if 0 in blocks[:n] and blocks[n : 2 * n] == blocks[:n][::-1]
+        )
+        compared.append(set(blocks[:half]))
+        blocks = blocks[2 * half :]
+    assert compared[0] == {0, 1, 2, 3, 4}
+    assert 2 not in compared[-1]
+    assert all(before >= after for before, after in pairwise(compared))
+
+
+def test_the_fastest_alone_stays_where_that_is_asked() -> None:
+    session = Scripted({"a": 1.2, "b": 1.5, "c": 1.1})
+    session.compare(
+        Comparison(arms=arms_of("a", "b", "c"), block_steps=4, rounds=60, decide="fastest")
+    )
+    left = session.reasons("stopped")
+    assert left.keys() == {"arm 1", "arm 3"}
+    assert all("slower than arm 2" in why for why in left.values())
+    assert len(session.arms) < 200
+
+
+def test_stacks_are_compared_until_each_setting_is_decided() -> None:
+    gains = {"a": 1.2, "b": 0.9, "c": 1.0, "d": 1.3}
+    arms = design.stacks([[(knob, "on")] for knob in (*gains, "broken")])
+    session = Scripted(gains, failing="broken")
+    comparison = Comparison(arms, block_steps=4, discard_steps=1, rounds=40, decide="settings")
+    session.compare(comparison)
+    assert session.reasons("failed") == {"broken": "not here"}
+    assert session.reasons("stopped") == {}
+    assert set(session.arms) - {None} == set(range(len(arms)))
+    assert len(session.arms) < comparison.longest_steps / 2
+
+
 def test_arms_take_turns_and_the_program_is_stopped_afterwards(tmp_path: Path) -> None:
     comparison = Comparison(
         arms=(BARE, BF16, FUSED), block_steps=5, discard_steps=2, warmup_steps=3, rounds=4
@@ -82,16 +180,17 @@ def test_arms_take_turns_and_the_program_is_stopped_afterwards(tmp_path: Path) -
     )
     assert process.end is not None
     assert process.end["reason"] == "stopped"
-    assert len(process.steps) == 3 + 3 * 4 * 5
-    assert [step.arm for step in process.steps[:3]] == [None] * 3
-    blocks = [step.arm for step in process.steps[3::5]]
+    assert len(process.steps) == comparison.longest_steps == 3 + 2 * 3 + 3 * 4 * 5
+    assert [step.arm for step in process.steps[:9]] == [None] * 3 + [1] * 3 + [2] * 3
+    assert [step.mark for step in process.steps[:9]] == [None] * 3 + ["first"] * 6
+    blocks = [step.arm for step in process.steps[9::5]]
     assert blocks == list(block_order(3, 4))
-    assert [step.mark for step in process.steps[3:]] == [*["switched"] * 2, *[None] * 3] * 12
+    assert [step.mark for step in process.steps[9:]] == [*["switched"] * 2, *[None] * 3] * 12
 
 
 def test_the_settings_of_an_arm_are_on_in_its_steps_only(tmp_path: Path) -> None:
     comparison = Comparison(
-        arms=(BARE, BF16), block_steps=2, discard_steps=1, warmup_steps=2, rounds=2
+        arms=(BARE, BF16), block_steps=2, discard_steps=1, warmup_steps=2, first_steps=0, rounds=2
     )
     program = LOOP.replace(
         "    optimizer.step()",
@@ -109,7 +208,7 @@ def test_the_settings_of_an_arm_are_on_in_its_steps_only(tmp_path: Path) -> None
 
 
 def test_evaluation_between_the_steps_does_not_count(tmp_path: Path) -> None:
-    comparison = Comparison(arms=(BARE, FUSED), block_steps=4, rounds=2)
+    comparison = Comparison(arms=(BARE, FUSED), block_steps=4, first_steps=0, rounds=2)
     program = (
         LOOP
         + """
@@ -140,7 +239,7 @@ def test_an_arm_whose_loss_is_not_finite_is_out(tmp_path: Path) -> None:
     assert failed.subject == "arm 1"
     assert "not finite" in failed.why
     counts = {arm: sum(step.arm == arm for step in process.steps) for arm in (0, 1, 2)}
-    assert counts == {0: 16, 1: 1, 2: 16}
+    assert counts == {0: 16, 1: 1, 2: 3 + 16}
 
 
 def test_weights_spoilt_by_an_arm_end_the_comparison(tmp_path: Path) -> None:
@@ -167,7 +266,7 @@ def test_a_baseline_with_non_finite_losses_disqualifies_nobody(tmp_path: Path) -
     comparison = Comparison(arms=(BARE, BF16), block_steps=3, rounds=2)
     process = run(tmp_path, LOOP.replace("mean()", "mean() * float('inf')"), comparison)
     assert [event for event in process.events if event.what == "failed"] == []
-    assert sum(step.arm == 1 for step in process.steps) == 6
+    assert sum(step.arm == 1 for step in process.steps) == 3 + 6
 
 
 def test_an_arm_that_is_refused_is_out_and_the_others_go_on(tmp_path: Path) -> None:

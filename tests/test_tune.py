@@ -12,10 +12,27 @@ import pytest
 
 from flatout import plan
 from flatout.cli import main
-from flatout.tune import tuner
+from flatout.machine import Ceilings
+from flatout.tune import journal, statistics, tuner
+from flatout.tune.candidates import Candidate
 from flatout.tune.tuner import Options, Outcome, Tuner
 
-SLOW_BF16 = {"bfloat16": 1e10, "float32": 1e11}
+
+def machine_with(**flops_per_s: float) -> Ceilings:
+    return Ceilings(
+        python=sys.executable,
+        torch="",
+        threads=1,
+        matmul_flops_per_s=flops_per_s,
+        memory_bytes_per_s=None,
+        page_fault_us=None,
+        devices={"cpu": {"matmul_flops_per_s": flops_per_s}},
+        measured_at_unix_s=0.0,
+        fingerprint={},
+    )
+
+
+SLOW_BF16 = machine_with(bfloat16=1e10, float32=1e11)
 """A machine on which precision is not tried."""
 
 MANY_TENSORS = """
@@ -65,31 +82,47 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def two_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer runs than a claim needs, enough for what these tests look at."""
-    monkeypatch.setattr(tuner, "MINIMUM_PAIRS", 2)
+    monkeypatch.setattr(statistics, "MINIMUM_PAIRS", 2)
     monkeypatch.setattr(tuner, "MAXIMUM_PAIRS", 2)
 
 
-def tune(command: list[str], rates: dict[str, float], steps: int) -> Outcome:
+def tune(command: list[str], ceilings: Ceilings | None, steps: int) -> Outcome:
     options = Options(
         budget_seconds=90, steps=steps, isolate=False, knobs=("precision", "optimizer")
     )
-    return Tuner(command, options, lambda line: None, lambda python, device: rates).run()
+    opened = journal.begin("tune", command)
+    try:
+        made = Tuner(
+            command, options, opened, lambda line: None, lambda arms, s: None, lambda _: ceilings
+        )
+        return made.run()
+    finally:
+        opened.close()
+
+
+def said_of(outcome: Outcome, knob: str) -> str:
+    """Why a knob is not in the plan."""
+    if knob in outcome.refused:
+        return outcome.refused[knob]
+    return " ".join(arm.why for arm in outcome.arms if knob in arm.settings)
 
 
 @pytest.mark.usefixtures("two_pairs")
 def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: Path) -> None:
     """Autocast spares the program work, so it wins, and breaks a sigmoid before BCE loss."""
     work = "for _ in range(8): torch.ones(400, 400) @ torch.ones(400, 400)"
-    outcome = tune(write(tmp_path, MANY_TENSORS, work), {}, steps=40)
-    assert set(outcome.in_process) == {"precision", "optimizer"}
-    assert outcome.dropped["precision"].startswith("not proven: the loss")
-    assert "not proven" not in outcome.dropped.get("optimizer", "")
-    assert set(outcome.settings) <= {"optimizer"}
+    outcome = tune(write(tmp_path, MANY_TENSORS, work), None, steps=40)
+    assert outcome.alone("precision") is not None
+    assert outcome.alone("optimizer") is not None
+    assert "bare" in said_of(outcome, "precision")
+    assert set(outcome.settings) <= {"optimizer", "precision"}
+    assert outcome.settings.get("precision") != "bf16"
     if outcome.evidence is None:
         assert "no gain beyond noise" in outcome.why
     else:
         assert outcome.evidence.ratio_low > 1
         assert outcome.evidence.losses[0].yardstick == "seeds"
+        assert {check.name for check in outcome.evidence.checks} >= {"gradients", "losses", "state"}
 
 
 def test_nothing_to_try_is_a_result(tmp_path: Path) -> None:
@@ -109,32 +142,27 @@ for step in range(1000):
     assert outcome.settings == {}
     assert outcome.evidence is None
     assert outcome.why.startswith("no setting is faster")
-    assert "no optimizer object" in outcome.dropped["optimizer"]
-    assert "10 GFLOP/s" in outcome.dropped["precision"]
+    assert "no optimizer object" in said_of(outcome, "optimizer")
+    assert "10 GFLOP/s" in said_of(outcome, "precision")
 
 
-def groups(available: int | None, count: int) -> list[dict[str, str]]:
-    made = Tuner(["x"], Options(), lambda line: None, lambda python, device: {})
-    made._available = available
-    return made._groups({str(number): "on" for number in range(count)})
-
-
-def test_a_short_program_compares_the_knobs_in_parts() -> None:
-    assert [len(group) for group in groups(None, 5)] == [5]
-    assert [len(group) for group in groups(None, 9)] == [5, 4]
-    assert [len(group) for group in groups(80, 5)] == [2, 2, 1]  # three arms of six blocks of four
-    assert [len(group) for group in groups(30, 2)] == [1, 1]
-    assert groups(None, 0) == []
-    parts = groups(80, 5)
-    assert sorted(name for group in parts for name in group) == list("01234")
+def test_settings_that_exclude_each_other_share_a_factor() -> None:
+    names = ("precision=bf16", "precision=safe", "optimizer=onepass", "gc=seldom")
+    of = [Candidate(*name.split("="), is_hot=True, bound=None) for name in names]
+    assert tuner._factors(of) == [
+        [("precision", "bf16"), ("precision", "safe")],
+        [("optimizer", "onepass")],
+        [("gc", "seldom")],
+    ]
 
 
 @pytest.mark.usefixtures("two_pairs")
 def test_an_arm_that_ends_a_short_program_is_dropped_with_its_reason(tmp_path: Path) -> None:
     command = write(tmp_path, MANY_TENSORS, "return torch.sigmoid(z)\n        sys.exit(3)", 80)
-    outcome = tune(command, {}, steps=80)
-    assert "exit code 3" in outcome.dropped["precision"]
-    assert set(outcome.in_process) == {"optimizer"}
+    outcome = tune(command, None, steps=80)
+    assert "exit code 3" in said_of(outcome, "precision")
+    assert outcome.alone("precision") is None
+    assert outcome.alone("optimizer") is not None
 
 
 def flatout(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -216,7 +244,8 @@ def test_plan_report_and_document_agree(
     said = capsys.readouterr()
     assert said.out == ""
     found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found["in_process"]) | set(found["dropped"]) == {"precision", "optimizer"}
+    tried = {knob for arm in found["arms"] for knob in arm["settings"]}
+    assert tried | set(found["refused"]) == {"precision", "optimizer"}
     if found["plan"] is None:  # the machine was too noisy for two pairs
         assert not (tmp_path / "flatout.toml").exists()
         assert f"no plan written: {found['why']}" in said.err

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flatout.tune.statistics import Ratio, claimed
+from flatout.ratios import Ratio, claimed
 
 PLAN = 'version = 1\n\n[plan]\noptimizer = "onepass"\n'
 

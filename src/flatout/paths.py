@@ -1,4 +1,4 @@
-"""Where flatout keeps its own files: records (state) and what can be made again (cache).
+"""Where flatout keeps its own files: records and tunes (state) and what can be made again (cache).
 
 ``FLATOUT_HOME`` holds both when it is set; otherwise the XDG base directories
 (https://specifications.freedesktop.org/basedir-spec/latest/).
@@ -15,6 +15,11 @@ from flatout.errors import UserError
 def runs_directory() -> Path:
     """Where the run directories are."""
     return _base("XDG_STATE_HOME", ".local/state") / "runs"
+
+
+def tunes_directory() -> Path:
+    """Where the folders of tunes are."""
+    return _base("XDG_STATE_HOME", ".local/state") / "tunes"
 
 
 def cache_directory() -> Path:

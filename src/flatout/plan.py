@@ -19,7 +19,8 @@ ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
 bare_step_ms, plan_step_ms  # medians
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
-[[evidence.losses]]         # one for each backward call of a step
+[[evidence.losses]]         # one for each backward call of a step, with both curves
+[[evidence.checks]]         # what was compared, with which result, and why
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from flatout import knobs
 from flatout.errors import UserError
@@ -56,6 +57,8 @@ class LossEvidence:
         margin: largest mean difference that passes: one standard deviation of bare's own spread.
         yardstick: ``"seeds"`` (spread between seeds), or ``"batches"`` (scatter between steps,
             where the program sets its own seed).
+        bare_curve, plan_curve: the losses from the first step to the last, in some points, means
+            over the steps of each and over all seeds.
     """
 
     bare_final: float
@@ -63,6 +66,31 @@ class LossEvidence:
     difference: float
     margin: float
     yardstick: str
+    bare_curve: tuple[float, ...] = ()
+    plan_curve: tuple[float, ...] = ()
+
+
+Result = Literal["passed", "failed", "open"]
+"""Of a check; ``open``: it could not be told."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the checks that a proof consists of, see ``flatout.tune.proof``.
+
+    Attributes:
+        name: what was compared.
+        result: one of ``Result``.
+        why: one clause, with its figures.
+        figures: by their names.
+        undecided: it failed only for want of certainty.
+    """
+
+    name: str
+    result: Result
+    why: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,7 @@ class Evidence:
         verdict: ``"bitwise"`` or ``"non-inferior"``.
         in_process: ratio of each knob alone, compared inside one process.
         losses: one entry for each backward call of the step.
+        checks: those that the proof consists of.
     """
 
     settings: Mapping[str, str]
@@ -96,6 +125,7 @@ class Evidence:
     verdict: str
     in_process: Mapping[str, float] = field(default_factory=dict)
     losses: tuple[LossEvidence, ...] = ()
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -274,11 +304,28 @@ class _Reader:
         for knob, ratio in checked.get("in_process", {}).items():
             if not _is_number(ratio):
                 self._fail((*where, "in_process"), knob, "must be a number")
-        checked["losses"] = tuple(
-            LossEvidence(**self._fields((*where, "losses"), entry, LossEvidence))
-            for entry in checked.get("losses", [])
-        )
+        checked["losses"] = tuple(self._loss(entry) for entry in checked.get("losses", []))
+        checked["checks"] = tuple(self._check(entry) for entry in checked.get("checks", []))
         return Evidence(**checked)
+
+    def _loss(self, entry: Any) -> LossEvidence:
+        where = ("evidence", "losses")
+        checked = dict(self._fields(where, entry, LossEvidence))
+        for key in ("bare_curve", "plan_curve"):
+            checked[key] = tuple(checked.get(key, ()))
+            if not all(map(_is_number, checked[key])):
+                self._fail(where, key, "must be a list of numbers")
+        return LossEvidence(**checked)
+
+    def _check(self, entry: Any) -> Check:
+        where = ("evidence", "checks")
+        checked = self._fields(where, entry, Check)
+        if checked["result"] not in get_args(Result):
+            self._fail(where, "result", f"must be one of {', '.join(get_args(Result))}")
+        for key, figure in checked.get("figures", {}).items():
+            if not _is_number(figure):
+                self._fail((*where, "figures"), key, "must be a number")
+        return Check(**checked)
 
     def _settings(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
         for name, setting in table.items():
@@ -349,6 +396,7 @@ def _is_number(value: object) -> bool:
 
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "str": (lambda value: isinstance(value, str), "a string"),
+    "Result": (lambda value: isinstance(value, str), "a string"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     "float": (_is_number, "a number"),

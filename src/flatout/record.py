@@ -11,7 +11,7 @@ whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn 
 by the reader. Times are in the unit their name ends with, ``at_s`` is seconds since the header was
 written. What was not measured is ``null``, never 0.
 
-Format version 3:
+Format version 4:
 
 ``header``
     First line. ``version``, ``pid``, ``parent_pid``, ``rank`` and ``world_size`` (null outside a
@@ -31,6 +31,12 @@ Format version 3:
     allocated on the accelerator so far.
 ``inputs``
     Once: ``tensors``, the inputs of the first outermost module call (see ``signature.py``).
+``gradients``, ``outputs``, ``state``
+    Where the request asks for an inspection. ``gradients``: ``parameters``, the gradients that one
+    update is made from, each with the fields of ``Gradient``. ``outputs``: one pass forward that
+    does not train, with the fields of ``Output``. ``state``: ``roots``, the outermost modules at
+    the end, each with the fields of ``RootState``. Samples are little-endian float32 (``top1``:
+    int32) in base64.
 ``event``
     What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
     ``subject``, ``why``, ``traceback`` (string or null).
@@ -72,7 +78,7 @@ from flatout.turns import (
     Turns,
 )
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 FLUSH_SECONDS = 0.25
 
 _INCOMPLETE = "incomplete"
@@ -237,6 +243,84 @@ class Event:
     traceback: str | None
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What one update of a parameter was made from, before any clipping.
+
+    Attributes:
+        norm: Euclidean, over all elements.
+        elements: how many they are.
+        sample: values of some elements, the same ones in every run; ``None``: not taken.
+    """
+
+    norm: float
+    elements: int
+    sample: array[float] | None
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A floating tensor that a pass forward returned.
+
+    Attributes:
+        shape: its sizes; a loss has one element.
+        mean, rms: over all elements.
+        sample: values of some elements, the same ones in every run; ``None``: not taken.
+        top1: index of the largest element of some rows (along the last dimension).
+        lead: by how much it is larger than the second largest.
+    """
+
+    shape: tuple[int, ...]
+    mean: float
+    rms: float
+    sample: array[float] | None
+    top1: array[int] | None
+    lead: array[float] | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A call of an outermost module that does not train.
+
+    Attributes:
+        root: the module, by its class.
+        inputs: SHA-256 of all tensors that went in; ``None``: not taken.
+        digest: SHA-256 of all tensors that came out; ``None``: not taken.
+        tensors: the first floating ones that came out.
+    """
+
+    root: str
+    inputs: str | None
+    digest: str | None
+    tensors: tuple[OutputTensor, ...]
+
+
+@dataclass(frozen=True)
+class BufferState:
+    """A floating buffer of a module, such as the running mean of batch norm."""
+
+    name: str
+    mean: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class RootState:
+    """An outermost module at the end.
+
+    Attributes:
+        root: the module, by its class.
+        digest: SHA-256 of all its parameters and buffers.
+        non_finite: how many of their elements are not finite.
+        buffers: its floating buffers.
+    """
+
+    root: str
+    digest: str
+    non_finite: int
+    buffers: tuple[BufferState, ...]
+
+
 S = TypeVar("S", bound=Sized)
 
 
@@ -259,7 +343,11 @@ class _Loops(Generic[S]):
 
 @dataclass
 class ProcessRecord(_Loops[list[Step]]):
-    """Everything that one process recorded."""
+    """Everything that one process recorded.
+
+    ``gradients`` has those of the first updates of each parameter, ``outputs`` the passes forward
+    that do not train; ``state`` is ``None`` where it was not asked for, or not reached.
+    """
 
     path: Path
     header: dict[str, Any]
@@ -268,6 +356,9 @@ class ProcessRecord(_Loops[list[Step]]):
     events: list[Event] = field(default_factory=list)
     inputs: tuple[str, ...] | None = None
     profile: dict[str, Any] | None = None
+    gradients: dict[str, list[Gradient]] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    state: tuple[RootState, ...] | None = None
     end: dict[str, Any] | None = None
 
     @property
@@ -362,6 +453,16 @@ def read_process(path: Path) -> ProcessRecord:
             process.inputs = tuple(document.get("tensors", ()))
         elif kind == "profile":
             process.profile = document
+        elif kind == "gradients":
+            with _unpacking(path, number):
+                for name, gradient in _gradients(document):
+                    process.gradients.setdefault(name, []).append(gradient)
+        elif kind == "outputs":
+            with _unpacking(path, number):
+                process.outputs.append(_output(document))
+        elif kind == "state":
+            with _unpacking(path, number):
+                process.state = tuple(map(_root_state, document["roots"]))
         elif kind == "end":
             process.end = document
     replay.finish()
@@ -395,6 +496,40 @@ def _process_step_times(path: Path) -> StepTimes:
 def _event(document: dict[str, Any]) -> Event:
     values: dict[str, Any] = {f.name: document.get(f.name) for f in dataclasses.fields(Event)}
     return Event(**values)
+
+
+def _gradients(document: dict[str, Any]) -> Iterator[tuple[str, Gradient]]:
+    for entry in document["parameters"]:
+        sample = _array("f", entry["sample"])
+        yield entry["name"], Gradient(entry["norm"], entry["elements"], sample)
+
+
+def _output(document: dict[str, Any]) -> Output:
+    tensors = (
+        OutputTensor(
+            shape=tuple(entry["shape"]),
+            mean=entry["mean"],
+            rms=entry["rms"],
+            sample=_array("f", entry["sample"]),
+            top1=_array("i", entry["top1"]),
+            lead=_array("f", entry["lead"]),
+        )
+        for entry in document["tensors"]
+    )
+    return Output(document["root"], document["inputs"], document["digest"], tuple(tensors))
+
+
+def _root_state(entry: dict[str, Any]) -> RootState:
+    buffers = (BufferState(b["name"], b["mean"], b["rms"]) for b in entry["buffers"])
+    return RootState(entry["root"], entry["digest"], entry["non_finite"], tuple(buffers))
+
+
+def _array(code: str, packed: str | None) -> array[Any] | None:
+    """Little-endian values of four bytes in base64."""
+    if packed is None:
+        return None
+    data = base64.b64decode(packed, validate=True)
+    return array(code, struct.unpack(f"<{len(data) // 4}{code}", data))
 
 
 def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:

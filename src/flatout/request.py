@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 REQUEST_VERSION = 1
 REQUEST_FILE = "request.json"
@@ -34,14 +34,65 @@ class Comparison:
         block_steps: steps an arm keeps its turn, the discarded ones included.
         discard_steps: steps left out of the ratio after each switch.
         warmup_steps: steps before the first block, under the baseline.
-        rounds: how often every arm gets its turn.
+        first_steps: steps of a turn before the rounds for each arm that has a setting which no arm
+            before it has: allocation and compilation belong to no ratio.
+        rounds: how often every arm gets its turn, at most.
+        decide: what ends it before ``rounds`` are over, looked at after every second round;
+            ``None``: nothing does. ``"arms"``: an arm that, beyond noise, gains less than
+            ``worthwhile`` leaves, and it ends when the others are, beyond noise, faster than the
+            baseline. ``"fastest"``: so too an arm that is, beyond noise, slower than the leading
+            one leaves, and it ends when one is left. ``"settings"``: no arm leaves, and it ends
+            when for each setting it is clear whether it gains ``worthwhile``; for the stacks of
+            ``tune.design``.
+        worthwhile: a ratio above 1.
     """
 
     arms: tuple[dict[str, str], ...]
     block_steps: int = 8
     discard_steps: int = 2
     warmup_steps: int = 3
+    first_steps: int = 3
     rounds: int = 8
+    decide: Literal["arms", "fastest", "settings"] | None = None
+    worthwhile: float = 1.02
+
+    @property
+    def first_turns(self) -> list[int]:
+        """The arms that have a turn before the rounds."""
+        seen = set(self.arms[0].items())
+        turns = []
+        for number, arm in enumerate(self.arms):
+            if self.first_steps and not seen.issuperset(arm.items()):
+                turns.append(number)
+                seen.update(arm.items())
+        return turns
+
+    @property
+    def longest_steps(self) -> int:
+        """Steps that it takes when nothing ends it before."""
+        first = self.first_steps * len(self.first_turns)
+        return self.warmup_steps + first + len(self.arms) * self.rounds * self.block_steps
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Two runs that take turns in blocks of steps, see ``agent/relay.py``.
+
+    Attributes:
+        folder: known to both, where the baton lies.
+        place: 0 for the one that begins, else 1.
+        block_steps: steps of a turn, the discarded ones included.
+        discard_steps: steps left out of the ratio after each wait, at least 1.
+        warmup_steps: steps before the first block, at least 1; both make them at the same time.
+        blocks: turns of each.
+    """
+
+    folder: str
+    place: int
+    block_steps: int = 5
+    discard_steps: int = 1
+    warmup_steps: int = 3
+    blocks: int = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +112,21 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What a proof wants to see of what the program computes; see ``agent/inspection.py``.
+
+    Attributes:
+        gradient_steps: of each parameter, the gradients of its first so many updates.
+        state: parameters and buffers at the end, and what passes forward without training give.
+        outputs: so many of the first passes forward without training in every detail.
+    """
+
+    gradient_steps: int = 0
+    state: bool = False
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -71,8 +137,11 @@ class Request:
             imported, even when ``stop_steps`` has not been reached.
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
-        seed: seed set for torch, ``random`` and NumPy before the program's own code runs.
+        relay: another run to take turns with; the program is stopped when all turns are over.
+        seed: seed set for torch, ``random`` and NumPy before the program's own code runs; unless
+            it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
         proof: under which conditions some of the settings apply.
+        inspection: what to record beyond times and losses.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -80,8 +149,10 @@ class Request:
     stop_seconds: float | None = None
     profile_steps: int = 0
     comparison: Comparison | None = None
+    relay: Relay | None = None
     seed: int | None = None
     proof: Proof | None = None
+    inspection: Inspection | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
@@ -105,11 +176,19 @@ class Request:
             if comparison is not None:
                 comparison["arms"] = tuple(comparison["arms"])
                 comparison = Comparison(**comparison)
+            relay = document.pop("relay", None)
+            if relay is not None:
+                relay = Relay(**relay)
             proof = document.pop("proof", None)
             if proof is not None:
                 inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
                 proof = Proof(tuple(proof["knobs"]), proof["torch"], inputs)
-            return cls(comparison=comparison, proof=proof, **document)
+            inspection = document.pop("inspection", None)
+            if inspection is not None:
+                inspection = Inspection(**inspection)
+            return cls(
+                comparison=comparison, relay=relay, proof=proof, inspection=inspection, **document
+            )
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"

@@ -30,7 +30,8 @@ BEGIN, END, USAGE, NOTE = range(4)
 OPTIMIZER_BUILT, ARM, MARK = range(3)
 """Notes: an optimizer object exists; from here on turns belong to this arm, have this mark."""
 
-MARKS = (None, "switched", "profiled")
+MARKS = (None, "switched", "profiled", "first")
+"""Of steps that tell no usual time: those after a switch, profiled ones, an arm's first turn."""
 
 TorchEvent = tuple[int, int, int, int, int, int]
 """Kind; phase or note; flags (forward begins: 1 gradients are recorded, 2 training mode; backward

@@ -61,7 +61,9 @@ class Callbacks(Generic[C]):
         Raises:
             ValueError: it is not there.
         """
-        self._callbacks.remove(callback)
+        left = list(self._callbacks)  # a callback may take itself out while all are called
+        left.remove(callback)
+        self._callbacks = left
         self._changed()
 
     def __iter__(self) -> Iterator[C]:

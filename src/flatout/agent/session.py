@@ -11,7 +11,6 @@ import contextlib
 import multiprocessing.util
 import os
 import platform
-import random
 import sys
 import time
 import traceback
@@ -32,6 +31,7 @@ from flatout.request import Request
 from flatout.turns import ARM, MARK, MARKS, Turn, Turns
 
 if TYPE_CHECKING:
+    from flatout.agent.inspection import Inspector
     from flatout.knobs import Undo
 
 
@@ -73,6 +73,7 @@ class Session:
         self._started_ns = time.perf_counter_ns()
         self._steps_timed = 0
         self._close_profiler: Callable[[], None] = lambda: None
+        self._inspector: Inspector | None = None
         self._asleep = False
         self._is_quiet = _is_worker()
 
@@ -222,11 +223,17 @@ class Session:
         if not self._is_quiet:
             self._speak()
         if request.seed is not None:
-            _seed(request.seed)
+            from flatout.agent import seeds
+
+            seeds.sow(request.seed)
         if request.comparison is not None:
             from flatout.agent.switch import Switch
 
             self._stages.append(Switch(self, request.comparison).at_boundary)
+        elif request.relay is not None:
+            from flatout.agent.relay import Runner
+
+            self._stages.append(Runner(self, request.relay).at_boundary)
         elif request.stop_steps is not None or request.stop_seconds is not None:
             self._stages.append(self._timed)
         if request.profile_steps:
@@ -243,6 +250,10 @@ class Session:
             self.hooks.remove()
             raise
         self._apply_settings()
+        if request.inspection is not None:
+            from flatout.agent.inspection import Inspector
+
+            self._inspector = Inspector(self, request.inspection)
         self.forward_wrappers.append(FirstInputs(self))
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
@@ -259,6 +270,8 @@ class Session:
             self._close_profiler()
         self.hooks.read()
         self.hooks.turns.finish()
+        if self._inspector is not None:
+            self._inspector.close()
         self.hooks.remove()
         self._asleep = True
         if self._is_quiet:
@@ -284,6 +297,8 @@ class Session:
         os._exit(0)
 
     def _sleep(self) -> None:
+        if self._inspector is not None:
+            self._inspector.stop()
         self._asleep = True
         self._stages.clear()
         self.hooks.remove()
@@ -436,14 +451,3 @@ def _header(record: RecordWriter) -> dict[str, Any]:
 def _environment_int(name: str) -> int | None:
     value = os.environ.get(name, "")
     return int(value) if value.isdigit() else None
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator a program is likely to draw from before it seeds its own."""
-    import torch
-
-    random.seed(seed)
-    torch.manual_seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)

@@ -2,7 +2,7 @@
 
 Blocks go through the arms forwards in one round and backwards in the next (A B C, C B A, ...; after
 each such pair of rounds another arm begins), so that a steady drift of the machine's speed cancels
-within each pair of rounds.
+within each pair of rounds. Arms leave between two pairs, so that those that stay keep this order.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flatout import knobs
+from flatout import knobs, ratios
+from flatout.ratios import Block
 from flatout.request import Comparison
 from flatout.turns import Turn
 
@@ -23,39 +24,58 @@ if TYPE_CHECKING:
 BASELINE = 0
 
 
+def round_order(arms: Sequence[int], number: int) -> list[int]:
+    """The arms in the order of their turns in a round.
+
+    Args:
+        arms: that have not left.
+        number: of the round, from 0.
+    """
+    first = number // 2 % len(arms)
+    order = [*arms[first:], *arms[:first]]
+    return order[::-1] if number % 2 else order
+
+
 def block_order(arms: int, rounds: int) -> Iterator[int]:
-    """The arm of each block, ``arms * rounds`` of them."""
+    """The arm of each block, ``arms * rounds`` of them, if none leaves."""
     for number in range(rounds):
-        first = number // 2 % arms
-        order = [(first + place) % arms for place in range(arms)]
-        yield from reversed(order) if number % 2 else order
+        yield from round_order(range(arms), number)
 
 
 class Switch:
     """Applies and undoes the settings of the arms at step boundaries.
 
     An arm whose settings can't be applied, or whose steps give a non-finite loss while the baseline
-    never has, is out: a ``failed`` event with the subject ``arm N`` says so.
+    never has, is out: a ``failed`` event with the subject ``arm N`` says so. So is one that is not
+    worth more steps (see ``Comparison.decide``): a ``stopped`` event says so. Where settings are
+    compared by stacks of them, a setting that can't be applied, or fails in use, is left out of all
+    arms instead: a ``failed`` event has its knob as the subject.
 
     Args:
         session: the session of this process; its ``arm`` and ``mark`` label the steps.
         comparison: what to compare; counted are steps of training, not evaluation passes.
+
+    Attributes:
+        found: the blocks so far.
     """
 
     def __init__(self, session: Session, comparison: Comparison) -> None:
         self._session = session
         self._comparison = comparison
-        self._blocks = block_order(len(comparison.arms), comparison.rounds)
+        self._arms = [dict(arm) for arm in comparison.arms]
         self._left = comparison.warmup_steps
+        self._discarded = 0
         self._arm: int | None = None
         self._out: set[int] = set()
+        self.found: list[Block] = []
         self._diverged: set[int] = set()
         self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
         self._spoilt = False
         self._set(BASELINE)
+        self._turns = self._all_turns()
         if not self._left:
-            self._next_block()
+            self._next_turn()
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the comparison is over."""
@@ -66,28 +86,80 @@ class Switch:
         self._left -= 1
         if self._spoilt:
             return self._end()
+        if self._session.arm is not None and self._session.mark is None:
+            self.found[-1].times_ms.append((turn.end_ns - turn.start_ns) / 1e6)
         if self._left <= 0 or self._arm in self._out:
-            return self._next_block()
-        comparison = self._comparison
-        if self._session.arm is not None and (
-            comparison.block_steps - self._left >= comparison.discard_steps
-        ):
-            self._session.mark = None
+            return self._next_turn()
+        if self._session.mark == "switched":
+            self._discarded += 1
+            if self._discarded >= self._comparison.discard_steps:
+                self._session.mark = None
         return False
 
-    def _next_block(self) -> bool:
-        arms = len(self._comparison.arms)
-        for arm in self._blocks:
-            if arms > 1 and len(self._out) == arms - 1:
-                break
+    def _next_turn(self) -> bool:
+        for arm, is_first in self._turns:
             if arm in self._out or not self._set(arm):
                 continue
-            self._left = self._comparison.block_steps
+            comparison = self._comparison
+            self._left = comparison.first_steps if is_first else comparison.block_steps
+            self._discarded = 0
+            self.found.append(Block(arm))
             self._session.arm = arm
-            self._session.mark = "switched" if self._comparison.discard_steps else None
+            mark = "first" if is_first else "switched" if comparison.discard_steps else None
+            self._session.mark = mark
             self._session.event("applied", f"arm {arm}", "its turn")
             return False
         return self._end()
+
+    def _all_turns(self) -> Iterator[tuple[int, bool]]:
+        """Arms, and whether it is a turn before the rounds; arms that are out may be among them."""
+        comparison = self._comparison
+        for arm in comparison.first_turns:
+            yield arm, True
+        for number in range(comparison.rounds):
+            if number % 2 == 0:
+                if self._is_decided():
+                    return
+                arms = [arm for arm in range(len(comparison.arms)) if arm not in self._out]
+            for arm in round_order(arms, number):
+                if len(comparison.arms) > 1 and len(self._out) == len(comparison.arms) - 1:
+                    return
+                yield arm, False
+
+    def _is_decided(self) -> bool:
+        """Let arms leave that need no more steps; whether nothing is left to find out."""
+        comparison = self._comparison
+        if comparison.decide is None:
+            return False
+        timed_steps = comparison.block_steps - comparison.discard_steps
+        found = [block for block in self.found if len(block.times_ms) >= timed_steps]
+        worthwhile = comparison.worthwhile
+        if comparison.decide == "settings":
+            settings = ratios.setting_ratios(found, self._arms)
+            return bool(settings) and all(
+                ratios.is_decided(ratio, worthwhile) for ratio in settings.values()
+            )
+        to_baseline = ratios.arm_ratios(found, BASELINE)
+        for arm, ratio in to_baseline.items():
+            if arm not in self._out and ratio.high < worthwhile:
+                self._leaves(arm, f"it gains less than {worthwhile:.2f}x: {ratio}")
+        if comparison.decide == "arms":
+            return bool(to_baseline) and all(
+                ratio.low > 1 for arm, ratio in to_baseline.items() if arm not in self._out
+            )
+        left = [arm for arm in to_baseline if arm not in self._out]
+        if not left:
+            return False
+        leader = max(left, key=lambda arm: to_baseline[arm].value)
+        for arm, ratio in ratios.arm_ratios(found, leader).items():
+            if arm in left and ratio.high < 1:
+                left.remove(arm)
+                self._leaves(arm, f"it is slower than arm {leader}: {ratio}")
+        return left == [leader] and to_baseline[leader].low > 1
+
+    def _leaves(self, arm: int, why: str) -> None:
+        self._out.add(arm)
+        self._session.event("stopped", f"arm {arm}", why)
 
     def _end(self) -> bool:
         self._undo()
@@ -101,16 +173,22 @@ class Switch:
             return True
         self._undo()
         self._arm = arm
-        for name, setting in self._comparison.arms[arm].items():
+        for name, setting in list(self._arms[arm].items()):
+            trace = None
             try:
                 self._session.turn(name, setting)
             except knobs.RefusedError as refusal:
-                self._disqualify(arm, str(refusal))
-                self._undo()
-                return False
+                why = str(refusal)
             except Exception as error:  # noqa: BLE001 - recorded with its traceback
                 why = f"{name} = {setting}: {type(error).__name__}: {error}"
-                self._disqualify(arm, why, traceback.format_exc())
+                trace = traceback.format_exc()
+            else:
+                continue
+            if self._comparison.decide == "settings":
+                self._session.event("failed", name, why, trace)
+                self._leave_out(name, setting)
+            else:
+                self._disqualify(arm, why, trace)
                 self._undo()
                 return False
         return True
@@ -123,11 +201,20 @@ class Switch:
 
     def _look_for_failed_knobs(self) -> None:
         if self._arm is not None and self._arm not in self._out:
-            for name, setting in self._comparison.arms[self._arm].items():
+            for name, setting in list(self._arms[self._arm].items()):
                 if name in self._session.failed_knobs:
                     why = self._session.failed_knobs.pop(name)
-                    self._disqualify(self._arm, f"{name} = {setting}: {why}")
+                    if self._comparison.decide == "settings":
+                        self._leave_out(name, setting)
+                    else:
+                        self._disqualify(self._arm, f"{name} = {setting}: {why}")
                     return
+
+    def _leave_out(self, name: str, setting: str) -> None:
+        """No arm turns this on any more."""
+        for arm in self._arms:
+            if arm.get(name) == setting:
+                del arm[name]
 
     def _disqualify(self, arm: int, why: str, trace: str | None = None) -> None:
         self._out.add(arm)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import re
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-    from flatout.plan import Evidence
+    from flatout.machine import Ceilings
     from flatout.tune.tuner import Outcome
 
 SUMMARY = "try settings, measure and prove them, and write the plan"
@@ -54,6 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="try these only (default: all that match; 'flatout knobs' lists them)",
     )
     parser.add_argument(
+        "--exactness",
+        type=_exactness,
+        metavar="CLASS,...",
+        help="try settings of these classes only: bitwise, reordered, reduced, resampled, "
+        "reshuffled (default: all)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="peak memory that is allowed, as a multiple of the bare program's (default: 1.1)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the last tune of this command that has not come to its end",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first pair (default: 0)"
     )
     parser.add_argument(
@@ -68,40 +84,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Tune; the exit code is 0 with and without a plan."""
+    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C."""
     from flatout import paths
     from flatout.errors import UserError
-    from flatout.tune.tuner import MINIMUM_STEPS, Options, Tuner
+    from flatout.launch.process import check_program
+    from flatout.report import words
+    from flatout.report.live import LiveTable
+    from flatout.tune import journal, result
+    from flatout.tune.pairs import MINIMUM_STEPS
+    from flatout.tune.tuner import Options, Tuner
 
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
+    if not arguments.memory >= 1:
+        raise UserError("--memory must be at least 1: that is what the bare program takes")
     for path in (arguments.plan, arguments.json):
         if path is not None:
             paths.check_writable(path)
+    check_program(arguments.command[0])
     options = Options(
         budget_seconds=arguments.budget,
         steps=arguments.steps,
         seed=arguments.seed,
         isolate=not arguments.in_place,
         knobs=arguments.knobs,
+        exactness=arguments.exactness,
+        memory=arguments.memory,
     )
-    outcome = Tuner(
-        arguments.command, options, _nothing if arguments.quiet else _say, _matmul_flops_per_s
-    ).run()
-    for line in _report(arguments, outcome):  # first: a disk may be full by now
-        _say(line)
+    opened = (journal.resume if arguments.resume else journal.begin)("tune", arguments.command)
+    try:
+        with LiveTable(quiet=arguments.quiet) as table:
+
+            def show(so_far: Outcome, left_seconds: float) -> None:
+                table.show(result.arms(so_far.arms, {}), left_seconds)
+
+            outcome = Tuner(arguments.command, options, opened, table.say, show, ceilings).run()
+        document = result.made(arguments.command, arguments.plan, outcome)
+        if not outcome.interrupted:
+            opened.finish(document.to_json())
+    finally:
+        opened.close()
+    for line in words.lines(document):  # first: a disk may be full by now
+        say(line)
     if outcome.evidence is not None:
-        _write_plan(arguments, outcome)
+        write_plan(arguments.plan, arguments.command, outcome)
     if arguments.json is not None:
-        document = json.dumps(_document(arguments, outcome), indent=1)
         try:
-            arguments.json.write_text(document + "\n", "utf-8")
+            arguments.json.write_text(document.to_json(), "utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from error
-    return 0
+    return 130 if outcome.interrupted else 0
 
 
-def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
+def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
+    """Write down what has been proven.
+
+    Raises:
+        PlanError: the file cannot be written.
+    """
     from flatout import machine, plan
 
     header = outcome.header
@@ -112,86 +152,32 @@ def _write_plan(arguments: argparse.Namespace, outcome: Outcome) -> None:
     }
     plan.Plan(
         settings=outcome.settings,
-        command=tuple(arguments.command),
-        program_sha256=plan.program_sha256(arguments.command),
+        command=tuple(command),
+        program_sha256=plan.program_sha256(command),
         inputs=outcome.inputs,
         machine=facts,
         evidence=outcome.evidence,
-    ).write(arguments.plan)
+    ).write(path)
 
 
-def _report(arguments: argparse.Namespace, outcome: Outcome) -> list[str]:
-    """The result, in words."""
-    from flatout import knobs
+def ceilings(python: str) -> Ceilings | None:
+    """What this machine can do for an interpreter; ``None``, and a line, if that is not to be had.
 
-    if outcome.evidence is None:
-        return [f"no plan written: {outcome.why}"]
-    evidence = outcome.evidence
-    lines = [f"the plan, in {arguments.plan}:"]
-    for name, setting in outcome.settings.items():
-        lines.append(f"  {name} = {setting}: {knobs.get(name).summary}")
-    lines.append(
-        f"faster: {evidence.ratio:.2f}x ({evidence.ratio_low:.2f} to {evidence.ratio_high:.2f} "
-        f"with 95 % confidence), {evidence.bare_step_ms:.4g} ms a step down to "
-        f"{evidence.plan_step_ms:.4g} ms, {evidence.pairs} pairs of fresh processes"
-    )
-    lines += _loss_lines(evidence)
-    if not evidence.bare_repeats:
-        lines.append("note: the bare program does not repeat its own losses from one seed")
-    plan_option = f"--plan {shlex.quote(str(arguments.plan))}"
-    lines.append(f"next: flatout run {plan_option} -- {shlex.join(arguments.command)}")
-    return lines
-
-
-def _loss_lines(evidence: Evidence) -> list[str]:
-    lines = []
-    for number, loss in enumerate(evidence.losses, 1):
-        which = f" {number}" if len(evidence.losses) > 1 else ""
-        spread = {"seeds": "between seeds", "batches": "between batches"}[loss.yardstick]
-        lines.append(
-            f"loss{which} over the last quarter of {evidence.steps} steps: {loss.bare_final:.6g} "
-            f"bare, {loss.plan_final:.6g} with the plan"
-            + (
-                ", identical at every step"
-                if evidence.verdict == "bitwise"
-                else f" (difference {loss.difference:+.2g}; bare's own spread {spread} "
-                f"allows {loss.margin:.2g})"
-            )
-        )
-    return lines
-
-
-def _document(arguments: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
-    evidence = outcome.evidence
-    return {
-        "command": arguments.command,
-        "plan": str(arguments.plan) if evidence is not None else None,
-        "settings": outcome.settings,
-        "why": outcome.why,
-        "evidence": None if evidence is None else dataclasses.asdict(evidence),
-        "in_process": {
-            name: dataclasses.asdict(ratio) for name, ratio in outcome.in_process.items()
-        },
-        "dropped": outcome.dropped,
-        "seconds": outcome.seconds,
-    }
-
-
-def _matmul_flops_per_s(python: str, device: str) -> Mapping[str, float | None]:
+    Args:
+        python: its path.
+    """
     from flatout import machine
+    from flatout.errors import UserError
 
-    rates: Mapping[str, float | None] = (
-        machine.ceilings(python).devices.get(device, {}).get("matmul_flops_per_s", {})
-    )
-    return rates
+    try:
+        return machine.ceilings(python)
+    except UserError as error:
+        say(f"{error}; the machine's ceilings count as not measured")
+        return None
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(f"flatout: {line}", file=sys.stderr, flush=True)
-
-
-def _nothing(line: str) -> None:
-    """``--quiet``."""
 
 
 def _seconds(text: str) -> float:
@@ -210,6 +196,18 @@ def _knobs(text: str) -> tuple[str, ...]:
             known = ", ".join(knobs.registry())
             raise argparse.ArgumentTypeError(f"there is no knob {name!r} (known: {known})")
     return names
+
+
+def _exactness(text: str) -> tuple[str, ...]:
+    from flatout.knobs import EXACTNESS
+
+    classes = tuple(text.split(","))
+    for name in classes:
+        if name not in EXACTNESS:
+            raise argparse.ArgumentTypeError(
+                f"there is no class {name!r} (known: {', '.join(EXACTNESS)})"
+            )
+    return classes
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ EXACTNESS: Mapping[Exactness, str] = {
 }
 """What each class means."""
 
+PRODUCTS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
+"""Parts of the names of operators that multiply matrices or convolve."""
+
 Undo = Callable[[], None]
 
 
@@ -48,9 +52,13 @@ class Facts:
         updates: whether optimizer objects step in the job's loop.
         huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: how many threads torch takes for an operator.
-        operators: names of torch's operators that take a part of the step worth mentioning;
-            ``None``: not measured.
-        data_share: of the step's time, waiting for data; ``None``: not measured.
+        operators: share of the step that each of torch's operators takes, by name; ``None``: not
+            measured.
+        optimizer_share, data_share, page_fault_share: of the step's time, in steps of optimizers,
+            waiting for data, and for page faults; ``None``: not measured.
+        unfused_attention_share: in attention that torch has no fused kernel for; ``None``: not
+            measured.
+        overhead_share: in Python and dispatch around operators; ``None``: not measured.
     """
 
     device: str
@@ -58,14 +66,25 @@ class Facts:
     updates: bool = True
     huge_pages: str | None = None
     threads: int | None = None
-    operators: frozenset[str] | None = None
+    operators: Mapping[str, float] | None = None
+    optimizer_share: float | None = None
     data_share: float | None = None
+    page_fault_share: float | None = None
+    unfused_attention_share: float | None = None
+    overhead_share: float | None = None
 
     def lack(self, *words: str) -> bool:
         """Whether it is known that no operator with one of these words in its name matters."""
+        return self.share(*words) == 0
+
+    def share(self, *words: str) -> float | None:
+        """Of the step, in operators with one of these words in their name; ``None``: unknown."""
         if self.operators is None:
-            return False
-        return not any(word in name for name in self.operators for word in words)
+            return None
+        named = (
+            share for name, share in self.operators.items() if any(word in name for word in words)
+        )
+        return math.fsum(named)
 
 
 @dataclass(frozen=True)
@@ -89,10 +108,23 @@ class Card:
 
 @dataclass(frozen=True)
 class Match:
-    """Which settings are worth a trial; ``refusal`` says why when there is none."""
+    """Which settings are worth a trial.
+
+    Attributes:
+        settings: the most promising first.
+        refusal: why there is none.
+        share: of the step, what they can save at most (Amdahl 1967: a gain of 1 / (1 - share));
+            ``None``: not known.
+    """
 
     settings: tuple[str, ...]
     refusal: str | None = None
+    share: float | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """The speed-up that cannot be exceeded; ``None``: not known."""
+        return None if self.share is None else 1 / max(1 - self.share, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -114,6 +146,8 @@ class Knob:
             by a ``skipped`` event.
         claims: what it takes into its own hands, in words; two knobs of a plan must not claim the
             same.
+        slow_start: whether the first steps under it take longer than a comparison inside one
+            process does, so that it is tried in processes of its own.
         kernels: what it needs of ``flatout.kernels``; built before the job starts.
         variables: of a cold knob: environment variables that the job must start with, given the
             setting and the environment as it is; none where the user has chosen already.
@@ -129,6 +163,7 @@ class Knob:
     match: Callable[[Facts], Match]
     apply: Callable[[Session, str], Undo]
     claims: tuple[str, ...] = ()
+    slow_start: bool = False
     kernels: tuple[str, ...] = ()
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
 

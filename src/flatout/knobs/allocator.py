@@ -55,7 +55,7 @@ def match(facts: Facts) -> Match:
         why = None
         settings += ["keep", "hugepages"]
     settings += [name for name in PRELOADED if library(name) is not None]
-    return Match(tuple(settings), None if settings else why)
+    return Match(tuple(settings), None if settings else why, facts.page_fault_share)
 
 
 def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -31,9 +31,12 @@ MOST_SAID = 20
 
 
 def match(facts: Facts) -> Match:
-    """By hand only: compiling takes longer than a comparison inside one process."""
+    """Needs a compiler, and something in the step besides matrix products."""
     why = missing() if facts.device == "cpu" else None
-    return Match((), why or "compiling takes longer than a comparison: by hand")
+    if why is not None:
+        return Match((), why)
+    products = facts.share(*PRODUCTS)
+    return Match(("default",), share=None if products is None else max(0.0, 1 - products))
 
 
 def missing() -> str | None:
@@ -207,6 +210,7 @@ KNOB = Knob(
     settings=tuple(OPTIONS),
     exactness=dict.fromkeys(OPTIONS, "reshuffled"),
     hot=True,
+    slow_start=True,
     platforms=("cpu", "cuda", "xpu"),
     card=Card(
         what="`module.compile()` on each outermost module, in place: its class, its `state_dict` "

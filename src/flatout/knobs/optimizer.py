@@ -21,7 +21,8 @@ def match(facts: Facts) -> Match:
     """Needs an optimizer object that steps."""
     if not facts.updates:
         return Match((), "no optimizer object steps in this program")
-    return Match(("onepass", "fused") if kernels.find_compiler() is not None else ("fused",))
+    settings = ("onepass", "fused") if kernels.find_compiler() is not None else ("fused",)
+    return Match(settings, share=facts.optimizer_share)
 
 
 def apply(session: Session, setting: str) -> Undo:

@@ -24,7 +24,7 @@ def match(facts: Facts) -> Match:
     """Needs random numbers in the step."""
     if facts.lack("bernoulli"):
         return Match((), "its steps draw no random numbers to speak of")
-    return Match(("fast",))
+    return Match(("fast",), share=facts.share("bernoulli"))
 
 
 def apply(session: Session, setting: str) -> Undo:

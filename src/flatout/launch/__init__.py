@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +15,10 @@ from typing import Literal
 from flatout import knobs, paths
 from flatout.errors import UserError
 from flatout.launch import environment, process
-from flatout.launch.runs import new_run_directory
+from flatout.launch import relay as relay_stage
+from flatout.launch.runs import new_directory, new_run_directory
 from flatout.record import RecordError, RunRecord, read_run, write_failure
-from flatout.request import Request
+from flatout.request import Relay, Request
 
 OUTPUT_FILE = "output.txt"
 """What the job has written, in the run directory, when it was captured."""
@@ -64,6 +68,7 @@ def start(
     output: Literal["inherit", "discard", "capture"] = "inherit",
     timeout_seconds: float | None = None,
     progress: Callable[[Path], None] | None = None,
+    runs: Path | None = None,
 ) -> Finished:
     """Run a trial of a job to its end; no process of it is left then.
 
@@ -74,6 +79,7 @@ def start(
         output: what becomes of the job's standard output and error.
         timeout_seconds: end it after this time.
         progress: called now and then with the run directory while the job runs.
+        runs: where its run directory is made; by default, where the records of runs are kept.
 
     Raises:
         UserError: there is no such program, no place for the record, or no isolation to be had.
@@ -81,15 +87,15 @@ def start(
     job = list(command)
     process.check_program(job[0])
     try:
-        run_directory = new_run_directory()
+        run_directory = new_run_directory() if runs is None else new_directory(runs)
         request.write(run_directory)
     except OSError as error:
         raise UserError(
-            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            f"the record cannot be written to {runs or paths.runs_directory()}: {error.strerror}; "
             "FLATOUT_HOME can name another place"
         ) from None
     if isolate:
-        job = _isolated(job, run_directory)
+        job = _isolated(job, [run_directory])
     descriptor = _open_output(output, run_directory)
     try:
         ended = process.run(
@@ -109,7 +115,80 @@ def start(
     return Finished(run_directory, ended.returncode, ended.seconds, captured, ended.timed_out)
 
 
-def _isolated(job: list[str], run_directory: Path) -> list[str]:
+def start_relay(
+    command: Sequence[str],
+    requests: tuple[Request, Request],
+    relay: Relay,
+    *,
+    isolate: bool = False,
+    timeout_seconds: float | None = None,
+    runs: Path | None = None,
+) -> tuple[Finished, Finished]:
+    """Run two trials of a job that take turns (``agent/relay.py``); no process of them is left.
+
+    Args:
+        command: program and arguments.
+        requests: what the agents shall do; their ``relay`` is filled in.
+        relay: how they take turns; its ``folder`` and ``place`` are filled in.
+        isolate: each in a copy-on-write view of its own, discarded afterwards.
+        timeout_seconds: end both after this time.
+        runs: see ``start``.
+
+    Returns what became of each; one that was ended because the other had failed has died by a
+    signal.
+
+    Raises:
+        UserError: as ``start``.
+    """
+    process.check_program(command[0])
+    try:
+        directories = [
+            new_run_directory() if runs is None else new_directory(runs) for _ in requests
+        ]
+        folder = directories[0] / "relay"
+        folder.mkdir()
+        for place, (request, directory) in enumerate(zip(requests, directories, strict=True)):
+            own = dataclasses.replace(relay, folder=str(folder), place=place)
+            dataclasses.replace(request, relay=own).write(directory)
+    except OSError as error:
+        raise UserError(
+            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            "FLATOUT_HOME can name another place"
+        ) from None
+    jobs = []
+    for request, directory in zip(requests, directories, strict=True):
+        variables = environment.job_environment(directory, knobs.prepare(request, os.environ))
+        jobs.append(
+            {
+                "command": _isolated(command, [directory, folder]) if isolate else list(command),
+                "variables": {k: v for k, v in variables.items() if os.environ.get(k) != v},
+                "output": str(directory / OUTPUT_FILE),
+            }
+        )
+    ended = process.run(
+        relay_stage.command(jobs, folder),
+        os.environ,
+        timeout_seconds=timeout_seconds,
+        contained=True,
+    )
+    try:
+        statuses = json.loads((folder / relay_stage.STATUSES_FILE).read_text())
+    except FileNotFoundError:  # ended before both had
+        statuses = [ended.returncode or -signal.SIGTERM] * 2
+    one, other = (
+        Finished(
+            directory,
+            status,
+            ended.seconds,
+            (directory / OUTPUT_FILE).read_text("utf-8", "replace"),
+            ended.timed_out,
+        )
+        for directory, status in zip(directories, statuses, strict=True)
+    )
+    return one, other
+
+
+def _isolated(job: Sequence[str], passthrough: Sequence[Path]) -> list[str]:
     from flatout.launch import isolation
 
     reason = isolation.unavailable_reason()
@@ -119,7 +198,7 @@ def _isolated(job: list[str], run_directory: Path) -> list[str]:
             "allow that."
         )
     return isolation.command(
-        job, passthrough=[run_directory], scratch=paths.cache_directory() / "scratch"
+        job, passthrough=passthrough, scratch=paths.cache_directory() / "scratch"
     )
 
 

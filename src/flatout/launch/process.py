@@ -8,7 +8,8 @@ terminal itself reach it as they would bare. What is sent to flatout's own proce
   flatout alone, a *sentinel*, a small process in the same group, tells of every signal it gets;
 - a job that stops makes flatout stop, a job that dies by a signal makes flatout die by it.
 
-The sentinel also kills the job when flatout is killed.
+The sentinel also kills the job when flatout is killed, and with a contained job every process that
+it has started.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.errors import UserError
+from flatout.request import RUN_VARIABLE
 
 _FROM_KERNEL = 0x80
 """``si_code`` of a signal that the kernel sent, as the terminal's do (SI_KERNEL, sigaction(2))."""
@@ -57,6 +59,11 @@ group at once, but the sentinel has to be scheduled."""
 _GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL for a job that has to end."""
 
+
+_KILLED_WAIT_S = 0.05
+"""Until those that were killed are gone, and what they had started meanwhile shows."""
+_KILLED_LOOKS = 100
+"""After which what is left cannot be killed."""
 
 TICK_S = 0.5
 
@@ -106,7 +113,8 @@ def run(
         _adopt_orphans()
     try:
         pid = _spawn(command, environment, before, output)
-        sentinel = _Sentinel(pid, started_by=os.getpid())
+        marker = environment.get(RUN_VARIABLE) if contained else None
+        sentinel = _Sentinel(pid, started_by=os.getpid(), marker=marker)
         try:
             status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s, tick)
         finally:
@@ -229,15 +237,16 @@ class _Sentinel:
     Args:
         job: killed when flatout's process is gone.
         started_by: flatout's process.
+        marker: value of ``RUN_VARIABLE``; its processes are killed then as well.
     """
 
-    def __init__(self, job: int, started_by: int) -> None:
+    def __init__(self, job: int, started_by: int, marker: str | None) -> None:
         self._told, tell = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
             try:
                 os.close(self._told)
-                _stand_sentinel(tell, job, started_by)
+                _stand_sentinel(tell, job, started_by, marker)
             finally:
                 os._exit(0)
         os.close(tell)
@@ -264,7 +273,7 @@ class _Sentinel:
             os.waitpid(self._pid, 0)
 
 
-def _stand_sentinel(tell: int, job: int, started_by: int) -> None:
+def _stand_sentinel(tell: int, job: int, started_by: int, marker: str | None) -> None:
     """The sentinel's whole life; signals were blocked before the fork."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # a pipe that others read must end with the job
@@ -272,11 +281,34 @@ def _stand_sentinel(tell: int, job: int, started_by: int) -> None:
     while True:
         received = signal.sigtimedwait(_WATCHED, 0.5)
         if os.getppid() != started_by:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(job, signal.SIGKILL)
+            _kill(job)
+            for _ in range(_KILLED_LOOKS):
+                left = _marked(marker) if marker is not None else []
+                if not left:
+                    return
+                for pid in left:
+                    _kill(pid)
+                time.sleep(_KILLED_WAIT_S)
             return
         if received is not None and received.si_signo in _PASSED_ON:
             os.write(tell, bytes([received.si_signo]))
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _marked(marker: str) -> list[int]:
+    """The processes that were started with this value of ``RUN_VARIABLE`` (proc(5), Linux)."""
+    entry = f"{RUN_VARIABLE}={marker}".encode()
+    found = []
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if entry in file.read().split(b"\0"):
+                    found.append(int(name))
+    return found
 
 
 def _adopt_orphans() -> None:

@@ -1,4 +1,4 @@
-"""Run directories: made one for each run, cleared when they grow too many."""
+"""Run directories: made one for each run, cleared when they grow too many; tunes' folders too."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ KEPT_BYTES = 256 * 2**20
 
 
 def new_run_directory() -> Path:
-    """Make a run directory, and clear old ones.
+    """Make a directory for a run, and clear old ones.
 
     Raises:
         OSError: it cannot be made (read-only folder, full disk).
     """
     runs = paths.runs_directory()
     runs.mkdir(parents=True, exist_ok=True)
-    clear_old_runs(runs)
+    clear_old(runs, KEPT_RUNS, KEPT_BYTES)
+    return new_directory(runs)
+
+
+def new_directory(parent: Path) -> Path:
+    """Make a directory whose name tells when and by which process it was made.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    directory = runs / f"{stamp}-{os.getpid()}-{secrets.token_hex(2)}"
+    directory = parent / f"{stamp}-{os.getpid()}-{secrets.token_hex(2)}"
     directory.mkdir()
     return directory
 
 
-def clear_old_runs(runs: Path) -> None:
-    """Remove the oldest runs beyond ``KEPT_RUNS`` and ``KEPT_BYTES``, but none in use."""
+def clear_old(parent: Path, kept: int, kept_bytes: int) -> None:
+    """Remove the oldest directories beyond a number and a size, but none in use."""
     directories = sorted(
-        (entry for entry in runs.iterdir() if entry.is_dir()), key=lambda d: d.name, reverse=True
+        (entry for entry in parent.iterdir() if entry.is_dir()), key=lambda d: d.name, reverse=True
     )
     total_bytes = 0
     for number, directory in enumerate(directories, 1):
         total_bytes += _size(directory)
-        if (number > KEPT_RUNS or total_bytes > KEPT_BYTES) and not _in_use(directory):
+        if (number > kept or total_bytes > kept_bytes) and not _in_use(directory):
             shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from flatout.doctor import Diagnosis
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
+from flatout.report.figures import milliseconds
 from flatout.turns import PHASES
 
 OPERATORS_SHOWN = 8
@@ -70,7 +71,8 @@ def notes(diagnosis: Diagnosis) -> list[str]:
 
 def _headline(case: Case) -> str:
     kind = "steps" if case.process.trains else "inference steps"
-    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, median {_ms(case.step_ms)}"
+    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, median "
+    text += milliseconds(case.step_ms)
     warmup = case.warmup_steps
     if warmup:
         seconds = sum(step.step_ms for step in warmup) / 1e3
@@ -88,11 +90,12 @@ def _phases(case: Case) -> Padding:
         ms = case.phases_ms[phase]
         if ms is not None:
             share = ms / case.mean_step_ms
-            table.add_row(phase, _ms(ms), f"{share:.1%}", "█" * round(share * _BAR_WIDTH))
+            table.add_row(phase, milliseconds(ms), f"{share:.1%}", "█" * round(share * _BAR_WIDTH))
     if case.evaluations:
         total_ms = sum(turn.step_ms for turn in case.evaluations)
         each_ms = total_ms / len(case.evaluations)
-        table.add_row("evaluation", _ms(each_ms), "", f"{len(case.evaluations)} passes, apart")
+        passes = f"{len(case.evaluations)} passes, apart"
+        table.add_row("evaluation", milliseconds(each_ms), "", passes)
     return Padding(table, (1, 0, 1, 2), expand=False)
 
 
@@ -106,7 +109,7 @@ def _operators(case: Case) -> Padding:
         row = [operator["name"], f"{operator['calls']:.3g}", f"{operator['share']:.1%}"]
         if on_device:
             device_ms = operator["device_self_ms"]
-            row.append("" if device_ms is None else _ms(device_ms))
+            row.append("" if device_ms is None else milliseconds(device_ms))
         table.add_row(*row)
     return Padding(table, (0, 0, 1, 2), expand=False)
 
@@ -156,9 +159,3 @@ def _why_none(case: Case) -> str:
     if case.mfu is not None:
         return f"The step is at {case.mfu:.0%} of the machine's arithmetic, and nothing stands out."
     return "Nothing stands out."
-
-
-def _ms(ms: float) -> str:
-    if ms >= 1e4:
-        return f"{ms / 1e3:.3g} s"
-    return f"{ms:.3g} ms" if ms >= 1 else f"{ms * 1e3:.3g} us"

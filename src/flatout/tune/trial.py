@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flatout import launch
-from flatout.record import ProcessRecord
+from flatout.errors import UserError
+from flatout.record import ProcessRecord, RecordError, read_run
 from flatout.request import Request
+from flatout.tune.journal import Entry, Journal
 
 _TAIL_LINES = 12
 
@@ -41,38 +44,97 @@ class Trial:
     ended: bool
 
 
-def run(
-    command: Sequence[str], request: Request, *, isolate: bool, timeout_seconds: float
-) -> Trial:
-    """Run the job once.
+class Trials:
+    """The trials of one tune: each is run once, and written into the journal when it has ended.
 
     Args:
         command: the job.
-        request: what the agent shall do; it should stop the program.
-        isolate: run it in a copy-on-write view of the file system.
-        timeout_seconds: limit for the whole command.
-
-    Raises:
-        TrialFailedError: it failed, hung, or recorded nothing.
-        UserError: it could not be started, or its record was lost.
+        journal: of the tune.
+        isolate: run them in a copy-on-write view of the file system.
     """
+
+    def __init__(self, command: Sequence[str], journal: Journal, isolate: bool) -> None:
+        self._command = command
+        self._journal = journal
+        self._isolate = isolate
+
+    @property
+    def spent_s(self) -> float:
+        """How long the tune has taken so far."""
+        return self._journal.spent_s
+
+    def run(self, request: Request, timeout_seconds: float) -> Trial:
+        """Run the job once, or take from the journal what came of it.
+
+        Args:
+            request: what the agent shall do; it should stop the program.
+            timeout_seconds: limit for the whole command.
+
+        Raises:
+            TrialFailedError: it failed, hung, or recorded nothing.
+            UserError: it could not be started, or its record or the journal cannot be written.
+        """
+        journal = self._journal
+        entry = journal.recorded(request)
+        if entry is not None:
+            try:
+                process = read_run(journal.runs / entry.run).main
+            except RecordError as error:
+                raise UserError(f"the record cannot be read: {error}") from None
+            return _outcome(entry, process)
+        finished = launch.start(
+            self._command,
+            request,
+            isolate=self._isolate,
+            output="capture",
+            timeout_seconds=timeout_seconds,
+            runs=journal.runs,
+        )
+        entry, process = _entry(finished, timeout_seconds, journal.spent_s)
+        journal.add(request, entry)
+        return _outcome(entry, process)
+
+
+def run(
+    command: Sequence[str], request: Request, *, isolate: bool, timeout_seconds: float
+) -> Trial:
+    """Run the job once, outside of any tune; see ``Trials.run``."""
     finished = launch.start(
         command, request, isolate=isolate, output="capture", timeout_seconds=timeout_seconds
     )
-    tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
+    return _outcome(*_entry(finished, timeout_seconds, finished.seconds))
+
+
+def _entry(
+    finished: launch.Finished, timeout_seconds: float, spent_s: float
+) -> tuple[Entry, ProcessRecord | None]:
     process = finished.read_record().main
+    failure = None
     if finished.timed_out:
-        why = f"it was stopped after {timeout_seconds:.0f} s, far longer than expected"
+        failure = f"it was stopped after {timeout_seconds:.0f} s, far longer than expected"
     elif finished.returncode < 0:
-        why = f"it was killed by signal {-finished.returncode}"
+        failure = f"it was killed by signal {-finished.returncode}"
     elif finished.returncode > 0:
-        why = f"it failed with exit code {finished.returncode}"
+        failure = f"it failed with exit code {finished.returncode}"
     elif process is None:
-        why = "no Python process of it imported torch with flatout's agent"
-    else:
-        ended = process.end is None or process.end.get("reason") != "stopped"
-        return Trial(process, finished.seconds, ended)
-    raise TrialFailedError(why, process, tail)
+        failure = "no Python process of it imported torch with flatout's agent"
+    end = None if process is None else process.end
+    tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
+    entry = Entry(
+        run=Path(finished.run_directory).name,
+        seconds=finished.seconds,
+        ended=end is None or end.get("reason") != "stopped",
+        failure=failure,
+        tail=tail if failure else "",
+        spent_s=spent_s,
+    )
+    return entry, process
+
+
+def _outcome(entry: Entry, process: ProcessRecord | None) -> Trial:
+    if entry.failure is not None or process is None:
+        raise TrialFailedError(entry.failure or "its record is empty", process, entry.tail)
+    return Trial(process, entry.seconds, entry.ended)
 
 
 def reasons(process: ProcessRecord, what: str) -> dict[str, str]:

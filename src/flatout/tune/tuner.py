@@ -1,44 +1,68 @@
 """From a working program to a proven plan, or to the sentence that says why there is none.
 
-1. One bare run: how many steps, how long, does it train at all?
-2. The knobs that match take turns with the bare program inside one process, and rank themselves.
-3. Bare and the stacked winners run in fresh processes, in alternation, one pair for each seed. The
-   same pairs give the claimed ratio and the losses for the proof.
-4. If the proof fails, each knob is put to it alone.
+1. One bare run: how many steps, how long, what takes the time, does it train at all?
+2. Candidates: the knobs that match this profile and have something to gain.
+3. The hot ones take turns with the bare program inside one process, and rank themselves; the
+   winners are stacked, and compared with the stack less each of them.
+4. The cold ones are tried on top of the stack, in fresh processes in alternation.
+5. Bare and the plan run in fresh processes, in alternation, one pair for each seed. The same pairs
+   give the claimed ratio and the losses for the proof.
+6. If the proof fails, the culprit is found, turned to its gentler setting or off, and 5. repeated.
+
+Everything that is decided here depends on the trials' results and on the time they took, both of
+which are in the journal: a tune that was killed goes on from there (see ``journal.py``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from flatout import knobs, machine, signature
+from flatout.doctor.case import Case
+from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
-from flatout.plan import Evidence
-from flatout.record import ProcessRecord, Step
-from flatout.request import Comparison, Request
-from flatout.tune import proof, statistics, trial
+from flatout.knobs import Exactness
+from flatout.machine import Ceilings
+from flatout.plan import Check, Evidence
+from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
+from flatout.record import Gradient
+from flatout.request import Comparison, Inspection, Request
+from flatout.tune import (
+    candidates,
+    design,
+    gradients,
+    memory,
+    pairs,
+    proof,
+    search,
+    statistics,
+    trial,
+)
+from flatout.tune.candidates import Candidate
+from flatout.tune.document import Stage, State
+from flatout.tune.journal import Journal
+from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
-from flatout.tune.statistics import Ratio
-from flatout.tune.trial import Trial, TrialFailedError
-
-WARMUP_STEPS = 3
-"""Steps left out of every median: first calls, lazy initialisation."""
-
-MINIMUM_STEPS = 20
-"""Steps of a run below which neither a median nor a loss says much."""
+from flatout.tune.trial import Trial, TrialFailedError, Trials
 
 MAXIMUM_STEPS = 200
 """Horizon of the proof unless the user asks for another."""
 
-MINIMUM_PAIRS, MAXIMUM_PAIRS = 4, 12
+MAXIMUM_PAIRS = 24
+
+COLD_PAIRS = 3
+"""For a knob that needs a process of its own: these rank, they claim nothing."""
+
+SLOW_START_S = 120.0
+"""What compiling takes in all of these, about: later processes find most of it in the cache."""
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
-MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 6, 40
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 2, 40
 
 FIRST_RUN_SHARE = 1 / 24
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
@@ -46,11 +70,20 @@ FIRST_RUN_SHARE = 1 / 24
 COMPARISON_SHARE = 0.25
 """Share of the budget for the comparisons inside one process."""
 
+COLD_SHARE = 0.15
+"""Share of the budget for the knobs that need a process of their own."""
+
 PROFILE_STEPS = 5
 """Steps of the first run, after those that are timed, that show which operators there are."""
 
-MAXIMUM_ARMS = 8
-"""That take turns in one process; the steps of one arm should not lie too far apart."""
+MAXIMUM_CANDIDATES = 11
+"""That are compared in one process: in 24 stacks (``design.stacks``)."""
+
+GRADIENT_SEEDS, GRADIENT_STEPS = 2, 3
+"""For which the gradients are compared, before anything else is."""
+
+MAXIMUM_PROOFS = 4
+"""Plans that are put to the proof one after the other, each gentler than the one before."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +96,8 @@ class Options:
         seed: of the first pair; the others count up from it.
         isolate: run every trial in a copy-on-write view.
         knobs: to be tried; ``None``: all.
+        exactness: classes of the settings that may be tried; ``None``: all.
+        memory: peak memory that is allowed, as a multiple of bare's.
     """
 
     budget_seconds: float = 300.0
@@ -70,6 +105,20 @@ class Options:
     seed: int = 0
     isolate: bool = True
     knobs: Collection[str] | None = None
+    exactness: Collection[Exactness] | None = None
+    memory: float = memory.ALLOWED
+
+
+@dataclass
+class Arm:
+    """A candidate and what has become of it; see ``document.Arm``."""
+
+    settings: Mapping[str, str]
+    stage: Stage = "inside one process"
+    ratio: Ratio | None = None
+    state: State = "not tried"
+    why: str = ""
+    bound: float | None = None
 
 
 @dataclass
@@ -80,32 +129,45 @@ class Outcome:
         settings: of the plan; empty when nothing helps.
         why: one sentence.
         evidence: of the plan, ``None`` when there is none.
-        in_process: ratio of each knob alone inside one process.
-        dropped: knobs that were not tried, or failed, with the reason.
+        arms: what was tried, and what was not, in that order.
+        without: for each knob of a stack, the ratio of the stack with it over that without it.
+        refused: knobs that are no candidates, with the reason.
+        findings: what limits the bare program.
+        pairs: behind the plan, ``None`` when there is none.
+        verdict: of the last proof.
+        pace: of bare.
+        phases_ms: of a step of bare; ``None``: not measured.
         header: of the first run's record: interpreter, torch and so on.
         inputs: what went into the first outermost module call of every run, see
             ``flatout.signature``; ``None`` if there is nothing that all runs have in common.
+        job_steps: how many steps the whole job has, ``None``: not known.
+        interrupted: whether the user has ended it.
         seconds: how long all of it took.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
     why: str = ""
     evidence: Evidence | None = None
-    in_process: dict[str, Ratio] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+    without: dict[str, Ratio] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    pairs: Pairs | None = None
+    verdict: Verdict | None = None
+    pace: Pace | None = None
+    phases_ms: Mapping[str, float | None] = field(default_factory=dict)
     header: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] | None = None
+    job_steps: int | None = None
+    interrupted: bool = False
     seconds: float = 0.0
 
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Bare and plan in fresh processes."""
-
-    ratio: Ratio
-    verdict: Verdict
-    bare_step_ms: float
-    plan_step_ms: float
+    def alone(self, knob: str) -> Ratio | None:
+        """The ratio of a knob alone inside one process, ``None``: not measured."""
+        for arm in self.arms:
+            if set(arm.settings) == {knob} and arm.ratio is not None:
+                return arm.ratio
+        return None
 
 
 class Tuner:
@@ -114,53 +176,83 @@ class Tuner:
     Args:
         command: the job.
         options: what the user asks for.
+        journal: of this tune.
         say: called with each line of progress.
-        measure: gives the measured matrix product rates (FLOP/s by dtype name) for the job's
-            interpreter and a device type.
+        show: called with the outcome so far and the seconds left whenever an arm has changed.
+        ceilings: what the machine can do for an interpreter, ``None``: not known.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         options: Options,
+        journal: Journal,
         say: Callable[[str], None],
-        measure: Callable[[str, str], Mapping[str, float | None]],
+        show: Callable[[Outcome, float], None],
+        ceilings: Callable[[str], Ceilings | None],
     ) -> None:
-        self._command = command
         self._options = options
+        self._trials = Trials(command, journal, options.isolate)
         self._say = say
-        self._measure = measure
-        self._started_s = time.monotonic()
+        self._show = show
+        self._ceilings = ceilings
         self._outcome = Outcome()
         self._available: int | None = None
-        self._skips: dict[str, str] = {}
+        self._offered: dict[str, list[str]] = {}
+        self._bare_gradients: Sequence[Mapping[str, Sequence[Gradient]]] = ()
+        self._gradients = Check("gradients", "open", "no gradients were recorded")
 
     def run(self) -> Outcome:
-        """Tune.
+        """Tune; after an interruption, what has been proven until then.
 
         Raises:
             UserError: the program fails, never trains, or takes too few steps.
         """
+        outcome = self._outcome
+        try:
+            self._tune()
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        if outcome.interrupted and outcome.evidence is None:
+            outcome.why = "it was interrupted before a plan was proven"
+        outcome.seconds = self._trials.spent_s
+        return outcome
+
+    def verify(self, settings: Mapping[str, str], count: int) -> Outcome:
+        """Put a plan to the proof; the outcome has evidence if it passes, however fast it is.
+
+        Args:
+            settings: of the plan.
+            count: of pairs, a seed each.
+
+        Raises:
+            UserError: the program fails, never trains, or takes too few steps.
+        """
+        outcome = self._outcome
+        try:
+            self._first_run()
+            made = Pairs({}, dict(settings))
+            self._alternate(made, lambda made: made.count >= count, self._steps)
+            outcome.interrupted = made.interrupted
+            refusal = self._refusal(made)
+            if refusal is None:
+                self._accept(dict(settings), made)
+            else:
+                outcome.why = f"{_in_words(settings)} is not proven: {refusal}"
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            outcome.why = "it was interrupted before there was a proof"
+        outcome.seconds = self._trials.spent_s
+        return outcome
+
+    def _tune(self) -> None:
         first = self._first_run()
-        self._step_s = statistics.typical_step_ms(first.process.steps, WARMUP_STEPS) / 1e3
-        self._startup_s = max(first.seconds - sum(s.step_ms for s in first.process.steps) / 1e3, 0)
-        self._bare_steps = [step for step in first.process.steps if step.mark is None]
-        self._steps = self._options.steps or max(len(self._bare_steps), MINIMUM_STEPS)
-        self._first = first
-        self._available = len(first.process.steps) if first.ended else None
-        self._outcome.header = first.process.header
-        self._outcome.inputs = first.process.inputs
-        self._say(
-            f"bare: {self._step_s * 1e3:.4g} ms a step (median of {len(self._bare_steps)} "
-            f"steps), {self._startup_s:.1f} s of start-up"
-        )
-        settings = self._winners(self._candidates())
+        found = self._candidates(first)
+        settings = self._cold(self._stack(self._screen(found)), found)
         if settings:
             self._settle(settings)
-        elif not self._outcome.why:
+        else:
             self._outcome.why = "no setting is faster than the bare program, beyond noise"
-        self._outcome.seconds = time.monotonic() - self._started_s
-        return self._outcome
 
     # The bare program
 
@@ -175,9 +267,9 @@ class Tuner:
         )
         self._say("running the bare program to see how it trains")
         try:
-            first = self._trial(request, timeout_seconds=max(2 * options.budget_seconds, 120))
+            first = self._trials.run(request, max(2 * options.budget_seconds, 120))
         except TrialFailedError as failure:
-            raise _said(f"the program does not run: {failure}", failure) from failure
+            raise pairs.said("the program does not run", failure) from failure
         process = first.process
         if not process.trains:
             if process.evaluations:
@@ -197,294 +289,509 @@ class Tuner:
                 f"in {limit_s:.0f} s the program made {len(process.steps)} training steps; give "
                 "tune a longer --budget, or --steps"
             )
+        outcome = self._outcome
+        outcome.header, outcome.inputs = process.header, process.inputs
+        step_s = pairs.step_ms(process) / 1e3
+        in_steps_s = sum(step.step_ms for step in process.steps) / 1e3
+        self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
+        self._first = first
+        timed = [step for step in process.steps if step.mark is None]
+        self._steps = options.steps or max(len(timed), MINIMUM_STEPS)
+        if first.ended:
+            self._available = outcome.job_steps = len(process.steps)
+        self._say(
+            f"bare: {step_s * 1e3:.4g} ms a step ({len(timed)} steps), "
+            f"{self._pace.startup_s:.1f} s of start-up"
+        )
         return first
 
-    # Candidates, and their comparison inside one process
+    # Candidates
 
-    def _candidates(self) -> dict[str, str]:
-        header, steps = self._first.process.header, self._bare_steps
-        on_accelerator = any(step.peak_device_bytes for step in steps)
-        device = str(header["accelerator"]) if on_accelerator else "cpu"
-        facts = knobs.Facts(
-            device=device,
-            matmul_flops_per_s=self._measure(str(header["executable"]), device),
-            updates=any(step.updates for step in steps),
-            huge_pages=machine.huge_pages(),
-            threads=header["threads"],
-            operators=_operators(self._first.process),
-            data_share=_data_share(steps),
+    def _candidates(self, first: Trial) -> list[Candidate]:
+        header = first.process.header
+        on_accelerator = any(step.peak_device_bytes for step in first.process.steps)
+        case = Case(
+            first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
         )
-        candidates = {}
-        wanted = self._options.knobs
-        for name, knob in knobs.registry().items():
-            if wanted is not None and name not in wanted:
+        self._outcome.findings = find_all(case)
+        self._outcome.phases_ms = case.phases_ms
+        known = candidates.facts(case, str(header["accelerator"]) if on_accelerator else "cpu")
+        found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
+        self._outcome.refused = refused
+        for name in knobs.registry():
+            self._offered[name] = list(knobs.get(name).offer(known).settings)
+        for name, why in refused.items():
+            self._say(f"{name} is not tried: {why}")
+        for candidate in found:
+            self._outcome.arms.append(Arm(candidate.settings, bound=candidate.bound))
+        self._changed()
+        return found
+
+    # Inside one process
+
+    def _screen(self, found: Sequence[Candidate]) -> dict[str, str]:
+        """The best setting of each hot knob that is faster, the fastest first.
+
+        They are compared in stacks, which tell what each brings among the others; only where one
+        of them ends the program, each alone, which tells which one it is.
+        """
+        best: dict[str, tuple[float, str]] = {}
+        hot = [candidate for candidate in found if candidate.is_hot]
+        try:
+            self._compare_stacks(hot)
+        except TrialFailedError as failure:
+            self._say(f"the program fails under several knobs, each is tried alone: {failure}")
+            self._compare_alone(hot)
+        for candidate in hot:
+            arm = self._arm(candidate.settings)
+            if arm.ratio is None:
                 continue
-            match = knob.offer(facts)
-            if match.settings and knob.hot:
-                candidates[name] = match.settings[0]
+            self._say(f"{candidate}: {arm.ratio} inside one process")
+            if statistics.winners({str(candidate): arm.ratio}):
+                arm.state = "won"
+                setting = (arm.ratio.value, candidate.setting)
+                best[candidate.knob] = max(best.get(candidate.knob, (0.0, "")), setting)
             else:
-                self._drop(name, match.refusal or "it needs a process of its own")
-        return candidates
+                arm.state = "no gain"
+                arm.why = arm.why or "it is not faster, beyond noise"
+            self._changed()
+        ordered = sorted(best.items(), key=lambda item: -item[1][0])
+        return {knob: setting for knob, (_, setting) in ordered}
 
-    def _winners(self, candidates: dict[str, str]) -> dict[str, str]:
-        """The candidates that are faster inside one process."""
-        winners = {}
-        groups = self._groups(candidates)
+    def _compare_stacks(self, hot: Sequence[Candidate]) -> None:
+        """Fill in the ratio of each candidate among the others; those that fail are out.
+
+        Raises:
+            TrialFailedError: the program failed under a stack of several.
+        """
+        groups = self._groups(hot)
         for group in groups:
-            for name, ratio in self._compare(group, 1 / len(groups)).items():
-                self._outcome.in_process[name] = ratio
-                self._say(f"{name}={candidates[name]}: {ratio} inside one process")
-                if ratio.low > 1:
-                    winners[name] = candidates[name]
+            stacks = design.stacks(_factors(group))
+            share = COMPARISON_SHARE / len(groups)
+            done, comparison = self._compare(stacks, "settings", share, group)
+            failures = trial.reasons(done.process, "failed")
+            applied = [
+                {knob: setting for knob, setting in stack.items() if knob not in failures}
+                for stack in stacks
+            ]
+            ratios = setting_ratios(_complete_blocks(done, comparison), applied)
+            skips = trial.reasons(done.process, "skipped")
+            for candidate in group:
+                arm = self._arm(candidate.settings)
+                if candidate.knob in failures:
+                    self._fail(arm, failures[candidate.knob])
                 else:
-                    self._drop(name, self._skips.get(name, "it is not faster, beyond noise"))
-        return winners
+                    arm.ratio = ratios.get((candidate.knob, candidate.setting))
+                    arm.why = skips.get(candidate.knob, "")
 
-    def _groups(self, candidates: Mapping[str, str]) -> list[dict[str, str]]:
+    def _compare_alone(self, hot: Sequence[Candidate]) -> None:
+        """Fill in the ratio of each candidate alone; those that fail are out."""
+        for group in self._groups(hot):
+            left = [candidate for candidate in group if self._arm(candidate.settings).ratio is None]
+            while left:
+                arms = ({}, *(candidate.settings for candidate in left))
+                try:
+                    done, comparison = self._compare(arms, "arms", COMPARISON_SHARE, left)
+                except TrialFailedError as failure:
+                    at = _arm_at_the_end(failure)
+                    if not at:
+                        raise pairs.said("the program fails when it runs again", failure) from (
+                            failure
+                        )
+                    culprit = self._arm(left.pop(at - 1).settings)
+                    self._fail(culprit, f"the program fails under it: {failure}")
+                    continue
+                failures = trial.reasons(done.process, "failed")
+                ratios = arm_ratios(_complete_blocks(done, comparison))
+                for number, candidate in enumerate(left, 1):
+                    arm = self._arm(candidate.settings)
+                    if f"arm {number}" in failures:
+                        self._fail(arm, failures[f"arm {number}"])
+                    else:
+                        arm.ratio = ratios.get(number)
+                break
+
+    def _stack(self, settings: dict[str, str]) -> dict[str, str]:
+        """The winners together, without those that gain nothing on top of the others."""
+        if len(settings) < 2 or self._available is not None:
+            return settings
+        stacks = (
+            settings,
+            *({k: s for k, s in settings.items() if k != left_out} for left_out in settings),
+        )
+        try:
+            done, comparison = self._compare(stacks, "arms", COMPARISON_SHARE / 2, None)
+        except TrialFailedError as failure:
+            self._say(f"what each knob brings to the stack is not known: {failure}")
+            return settings
+        found = arm_ratios(_complete_blocks(done, comparison))
+        without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
+        for knob, ratio in without.items():
+            gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
+            self._outcome.without[knob] = gain
+            self._say(f"{knob} on top of the others: {gain} inside one process")
+        kept = dict(settings)
+        for knob in statistics.redundant(without)[: len(settings) - 1]:
+            self._leave_out(knob, kept.pop(knob), "the other settings are as fast without it")
+        return kept
+
+    def _groups(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """The candidates in as few parts as a program of this length can compare at a time."""
-        size = MAXIMUM_ARMS - 1
+        if not hot:
+            return []
+        size = MAXIMUM_CANDIDATES
         if self._available is not None:
-            arms = (self._available - WARMUP_STEPS) // (MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS)
-            size = min(max(arms - 1, 1), size)
-        parts = math.ceil(len(candidates) / size)
-        items = list(candidates.items())
-        return [dict(items[part::parts]) for part in range(parts)]
+            rounds = (self._available - WARMUP_STEPS) // MINIMUM_BLOCK_STEPS
+            size = 3 if rounds < MINIMUM_ROUNDS * 16 else size
+        count = -(-len(hot) // size)
+        return [list(hot[part::count]) for part in range(count)]
 
-    def _compare(self, candidates: dict[str, str], share: float) -> dict[str, Ratio]:
-        """Compare each candidate with bare; those that fail are dropped, the rest tried again.
+    def _compare(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        decide: Literal["arms", "settings"],
+        share: float,
+        of: Sequence[Candidate] | None,
+    ) -> tuple[Trial, Comparison]:
+        """Let arms take turns inside one process.
 
         Args:
-            candidates: to be compared, those that fail are taken out.
-            share: of the time for all comparisons.
-        """
-        while candidates:
-            comparison = self._comparison(candidates, share)
-            self._say(
-                f"comparing {_in_words(candidates)} with bare inside one process, "
-                f"{comparison.rounds} rounds of {comparison.block_steps} steps each"
-            )
-            names = list(candidates)
-            try:
-                done = self._trial(
-                    Request(comparison=comparison, seed=self._options.seed),
-                    steps=_length(comparison),
-                )
-            except TrialFailedError as failure:
-                culprit = _arm_at_the_end(failure)
-                if not culprit:
-                    raise _said(f"the program fails when it runs again: {failure}", failure) from (
-                        failure
-                    )
-                name = names[culprit - 1]
-                self._drop(name, f"the program fails under it: {failure}")
-                del candidates[name]
-                continue
-            failures = trial.reasons(done.process, "failed")
-            self._skips = trial.reasons(done.process, "skipped")
-            by_arm = statistics.in_process_ratios(
-                statistics.blocks(done.process.steps, DISCARD_STEPS),
-                comparison.block_steps - DISCARD_STEPS,
-            )
-            failed = {
-                name: failures.get(f"arm {arm}", failures.get(name))
-                for arm, name in enumerate(names, 1)
-            }
-            for name, why in failed.items():
-                if why is not None:
-                    self._drop(name, why)
-                    del candidates[name]
-            ratios = {
-                name: by_arm[arm]
-                for arm, name in enumerate(names, 1)
-                if arm in by_arm and name in candidates
-            }
-            if ratios.keys() == candidates.keys():
-                return ratios
-            if len(candidates) == len(names):  # nothing failed, so the program ended too early
-                steps = len(done.process.steps)
-                if not done.ended or self._available == steps:
-                    raise UserError(f"the comparison of {_in_words(candidates)} gave no ratio")
-                self._available = steps
-        return {}
+            arms: the first is what the others are compared with.
+            decide: what ends it before its time, see ``Comparison``.
+            share: of the budget.
+            of: the candidates that it is about, ``None``: the stack that they have become.
 
-    def _comparison(self, candidates: Mapping[str, str], share: float) -> Comparison:
+        Raises:
+            TrialFailedError: the program fails under one of them.
+            UserError: the program ends too early to compare anything.
+        """
+        comparison = self._comparison(arms, decide, share)
+        what = "; ".join(map(str, of)) if of is not None else "the stack less each of its knobs"
+        self._say(
+            f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
+        )
+        for candidate in of or ():
+            arm = self._arm(candidate.settings)
+            arm.stage, arm.state = "inside one process", "running"
+        self._changed()
+        request = Request(comparison=comparison, seed=self._options.seed)
+        done = self._trials.run(request, self._pace.limit_s(comparison.longest_steps))
+        if done.ended and self._available is None:
+            self._available = len(done.process.steps)
+            return self._compare(arms, decide, share, of)
+        return done, comparison
+
+    def _comparison(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        decide: Literal["arms", "settings"],
+        share: float,
+    ) -> Comparison:
         """As long as the budget and the program allow.
 
         Raises:
             UserError: the program ends too early to compare anything.
         """
-        arms: tuple[dict[str, str], ...] = ({}, *({k: s} for k, s in candidates.items()))
-        seconds = self._options.budget_seconds * COMPARISON_SHARE * share
-        rounds = int(seconds / (self._step_s * BLOCK_STEPS * len(arms))) // 2 * 2
+        seconds = self._options.budget_seconds * share
+        rounds = int(seconds / (self._pace.step_s * BLOCK_STEPS * len(arms))) // 2 * 2
         rounds = min(max(rounds, MINIMUM_ROUNDS), MAXIMUM_ROUNDS)
-        block_steps = BLOCK_STEPS
-        if self._available is not None:
-            usable = self._available - WARMUP_STEPS
-            rounds = min(rounds, max(usable // (block_steps * len(arms)) // 2 * 2, MINIMUM_ROUNDS))
-            block_steps = min(block_steps, usable // (rounds * len(arms)))
-            if block_steps < MINIMUM_BLOCK_STEPS:
-                needed = WARMUP_STEPS + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
-                raise UserError(
-                    f"this program ends after {self._available} training steps; to compare "
-                    f"{_in_words(candidates)} with bare, tune needs at least {needed}"
-                )
-        return Comparison(
-            arms=arms,
-            block_steps=block_steps,
+        made = Comparison(
+            arms=tuple(map(dict, arms)),
+            block_steps=BLOCK_STEPS,
             discard_steps=DISCARD_STEPS,
             warmup_steps=WARMUP_STEPS,
             rounds=rounds,
+            decide=decide,
         )
+        if self._available is None or made.longest_steps <= self._available:
+            return made
+        usable = self._available - (made.longest_steps - len(arms) * rounds * BLOCK_STEPS)
+        rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, MINIMUM_ROUNDS)
+        block_steps = min(BLOCK_STEPS, usable // (rounds * len(arms)))
+        if block_steps < MINIMUM_BLOCK_STEPS:
+            needed = self._available - usable + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
+            raise UserError(
+                f"this program ends after {self._available} training steps; to compare "
+                f"{len(arms)} combinations of settings tune needs at least {needed}; with --knobs "
+                "there are fewer"
+            )
+        return dataclasses.replace(made, rounds=rounds, block_steps=block_steps)
 
-    # Claim and proof, in fresh processes
+    # In fresh processes
+
+    def _cold(self, stack: dict[str, str], found: Sequence[Candidate]) -> dict[str, str]:
+        """The stack with those cold settings that make it faster."""
+        cold = [candidate for candidate in found if not candidate.is_hot]
+        settings = dict(stack)
+        for candidate in cold:
+            if candidate.knob in settings:
+                continue  # its first setting has won
+            arm = self._arm(candidate.settings)
+            needed_s = 2 * COLD_PAIRS * self._pace.seconds(_short(self._steps))
+            if knobs.get(candidate.knob).slow_start:
+                needed_s += SLOW_START_S
+            if needed_s > 2 * COLD_SHARE * self._options.budget_seconds:
+                arm.why = (
+                    f"trying it takes about {needed_s:.0f} s, which wants a --budget of "
+                    f"{math.ceil(needed_s / COLD_SHARE / 120)}m"
+                )
+                arm.stage = "fresh processes"
+                self._say(f"{candidate} is not tried: {arm.why}")
+                self._changed()
+                continue
+            arm.stage = "fresh processes"
+            arm.state = "running"
+            self._changed()
+            tried = Pairs(dict(settings), settings | candidate.settings)
+            self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
+            self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
+            if tried.interrupted:
+                raise KeyboardInterrupt
+            if tried.failure is not None:
+                self._fail(arm, tried.failure)
+                continue
+            arm.ratio = tried.ratio
+            too_much = memory.refusal(
+                tried.steps(tried.firsts), tried.steps(tried.seconds), self._options.memory
+            )
+            if too_much is not None:
+                arm.state, arm.why = "left out", too_much
+            elif arm.ratio.value > 1 and sum(log > 0 for log in tried.log_ratios) >= 2:
+                arm.state = "won"
+                settings |= candidate.settings
+            else:
+                arm.state, arm.why = "no gain", "it is not faster, beyond noise"
+            self._say(f"{candidate}: {arm.ratio}{'; ' * bool(arm.why)}{arm.why}")
+            self._changed()
+        return settings
 
     def _settle(self, settings: dict[str, str]) -> None:
         """Find the settings among the winners that are proven and faster; fill in the outcome."""
-        pairs = self._try(settings)
-        if pairs is not None and not pairs.verdict.passed and len(settings) > 1:
-            self._say("looking for the culprit: each knob alone")
-            alone = {name: self._try({name: setting}) for name, setting in settings.items()}
-            proven = {
-                name: settings[name]
-                for name, result in alone.items()
-                if result is not None and result.verdict.passed
-            }
-            for name, result in alone.items():
-                if name not in proven:
-                    self._drop(name, "not proven: " + (result.verdict.why if result else "failed"))
-            if len(proven) == len(settings):  # harmless alone, not together: keep the fastest
-                best = max(proven, key=lambda name: self._outcome.in_process[name].value)
-                for name in proven.keys() - {best}:
-                    self._drop(name, f"not proven together with {best}")
-                proven = {best: proven[best]}
-            settings = proven
-            pairs = alone[next(iter(proven))] if len(proven) == 1 else None
-            if len(proven) > 1:
-                pairs = self._try(proven)
-        if pairs is None:
-            self._outcome.why = self._outcome.why or "no faster setting could be proven"
-        elif not pairs.verdict.passed:
-            self._outcome.why = f"{_in_words(settings)} is not proven: {pairs.verdict.why}"
-        elif pairs.ratio.low <= 1:
-            self._outcome.why = (
-                f"{_in_words(settings)} gives {pairs.ratio} in fresh processes: "
-                "no gain beyond noise"
-            )
+        outcome = self._outcome
+        for _ in range(MAXIMUM_PROOFS):
+            if not settings:
+                return
+            made = Pairs({}, dict(settings))
+            refusal, passes = self._gradients_refusal(settings), self._gradients_pass
+            if refusal is None:
+                self._say(
+                    f"{_in_words(settings)} against bare in fresh processes, {self._steps} steps "
+                    "each"
+                )
+                self._alternate(made, self._is_enough, self._steps)
+                refusal, passes = self._refusal(made), functools.partial(self._passes, made)
+            if refusal is None:
+                break
+            self._say(f"{_in_words(settings)}: {refusal}")
+            outcome.why = f"{_in_words(settings)} is not proven: {refusal}"
+            if made.interrupted:
+                outcome.interrupted = True
+                return
+            settings = self._without_culprit(settings, refusal, passes)
         else:
-            self._accept(settings, pairs)
+            return
+        outcome.interrupted = made.interrupted
+        if not statistics.is_gain(made.ratio):
+            outcome.why = (
+                f"{_in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
+            )
+            return
+        bare, plan = pairs.cost(made.firsts), pairs.cost(made.seconds)
+        job_steps = outcome.job_steps
+        if job_steps is not None and plan.job_s(job_steps) >= bare.job_s(job_steps):
+            outcome.why = (
+                f"{_in_words(settings)} gives {made.ratio} a step, but the whole job has only "
+                f"{job_steps}: {plan.job_s(job_steps):.1f} s against {bare.job_s(job_steps):.1f} s"
+            )
+            return
+        self._accept(settings, made)
 
-    def _accept(self, settings: dict[str, str], pairs: _Pairs) -> None:
-        ratio, verdict = pairs.ratio, pairs.verdict
-        self._outcome.settings = settings
-        self._outcome.why = f"{_in_words(settings)} gives {ratio}, and {verdict.why}"
-        self._outcome.evidence = Evidence(
+    def _refusal(self, made: Pairs) -> str | None:
+        """Why this plan cannot be had, ``None``: it can."""
+        if made.failure is not None:
+            return f"it fails in a fresh process: {made.failure}"
+        if made.count < 2:
+            return "there was no time for two pairs"
+        verdict = self._judge(made.second, made.firsts, made.seconds)
+        checks = (self._gradients, *(c for c in verdict.checks if c.name != self._gradients.name))
+        self._outcome.verdict = dataclasses.replace(verdict, checks=checks)
+        if not verdict.passed:
+            return verdict.why
+        return memory.refusal(
+            made.steps(made.firsts), made.steps(made.seconds), self._options.memory
+        )
+
+    def _judge(
+        self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
+    ) -> Verdict:
+        return proof.judge(
+            [proof.Run.of(done.process) for done in bare],
+            [proof.Run.of(done.process) for done in plan],
+            proof.Run.of(self._first.process),
+            proof.exactness(settings),
+        )
+
+    def _gradients_refusal(self, settings: Mapping[str, str]) -> str | None:
+        """Why the plan's first gradients are not bare's, ``None``: they are, or cannot be had."""
+        paired = search.paired(settings)
+        bare = self._first_gradients({})
+        try:
+            plan = self._first_gradients(paired)
+        except TrialFailedError as failure:
+            return f"it fails in a fresh process: {failure}"
+        check = self._gradients = gradients.judge(bare, plan, proof.exactness(paired))
+        self._say(f"first gradients of {_in_words(paired)}: {check.why}")
+        return check.why if check.result == "failed" else None
+
+    def _first_gradients(
+        self, settings: Mapping[str, str]
+    ) -> Sequence[Mapping[str, Sequence[Gradient]]]:
+        """Of one short run for each of a few seeds.
+
+        Raises:
+            TrialFailedError: it fails under the settings.
+            UserError: it fails without any.
+        """
+        if not settings and self._bare_gradients:
+            return self._bare_gradients
+        found = []
+        for number in range(GRADIENT_SEEDS):
+            try:
+                done = pairs.one_run(
+                    self._trials,
+                    settings,
+                    pace=self._pace,
+                    steps=GRADIENT_STEPS + 1,
+                    seed=self._options.seed + number,
+                    inspection=Inspection(gradient_steps=GRADIENT_STEPS),
+                )
+            except TrialFailedError as failure:
+                if settings:
+                    raise
+                raise pairs.said("the program fails when it runs again", failure) from failure
+            found.append(done.process.gradients)
+        if not settings:
+            self._bare_gradients = found
+        return found
+
+    def _gradients_pass(self, part: Mapping[str, str]) -> bool:
+        return self._gradients_refusal(part) is None
+
+    def _passes(self, made: Pairs, part: Mapping[str, str]) -> bool:
+        """Whether a part of the settings passes, held against bare runs that there are already."""
+        bare = made.firsts[: statistics.MINIMUM_PAIRS]
+        runs = []
+        for number in range(len(bare)):
+            try:
+                runs.append(
+                    pairs.one_run(
+                        self._trials,
+                        part,
+                        pace=self._pace,
+                        steps=self._steps,
+                        seed=self._options.seed + number,
+                    )
+                )
+            except TrialFailedError:
+                return False
+        too_much = memory.refusal(
+            [done.process.steps for done in bare],
+            [done.process.steps for done in runs],
+            self._options.memory,
+        )
+        return self._judge(part, bare, runs).passed and too_much is None
+
+    def _without_culprit(
+        self,
+        settings: Mapping[str, str],
+        refusal: str,
+        passes: Callable[[Mapping[str, str]], bool],
+    ) -> dict[str, str]:
+        """The settings with the culprit turned to its gentler setting, or off."""
+        self._say("looking for the culprit")
+        left = dict(settings)
+        for name, setting in search.culprits(settings, passes).items():
+            self._leave_out(name, setting, refusal)
+            gentler = search.gentler(name, setting, self._offered.get(name))
+            if gentler is None:
+                del left[name]
+            else:
+                left[name] = gentler
+                self._say(f"{name} is turned back to {gentler}")
+        return left
+
+    def _is_enough(self, made: Pairs) -> bool:
+        """Whether the claim is narrow enough, or time is over."""
+        if made.count < statistics.MINIMUM_PAIRS:
+            return False
+        pair_s = 2 * self._pace.seconds(self._steps)
+        is_late = self._trials.spent_s + pair_s > self._options.budget_seconds
+        return is_late or statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS)
+
+    def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
+        """Pairs of runs, until there are enough."""
+        pairs.run(
+            self._trials,
+            made,
+            pace=self._pace,
+            steps=steps,
+            seed=self._options.seed,
+            is_enough=is_enough,
+            say=self._say,
+        )
+        for done in (*made.firsts, *made.seconds):
+            self._outcome.inputs = _in_common(self._outcome.inputs, done.process.inputs)
+
+    def _accept(self, settings: dict[str, str], made: Pairs) -> None:
+        outcome, ratio = self._outcome, made.ratio
+        verdict = outcome.verdict
+        assert verdict is not None
+        outcome.settings = settings
+        outcome.pairs = made
+        outcome.why = f"{_in_words(settings)} gives {ratio}, and {verdict.why}"
+        alone = {name: outcome.alone(name) for name in settings}
+        outcome.evidence = Evidence(
             settings=dict(settings),
             ratio=ratio.value,
             ratio_low=ratio.low,
             ratio_high=ratio.high,
             pairs=ratio.pairs,
-            bare_step_ms=pairs.bare_step_ms,
-            plan_step_ms=pairs.plan_step_ms,
+            bare_step_ms=pairs.cost(made.firsts).step_ms,
+            plan_step_ms=pairs.cost(made.seconds).step_ms,
             steps=verdict.steps,
             seeds=ratio.pairs if any(loss.yardstick == "seeds" for loss in verdict.losses) else 1,
             bare_repeats=verdict.bare_repeats,
             verdict=verdict.kind,
-            in_process={name: self._outcome.in_process[name].value for name in settings},
+            in_process={name: r.value for name, r in alone.items() if r is not None},
             losses=verdict.losses,
+            checks=verdict.checks,
         )
 
-    def _try(self, settings: dict[str, str]) -> _Pairs | None:
-        """Bare and the settings in alternation (bare, plan, plan, bare, ...), a seed for each pair.
+    # Arms
 
-        Returns ``None`` when a run under the settings fails; the outcome then says why.
-        """
-        pairs = self._affordable_pairs()
-        self._say(
-            f"{_in_words(settings)} against bare in fresh processes: {pairs} pairs of "
-            f"{self._steps} steps, the same seed in each pair"
-        )
-        runs: dict[bool, list[list[Step]]] = {False: [], True: []}
-        for number in range(pairs):
-            for with_plan in (False, True) if number % 2 == 0 else (True, False):
-                request = Request(
-                    settings=settings if with_plan else {},
-                    stop_steps=self._steps,
-                    seed=self._options.seed + number,
-                )
-                try:
-                    done = self._trial(request, steps=self._steps)
-                except TrialFailedError as failure:
-                    if not with_plan:
-                        raise _said(
-                            f"the program fails when it runs again: {failure}", failure
-                        ) from failure
-                    self._failed(settings, str(failure))
-                    return None
-                for name, why in trial.reasons(done.process, "failed").items():
-                    if name in settings:
-                        self._failed(settings, f"{name}: {why}")
-                        return None
-                if len(done.process.steps) < MINIMUM_STEPS:
-                    if not with_plan:
-                        raise UserError(
-                            f"with seed {request.seed} this program ends after "
-                            f"{len(done.process.steps)} training steps, tune needs at least "
-                            f"{MINIMUM_STEPS}"
-                        )
-                    self._failed(settings, "the program ends earlier under it")
-                    return None
-                runs[with_plan].append(done.process.steps)
-                self._outcome.inputs = _in_common(self._outcome.inputs, done.process.inputs)
-            bare_ms, plan_ms = (
-                statistics.typical_step_ms(runs[with_plan][-1], WARMUP_STEPS)
-                for with_plan in (False, True)
-            )
-            self._say(
-                f"pair {number + 1} of {pairs}: {bare_ms:.4g} ms bare, {plan_ms:.4g} ms with the "
-                f"plan, {bare_ms / plan_ms:.2f}x"
-            )
-        times_ms = {
-            with_plan: [
-                statistics.typical_step_ms(steps, WARMUP_STEPS) for steps in runs[with_plan]
-            ]
-            for with_plan in (False, True)
-        }
-        ratio = statistics.claimed(
-            [math.log(b / p) for b, p in zip(times_ms[False], times_ms[True], strict=True)]
-        )
-        verdict = proof.judge(
-            [proof.curves(steps) for steps in runs[False]],
-            [proof.curves(steps) for steps in runs[True]],
-            proof.curves(self._bare_steps),
-            bitwise=all(knobs.is_bitwise(name, setting) for name, setting in settings.items()),
-        )
-        self._say(f"{_in_words(settings)}: {ratio}; {verdict.why}")
-        return _Pairs(ratio, verdict, median(times_ms[False]), median(times_ms[True]))
+    def _arm(self, settings: Mapping[str, str]) -> Arm:
+        return next(arm for arm in self._outcome.arms if arm.settings == settings)
 
-    def _failed(self, settings: Mapping[str, str], why: str) -> None:
-        self._outcome.why = f"{_in_words(settings)} fails in a fresh process: {why}"
-        self._say(self._outcome.why)
+    def _fail(self, arm: Arm, why: str) -> None:
+        arm.state, arm.why = "failed", why
+        self._say(f"{_in_words(arm.settings)} is out: {why}")
+        self._changed()
 
-    def _affordable_pairs(self) -> int:
-        left_s = self._options.budget_seconds - (time.monotonic() - self._started_s)
-        pair_s = 2 * (self._startup_s + self._steps * self._step_s)
-        return min(max(int(left_s / pair_s), MINIMUM_PAIRS), MAXIMUM_PAIRS)
+    def _leave_out(self, knob: str, setting: str, why: str) -> None:
+        self._say(f"{knob}={setting} is left out: {why}")
+        for arm in self._outcome.arms:
+            if arm.settings == {knob: setting}:
+                arm.state, arm.why = "left out", why
+        self._changed()
 
-    # All trials
+    def _changed(self) -> None:
+        left_s = self._options.budget_seconds - self._trials.spent_s
+        self._show(self._outcome, max(left_s, 0.0))
 
-    def _trial(
-        self, request: Request, *, steps: int = 0, timeout_seconds: float | None = None
-    ) -> Trial:
-        """One trial; its limit is several times what the bare program needs for ``steps``."""
-        if timeout_seconds is None:
-            timeout_seconds = 60 + 5 * (self._startup_s + steps * self._step_s)
-        return trial.run(
-            self._command, request, isolate=self._options.isolate, timeout_seconds=timeout_seconds
-        )
 
-    def _drop(self, name: str, why: str) -> None:
-        self._outcome.dropped[name] = why
-        self._say(f"{name} is left out: {why}")
+def _short(steps: int) -> int:
+    """Steps of a run that only ranks."""
+    return max(min(steps, 25), MINIMUM_STEPS)
 
 
 def _in_common(
@@ -493,9 +800,26 @@ def _in_common(
     return None if one is None or other is None else signature.merged(one, other)
 
 
-def _length(comparison: Comparison) -> int:
-    blocks = len(comparison.arms) * comparison.rounds
-    return comparison.warmup_steps + blocks * comparison.block_steps
+def _factors(of: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
+    """The settings, those together that exclude each other: of one knob, or of one claim."""
+    factors: list[tuple[set[str], list[tuple[str, str]]]] = []
+    for candidate in of:
+        takes = {candidate.knob, *knobs.get(candidate.knob).claims}
+        setting = (candidate.knob, candidate.setting)
+        for taken, settings in factors:
+            if taken & takes:
+                taken |= takes
+                settings.append(setting)
+                break
+        else:
+            factors.append((takes, [setting]))
+    return [settings for _, settings in factors]
+
+
+def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
+    timed_steps = comparison.block_steps - comparison.discard_steps
+    blocks = statistics.blocks(done.process.steps, comparison.discard_steps)
+    return [block for block in blocks if len(block.times_ms) >= timed_steps]
 
 
 def _in_words(settings: Mapping[str, str]) -> str:
@@ -508,23 +832,3 @@ def _arm_at_the_end(failure: TrialFailedError) -> int | None:
         return None
     turns = [e.subject for e in failure.process.events if e.subject.startswith("arm ")]
     return int(turns[-1].removeprefix("arm ")) if turns else None
-
-
-def _operators(process: ProcessRecord) -> frozenset[str] | None:
-    """Names of the operators in the profiled steps; nothing if the program ended before them."""
-    if process.profile is None:
-        return None
-    return frozenset(operator["name"] for operator in process.profile["operators"])
-
-
-def _data_share(steps: Sequence[Step]) -> float | None:
-    """Of the time of steps, waiting for data."""
-    timed = steps[WARMUP_STEPS:]
-    total_ms = sum(step.step_ms for step in timed)
-    return sum(step.phases_ms["data"] or 0.0 for step in timed) / total_ms if timed else None
-
-
-def _said(message: str, failure: TrialFailedError) -> UserError:
-    """A user error that ends with the program's last lines."""
-    lines = f"; its last lines:\n{failure.tail}" if failure.tail else ""
-    return UserError(f"{message}{lines}")

@@ -26,12 +26,12 @@ def match(facts: Facts) -> Match:
     if facts.lack("scaled_dot_product"):
         return Match((), "its steps do not call scaled_dot_product_attention")
     if facts.device == "cuda":
-        return Match(tuple(BACKENDS))
+        return Match(tuple(BACKENDS), share=facts.share("attention"))
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     if facts.lack("bernoulli"):
         return Match((), "its attention is without dropout, which torch computes in one pass")
-    return Match(("fast",))
+    return Match(("fast",), share=facts.unfused_attention_share)
 
 
 def apply(session: Session, setting: str) -> Undo:

@@ -25,7 +25,7 @@ def match(facts: Facts) -> Match:
     """Needs steps that wait for their data."""
     if facts.data_share is not None and facts.data_share < WORTH_SHARE:
         return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
-    return Match(("cache", "prefetch", "workers"))
+    return Match(("cache", "prefetch", "workers"), share=facts.data_share)
 
 
 _caches: weakref.WeakKeyDictionary[Session, SampleCache] = weakref.WeakKeyDictionary()

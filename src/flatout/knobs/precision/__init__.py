@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -29,7 +29,7 @@ def match(facts: Facts) -> Match:
         f"this machine multiplies bfloat16 matrices at {(bf16 or 0) / 1e9:.3g} GFLOP/s, float32 at "
         f"{float32 / 1e9:.3g} GFLOP/s"
     )
-    return Match(settings, None if settings else why)
+    return Match(settings, None if settings else why, facts.share(*PRODUCTS))
 
 
 def apply(session: Session, setting: str) -> Undo:

@@ -1,0 +1,327 @@
+"""Recorded step times, replayed through the decisions of ``flatout tune``.
+
+    python benchmarks/replay.py                       # 1,000 replays a program and scenario
+    python benchmarks/replay.py --replays 100 gan mlp
+
+What ``record_steps.py`` has recorded of real programs is cut into pieces and put together anew, so
+that drift and stalls are those of a real machine, and knobs of known effect are turned on and off
+in it: the comparison inside one process (``agent/switch.py``, with what a real switch left behind
+in the steps after it), the stack of winners, the pass that drops one after the other, and the claim
+from fresh processes (``tune/statistics.py``), within ``STEPS`` steps in all. Of each scenario the
+share of replays with a claim is printed, with its 95 % interval. Exits with 1 when it is not as
+asked: a claim without a gain in more than 6.5 % of the replays, or a gain of 5 % or 20 % found in
+fewer than 90 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple, cast
+
+from flatout.agent.session import Session
+from flatout.agent.switch import Switch
+from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
+from flatout.request import Comparison
+from flatout.tune import design, statistics
+from flatout.turns import Turn
+
+RECORDED = Path(__file__).parent / "steps"
+
+STEPS = 1000
+FIRST_RUN_STEPS = 30
+WARMUP_STEPS = 3
+DUMMIES = 20
+
+SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 4, 1, 2
+DROP_BLOCK_STEPS, DROP_ROUNDS = 4, 6
+RUN_STEPS = 10
+"""Of each fresh process, where they run one after the other."""
+RELAY_STEPS = 28
+"""Of each fresh process, where two take turns; as recorded."""
+
+PIECE_STEPS = 200
+"""Mean length of the pieces of the long run, of geometric distribution (stationary bootstrap,
+Politis and Romano 1994)."""
+
+CARRY_STEPS = 6
+
+
+class Scenario(NamedTuple):
+    """What the knobs other than the dummies bring, and how often a claim is asked for."""
+
+    gains: tuple[float, ...]
+    least: float
+    most: float
+
+
+SCENARIOS = {
+    "dummies": Scenario((), 0.0, 0.065),
+    "5 % gain": Scenario((1.05,), 0.9, 1.0),
+    "20 % gain": Scenario((1.2,), 0.9, 1.0),
+    "3 % slower": Scenario((0.97,), 0.0, 0.065),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded of one program.
+
+    Attributes:
+        long_ms: step times of the long run.
+        short_ms: those of the short runs, in the order in which they were made.
+        relay_ms: of pairs of runs that took turns, the steps that count.
+        carry: what a step takes more, as a factor, by its place after a switch that turned
+            something on, and after one that turned it off.
+    """
+
+    long_ms: list[float]
+    short_ms: list[list[float]]
+    relay_ms: list[list[list[float]]]
+    carry: dict[bool, list[float]]
+
+
+def recorded_programs() -> list[str]:
+    """Names of the programs that were recorded."""
+    return sorted(path.name.removesuffix(".json.gz") for path in RECORDED.glob("*.json.gz"))
+
+
+def load(name: str) -> Recorded:
+    """Read what was recorded of a program."""
+    document = json.loads(gzip.decompress((RECORDED / f"{name}.json.gz").read_bytes()))
+    return Recorded(
+        document["long_ms"][10:],
+        document["short_ms"],
+        document["relay_ms"],
+        _carry(document["switched"]),
+    )
+
+
+def _carry(switched: dict[str, Any]) -> dict[bool, list[float]]:
+    size = switched["block_steps"]
+    excess: dict[bool, list[list[float]]] = {True: [], False: []}
+    last = None
+    seen = set()
+    for start in range(0, len(switched["arms"]) - size + 1, size):
+        arm = switched["arms"][start]
+        block = [math.log(step_ms) for step_ms in switched["steps_ms"][start : start + size]]
+        usual = median(block[CARRY_STEPS:])
+        if arm != last and arm in seen:
+            excess[arm != 0].append([value - usual for value in block[:CARRY_STEPS]])
+        last = arm
+        seen.add(arm)
+    return {
+        turned_on: [math.exp(median(place)) for place in zip(*blocks, strict=True)]
+        for turned_on, blocks in excess.items()
+    }
+
+
+class Machine:
+    """Replays a program: the session that a ``Switch`` sees, and a place to start new runs.
+
+    Args:
+        recorded: the program.
+        gains: speed-up of each knob; of none for those that are missing.
+        seed: of the replay.
+    """
+
+    def __init__(self, recorded: Recorded, gains: dict[str, float], seed: int) -> None:
+        self._recorded = recorded
+        self._gains = gains
+        self._draw = random.Random(seed)
+        self._at = self._draw.randrange(len(recorded.long_ms))
+        self._pairs: deque[tuple[list[float], list[float]]] = deque()
+        self.arm: int | None = None
+        self.mark: str | None = None
+        self.failed_knobs: dict[str, str] = {}
+        self.steps = 0
+        self._on: dict[str, str] = {}
+        self._before: dict[str, str] = {}
+        self._since_switch = CARRY_STEPS
+
+    # What a switch calls
+
+    def turn(self, knob: str, setting: str) -> None:
+        """A knob is turned on."""
+        self._on[knob] = setting
+
+    def turn_off(self, knob: str) -> None:
+        """It is turned off."""
+        self._on.pop(knob, None)
+
+    def event(self, what: str, subject: str, why: str, traceback: str | None = None) -> None:
+        """Nobody reads this."""
+
+    # Runs
+
+    def compare(self, comparison: Comparison) -> list[Block]:
+        """One process with a comparison."""
+        switch = Switch(cast(Session, self), comparison)
+        self._at = self._draw.randrange(len(self._recorded.long_ms))
+        is_over, now_ns = False, 0
+        while not is_over:
+            turn = Turn(now_ns)
+            now_ns += round(self._step_ms() * 1e6)
+            turn.end_ns = now_ns
+            is_over = switch.at_boundary(turn)
+        size = comparison.block_steps - comparison.discard_steps
+        return [block for block in switch.found if len(block.times_ms) >= size]
+
+    def _step_ms(self) -> float:
+        self.steps += 1
+        recorded = self._recorded
+        if self._draw.random() < 1 / PIECE_STEPS:
+            self._at = self._draw.randrange(len(recorded.long_ms))
+        self._at = (self._at + 1) % len(recorded.long_ms)
+        step_ms = recorded.long_ms[self._at] / self._gain(self._on)
+        if self._on != self._before:
+            self._carry = recorded.carry[len(self._on) > len(self._before)]
+            self._before = dict(self._on)
+            self._since_switch = 0
+        if self._since_switch < CARRY_STEPS:
+            step_ms *= self._carry[self._since_switch]
+            self._since_switch += 1
+        return step_ms
+
+    def _gain(self, settings: dict[str, str]) -> float:
+        return math.prod(self._gains.get(knob, 1.0) for knob in settings)
+
+    def pair(self, settings: dict[str, str], in_relay: bool) -> float:
+        """A pair of fresh processes, bare and with settings; the logarithm of the ratio."""
+        if in_relay:
+            self.steps += 2 * RELAY_STEPS
+            runs = self._draw.choice(self._recorded.relay_ms)
+            bare, plan = runs if self._draw.random() < 0.5 else reversed(runs)
+        else:
+            self.steps += 2 * RUN_STEPS
+            bare, plan = (run[WARMUP_STEPS:RUN_STEPS] for run in self._two_runs())
+        log_ratios = [math.log(one / other) for one, other in zip(bare, plan, strict=True)]
+        return median(log_ratios) + math.log(self._gain(settings))
+
+    def _two_runs(self) -> tuple[list[float], list[float]]:
+        """Bare and plan; of two pairs, the second the other way round."""
+        if not self._pairs:
+            runs = self._recorded.short_ms
+            start = self._draw.randrange(len(runs) - 3)
+            one, two, three, four = runs[start : start + 4]
+            pairs = [(one, two), (four, three)]
+            if self._draw.random() < 0.5:
+                pairs = [(plan, bare) for bare, plan in pairs]
+            self._pairs.extend(pairs)
+        return self._pairs.popleft()
+
+
+class Outcome(NamedTuple):
+    """Of one replay: the stack, its claim, and whether it is one."""
+
+    settings: dict[str, str]
+    ratio: Ratio | None
+    is_claimed: bool
+
+
+def drop(machine: Machine, settings: dict[str, str]) -> dict[str, str]:
+    """The stack without what it does not need."""
+    parts = list(settings)
+    without = [{knob: settings[knob] for knob in parts if knob != part} for part in parts]
+    found = machine.compare(
+        Comparison(
+            arms=(settings, *without),
+            block_steps=DROP_BLOCK_STEPS,
+            discard_steps=SCREEN_DISCARD_STEPS,
+            rounds=DROP_ROUNDS,
+        )
+    )
+    ratios = {parts[arm - 1]: ratio for arm, ratio in arm_ratios(found).items()}
+    spare = statistics.redundant(ratios)[: len(parts) - 1]
+    return {knob: setting for knob, setting in settings.items() if knob not in spare}
+
+
+def tune(machine: Machine, knobs: list[str], in_relay: bool) -> Outcome:
+    """All the decisions of a tune, in the order of ``flatout tune``."""
+    machine.steps = FIRST_RUN_STEPS
+    arms = design.stacks([[(knob, "on")] for knob in knobs])
+    found = machine.compare(
+        Comparison(
+            arms=arms,
+            block_steps=SCREEN_BLOCK_STEPS,
+            discard_steps=SCREEN_DISCARD_STEPS,
+            rounds=SCREEN_ROUNDS,
+            decide="settings",
+            worthwhile=statistics.WORTHWHILE,
+        )
+    )
+    settings = dict(statistics.winners(setting_ratios(found, arms)))
+    if not settings:
+        return Outcome({}, None, False)
+    if len(settings) > 1:
+        settings = drop(machine, settings)
+    pair_steps = 2 * (RELAY_STEPS if in_relay else RUN_STEPS)
+    most = max((STEPS - machine.steps) // pair_steps, statistics.MINIMUM_PAIRS)
+    logs: list[float] = []
+    while len(logs) < most and not statistics.enough_pairs(logs, most):
+        logs.append(machine.pair(settings, in_relay))
+    ratio = statistics.claimed(logs)
+    return Outcome(settings, ratio, statistics.is_gain(ratio))
+
+
+def replay(
+    name: str, scenario: Scenario, seeds: Iterable[int], in_relay: bool = True
+) -> list[Outcome]:
+    """A program and a scenario, with one replay for each seed."""
+    recorded = load(name)
+    gains = {f"real{number}": gain for number, gain in enumerate(scenario.gains)}
+    knobs = [*gains, *(f"dummy{number}" for number in range(DUMMIES))]
+    return [tune(Machine(recorded, gains, seed), knobs, in_relay) for seed in seeds]
+
+
+def share(claims: int, replays: int) -> Ratio:
+    """Share of replays with its exact 95 % interval (Clopper and Pearson 1934)."""
+    from scipy import stats  # type: ignore[import-untyped]
+
+    interval = stats.binomtest(claims, replays).proportion_ci(0.95)
+    return Ratio(claims / replays, float(interval.low), float(interval.high), replays)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = recorded_programs()
+    parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(names)}")
+    parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument(
+        "--one-after-the-other",
+        action="store_true",
+        help="fresh processes run one after the other instead of taking turns",
+    )
+    arguments = parser.parse_args()
+    is_as_asked = True
+    for title, scenario in SCENARIOS.items():
+        print(f"{title} and {DUMMIES} dummies")
+        for name in arguments.programs or names:
+            outcomes = replay(
+                name, scenario, range(arguments.replays), not arguments.one_after_the_other
+            )
+            claims = share(sum(outcome.is_claimed for outcome in outcomes), len(outcomes))
+            is_as_asked &= claims.high >= scenario.least and claims.low <= scenario.most
+            kept = fmean("real0" in outcome.settings for outcome in outcomes)
+            stack = fmean(len(outcome.settings) for outcome in outcomes)
+            pairs = [outcome.ratio.pairs for outcome in outcomes if outcome.ratio is not None]
+            print(
+                f"  {name:10} claimed {claims.value:6.1%} ({claims.low:.1%} to {claims.high:.1%}), "
+                f"in the stack {kept:.1%}, knobs in it {stack:.1f}, "
+                f"pairs {fmean(pairs) if pairs else 0:.1f}",
+                flush=True,
+            )
+    return 0 if is_as_asked else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Two runs take turns in blocks of steps: while one makes its steps, the other waits.
+
+They are processes of their own, with their own allocators and caches, and yet a drift of the
+machine's speed meets both alike. The baton is handed on by files in a folder that both know;
+``launch/relay.py`` starts the two and tells the one that waits when the other has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flatout.request import Relay
+from flatout.turns import Turn
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+_POLL_S = 0.0005
+
+
+class Runner:
+    """The stage of a session that runs in a relay.
+
+    Steps are marked ``first`` before the first block, and ``switched`` where they follow a wait.
+    If another process of the same job runs already, this one makes its steps without waiting.
+
+    Args:
+        session: the session of this process.
+        relay: which of the two it is, and how long the blocks are.
+    """
+
+    def __init__(self, session: Session, relay: Relay) -> None:
+        self._session = session
+        self._relay = relay
+        self._folder = Path(relay.folder)
+        self._steps = 0
+        self._takes_part = True
+        session.arm = relay.place
+        session.mark = "first"
+
+    def at_boundary(self, turn: Turn) -> bool:
+        """A turn has closed; returns whether all blocks are over."""
+        if turn.kind != "step":
+            return False
+        relay = self._relay
+        self._steps += 1
+        if self._steps < relay.warmup_steps:
+            return False
+        finished, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
+        if step == relay.discard_steps:
+            self._session.mark = None
+        elif step == 0:
+            if finished == 0:
+                self._takes_part = self._make(f"ready-{relay.place}")
+                self._wait(f"ready-{1 - relay.place}")
+            else:
+                self._make(f"done-{relay.place}-{finished}")
+            if finished == relay.blocks:
+                self._session.arm = self._session.mark = None
+                return True
+            others_finished = finished + relay.place
+            if others_finished:
+                self._wait(f"done-{1 - relay.place}-{others_finished}")
+            self._session.mark = "switched"
+        return False
+
+    def _make(self, name: str) -> bool:
+        """Make a file; whether it was not there."""
+        if not self._takes_part:
+            return False
+        try:
+            (self._folder / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _wait(self, name: str) -> None:
+        """Wait until the other has made a file, or has ended."""
+        file, ended = self._folder / name, self._folder / f"ended-{1 - self._relay.place}"
+        while self._takes_part and not file.exists() and not ended.exists():
+            time.sleep(_POLL_S)

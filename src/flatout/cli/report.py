@@ -1,0 +1,66 @@
+"""``flatout report``: what a tune found, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUMMARY = "write what a tune found as one HTML page"
+TAKES_JOB = False
+
+PAGE_FILE = "flatout-report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``flatout report``."""
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="what flatout tune --json wrote (default: the result of the last tune)",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        default=Path(PAGE_FILE),
+        metavar="FILE",
+        help=f"where the page is written (default: {PAGE_FILE})",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Write the page."""
+    from flatout import paths
+    from flatout.errors import UserError
+    from flatout.report import page
+    from flatout.tune.document import Document
+
+    paths.check_writable(arguments.html)
+    document = Document.read(arguments.file or _newest())
+    try:
+        arguments.html.write_text(page.html(document), "utf-8")
+    except OSError as error:
+        raise UserError(f"{arguments.html} cannot be written: {error.strerror}") from error
+    print(f"flatout: the report is in {arguments.html}", file=sys.stderr)
+    return 0
+
+
+def _newest() -> Path:
+    """The result of the last tune.
+
+    Raises:
+        UserError: there is none.
+    """
+    from flatout import paths
+    from flatout.errors import UserError
+    from flatout.tune.document import DOCUMENT_FILE
+
+    found = list(paths.tunes_directory().glob(f"*/{DOCUMENT_FILE}"))
+    if not found:
+        raise UserError(
+            "no tune has been finished yet: run flatout tune first, or name the file that its "
+            "--json wrote"
+        )
+    return max(found, key=lambda file: file.stat().st_mtime)

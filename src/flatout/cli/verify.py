@@ -1,0 +1,104 @@
+"""``flatout verify``: put a plan to the proof again, at any length."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "prove a plan again, for as many steps and seeds as wanted"
+TAKES_JOB = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``flatout verify``."""
+    from flatout.plan import PLAN_FILE
+
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        default=Path(PLAN_FILE),
+        metavar="FILE",
+        help=f"the plan; if it passes, the new proof is written into it (default: {PLAN_FILE})",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of each run (default: as in the plan's proof, or 200)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="K", help="pairs of runs, a seed each (default: 5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the first of them (default: 0)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="peak memory that is allowed, as a multiple of the bare program's (default: 1.1)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the verdict")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last one that was interrupted"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="let the runs write to your files: each starts and stops the program half way",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Verify; the exit code is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C."""
+    from flatout import paths, plan
+    from flatout.cli import tune
+    from flatout.errors import UserError
+    from flatout.launch.process import check_program
+    from flatout.report import words
+    from flatout.report.live import LiveTable
+    from flatout.tune import journal, result
+    from flatout.tune.pairs import MINIMUM_STEPS
+    from flatout.tune.tuner import MAXIMUM_STEPS, Options, Tuner
+
+    proven = plan.read(arguments.plan)
+    paths.check_writable(arguments.plan)
+    check_program(arguments.command[0])
+    if not proven.settings:
+        raise UserError(f"{arguments.plan} turns nothing, so there is nothing to prove")
+    steps = arguments.steps or (proven.evidence.steps if proven.evidence else MAXIMUM_STEPS)
+    if steps < MINIMUM_STEPS:
+        raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
+    if arguments.seeds < 2:
+        raise UserError("--seeds must be at least 2")
+    options = Options(
+        steps=steps,
+        seed=arguments.seed,
+        isolate=not arguments.in_place,
+        memory=arguments.memory,
+    )
+    opened = (journal.resume if arguments.resume else journal.begin)("verify", arguments.command)
+    try:
+        with LiveTable(quiet=arguments.quiet) as table:
+            tuner = Tuner(
+                arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
+            )
+            outcome = tuner.verify(proven.settings, arguments.seeds)
+        if not outcome.interrupted:
+            opened.finish()
+    finally:
+        opened.close()
+    document = result.made(arguments.command, arguments.plan, outcome)
+    if document.claim is not None:
+        tune.say(words.claim_line(document))
+    for line in words.proof_lines(document.proof) if document.proof is not None else ():
+        tune.say(line)
+    if outcome.evidence is None:
+        tune.say(outcome.why)
+    else:
+        tune.write_plan(arguments.plan, arguments.command, outcome)
+        tune.say(f"proven, written into {arguments.plan}")
+    if outcome.interrupted:
+        return 130
+    return 0 if outcome.evidence is not None else 1

@@ -1,0 +1,72 @@
+"""Two runs of one job at the same time, which take turns in blocks of steps (``agent/relay.py``).
+
+``command`` gives the command line of a *stage*: this file, run as a script, which starts both and
+waits for them. When one ends, the other is told; when one fails, the other is ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+STATUSES_FILE = "statuses.json"
+"""In the folder of the baton, when both have ended: exit statuses; negative: it died by that
+signal."""
+
+
+def command(jobs: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The command line that runs both.
+
+    Args:
+        jobs: of each, ``command``, ``variables`` (added to the environment) and ``output`` (the
+            file for its standard output and error).
+        folder: where the baton lies.
+    """
+    options = json.dumps({"jobs": jobs, "folder": str(folder)})
+    return [sys.executable, "-I", "-S", __file__, options]
+
+
+def _main() -> int:
+    options = json.loads(sys.argv[1])
+    folder = Path(options["folder"])
+    running: dict[int, int] = {}
+    statuses = [0, 0]
+    for place, job in enumerate(options["jobs"]):
+        with open(job["output"], "ab") as output:
+            started = subprocess.Popen(
+                job["command"],
+                env={**os.environ, **job["variables"]},
+                stdout=output,
+                stderr=output,
+                preexec_fn=_die_with_parent,
+            )
+        running[started.pid] = place
+    while running:
+        pid, status = os.wait()
+        place = running.pop(pid, None)
+        if place is None:
+            continue
+        statuses[place] = os.waitstatus_to_exitcode(status)
+        (folder / f"ended-{place}").touch()
+        if statuses[place]:
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    (folder / STATUSES_FILE).write_text(json.dumps(statuses))
+    return 0
+
+
+def _die_with_parent() -> None:
+    """In a child that has not become its program yet (prctl(2), Linux)."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,245 @@
+"""Ratios of step times inside one process, with their intervals.
+
+Step times are skewed, drift, and resemble their neighbours: the machine's speed changes by 2x
+within minutes. So each block of steps counts once, by the median of its times, and the logarithms
+y of these medians, in the order of time, are fitted with
+
+    y[i] = level - (sum of the logarithms of the ratios of what block i has turned on) + e[i],
+    e[i] = phi e[i-1] + noise,
+
+a regression with autoregressive errors (Prais and Winsten 1954): a block is compared, above all,
+with the blocks next to it, whichever arm they belong to. The noise is bounded as Huber (1981,
+Robust Statistics, sections 7.6 and 7.8) does it, so that a machine that stands still costs one
+block; phi maximises the restricted likelihood (Harville 1974).
+
+Standard library only: both halves load this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist, median
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+HUBER = 1.345
+"""Residuals beyond this many deviations are bounded; 95 % efficient on normal noise (Huber)."""
+
+PHIS = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9)
+
+MINIMUM_FREEDOM = 5
+"""Degrees of freedom below which there is no interval."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A speed-up: the baseline's step time over the other's.
+
+    Attributes:
+        value: the estimate.
+        low, high: confidence interval of it.
+        pairs: number of pairs behind it: of runs, or of blocks.
+    """
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps of one arm in a row.
+
+    Attributes:
+        arm: its number.
+        times_ms: step times, those after the switch left out.
+        first_ms: step times of an arm's first turn, which warms up and counts for no ratio.
+    """
+
+    arm: int
+    times_ms: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)
+
+
+def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
+    """The ratio of each arm to one of them.
+
+    Args:
+        found: blocks in the order of time; those without times are passed over.
+        baseline: the arm that the others are compared with.
+
+    Returns nothing while there are too few blocks for an interval.
+    """
+    timed = [block for block in found if block.times_ms]
+    others = sorted({block.arm for block in timed} - {baseline})
+    if len(others) == len({block.arm for block in timed}):
+        return {}
+    column = {arm: number for number, arm in enumerate(others, 1)}
+    rows = [(0,) if block.arm == baseline else (0, column[block.arm]) for block in timed]
+    ratios = _ratios(rows, [math.log(median(block.times_ms)) for block in timed], 1 + len(others))
+    return dict(zip(others, ratios, strict=False))
+
+
+def setting_ratios(
+    found: Sequence[Block], arms: Sequence[Mapping[str, str]]
+) -> dict[tuple[str, str], Ratio]:
+    """The ratio that each setting brings, among the others: for the stacks of ``tune.design``.
+
+    Args:
+        found: blocks in the order of time; those without times are passed over.
+        arms: the ``knob -> setting`` map of each arm.
+
+    Returns nothing while there are too few blocks to tell the settings apart.
+    """
+    timed = [block for block in found if block.times_ms]
+    settings = sorted({item for block in timed for item in arms[block.arm].items()})
+    column = {item: number for number, item in enumerate(settings, 1)}
+    rows = [(0, *sorted(column[item] for item in arms[block.arm].items())) for block in timed]
+    ratios = _ratios(rows, [math.log(median(block.times_ms)) for block in timed], 1 + len(settings))
+    return dict(zip(settings, ratios, strict=False))
+
+
+def is_decided(ratio: Ratio, worthwhile: float) -> bool:
+    """Whether it is clear that there is a gain, or none worth having."""
+    return ratio.low > 1 or ratio.high < worthwhile
+
+
+# The regression
+
+
+class _Fit(NamedTuple):
+    coefficients: list[float]
+    inverse: list[list[float]]
+    variance: float
+    log_likelihood: float
+
+
+def _ratios(rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int) -> list[Ratio]:
+    """One ratio for each column but the first; none if there are too few rows.
+
+    Args:
+        rows: of each block, the columns that are 1 in it; column 0, the level, is in all.
+        logs: of each block.
+        width: number of columns.
+    """
+    freedom = len(rows) - width - 1
+    if freedom < MINIMUM_FREEDOM or width < 2:
+        return []
+    fits = [_fit(rows, logs, width, phi) for phi in PHIS]
+    known = [fit for fit in fits if fit is not None]
+    if not known:
+        return []
+    best = max(known, key=lambda fit: fit.log_likelihood)
+    quantile = t_quantile((1 + CONFIDENCE) / 2, freedom)
+    ratios = []
+    for column in range(1, width):
+        centre = -best.coefficients[column]
+        half = quantile * math.sqrt(best.variance * best.inverse[column][column])
+        turned_on = sum(column in row for row in rows)
+        pairs = min(turned_on, len(rows) - turned_on)
+        ratios.append(
+            Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), pairs)
+        )
+    return ratios
+
+
+def _fit(
+    rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int, phi: float
+) -> _Fit | None:
+    """Huber's estimate for one phi; ``None``: the columns cannot be told apart."""
+    first = math.sqrt(1 - phi**2)
+    whitened: list[list[tuple[int, float]]] = [[(column, first) for column in rows[0]]]
+    values = [first * logs[0]]
+    for number in range(1, len(rows)):
+        now, before = set(rows[number]), set(rows[number - 1])
+        whitened.append(
+            [(column, (column in now) - phi * (column in before)) for column in now | before]
+        )
+        values.append(logs[number] - phi * logs[number - 1])
+    normal = [[0.0] * width for _ in range(width)]
+    for row in whitened:
+        for column, value in row:
+            line = normal[column]
+            for other, factor in row:
+                line[other] += value * factor
+    inverted = _inverted(normal)
+    if inverted is None:
+        return None
+    inverse, log_determinant = inverted
+    count = len(rows)
+    coefficients = [0.0] * width
+    scale = math.inf
+    residuals = values
+    for _ in range(8):
+        gradient = [0.0] * width
+        for row, residual in zip(whitened, residuals, strict=True):
+            bounded = min(max(residual, -HUBER * scale), HUBER * scale)
+            for column, value in row:
+                gradient[column] += value * bounded
+        coefficients = [
+            coefficient + sum(a * b for a, b in zip(line, gradient, strict=True))
+            for coefficient, line in zip(coefficients, inverse, strict=True)
+        ]
+        residuals = [
+            value - sum(coefficients[column] * factor for column, factor in row)
+            for row, value in zip(whitened, values, strict=True)
+        ]
+        # The fit brings about as many residuals to 0 as it has columns.
+        scale = sorted(map(abs, residuals))[(count + width) // 2] / _NORMAL_MEDIAN
+        scale = max(scale, 1e-9)
+    inside = sum(abs(residual) <= HUBER * scale for residual in residuals) / count
+    power = sum(min(abs(residual), HUBER * scale) ** 2 for residual in residuals)
+    correction = 1 + width / count * (1 - inside) / inside
+    freedom = count - width
+    variance = correction**2 * max(power, 1e-18) / freedom / inside**2
+    log_likelihood = -freedom / 2 * math.log(variance) + math.log(first) - log_determinant / 2
+    return _Fit(coefficients, inverse, variance, log_likelihood)
+
+
+_NORMAL_MEDIAN = NormalDist().inv_cdf(0.75)
+"""Median of the absolute value of a standard normal variable."""
+
+
+def _inverted(matrix: Sequence[Sequence[float]]) -> tuple[list[list[float]], float] | None:
+    """Inverse and log determinant of a positive definite matrix, ``None`` if it is singular."""
+    size = len(matrix)
+    lines = [
+        [*line, *(float(number == other) for other in range(size))]
+        for number, line in enumerate(matrix)
+    ]
+    largest = max(line[number] for number, line in enumerate(matrix))
+    log_determinant = 0.0
+    for number in range(size):
+        pivot = lines[number][number]
+        if pivot < 1e-9 * largest:
+            return None
+        log_determinant += math.log(pivot)
+        line = lines[number] = [value / pivot for value in lines[number]]
+        for other in range(size):
+            factor = lines[other][number]
+            if other != number and factor:
+                lines[other] = [
+                    value - factor * taken for value, taken in zip(lines[other], line, strict=True)
+                ]
+    return [line[size:] for line in lines], log_determinant
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t, to 1 % from 5 degrees of freedom on.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z = NormalDist().inv_cdf(probability)
+    return (
+        z
+        + (z**3 + z) / 4 / freedom
+        + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / freedom**3
+    )

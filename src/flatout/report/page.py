@@ -1,0 +1,577 @@
+"""What a tune found, as one HTML page that needs nothing but itself: no network, no script."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from flatout import __version__
+from flatout.plan import Fact
+from flatout.ratios import Ratio
+from flatout.report import charts, figures, words
+from flatout.report.charts import RatioAxis
+from flatout.report.markup import Markup, element, joined, with_code
+from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
+from flatout.turns import PHASES
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""Content-Security-Policy: a browser loads and runs nothing, whatever a command line holds."""
+
+_STATE_CLASSES = {"won": "good", "failed": "bad"}
+_COMPARED_ORDER = ("won", "running", "no gain", "failed", "not tried", "left out")
+
+
+def html(document: Document) -> str:
+    """The page of a tune."""
+    style = Path(__file__).with_name("page.css").read_text("utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("title", f"{document.program}: flatout tune"),
+        element("style", Markup(style)),
+    )
+    sections = (_next, _plan, _sides, _phases, _proof, _arms, _not_compared, _findings, _machine)
+    body = element(
+        "body",
+        _header(document),
+        element("main", *(section(document) for section in sections)),
+        _footer(document),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _header(document: Document) -> Markup:
+    claim = document.claim
+    if document.plan is None:
+        title = f"No plan for {document.program}"
+        lead = _sentence(document.why)
+    elif claim is None:
+        title, lead = f"A plan for {document.program}", _sentence(document.why)
+    else:
+        title = f"{document.program} runs {_times(claim.value)} as fast"
+        lead = (
+            f"{_times(claim.low)} to {_times(claim.high)} with 95 % confidence, from "
+            f"{figures.count(claim.pairs, 'pair')} of fresh processes in alternation, the bare "
+            "program against the whole plan."
+        )
+    return element(
+        "header",
+        element("p", "flatout tune", class_="eyebrow"),
+        element("h1", title),
+        element("p", lead, class_="lead"),
+        element("dl", *_key_figures(document), class_="facts"),
+    )
+
+
+def _key_figures(document: Document) -> list[Markup]:
+    bare, plan = document.baseline, document.with_plan
+    if document.plan is None or plan is None:
+        facts = [
+            ("Step", figures.milliseconds(bare.step_ms), "median, bare"),
+            ("Start-up", figures.duration(bare.startup_s), "bare"),
+            ("Peak memory", figures.memory(bare.peak_rss_bytes), "bare"),
+            ("Compared", figures.count(sum(a.ratio is not None for a in document.arms), "arm"), ""),
+        ]
+    else:
+        proof = document.proof
+        verdict = figures.NOT_MEASURED
+        if proof is not None:
+            verdict = proof.kind.capitalize() if proof.passed else "Not passed"
+        facts = [
+            (
+                "Step",
+                figures.milliseconds(plan.step_ms),
+                f"median; bare: {figures.milliseconds(bare.step_ms)}",
+            ),
+            (
+                "Whole job, projected",
+                figures.duration(plan.job_s),
+                f"bare: {figures.duration(bare.job_s)}",
+            ),
+            (
+                "Break-even",
+                words.break_even(document).capitalize(),
+                "to make up for a longer start",
+            ),
+            (
+                "Proof",
+                verdict,
+                ""
+                if proof is None
+                else f"{figures.count(proof.steps, 'step')}, {figures.count(proof.seeds, 'seed')}",
+            ),
+        ]
+    return [
+        element(
+            "div",
+            element("dt", name),
+            element("dd", value, element("small", note) if note else None),
+        )
+        for name, value, note in facts
+    ]
+
+
+def _next(document: Document) -> Markup | None:
+    if document.next_command is None:
+        return None
+    return _section(
+        "Next",
+        element("pre", element("code", document.next_command)),
+        None if document.plan is None else element("p", f"The plan is in {document.plan}."),
+    )
+
+
+def _plan(document: Document) -> Markup | None:
+    if not document.knobs:
+        return None
+    heading = ("Knob", "May change", "Alone", "On top of the others", "By hand")
+    return _section(
+        "The plan",
+        element("p", _sentence(document.why)) if document.claim is not None else None,
+        element(
+            "table",
+            element("thead", _row("th", heading, numbers=(2, 3))),
+            element("tbody", *(_knob(knob, heading) for knob in document.knobs)),
+            class_="stacked knobs",
+        ),
+    )
+
+
+def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
+    name = element("code", f"{knob.knob} = {knob.setting}")
+    return element(
+        "tr",
+        element("th", name, element("small", knob.summary), scope="row"),
+        element("td", knob.exactness, data_label=heading[1]),
+        *(
+            element("td", _ratio_cell(ratio), class_="number", data_label=label)
+            for ratio, label in ((knob.alone, heading[2]), (knob.without_it, heading[3]))
+        ),
+        element("td", with_code(knob.by_hand), data_label=heading[4]),
+    )
+
+
+def _ratio_cell(ratio: Ratio | None) -> Markup:
+    if ratio is None:
+        return joined(figures.NOT_MEASURED)
+    interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {figures.count(ratio.pairs, 'pair')}"
+    return element("span", _times(ratio.value), element("small", interval))
+
+
+def _sides(document: Document) -> Markup:
+    with_plan = document.with_plan
+    rows = words.sides(document.baseline, with_plan or Side())
+    heading = ("", "Bare", "With the plan", "Change")
+    shown = slice(None) if with_plan is not None else slice(2)
+    return _section(
+        "Side by side" if with_plan is not None else "The bare program",
+        element(
+            "table",
+            element("thead", _row("th", heading[shown], numbers=(1, 2, 3))),
+            element(
+                "tbody",
+                *(
+                    _row(
+                        "td",
+                        (name[0].upper() + name[1:], *map(_with_minus, values))[shown],
+                        numbers=(1, 2, 3),
+                    )
+                    for name, *values in rows
+                ),
+            ),
+            class_="narrow",
+        ),
+    )
+
+
+def _phases(document: Document) -> Markup:
+    sides = [("Bare", document.baseline)]
+    if document.with_plan is not None:
+        sides.append(("With the plan", document.with_plan))
+    bars = [(name, side.phases_ms) for name, side in sides if any(side.phases_ms.values())]
+    if not bars:
+        return _section("Phases of a step", element("p", _sentence(figures.NOT_MEASURED)))
+    entered = [
+        phase for phase in PHASES if any(side.phases_ms.get(phase) is not None for _, side in sides)
+    ]
+    legend = [element("li", _swatch(phase), phase) for phase in entered]
+    rows = []
+    for phase in entered:
+        values = [side.phases_ms.get(phase) for _, side in sides]
+        cells = [figures.milliseconds(ms) for ms in values]
+        if len(values) == 2:
+            cells.append(_with_minus(figures.change(*values)))
+        rows.append(
+            _row(
+                "td",
+                (element("span", _swatch(phase), phase, class_="phase"), *cells),
+                numbers=(1, 2, 3),
+            )
+        )
+    heading = ("Phase", *(name for name, _ in sides), *(("Change",) if len(sides) == 2 else ()))
+    return _section(
+        "Phases of a step",
+        charts.phases(bars),
+        element("ul", *legend, class_="legend"),
+        element(
+            "table",
+            element(
+                "caption", "Mean time in a step. A phase that a program never enters is left out."
+            ),
+            element("thead", _row("th", heading, numbers=(1, 2, 3))),
+            element("tbody", *rows),
+            class_="narrow",
+        ),
+    )
+
+
+def _swatch(phase: str) -> Markup:
+    return element("span", class_=f"swatch phase-{phase}")
+
+
+def _proof(document: Document) -> Markup | None:
+    proof = document.proof
+    if proof is None:
+        if document.plan is None:
+            return None
+        return _section("Proof", element("p", "Nothing has been proven of this plan."))
+    note = words.repeatability(proof)
+    return _section(
+        "Proof",
+        element(
+            "p",
+            element(
+                "span", "Passed" if proof.passed else "Not passed", class_=_verdict(proof.passed)
+            ),
+            f", {proof.kind}, over the first {figures.count(proof.steps, 'step')} with "
+            f"{figures.count(proof.seeds, 'seed')}. {_sentence(proof.why)}",
+        ),
+        None if note is None else element("p", _sentence(note)),
+        _checks(proof),
+        _losses(proof),
+    )
+
+
+def _verdict(passed: bool | None) -> str | None:
+    return {True: "state good", False: "state bad", None: "state"}[passed]
+
+
+def _checks(proof: Proof) -> Markup | None:
+    if not proof.checks:
+        return None
+    rows = []
+    for check in proof.checks:
+        verdict = {True: "passed", False: "not passed", None: figures.NOT_MEASURED}[check.passed]
+        told = ", ".join(
+            f"{key.replace('_', ' ')} {_fact(value)}" for key, value in check.figures.items()
+        )
+        rows.append(
+            element(
+                "tr",
+                element("th", check.name, scope="row"),
+                element("td", element("span", verdict, class_=_verdict(check.passed))),
+                element("td", check.why, element("small", told) if told else None),
+            )
+        )
+    return element(
+        "table",
+        element("thead", _row("th", ("Check", "Verdict", "Why"))),
+        element("tbody", *rows),
+        class_="stacked",
+    )
+
+
+def _losses(proof: Proof) -> Markup | None:
+    shown = []
+    for curves in proof.curves:
+        drawn = charts.curves(curves)
+        if drawn is None:
+            continue
+        scale = " Logarithmic scale." if charts.is_logarithmic(curves) else ""
+        spread = "Lines are means over the seeds, bands the spread between them."
+        shown.append(
+            element(
+                "figure",
+                element(
+                    "figcaption",
+                    element("strong", curves.site[:1].upper() + curves.site[1:]),
+                    element("div", f"{spread}{scale}", class_="note"),
+                ),
+                element("div", drawn, class_="frame"),
+                element(
+                    "ul",
+                    element("li", element("span", class_="key bare"), "bare"),
+                    element("li", element("span", class_="key"), "with the plan"),
+                    class_="legend",
+                ),
+            )
+        )
+    if proof.losses:
+        heading = ("Loss", "Bare", "With the plan", "Difference", "Allowed")
+        rows = [
+            _row(
+                "td",
+                (
+                    proof.curves[n].site if len(proof.curves) == len(proof.losses) else f"{n + 1}",
+                    figures.loss(loss.bare_final),
+                    figures.loss(loss.plan_final),
+                    _with_minus(figures.signed(loss.difference)),
+                    f"\N{PLUS-MINUS SIGN}{loss.margin:.2g}",
+                ),
+                heading,
+                numbers=(1, 2, 3, 4),
+            )
+            for n, loss in enumerate(proof.losses)
+        ]
+        spreads = {words.YARDSTICKS.get(loss.yardstick, loss.yardstick) for loss in proof.losses}
+        shown.append(
+            element(
+                "table",
+                element(
+                    "caption",
+                    f"Mean loss over the last quarter of {figures.count(proof.steps, 'step')}. "
+                    "Allowed is one standard deviation of the bare program's own spread "
+                    f"{' or '.join(sorted(spreads))}.",
+                ),
+                element("thead", _row("th", heading, numbers=(1, 2, 3, 4))),
+                element("tbody", *rows),
+                class_="stacked",
+            )
+        )
+    return joined(element("h3", "Losses"), *shown) if shown else None
+
+
+def _arms(document: Document) -> Markup | None:
+    compared = [(arm, arm.ratio) for arm in document.arms if arm.ratio is not None]
+    if document.claim is not None and not any(
+        arm.stage == "fresh processes" and dict(arm.settings) == dict(document.settings)
+        for arm, _ in compared
+    ):
+        plan = Arm(document.settings, "the whole plan", "fresh processes", document.claim, "won")
+        compared.append((plan, document.claim))
+    if not compared:
+        return None
+    axis = RatioAxis.over(ratio for _, ratio in compared)
+    heading = ("Settings", axis.numbers(), "Ratio", "95 % interval", "Pairs")
+    groups = []
+    for stage, note in (
+        ("fresh processes", "what is claimed"),
+        ("inside one process", "in alternating blocks of steps; ranks settings, claims nothing"),
+    ):
+        arms = [(arm, ratio) for arm, ratio in compared if arm.stage == stage]
+        if arms:
+            arms.sort(key=lambda pair: (_COMPARED_ORDER.index(pair[0].state), -pair[1].value))
+            title = element("th", stage.capitalize(), element("small", note), colspan="5")
+            rows = [_forest_row(axis, arm, ratio, heading) for arm, ratio in arms]
+            groups.append(element("tbody", element("tr", title), *rows))
+    return _section(
+        "What was tried",
+        element(
+            "table",
+            element(
+                "caption",
+                "Step time of the bare program over that with the settings: right of "
+                "1\N{MULTIPLICATION SIGN} is faster. Logarithmic scale.",
+            ),
+            element(
+                "thead",
+                element(
+                    "tr",
+                    element("th", heading[0], scope="col"),
+                    element("th", heading[1], class_="plot", scope="col", aria_label="plot"),
+                    *(element("th", name, class_="number", scope="col") for name in heading[2:]),
+                ),
+            ),
+            *groups,
+            class_="stacked forest",
+            style=axis.grid,
+        ),
+    )
+
+
+def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str]) -> Markup:
+    figures_shown = (
+        _times(ratio.value),
+        f"{ratio.low:.2f} to {ratio.high:.2f}",
+        f"{ratio.pairs}",
+    )
+    return element(
+        "tr",
+        element("th", arm.label, _state(arm), scope="row"),
+        element("td", axis.interval(ratio, arm.state.replace(" ", "-")), class_="plot"),
+        *(
+            element("td", value, class_="number", data_label=name)
+            for value, name in zip(figures_shown, heading[2:], strict=True)
+        ),
+    )
+
+
+def _state(arm: Arm) -> Markup:
+    state = element("span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip())
+    return element("small", state, f": {arm.why}" if arm.why else None)
+
+
+def _not_compared(document: Document) -> Markup | None:
+    arms = sorted(
+        (arm for arm in document.arms if arm.ratio is None),
+        key=lambda arm: (_COMPARED_ORDER.index(arm.state), -(arm.bound or 0.0)),
+    )
+    if not arms:
+        return None
+    heading = ("Settings", "State", "Why", "At most")
+    rows = [
+        element(
+            "tr",
+            element("th", arm.label, scope="row"),
+            element(
+                "td",
+                element(
+                    "span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip()
+                ),
+            ),
+            element("td", arm.why),
+            element(
+                "td",
+                figures.NOT_MEASURED if arm.bound is None else _times(arm.bound),
+                class_="number",
+                data_label=heading[3],
+            ),
+        )
+        for arm in arms
+    ]
+    return _section(
+        "Failed or not tried",
+        element(
+            "table",
+            element(
+                "caption",
+                "At most: the largest ratio that the profile of the bare program allows.",
+            ),
+            element("thead", _row("th", heading, numbers=(3,))),
+            element("tbody", *rows),
+            class_="stacked",
+        ),
+    )
+
+
+def _findings(document: Document) -> Markup | None:
+    if not document.findings:
+        return None
+    shown = []
+    for finding in document.findings:
+        if finding.share is None:
+            size = element("div", "share not measured", class_="size note")
+        else:
+            bar = element("div", style=f"width: {100 * min(max(finding.share, 0), 1):.1f}%")
+            size = element(
+                "div",
+                f"at most {finding.share:.0%} of a step",
+                element("div", bar, class_="share"),
+                class_="size note",
+            )
+        shown.append(
+            element(
+                "li",
+                element(
+                    "div",
+                    element("h3", finding.title[:1].upper() + finding.title[1:]),
+                    element("ul", *(element("li", said) for said in finding.evidence))
+                    if finding.evidence
+                    else None,
+                    element("p", finding.remedy),
+                ),
+                size,
+            )
+        )
+    return _section(
+        "What limits the bare program",
+        element("ol", *shown, class_="findings"),
+    )
+
+
+def _machine(document: Document) -> Markup:
+    facts: dict[str, Fact | None] = {"torch": document.torch, **document.machine}
+    return _section(
+        "Where it was measured",
+        element("pre", element("code", shlex.join(document.command))),
+        element(
+            "dl",
+            *chain.from_iterable(
+                (element("dt", name.replace("_", " ")), element("dd", value))
+                for name, value in map(_with_unit, facts.items())
+            ),
+            class_="machine",
+        ),
+    )
+
+
+def _footer(document: Document) -> Markup:
+    finished = figures.NOT_MEASURED
+    if document.finished_unix_s is not None:
+        finished = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(document.finished_unix_s))
+    return element(
+        "footer",
+        f"Tuned in {figures.duration(document.seconds)}, finished {finished}. "
+        f"flatout {__version__}.",
+    )
+
+
+def _section(title: str, *children: str | None) -> Markup:
+    return element("section", element("h2", title), *children)
+
+
+def _row(
+    cell: str, values: Sequence[str], heading: Sequence[str] = (), numbers: Sequence[int] = ()
+) -> Markup:
+    """A row of a table; its first cell names it."""
+    cells = []
+    for n, value in enumerate(values):
+        is_name = cell == "th" or n == 0
+        cells.append(
+            element(
+                "th" if is_name else "td",
+                value,
+                scope=("col" if cell == "th" else "row") if is_name else None,
+                class_="number" if n in numbers else None,
+                data_label=heading[n] if heading and n else None,
+            )
+        )
+    return element("tr", *cells)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def _with_minus(number: str) -> str:
+    """A number with a minus sign as wide as its plus sign."""
+    return number.replace("-", "\N{MINUS SIGN}", 1) if number.startswith("-") else number
+
+
+def _fact(value: object) -> str:
+    if value is None:
+        return figures.NOT_MEASURED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _with_minus(f"{value:.6g}") if isinstance(value, float) else str(value)
+
+
+def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:
+    """Name and value of a fact; an amount of memory in its usual unit."""
+    name, value = fact
+    if name.endswith("_bytes") and isinstance(value, (int, float)):
+        return name.removesuffix("_bytes"), figures.memory(value)
+    return name, _fact(value)
+
+
+def _sentence(text: str) -> str:
+    """``text`` with a capital at its beginning, unless that is code, and a stop at its end."""
+    begins_with_code = "=" in text.partition(" ")[0]
+    begin = text[:1] if begins_with_code else text[:1].upper()
+    return begin + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")

@@ -1,0 +1,111 @@
+"""What is worth a trial: the knobs that match the profile, by the gain that they can bring."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from flatout import knobs, machine
+from flatout.doctor.case import Case, is_large
+from flatout.knobs import Exactness, Facts
+
+HOPELESS_SHARE = 0.01
+"""Of a step, below which a knob is not tried: ten times less than what a dozen pairs can tell from
+the drift of a shared machine."""
+
+ALTERNATIVES_SHARE = 0.1
+"""Of a step, from which on a knob's second setting is tried as well."""
+
+UNKNOWN_SHARE = 0.05
+"""In whose place a knob of unknown share stands in the order."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that is worth a trial.
+
+    Attributes:
+        knob, setting: what is set.
+        is_hot: whether it is compared inside one process.
+        bound: the speed-up that it cannot exceed, ``None``: not known.
+    """
+
+    knob: str
+    setting: str
+    is_hot: bool
+    bound: float | None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """As a plan."""
+        return {self.knob: self.setting}
+
+    def __str__(self) -> str:
+        return f"{self.knob}={self.setting}"
+
+
+def facts(case: Case, device: str) -> Facts:
+    """What the first run has shown.
+
+    Args:
+        case: of that run; without a ceiling, the rates count as not measured.
+        device: type of the device that the job computes on.
+    """
+    rates: Mapping[str, float | None] = {}
+    if case.ceilings is not None:
+        rates = case.ceilings.devices.get(device, {}).get("matmul_flops_per_s", {})
+    is_profiled = bool(case.operators)
+    phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
+    operators = None
+    if is_profiled:
+        operators = {o["name"]: o["share"] for o in case.operators_by_name}
+    large = case.operators_share(is_large)
+    return Facts(
+        device=device,
+        matmul_flops_per_s=rates,
+        updates=any(step.updates for step in case.steps),
+        huge_pages=machine.huge_pages(),
+        threads=case.process.header["threads"],
+        operators=operators,
+        optimizer_share=case.phase_share("optimizer") if phases else None,
+        data_share=case.phase_share("data") if phases else None,
+        page_fault_share=case.page_fault_share if is_profiled else None,
+        unfused_attention_share=(
+            case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None
+        ),
+        overhead_share=max(0.0, 1 - large) if is_profiled else None,
+    )
+
+
+def find(
+    known: Facts, wanted: Collection[str] | None, exactness: Collection[Exactness] | None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The candidates, largest bound first, and why each other knob is not one.
+
+    Args:
+        known: of the job.
+        wanted: names of the knobs to be looked at; ``None``: all.
+        exactness: classes of the settings that may be tried; ``None``: all.
+    """
+    shares: dict[Candidate, float] = {}
+    refused: dict[str, str] = {}
+    for name, knob in knobs.registry().items():
+        if wanted is not None and name not in wanted:
+            continue
+        match = knob.offer(known)
+        allowed = [s for s in match.settings if exactness is None or knob.exactness[s] in exactness]
+        if not match.settings:
+            refused[name] = match.refusal or "it does not apply"
+        elif not allowed:
+            refused[name] = "its settings are of a class that is not asked for"
+        elif match.share is not None and match.share < HOPELESS_SHARE:
+            refused[name] = (
+                f"hopeless: what it works on takes {match.share:.1%} of a step, so it gains "
+                f"{match.bound:.3f}x at most"
+            )
+        else:
+            share = UNKNOWN_SHARE if match.share is None else match.share
+            is_hot = knob.hot and not knob.slow_start
+            for setting in allowed[: 2 if share >= ALTERNATIVES_SHARE else 1]:
+                shares[Candidate(name, setting, is_hot, match.bound)] = share
+    return sorted(shares, key=lambda candidate: -shares[candidate]), refused

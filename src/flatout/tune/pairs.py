@@ -1,0 +1,255 @@
+"""Bare and a plan in fresh processes, in alternation: the claim, and the losses for the proof.
+
+Bare, plan, plan, bare, ...: the order is mirrored from pair to pair, so that a steady drift of the
+machine cancels; both runs of a pair have the same seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from flatout.errors import UserError
+from flatout.ratios import Ratio
+from flatout.record import ProcessRecord, Step
+from flatout.request import Inspection, Request
+from flatout.tune import statistics, trial
+from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.turns import PHASES
+
+WARMUP_STEPS = 3
+"""Steps left out at the beginning of each run: first calls, lazy initialisation."""
+
+MINIMUM_STEPS = 20
+"""Steps of a run below which neither its mean nor a loss says much."""
+
+LIMIT_FACTOR, LIMIT_EXTRA_S = 4.0, 30.0
+"""A trial may take so many times what bare needs, and so much more, before it counts as hung."""
+
+
+@dataclass
+class Pace:
+    """How long bare takes.
+
+    Attributes:
+        startup_s: of a process, until its first step.
+        step_s: one step.
+    """
+
+    startup_s: float
+    step_s: float
+
+    def limit_s(self, steps: int) -> float:
+        """Time limit for a trial of so many steps."""
+        return LIMIT_EXTRA_S + LIMIT_FACTOR * self.seconds(steps)
+
+    def seconds(self, steps: int) -> float:
+        """Of a trial of so many steps, about."""
+        return self.startup_s + steps * self.step_s
+
+
+@dataclass
+class Pairs:
+    """Pairs that have ended.
+
+    Attributes:
+        first, second: the settings of the two sides.
+        firsts, seconds: their trials, one of each for each pair.
+        failure: why the second side cannot run, ``None`` if it can.
+        interrupted: whether the user has ended it early.
+    """
+
+    first: Mapping[str, str]
+    second: Mapping[str, str]
+    firsts: list[Trial] = field(default_factory=list)
+    seconds: list[Trial] = field(default_factory=list)
+    failure: str | None = None
+    interrupted: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many pairs are complete."""
+        return min(len(self.firsts), len(self.seconds))
+
+    @property
+    def log_ratios(self) -> list[float]:
+        """Of the step times of each pair."""
+        return [
+            math.log(step_ms(one.process) / step_ms(other.process))
+            for one, other in zip(self.firsts, self.seconds, strict=False)
+        ]
+
+    @property
+    def ratio(self) -> Ratio:
+        """How many times faster the second side is.
+
+        Raises:
+            ValueError: there are fewer than two pairs.
+        """
+        return statistics.claimed(self.log_ratios)
+
+    def steps(self, side: list[Trial]) -> list[list[Step]]:
+        """The steps of each run of a side that is part of a complete pair."""
+        return [done.process.steps for done in side[: self.count]]
+
+
+def step_ms(process: ProcessRecord) -> float:
+    """Mean time of a step after the warm-up, with what the program does between two steps.
+
+    A median would be calmer, but it leaves out the evaluation passes, and whatever happens at
+    every tenth step only: the user waits for those as well.
+    """
+    timed = [turn for turn in process.turns if turn.mark is None][WARMUP_STEPS:]
+    if not timed:
+        raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
+    whole_ms = (timed[-1].at_s - timed[0].at_s) * 1e3 + timed[-1].step_ms
+    return whole_ms / len(timed)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one side takes, medians over its runs.
+
+    Attributes:
+        startup_s: from the start of the process to its first step, and from its last to its end.
+        warmup_s: what the first steps take more than later ones: compilation, first calls.
+        step_ms: one step after that.
+    """
+
+    startup_s: float
+    warmup_s: float
+    step_ms: float
+
+    def job_s(self, steps: int) -> float:
+        """The projected time of a job of so many steps."""
+        return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
+
+
+def cost(trials: Sequence[Trial]) -> Cost:
+    """What these runs of one side take."""
+    startups, warmups = [], []
+    for done in trials:
+        turns = [turn for turn in done.process.turns if turn.mark is None]
+        first_s = sum(turn.step_ms for turn in turns[:WARMUP_STEPS]) / 1e3
+        usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
+        whole_s = (turns[-1].at_s - turns[0].at_s) + turns[-1].step_ms / 1e3
+        startups.append(max(done.seconds - whole_s, 0.0))
+        warmups.append(max(first_s - usual_s, 0.0))
+    steps_ms = [step_ms(done.process) for done in trials]
+    return Cost(median(startups), median(warmups), median(steps_ms))
+
+
+def phases_ms(trials: Sequence[Trial]) -> dict[str, float | None]:
+    """Mean time of each phase in a step, over the runs of one side; ``None``: not measured."""
+    steps = [
+        turn
+        for done in trials
+        for turn in [turn for turn in done.process.turns if turn.mark is None][WARMUP_STEPS:]
+    ]
+    means: dict[str, float | None] = {}
+    for phase in PHASES:
+        known = [ms for step in steps if (ms := step.phases_ms[phase]) is not None]
+        means[phase] = sum(known) / len(steps) if known else None
+    return means
+
+
+def break_even_steps(bare: Cost, plan: Cost) -> int | None:
+    """Steps after which the plan has made up for its longer start; ``None``: never."""
+    gain_s = (bare.step_ms - plan.step_ms) / 1e3
+    longer_s = plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
+    if gain_s <= 0:
+        return None
+    return max(0, math.ceil(longer_s / gain_s))
+
+
+def run(
+    trials: Trials,
+    pairs: Pairs,
+    *,
+    pace: Pace,
+    steps: int,
+    seed: int,
+    is_enough: Callable[[Pairs], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Run pairs until there are enough, and add them to ``pairs``.
+
+    Args:
+        trials: of this tune.
+        pairs: to be added to.
+        pace: of bare.
+        steps: of each run.
+        seed: of the first pair; the others count up from it.
+        is_enough: asked before each pair.
+        say: called with a line for each pair.
+
+    Raises:
+        UserError: the first side cannot run.
+    """
+    while not is_enough(pairs):
+        number = pairs.count
+        try:
+            for is_second in (False, True) if number % 2 == 0 else (True, False):
+                _one(trials, pairs, is_second, pace=pace, steps=steps, seed=seed + number)
+                if pairs.failure is not None:
+                    return
+        except KeyboardInterrupt:
+            pairs.interrupted = True
+            del pairs.firsts[number:], pairs.seconds[number:]
+            return
+        one, other = (step_ms(side[-1].process) for side in (pairs.firsts, pairs.seconds))
+        say(f"pair {number + 1}: {one:.4g} ms, {other:.4g} ms, {one / other:.2f}x")
+
+
+STATE = Inspection(state=True)
+"""What a proof wants to see of a run, besides its losses."""
+
+
+def one_run(
+    trials: Trials,
+    settings: Mapping[str, str],
+    *,
+    pace: Pace,
+    steps: int,
+    seed: int,
+    inspection: Inspection = STATE,
+) -> Trial:
+    """One run under some settings.
+
+    Raises:
+        TrialFailedError: it fails, one of the knobs does, or it ends early.
+    """
+    request = Request(settings=dict(settings), stop_steps=steps, seed=seed, inspection=inspection)
+    done = trials.run(request, pace.limit_s(steps))
+    for name, why in trial.reasons(done.process, "failed").items():
+        if name in settings:
+            raise TrialFailedError(f"{name}: {why}", done.process, "")
+    if len(done.process.turns) < min(MINIMUM_STEPS, steps):
+        raise TrialFailedError(
+            f"with seed {seed} this program ends after {len(done.process.turns)} steps, tune "
+            f"needs at least {MINIMUM_STEPS}",
+            done.process,
+            "",
+        )
+    return done
+
+
+def _one(
+    trials: Trials, pairs: Pairs, is_second: bool, *, pace: Pace, steps: int, seed: int
+) -> None:
+    settings = pairs.second if is_second else pairs.first
+    side = pairs.seconds if is_second else pairs.firsts
+    try:
+        side.append(one_run(trials, settings, pace=pace, steps=steps, seed=seed))
+    except TrialFailedError as failure:
+        if not is_second:
+            raise said("the program fails when it runs again", failure) from failure
+        pairs.failure = str(failure)
+
+
+def said(message: str, failure: TrialFailedError) -> UserError:
+    """A user error that ends with the program's last lines."""
+    lines = f"; its last lines:\n{failure.tail}" if failure.tail else ""
+    return UserError(f"{message}: {failure}{lines}")

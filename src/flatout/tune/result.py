@@ -1,0 +1,157 @@
+"""The outcome of a tune as its document."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flatout import knobs, machine
+from flatout.tune import pairs
+from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
+from flatout.tune.proof import Curve, Verdict
+from flatout.tune.trial import Trial
+from flatout.tune.tuner import Arm as Tried
+from flatout.tune.tuner import Outcome
+
+
+def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
+    """The document of an outcome.
+
+    Args:
+        command: the job.
+        plan: where the plan is written, if there is one.
+        outcome: of the tune.
+    """
+    found, header = outcome.pairs, outcome.header
+    has_plan = outcome.evidence is not None and found is not None
+    bare_runs = found.firsts if found is not None else []
+    baseline = _side(bare_runs, outcome.job_steps)
+    if not bare_runs and outcome.pace is not None:
+        baseline = Side(
+            step_ms=outcome.pace.step_s * 1e3,
+            startup_s=outcome.pace.startup_s,
+            phases_ms=outcome.phases_ms,
+        )
+    break_even = None
+    if has_plan and found is not None:
+        break_even = pairs.break_even_steps(pairs.cost(found.firsts), pairs.cost(found.seconds))
+    resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None
+    following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
+    return Document(
+        command=tuple(command),
+        program=str(header.get("program", "")),
+        torch=header.get("torch"),
+        machine=machine.fingerprint(),
+        seconds=outcome.seconds,
+        finished_unix_s=round(time.time(), 3),
+        plan=str(plan) if has_plan else None,
+        settings=dict(outcome.settings),
+        why=outcome.why,
+        baseline=baseline,
+        with_plan=_side(found.seconds, outcome.job_steps) if has_plan and found else None,
+        claim=found.ratio if has_plan and found is not None else None,
+        break_even_steps=break_even,
+        arms=arms(outcome.arms, outcome.refused),
+        knobs=tuple(
+            KnobResult(
+                knob=name,
+                setting=setting,
+                summary=knobs.get(name).summary,
+                exactness=knobs.EXACTNESS[knobs.get(name).exactness[setting]],
+                by_hand=knobs.get(name).card.by_hand,
+                alone=outcome.alone(name),
+                without_it=outcome.without.get(name),
+            )
+            for name, setting in outcome.settings.items()
+        ),
+        proof=None if outcome.verdict is None else _proof(outcome.verdict, outcome),
+        findings=tuple(outcome.findings),
+        next_command=None if following is None else f"{following} -- {shlex.join(command)}",
+    )
+
+
+def arms(tried: Sequence[Tried], refused: Mapping[str, str]) -> tuple[Arm, ...]:
+    """What was tried, and what was not, for the table and the document."""
+    return (
+        *(
+            Arm(
+                settings=dict(arm.settings),
+                label=", ".join(f"{name}={setting}" for name, setting in arm.settings.items()),
+                stage=arm.stage,
+                ratio=arm.ratio,
+                state=arm.state,
+                why=arm.why,
+                bound=arm.bound,
+            )
+            for arm in tried
+        ),
+        *(
+            Arm(
+                settings={},
+                label=name,
+                stage="inside one process",
+                ratio=None,
+                state="not tried",
+                why=why,
+            )
+            for name, why in refused.items()
+        ),
+    )
+
+
+def _side(runs: Sequence[Trial], job_steps: int | None) -> Side:
+    if not runs:
+        return Side()
+    cost = pairs.cost(runs)
+    steps = [done.process.turns for done in runs]
+    on_device = [turn.peak_device_bytes for turns in steps for turn in turns]
+    device = [peak for peak in on_device if peak]
+    host = [turns[-1].peak_rss_bytes for turns in steps]
+    rss = [peak for peak in host if peak is not None]
+    return Side(
+        step_ms=cost.step_ms,
+        startup_s=cost.startup_s,
+        warmup_s=cost.warmup_s,
+        peak_rss_bytes=max(rss) if rss else None,
+        peak_device_bytes=max(device) if device else None,
+        job_s=None if job_steps is None else cost.job_s(job_steps),
+        phases_ms=pairs.phases_ms(runs),
+    )
+
+
+def _proof(verdict: Verdict, outcome: Outcome) -> Proof:
+    return Proof(
+        passed=verdict.passed,
+        kind="bitwise" if verdict.kind == "bitwise" else "non-inferior",
+        why=verdict.why,
+        steps=verdict.steps,
+        seeds=outcome.pairs.count if outcome.pairs is not None else 1,
+        bare_repeats=verdict.bare_repeats,
+        checks=tuple(
+            Check(
+                name=check.name,
+                passed={"passed": True, "failed": False}.get(check.result),
+                why=check.why,
+                figures=dict(check.figures),
+            )
+            for check in verdict.checks
+        ),
+        curves=tuple(
+            Curves(
+                f"loss {number}",
+                _points(c.steps, c.bare, c.bare_spread),
+                _points(c.steps, c.plan, c.plan_spread),
+            )
+            for number, c in enumerate(verdict.curves, 1)
+        ),
+        losses=verdict.losses,
+    )
+
+
+def _points(steps: Sequence[int], means: Curve, spreads: Curve) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(step, mean, mean - spread, mean + spread)
+        for step, mean, spread in zip(steps, means, spreads, strict=True)
+    )

@@ -1,0 +1,80 @@
+"""Which knobs are tried, in which order, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from flatout import knobs
+from flatout.knobs import Facts
+from flatout.tune import candidates
+
+OPERATORS = {"aten::addmm": 0.4, "aten::bernoulli_": 0.25, "aten::gelu": 0.1, "aten::add": 0.05}
+
+
+def found(facts: Facts, **options: object) -> tuple[list[str], dict[str, str]]:
+    listed, refused = candidates.find(
+        facts,
+        options.get("wanted"),
+        options.get("exactness"),  # type: ignore[arg-type]
+    )
+    return [str(candidate) for candidate in listed], refused
+
+
+def profiled(**shares: float) -> Facts:
+    return Facts(
+        "cpu",
+        {"float32": 1e11, "bfloat16": 2e11},
+        operators=OPERATORS,
+        huge_pages="madvise",
+        **{"optimizer_share": 0.2, "data_share": 0.0, "page_fault_share": 0.03, **shares},
+    )
+
+
+def test_the_largest_possible_gain_comes_first() -> None:
+    listed, _ = found(profiled(), wanted=("optimizer", "precision", "random", "gc"))
+    knob_order = list(dict.fromkeys(name.partition("=")[0] for name in listed))
+    assert knob_order == ["precision", "random", "optimizer", "gc"]
+
+
+def test_a_second_setting_is_tried_where_much_is_to_be_gained() -> None:
+    assert found(profiled(), wanted=("precision",))[0] == ["precision=bf16", "precision=safe"]
+    few = profiled(data_share=0.05)
+    assert found(few, wanted=("loader",))[0] == ["loader=cache"]
+    many = profiled(data_share=0.7)
+    assert found(many, wanted=("loader",))[0] == ["loader=cache", "loader=prefetch"]
+
+
+def test_a_hopeless_knob_is_not_tried_and_its_bound_said() -> None:
+    listed, refused = found(profiled(optimizer_share=0.004), wanted=("optimizer",))
+    assert listed == []
+    assert refused["optimizer"] == (
+        "hopeless: what it works on takes 0.4% of a step, so it gains 1.004x at most"
+    )
+
+
+def test_bounds_follow_amdahl() -> None:
+    listed, _ = candidates.find(profiled(), ("optimizer", "gc"), None)
+    bounds = {candidate.knob: candidate.bound for candidate in listed}
+    assert bounds["optimizer"] == pytest.approx(1.25)
+    assert bounds["gc"] is None
+
+
+def test_what_starts_slowly_is_tried_in_processes_of_its_own() -> None:
+    listed, _ = candidates.find(profiled(), ("compile", "gc", "allocator"), None)
+    assert {c.knob: c.is_hot for c in listed} == {"compile": False, "gc": True, "allocator": False}
+
+
+def test_classes_that_are_not_asked_for_are_left_out() -> None:
+    listed, refused = found(profiled(), exactness=("bitwise", "reordered"))
+    for name in listed:
+        knob, _, setting = name.partition("=")
+        assert knobs.get(knob).exactness[setting] in ("bitwise", "reordered")
+    assert "of a class that is not asked for" in refused["precision"]
+
+
+def test_every_knob_is_a_candidate_or_refused_with_a_reason() -> None:
+    for facts in (profiled(), Facts("cpu"), Facts("cuda")):
+        listed, refused = candidates.find(facts, None, None)
+        assert {candidate.knob for candidate in listed} | set(refused) == set(knobs.registry())
+        assert not {candidate.knob for candidate in listed} & set(refused)
+        assert all(refused.values())

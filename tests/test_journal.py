@@ -1,0 +1,119 @@
+"""The journal of a tune: what is on disk when it is killed, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flatout.request import Comparison, Request
+from flatout.tune import journal
+from flatout.tune.journal import Entry, Journal, JournalError
+
+COMMAND = ["python", "train.py"]
+ASKED = Request(settings={"gc": "seldom"}, stop_steps=5, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def entry(opened: Journal, run: str, spent_s: float = 7.0) -> Entry:
+    (opened.runs / run).mkdir()
+    return Entry(run, seconds=2.5, ended=False, failure=None, tail="", spent_s=spent_s)
+
+
+def begun(*requests: Request) -> Path:
+    """A journal with these trials, as a tune that was killed leaves it."""
+    opened = journal.begin("tune", COMMAND)
+    for number, request in enumerate(requests, 1):
+        opened.add(request, entry(opened, f"run-{number}", spent_s=7.0 * number))
+    opened.close()
+    return opened.path
+
+
+def test_a_tune_that_goes_on_is_given_its_trials_again() -> None:
+    arms = Request(comparison=Comparison(arms=({}, {"gc": "seldom"})))
+    begun(ASKED, arms)
+    again = journal.resume("tune", COMMAND)
+    first, second = again.recorded(ASKED), again.recorded(arms)
+    assert first is not None
+    assert (first.run, first.seconds) == ("run-1", 2.5)
+    assert second is not None
+    assert 14.0 <= again.spent_s < 15.0
+    assert again.recorded(ASKED) is None
+    again.close()
+
+
+def test_a_torn_last_line_is_cut_off_and_its_trial_run_again() -> None:
+    path = begun(ASKED)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "trial", "requ')
+    assert len(journal.read(path)) == 2
+    again = journal.resume("tune", COMMAND)
+    assert again.recorded(ASKED) is not None
+    assert again.recorded(ASKED) is None
+    again.add(ASKED, entry(again, "run-2"))
+    again.close()
+    assert [line["kind"] for line in journal.read(path)] == ["job", "trial", "trial"]
+    assert path.read_bytes().startswith(whole)
+
+
+def test_what_follows_another_request_is_dropped() -> None:
+    path = begun(ASKED, ASKED)
+    again = journal.resume("tune", COMMAND)
+    assert again.recorded(ASKED) is not None
+    assert again.recorded(Request(seed=99)) is None
+    assert again.recorded(ASKED) is None
+    again.close()
+    assert len(journal.read(path)) == 2
+
+
+def test_a_trial_whose_record_is_gone_is_run_again() -> None:
+    path = begun(ASKED)
+    (path.parent / journal.RUNS_FOLDER / "run-1").rmdir()
+    assert journal.resume("tune", COMMAND).recorded(ASKED) is None
+
+
+def test_only_an_unfinished_tune_of_the_same_job_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="there is no tune of this command"):
+        journal.resume("tune", COMMAND)
+    script = tmp_path / "train.py"
+    script.write_text("pass")
+    begun(ASKED)
+    for verb, command in (("tune", ["python", "other.py"]), ("verify", COMMAND)):
+        with pytest.raises(JournalError):
+            journal.resume(verb, command)
+    script.write_text("pass  # changed")
+    with pytest.raises(JournalError, match="program changed since"):
+        journal.resume("tune", COMMAND)
+    script.write_text("pass")
+    again = journal.resume("tune", COMMAND)
+    with pytest.raises(JournalError, match="still running"):
+        journal.resume("tune", COMMAND)
+    again.finish("{}")
+    again.close()
+    with pytest.raises(JournalError):
+        journal.resume("tune", COMMAND)
+
+
+def test_two_tunes_of_one_job_have_a_folder_each() -> None:
+    one, other = journal.begin("tune", COMMAND), journal.begin("tune", COMMAND)
+    assert one.folder != other.folder
+    one.add(ASKED, entry(one, "run-1"))
+    assert len(journal.read(other.path)) == 1
+    one.close()
+    other.close()
+
+
+def test_a_spoilt_journal_is_one_sentence() -> None:
+    path = begun(ASKED)
+    path.write_bytes(b"not json\n" + path.read_bytes())
+    with pytest.raises(JournalError, match="line 1 is not JSON"):
+        journal.resume("tune", COMMAND)
+    path.write_text(json.dumps([1]) + "\n")
+    with pytest.raises(JournalError, match="line 1 is not a JSON object"):
+        journal.read(path)

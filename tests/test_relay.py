@@ -1,0 +1,83 @@
+"""Two runs that take turns: real programs, whose steps write down when they were made."""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from flatout import launch
+from flatout.request import Relay, Request
+
+PROGRAM = """
+import os, sys, time
+import torch
+net = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+for number in range(int(sys.argv[2])):
+    net(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if number == 6 and sys.argv[3] == "one fails":
+        try:
+            open(sys.argv[1] + "-failed", "x")
+        except FileExistsError:
+            time.sleep(60)
+        else:
+            sys.exit(3)
+"""
+
+RELAY = Relay("", 0, block_steps=4, discard_steps=1, warmup_steps=2, blocks=3)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def start(
+    tmp_path: Path, steps: int, how: str = "both run"
+) -> tuple[launch.Finished, launch.Finished]:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    command = [sys.executable, str(script), str(tmp_path / "steps"), str(steps), how]
+    requests = (Request(seed=1), Request(seed=1))
+    return launch.start_relay(command, requests, RELAY, timeout_seconds=120)
+
+
+def test_blocks_of_two_processes_alternate(tmp_path: Path) -> None:
+    both = start(tmp_path, 1000)
+    for place, finished in enumerate(both):
+        assert finished.returncode == 0
+        process = finished.read_record().main
+        assert process is not None
+        marks = [(step.arm, step.mark) for step in process.steps]
+        block = [(place, "switched"), *[(place, None)] * 3]
+        assert marks == [(place, "first")] * 2 + block * 3
+    lines = (tmp_path / "steps").read_text().split()
+    # The two warm up at the same time; where a step ends here, its block may have ended already.
+    turns = [pid for pid, _ in groupby(lines[4:])]
+    assert len(set(turns)) == 2
+    assert 5 <= len(turns) <= 8
+
+
+def test_the_one_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
+    both = start(tmp_path, 8)
+    for finished in both:
+        assert finished.returncode == 0
+        process = finished.read_record().main
+        assert process is not None
+        assert len(process.steps) == 8
+        assert process.end is not None
+        assert process.end["reason"] == "exit"
+
+
+def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:
+    both = start(tmp_path, 1000, "one fails")
+    assert sorted(finished.returncode for finished in both) == [-15, 3]
+    assert all(finished.seconds < 60 for finished in both)

@@ -1,0 +1,110 @@
+"""Knobs that are fast and wrong, planted: tune must leave each of them out, and keep the good one.
+
+All of them spare the program work, so they win every comparison of times.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import planted
+
+PROGRAM = """
+import torch
+from torch import nn
+torch.set_num_threads(1)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(16, 64), nn.Linear(64, 1)
+    def forward(self, x):
+        work = torch.ones(260, 260)
+        for _ in range(12 - 2 * len(getattr(torch, "planted", ()))):
+            work @ work
+        return self.head(torch.tanh(self.inner(x)))
+
+net = Net()
+optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+for step in range(100_000):
+    x = torch.randn(64, 16)
+    loss = (net(x) - x[:, :1].sin()).square().mean() + 0.01 * torch.randn(())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+WRONG_GRADIENT = """
+def double(optimizer):
+    for group in optimizer.param_groups:
+        group["params"][0].grad.mul_(1.5)
+session.before_optimizer_step.append(double)
+"""
+
+DIVERGES_LATE = """
+count = [0]
+def spoil(optimizer):
+    count[0] += 1
+    if count[0] > 45:
+        for group in optimizer.param_groups:
+            with torch.no_grad():
+                group["params"][0].mul_(1.1)
+session.after_optimizer_step.append(spoil)
+"""
+
+LEAKS = """
+leaked = []
+def leak(optimizer):
+    leaked.append(bytearray(b"x") * 2**20)
+session.after_optimizer_step.append(leak)
+"""
+
+HANGS = """
+import time
+time.sleep(1000)
+"""
+
+WRITES = """
+from pathlib import Path
+Path("written-by-a-trial.txt").write_text("x")
+Path("program.py").write_text("spoilt")
+"""
+
+TRAPS = {
+    "trap_gradient": (WRONG_GRADIENT, "session.before_optimizer_step.remove(double)"),
+    "trap_late": (DIVERGES_LATE, "session.after_optimizer_step.remove(spoil)"),
+    "trap_leak": (LEAKS, "session.after_optimizer_step.remove(leak)"),
+    "trap_hang": (HANGS, "pass"),
+    "trap_write": (WRITES, "pass"),
+}
+
+
+def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Path) -> None:
+    knobs = {name: planted.knob(name, *what) for name, what in TRAPS.items()}
+    knobs["honest"] = planted.knob("honest")
+    site = planted.plant(tmp_path, knobs)
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    quick = "from flatout.tune import pairs, tuner\npairs.LIMIT_EXTRA_S = 4\n"
+    quick += "tuner.MINIMUM_PAIRS = tuner.MAXIMUM_PAIRS = 3"
+    done = planted.run(
+        site,
+        *("tune", "--steps", "60", "--budget", "30s", "--json", "found.json"),
+        *("--knobs", ",".join(knobs), "--", sys.executable, "program.py"),
+        folder=folder,
+        before=quick,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    why = {next(iter(arm["settings"])): arm["why"] for arm in found["arms"]}
+    assert "gradient" in why["trap_gradient"], done.stderr
+    assert "loss" in why["trap_late"], done.stderr
+    assert "memory grows" in why["trap_leak"] or "peak memory" in why["trap_leak"], done.stderr
+    assert "far longer than expected" in why["trap_hang"], done.stderr
+    assert set(found["settings"]) == {"honest", "trap_write"}, done.stderr
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"program.py", "found.json", "flatout.toml", "flatout-home"}
+    assert (folder / "program.py").read_text() == PROGRAM
