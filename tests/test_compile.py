@@ -123,6 +123,20 @@ def test_shapes_that_change_make_one_graph_when_dynamic(session: Session) -> Non
     assert count() == 1
 
 
+def test_a_module_that_compiles_again_and_again_is_left_to_itself(session: Session) -> None:
+    class Doubles(Block):
+        def forward(self, x: torch.Tensor, times: int) -> torch.Tensor:
+            return super().forward(x) * times
+
+    module, x = Doubles(), torch.randn(4, 6)
+    _, call = wrapped(session, dynamic=False)
+    for times in range(12):
+        torch.testing.assert_close(call(module, x, times), module(x, times))
+    assert "had to compile something anew" in session.failed_knobs["compile"]
+    assert count() == knob.MOST_COMPILING_CALLS
+    assert module._compiled_call_impl is None
+
+
 def test_a_failure_of_the_compiler_is_eager(session: Session) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise OSError("no space left")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flatout.request import Comparison, Request
+from flatout.request import Comparison, Relay, Request
 from flatout.tune import journal
 from flatout.tune.journal import Entry, Journal, JournalError
 
@@ -30,7 +30,7 @@ def begun(*requests: Request) -> Path:
     """A journal with these trials, as a tune that was killed leaves it."""
     opened = journal.begin("tune", COMMAND)
     for number, request in enumerate(requests, 1):
-        opened.add(request, entry(opened, f"run-{number}", spent_s=7.0 * number))
+        opened.add([request], [entry(opened, f"run-{number}", spent_s=7.0 * number)])
     opened.close()
     return opened.path
 
@@ -41,7 +41,7 @@ def test_a_tune_that_goes_on_is_given_its_trials_again() -> None:
     again = journal.resume("tune", COMMAND)
     first, second = again.recorded(ASKED), again.recorded(arms)
     assert first is not None
-    assert (first.run, first.seconds) == ("run-1", 2.5)
+    assert [(one.run, one.seconds) for one in first] == [("run-1", 2.5)]
     assert second is not None
     assert 14.0 <= again.spent_s < 15.0
     assert again.recorded(ASKED) is None
@@ -56,7 +56,7 @@ def test_a_torn_last_line_is_cut_off_and_its_trial_run_again() -> None:
     again = journal.resume("tune", COMMAND)
     assert again.recorded(ASKED) is not None
     assert again.recorded(ASKED) is None
-    again.add(ASKED, entry(again, "run-2"))
+    again.add([ASKED], [entry(again, "run-2")])
     again.close()
     assert [line["kind"] for line in journal.read(path)] == ["job", "trial", "trial"]
     assert path.read_bytes().startswith(whole)
@@ -103,7 +103,7 @@ def test_only_an_unfinished_tune_of_the_same_job_goes_on(tmp_path: Path) -> None
 def test_two_tunes_of_one_job_have_a_folder_each() -> None:
     one, other = journal.begin("tune", COMMAND), journal.begin("tune", COMMAND)
     assert one.folder != other.folder
-    one.add(ASKED, entry(one, "run-1"))
+    one.add([ASKED], [entry(one, "run-1")])
     assert len(journal.read(other.path)) == 1
     one.close()
     other.close()
@@ -117,3 +117,19 @@ def test_a_spoilt_journal_is_one_sentence() -> None:
     path.write_text(json.dumps([1]) + "\n")
     with pytest.raises(JournalError, match="line 1 is not a JSON object"):
         journal.read(path)
+
+
+def test_two_trials_of_a_relay_are_one_entry() -> None:
+    opened = journal.begin("tune", COMMAND)
+    both = [Request(relay=Relay("", place)) for place in (0, 1)]
+    opened.add(both, [entry(opened, "run-1"), entry(opened, "run-2")])
+    opened.close()
+    again = journal.resume("tune", COMMAND)
+    found = again.recorded(*both)
+    assert found is not None
+    assert [one.run for one in found] == ["run-1", "run-2"]
+    again.close()
+    (opened.runs / "run-2").rmdir()
+    again = journal.resume("tune", COMMAND)
+    assert again.recorded(*both) is None
+    again.close()

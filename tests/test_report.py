@@ -264,6 +264,7 @@ def test_a_page_says_what_the_tune_found() -> None:
         "2.31x to 2.46x with 95 % confidence, from 8 pairs of fresh processes",
         "flatout run --plan flatout.toml -- python train.py --data 'speech & <noise>' --epochs 300",
         "precision = bf16 matrix products and convolutions in half precision",
+        "other random numbers of the same distribution",
         "Passed , non-inferior, over the first 200 steps with 8 seeds.",
         "those of 52 parameters agree in size and direction",
         "blocks.5.mlp.fc2.weight",

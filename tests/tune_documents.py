@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from flatout.doctor.findings import Finding
+from flatout.knobs import EXACTNESS
 from flatout.plan import LossEvidence
 from flatout.ratios import Ratio
 from flatout.tune.document import (
@@ -19,7 +20,7 @@ from flatout.tune.document import (
 )
 
 COMMAND = ("python", "train.py", "--data", "speech & <noise>", "--epochs", "300")
-SPECTRAL = "python train.py --data 'speech & <noise>' --epochs 300"
+SHELL_COMMAND = "python train.py --data 'speech & <noise>' --epochs 300"
 
 
 def curve(offset: float, steps: int = 200) -> tuple[CurvePoint, ...]:
@@ -169,7 +170,7 @@ def faster() -> Document:
                 "precision",
                 "bf16",
                 "matrix products and convolutions in half precision",
-                "lower precision",
+                EXACTNESS["reduced"],
                 "`with torch.autocast(device_type, torch.bfloat16): output = model(input)`, and "
                 "the loss outside, on `output.float()`",
                 Ratio(1.574, 1.51, 1.64, 13),
@@ -179,7 +180,7 @@ def faster() -> Document:
                 "random",
                 "fast",
                 "dropout and random numbers by a vectorised generator",
-                "other random numbers of the same distribution",
+                EXACTNESS["resampled"],
                 "Leave dropout out (`p=0`), or `torch.compile` the module.",
                 Ratio(1.412, 1.38, 1.45, 13),
                 Ratio(1.53, 1.49, 1.57, 6),
@@ -188,7 +189,7 @@ def faster() -> Document:
                 "optimizer",
                 "onepass",
                 "steps of optimizers in one pass over memory",
-                "the same arithmetic in another order",
+                EXACTNESS["reordered"],
                 "`flatout.optim.AdamW(parameters)`, or `torch.optim.AdamW(parameters, fused=True)`",
                 Ratio(1.062, 1.03, 1.09, 26),
                 None,
@@ -240,7 +241,7 @@ def faster() -> Document:
             ),
             Finding("denormals", "numbers close to zero", ["not counted"], None, "knob: denormals"),
         ),
-        next_command=f"flatout run --plan flatout.toml -- {SPECTRAL}",
+        next_command=f"flatout run --plan flatout.toml -- {SHELL_COMMAND}",
     )
 
 
@@ -285,7 +286,7 @@ def unknown() -> Document:
         claim=None,
         break_even_steps=None,
         arms=(Arm({"gc": "frozen"}, "gc=frozen", "inside one process", None, "running"),),
-        knobs=(KnobResult("gc", "frozen", "", "nothing changes", ""),),
+        knobs=(KnobResult("gc", "frozen", "", EXACTNESS["bitwise"], ""),),
         proof=None,
         findings=(),
         next_command=None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +128,32 @@ class Inspection:
 
 
 @dataclass(frozen=True)
+class ProvenLoss:
+    """The loss of one backward call of the step, as the proof of the plan has seen it.
+
+    Attributes:
+        final: mean over the last quarter of the proof's steps, of bare or plan, what is larger.
+        margin: one standard deviation of bare's own spread.
+    """
+
+    final: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What the guard compares losses with.
+
+    Attributes:
+        steps: from the start of the program, which the proof covers; 0: there is no proof.
+        losses: one for each backward call of a step.
+    """
+
+    steps: int = 0
+    losses: tuple[ProvenLoss, ...] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -142,6 +169,7 @@ class Request:
             it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
         proof: under which conditions some of the settings apply.
         inspection: what to record beyond times and losses.
+        guard: have the guard watch over what the settings change, with these losses in mind.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -153,6 +181,7 @@ class Request:
     seed: int | None = None
     proof: Proof | None = None
     inspection: Inspection | None = None
+    guard: Envelope | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
@@ -172,24 +201,41 @@ class Request:
             version = document.pop("version", None)
             if version != REQUEST_VERSION:
                 raise RequestError(f"request version {version}, expected {REQUEST_VERSION}")
-            comparison = document.pop("comparison", None)
-            if comparison is not None:
-                comparison["arms"] = tuple(comparison["arms"])
-                comparison = Comparison(**comparison)
-            relay = document.pop("relay", None)
-            if relay is not None:
-                relay = Relay(**relay)
-            proof = document.pop("proof", None)
-            if proof is not None:
-                inputs = proof["inputs"] if proof["inputs"] is None else tuple(proof["inputs"])
-                proof = Proof(tuple(proof["knobs"]), proof["torch"], inputs)
-            inspection = document.pop("inspection", None)
-            if inspection is not None:
-                inspection = Inspection(**inspection)
-            return cls(
-                comparison=comparison, relay=relay, proof=proof, inspection=inspection, **document
-            )
+            return cls(**{name: _PARTS.get(name, _as_it_is)(v) for name, v in document.items()})
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(
                 f"{run_directory / REQUEST_FILE} is not a request: {error}"
             ) from error
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _part(kind: Callable[..., Any], **fields: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Reads a part that may be missing; ``fields`` says how those are read that JSON has lists for.
+
+    Raises:
+        TypeError: it has an unknown key, or misses one.
+    """
+
+    def read(document: dict[str, Any] | None) -> Any:
+        if document is None:
+            return None
+        return kind(**{name: fields.get(name, _as_it_is)(v) for name, v in document.items()})
+
+    return read
+
+
+def _words(words: list[str] | None) -> tuple[str, ...] | None:
+    return None if words is None else tuple(words)
+
+
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    "comparison": _part(Comparison, arms=tuple),
+    "relay": _part(Relay),
+    "proof": _part(Proof, knobs=tuple, inputs=_words),
+    "inspection": _part(Inspection),
+    "guard": _part(Envelope, losses=lambda losses: tuple(ProvenLoss(**loss) for loss in losses)),
+}
+"""How the parts of a request are read."""

@@ -14,7 +14,8 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from flatout.request import Request
 from flatout.turns import ARM, MARK, MARKS, Turn, Turns
 
 if TYPE_CHECKING:
+    from flatout.agent.guard import Guard
     from flatout.agent.inspection import Inspector
     from flatout.knobs import Undo
 
@@ -45,6 +47,7 @@ class Session:
             ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
         failed_knobs: why each knob that has failed in use did so.
+        checked_gradients: optimizers about to step whose gradients a knob has found to be finite.
 
     A child process that is forked or made by ``multiprocessing`` is quiet: it leaves no record
     before the first step of its own, so that data loader workers leave none.
@@ -66,6 +69,8 @@ class Session:
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.record = RecordWriter(run_directory, os.getpid())
         self.failed_knobs: dict[str, str] = {}
+        self.checked_gradients: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._guard: Guard | None = None
         self._undos: dict[str, Undo] = {}
         self._arm: int | None = None
         self._mark: str | None = None
@@ -137,6 +142,15 @@ class Session:
 
     # Knobs
 
+    @property
+    def turned(self) -> Set[str]:
+        """Knobs that are in place."""
+        return self._undos.keys()
+
+    def ask_for_boundary(self) -> None:
+        """Stop at the next boundary between two steps, for what is waiting to be done there."""
+        self.hooks.told = self.hooks.live = True
+
     def turn(self, knob: str, setting: str) -> None:
         """Apply a setting; called at a step boundary or before the first step.
 
@@ -165,7 +179,7 @@ class Session:
         self.failed_knobs[knob] = why
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         self.event("failed", knob, f"turned back: {why}", trace)
-        self.hooks.told = self.hooks.live = True
+        self.ask_for_boundary()
 
     def attempt(self, knob: str, turned: Callable[[], Any], bare: Callable[[], Any]) -> Any:
         """What ``turned`` returns; if it raises, what ``bare`` does, and the knob is turned back.
@@ -213,7 +227,6 @@ class Session:
                     self.event("failed", knob, why, traceback.format_exc())
                 else:
                     self.event("undone", knob, "it has failed")
-        self.hooks.live = bool(self._stages)
 
     # Life
 
@@ -254,6 +267,11 @@ class Session:
             from flatout.agent.inspection import Inspector
 
             self._inspector = Inspector(self, request.inspection)
+        if request.guard is not None:
+            from flatout.agent.guard import Guard
+
+            self._guard = Guard(self, request.guard)
+            self._guard.install()
         self.forward_wrappers.append(FirstInputs(self))
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
@@ -272,7 +290,9 @@ class Session:
         self.hooks.turns.finish()
         if self._inspector is not None:
             self._inspector.close()
-        self.hooks.remove()
+        if self._guard is not None:
+            self._guard.finish()
+        self._remove()
         self._asleep = True
         if self._is_quiet:
             return
@@ -301,6 +321,11 @@ class Session:
             self._inspector.stop()
         self._asleep = True
         self._stages.clear()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
         self.hooks.remove()
 
     def _forked(self) -> None:
@@ -369,6 +394,8 @@ class Session:
         self.record.write_events(self.hooks.pack())
         arrived = self.losses.arrived(self.hooks.losses, wait)
         self.record.write_losses(arrived, self.losses.peak_device_bytes)
+        if self._guard is not None:
+            self._guard.losses_arrived(arrived)
 
     def _turn_closed(self, turn: Turn) -> None:
         if self._asleep:
@@ -380,10 +407,13 @@ class Session:
             self._speak()
         if self.hooks.searching:
             self.hooks.turn_closed()
+        if self._guard is not None:
+            self._guard.at_boundary()
         if self.failed_knobs:
             self._undo_failed()
         if self._stages:
             self._run_stages(turn)
+        self.hooks.live = bool(self._stages)
         self.hooks.told = self.hooks.searching or bool(self._stages)
 
     def _run_stages(self, turn: Turn) -> None:

@@ -6,6 +6,7 @@ import argparse
 import os
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from flatout.errors import UserError
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, read_step_times, write_failure
-from flatout.request import Proof, Request
+from flatout.request import Envelope, Proof, ProvenLoss, Request
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
@@ -58,11 +59,13 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _request(arguments: argparse.Namespace) -> Request:
     settings: dict[str, str] = {}
-    proof = None
+    proof = guard = None
     if arguments.plan is not None:
         from flatout import plan
 
-        settings, proof = _proven_here(plan.read(arguments.plan), arguments)
+        applied = plan.read(arguments.plan)
+        settings, proof = _proven_here(applied, arguments)
+        guard = _guard(applied, settings)
     if arguments.set:
         from flatout import knobs
 
@@ -74,7 +77,22 @@ def _request(arguments: argparse.Namespace) -> Request:
             settings[name] = setting
             if proof is not None:
                 proof = replace(proof, knobs=tuple(knob for knob in proof.knobs if knob != name))
-    return Request(settings=settings, proof=proof)
+    return Request(settings=settings, proof=proof, guard=guard)
+
+
+def _guard(plan: Plan, settings: Mapping[str, str]) -> Envelope | None:
+    """What the guard is to know, ``None`` where no setting can change anything."""
+    from flatout import knobs
+
+    if all(knobs.is_bitwise(name, setting) for name, setting in settings.items()):
+        return None
+    if plan.evidence is None or not plan.proven:
+        return Envelope()
+    losses = tuple(
+        ProvenLoss(max(loss.bare_final, loss.plan_final), loss.margin)
+        for loss in plan.evidence.losses
+    )
+    return Envelope(plan.evidence.steps, losses)
 
 
 def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:
@@ -132,6 +150,7 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         for event in times.events
         if event.what in _OUTCOMES and event.subject in request.settings
     ]
+    lines += [f"guard: {event.why}" for event in times.events if event.subject == "guard"]
     if not times.turns:
         return [*lines, f"no training or inference step was seen; record in {where}"]
     median_ms = statistics.median(times.turns)

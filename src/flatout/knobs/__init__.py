@@ -255,6 +255,8 @@ def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:
         check_claims({**request.settings, **arm})
     turned = {name for plan in (request.settings, *arms) for name in plan}
     needed = {kernel for name in turned for kernel in get(name).kernels}
+    if request.guard is not None:
+        needed.add("finite")
     for kernel in sorted(needed):
         with contextlib.suppress(kernels.KernelError):
             kernels.build(kernel)

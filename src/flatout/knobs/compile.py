@@ -29,6 +29,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 MOST_SAID = 20
 """Graphs after which no more are spoken of in the record."""
 
+MOST_COMPILING_CALLS = 8
+"""Calls of one module that had to compile something after which it is left uncompiled. The first
+one, a shape that turns out to vary, evaluation and its shapes make four or five; and Dynamo gives a
+piece of code up after as many (``torch._dynamo.config.recompile_limit``), but goes on to check all
+its guards."""
+
 
 def match(facts: Facts) -> Match:
     """Needs a compiler, and something in the step besides matrix products."""
@@ -84,6 +90,7 @@ class Compiled:
         self._compiled: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = (
             weakref.WeakKeyDictionary()
         )
+        self._compiling_calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._counted = (0, 0)
         self._said = 0
 
@@ -107,7 +114,8 @@ class Compiled:
 
         def compiled() -> Any:
             output = self._run(call, module, args, kwargs)
-            self._count()
+            if self._has_compiled():
+                self._count_call(module)
             return output
 
         def bare() -> Any:
@@ -153,13 +161,13 @@ class Compiled:
             module.compile(**self._options)
         return weakref.WeakSet(chosen)
 
-    def _count(self) -> None:
-        """Say when there are more graphs than before the call."""
+    def _has_compiled(self) -> bool:
+        """Whether there are more graphs than before the call; they are spoken of."""
         from torch._dynamo.utils import counters
 
         graphs = counters["stats"]["unique_graphs"]
-        if graphs == self._counted[0] or self._said >= MOST_SAID:
-            return
+        if graphs == self._counted[0]:
+            return False
         broken: Counter[str] = counters["graph_break"]
         breaks = sum(broken.values())
         why = f"{graphs} graphs compiled, {breaks} breaks"
@@ -168,7 +176,17 @@ class Compiled:
             why += f", most often: {first}"
         self._counted = graphs, breaks
         self._said += 1
-        self._session.event("noticed", NAME, why)
+        if self._said <= MOST_SAID:
+            self._session.event("noticed", NAME, why)
+        return True
+
+    def _count_call(self, module: Any) -> None:
+        """Give up when a module compiles again and again."""
+        calls = self._compiling_calls[module] = self._compiling_calls.get(module, 0) + 1
+        if calls >= MOST_COMPILING_CALLS:
+            self.restore()
+            why = f"{calls} calls of {type(module).__qualname__} had to compile something anew"
+            self._session.turn_back(NAME, RuntimeError(why))
 
     def restore(self) -> None:
         """Let everything run as before."""
@@ -218,10 +236,11 @@ KNOB = Knob(
         "repeats in a list, once for all of them, which takes a fraction of the time; `dynamic` "
         "compiles for any shapes at once; `max-autotune` measures several kernels for each "
         "operation; `reduce-overhead` replays whole graphs of CUDA kernels, and copies what comes "
-        "out. Graphs and breaks are counted in the record. When a call fails, all modules run as "
-        "before, and the knob is turned back. Dropout in compiled regions has a generator of its "
-        "own, so `random` and `attention` do nothing there. LSTM and GRU stay on oneDNN and cuDNN. "
-        "Left alone: modules that the program compiles or scripts itself.",
+        "out. Graphs and breaks are counted in the record. When a call fails, or a module compiles "
+        "again and again, all modules run as before, and the knob is turned back. Dropout in "
+        "compiled regions has a generator of its own, so `random` and `attention` do nothing "
+        "there. LSTM and GRU stay on oneDNN and cuDNN. Left alone: modules that the program "
+        "compiles or scripts itself.",
         helps="Many small operations between the matrix products; overhead of Python and of "
         "launches. CPU, CUDA, ROCm, XPU.",
         hurts="Shapes that change (`dynamic` may help), short runs: compiling takes a minute. "

@@ -14,7 +14,7 @@ from typing import Literal
 
 from flatout import knobs, paths
 from flatout.errors import UserError
-from flatout.launch import environment, process
+from flatout.launch import environment, process, trackers
 from flatout.launch import relay as relay_stage
 from flatout.launch.runs import new_directory, new_run_directory
 from flatout.record import RecordError, RunRecord, read_run, write_failure
@@ -70,7 +70,7 @@ def start(
     progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> Finished:
-    """Run a trial of a job to its end; no process of it is left then.
+    """Run a trial of a job to its end, with its trackers offline; no process of it is left then.
 
     Args:
         command: program and arguments.
@@ -96,11 +96,12 @@ def start(
         ) from None
     if isolate:
         job = _isolated(job, [run_directory])
+    variables = knobs.prepare(request, os.environ)
     descriptor = _open_output(output, run_directory)
     try:
         ended = process.run(
             job,
-            environment.job_environment(run_directory, knobs.prepare(request, os.environ)),
+            trackers.offline(environment.job_environment(run_directory, variables)),
             output=descriptor,
             timeout_seconds=timeout_seconds,
             contained=True,
@@ -157,7 +158,8 @@ def start_relay(
         ) from None
     jobs = []
     for request, directory in zip(requests, directories, strict=True):
-        variables = environment.job_environment(directory, knobs.prepare(request, os.environ))
+        prepared = environment.job_environment(directory, knobs.prepare(request, os.environ))
+        variables = trackers.offline(prepared)
         jobs.append(
             {
                 "command": _isolated(command, [directory, folder]) if isolate else list(command),

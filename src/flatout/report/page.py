@@ -64,7 +64,7 @@ def _header(document: Document) -> Markup:
         "header",
         element("p", "flatout tune", class_="eyebrow"),
         element("h1", title),
-        element("p", lead, class_="lead"),
+        element("p", lead, class_="lead") if lead else None,
         element("dl", *_key_figures(document), class_="facts"),
     )
 
@@ -82,7 +82,7 @@ def _key_figures(document: Document) -> list[Markup]:
         proof = document.proof
         verdict = figures.NOT_MEASURED
         if proof is not None:
-            verdict = proof.kind.capitalize() if proof.passed else "Not passed"
+            verdict = proof.kind if proof.passed else "not passed"
         facts = [
             (
                 "Step",
@@ -96,7 +96,7 @@ def _key_figures(document: Document) -> list[Markup]:
             ),
             (
                 "Break-even",
-                words.break_even(document).capitalize(),
+                words.break_even(document),
                 "to make up for a longer start",
             ),
             (
@@ -111,7 +111,7 @@ def _key_figures(document: Document) -> list[Markup]:
         element(
             "div",
             element("dt", name),
-            element("dd", value, element("small", note) if note else None),
+            element("dd", _capital(value), element("small", note) if note else None),
         )
         for name, value, note in facts
     ]
@@ -179,7 +179,7 @@ def _sides(document: Document) -> Markup:
                 *(
                     _row(
                         "td",
-                        (name[0].upper() + name[1:], *map(_with_minus, values))[shown],
+                        (_capital(name), *map(_with_minus, values))[shown],
                         numbers=(1, 2, 3),
                     )
                     for name, *values in rows
@@ -300,7 +300,7 @@ def _losses(proof: Proof) -> Markup | None:
                 "figure",
                 element(
                     "figcaption",
-                    element("strong", curves.site[:1].upper() + curves.site[1:]),
+                    element("strong", _capital(curves.site)),
                     element("div", f"{spread}{scale}", class_="note"),
                 ),
                 element("div", drawn, class_="frame"),
@@ -480,7 +480,7 @@ def _findings(document: Document) -> Markup | None:
                 "li",
                 element(
                     "div",
-                    element("h3", finding.title[:1].upper() + finding.title[1:]),
+                    element("h3", _capital(finding.title)),
                     element("ul", *(element("li", said) for said in finding.evidence))
                     if finding.evidence
                     else None,
@@ -512,14 +512,13 @@ def _machine(document: Document) -> Markup:
 
 
 def _footer(document: Document) -> Markup:
-    finished = figures.NOT_MEASURED
+    said = []
+    if document.seconds is not None:
+        said.append(f"Tuned in {figures.duration(document.seconds)}.")
     if document.finished_unix_s is not None:
-        finished = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(document.finished_unix_s))
-    return element(
-        "footer",
-        f"Tuned in {figures.duration(document.seconds)}, finished {finished}. "
-        f"flatout {__version__}.",
-    )
+        finished = time.gmtime(document.finished_unix_s)
+        said.append(time.strftime("Finished %Y-%m-%d %H:%M UTC.", finished))
+    return element("footer", " ".join([*said, f"flatout {__version__}."]))
 
 
 def _section(title: str, *children: str | None) -> Markup:
@@ -573,5 +572,9 @@ def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:
 def _sentence(text: str) -> str:
     """``text`` with a capital at its beginning, unless that is code, and a stop at its end."""
     begins_with_code = "=" in text.partition(" ")[0]
-    begin = text[:1] if begins_with_code else text[:1].upper()
-    return begin + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")
+    begun = text if begins_with_code else _capital(text)
+    return begun + ("" if text.endswith((".", "!", "?")) or not text else ".")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -40,12 +40,13 @@ def lines(document: Document) -> list[str]:
         said += proof_lines(document.proof)
     said += _arms("tried, and no help:", document.arms, _DID_NOT_HELP)
     said += _arms("not tried:", document.arms, _NOT_TRIED)
+    said = [" ".join(line.splitlines()) for line in said]
     if document.next_command is not None:
-        said.append(f"next: {document.next_command}")
+        said.append(f"next: {document.next_command}")  # line ends in it are part of the command
     return [figures.printable(line) for line in said]
 
 
-def ratio(measured: Ratio | None) -> str:
+def _ratio(measured: Ratio | None) -> str:
     """A ratio with its interval and pairs."""
     return figures.NOT_MEASURED if measured is None else str(measured)
 
@@ -58,39 +59,26 @@ def break_even(document: Document) -> str:
     return "from the first step on" if steps <= 0 else f"after {figures.count(steps, 'step')}"
 
 
-def sides(baseline: Side, with_plan: Side) -> Iterator[tuple[str, str, str, str]]:
+def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     """Rows of a table: what, the bare program, with the plan, change."""
-    peak = (baseline.peak_rss_bytes, with_plan.peak_rss_bytes)
-    device_peak = (baseline.peak_device_bytes, with_plan.peak_device_bytes)
+    duration, memory, change = figures.duration, figures.memory, figures.change
+    peak = (bare.peak_rss_bytes, plan.peak_rss_bytes)
+    device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
+    warmup_s = (bare.warmup_s, plan.warmup_s)
     rows: list[tuple[str, Callable[..., str], Callable[..., str], _Values]] = [
-        (
-            "step (median)",
-            figures.milliseconds,
-            figures.change,
-            (baseline.step_ms, with_plan.step_ms),
-        ),
-        ("start-up", figures.duration, figures.longer, (baseline.startup_s, with_plan.startup_s)),
-        (
-            "compilation, first steps",
-            figures.duration,
-            figures.longer,
-            (baseline.warmup_s, with_plan.warmup_s),
-        ),
-        (
-            "whole job (projected)",
-            figures.duration,
-            figures.change,
-            (baseline.job_s, with_plan.job_s),
-        ),
-        ("peak memory", figures.memory, figures.change, peak),
+        ("step (median)", figures.milliseconds, change, (bare.step_ms, plan.step_ms)),
+        ("start-up", duration, figures.longer, (bare.startup_s, plan.startup_s)),
+        ("compilation, first steps", duration, figures.longer, warmup_s),
+        ("whole job (projected)", duration, change, (bare.job_s, plan.job_s)),
+        ("peak memory", memory, change, peak),
     ]
     if device_peak != (None, None):
-        rows.append(("peak device memory", figures.memory, figures.change, device_peak))
-    for name, shown, changed, (bare, plan) in rows:
-        yield name, shown(bare), shown(plan), changed(bare, plan)
+        rows.append(("peak device memory", memory, change, device_peak))
+    for name, shown, changed, values in rows:
+        yield name, shown(values[0]), shown(values[1]), changed(*values)
 
 
-def proof_headline(proof: Proof) -> str:
+def _proof_headline(proof: Proof) -> str:
     """The verdict with its horizon."""
     verdict = "passed" if proof.passed else "not passed"
     return (
@@ -106,7 +94,7 @@ def repeatability(proof: Proof) -> str | None:
     return "the bare program does not repeat its own losses from one seed"
 
 
-def loss(loss: LossEvidence, proof: Proof) -> str:
+def _loss(loss: LossEvidence, proof: Proof) -> str:
     """How the losses of one backward call compare."""
     compared = (
         ", identical at every step"
@@ -120,15 +108,16 @@ def loss(loss: LossEvidence, proof: Proof) -> str:
     )
 
 
-def outcome(arm: Arm) -> str:
+def _outcome(arm: Arm) -> str:
     """What came of an arm and why, without its ratio."""
     return arm.state + (f": {arm.why}" if arm.why else "")
 
 
 def _knob(knob: KnobResult) -> list[str]:
+    alone, on_top = _ratio(knob.alone), _ratio(knob.without_it)
     return [
         f"  {knob.knob} = {knob.setting}: {knob.summary}",
-        f"    brought, alone: {ratio(knob.alone)}; on top of the others: {ratio(knob.without_it)}",
+        f"    brought, alone: {alone}; on top of the others: {on_top}",
         f"    by hand: {knob.by_hand}",
     ]
 
@@ -160,14 +149,14 @@ def _sides(baseline: Side, with_plan: Side) -> list[str]:
 
 def proof_lines(proof: Proof) -> list[str]:
     """The verdict, its checks and the losses."""
-    said = [f"proof: {proof_headline(proof)}"]
+    said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:
         verdict = {True: "passed", False: "NOT PASSED", None: "not measured"}[check.passed]
         said.append(f"  {check.name}: {verdict}" + (f", {check.why}" if check.why else ""))
     for number, evidence in enumerate(proof.losses, 1):
         which = f" {number}" if len(proof.losses) > 1 else ""
         said.append(
-            f"loss{which} over the last quarter of {proof.steps} steps: {loss(evidence, proof)}"
+            f"loss{which} over the last quarter of {proof.steps} steps: {_loss(evidence, proof)}"
         )
     note = repeatability(proof)
     return said if note is None else [*said, f"note: {note}"]
@@ -179,7 +168,7 @@ def _arms(heading: str, arms: Sequence[Arm], states: Sequence[str]) -> list[str]
     for arm in chosen[:ARMS_SHOWN]:
         figure = "" if arm.ratio is None else f"{arm.ratio} {_STAGES[arm.stage]}, "
         bound = f" (at most {arm.bound:.2f}x)" if arm.bound is not None else ""
-        said.append(f"  {arm.label}: {figure}{outcome(arm)}{bound}")
+        said.append(f"  {arm.label}: {figure}{_outcome(arm)}{bound}")
     if len(chosen) > ARMS_SHOWN:
         said.append(f"  and {len(chosen) - ARMS_SHOWN} more, which flatout report shows")
     return said

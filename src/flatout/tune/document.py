@@ -88,7 +88,7 @@ class KnobResult:
     Attributes:
         knob, setting: as in the plan.
         summary, by_hand: of its card; ``by_hand`` is Markdown.
-        exactness: what the setting may change.
+        exactness: what the setting may change, in the words of ``knobs.EXACTNESS``.
         alone: bare step time over that with this knob alone.
         without_it: step time of the plan without this knob over that of the whole plan.
     """

@@ -99,8 +99,8 @@ class Journal:
         """How long the tune has taken; while it repeats itself, as long as it had taken then."""
         return self._spent_before_s + (time.monotonic() - self._sat_down_s)
 
-    def recorded(self, request: Request) -> Entry | None:
-        """The next trial, if the journal has it and it was asked the same.
+    def recorded(self, *requests: Request) -> tuple[Entry, ...] | None:
+        """The next trials, if the journal has them and they were asked the same.
 
         If it was asked something else, what follows in the journal is dropped: flatout or its
         options are others now.
@@ -108,24 +108,29 @@ class Journal:
         if self._next == len(self._recorded):
             return None
         line, end = self._recorded[self._next]
-        if line["request"] != _plain(request) or not (self.runs / line["run"]).is_dir():
+        entries = tuple(Entry(**entry) for entry in line["entries"])
+        are_there = all((self.runs / entry.run).is_dir() for entry in entries)
+        if line["requests"] != _plain(requests) or not are_there:
             del self._recorded[self._next :]
             os.ftruncate(self._descriptor, self._at_byte)
             return None
         self._next += 1
         self._at_byte = end
-        entry = Entry(**{f.name: line[f.name] for f in dataclasses.fields(Entry)})
-        self._spent_before_s = entry.spent_s
+        self._spent_before_s = entries[-1].spent_s
         self._sat_down_s = time.monotonic()
-        return entry
+        return entries
 
-    def add(self, request: Request, entry: Entry) -> None:
-        """Write down a trial that has ended.
+    def add(self, requests: Sequence[Request], entries: Sequence[Entry]) -> None:
+        """Write down trials that have ended at the same time.
 
         Raises:
             JournalError: it cannot be written.
         """
-        document = {"kind": "trial", "request": _plain(request), **dataclasses.asdict(entry)}
+        document = {
+            "kind": "trial",
+            "requests": _plain(requests),
+            "entries": [dataclasses.asdict(entry) for entry in entries],
+        }
         _append(self._descriptor, self.path, document)
 
     def finish(self, result: str | None = None) -> None:
@@ -224,9 +229,9 @@ def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _plain(request: Request) -> Any:
-    """The request as it is after a journey through JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(request)))
+def _plain(requests: Sequence[Request]) -> Any:
+    """The requests as they are after a journey through JSON."""
+    return json.loads(json.dumps([dataclasses.asdict(request) for request in requests]))
 
 
 def _locked(path: Path) -> int:

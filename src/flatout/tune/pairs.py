@@ -14,9 +14,9 @@ from statistics import median
 from flatout.errors import UserError
 from flatout.ratios import Ratio
 from flatout.record import ProcessRecord, Step
-from flatout.request import Inspection, Request
+from flatout.request import Inspection, Relay, Request
 from flatout.tune import statistics, trial
-from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.turns import PHASES
 
 WARMUP_STEPS = 3
@@ -57,6 +57,7 @@ class Pairs:
     Attributes:
         first, second: the settings of the two sides.
         firsts, seconds: their trials, one of each for each pair.
+        in_relay: whether both sides of a pair run at the same time, in turns of some steps.
         failure: why the second side cannot run, ``None`` if it can.
         interrupted: whether the user has ended it early.
     """
@@ -65,6 +66,7 @@ class Pairs:
     second: Mapping[str, str]
     firsts: list[Trial] = field(default_factory=list)
     seconds: list[Trial] = field(default_factory=list)
+    in_relay: bool = False
     failure: str | None = None
     interrupted: bool = False
 
@@ -96,16 +98,23 @@ class Pairs:
 
 
 def step_ms(process: ProcessRecord) -> float:
-    """Mean time of a step after the warm-up, with what the program does between two steps.
+    """Mean time of a step after the warm-up, with its share of the evaluation passes.
 
-    A median would be calmer, but it leaves out the evaluation passes, and whatever happens at
-    every tenth step only: the user waits for those as well.
+    A median would be calmer, but it leaves out those passes, and whatever happens at every tenth
+    step only: the user waits for all of it.
     """
-    timed = [turn for turn in process.turns if turn.mark is None][WARMUP_STEPS:]
+    timed = timed_turns(process)
     if not timed:
         raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
-    whole_ms = (timed[-1].at_s - timed[0].at_s) * 1e3 + timed[-1].step_ms
-    return whole_ms / len(timed)
+    passes = process.evaluations if process.trains else []
+    first_s, last_s = timed[0].at_s, timed[-1].at_s
+    between = [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
+    return sum(turn.step_ms for turn in (*timed, *between)) / len(timed)
+
+
+def timed_turns(process: ProcessRecord) -> list[Step]:
+    """The steps that tell the usual time: after the warm-up, neither profiled nor after a wait."""
+    return [turn for turn in process.turns[WARMUP_STEPS:] if turn.mark is None]
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Cost:
     """What one side takes, medians over its runs.
 
     Attributes:
-        startup_s: from the start of the process to its first step, and from its last to its end.
+        startup_s: from the import of torch to the first step.
         warmup_s: what the first steps take more than later ones: compilation, first calls.
         step_ms: one step after that.
     """
@@ -131,11 +140,10 @@ def cost(trials: Sequence[Trial]) -> Cost:
     """What these runs of one side take."""
     startups, warmups = [], []
     for done in trials:
-        turns = [turn for turn in done.process.turns if turn.mark is None]
+        turns = done.process.turns
         first_s = sum(turn.step_ms for turn in turns[:WARMUP_STEPS]) / 1e3
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
-        whole_s = (turns[-1].at_s - turns[0].at_s) + turns[-1].step_ms / 1e3
-        startups.append(max(done.seconds - whole_s, 0.0))
+        startups.append(turns[0].at_s)
         warmups.append(max(first_s - usual_s, 0.0))
     steps_ms = [step_ms(done.process) for done in trials]
     return Cost(median(startups), median(warmups), median(steps_ms))
@@ -143,11 +151,7 @@ def cost(trials: Sequence[Trial]) -> Cost:
 
 def phases_ms(trials: Sequence[Trial]) -> dict[str, float | None]:
     """Mean time of each phase in a step, over the runs of one side; ``None``: not measured."""
-    steps = [
-        turn
-        for done in trials
-        for turn in [turn for turn in done.process.turns if turn.mark is None][WARMUP_STEPS:]
-    ]
+    steps = [turn for done in trials for turn in timed_turns(done.process)]
     means: dict[str, float | None] = {}
     for phase in PHASES:
         known = [ms for step in steps if (ms := step.phases_ms[phase]) is not None]
@@ -191,16 +195,65 @@ def run(
     while not is_enough(pairs):
         number = pairs.count
         try:
-            for is_second in (False, True) if number % 2 == 0 else (True, False):
-                _one(trials, pairs, is_second, pace=pace, steps=steps, seed=seed + number)
-                if pairs.failure is not None:
-                    return
+            if pairs.in_relay:
+                _relay(trials, pairs, pace=pace, steps=steps, seed=seed + number)
+            else:
+                for is_second in (False, True) if number % 2 == 0 else (True, False):
+                    if pairs.failure is None:
+                        _one(trials, pairs, is_second, pace=pace, steps=steps, seed=seed + number)
         except KeyboardInterrupt:
             pairs.interrupted = True
             del pairs.firsts[number:], pairs.seconds[number:]
             return
+        except RelayFailedError as failed:
+            if failed.place == 1 and number:
+                pairs.failure = str(failed)
+            elif number:
+                raise said("the program fails when it runs again", failed.failure) from failed
+            else:
+                say(f"two runs at the same time fail ({failed}): one after the other from now on")
+                pairs.in_relay = False
+                continue
+        if pairs.failure is not None:
+            return
         one, other = (step_ms(side[-1].process) for side in (pairs.firsts, pairs.seconds))
         say(f"pair {number + 1}: {one:.4g} ms, {other:.4g} ms, {one / other:.2f}x")
+
+
+RELAY_STEPS = 5
+"""Of a turn, of which the first is left out."""
+
+
+def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -> None:
+    """One pair of runs that take turns.
+
+    Raises:
+        RelayFailedError: one of them fails, or one of the knobs.
+    """
+    blocks = max((steps - WARMUP_STEPS) // RELAY_STEPS, 1)
+    relay = Relay(
+        folder="",
+        place=0,
+        block_steps=RELAY_STEPS,
+        warmup_steps=steps - blocks * RELAY_STEPS,
+        blocks=blocks,
+    )
+    sides = (pairs.first, pairs.second) if pairs.count % 2 == 0 else (pairs.second, pairs.first)
+    one, other = (Request(settings=dict(s), seed=seed, inspection=STATE) for s in sides)
+    try:
+        done = trials.run_two((one, other), relay, 2 * pace.limit_s(steps))
+        for place, settings in enumerate(sides):
+            try:
+                _check(done[place], settings, steps, seed)
+            except TrialFailedError as failure:
+                raise RelayFailedError(place, failure) from failure
+    except RelayFailedError as failed:
+        if pairs.count % 2:
+            raise RelayFailedError(1 - failed.place, failed.failure) from failed
+        raise
+    first, second = done if pairs.count % 2 == 0 else done[::-1]
+    pairs.firsts.append(first)
+    pairs.seconds.append(second)
 
 
 STATE = Inspection(state=True)
@@ -223,6 +276,16 @@ def one_run(
     """
     request = Request(settings=dict(settings), stop_steps=steps, seed=seed, inspection=inspection)
     done = trials.run(request, pace.limit_s(steps))
+    _check(done, settings, steps, seed)
+    return done
+
+
+def _check(done: Trial, settings: Mapping[str, str], steps: int, seed: int) -> None:
+    """Check that a run came as far as it should, with all its knobs.
+
+    Raises:
+        TrialFailedError: it did not.
+    """
     for name, why in trial.reasons(done.process, "failed").items():
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
@@ -233,7 +296,6 @@ def one_run(
             done.process,
             "",
         )
-    return done
 
 
 def _one(

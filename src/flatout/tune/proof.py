@@ -110,7 +110,7 @@ class Run:
     def of(cls, process: ProcessRecord) -> Run:
         """What a process recorded."""
         return cls(
-            curves([step for step in process.steps if step.mark is None]),
+            curves([step for step in process.steps if step.mark != "profiled"]),
             len(process.turns),
             process.trains,
             process.gradients,

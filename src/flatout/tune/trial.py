@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from flatout import launch
 from flatout.errors import UserError
 from flatout.record import ProcessRecord, RecordError, read_run
-from flatout.request import Request
+from flatout.request import Relay, Request
 from flatout.tune.journal import Entry, Journal
 
 _TAIL_LINES = 12
@@ -27,6 +29,20 @@ class TrialFailedError(Exception):
         super().__init__(why)
         self.process = process
         self.tail = tail
+
+
+class RelayFailedError(Exception):
+    """One of two trials that take turns has failed.
+
+    Attributes:
+        place: which, 0 or 1.
+        failure: how.
+    """
+
+    def __init__(self, place: int, failure: TrialFailedError) -> None:
+        super().__init__(str(failure))
+        self.place = place
+        self.failure = failure
 
 
 @dataclass(frozen=True)
@@ -74,24 +90,66 @@ class Trials:
             TrialFailedError: it failed, hung, or recorded nothing.
             UserError: it could not be started, or its record or the journal cannot be written.
         """
-        journal = self._journal
-        entry = journal.recorded(request)
-        if entry is not None:
-            try:
-                process = read_run(journal.runs / entry.run).main
-            except RecordError as error:
-                raise UserError(f"the record cannot be read: {error}") from None
-            return _outcome(entry, process)
-        finished = launch.start(
-            self._command,
-            request,
-            isolate=self._isolate,
-            output="capture",
-            timeout_seconds=timeout_seconds,
-            runs=journal.runs,
+        entries = self._journal.recorded(request)
+        if entries is None:
+            finished = launch.start(
+                self._command,
+                request,
+                isolate=self._isolate,
+                output="capture",
+                timeout_seconds=timeout_seconds,
+                runs=self._journal.runs,
+            )
+            entries = (_entry(finished, timeout_seconds, self.spent_s),)
+            self._journal.add((request,), entries)
+        return self._outcome(entries[0])
+
+    def run_two(
+        self, requests: tuple[Request, Request], relay: Relay, timeout_seconds: float
+    ) -> tuple[Trial, Trial]:
+        """Run the job twice at the same time, in turns (``agent/relay.py``).
+
+        Args:
+            requests: what the two agents shall do.
+            relay: how they take turns.
+            timeout_seconds: limit for both.
+
+        Raises:
+            RelayFailedError: one of them failed, hung, or recorded nothing.
+            UserError: see ``run``.
+        """
+        asked = tuple(
+            dataclasses.replace(request, relay=dataclasses.replace(relay, place=place))
+            for place, request in enumerate(requests)
         )
-        entry, process = _entry(finished, timeout_seconds, journal.spent_s)
-        journal.add(request, entry)
+        entries = self._journal.recorded(*asked)
+        if entries is None:
+            both = launch.start_relay(
+                self._command,
+                requests,
+                relay,
+                isolate=self._isolate,
+                timeout_seconds=timeout_seconds,
+                runs=self._journal.runs,
+            )
+            entries = tuple(_entry(one, timeout_seconds, self.spent_s) for one in both)
+            self._journal.add(asked, entries)
+        done: list[Trial] = []
+        for place, entry in enumerate(entries):
+            try:
+                done.append(self._outcome(entry))
+            except TrialFailedError as failure:
+                if entry.failure is None or not entry.failure.endswith(_ENDED):
+                    raise RelayFailedError(place, failure) from failure
+        if len(done) < 2:
+            raise RelayFailedError(0, TrialFailedError("both were ended", None, ""))
+        return done[0], done[1]
+
+    def _outcome(self, entry: Entry) -> Trial:
+        try:
+            process = read_run(self._journal.runs / entry.run).main
+        except RecordError as error:
+            raise UserError(f"the record cannot be read: {error}") from None
         return _outcome(entry, process)
 
 
@@ -102,12 +160,15 @@ def run(
     finished = launch.start(
         command, request, isolate=isolate, output="capture", timeout_seconds=timeout_seconds
     )
-    return _outcome(*_entry(finished, timeout_seconds, finished.seconds))
+    entry = _entry(finished, timeout_seconds, finished.seconds)
+    return _outcome(entry, finished.read_record().main)
 
 
-def _entry(
-    finished: launch.Finished, timeout_seconds: float, spent_s: float
-) -> tuple[Entry, ProcessRecord | None]:
+_ENDED = f"killed by signal {int(signal.SIGTERM)}"
+"""How a run ends whose partner in a relay has failed."""
+
+
+def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) -> Entry:
     process = finished.read_record().main
     failure = None
     if finished.timed_out:
@@ -120,7 +181,7 @@ def _entry(
         failure = "no Python process of it imported torch with flatout's agent"
     end = None if process is None else process.end
     tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
-    entry = Entry(
+    return Entry(
         run=Path(finished.run_directory).name,
         seconds=finished.seconds,
         ended=end is None or end.get("reason") != "stopped",
@@ -128,7 +189,6 @@ def _entry(
         tail=tail if failure else "",
         spent_s=spent_s,
     )
-    return entry, process
 
 
 def _outcome(entry: Entry, process: ProcessRecord | None) -> Trial:

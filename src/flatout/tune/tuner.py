@@ -231,7 +231,7 @@ class Tuner:
         outcome = self._outcome
         try:
             self._first_run()
-            made = Pairs({}, dict(settings))
+            made = Pairs({}, dict(settings), in_relay=self._can_relay)
             self._alternate(made, lambda made: made.count >= count, self._steps)
             outcome.interrupted = made.interrupted
             refusal = self._refusal(made)
@@ -542,7 +542,7 @@ class Tuner:
             arm.stage = "fresh processes"
             arm.state = "running"
             self._changed()
-            tried = Pairs(dict(settings), settings | candidate.settings)
+            tried = Pairs(dict(settings), settings | candidate.settings, in_relay=self._can_relay)
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
             self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
             if tried.interrupted:
@@ -571,7 +571,7 @@ class Tuner:
         for _ in range(MAXIMUM_PROOFS):
             if not settings:
                 return
-            made = Pairs({}, dict(settings))
+            made = Pairs({}, dict(settings), in_relay=self._can_relay)
             refusal, passes = self._gradients_refusal(settings), self._gradients_pass
             if refusal is None:
                 self._say(
@@ -719,6 +719,23 @@ class Tuner:
                 left[name] = gentler
                 self._say(f"{name} is turned back to {gentler}")
         return left
+
+    @property
+    def _can_relay(self) -> bool:
+        """Whether two of these programs can be there at the same time.
+
+        Ranks of a distributed job would ask for the same port, and of the memory of an accelerator
+        no one knows how much is free.
+        """
+        import psutil
+
+        process = self._first.process
+        peaks = [step.peak_rss_bytes or 0 for step in process.steps]
+        return (
+            process.header["world_size"] is None
+            and not any(step.peak_device_bytes for step in process.steps)
+            and 3 * max(peaks, default=0) < psutil.virtual_memory().available
+        )
 
     def _is_enough(self, made: Pairs) -> bool:
         """Whether the claim is narrow enough, or time is over."""

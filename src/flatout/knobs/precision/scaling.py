@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout.agent.finite import Withheld, unscale
+
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
@@ -50,7 +52,7 @@ class LossScaling:
         self._found: weakref.WeakKeyDictionary[Any, list[torch.Tensor]] = (
             weakref.WeakKeyDictionary()
         )
-        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._withheld = Withheld()
         self._stepping: Any = None
 
     def install(self) -> None:
@@ -60,7 +62,7 @@ class LossScaling:
 
     def remove(self) -> None:
         """Put back what was there, unless the program has put something else there meanwhile."""
-        self._show()
+        self._withheld.show()
         self.is_wanted = False
         if _autograd._engine_run_backward is self._installed:
             _autograd._engine_run_backward = self._own
@@ -90,7 +92,9 @@ class LossScaling:
                 parameter.grad = before
             raise
         for optimizer, members in self._groups():
-            self._unscale(optimizer, [p.grad for p in members if p.grad is not None])
+            found = unscale([p.grad for p in members if p.grad is not None], 1 / self.scale)
+            if optimizer is not None:
+                self._found.setdefault(optimizer, []).extend(found)
         for parameter, before in zip(parameters, accumulated, strict=True):
             if parameter.grad is None:
                 parameter.grad = before
@@ -111,18 +115,6 @@ class LossScaling:
             yield optimizer, members
         rest = {id(p): p for root in self._session.roots for p in root.parameters()}
         yield None, [p for identity, p in rest.items() if identity not in seen]
-
-    def _unscale(self, optimizer: Any, grads: list[torch.Tensor]) -> None:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for grad in grads:
-            values = grad._values() if grad.is_sparse else grad
-            by_kind.setdefault((values.device, values.dtype), []).append(values)
-        for (device, _), tensors in by_kind.items():
-            found = torch.zeros((), device=device)
-            inverse = torch.full((), 1 / self.scale, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, inverse)
-            if optimizer is not None:
-                self._found.setdefault(optimizer, []).append(found)
 
     def _unsuitable(self, outputs: Any) -> str | None:
         """Why gradients would be scaled that cannot be divided again, ``None`` if none would."""
@@ -152,20 +144,21 @@ class LossScaling:
 
     def before(self, optimizer: Any) -> None:
         """An optimizer is about to step: without its gradients, if they are not finite."""
-        self._show()  # after a step that was left by an exception
+        self._withheld.show()  # after a step that was left by an exception
         self._stepping = optimizer
         self._hide_unless_finite(optimizer)
 
     def after(self, optimizer: Any) -> None:
         """It has stepped."""
         self._stepping = None
-        self._show()
+        self._withheld.show()
 
     def _hide_unless_finite(self, optimizer: Any) -> None:
         found = self._found.pop(optimizer, [])
         if not found:
             return
         if not any(bool(flag) for flag in found):
+            self._session.checked_gradients.add(optimizer)
             self._good_steps += 1
             if self._good_steps == GROWTH_INTERVAL:
                 self._good_steps = 0
@@ -179,13 +172,4 @@ class LossScaling:
             f"a step of {type(optimizer).__qualname__} left out, its gradients are not finite; "
             f"loss scale {self.scale:g}",
         )
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._hidden.append((parameter, parameter.grad))
-                    parameter.grad = None
-
-    def _show(self) -> None:
-        for parameter, grad in self._hidden:
-            parameter.grad = grad
-        self._hidden.clear()
+        self._withheld.hide(optimizer)

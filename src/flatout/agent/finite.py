@@ -1,0 +1,138 @@
+"""Whether tensors are finite, and gradients kept from a step while they are not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import operator
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from flatout import kernels
+
+SERIAL_BELOW = 65536
+"""Elements below which one thread looks at them: waking the others takes as long."""
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Types whose elements are where ``data_ptr`` says; a subclass may keep them anywhere."""
+
+_KINDS = frozenset({(torch.float32, True, torch.strided)})
+_kind = operator.attrgetter("dtype", "is_cpu", "layout")
+
+
+def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no element is infinite or not a number; waits for tensors on an accelerator.
+
+    Args:
+        tensors: of any shapes, types and devices; they are only read.
+    """
+    kernel = _kernel()
+    if kernel is None:
+        return _are_finite_one_by_one(tensors)
+    if not (
+        PLAIN.issuperset(map(type, tensors))
+        and _KINDS.issuperset(map(_kind, tensors))
+        and all(map(torch.Tensor.is_contiguous, tensors))
+    ):
+        is_plain = [type(t) in PLAIN and _kind(t) in _KINDS and _is_dense(t) for t in tensors]
+        others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
+        if not _are_finite_one_by_one(others):
+            return False
+        tensors = list(itertools.compress(tensors, is_plain))
+    addresses = array("Q", map(torch.Tensor.data_ptr, tensors))
+    sizes = array("q", map(torch.Tensor.numel, tensors))
+    threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
+    return bool(kernel(addresses.buffer_info()[0], sizes.buffer_info()[0], len(addresses), threads))
+
+
+def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
+    """Multiply gradients in place, without waiting for their device.
+
+    This is what ``torch.amp.GradScaler`` does
+    (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling).
+
+    Args:
+        grads: dense or sparse, of any devices and types.
+        factor: by which they are multiplied; 1 leaves every finite element as it is.
+
+    Returns:
+        A scalar for each device and type: 1 where some element is not finite, else 0.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for grad in grads:
+        values = values_of(grad)
+        by_kind.setdefault((values.device, values.dtype), []).append(values)
+    flags = []
+    for (device, _), tensors in by_kind.items():
+        found = torch.zeros((), device=device)
+        by = torch.full((), factor, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, by)
+        flags.append(found)
+    return flags
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a sparse tensor that are there, any other tensor itself."""
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+def gradients(optimizer: Any) -> list[torch.Tensor]:
+    """Those that the optimizer would step with."""
+    return [
+        grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (grad := parameter.grad) is not None
+    ]
+
+
+class Withheld:
+    """Gradients that are hidden from a step: the optimizer then finds nothing to do."""
+
+    def __init__(self) -> None:
+        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hide(self, optimizer: Any) -> None:
+        """Hide the gradients of all its parameters."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def show(self) -> None:
+        """Put back what is hidden."""
+        for parameter, grad in self._hidden:
+            parameter.grad = grad
+        self._hidden.clear()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements are all that lies between its first and its last."""
+    return tensor.is_contiguous() or bool(
+        torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    )
+
+
+def _are_finite_one_by_one(tensors: Iterable[torch.Tensor]) -> bool:
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        values = values_of(tensor.detach())
+        flags.setdefault(values.device, []).append(values.isfinite().all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())
+
+
+@functools.cache
+def _kernel() -> Callable[..., int] | None:
+    """The compiled check, ``None`` where it cannot be had."""
+    try:
+        check = kernels.load("finite").finite
+    except kernels.KernelError:
+        return None
+    check.restype = ctypes.c_int
+    check.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    return check

@@ -1,0 +1,176 @@
+"""A copy, in memory, of what training changes: parameters, buffers, the state of optimizers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatout.agent.finite import PLAIN, are_finite
+
+_autograd: Any = torch.autograd
+
+ROOM = 4
+"""How many times the memory of a copy must be free for it to be made."""
+
+
+class Snapshot:
+    """The last copy of the tensors of some modules and optimizers.
+
+    What is copied is known by weak references: a copy keeps nothing of the program's alive.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
+
+    def take(self, roots: Iterable[Any], optimizers: Iterable[Any]) -> str | None:
+        """Copy, in the place of the last copy.
+
+        Args:
+            roots: modules.
+            optimizers: of ``torch.optim``.
+
+        Returns:
+            Why there is not enough memory for that, ``None`` if there is. If not, the last copy
+            stays as it is.
+        """
+        before = {id(ref()): copy for ref, copy in self._copies}
+        tensors = _tensors(roots, optimizers)
+        new = [t for t in tensors if not _is_alike(t, before.get(id(t)))]
+        why = _lack_of_room(new)
+        if why is not None:
+            return why
+        copies = []
+        with torch.no_grad():
+            for tensor in tensors:
+                copy = before.get(id(tensor))
+                if copy is None or not _is_alike(tensor, copy):
+                    copy = torch.empty_like(tensor, requires_grad=False)
+                copy.copy_(tensor, non_blocking=True)
+                copies.append((weakref.ref(tensor), copy))
+        self._copies = copies
+        return None
+
+    def restore(self) -> bool:
+        """Write the copy back into the tensors it was made of; returns whether there was one."""
+        for tensor, copy in self._pairs():
+            _write(tensor, copy)
+        return bool(self._copies)
+
+    def restore_buffers(self, roots: Iterable[Any]) -> int:
+        """Write back the buffers that were finite and are not; returns how many.
+
+        Args:
+            roots: modules.
+        """
+        buffers = {id(buffer) for root in roots for buffer in root.buffers()}
+        restored = 0
+        for tensor, copy in self._pairs():
+            if (
+                id(tensor) in buffers
+                and tensor.is_floating_point()
+                and not are_finite([tensor])
+                and are_finite([copy])
+            ):
+                _write(tensor, copy)
+                restored += 1
+        return restored
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for reference, copy in self._copies:
+            tensor = reference()
+            if tensor is not None and _is_alike(tensor, copy):
+                yield tensor, copy
+
+
+def weights_are_finite(roots: Iterable[Any]) -> bool:
+    """Whether the parameters that are trained are; a frozen one may be a mask of infinities."""
+    trained = {id(p): p for root in roots for p in root.parameters() if p.requires_grad}
+    return are_finite([p for p in trained.values() if type(p) in PLAIN])
+
+
+def size_bytes(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
+    """Of all that a copy holds."""
+    return sum(t.numel() * t.element_size() for t in _tensors(roots, optimizers))
+
+
+def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tensor]:
+    """Each tensor once. Left out: subclasses and sparse ones, and what is no tensor."""
+    found: list[torch.Tensor] = []
+    for root in roots:
+        found += root.parameters()
+        found += root.buffers()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found += group["params"]
+        for state in optimizer.state.values():
+            found += state.values() if isinstance(state, dict) else ()
+    once = {id(t): t for t in found if type(t) in PLAIN and t.layout is torch.strided}
+    return list(once.values())
+
+
+def _is_alike(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
+    return (
+        copy is not None
+        and tensor.shape == copy.shape
+        and tensor.dtype == copy.dtype
+        and tensor.device == copy.device
+    )
+
+
+def _write(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    """In place; a graph that still holds the tensor must not raise an error in the program."""
+    with torch.no_grad(), _autograd._unsafe_preserve_version_counter(tensor):
+        tensor.copy_(copy)
+
+
+def _lack_of_room(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Why copies of these tensors would not fit, ``None`` if they do."""
+    needed: dict[torch.device, int] = {}
+    for tensor in tensors:
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        needed[tensor.device] = needed.get(tensor.device, 0) + tensor_bytes
+    for device, needed_bytes in needed.items():
+        free_bytes = _free_bytes(device)
+        if free_bytes is None:
+            return f"how much memory {device} has left is not known"
+        if free_bytes < ROOM * needed_bytes:
+            return (
+                f"a copy takes {needed_bytes / 2**20:.0f} MiB, {device} has "
+                f"{free_bytes / 2**20:.0f} MiB left"
+            )
+    return None
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that is left, ``None`` where that cannot be known."""
+    if device.type == "cpu":
+        known = [free for free in (_free_of_machine(), _free_of_group()) if free is not None]
+        return min(known, default=None)
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if mem_get_info is None else int(mem_get_info(device)[0])
+
+
+def _free_of_machine() -> int | None:
+    """``MemAvailable`` of /proc/meminfo (proc_meminfo(5))."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )
+
+
+def _free_of_group() -> int | None:
+    """What the limit of a container leaves (cgroup v2, memory.max and memory.current)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = (group / "memory.current").read_text().strip()
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
