@@ -92,6 +92,11 @@ def whole_lines(path: Path) -> bytes:
     return whole
 
 
+def has_ended(path: Path) -> bool:
+    """Whether the tune of a journal has come to its end."""
+    return journal.read(path)[-1].get("kind") == "end"
+
+
 class Soak:
     """One soak.
 
@@ -240,7 +245,7 @@ class Soak:
         before, ended_before = self._journals, self._ended
         self._journals = {path: whole_lines(path) for path in paths}
         self._journals = {path: lines for path, lines in self._journals.items() if lines}
-        self._ended = {path for path in paths if (path.parent / journal.RESULT_FILE).exists()}
+        self._ended = {path for path in self._journals if has_ended(path)}
         self.checked |= set(paths)
         for path, lines in self._journals.items():
             if not lines.startswith(before.get(path, b"")):

@@ -19,6 +19,7 @@ lacks its measurement. Run it on a machine that does nothing else: a program tak
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flatout.tune.statistics import Ratio, claimed
+from flatout.ratios import Ratio
+from flatout.tune.document import Document
+from flatout.tune.statistics import claimed
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples"
@@ -200,21 +203,14 @@ def tune(command: Sequence[str], budget: str, folder: Path) -> dict[str, Any]:
         [sys.executable, "-m", "flatout", "tune", *options, "--", *command], cwd=folder, check=True
     )
     seconds = time.monotonic() - began_s
-    found = json.loads(document.read_text("utf-8"))
-    evidence = found["evidence"]
+    found = Document.read(document)
+    has_plan = found.plan is not None and found.claim is not None
     return {
         "seconds": round(seconds, 1),
-        "settings": found["settings"],
-        "why": found["why"],
-        "claimed": None
-        if evidence is None
-        else {
-            "value": evidence["ratio"],
-            "low": evidence["ratio_low"],
-            "high": evidence["ratio_high"],
-            "pairs": evidence["pairs"],
-        },
-        "plan": plan.read_text("utf-8") if plan.exists() else None,
+        "settings": dict(found.settings),
+        "why": found.why,
+        "claimed": dataclasses.asdict(found.claim) if has_plan else None,
+        "plan": plan.read_text("utf-8") if has_plan else None,
     }
 
 

@@ -17,26 +17,25 @@ FRAMEWORKS = Path(
     os.environ.get("FLATOUT_TEST_FRAMEWORKS_PYTHON", ROOT / ".venv-frameworks/bin/python")
 )
 BARE = {
-    "dcgan": ["--width", "8", "--batch-size", "8"],
-    "jpeg": ["--files", "60"],
-    "lstm_by_hand": [],
-    "python_bound": [],
+    "jpeg": ["--steps", "11", "--files", "32"],
+    "lstm_by_hand": ["--steps", "11"],
+    "python_bound": ["--steps", "101"],
 }
 
 
 def printed_steps(python: Path, name: str, folder: Path, options: list[str]) -> list[list[str]]:
-    """The lines with a step, of seed 1 twice and of seed 2, side by side on a thread each."""
-    command = [str(python), str(PROGRAMS / f"{name}.py"), "--steps", "5", *options]
+    """The lines with a step of two runs from one seed, side by side on a thread each."""
+    command = [str(python), str(PROGRAMS / f"{name}.py"), "--seed", "1", *options]
     started = [
         subprocess.Popen(
-            [*command, "--seed", seed],
+            command,
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for seed in ("1", "1", "2")
+        for _ in range(2)
     ]
     outputs = []
     for process in started:
@@ -47,12 +46,11 @@ def printed_steps(python: Path, name: str, folder: Path, options: list[str]) -> 
 
 
 def check(python: Path, name: str, folder: Path, options: list[str]) -> None:
-    first, again, other = printed_steps(python, name, folder, options)
+    first, again = printed_steps(python, name, folder, options)
     losses = [float(word) for word in re.findall(r"\d+\.\d+|nan|inf", " ".join(first))]
-    assert losses
+    assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
     assert first == again
-    assert first != other
     assert not list(folder.iterdir())
 
 
@@ -66,4 +64,4 @@ def test_same_seed_same_losses(name: str, tmp_path: Path) -> None:
 def test_same_seed_same_losses_with_frameworks(name: str, tmp_path: Path) -> None:
     if not FRAMEWORKS.exists():
         pytest.skip(f"{FRAMEWORKS} is not there: make frameworks installs it")
-    check(FRAMEWORKS, name, tmp_path, [])
+    check(FRAMEWORKS, name, tmp_path, ["--steps", "11"])

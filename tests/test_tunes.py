@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from flatout.ratios import Ratio, claimed
+from flatout.ratios import Ratio
+from flatout.tune.statistics import claimed
 
 PLAN = 'version = 1\n\n[plan]\noptimizer = "onepass"\n'
 

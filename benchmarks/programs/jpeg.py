@@ -2,8 +2,9 @@
 
     python jpeg.py --steps 200 --seed 1
 
-The files are drawn at the start, into a temporary folder: shapes of four kinds, of any size, colour
-and place, on a noisy background. The data set opens, crops, flips and shrinks them with Pillow.
+The files are drawn at the start, into a temporary folder: polygons of four kinds, of any size,
+colour and place, on a noisy background. The data set opens them with Pillow, crops, shrinks and
+flips.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ CORNERS = (3, 4, 6, 60)
 def draw(corners: int, generator: random.Random) -> Image.Image:
     """A regular polygon of that many corners somewhere on a noisy background."""
     noise = Image.frombytes("RGB", (80, 80), generator.randbytes(3 * 80 * 80))
-    image = noise.resize((FILE_PIXELS, FILE_PIXELS), Image.Resampling.BICUBIC)
+    dark = noise.point(lambda value: value // 3)
+    image = dark.resize((FILE_PIXELS, FILE_PIXELS), Image.Resampling.BICUBIC)
     radius = generator.uniform(0.2, 0.35) * FILE_PIXELS
     x, y = (generator.uniform(0.4, 0.6) * FILE_PIXELS for _ in range(2))
     turned = generator.uniform(0, 2 * math.pi)
     angles = [turned + 2 * math.pi * corner / corners for corner in range(corners)]
     outline = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
-    colour = (generator.randrange(256), generator.randrange(256), generator.randrange(256))
-    ImageDraw.Draw(image).polygon(outline, fill=colour)
+    red, green, blue = (generator.randrange(100, 256) for _ in range(3))
+    ImageDraw.Draw(image).polygon(outline, fill=(red, green, blue))
     return image
 
 
