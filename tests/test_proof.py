@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
+import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Sequence
@@ -14,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from flatout.plan import Check
-from flatout.record import BufferState, Output, OutputTensor, RootState, Step
-from flatout.request import Inspection, Request
+from flatout.record import BufferState, Output, OutputTensor, RootState, Step, read_run
+from flatout.request import RUN_VARIABLE, Inspection, Request
 from flatout.tune import proof, trial
 from flatout.tune.proof import Curve, Run, Verdict
 from flatout.turns import PHASES
@@ -123,9 +125,9 @@ def test_losses_two_deviations_higher_are_refused_and_lower_ones_are_not(
                 for seed in range(seeds)
             ]
             verdict = judge_runs([(c,) for c in bare], [(c,) for c in plan], (bare[0],))
-            refused[shift] += not verdict.passed
+            refused[shift] += not verdict.passed and (shift > 0 or not verdict.undecided)
     assert refused[0.1] >= 36
-    assert refused[-0.1] <= 4
+    assert refused[-0.1] <= 2
 
 
 def test_more_seeds_prove_a_plan_that_draws_other_random_numbers() -> None:
@@ -381,6 +383,8 @@ def test_curves_leave_out_what_cannot_be_compared() -> None:
 
 SIGMOID_BEFORE_BCE_LOSS = """
 import torch
+from flatout.agent import activate
+activate()
 from torch import nn
 torch.set_num_threads(1)
 net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
@@ -396,43 +400,122 @@ for step in range(200):
 """
 
 
-def losses(
-    script: Path, settings: dict[str, str], seed: int, steps: int = 60, gradient_steps: int = 0
-) -> Run:
-    request = Request(
-        settings=settings,
-        stop_steps=steps,
-        seed=seed,
-        inspection=Inspection(gradient_steps=gradient_steps, state=True),
+TRAPS = """
+import sys
+import torch
+from flatout.agent import activate
+activate()
+from torch import nn
+torch.set_num_threads(1)
+
+class Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.25 * grad
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 64)
+        self.second = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 1)
+        self.calls = 0
+    def forward(self, x):
+        self.calls += 1
+        trap = sys.argv[1] if torch.is_autocast_enabled("cpu") else "none"
+        weight = self.second.weight
+        if trap == "factor":
+            weight = Wrong.apply(weight)
+        y = torch.tanh(nn.functional.linear(torch.tanh(self.first(x)), weight, self.second.bias))
+        if trap == "late" and self.calls > 150:
+            y = y * (1 + (-1) ** self.calls * (self.calls - 150) / 10)
+        return self.head(y)
+
+net = Net()
+optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+for step in range(400):
+    x = torch.randn(64, 16)
+    y = x[:, :1] * x[:, 1:2] + 0.1 * torch.randn(64, 1)
+    loss = nn.functional.mse_loss(net(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def seen(script: Path, plan: dict[str, str], seed: int, steps: int, trap: str) -> Run:
+    folder = script.parent / f"{trap}-{'-'.join(plan.values())}-{seed}"
+    folder.mkdir()
+    inspection = Inspection(gradient_steps=3, state=True)
+    request = Request(settings=plan, stop_steps=steps, seed=seed, inspection=inspection)
+    request.write(folder)
+    completed = subprocess.run(
+        [sys.executable, str(script), trap],
+        env={**os.environ, RUN_VARIABLE: str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
-    done = trial.run([sys.executable, str(script)], request, isolate=False, timeout_seconds=100)
-    assert trial.reasons(done.process, "failed") == {}
-    return Run.of(done.process)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    process = read_run(folder).main
+    assert process is not None
+    assert trial.reasons(process, "failed") == {}
+    return Run.of(process)
 
 
 def all_runs(
-    script: Path, plans: Sequence[dict[str, str]], seeds: Sequence[int], *steps: int
+    script: Path, plans: Sequence[tuple[dict[str, str], str]], seeds: int, steps: int
 ) -> list[list[Run]]:
-    """Runs of each plan from each seed, two at a time."""
+    """Runs of each plan with its trap, from each seed, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = [[pool.submit(losses, script, p, seed, *steps) for seed in seeds] for p in plans]
-        return [[job.result() for job in plan] for plan in jobs]
+        jobs = [
+            [pool.submit(seen, script, plan, seed, steps, trap) for seed in range(seeds)]
+            for plan, trap in plans
+        ]
+        return [[job.result() for job in runs] for runs in jobs]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+BF16, FUSED = {"precision": "bf16"}, {"optimizer": "fused"}
 
 
 def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -> None:
     """In bfloat16 the sigmoid rounds to exactly 1, and a wrong label costs 100."""
     script = tmp_path / "program.py"
     script.write_text(SIGMOID_BEFORE_BCE_LOSS)
-    plans: list[dict[str, str]] = [{}, {"precision": "bf16"}, {"optimizer": "fused"}]
-    bare, naive, fused = all_runs(script, plans, (0, 1, 2))
-    verdict = proof.judge(bare, naive, bare[0], proof.exactness(plans[1]))
+    bare, naive, fused = all_runs(script, [({}, ""), (BF16, ""), (FUSED, "")], 2, 60)
+    verdict = proof.judge(bare, naive, bare[0], proof.exactness(BF16))
     assert not verdict.passed
     assert "the loss stands out at step" in verdict.why
-    verdict = proof.judge(bare, fused, bare[0], proof.exactness(plans[2]))
+    verdict = proof.judge(bare, fused, bare[0], proof.exactness(FUSED))
     assert verdict.passed, verdict.why
+    assert check(verdict, "gradients").figures["error"] < 1e-5
     assert check(verdict, "state").result == "passed"
+
+
+def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:
+    """One gradient wrong by a constant factor, and a divergence after 150 steps."""
+    script = tmp_path / "program.py"
+    script.write_text(TRAPS)
+    plans = [({}, "none"), (BF16, "none"), (BF16, "factor"), (BF16, "late")]
+    bare, honest, factor, late = all_runs(script, plans, 2, 200)
+    exactness = proof.exactness(BF16)
+
+    verdict = proof.judge(bare, honest, bare[0], exactness)
+    assert verdict.passed, verdict.why
+    assert {check.name for check in verdict.checks} == {"losses", "spikes", "gradients", "state"}
+
+    verdict = proof.judge(bare, factor, bare[0], exactness)
+    assert not verdict.passed
+    assert verdict.why.startswith("the gradient of Net.second.weight is 1.25 times bare's")
+    assert check(verdict, "losses").result == "passed", "Adam hides it from the loss"
+
+    verdict = proof.judge(bare, late, bare[0], exactness)
+    assert not verdict.passed
+    assert verdict.steps == 200
+    assert "the loss" in verdict.why
+    until_then = [Run(tuple(curve[:150] for curve in run.curves)) for run in late]
+    assert proof.judge(bare, until_then, bare[0], exactness).passed
