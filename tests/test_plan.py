@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flatout import plan
-from flatout.plan import Evidence, LossEvidence, Plan, PlanError
+from flatout.plan import Check, Evidence, LossEvidence, Plan, PlanError
 
 PLAN = Plan(
     settings={"precision": "bf16", "optimizer": "fused"},
@@ -28,8 +28,12 @@ PLAN = Plan(
         verdict="non-inferior",
         in_process={"precision": 1.5, "optimizer": 1.1},
         losses=(
-            LossEvidence(1.25, 1.26, 0.01, 0.02, "seeds"),
+            LossEvidence(1.25, 1.26, 0.01, 0.02, "seeds", (2.0, 1.25), (2.0, 1.26)),
             LossEvidence(0.5, 0.5, 0.0, 0.1, "seeds"),
+        ),
+        checks=(
+            Check("losses", "passed", "the loss is at most 0.01 from bare's", {"limit": 0.01}),
+            Check("state", "open", "the weights at the end were not recorded"),
         ),
     ),
 )
@@ -101,6 +105,8 @@ def test_types_in_the_evidence_are_checked(tmp_path: Path) -> None:
         ("pairs = 4", "pairs = 4.5"),
         ("bare_repeats = true", "bare_repeats = 1"),
         ("margin = 0.02", 'margin = "small"'),
+        ("bare_curve = [2.0, 1.25]", 'bare_curve = ["a"]'),
+        ('result = "open"', 'result = "perhaps"'),
     ):
         assert line in good
         path.write_text(good.replace(line, wrong, 1))

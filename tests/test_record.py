@@ -19,7 +19,7 @@ from flatout.record import (
     record_path,
     write_failure,
 )
-from flatout.request import Comparison, Request, RequestError
+from flatout.request import Comparison, Inspection, Request, RequestError
 from flatout.turns import (
     ARM,
     BACKWARD,
@@ -223,6 +223,7 @@ def test_request_round_trip(tmp_path: Path) -> None:
         stop_steps=5,
         comparison=Comparison(arms=({}, {"optimizer": "fused"}), rounds=3),
         seed=7,
+        inspection=Inspection(gradient_steps=3, state=True, outputs=2),
     )
     request.write(tmp_path)
     assert Request.read(tmp_path) == request

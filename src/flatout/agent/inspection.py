@@ -195,7 +195,7 @@ class Inspector:
             self._taken[id(parameter)] = _Taken(
                 torch.linalg.vector_norm(values, dtype=_exact_dtype(values)),
                 values.numel(),
-                _sampled(values, self._sample_elements).float() if wanted else None,
+                _copied(_sampled(values, self._sample_elements)) if wanted else None,
             )
 
     def _affordable_elements(self) -> int:
@@ -336,6 +336,11 @@ def _sampled(values: torch.Tensor, elements: int) -> torch.Tensor:
     while math.gcd(stride, count) > 1:
         stride += 1
     return values.reshape(-1)[::stride]
+
+
+def _copied(values: torch.Tensor) -> torch.Tensor:
+    """Out of reach of what is done in place later, such as clipping."""
+    return values.to(torch.float32, copy=True)
 
 
 def _described(tensor: torch.Tensor, detailed: bool) -> dict[str, Any]:

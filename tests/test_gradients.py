@@ -1,0 +1,187 @@
+"""Whether early gradients agree: honest rounding on real models passes, a wrong factor does not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import random
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from flatout.agent.inspection import _sampled
+from flatout.plan import Check
+from flatout.record import Gradient
+from flatout.tune import gradients
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+UPDATES, SEEDS = 3, 3
+
+Recorded = dict[str, list[Gradient]]
+
+
+@functools.cache
+def example(name: str, module: str) -> ModuleType:
+    path = EXAMPLES / name / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}_{module}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # dataclasses look their module up
+    spec.loader.exec_module(found)
+    return found
+
+
+def built(name: str) -> tuple[torch.nn.Module, Callable[[], torch.Tensor], int]:
+    """A model, what draws its inputs, and the number of its classes."""
+    if name == "gpt":
+        language = example("language", "model")
+        config = language.Config(vocabulary=96, context=32, layers=4, heads=4, width=64)
+        return language.GPT(config), lambda: torch.randint(96, (4, 32)), 96
+    model = example("image", "models").MODELS[name]()
+    return model, lambda: torch.rand(16, 1, 28, 28), 10
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(name: str, seed: int, bf16: bool, dropout_seed: int) -> Recorded:
+    """The gradients of the first updates by Adam."""
+    torch.manual_seed(seed)
+    model, draw, classes = built(name)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    data = [(x := draw(), torch.randint(classes, _labels(x, name))) for _ in range(UPDATES)]
+    torch.manual_seed(dropout_seed)
+    recorded: Recorded = {}
+    for inputs, labels in data:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(inputs)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            recorded.setdefault(parameter_name, []).append(taken(parameter.grad))
+        optimizer.step()
+    return recorded
+
+
+def _labels(inputs: torch.Tensor, name: str) -> tuple[int, ...]:
+    return tuple(inputs.shape) if name == "gpt" else (len(inputs),)
+
+
+def taken(grad: torch.Tensor) -> Gradient:
+    sample = array("f", _sampled(grad, 512).tolist())
+    return Gradient(float(grad.norm(dtype=torch.float64)), grad.numel(), sample)
+
+
+@functools.cache
+def runs(name: str, bf16: bool = False, dropout: int = 0) -> list[Recorded]:
+    with one_thread():
+        return [train(name, seed, bf16, dropout_seed=dropout + seed) for seed in range(SEEDS)]
+
+
+def judge(bare: list[Recorded], plan: list[Recorded], exactness: str) -> Check:
+    return gradients.judge(bare, plan, {exactness})  # type: ignore[arg-type]
+
+
+MODELS = ("cnn", "vit", "gpt")
+SMALL = {"cnn": "blocks.1.norm1.bias", "vit": "head.bias", "gpt": "blocks.2.norm1.weight"}
+"""Parameters of each whose gradient is a small part of the whole."""
+
+
+def scaled(plan: list[Recorded], name: str, factor: float) -> list[Recorded]:
+    """As if the gradients of one parameter were wrong by a constant factor."""
+    return [
+        {
+            other: [
+                Gradient(g.norm * factor, g.elements, array("f", [x * factor for x in g.sample]))
+                if other == name and g.sample is not None
+                else g
+                for g in given
+            ]
+            for other, given in run.items()
+        }
+        for run in plan
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_passes_and_a_wrong_factor_in_one_gradient_does_not(name: str) -> None:
+    bare, bf16 = runs(name), runs(name, bf16=True)
+    honest = judge(bare, bf16, "reduced")
+    assert honest.result == "passed", honest.why
+    assert honest.figures["parameters"] == len(bare[0])
+    assert judge(bare, bf16, "reordered").result == "failed"
+    for factor in (1.25, 0.8):
+        check = judge(bare, scaled(bf16, SMALL[name], factor), "reduced")
+        assert check.result == "failed"
+        assert check.why.startswith(f"the gradient of {SMALL[name]} is ")
+        assert check.figures["factor"] == pytest.approx(factor, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt"])
+def test_other_dropout_masks_pass_and_a_wrong_factor_in_one_gradient_does_not(name: str) -> None:
+    bare, other = runs(name), runs(name, dropout=50)
+    honest = judge(bare, other, "resampled")
+    assert honest.result == "passed", honest.why
+    check = judge(bare, scaled(other, SMALL[name], 2.0), "resampled")
+    assert check.result == "failed"
+    assert SMALL[name] in check.why
+    for parameter in other[0]:
+        other = scaled(other, parameter, 2.0)
+    check = judge(bare, other, "resampled")
+    assert check.result == "failed"
+    assert check.why.startswith("all gradients are")
+
+
+def noise(norm: float, draw: random.Random) -> Gradient:
+    values = [draw.gauss(0, norm / 10) for _ in range(100)]
+    return Gradient(sum(v * v for v in values) ** 0.5, 100, array("f", values))
+
+
+def test_gradients_that_are_nothing_but_rounding_are_not_held_against_a_plan() -> None:
+    """Of a bias before batch norm, say: zero in exact arithmetic."""
+    draw = random.Random(1)
+    weights = [[noise(1.0, draw) for _ in range(3)] for _ in range(4)]
+
+    def with_bias(norm: float) -> list[Recorded]:
+        return [{"weight": w, "bias": [noise(norm, draw) for _ in range(3)]} for w in weights]
+
+    bare = with_bias(1e-8)
+    assert judge(bare, with_bias(1e-4), "reduced").result == "passed"
+    assert judge(bare, with_bias(1e-7), "resampled").result == "passed"
+    check = judge(bare, with_bias(0.1), "reduced")
+    assert check.why.startswith("the gradient of bias is")
+
+
+def test_gradients_that_are_missing_or_not_finite_are_named() -> None:
+    draw = random.Random(2)
+    run = {"a": [noise(1.0, draw)], "b": [noise(1.0, draw)]}
+    without = {"a": run["a"]}
+    assert judge([run], [without], "reduced").why == "the plan gives no gradient to b"
+    assert judge([without], [run], "reduced").why == "only the plan gives a gradient to b"
+    broken = {**run, "b": [Gradient(float("nan"), 100, None)]}
+    assert "b is not finite under the plan" in judge([run], [broken], "reduced").why
+    assert judge([broken], [broken], "reduced").result == "passed"
+    assert judge([{}], [{}], "reduced").result == "open"
+
+
+def test_a_gradient_of_which_only_the_norm_is_known_is_held_to_its_norm() -> None:
+    draw = random.Random(3)
+    bare = [{"a": [noise(1.0, draw)], "words": [Gradient(0.5, 40, None)]} for _ in range(4)]
+    for factor, result in ((1.0, "passed"), (1.002, "passed"), (1.25, "failed")):
+        words = [Gradient(0.5 * factor, 40, None)]
+        plan = [{**run, "words": words} for run in bare]
+        assert judge(bare, plan, "reordered").result == result

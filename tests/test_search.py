@@ -1,0 +1,60 @@
+"""Finding the knobs that make a proof fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from flatout import knobs
+from flatout.tune import search
+
+PLAN = {
+    "attention": "fast",
+    "gc": "seldom",
+    "optimizer": "fused",
+    "precision": "bf16",
+    "random": "fast",
+    "threads": "half",
+    "zero_grad": "none",
+}
+
+
+@pytest.mark.parametrize(
+    "culprits", [{"precision"}, {"zero_grad"}, {"precision", "random"}, {"gc", "random", "threads"}]
+)
+def test_the_smallest_failing_part_is_found(culprits: set[str]) -> None:
+    trials: list[frozenset[str]] = []
+
+    def passes(settings: Mapping[str, str]) -> bool:
+        assert all(PLAN[name] == setting for name, setting in settings.items())
+        trials.append(frozenset(settings))
+        return not culprits <= settings.keys()
+
+    assert search.culprits(PLAN, passes) == {name: PLAN[name] for name in sorted(culprits)}
+    assert len(set(trials)) == len(trials), "nothing is tried twice"
+    assert frozenset() not in trials
+    if len(culprits) == 1:
+        assert len(trials) <= 6
+
+
+def test_a_single_knob_needs_no_trial() -> None:
+    def passes(settings: Mapping[str, str]) -> bool:
+        raise AssertionError
+
+    assert search.culprits({"precision": "bf16"}, passes) == {"precision": "bf16"}
+
+
+def test_gentler_settings_end_at_off() -> None:
+    assert search.gentler("precision", "bf16") == "safe"
+    assert search.gentler("precision", "safe") == "medium"
+    assert search.gentler("precision", "medium") is None
+    assert search.gentler("precision", "bf16", ("bf16", "medium")) == "medium"
+    assert search.gentler("random", "fast") is None, "the form for proofs is no gain"
+    with pytest.raises(knobs.UnknownSettingError):
+        search.gentler("precision", "int3")
+
+
+def test_paired_settings_draw_from_the_generator_as_torch_does() -> None:
+    assert search.paired(PLAN) == {**PLAN, "attention": "paired", "random": "paired"}
+    assert search.paired({"attention": "flash"}) == {"attention": "flash"}
