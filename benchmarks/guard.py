@@ -1,6 +1,6 @@
 """What the guard of ``flatout run --plan`` costs a step of the language example.
 
-    python benchmarks/guard.py [--batch-size 1] [--blocks 200]
+    python benchmarks/guard.py [--batch-size 8] [--blocks 100]
 
 The model trains in one process with ``precision=bf16`` and ``optimizer=onepass``. Of four steps two
 are guarded, the outer or the inner ones by lot; their difference cancels drift, and the mean of the
@@ -41,8 +41,8 @@ SETTINGS = {"precision": "bf16", "optimizer": "onepass"}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=200, help="of four steps each")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=100, help="of four steps each")
     arguments = parser.parse_args()
     session = Session(Request(settings=SETTINGS), Path(tempfile.mkdtemp()))
     session.hooks.install(live=False)

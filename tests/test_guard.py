@@ -233,6 +233,23 @@ def test_loss_scaling_is_not_checked_again(start: Start, monkeypatch: pytest.Mon
     assert events(session) == []
 
 
+def test_loss_scaling_gives_up_where_no_scale_helps(start: Start) -> None:
+    session = start(precision="fp16")
+    torch.manual_seed(0)
+    net = Probability()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step(net, optimizer)
+    before = weights(net)
+    for _ in range(19):
+        step(net, optimizer, factor=float("nan"))
+        if not are_equal(weights(net), before):
+            break
+    said = [(what, subject) for what, subject, _ in events(session)]
+    assert said.count(("noticed", "precision")) == 16  # from 2**16 down to 1
+    assert said[16:] == [("failed", "precision"), ("undone", "precision")]
+    assert not net.head.bias.isfinite().all()  # the program's own
+
+
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_device_is_not_waited_for(
     start: Start, monkeypatch: pytest.MonkeyPatch, fused: bool | None

@@ -105,9 +105,10 @@ class Withheld:
                     parameter.grad = None
 
     def show(self) -> None:
-        """Put back what is hidden."""
-        for parameter, grad in self._hidden:
-            parameter.grad = grad
+        """Put back what is hidden, unless there are newer gradients."""
+        for parameter, grad in reversed(self._hidden):
+            if parameter.grad is None:
+                parameter.grad = grad
         self._hidden.clear()
 
 

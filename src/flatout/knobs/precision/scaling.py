@@ -3,8 +3,9 @@
 The rule is that of ``torch.amp.GradScaler`` (Micikevicius et al., Mixed Precision Training, ICLR
 2018, https://arxiv.org/abs/1710.03740): backward starts from the loss times a scale; a step whose
 gradients are not finite is left out and halves the scale; after ``GROWTH_INTERVAL`` good ones it
-doubles. A program that knows nothing of it reads ``.grad`` between backward and step (to clip, to
-accumulate), so every gradient is divided by the scale before ``backward`` returns.
+doubles. Unlike there, the scale does not fall without end: below 1 the knob is turned back. A
+program that knows nothing of it reads ``.grad`` between backward and step (to clip, to accumulate),
+so every gradient is divided by the scale before ``backward`` returns.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _autograd: Any = torch.autograd
 
 INITIAL_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 """The defaults of ``torch.amp.GradScaler``."""
+
+LEAST_SCALE = 1.0
+"""Below it the scale is not what makes gradients overflow, and steps would be left out for good."""
 
 INSPECTED = 3
 """Backward calls at the beginning whose graph is searched for leaves that are not known."""
@@ -166,6 +170,11 @@ class LossScaling:
             return
         self._good_steps = 0
         self.scale *= BACKOFF
+        if self.scale < LEAST_SCALE:
+            self.is_wanted = False
+            why = f"the gradients of {type(optimizer).__qualname__} are not finite at any scale"
+            self._session.turn_back(self._knob, ArithmeticError(why))
+            return
         self._session.event(
             "noticed",
             self._knob,
