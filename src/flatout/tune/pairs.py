@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
+from flatout import knobs
 from flatout.errors import UserError
 from flatout.ratios import Ratio
 from flatout.record import ProcessRecord, Step
-from flatout.request import Inspection, Relay, Request
+from flatout.request import Envelope, Inspection, Relay, Request
 from flatout.tune import statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.turns import PHASES
@@ -239,7 +241,7 @@ def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -
         blocks=blocks,
     )
     sides = (pairs.first, pairs.second) if pairs.count % 2 == 0 else (pairs.second, pairs.first)
-    one, other = (Request(settings=dict(s), seed=seed, inspection=STATE) for s in sides)
+    one, other = (_request(s, seed=seed, inspection=STATE) for s in sides)
     try:
         done = trials.run_two((one, other), relay, 2 * pace.limit_s(steps))
         for place, settings in enumerate(sides):
@@ -274,10 +276,17 @@ def one_run(
     Raises:
         TrialFailedError: it fails, one of the knobs does, or it ends early.
     """
-    request = Request(settings=dict(settings), stop_steps=steps, seed=seed, inspection=inspection)
+    request = _request(settings, seed=seed, inspection=inspection, stop_steps=steps)
     done = trials.run(request, pace.limit_s(steps))
     _check(done, settings, steps, seed)
     return done
+
+
+def _request(settings: Mapping[str, str], **asked: Any) -> Request:
+    """What a run under some settings is asked for: with the guard, whose time belongs to them."""
+    is_bitwise = all(knobs.is_bitwise(name, setting) for name, setting in settings.items())
+    guard = None if is_bitwise else Envelope()
+    return Request(settings=dict(settings), guard=guard, **asked)
 
 
 def _check(done: Trial, settings: Mapping[str, str], steps: int, seed: int) -> None:

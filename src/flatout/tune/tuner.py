@@ -29,7 +29,7 @@ from flatout.errors import UserError
 from flatout.knobs import Exactness
 from flatout.machine import Ceilings
 from flatout.plan import Check, Evidence
-from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
+from flatout.ratios import MINIMUM_FREEDOM, Block, Ratio, arm_ratios, setting_ratios
 from flatout.record import Gradient
 from flatout.request import Comparison, Inspection, Request
 from flatout.tune import (
@@ -62,7 +62,7 @@ SLOW_START_S = 120.0
 """What compiling takes in all of these, about: later processes find most of it in the cache."""
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
-MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 2, 40
+MAXIMUM_ROUNDS = 40
 
 FIRST_RUN_SHARE = 1 / 24
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
@@ -441,8 +441,8 @@ class Tuner:
             return []
         size = MAXIMUM_CANDIDATES
         if self._available is not None:
-            rounds = (self._available - WARMUP_STEPS) // MINIMUM_BLOCK_STEPS
-            size = 3 if rounds < MINIMUM_ROUNDS * 16 else size
+            blocks = (self._available - WARMUP_STEPS) // MINIMUM_BLOCK_STEPS
+            size = 3 if blocks < 2 * _fewest_rounds(16) * 16 else size
         count = -(-len(hot) // size)
         return [list(hot[part::count]) for part in range(count)]
 
@@ -494,7 +494,8 @@ class Tuner:
         """
         seconds = self._options.budget_seconds * share
         rounds = int(seconds / (self._pace.step_s * BLOCK_STEPS * len(arms))) // 2 * 2
-        rounds = min(max(rounds, MINIMUM_ROUNDS), MAXIMUM_ROUNDS)
+        fewest = _fewest_rounds(len(arms))
+        rounds = min(max(rounds, fewest), MAXIMUM_ROUNDS)
         made = Comparison(
             arms=tuple(map(dict, arms)),
             block_steps=BLOCK_STEPS,
@@ -506,10 +507,10 @@ class Tuner:
         if self._available is None or made.longest_steps <= self._available:
             return made
         usable = self._available - (made.longest_steps - len(arms) * rounds * BLOCK_STEPS)
-        rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, MINIMUM_ROUNDS)
+        rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, fewest)
         block_steps = min(BLOCK_STEPS, usable // (rounds * len(arms)))
         if block_steps < MINIMUM_BLOCK_STEPS:
-            needed = self._available - usable + MINIMUM_ROUNDS * MINIMUM_BLOCK_STEPS * len(arms)
+            needed = self._available - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
             raise UserError(
                 f"this program ends after {self._available} training steps; to compare "
                 f"{len(arms)} combinations of settings tune needs at least {needed}; with --knobs "
@@ -831,6 +832,12 @@ def _factors(of: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
         else:
             factors.append((takes, [setting]))
     return [settings for _, settings in factors]
+
+
+def _fewest_rounds(arms: int) -> int:
+    """An even number of rounds whose blocks are enough for an interval (``ratios.arm_ratios``)."""
+    blocks = arms + 1 + MINIMUM_FREEDOM
+    return 2 * math.ceil(blocks / arms / 2)
 
 
 def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
