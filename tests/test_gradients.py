@@ -166,6 +166,19 @@ def test_gradients_that_are_nothing_but_rounding_are_not_held_against_a_plan() -
     assert check.why.startswith("the gradient of bias is")
 
 
+def test_a_gradient_that_points_elsewhere_is_refused_in_whichever_update_it_begins() -> None:
+    draw = random.Random(4)
+    same = [{"a": [noise(1.0, draw) for _ in range(3)]} for _ in range(3)]
+    for begins in (0, 1):
+        other = [
+            {"a": [*run["a"][:begins], *(noise(1.0, draw) for _ in range(3 - begins))]}
+            for run in same
+        ]
+        check = judge(same, other, "reduced")
+        assert check.why.startswith("the first gradient of a is off by 1.")
+    assert judge(same, same, "reordered").figures["error"] == 0.0
+
+
 def test_gradients_that_are_missing_or_not_finite_are_named() -> None:
     draw = random.Random(2)
     run = {"a": [noise(1.0, draw)], "b": [noise(1.0, draw)]}

@@ -343,11 +343,15 @@ def _copied(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32, copy=True)
 
 
+def _moments(values: torch.Tensor) -> dict[str, float]:
+    dtype = _exact_dtype(values)
+    norm = float(torch.linalg.vector_norm(values, dtype=dtype))
+    return {"mean": float(values.mean(dtype=dtype)), "rms": norm / math.sqrt(values.numel())}
+
+
 def _described(tensor: torch.Tensor, detailed: bool) -> dict[str, Any]:
     """The fields of ``record.OutputTensor``."""
     values = _local(tensor)
-    dtype = _exact_dtype(values)
-    rms = torch.linalg.vector_norm(values, dtype=dtype) / math.sqrt(values.numel())
     sample = top1 = lead = None
     if detailed:
         sample = _base64(_sampled(values, SAMPLE_ELEMENTS).float())
@@ -359,8 +363,7 @@ def _described(tensor: torch.Tensor, detailed: bool) -> dict[str, Any]:
             lead = _base64(best.values[:, 0] - best.values[:, 1])
     return {
         "shape": list(values.shape),
-        "mean": float(values.mean(dtype=dtype)),
-        "rms": float(rms),
+        **_moments(values),
         "sample": sample,
         "top1": top1,
         "lead": lead,
@@ -377,14 +380,8 @@ def _state(name: str, root: Any) -> dict[str, Any]:
         "non_finite": sum(
             int((~torch.isfinite(_values(t))).sum()) for t in tensors if t.is_floating_point()
         ),
-        "buffers": [
-            {k: v for k, v in {"name": n, **_described(b, False)}.items() if k in _BUFFER_FIELDS}
-            for n, b in buffers
-        ],
+        "buffers": [{"name": n, **_moments(_local(b))} for n, b in buffers],
     }
-
-
-_BUFFER_FIELDS = ("name", "mean", "rms")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -9,10 +9,10 @@ a factor from noise: a plan is refused when for one parameter the whole interval
 tolerance. (Not so the coefficient ``<plan, bare> / <bare, bare>``: errors in the activations make
 it smaller than 1, by up to a tenth in a network with batch norm in bfloat16.)
 
-Where bare and plan draw the same random numbers, the first gradient must also point the same way:
-the relative error ``|plan - bare| / |bare|`` over the sampled elements is bounded. Where they do
-not, the quotients of one update have a common part, since its loss is another: each is taken
-against their median, and the median is tested as well.
+Where bare and plan draw the same random numbers, the first gradient that is another must also point
+the same way: the relative error ``|plan - bare| / |bare|`` over the sampled elements is bounded.
+Where they do not, the quotients of one update have a common part, since its loss is another: each
+is taken against their median, and the median is tested as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bounds:
 
     Attributes:
         factor: of a gradient's size, either way, beyond its noise.
-        error: relative error of the first gradient, root mean square over the seeds.
+        error: relative error of the first gradient that is another, root mean square over seeds.
         floor: norm below which a gradient may be nothing but rounding, relative to the norm of all
             gradients of the update: zero in exact arithmetic is that of a bias before batch norm,
             or of the bias of an attention's keys.
@@ -191,19 +191,26 @@ def _interval(values: Sequence[float], parameters: int) -> tuple[float, float]:
 def _errors(
     bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[str, float]]:
-    """Of each parameter's first gradient that is above the floor."""
+    """Of each parameter's gradient above the floor in the first update that differs at all.
+
+    Up to there the weights were the same. Some settings leave the first steps as they are.
+    """
     import numpy as np
 
-    for name in bare[0]:
-        squares = []
-        for run, other in zip(bare, plan, strict=True):
-            for _, mine, theirs, whole in _pairs(name, run, other):
+    squares: dict[str, list[float]] = {}
+    for run, other in zip(bare, plan, strict=True):
+        found: dict[int, dict[str, float]] = {}
+        for name in run:
+            for update, mine, theirs, whole in _pairs(name, run, other):
                 if mine.sample is None or theirs.sample is None or mine.norm <= floor * whole:
                     continue
                 ours, others = (np.asarray(g.sample, np.float64) for g in (mine, theirs))
                 size = float(np.linalg.norm(ours))
                 if size and len(ours) == len(others):
-                    squares.append((float(np.linalg.norm(others - ours)) / size) ** 2)
-                    break
-        if squares:
-            yield name, math.sqrt(fmean(squares))
+                    error = float(np.linalg.norm(others - ours)) / size
+                    found.setdefault(update, {})[name] = error
+        first = min((u for u, errors in found.items() if any(errors.values())), default=0)
+        for name, error in found.get(first, {}).items():
+            squares.setdefault(name, []).append(error**2)
+    for name, several in squares.items():
+        yield name, math.sqrt(fmean(several))

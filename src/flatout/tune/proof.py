@@ -47,7 +47,8 @@ from flatout.tune import gradients
 Curve = tuple[float, ...]
 """Losses of one backward call of the step, in the order of the steps."""
 
-Figures = Mapping[str, float]
+Moments = Mapping[str, tuple[float, float]]
+"""Mean and root mean square of tensors, by their names."""
 
 SITES_LIMIT = 8
 """Backward calls of a step up to which each is looked at on its own (more: their mean)."""
@@ -70,10 +71,11 @@ FIGURE_MARGINS = 6.0
 """Standard deviations between seeds by which no single figure of a state may move."""
 
 FIGURE_CHANGE = 0.1
-"""Relative change of a figure below which it is not held to ``FIGURE_MARGINS``."""
+"""Of the RMS of its tensor: changes of a figure below it are not held to ``FIGURE_MARGINS``."""
 
-UNKNOWN_SPREAD = 0.05
-"""Relative spread of figures between seeds, where the seeds change nothing."""
+LEAST_SPREAD, UNKNOWN_SPREAD = 0.01, 0.05
+"""Of a figure between seeds, relative to the RMS of its tensor: what is taken for it where it comes
+out smaller, from so few seeds, and where the seeds change nothing."""
 
 OUTPUT_ERRORS = {False: 1e-3, True: 2.0**-4}
 """Relative error that outputs may have, without and with ``reduced`` settings. One rounding to
@@ -478,9 +480,9 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
             continue
         by_seeds = len(ours) > 1 and any(run != curve for run in ours)
         checks.append(_judge_losses("evaluation", name, ours, theirs, by_seeds)[1])
-    figures = [[_output_figures(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
-    if any(figures[0]):
-        checks.append(_judge_figures("evaluation", "outputs of evaluation passes", *figures))
+    moments = [[_output_moments(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
+    if any(moments[0]):
+        checks.append(_judge_moments("evaluation", "outputs of evaluation passes", *moments))
     return checks
 
 
@@ -494,16 +496,18 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
     return {name: tuple(values) for name, values in found.items()}
 
 
-def _output_figures(outputs: Sequence[Output]) -> dict[str, float]:
+def _output_moments(outputs: Sequence[Output]) -> Moments:
     """Means over the second half of the calls."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):
             if math.prod(tensor.shape) > 1:
                 name = f"output {place} of {output.root}"
-                found.setdefault(f"mean of {name}", []).append(tensor.mean)
-                found.setdefault(f"RMS of {name}", []).append(tensor.rms)
-    return {name: fmean(values) for name, values in found.items()}
+                found.setdefault(name, []).append((tensor.mean, tensor.rms))
+    return {
+        name: (fmean(mean for mean, _ in several), fmean(rms for _, rms in several))
+        for name, several in found.items()
+    }
 
 
 def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
@@ -515,57 +519,62 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
     if non_finite[1] and not non_finite[0]:
         why = f"{non_finite[1]} elements of weights and buffers are not finite under the plan"
         return Check("state", "failed", why, {"non_finite": non_finite[1]})
-    figures = [
+    moments = [
         [
             {
-                f"{what} of {root.root}.{buffer.name}": value
+                f"{root.root}.{buffer.name}": (buffer.mean, buffer.rms)
                 for root in run.state or ()
                 for buffer in root.buffers
-                for what, value in (("mean", buffer.mean), ("RMS", buffer.rms))
             }
             for run in runs
         ]
         for runs in (bare, plan)
     ]
-    if not any(figures[0]):
+    if not any(moments[0]):
         return Check("state", "passed", "all weights are finite; there are no floating buffers")
-    return _judge_figures("state", "buffers", *figures)
+    return _judge_moments("state", "buffers", *moments)
 
 
-def _judge_figures(
-    check: str, what: str, bare: Sequence[Figures], plan: Sequence[Figures]
+def _judge_moments(
+    check: str, what: str, bare: Sequence[Moments], plan: Sequence[Moments]
 ) -> Check:
     """Many figures at once: their mean paired differences in units of bare's standard deviation
     between seeds, root mean square over the figures, less what the scatter of so few seeds adds."""
-    names = [name for name in bare[0] if all(name in run for run in (*bare, *plan))]
     shifts: list[float] = []
     noises: list[float] = []
-    for name in names:
-        ours, theirs = ([run[name] for run in runs] for runs in (bare, plan))
-        if not all(map(math.isfinite, ours)):
+    for name in bare[0]:
+        if not all(name in run for run in (*bare, *plan)):
             continue
-        if not all(map(math.isfinite, theirs)):
-            return Check(check, "failed", f"{name} is not finite under the plan")
-        size = max(map(abs, ours))
-        spread = stdev(ours) if len(ours) > 1 else 0.0
-        if spread <= ROUNDING * size:
-            spread = UNKNOWN_SPREAD * size
-        spread += ROUNDING
-        differences = [mine - other for mine, other in zip(theirs, ours, strict=True)]
-        shift = fmean(differences)
-        noise = stdev(differences) / math.sqrt(len(ours)) if len(ours) > 1 else 0.0
-        shifts.append(shift / spread)
-        noises.append(noise / spread)
-        beyond = abs(shift) - 3 * noise
-        if beyond > FIGURE_MARGINS * spread and abs(shift) > FIGURE_CHANGE * size:
-            why = f"the {name} goes from {fmean(ours):.4g} to {fmean(theirs):.4g} under the plan"
-            return Check(check, "failed", why, {"bare": fmean(ours), "plan": fmean(theirs)})
+        for place, moment in enumerate(("mean", "RMS")):
+            ours, theirs = ([run[name][place] for run in runs] for runs in (bare, plan))
+            if not all(map(math.isfinite, ours)):
+                continue
+            if not all(map(math.isfinite, theirs)):
+                return Check(check, "failed", f"the {moment} of {name} is not finite in the plan")
+            size = max(run[name][1] for run in bare)
+            seeds = len(ours)
+            spread = stdev(ours) if seeds > 1 else 0.0
+            is_known = spread > ROUNDING * size
+            spread = max(spread, (LEAST_SPREAD if is_known else UNKNOWN_SPREAD) * size, ROUNDING)
+            differences = [mine - other for mine, other in zip(theirs, ours, strict=True)]
+            shift = fmean(differences)
+            noise = stdev(differences) / math.sqrt(seeds) if seeds > 1 else 0.0
+            shifts.append(shift / spread)
+            noises.append(noise / spread)
+            is_beyond = abs(shift) - 3 * noise > FIGURE_MARGINS * spread
+            if is_beyond and abs(shift) > FIGURE_CHANGE * size:
+                means = {"bare": fmean(ours), "plan": fmean(theirs)}
+                why = (
+                    f"the {moment} of {name} goes from {means['bare']:.4g} to {means['plan']:.4g} "
+                    "under the plan"
+                )
+                return Check(check, "failed", why, means)
     if not shifts:
         return Check(check, "open", f"bare and plan have no {what} in common")
     power = fmean(value**2 for value in shifts) - fmean(value**2 for value in noises)
     moved = math.sqrt(max(power, 0.0))
+    why = f"the {what} move by {moved:.2g} of bare's own deviations between seeds"
     figures = {"deviations": moved, "figures": float(len(shifts))}
-    why = f"{what} move by {moved:.2g} of bare's own deviations between seeds"
     return Check(check, "passed" if moved <= 1 else "failed", why, figures)
 
 
