@@ -97,7 +97,7 @@ class Profiler:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the window is over."""
-        if turn.kind != "step" and self._session.hooks.turns.may_train():
+        if not self._session.counts(turn):
             if self._flops is not None:
                 self._flops.restart()
             return False  # an evaluation pass in between

@@ -42,7 +42,7 @@ class Runner:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether all blocks are over."""
-        if turn.kind != "step":
+        if not self._session.counts(turn):
             return False
         relay = self._relay
         self._steps += 1

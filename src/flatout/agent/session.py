@@ -140,6 +140,10 @@ class Session:
             }
         )
 
+    def counts(self, turn: Turn) -> bool:
+        """Whether a turn is a step of the program: of its training, or, if none, of inference."""
+        return turn.kind == "step" or not self.hooks.turns.may_train()
+
     # Knobs
 
     @property
@@ -305,7 +309,7 @@ class Session:
         self.record.close()
 
     def _timed(self, turn: Turn) -> bool:
-        if turn.kind == "step" or not self.hooks.turns.may_train():
+        if self.counts(turn):
             self._steps_timed += 1
         limit = self.request.stop_steps
         return limit is not None and self._steps_timed >= limit

@@ -79,7 +79,7 @@ class Switch:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the comparison is over."""
-        if turn.kind != "step":
+        if not self._session.counts(turn):
             return False
         self._read_losses(turn)
         self._look_for_failed_knobs()

@@ -96,7 +96,7 @@ class Pairs:
 
     def steps(self, side: list[Trial]) -> list[list[Step]]:
         """The steps of each run of a side that is part of a complete pair."""
-        return [done.process.steps for done in side[: self.count]]
+        return [done.process.turns for done in side[: self.count]]
 
 
 def step_ms(process: ProcessRecord) -> float:
@@ -241,7 +241,7 @@ def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -
         blocks=blocks,
     )
     sides = (pairs.first, pairs.second) if pairs.count % 2 == 0 else (pairs.second, pairs.first)
-    one, other = (_request(s, seed=seed, inspection=STATE) for s in sides)
+    one, other = (_request(s, seed=seed, inspection=PROOF) for s in sides)
     try:
         done = trials.run_two((one, other), relay, 2 * pace.limit_s(steps))
         for place, settings in enumerate(sides):
@@ -258,7 +258,7 @@ def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -
     pairs.seconds.append(second)
 
 
-STATE = Inspection(state=True)
+PROOF = Inspection(state=True, outputs=8)
 """What a proof wants to see of a run, besides its losses."""
 
 
@@ -269,7 +269,7 @@ def one_run(
     pace: Pace,
     steps: int,
     seed: int,
-    inspection: Inspection = STATE,
+    inspection: Inspection = PROOF,
 ) -> Trial:
     """One run under some settings.
 

@@ -271,34 +271,28 @@ class Tuner:
         except TrialFailedError as failure:
             raise pairs.said("the program does not run", failure) from failure
         process = first.process
-        if not process.trains:
-            if process.evaluations:
-                raise UserError(
-                    "this program only runs inference; tune needs a training loop, while "
-                    "'flatout doctor' works on it"
-                )
+        if not process.turns:
             raise UserError("this program never calls a model or backward: there is no step")
         needed = max(MINIMUM_STEPS, options.steps or 0)
-        if first.ended and len(process.steps) < needed:
+        if first.ended and len(process.turns) < needed:
             raise UserError(
-                f"this program ends after {len(process.steps)} training steps, tune needs at "
-                f"least {needed}"
+                f"this program ends after {len(process.turns)} steps, tune needs at least {needed}"
             )
-        if len(process.steps) <= WARMUP_STEPS:
+        if len(process.turns) <= WARMUP_STEPS:
             raise UserError(
-                f"in {limit_s:.0f} s the program made {len(process.steps)} training steps; give "
+                f"in {limit_s:.0f} s the program made {len(process.turns)} steps; give "
                 "tune a longer --budget, or --steps"
             )
         outcome = self._outcome
         outcome.header, outcome.inputs = process.header, process.inputs
         step_s = pairs.step_ms(process) / 1e3
-        in_steps_s = sum(step.step_ms for step in process.steps) / 1e3
+        in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
         self._first = first
-        timed = [step for step in process.steps if step.mark is None]
+        timed = [step for step in process.turns if step.mark is None]
         self._steps = options.steps or max(len(timed), MINIMUM_STEPS)
         if first.ended:
-            self._available = outcome.job_steps = len(process.steps)
+            self._available = outcome.job_steps = len(process.turns)
         self._say(
             f"bare: {step_s * 1e3:.4g} ms a step ({len(timed)} steps), "
             f"{self._pace.startup_s:.1f} s of start-up"
@@ -309,7 +303,7 @@ class Tuner:
 
     def _candidates(self, first: Trial) -> list[Candidate]:
         header = first.process.header
-        on_accelerator = any(step.peak_device_bytes for step in first.process.steps)
+        on_accelerator = any(step.peak_device_bytes for step in first.process.turns)
         case = Case(
             first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
         )
@@ -477,7 +471,7 @@ class Tuner:
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._pace.limit_s(comparison.longest_steps))
         if done.ended and self._available is None:
-            self._available = len(done.process.steps)
+            self._available = len(done.process.turns)
             return self._compare(arms, decide, share, of)
         return done, comparison
 
@@ -512,7 +506,7 @@ class Tuner:
         if block_steps < MINIMUM_BLOCK_STEPS:
             needed = self._available - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
             raise UserError(
-                f"this program ends after {self._available} training steps; to compare "
+                f"this program ends after {self._available} steps; to compare "
                 f"{len(arms)} combinations of settings tune needs at least {needed}; with --knobs "
                 "there are fewer"
             )
@@ -614,8 +608,10 @@ class Tuner:
         if made.count < 2:
             return "there was no time for two pairs"
         verdict = self._judge(made.second, made.firsts, made.seconds)
-        checks = (self._gradients, *(c for c in verdict.checks if c.name != self._gradients.name))
-        self._outcome.verdict = dataclasses.replace(verdict, checks=checks)
+        if self._first.process.trains:
+            others = (c for c in verdict.checks if c.name != self._gradients.name)
+            verdict = dataclasses.replace(verdict, checks=(self._gradients, *others))
+        self._outcome.verdict = verdict
         if not verdict.passed:
             return verdict.why
         return memory.refusal(
@@ -634,6 +630,8 @@ class Tuner:
 
     def _gradients_refusal(self, settings: Mapping[str, str]) -> str | None:
         """Why the plan's first gradients are not bare's, ``None``: they are, or cannot be had."""
+        if not self._first.process.trains:
+            return None
         paired = search.paired(settings)
         bare = self._first_gradients({})
         try:
@@ -696,8 +694,8 @@ class Tuner:
             except TrialFailedError:
                 return False
         too_much = memory.refusal(
-            [done.process.steps for done in bare],
-            [done.process.steps for done in runs],
+            [done.process.turns for done in bare],
+            [done.process.turns for done in runs],
             self._options.memory,
         )
         return self._judge(part, bare, runs).passed and too_much is None
@@ -731,10 +729,10 @@ class Tuner:
         import psutil
 
         process = self._first.process
-        peaks = [step.peak_rss_bytes or 0 for step in process.steps]
+        peaks = [step.peak_rss_bytes or 0 for step in process.turns]
         return (
             process.header["world_size"] is None
-            and not any(step.peak_device_bytes for step in process.steps)
+            and not any(step.peak_device_bytes for step in process.turns)
             and 3 * max(peaks, default=0) < psutil.virtual_memory().available
         )
 
@@ -842,7 +840,7 @@ def _fewest_rounds(arms: int) -> int:
 
 def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
     timed_steps = comparison.block_steps - comparison.discard_steps
-    blocks = statistics.blocks(done.process.steps, comparison.discard_steps)
+    blocks = statistics.blocks(done.process.turns, comparison.discard_steps)
     return [block for block in blocks if len(block.times_ms) >= timed_steps]
 
 

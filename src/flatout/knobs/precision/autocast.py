@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Autocast:
-    """The forward wrapper. Evaluation passes are left as they are: no proof covers them.
+    """The forward wrapper. Evaluation passes of a program that trains are left as they are.
 
     Args:
         session: of this process.
@@ -32,6 +32,7 @@ class Autocast:
         self._dtype = dtype
         self._devices: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
+        self._trains = False
 
     def __call__(
         self,
@@ -40,7 +41,11 @@ class Autocast:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self._knob in self._session.failed_knobs or not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self._trains = True
+        elif self._trains or self._session.hooks.optimizer_exists:
+            return call(module, *args, **kwargs)
+        if self._knob in self._session.failed_knobs:
             return call(module, *args, **kwargs)
         device = self._device(module)
         if device is None or torch.is_autocast_enabled(device):
