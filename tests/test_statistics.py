@@ -105,7 +105,7 @@ def test_a_stall_of_a_whole_block_moves_the_ratio_little() -> None:
     quiet = ratios(compared(slowness, [11.0, 10.0]))[1]
     stalled = [s * 20 if 83 <= n < 99 else s for n, s in enumerate(slowness)]
     found = ratios(compared(stalled, [11.0, 10.0]))[1]
-    assert found.value == pytest.approx(quiet.value, rel=0.02)
+    assert found.value == pytest.approx(quiet.value, rel=0.03)
     assert found.low > 1
 
 
@@ -245,12 +245,12 @@ def test_pairs_are_enough_when_the_interval_is_narrow_or_there_is_no_gain() -> N
     assert statistics.enough_pairs([log - 0.5 for log in wide], 12)
 
 
-def test_winners_are_faster_beyond_noise_and_parts_that_cost_nothing_to_drop_are_redundant() -> (
+def test_winners_are_likely_to_be_faster_and_parts_that_cost_nothing_to_drop_are_redundant() -> (
     None
 ):
     found = {
         "a": Ratio(1.1, 1.05, 1.15, 9),
-        "b": Ratio(1.3, 0.99, 1.6, 9),
+        "b": Ratio(1.3, 0.85, 1.9, 9),
         "c": Ratio(1.5, 1.4, 1.6, 9),
     }
     assert statistics.winners(found) == ["c", "a"]
