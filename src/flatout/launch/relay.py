@@ -49,9 +49,9 @@ def _main() -> int:
         running[started.pid] = place
     while running:
         pid, status = os.wait()
-        place = running.pop(pid, None)
-        if place is None:
+        if pid not in running:
             continue
+        place = running.pop(pid)
         statuses[place] = os.waitstatus_to_exitcode(status)
         (folder / f"ended-{place}").touch()
         if statuses[place]:
