@@ -26,7 +26,7 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -134,9 +134,16 @@ def _carry(switched: dict[str, Any]) -> dict[bool, list[float]]:
         last = arm
         seen.add(arm)
     return {
-        turned_on: [math.exp(median(place)) for place in zip(*blocks, strict=True)]
+        turned_on: [math.exp(_beyond_noise(place)) for place in zip(*blocks, strict=True)]
         for turned_on, blocks in excess.items()
     }
+
+
+def _beyond_noise(values: Sequence[float]) -> float:
+    """Their median, 0 where it may be noise; its standard error is that of normal values."""
+    centre = median(values)
+    deviation = median(abs(value - centre) for value in values) / 0.6745
+    return centre if abs(centre) > 2 * 1.2533 * deviation / math.sqrt(len(values)) else 0.0
 
 
 class Machine:
