@@ -3,10 +3,9 @@
     python benchmarks/record_steps.py                # all programs, about two minutes each
     python benchmarks/record_steps.py mlp gan
 
-Of each program: one long run; many short ones, each in a process of its own, one after the other
-with the same seed; many pairs of them that take turns (``agent/relay.py``); and one comparison
-inside a process, in which a real knob is turned on and off, which shows what a switch leaves
-behind. Written to ``steps/PROGRAM.json.gz``.
+Of each program: some long runs; some pairs of runs with the same seed that take turns
+(``agent/relay.py``); and one comparison inside a process, in which a real knob is turned on and
+off, which shows what a switch leaves behind. Written to ``steps/PROGRAM.json.gz``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flatout import launch
 from flatout.record import Step
@@ -28,11 +27,12 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 STEPS = HERE / "steps"
 
-LONG_SECONDS, LONG_STEPS = 40.0, 4000
-SHORT_RUNS, SHORT_STEPS = 12, 24
-RELAYS = 16
-RELAY = Relay("", 0, block_steps=5, discard_steps=1, warmup_steps=3, blocks=5)
-SWITCHED_ROUNDS, SWITCHED_BLOCK_STEPS = 16, 12
+LONG_RUNS = 2
+LONG_SECONDS, LONG_STEPS = 40.0, 3000
+RELAYS = 2
+RELAY = Relay("", 0, blocks=25)
+SWITCHED_ROUNDS, SWITCHED_BLOCK_STEPS = 12, 12
+WARMUP_STEPS = 10
 FOREVER = ("--epochs", "100000")
 
 
@@ -69,43 +69,56 @@ PROGRAMS = {
 def record(name: str, program: Program) -> None:
     """Record one program."""
     command = [sys.executable, *program.command]
-
-    def steps_of(request: Request) -> list[Step]:
-        return trial.run(command, request, isolate=False, timeout_seconds=600).process.steps
-
     started_s = time.monotonic()
-    long = steps_of(Request(stop_steps=LONG_STEPS, stop_seconds=LONG_SECONDS, seed=0))
-    short = [steps_of(Request(stop_steps=SHORT_STEPS, seed=0)) for _ in range(SHORT_RUNS)]
+    longs = []
+    for seed in range(LONG_RUNS):
+        request = Request(stop_steps=LONG_STEPS, stop_seconds=LONG_SECONDS, seed=seed)
+        longs.append(trial.run(command, request, isolate=False, timeout_seconds=600))
     relays = [relay_of(command) for _ in range(RELAYS)]
+    switched = switched_of(command, program.settings)
+    startup_s = min(one.seconds - sum(s.step_ms for s in one.process.steps) / 1e3 for one in longs)
+    write(
+        name,
+        {
+            "startup_s": round(startup_s, 1),
+            "long_ms": [
+                _rounded(step.step_ms) for one in longs for step in one.process.steps[WARMUP_STEPS:]
+            ],
+            "relay_block_steps": RELAY.block_steps - RELAY.discard_steps,
+            "relay_ms": [
+                [[_rounded(step.step_ms) for step in run if step.mark is None] for run in pair]
+                for pair in relays
+            ],
+            "switched": switched,
+        },
+    )
+    print(f"{name}: {time.monotonic() - started_s:.0f} s", flush=True)
+
+
+def switched_of(command: list[str], settings: dict[str, str]) -> dict[str, Any]:
+    """A comparison of the settings with the bare program, all of its steps."""
     comparison = Comparison(
-        arms=({}, program.settings),
+        arms=({}, settings),
         block_steps=SWITCHED_BLOCK_STEPS,
         discard_steps=1,
+        first_steps=0,
         rounds=SWITCHED_ROUNDS,
     )
-    switched = [
-        step for step in steps_of(Request(comparison=comparison, seed=0)) if step.arm is not None
-    ]
-    document = {
-        "command": [Path(program.command[0]).name, *program.command[1:]],
-        "long_ms": [_rounded(step.step_ms) for step in long],
-        "short_ms": [[_rounded(step.step_ms) for step in run] for run in short],
-        "relay_ms": [
-            [[_rounded(step.step_ms) for step in run if step.mark is None] for run in pair]
-            for pair in relays
-        ],
-        "switched": {
-            "settings": program.settings,
-            "block_steps": SWITCHED_BLOCK_STEPS,
-            "arms": [step.arm for step in switched],
-            "steps_ms": [_rounded(step.step_ms) for step in switched],
-        },
+    done = trial.run(command, Request(comparison=comparison), isolate=False, timeout_seconds=600)
+    steps = [step for step in done.process.steps if step.arm is not None]
+    return {
+        "settings": settings,
+        "block_steps": SWITCHED_BLOCK_STEPS,
+        "arms": [step.arm for step in steps],
+        "steps_ms": [_rounded(step.step_ms) for step in steps],
     }
+
+
+def write(name: str, document: dict[str, Any]) -> None:
+    """Write what was recorded of a program."""
     STEPS.mkdir(exist_ok=True)
     data = json.dumps(document, separators=(",", ":")).encode()
     (STEPS / f"{name}.json.gz").write_bytes(gzip.compress(data, mtime=0))
-    seconds = time.monotonic() - started_s
-    print(f"{name}: {len(long)} steps, {len(short)} short runs, {seconds:.0f} s", flush=True)
 
 
 def relay_of(command: list[str]) -> tuple[list[Step], ...]:

@@ -26,7 +26,7 @@ for number in range(int(sys.argv[2])):
         try:
             open(sys.argv[1] + "-failed", "x")
         except FileExistsError:
-            time.sleep(60)
+            time.sleep(600)
         else:
             sys.exit(3)
 """
@@ -80,4 +80,4 @@ def test_the_one_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
 def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:
     both = start(tmp_path, 1000, "one fails")
     assert sorted(finished.returncode for finished in both) == [-15, 3]
-    assert all(finished.seconds < 60 for finished in both)
+    assert not any(finished.timed_out for finished in both)

@@ -105,7 +105,7 @@ def test_a_stall_of_a_whole_block_moves_the_ratio_little() -> None:
     quiet = ratios(compared(slowness, [11.0, 10.0]))[1]
     stalled = [s * 20 if 83 <= n < 99 else s for n, s in enumerate(slowness)]
     found = ratios(compared(stalled, [11.0, 10.0]))[1]
-    assert found.value == pytest.approx(quiet.value, rel=0.02)
+    assert found.value == pytest.approx(quiet.value, rel=0.03)
     assert found.low > 1
 
 
@@ -147,8 +147,8 @@ def test_the_first_turn_of_an_arm_counts_for_its_warm_up_alone() -> None:
 def test_a_steady_drift_cancels() -> None:
     drift = [math.exp(number * 0.002) for number in range(1000)]
     found = ratios(compared(drift, [10.0, 5.0, 10.0]))
-    assert found[1].value == pytest.approx(2.0, rel=1e-3)
-    assert found[2].value == pytest.approx(1.0, rel=1e-3)
+    assert found[1].value == pytest.approx(2.0, rel=3e-3)
+    assert found[2].value == pytest.approx(1.0, rel=3e-3)
 
 
 def test_the_first_steps_after_a_switch_do_not_count() -> None:
@@ -172,6 +172,21 @@ def test_no_difference_is_found_where_there_is_none() -> None:
         covered += found.low <= 1 <= found.high
     assert covered / tries > 0.92
     assert gains / tries < 0.04
+
+
+def test_steps_of_varying_size_favour_no_arm() -> None:
+    """Buckets of many lengths, and an epoch that ends with a small batch every 16 steps."""
+    faster, slower, tries = 0, 0, 200
+    for seed in range(tries):
+        draw = random.Random(seed)
+        sizes = [draw.choice((1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)) for _ in range(1000)]
+        sizes[15::16] = [0.3] * len(sizes[15::16])
+        slowness = [one * other for one, other in zip(machine(seed), sizes, strict=True)]
+        for ratio in ratios(compared(slowness, [10.0, 10.0, 10.0])).values():
+            faster += ratio.low > 1
+            slower += ratio.high < 1
+    assert faster / tries / 2 < 0.05
+    assert slower / tries / 2 < 0.05
 
 
 def test_a_difference_is_found_where_there_is_one() -> None:
@@ -245,12 +260,12 @@ def test_pairs_are_enough_when_the_interval_is_narrow_or_there_is_no_gain() -> N
     assert statistics.enough_pairs([log - 0.5 for log in wide], 12)
 
 
-def test_winners_are_faster_beyond_noise_and_parts_that_cost_nothing_to_drop_are_redundant() -> (
+def test_winners_are_likely_to_be_faster_and_parts_that_cost_nothing_to_drop_are_redundant() -> (
     None
 ):
     found = {
         "a": Ratio(1.1, 1.05, 1.15, 9),
-        "b": Ratio(1.3, 0.99, 1.6, 9),
+        "b": Ratio(1.3, 0.85, 1.9, 9),
         "c": Ratio(1.5, 1.4, 1.6, 9),
     }
     assert statistics.winners(found) == ["c", "a"]

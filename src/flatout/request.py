@@ -90,10 +90,10 @@ class Relay:
 
     folder: str
     place: int
-    block_steps: int = 5
+    block_steps: int = 3
     discard_steps: int = 1
     warmup_steps: int = 3
-    blocks: int = 4
+    blocks: int = 8
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
 from flatout.ratios import CONFIDENCE, Block, Ratio, arm_ratios
@@ -27,6 +27,8 @@ With it, an independent measurement of half-width 4 % agrees to 5 %; and the int
 
 WORTHWHILE = 1.02
 """Gains below this are not looked for."""
+
+RANKING_CONFIDENCE = 0.8
 
 A = TypeVar("A")
 
@@ -95,12 +97,20 @@ def is_gain(ratio: Ratio) -> bool:
 
 
 def winners(ratios: Mapping[A, Ratio]) -> list[A]:
-    """What goes into the stack, the greatest gain first: all that is faster beyond noise.
+    """What goes into the stack, the greatest gain first: all that is likely to be faster.
 
-    Among many settings of no effect some win by chance: they cost the stack nothing, and the claim,
-    from fresh processes, does not rest on them.
+    The lower end of the 80 % interval decides: one in ten settings of no effect wins by chance.
+    They cost the stack nothing, and the claim, from fresh processes, does not rest on them; a real
+    gain that is missed is lost.
     """
-    faster = [one for one, ratio in ratios.items() if ratio.low > 1]
+    share = NormalDist().inv_cdf((1 + RANKING_CONFIDENCE) / 2) / NormalDist().inv_cdf(
+        (1 + CONFIDENCE) / 2
+    )
+    faster = [
+        one
+        for one, ratio in ratios.items()
+        if math.log(ratio.value) > share * math.log(ratio.value / ratio.low)
+    ]
     return sorted(faster, key=lambda one: ratios[one].value, reverse=True)
 
 
