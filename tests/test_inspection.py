@@ -253,8 +253,6 @@ def test_inference_is_recorded_in_detail_for_as_many_calls_as_asked(tmp_path: Pa
         assert sorted(tensor.sample) == pytest.approx(sorted(values(shown, "sample")[number]))
         assert tensor.lead is not None
         assert tensor.lead.tolist() == pytest.approx(values(shown, "lead")[number])
-    _, same = inspected(tmp_path / "same", INFERENCE, seed=1)
-    assert same.outputs == process.outputs
     _, other = inspected(tmp_path / "other", INFERENCE, seed=2)
     ours, theirs = ({o.inputs for o in p.outputs} for p in (process, other))
     assert len(ours) == 2
