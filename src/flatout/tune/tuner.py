@@ -608,6 +608,8 @@ class Tuner:
         if made.count < 2:
             return "there was no time for two pairs"
         verdict = self._judge(made.second, made.firsts, made.seconds)
+        if verdict.undecided:
+            verdict = self._judge_paired(made) or verdict
         if self._first.process.trains:
             others = (c for c in verdict.checks if c.name != self._gradients.name)
             verdict = dataclasses.replace(verdict, checks=(self._gradients, *others))
@@ -617,6 +619,38 @@ class Tuner:
         return memory.refusal(
             made.steps(made.firsts), made.steps(made.seconds), self._options.memory
         )
+
+    def _judge_paired(self, made: Pairs) -> Verdict | None:
+        """The verdict on the plan with its random numbers in the form made for proofs.
+
+        Where a plan draws other random numbers, its data come in another order, and the losses of a
+        pair differ as those of two seeds do: that takes many seeds to decide. In the paired form
+        the data are the same. ``None``: there is no such form, or it fails.
+        """
+        paired = search.paired(made.second)
+        if paired == dict(made.second):
+            return None
+        self._say(
+            f"the losses decide nothing yet, as the data come in another order; with the same data "
+            f"({_in_words(paired)}):"
+        )
+        runs = []
+        for number in range(made.count):
+            try:
+                runs.append(
+                    pairs.one_run(
+                        self._trials,
+                        paired,
+                        pace=self._pace,
+                        steps=self._steps,
+                        seed=self._options.seed + number,
+                    )
+                )
+            except TrialFailedError:
+                return None
+        verdict = self._judge(paired, made.firsts, runs)
+        self._say(verdict.why)
+        return verdict
 
     def _judge(
         self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
@@ -698,7 +732,8 @@ class Tuner:
             [done.process.turns for done in runs],
             self._options.memory,
         )
-        return self._judge(part, bare, runs).passed and too_much is None
+        verdict = self._judge(part, bare, runs)
+        return (verdict.passed or verdict.undecided) and too_much is None
 
     def _without_culprit(
         self,
@@ -707,9 +742,14 @@ class Tuner:
         passes: Callable[[Mapping[str, str]], bool],
     ) -> dict[str, str]:
         """The settings with the culprit turned to its gentler setting, or off."""
-        self._say("looking for the culprit")
         left = dict(settings)
-        for name, setting in search.culprits(settings, passes).items():
+        verdict = self._outcome.verdict
+        if verdict is not None and verdict.undecided:
+            found = _least_certain(settings)
+        else:
+            self._say("looking for the culprit")
+            found = search.culprits(settings, passes)
+        for name, setting in found.items():
             self._leave_out(name, setting, refusal)
             gentler = search.gentler(name, setting, self._offered.get(name))
             if gentler is None:
@@ -723,12 +763,15 @@ class Tuner:
     def _can_relay(self) -> bool:
         """Whether two of these programs can be there at the same time.
 
-        Ranks of a distributed job would ask for the same port, and of the memory of an accelerator
-        no one knows how much is free.
+        Ranks of a distributed job would ask for the same port, workers of a loader work on while
+        their run waits, and of the memory of an accelerator no one knows how much is free.
         """
         import psutil
 
         process = self._first.process
+        facts = (process.profile or {}).get("facts") or {}
+        if any(loader["workers"] for loader in facts.get("loaders", ())):
+            return False
         peaks = [step.peak_rss_bytes or 0 for step in process.turns]
         return (
             process.header["world_size"] is None
@@ -741,8 +784,16 @@ class Tuner:
         if made.count < statistics.MINIMUM_PAIRS:
             return False
         pair_s = 2 * self._pace.seconds(self._steps)
-        is_late = self._trials.spent_s + pair_s > self._options.budget_seconds
-        return is_late or statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS)
+        if self._trials.spent_s + pair_s > self._options.budget_seconds:
+            return True
+        if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
+            return False
+        has_paired_form = search.paired(made.second) != dict(made.second)
+        return (
+            made.count >= MAXIMUM_PAIRS
+            or has_paired_form
+            or not self._judge(made.second, made.firsts, made.seconds).undecided
+        )
 
     def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
         """Pairs of runs, until there are enough."""
@@ -836,6 +887,14 @@ def _fewest_rounds(arms: int) -> int:
     """An even number of rounds whose blocks are enough for an interval (``ratios.arm_ratios``)."""
     blocks = arms + 1 + MINIMUM_FREEDOM
     return 2 * math.ceil(blocks / arms / 2)
+
+
+def _least_certain(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that change most: other random numbers, or else all that do anything."""
+    order: tuple[Exactness, ...] = ("reshuffled", "resampled", "reduced", "reordered", "bitwise")
+    kinds = {name: knobs.get(name).exactness[setting] for name, setting in settings.items()}
+    most = min(kinds.values(), key=order.index)
+    return {name: setting for name, setting in settings.items() if kinds[name] == most}
 
 
 def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
