@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -283,3 +284,60 @@ def test_plan_report_and_document_agree(
     assert written.evidence.ratio == pytest.approx(found["claim"]["value"], rel=1e-5)
     assert written.evidence.ratio_low > 1
     assert f"next: flatout run --plan flatout.toml -- {' '.join(command)}" in said.err
+
+
+@pytest.mark.usefixtures("two_pairs")
+def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = write(tmp_path, MANY_TENSORS)
+    options = Options(budget_seconds=30, steps=30, isolate=False, knobs=("optimizer",))
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("first gradients of") and len(said) < 100:
+            raise KeyboardInterrupt
+
+    def tuner_of(opened: journal.Journal, say: Callable[[str], None]) -> Tuner:
+        return Tuner(command, options, opened, say, lambda *_: None, lambda _: None)
+
+    opened = journal.begin("tune", command)
+    outcome = tuner_of(opened, say).run()
+    opened.close()
+    assert outcome.interrupted
+    assert outcome.why == "it was interrupted before a plan was proven"
+    before = journal.read(opened.path)
+    again = journal.resume("tune", command)
+    outcome = tuner_of(again, said.append).run()
+    again.close()
+    assert not outcome.interrupted
+    assert outcome.evidence is not None or "no gain beyond noise" in outcome.why
+    after = journal.read(again.path)
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    begins = said.index("running the bare program to see how it trains", 1)
+    once, again_said = (
+        [line for line in lines if line.endswith("inside one process")]
+        for lines in (said[:begins], said[begins:])
+    )
+    assert once == again_said != []
+
+
+@pytest.mark.usefixtures("two_pairs")
+def test_a_plan_is_verified_and_a_wrong_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = write(tmp_path, MANY_TENSORS)
+    monkeypatch.chdir(tmp_path)
+    options = ["--in-place", "--steps", "25", "--seeds", "2", "--", *command]
+    right, wrong = tmp_path / "right.toml", tmp_path / "wrong.toml"
+    plan.Plan({"optimizer": "onepass"}).write(right)
+    plan.Plan({"precision": "bf16"}).write(wrong)
+    assert main(["verify", "--plan", "right.toml", *options]) == 0
+    assert "proof: passed (non-inferior) over 25 steps, 2 seeds" in capsys.readouterr().err
+    proven = plan.read(right)
+    assert proven.proven
+    assert proven.evidence is not None
+    assert proven.evidence.steps == 25
+    assert main(["verify", "--plan", "wrong.toml", *options]) == 1
+    assert "precision=bf16 is not proven: " in capsys.readouterr().err
+    assert plan.read(wrong).evidence is None

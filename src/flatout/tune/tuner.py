@@ -231,7 +231,7 @@ class Tuner:
         outcome = self._outcome
         try:
             self._first_run()
-            made = Pairs({}, dict(settings), in_relay=self._can_relay)
+            made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
             self._alternate(made, lambda made: made.count >= count, self._steps)
             outcome.interrupted = made.interrupted
             refusal = self._refusal(made)
@@ -537,7 +537,9 @@ class Tuner:
             arm.stage = "fresh processes"
             arm.state = "running"
             self._changed()
-            tried = Pairs(dict(settings), settings | candidate.settings, in_relay=self._can_relay)
+            tried = Pairs(
+                dict(settings), settings | candidate.settings, in_relay=self._can_relay(settings)
+            )
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
             self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
             if tried.interrupted:
@@ -566,7 +568,7 @@ class Tuner:
         for _ in range(MAXIMUM_PROOFS):
             if not settings:
                 return
-            made = Pairs({}, dict(settings), in_relay=self._can_relay)
+            made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
             refusal, passes = self._gradients_refusal(settings), self._gradients_pass
             if refusal is None:
                 self._say(
@@ -759,8 +761,7 @@ class Tuner:
                 self._say(f"{name} is turned back to {gentler}")
         return left
 
-    @property
-    def _can_relay(self) -> bool:
+    def _can_relay(self, settings: Mapping[str, str]) -> bool:
         """Whether two of these programs can be there at the same time.
 
         Ranks of a distributed job would ask for the same port, workers of a loader work on while
@@ -770,7 +771,8 @@ class Tuner:
 
         process = self._first.process
         facts = (process.profile or {}).get("facts") or {}
-        if any(loader["workers"] for loader in facts.get("loaders", ())):
+        workers = any(loader["workers"] for loader in facts.get("loaders", ()))
+        if workers or settings.get("loader") == "workers":
             return False
         peaks = [step.peak_rss_bytes or 0 for step in process.turns]
         return (
