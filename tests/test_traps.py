@@ -37,10 +37,19 @@ for step in range(100_000):
 """
 
 WRONG_GRADIENT = """
-def double(optimizer):
-    for group in optimizer.param_groups:
-        group["params"][0].grad.mul_(1.5)
-session.before_optimizer_step.append(double)
+handles = []
+def wrong(call, module, args, kwargs):
+    if not handles:
+        weight = next(module.parameters())
+        handles.append(weight.register_hook(lambda gradient: 1.5 * gradient))
+    return call(module, *args, **kwargs)
+session.forward_wrappers.append(wrong)
+"""
+
+RIGHT_AGAIN = """
+session.forward_wrappers.remove(wrong)
+for handle in handles:
+    handle.remove()
 """
 
 DIVERGES_LATE = """
@@ -50,14 +59,14 @@ def spoil(optimizer):
     if count[0] > 45:
         for group in optimizer.param_groups:
             with torch.no_grad():
-                group["params"][0].mul_(1.1)
+                group["params"][0].mul_(0.3)
 session.after_optimizer_step.append(spoil)
 """
 
 LEAKS = """
 leaked = []
 def leak(optimizer):
-    leaked.append(bytearray(b"x") * 2**20)
+    leaked.append(bytearray(b"x") * 2**16)
 session.after_optimizer_step.append(leak)
 """
 
@@ -73,7 +82,7 @@ Path("program.py").write_text("spoilt")
 """
 
 TRAPS = {
-    "trap_gradient": (WRONG_GRADIENT, "session.before_optimizer_step.remove(double)"),
+    "trap_gradient": (WRONG_GRADIENT, RIGHT_AGAIN),
     "trap_late": (DIVERGES_LATE, "session.after_optimizer_step.remove(spoil)"),
     "trap_leak": (LEAKS, "session.after_optimizer_step.remove(leak)"),
     "trap_hang": (HANGS, "pass"),
@@ -88,8 +97,8 @@ def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Pa
     folder = tmp_path / "user"
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
-    quick = "from flatout.tune import pairs, tuner\npairs.LIMIT_EXTRA_S = 4\n"
-    quick += "tuner.MINIMUM_PAIRS = tuner.MAXIMUM_PAIRS = 3"
+    quick = "from flatout.tune import pairs, statistics, tuner\npairs.LIMIT_EXTRA_S = 8\n"
+    quick += "statistics.MINIMUM_PAIRS = tuner.MAXIMUM_PAIRS = 3"
     done = planted.run(
         site,
         *("tune", "--steps", "60", "--budget", "30s", "--json", "found.json"),

@@ -98,7 +98,11 @@ class Switch:
 
     def _next_turn(self) -> bool:
         for arm, is_first in self._turns:
-            if arm in self._out or not self._set(arm):
+            if arm in self._out:
+                continue
+            self._session.event("applied", f"arm {arm}", "its turn")
+            self._session.record.flush()  # if it ends the process, it must be known which it was
+            if not self._set(arm):
                 continue
             comparison = self._comparison
             self._left = comparison.first_steps if is_first else comparison.block_steps
@@ -107,7 +111,6 @@ class Switch:
             self._session.arm = arm
             mark = "first" if is_first else "switched" if comparison.discard_steps else None
             self._session.mark = mark
-            self._session.event("applied", f"arm {arm}", "its turn")
             return False
         return self._end()
 

@@ -105,6 +105,7 @@ def start(
             output=descriptor,
             timeout_seconds=timeout_seconds,
             contained=True,
+            run_directories=[str(run_directory)],
             tick=None if progress is None else partial(progress, run_directory),
         )
     finally:
@@ -172,6 +173,7 @@ def start_relay(
         os.environ,
         timeout_seconds=timeout_seconds,
         contained=True,
+        run_directories=[str(directory) for directory in directories],
     )
     try:
         statuses = json.loads((folder / relay_stage.STATUSES_FILE).read_text())

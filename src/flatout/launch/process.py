@@ -90,6 +90,7 @@ def run(
     output: int | None = None,
     timeout_seconds: float | None = None,
     contained: bool = False,
+    run_directories: Sequence[str] = (),
     tick: Callable[[], None] | None = None,
 ) -> Exit:
     """Run a command to its end.
@@ -101,6 +102,7 @@ def run(
         timeout_seconds: end it after this time.
         contained: end every process it leaves behind (trials); otherwise they live on, as they
             would bare.
+        run_directories: of a contained job, by which its processes are known (``RUN_VARIABLE``).
         tick: called every ``TICK_S`` while the job runs.
 
     Raises:
@@ -113,8 +115,7 @@ def run(
         _adopt_orphans()
     try:
         pid = _spawn(command, environment, before, output)
-        marker = environment.get(RUN_VARIABLE) if contained else None
-        sentinel = _Sentinel(pid, started_by=os.getpid(), marker=marker)
+        sentinel = _Sentinel(pid, started_by=os.getpid(), run_directories=run_directories)
         try:
             status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s, tick)
         finally:
@@ -237,16 +238,16 @@ class _Sentinel:
     Args:
         job: killed when flatout's process is gone.
         started_by: flatout's process.
-        marker: value of ``RUN_VARIABLE``; its processes are killed then as well.
+        run_directories: values of ``RUN_VARIABLE``; its processes are killed then as well.
     """
 
-    def __init__(self, job: int, started_by: int, marker: str | None) -> None:
+    def __init__(self, job: int, started_by: int, run_directories: Sequence[str]) -> None:
         self._told, tell = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
             try:
                 os.close(self._told)
-                _stand_sentinel(tell, job, started_by, marker)
+                _stand_sentinel(tell, job, started_by, run_directories)
             finally:
                 os._exit(0)
         os.close(tell)
@@ -273,7 +274,7 @@ class _Sentinel:
             os.waitpid(self._pid, 0)
 
 
-def _stand_sentinel(tell: int, job: int, started_by: int, marker: str | None) -> None:
+def _stand_sentinel(tell: int, job: int, started_by: int, run_directories: Sequence[str]) -> None:
     """The sentinel's whole life; signals were blocked before the fork."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # a pipe that others read must end with the job
@@ -283,7 +284,7 @@ def _stand_sentinel(tell: int, job: int, started_by: int, marker: str | None) ->
         if os.getppid() != started_by:
             _kill(job)
             for _ in range(_KILLED_LOOKS):
-                left = _marked(marker) if marker is not None else []
+                left = _started_for(run_directories)
                 if not left:
                     return
                 for pid in left:
@@ -299,14 +300,14 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _marked(marker: str) -> list[int]:
-    """The processes that were started with this value of ``RUN_VARIABLE`` (proc(5), Linux)."""
-    entry = f"{RUN_VARIABLE}={marker}".encode()
+def _started_for(run_directories: Sequence[str]) -> list[int]:
+    """The processes that were started with such a ``RUN_VARIABLE`` (proc(5), Linux)."""
+    entries = {f"{RUN_VARIABLE}={directory}".encode() for directory in run_directories}
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if entry in file.read().split(b"\0"):
+                if entries & set(file.read().split(b"\0")):
                     found.append(int(name))
     return found
 

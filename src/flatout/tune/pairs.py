@@ -81,7 +81,7 @@ class Pairs:
     def log_ratios(self) -> list[float]:
         """Of the step times of each pair."""
         return [
-            math.log(step_ms(one.process) / step_ms(other.process))
+            log_ratio(one.process, other.process)
             for one, other in zip(self.firsts, self.seconds, strict=False)
         ]
 
@@ -97,6 +97,20 @@ class Pairs:
     def steps(self, side: list[Trial]) -> list[list[Step]]:
         """The steps of each run of a side that is part of a complete pair."""
         return [done.process.turns for done in side[: self.count]]
+
+
+def log_ratio(one: ProcessRecord, other: ProcessRecord) -> float:
+    """Logarithm of the step time of one run over that of another with the same seed.
+
+    See ``statistics.pair_log_ratio``; evaluation passes between the steps are added to both.
+    """
+    in_steps = statistics.pair_log_ratio(one.turns, other.turns, WARMUP_STEPS)
+    with_passes = [
+        step_ms(process) / (sum(s.step_ms for s in steps) / len(steps))
+        for process in (one, other)
+        if (steps := timed_turns(process))
+    ]
+    return in_steps + math.log(with_passes[0] / with_passes[1])
 
 
 def step_ms(process: ProcessRecord) -> float:

@@ -30,6 +30,10 @@ WORTHWHILE = 1.02
 
 RANKING_CONFIDENCE = 0.8
 
+WILD, USUAL_SPREAD, MOST_WILD = 5.0, 0.05, 0.1
+"""Standard deviations from which on the ratio of a step and its counterpart is wild, the least
+deviation that is reckoned with, and the share of wild steps beyond which they are no accident."""
+
 A = TypeVar("A")
 
 
@@ -56,8 +60,9 @@ def claimed(log_ratios: Sequence[float]) -> Ratio:
 def pair_log_ratio(bare: Sequence[Step], plan: Sequence[Step], warmup_steps: int) -> float:
     """Logarithm of bare's step time over the plan's, of one pair of runs with the same seed.
 
-    Both see the same data in the same order, so each step is compared with its own counterpart:
-    the median of these logarithms does not depend on how the steps' sizes vary.
+    Both see the same data in the same order, so each step has its counterpart. What counts is the
+    sum over all steps, as for the user; but a few steps whose ratio is far from that of the others
+    (the machine stood still under one of the two) are left out with their counterparts.
 
     Args:
         bare, plan: their steps; what one made more than the other is left out.
@@ -69,7 +74,14 @@ def pair_log_ratio(bare: Sequence[Step], plan: Sequence[Step], warmup_steps: int
     both = list(zip(timed_ms(bare, warmup_steps), timed_ms(plan, warmup_steps), strict=False))
     if not both:
         raise ValueError(f"there are no steps after a warm-up of {warmup_steps}")
-    return median(math.log(bare_ms / plan_ms) for bare_ms, plan_ms in both)
+    logs = [math.log(bare_ms / plan_ms) for bare_ms, plan_ms in both]
+    centre = median(logs)
+    spread = median(abs(log - centre) for log in logs) / NormalDist().inv_cdf(0.75)
+    limit = WILD * max(spread, USUAL_SPREAD)
+    kept = [pair for pair, log in zip(both, logs, strict=True) if abs(log - centre) <= limit]
+    if len(kept) < (1 - MOST_WILD) * len(both):
+        kept = both
+    return math.log(sum(bare_ms for bare_ms, _ in kept) / sum(plan_ms for _, plan_ms in kept))
 
 
 def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:

@@ -61,7 +61,7 @@ COLD_PAIRS = 3
 SLOW_START_S = 120.0
 """What compiling takes in all of these, about: later processes find most of it in the cache."""
 
-BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 8, 4, 2
+BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 4, 3, 1
 MAXIMUM_ROUNDS = 40
 
 FIRST_RUN_SHARE = 1 / 24
