@@ -21,6 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context", type=int, default=64, help="bytes that it looks back over")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--evaluate-every", type=int, default=250)
@@ -57,7 +58,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     train_text, validation_text = load_corpus()
-    model = GPT(Config(VOCABULARY))
+    model = GPT(Config(VOCABULARY, arguments.context))
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train_text):,} bytes of text")
 

@@ -17,7 +17,9 @@ from flatout.turns import Turn
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
-_POLL_S = 0.0005
+_SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
+"""Between two looks for the baton. The one that waits must not take time from the one that runs, so
+it looks about once a step; the step that follows a wait is left out in any case."""
 
 
 class Runner:
@@ -37,6 +39,7 @@ class Runner:
         self._folder = Path(relay.folder)
         self._steps = 0
         self._takes_part = True
+        self._poll_s = _SHORTEST_POLL_S
         session.arm = relay.place
         session.mark = "first"
 
@@ -46,6 +49,9 @@ class Runner:
             return False
         relay = self._relay
         self._steps += 1
+        if self._session.mark is None:
+            step_s = (turn.end_ns - turn.start_ns) / 1e9
+            self._poll_s = min(max(step_s, _SHORTEST_POLL_S), _LONGEST_POLL_S)
         if self._steps < relay.warmup_steps:
             return False
         finished, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
@@ -80,4 +86,4 @@ class Runner:
         """Wait until the other has made a file, or has ended."""
         file, ended = self._folder / name, self._folder / f"ended-{1 - self._relay.place}"
         while self._takes_part and not file.exists() and not ended.exists():
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)

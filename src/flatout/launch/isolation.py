@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import getpass
 import json
 import os
@@ -247,20 +248,31 @@ def _persistent_caches(scratch: Path) -> list[tuple[str, Path]]:
 
 
 def _claim(layer: Path) -> bool:
-    """Whether a layer is free for this process: two overlays must not share one."""
-    owner = layer / "owner"
+    """Whether a layer is free for this process: two overlays must not share one.
+
+    The owner's file is locked while it is looked at and written: two trials may begin at once.
+    """
     try:
-        pid = int(owner.read_text())
-        os.kill(pid, 0)
-    except (OSError, ValueError):
-        pass  # nobody's, or its owner is gone
-    else:
-        if pid != os.getpid():
-            return False
-    try:
-        owner.write_text(str(os.getpid()))
+        with open(layer / "owner", "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            owner = file.read()
+            if owner.isdigit() and int(owner) != os.getpid() and _is_alive(int(owner)):
+                return False
+            file.truncate(0)
+            file.write(str(os.getpid()))
     except OSError:
         return False
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
     return True
 
 

@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 
 from flatout import knobs
 from flatout.knobs import Exactness
@@ -275,6 +275,25 @@ def judge(
             for site in range(sites)
         ),
     )
+
+
+SAME_DATA = 0.5
+"""Correlation of two runs' losses from which on they are taken to be of the same batches."""
+
+
+def have_same_data(one: Run, other: Run) -> bool:
+    """Whether the losses of two runs go up and down together from step to step.
+
+    How hard a batch is shows in the losses of both, whatever else is random; their trends, which
+    all runs share, are taken out by differences of successive steps.
+    """
+    for mine, others in zip(one.curves, other.curves, strict=False):
+        jumps = [[after - before for before, after in pairwise(curve)] for curve in (mine, others)]
+        length = min(map(len, jumps))
+        ours, theirs = (jump[length // 4 : length] for jump in jumps)
+        if len(ours) > 2 and stdev(ours) > 0 and stdev(theirs) > 0:
+            return correlation(ours, theirs) > SAME_DATA
+    return True
 
 
 def _are_identical(one: Run, other: Run) -> bool:

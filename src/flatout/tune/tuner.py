@@ -64,10 +64,10 @@ SLOW_START_S = 120.0
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 4, 3, 1
 MAXIMUM_ROUNDS = 40
 
-FIRST_RUN_SHARE = 1 / 24
+FIRST_RUN_SHARE = 1 / 36
 """Share of the budget for the first bare run, and so for each of the later ones at most."""
 
-COMPARISON_SHARE = 0.25
+COMPARISON_SHARE = 0.15
 """Share of the budget for the comparisons inside one process."""
 
 COLD_SHARE = 0.15
@@ -610,7 +610,7 @@ class Tuner:
         if made.count < 2:
             return "there was no time for two pairs"
         verdict = self._judge(made.second, made.firsts, made.seconds)
-        if verdict.undecided:
+        if verdict.undecided and self._is_reordered(made):
             verdict = self._judge_paired(made) or verdict
         if self._first.process.trains:
             others = (c for c in verdict.checks if c.name != self._gradients.name)
@@ -620,6 +620,15 @@ class Tuner:
             return verdict.why
         return memory.refusal(
             made.steps(made.firsts), made.steps(made.seconds), self._options.memory
+        )
+
+    def _is_reordered(self, made: Pairs) -> bool:
+        """Whether other random numbers have given the plan its data in another order."""
+        if search.paired(made.second) == dict(made.second):
+            return False
+        return not all(
+            proof.have_same_data(proof.Run.of(one.process), proof.Run.of(other.process))
+            for one, other in zip(made.firsts, made.seconds, strict=True)
         )
 
     def _judge_paired(self, made: Pairs) -> Verdict | None:
@@ -790,12 +799,9 @@ class Tuner:
             return True
         if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
             return False
-        has_paired_form = search.paired(made.second) != dict(made.second)
-        return (
-            made.count >= MAXIMUM_PAIRS
-            or has_paired_form
-            or not self._judge(made.second, made.firsts, made.seconds).undecided
-        )
+        if made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+            return True
+        return not self._judge(made.second, made.firsts, made.seconds).undecided
 
     def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
         """Pairs of runs, until there are enough."""
