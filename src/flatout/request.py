@@ -84,7 +84,8 @@ class Relay:
         place: 0 for the one that begins, else 1.
         block_steps: steps of a turn, the discarded ones included.
         discard_steps: steps left out of the ratio after each wait, at least 1.
-        warmup_steps: steps before the first block, at least 1; both make them at the same time.
+        warmup_steps: steps before the first block, at least 1; the second makes them when the first
+            has made its own.
         blocks: turns of each.
     """
 

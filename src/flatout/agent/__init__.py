@@ -28,7 +28,12 @@ def activate() -> None:
         from flatout.agent.session import Session
 
         run_directory = Path(os.environ[RUN_VARIABLE])
-        session = Session(Request.read(run_directory), run_directory)
+        request = Request.read(run_directory)
+        if request.relay is not None:
+            from flatout.agent import relay
+
+            relay.wait_to_begin(request.relay)
+        session = Session(request, run_directory)
         session.start()
         _session = session
     except Exception as error:  # noqa: BLE001 - said aloud, with its traceback on request

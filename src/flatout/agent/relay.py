@@ -22,6 +22,23 @@ _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
 it looks about once a step; the step that follows a wait is left out in any case."""
 
 
+def wait_to_begin(relay: Relay) -> None:
+    """Called as torch has been imported: the second waits until the first has warmed up.
+
+    Two that warm up at the same time would take ten times as long, as each asks for all the cores.
+    """
+    if relay.place == 1:
+        _wait_for(relay, f"ready-{1 - relay.place}", _LONGEST_POLL_S)
+
+
+def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
+    """Wait until the other has made a file, or has ended."""
+    folder = Path(relay.folder)
+    file, ended = folder / name, folder / f"ended-{1 - relay.place}"
+    while not file.exists() and not ended.exists():
+        time.sleep(poll_s)
+
+
 class Runner:
     """The stage of a session that runs in a relay.
 
@@ -83,7 +100,5 @@ class Runner:
         return True
 
     def _wait(self, name: str) -> None:
-        """Wait until the other has made a file, or has ended."""
-        file, ended = self._folder / name, self._folder / f"ended-{1 - self._relay.place}"
-        while self._takes_part and not file.exists() and not ended.exists():
-            time.sleep(self._poll_s)
+        if self._takes_part:
+            _wait_for(self._relay, name, self._poll_s)
