@@ -108,6 +108,7 @@ def said_of(outcome: Outcome, knob: str) -> str:
     return " ".join(arm.why for arm in outcome.arms if knob in arm.settings)
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: Path) -> None:
     """Autocast spares the program work, so it wins, and breaks a sigmoid before BCE loss."""
@@ -156,6 +157,7 @@ def test_settings_that_exclude_each_other_share_a_factor() -> None:
     ]
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_an_arm_that_ends_a_short_program_is_dropped_with_its_reason(tmp_path: Path) -> None:
     command = write(tmp_path, MANY_TENSORS, "return torch.sigmoid(z)\n        sys.exit(3)", 80)
@@ -189,6 +191,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_a_program_that_only_infers_is_proven_by_its_outputs(tmp_path: Path) -> None:
     options = Options(budget_seconds=40, steps=40, isolate=False, knobs=("precision",))
@@ -257,6 +260,7 @@ def test_bad_options_are_one_sentence(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_plan_report_and_document_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -286,6 +290,7 @@ def test_plan_report_and_document_agree(
     assert f"next: flatout run --plan flatout.toml -- {' '.join(command)}" in said.err
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     command = write(tmp_path, MANY_TENSORS)
@@ -322,6 +327,7 @@ def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
     assert once == again_said != []
 
 
+@pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_a_plan_is_verified_and_a_wrong_one_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

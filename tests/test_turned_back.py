@@ -125,6 +125,7 @@ def test_an_arm_whose_knob_breaks_is_out(tmp_path: Path) -> None:
         block_steps=4,
         discard_steps=1,
         warmup_steps=2,
+        first_steps=0,
         rounds=2,
     )
     _, process = run(tmp_path / "run", "optimizer=fused", breaks_at=7, comparison=comparison)

@@ -473,6 +473,8 @@ def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> L
         return tuple(figure(_means(runs, range(s, min(s + width, steps)))) for s in starts)
 
     def spread(values: Sequence[float]) -> float:
+        if not all(map(math.isfinite, values)):
+            return math.nan
         return stdev(values) if len(values) > 1 else 0.0
 
     means, spreads = ([over(runs, f) for runs in (bare, plan)] for f in (fmean, spread))
