@@ -16,11 +16,15 @@ demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks and not tunes"
+	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks and not tunes and not traps"
 
-# Whole tunes, one of them of knobs that are planted, fast and wrong.
+# Whole tunes of small programs.
 tunes: $(INSTALLED)
 	$(BIN)/python -m pytest -m tunes
+
+# Knobs that are fast and wrong, planted: it depends on times, so on a machine that does nothing else.
+traps: $(INSTALLED)
+	$(BIN)/python -m pytest -m traps
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,4 +57,4 @@ clean:
 docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs
 
-.PHONY: all demo test tunes lint docs frameworks measured clean
+.PHONY: all demo test tunes traps lint docs frameworks measured clean

@@ -11,6 +11,7 @@ import pytest
 from flatout.agent.switch import block_order
 from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios, t_quantile
 from flatout.record import Step
+from flatout.request import Comparison
 from flatout.tune import design, statistics
 from flatout.turns import PHASES
 
@@ -64,7 +65,8 @@ def compared(slowness: list[float], step_ms: list[float], carry_over: float = 0.
 
 
 def ratios(steps: list[Step]) -> dict[int, Ratio]:
-    return statistics.in_process_ratios(statistics.blocks(steps, DISCARD), BLOCK - DISCARD)
+    asked = Comparison(arms=(), block_steps=BLOCK, discard_steps=DISCARD)
+    return arm_ratios(statistics.complete_blocks(steps, asked))
 
 
 def screened(
@@ -139,9 +141,7 @@ def test_the_first_turn_of_an_arm_counts_for_its_warm_up_alone() -> None:
     steps = first + compared([1.0] * 1000, [10.0, 5.0, 4.0])
     found = statistics.blocks(steps, DISCARD)
     assert [block.arm for block in found] == [1, 2, *block_order(3, ROUNDS)]
-    assert statistics.warm_up_seconds(found) == {1: pytest.approx(5.69), 2: 0.0}
-    ratio = statistics.in_process_ratios(found, BLOCK - DISCARD)[1]
-    assert ratio.value == pytest.approx(2.0)
+    assert ratios(steps)[1].value == pytest.approx(2.0)
 
 
 def test_a_steady_drift_cancels() -> None:

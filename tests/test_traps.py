@@ -91,7 +91,7 @@ TRAPS = {
 }
 
 
-@pytest.mark.tunes
+@pytest.mark.traps
 def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Path) -> None:
     knobs = {name: planted.knob(name, *what) for name, what in TRAPS.items()}
     knobs["honest"] = planted.knob("honest")

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
-from flatout.ratios import CONFIDENCE, Block, Ratio, arm_ratios
+from flatout.ratios import CONFIDENCE, Block, Ratio
 from flatout.record import Step
+from flatout.request import Comparison
 
 MINIMUM_PAIRS = 5
 """Pairs of fresh processes below which nothing is claimed."""
@@ -169,34 +170,16 @@ def blocks(steps: Sequence[Step], discard_steps: int) -> list[Block]:
     return found
 
 
-def in_process_ratios(found: Sequence[Block], timed_steps: int) -> dict[int, Ratio]:
-    """The ratio of each arm to arm 0, inside one process.
+def complete_blocks(steps: Sequence[Step], comparison: Comparison) -> list[Block]:
+    """The blocks of a comparison that have all their timed steps, in order.
 
     Args:
-        found: the blocks, see ``blocks``.
-        timed_steps: timed steps of a complete block; others are left out.
-
-    Returns nothing if there are too few blocks, see ``ratios.arm_ratios``.
+        steps: of one process, in order.
+        comparison: that it was asked for; its marks tell the blocks apart, so it discards steps.
     """
-    return arm_ratios([block for block in found if len(block.times_ms) >= timed_steps])
-
-
-def warm_up_seconds(found: Sequence[Block]) -> dict[int, float]:
-    """What the first turn of each arm took more than as many of its usual steps, in seconds.
-
-    Args:
-        found: the blocks, see ``blocks``.
-
-    Returns an entry for each arm that had a first turn of its own and a complete one.
-    """
-    times_ms: dict[int, list[float]] = {}
-    for block in found:
-        times_ms.setdefault(block.arm, []).extend(block.times_ms)
-    return {
-        block.arm: max(sum(block.first_ms) - len(block.first_ms) * median(usual), 0.0) / 1e3
-        for block in found
-        if block.first_ms and (usual := times_ms[block.arm])
-    }
+    timed_steps = comparison.block_steps - comparison.discard_steps
+    found = blocks(steps, comparison.discard_steps)
+    return [block for block in found if len(block.times_ms) >= timed_steps]
 
 
 def timed_ms(steps: Sequence[Step], warmup_steps: int) -> list[float]:

@@ -29,7 +29,7 @@ from flatout.errors import UserError
 from flatout.knobs import Exactness
 from flatout.machine import Ceilings
 from flatout.plan import Check, Evidence
-from flatout.ratios import MINIMUM_FREEDOM, Block, Ratio, arm_ratios, setting_ratios
+from flatout.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.record import Gradient
 from flatout.request import Comparison, Inspection, Request
 from flatout.tune import (
@@ -368,7 +368,9 @@ class Tuner:
                 {knob: setting for knob, setting in stack.items() if knob not in failures}
                 for stack in stacks
             ]
-            ratios = setting_ratios(_complete_blocks(done, comparison), applied)
+            ratios = setting_ratios(
+                statistics.complete_blocks(done.process.turns, comparison), applied
+            )
             skips = trial.reasons(done.process, "skipped")
             for candidate in group:
                 arm = self._arm(candidate.settings)
@@ -396,7 +398,7 @@ class Tuner:
                     self._fail(culprit, f"the program fails under it: {failure}")
                     continue
                 failures = trial.reasons(done.process, "skipped", "failed")
-                ratios = arm_ratios(_complete_blocks(done, comparison))
+                ratios = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
                 for number, candidate in enumerate(left, 1):
                     arm = self._arm(candidate.settings)
                     if f"arm {number}" in failures:
@@ -418,7 +420,7 @@ class Tuner:
         except TrialFailedError as failure:
             self._say(f"what each knob brings to the stack is not known: {failure}")
             return settings
-        found = arm_ratios(_complete_blocks(done, comparison))
+        found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
         without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
         for knob, ratio in without.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
@@ -903,12 +905,6 @@ def _least_certain(settings: Mapping[str, str]) -> dict[str, str]:
     kinds = {name: knobs.get(name).exactness[setting] for name, setting in settings.items()}
     most = min(kinds.values(), key=order.index)
     return {name: setting for name, setting in settings.items() if kinds[name] == most}
-
-
-def _complete_blocks(done: Trial, comparison: Comparison) -> list[Block]:
-    timed_steps = comparison.block_steps - comparison.discard_steps
-    blocks = statistics.blocks(done.process.turns, comparison.discard_steps)
-    return [block for block in blocks if len(block.times_ms) >= timed_steps]
 
 
 def _in_words(settings: Mapping[str, str]) -> str:
