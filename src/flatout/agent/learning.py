@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING
 
 from flatout import knobs, ratios
 from flatout.agent.switch import BASELINE, Switch
 from flatout.turns import Turn
-
-if TYPE_CHECKING:
-    from flatout.agent.session import Session
-    from flatout.request import Comparison
 
 GIVEN_UP = 1.5
 """Times bare's last block that an arm may take: these are steps that someone waits for."""
@@ -27,16 +22,10 @@ class Learner(Switch):
         session, comparison: see ``Switch``.
     """
 
-    def __init__(self, session: Session, comparison: Comparison) -> None:
-        self._session_of = session
-        self._has_ended = False
-        super().__init__(session, comparison)
-
     def at_boundary(self, turn: Turn) -> bool:
         """See ``Switch``."""
         over = super().at_boundary(turn)
-        if over and not self._has_ended:
-            self._has_ended = True
+        if over:
             self._keep()
         return over
 
@@ -76,15 +65,15 @@ class Learner(Switch):
                     **{f: getattr(ratio, f) for f in ("value", "low", "high", "pairs")},
                 }
             )
-        self._session_of.record.write({"kind": "learned", "settings": learned})
+        self._session.record.write({"kind": "learned", "settings": learned})
 
     def _turned(self, name: str, setting: str, on: dict[str, str]) -> bool:
         """Turn it on, unless that fails or does not go with what is on."""
         try:
             knobs.check_claims([*on, name])
-            self._session_of.turn(name, setting)
+            self._session.turn(name, setting)
         except (knobs.ConflictError, knobs.RefusedError) as refusal:
-            self._session_of.event("skipped", name, str(refusal))
+            self._session.event("skipped", name, str(refusal))
             return False
-        self._session_of.event("applied", name, f"set to {setting}: it was faster")
+        self._session.event("applied", name, f"set to {setting}: it was faster")
         return True

@@ -570,6 +570,7 @@ class Tuner:
         for _ in range(MAXIMUM_PROOFS):
             if not settings:
                 return
+            outcome.verdict = None
             made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
             refusal, passes = self._gradients_refusal(settings), self._gradients_pass
             if refusal is None:
