@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flatout import launch
+from flatout.ratios import Size
 from flatout.record import Step
 from flatout.request import Comparison, Relay, Request
 from flatout.tune import trial
@@ -28,7 +30,7 @@ EXAMPLES = HERE.parent / "examples"
 STEPS = HERE / "steps"
 
 LONG_RUNS = 2
-LONG_SECONDS, LONG_STEPS = 40.0, 3000
+LONG_SECONDS, MOST_LONG_STEPS = 40.0, 3000
 RELAYS = 2
 RELAY = Relay("", 0, blocks=25)
 SWITCHED_ROUNDS, SWITCHED_BLOCK_STEPS = 12, 12
@@ -70,20 +72,37 @@ def record(name: str, program: Program) -> None:
     """Record one program."""
     command = [sys.executable, *program.command]
     started_s = time.monotonic()
-    longs = []
-    for seed in range(LONG_RUNS):
-        request = Request(stop_steps=LONG_STEPS, stop_seconds=LONG_SECONDS, seed=seed)
-        longs.append(trial.run(command, request, isolate=False, timeout_seconds=600))
-    relays = [relay_of(command) for _ in range(RELAYS)]
     switched = switched_of(command, program.settings)
+    relays = [relay_of(command) for _ in range(RELAYS)]
+    long_steps = min(
+        MOST_LONG_STEPS, round(LONG_SECONDS * 1e3 / statistics.median(switched["steps_ms"]))
+    )
+    # A comparison of nothing with nothing: it notes the sizes of the steps.
+    nothing = Comparison(
+        arms=({},),
+        block_steps=long_steps,
+        discard_steps=0,
+        warmup_steps=WARMUP_STEPS,
+        first_steps=0,
+        rounds=1,
+    )
+    longs = [
+        trial.run(
+            command,
+            Request(comparison=nothing, seed=seed),
+            isolate=False,
+            timeout_seconds=600,
+        )
+        for seed in range(LONG_RUNS)
+    ]
     startup_s = min(one.seconds - sum(s.step_ms for s in one.process.steps) / 1e3 for one in longs)
+    steps = [step for one in longs for step in one.process.steps if step.arm is not None]
     write(
         name,
         {
             "startup_s": round(startup_s, 1),
-            "long_ms": [
-                _rounded(step.step_ms) for one in longs for step in one.process.steps[WARMUP_STEPS:]
-            ],
+            "long_ms": [_rounded(step.step_ms) for step in steps],
+            "long_sizes": [Size.of(step) for step in steps],
             "relay_block_steps": RELAY.block_steps - RELAY.discard_steps,
             "relay_ms": [
                 [[_rounded(step.step_ms) for step in run if step.mark is None] for run in pair]

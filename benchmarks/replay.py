@@ -12,17 +12,19 @@ share of replays with a claim is printed, with its 95 % interval. Exits with 1 w
 asked: a claim without a gain in more than 6.5 % of the replays, or a gain of 5 % or 20 % found in
 fewer than 90 %.
 
-The recorded programs: cnn, gan (``programs/dcgan.py`` at full width) and language (batches of 16)
-on a shared virtual machine with two cores that did nothing else; bucketed, mlp and speech on the
-same one beside other work, with one thread.
+The recorded programs (see ``record_steps.py``) ran on a shared virtual machine with two cores that
+did nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import gzip
 import json
 import math
+import multiprocessing
+import os
 import random
 import sys
 from collections import deque
@@ -34,7 +36,7 @@ from typing import Any, NamedTuple, cast
 
 from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios
+from flatout.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
 from flatout.request import Comparison, Relay
 from flatout.tune import design, statistics
 from flatout.turns import Turn
@@ -87,6 +89,7 @@ class Recorded:
 
     Attributes:
         long_ms: step times of the long run.
+        long_sizes: of its steps.
         startup_steps: as many steps as a start of the program takes time.
         relay_ms: of pairs of runs that took turns, the steps that count; where none were recorded,
             turns are cut out of the long run.
@@ -96,6 +99,7 @@ class Recorded:
     """
 
     long_ms: list[float]
+    long_sizes: list[Size | None]
     startup_steps: int
     relay_ms: list[list[list[float]]]
     relay_block_steps: int
@@ -113,6 +117,7 @@ def load(name: str) -> Recorded:
     long_ms = document["long_ms"]
     return Recorded(
         long_ms,
+        [size and Size(*size) for size in document["long_sizes"]],
         round(document["startup_s"] * 1e3 / median(long_ms)),
         document["relay_ms"],
         document["relay_block_steps"],
@@ -164,6 +169,7 @@ class Machine:
         self.arm: int | None = None
         self.mark: str | None = None
         self.failed_knobs: dict[str, str] = {}
+        self.forward_wrappers: list[object] = []
         self.steps = 0
         self._on: dict[str, str] = {}
         self._before: dict[str, str] = {}
@@ -201,18 +207,25 @@ class Machine:
         is_over, now_ns = False, 0
         while not is_over:
             turn = Turn(now_ns)
+            self._advance()
+            size = self._recorded.long_sizes[self._at]
+            turn.rows, turn.elements = size or (None, None)
             now_ns += round(self._step_ms() * 1e6)
             turn.end_ns = now_ns
             is_over = switch.at_boundary(turn)
         size = comparison.block_steps - comparison.discard_steps
         return [block for block in switch.found if len(block.times_ms) >= size]
 
+    def _advance(self) -> None:
+        """Go on to the next step, now and then to that of another piece."""
+        steps = len(self._recorded.long_ms)
+        if self._draw.random() < 1 / PIECE_STEPS:
+            self._at = self._draw.randrange(steps)
+        self._at = (self._at + 1) % steps
+
     def _step_ms(self) -> float:
         self.steps += 1
         recorded = self._recorded
-        if self._draw.random() < 1 / PIECE_STEPS:
-            self._at = self._draw.randrange(len(recorded.long_ms))
-        self._at = (self._at + 1) % len(recorded.long_ms)
         step_ms = recorded.long_ms[self._at] / self._gain(self._on)
         if self._on != self._before:
             self._carry = recorded.carry[len(self._on) > len(self._before)]
@@ -234,9 +247,9 @@ class Machine:
         else:
             self.steps += 2 * RUN_STEPS
             bare, plan = self._two_runs()
-        log_ratios = [math.log(one / other) for one, other in zip(bare, plan, strict=True)]
         difference = self._draw.gauss(0, PROCESS_SPREAD)
-        return median(log_ratios) + math.log(self._gain(settings)) + difference
+        measured = statistics.pair_log_ratio(bare, plan)
+        return measured + math.log(self._gain(settings)) + difference
 
     def _two_in_turns(self) -> list[list[float]]:
         """Bare and plan, each the first to begin in half of the cases."""
@@ -360,16 +373,23 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     is_as_asked = True
+    cores = os.cpu_count() or 1
+    pool = concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
     for title, scenario in SCENARIOS.items():
         print(f"{title} and {DUMMIES} dummies")
         for name in arguments.programs or names:
-            outcomes = replay(
-                name,
-                scenario,
-                range(arguments.replays),
-                not arguments.one_after_the_other,
-                arguments.steps,
-            )
+            parts = [
+                pool.submit(
+                    replay,
+                    name,
+                    scenario,
+                    range(first, arguments.replays, cores),
+                    not arguments.one_after_the_other,
+                    arguments.steps,
+                )
+                for first in range(cores)
+            ]
+            outcomes = [outcome for part in parts for outcome in part.result()]
             claims = share(sum(outcome.is_claimed for outcome in outcomes), len(outcomes))
             is_as_asked &= claims.high >= scenario.least and claims.low <= scenario.most
             kept = fmean("real0" in outcome.settings for outcome in outcomes)

@@ -4,12 +4,13 @@
     python benchmarks/tunes.py --out results.jsonl dcgan hf       # these only
     python benchmarks/tunes.py --out results.jsonl --summary      # measures nothing
 
-Each program is tuned, and then run bare and under ``flatout run`` with the plan, in alternation, a
-seed for each pair. The programs print a line now and then, flushed as it is printed; this script
-notes when each line comes out of the pipe, on a clock of its own. Seconds a step are the time from
-the second line to the last over the steps between them. That leaves out start-up, warm-up and end,
-without the noise of taking one whole run from another, and has all that the program does between
-its steps, as the claim has.
+Each program is tuned, and then run bare and under ``flatout run`` with the plan, a seed for each
+pair. The programs print a line now and then, flushed as it is printed; this script notes when each
+line comes out of the pipe, on a clock of its own. The two of a pair take turns from their second
+line on: one runs until its next line, while the other is stopped by a signal, so that a drift of
+the machine's speed meets both alike. Seconds a step are the time of the turns over their steps.
+That leaves out start-up, warm-up and end, and has all that the program does between its steps, as
+the claim has.
 
 A results file gets one line of JSON for each finished measurement, so a run that was ended goes on
 where it was, and several may share the file. Exits with 1 when a target is missed or a program
@@ -19,11 +20,13 @@ lacks its measurement. Run it on a machine that does nothing else: a program tak
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,7 +69,7 @@ class Program(NamedTuple):
 
     Attributes:
         words: script and arguments, as they are tuned; ``--steps`` and ``--seed`` are added.
-        steps: of a run that is timed from outside, about half a minute bare.
+        steps: of a run that is timed from outside, about ten seconds bare.
         frameworks: it needs the interpreter that has transformers and Lightning.
         asked: how many times faster it has to be.
     """
@@ -78,15 +81,15 @@ class Program(NamedTuple):
 
 
 CASES = {
-    "image": Program((str(EXAMPLES / "image" / "train.py"), "--epochs", "40"), 600),
-    "language": Program((str(EXAMPLES / "language" / "train.py"),), 400),
-    "speech": Program((str(EXAMPLES / "speech" / "train.py"), "--epochs", "60"), 200),
-    "dcgan": Program((str(PROGRAMS / "dcgan.py"), "--steps", "2000"), 200, asked=GAN_RATIO),
-    "lstm_by_hand": Program((str(PROGRAMS / "lstm_by_hand.py"),), 400),
-    "jpeg": Program((str(PROGRAMS / "jpeg.py"),), 500),
-    "python_bound": Program((str(PROGRAMS / "python_bound.py"),), 15_000),
-    "hf": Program((str(PROGRAMS / "hf_encoder.py"),), 300, frameworks=True),
-    "lightning": Program((str(PROGRAMS / "lightning_cnn.py"),), 600, frameworks=True),
+    "image": Program((str(EXAMPLES / "image" / "train.py"), "--epochs", "40"), 250),
+    "language": Program((str(EXAMPLES / "language" / "train.py"),), 110),
+    "speech": Program((str(EXAMPLES / "speech" / "train.py"), "--epochs", "60"), 60),
+    "dcgan": Program((str(PROGRAMS / "dcgan.py"), "--steps", "2000"), 60, asked=GAN_RATIO),
+    "lstm_by_hand": Program((str(PROGRAMS / "lstm_by_hand.py"),), 300),
+    "jpeg": Program((str(PROGRAMS / "jpeg.py"),), 400),
+    "python_bound": Program((str(PROGRAMS / "python_bound.py"),), 7_000),
+    "hf": Program((str(PROGRAMS / "hf_encoder.py"),), 100, frameworks=True),
+    "lightning": Program((str(PROGRAMS / "lightning_cnn.py"),), 300, frameworks=True),
 }
 
 
@@ -112,21 +115,6 @@ def quotient(one: Ratio, other: Ratio) -> Interval:
     down = math.hypot(math.log(one.value / one.low), math.log(other.high / other.value))
     up = math.hypot(math.log(one.high / one.value), math.log(other.value / other.low))
     return Interval(math.exp(centre), math.exp(centre - down), math.exp(centre + up))
-
-
-def step_seconds(lines: Sequence[tuple[int, float]]) -> float:
-    """Mean seconds a step, from the second line on.
-
-    Args:
-        lines: number of the step and seconds since the start, of each line that was printed.
-
-    Raises:
-        ValueError: fewer than three lines.
-    """
-    if len(lines) < 3:
-        raise ValueError(f"{len(lines)} lines with a step are too few to time any")
-    (begin, begin_s), (end, end_s) = lines[1], lines[-1]
-    return (end_s - begin_s) / (end - begin)
 
 
 class Results:
@@ -158,34 +146,117 @@ class Results:
         return [line for line in self.lines if (line["program"], line["kind"]) == (program, kind)]
 
 
-def timed(command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run a command to its end.
+class Job:
+    """A command that is told to go on and to stand still.
 
-    Returns its whole wall time and its mean step in seconds, when each of its lines with a step
-    came (step, seconds since the start), and what flatout said.
+    Args:
+        command: the command.
+        folder: in which it runs.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self._command = command
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # a process group, to be stopped as one
+        )
+        self.step = 0
+        """The last one that was printed."""
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._errors.close()
+
+    def go_on(self) -> None:
+        """Let it run."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def stand_still(self) -> None:
+        """Stop all its processes where they are."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def next_line(self) -> bool:
+        """Wait until it has printed one more line with a step; whether it did."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if (found := _STEP_LINE.match(line)) is not None:
+                self.step = int(found[1])
+                return True
+        return False
+
+    def end(self) -> list[str]:
+        """Wait for its end; what flatout said.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        self._process.communicate()
+        self._errors.seek(0)
+        said = self._errors.read().decode("utf-8", "replace")
+        if self._process.returncode:
+            raise subprocess.CalledProcessError(
+                self._process.returncode, self._command, stderr=said
+            )
+        return [line for line in said.splitlines() if line.startswith("flatout: ")]
+
+
+def timed(commands: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Run commands to their ends, in turns: all but one of them stand still.
+
+    Each warms up first, until its second line; then a turn lasts until a line is printed. Counted
+    are the rounds in which all had a turn.
+
+    Returns of each its mean step in seconds, the turns (steps, seconds), and what flatout said.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        ValueError: one printed fewer than three lines.
+        subprocess.CalledProcessError: one failed.
     """
-    with tempfile.TemporaryFile() as errors:
-        began_s = time.monotonic()
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors) as job:
-            assert job.stdout is not None
-            lines = [
-                (int(found[1]), time.monotonic() - began_s)
-                for line in job.stdout
-                if (found := _STEP_LINE.match(line)) is not None
-            ]
-        wall_s = time.monotonic() - began_s
-        errors.seek(0)
-        said = errors.read().decode("utf-8", "replace")
-    if job.returncode:
-        raise subprocess.CalledProcessError(job.returncode, command, stderr=said)
+    turns: dict[str, list[tuple[int, float]]] = {name: [] for name in commands}
+    with contextlib.ExitStack() as stack:
+        jobs: dict[str, Job] = {}
+        for name, command in commands.items():
+            jobs[name] = stack.enter_context(Job(command, folder))
+            if jobs[name].next_line() and jobs[name].next_line():
+                jobs[name].stand_still()
+        order = list(commands)
+        while True:
+            taken = {}
+            for name in order:
+                job, before = jobs[name], jobs[name].step
+                began_s = time.monotonic()
+                job.go_on()
+                if not job.next_line():
+                    break
+                taken[name] = (job.step - before, time.monotonic() - began_s)
+                job.stand_still()
+            if len(taken) < len(order):
+                break
+            for name, turn in taken.items():
+                turns[name].append(turn)
+            order.reverse()
+        said = {}
+        for name, job in jobs.items():
+            job.go_on()
+            said[name] = job.end()
+    if not all(turns.values()):
+        raise ValueError("too few lines with a step to time any")
     return {
-        "step_s": step_seconds(lines),
-        "wall_s": round(wall_s, 3),
-        "lines": [(step, round(seconds, 6)) for step, seconds in lines],
-        "said": [line for line in said.splitlines() if line.startswith("flatout: ")],
+        name: {
+            "step_s": sum(s for _, s in turns[name]) / sum(steps for steps, _ in turns[name]),
+            "turns": [(steps, round(seconds, 6)) for steps, seconds in turns[name]],
+            "said": said[name],
+        }
+        for name in commands
     }
 
 
@@ -234,7 +305,8 @@ def measure(
         tuned = tunes[-1]
         if tuned["plan"] is None:
             if tuned["seconds"] > TUNING_SECONDS and not results.of(name, "bare"):
-                results.add(name, "bare", **timed([*command, "--steps", str(steps)], folder))
+                job = [*command, "--steps", str(steps)]
+                results.add(name, "bare", **timed({"bare": job}, folder)["bare"])
             return
         plan = folder / "flatout.toml"
         plan.write_text(tuned["plan"], "utf-8")
@@ -243,7 +315,7 @@ def measure(
             job = [*command, "--steps", str(steps), "--seed", str(number)]
             sides = {"bare": job, "plan": [*with_plan, *job]}
             order = list(sides) if number % 2 == 0 else list(reversed(sides))
-            pair = {side: timed(sides[side], folder) for side in order}
+            pair = timed({side: sides[side] for side in order}, folder)
             results.add(name, "pair", number=number, steps=steps, **pair)
             for line in pair["plan"]["said"][:-1]:  # the last one sums the run up
                 print(line)

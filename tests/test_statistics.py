@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 from flatout.agent.switch import block_order
-from flatout.ratios import Block, Ratio, arm_ratios, setting_ratios, t_quantile
+from flatout.ratios import Block, Ratio, Size, arm_ratios, setting_ratios, t_quantile
 from flatout.record import Step
 from flatout.request import Comparison
 from flatout.tune import design, statistics
@@ -109,6 +109,37 @@ def test_a_stall_of_a_whole_block_moves_the_ratio_little() -> None:
     found = ratios(compared(stalled, [11.0, 10.0]))[1]
     assert found.value == pytest.approx(quiet.value, rel=0.03)
     assert found.low > 1
+
+
+def test_steps_of_many_sizes_are_told_apart_from_what_an_arm_does() -> None:
+    """Batches of sentences: rows and length vary, and so does the time, by 16x."""
+    covered, widths = 0, {False: [], True: []}
+    for seed in range(40):
+        draw = random.Random(seed)
+        found: dict[bool, list[Block]] = {False: [], True: []}
+        for arm in block_order(2, 24):
+            for blocks in found.values():
+                blocks.append(Block(arm))
+            for _ in range(2):
+                rows, length = draw.choice((16, 32)), draw.choice((8, 16, 32, 64))
+                step_ms = (1.0 + 0.01 * rows * length) / (1, 1.05)[arm] * draw.gauss(1, 0.01)
+                found[False][-1].add(step_ms, None)
+                found[True][-1].add(step_ms, Size(rows, rows * length))
+        for is_known, blocks in found.items():
+            ratio = arm_ratios(blocks)[1]
+            widths[is_known].append(math.log(ratio.high / ratio.low))
+        covered += ratio.low <= 1.05 <= ratio.high
+    assert covered >= 36
+    assert fmean(widths[True]) < 0.08 < fmean(widths[False]) / 4
+
+
+def test_one_size_for_all_steps_changes_nothing() -> None:
+    slowness = iter(machine(5))
+    plain, sized = [], []
+    for arm in block_order(2, 12):
+        plain.append(Block(arm, [next(slowness) for _ in range(3)]))
+        sized.append(Block(arm, plain[-1].times_ms, [Size(8, 64)] * 3))
+    assert arm_ratios(plain) == arm_ratios(sized)
 
 
 def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
@@ -242,11 +273,11 @@ def test_each_setting_is_on_in_half_of_the_stacks_whatever_the_others_are(factor
 
 def test_pairs_compare_each_step_with_its_own_counterpart() -> None:
     sizes = random.Random(0).choices((1.0, 2.0, 4.0, 8.0), k=20)
-    bare = [step(900.0), *(step(10 * size) for size in sizes)]
-    plan = [step(100.0), *(step(8 * size) for size in sizes[:12])]
-    assert statistics.pair_log_ratio(bare, plan, 1) == pytest.approx(math.log(1.25))
-    with pytest.raises(ValueError, match="no steps"):
-        statistics.pair_log_ratio(bare, plan, 13)
+    bare = [10 * size for size in sizes]
+    plan = [8 * size for size in sizes[:12]]
+    assert statistics.pair_log_ratio(bare, plan) == pytest.approx(math.log(1.25))
+    with pytest.raises(ValueError, match="a step of each"):
+        statistics.pair_log_ratio(bare, [])
 
 
 def test_pairs_are_enough_when_the_interval_is_narrow_or_there_is_no_gain() -> None:

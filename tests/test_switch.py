@@ -81,6 +81,7 @@ class Scripted:
         self.arm: int | None = None
         self.mark: str | None = None
         self.failed_knobs: dict[str, str] = {}
+        self.forward_wrappers: list[object] = []
         self.events: list[tuple[str, str, str]] = []
         self.arms: list[int | None] = []
         self.on: list[str] = []
@@ -284,3 +285,19 @@ def test_an_arm_that_is_refused_is_out_and_the_others_go_on(tmp_path: Path) -> N
         ("arm 1", "OMP_NUM_THREADS is set: the number stays")
     ]
     assert {step.arm for step in process.steps} == {None, 0, 2}
+
+
+def test_the_sizes_of_steps_are_noted_and_an_evaluation_is_not_added_to_them(
+    tmp_path: Path,
+) -> None:
+    program = LOOP.replace("net(x)", "net(x[: 4 + number % 3])") + (
+        "    if number % 4 == 0:\n"
+        "        net.eval()\n"
+        "        with torch.no_grad():\n"
+        "            net(x)\n"
+        "        net.train()\n"
+    )
+    process = run(tmp_path, program, Comparison(arms=(BARE, BF16), block_steps=3, rounds=4))
+    sizes = [(step.rows, step.elements) for step in process.steps]
+    expected = [(4 + number % 3, 8 * (4 + number % 3)) for number in range(len(sizes))]
+    assert sizes == expected

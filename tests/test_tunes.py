@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,21 +78,39 @@ def test_bounds_that_lie_askew_go_to_their_own_sides(tunes: ModuleType) -> None:
     assert tunes.quotient(exact, askew) == pytest.approx((1.0, 1 / 1.10, 1 / 0.98))
 
 
-def test_start_up_and_warm_up_are_in_no_step(tunes: ModuleType) -> None:
-    lines = [(0, 30.0), (10, 39.0), (20, 39.5), (30, 42.0), (40, 42.5)]  # an evaluation of 2 s
-    assert tunes.step_seconds(lines) == pytest.approx(3.5 / 30)
-    with pytest.raises(ValueError, match="2 lines"):
-        tunes.step_seconds(lines[:2])
+TICKING = """
+import sys, time
+log = open(sys.argv[1], "a")
+for step in range(0, 60, 10):
+    print(f"step {step} loss 0.5", flush=True)
+    for _ in range(20):
+        sum(range(20_000))
+        log.write(f"{sys.argv[2]}\\n"); log.flush()
+"""
 
 
-def test_lines_are_timed_from_outside(tunes: ModuleType, tmp_path: Path) -> None:
-    script = "for step in range(0, 50, 10): print(f'step {step} loss 0.5', flush=True)"
-    run = tunes.timed([sys.executable, "-c", script], tmp_path)
-    assert [step for step, _ in run["lines"]] == [0, 10, 20, 30, 40]
-    assert 0 < run["lines"][0][1] <= run["lines"][-1][1] <= run["wall_s"]
-    assert run["step_s"] > 0
+def test_two_programs_take_turns_from_line_to_line(tunes: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    commands = {name: [sys.executable, "-c", TICKING, str(log), name] for name in ("a", "b")}
+    found = tunes.timed(commands, tmp_path)
+    for name in commands:
+        turns = found[name]["turns"]
+        assert [steps for steps, _ in turns] == [10] * 4  # the first two lines warm up
+        assert found[name]["step_s"] == pytest.approx(sum(s for _, s in turns) / 40, rel=1e-3)
+    blocks = [name for name, _ in groupby(log.read_text().split())]
+    # a warms up, b does; a b, b a, ...: whoever is second in a round is the first of the next.
+    assert blocks[:5] == ["a", "b", "a", "b", "a"]
+
+
+def test_a_program_that_fails_or_says_too_little_is_not_timed(
+    tunes: ModuleType, tmp_path: Path
+) -> None:
+    ticking = [sys.executable, "-c", TICKING, str(tmp_path / "log"), "a"]
+    failing = [sys.executable, "-c", "raise SystemExit(3)"]
     with pytest.raises(tunes.subprocess.CalledProcessError, match="exit status 3"):
-        tunes.timed([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+        tunes.timed({"bare": ticking, "plan": failing}, tmp_path)
+    with pytest.raises(ValueError, match="too few lines"):
+        tunes.timed({"bare": [sys.executable, "-c", "print('step 1 loss 2')"]}, tmp_path)
 
 
 def test_only_what_is_missing_is_measured(
@@ -106,11 +125,12 @@ def test_only_what_is_missing_is_measured(
         file.write('{"program": "dcgan", "kind": "pa')  # killed as it wrote
     started: list[list[str]] = []
 
-    def timed(command: list[str], folder: Path) -> dict[str, Any]:
-        if "flatout" in command:
-            assert Path(command[command.index("--plan") + 1]).read_text() == PLAN
-        started.append(command)
-        return {"step_s": 0.1 if "flatout" in command else 0.2, "said": []}
+    def timed(commands: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+        for command in commands.values():
+            if "flatout" in command:
+                assert Path(command[command.index("--plan") + 1]).read_text() == PLAN
+            started.append(command)
+        return pair(0.2, 0.1)
 
     monkeypatch.setattr(tunes, "timed", timed)
     results = tunes.Results(path)

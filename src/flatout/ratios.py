@@ -8,7 +8,10 @@ y of these medians, in the order of time, are fitted with
     e[i] = phi e[i-1] + noise,
 
 a regression with autoregressive errors (Prais and Winsten 1954): a block is compared, above all,
-with the blocks next to it, whichever arm they belong to. The noise is bounded as Huber (1981,
+with the blocks next to it, whichever arm they belong to. Where steps differ in size, as batches of
+sentences do, what the logarithms of rows and elements of their inputs explain is taken out by terms
+of their own (an analysis of covariance): an arm that got the longer sentences is none the worse.
+The noise is bounded as Huber (1981,
 Robust Statistics, sections 7.6 and 7.8) does it, so that a machine that stands still costs one
 block; phi maximises the restricted likelihood (Harville 1974).
 
@@ -18,10 +21,14 @@ Standard library only: both halves load this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist, median
-from typing import NamedTuple
+from statistics import NormalDist, fmean, median
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from flatout.record import Step
+    from flatout.turns import Turn
 
 CONFIDENCE = 0.95
 
@@ -34,6 +41,9 @@ CALIBRATION = 1.2
 """Intervals of the model are made wider by this factor: drift has slower parts than one
 autoregressive term can hold, and on recorded step times 95 % intervals without it covered 90 %
 (``benchmarks/replay.py`` prints the share that they cover)."""
+
+_LEAST_SIZE_VARIANCE = 1e-4
+"""Of a covariate that is worth a term: steps that differ in size by 1 %."""
 
 MINIMUM_FREEDOM = 5
 """Degrees of freedom below which there is no interval."""
@@ -58,6 +68,18 @@ class Ratio:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
 
 
+class Size(NamedTuple):
+    """Rows and elements of the inputs of a step's outermost module calls."""
+
+    rows: int
+    elements: int
+
+    @classmethod
+    def of(cls, step: Turn | Step) -> Size | None:
+        """The size of a step; ``None``: not noted, or nothing went in."""
+        return cls(step.rows, step.elements) if step.rows and step.elements else None
+
+
 @dataclass(frozen=True)
 class Block:
     """Steps of one arm in a row.
@@ -65,12 +87,19 @@ class Block:
     Attributes:
         arm: its number.
         times_ms: step times, those after the switch left out.
+        sizes: of these steps, in order.
         first_ms: step times of an arm's first turn, which warms up and counts for no ratio.
     """
 
     arm: int
     times_ms: list[float] = field(default_factory=list)
+    sizes: list[Size | None] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
+
+    def add(self, step_ms: float, size: Size | None) -> None:
+        """One more step of this block."""
+        self.times_ms.append(step_ms)
+        self.sizes.append(size)
 
 
 def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
@@ -87,8 +116,8 @@ def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
     if len(others) == len({block.arm for block in timed}):
         return {}
     column = {arm: number for number, arm in enumerate(others, 1)}
-    rows = [(0,) if block.arm == baseline else (0, column[block.arm]) for block in timed]
-    ratios = _ratios(rows, [math.log(median(block.times_ms)) for block in timed], 1 + len(others))
+    rows = [[] if block.arm == baseline else [column[block.arm]] for block in timed]
+    ratios = _ratios(timed, rows, 1 + len(others))
     return dict(zip(others, ratios, strict=False))
 
 
@@ -106,8 +135,8 @@ def setting_ratios(
     timed = [block for block in found if block.times_ms]
     settings = sorted({item for block in timed for item in arms[block.arm].items()})
     column = {item: number for number, item in enumerate(settings, 1)}
-    rows = [(0, *sorted(column[item] for item in arms[block.arm].items())) for block in timed]
-    ratios = _ratios(rows, [math.log(median(block.times_ms)) for block in timed], 1 + len(settings))
+    rows = [[column[item] for item in arms[block.arm].items()] for block in timed]
+    ratios = _ratios(timed, rows, 1 + len(settings))
     return dict(zip(settings, ratios, strict=False))
 
 
@@ -126,18 +155,28 @@ class _Fit(NamedTuple):
     log_likelihood: float
 
 
-def _ratios(rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int) -> list[Ratio]:
-    """One ratio for each column but the first; none if there are too few rows.
+def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> list[Ratio]:
+    """One ratio for each column but the first, the level; none if there are too few blocks.
 
     Args:
-        rows: of each block, the columns that are 1 in it; column 0, the level, is in all.
-        logs: of each block.
+        timed: the blocks.
+        on: of each block, the columns that are 1 in it.
         width: number of columns.
     """
-    freedom = len(rows) - width - 1
+    covariates = _covariates(timed)
+    if covariates:
+        logs = [fmean(map(math.log, block.times_ms)) for block in timed]
+    else:
+        logs = [math.log(median(block.times_ms)) for block in timed]
+    rows = [
+        {0: 1.0, **dict.fromkeys(columns, 1.0), **dict(enumerate(values, width))}
+        for columns, *values in zip(on, *covariates, strict=True)
+    ]
+    wide = width + len(covariates)
+    freedom = len(rows) - wide - 1
     if freedom < MINIMUM_FREEDOM or width < 2:
         return []
-    fits = [_fit(rows, logs, width, phi) for phi in PHIS]
+    fits = [_fit(rows, logs, wide, phi) for phi in PHIS]
     known = [fit for fit in fits if fit is not None]
     if not known:
         return []
@@ -147,7 +186,7 @@ def _ratios(rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int) 
     for column in range(1, width):
         centre = -best.coefficients[column]
         half = CALIBRATION * quantile * math.sqrt(best.variance * best.inverse[column][column])
-        turned_on = sum(column in row for row in rows)
+        turned_on = sum(column in columns for columns in on)
         pairs = min(turned_on, len(rows) - turned_on)
         ratios.append(
             Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), pairs)
@@ -155,17 +194,61 @@ def _ratios(rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int) 
     return ratios
 
 
+def _covariates(timed: Sequence[Block]) -> list[list[float]]:
+    """What the sizes of the steps explain, a value for each block; empty where they do not differ.
+
+    They are the means over a block of the logarithm of the elements, its square, and the logarithm
+    of the rows, without what is known from those before (Gram and Schmidt).
+    """
+    sizes = [block.sizes for block in timed]
+    known = {size for block in sizes for size in block}
+    if None in known or len(known) < 2:
+        return []
+    terms: list[Callable[[Size], float]] = [
+        lambda size: math.log(size.elements),
+        lambda size: (math.log(size.elements) - middle) ** 2,
+        lambda size: math.log(size.rows),
+    ]
+    steps = [size for block in sizes for size in block if size is not None]
+    middle = fmean(map(terms[0], steps))
+    covariates: list[list[float]] = []
+    for term in terms:
+        values = [fmean(term(size) for size in block if size is not None) for block in sizes]
+        centre = fmean(values)
+        values = [value - centre for value in values]
+        for other in covariates:
+            share = _product(values, other) / _product(other, other)
+            values = [value - share * taken for value, taken in zip(values, other, strict=True)]
+        if _product(values, values) > _LEAST_SIZE_VARIANCE * len(values):
+            covariates.append(values)
+    return covariates
+
+
+def _product(one: Sequence[float], other: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(one, other, strict=True))
+
+
 def _fit(
-    rows: Sequence[tuple[int, ...]], logs: Sequence[float], width: int, phi: float
+    rows: Sequence[Mapping[int, float]], logs: Sequence[float], width: int, phi: float
 ) -> _Fit | None:
-    """Huber's estimate for one phi; ``None``: the columns cannot be told apart."""
+    """Huber's estimate for one phi; ``None``: the columns cannot be told apart.
+
+    Args:
+        rows: of each block, the columns that are not 0, and their values.
+        logs: of each block.
+        width: number of columns.
+        phi: of the errors.
+    """
     first = math.sqrt(1 - phi**2)
-    whitened: list[list[tuple[int, float]]] = [[(column, first) for column in rows[0]]]
+    whitened = [[(column, first * value) for column, value in rows[0].items()]]
     values = [first * logs[0]]
     for number in range(1, len(rows)):
-        now, before = set(rows[number]), set(rows[number - 1])
+        now, before = rows[number], rows[number - 1]
         whitened.append(
-            [(column, (column in now) - phi * (column in before)) for column in now | before]
+            [
+                (column, now.get(column, 0.0) - phi * before.get(column, 0.0))
+                for column in {**now, **before}
+            ]
         )
         values.append(logs[number] - phi * logs[number - 1])
     normal = [[0.0] * width for _ in range(width)]

@@ -11,7 +11,7 @@ whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn 
 by the reader. Times are in the unit their name ends with, ``at_s`` is seconds since the header was
 written. What was not measured is ``null``, never 0.
 
-Format version 4:
+Format version 5:
 
 ``header``
     First line. ``version``, ``pid``, ``parent_pid``, ``rank`` and ``world_size`` (null outside a
@@ -80,7 +80,7 @@ from flatout.turns import (
     Turns,
 )
 
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 FLUSH_SECONDS = 0.25
 
 _INCOMPLETE = "incomplete"
@@ -232,6 +232,8 @@ class Step:
     arm: int | None
     mark: str | None
     grad: bool
+    rows: int | None = None
+    elements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -669,6 +671,8 @@ class _Replay:
                 arm=turn.arm,
                 mark=turn.mark,
                 grad=turn.grad,
+                rows=turn.rows,
+                elements=turn.elements,
             )
             process = self._process
             (process.steps if turn.kind == "step" else process.evaluations).append(step)

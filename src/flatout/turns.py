@@ -27,8 +27,9 @@ DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
 BEGIN, END, USAGE, NOTE = range(4)
 """Kinds of event: a phase begins, it ends, what the process has used, a note of the agent."""
 
-OPTIMIZER_BUILT, ARM, MARK = range(3)
-"""Notes: an optimizer object exists; from here on turns belong to this arm, have this mark."""
+OPTIMIZER_BUILT, ARM, MARK, ROWS, ELEMENTS = range(5)
+"""Notes: an optimizer object exists; from here on turns belong to this arm, have this mark; rows
+and elements of the inputs of an outermost module call."""
 
 MARKS = (None, "switched", "profiled", "first")
 """Of steps that tell no usual time: those after a switch, profiled ones, an arm's first turn."""
@@ -62,11 +63,13 @@ class Turn:
             usage was last noted (short turns: not at each); ``None`` if it was not noted, and
             the first time.
         peak_rss_bytes: of the process, as last noted.
+        rows, elements: of the inputs of its outermost module calls, together; ``None``: not noted.
     """
 
     __slots__ = (
         "arm",
         "backwards",
+        "elements",
         "end_ns",
         "fetched",
         "forwards",
@@ -79,6 +82,7 @@ class Turn:
         "minor_faults",
         "peak_rss_bytes",
         "phases_ns",
+        "rows",
         "start_ns",
         "updates",
     )
@@ -100,6 +104,8 @@ class Turn:
         self.minor_faults: float | None = None
         self.major_faults: float | None = None
         self.peak_rss_bytes: int | None = None
+        self.rows: int | None = None
+        self.elements: int | None = None
 
 
 class Turns:
@@ -190,8 +196,12 @@ class Turns:
             self._optimizer_exists = True
         elif which == ARM:
             self._arm = None if value < 0 else value
-        else:
+        elif which == MARK:
             self._mark = MARKS[value]
+        elif self._turn is not None and which == ROWS:
+            self._turn.rows = (self._turn.rows or 0) + value
+        elif self._turn is not None:
+            self._turn.elements = (self._turn.elements or 0) + value
 
     def fetch_begins(self, now_ns: int) -> None:
         """A loader is asked for a batch (or for its iterator)."""

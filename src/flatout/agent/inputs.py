@@ -1,4 +1,8 @@
-"""What goes into the program's first outermost module call: part of what a proof holds for."""
+"""What goes into the program's outermost module calls.
+
+Those of the first are part of what a proof holds for; the sizes of all tell how much work a step
+is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.signature import matches
+from flatout.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -49,14 +54,44 @@ class FirstInputs:
         return module(*args, **kwargs)  # past the wrappers of what was turned off
 
 
+class InputSizes:
+    """A forward wrapper that notes how large the inputs are: the rows of the first tensor, and the
+    elements of all of them.
+
+    Args:
+        session: of this process.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        shapes = [tensor.shape for tensor in _tensors((args, kwargs)) if tensor.dim()]
+        if shapes:
+            self._session.hooks.note(ROWS, shapes[0][0])
+            self._session.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
+        return call(module, *args, **kwargs)
+
+
 def described(value: Any) -> Iterator[str]:
     """The tensors in nested sequences and mappings, in the words of ``flatout.signature``."""
+    for tensor in _tensors(value):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield f"{dtype}[{','.join(map(str, tensor.shape))}]"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        yield f"{dtype}[{','.join(map(str, value.shape))}]"
+        yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from described(item)
+            yield from _tensors(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from described(item)
+            yield from _tensors(item)

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flatout import knobs, ratios
-from flatout.ratios import Block
+from flatout.agent.inputs import InputSizes
+from flatout.ratios import Block, Size
 from flatout.request import Comparison
 from flatout.turns import Turn
 
@@ -72,6 +73,8 @@ class Switch:
         self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
         self._spoilt = False
+        self._sizes = InputSizes(session)
+        session.forward_wrappers.append(self._sizes)
         self._set(BASELINE)
         self._turns = self._all_turns()
         if not self._left:
@@ -87,7 +90,7 @@ class Switch:
         if self._spoilt:
             return self._end()
         if self._session.arm is not None and self._session.mark is None:
-            self.found[-1].times_ms.append((turn.end_ns - turn.start_ns) / 1e6)
+            self.found[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
         if self._left <= 0 or self._arm in self._out:
             return self._next_turn()
         if self._session.mark == "switched":
@@ -166,6 +169,7 @@ class Switch:
 
     def _end(self) -> bool:
         self._undo()
+        self._session.forward_wrappers.remove(self._sizes)
         self._session.arm = None
         self._session.mark = None
         return True

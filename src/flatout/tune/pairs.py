@@ -104,7 +104,9 @@ def log_ratio(one: ProcessRecord, other: ProcessRecord) -> float:
 
     See ``statistics.pair_log_ratio``; evaluation passes between the steps are added to both.
     """
-    in_steps = statistics.pair_log_ratio(one.turns, other.turns, WARMUP_STEPS)
+    in_steps = statistics.pair_log_ratio(
+        statistics.timed_ms(one.turns, WARMUP_STEPS), statistics.timed_ms(other.turns, WARMUP_STEPS)
+    )
     with_passes = [
         step_ms(process) / (sum(s.step_ms for s in steps) / len(steps))
         for process in (one, other)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
-from flatout.ratios import CONFIDENCE, Block, Ratio
+from flatout.ratios import CONFIDENCE, Block, Ratio, Size
 from flatout.record import Step
 from flatout.request import Comparison
 
@@ -58,7 +58,7 @@ def claimed(log_ratios: Sequence[float]) -> Ratio:
     return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
 
 
-def pair_log_ratio(bare: Sequence[Step], plan: Sequence[Step], warmup_steps: int) -> float:
+def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
     """Logarithm of bare's step time over the plan's, of one pair of runs with the same seed.
 
     Both see the same data in the same order, so each step has its counterpart. What counts is the
@@ -66,23 +66,23 @@ def pair_log_ratio(bare: Sequence[Step], plan: Sequence[Step], warmup_steps: int
     (the machine stood still under one of the two) are left out with their counterparts.
 
     Args:
-        bare, plan: their steps; what one made more than the other is left out.
-        warmup_steps: of each run, left out.
+        bare_ms, plan_ms: times of their steps after the warm-up; what one made more than the other
+            is left out.
 
     Raises:
-        ValueError: there are no steps after the warm-up.
+        ValueError: there are no steps.
     """
-    both = list(zip(timed_ms(bare, warmup_steps), timed_ms(plan, warmup_steps), strict=False))
+    both = list(zip(bare_ms, plan_ms, strict=False))
     if not both:
-        raise ValueError(f"there are no steps after a warm-up of {warmup_steps}")
-    logs = [math.log(bare_ms / plan_ms) for bare_ms, plan_ms in both]
+        raise ValueError("a ratio needs a step of each run")
+    logs = [math.log(bare / plan) for bare, plan in both]
     centre = median(logs)
     spread = median(abs(log - centre) for log in logs) / NormalDist().inv_cdf(0.75)
     limit = WILD * max(spread, USUAL_SPREAD)
     kept = [pair for pair, log in zip(both, logs, strict=True) if abs(log - centre) <= limit]
     if len(kept) < (1 - MOST_WILD) * len(both):
         kept = both
-    return math.log(sum(bare_ms for bare_ms, _ in kept) / sum(plan_ms for _, plan_ms in kept))
+    return math.log(sum(bare for bare, _ in kept) / sum(plan for _, plan in kept))
 
 
 def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:
@@ -166,7 +166,7 @@ def blocks(steps: Sequence[Step], discard_steps: int) -> list[Block]:
                 marked = 0
             marked += 1
         elif step.mark is None and same:
-            found[-1].times_ms.append(step.step_ms)
+            found[-1].add(step.step_ms, Size.of(step))
     return found
 
 
