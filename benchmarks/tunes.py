@@ -7,10 +7,10 @@
 Each program is tuned, and then run bare and under ``flatout run`` with the plan, a seed for each
 pair. The programs print a line now and then, flushed as it is printed; this script notes when each
 line comes out of the pipe, on a clock of its own. The two of a pair take turns from their second
-line on: one runs until its next line, while the other is stopped by a signal, so that a drift of
-the machine's speed meets both alike. Seconds a step are the time of the turns over their steps.
-That leaves out start-up, warm-up and end, and has all that the program does between its steps, as
-the claim has.
+line on: one runs for some lines, while the other is stopped by a signal, so that a drift of the
+machine's speed meets both alike; a turn lasts about a second, or its cold caches would count.
+Seconds a step are the time of the turns over their steps. That leaves out start-up, warm-up and
+end, and has all that the program does between its steps, as the claim has.
 
 A results file gets one line of JSON for each finished measurement, so a run that was ended goes on
 where it was, and several may share the file. Exits with 1 when a target is missed or a program
@@ -53,6 +53,8 @@ MINIMUM_PAIRS = 5
 TUNING_SECONDS, TUNING_STEPS = 300.0, 600
 """A tune may take this long, or as long as so many bare steps."""
 
+TURN_SECONDS = 0.8
+
 ALLOWED_HALF_WIDTH = 0.05
 ALLOWED_DISAGREEMENTS = 1
 NEVER_SLOWER = 0.97
@@ -81,9 +83,9 @@ class Program(NamedTuple):
 
 
 CASES = {
-    "image": Program((str(EXAMPLES / "image" / "train.py"), "--epochs", "40"), 250),
-    "language": Program((str(EXAMPLES / "language" / "train.py"),), 110),
-    "speech": Program((str(EXAMPLES / "speech" / "train.py"), "--epochs", "60"), 60),
+    "image": Program((str(EXAMPLES / "image" / "train.py"), "--epochs", "40"), 300),
+    "language": Program((str(EXAMPLES / "language" / "train.py"),), 130),
+    "speech": Program((str(EXAMPLES / "speech" / "train.py"), "--epochs", "60"), 260),
     "dcgan": Program((str(PROGRAMS / "dcgan.py"), "--steps", "2000"), 60, asked=GAN_RATIO),
     "lstm_by_hand": Program((str(PROGRAMS / "lstm_by_hand.py"),), 300),
     "jpeg": Program((str(PROGRAMS / "jpeg.py"),), 400),
@@ -166,6 +168,9 @@ class Job:
         )
         self.step = 0
         """The last one that was printed."""
+        self.line_s = math.inf
+        """What that line and the one before were apart."""
+        self._came_s = -math.inf
 
     def __enter__(self) -> Job:
         return self
@@ -173,7 +178,9 @@ class Job:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process.wait()
         self._errors.close()
 
     def go_on(self) -> None:
@@ -189,6 +196,8 @@ class Job:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if (found := _STEP_LINE.match(line)) is not None:
+                now_s = time.monotonic()
+                self.line_s, self._came_s = now_s - self._came_s, now_s
                 self.step = int(found[1])
                 return True
         return False
@@ -199,7 +208,9 @@ class Job:
         Raises:
             subprocess.CalledProcessError: it failed.
         """
-        self._process.communicate()
+        while self.next_line():
+            pass
+        self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode("utf-8", "replace")
         if self._process.returncode:
@@ -212,8 +223,8 @@ class Job:
 def timed(commands: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict[str, Any]]:
     """Run commands to their ends, in turns: all but one of them stand still.
 
-    Each warms up first, until its second line; then a turn lasts until a line is printed. Counted
-    are the rounds in which all had a turn.
+    Each warms up first, until its second line; then a turn has as many lines as the fastest prints
+    in ``TURN_SECONDS``. Counted are the rounds in which all had a turn.
 
     Returns of each its mean step in seconds, the turns (steps, seconds), and what flatout said.
 
@@ -228,6 +239,8 @@ def timed(commands: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict
             jobs[name] = stack.enter_context(Job(command, folder))
             if jobs[name].next_line() and jobs[name].next_line():
                 jobs[name].stand_still()
+        fastest_s = min(job.line_s for job in jobs.values())
+        lines = max(1, round(TURN_SECONDS / fastest_s))
         order = list(commands)
         while True:
             taken = {}
@@ -235,7 +248,7 @@ def timed(commands: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict
                 job, before = jobs[name], jobs[name].step
                 began_s = time.monotonic()
                 job.go_on()
-                if not job.next_line():
+                if not all(job.next_line() for _ in range(lines)):
                     break
                 taken[name] = (job.step - before, time.monotonic() - began_s)
                 job.stand_still()

@@ -512,7 +512,8 @@ EVIDENCE = Evidence(
 )
 
 
-def test_run_says_what_the_guard_has_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [(), ("--lr", "1")])
+def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]) -> None:
     script, made = tmp_path / "program.py", tmp_path / "flatout.toml"
     script.write_text(PROGRAM)
     command = (sys.executable, str(script))
@@ -524,7 +525,7 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path) -> None:
         evidence=EVIDENCE,
     ).write(made)
     completed = subprocess.run(
-        [sys.executable, "-m", "flatout", "run", "--plan", str(made), "--", *command],
+        [sys.executable, "-m", "flatout", "run", "--plan", str(made), "--", *command, *words],
         capture_output=True,
         text=True,
         timeout=120,
@@ -535,5 +536,10 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path) -> None:
     assert completed.stdout == "True\n"
     said = completed.stderr.splitlines()
     assert said[0].startswith("flatout: precision=bf16 failed: turned back: NotFiniteError")
-    assert said[1].startswith("flatout: guard: the loss over steps 12 to 16 is 0.")
+    of_losses = [line for line in said if line.startswith("flatout: guard: the loss over")]
+    if words:
+        assert of_losses == []  # another command has losses of its own
+    else:
+        assert of_losses == [said[1]]
+        assert said[1].startswith("flatout: guard: the loss over steps 12 to 16 is 0.")
     assert "30 steps" in said[-1]

@@ -454,5 +454,12 @@ def test_what_is_offered_depends_on_the_rates() -> None:
     assert offered("cpu", float32=1e11, bfloat16=1e10) == ()
     turing = {"float32": 8e12, "float16": 5e13, "bfloat16": 4e12}
     assert offered("cuda", **turing) == ("fp16",)
+
+    def offered_for(loss: str) -> tuple[str, ...]:
+        operators = {"aten::addmm": 0.5, f"aten::{loss}": 0.001}
+        return knobs.get("precision").offer(knobs.Facts("cpu", operators=operators)).settings
+
+    assert offered_for("binary_cross_entropy_with_logits")[0] == "bf16"
+    assert offered_for("binary_cross_entropy") == ("safe", "medium")
     ampere = {"float32": 1.9e13, "float16": 2.6e14, "bfloat16": 2.5e14}
     assert offered("cuda", **ampere) == ("bf16", "safe", "medium")

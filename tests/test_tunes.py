@@ -89,9 +89,12 @@ for step in range(0, 60, 10):
 """
 
 
-def test_two_programs_take_turns_from_line_to_line(tunes: ModuleType, tmp_path: Path) -> None:
+def test_two_programs_take_turns_from_line_to_line(
+    tunes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
     commands = {name: [sys.executable, "-c", TICKING, str(log), name] for name in ("a", "b")}
+    monkeypatch.setattr(tunes, "TURN_SECONDS", 0.0)
     found = tunes.timed(commands, tmp_path)
     for name in commands:
         turns = found[name]["turns"]

@@ -6,7 +6,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
         applied = plan.read(arguments.plan)
         settings, proof = _proven_here(applied, arguments)
-        guard = _guard(applied, settings)
+        guard = _guard(applied, settings, arguments.command)
     if arguments.set:
         from flatout import knobs
 
@@ -97,13 +97,18 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(settings=settings, proof=proof, guard=guard)
 
 
-def _guard(plan: Plan, settings: Mapping[str, str]) -> Envelope | None:
-    """What the guard is to know, ``None`` where no setting can change anything."""
+def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> Envelope | None:
+    """What the guard is to know, ``None`` where no setting can change anything.
+
+    The losses of the proof are those of its command: with another learning rate, or fewer steps for
+    it to fall in, there are others.
+    """
     from flatout import knobs
 
     if all(knobs.is_bitwise(name, setting) for name, setting in settings.items()):
         return None
-    if plan.evidence is None or not plan.proven:
+    is_same = tuple(command[1:]) == plan.command[1:]
+    if plan.evidence is None or not plan.proven or not is_same:
         return Envelope()
     losses = tuple(
         ProvenLoss(max(loss.bare_final, loss.plan_final), loss.margin)

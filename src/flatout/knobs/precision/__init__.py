@@ -11,12 +11,20 @@ if TYPE_CHECKING:
 
 NAME = "precision"
 
+PLAIN_AUTOCAST = ("bf16", "fp16")
+
 FASTER = 1.2
 """How many times the rate of bfloat16 that of float16 must be for loss scaling to be worth it."""
 
 
 def match(facts: Facts) -> Match:
-    """Refuses only where half precision was measured to be slower than float32."""
+    """Refuses only where half precision was measured to be slower than float32.
+
+    Where a loss is made of probabilities, plain autocast is not offered: it rounds those next to 1,
+    which shows in the losses when the model has become sure of itself, long after a proof may have
+    ended. On CUDA, autocast refuses such a loss itself
+    (https://docs.pytorch.org/docs/stable/amp.html, "Prefer binary_cross_entropy_with_logits").
+    """
     rates = facts.matmul_flops_per_s
     float32 = rates.get("float32") or 0.0
     bf16, fp16 = rates.get("bfloat16"), rates.get("float16")
@@ -29,6 +37,10 @@ def match(facts: Facts) -> Match:
         f"this machine multiplies bfloat16 matrices at {(bf16 or 0) / 1e9:.3g} GFLOP/s, float32 at "
         f"{float32 / 1e9:.3g} GFLOP/s"
     )
+    losses = (name for name in facts.operators or () if "binary_cross_entropy" in name)
+    if settings and any("logits" not in name for name in losses):
+        settings = tuple(setting for setting in settings if setting not in PLAIN_AUTOCAST)
+        why = "its loss is made of probabilities, which plain autocast rounds next to 1"
     return Match(settings, None if settings else why, facts.share(*PRODUCTS))
 
 
@@ -140,7 +152,8 @@ KNOB = Knob(
         helps="Matrix products and convolutions dominate, and the device multiplies bfloat16 "
         "faster than float32 (AMX, AVX512-BF16, tensor cores).",
         hurts="`bf16`: a probability computed inside the module (Sigmoid before `BCELoss`) rounds "
-        "to exactly 1, which destroys the training; `safe` keeps it. Small shapes, where the casts "
+        "to exactly 1, which destroys the training; `safe` keeps it, and is tried alone where "
+        "that loss is used. Small shapes, where the casts "
         "cost more than they save. `fp16`: values beyond 65504.",
         by_hand='`torch.set_float32_matmul_precision("medium")` and '
         '`torch.backends.mkldnn.conv.fp32_precision = "bf16"`; or '
