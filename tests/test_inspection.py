@@ -142,6 +142,32 @@ def test_training_is_seen_as_it_is_and_left_as_it_is(tmp_path: Path) -> None:
     assert again.outputs == process.outputs
 
 
+DISCRIMINATOR = """
+net = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+logits = nn.Linear(4, 1)
+optimizer = torch.optim.SGD([*net.parameters(), *logits.parameters()], lr=0.0)
+with torch.no_grad():
+    net[0].weight.fill_(1.0)
+    net[0].bias.zero_()
+for step in range(6):
+    x = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 8], [9, 9, 9, 9], [-9, -9, -9, -9]])
+    loss = net(x).mean() + logits(x).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def test_probabilities_are_told_from_other_outputs_and_those_that_are_1_counted(
+    tmp_path: Path,
+) -> None:
+    for settings, ones in (({}, 6), ({"precision": "bf16"}, 12)):
+        _, process = inspected(tmp_path / str(ones), DISCRIMINATOR, settings=settings)
+        assert process.state is not None
+        found = {root.root: (root.probabilities, root.ones) for root in process.state}
+        assert found == {"Sequential": (24, ones), "Linear": (0, 0)}
+
+
 TWO_OPTIMIZERS = """
 class D(nn.Linear): pass
 class G(nn.Linear): pass

@@ -239,6 +239,22 @@ def ended(digest: str, mean: float, non_finite: int = 0) -> Run:
     return Run((bare_curve(0),), steps=STEPS, state=state)
 
 
+def test_probabilities_that_become_exactly_1_are_told_from_those_that_are(tmp_path: Path) -> None:
+    def judged(bare_ones: int, plan_ones: int, seen: int = 1000) -> proof.Verdict:
+        bare, plan = (
+            Run((bare_curve(0),), steps=STEPS, state=(RootState("D", "", 0, (), seen, ones),))
+            for ones in (bare_ones, plan_ones)
+        )
+        return proof.judge([bare] * 2, [plan] * 2, bare, {"reduced"})
+
+    assert check(judged(0, 0), "probabilities").result == "passed"
+    assert check(judged(300, 301), "probabilities").result == "passed"
+    refused = judged(1, 12)
+    assert not refused.passed
+    assert "1.20% of the probabilities that the model returns are exactly 1" in refused.why
+    assert all(c.name != "probabilities" for c in judged(0, 0, seen=0).checks)
+
+
 def test_weights_must_be_identical_to_the_bit_where_losses_are() -> None:
     bare = [ended("a", 1.0)] * 2
     assert proof.judge(bare, bare, bare[0], {"bitwise"}).kind == "bitwise"
@@ -490,10 +506,13 @@ def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -
     verdict = proof.judge(bare, naive, bare[0], proof.exactness(BF16))
     assert not verdict.passed
     assert "the loss stands out at step" in verdict.why
+    assert check(verdict, "probabilities").result == "failed"
+    assert "are exactly 1, 0.00% without the plan" in check(verdict, "probabilities").why
     verdict = proof.judge(bare, fused, bare[0], proof.exactness(FUSED))
     assert verdict.passed, verdict.why
     assert check(verdict, "gradients").figures["error"] < 1e-5
     assert check(verdict, "state").result == "passed"
+    assert check(verdict, "probabilities").result == "passed"
 
 
 def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:

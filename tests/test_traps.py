@@ -119,3 +119,26 @@ def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Pa
     left = {path.name for path in folder.iterdir()}
     assert left == {"program.py", "found.json", "flatout.toml", "flatout-home"}
     assert (folder / "program.py").read_text() == PROGRAM
+
+
+@pytest.mark.traps
+@pytest.mark.parametrize("seed", range(4))
+def test_of_knobs_that_do_nothing_none_is_claimed(tmp_path: Path, seed: int) -> None:
+    """A tune of the program against itself; replays of recorded steps claim in 1 or 2 of 100."""
+    names = [f"nothing{number}" for number in range(8)]
+    site = planted.plant(tmp_path, {name: planted.knob(name) for name in names})
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM.replace("12 - 2 * len(", "12 - 0 * len("))
+    done = planted.run(
+        site,
+        *("tune", "--steps", "60", "--budget", "60s", "--seed", str(seed), "--json", "found.json"),
+        *("--knobs", ",".join(names), "--", sys.executable, "program.py"),
+        folder=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    assert found["settings"] == {}, done.stderr
+    tried = [arm for arm in found["arms"] if arm["ratio"] is not None]
+    assert len(tried) == len(names), done.stderr
+    assert not (folder / "flatout.toml").exists()

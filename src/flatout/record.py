@@ -317,12 +317,17 @@ class RootState:
         digest: SHA-256 of all its parameters and buffers.
         non_finite: how many of their elements are not finite.
         buffers: its floating buffers.
+        probabilities: how many of its outputs in training were looked at, where all are between 0
+            and 1; else 0.
+        ones: how many of these were exactly 1.
     """
 
     root: str
     digest: str
     non_finite: int
     buffers: tuple[BufferState, ...]
+    probabilities: int = 0
+    ones: int = 0
 
 
 @dataclass(frozen=True)
@@ -556,7 +561,14 @@ def _output(document: dict[str, Any]) -> Output:
 
 def _root_state(entry: dict[str, Any]) -> RootState:
     buffers = (BufferState(b["name"], b["mean"], b["rms"]) for b in entry["buffers"])
-    return RootState(entry["root"], entry["digest"], entry["non_finite"], tuple(buffers))
+    return RootState(
+        entry["root"],
+        entry["digest"],
+        entry["non_finite"],
+        tuple(buffers),
+        entry["probabilities"],
+        entry["ones"],
+    )
 
 
 def _array(code: str, packed: str | None) -> array[Any] | None:

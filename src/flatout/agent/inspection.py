@@ -49,6 +49,9 @@ OUTPUT_LIMIT = 2000
 IDLE_BACKWARDS = 32
 """Backward calls for each of the gradients asked for, after which no more are waited for."""
 
+CERTAIN_PASSES = 3
+"""By then, outputs that are no probabilities have left the range from 0 to 1."""
+
 ROOTS_LIMIT = 16
 """Modules kept until the end of the program; of a program that makes more, the first ones."""
 
@@ -78,6 +81,7 @@ class Inspector:
         self._inspection = inspection
         self._roots: dict[int, tuple[str, Any]] = {}
         self._root_classes: Counter[str] = Counter()
+        self._probabilities: dict[int, _Probabilities] = {}
         self._outputs = 0
         self._names: dict[int, tuple[str, torch.Tensor]] = {}
         self._homeless = 0
@@ -255,7 +259,10 @@ class Inspector:
             count = self._root_classes[name]
             self._roots[id(module)] = (name if count == 1 else f"{name} {count}", module)
         if not self._wants_outputs(module):
-            return call(module, *args, **kwargs)
+            output = call(module, *args, **kwargs)
+            if self._inspection.state and torch.is_grad_enabled() and id(module) in self._roots:
+                self._contained(self._look_for_ones, module, output)
+            return output
         is_detailed = self._outputs < self._inspection.outputs
         inputs = self._contained(_digest, _tensors((args, kwargs))) if is_detailed else None
         output = call(module, *args, **kwargs)
@@ -288,11 +295,52 @@ class Inspector:
             }
         )
 
+    def _look_for_ones(self, module: Any, output: Any) -> None:
+        seen = self._probabilities.setdefault(id(module), _Probabilities())
+        for tensor in _tensors(output):
+            if tensor.is_floating_point() and tensor.dim() and tensor.numel():
+                seen.look(_local(tensor))
+                return
+
     # The end
 
     def _write_state(self) -> None:
-        roots = [_state(name, root) for name, root in self._roots.values()]
+        nothing = _Probabilities()
+        roots = [
+            {**_state(name, root), **self._probabilities.get(identity, nothing).counts()}
+            for identity, (name, root) in self._roots.items()
+        ]
         self._session.record.write({"kind": "state", "roots": roots})
+
+
+class _Probabilities:
+    """Whether outputs are probabilities, and how many of them are exactly 1."""
+
+    def __init__(self) -> None:
+        self._elements = 0
+        self._passes = 0
+        self._ones: torch.Tensor | None = None
+        self._outside: torch.Tensor | None = None
+        self._is_over = False
+
+    def look(self, values: torch.Tensor) -> None:
+        """One more output; on an accelerator, only the first ones are waited for."""
+        if self._is_over:
+            return
+        sample = _sampled(values, SAMPLE_ELEMENTS)
+        outside = ((sample < 0) | (sample > 1)).any()
+        ones = (sample == 1).sum()
+        self._outside = outside if self._outside is None else self._outside | outside
+        self._ones = ones if self._ones is None else self._ones + ones
+        self._elements += sample.numel()
+        self._passes += 1
+        self._is_over = self._passes <= CERTAIN_PASSES and bool(self._outside)
+
+    def counts(self) -> dict[str, int]:
+        """Fields of ``record.RootState``."""
+        if self._ones is None or self._outside is None or bool(self._outside):
+            return {"probabilities": 0, "ones": 0}
+        return {"probabilities": self._elements, "ones": int(self._ones)}
 
 
 def _members(optimizer: Any) -> list[torch.Tensor]:

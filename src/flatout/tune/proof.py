@@ -21,6 +21,9 @@ of them depends on what the settings may change (``knobs.EXACTNESS``).
     other, and an optimizer like Adam hides it from the loss. See ``gradients.judge``.
 ``evaluation``, ``state``
     Losses and figures of passes that do not train; buffers (statistics of batch norm) at the end.
+``probabilities``
+    Where an outermost module returns them: a precision that rounds those next to 1 to exactly 1 has
+    a loss made of them cut off (``log(1 - p)``), and their gradients at 0.
 ``outputs``
     Of a program that only infers: what comes out for identical inputs.
 
@@ -54,6 +57,9 @@ SITES_LIMIT = 8
 """Backward calls of a step up to which each is looked at on its own (more: their mean)."""
 
 CONFIDENCE = 0.95
+
+MORE_ONES = 0.002
+"""Share of a model's probabilities that may become exactly 1."""
 
 LOWER_MARGINS = 6.0
 """Margins by which a plan may lower the loss before it must be training something else."""
@@ -258,6 +264,7 @@ def judge(
         )
     checks += _judge_evaluation(bare, plan)
     checks.append(_judge_state(bare, plan))
+    checks += _judge_probabilities(bare, plan)
     return Verdict(
         passed=all(check.result != "failed" for check in checks),
         why=next((c.why for c in checks if c.result == "failed"), "all losses agree"),
@@ -554,6 +561,24 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
     if not any(moments[0]):
         return Check("state", "passed", "all weights are finite; there are no floating buffers")
     return _judge_moments("state", "buffers", *moments)
+
+
+def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
+    """How many of them are exactly 1; no check where no module returns any."""
+    shares: list[float] = []
+    for runs in (bare, plan):
+        roots = [root for run in runs for root in run.state or ()]
+        seen = sum(root.probabilities for root in roots)
+        if not seen:
+            return []
+        shares.append(sum(root.ones for root in roots) / seen)
+    added = shares[1] - shares[0]
+    why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
+    if added > MORE_ONES:
+        cut = "a loss made of them is cut off"
+        why += f", {shares[0]:.2%} without the plan: {cut}"
+        return [Check("probabilities", "failed", why, {"added": added})]
+    return [Check("probabilities", "passed", why, {"added": added})]
 
 
 def _judge_moments(
