@@ -10,6 +10,7 @@ import pytest
 
 from flatout import launch
 from flatout.request import Relay, Request
+from flatout.tune.pairs import turns
 
 PROGRAM = """
 import os, sys, time
@@ -81,3 +82,22 @@ def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:
     both = start(tmp_path, 1000, "one fails")
     assert sorted(finished.returncode for finished in both) == [-15, 3]
     assert not any(finished.timed_out for finished in both)
+
+
+@pytest.mark.parametrize(
+    ("steps", "step_s", "block_steps", "discard_steps"),
+    [
+        (200, 0.04, 5, 1),  # a turn of 0.2 s
+        (2000, 0.001, 100, 20),  # 0.1 s, or the caches would stay cold
+        (60, 0.001, 7, 1),  # few steps were asked for: short turns, but eight of them
+        (20, 0.3, 5, 1),
+    ],
+)
+def test_turns_outlast_what_has_gone_cold(
+    steps: int, step_s: float, block_steps: int, discard_steps: int
+) -> None:
+    relay = turns(steps, step_s)
+    assert (relay.block_steps, relay.discard_steps) == (block_steps, discard_steps)
+    assert relay.warmup_steps + relay.blocks * relay.block_steps == steps
+    assert 3 <= relay.warmup_steps < 3 + block_steps
+    assert relay.blocks >= min(8, (steps - 3) // 5)

@@ -60,14 +60,14 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout.report.live import LiveTable
     from flatout.tune import journal, result
     from flatout.tune.pairs import MINIMUM_STEPS
-    from flatout.tune.tuner import MAXIMUM_STEPS, Options, Tuner
+    from flatout.tune.tuner import USUAL_STEPS, Options, Tuner
 
     proven = plan.read(arguments.plan)
     paths.check_writable(arguments.plan)
     check_program(arguments.command[0])
     if not proven.settings:
         raise UserError(f"{arguments.plan} turns nothing, so there is nothing to prove")
-    steps = arguments.steps or (proven.evidence.steps if proven.evidence else MAXIMUM_STEPS)
+    steps = arguments.steps or (proven.evidence.steps if proven.evidence else USUAL_STEPS)
     if steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     if arguments.seeds < 2:

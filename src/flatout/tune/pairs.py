@@ -238,8 +238,24 @@ def run(
         say(f"pair {number + 1}: {one:.4g} ms, {other:.4g} ms, {one / other:.2f}x")
 
 
-RELAY_STEPS = 5
-"""Of a turn, of which the first is left out."""
+TURN_STEPS, TURN_S, FEWEST_TURNS = 5, 0.1, 8
+"""Of a turn, at least as many steps and about as long, if that leaves a run so many of them: the
+first fifth is left out, the rest must outlast what has gone cold while the other one ran."""
+
+
+def turns(steps: int, step_s: float) -> Relay:
+    """How two runs of so many steps take turns; the first steps, which fill no turn, warm up."""
+    usable = steps - WARMUP_STEPS
+    block_steps = max(TURN_STEPS, min(round(TURN_S / step_s), usable // FEWEST_TURNS))
+    blocks = max(usable // block_steps, 1)
+    return Relay(
+        folder="",
+        place=0,
+        block_steps=block_steps,
+        discard_steps=block_steps // TURN_STEPS,
+        warmup_steps=steps - blocks * block_steps,
+        blocks=blocks,
+    )
 
 
 def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -> None:
@@ -248,14 +264,7 @@ def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -
     Raises:
         RelayFailedError: one of them fails, or one of the knobs.
     """
-    blocks = max((steps - WARMUP_STEPS) // RELAY_STEPS, 1)
-    relay = Relay(
-        folder="",
-        place=0,
-        block_steps=RELAY_STEPS,
-        warmup_steps=steps - blocks * RELAY_STEPS,
-        blocks=blocks,
-    )
+    relay = turns(steps, pace.step_s)
     sides = (pairs.first, pairs.second) if pairs.count % 2 == 0 else (pairs.second, pairs.first)
     one, other = (_request(s, seed=seed, inspection=PROOF) for s in sides)
     try:

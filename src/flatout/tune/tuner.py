@@ -50,10 +50,14 @@ from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 
-MAXIMUM_STEPS = 200
-"""Horizon of the proof unless the user asks for another."""
+USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
+"""Horizon of the proof unless the user asks for another: the first, or, of fast steps, as many as
+take the second, up to the third."""
 
 MAXIMUM_PAIRS = 24
+
+SHORT_STEPS, SHORT_S = 25, 1.0
+"""Of a run that only ranks, at least as many and as long, if the proof is not shorter."""
 
 COLD_PAIRS = 3
 """For a knob that needs a process of its own: these rank, they claim nothing."""
@@ -62,6 +66,10 @@ SLOW_START_S = 120.0
 """What compiling takes in all of these, about: later processes find most of it in the cache."""
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 4, 3, 1
+BLOCK_S = 0.02
+"""Blocks inside one process take at least as long, a quarter of it discarded: in a shorter one,
+what a switch leaves behind would count."""
+
 MAXIMUM_ROUNDS = 40
 
 FIRST_RUN_SHARE = 1 / 36
@@ -92,7 +100,7 @@ class Options:
 
     Attributes:
         budget_seconds: how long it may take, roughly.
-        steps: horizon of the proof; ``None``: from the budget, at most ``MAXIMUM_STEPS``.
+        steps: horizon of the proof; ``None``: from the budget, see ``USUAL_STEPS``.
         seed: of the first pair; the others count up from it.
         isolate: run every trial in a copy-on-write view.
         knobs: to be tried; ``None``: all.
@@ -290,7 +298,8 @@ class Tuner:
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
         self._first = first
         timed = [step for step in process.turns if step.mark is None]
-        self._steps = options.steps or max(len(timed), MINIMUM_STEPS)
+        longest = max(USUAL_STEPS, int(USUAL_S / step_s))
+        self._steps = options.steps or max(min(len(timed), longest), MINIMUM_STEPS)
         if first.ended:
             self._available = outcome.job_steps = len(process.turns)
         self._say(
@@ -489,20 +498,24 @@ class Tuner:
             UserError: the program ends too early to compare anything.
         """
         seconds = self._options.budget_seconds * share
-        rounds = int(seconds / (self._pace.step_s * BLOCK_STEPS * len(arms))) // 2 * 2
         fewest = _fewest_rounds(len(arms))
-        rounds = min(max(rounds, fewest), MAXIMUM_ROUNDS)
-        made = Comparison(
-            arms=tuple(map(dict, arms)),
-            block_steps=BLOCK_STEPS,
-            discard_steps=DISCARD_STEPS,
-            warmup_steps=WARMUP_STEPS,
-            rounds=rounds,
-            decide=decide,
-        )
+
+        def sized(block_steps: int) -> Comparison:
+            rounds = int(seconds / (self._pace.step_s * block_steps * len(arms))) // 2 * 2
+            return Comparison(
+                arms=tuple(map(dict, arms)),
+                block_steps=block_steps,
+                discard_steps=max(DISCARD_STEPS, block_steps // 4),
+                warmup_steps=WARMUP_STEPS,
+                rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
+                decide=decide,
+            )
+
+        made = sized(max(BLOCK_STEPS, round(BLOCK_S / self._pace.step_s)))
         if self._available is None or made.longest_steps <= self._available:
             return made
-        usable = self._available - (made.longest_steps - len(arms) * rounds * BLOCK_STEPS)
+        made = sized(BLOCK_STEPS)
+        usable = self._available - (made.longest_steps - len(arms) * made.rounds * BLOCK_STEPS)
         rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, fewest)
         block_steps = min(BLOCK_STEPS, usable // (rounds * len(arms)))
         if block_steps < MINIMUM_BLOCK_STEPS:
@@ -516,6 +529,11 @@ class Tuner:
 
     # In fresh processes
 
+    def _short_steps(self) -> int:
+        """Of a run that only ranks."""
+        shortest = max(SHORT_STEPS, round(SHORT_S / self._pace.step_s))
+        return max(min(self._steps, shortest), MINIMUM_STEPS)
+
     def _cold(self, stack: dict[str, str], found: Sequence[Candidate]) -> dict[str, str]:
         """The stack with those cold settings that make it faster."""
         cold = [candidate for candidate in found if not candidate.is_hot]
@@ -524,7 +542,8 @@ class Tuner:
             if candidate.knob in settings:
                 continue  # its first setting has won
             arm = self._arm(candidate.settings)
-            needed_s = 2 * COLD_PAIRS * self._pace.seconds(_short(self._steps))
+            steps = self._short_steps()
+            needed_s = 2 * COLD_PAIRS * self._pace.seconds(steps)
             if knobs.get(candidate.knob).slow_start:
                 needed_s += SLOW_START_S
             if needed_s > 2 * COLD_SHARE * self._options.budget_seconds:
@@ -543,7 +562,7 @@ class Tuner:
                 dict(settings), settings | candidate.settings, in_relay=self._can_relay(settings)
             )
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
-            self._alternate(tried, lambda made: made.count >= COLD_PAIRS, _short(self._steps))
+            self._alternate(tried, lambda made: made.count >= COLD_PAIRS, steps)
             if tried.interrupted:
                 raise KeyboardInterrupt
             if tried.failure is not None:
@@ -865,11 +884,6 @@ class Tuner:
     def _changed(self) -> None:
         left_s = self._options.budget_seconds - self._trials.spent_s
         self._show(self._outcome, max(left_s, 0.0))
-
-
-def _short(steps: int) -> int:
-    """Steps of a run that only ranks."""
-    return max(min(steps, 25), MINIMUM_STEPS)
 
 
 def _in_common(
