@@ -1,6 +1,6 @@
 """Step times of real programs, recorded for ``replay.py``.
 
-    python benchmarks/record_steps.py                # all programs, about two minutes each
+    python benchmarks/record_steps.py                # all programs, one to two minutes each
     python benchmarks/record_steps.py mlp gan
 
 Of each program: some long runs; some pairs of runs with the same seed that take turns
@@ -24,15 +24,16 @@ from flatout.ratios import Size
 from flatout.record import Step
 from flatout.request import Comparison, Relay, Request
 from flatout.tune import trial
+from flatout.tune.pairs import TURN_STEPS
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 STEPS = HERE / "steps"
 
 LONG_RUNS = 2
-LONG_SECONDS, MOST_LONG_STEPS = 40.0, 3000
-RELAYS = 2
-RELAY = Relay("", 0, blocks=25)
+LONG_SECONDS, MOST_LONG_STEPS = 25.0, 3000
+RELAYS = 3
+RELAY = Relay("", 0, block_steps=TURN_STEPS, blocks=15)
 SWITCHED_ROUNDS, SWITCHED_BLOCK_STEPS = 12, 12
 WARMUP_STEPS = 10
 FOREVER = ("--epochs", "100000")

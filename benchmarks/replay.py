@@ -39,6 +39,7 @@ from flatout.agent.switch import Switch
 from flatout.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
 from flatout.request import Comparison, Relay
 from flatout.tune import design, statistics
+from flatout.tune.pairs import TURN_STEPS
 from flatout.turns import Turn
 
 RECORDED = Path(__file__).parent / "steps"
@@ -52,7 +53,7 @@ SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 3, 1, 3
 DROP_BLOCK_STEPS, DROP_ROUNDS = 3, 6
 RUN_STEPS = 10
 """Of each fresh process, where they run one after the other."""
-RELAY = Relay("", 0)
+RELAY = Relay("", 0, block_steps=TURN_STEPS, blocks=5)
 """How two fresh processes take turns."""
 RELAY_STEPS = RELAY.warmup_steps + RELAY.blocks * RELAY.block_steps
 
