@@ -131,6 +131,7 @@ def switched_of(command: list[str], settings: dict[str, str]) -> dict[str, Any]:
         "block_steps": SWITCHED_BLOCK_STEPS,
         "arms": [step.arm for step in steps],
         "steps_ms": [_rounded(step.step_ms) for step in steps],
+        "sizes": [Size.of(step) for step in steps],
     }
 
 

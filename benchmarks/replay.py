@@ -49,7 +49,7 @@ FIRST_RUN_STEPS = 30
 WARMUP_STEPS = 3
 DUMMIES = 20
 
-SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 3, 1, 3
+SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 3, 1, 2
 DROP_BLOCK_STEPS, DROP_ROUNDS = 3, 6
 RUN_STEPS = 10
 """Of each fresh process, where they run one after the other."""
@@ -131,9 +131,10 @@ def _carry(switched: dict[str, Any]) -> dict[bool, list[float]]:
     excess: dict[bool, list[list[float]]] = {True: [], False: []}
     last = None
     seen = set()
-    for start in range(0, len(switched["arms"]) - size + 1, size):
+    logs = _of_one_size(switched)
+    for start in range(0, len(logs) - size + 1, size):
         arm = switched["arms"][start]
-        block = [math.log(step_ms) for step_ms in switched["steps_ms"][start : start + size]]
+        block = logs[start : start + size]
         usual = median(block[CARRY_STEPS:])
         if arm != last and arm in seen:
             excess[arm != 0].append([value - usual for value in block[:CARRY_STEPS]])
@@ -143,6 +144,17 @@ def _carry(switched: dict[str, Any]) -> dict[bool, list[float]]:
         turned_on: [math.exp(_beyond_noise(place)) for place in zip(*blocks, strict=True)]
         for turned_on, blocks in excess.items()
     }
+
+
+def _of_one_size(switched: dict[str, Any]) -> list[float]:
+    """Logarithms of the step times, less what steps of the same elements usually take."""
+    logs = [math.log(step_ms) for step_ms in switched["steps_ms"]]
+    elements = [size and size[1] for size in switched["sizes"]]
+    usual = {
+        size: median(log for log, other in zip(logs, elements, strict=True) if other == size)
+        for size in set(elements)
+    }
+    return [log - usual[size] for log, size in zip(logs, elements, strict=True)]
 
 
 def _beyond_noise(values: Sequence[float]) -> float:

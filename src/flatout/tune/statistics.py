@@ -31,7 +31,7 @@ WORTHWHILE = 1.02
 
 RANKING_CONFIDENCE = 0.8
 
-WILD, USUAL_SPREAD, MOST_WILD = 5.0, 0.05, 0.1
+WILD, USUAL_SPREAD, MOST_WILD = 3.0, 0.05, 0.1
 """Standard deviations from which on the ratio of a step and its counterpart is wild, the least
 deviation that is reckoned with, and the share of wild steps beyond which they are no accident."""
 
@@ -90,8 +90,10 @@ def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:
 
     It stops when the interval is as narrow as ``PRECISE``, whatever it says: a rule that looks at
     the width alone leaves the interval's confidence as it is, in the limit (Chow and Robbins 1965,
-    On the asymptotic theory of fixed-width sequential confidence intervals). It also stops in vain:
-    when the interval lies below 1, which can only make claims rarer.
+    On the asymptotic theory of fixed-width sequential confidence intervals). It goes on, though, as
+    long as a worthwhile gain is within the noise: without a gain that is rare, so it makes few
+    claims more (``benchmarks/replay.py`` counts them). It also stops in vain: when the interval
+    lies below 1, which can only make claims rarer.
 
     Args:
         log_ratios: so far, one for each pair.
@@ -100,8 +102,9 @@ def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:
     if len(log_ratios) < MINIMUM_PAIRS:
         return False
     ratio = claimed(log_ratios)
-    half_width = math.sqrt(ratio.high / ratio.low) - 1
-    return len(log_ratios) >= most or half_width <= PRECISE or ratio.high < 1
+    is_precise = math.sqrt(ratio.high / ratio.low) - 1 <= PRECISE
+    is_open = ratio.low <= 1 and ratio.value >= WORTHWHILE
+    return len(log_ratios) >= most or (is_precise and not is_open) or ratio.high < 1
 
 
 def is_gain(ratio: Ratio) -> bool:
