@@ -17,7 +17,7 @@ show() {
 job="python train.py --batch-size 1 --context 768"
 
 show flatout doctor --quiet -- $job
-show flatout tune --plan flatout.toml -- $job
+show flatout tune --budget 4m --plan flatout.toml -- $job
 if [ -f flatout.toml ]; then
     show cat flatout.toml
     show flatout run --plan flatout.toml -- $job --steps 100
