@@ -61,7 +61,7 @@ for step in range(STEPS):
     y = (x[:, :1] > 0).float()
     y = torch.where(torch.rand(256, 1) < 0.03, 1 - y, y)
     p = net(x)
-    loss = -(torch.where(y > 0, p, 1 - p).log().clamp(min=-100)).mean()
+    loss = -torch.where(y > 0, p, 1 - p).clamp(min=1e-30).log().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
