@@ -1,14 +1,11 @@
 """What ``flatout tune`` claims, against step times taken from outside.
 
-    python benchmarks/tunes.py --out results.jsonl                # all nine programs
-    python benchmarks/tunes.py --out results.jsonl dcgan hf       # these only
-    python benchmarks/tunes.py --out results.jsonl --summary      # measures nothing
+    python -m benchmarks.tunes --out results.jsonl                # all nine programs
+    python -m benchmarks.tunes --out results.jsonl dcgan hf       # these only
+    python -m benchmarks.tunes --out results.jsonl --summary      # measures nothing
 
 Each program is tuned, and then run bare and under ``flatout run`` with the plan, a seed for each
-pair. The programs print a line now and then, flushed as it is printed; this script notes when each
-line comes out of the pipe, on a clock of its own. The two of a pair take turns from their second
-line on: one runs for some lines, while the other is stopped by a signal, so that a drift of the
-machine's speed meets both alike; a turn lasts about a second, or its cold caches would count.
+pair. The two of a pair take turns from their second line on, timed from outside (``outside.py``).
 Seconds a step are the time of the turns over their steps. That leaves out start-up, warm-up and
 end, and has all that the program does between its steps, as the claim has.
 
@@ -20,13 +17,9 @@ lacks its measurement. Run it on a machine that does nothing else: a program tak
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.outside import Results, timed
 from flatout.ratios import Ratio
 from flatout.tune.document import Document
 from flatout.tune.statistics import claimed
@@ -53,8 +47,6 @@ MINIMUM_PAIRS = 5
 TUNING_SECONDS, TUNING_STEPS = 300.0, 600
 """A tune may take this long, or as long as so many bare steps."""
 
-TURN_SECONDS = 0.8
-
 ALLOWED_HALF_WIDTH = 0.05
 ALLOWED_DISAGREEMENTS = 1
 NEVER_SLOWER = 0.97
@@ -62,8 +54,6 @@ NEVER_SLOWER = 0.97
 
 GAN_RATIO = 1.5
 NO_PLAN = Ratio(1.0, 1.0, 1.0, 0)
-
-_STEP_LINE = re.compile(rb"step (\d+) loss ")
 
 
 class Program(NamedTuple):
@@ -117,160 +107,6 @@ def quotient(one: Ratio, other: Ratio) -> Interval:
     down = math.hypot(math.log(one.value / one.low), math.log(other.high / other.value))
     up = math.hypot(math.log(one.high / one.value), math.log(other.value / other.low))
     return Interval(math.exp(centre), math.exp(centre - down), math.exp(centre + up))
-
-
-class Results:
-    """A file of finished measurements, one line of JSON each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.lines: list[dict[str, Any]] = []
-        text = path.read_text("utf-8") if path.exists() else ""
-        for line in text.splitlines():
-            try:
-                self.lines.append(json.loads(line))
-            except json.JSONDecodeError:  # of a run that was killed as it wrote
-                print(f"{path}: left out: {line[:60]!r}", file=sys.stderr)
-        self._is_torn = bool(text) and not text.endswith("\n")
-
-    def add(self, program: str, kind: str, **measured: Any) -> dict[str, Any]:
-        """Write a line, for good when this returns."""
-        line = {"program": program, "kind": kind, **measured}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._is_torn + json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._is_torn = False
-        self.lines.append(line)
-        return line
-
-    def of(self, program: str, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if (line["program"], line["kind"]) == (program, kind)]
-
-
-class Job:
-    """A command that is told to go on and to stand still.
-
-    Args:
-        command: the command.
-        folder: in which it runs.
-    """
-
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
-        self._command = command
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        self._process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,  # a process group, to be stopped as one
-        )
-        self.step = 0
-        """The last one that was printed."""
-        self.line_s = math.inf
-        """What that line and the one before were apart."""
-        self._came_s = -math.inf
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process.wait()
-        self._errors.close()
-
-    def go_on(self) -> None:
-        """Let it run."""
-        os.killpg(self._process.pid, signal.SIGCONT)
-
-    def stand_still(self) -> None:
-        """Stop all its processes where they are."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
-
-    def next_line(self) -> bool:
-        """Wait until it has printed one more line with a step; whether it did."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if (found := _STEP_LINE.match(line)) is not None:
-                now_s = time.monotonic()
-                self.line_s, self._came_s = now_s - self._came_s, now_s
-                self.step = int(found[1])
-                return True
-        return False
-
-    def end(self) -> list[str]:
-        """Wait for its end; what flatout said.
-
-        Raises:
-            subprocess.CalledProcessError: it failed.
-        """
-        while self.next_line():
-            pass
-        self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().decode("utf-8", "replace")
-        if self._process.returncode:
-            raise subprocess.CalledProcessError(
-                self._process.returncode, self._command, stderr=said
-            )
-        return [line for line in said.splitlines() if line.startswith("flatout: ")]
-
-
-def timed(commands: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Run commands to their ends, in turns: all but one of them stand still.
-
-    Each warms up first, until its second line; then a turn has as many lines as the fastest prints
-    in ``TURN_SECONDS``. Counted are the rounds in which all had a turn.
-
-    Returns of each its mean step in seconds, the turns (steps, seconds), and what flatout said.
-
-    Raises:
-        ValueError: one printed fewer than three lines.
-        subprocess.CalledProcessError: one failed.
-    """
-    turns: dict[str, list[tuple[int, float]]] = {name: [] for name in commands}
-    with contextlib.ExitStack() as stack:
-        jobs: dict[str, Job] = {}
-        for name, command in commands.items():
-            jobs[name] = stack.enter_context(Job(command, folder))
-            if jobs[name].next_line() and jobs[name].next_line():
-                jobs[name].stand_still()
-        fastest_s = min(job.line_s for job in jobs.values())
-        lines = max(1, round(TURN_SECONDS / fastest_s))
-        order = list(commands)
-        while True:
-            taken = {}
-            for name in order:
-                job, before = jobs[name], jobs[name].step
-                began_s = time.monotonic()
-                job.go_on()
-                if not all(job.next_line() for _ in range(lines)):
-                    break
-                taken[name] = (job.step - before, time.monotonic() - began_s)
-                job.stand_still()
-            if len(taken) < len(order):
-                break
-            for name, turn in taken.items():
-                turns[name].append(turn)
-            order.reverse()
-        said = {}
-        for name, job in jobs.items():
-            job.go_on()
-            said[name] = job.end()
-    if not all(turns.values()):
-        raise ValueError("too few lines with a step to time any")
-    return {
-        name: {
-            "step_s": sum(s for _, s in turns[name]) / sum(steps for steps, _ in turns[name]),
-            "turns": [(steps, round(seconds, 6)) for steps, seconds in turns[name]],
-            "said": said[name],
-        }
-        for name in commands
-    }
 
 
 def tune(command: Sequence[str], budget: str, folder: Path) -> dict[str, Any]:

@@ -82,6 +82,25 @@ Path("written-by-a-trial.txt").write_text("x")
 Path("program.py").write_text("spoilt")
 """
 
+SLOWER = """
+screens = session.request.comparison is not None and not session.request.comparison.arms[0]
+def slower(call, module, args, kwargs):
+    work = torch.ones(260, 260)
+    for _ in range(2):
+        work @ work
+    work[:94] @ work
+    return call(module, *args, **kwargs)
+if not screens:
+    session.forward_wrappers.append(slower)
+"""
+"""It wins the first trial, where it spares 2 of 12 multiplications; in all others it is 3 % slower,
+as it costs 2.36 more than it spares."""
+
+FAST_AGAIN = """
+if not screens:
+    session.forward_wrappers.remove(slower)
+"""
+
 TRAPS = {
     "trap_gradient": (WRONG_GRADIENT, RIGHT_AGAIN),
     "trap_late": (DIVERGES_LATE, "session.after_optimizer_step.remove(spoil)"),
@@ -119,6 +138,30 @@ def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Pa
     left = {path.name for path in folder.iterdir()}
     assert left == {"program.py", "found.json", "flatout.toml", "flatout-home"}
     assert (folder / "program.py").read_text() == PROGRAM
+
+
+@pytest.mark.traps
+@pytest.mark.parametrize("others", [(), ("honest",)], ids=["alone", "with an honest one"])
+def test_a_slower_knob_that_wins_one_trial_is_left_out(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    knobs = {"trap_slower": planted.knob("trap_slower", SLOWER, FAST_AGAIN)}
+    knobs |= {name: planted.knob(name) for name in others}
+    site = planted.plant(tmp_path, knobs)
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    done = planted.run(
+        site,
+        *("tune", "--steps", "60", "--budget", "90s", "--json", "found.json"),
+        *("--knobs", ",".join(knobs), "--", sys.executable, "program.py"),
+        folder=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    ratios = {next(iter(arm["settings"])): arm["ratio"] for arm in found["arms"]}
+    assert ratios["trap_slower"]["low"] > 1, done.stderr
+    assert set(found["settings"]) == set(others), done.stderr
 
 
 @pytest.mark.traps

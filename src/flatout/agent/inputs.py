@@ -6,12 +6,11 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from flatout.signature import matches
+from flatout.agent.nested import tensors_in
+from flatout.signature import VARYING, matches
 from flatout.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
@@ -72,7 +71,8 @@ class InputSizes:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        shapes = [tensor.shape for tensor in _tensors((args, kwargs)) if tensor.dim()]
+        found = [t for t in tensors_in((args, kwargs)) if not t.is_nested]  # those have no shape
+        shapes = [tensor.shape for tensor in found if tensor.dim()]
         if shapes:
             self._session.hooks.note(ROWS, shapes[0][0])
             self._session.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
@@ -80,18 +80,8 @@ class InputSizes:
 
 
 def described(value: Any) -> Iterator[str]:
-    """The tensors in nested sequences and mappings, in the words of ``flatout.signature``."""
-    for tensor in _tensors(value):
+    """The tensors in nested containers, in the words of ``flatout.signature``."""
+    for tensor in tensors_in(value):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield f"{dtype}[{','.join(map(str, tensor.shape))}]"
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+        sizes = VARYING if tensor.is_nested else ",".join(map(str, tensor.shape))
+        yield f"{dtype}[{sizes}]"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.agent.hooks import is_ours
-from flatout.agent.nested import mapped
+from flatout.agent.nested import tensors_in
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -264,7 +264,7 @@ class Inspector:
                 self._contained(self._look_for_ones, module, output)
             return output
         is_detailed = self._outputs < self._inspection.outputs
-        inputs = self._contained(_digest, _tensors((args, kwargs))) if is_detailed else None
+        inputs = self._contained(_digest, tensors_in((args, kwargs))) if is_detailed else None
         output = call(module, *args, **kwargs)
         if self._is_active:
             self._contained(self._write_output, module, inputs, output, is_detailed)
@@ -282,7 +282,7 @@ class Inspector:
 
     def _write_output(self, module: Any, inputs: str | None, output: Any, detailed: bool) -> None:
         self._outputs += 1
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         floating = [t for t in tensors if t.is_floating_point() and t.numel()]
         root = self._roots.get(id(module), (type(module).__qualname__, module))[0]
         self._session.record.write(
@@ -297,7 +297,7 @@ class Inspector:
 
     def _look_for_ones(self, module: Any, output: Any) -> None:
         seen = self._probabilities.setdefault(id(module), _Probabilities())
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.is_floating_point() and tensor.dim() and tensor.numel():
                 seen.look(_local(tensor))
                 return
@@ -430,18 +430,6 @@ def _state(name: str, root: Any) -> dict[str, Any]:
         ),
         "buffers": [{"name": n, **_moments(_local(b))} for n, b in buffers],
     }
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested sequences, mappings and dataclasses."""
-    found: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    mapped(keep, value)
-    return iter(found)
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
