@@ -43,6 +43,20 @@ lint: $(INSTALLED)
 	.venv-timm/bin/pip install --quiet -c constraints-timm.txt torch torchvision timm numpy
 	touch $@
 
+# The peers that the suite compares with.
+.venv-suite/.installed: constraints-frameworks.txt constraints-suite.txt
+	$(PYTHON) -m venv .venv-suite
+	.venv-suite/bin/pip install --quiet -c constraints-frameworks.txt -c constraints-suite.txt \
+	    torch numpy transformers accelerate lightning mlxtend onnx onnxruntime onnxscript openvino
+	touch $@
+
+# All arms of all programs take hours; each program's results are kept, and not measured again.
+bench: $(INSTALLED) .venv-suite/.installed
+	$(BIN)/python -m benchmarks.suite --out benchmarks/results.jsonl $(PROGRAMS)
+
+bench-quick: $(INSTALLED) .venv-suite/.installed
+	$(BIN)/python -m benchmarks.suite --out bench-quick.jsonl --quick gpt
+
 frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
 	$(BIN)/python -m pytest -m frameworks
 
@@ -51,10 +65,10 @@ measured: $(INSTALLED)
 	$(BIN)/python -m pytest -m measured tests benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-frameworks .venv-timm build dist src/flatout.egg-info
+	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite build dist src/flatout.egg-info
 	rm -f src/flatout/agent/_watch*.so
 
 docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs
 
-.PHONY: all demo test tunes traps lint docs frameworks measured clean
+.PHONY: all demo test tunes traps lint docs frameworks bench bench-quick measured clean

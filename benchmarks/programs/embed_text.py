@@ -68,7 +68,7 @@ def main() -> None:
     model = Encoder(arguments.width, arguments.layers).eval()
     passages = load_passages(2000)
     first = None
-    best = (0.0, 0)
+    nearest, place = 0.0, 0
     for step in range(arguments.steps):
         at = step * arguments.batch_size % (len(passages) - arguments.batch_size)
         batch = [
@@ -79,10 +79,16 @@ def main() -> None:
         with torch.no_grad():
             found = model(tokens, torch.tensor([len(passage) for passage in batch]))
         first = found[0] if first is None else first
-        likeness, place = (found @ first)[step == 0 :].max(0)
-        best = max(best, (likeness.item(), at + place.item() + (step == 0)))
+        likeness = found @ first
+        if step == 0:
+            likeness[0] = 0.0  # the first itself
+        if likeness.max() > nearest:
+            nearest, place = likeness.max().item(), at + int(likeness.argmax())
         if step % 5 == 0:
-            print(f"step {step} nearest {best[1]} ({best[0]:.4f})", flush=True)
+            print(
+                f"step {step} nearest {nearest:.4f} mean {likeness.mean().item():.4f}", flush=True
+            )
+    print(passages[0].decode(), passages[place].decode(), sep="\n--\n")
 
 
 if __name__ == "__main__":

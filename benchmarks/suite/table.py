@@ -1,0 +1,325 @@
+"""What the suite's results say: ratios, which losses are right, shares of the floor, targets."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.outside import Results
+from benchmarks.suite import arms
+from benchmarks.suite.cases import CASES, Case
+from flatout.ratios import Ratio
+from flatout.tune.statistics import claimed
+
+OPTIMIZER_BYTES = {"SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20}
+"""Bytes an element that a step must read and write in float32: the gradient once, the parameter and
+each of its states twice."""
+
+RIGHT_MARGIN = 0.02
+"""Of the bare figure: what an output may differ by; for losses the spread between seeds counts as
+well, where it is larger."""
+
+GEOMETRIC_MEAN_OVER_BARE, LEAST_OVER_BARE = 3.0, 1.0
+GEOMETRIC_MEAN_OVER_PEER, LEAST_OVER_PEER = 1.3, 0.98
+SHARE_OF_CEILING = 0.4
+INFERENCE_OVER_BARE, INFERENCE_OVER_PEER = 2.5, 0.9
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the machine needs at least for a bare step's work.
+
+    Attributes:
+        compute_ms: its FLOPs at the measured bfloat16 rate.
+        optimizer_ms: what its optimizers read and write at the measured rate of copies.
+    """
+
+    compute_ms: float
+    optimizer_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.compute_ms + self.optimizer_ms
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What came out of one arm of one program.
+
+    Attributes:
+        step_ms: mean of a round's steps, median of the rounds.
+        ratio: bare's step time over this.
+        job_ratio: bare's whole time over this, start and end included.
+        first_s: its first run alone, compilation and filling of caches included.
+        peak_bytes: largest process.
+        wrong: why its results are not bare's, ``None``: they are.
+    """
+
+    step_ms: float
+    ratio: Ratio
+    job_ratio: float
+    first_s: float | None
+    peak_bytes: int
+    wrong: str | None
+
+
+@dataclass(frozen=True)
+class ProgramResult:
+    """What came out of one program.
+
+    Attributes:
+        rounds: behind each figure.
+        arms: by name.
+        out: arms that it has not, and why.
+        floor: ``None``: its FLOPs are not known.
+        settings: of flatout's plan.
+        tuning_s: seconds that the tune took.
+        best_peer: the fastest right one on every other round; ``None``: there is none.
+        over_peer: its step time over flatout's, on the other rounds.
+    """
+
+    rounds: int
+    arms: Mapping[str, ArmResult]
+    out: Mapping[str, str]
+    floor: Floor | None
+    settings: Mapping[str, str]
+    tuning_s: float | None
+    best_peer: str | None
+    over_peer: Ratio | None
+
+
+def judged(name: str, results: Results) -> ProgramResult | None:
+    """The result of a program, ``None`` as long as it has fewer than two rounds."""
+    rounds = results.of(name, "round")
+    if len(rounds) < 2:
+        return None
+    firsts = {line["arm"]: line for line in results.of(name, "first")}
+    out = {line["arm"]: line["why"] for line in results.of(name, "not applicable")}
+    out |= {arm: f"fails: {line['failure']}" for arm, line in firsts.items() if line["failure"]}
+    common = set.intersection(*(set(line["arms"]) for line in rounds))
+    found = {arm: _arm(arm, rounds, firsts, CASES[name]) for arm in sorted(common)}
+    tunes = results.of(name, "tune")
+    settings = tunes[-1]["settings"] if tunes else {}
+    best, over = None, None
+    if "flatout" in found:
+        best, over = _against_peers(rounds, found, CASES[name], "precision" in settings)
+    return ProgramResult(
+        rounds=len(rounds),
+        arms=found,
+        out=out,
+        floor=_floor(results.of(name, "floor")),
+        settings=settings,
+        tuning_s=tunes[-1]["seconds"] if tunes else None,
+        best_peer=best,
+        over_peer=over,
+    )
+
+
+def _arm(
+    arm: str, rounds: Sequence[Mapping[str, Any]], firsts: Mapping[str, Any], case: Case
+) -> ArmResult:
+    bare = [line["arms"]["bare"] for line in rounds]
+    own = [line["arms"][arm] for line in rounds]
+    return ArmResult(
+        step_ms=1e3 * statistics.median(one["step_s"] for one in own),
+        ratio=_ratio(bare, own),
+        job_ratio=math.exp(
+            statistics.mean(
+                math.log(b["ran_s"] / o["ran_s"]) for b, o in zip(bare, own, strict=True)
+            )
+        ),
+        first_s=firsts[arm]["ran_s"] if arm in firsts else None,
+        peak_bytes=max(one["peak_bytes"] for one in own),
+        wrong=wrong([b["last"] for b in bare], [o["last"] for o in own], case.kind == "training"),
+    )
+
+
+def _ratio(bare: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Ratio:
+    logs = [math.log(b["step_s"] / o["step_s"]) for b, o in zip(bare, own, strict=True)]
+    if len(logs) > 1:
+        return claimed(logs)
+    return Ratio(math.exp(logs[0]), 0.0, math.inf, 1)
+
+
+def wrong(
+    bare: Sequence[Sequence[float]], own: Sequence[Sequence[float]], trains: bool
+) -> str | None:
+    """Why the figures that an arm prints are not those of bare, ``None``: they are.
+
+    Outputs must agree to ``RIGHT_MARGIN`` of the largest. A loss is wrong when it is worse by more
+    than bare's spread between seeds, and certainly worse: by twice the standard error of the mean.
+
+    Args:
+        bare: for each round, what the program printed at the end, figure by figure.
+        own: the same of the arm, with the same seeds.
+        trains: the figures are losses.
+    """
+    if any(not math.isfinite(figure) for line in own for figure in line):
+        return "not finite"
+    largest = max(abs(figure) for line in bare for figure in line)
+    for base, figures in zip(zip(*bare, strict=True), zip(*own, strict=True), strict=True):
+        differences = [f - b for f, b in zip(figures, base, strict=True)]
+        if not trains:
+            if max(map(abs, differences)) > RIGHT_MARGIN * largest:
+                return f"prints {figures[-1]:.4g} instead of {base[-1]:.4g}"
+            continue
+        mean = statistics.mean(differences)
+        margin = RIGHT_MARGIN * abs(statistics.mean(base))
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        if mean - 2 * error > 0 and mean > max(margin, statistics.stdev(base)):
+            return f"loss {statistics.mean(figures):.4g} instead of {statistics.mean(base):.4g}"
+    return None
+
+
+def _against_peers(
+    rounds: Sequence[Mapping[str, Any]],
+    found: Mapping[str, ArmResult],
+    case: Case,
+    is_reduced: bool,
+) -> tuple[str | None, Ratio | None]:
+    """The best peer, chosen on the even rounds, and how flatout does against it on the odd ones."""
+    peers = [
+        arm
+        for arm, result in found.items()
+        if arm not in ("bare", "flatout")
+        and result.wrong is None
+        and (case.kind == "training" or is_reduced or not arms.ARMS[arm].is_reduced)
+    ]
+    if not peers:
+        return None, None
+
+    def total(arm: str) -> float:
+        return sum(math.log(line["arms"][arm]["step_s"]) for line in rounds[::2])
+
+    best = min(peers, key=total)
+    scored = [line["arms"] for line in rounds[1::2]]
+    return best, _ratio([line[best] for line in scored], [line["flatout"] for line in scored])
+
+
+def _floor(lines: Sequence[Mapping[str, Any]]) -> Floor | None:
+    if not lines:
+        return None
+    machine, flops = lines[-1]["machine"], lines[-1]["diagnosis"]["flops_per_step"]
+    rate = machine["matmul_flops_per_s"].get("bfloat16")
+    if not flops or not rate or not machine["memory_bytes_per_s"]:
+        return None
+    moved = sum(OPTIMIZER_BYTES[o["class"]] * o["elements"] for o in lines[-1]["optimizers"])
+    return Floor(1e3 * flops / rate, 1e3 * moved / machine["memory_bytes_per_s"])
+
+
+# The targets
+
+
+def missed(found: Mapping[str, ProgramResult]) -> list[str]:
+    """The targets that are missed, and the programs that lack their measurement."""
+    says = [f"{name}: not measured" for name in CASES if name not in found]
+    with_flatout = {name: r for name, r in found.items() if "flatout" in r.arms}
+    for kind, over_bare, over_peer in (
+        ("training", LEAST_OVER_BARE, LEAST_OVER_PEER),
+        ("inference", INFERENCE_OVER_BARE, INFERENCE_OVER_PEER),
+    ):
+        for name, result in with_flatout.items():
+            if CASES[name].kind != kind:
+                continue
+            own = result.arms["flatout"]
+            if own.wrong is not None:
+                says.append(f"{name}: flatout is wrong: {own.wrong}")
+            if own.ratio.value < over_bare:
+                says.append(f"{name}: {own.ratio.value:.2f}x over bare, asked: {over_bare}x")
+            if result.over_peer is not None and result.over_peer.value < over_peer:
+                says.append(
+                    f"{name}: {result.over_peer.value:.2f}x over {result.best_peer}, "
+                    f"asked: {over_peer}x"
+                )
+            if CASES[name].is_compute_bound and result.floor is not None:
+                share = result.floor.compute_ms / own.step_ms
+                if share < SHARE_OF_CEILING:
+                    says.append(
+                        f"{name}: {share:.0%} of the bf16 ceiling, asked: {SHARE_OF_CEILING:.0%}"
+                    )
+    training = [r for name, r in with_flatout.items() if CASES[name].kind == "training"]
+    for what, mean, asked in (
+        ("bare", geometric_mean(r.arms["flatout"].ratio.value for r in training), 3.0),
+        ("the best peers", geometric_mean(r.over_peer.value for r in training if r.over_peer), 1.3),
+    ):
+        if mean is not None and mean < asked:
+            says.append(f"training over {what}: geometric mean {mean:.2f}x, asked: {asked}x")
+    return says
+
+
+def geometric_mean(values: Iterator[float]) -> float | None:
+    logs = [math.log(value) for value in values]
+    return math.exp(statistics.mean(logs)) if logs else None
+
+
+# Markdown
+
+
+def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
+    """The tables: all programs, then each with its arms."""
+    lines = [
+        "| program | flatout over bare | best right peer | flatout over it | share of the floor "
+        "| tune | plan |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, result in found.items():
+        own = result.arms.get("flatout")
+        if own is None:
+            continue
+        floor = f"{result.floor.ms / own.step_ms:.0%}" if result.floor else "not known"
+        plan = " ".join(f"{knob}={setting}" for knob, setting in result.settings.items())
+        held_out = " (held out)" if CASES[name].is_held_out else ""
+        lines.append(
+            f"| {name}{held_out} | {_in_table(own.ratio)} | {result.best_peer or 'none'} "
+            f"| {_in_table(result.over_peer) if result.over_peer else ''} | {floor} "
+            f"| {result.tuning_s or 0:.0f} s | {plan or 'none'} |"
+        )
+    training = [r for n, r in found.items() if CASES[n].kind == "training" and "flatout" in r.arms]
+    over_bare = geometric_mean(r.arms["flatout"].ratio.value for r in training)
+    over_peer = geometric_mean(r.over_peer.value for r in training if r.over_peer)
+    if over_bare is not None and over_peer is not None:
+        lines += [
+            "",
+            f"Geometric means over {len(training)} training programs: **{over_bare:.2f}x** over "
+            f"bare, **{over_peer:.2f}x** over the best right peer of each.",
+        ]
+    for name, result in found.items():
+        lines += ["", *_program(name, result)]
+    return lines
+
+
+def _program(name: str, result: ProgramResult) -> list[str]:
+    floor = "not known"
+    if result.floor is not None:
+        floor = (
+            f"{result.floor.ms:.3g} ms ({result.floor.compute_ms:.3g} ms of bf16 arithmetic, "
+            f"{result.floor.optimizer_ms:.3g} ms of the optimizer's memory)"
+        )
+    lines = [
+        f"### {name}",
+        "",
+        f"{result.rounds} rounds; floor of a step: {floor}.",
+        "",
+        "| arm | ms a step | over bare | share of the floor | whole job | first run | peak "
+        "| results |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, own in sorted(result.arms.items(), key=lambda item: -item[1].ratio.value):
+        share = f"{result.floor.ms / own.step_ms:.0%}" if result.floor else ""
+        first = f"{own.first_s:.0f} s" if own.first_s is not None else ""
+        right = "right" if own.wrong is None else f"**broken**: {own.wrong}"
+        lines.append(
+            f"| {arm} | {own.step_ms:.4g} | {_in_table(own.ratio)} | {share} "
+            f"| {own.job_ratio:.2f}x | {first} | {own.peak_bytes / 2**20:.0f} MiB | {right} |"
+        )
+    without = [f"{arm}: {why}" for arm, why in result.out.items()]
+    return lines + (["", f"Without: {'; '.join(without)}."] if without else [])
+
+
+def _in_table(ratio: Ratio) -> str:
+    if ratio.pairs < 2:
+        return f"{ratio.value:.2f}x"
+    return f"{ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
