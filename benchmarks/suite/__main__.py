@@ -64,7 +64,7 @@ def main() -> int:
                 print(f"{name}: {error}\n{error.stderr or ''}", file=sys.stderr)
     judged = {name: table.judged(name, results) for name in CASES}
     found = {name: result for name, result in judged.items() if result is not None}
-    lines = table.markdown(found)
+    lines = [*table.conditions(results), *table.markdown(found)]
     lines += ["", *(f"Left out: {peer}: {why}." for peer, why in arms.LEFT_OUT.items())]
     missed = table.missed(found)
     lines += ["", *(f"- MISSED {what}" for what in missed)]

@@ -25,6 +25,9 @@ FIRST_RUN_SECONDS = 600.0
 
 FLOOR_STEPS = 30
 
+PEERS = ("accelerate", "lightning", "onnxruntime", "openvino", "transformers")
+"""Packages whose versions belong to the results."""
+
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|-?inf")
 
 
@@ -151,7 +154,16 @@ def _work(command: Sequence[str], folder: Path) -> dict[str, Any]:
         },
         "optimizers": list(optimizers),
         "machine": json.loads(ceilings.read_text()),
+        "peers": _peers(command[0]),
     }
+
+
+def _peers(python: str) -> list[str]:
+    """The versions of the peers' packages, as pip writes them."""
+    listed = subprocess.run(
+        [python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True
+    )
+    return [line for line in listed.stdout.splitlines() if line.partition("==")[0] in PEERS]
 
 
 def _tuned(command: Sequence[str], settings: Settings, folder: Path) -> dict[str, Any]:

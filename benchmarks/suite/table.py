@@ -258,9 +258,34 @@ def geometric_mean(values: Iterator[float]) -> float | None:
 # Markdown
 
 
+def conditions(results: Results) -> list[str]:
+    """The machine, and the versions of what was measured, as the results have them."""
+    floors = [line for line in results.lines if line["kind"] == "floor"]
+    if not floors:
+        return []
+    machine = floors[-1]["machine"]
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {dtype}"
+        for dtype, rate in machine["matmul_flops_per_s"].items()
+        if rate is not None and dtype in ("float32", "bfloat16")
+    )
+    peers = ", ".join(sorted({p for line in floors for p in line["peers"]}))
+    return [
+        f"{machine['cpu']}, {machine['usable_cores']:g} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; matrix products at {rates}, copies at "
+        f"{machine['memory_bytes_per_s'] / 1e9:.0f} GB/s, both measured. torch "
+        f"{machine['torch']}; {peers}.",
+        "",
+    ]
+
+
 def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
     """The tables: all programs, then each with its arms."""
     lines = [
+        "Ratios of step times with 95 % intervals. The best right peer is the fastest whose results "
+        "are bare's, chosen on every other round and compared on the others; the floor is the bare "
+        "step's FLOPs at the bf16 rate and the optimizer's memory at the rate of copies.",
+        "",
         "| program | flatout over bare | best right peer | flatout over it | share of the floor "
         "| tune | plan |",
         "| --- | --- | --- | --- | --- | --- | --- |",
