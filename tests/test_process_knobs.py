@@ -1,4 +1,4 @@
-"""Knobs of the process: allocator, threads, garbage collection, denormals, float32 products."""
+"""Knobs of the process: MKL, allocator, threads, garbage collection, denormals, precision."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from flatout import knobs
+from flatout import knobs, machine
 from flatout.agent.session import Session
-from flatout.knobs import allocator, threads
+from flatout.knobs import Facts, allocator, mkl, threads
 from flatout.record import RunRecord, read_run
 from flatout.request import Comparison, Request
 
@@ -48,6 +48,76 @@ def run(tmp_path: Path, program: str, *settings: str, **environment: str) -> tup
 def events(record: RunRecord) -> list[tuple[str, str]]:
     assert record.main is not None
     return [(event.what, event.subject) for event in record.main.events]
+
+
+# mkl
+
+PRODUCTS = """
+import json, torch
+torch.manual_seed(0)
+worst = 0.0
+for a, b in (((300, 200), (200, 100)), ((4, 30, 50), (4, 50, 7)), ((1, 64), (64, 1000))):
+    one, other = torch.randn(a), torch.randn(b)
+    product = one.double() @ other.double()
+    worst = max(worst, (one @ other - product).abs().max().item() / product.abs().max().item())
+net = torch.nn.Linear(8, 8)
+for _ in range(3): net(torch.randn(4, 8)).sum().backward()
+print(json.dumps(worst))
+"""
+
+KNOWN = Facts("cpu", operators={"aten::addmm": 0.5, "aten::relu": 0.1})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_products_are_right_when_mkl_is_told_to_take_all_instructions(tmp_path: Path) -> None:
+    if not machine.has_cpu_flags(mkl.FLAGS):
+        pytest.skip("this processor has no AVX-512")
+    worst, record = run(tmp_path, PRODUCTS, "mkl=avx512")
+    assert worst < 1e-6
+    assert events(record) == [("applied", "mkl")]
+
+
+def test_mkl_is_left_alone_where_the_program_was_not_started_for_it(session: Session) -> None:
+    with pytest.raises(knobs.RefusedError, match="not started with the library"):
+        knobs.get("mkl").apply(session, "avx512")
+
+
+def test_what_is_preloaded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
+    preloaded = mkl.variables("avx512", {"LD_PRELOAD": "libmine.so"})["LD_PRELOAD"]
+    mine, ours = preloaded.split(":")
+    assert mine == "libmine.so"
+    assert Path(ours).exists()
+    monkeypatch.setattr(mkl.kernels, "find_compiler", lambda: None)
+    assert mkl.variables("avx512", {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "facts", "why"),
+    [
+        ("AuthenticAMD", mkl.FLAGS, KNOWN, None),
+        ("GenuineIntel", mkl.FLAGS, KNOWN, "MKL uses all of this processor"),
+        (None, mkl.FLAGS, KNOWN, "not known whose"),
+        ("AuthenticAMD", {"avx2"}, KNOWN, "no AVX-512"),
+        ("AuthenticAMD", mkl.FLAGS, Facts("cpu", operators={"aten::relu": 1.0}), "no matrix"),
+    ],
+)
+def test_mkl_is_offered_where_it_leaves_units_idle(
+    vendor: str | None,
+    flags: set[str],
+    facts: Facts,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(machine, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(machine, "has_cpu_flags", lambda wanted: wanted <= flags)
+    offer = knobs.get("mkl").offer(facts)
+    assert offer.settings == (("avx512",) if why is None else ())
+    if why is None:
+        assert offer.share == pytest.approx(0.3)
+    else:
+        assert why in (offer.refusal or "")
 
 
 # allocator

@@ -282,9 +282,9 @@ def conditions(results: Results) -> list[str]:
 def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
     """The tables: all programs, then each with its arms."""
     lines = [
-        "Ratios of step times with 95 % intervals. The best right peer is the fastest whose results "
-        "are bare's, chosen on every other round and compared on the others; the floor is the bare "
-        "step's FLOPs at the bf16 rate and the optimizer's memory at the rate of copies.",
+        "Ratios of step times with 95 % intervals. The best right peer is the fastest whose "
+        "results are bare's, chosen on every other round and compared on the others; the floor is "
+        "the bare step's FLOPs at the bf16 rate and the optimizer's memory at the rate of copies.",
         "",
         "| program | flatout over bare | best right peer | flatout over it | share of the floor "
         "| tune | plan |",

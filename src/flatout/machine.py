@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,25 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_vendor() -> str | None:
+    """The processor's vendor as it names itself (``GenuineIntel``); ``None``: it does not."""
+    return next(iter(_cpu_words("vendor_id")), None)
+
+
 def cpu_flags() -> list[str]:
     """Those of the processor's instruction sets that matter for speed here."""
+    return [flag for flag in _FLAGS if has_cpu_flags({flag})]
+
+
+def has_cpu_flags(flags: Collection[str]) -> bool:
+    """Whether the processor has all of them."""
+    return set(flags) <= set(_cpu_words("flags", "Features"))
+
+
+def _cpu_words(*names: str) -> list[str]:
     for line in _lines("/proc/cpuinfo"):
-        if line.startswith(("flags", "Features")):
-            present = set(line.partition(":")[2].split())
-            return [flag for flag in _FLAGS if flag in present]
+        if line.startswith(names):
+            return line.partition(":")[2].split()
     return []
 
 

@@ -54,7 +54,8 @@ USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
 """Horizon of the proof unless the user asks for another: the first, or, of fast steps, as many as
 take the second, up to the third."""
 
-MAXIMUM_PAIRS = 24
+USUAL_PAIRS, MAXIMUM_PAIRS = 8, 24
+"""Behind a claim: time for the first is kept free, more than the second are never made."""
 
 SHORT_STEPS, SHORT_S = 25, 1.0
 """Of a run that only ranks, at least as many and as long, if the proof is not shorter."""
@@ -77,9 +78,6 @@ FIRST_RUN_SHARE = 1 / 36
 
 COMPARISON_SHARE = 0.15
 """Share of the budget for the comparisons inside one process."""
-
-COLD_SHARE = 0.15
-"""Share of the budget for the knobs that need a process of their own."""
 
 PROFILE_STEPS = 5
 """Steps of the first run, after those that are timed, that show which operators there are."""
@@ -256,9 +254,10 @@ class Tuner:
     def _tune(self) -> None:
         first = self._first_run()
         found = self._candidates(first)
-        settings = self._cold(self._stack(self._screen(found)), found)
+        cold = [candidate for candidate in found if not candidate.is_hot]
+        settings = self._cold(self._stack(self._screen(found)), cold)
         if settings:
-            self._settle(settings)
+            self._settle(settings, cold)
         else:
             self._outcome.why = "no setting is faster than the bare program, beyond noise"
 
@@ -534,9 +533,14 @@ class Tuner:
         shortest = max(SHORT_STEPS, round(SHORT_S / self._pace.step_s))
         return max(min(self._steps, shortest), MINIMUM_STEPS)
 
-    def _cold(self, stack: dict[str, str], found: Sequence[Candidate]) -> dict[str, str]:
+    def _left_for_cold_s(self) -> float:
+        """Seconds of the budget beyond those that proof and claim need."""
+        claim_s = 2 * USUAL_PAIRS * self._pace.seconds(self._steps)
+        gradients_s = 2 * GRADIENT_SEEDS * self._pace.seconds(GRADIENT_STEPS + 1)
+        return self._options.budget_seconds - self._trials.spent_s - claim_s - gradients_s
+
+    def _cold(self, stack: dict[str, str], cold: Sequence[Candidate]) -> dict[str, str]:
         """The stack with those cold settings that make it faster."""
-        cold = [candidate for candidate in found if not candidate.is_hot]
         settings = dict(stack)
         for candidate in cold:
             if candidate.knob in settings:
@@ -546,10 +550,12 @@ class Tuner:
             needed_s = 2 * COLD_PAIRS * self._pace.seconds(steps)
             if knobs.get(candidate.knob).slow_start:
                 needed_s += SLOW_START_S
-            if needed_s > 2 * COLD_SHARE * self._options.budget_seconds:
+            missing_s = needed_s - self._left_for_cold_s()
+            if missing_s > 0:
+                wanted_s = self._options.budget_seconds + missing_s
                 arm.why = (
                     f"trying it takes about {needed_s:.0f} s, which wants a --budget of "
-                    f"{math.ceil(needed_s / COLD_SHARE / 120)}m"
+                    f"{math.ceil(wanted_s / 60)}m"
                 )
                 arm.stage = "fresh processes"
                 self._say(f"{candidate} is not tried: {arm.why}")
@@ -583,8 +589,14 @@ class Tuner:
             self._changed()
         return settings
 
-    def _settle(self, settings: dict[str, str]) -> None:
-        """Find the settings among the winners that are proven and faster; fill in the outcome."""
+    def _settle(self, settings: dict[str, str], cold: Sequence[Candidate]) -> None:
+        """Find the settings among the winners that are proven and faster; fill in the outcome.
+
+        Args:
+            settings: the winners.
+            cold: settings that may have been of no use beside lower precision; without it they
+                are tried again.
+        """
         outcome = self._outcome
         for _ in range(MAXIMUM_PROOFS):
             if not settings:
@@ -606,7 +618,11 @@ class Tuner:
             if made.interrupted:
                 outcome.interrupted = True
                 return
+            had_precision = "precision" in settings
             settings = self._without_culprit(settings, refusal, passes)
+            if had_precision and "precision" not in settings:
+                useless = [c for c in cold if self._arm(c.settings).state == "no gain"]
+                settings = self._cold(settings, useless)
         else:
             return
         outcome.interrupted = made.interrupted
