@@ -1,0 +1,93 @@
+/* Cross entropy of rows of logits with a class each, and its gradient, without a matrix of
+   probabilities between them: a row is read while it is in the cache, and its gradient written at
+   once.
+
+   With label smoothing e (C. Szegedy et al.: Rethinking the inception architecture. CVPR 2016,
+   https://arxiv.org/abs/1512.00567) the loss of a row x with target t is
+
+       log(sum(exp(x))) - (1 - e) x[t] - e mean(x)
+
+   and its gradient softmax(x) - (1 - e) [c = t] - e / classes. */
+
+#include "elementary.h"
+#include "half.h"
+
+enum { SPAN = 512 };
+
+typedef struct {
+    int64_t rows, classes;
+    const void *logits;      /* rows x classes */
+    const int64_t *targets;
+    int64_t ignored;         /* a target whose row has no loss and no gradient */
+    float smoothing, scale;  /* of the gradient */
+    int32_t is_bf16;         /* logits and gradient are bfloat16, else float32 */
+    int32_t threads;
+} CrossEntropy;
+
+static inline int64_t width_at(const CrossEntropy *c, int64_t column) {
+    return c->classes - column < SPAN ? c->classes - column : SPAN;
+}
+
+static float row_loss(const CrossEntropy *c, int64_t row, int64_t target, float *log_sum) {
+    float span[SPAN], most = -INFINITY;
+    double sum = 0.0, total = 0.0;
+    for (int64_t column = 0; column < c->classes; column += SPAN) {
+        int64_t width = width_at(c, column);
+        load_span(span, c->logits, row * c->classes + column, width, c->is_bf16);
+        float part = 0.0f;
+        _Pragma("omp simd reduction(max:most) reduction(+:part)")
+        for (int64_t i = 0; i < width; i++) {
+            most = span[i] > most ? span[i] : most;
+            part += span[i];
+        }
+        total += part;
+    }
+    for (int64_t column = 0; column < c->classes; column += SPAN) {
+        int64_t width = width_at(c, column);
+        load_span(span, c->logits, row * c->classes + column, width, c->is_bf16);
+        float part = 0.0f;
+        _Pragma("omp simd reduction(+:part)")
+        for (int64_t i = 0; i < width; i++) part += exponential(span[i] - most);
+        sum += part;
+    }
+    load_span(span, c->logits, row * c->classes + target, 1, c->is_bf16);
+    *log_sum = most + (float)log(sum);
+    float smooth = c->smoothing > 0.0f ? c->smoothing * (float)(total / (double)c->classes) : 0.0f;
+    return *log_sum - (1.0f - c->smoothing) * span[0] - smooth;
+}
+
+static void row_gradient(const CrossEntropy *c, int64_t row, int64_t target, float log_sum,
+                         void *gradient) {
+    float span[SPAN], everywhere = c->smoothing / (float)c->classes;
+    for (int64_t column = 0; column < c->classes; column += SPAN) {
+        int64_t width = width_at(c, column), at = row * c->classes + column;
+        load_span(span, c->logits, at, width, c->is_bf16);
+        for (int64_t i = 0; i < width; i++)
+            span[i] = c->scale * (exponential(span[i] - log_sum) - everywhere);
+        if (target >= column && target < column + width)
+            span[target - column] -= c->scale * (1.0f - c->smoothing);
+        store_span(gradient, at, span, width, c->is_bf16);
+    }
+}
+
+/* The loss of each row, and, unless `gradient` is null, `scale` times its derivatives. Returns how
+   many targets are neither a class nor ignored; then nothing else is of use. */
+int64_t cross_entropy(const CrossEntropy *asked, float *losses, void *gradient) {
+    const CrossEntropy c = *asked;
+    int64_t wrong = 0;
+    _Pragma("omp parallel for schedule(static, 8) num_threads(c.threads) if (c.threads > 1) reduction(+:wrong)")
+    for (int64_t row = 0; row < c.rows; row++) {
+        int64_t target = c.targets[row];
+        if (target != c.ignored && (target < 0 || target >= c.classes)) {
+            wrong++;
+        } else if (target == c.ignored) {
+            losses[row] = 0.0f;
+            if (gradient) clear_span(gradient, row * c.classes, c.classes, c.is_bf16);
+        } else {
+            float log_sum;
+            losses[row] = row_loss(&c, row, target, &log_sum);
+            if (gradient) row_gradient(&c, row, target, log_sum, gradient);
+        }
+    }
+    return wrong;
+}
