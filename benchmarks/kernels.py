@@ -25,8 +25,9 @@ from scipy import stats
 from torch.nn import functional as F
 
 from flatout import kernels
-from flatout.knobs import Undo, random
+from flatout.knobs import Undo
 from flatout.knobs.attention import cpu
+from flatout.knobs.random import cpu as random
 from flatout.optim import functional
 
 BLOCK_S = 0.05

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from flatout import kernels
-from flatout.knobs.random import Bernoulli
+from flatout.knobs.random.cpu import Bernoulli
 
 # building
 
@@ -80,12 +80,12 @@ def test_there_is_one_pool_of_threads() -> None:
     program = (
         "import torch\n"
         "from flatout import kernels\n"
-        "from flatout.knobs.random import Bernoulli\n"
+        "from flatout.knobs.random.cpu import Bernoulli\n"
         "def pools(): return {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l}\n"
         "torch.ones(10**6).add_(1); before = pools()\n"
         "threads = lambda: len(__import__('os').listdir('/proc/self/task'))\n"
         "count = threads()\n"
-        "Bernoulli(kernels.load('bernoulli')).fill(torch.empty(10**6), 0.5, 1)\n"
+        "Bernoulli(kernels.load('bernoulli'), print).fill(torch.empty(10**6), 0.5, 1)\n"
         "assert pools() == before, pools() - before\n"
         "assert threads() == count\n"
     )
@@ -135,7 +135,7 @@ def test_the_words_are_those_of_the_paper(library: ctypes.CDLL) -> None:
 
 @pytest.fixture(scope="module")
 def bernoulli(library: ctypes.CDLL) -> Bernoulli:
-    return Bernoulli(library)
+    return Bernoulli(library, print)
 
 
 DTYPES = (

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from flatout import knobs
 from flatout.agent.session import Session
+from flatout.knobs.random import cpu
 from flatout.request import Request
 
 
@@ -83,6 +84,95 @@ def test_dropout_scales_and_passes_gradients(fast: None) -> None:
         torch.testing.assert_close(gradient, y.detach(), rtol=0.01, atol=0)
 
 
+LARGE = (4, 16, 40, 40)
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "bfloat16": lambda x: x.bfloat16(),
+    "transposed": lambda x: x.transpose(0, 2),
+    "a size that fills no block": lambda x: x.flatten()[:-7],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_dropout_is_one_operation_and_has_its_gradient(fast: None, layout: str) -> None:
+    torch.manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(LARGE)).requires_grad_()
+    y = nn.functional.dropout(x, 0.25)
+    assert "Dropout" in str(y.grad_fn)
+    assert y.stride() == x.stride()
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.005)
+    right = x.detach().double() * kept / 0.75
+    torch.testing.assert_close(y.detach().double(), right, rtol=2**-8, atol=0)
+    outer = torch.randn(x.shape).to(x.dtype)
+    (gradient,) = torch.autograd.grad(y, x, outer)
+    right = outer.double() * kept / 0.75
+    torch.testing.assert_close(gradient.double(), right, rtol=2**-8, atol=0)
+
+
+def test_large_dropout_is_the_same_for_any_number_of_threads(fast: None) -> None:
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        torch.manual_seed(7)
+        found.append(nn.functional.dropout(torch.ones(LARGE), 0.5))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_bits_of_neighbours_and_of_calls_are_independent(fast: None) -> None:
+    torch.manual_seed(0)
+    drawn = [nn.functional.dropout(torch.ones(400_000), 0.3) != 0 for _ in range(3)]
+    one, other = drawn[0].double(), drawn[1].double()
+    for shifted in (1, 2, 15, 16, 32, 64, 127, 128, 129):
+        together = torch.corrcoef(torch.stack([one[shifted:], one[:-shifted]]))[0, 1]
+        assert abs(together.item()) < 5 / 400_000**0.5
+    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1].item()) < 5 / 400_000**0.5
+    for mask in drawn:
+        assert mask.double().mean().item() == pytest.approx(0.7, abs=5 * (0.21 / 400_000) ** 0.5)
+
+
+def test_gradients_of_the_gradients_of_dropout(fast: None) -> None:
+    x = torch.randn(LARGE, requires_grad=True)
+    y = nn.functional.dropout(x, 0.5)
+    kept = (y != 0).float()
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(gradient, 8 * x * kept)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    torch.testing.assert_close(second, 8 * kept)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_when_it_fails_in_the_backward_pass_the_gradient_is_right(
+    session: Session, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    undo = knobs.get("random").apply(session, "fast")
+    x = LAYOUTS[layout](torch.randn(LARGE)).requires_grad_()
+    y = nn.functional.dropout(x, 0.5)
+    monkeypatch.setattr(cpu.Bernoulli, "drop", None)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    undo()
+    torch.testing.assert_close(gradient, 2.0 * (y != 0).to(x.dtype))
+    assert "not callable" in session.failed_knobs["random"]
+
+
+def test_dropped_numbers_that_are_not_finite_stay_visible_as_in_torch(fast: None) -> None:
+    y = nn.functional.dropout(torch.full(LARGE, torch.inf), 0.5)
+    assert (y.isnan() | y.isinf()).all()
+    assert y.isnan().any()
+
+
+def test_dropout_that_is_off_is_torchs_own(fast: None) -> None:
+    x = torch.randn(LARGE)
+    before = torch.get_rng_state()
+    assert nn.functional.dropout(x, 0.0) is not None
+    assert torch.equal(nn.functional.dropout(x, 0.5, training=False), x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not nn.functional.dropout(x, 1.0).any()
+
+
 def test_what_it_does_not_take_is_torchs_own(session: Session) -> None:
     def drawn() -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -104,7 +194,7 @@ def test_what_it_does_not_take_is_torchs_own(session: Session) -> None:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.3), nn.Linear(64, 1))
+        self.layers = nn.Sequential(nn.Linear(4, 20_000), nn.Dropout(0.3), nn.Linear(20_000, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.layers(x)

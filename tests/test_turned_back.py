@@ -33,8 +33,8 @@ for number in range(40):
 
 BREAKAGES = {
     "random=paired": """
-        from flatout.knobs import random
-        random.Bernoulli.fill = None""",
+        from flatout.knobs.random import cpu
+        cpu.Bernoulli.fill = cpu.Bernoulli.drop = None""",
     "optimizer=onepass": """
         from flatout.optim import functional
         functional._are_plain = None""",

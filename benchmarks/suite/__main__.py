@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.outside import Results
-from benchmarks.suite import arms, table
+from benchmarks.suite import arms, page, table
 from benchmarks.suite.cases import CASES, ROOT
 from benchmarks.suite.measure import Settings, shard
 
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds, short tunes")
     parser.add_argument("--summary", action="store_true", help="only print what is measured so far")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables in there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="and here as a page, with plots")
     parser.add_argument(
         "--python",
         type=Path,
@@ -69,6 +70,8 @@ def main() -> int:
     missed = table.missed(found)
     lines += ["", *(f"- MISSED {what}" for what in missed)]
     print("\n".join(lines))
+    if arguments.page is not None:
+        arguments.page.write_text(page.html(found, table.conditions(results)), "utf-8")
     if arguments.markdown is not None:
         arguments.markdown.write_text("\n".join(lines) + "\n", "utf-8")
     return 1 if missed else 0

@@ -3,6 +3,7 @@
    Element i of a call is a function of the key and of i alone, so the result does not depend on
    the number of threads. */
 
+#include "half.h"
 #include "philox.h"
 
 /* The words of the first `blocks` blocks, for tests of the generator itself. */
@@ -38,3 +39,47 @@ BERNOULLI(8)
 BERNOULLI(16)
 BERNOULLI(32)
 BERNOULLI(64)
+
+enum { SPAN = 2 * BLOCK };
+
+/* Bit i of `bits` is set where number i of SPAN, half words of a block, lies below `limit`. */
+static inline void kept_bits(uint64_t key, uint64_t block, uint32_t limit, uint32_t *bits) {
+    uint16_t halves[SPAN];
+    uint32_t words[BLOCK];
+    philox(key, block, words);
+    memcpy(halves, words, sizeof halves);
+#if defined(__AVX512BW__)
+    for (int w = 0; w < SPAN / 32; w++)
+        bits[w] = _mm512_cmplt_epu16_mask(_mm512_loadu_si512(halves + 32 * w),
+                                          _mm512_set1_epi16((short)limit));
+#else
+    for (int w = 0; w < SPAN / 32; w++) {
+        bits[w] = 0;
+        for (int i = 0; i < 32; i++) bits[w] |= (uint32_t)(halves[32 * w + i] < limit) << i;
+    }
+#endif
+}
+
+/* `to[i] = from[i]` times `scale` or 0, by its bit; float32 or bfloat16. */
+static inline void scale_kept(const void *from, void *to, int64_t at, int64_t width,
+                              const uint32_t *bits, float scale, int is_bf16) {
+    float span[SPAN] = {0};
+    load_span(span, from, at, width, is_bf16);
+    for (int w = 0; w < SPAN / 32; w++)
+        for (int i = 0; i < 32; i++) span[32 * w + i] *= bits[w] >> i & 1u ? scale : 0.0f;
+    store_span(to, at, span, width, is_bf16);
+}
+
+/* Dropout that keeps each element with probability limit / 2^16, 0 < limit < 2^16. `bits` gets
+   what was kept, SPAN elements in four words. If `draw` is 0, they are taken as they are. */
+void dropout(const void *from, void *to, uint32_t *bits, int64_t count, uint32_t limit,
+             float scale, uint64_t key, int draw, int is_bf16, int threads) {
+    int64_t spans = (count + SPAN - 1) / SPAN;
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
+    for (int64_t index = 0; index < spans; index++) {
+        uint32_t *here = bits + index * (SPAN / 32);
+        int64_t left = count - index * SPAN, width = left < SPAN ? left : SPAN;
+        if (draw) kept_bits(key, (uint64_t)index, limit, here);
+        scale_kept(from, to, index * SPAN, width, here, scale, is_bf16);
+    }
+}
