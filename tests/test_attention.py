@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flatout import kernels, knobs
 from flatout.agent.session import Session
-from flatout.knobs.attention import cpu
+from flatout.knobs.attention import cpu, heads
+from flatout.knobs.attention import kernel as asked
 from flatout.request import Request
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
@@ -35,11 +36,12 @@ def fast(session: Session) -> Iterator[None]:
     assert not session.failed_knobs
 
 
-@pytest.fixture(params=["one block", "many blocks"])
+@pytest.fixture(params=["whole heads", "one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_is_fast", lambda: request.param == "whole heads")
     if request.param == "many blocks":
-        monkeypatch.setattr(cpu, "BLOCK_ROWS", 7)
-        monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 7 * 50 * 2)
+        monkeypatch.setattr(asked, "BLOCK_ROWS", 7)
+        monkeypatch.setattr(asked, "BLOCK_BYTES", 4 * 7 * 50 * 2)
 
 
 def inputs(
@@ -133,6 +135,27 @@ def test_in_bfloat16_about_as_close_to_float64_as_torch_is(blocks: None) -> None
     ours = errors(cpu.apply(*tensors, None, job, kernel(), raising))
     torchs = errors(F.scaled_dot_product_attention(*tensors, is_causal=True))
     assert all(a < 1.6 * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+@pytest.mark.parametrize("width", [1, 8, 16, 23, 64, 100])
+def test_widths_and_strides_of_whole_heads(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """As a model's projection gives them: heads side by side in a row, one of them transposed."""
+    monkeypatch.setattr(heads, "_is_fast", lambda: True)
+    torch.manual_seed(2)
+    leaves = tuple(torch.randn(2, 21, 3 * width, requires_grad=True) for _ in range(2))
+    query, key = (x.view(2, 21, 3, width).transpose(1, 2) for x in leaves)
+    last = torch.randn(2, 3, width, 21, requires_grad=True)
+    job = cpu.Job(0.3, False, 40_000, 9, 3)
+    output = cpu.apply(query, key, last.mT, None, job, kernel(), raising)
+    outer = torch.randn(2, 21, 3, width).transpose(1, 2)
+    found = torch.autograd.grad(output, (*leaves, last), outer)
+    exact = tuple(x.detach().double().requires_grad_() for x in (*leaves, last))
+    one, other = (x.view(2, 21, 3, width).transpose(1, 2) for x in exact[:2])
+    probabilities = (one @ other.mT * 0.3).softmax(-1) * factors(job, 21, 21).double()
+    right = probabilities @ exact[2].mT
+    torch.testing.assert_close(output.double(), right, atol=1e-5, rtol=1e-5)
+    for a, b in zip(found, torch.autograd.grad(right, exact, outer.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
 def test_large_scores_overflow_nothing() -> None:
@@ -332,24 +355,29 @@ def test_backward_under_autocast_and_after_a_layout_of_its_own(fast: None) -> No
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("part", ["_outputs", "_gradients"])
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("when", ["forward", "backward"])
 def test_a_failure_is_reported_and_the_result_is_there(
-    session: Session, monkeypatch: pytest.MonkeyPatch, part: str
+    session: Session, monkeypatch: pytest.MonkeyPatch, when: str, is_whole: bool
 ) -> None:
-    def gradients() -> Tensors:
+    def gradients(breaks: str = "") -> Tensors:
         tensors = inputs()
         torch.manual_seed(3)
+        if breaks == "forward":
+            monkeypatch.setattr(*((heads, "_call") if is_whole else (cpu, "_outputs")), None)
         output = F.scaled_dot_product_attention(*tensors, dropout_p=0.5)
+        if breaks == "backward":
+            monkeypatch.setattr(*((heads, "_call") if is_whole else (cpu, "_gradients")), None)
         return torch.autograd.grad(output.square().sum(), tensors)
 
+    monkeypatch.setattr(heads, "_is_fast", lambda: is_whole)
     own = gradients()
     undo = knobs.get("attention").apply(session, "fast")
     ours = gradients()
-    monkeypatch.setattr(cpu, part, None)
-    found = gradients()
+    found = gradients(when)
     undo()
     assert "TypeError" in session.failed_knobs["attention"]
-    for one, other in zip(found, own if part == "_outputs" else ours, strict=True):
+    for one, other in zip(found, own if when == "forward" else ours, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 

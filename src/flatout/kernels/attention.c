@@ -1,5 +1,5 @@
 /* What lies between the matrix products of attention: mask, softmax and dropout of a block of
-   scores, forward and backward.
+   scores, forward and backward; and whole heads that fit into the cache, products and all.
 
    The backward pass computes the probabilities again from the scores and the logarithm of each
    row's sum, and the dropout mask again from the key, so neither is ever stored:
@@ -12,6 +12,13 @@
 #include "elementary.h"
 #include "half.h"
 #include "philox.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+static inline int thread_number(void) { return omp_get_thread_num(); }
+#else
+static inline int thread_number(void) { return 0; }
+#endif
 
 enum { SPAN = 2 * BLOCK, ALWAYS = 1 << 16 };
 
@@ -61,68 +68,80 @@ static inline void dropout_span(const Block *b, float *factors, int64_t head, in
     for (int i = 0; i < SPAN; i++) factors[i] = halves[i] < b->keep ? kept : 0.0f;
 }
 
+/* `count` scores of a row to dropped probabilities; returns the logarithm of their sum, infinity
+   where nothing is seen. */
+static inline float to_probabilities(const Block *b, float *s, int64_t head, int64_t row,
+                                     int64_t count) {
+    float most = -INFINITY, sum = 0.0f;
+    scale_row(b, s, head, row, count);
+    _Pragma("omp simd reduction(max:most)")
+    for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
+    if (most == -INFINITY) most = 0.0f;
+    _Pragma("omp simd reduction(+:sum)")
+    for (int64_t i = 0; i < count; i++) {
+        s[i] = exponential(s[i] - most);
+        sum += s[i];
+    }
+    float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (int64_t column = 0; column < count; column += SPAN) {
+        int64_t width = count - column < SPAN ? count - column : SPAN;
+        float factors[SPAN];
+        if (b->keep < ALWAYS) {
+            dropout_span(b, factors, head, row, column);
+            for (int64_t i = 0; i < width; i++) s[column + i] *= factors[i] * inverse;
+        } else {
+            for (int64_t i = 0; i < width; i++) s[column + i] *= inverse;
+        }
+    }
+    return sum == 0.0f ? INFINITY : most + logf(sum);
+}
+
+/* `count` scores of a row to dropped probabilities, and the gradients of these to those of the
+   scores, by what the forward pass has returned and the product of the output with its gradient. */
+static inline void to_gradients(const Block *b, float *s, float *gradients, int64_t head,
+                                int64_t row, int64_t count, float logarithm, float product) {
+    scale_row(b, s, head, row, count);
+    for (int64_t column = 0; column < count; column += SPAN) {
+        int64_t width = count - column < SPAN ? count - column : SPAN;
+        float factors[SPAN], *scores = s + column, *of = gradients + column;
+        if (b->keep < ALWAYS)
+            dropout_span(b, factors, head, row, column);
+        else
+            for (int i = 0; i < SPAN; i++) factors[i] = 1.0f;
+        for (int64_t i = 0; i < width; i++) {
+            float p = exponential(scores[i] - logarithm);
+            scores[i] = p * factors[i];
+            of[i] = p * (of[i] * factors[i] - product) * b->scale;
+        }
+    }
+}
+
 /* Scores to dropped probabilities; `scores` is overwritten. `sums` gets the logarithm of the sum
    of each row, infinity where nothing is seen. */
 void attention_forward(const Block *block, float *scores, void *dropped, float *sums) {
     const Block b = *block;
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
     for (int64_t index = 0; index < b.heads * b.rows; index++) {
-        int64_t head = index / b.rows, row = index % b.rows, at = index * b.columns;
-        int64_t count = seen(&b, row);
-        float *s = scores + at, most = -INFINITY, sum = 0.0f;
-        scale_row(&b, s, head, row, count);
-        _Pragma("omp simd reduction(max:most)")
-        for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
-        if (most == -INFINITY) most = 0.0f;
-        _Pragma("omp simd reduction(+:sum)")
-        for (int64_t i = 0; i < count; i++) {
-            s[i] = exponential(s[i] - most);
-            sum += s[i];
-        }
-        float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        sums[index] = sum == 0.0f ? INFINITY : most + logf(sum);
-        for (int64_t column = 0; column < count; column += SPAN) {
-            int64_t width = count - column < SPAN ? count - column : SPAN;
-            float factors[SPAN];
-            if (b.keep < ALWAYS) {
-                dropout_span(&b, factors, head, row, column);
-                for (int64_t i = 0; i < width; i++) s[column + i] *= factors[i] * inverse;
-            } else {
-                for (int64_t i = 0; i < width; i++) s[column + i] *= inverse;
-            }
-            store_span(dropped, at + column, s + column, width, b.is_bf16);
-        }
+        int64_t row = index % b.rows, at = index * b.columns, count = seen(&b, row);
+        sums[index] = to_probabilities(&b, scores + at, index / b.rows, row, count);
+        store_span(dropped, at, scores + at, count, b.is_bf16);
         clear_span(dropped, at + count, b.columns - count, b.is_bf16);
     }
 }
 
 /* Scores, the `sums` of the forward pass, the gradient of the dropped probabilities and `means`,
    for each row the product of the output and its gradient, to the dropped probabilities and the
-   gradient of the scores. `scores` is overwritten. */
+   gradient of the scores. `scores` and `gradients` are overwritten. */
 void attention_backward(const Block *block, float *scores, const float *sums, const float *means,
-                        const float *gradients, void *dropped, void *score_gradients) {
+                        float *gradients, void *dropped, void *score_gradients) {
     const Block b = *block;
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
     for (int64_t index = 0; index < b.heads * b.rows; index++) {
-        int64_t head = index / b.rows, row = index % b.rows, at = index * b.columns;
-        int64_t count = seen(&b, row);
-        float *s = scores + at, logarithm = sums[index], mean = means[index];
-        scale_row(&b, s, head, row, count);
-        for (int64_t column = 0; column < count; column += SPAN) {
-            int64_t width = count - column < SPAN ? count - column : SPAN;
-            float factors[SPAN], gradient[SPAN], kept[SPAN];
-            if (b.keep < ALWAYS)
-                dropout_span(&b, factors, head, row, column);
-            else
-                for (int i = 0; i < SPAN; i++) factors[i] = 1.0f;
-            for (int64_t i = 0; i < width; i++) {
-                float p = exponential(s[column + i] - logarithm);
-                kept[i] = p * factors[i];
-                gradient[i] = p * (gradients[at + column + i] * factors[i] - mean) * b.scale;
-            }
-            store_span(dropped, at + column, kept, width, b.is_bf16);
-            store_span(score_gradients, at + column, gradient, width, b.is_bf16);
-        }
+        int64_t row = index % b.rows, at = index * b.columns, count = seen(&b, row);
+        to_gradients(&b, scores + at, gradients + at, index / b.rows, row, count, sums[index],
+                     means[index]);
+        store_span(dropped, at, scores + at, count, b.is_bf16);
+        store_span(score_gradients, at, gradients + at, count, b.is_bf16);
         clear_span(dropped, at + count, b.columns - count, b.is_bf16);
         clear_span(score_gradients, at + count, b.columns - count, b.is_bf16);
     }
@@ -155,4 +174,221 @@ void dropout_factors(const Block *block, float *factors) {
             dropout_span(&b, span, index / b.rows, index % b.rows, column);
             memcpy(factors + index * b.columns + column, span, (size_t)width * sizeof *span);
         }
+}
+
+/* Whole heads. All is float32 in here, in rows of a multiple of TILE numbers, zeros at the end. */
+
+enum { TILE = 16, WIDE = 64, PART = 16 };
+
+/* Rows of a matrix for each head; what lies in a row is adjacent. */
+typedef struct {
+    void *at;
+    int64_t batch, head, row; /* its strides, in elements */
+    int64_t width;
+} Rows;
+
+typedef struct {
+    Block block;              /* all rows and columns of all heads */
+    Rows query, key, value, output, of_output, of_query, of_key, of_value;
+    float *sums;              /* heads x rows: the logarithm of the sum of each row of scores */
+    float *scratch;           /* threads x heads_scratch() */
+} Heads;
+
+typedef float Lane __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
+
+/* out = left right, for TALL rows and LANES_WIDE lanes of columns; the numbers of `left` are
+   `row_step` and `depth_step` apart, so that it may be a transpose. */
+#define TILE_OF(TALL, LANES_WIDE)                                                                \
+    static inline void tile_##TALL##_##LANES_WIDE(float *out, int64_t out_stride,                \
+                                                  const float *left, int64_t row_step,           \
+                                                  int64_t depth_step, const float *right,        \
+                                                  int64_t right_stride, int64_t depth) {         \
+        Lane sums[TALL][LANES_WIDE];                                                             \
+        for (int r = 0; r < TALL; r++)                                                           \
+            for (int c = 0; c < LANES_WIDE; c++) sums[r][c] = (Lane){0};                         \
+        for (int64_t k = 0; k < depth; k++) {                                                    \
+            const Lane *across = (const Lane *)(right + k * right_stride);                       \
+            for (int r = 0; r < TALL; r++) {                                                     \
+                float x = left[r * row_step + k * depth_step];                                   \
+                for (int c = 0; c < LANES_WIDE; c++) sums[r][c] += across[c] * x;                \
+            }                                                                                    \
+        }                                                                                        \
+        for (int r = 0; r < TALL; r++)                                                           \
+            for (int c = 0; c < LANES_WIDE; c++) ((Lane *)(out + r * out_stride))[c] = sums[r][c]; \
+    }
+
+TILE_OF(4, 4)
+TILE_OF(1, 4)
+TILE_OF(8, 1)
+TILE_OF(1, 1)
+
+/* out[rows x columns] = left[rows x depth] right[depth x columns], columns a multiple of TILE. */
+static void product(float *out, int64_t out_stride, const float *left, int64_t row_step,
+                    int64_t depth_step, const float *right, int64_t right_stride, int64_t rows,
+                    int64_t depth, int64_t columns) {
+    int64_t column = 0;
+    for (; column + WIDE <= columns; column += WIDE) {
+        int64_t row = 0;
+        for (; row + 4 <= rows; row += 4)
+            tile_4_4(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
+                     depth_step, right + column, right_stride, depth);
+        for (; row < rows; row++)
+            tile_1_4(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
+                     depth_step, right + column, right_stride, depth);
+    }
+    for (; column < columns; column += TILE) {
+        int64_t row = 0;
+        for (; row + 8 <= rows; row += 8)
+            tile_8_1(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
+                     depth_step, right + column, right_stride, depth);
+        for (; row < rows; row++)
+            tile_1_1(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
+                     depth_step, right + column, right_stride, depth);
+    }
+}
+
+static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
+
+static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
+    return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
+}
+
+static void load_rows(const Block *b, const Rows *r, int64_t head, int64_t rows, float *to) {
+    int64_t stride = padded(r->width), start = start_of(b, r, head);
+    for (int64_t row = 0; row < rows; row++) {
+        float *here = to + row * stride;
+        load_span(here, r->at, start + row * r->row, r->width, b->is_bf16);
+        for (int64_t i = r->width; i < stride; i++) here[i] = 0.0f;
+    }
+}
+
+static void store_rows(const Block *b, const Rows *r, int64_t head, int64_t rows,
+                       const float *from) {
+    int64_t start = start_of(b, r, head);
+    for (int64_t row = 0; row < rows; row++)
+        store_span(r->at, start + row * r->row, from + row * padded(r->width), r->width,
+                   b->is_bf16);
+}
+
+/* `to` = the transpose of `from`[rows x width], which is padded; its own rows are as well. */
+static void transpose(const float *from, int64_t rows, int64_t width, float *to) {
+    int64_t stride = padded(rows), from_stride = padded(width);
+    for (int64_t column = 0; column < width; column++) {
+        float *here = to + column * stride;
+        for (int64_t row = 0; row < rows; row++) here[row] = from[row * from_stride + column];
+        for (int64_t row = rows; row < stride; row++) here[row] = 0.0f;
+    }
+}
+
+static inline void clear_rest(float *row, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) row[i] = 0.0f;
+}
+
+/* How many floats a thread needs. */
+int64_t heads_scratch(const Heads *h) {
+    int64_t n = h->block.rows, m = h->block.columns;
+    int64_t wide = padded(h->query.width), tall = padded(h->value.width), across = padded(m);
+    return 2 * n * wide + 3 * m * wide + 3 * n * tall + 3 * m * tall + 2 * n * across +
+           (wide + tall) * across;
+}
+
+static float *taken(float **memory, int64_t count) {
+    float *here = *memory;
+    *memory += count;
+    return here;
+}
+
+/* out[rows x columns] = left turned, as far as rows see columns; `depth` is the width of `left`. */
+static void seen_products(const Block *b, float *out, const float *left, int64_t left_stride,
+                          const float *turned, int64_t depth) {
+    int64_t across = padded(b->columns);
+    for (int64_t row = 0; row < b->rows; row += PART) {
+        int64_t rows = b->rows - row < PART ? b->rows - row : PART;
+        product(out + row * across, across, left + row * left_stride, left_stride, 1, turned,
+                across, rows, depth, padded(seen(b, row + rows - 1)));
+    }
+}
+
+static void head_forward(const Heads *h, int64_t head, float *memory) {
+    const Block *b = &h->block;
+    int64_t n = b->rows, m = b->columns, across = padded(m);
+    int64_t wide = padded(h->query.width), tall = padded(h->value.width);
+    float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
+    float *value = taken(&memory, m * tall), *turned = taken(&memory, wide * across);
+    float *scores = taken(&memory, n * across), *output = taken(&memory, n * tall);
+    load_rows(b, &h->query, head, n, query);
+    load_rows(b, &h->key, head, m, key);
+    load_rows(b, &h->value, head, m, value);
+    transpose(key, m, h->key.width, turned);
+    seen_products(b, scores, query, wide, turned, h->key.width);
+    for (int64_t row = 0; row < n; row++) {
+        float *s = scores + row * across;
+        int64_t count = seen(b, row);
+        h->sums[head * n + row] = to_probabilities(b, s, head, row, count);
+        clear_rest(s, count, across);
+    }
+    for (int64_t row = 0; row < n; row += PART) {
+        int64_t rows = n - row < PART ? n - row : PART;
+        product(output + row * tall, tall, scores + row * across, across, 1, value, tall, rows,
+                seen(b, row + rows - 1), tall);
+    }
+    store_rows(b, &h->output, head, n, output);
+}
+
+static void head_backward(const Heads *h, int64_t head, float *memory) {
+    const Block *b = &h->block;
+    int64_t n = b->rows, m = b->columns, across = padded(m);
+    int64_t wide = padded(h->query.width), tall = padded(h->value.width);
+    float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
+    float *value = taken(&memory, m * tall), *turned = taken(&memory, wide * across);
+    float *turned_value = taken(&memory, tall * across);
+    float *output = taken(&memory, n * tall), *of_output = taken(&memory, n * tall);
+    float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
+    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, m * wide);
+    float *of_value = taken(&memory, m * tall);
+    load_rows(b, &h->query, head, n, query);
+    load_rows(b, &h->key, head, m, key);
+    load_rows(b, &h->value, head, m, value);
+    load_rows(b, &h->output, head, n, output);
+    load_rows(b, &h->of_output, head, n, of_output);
+    transpose(key, m, h->key.width, turned);
+    transpose(value, m, h->value.width, turned_value);
+    seen_products(b, scores, query, wide, turned, h->key.width);
+    seen_products(b, gradients, of_output, tall, turned_value, h->value.width);
+    for (int64_t row = 0; row < n; row++) {
+        float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
+        int64_t count = seen(b, row);
+        for (int64_t i = 0; i < tall; i++)
+            together += output[row * tall + i] * of_output[row * tall + i];
+        to_gradients(b, s, g, head, row, count, h->sums[head * n + row], together);
+        clear_rest(s, count, across);
+        clear_rest(g, count, across);
+    }
+    product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
+    for (int64_t row = 0; row < n; row += PART) {
+        int64_t rows = n - row < PART ? n - row : PART;
+        product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide, rows,
+                seen(b, row + rows - 1), wide);
+    }
+    product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
+    store_rows(b, &h->of_query, head, n, of_query);
+    store_rows(b, &h->of_key, head, m, of_key);
+    store_rows(b, &h->of_value, head, m, of_value);
+}
+
+/* All heads, forward or backward. */
+void attention_heads(const Heads *heads, int backwards) {
+    const Heads h = *heads;
+    int64_t each = heads_scratch(&h);
+    _Pragma("omp parallel num_threads(h.block.threads) if (h.block.threads > 1)")
+    {
+        float *memory = h.scratch + thread_number() * each;
+        _Pragma("omp for schedule(static)")
+        for (int64_t head = 0; head < h.block.heads; head++) {
+            if (backwards)
+                head_backward(&h, head, memory);
+            else
+                head_forward(&h, head, memory);
+        }
+    }
 }

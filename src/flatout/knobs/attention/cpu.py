@@ -8,130 +8,18 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from flatout.agent import dispatch
 from flatout.knobs import Undo
+from flatout.knobs.attention import heads
+from flatout.knobs.attention.kernel import ALWAYS, FailedError, Job, Kernel, differentiable
 
 OPERATOR = "aten::scaled_dot_product_attention"
-
-BLOCK_BYTES = 1 << 21
-"""Size of a block of scores, about, so that it stays in a cache."""
-
-BLOCK_ROWS = 128
-"""Most rows of a block: under a causal mask, what lies right of a block's last row is left out."""
-
-ALWAYS = 1 << 16
-"""The kernel keeps a probability when a half word lies below this times that of keeping."""
-
-
-class Kernel:
-    """``kernels/attention.c``.
-
-    Args:
-        library: of it.
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        signatures: dict[str, tuple[Any, ...]] = {
-            "attention_forward": (pointer,) * 4,
-            "attention_backward": (pointer,) * 7,
-            "row_products": (pointer, pointer, pointer, size, size, ctypes.c_int, ctypes.c_int),
-            "dropout_factors": (pointer, pointer),
-        }
-        for name, arguments in signatures.items():
-            function = getattr(library, name)
-            function.restype = None
-            function.argtypes = list(arguments)
-            setattr(self, name.removeprefix("attention_"), function)
-
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-    row_products: Callable[..., None]
-    dropout_factors: Callable[..., None]
-
-
-class Block(ctypes.Structure):
-    """Scores of some rows of some heads, as ``Block`` of ``kernels/attention.c``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("heads", "rows", "columns")),
-        *((name, ctypes.c_int64) for name in ("first_head", "first_row")),
-        *((name, ctypes.c_int64) for name in ("all_rows", "all_columns", "heads_per_batch")),
-        ("bias", ctypes.c_void_p),
-        *((f"bias_{name}", ctypes.c_int64) for name in ("batch", "head", "row", "column")),
-        ("key", ctypes.c_uint64),
-        ("scale", ctypes.c_float),
-        ("keep", ctypes.c_uint32),
-        *((name, ctypes.c_int32) for name in ("causal", "is_bf16", "threads")),
-    )
-
-
-class Job(NamedTuple):
-    """What is asked for, besides the tensors.
-
-    Attributes:
-        scale: of the scores.
-        is_causal: whether row ``r`` sees columns 0 to ``r``.
-        keep: probability of keeping a probability, times ``ALWAYS``.
-        key: of the random numbers.
-        heads_per_batch: how many heads share a row of the bias's first dimension.
-    """
-
-    scale: float
-    is_causal: bool
-    keep: int
-    key: int
-    heads_per_batch: int
-
-    def groups(self, heads: int, rows: int, columns: int) -> Iterator[slice]:
-        """Heads that are worked on together."""
-        depth = max(1, BLOCK_BYTES // (4 * _height(rows) * columns))
-        for first in range(0, heads, depth):
-            yield slice(first, min(first + depth, heads))
-
-    def blocks(
-        self, heads: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
-    ) -> Iterator[tuple[Block, slice, slice]]:
-        """The blocks of some heads, with the rows and columns that they are made of.
-
-        Args:
-            heads: of all of them.
-            query: all heads x rows x width.
-            key: all heads x columns x width.
-            bias: batch x heads per batch x rows x columns, or what broadcasts to it by strides.
-        """
-        rows, columns = query.shape[1], key.shape[1]
-        block = Block(
-            first_head=heads.start,
-            heads=heads.stop - heads.start,
-            all_rows=rows,
-            all_columns=columns,
-            heads_per_batch=self.heads_per_batch,
-            key=self.key,
-            scale=self.scale,
-            keep=self.keep,
-            causal=self.is_causal,
-            is_bf16=query.dtype is torch.bfloat16,
-            threads=torch.get_num_threads(),
-        )
-        if bias is not None:
-            block.bias = bias.data_ptr()
-            block.bias_batch, block.bias_head, block.bias_row, block.bias_column = bias.stride()
-        for first in range(0, rows, _height(rows)):
-            last = min(first + _height(rows), rows)
-            block.first_row, block.rows = first, last - first
-            block.columns = min(columns, last) if self.is_causal else columns
-            yield block, slice(first, last), slice(0, block.columns)
-
-
-def _height(rows: int) -> int:
-    return max(1, min(rows, BLOCK_ROWS))
 
 
 class Scratch:
@@ -176,7 +64,7 @@ class Attention(torch.autograd.Function):
             output, sums = _outputs(query, key, value, bias, job, kernel)
         except Exception as error:
             on_failure(error)
-            raise _FailedError from error
+            raise FailedError from error
         ctx.save_for_backward(query, key, value, bias, output, sums)
         ctx.job, ctx.kernel, ctx.on_failure = job, kernel, on_failure
         return output
@@ -208,10 +96,6 @@ class Attention(torch.autograd.Function):
                 )
         each = iter(found)
         return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
-
-
-class _FailedError(Exception):
-    """What has failed is reported already."""
 
 
 def _outputs(
@@ -312,35 +196,6 @@ def _gradients(
     return of_query, of_key, of_value
 
 
-def differentiable(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    job: Job,
-    kernel: Kernel,
-) -> torch.Tensor:
-    """The same in operations of torch, with the same random numbers; the matrix is stored."""
-    scores = query @ key.mT * job.scale
-    heads, rows, columns = scores.shape
-    if bias is not None:
-        batch = heads // job.heads_per_batch
-        full = bias.expand(batch, job.heads_per_batch, rows, columns)
-        scores = scores + full.reshape(heads, rows, columns)
-    if job.is_causal:
-        unseen = torch.ones(rows, columns, dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(unseen, -math.inf)
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    if job.keep < ALWAYS:
-        factors = torch.empty(heads, rows, columns)
-        block = next(job.blocks(slice(0, heads), query, key, None))[0]
-        block.rows, block.columns = rows, columns
-        kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
-        probabilities = probabilities * factors
-    return probabilities.to(value.dtype) @ value
-
-
 def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Exception], None]) -> Undo:
     """Replace attention with dropout on the CPU; returns what puts torch's own back.
 
@@ -384,7 +239,7 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
                     *(is_causal, keep, drawn, query.shape[1]),
                 )
                 return apply(query, key, value, attn_mask, job, kernel, on_failure)
-            except _FailedError:
+            except FailedError:
                 torch.set_rng_state(state)
         result: torch.Tensor = own.call_boxed(
             *(keyset, query, key, value, attn_mask, dropout_p, is_causal),
@@ -417,17 +272,22 @@ def apply(
         kernel: the compiled part.
         on_failure: called when the backward pass failed and was gone in operations of torch.
     """
-    batch, heads, rows, _ = query.shape
-    flat = (x.reshape(batch * heads, *x.shape[2:]).contiguous() for x in (query, key, value))
+    batch, count, rows, _ = query.shape
     bias = None
     if mask is not None:
         if mask.dtype is torch.bool:
             bias = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
         else:
             bias = mask.float()
-        bias = bias.expand(batch, heads, rows, key.shape[2])
+        bias = bias.expand(batch, count, rows, key.shape[2])
+    if heads.can_take(query, key, value):
+        whole: torch.Tensor = heads.WholeHeads.apply(
+            query, key, value, bias, job, kernel, on_failure
+        )
+        return whole
+    flat = (x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value))
     output: torch.Tensor = Attention.apply(*flat, bias, job, kernel, on_failure)
-    return output.view(batch, heads, rows, value.shape[3])
+    return output.view(batch, count, rows, value.shape[3])
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

@@ -1,0 +1,144 @@
+"""Attention on the CPU of heads that fit into the cache: all in one call of the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from flatout.knobs.attention.kernel import Block, FailedError, Job, Kernel, differentiable
+
+MOST = 128
+"""Rows, columns and widths: twelve matrices of a head stay in a cache of 1 MiB."""
+
+
+class Rows(ctypes.Structure):
+    """``Rows`` of ``kernels/attention.c``."""
+
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "row", "width")),
+    )
+
+
+class Heads(ctypes.Structure):
+    """``Heads`` of ``kernels/attention.c``."""
+
+    _fields_ = (
+        ("block", Block),
+        *((name, Rows) for name in ("query", "key", "value", "output")),
+        *((f"of_{name}", Rows) for name in ("output", "query", "key", "value")),
+        ("sums", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _is_fast() -> bool:
+    """Whether the processor has the registers that the kernel's products are made for."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def can_take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether heads, batch x heads x rows x width each, are small enough."""
+    return _is_fast() and max(*query.shape[2:], *key.shape[2:], *value.shape[2:]) <= MOST
+
+
+class WholeHeads(torch.autograd.Function):
+    """Attention of small heads; saved are what came in, what went out, and one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        job: Job,
+        kernel: Kernel,
+        on_failure: Callable[[Exception], None],
+    ) -> torch.Tensor:
+        """Args: batch x heads x rows x width, batch x heads x columns x width (twice), ``bias`` of
+        ``Job.blocks``, what is asked for, the compiled part, and what a failure is told to."""
+        try:
+            query, key, value = (_with_rows(x) for x in (query, key, value))
+            output = query.new_empty(*query.shape[:3], value.shape[3])
+            sums = torch.empty(query.shape[:3])
+            asked = _asked(query, key, value, bias, output, sums, job)
+            _call(asked, kernel, backwards=False)
+        except Exception as error:
+            on_failure(error)
+            raise FailedError from error
+        ctx.save_for_backward(query, key, value, bias, output, sums)
+        ctx.job, ctx.kernel, ctx.on_failure = job, kernel, on_failure
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """See ``forward``; what it returns can be differentiated when that is asked for."""
+        query, key, value, bias, output, sums = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        inputs = query, key, value
+        found: Iterable[torch.Tensor]
+        with torch.autocast("cpu", enabled=False):
+            if not torch.is_grad_enabled():
+                try:
+                    found = [x.new_empty(x.shape) for x in inputs]
+                    asked = _asked(*inputs, bias, output, sums, ctx.job)
+                    gradient = _with_rows(gradient)
+                    asked.of_output = _rows(gradient)
+                    asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
+                    _call(asked, ctx.kernel, backwards=True)
+                    return (*found, *[None] * 4)
+                except Exception as error:  # noqa: BLE001 - reported
+                    ctx.on_failure(error)
+                    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                one, other, third = (x.flatten(0, 1) for x in inputs)
+                again = differentiable(one, other, third, bias, ctx.job, ctx.kernel)
+                again = again.view(output.shape)
+                asked_for = list(itertools.compress(inputs, needed))
+                found = torch.autograd.grad(again, asked_for, gradient, create_graph=create_graph)
+        each = iter(found)
+        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
+
+
+def _call(asked: Heads, kernel: Kernel, backwards: bool) -> None:
+    at = ctypes.addressof(asked)
+    scratch = torch.empty(asked.block.threads * kernel.heads_scratch(at))
+    asked.scratch = scratch.data_ptr()
+    kernel.heads(at, backwards)
+
+
+def _asked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    job: Job,
+) -> Heads:
+    return Heads(
+        block=job.whole(query, key.shape[2], bias),
+        query=_rows(query),
+        key=_rows(key),
+        value=_rows(value),
+        output=_rows(output),
+        sums=sums.data_ptr(),
+    )
+
+
+def _rows(tensor: torch.Tensor) -> Rows:
+    batch, head, row, _ = tensor.stride()
+    return Rows(tensor.data_ptr(), batch, head, row, tensor.shape[3])
+
+
+def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """One whose rows lie in one piece each."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
