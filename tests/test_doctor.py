@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from flatout import knobs
+from flatout import knobs, machine
 from flatout.doctor import Diagnosis, diagnose, findings
 from flatout.doctor.findings import kinds
 from flatout.errors import UserError
+from flatout.knobs import mkl
 from flatout.machine import Ceilings
 from flatout.record import ProcessRecord, RunRecord, Step, record_path
 from flatout.report.terminal import print_diagnosis
@@ -254,6 +255,48 @@ def test_random_numbers_are_fast_on_an_accelerator(recorded: Any) -> None:
     window = profile(operator("aten::bernoulli_", 4.0, device_self_ms=4.0), device_total_ms=9.5)
     diagnosis = recorded(profiled=window, header={"accelerator": "cuda"})
     assert "slow-random-numbers" not in kinds_found(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "dtype", "preloaded", "found"),
+    [
+        ("AMD EPYC 9755", mkl.FLAGS, "float32", "", True),
+        ("Intel(R) Xeon(R) Platinum", mkl.FLAGS, "float32", "", False),
+        ("AMD EPYC 7543", {"avx2"}, "float32", "", False),
+        ("AMD EPYC 9755", mkl.FLAGS, "bfloat16", "", False),
+        ("AMD EPYC 9755", mkl.FLAGS, "float32", "/home/me/.cache/kernels/mkl-1a2b.so", False),
+    ],
+)
+def test_products_that_leave_half_of_the_processor_idle(
+    recorded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: str,
+    flags: set[str],
+    dtype: str,
+    preloaded: str,
+    found: bool,
+) -> None:
+    monkeypatch.setattr(machine, "has_cpu_flags", lambda wanted: wanted <= flags)
+    window = profile(operator("aten::addmm", 5.0), flops_by_dtype={dtype: 10**8})
+    diagnosis = recorded(
+        profiled=window,
+        ceilings=Ceilings(**{**CEILINGS.__dict__, "fingerprint": {"cpu": cpu}}),
+        header={"environment": {"LD_PRELOAD": preloaded}},
+    )
+    assert ("narrow-products" in kinds_found(diagnosis)) == found
+    if found:
+        assert share(diagnosis, "narrow-products") == pytest.approx(mkl.SAVED * 0.5)
+
+
+def test_cross_entropy_that_stores_its_probabilities(recorded: Any) -> None:
+    window = profile(
+        operator("aten::_log_softmax_backward_data", 2.0),
+        operator("aten::_log_softmax", 1.0),
+        operator("aten::nll_loss_backward", 1.0),
+        operator("aten::mm", 6.0),
+    )
+    diagnosis = recorded(profiled=window)
+    assert share(diagnosis, "stored-probabilities") == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

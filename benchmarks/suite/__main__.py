@@ -24,6 +24,12 @@ from benchmarks.suite import arms, page, table
 from benchmarks.suite.cases import CASES, ROOT
 from benchmarks.suite.measure import Settings, shard
 
+WAY = (
+    "Made by `make bench` (`python -m benchmarks.suite`): plain programs, in copies of which each "
+    "peer's own lines stand; all arms of a program run at the same time, in turns, and are timed "
+    "from outside. `flatout tune` ran once for each program, with its default budget."
+)
+
 QUICK_LENGTH, QUICK_ROUNDS, QUICK_BUDGET = 0.5, 2, "90s"
 
 
@@ -65,7 +71,8 @@ def main() -> int:
                 print(f"{name}: {error}\n{error.stderr or ''}", file=sys.stderr)
     judged = {name: table.judged(name, results) for name in CASES}
     found = {name: result for name, result in judged.items() if result is not None}
-    lines = [*table.conditions(results), *table.markdown(found)]
+    lines = ["# flatout and its peers", "", WAY, ""]
+    lines += [*table.conditions(results), *table.markdown(found)]
     lines += ["", *(f"Left out: {peer}: {why}." for peer, why in arms.LEFT_OUT.items())]
     missed = table.missed(found)
     lines += ["", *(f"- MISSED {what}" for what in missed)]

@@ -1,0 +1,32 @@
+"""Matrix products for which MKL leaves half of the processor's width idle."""
+
+from __future__ import annotations
+
+from flatout import machine
+from flatout.doctor.case import Case
+from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.knobs import mkl
+
+
+def find(case: Case) -> Finding | None:
+    share = mkl.SAVED * case.operators_share(lambda o: mkl.is_product(o["name"]))
+    if (
+        case.on_accelerator
+        or share < MATTERS
+        or case.ceilings is None
+        or "Intel" in str(case.ceilings.fingerprint.get("cpu", "Intel"))
+        or not machine.has_cpu_flags(mkl.FLAGS)
+        or case.main_dtype not in ("float32", "float64")
+        or mkl.is_preloaded_in(case.process.header["environment"])
+    ):
+        return None
+    return Finding(
+        "narrow-products",
+        "matrix products by MKL, which takes AVX-512 on Intel's processors only",
+        [
+            f"this processor, {case.ceilings.fingerprint['cpu']}, has it",
+            *listed(case, lambda o: mkl.is_product(o["name"])),
+        ],
+        share,
+        "knob: mkl=avx512",
+    )
