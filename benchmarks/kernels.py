@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from flatout import kernels
 from flatout.knobs import Undo
 from flatout.knobs.attention import cpu
+from flatout.knobs.cross_entropy import cpu as losses
 from flatout.knobs.random import cpu as random
 from flatout.optim import functional
 
@@ -108,20 +109,60 @@ def bernoulli(pairs: int) -> bool:
     return is_as_asked
 
 
+def dropout(pairs: int) -> bool:
+    """Forward and backward, against torch's own."""
+    library = kernels.load("bernoulli")
+    fast = switched_on(lambda: random.install(library, paired=False, on_failure=_raise))
+    is_as_asked = True
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = torch.randn(512, 1024).to(dtype).requires_grad_()
+        gradient = torch.randn(512, 1024).to(dtype)
+
+        def both(inputs: torch.Tensor = inputs, gradient: torch.Tensor = gradient) -> None:
+            torch.autograd.grad(F.dropout(inputs, 0.1), inputs, gradient)
+
+        is_as_asked &= compared(f"dropout of 512 x 1024 {str(dtype)[6:]}", both, fast, pairs, 5.0)
+    return is_as_asked
+
+
+def cross_entropy(pairs: int) -> bool:
+    """Forward and backward over many classes, against torch's own."""
+    library = kernels.load("cross_entropy")
+    fast = switched_on(lambda: losses.install(library, _raise))
+    is_as_asked = True
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(512, 8000).to(dtype).requires_grad_()
+        targets = torch.randint(8000, (512,))
+
+        def both(logits: torch.Tensor = logits, targets: torch.Tensor = targets) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=logits.dtype is torch.bfloat16):
+                loss = F.cross_entropy(logits, targets)
+            torch.autograd.grad(loss, logits)
+
+        name = f"cross entropy of 512 x 8000 {str(dtype)[6:]}"
+        is_as_asked &= compared(name, both, fast, pairs, 1.5)
+    return is_as_asked
+
+
 def attention(pairs: int) -> bool:
     """Forward and backward with dropout, causal, against torch's own."""
     library = kernels.load("attention")
     fast = switched_on(lambda: cpu.install(library, is_paired=False, on_failure=_raise))
     is_as_asked = True
-    for dtype, asked in ((torch.bfloat16, 2.0), (torch.float32, 1.0)):
-        inputs = [torch.randn(16, 6, 256, 64).to(dtype).requires_grad_() for _ in range(3)]
-        gradient = torch.randn(16, 6, 256, 64).to(dtype)
+    for dtype, rows, asked in (
+        (torch.bfloat16, 256, 2.0),
+        (torch.float32, 256, 1.0),
+        (torch.bfloat16, 64, 1.5),
+        (torch.float32, 64, 1.5),
+    ):
+        inputs = [torch.randn(16, 6, rows, 64).to(dtype).requires_grad_() for _ in range(3)]
+        gradient = torch.randn(16, 6, rows, 64).to(dtype)
 
         def both(inputs: list[torch.Tensor] = inputs, gradient: torch.Tensor = gradient) -> None:
             output = F.scaled_dot_product_attention(*inputs, dropout_p=0.2, is_causal=True)
             torch.autograd.grad(output, inputs, gradient)
 
-        name = f"attention with dropout, 16 x 6 x 256 x 64 {str(dtype)[6:]}"
+        name = f"attention with dropout, 16 x 6 x {rows} x 64 {str(dtype)[6:]}"
         is_as_asked &= compared(name, both, fast, pairs, asked)
     return is_as_asked
 
@@ -203,7 +244,13 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-PARTS = {"bernoulli": bernoulli, "attention": attention, "optimizers": optimizers}
+PARTS = {
+    "bernoulli": bernoulli,
+    "dropout": dropout,
+    "cross_entropy": cross_entropy,
+    "attention": attention,
+    "optimizers": optimizers,
+}
 
 
 def main() -> int:

@@ -138,6 +138,14 @@ def test_backward_twice_gives_the_same(fused: None) -> None:
     torch.testing.assert_close(logits.grad, 2 * first)
 
 
+def test_the_gradient_is_gone_when_the_backward_pass_is_over(fused: None) -> None:
+    logits, targets = made()
+    loss = F.cross_entropy(logits.requires_grad_(), targets)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
 def test_logits_may_be_changed_after_the_loss(fused: None) -> None:
     logits, targets = made()
     expected = results(logits, targets)[1]

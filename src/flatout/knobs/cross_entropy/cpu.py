@@ -78,7 +78,9 @@ class CrossEntropy(torch.autograd.Function):
         at = None if gradient is None else gradient.data_ptr()
         if job.kernel(ctypes.addressof(asked), losses.data_ptr(), at):
             raise IndexError("a target is out of bounds")
-        ctx.job, ctx.logits, ctx.targets, ctx.gradient = job, logits, targets, gradient
+        ctx.save_for_backward(targets, gradient)
+        # Not saved with them: the program may change it after the loss, as with torch's own.
+        ctx.logits, ctx.job = logits, job
         if job.reduction == "none":
             return losses
         total = losses.double().sum()
@@ -87,12 +89,12 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         """See ``forward``; what it returns can be differentiated when that is asked for."""
+        targets, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.autocast("cpu", enabled=False):
-                again = differentiable(ctx.logits, ctx.targets, ctx.job)
+                again = differentiable(ctx.logits, targets, ctx.job)
                 (found,) = torch.autograd.grad(again, ctx.logits, outer, create_graph=True)
             return found, None, None
-        gradient = ctx.gradient
         if outer.dim():
             return gradient * outer[:, None].to(gradient.dtype), None, None
         return gradient if outer.item() == 1.0 else gradient * outer.to(gradient.dtype), None, None
