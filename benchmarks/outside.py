@@ -205,7 +205,7 @@ def timed(
                 turns[name].append(turn)
             order.reverse()
         said = {}
-        for name, job in jobs.items():
+        for name, job in sorted(jobs.items(), key=lambda item: item[1].is_still):
             if job.is_still:
                 job.go_on()
             said[name] = job.end()

@@ -158,6 +158,29 @@ def test_widths_and_strides_of_whole_heads(monkeypatch: pytest.MonkeyPatch, widt
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
+    def run() -> Tensors:
+        tensors = inputs()
+        mask = torch.arange(37) < torch.arange(37)[:, None] + 3
+        job = cpu.Job(0.3, False, 50_000, 77, 3)
+        output = cpu.apply(*tensors, mask, job, kernel(), raising)
+        return output, *torch.autograd.grad(output.sum(), tensors)
+
+    torch.manual_seed(1)
+    expected = run()
+    drawn = inputs()
+    torch.set_default_dtype(dtype)
+    try:
+        job = cpu.Job(0.3, False, 50_000, 77, 3)
+        mask = torch.arange(37) < torch.arange(37)[:, None] + 3
+        output = cpu.apply(*drawn, mask, job, kernel(), raising)
+        found = output, *torch.autograd.grad(output.sum(), drawn)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_large_scores_overflow_nothing() -> None:
     tensors = tuple((x.detach() * 100).requires_grad_() for x in inputs())
     job = cpu.Job(1.0, True, cpu.ALWAYS, 5, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,72 @@ def test_what_is_not_finite_comes_out_as_such(fused: None, value: float) -> None
     assert gradient.isfinite().all(1).sum() == ROWS - 1
     logits[3, 5] = -torch.inf
     assert all(x.isfinite().all() for x in results(logits, targets))
+
+
+@pytest.mark.parametrize("offset", [30.0, 1e4])
+def test_large_logits_lose_nothing(fused: None, offset: float) -> None:
+    logits, targets = made()
+    logits = (logits + offset).bfloat16().float()  # so that the offset itself rounds nothing
+    found, expected = results(logits, targets), results(logits.double(), targets)
+    for one, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), right, atol=1e-9, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whatever_the_default_dtype(fused: None, dtype: torch.dtype) -> None:
+    logits, targets = made()
+    expected = results(logits, targets)
+    torch.set_default_dtype(dtype)
+    try:
+        found = results(logits, targets)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_factor_is_not_rounded_before_it_is_used(fused: None) -> None:
+    logits, targets = made()
+    rounded = logits.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(rounded, targets)
+    (gradient,) = torch.autograd.grad(loss / 3, rounded)
+    exact = rounded.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(F.cross_entropy(exact, targets) / 3, exact)
+    assert (gradient.double().sum(0) - right.sum(0)).abs().max() < 1e-4
+    assert gradient.double().norm().item() == pytest.approx(right.norm().item(), rel=5e-4)
+
+
+def test_a_gradient_that_the_program_changes_is_its_own(fused: None) -> None:
+    logits, targets = made()
+    loss = F.cross_entropy(logits.requires_grad_(), targets)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = gradient.clone()
+    gradient /= gradient.norm()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_batch_of_factors(fused: None) -> None:
+    logits, targets = made(4, 6)
+    losses = F.cross_entropy(logits.requires_grad_(), targets, reduction="none")
+    total = F.cross_entropy(logits, targets)
+    found = torch.autograd.grad(losses, logits, torch.eye(4), is_grads_batched=True)[0]
+    again = torch.autograd.grad(total, logits, torch.tensor([1.0, 3.0]), is_grads_batched=True)[0]
+    (right,) = torch.autograd.grad(
+        F.cross_entropy(exact := logits.detach().double().requires_grad_(), targets), exact
+    )
+    torch.testing.assert_close(found.sum(0).double(), 4 * right, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(again[1].double(), 3 * right, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_kept_of_a_loss_holds_no_logits(fused: None) -> None:
+    head, targets = torch.nn.Linear(8, CLASSES), torch.randint(CLASSES, (ROWS,))
+    logits = head(torch.randn(ROWS, 8))
+    is_there = weakref.ref(logits)
+    loss = F.cross_entropy(logits, targets)
+    del logits
+    loss.backward()
+    assert is_there() is None
 
 
 def test_a_batch_of_ignored_targets_has_no_mean(fused: None) -> None:

@@ -67,8 +67,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 shard(name, CASES[name], settings, results, Path(folder))
-            except subprocess.CalledProcessError as error:
-                print(f"{name}: {error}\n{error.stderr or ''}", file=sys.stderr)
+            except (subprocess.CalledProcessError, ValueError) as error:
+                print(f"{name}: {error}\n{getattr(error, 'stderr', '') or ''}", file=sys.stderr)
     judged = {name: table.judged(name, results) for name in CASES}
     found = {name: result for name, result in judged.items() if result is not None}
     lines = ["# flatout and its peers", "", WAY, ""]

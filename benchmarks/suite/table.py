@@ -240,6 +240,9 @@ def missed(found: Mapping[str, ProgramResult]) -> list[str]:
                     says.append(
                         f"{name}: {share:.0%} of the bf16 ceiling, asked: {SHARE_OF_CEILING:.0%}"
                     )
+    for name, result in found.items():
+        if name not in with_flatout:
+            says.append(f"{name}: flatout: {result.out.get('flatout', 'not measured')}")
     training = [r for name, r in with_flatout.items() if CASES[name].kind == "training"]
     for what, mean, asked in (
         ("bare", geometric_mean(r.arms["flatout"].ratio.value for r in training), 3.0),
@@ -283,8 +286,9 @@ def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
     """The tables: all programs, then each with its arms."""
     lines = [
         "Ratios of step times with 95 % intervals. The best right peer is the fastest whose "
-        "results are bare's, chosen on every other round and compared on the others; the floor is "
-        "the bare step's FLOPs at the bf16 rate and the optimizer's memory at the rate of copies.",
+        "results are bare's (for inference, in at most flatout's precision), chosen on every other "
+        "round and compared on the others; the floor is the bare step's FLOPs at the bf16 rate and "
+        "the optimizer's memory at the rate of copies.",
         "",
         "| program | flatout over bare | best right peer | flatout over it | share of the floor "
         "| tune | plan |",

@@ -28,7 +28,11 @@ static inline int64_t width_at(const CrossEntropy *c, int64_t column) {
     return c->classes - column < SPAN ? c->classes - column : SPAN;
 }
 
-static float row_loss(const CrossEntropy *c, int64_t row, int64_t target, float *log_sum) {
+/* The largest logit of a row, and the logarithm of the sum of e^(x - most). They stay apart: their
+   sum would be rounded at the size of the logits. */
+typedef struct { float most, log_sum; } Normaliser;
+
+static float row_loss(const CrossEntropy *c, int64_t row, int64_t target, Normaliser *by) {
     float span[SPAN], most = -INFINITY;
     double sum = 0.0, total = 0.0;
     for (int64_t column = 0; column < c->classes; column += SPAN) {
@@ -51,19 +55,21 @@ static float row_loss(const CrossEntropy *c, int64_t row, int64_t target, float 
         sum += part;
     }
     load_span(span, c->logits, row * c->classes + target, 1, c->is_bf16);
-    *log_sum = most + (float)log(sum);
-    float smooth = c->smoothing > 0.0f ? c->smoothing * (float)(total / (double)c->classes) : 0.0f;
-    return *log_sum - (1.0f - c->smoothing) * span[0] - smooth;
+    *by = (Normaliser){most, (float)log(sum)};
+    float loss = by->log_sum - (1.0f - c->smoothing) * (span[0] - most);
+    if (c->smoothing > 0.0f)
+        loss -= c->smoothing * (float)(total / (double)c->classes - (double)most);
+    return loss;
 }
 
-static void row_gradient(const CrossEntropy *c, int64_t row, int64_t target, float log_sum,
+static void row_gradient(const CrossEntropy *c, int64_t row, int64_t target, Normaliser by,
                          void *gradient) {
     float span[SPAN], everywhere = c->smoothing / (float)c->classes;
     for (int64_t column = 0; column < c->classes; column += SPAN) {
         int64_t width = width_at(c, column), at = row * c->classes + column;
         load_span(span, c->logits, at, width, c->is_bf16);
         for (int64_t i = 0; i < width; i++)
-            span[i] = c->scale * (exponential(span[i] - log_sum) - everywhere);
+            span[i] = c->scale * (exponential(span[i] - by.most - by.log_sum) - everywhere);
         if (target >= column && target < column + width)
             span[target - column] -= c->scale * (1.0f - c->smoothing);
         store_span(gradient, at, span, width, c->is_bf16);
@@ -84,9 +90,9 @@ int64_t cross_entropy(const CrossEntropy *asked, float *losses, void *gradient) 
             losses[row] = 0.0f;
             if (gradient) clear_span(gradient, row * c.classes, c.classes, c.is_bf16);
         } else {
-            float log_sum;
-            losses[row] = row_loss(&c, row, target, &log_sum);
-            if (gradient) row_gradient(&c, row, target, log_sum, gradient);
+            Normaliser by;
+            losses[row] = row_loss(&c, row, target, &by);
+            if (gradient) row_gradient(&c, row, target, by, gradient);
         }
     }
     return wrong;

@@ -52,6 +52,7 @@ class Facts:
         updates: whether optimizer objects step in the job's loop.
         huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: how many threads torch takes for an operator.
+        main_dtype: in which most of the arithmetic is done; ``None``: not known.
         operators: share of the step that each of torch's operators takes, by name; ``None``: not
             measured.
         optimizer_share, data_share, page_fault_share: of the step's time, in steps of optimizers,
@@ -66,6 +67,7 @@ class Facts:
     updates: bool = True
     huge_pages: str | None = None
     threads: int | None = None
+    main_dtype: str | None = None
     operators: Mapping[str, float] | None = None
     optimizer_share: float | None = None
     data_share: float | None = None

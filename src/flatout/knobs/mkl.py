@@ -19,7 +19,10 @@ ASKED = "mkl_serv_intel_cpu_true"
 """The function of MKL that knows whether the processor is Intel's."""
 MARK = "flatout_mkl_is_preloaded"
 
-PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::mv", "::addmv", "::dot", "linalg")
+PRODUCTS = (
+    *("::mm", "::addmm", "::bmm", "::baddbmm", "::mv", "::addmv", "::dot", "_fft"),
+    *("linalg_solve", "linalg_inv", "linalg_lu", "linalg_chol", "linalg_qr", "linalg_svd", "_eig"),
+)
 """Parts of the names of operators that call MKL in float32 and float64."""
 
 SAVED = 0.6
@@ -40,6 +43,8 @@ def match(facts: Facts) -> Match:
         return Match((), "MKL uses all of this processor, or it is not known whose it is")
     if not machine.has_cpu_flags(FLAGS):
         return Match((), "this processor has no AVX-512")
+    if facts.main_dtype not in (None, "float32", "float64"):
+        return Match((), f"its products are in {facts.main_dtype}, which do not go to MKL")
     if facts.lack(*PRODUCTS):
         return Match((), "there are no matrix products in its steps")
     if kernels.find_compiler() is None:
@@ -63,6 +68,8 @@ def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
     try:
         library = str(kernels.build("mkl"))
     except kernels.KernelError:
+        return {}
+    if " " in library or ":" in library:  # by which the loader splits the variable
         return {}
     present = environment.get("LD_PRELOAD")
     return {"LD_PRELOAD": f"{present}:{library}" if present else library}

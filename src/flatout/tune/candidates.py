@@ -66,6 +66,7 @@ def facts(case: Case, device: str) -> Facts:
         updates=any(step.updates for step in case.steps),
         huge_pages=machine.huge_pages(),
         threads=case.process.header["threads"],
+        main_dtype=case.main_dtype if is_profiled else None,
         operators=operators,
         optimizer_share=case.phase_share("optimizer") if phases else None,
         data_share=case.phase_share("data") if phases else None,

@@ -79,6 +79,10 @@ FIRST_RUN_SHARE = 1 / 36
 COMPARISON_SHARE = 0.15
 """Share of the budget for the comparisons inside one process."""
 
+COLD_SHARE = 0.3
+"""Share of the budget that any knob that needs processes of its own may take; more, if proof and
+claim leave it."""
+
 PROFILE_STEPS = 5
 """Steps of the first run, after those that are timed, that show which operators there are."""
 
@@ -539,8 +543,16 @@ class Tuner:
         gradients_s = 2 * GRADIENT_SEEDS * self._pace.seconds(GRADIENT_STEPS + 1)
         return self._options.budget_seconds - self._trials.spent_s - claim_s - gradients_s
 
-    def _cold(self, stack: dict[str, str], cold: Sequence[Candidate]) -> dict[str, str]:
-        """The stack with those cold settings that make it faster."""
+    def _cold(
+        self, stack: dict[str, str], cold: Sequence[Candidate], again: bool = False
+    ) -> dict[str, str]:
+        """The stack with those cold settings that make it faster.
+
+        Args:
+            stack: the settings so far.
+            cold: to be tried.
+            again: they have been tried on another stack; now only what time is left is for them.
+        """
         settings = dict(stack)
         for candidate in cold:
             if candidate.knob in settings:
@@ -550,12 +562,13 @@ class Tuner:
             needed_s = 2 * COLD_PAIRS * self._pace.seconds(steps)
             if knobs.get(candidate.knob).slow_start:
                 needed_s += SLOW_START_S
-            missing_s = needed_s - self._left_for_cold_s()
-            if missing_s > 0:
-                wanted_s = self._options.budget_seconds + missing_s
+            allowed_s = self._left_for_cold_s()
+            if again and needed_s > allowed_s:
+                continue
+            if needed_s > max(allowed_s, COLD_SHARE * self._options.budget_seconds):
                 arm.why = (
                     f"trying it takes about {needed_s:.0f} s, which wants a --budget of "
-                    f"{math.ceil(wanted_s / 60)}m"
+                    f"{math.ceil(needed_s / COLD_SHARE / 60)}m"
                 )
                 arm.stage = "fresh processes"
                 self._say(f"{candidate} is not tried: {arm.why}")
@@ -598,7 +611,7 @@ class Tuner:
                 are tried again.
         """
         outcome = self._outcome
-        for _ in range(MAXIMUM_PROOFS):
+        for number in range(MAXIMUM_PROOFS):
             if not settings:
                 return
             outcome.verdict = None
@@ -620,9 +633,10 @@ class Tuner:
                 return
             had_precision = "precision" in settings
             settings = self._without_culprit(settings, refusal, passes)
-            if had_precision and "precision" not in settings:
+            is_last = number == MAXIMUM_PROOFS - 1
+            if had_precision and "precision" not in settings and not is_last:
                 useless = [c for c in cold if self._arm(c.settings).state == "no gain"]
-                settings = self._cold(settings, useless)
+                settings = self._cold(settings, useless, again=True)
         else:
             return
         outcome.interrupted = made.interrupted

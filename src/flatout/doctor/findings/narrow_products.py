@@ -14,7 +14,8 @@ def find(case: Case) -> Finding | None:
         case.on_accelerator
         or share < MATTERS
         or case.ceilings is None
-        or "Intel" in str(case.ceilings.fingerprint.get("cpu", "Intel"))
+        or "cpu" not in case.ceilings.fingerprint
+        or machine.cpu_vendor() in (None, "GenuineIntel")
         or not machine.has_cpu_flags(mkl.FLAGS)
         or case.main_dtype not in ("float32", "float64")
         or mkl.is_preloaded_in(case.process.header["environment"])

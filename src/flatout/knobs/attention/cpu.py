@@ -26,7 +26,7 @@ class Scratch:
     """Memory that is used for one tensor after the other, so that its pages stay."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._memory = torch.empty(0, dtype=dtype)
+        self._memory = torch.empty(0, dtype=dtype, device="cpu")
 
     def of(self, *shape: int) -> torch.Tensor:
         """A contiguous tensor with whatever was there before."""
@@ -110,7 +110,7 @@ def _outputs(
     heads, rows, _ = query.shape
     columns = key.shape[1]
     output = query.new_empty(heads, rows, value.shape[2])
-    sums = torch.empty(heads, rows)
+    sums = torch.empty(heads, rows, dtype=torch.float32, device="cpu")
     exact_queries, exact_keys, all_scores, all_sums = (Scratch(torch.float32) for _ in range(4))
     all_dropped, all_outputs = Scratch(query.dtype), Scratch(query.dtype)
     for group in job.groups(heads, rows, columns):
@@ -229,7 +229,7 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
         ):
             state = torch.get_rng_state()
             try:
-                drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+                drawn = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
                 if is_paired:
                     torch.set_rng_state(state)
                     query.new_empty((*query.shape[:3], key.shape[2])).bernoulli_(1.0 - dropout_p)
@@ -276,13 +276,16 @@ def apply(
     bias = None
     if mask is not None:
         if mask.dtype is torch.bool:
-            bias = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+            bias = torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_fill_(
+                ~mask, -math.inf
+            )
         else:
             bias = mask.float()
         bias = bias.expand(batch, count, rows, key.shape[2])
     if heads.can_take(query, key, value):
+        rows_in_one_piece = map(heads.with_rows, (query, key, value))
         whole: torch.Tensor = heads.WholeHeads.apply(
-            query, key, value, bias, job, kernel, on_failure
+            *rows_in_one_piece, bias, job, kernel, on_failure
         )
         return whole
     flat = (x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value))

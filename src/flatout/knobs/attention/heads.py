@@ -62,12 +62,12 @@ class WholeHeads(torch.autograd.Function):
         kernel: Kernel,
         on_failure: Callable[[Exception], None],
     ) -> torch.Tensor:
-        """Args: batch x heads x rows x width, batch x heads x columns x width (twice), ``bias`` of
-        ``Job.blocks``, what is asked for, the compiled part, and what a failure is told to."""
+        """Args: batch x heads x rows x width, batch x heads x columns x width (twice), all with
+        rows in one piece; ``bias`` of ``Job.blocks``; what is asked for; the compiled part; and
+        what a failure is told to."""
         try:
-            query, key, value = (_with_rows(x) for x in (query, key, value))
             output = query.new_empty(*query.shape[:3], value.shape[3])
-            sums = torch.empty(query.shape[:3])
+            sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
             asked = _asked(query, key, value, bias, output, sums, job)
             _call(asked, kernel, backwards=False)
         except Exception as error:
@@ -89,7 +89,7 @@ class WholeHeads(torch.autograd.Function):
                 try:
                     found = [x.new_empty(x.shape) for x in inputs]
                     asked = _asked(*inputs, bias, output, sums, ctx.job)
-                    gradient = _with_rows(gradient)
+                    gradient = with_rows(gradient)
                     asked.of_output = _rows(gradient)
                     asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
                     _call(asked, ctx.kernel, backwards=True)
@@ -110,7 +110,8 @@ class WholeHeads(torch.autograd.Function):
 
 def _call(asked: Heads, kernel: Kernel, backwards: bool) -> None:
     at = ctypes.addressof(asked)
-    scratch = torch.empty(asked.block.threads * kernel.heads_scratch(at))
+    count = asked.block.threads * kernel.heads_scratch(at)
+    scratch = torch.empty(count, dtype=torch.float32, device="cpu")
     asked.scratch = scratch.data_ptr()
     kernel.heads(at, backwards)
 
@@ -139,6 +140,6 @@ def _rows(tensor: torch.Tensor) -> Rows:
     return Rows(tensor.data_ptr(), batch, head, row, tensor.shape[3])
 
 
-def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
+def with_rows(tensor: torch.Tensor) -> torch.Tensor:
     """One whose rows lie in one piece each."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()

@@ -167,12 +167,12 @@ def differentiable(
         full = bias.expand(batch, job.heads_per_batch, rows, columns)
         scores = scores + full.reshape(heads, rows, columns)
     if job.is_causal:
-        unseen = torch.ones(rows, columns, dtype=torch.bool).triu(1)
+        unseen = torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
         scores = scores.masked_fill(unseen, -math.inf)
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
     if job.keep < ALWAYS:
-        factors = torch.empty(heads, rows, columns)
+        factors = torch.empty(heads, rows, columns, dtype=torch.float32, device="cpu")
         block = next(job.blocks(slice(0, heads), query, key, None))[0]
         block.rows, block.columns = rows, columns
         kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())

@@ -67,7 +67,7 @@ class CrossEntropy(torch.autograd.Function):
             IndexError: a target is no class.
         """
         rows, classes = logits.shape
-        losses = torch.empty(rows)
+        losses = torch.empty(rows, dtype=torch.float32, device="cpu")
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         counted = rows - int((targets == job.ignored).sum())
         scale = 1.0 / counted if job.reduction == "mean" and counted else 1.0
@@ -95,9 +95,21 @@ class CrossEntropy(torch.autograd.Function):
                 again = differentiable(ctx.logits, targets, ctx.job)
                 (found,) = torch.autograd.grad(again, ctx.logits, outer, create_graph=True)
             return found, None, None
-        if outer.dim():
-            return gradient * outer[:, None].to(gradient.dtype), None, None
-        return gradient if outer.item() == 1.0 else gradient * outer.to(gradient.dtype), None, None
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            found = _scaled(gradient, outer)
+            return found.clone() if found is gradient else found, None, None
+        ctx.logits = None
+        return _scaled(gradient, outer), None, None
+
+
+def _scaled(gradient: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """The gradient for a factor of the loss, or for one of each row."""
+    if outer.dim():
+        return (gradient.float() * outer[:, None]).to(gradient.dtype)
+    if torch._C._are_functorch_transforms_active():  # a batch of factors has no number
+        return (gradient.float() * outer).to(gradient.dtype)
+    factor = outer.item()
+    return gradient if factor == 1.0 else gradient * factor
 
 
 def differentiable(logits: torch.Tensor, targets: torch.Tensor, job: Job) -> torch.Tensor:
@@ -156,7 +168,12 @@ def _replacement(
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        if weight is None and logits.dtype is dtype and can_take(logits, targets):
+        if (
+            weight is None
+            and 0.0 <= label_smoothing <= 1.0
+            and logits.dtype is dtype
+            and can_take(logits, targets)
+        ):
             job = Job(REDUCTIONS[reduction], ignore_index, label_smoothing, kernel)
             try:
                 loss: torch.Tensor = CrossEntropy.apply(

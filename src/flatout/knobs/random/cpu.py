@@ -159,7 +159,9 @@ class Bernoulli:
 
     def key(self, generator: torch.Generator | None) -> int:
         """A key of 63 bits, drawn from the generator."""
-        return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+        return int(
+            torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator).item()
+        )
 
     def fill(self, tensor: torch.Tensor, p: float, key: int) -> None:
         """Fill with ones, each with probability ``p`` (to 2**-32), and zeros."""
@@ -190,7 +192,8 @@ class Bernoulli:
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Room for a bit an element."""
-    return torch.empty(-(-tensor.numel() // SPAN) * SPAN // 8, dtype=torch.uint8)
+    count = -(-tensor.numel() // SPAN) * SPAN // 8
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 class Dropout(torch.autograd.Function):
@@ -206,25 +209,27 @@ class Dropout(torch.autograd.Function):
         bernoulli: Bernoulli,
     ) -> torch.Tensor:
         """See ``Bernoulli.drop``."""
-        ctx.asked = bits, keep, None, bernoulli
-        ctx.stride = tensor.stride()
+        ctx.save_for_backward(bits)
+        ctx.keep, ctx.bernoulli, ctx.stride = keep, bernoulli, tensor.stride()
         return bernoulli.drop(tensor, bits, keep, key)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The same of the gradient, whose elements are brought into the order of the tensor's."""
-        if gradient.stride() != ctx.stride:
-            ordered = torch.empty_strided(gradient.shape, ctx.stride, dtype=gradient.dtype)
-            gradient = ordered.copy_(gradient)
-        bits, keep, _, bernoulli = ctx.asked
-        try:
-            found = Dropout.apply(gradient, *ctx.asked)
-        except Exception as error:  # noqa: BLE001 - reported
-            bernoulli.on_failure(error)
-            kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()
-            factors = kept.to(gradient.dtype) * (ALWAYS / keep)
-            found = gradient * factors.as_strided(gradient.shape, gradient.stride())
-        return found, None, None, None, None
+        (bits,) = ctx.saved_tensors
+        keep, bernoulli = ctx.keep, ctx.bernoulli
+        if not torch._C._are_functorch_transforms_active():
+            try:
+                ordered = gradient
+                if gradient.stride() != ctx.stride:
+                    ordered = gradient.new_empty_strided(gradient.shape, ctx.stride)
+                    ordered = ordered.copy_(gradient)
+                return Dropout.apply(ordered, bits, keep, None, bernoulli), None, None, None, None
+            except Exception as error:  # noqa: BLE001 - reported
+                bernoulli.on_failure(error)
+        kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
+        factors = kept.to(gradient.dtype) * (ALWAYS / keep)
+        return gradient * factors.as_strided(gradient.shape, ctx.stride), None, None, None, None
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
