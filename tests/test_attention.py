@@ -160,22 +160,18 @@ def test_widths_and_strides_of_whole_heads(monkeypatch: pytest.MonkeyPatch, widt
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
+    tensors = inputs()
+
     def run() -> Tensors:
-        tensors = inputs()
         mask = torch.arange(37) < torch.arange(37)[:, None] + 3
         job = cpu.Job(0.3, False, 50_000, 77, 3)
         output = cpu.apply(*tensors, mask, job, kernel(), raising)
         return output, *torch.autograd.grad(output.sum(), tensors)
 
-    torch.manual_seed(1)
     expected = run()
-    drawn = inputs()
     torch.set_default_dtype(dtype)
     try:
-        job = cpu.Job(0.3, False, 50_000, 77, 3)
-        mask = torch.arange(37) < torch.arange(37)[:, None] + 3
-        output = cpu.apply(*drawn, mask, job, kernel(), raising)
-        found = output, *torch.autograd.grad(output.sum(), drawn)
+        found = run()
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -329,12 +325,15 @@ def test_mistakes_are_reported_by_torch(fast: None, mistake: dict[str, Any]) -> 
         F.scaled_dot_product_attention(*inputs(), dropout_p=0.5, **mistake)
 
 
-def test_a_gradient_of_the_gradient(fast: None) -> None:
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_gradient_of_the_gradient(fast: None, is_transposed: bool) -> None:
     tensors = tuple(x.detach().double() for x in inputs(5, 5))
 
     def penalty(query: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
         single = (query.float(), *(x.float() for x in tensors[1:]))
+        if is_transposed:
+            single = tuple(x.mT.contiguous().mT for x in single)
         output = F.scaled_dot_product_attention(*single, dropout_p=0.5, is_causal=True)
         gradient = torch.autograd.grad(output.square().sum(), query, create_graph=True)[0]
         return gradient.square().sum()

@@ -150,9 +150,8 @@ def test_a_batch_of_factors(fused: None) -> None:
     total = F.cross_entropy(logits, targets)
     found = torch.autograd.grad(losses, logits, torch.eye(4), is_grads_batched=True)[0]
     again = torch.autograd.grad(total, logits, torch.tensor([1.0, 3.0]), is_grads_batched=True)[0]
-    (right,) = torch.autograd.grad(
-        F.cross_entropy(exact := logits.detach().double().requires_grad_(), targets), exact
-    )
+    exact = logits.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(F.cross_entropy(exact, targets), exact)
     torch.testing.assert_close(found.sum(0).double(), 4 * right, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(again[1].double(), 3 * right, atol=1e-6, rtol=1e-5)
 
