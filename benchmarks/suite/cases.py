@@ -165,7 +165,7 @@ CASES = {
             "torch.full((arguments.batch_size,), 200))",
             varying="({1: torch.export.Dim.DYNAMIC}, None)",
         ),
-        steps=60,
+        steps=20,
         kind="inference",
         is_compute_bound=True,
         is_held_out=True,

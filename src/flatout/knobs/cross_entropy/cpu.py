@@ -106,9 +106,10 @@ def _scaled(gradient: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
     """The gradient for a factor of the loss, or for one of each row."""
     if outer.dim():
         return (gradient.float() * outer[:, None]).to(gradient.dtype)
-    if torch._C._are_functorch_transforms_active():  # a batch of factors has no number
+    try:
+        factor = outer.item()
+    except RuntimeError:  # a batch of factors, under vmap
         return (gradient.float() * outer).to(gradient.dtype)
-    factor = outer.item()
     return gradient if factor == 1.0 else gradient * factor
 
 

@@ -1,0 +1,67 @@
+"""The fast path of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in inference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "fastpath"
+
+OPERATORS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
+ATTENTION = ("_masked_softmax", "::_softmax", "::bmm", *OPERATORS)
+"""Operators of the attention that the fast path computes in its own way."""
+
+
+def match(facts: Facts) -> Match:
+    """Needs the fast path in its steps."""
+    if facts.lack(*OPERATORS):
+        return Match((), "its steps do not take the fast path of torch's transformer layers")
+    return Match(("off",), share=facts.share(*ATTENTION))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Switch it off for the process, unless the program has done so."""
+    import torch
+
+    if not torch.backends.mha.get_fastpath_enabled():
+        raise RefusedError("the program has switched the fast path off itself")
+    torch.backends.mha.set_fastpath_enabled(False)
+
+    def undo() -> None:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+    return undo
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="transformer layers in inference by scaled_dot_product_attention, not their fast path",
+    settings=("off",),
+    exactness={"off": "reordered"},
+    hot=True,
+    platforms=("cpu", "cuda"),
+    card=Card(
+        what="In inference, torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` take a "
+        "fast path of their own, `_transformer_encoder_layer_fwd`. Where there is a padding mask, "
+        "it computes the softmax on the CPU by a kernel that is not vectorised, and autocast does "
+        "not reach its products. `off` switches it off "
+        "(`torch.backends.mha.set_fastpath_enabled(False)`): attention goes through "
+        "`F.scaled_dot_product_attention`, and lower precision works.",
+        helps="Inference with `nn.TransformerEncoder` and a padding mask on the CPU: 1.7 times as "
+        "fast in float32, 3.6 times with bfloat16, on a Zen 5 at 256 tokens.",
+        hurts="Where the fast path saves work by nested tensors (`enable_nested_tensor`), or its "
+        "fused kernels on CUDA are faster.",
+        by_hand="`torch.backends.mha.set_fastpath_enabled(False)`",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html",
+            "https://docs.pytorch.org/docs/stable/backends.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the fast path of transformer layers",),
+)

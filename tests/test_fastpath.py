@@ -1,0 +1,61 @@
+"""The knob ``fastpath``: transformer layers in inference compute the same without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs import Facts
+from flatout.request import Request
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(Request(), tmp_path)
+
+
+def operators(encoder: nn.Module, *args: torch.Tensor) -> tuple[torch.Tensor, set[str]]:
+    """What it gives, and what it calls."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities) as profiled:
+        output = encoder(args[0], src_key_padding_mask=args[1])
+    return output, {event.key for event in profiled.key_averages()}
+
+
+def test_a_padded_batch_gives_the_same_by_another_way(session: Session) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    tokens, lengths = torch.randn(3, 10, 32), torch.tensor([10, 4, 7])
+    padding = torch.arange(10) >= lengths[:, None]
+    expected, bare = operators(encoder, tokens, padding)
+    assert "aten::_transformer_encoder_layer_fwd" in bare
+    undo = knobs.get("fastpath").apply(session, "off")
+    found, turned = operators(encoder, tokens, padding)
+    undo()
+    assert "aten::_transformer_encoder_layer_fwd" not in turned
+    assert "aten::scaled_dot_product_attention" in turned
+    torch.testing.assert_close(found[~padding], expected[~padding], atol=1e-5, rtol=1e-4)
+    assert "aten::_transformer_encoder_layer_fwd" in operators(encoder, tokens, padding)[1]
+
+
+def test_what_the_program_has_chosen_stays(session: Session) -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with pytest.raises(knobs.RefusedError, match="itself"):
+            knobs.get("fastpath").apply(session, "off")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_it_is_offered_where_the_fast_path_is_taken() -> None:
+    taken = {"aten::_transformer_encoder_layer_fwd": 0.01, "aten::_masked_softmax": 0.7}
+    offer = knobs.get("fastpath").offer(Facts("cpu", operators=taken))
+    assert offer.settings == ("off",)
+    assert offer.share == pytest.approx(0.71)
+    assert not knobs.get("fastpath").offer(Facts("cpu", operators={"aten::mm": 1.0})).settings
