@@ -289,6 +289,13 @@ def test_products_that_leave_half_of_the_processor_idle(
         assert share(diagnosis, "narrow-products") == pytest.approx(mkl.SAVED * 0.5)
 
 
+def test_a_padding_mask_in_the_fast_path(recorded: Any) -> None:
+    window = profile(operator("aten::_masked_softmax", 7.0), operator("aten::addmm", 3.0))
+    diagnosis = recorded(profiled=window)
+    assert diagnosis.bottleneck == "padded-fast-path"
+    assert share(diagnosis, "padded-fast-path") == pytest.approx(0.7)
+
+
 def test_cross_entropy_that_stores_its_probabilities(recorded: Any) -> None:
     window = profile(
         operator("aten::_log_softmax_backward_data", 2.0),
