@@ -46,8 +46,8 @@ KNOB = Knob(
     platforms=("cpu", "cuda"),
     card=Card(
         what="In inference, torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` take "
-        "a fast path of their own, `_transformer_encoder_layer_fwd`. Where there is a padding mask, "
-        "it computes the softmax on the CPU by a kernel that is not vectorised, and autocast does "
+        "a fast path of their own, `_transformer_encoder_layer_fwd`. With a padding mask, it "
+        "computes the softmax on the CPU by a kernel that is not vectorised, and autocast does "
         "not reach its products. `off` switches it off "
         "(`torch.backends.mha.set_fastpath_enabled(False)`): attention goes through "
         "`F.scaled_dot_product_attention`, and lower precision works.",
