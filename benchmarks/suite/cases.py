@@ -153,6 +153,7 @@ CASES = {
         ("images",),
         steps=100,
         kind="inference",
+        is_held_out=True,
         prepare=("--prepare",),
     ),
     "embed_text": Case(
@@ -168,6 +169,5 @@ CASES = {
         steps=20,
         kind="inference",
         is_compute_bound=True,
-        is_held_out=True,
     ),
 }
