@@ -6,9 +6,8 @@ The matrix products are torch's; what lies between them is ``kernels/attention.c
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd import forward_ad
 from flatout.agent import dispatch
 from flatout.knobs import Undo
 from flatout.knobs.attention import heads
-from flatout.knobs.attention.kernel import ALWAYS, FailedError, Job, Kernel, differentiable
+from flatout.knobs.attention.kernel import ALWAYS, FailedError, Job, Kernel, backward
 
 OPERATOR = "aten::scaled_dot_product_attention"
 
@@ -72,30 +71,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """See ``forward``; what it returns can be differentiated when that is asked for."""
-        query, key, value, bias, output, sums = ctx.saved_tensors
-        job, kernel = ctx.job, ctx.kernel
-        needed = ctx.needs_input_grad[:3]
-        found: Iterable[torch.Tensor]
-        with torch.autocast("cpu", enabled=False):
-            inputs = query, key, value
-            if not torch.is_grad_enabled():
-                try:
-                    found = _gradients(*inputs, bias, output, sums, gradient, job, kernel)
-                    return (*found, None, None, None, None)
-                except Exception as error:  # noqa: BLE001 - reported
-                    ctx.on_failure(error)
-                    inputs = tuple(x.detach().requires_grad_() for x in inputs)
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                again = differentiable(*inputs, bias, job, kernel)
-                found = torch.autograd.grad(
-                    again,
-                    list(itertools.compress(inputs, needed)),
-                    gradient,
-                    create_graph=create_graph,
-                )
-        each = iter(found)
-        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
+        return backward(ctx, gradient, _gradients)
 
 
 def _outputs(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from flatout.knobs.attention.kernel import Block, FailedError, Job, Kernel, differentiable
+from flatout.knobs.attention.kernel import Block, FailedError, Job, Kernel, backward
 
 MOST = 128
 """Rows, columns and widths: twelve matrices of a head stay in a cache of 1 MiB."""
@@ -80,32 +79,27 @@ class WholeHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """See ``forward``; what it returns can be differentiated when that is asked for."""
-        query, key, value, bias, output, sums = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        inputs = query, key, value
-        found: Iterable[torch.Tensor]
-        with torch.autocast("cpu", enabled=False):
-            if not torch.is_grad_enabled():
-                try:
-                    found = [x.new_empty(x.shape) for x in inputs]
-                    asked = _asked(*inputs, bias, output, sums, ctx.job)
-                    gradient = with_rows(gradient)
-                    asked.of_output = _rows(gradient)
-                    asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
-                    _call(asked, ctx.kernel, backwards=True)
-                    return (*found, *[None] * 4)
-                except Exception as error:  # noqa: BLE001 - reported
-                    ctx.on_failure(error)
-                    inputs = tuple(x.detach().requires_grad_() for x in inputs)
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                one, other, third = (x.flatten(0, 1) for x in inputs)
-                again = differentiable(one, other, third, bias, ctx.job, ctx.kernel)
-                again = again.view(output.shape)
-                asked_for = list(itertools.compress(inputs, needed))
-                found = torch.autograd.grad(again, asked_for, gradient, create_graph=create_graph)
-        each = iter(found)
-        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
+        return backward(ctx, gradient, _gradients)
+
+
+def _gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    sums: torch.Tensor,
+    gradient: torch.Tensor,
+    job: Job,
+    kernel: Kernel,
+) -> list[torch.Tensor]:
+    found = [x.new_empty(x.shape) for x in (query, key, value)]
+    asked = _asked(query, key, value, bias, output, sums, job)
+    gradient = with_rows(gradient)
+    asked.of_output = _rows(gradient)
+    asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
+    _call(asked, kernel, backwards=True)
+    return found
 
 
 def _call(asked: Heads, kernel: Kernel, backwards: bool) -> None:

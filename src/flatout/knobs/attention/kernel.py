@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -178,6 +179,43 @@ def differentiable(
         kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
         probabilities = probabilities * factors
     return probabilities.to(value.dtype) @ value
+
+
+def backward(
+    ctx: Any, gradient: torch.Tensor, by_kernel: Callable[..., Iterable[torch.Tensor]]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of an autograd function's first three inputs, query, key and value.
+
+    Args:
+        ctx: has saved these, the bias, the output and the sums of the rows, and has a ``job``, a
+            ``kernel`` and ``on_failure``.
+        gradient: of the output.
+        by_kernel: called with what is saved and the gradient; if it fails, or if what comes out has
+            to be differentiable, the way goes through operations of torch.
+    """
+    *inputs, bias, output, sums = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    found: Iterable[torch.Tensor]
+    with torch.autocast("cpu", enabled=False):
+        if not torch.is_grad_enabled():
+            try:
+                found = by_kernel(*inputs, bias, output, sums, gradient, ctx.job, ctx.kernel)
+                return (*found, *[None] * 4)
+            except Exception as error:  # noqa: BLE001 - reported
+                ctx.on_failure(error)
+                inputs = [x.detach().requires_grad_() for x in inputs]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            query, key, value = (x.flatten(0, -3) for x in inputs)
+            again = differentiable(query, key, value, bias, ctx.job, ctx.kernel)
+            found = torch.autograd.grad(
+                again.view(output.shape),
+                list(itertools.compress(inputs, needed)),
+                gradient,
+                create_graph=create_graph,
+            )
+    each = iter(found)
+    return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
 
 
 class FailedError(Exception):
