@@ -62,7 +62,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
                 exactness=knobs.EXACTNESS[knobs.get(name).exactness[setting]],
                 by_hand=knobs.get(name).card.by_hand,
                 alone=outcome.alone(name),
-                without_it=outcome.without.get(name),
+                without_it=outcome.on_top(name),
             )
             for name, setting in outcome.settings.items()
         ),

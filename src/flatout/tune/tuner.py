@@ -174,8 +174,15 @@ class Outcome:
 
     def alone(self, knob: str) -> Ratio | None:
         """The ratio of a knob alone inside one process, ``None``: not measured."""
+        return self._ratio(knob, "inside one process")
+
+    def on_top(self, knob: str) -> Ratio | None:
+        """The ratio of the stack with a knob over that without it, ``None``: not measured."""
+        return self.without.get(knob) or self._ratio(knob, "fresh processes")
+
+    def _ratio(self, knob: str, stage: Stage) -> Ratio | None:
         for arm in self.arms:
-            if set(arm.settings) == {knob} and arm.ratio is not None:
+            if set(arm.settings) == {knob} and arm.stage == stage and arm.ratio is not None:
                 return arm.ratio
         return None
 
