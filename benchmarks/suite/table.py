@@ -245,8 +245,16 @@ def missed(found: Mapping[str, ProgramResult]) -> list[str]:
             says.append(f"{name}: flatout: {result.out.get('flatout', 'not measured')}")
     training = [r for name, r in with_flatout.items() if CASES[name].kind == "training"]
     for what, mean, asked in (
-        ("bare", geometric_mean(r.arms["flatout"].ratio.value for r in training), 3.0),
-        ("the best peers", geometric_mean(r.over_peer.value for r in training if r.over_peer), 1.3),
+        (
+            "bare",
+            geometric_mean(r.arms["flatout"].ratio.value for r in training),
+            GEOMETRIC_MEAN_OVER_BARE,
+        ),
+        (
+            "the best peers",
+            geometric_mean(r.over_peer.value for r in training if r.over_peer),
+            GEOMETRIC_MEAN_OVER_PEER,
+        ),
     ):
         if mean is not None and mean < asked:
             says.append(f"training over {what}: geometric mean {mean:.2f}x, asked: {asked}x")

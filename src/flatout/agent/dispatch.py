@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from flatout import kernels
 from flatout.knobs import RefusedError, Undo
@@ -30,6 +31,18 @@ def compiled(name: str, stays: str) -> ctypes.CDLL:
     if not hasattr(torch.library, "get_kernel"):
         raise RefusedError(f"{stays} stay: torch {torch.__version__} cannot hand its kernel over")
     return library
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def are_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are dense tensors on the CPU of no other class, outside of what transforms."""
+    return (
+        all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def replace(functions: Mapping[str, Callable[..., Any]], *keys: str) -> Undo:

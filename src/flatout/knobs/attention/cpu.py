@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from flatout.agent import dispatch
 from flatout.knobs import Undo
@@ -269,19 +268,12 @@ def apply(
     return output.view(batch, count, rows, value.shape[3])
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
 def can_take(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> bool:
     """Whether these are plain tensors with shapes that fit, outside of anything that transforms."""
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if (
-        not all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if not dispatch.are_plain(*tensors):
         return False
     batch_and_heads, columns = query.shape[:2], key.shape[2:3]
     return (

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from flatout.agent import dispatch
@@ -193,9 +192,6 @@ def _replacement(
     return cross_entropy
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
 def can_take(logits: torch.Tensor, targets: torch.Tensor) -> bool:
     """Whether these are plain tensors of such a loss, outside of anything that transforms."""
     return (
@@ -203,9 +199,5 @@ def can_take(logits: torch.Tensor, targets: torch.Tensor) -> bool:
         and logits.dim() == 2
         and targets.dtype is torch.int64
         and targets.shape == logits.shape[:1]
-        and all(
-            type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided for x in (logits, targets)
-        )
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and dispatch.are_plain(logits, targets)
     )

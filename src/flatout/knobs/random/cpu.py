@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from flatout.agent import dispatch
 from flatout.knobs import Undo
@@ -148,13 +147,9 @@ class Bernoulli:
         return (
             tensor.numel() >= SERIAL_BELOW
             and 0 < round((1.0 - p) * ALWAYS) < ALWAYS
-            and type(tensor) in _PLAIN
-            and tensor.is_cpu
             and tensor.dtype in (torch.float32, torch.bfloat16)
-            and tensor.layout is torch.strided
+            and dispatch.are_plain(tensor)
             and _is_dense(tensor)
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
         )
 
     def key(self, generator: torch.Generator | None) -> int:
@@ -230,9 +225,6 @@ class Dropout(torch.autograd.Function):
         kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
         factors = kept.to(gradient.dtype) * (ALWAYS / keep)
         return gradient * factors.as_strided(gradient.shape, ctx.stride), None, None, None, None
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from flatout.agent import dispatch
@@ -273,23 +272,13 @@ def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Un
     return dispatch.replace({"gru.input": replacement}, "AutogradCPU", "CPU")
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
 def can_take(sequence: torch.Tensor, first: torch.Tensor, params: Sequence[torch.Tensor]) -> bool:
     """Whether these are plain float32 tensors of a narrow unit, outside of what transforms."""
     tensors = (sequence, first, *params)
     return (
-        all(
-            type(x) in _PLAIN
-            and x.is_cpu
-            and x.dtype is torch.float32
-            and x.layout is torch.strided
-            for x in tensors
-        )
+        dispatch.are_plain(*tensors)
+        and all(x.dtype is torch.float32 for x in tensors)
         and sequence.dim() == 3
         and min(sequence.shape) > 0
         and params[1].shape[1] == first.shape[2] <= MOST_WIDTH
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
