@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +236,23 @@ def test_a_request_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "request.json").write_text(text)
     with pytest.raises(RequestError):
         Request.read(tmp_path)
+
+
+def test_a_module_is_named_in_the_record(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(
+        "import torch\nnet = torch.nn.Linear(2, 1)\nnet(torch.ones(1, 2)).sum().backward()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "flatout", "run", "--", sys.executable, "-m", "package.train"],
+        cwd=tmp_path,
+        env={**os.environ, "FLATOUT_HOME": str(tmp_path / "home")},
+        check=True,
+        capture_output=True,
+    )
+    (run_directory,) = (tmp_path / "home" / "runs").iterdir()
+    process = read_run(run_directory).main
+    assert process is not None
+    assert process.header["program"] == "package.train"

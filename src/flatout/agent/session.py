@@ -473,7 +473,7 @@ def _header(record: RecordWriter) -> dict[str, Any]:
         "world_size": _environment_int("WORLD_SIZE"),
         "started_unix_s": round(time.time(), 3),
         "started_ns": record.started_ns,
-        "program": os.path.basename(sys.argv[0]) if sys.argv else "",
+        "program": _program(),
         "executable": sys.executable,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -487,3 +487,11 @@ def _header(record: RecordWriter) -> dict[str, Any]:
 def _environment_int(name: str) -> int | None:
     value = os.environ.get(name, "")
     return int(value) if value.isdigit() else None
+
+
+def _program() -> str:
+    """The script, or the module after ``-m``, whose name stands in ``argv`` only later."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name == "-m" and "-m" in sys.orig_argv[:-1]:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    return name

@@ -12,9 +12,10 @@ def find(case: Case) -> Finding | None:
         return None
     evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]
     for loader in case.facts.get("loaders", []):
+        size = loader["batch_size"]  # none where a sampler makes the batches
+        batches = "" if size is None else f", batches of {size}"
         evidence.append(
-            f"a loader over {loader['dataset']} has {loader['workers']} workers, batches of "
-            f"{loader['batch_size']}"
+            f"a loader over {loader['dataset']} has {loader['workers']} workers{batches}"
         )
     return Finding(
         "input-bound",
