@@ -241,7 +241,7 @@ def test_a_request_that_is_none(tmp_path: Path, text: str) -> None:
 def test_a_module_is_named_in_the_record(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
-    (package / "__init__.py").touch()
+    (package / "__init__.py").write_text("import torch\n")  # before the module's name is known
     (package / "train.py").write_text(
         "import torch\nnet = torch.nn.Linear(2, 1)\nnet(torch.ones(1, 2)).sum().backward()\n"
     )

@@ -348,3 +348,17 @@ def test_a_plan_is_verified_and_a_wrong_one_refused(
     assert main(["verify", "--plan", "wrong.toml", *options]) == 1
     assert "precision=bf16 is not proven: " in capsys.readouterr().err
     assert plan.read(wrong).evidence is None
+
+
+def test_too_short_a_budget_is_said_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run has its profiled steps, but hardly any before them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(
+        "import torch\nnet, x = torch.nn.Linear(2000, 2000), torch.randn(4000, 2000)\n"
+        "for _ in range(1000):\n    net(x).sum().backward()\n"
+    )
+    words = ["tune", "--in-place", "--budget", "1s", "--", sys.executable, "program.py"]
+    assert main(words) == 2
+    assert "give tune a longer --budget, or --steps" in capsys.readouterr().err

@@ -296,9 +296,10 @@ class Tuner:
             raise UserError(
                 f"this program ends after {len(process.turns)} steps, tune needs at least {needed}"
             )
-        if len(process.turns) <= WARMUP_STEPS:
+        timed = [step for step in process.turns if step.mark is None]
+        if len(timed) <= WARMUP_STEPS:
             raise UserError(
-                f"in {limit_s:.0f} s the program made {len(process.turns)} steps; give "
+                f"in {limit_s:.1f} s, start-up included, the program made {len(timed)} steps; give "
                 "tune a longer --budget, or --steps"
             )
         outcome = self._outcome
@@ -307,7 +308,6 @@ class Tuner:
         in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
         self._first = first
-        timed = [step for step in process.turns if step.mark is None]
         longest = max(USUAL_STEPS, int(USUAL_S / step_s))
         self._steps = options.steps or max(min(len(timed), longest), MINIMUM_STEPS)
         if first.ended:
