@@ -91,7 +91,9 @@ def of(step_s: float, loss: float = 2.0) -> dict[str, Any]:
 def a_run(path: Path, name: str, flatout_s: float) -> Results:
     """Four rounds in which ``accelerate`` is fast on the even ones, ``fused`` on all."""
     results = Results(path)
-    results.add(name, "tune", seconds=200.0, settings={"precision": "bf16"}, why="", plan="x")
+    claim = {"value": 1.9, "low": 1.8, "high": 2.0, "pairs": 9}
+    tune = {"settings": {"precision": "bf16"}, "claim": claim, "why": "", "plan": "x"}
+    results.add(name, "tune", seconds=200.0, **tune)
     results.add(name, "not applicable", arm="all", why="it has no images")
     results.add(name, "first", arm="compile", failure="Boom", ran_s=3.0)
     for number, drift in enumerate((1.0, 1.3, 0.9, 1.1)):
@@ -130,6 +132,7 @@ def test_targets_are_missed_by_name(tmp_path: Path) -> None:
     shown = "\n".join(table.markdown({"gpt": result}))
     assert "**broken**: loss 3.15 instead of 2.15" in shown
     assert "compile: fails: Boom" in shown
+    assert "| 1.90x (1.80-2.00) |" in shown
 
 
 def test_the_floor_is_arithmetic_and_the_optimizers_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -123,7 +124,9 @@ def _commands(
         script = folder / f"program_{arm}.py"  # not the name of a peer's module
         script.write_text(text, "utf-8")
         commands[arm] = [str(settings.python), str(script), *case.options]
-        variables[arm] = {"PYTHONPATH": beside}
+        # not what an earlier program, or the user, has compiled: it would be found, and not timed
+        caches = str(folder / "inductor")
+        variables[arm] = {"PYTHONPATH": beside, "TORCHINDUCTOR_CACHE_DIR": caches}
     tunes = results.of(name, "tune")
     if tunes and _is_asked("flatout", settings):
         own = [str(settings.python), str(case.script), *case.options]
@@ -177,6 +180,7 @@ def _tuned(command: Sequence[str], settings: Settings, folder: Path) -> dict[str
     return {
         "seconds": round(time.monotonic() - began_s, 1),
         "settings": dict(found.settings),
+        "claim": found.claim and dataclasses.asdict(found.claim),
         "why": found.why,
         "plan": plan.read_text("utf-8") if is_plan else None,
     }

@@ -77,6 +77,7 @@ class ProgramResult:
         floor: ``None``: its FLOPs are not known.
         settings: of flatout's plan.
         tuning_s: seconds that the tune took.
+        claim: of the tune, bare's step time over the plan's; ``None``: it claims nothing.
         best_peer: the fastest right one on every other round; ``None``: there is none.
         over_peer: its step time over flatout's, on the other rounds.
     """
@@ -87,6 +88,7 @@ class ProgramResult:
     floor: Floor | None
     settings: Mapping[str, str]
     tuning_s: float | None
+    claim: Ratio | None
     best_peer: str | None
     over_peer: Ratio | None
 
@@ -102,7 +104,8 @@ def judged(name: str, results: Results) -> ProgramResult | None:
     common = set.intersection(*(set(line["arms"]) for line in rounds))
     found = {arm: _arm(arm, rounds, firsts, CASES[name]) for arm in sorted(common)}
     tunes = results.of(name, "tune")
-    settings = tunes[-1]["settings"] if tunes else {}
+    tune = tunes[-1] if tunes else {}
+    settings = tune.get("settings", {})
     best, over = None, None
     if "flatout" in found:
         best, over = _against_peers(rounds, found, CASES[name], "precision" in settings)
@@ -112,7 +115,8 @@ def judged(name: str, results: Results) -> ProgramResult | None:
         out=out,
         floor=_floor(results.of(name, "floor")),
         settings=settings,
-        tuning_s=tunes[-1]["seconds"] if tunes else None,
+        tuning_s=tune.get("seconds"),
+        claim=Ratio(**tune["claim"]) if tune.get("claim") else None,
         best_peer=best,
         over_peer=over,
     )
@@ -298,9 +302,9 @@ def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
         "round and compared on the others; the floor is the bare step's FLOPs at the bf16 rate and "
         "the optimizer's memory at the rate of copies.",
         "",
-        "| program | flatout over bare | best right peer | flatout over it | share of the floor "
-        "| tune | plan |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| program | flatout over bare | claimed by tune | best right peer | flatout over it "
+        "| share of the floor | tune | plan |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, result in found.items():
         own = result.arms.get("flatout")
@@ -310,7 +314,8 @@ def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
         plan = " ".join(f"{knob}={setting}" for knob, setting in result.settings.items())
         held_out = " (held out)" if CASES[name].is_held_out else ""
         lines.append(
-            f"| {name}{held_out} | {_in_table(own.ratio)} | {result.best_peer or 'none'} "
+            f"| {name}{held_out} | {_in_table(own.ratio)} "
+            f"| {_in_table(result.claim) if result.claim else ''} | {result.best_peer or 'none'} "
             f"| {_in_table(result.over_peer) if result.over_peer else ''} | {floor} "
             f"| {result.tuning_s or 0:.0f} s | {plan or 'none'} |"
         )
