@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import os
@@ -13,7 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from flatout import knobs
 from flatout.agent.session import Session
@@ -321,7 +329,7 @@ def calm_batches(session: Session, setting: str, epochs: int = 3) -> list[Any]:
     return [*found, torch.rand(3)]
 
 
-@pytest.mark.parametrize("setting", ["cache", "prefetch", "workers"])
+@pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
 def test_order_and_random_stream_of_a_deterministic_dataset(session: Session, setting: str) -> None:
     bare = calm_batches(session, "")
     assert equal(calm_batches(session, setting), bare)
@@ -416,7 +424,7 @@ class Stream(IterableDataset[Any]):
         return iter(range(25))
 
 
-@pytest.mark.parametrize("setting", ["cache", "prefetch", "workers"])
+@pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
 def test_iterable_datasets_are_left_alone(session: Session, setting: str) -> None:
     undo = knobs.get("loader").apply(session, setting)
     found = batches(DataLoader(Stream(), batch_size=10), 2)
@@ -424,7 +432,7 @@ def test_iterable_datasets_are_left_alone(session: Session, setting: str) -> Non
     assert torch.cat(found).tolist() == [*range(25), *range(25)]
 
 
-@pytest.mark.parametrize("setting", ["cache", "prefetch", "workers"])
+@pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
 def test_a_list_and_a_tensor_dataset(session: Session, setting: str) -> None:
     undo = knobs.get("loader").apply(session, setting)
     for dataset in (list(range(96)), TensorDataset(torch.arange(96))):
@@ -432,6 +440,82 @@ def test_a_list_and_a_tensor_dataset(session: Session, setting: str) -> None:
         flat = torch.cat([torch.as_tensor(b[0] if isinstance(b, list) else b) for b in found])
         assert flat.tolist() == list(range(96)) * 3
     undo()
+
+
+def tensors(*, rows: int = 96) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(rows, 3, 5, generator=generator),
+        torch.randn(rows, 4, generator=generator).bfloat16(),
+        torch.randint(10, (rows,), generator=generator),
+    ]
+
+
+class Doubled(TensorDataset):
+    """Rows are what its own method makes of them."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(2 * tensor for tensor in super().__getitem__(index))
+
+
+def of_tensors(kind: str) -> DataLoader[Any]:
+    whole = TensorDataset(*tensors())
+    part = Subset(whole, list(range(90, 6, -1)))
+    datasets = {
+        "subset of a subset": Subset(part, list(range(0, 80, 2))),
+        "indices from behind": Subset(whole, [-1, -2, -3, 5, 6]),
+        "transposed": TensorDataset(torch.arange(192.0).view(2, 96).T),
+        "of another class": Doubled(*tensors()),
+    }
+    if kind == "weights":
+        sampler = WeightedRandomSampler(torch.ones(96), 96)
+        return DataLoader(whole, batch_size=10, sampler=sampler)
+    if kind == "a collate function":
+        return loader_of(whole, collate_fn=lambda rows: [row[2] for row in rows])
+    if kind == "single samples":
+        return DataLoader(whole, batch_size=None, shuffle=True)
+    if kind == "workers":
+        return loader_of(whole, num_workers=1)
+    return loader_of(datasets.get(kind, whole))
+
+
+BATCHED = ("all of them", "subset of a subset", "weights")
+NOT_BATCHED = (
+    *("indices from behind", "transposed", "of another class", "a collate function"),
+    *("single samples", "workers"),
+)
+
+
+@pytest.mark.parametrize("kind", [*BATCHED, *NOT_BATCHED])
+def test_whole_batches_are_those_of_single_samples(
+    session: Session, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    bare = batches(of_tensors(kind), 2)
+    undo = knobs.get("loader").apply(session, "batched")
+    torch.manual_seed(3)
+    loader = of_tensors(kind)
+    if kind in BATCHED:
+        monkeypatch.setattr(TensorDataset, "__getitem__", None)  # no row is asked for
+    assert equal(batches(loader, 2), bare)
+    undo()
+    assert not session.failed_knobs
+
+
+def test_a_row_that_is_not_there_is_the_programs_error(session: Session) -> None:
+    undo = knobs.get("loader").apply(session, "batched")
+    with pytest.raises(IndexError):
+        batches(DataLoader(TensorDataset(torch.arange(9)), batch_size=4, sampler=[1, 2, 9]))
+    undo()
+    assert not session.failed_knobs
+
+
+def test_batches_of_tensors_are_tried_where_there_are_some() -> None:
+    known = knobs.Facts("cpu", data_share=0.3, datasets=("TensorDataset",))
+    assert "batched" in knob.match(known).settings
+    assert (
+        "batched" not in knob.match(dataclasses.replace(known, datasets=("ImageFolder",))).settings
+    )
 
 
 def test_how_many_workers() -> None:

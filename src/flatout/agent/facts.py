@@ -6,10 +6,12 @@ Collected once, after the timed steps: its cost (a pass over the parameters) doe
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Subset
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -24,6 +26,7 @@ def collect(session: Session) -> dict[str, Any]:
         "modules": _modules(session.roots),
         "parameters": _parameters(session.roots),
         "loaders": [_loader(loader) for loader in session.loaders],
+        "decodes_jpeg": "PIL.JpegImagePlugin" in sys.modules,
         "switches": {
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "anomaly_detection": torch.is_anomaly_enabled(),
@@ -87,11 +90,18 @@ def _parameters(roots: list[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
+def _source(dataset: Any) -> Any:
+    """What subsets, and subsets of them, choose from."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 def _loader(loader: Any) -> dict[str, Any]:
     return {
         "workers": loader.num_workers,
         "batch_size": loader.batch_size,
-        "dataset": type(loader.dataset).__name__,
+        "dataset": type(_source(loader.dataset)).__name__,
         "pin_memory": bool(loader.pin_memory),
         "persistent_workers": bool(loader.persistent_workers),
     }

@@ -60,6 +60,7 @@ def facts(case: Case, device: str) -> Facts:
     if is_profiled:
         operators = {o["name"]: o["share"] for o in case.operators_by_name}
     large = case.operators_share(is_large)
+    loaders = case.facts.get("loaders")
     return Facts(
         device=device,
         matmul_flops_per_s=rates,
@@ -75,6 +76,8 @@ def facts(case: Case, device: str) -> Facts:
             case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None
         ),
         overhead_share=max(0.0, 1 - large) if is_profiled else None,
+        datasets=tuple(loader["dataset"] for loader in loaders) if loaders else None,
+        decodes_jpeg=case.facts.get("decodes_jpeg"),
     )
 
 

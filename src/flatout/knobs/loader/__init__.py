@@ -1,4 +1,4 @@
-"""The data loader: samples from memory, a thread that fetches ahead, worker processes."""
+"""The data loader: whole batches, samples from memory, a thread ahead, worker processes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ MOST_WORKERS = 8
 WORTH_SHARE = 0.02
 """Of the step's time, waiting for data, below which there is nothing to gain."""
 
+TENSOR_DATASET = "TensorDataset"
+
 
 def match(facts: Facts) -> Match:
     """Needs steps that wait for their data."""
     if facts.data_share is not None and facts.data_share < WORTH_SHARE:
         return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
-    return Match(("cache", "prefetch", "workers"), share=facts.data_share)
+    settings: tuple[str, ...] = ("cache", "prefetch", "workers")
+    if TENSOR_DATASET in (facts.datasets or ()):
+        settings = ("batched", *settings)
+    return Match(settings, share=facts.data_share)
 
 
 _caches: weakref.WeakKeyDictionary[Session, SampleCache] = weakref.WeakKeyDictionary()
@@ -37,6 +42,10 @@ def apply(session: Session, setting: str) -> Undo:
     def say(what: str, why: str) -> None:
         session.event(what, NAME, why)
 
+    if setting == "batched":
+        from flatout.knobs.loader.batched import BatchedFetch
+
+        return BatchedFetch(lambda error: session.contain(NAME, error)).install()
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
@@ -62,13 +71,19 @@ def worker_count(cores: float) -> int:
 
 KNOB = Knob(
     name=NAME,
-    summary="samples from memory, fetched ahead by a thread, or by worker processes",
-    settings=("cache", "prefetch", "workers"),
-    exactness={"cache": "bitwise", "prefetch": "reshuffled", "workers": "reshuffled"},
+    summary="whole batches at once, samples from memory, fetched ahead, or by worker processes",
+    settings=("batched", "cache", "prefetch", "workers"),
+    exactness={
+        **dict.fromkeys(("batched", "cache"), "bitwise"),
+        **dict.fromkeys(("prefetch", "workers"), "reshuffled"),
+    },
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="`cache`: a map-style dataset whose samples come out the same to the last bit when "
+        what="`batched`: a batch of a `TensorDataset`, or of subsets of one, is one `index_select` "
+        "of each of its tensors, instead of one index operation for each sample and a stack. "
+        "Loaders with workers, or with a `collate_fn`, and other datasets are left alone.\n\n"
+        "`cache`: a map-style dataset whose samples come out the same to the last bit when "
         "the next epoch fetches them again is from then on read from memory, up to a quarter of "
         "what is available. One sample of each batch is still fetched and compared; when it "
         "differs, or the dataset has drawn a random number, the batch and all that follow are "
@@ -82,14 +97,16 @@ KNOB = Knob(
         "The order of the data and the random numbers of the program stay as they are for datasets "
         "that are deterministic. With `workers`, random transforms draw from the workers' "
         "generators instead of the program's.",
-        helps="The step waits for the loader: decoding and transforming every epoch anew "
-        "(`cache`), reading and decoders that release the interpreter lock (`prefetch`), "
+        helps="The step waits for the loader: small samples that are in memory already "
+        "(`batched`), decoding and transforming every epoch anew (`cache`), reading and decoders "
+        "that release the interpreter lock (`prefetch`), "
         "transforms in Python on machines with cores to spare (`workers`).",
         hurts="`workers` on few cores, where they take the time of the step. `prefetch` and "
         "`workers` with a dataset or sampler that looks at the state of the training: it is "
         "asked earlier. A dataset whose samples differ by a generator of its own less often than "
         "once in 64 may be kept by `cache`.",
-        by_hand="A list of the samples, made once; `DataLoader(..., num_workers=3, "
+        by_hand="`for rows in torch.randperm(len(x)).split(64): step(x[rows], y[rows])`; a list of "
+        "the samples, made once; `DataLoader(..., num_workers=3, "
         "persistent_workers=True, prefetch_factor=4, pin_memory=True)`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/data.html",

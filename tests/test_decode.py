@@ -1,0 +1,181 @@
+"""The knob ``decode``: the same pixels, decoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageFile, JpegImagePlugin
+
+from flatout import knobs
+from flatout.agent.session import Session
+from flatout.knobs import decode
+from flatout.knobs.decode import DecodedImages
+from flatout.request import Request
+
+
+class Counted:
+    """Pillow's way of decoding, and for how many images it was taken."""
+
+    def __init__(self) -> None:
+        self.own: Callable[[Any], Any] = ImageFile.ImageFile.load
+        self.decoded = 0
+
+    def __call__(self, image: Any) -> Any:
+        self.decoded += bool(image.tile)
+        return self.own(image)
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+@pytest.fixture
+def counted() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def images(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> DecodedImages:
+    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising, 1 << 20)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    return made
+
+
+def draw(path: Path | io.BytesIO, shade: int = 100, **options: Any) -> Any:
+    image = Image.linear_gradient("L").resize((40, 30))
+    Image.merge("RGB", (image, image, image.point(lambda v: (v + shade) % 256))).save(
+        path, options.pop("format", "JPEG"), **options
+    )
+    return path
+
+
+def test_the_second_time_pixels_come_from_memory(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg")
+    with Image.open(path) as image:
+        first = image.convert("RGB")
+    with Image.open(path) as image:
+        second = image.convert("RGB")
+        assert image.fp is None
+    with path.open("rb") as file:  # as torchvision's ImageFolder does
+        third = Image.open(file).convert("RGB")
+    assert first.tobytes() == second.tobytes() == third.tobytes()
+    assert counted.decoded == 1
+
+
+def test_a_program_may_paint_on_what_it_has_loaded(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg")
+    for _ in range(3):
+        image = Image.open(path)
+        access = image.load()
+        assert access[5, 5] != (1, 2, 3)
+        access[5, 5] = (1, 2, 3)
+        image.paste((0, 0, 0), (0, 0, 5, 5))
+    assert counted.decoded == 1
+
+
+def test_a_file_that_was_written_again_is_decoded_again(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg")
+    before = Image.open(path).convert("RGB").tobytes()
+    draw(path, shade=30)
+    os.utime(path, ns=(0, 12345))
+    assert Image.open(path).convert("RGB").tobytes() != before
+    assert counted.decoded == 2
+
+
+def test_how_it_is_to_be_decoded_counts(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg")
+    Image.open(path).load()
+    for mode, size in (("L", (40, 30)), ("RGB", (20, 15))):
+        image = Image.open(path)
+        image.draft(mode, size)
+        image.load()
+    assert image.size == (20, 15)
+    assert counted.decoded == 3
+
+
+def test_bytes_in_memory_are_known_by_their_content(
+    counted: Counted, images: DecodedImages
+) -> None:
+    one, other = (draw(io.BytesIO(), shade).getvalue() for shade in (100, 30))
+    first, again, last = (Image.open(io.BytesIO(b)).tobytes() for b in (one, one, other))
+    assert first == again != last
+    assert counted.decoded == 2
+
+
+def test_other_formats_are_decoded_as_ever(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.png", format="PNG")
+    for _ in range(2):
+        Image.open(path).load()
+    assert counted.decoded == 2
+
+
+def test_the_budget_is_kept(
+    tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising, 3 * 40 * 30 * 4)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    paths = [draw(tmp_path / f"{number}.jpg", number) for number in range(5)]
+    for path in 2 * paths:
+        Image.open(path).load()
+    assert counted.decoded == 5 + 2
+
+
+def test_a_broken_file_is_the_programs_error(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg", quality=95)
+    path.write_bytes(path.read_bytes()[:-200])
+    for _ in range(2):
+        with pytest.raises(OSError, match="truncated"):
+            Image.open(path).load()
+
+
+def test_a_failure_of_ours_is_reported_and_the_image_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Request(), tmp_path)
+    path = draw(tmp_path / "a.jpg")
+    bare = Image.open(path).convert("RGB").tobytes()
+    undo = knobs.get("decode").apply(session, "keep")
+    monkeypatch.setattr(decode, "os", None)
+    assert Image.open(path).convert("RGB").tobytes() == bare
+    undo()
+    assert list(session.failed_knobs) == ["decode"]
+
+
+def test_what_is_known_stays_when_it_is_turned_off_and_on(
+    tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: counted(image))
+    session = Session(Request(), tmp_path)
+    path = draw(tmp_path / "a.jpg")
+    for _ in range(2):
+        undo = knobs.get("decode").apply(session, "keep")
+        Image.open(path).load()
+        undo()
+    assert counted.decoded == 1
+    Image.open(path).load()
+    assert counted.decoded == 2
+
+
+def test_it_is_tried_where_images_are_decoded_and_waited_for() -> None:
+    known = knobs.Facts("cpu", data_share=0.4, decodes_jpeg=True)
+    assert decode.match(known).settings == ("keep",)
+    assert not decode.match(dataclasses.replace(known, decodes_jpeg=False)).settings
+    assert not decode.match(dataclasses.replace(known, data_share=0.001)).settings
