@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from flatout.agent.inputs import described
+from flatout.agent import inputs
+from flatout.agent.inputs import FirstInputs, described
+from flatout.agent.session import Session
+from flatout.request import Request
 from flatout.signature import matches
 
 
@@ -40,3 +45,24 @@ def test_tensors_are_found_in(container: str) -> None:
     value, words = CONTAINERS[container]
     assert list(described(((value,), {}))) == words
     assert matches(words, words)
+
+
+def called(module: Any, *args: Any) -> None:
+    """A forward pass."""
+
+
+def test_sizes_that_differ_between_the_first_calls_are_open(tmp_path: Path) -> None:
+    session = Session(Request(), tmp_path)
+    written: list[dict[str, Any]] = []
+    session.record = SimpleNamespace(write=written.append)  # type: ignore[assignment]
+    watch = FirstInputs(session)
+    session.forward_wrappers.append(watch)
+    net, other = torch.nn.Identity(), torch.nn.Identity()
+    for length in (5, 5, 7, 5):
+        watch(called, net, (torch.ones(length, 2),), {})
+        watch(called, other, (torch.ones(length, length, length),), {})
+    assert [line["tensors"] for line in written] == [("float32[5,2]",), ("float32[*,2]",)]
+    for _ in range(inputs.WATCHED_CALLS - 8):
+        assert watch in session.forward_wrappers
+        watch(called, net, (torch.ones(1, 2),), {})
+    assert watch not in session.forward_wrappers

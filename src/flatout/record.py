@@ -30,7 +30,8 @@ Format version 5:
     late), as little-endian float64 in base64; ``peak_device_bytes``: most memory torch had
     allocated on the accelerator so far.
 ``inputs``
-    Once: ``tensors``, the inputs of the first outermost module call (see ``signature.py``).
+    ``tensors``, the inputs of the first outermost module calls (see ``signature.py``); another such
+    line takes its place when later calls differ in sizes.
 ``gradients``, ``outputs``, ``state``
     Where the request asks for an inspection. ``gradients``: ``parameters``, the gradients that one
     update is made from, each with the fields of ``Gradient``. ``outputs``: one pass forward that

@@ -6,19 +6,28 @@ is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.nested import tensors_in
-from flatout.signature import VARYING, matches
+from flatout.signature import VARYING, matches, merged
 from flatout.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
 
 
+WATCHED_CALLS = 16
+"""In so many, sizes that differ from batch to batch show; few enough to end before an epoch does,
+whose last batch may be smaller than all others."""
+
+
 class FirstInputs:
-    """A forward wrapper for one call: records the inputs, and holds them against the proof's.
+    """A forward wrapper for the first calls of the module that is called first.
+
+    It records what goes in, as one word for each tensor, in which sizes that differ from call to
+    call are open. What goes into the first call is held against the proof's.
 
     Args:
         session: of this process.
@@ -26,6 +35,9 @@ class FirstInputs:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._module: weakref.ref[Any] | None = None
+        self._seen: tuple[str, ...] = ()
+        self._calls = 0
 
     def __call__(
         self,
@@ -34,23 +46,37 @@ class FirstInputs:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        session = self._session
-        session.forward_wrappers.remove(self)
-        seen = list(described((args, kwargs)))
-        session.record.write({"kind": "inputs", "tensors": seen})
-        proof = session.request.proof
-        if proof is None or proof.inputs is None or matches(proof.inputs, seen):
-            return call(module, *args, **kwargs)
+        self._calls += 1
+        if self._calls == WATCHED_CALLS:
+            self._session.forward_wrappers.remove(self)
+        if self._module is None:
+            self._module = weakref.ref(module)
+            self._record(tuple(described((args, kwargs))))
+            if self._turns_off():
+                return module(*args, **kwargs)  # past the wrappers of what was turned off
+        elif self._module() is module:
+            both = merged(self._seen, tuple(described((args, kwargs))))
+            if both is not None and both != self._seen:
+                self._record(both)
+        return call(module, *args, **kwargs)
+
+    def _record(self, seen: tuple[str, ...]) -> None:
+        self._seen = seen
+        self._session.record.write({"kind": "inputs", "tensors": seen})
+
+    def _turns_off(self) -> bool:
+        """Turn off what was proven with other inputs; whether there was anything."""
+        session, proof = self._session, self._session.request.proof
+        if proof is None or proof.inputs is None or matches(proof.inputs, self._seen):
+            return False
         turned_off = [knob for knob in proof.knobs if session.turn_off(knob)]
-        if not turned_off:
-            return call(module, *args, **kwargs)
         for knob in turned_off:
             session.event(
                 "skipped",
                 knob,
-                f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(seen)}",
+                f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}",
             )
-        return module(*args, **kwargs)  # past the wrappers of what was turned off
+        return bool(turned_off)
 
 
 class InputSizes:
