@@ -28,6 +28,7 @@ from flatout import kernels
 from flatout.knobs import Undo
 from flatout.knobs.attention import cpu
 from flatout.knobs.cross_entropy import cpu as losses
+from flatout.knobs.memory_format import gradients
 from flatout.knobs.random import cpu as random
 from flatout.optim import functional
 
@@ -264,12 +265,37 @@ def fastpath(pairs: int) -> bool:
     return compared("2 transformer layers, 16 x 200 x 256, padded", call, off, pairs, 1.0)
 
 
+def layouts(pairs: int) -> bool:
+    """Gradients in rows for activations with their channels side by side."""
+    fast = switched_on(lambda: gradients.keep_layouts(_raise))
+    operators = torch.ops.aten
+    is_as_asked = True
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient, activations = torch.randn(2, 64, 64, 14, 14).to(dtype)
+        activations = activations.contiguous(memory_format=torch.channels_last)
+        ones, zeros = torch.ones(64), torch.zeros(64)
+        statistics = (ones, zeros, ones, zeros, ones, True, 1e-5, [True] * 3)
+        calls = {
+            "ReLU": lambda g=gradient, a=activations: operators.threshold_backward(g, a, 0),
+            "SiLU": lambda g=gradient, a=activations: operators.silu_backward(g, a),
+            "GELU": lambda g=gradient, a=activations: operators.gelu_backward(g, a),
+            "batch norm": lambda g=gradient, a=activations, s=statistics: (
+                operators.native_batch_norm_backward(g, a, *s)
+            ),
+        }
+        for name, call in calls.items():
+            described = f"gradient of {name}, 64 x 64 x 14 x 14 {str(dtype)[6:]}"
+            is_as_asked &= compared(described, call, fast, pairs, 2.0)
+    return is_as_asked
+
+
 PARTS = {
     "bernoulli": bernoulli,
     "dropout": dropout,
     "cross_entropy": cross_entropy,
     "attention": attention,
     "fastpath": fastpath,
+    "layouts": layouts,
     "optimizers": optimizers,
 }
 

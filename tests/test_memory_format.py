@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from flatout import knobs
 from flatout.agent.session import Session
-from flatout.knobs.memory_format import channels_last
+from flatout.knobs.memory_format import channels_last, gradients
 from flatout.request import Request
 
 
@@ -166,3 +166,60 @@ def test_turned_around(shape: tuple[int, ...]) -> None:
     assert channels_last(y).data_ptr() == y.data_ptr()
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(gradient, 2 * x)
+
+
+OPERATORS: dict[str, Any] = {
+    "threshold_backward": (0.0,),
+    "leaky_relu_backward": (0.1, False),
+    "hardtanh_backward": (-1.0, 1.0),
+    "native_batch_norm_backward": (
+        *(torch.ones(6), torch.zeros(6), torch.ones(6), torch.zeros(6), torch.ones(6)),
+        *(True, 1e-5, [True, True, True]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", gradients.BACKWARD)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_come_in_the_layout_of_the_activations(
+    session: Session, name: str, layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.rand(3, 6, 5, 4, generator=generator).contiguous(memory_format=layout)
+    gradient = torch.randn(3, 6, 5, 4, generator=generator)
+    other = next(f for f in (torch.channels_last, torch.contiguous_format) if f != layout)
+    operator = getattr(torch.ops.aten, name)
+    rest = OPERATORS.get(name, ())
+    bare = operator(gradient.contiguous(memory_format=layout), activations, *rest)
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    found = operator(gradient.contiguous(memory_format=other), activations, *rest)
+    spread = operator(gradient[:, :, :1, :1].expand(3, 6, 5, 4), activations, *rest)
+    undo()
+    bare, found, spread = (x[0] if isinstance(x, tuple) else x for x in (bare, found, spread))
+    assert torch.equal(found, bare)
+    assert found.is_contiguous(memory_format=layout)
+    assert spread.is_contiguous(memory_format=layout)
+    assert not session.failed_knobs
+
+
+def test_a_failure_of_ours_leaves_gradients_to_torch(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    monkeypatch.setattr(gradients, "torch", None)
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (found,) = torch.autograd.grad(F.relu(x).flatten(1).sum(), x)
+    monkeypatch.undo()
+    undo()
+    assert torch.equal(found, (x > 0).float())
+    assert list(session.failed_knobs) == ["memory_format"]
+
+
+def test_the_first_image_of_one_pixel_is_turned_around(session: Session) -> None:
+    up = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU())
+    seen: list[bool] = []
+    up[1].register_forward_hook(lambda *args: seen.append(args[2].stride(1) == 1))
+    undo = knobs.get("memory_format").apply(session, "channels_last")
+    up(torch.randn(2, 4, 1, 1))
+    undo()
+    assert seen == [True]

@@ -157,9 +157,10 @@ def _covers_all(
     dilation: Any = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether a convolution's kernel is as large as its images, which it then meets once."""
+    """Whether a convolution's kernel is as large as its images, in rows, and meets them once."""
     return (
         images.dim() == 4
+        and images.is_contiguous()
         and images.shape[1:] == weight.shape[1:]
         and padding in (0, [0], (0,), [0, 0], (0, 0))
         and dilation in (1, [1], (1,), [1, 1], (1, 1))

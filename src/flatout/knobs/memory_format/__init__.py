@@ -25,9 +25,11 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Turn what goes into convolutions around, from the next outermost module call on."""
+    import torch
     from torch import nn
 
     from flatout.agent.place import take_place
+    from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(session)
     session.forward_wrappers.append(wrapper)
@@ -43,10 +45,12 @@ def apply(session: Session, setting: str) -> Undo:
     ) -> torch.Tensor:
         return transposed_forward(module, wrapper.turned(input, module), *args, **kwargs)
 
-    undos = (
+    undos = [
         take_place(nn.Conv2d, "_conv_forward", convolve),
         take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
-    )
+    ]
+    if hasattr(torch.library, "get_kernel"):
+        undos.append(keep_layouts(lambda error: session.contain(NAME, error)))
 
     def undo() -> None:
         for give_back in undos:
@@ -162,11 +166,9 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     import torch
 
     batch, channels, height, width = images.shape
-    if images.stride(1) == 1:
-        return images
-    if channels > 1:
+    if channels > 1 and height * width > 1:
         return images.contiguous(memory_format=torch.channels_last)
-    # Of one channel every layout is both; only the strides tell torch which is meant.
+    # Of one channel or one pixel every layout is both; only the strides tell torch which is meant.
     return images.contiguous().view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -194,7 +196,8 @@ KNOB = Knob(
     card=Card(
         what="In every outermost module call, `Conv2d` and `ConvTranspose2d` get their input in "
         "the format `torch.channels_last`, and pass it on; what the call returns is contiguous "
-        "again. Parameters, gradients and the optimizer's state keep their layout, so fused "
+        "again. On the CPU, gradients that reach activations in another layout are brought into "
+        "theirs. Parameters, their gradients and the optimizer's state keep their layout, so fused "
         "optimizers and checkpoints are safe: torch's fused steps are silently wrong where the "
         "strides of state and parameter differ. A module that fails on the format (a `view` of "
         "activations) is called again without it, and the knob turned back. Left alone: modules "

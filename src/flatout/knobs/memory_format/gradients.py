@@ -1,0 +1,58 @@
+"""Gradients in the layout of the activations that they belong to.
+
+A model that ends in ``flatten`` hands gradients in rows back to activations with their channels
+side by side; other gaps are the other way round. On the CPU, torch's backward kernels walk through
+two layouts element by element; with a copy of the gradient beforehand, that of a ReLU is 7 to 9
+times as fast, that copy included (``python benchmarks/kernels.py layouts``). One copy, at the first
+such operator, is all it takes: what comes out of that is in the layout of the activations again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flatout.agent import dispatch
+from flatout.knobs import Undo
+
+BACKWARD = (
+    *("threshold_backward", "leaky_relu_backward", "hardtanh_backward", "hardswish_backward"),
+    *("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward"),
+    "native_batch_norm_backward",
+)
+"""Operators whose first two arguments are a gradient and the activations that it belongs to."""
+
+
+def keep_layouts(on_failure: Callable[[Exception], None]) -> Undo:
+    """Let these operators get gradients in the layout of the activations; returns the undo.
+
+    Args:
+        on_failure: called when something here failed; torch's own kernel has done it then.
+    """
+    return dispatch.replace({name: _kernel(name, on_failure) for name in BACKWARD}, "CPU")
+
+
+def _kernel(name: str, on_failure: Callable[[Exception], None]) -> Callable[..., Any]:
+    own = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def kernel(
+        keyset: Any, gradient: torch.Tensor, activations: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        try:
+            gradient = _like(gradient, activations)
+        except Exception as error:  # noqa: BLE001 - reported
+            on_failure(error)
+        return own.call_boxed(keyset, gradient, activations, *args, **kwargs)
+
+    return kernel
+
+
+def _like(gradient: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    if gradient.dim() != 4 or gradient.stride() == activations.stride():
+        return gradient
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if activations.is_contiguous(memory_format=layout):
+            return gradient.contiguous(memory_format=layout)
+    return gradient
