@@ -146,25 +146,39 @@ def cross_entropy(pairs: int) -> bool:
 
 
 def attention(pairs: int) -> bool:
-    """Forward and backward with dropout, causal, against torch's own."""
+    """Attention with and without dropout, causal or padded, against torch's own."""
     library = kernels.load("attention")
     fast = switched_on(lambda: cpu.install(library, is_paired=False, on_failure=_raise))
     is_as_asked = True
-    for dtype, rows, asked in (
-        (torch.bfloat16, 256, 2.0),
-        (torch.float32, 256, 1.0),
-        (torch.bfloat16, 64, 1.5),
-        (torch.float32, 64, 1.5),
-    ):
-        inputs = [torch.randn(16, 6, rows, 64).to(dtype).requires_grad_() for _ in range(3)]
-        gradient = torch.randn(16, 6, rows, 64).to(dtype)
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (64, 256, 512):
+            inputs = [torch.randn(8, 6, rows, 64).to(dtype).requires_grad_() for _ in range(3)]
+            gradient = torch.randn(8, 6, rows, 64).to(dtype)
+            padding = torch.arange(rows) < torch.randint(rows // 4, rows + 1, (8, 1, 1, 1))
 
-        def both(inputs: list[torch.Tensor] = inputs, gradient: torch.Tensor = gradient) -> None:
-            output = F.scaled_dot_product_attention(*inputs, dropout_p=0.2, is_causal=True)
-            torch.autograd.grad(output, inputs, gradient)
+            def infer(options: dict[str, Any], inputs: list[torch.Tensor] = inputs) -> torch.Tensor:
+                return F.scaled_dot_product_attention(*inputs, **options)
 
-        name = f"attention with dropout, 16 x 6 x {rows} x 64 {str(dtype)[6:]}"
-        is_as_asked &= compared(name, both, fast, pairs, asked)
+            def train(
+                options: dict[str, Any],
+                inputs: list[torch.Tensor] = inputs,
+                gradient: torch.Tensor = gradient,
+            ) -> None:
+                torch.autograd.grad(infer(options, inputs), inputs, gradient)
+
+            kinds: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+                "dropout, causal, forward and backward": (
+                    train,
+                    {"dropout_p": 0.2, "is_causal": True},
+                ),
+                "causal, forward and backward": (train, {"is_causal": True}),
+                "padded, forward and backward": (train, {"attn_mask": padding}),
+                "padded, forward": (torch.no_grad()(infer), {"attn_mask": padding}),
+            }
+            for kind, (call, options) in kinds.items():
+                name = f"attention, {kind}, 8 x 6 x {rows} x 64 {str(dtype)[6:]}"
+                call = functools.partial(call, options)
+                is_as_asked &= compared(name, call, fast, pairs, 1.1)
     return is_as_asked
 
 

@@ -90,6 +90,10 @@ MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
     "none": lambda: None,
     "bool": lambda: torch.rand(2, 1, 37, 45) > 0.3,
     "rows of nothing": lambda: torch.arange(45).expand(2, 3, 37, 45) < torch.arange(37)[:, None],
+    "padding": lambda: torch.arange(45) < torch.tensor([31, 0])[:, None, None, None],
+    "expanded padding": lambda: (
+        torch.arange(45) < torch.tensor([16, 44])[:, None, None, None]
+    ).expand(2, 3, 37, 45),
     "numbers for each head": lambda: torch.randn(3, 1, 45),
     "two dimensions": lambda: torch.randn(37, 45),
     "bfloat16": lambda: torch.randn(2, 3, 37, 45).bfloat16(),
@@ -135,6 +139,32 @@ def test_in_bfloat16_about_as_close_to_float64_as_torch_is(blocks: None) -> None
     ours = errors(cpu.apply(*tensors, None, job, kernel(), raising))
     torchs = errors(F.scaled_dot_product_attention(*tensors, is_causal=True))
     assert all(a < 1.6 * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "mask"),
+    [
+        *((37, 45, 23, name) for name in MASKS),
+        *(
+            (37, 37, 23, "causal"),
+            (130, 77, 64, "causal"),
+            (1, 45, 1, "none"),
+            (64, 64, 32, "none"),
+        ),
+    ],
+)
+def test_in_bfloat16_as_in_float64(
+    blocks: None, rows: int, columns: int, width: int, mask: str
+) -> None:
+    causal = mask == "causal"
+    chosen = None if causal else MASKS[mask]()
+    tensors = inputs(rows, columns, torch.bfloat16, width)
+    job = cpu.Job(0.3, causal, 50_000, 77, 3)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    gradients = torch.autograd.grad(output.float().square().sum(), tensors)
+    expected, expected_gradients = reference(tensors, chosen, job)
+    for found, right in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert (found.double() - right).norm() <= 0.015 * right.norm() + 0.01
 
 
 @pytest.mark.parametrize("width", [1, 8, 16, 23, 64, 100])
@@ -271,6 +301,7 @@ def left_alone(tensors: Tensors) -> dict[str, Callable[[], Any]]:
     query, key, value = tensors
     attend = F.scaled_dot_product_attention
     bias = torch.zeros(37, 37, requires_grad=True)
+    wide = [x[..., :1].expand(2, 3, 37, 130) for x in (key, value)]
 
     def jvp() -> torch.Tensor:
         with torch.autograd.forward_ad.dual_level():
@@ -279,7 +310,8 @@ def left_alone(tensors: Tensors) -> dict[str, Callable[[], Any]]:
             return torch.autograd.forward_ad.unpack_dual(made).tangent
 
     return {
-        "no dropout": lambda: attend(query, key, value),
+        "hardly any dropout": lambda: attend(query, key, value, dropout_p=1e-6),
+        "no dropout, long rows": lambda: attend(query[..., :1].expand(2, 3, 37, 130), *wide),
         "all dropped": lambda: attend(query, key, value, dropout_p=1.0),
         "three dimensions": lambda: attend(query[0], key[0], value[0], dropout_p=0.5),
         "float64": lambda: attend(*(x.double() for x in tensors), dropout_p=0.5),
@@ -316,6 +348,88 @@ def test_left_to_torch(session: Session, case: str) -> None:
     assert torch.equal(run(), own)
     undo()
     assert not session.failed_knobs
+
+
+def calls_of(run: Callable[[], Any]) -> set[str]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiled:
+        run()
+    return {event.key for event in profiled.key_averages()}
+
+
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize(
+    ("rows", "trains", "is_ours"),
+    [(37, True, True), (600, True, False), (600, False, True), (2100, False, False)],
+)
+def test_without_dropout_heads_of_a_fitting_size(
+    session: Session, monkeypatch: pytest.MonkeyPatch, rows: int, trains: bool, is_ours: bool
+) -> None:
+    monkeypatch.setattr(heads, "_is_fast", lambda: True)
+    tensors = [x[:1, :1] for x in inputs(rows, rows)]
+
+    def run() -> torch.Tensor:
+        with torch.set_grad_enabled(trains):
+            return F.scaled_dot_product_attention(*tensors, is_causal=True)
+
+    state = torch.get_rng_state()
+    undo = knobs.get("attention").apply(session, "fast")
+    output = run()
+    called = calls_of(run)
+    undo()
+    assert (FLASH in called) is not is_ours
+    torch.testing.assert_close(output, run(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert FLASH in calls_of(run)
+
+
+def test_without_the_registers_attention_without_dropout_is_torchs(
+    fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "_is_fast", lambda: False)
+    assert FLASH in calls_of(lambda: F.scaled_dot_product_attention(*inputs()))
+
+
+def test_transformer_layers_in_inference_take_it(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "_is_fast", lambda: True)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    tokens, padding = torch.randn(3, 10, 32), torch.arange(10) >= torch.tensor([[10], [4], [7]])
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return layer(tokens, src_key_padding_mask=padding).clone()
+
+    own = run()
+    undo = knobs.get("attention").apply(session, "fast")
+    off = knobs.get("fastpath").apply(session, "off")  # together, in any order
+    undo()
+    undo = knobs.get("attention").apply(session, "fast")
+    off()
+    found, called = run(), calls_of(run)
+    undo()
+    assert not {"aten::_transformer_encoder_layer_fwd", FLASH} & called
+    torch.testing.assert_close(found[~padding], own[~padding], atol=1e-5, rtol=1e-4)
+    assert "aten::_transformer_encoder_layer_fwd" in calls_of(run)
+    assert not session.failed_knobs
+
+
+def test_it_is_tried_where_there_is_attention() -> None:
+    def offered(**operators: float) -> knobs.Match:
+        shares = {name.replace("__", "::"): share for name, share in operators.items()}
+        return knobs.get("attention").offer(
+            knobs.Facts("cpu", operators=shares, unfused_attention_share=0.0)
+        )
+
+    flash = {"aten__scaled_dot_product_attention": 0.01, FLASH.replace("::", "__"): 0.2}
+    assert offered(**flash).share == pytest.approx(0.2)
+    taken = {"aten___transformer_encoder_layer_fwd": 0.1, "aten___masked_softmax": 0.3}
+    assert offered(**taken).share == pytest.approx(0.4)
+    assert not offered(aten__mm=1.0).settings
 
 
 @pytest.mark.parametrize("mistake", [{"is_causal": True}, {"attn_mask": torch.ones(3, 3)}])

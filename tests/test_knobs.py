@@ -377,7 +377,7 @@ def test_two_knobs_that_claim_the_same_are_not_turned_together(
     ("name", "needed"),
     [
         ("random", ["aten::bernoulli_"]),
-        ("attention", ["aten::scaled_dot_product_attention", "aten::bernoulli_"]),
+        ("attention", ["aten::scaled_dot_product_attention"]),
         ("recurrent", ["aten::gru"]),
         ("memory_format", ["aten::mkldnn_convolution"]),
     ],

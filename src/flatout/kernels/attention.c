@@ -12,6 +12,7 @@
 #include "elementary.h"
 #include "half.h"
 #include "philox.h"
+#include "products.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -176,9 +177,10 @@ void dropout_factors(const Block *block, float *factors) {
         }
 }
 
-/* Whole heads. All is float32 in here, in rows of a multiple of TILE numbers, zeros at the end. */
+/* Whole heads. Rows are of a multiple of TILE numbers, with zeros at the end. All is float32 in here,
+   but the factors of products where tensors are bfloat16 and the processor multiplies that. */
 
-enum { TILE = 16, WIDE = 64, PART = 16 };
+enum { PART = 16, PIECE = 64 };
 
 /* Rows of a matrix for each head; what lies in a row is adjacent. */
 typedef struct {
@@ -194,67 +196,27 @@ typedef struct {
     float *scratch;           /* threads x heads_scratch() */
 } Heads;
 
-typedef float Lane __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
-
-/* out = left right, for TALL rows and LANES_WIDE lanes of columns; the numbers of `left` are
-   `row_step` and `depth_step` apart, so that it may be a transpose. */
-#define TILE_OF(TALL, LANES_WIDE)                                                                \
-    static inline void tile_##TALL##_##LANES_WIDE(float *out, int64_t out_stride,                \
-                                                  const float *left, int64_t row_step,           \
-                                                  int64_t depth_step, const float *right,        \
-                                                  int64_t right_stride, int64_t depth) {         \
-        Lane sums[TALL][LANES_WIDE];                                                             \
-        for (int r = 0; r < TALL; r++)                                                           \
-            for (int c = 0; c < LANES_WIDE; c++) sums[r][c] = (Lane){0};                         \
-        for (int64_t k = 0; k < depth; k++) {                                                    \
-            const Lane *across = (const Lane *)(right + k * right_stride);                       \
-            for (int r = 0; r < TALL; r++) {                                                     \
-                float x = left[r * row_step + k * depth_step];                                   \
-                for (int c = 0; c < LANES_WIDE; c++) sums[r][c] += across[c] * x;                \
-            }                                                                                    \
-        }                                                                                        \
-        for (int r = 0; r < TALL; r++)                                                           \
-            for (int c = 0; c < LANES_WIDE; c++) ((Lane *)(out + r * out_stride))[c] = sums[r][c]; \
-    }
-
-TILE_OF(4, 4)
-TILE_OF(1, 4)
-TILE_OF(8, 1)
-TILE_OF(1, 1)
-
-/* out[rows x columns] = left[rows x depth] right[depth x columns], columns a multiple of TILE. */
-static void product(float *out, int64_t out_stride, const float *left, int64_t row_step,
-                    int64_t depth_step, const float *right, int64_t right_stride, int64_t rows,
-                    int64_t depth, int64_t columns) {
-    int64_t column = 0;
-    for (; column + WIDE <= columns; column += WIDE) {
-        int64_t row = 0;
-        for (; row + 4 <= rows; row += 4)
-            tile_4_4(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
-                     depth_step, right + column, right_stride, depth);
-        for (; row < rows; row++)
-            tile_1_4(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
-                     depth_step, right + column, right_stride, depth);
-    }
-    for (; column < columns; column += TILE) {
-        int64_t row = 0;
-        for (; row + 8 <= rows; row += 8)
-            tile_8_1(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
-                     depth_step, right + column, right_stride, depth);
-        for (; row < rows; row++)
-            tile_1_1(out + row * out_stride + column, out_stride, left + row * row_step, row_step,
-                     depth_step, right + column, right_stride, depth);
-    }
-}
-
 static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
+
+/* The block as it is for one head, without columns at the end that no row sees: padding. */
+static Block seen_by(const Block *b, int64_t head) {
+    Block own = *b;
+    if (b->bias && b->bias_row == 0) {
+        const float *bias = b->bias + head / b->heads_per_batch * b->bias_batch +
+                            head % b->heads_per_batch * b->bias_head;
+        while (own.columns > 0 && bias[(own.columns - 1) * b->bias_column] == -INFINITY)
+            own.columns--;
+    }
+    return own;
+}
 
 static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
     return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
 }
 
-static void load_rows(const Block *b, const Rows *r, int64_t head, int64_t rows, float *to) {
-    int64_t stride = padded(r->width), start = start_of(b, r, head);
+static void load_rows(const Block *b, const Rows *r, int64_t head, int64_t first, int64_t rows,
+                      float *to) {
+    int64_t stride = padded(r->width), start = start_of(b, r, head) + first * r->row;
     for (int64_t row = 0; row < rows; row++) {
         float *here = to + row * stride;
         load_span(here, r->at, start + row * r->row, r->width, b->is_bf16);
@@ -262,9 +224,9 @@ static void load_rows(const Block *b, const Rows *r, int64_t head, int64_t rows,
     }
 }
 
-static void store_rows(const Block *b, const Rows *r, int64_t head, int64_t rows,
+static void store_rows(const Block *b, const Rows *r, int64_t head, int64_t first, int64_t rows,
                        const float *from) {
-    int64_t start = start_of(b, r, head);
+    int64_t start = start_of(b, r, head) + first * r->row;
     for (int64_t row = 0; row < rows; row++)
         store_span(r->at, start + row * r->row, from + row * padded(r->width), r->width,
                    b->is_bf16);
@@ -284,11 +246,13 @@ static inline void clear_rest(float *row, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) row[i] = 0.0f;
 }
 
-/* How many floats a thread needs. */
-int64_t heads_scratch(const Heads *h) {
+/* How many floats, or words, a thread needs at most. Forward, scores are there for PIECE rows at a time. */
+int64_t heads_scratch(const Heads *h, int backwards) {
     int64_t n = h->block.rows, m = h->block.columns;
     int64_t wide = padded(h->query.width), tall = padded(h->value.width), across = padded(m);
-    return 2 * n * wide + 3 * m * wide + 3 * n * tall + 3 * m * tall + 2 * n * across +
+    if (!backwards)
+        return PIECE * (wide + tall + 2 * across) + (m + 1) * (wide + tall) + wide * across;
+    return (n + m + 2) * (wide + tall) + (n + 1) * across + 2 * n * wide + 3 * m * wide + 3 * n * tall + 3 * m * tall + 2 * n * across +
            (wide + tall) * across;
 }
 
@@ -298,63 +262,67 @@ static float *taken(float **memory, int64_t count) {
     return here;
 }
 
-/* out[rows x columns] = left turned, as far as rows see columns; `depth` is the width of `left`. */
+/* Rows `first` to `first + rows` of left turned, as far as they see columns; `depth` is the width of
+   `left`, which begins with row `first`, as does `out`. */
 static void seen_products(const Block *b, float *out, const float *left, int64_t left_stride,
-                          const float *turned, int64_t depth) {
+                          const float *turned, int64_t depth, int64_t first, int64_t rows) {
     int64_t across = padded(b->columns);
-    for (int64_t row = 0; row < b->rows; row += PART) {
-        int64_t rows = b->rows - row < PART ? b->rows - row : PART;
-        product(out + row * across, across, left + row * left_stride, left_stride, 1, turned,
-                across, rows, depth, padded(seen(b, row + rows - 1)));
+    for (int64_t row = 0; row < rows; row += PART) {
+        int64_t part = rows - row < PART ? rows - row : PART;
+        float_product(out + row * across, across, left + row * left_stride, left_stride, 1, turned,
+                across, part, depth, padded(seen(b, first + row + part - 1)));
     }
 }
 
 static void head_forward(const Heads *h, int64_t head, float *memory) {
-    const Block *b = &h->block;
+    const Block own = seen_by(&h->block, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
-    float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
-    float *value = taken(&memory, m * tall), *turned = taken(&memory, wide * across);
-    float *scores = taken(&memory, n * across), *output = taken(&memory, n * tall);
-    load_rows(b, &h->query, head, n, query);
-    load_rows(b, &h->key, head, m, key);
-    load_rows(b, &h->value, head, m, value);
+    float *key = taken(&memory, m * wide), *value = taken(&memory, m * tall);
+    float *turned = taken(&memory, wide * across), *query = taken(&memory, PIECE * wide);
+    float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    load_rows(b, &h->key, head, 0, m, key);
+    load_rows(b, &h->value, head, 0, m, value);
     transpose(key, m, h->key.width, turned);
-    seen_products(b, scores, query, wide, turned, h->key.width);
-    for (int64_t row = 0; row < n; row++) {
-        float *s = scores + row * across;
-        int64_t count = seen(b, row);
-        h->sums[head * n + row] = to_probabilities(b, s, head, row, count);
-        clear_rest(s, count, across);
+    for (int64_t first = 0; first < n; first += PIECE) {
+        int64_t rows = n - first < PIECE ? n - first : PIECE;
+        load_rows(b, &h->query, head, first, rows, query);
+        seen_products(b, scores, query, wide, turned, h->key.width, first, rows);
+        for (int64_t row = 0; row < rows; row++) {
+            float *s = scores + row * across;
+            int64_t count = seen(b, first + row);
+            h->sums[head * n + first + row] = to_probabilities(b, s, head, first + row, count);
+            clear_rest(s, count, across);
+        }
+        for (int64_t row = 0; row < rows; row += PART) {
+            int64_t part = rows - row < PART ? rows - row : PART;
+            float_product(output + row * tall, tall, scores + row * across, across, 1, value, tall, part,
+                    seen(b, first + row + part - 1), tall);
+        }
+        store_rows(b, &h->output, head, first, rows, output);
     }
-    for (int64_t row = 0; row < n; row += PART) {
-        int64_t rows = n - row < PART ? n - row : PART;
-        product(output + row * tall, tall, scores + row * across, across, 1, value, tall, rows,
-                seen(b, row + rows - 1), tall);
-    }
-    store_rows(b, &h->output, head, n, output);
 }
 
 static void head_backward(const Heads *h, int64_t head, float *memory) {
-    const Block *b = &h->block;
-    int64_t n = b->rows, m = b->columns, across = padded(m);
+    const Block own = seen_by(&h->block, head), *b = &own;
+    int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
     float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
     float *value = taken(&memory, m * tall), *turned = taken(&memory, wide * across);
     float *turned_value = taken(&memory, tall * across);
     float *output = taken(&memory, n * tall), *of_output = taken(&memory, n * tall);
     float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
-    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, m * wide);
-    float *of_value = taken(&memory, m * tall);
-    load_rows(b, &h->query, head, n, query);
-    load_rows(b, &h->key, head, m, key);
-    load_rows(b, &h->value, head, m, value);
-    load_rows(b, &h->output, head, n, output);
-    load_rows(b, &h->of_output, head, n, of_output);
+    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, all * wide);
+    float *of_value = taken(&memory, all * tall);
+    load_rows(b, &h->query, head, 0, n, query);
+    load_rows(b, &h->key, head, 0, m, key);
+    load_rows(b, &h->value, head, 0, m, value);
+    load_rows(b, &h->output, head, 0, n, output);
+    load_rows(b, &h->of_output, head, 0, n, of_output);
     transpose(key, m, h->key.width, turned);
     transpose(value, m, h->value.width, turned_value);
-    seen_products(b, scores, query, wide, turned, h->key.width);
-    seen_products(b, gradients, of_output, tall, turned_value, h->value.width);
+    seen_products(b, scores, query, wide, turned, h->key.width, 0, n);
+    seen_products(b, gradients, of_output, tall, turned_value, h->value.width, 0, n);
     for (int64_t row = 0; row < n; row++) {
         float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
         int64_t count = seen(b, row);
@@ -364,31 +332,199 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
         clear_rest(s, count, across);
         clear_rest(g, count, across);
     }
-    product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
+    float_product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
     for (int64_t row = 0; row < n; row += PART) {
         int64_t rows = n - row < PART ? n - row : PART;
-        product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide, rows,
+        float_product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide, rows,
                 seen(b, row + rows - 1), wide);
     }
-    product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
-    store_rows(b, &h->of_query, head, n, of_query);
-    store_rows(b, &h->of_key, head, m, of_key);
-    store_rows(b, &h->of_value, head, m, of_value);
+    float_product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
+    clear_rest(of_key, m * wide, all * wide);
+    clear_rest(of_value, m * tall, all * tall);
+    store_rows(b, &h->of_query, head, 0, n, of_query);
+    store_rows(b, &h->of_key, head, 0, all, of_key);
+    store_rows(b, &h->of_value, head, 0, all, of_value);
 }
+
+#ifdef __AVX512BF16__
+
+/* Matrices of pairs: words of two bfloat16 that are neighbours in a row, or in a column. */
+
+static inline int64_t pairs_in(int64_t count) { return (count + 1) / 2; }
+
+static inline uint32_t pair_of(uint16_t low, uint16_t high) {
+    return (uint32_t)low | (uint32_t)high << 16;
+}
+
+/* `rows` rows from `first` on, pairs of neighbours in a row. */
+static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t first,
+                           int64_t rows, uint32_t *to) {
+    const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head) + first * r->row;
+    int64_t stride = pairs_in(r->width);
+    for (int64_t row = 0; row < rows; row++) {
+        to[(row + 1) * stride - 1] = 0;
+        memcpy(to + row * stride, from + row * r->row, (size_t)r->width * sizeof *from);
+    }
+}
+
+/* All `rows` rows, pairs of neighbours in a column. */
+static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64_t rows,
+                              uint32_t *to) {
+    const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head);
+    int64_t stride = padded(r->width);
+    for (int64_t row = 0; row < rows; row += 2) {
+        const uint16_t *low = from + row * r->row, *high = low + r->row;
+        uint32_t *here = to + row / 2 * stride;
+        if (row + 1 < rows)
+            for (int64_t i = 0; i < r->width; i++) here[i] = pair_of(low[i], high[i]);
+        else
+            for (int64_t i = 0; i < r->width; i++) here[i] = low[i];
+        memset(here + r->width, 0, (size_t)(stride - r->width) * sizeof *here);
+    }
+}
+
+/* `to`[pairs x columns] of `from`[columns x pairs]; its rows are padded. */
+static void transpose_pairs(const uint32_t *from, int64_t columns, int64_t pairs, uint32_t *to) {
+    int64_t stride = padded(columns);
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        uint32_t *here = to + pair * stride;
+        for (int64_t c = 0; c < columns; c++) here[c] = from[c * pairs + pair];
+        memset(here + columns, 0, (size_t)(stride - columns) * sizeof *here);
+    }
+}
+
+/* Rows of float32, of a multiple of TILE numbers, to pairs of neighbours in a row. */
+static void to_row_pairs(const float *from, int64_t rows, int64_t columns, uint32_t *to) {
+    store_span(to, 0, from, rows * columns, 1);
+}
+
+/* The same, to pairs of neighbours in a column. */
+static void to_column_pairs(const float *from, int64_t rows, int64_t columns, uint32_t *to) {
+    for (int64_t row = 0; row < rows; row += 2) {
+        const float *low = from + row * columns, *high = low + columns;
+        uint32_t *here = to + row / 2 * columns;
+        if (row + 1 < rows)
+            for (int64_t i = 0; i < columns; i++)
+                here[i] = pair_of(to_bf16(low[i]), to_bf16(high[i]));
+        else
+            for (int64_t i = 0; i < columns; i++) here[i] = to_bf16(low[i]);
+    }
+}
+
+static void seen_pairs(const Block *b, float *out, const uint32_t *left, int64_t pairs,
+                       const uint32_t *turned, int64_t first, int64_t rows) {
+    int64_t across = padded(b->columns);
+    for (int64_t row = 0; row < rows; row += PART) {
+        int64_t part = rows - row < PART ? rows - row : PART;
+        pairs_product(out + row * across, across, left + row * pairs, pairs, 1, turned, across,
+                      part, pairs, padded(seen(b, first + row + part - 1)));
+    }
+}
+
+static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
+    const Block own = seen_by(&h->block, head), *b = &own;
+    int64_t n = b->rows, m = b->columns, across = padded(m);
+    int64_t wide = pairs_in(h->query.width), tall = padded(h->value.width);
+    uint32_t *key = (uint32_t *)taken(&memory, m * wide);
+    uint32_t *turned = (uint32_t *)taken(&memory, wide * across);
+    uint32_t *value = (uint32_t *)taken(&memory, pairs_in(m) * tall);
+    uint32_t *query = (uint32_t *)taken(&memory, PIECE * wide);
+    uint32_t *dropped = (uint32_t *)taken(&memory, PIECE * across / 2);
+    float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    load_row_pairs(b, &h->key, head, 0, m, key);
+    load_column_pairs(b, &h->value, head, m, value);
+    transpose_pairs(key, m, wide, turned);
+    for (int64_t first = 0; first < n; first += PIECE) {
+        int64_t rows = n - first < PIECE ? n - first : PIECE;
+        load_row_pairs(b, &h->query, head, first, rows, query);
+        seen_pairs(b, scores, query, wide, turned, first, rows);
+        for (int64_t row = 0; row < rows; row++) {
+            float *s = scores + row * across;
+            int64_t count = seen(b, first + row);
+            h->sums[head * n + first + row] = to_probabilities(b, s, head, first + row, count);
+            clear_rest(s, count, across);
+        }
+        to_row_pairs(scores, rows, across, dropped);
+        for (int64_t row = 0; row < rows; row += PART) {
+            int64_t part = rows - row < PART ? rows - row : PART;
+            pairs_product(output + row * tall, tall, dropped + row * across / 2, across / 2, 1,
+                          value, tall, part, pairs_in(seen(b, first + row + part - 1)), tall);
+        }
+        store_rows(b, &h->output, head, first, rows, output);
+    }
+}
+
+static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
+    const Block own = seen_by(&h->block, head), *b = &own;
+    int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
+    int64_t wide = padded(h->query.width), tall = padded(h->value.width);
+    int64_t wide_pairs = pairs_in(h->query.width), tall_pairs = pairs_in(h->value.width);
+    float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
+    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, all * wide);
+    float *of_value = taken(&memory, all * tall);
+    uint32_t *rows = (uint32_t *)taken(&memory, (n > m ? n : m) * (wide + tall) / 2);
+    uint32_t *turned = (uint32_t *)taken(&memory, (wide + tall) / 2 * across);
+    uint32_t *columns = (uint32_t *)taken(&memory, pairs_in(n > m ? n : m) * (wide + tall));
+    uint32_t *turned_value = turned + wide_pairs * across;
+    uint32_t *of_output = rows + n * wide_pairs;
+    load_row_pairs(b, &h->key, head, 0, m, rows);
+    transpose_pairs(rows, m, wide_pairs, turned);
+    load_row_pairs(b, &h->value, head, 0, m, rows);
+    transpose_pairs(rows, m, tall_pairs, turned_value);
+    load_row_pairs(b, &h->query, head, 0, n, rows);
+    load_row_pairs(b, &h->of_output, head, 0, n, of_output);
+    seen_pairs(b, scores, rows, wide_pairs, turned, 0, n);
+    seen_pairs(b, gradients, of_output, tall_pairs, turned_value, 0, n);
+    float *output = of_query, *exact = of_value; /* until these are computed */
+    for (int64_t row = 0; row < n; row++) {
+        float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
+        int64_t count = seen(b, row);
+        load_rows(b, &h->output, head, row, 1, output);
+        load_rows(b, &h->of_output, head, row, 1, exact);
+        for (int64_t i = 0; i < h->value.width; i++) together += output[i] * exact[i];
+        to_gradients(b, s, g, head, row, count, h->sums[head * n + row], together);
+        clear_rest(s, count, across);
+        clear_rest(g, count, across);
+    }
+    uint32_t *left = (uint32_t *)taken(&memory, pairs_in(n) * across);
+    to_column_pairs(scores, n, across, left);
+    load_column_pairs(b, &h->of_output, head, n, columns);
+    pairs_product(of_value, tall, left, 1, across, columns, tall, m, pairs_in(n), tall);
+    to_column_pairs(gradients, n, across, left);
+    load_column_pairs(b, &h->query, head, n, columns);
+    pairs_product(of_key, wide, left, 1, across, columns, wide, m, pairs_in(n), wide);
+    to_row_pairs(gradients, n, across, left);
+    load_column_pairs(b, &h->key, head, m, columns);
+    for (int64_t row = 0; row < n; row += PART) {
+        int64_t part = n - row < PART ? n - row : PART;
+        pairs_product(of_query + row * wide, wide, left + row * across / 2, across / 2, 1, columns,
+                      wide, part, pairs_in(seen(b, row + part - 1)), wide);
+    }
+    clear_rest(of_key, m * wide, all * wide);
+    clear_rest(of_value, m * tall, all * tall);
+    store_rows(b, &h->of_query, head, 0, n, of_query);
+    store_rows(b, &h->of_key, head, 0, all, of_key);
+    store_rows(b, &h->of_value, head, 0, all, of_value);
+}
+
+#else
+#define head_forward_pairs head_forward
+#define head_backward_pairs head_backward
+#endif
 
 /* All heads, forward or backward. */
 void attention_heads(const Heads *heads, int backwards) {
     const Heads h = *heads;
-    int64_t each = heads_scratch(&h);
+    int64_t each = heads_scratch(&h, backwards);
     _Pragma("omp parallel num_threads(h.block.threads) if (h.block.threads > 1)")
     {
         float *memory = h.scratch + thread_number() * each;
         _Pragma("omp for schedule(static)")
         for (int64_t head = 0; head < h.block.heads; head++) {
             if (backwards)
-                head_backward(&h, head, memory);
+                (h.block.is_bf16 ? head_backward_pairs : head_backward)(&h, head, memory);
             else
-                head_forward(&h, head, memory);
+                (h.block.is_bf16 ? head_forward_pairs : head_forward)(&h, head, memory);
         }
     }
 }

@@ -25,14 +25,30 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Switch it off for the process, unless the program has done so."""
+    undo = switch_off()
+    if undo is None:
+        raise RefusedError("the program has switched the fast path off itself")
+    return undo
+
+
+_wishes: list[object] = []
+"""Of the knobs that want it to be off."""
+
+
+def switch_off() -> Undo | None:
+    """Switch it off until the last wish is taken back; ``None``: the program has done so."""
     import torch
 
-    if not torch.backends.mha.get_fastpath_enabled():
-        raise RefusedError("the program has switched the fast path off itself")
+    if not _wishes and not torch.backends.mha.get_fastpath_enabled():
+        return None
+    wish = object()
+    _wishes.append(wish)
     torch.backends.mha.set_fastpath_enabled(False)
 
     def undo() -> None:
-        torch.backends.mha.set_fastpath_enabled(True)
+        _wishes.remove(wish)
+        if not _wishes:
+            torch.backends.mha.set_fastpath_enabled(True)
 
     return undo
 

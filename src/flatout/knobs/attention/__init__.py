@@ -1,4 +1,4 @@
-"""Attention: on the CPU with dropout in one pass, on CUDA by the backend that is asked for."""
+"""Attention: on the CPU by a kernel of our own, on CUDA by the backend that is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo, fastpath
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -21,17 +21,27 @@ BACKENDS = {
 """Settings for CUDA, and the names of ``torch.nn.attention.SDPBackend``."""
 
 
+MOST_WIDTH, MOST_TRAINED, MOST_COLUMNS = 128, 512, 2048
+"""Of a head that the kernel takes as a whole: width of a row, rows and columns in training, columns
+in inference. Up to these it was faster than torch's attention and than our own blocks, with about
+a megabyte of cache a core (``benchmarks/kernels.py attention``)."""
+
+FUSED = ("flash_attention_for_cpu",)
+"""Torch's own kernel on the CPU, forward and backward; it takes attention without dropout."""
+
+
 def match(facts: Facts) -> Match:
-    """Needs attention in the step, on the CPU with dropout."""
-    if facts.lack("scaled_dot_product"):
+    """Needs attention in the step."""
+    if facts.lack("scaled_dot_product", *(fastpath.OPERATORS if facts.device == "cpu" else ())):
         return Match((), "its steps do not call scaled_dot_product_attention")
     if facts.device == "cuda":
         return Match(tuple(BACKENDS), share=facts.share("attention"))
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
-    if facts.lack("bernoulli"):
-        return Match((), "its attention is without dropout, which torch computes in one pass")
-    return Match(("fast",), share=facts.unfused_attention_share)
+    shares = [facts.unfused_attention_share, facts.share(*FUSED)]
+    if not facts.lack(*fastpath.OPERATORS):
+        shares.append(facts.share(*fastpath.ATTENTION))
+    return Match(("fast",), share=None if None in shares else sum(filter(None, shares)))
 
 
 def apply(session: Session, setting: str) -> Undo:
@@ -48,11 +58,19 @@ def apply(session: Session, setting: str) -> Undo:
     from flatout.agent import dispatch
     from flatout.knobs.attention import cpu
 
-    return cpu.install(
+    put_back = cpu.install(
         dispatch.compiled("attention", "torch's own kernels"),
         is_paired=setting == "paired",
         on_failure=lambda error: session.contain(NAME, error),
     )
+    switch_on = fastpath.switch_off()
+
+    def undo() -> None:
+        put_back()
+        if switch_on is not None:
+            switch_on()
+
+    return undo
 
 
 class Preference:
@@ -79,7 +97,7 @@ class Preference:
 
 KNOB = Knob(
     name=NAME,
-    summary="attention with dropout that does not store its matrix; on CUDA, the backend",
+    summary="attention on the CPU by a kernel that stores no matrix; on CUDA, the backend",
     settings=("paired", "fast", *BACKENDS),
     exactness={"paired": "resampled", "fast": "reshuffled", **dict.fromkeys(BACKENDS, "reordered")},
     hot=True,
@@ -89,17 +107,22 @@ KNOB = Knob(
         "of probabilities in float32, draws a random number for each by a serial generator, and "
         "keeps both for the backward pass. `fast` goes through the matrix block by block, forward "
         "and backward, with scores and softmax in float32 and a counter-based generator "
-        "(Philox4x32-10), and keeps one number a row; heads of at most 128 rows, columns and "
-        "numbers a row go through in one call, products and all, where the processor has AVX-512. "
-        "Each call draws one key from torch's default "
+        "(Philox4x32-10), and keeps one number a row. Where the processor has AVX-512, whole heads "
+        "go through in one call, products and all, and so does attention without dropout: heads "
+        f"of at most {MOST_WIDTH} numbers a row, in training of at most {MOST_TRAINED} "
+        f"rows and columns, in inference of at most {MOST_COLUMNS} columns. Columns at the "
+        "end that a padding mask hides from all rows are left out. In inference, the fast path of "
+        "`nn.TransformerEncoder`, which has an attention of its own, is switched off.\n\n"
+        "Each call with dropout draws one key from torch's default "
         "generator, so seeds and saved random states keep their meaning; the masks, and what the "
         "program draws afterwards, are others. The probability of keeping is exact to 2^-17, and "
         "the rescaling fits it. `paired` leaves the generator as torch's own attention does, at no "
-        "gain; it is there for proofs. Left to torch: attention without dropout, grouped queries, "
+        "gain; it is there for proofs. Left to torch: grouped queries, "
         "masks that require gradients, compiled regions, `torch.func`. Needs a C compiler.\n\n"
         "On CUDA, `flash`, `cudnn` and `efficient` are tried before torch's other backends in "
         "every outermost module call.",
-        helps="Training of transformers with dropout in their attention on the CPU; on CUDA, "
+        helps="Transformers on the CPU, above all with dropout in their attention, a causal mask "
+        "or padding (`python benchmarks/kernels.py attention`); on CUDA, "
         "shapes for which torch's order of backends is not the best.",
         hurts="Where results must be repeated number by number from a run without it.",
         by_hand="Train without dropout in the attention, which keeps torch on its flash path; on "

@@ -1,6 +1,7 @@
-"""Attention on the CPU in blocks of scores that stay in the cache, with dropout in the same pass.
+"""Attention on the CPU: whole heads, or blocks of scores that stay in the cache.
 
-The matrix products are torch's; what lies between them is ``kernels/attention.c``.
+Of blocks the matrix products are torch's; what lies between them, and whole heads, are done by
+``kernels/attention.c``.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _gradients(
 
 
 def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Exception], None]) -> Undo:
-    """Replace attention with dropout on the CPU; returns what puts torch's own back.
+    """Replace attention on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/attention.c``.
@@ -195,17 +196,17 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         keep = round((1.0 - dropout_p) * ALWAYS)
-        state = None
         if (
-            0 < keep < ALWAYS
+            0 < keep <= ALWAYS
             and not enable_gqa
             and not (is_causal and attn_mask is not None)
             and can_take(query, key, value, attn_mask)
+            and (keep < ALWAYS or (dropout_p == 0.0 and heads.can_take(query, key, value)))
         ):
-            state = torch.get_rng_state()
+            state = torch.get_rng_state() if keep < ALWAYS else None
             try:
-                drawn = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-                if is_paired:
+                drawn = 0 if state is None else draw()
+                if state is not None and is_paired:
                     torch.set_rng_state(state)
                     query.new_empty((*query.shape[:3], key.shape[2])).bernoulli_(1.0 - dropout_p)
                 width = query.shape[3]
@@ -215,7 +216,8 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
                 )
                 return apply(query, key, value, attn_mask, job, kernel, on_failure)
             except FailedError:
-                torch.set_rng_state(state)
+                if state is not None:
+                    torch.set_rng_state(state)
         result: torch.Tensor = own.call_boxed(
             *(keyset, query, key, value, attn_mask, dropout_p, is_causal),
             scale=scale,
@@ -224,6 +226,11 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
         return result
 
     return dispatch.replace({"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU")
+
+
+def draw() -> int:
+    """A key of random numbers, from torch's generator."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
 
 
 def apply(
@@ -248,15 +255,7 @@ def apply(
         on_failure: called when the backward pass failed and was gone in operations of torch.
     """
     batch, count, rows, _ = query.shape
-    bias = None
-    if mask is not None:
-        if mask.dtype is torch.bool:
-            bias = torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_fill_(
-                ~mask, -math.inf
-            )
-        else:
-            bias = mask.float()
-        bias = bias.expand(batch, count, rows, key.shape[2])
+    bias = None if mask is None else added(mask).expand(batch, count, rows, key.shape[2])
     if heads.can_take(query, key, value):
         rows_in_one_piece = map(heads.with_rows, (query, key, value))
         whole: torch.Tensor = heads.WholeHeads.apply(
@@ -266,6 +265,17 @@ def apply(
     flat = (x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value))
     output: torch.Tensor = Attention.apply(*flat, bias, job, kernel, on_failure)
     return output.view(batch, count, rows, value.shape[3])
+
+
+def added(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask adds to the scores, with dimensions of 1 where the mask was expanded."""
+    for dimension, stride in enumerate(mask.stride()):
+        if stride == 0:
+            mask = mask.narrow(dimension, 0, 1)
+    if mask.dtype is not torch.bool:
+        return mask.float()
+    nothing = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
+    return nothing.masked_fill_(~mask, -math.inf)
 
 
 def can_take(

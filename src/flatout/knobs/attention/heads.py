@@ -1,4 +1,4 @@
-"""Attention on the CPU of heads that fit into the cache: all in one call of the kernel."""
+"""Attention on the CPU of whole heads: all in one call of the kernel."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from flatout.knobs.attention import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 from flatout.knobs.attention.kernel import Block, FailedError, Job, Kernel, backward
-
-MOST = 128
-"""Rows, columns and widths: twelve matrices of a head stay in a cache of 1 MiB."""
 
 
 class Rows(ctypes.Structure):
@@ -44,11 +42,17 @@ def _is_fast() -> bool:
 
 def can_take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether heads, batch x heads x rows x width each, are small enough."""
-    return _is_fast() and max(*query.shape[2:], *key.shape[2:], *value.shape[2:]) <= MOST
+    rows, columns = query.shape[2], key.shape[2]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return (
+        _is_fast()
+        and max(query.shape[3], value.shape[3]) <= MOST_WIDTH
+        and (max(rows, columns) <= MOST_TRAINED if trains else columns <= MOST_COLUMNS)
+    )
 
 
 class WholeHeads(torch.autograd.Function):
-    """Attention of small heads; saved are what came in, what went out, and one number a row."""
+    """Attention of whole heads; saved are what came in, what went out, and one number a row."""
 
     @staticmethod
     def forward(
@@ -104,7 +108,7 @@ def _gradients(
 
 def _call(asked: Heads, kernel: Kernel, backwards: bool) -> None:
     at = ctypes.addressof(asked)
-    count = asked.block.threads * kernel.heads_scratch(at)
+    count = asked.block.threads * kernel.heads_scratch(at, backwards)
     scratch = torch.empty(count, dtype=torch.float32, device="cpu")
     asked.scratch = scratch.data_ptr()
     kernel.heads(at, backwards)

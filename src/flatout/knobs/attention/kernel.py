@@ -42,7 +42,7 @@ class Kernel:
             function.argtypes = list(arguments)
             setattr(self, name.removeprefix("attention_"), function)
         library.heads_scratch.restype = ctypes.c_int64
-        library.heads_scratch.argtypes = [ctypes.c_void_p]
+        library.heads_scratch.argtypes = [ctypes.c_void_p, ctypes.c_int]
         self.heads_scratch = library.heads_scratch
 
     forward: Callable[..., None]
