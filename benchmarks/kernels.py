@@ -23,9 +23,11 @@ import numpy as np
 import torch
 from scipy import stats
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad
 
 from flatout import kernels
-from flatout.knobs import Undo
+from flatout.agent.place import take_place
+from flatout.knobs import Undo, clipping
 from flatout.knobs.attention import cpu
 from flatout.knobs.cross_entropy import cpu as losses
 from flatout.knobs.memory_format import gradients
@@ -279,6 +281,33 @@ def fastpath(pairs: int) -> bool:
     return compared("2 transformer layers, 16 x 200 x 256, padded", call, off, pairs, 1.0)
 
 
+def clip(pairs: int) -> bool:
+    """Clipping by the norm, of which nothing comes and of which something does."""
+    library = kernels.load("clipping")
+    is_as_asked = True
+
+    @contextmanager
+    def on() -> Iterator[None]:
+        stand_in = clipping.OnePass(library, clip_grad, _raise)
+        give_back = [
+            take_place(clip_grad, "_get_total_norm", stand_in.total_norm),
+            take_place(clip_grad, "_clip_grads_with_norm_", stand_in.clip),
+        ]
+        yield
+        for undo in give_back:
+            undo()
+
+    for shapes in ([1000] * 200, [10**5] * 50, [10**7]):
+        params = [torch.nn.Parameter(torch.ones(size)) for size in shapes]
+        for param in params:
+            param.grad = torch.full_like(param, 0.01)
+        for limit in (1e9, 1e-3):
+            name = f"clipping of {len(shapes)} x {shapes[0]:.0e} to {limit:g}"
+            call = functools.partial(clip_grad.clip_grad_norm_, params, limit)
+            is_as_asked &= compared(name, call, on, pairs, 1.0)
+    return is_as_asked
+
+
 def layouts(pairs: int) -> bool:
     """Gradients in rows for activations with their channels side by side."""
     fast = switched_on(lambda: gradients.keep_layouts(_raise))
@@ -309,6 +338,7 @@ PARTS = {
     "cross_entropy": cross_entropy,
     "attention": attention,
     "fastpath": fastpath,
+    "clipping": clip,
     "layouts": layouts,
     "optimizers": optimizers,
 }

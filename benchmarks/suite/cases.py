@@ -133,7 +133,7 @@ CASES = {
     "recommender": Case(
         PROGRAMS / "recommender.py",
         _PLAIN._replace(forward=("logits = ", "loss = ")),
-        steps=200,
+        steps=600,
         is_held_out=True,
     ),
     "jpeg": Case(

@@ -6,22 +6,17 @@ import ctypes
 import functools
 import itertools
 import operator
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from flatout import kernels
+from flatout.agent import arrays
+from flatout.agent.arrays import are_plain, is_dense
 
 SERIAL_BELOW = 65536
-"""Elements below which one thread looks at them: waking the others takes as long."""
-
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-"""Types whose elements are where ``data_ptr`` says; a subclass may keep them anywhere."""
-
-_KINDS = frozenset({(torch.float32, True, torch.strided)})
-_kind = operator.attrgetter("dtype", "is_cpu", "layout")
+"""Elements below which one thread looks at them."""
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
@@ -33,20 +28,13 @@ def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     kernel = _kernel()
     if kernel is None:
         return _are_finite_one_by_one(tensors)
-    if not (
-        PLAIN.issuperset(map(type, tensors))
-        and _KINDS.issuperset(map(_kind, tensors))
-        and all(map(torch.Tensor.is_contiguous, tensors))
-    ):
-        is_plain = [type(t) in PLAIN and _kind(t) in _KINDS and _is_dense(t) for t in tensors]
+    if not are_plain(tensors):
+        is_plain = list(map(is_dense, tensors))
         others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
         if not _are_finite_one_by_one(others):
             return False
         tensors = list(itertools.compress(tensors, is_plain))
-    addresses = array("Q", map(torch.Tensor.data_ptr, tensors))
-    sizes = array("q", map(torch.Tensor.numel, tensors))
-    threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
-    return bool(kernel(addresses.buffer_info()[0], sizes.buffer_info()[0], len(addresses), threads))
+    return bool(arrays.call(kernel, tensors, SERIAL_BELOW))
 
 
 def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
@@ -110,13 +98,6 @@ class Withheld:
             if parameter.grad is None:
                 parameter.grad = grad
         self._hidden.clear()
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements are all that lies between its first and its last."""
-    return tensor.is_contiguous() or bool(
-        torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-    )
 
 
 def _are_finite_one_by_one(tensors: Iterable[torch.Tensor]) -> bool:

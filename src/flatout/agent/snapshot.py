@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flatout.agent.finite import PLAIN, are_finite
+from flatout.agent.arrays import PLAIN
+from flatout.agent.finite import are_finite
 
 _autograd: Any = torch.autograd
 

@@ -1,0 +1,165 @@
+"""Clipping of gradients by their norm, in one pass over them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from flatout import kernels
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    import torch
+
+    from flatout.agent.session import Session
+
+NAME = "clipping"
+
+OPERATORS = ("linalg_vector_norm", "_foreach_norm")
+
+SERIAL_BELOW = 65536
+"""Elements below which one thread does it."""
+
+
+def match(facts: Facts) -> Match:
+    """Needs norms in the step."""
+    if facts.lack(*OPERATORS):
+        return Match((), "its steps do not clip gradients by their norm")
+    if kernels.find_compiler() is None:
+        return Match((), "there is no C compiler")
+    return Match(("onepass",), share=facts.share(*OPERATORS, "::mul_"))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Take the place of the two functions that ``torch.nn.utils.clip_grad_norm_`` consists of."""
+    from torch.nn.utils import clip_grad
+
+    from flatout.agent.place import take_place
+
+    try:
+        clipping = OnePass(
+            kernels.load("clipping"), clip_grad, lambda error: session.contain(NAME, error)
+        )
+    except (kernels.KernelError, AttributeError) as error:
+        raise RefusedError(f"torch's own clipping stays: {error}") from error
+    undos = (
+        take_place(clip_grad, "_get_total_norm", clipping.total_norm),
+        take_place(clip_grad, "_clip_grads_with_norm_", clipping.clip),
+    )
+
+    def undo() -> None:
+        for give_back in undos:
+            give_back()
+
+    return undo
+
+
+class OnePass:
+    """Stands in for torch's functions, for gradients in float32 on the CPU; others are left to it.
+
+    Args:
+        library: of ``kernels/clipping.c``.
+        theirs: torch's module.
+        on_failure: called when something here failed; torch's own function has done it then.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, theirs: ModuleType, on_failure: Callable[[Exception], None]
+    ) -> None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._sum_of_squares = library.sum_of_squares
+        self._sum_of_squares.restype = ctypes.c_double
+        self._sum_of_squares.argtypes = [pointer, pointer, size, ctypes.c_int]
+        self._scale = library.scale
+        self._scale.restype = None
+        self._scale.argtypes = [pointer, pointer, size, ctypes.c_int, ctypes.c_float]
+        self._own_total_norm = theirs._get_total_norm
+        self._own_clip = theirs._clip_grads_with_norm_
+        self._on_failure = on_failure
+
+    def total_norm(
+        self,
+        tensors: torch.Tensor | Iterable[torch.Tensor],
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """As torch's function: the norm (scalar) of all elements of all tensors."""
+        import torch
+
+        from flatout.agent import arrays
+
+        if not isinstance(tensors, torch.Tensor):
+            tensors = list(tensors)  # both ways go through it
+            try:
+                if norm_type == 2 and tensors and arrays.are_plain(tensors):
+                    total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
+                    if math.isfinite(total) or not error_if_nonfinite:
+                        return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
+            except Exception as error:  # noqa: BLE001 - reported
+                self._on_failure(error)
+        norm: torch.Tensor = self._own_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return norm
+
+    def clip(
+        self,
+        parameters: torch.Tensor | Iterable[torch.Tensor],
+        max_norm: float,
+        total_norm: torch.Tensor,
+        foreach: bool | None = None,
+    ) -> None:
+        """As torch's function: multiply gradients by what brings their norm down to ``max_norm``.
+
+        Where that is 1, nothing has to be written.
+        """
+        import torch
+
+        from flatout.agent import arrays
+
+        if not isinstance(parameters, torch.Tensor):
+            parameters = list(parameters)
+            try:
+                grads = [p.grad for p in parameters if p.grad is not None]
+                if arrays.are_plain([*grads, total_norm]):
+                    with torch.no_grad():
+                        factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
+                    if factor != 1.0:
+                        torch.autograd.graph.increment_version(grads)
+                        arrays.call(self._scale, grads, SERIAL_BELOW, factor)
+                    return
+            except Exception as error:  # noqa: BLE001 - reported
+                self._on_failure(error)
+        self._own_clip(parameters, max_norm, total_norm, foreach)
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="clipping of gradients by their norm, in one pass over them",
+    settings=("onepass",),
+    exactness={"onepass": "reordered"},
+    hot=True,
+    platforms=("cpu",),
+    card=Card(
+        what="`torch.nn.utils.clip_grad_norm_` takes a norm of each gradient, the norm of these, "
+        "and multiplies every gradient by a factor, also where that is 1. `onepass` reads all "
+        "gradients in one call of a kernel, with sums of float64, and writes them only where the "
+        "factor is not 1. What it returns is the same but for rounding. Other norms than the "
+        "second, and gradients that are not contiguous and in float32 on the CPU, are torch's. "
+        "Needs a C compiler.",
+        helps="Training on the CPU that clips gradients each step, as Hugging Face's Trainer does.",
+        hurts="Nothing known.",
+        by_hand="Clip seldom, or not at all where the norm stays below the limit: `norm = "
+        "torch.nn.utils.get_total_norm(p.grad for p in model.parameters())`, and "
+        "`torch.nn.utils.clip_grads_with_norm_(...)` only if it is larger.",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the clipping of gradients",),
+    kernels=("clipping",),
+)
