@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flatout import launch
+from flatout.doctor.case import MATMUL_OPERATORS, PRODUCTS_WITHIN
 from flatout.record import ProcessRecord, read_run
 from flatout.request import RUN_VARIABLE, Request
 
@@ -73,6 +74,29 @@ def test_flops_of_an_lstm() -> None:
     with torch.no_grad():
         assert counted(lambda: lstm(x)).flops_by_dtype == {"float32": forward}
     assert counted(lambda: lstm(x)[0].sum().backward()).flops_by_dtype == {"float32": 3 * forward}
+
+
+def test_flops_of_transformer_layers_are_the_same_by_their_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(3, 10, 32)
+    padding = torch.arange(10) >= torch.tensor([[10], [4], [7]])
+    calls = {
+        "aten::_transformer_encoder_layer_fwd": lambda: layer(x, src_key_padding_mask=padding),
+        "aten::_native_multi_head_attention": lambda: attention(x, x, x, need_weights=False),
+    }
+    for name, call in calls.items():
+        with torch.no_grad():
+            fast = counted(call)
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                expected = counted(call).flops_by_dtype
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+            products = [o for o in profiled(call) if o["name"] in MATMUL_OPERATORS]
+        assert fast.flops_by_dtype == expected
+        assert sum(fast.counted.values()) == fast.counted[name] == 1
+        assert sum(o["calls"] for o in products) == PRODUCTS_WITHIN[name]
 
 
 def test_flops_of_vectors() -> None:

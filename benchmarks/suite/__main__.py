@@ -4,6 +4,7 @@
     python -m benchmarks.suite --out results.jsonl gpt dcgan      # these only
     python -m benchmarks.suite --out results.jsonl --quick gpt    # short runs, two rounds
     python -m benchmarks.suite --out results.jsonl --summary      # measures nothing
+    python -m benchmarks.suite --out results.jsonl --summary --publish
 
 In a round all arms of a program run at the same time, in turns: one goes on, the others are stopped
 by a signal (``benchmarks/outside.py``). The results file gets one line of JSON for each finished
@@ -20,15 +21,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.outside import Results
-from benchmarks.suite import arms, page, table
+from benchmarks.suite import arms, publish, table
 from benchmarks.suite.cases import CASES, ROOT
 from benchmarks.suite.measure import Settings, shard
-
-WAY = (
-    "Made by `make bench` (`python -m benchmarks.suite`): plain programs, in copies of which each "
-    "peer's own lines stand; all arms of a program run at the same time, in turns, and are timed "
-    "from outside. `flatout tune` ran once for each program, with its default budget."
-)
 
 QUICK_LENGTH, QUICK_ROUNDS, QUICK_BUDGET = 0.5, 2, "90s"
 
@@ -42,8 +37,7 @@ def main() -> int:
     parser.add_argument("--arms", help=f"only these, of {', '.join(arms.ARMS)}, flatout")
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds, short tunes")
     parser.add_argument("--summary", action="store_true", help="only print what is measured so far")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables in there")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="and here as a page, with plots")
+    parser.add_argument("--publish", action="store_true", help="put the results into the project")
     parser.add_argument(
         "--python",
         type=Path,
@@ -69,19 +63,10 @@ def main() -> int:
                 shard(name, CASES[name], settings, results, Path(folder))
             except (subprocess.CalledProcessError, ValueError) as error:
                 print(f"{name}: {error}\n{getattr(error, 'stderr', '') or ''}", file=sys.stderr)
-    judged = {name: table.judged(name, results) for name in CASES}
-    found = {name: result for name, result in judged.items() if result is not None}
-    lines = ["# flatout and its peers", "", WAY, ""]
-    lines += [*table.conditions(results), *table.markdown(found)]
-    lines += ["", *(f"Left out: {peer}: {why}." for peer, why in arms.LEFT_OUT.items())]
-    missed = table.missed(found)
-    lines += ["", *(f"- MISSED {what}" for what in missed)]
-    print("\n".join(lines))
-    if arguments.page is not None:
-        arguments.page.write_text(page.html(found, table.conditions(results)), "utf-8")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text("\n".join(lines) + "\n", "utf-8")
-    return 1 if missed else 0
+    print(publish.markdown(results), end="")
+    if arguments.publish:
+        publish.publish(results)
+    return 1 if table.missed(publish.judged(results)) else 0
 
 
 if __name__ == "__main__":

@@ -294,6 +294,44 @@ def conditions(results: Results) -> list[str]:
     ]
 
 
+def short(found: Mapping[str, ProgramResult]) -> str:
+    """One row a program, and the means, for the README."""
+    lines = [
+        "| program | flatout | best peer | flatout over it | of the limit |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, result in found.items():
+        if "flatout" not in result.arms:
+            continue
+        own, best = result.arms["flatout"], result.best_peer
+        peer = f"{_in_table(result.arms[best].ratio)} {best}" if best else "none"
+        over = _in_table(result.over_peer) if result.over_peer else ""
+        what = f"{name}, {CASES[name].kind}" if CASES[name].kind != "training" else name
+        lines.append(
+            f"| {what} | {_in_table(own.ratio)} | {peer} | {over} | {_floor_share(result)} |"
+        )
+    return "\n".join([*lines, *_means(found)])
+
+
+def _floor_share(result: ProgramResult) -> str:
+    if result.floor is None:
+        return "not known"
+    return f"{result.floor.ms / result.arms['flatout'].step_ms:.0%}"
+
+
+def _means(found: Mapping[str, ProgramResult]) -> list[str]:
+    training = [r for n, r in found.items() if CASES[n].kind == "training" and "flatout" in r.arms]
+    over_bare = geometric_mean(r.arms["flatout"].ratio.value for r in training)
+    over_peer = geometric_mean(r.over_peer.value for r in training if r.over_peer)
+    if over_bare is None or over_peer is None:
+        return []
+    return [
+        "",
+        f"Geometric means over {len(training)} training programs: **{over_bare:.2f}x** over "
+        f"bare, **{over_peer:.2f}x** over the best right peer of each.",
+    ]
+
+
 def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
     """The tables: all programs, then each with its arms."""
     lines = [
@@ -310,24 +348,15 @@ def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
         own = result.arms.get("flatout")
         if own is None:
             continue
-        floor = f"{result.floor.ms / own.step_ms:.0%}" if result.floor else "not known"
         plan = " ".join(f"{knob}={setting}" for knob, setting in result.settings.items())
         held_out = " (held out)" if CASES[name].is_held_out else ""
         lines.append(
             f"| {name}{held_out} | {_in_table(own.ratio)} "
             f"| {_in_table(result.claim) if result.claim else ''} | {result.best_peer or 'none'} "
-            f"| {_in_table(result.over_peer) if result.over_peer else ''} | {floor} "
+            f"| {_in_table(result.over_peer) if result.over_peer else ''} | {_floor_share(result)} "
             f"| {result.tuning_s or 0:.0f} s | {plan or 'none'} |"
         )
-    training = [r for n, r in found.items() if CASES[n].kind == "training" and "flatout" in r.arms]
-    over_bare = geometric_mean(r.arms["flatout"].ratio.value for r in training)
-    over_peer = geometric_mean(r.over_peer.value for r in training if r.over_peer)
-    if over_bare is not None and over_peer is not None:
-        lines += [
-            "",
-            f"Geometric means over {len(training)} training programs: **{over_bare:.2f}x** over "
-            f"bare, **{over_peer:.2f}x** over the best right peer of each.",
-        ]
+    lines += _means(found)
     for name, result in found.items():
         lines += ["", *_program(name, result)]
     return lines

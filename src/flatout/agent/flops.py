@@ -53,12 +53,33 @@ def _added_matrix_vector(_: Any, matrix: Any, *__: Any, **___: Any) -> int:
     return 2 * int(matrix.numel())
 
 
+def _encoder_layer(source: Any, width: int, _: int, *args: Any, **__: Any) -> int:
+    """The fast path of ``nn.TransformerEncoderLayer``; ``source`` is (batch, time, features)."""
+    weights = sum(int(args[place].numel()) for place in (0, 2, 11, 13))
+    return 2 * (int(source.numel()) // width * weights + _pairs(source))
+
+
+def _self_attention(query: Any, key: Any, _: Any, width: int, *args: Any, **__: Any) -> int:
+    """The fast path of ``nn.MultiheadAttention``, shapes as above."""
+    if query.shape != key.shape:
+        raise NotImplementedError("attention to another sequence")
+    weights = int(args[1].numel()) + int(args[3].numel())
+    return 2 * (int(query.numel()) // width * weights + _pairs(query))
+
+
+def _pairs(tokens: Any) -> int:
+    """Multiplications of scores, and of these with the values."""
+    return 2 * int(tokens.numel()) * int(tokens.shape[1])
+
+
 _OWN: dict[str, Formula] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _sdpa_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": _sdpa_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": _sdpa_backward,
+    "aten::_transformer_encoder_layer_fwd": _encoder_layer,
+    "aten::_native_multi_head_attention": _self_attention,
     "aten::mkldnn_rnn_layer": _rnn_layer,
     "aten::mkldnn_rnn_layer_backward": _rnn_layer_backward,
     "aten::mkldnn_linear": _linear,

@@ -22,6 +22,12 @@ MATMUL_OPERATORS = frozenset(
         *("aten::mv", "aten::addmv", "aten::dot"),
     }
 )
+PRODUCTS_WITHIN = {
+    "aten::_transformer_encoder_layer_fwd": 6,
+    "aten::_native_multi_head_attention": 4,
+}
+"""Matrix products that an operator with a formula of its own consists of, and that are profiled."""
+
 CONVOLUTION_OPERATORS = frozenset(
     {
         *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::thnn_conv2d"),
@@ -230,6 +236,7 @@ class Case:
             return []
         products = [o for o in self.operators if o["name"] in MATMUL_OPERATORS]
         products_counted = sum(counted.get(name, 0) for name in MATMUL_OPERATORS)
+        products_counted += sum(n * counted.get(name, 0) for name, n in PRODUCTS_WITHIN.items())
         is_same_work = not any(turn.mark for turn in self.process.evaluations)
         hidden = is_same_work and (
             sum(o["calls"] for o in products) > HIDDEN_CALLS * products_counted
