@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatout import kernels, knobs
 from flatout.agent.session import Session
+from flatout.knobs.attention import blocks as blocks_of_scores
 from flatout.knobs.attention import cpu, heads
 from flatout.knobs.attention import kernel as asked
 from flatout.request import Request
@@ -492,18 +493,17 @@ def test_backward_under_autocast_and_after_a_layout_of_its_own(fast: None) -> No
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("when", ["outputs", "gradients"])
 def test_a_failure_is_reported_and_the_result_is_there(
     session: Session, monkeypatch: pytest.MonkeyPatch, when: str, is_whole: bool
 ) -> None:
     def gradients(breaks: str = "") -> Tensors:
         tensors = inputs()
         torch.manual_seed(3)
-        if breaks == "forward":
-            monkeypatch.setattr(*((heads, "_call") if is_whole else (cpu, "_outputs")), None)
+        if breaks:
+            module = heads if is_whole else blocks_of_scores
+            monkeypatch.setattr(module, "WAY", module.WAY._replace(**{breaks: None}))
         output = F.scaled_dot_product_attention(*tensors, dropout_p=0.5)
-        if breaks == "backward":
-            monkeypatch.setattr(*((heads, "_call") if is_whole else (cpu, "_gradients")), None)
         return torch.autograd.grad(output.square().sum(), tensors)
 
     monkeypatch.setattr(heads, "_is_fast", lambda: is_whole)
@@ -513,7 +513,7 @@ def test_a_failure_is_reported_and_the_result_is_there(
     found = gradients(when)
     undo()
     assert "TypeError" in session.failed_knobs["attention"]
-    for one, other in zip(found, own if when == "forward" else ours, strict=True):
+    for one, other in zip(found, own if when == "outputs" else ours, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from flatout.knobs.attention import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
-from flatout.knobs.attention.kernel import Block, FailedError, Job, Kernel, backward
+from flatout.knobs.attention.function import Way
+from flatout.knobs.attention.kernel import Block, Job, Kernel
 
 
 class Rows(ctypes.Structure):
@@ -51,39 +50,18 @@ def can_take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
     )
 
 
-class WholeHeads(torch.autograd.Function):
-    """Attention of whole heads; saved are what came in, what went out, and one number a row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        job: Job,
-        kernel: Kernel,
-        on_failure: Callable[[Exception], None],
-    ) -> torch.Tensor:
-        """Args: batch x heads x rows x width, batch x heads x columns x width (twice), all with
-        rows in one piece; ``bias`` of ``Job.blocks``; what is asked for; the compiled part; and
-        what a failure is told to."""
-        try:
-            output = query.new_empty(*query.shape[:3], value.shape[3])
-            sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
-            asked = _asked(query, key, value, bias, output, sums, job)
-            _call(asked, kernel, backwards=False)
-        except Exception as error:
-            on_failure(error)
-            raise FailedError from error
-        ctx.save_for_backward(query, key, value, bias, output, sums)
-        ctx.job, ctx.kernel, ctx.on_failure = job, kernel, on_failure
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """See ``forward``; what it returns can be differentiated when that is asked for."""
-        return backward(ctx, gradient, _gradients)
+def _outputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+    kernel: Kernel,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
+    _call(_asked(query, key, value, bias, output, sums, job), kernel, backwards=False)
+    return output, sums
 
 
 def _gradients(
@@ -141,3 +119,7 @@ def _rows(tensor: torch.Tensor) -> Rows:
 def with_rows(tensor: torch.Tensor) -> torch.Tensor:
     """One whose rows lie in one piece each."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+WAY = Way(_outputs, _gradients)
+"""Of batch x heads x rows x width, batch x heads x columns x width (twice), ``with_rows``."""

@@ -1,11 +1,9 @@
-"""What ``kernels/attention.c`` is asked for, and the same in operations of torch."""
+"""What ``kernels/attention.c`` is asked for."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -150,73 +148,3 @@ class Job(NamedTuple):
 
 def _height(rows: int) -> int:
     return max(1, min(rows, BLOCK_ROWS))
-
-
-def differentiable(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    job: Job,
-    kernel: Kernel,
-) -> torch.Tensor:
-    """The same in operations of torch, with the same random numbers; the matrix is stored."""
-    scores = query @ key.mT * job.scale
-    heads, rows, columns = scores.shape
-    if bias is not None:
-        batch = heads // job.heads_per_batch
-        full = bias.expand(batch, job.heads_per_batch, rows, columns)
-        scores = scores + full.reshape(heads, rows, columns)
-    if job.is_causal:
-        unseen = torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
-        scores = scores.masked_fill(unseen, -math.inf)
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    if job.keep < ALWAYS:
-        factors = torch.empty(heads, rows, columns, dtype=torch.float32, device="cpu")
-        block = next(job.blocks(slice(0, heads), query, key, None))[0]
-        block.rows, block.columns = rows, columns
-        kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
-        probabilities = probabilities * factors
-    return probabilities.to(value.dtype) @ value
-
-
-def backward(
-    ctx: Any, gradient: torch.Tensor, by_kernel: Callable[..., Iterable[torch.Tensor]]
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of an autograd function's first three inputs, query, key and value.
-
-    Args:
-        ctx: has saved these, the bias, the output and the sums of the rows, and has a ``job``, a
-            ``kernel`` and ``on_failure``.
-        gradient: of the output.
-        by_kernel: called with what is saved and the gradient; if it fails, or if what comes out has
-            to be differentiable, the way goes through operations of torch.
-    """
-    *inputs, bias, output, sums = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    found: Iterable[torch.Tensor]
-    with torch.autocast("cpu", enabled=False):
-        if not torch.is_grad_enabled():
-            try:
-                found = by_kernel(*inputs, bias, output, sums, gradient, ctx.job, ctx.kernel)
-                return (*found, *[None] * 4)
-            except Exception as error:  # noqa: BLE001 - reported
-                ctx.on_failure(error)
-                inputs = [x.detach().requires_grad_() for x in inputs]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            query, key, value = (x.flatten(0, -3) for x in inputs)
-            again = differentiable(query, key, value, bias, ctx.job, ctx.kernel)
-            found = torch.autograd.grad(
-                again.view(output.shape),
-                list(itertools.compress(inputs, needed)),
-                gradient,
-                create_graph=create_graph,
-            )
-    each = iter(found)
-    return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 4)
-
-
-class FailedError(Exception):
-    """What has failed is reported already."""

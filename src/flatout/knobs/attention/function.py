@@ -1,0 +1,123 @@
+"""Attention as one function of autograd, whichever way its values are computed."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
+
+
+class Way(NamedTuple):
+    """How values are computed.
+
+    Attributes:
+        outputs: of query, key, value, ``Job.blocks``' bias, job and kernel: the output, and the
+            logarithm of the sum of each row of scores.
+        gradients: of query, key and value, given these, the bias, what ``outputs`` gave, the
+            gradient of the output, job and kernel.
+    """
+
+    outputs: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gradients: Callable[..., Iterable[torch.Tensor]]
+
+
+class Attention(torch.autograd.Function):
+    """Softmax of scaled products, dropout, and the product with the values.
+
+    Saved for the backward pass: what came in, what went out, and one number a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        job: Job,
+        kernel: Kernel,
+        way: Way,
+        on_failure: Callable[[Exception], None],
+    ) -> torch.Tensor:
+        """Args: tensors as the way wants them, what is asked for, the compiled part, the way, and
+        what a failure is told to."""
+        try:
+            output, sums = way.outputs(query, key, value, bias, job, kernel)
+        except Exception as error:
+            on_failure(error)
+            raise FailedError from error
+        ctx.save_for_backward(query, key, value, bias, output, sums)
+        ctx.job, ctx.kernel, ctx.way, ctx.on_failure = job, kernel, way, on_failure
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value.
+
+        If the way fails, or if what comes out has to be differentiable, the way goes through
+        operations of torch.
+        """
+        *inputs, bias, output, sums = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        found: Iterable[torch.Tensor]
+        with torch.autocast("cpu", enabled=False):
+            if not torch.is_grad_enabled():
+                try:
+                    found = ctx.way.gradients(
+                        *inputs, bias, output, sums, gradient, ctx.job, ctx.kernel
+                    )
+                    return (*found, *[None] * 5)
+                except Exception as error:  # noqa: BLE001 - reported
+                    ctx.on_failure(error)
+                    inputs = [x.detach().requires_grad_() for x in inputs]
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                query, key, value = (x.flatten(0, -3) for x in inputs)
+                again = differentiable(query, key, value, bias, ctx.job, ctx.kernel)
+                found = torch.autograd.grad(
+                    again.view(output.shape),
+                    list(itertools.compress(inputs, needed)),
+                    gradient,
+                    create_graph=create_graph,
+                )
+        each = iter(found)
+        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 5)
+
+
+def differentiable(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """The same in operations of torch, with the same random numbers; the matrix is stored."""
+    scores = query @ key.mT * job.scale
+    heads, rows, columns = scores.shape
+    if bias is not None:
+        batch = heads // job.heads_per_batch
+        full = bias.expand(batch, job.heads_per_batch, rows, columns)
+        scores = scores + full.reshape(heads, rows, columns)
+    if job.is_causal:
+        unseen = torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
+        scores = scores.masked_fill(unseen, -math.inf)
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    if job.keep < ALWAYS:
+        factors = torch.empty(heads, rows, columns, dtype=torch.float32, device="cpu")
+        block = next(job.blocks(slice(0, heads), query, key, None))[0]
+        block.rows, block.columns = rows, columns
+        kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
+        probabilities = probabilities * factors
+    return probabilities.to(value.dtype) @ value
+
+
+class FailedError(Exception):
+    """What has failed is reported already."""
