@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flatout import launch
+from flatout.agent import relay as agent_relay
 from flatout.request import Relay, Request
 from flatout.tune.pairs import turns
 
@@ -65,6 +67,22 @@ def test_blocks_of_two_processes_alternate(tmp_path: Path) -> None:
     turns = [pid for pid, _ in groupby(lines)]
     assert len(set(turns)) == 2
     assert 6 <= len(turns) <= 9
+
+
+@pytest.mark.parametrize(("place", "last"), [(0, ["done-1-1", "done-1-2"]), (1, ["done-0-2"])])
+def test_the_first_stays_until_the_second_has_made_its_last_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, last: list[str]
+) -> None:
+    """What a process does at its end would slow what is being timed beside it."""
+    waited: list[str] = []
+    monkeypatch.setattr(agent_relay, "_wait_for", lambda _, name, __: waited.append(name))
+    session = SimpleNamespace(counts=lambda _: True)
+    relay = Relay(str(tmp_path), place, block_steps=2, discard_steps=1, warmup_steps=1, blocks=2)
+    runner = agent_relay.Runner(session, relay)  # type: ignore[arg-type]
+    turn = SimpleNamespace(start_ns=0, end_ns=1)
+    ended = [runner.at_boundary(turn) for _ in range(5)]  # type: ignore[arg-type]
+    assert ended == [False] * 4 + [True]
+    assert waited[-len(last) :] == last
 
 
 def test_the_one_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
