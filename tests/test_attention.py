@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flatout import kernels, knobs
@@ -384,6 +385,34 @@ def test_without_dropout_heads_of_a_fitting_size(
     torch.testing.assert_close(output, run(), atol=1e-5, rtol=1e-4)
     assert torch.equal(torch.get_rng_state(), state)
     assert FLASH in calls_of(run)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("layout", ["of a projection", "in order"])
+def test_without_dropout_the_output_has_torchs_layout(
+    session: Session, monkeypatch: pytest.MonkeyPatch, layout: str, trains: bool
+) -> None:
+    """A program may view it as it is used to."""
+    monkeypatch.setattr(heads, "_is_fast", lambda: True)
+    tensors = [x.detach().requires_grad_(trains) for x in inputs()]
+    if layout == "of a projection":
+        tensors = [
+            x.transpose(1, 2).contiguous().view(2, 37, 3, 16).transpose(1, 2) for x in tensors
+        ]
+    own = F.scaled_dot_product_attention(*tensors)
+    undo = knobs.get("attention").apply(session, "fast")
+    found = F.scaled_dot_product_attention(*tensors)
+    undo()
+    assert found.stride() == own.stride()
+
+
+def test_a_backend_that_the_program_has_chosen_stays(
+    fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "_is_fast", lambda: True)
+    with sdpa_kernel(SDPBackend.MATH):
+        called = calls_of(lambda: F.scaled_dot_product_attention(*inputs()))
+    assert "aten::_scaled_dot_product_attention_math" in called
 
 
 def test_without_the_registers_attention_without_dropout_is_torchs(

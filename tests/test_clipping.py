@@ -112,6 +112,20 @@ def test_what_is_not_finite_spreads_as_it_does_in_torch(session: Session, value:
     assert not session.failed_knobs
 
 
+def test_a_gradient_that_is_there_twice_is_scaled_twice(session: Session) -> None:
+    def run() -> torch.Tensor:
+        made = parameters()
+        clip_grad_norm_([made[0], made[1], made[0]], 0.3)
+        assert made[0].grad is not None
+        return made[0].grad
+
+    own = run()
+    undo = knobs.get("clipping").apply(session, "onepass")
+    found = run()
+    undo()
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=0)
+
+
 LEFT_ALONE: dict[str, Callable[[], Any]] = {
     "no gradients": lambda: clip_grad_norm_([torch.nn.Parameter(torch.ones(2))], 1.0),
     "the largest": lambda: clip_grad_norm_(parameters()[:4], 0.3, norm_type=math.inf),
@@ -131,6 +145,17 @@ def test_left_to_torch(session: Session, case: str) -> None:
     assert found.dtype == own.dtype
     assert torch.equal(found, own)
     assert not session.failed_knobs
+
+
+def test_compiled_it_is_torchs(session: Session) -> None:
+    undo = knobs.get("clipping").apply(session, "onepass")
+    made = parameters()[:2]
+    compiled = torch.compile(
+        lambda: clip_grad_norm_(made, 0.3), backend="aot_eager", fullgraph=True
+    )
+    found = compiled()
+    undo()
+    assert found.item() == pytest.approx(clip_grad_norm_(parameters()[:2], 0.3).item())
 
 
 def test_a_failure_of_ours_leaves_it_to_torch(

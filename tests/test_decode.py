@@ -47,6 +47,12 @@ def images(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> DecodedImages:
     return made
 
 
+@pytest.fixture(autouse=True)
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were written long ago."""
+    monkeypatch.setattr(decode, "SETTLED_S", -1.0)
+
+
 def draw(path: Path | io.BytesIO, shade: int = 100, **options: Any) -> Any:
     image = Image.linear_gradient("L").resize((40, 30))
     Image.merge("RGB", (image, image, image.point(lambda v: (v + shade) % 256))).save(
@@ -92,6 +98,43 @@ def test_a_file_that_was_written_again_is_decoded_again(
     os.utime(path, ns=(0, 12345))
     assert Image.open(path).convert("RGB").tobytes() != before
     assert counted.decoded == 2
+
+
+def test_a_file_that_was_written_just_now_is_not_kept(
+    tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be written again without another time of last change."""
+    monkeypatch.setattr(decode, "SETTLED_S", 3600.0)
+    path = draw(tmp_path / "a.jpg")
+    for _ in range(2):
+        Image.open(path).load()
+    assert counted.decoded == 2
+
+
+def test_whether_files_may_end_early_counts(
+    tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = draw(tmp_path / "a.jpg", quality=95)
+    path.write_bytes(path.read_bytes()[:-200])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for _ in range(2):
+        Image.open(path).load()
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with pytest.raises(OSError, match="truncated"):
+        Image.open(path).load()
+
+
+def test_a_fork_has_a_share_of_its_own(
+    tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    asked: list[bool] = []
+    monkeypatch.setattr(decode, "_share_bytes", lambda is_fork: asked.append(is_fork) or 0)
+    for pid in (5, 5, 6):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        Image.open(draw(tmp_path / "a.jpg")).load()
+    assert asked == [False, True]
 
 
 def test_how_it_is_to_be_decoded_counts(
@@ -175,7 +218,7 @@ def test_what_is_known_stays_when_it_is_turned_off_and_on(
 
 
 def test_it_is_tried_where_images_are_decoded_and_waited_for() -> None:
-    known = knobs.Facts("cpu", data_share=0.4, decodes_jpeg=True)
+    known = knobs.Facts("cpu", data_share=0.4, opens_images=True)
     assert decode.match(known).settings == ("keep",)
-    assert not decode.match(dataclasses.replace(known, decodes_jpeg=False)).settings
+    assert not decode.match(dataclasses.replace(known, opens_images=False)).settings
     assert not decode.match(dataclasses.replace(known, data_share=0.001)).settings

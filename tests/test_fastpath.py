@@ -44,6 +44,22 @@ def test_a_padded_batch_gives_the_same_by_another_way(session: Session) -> None:
     assert "aten::_transformer_encoder_layer_fwd" in operators(encoder, tokens, padding)[1]
 
 
+def test_nested_tensors_of_a_padded_batch_stay_with_their_zeros(session: Session) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    tokens, lengths = torch.randn(3, 10, 32), torch.tensor([10, 4, 7])
+    padding = torch.arange(10) >= lengths[:, None]
+    expected, bare = operators(encoder, tokens, padding)
+    undo = knobs.get("fastpath").apply(session, "off")
+    found, turned = operators(encoder, tokens, padding)
+    undo()
+    assert not expected[padding].any()
+    assert torch.equal(found, expected)
+    assert turned == bare
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_what_the_program_has_chosen_stays(session: Session) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -22,6 +22,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from flatout import knobs
 from flatout.agent.session import Session
@@ -492,14 +493,24 @@ def test_whole_batches_are_those_of_single_samples(
 ) -> None:
     torch.manual_seed(3)
     bare = batches(of_tensors(kind), 2)
+    if kind in BATCHED:
+        monkeypatch.setattr(_MapDatasetFetcher, "fetch", None)  # torch's way is not gone
     undo = knobs.get("loader").apply(session, "batched")
     torch.manual_seed(3)
-    loader = of_tensors(kind)
-    if kind in BATCHED:
-        monkeypatch.setattr(TensorDataset, "__getitem__", None)  # no row is asked for
-    assert equal(batches(loader, 2), bare)
+    assert equal(batches(of_tensors(kind), 2), bare)
     undo()
     assert not session.failed_knobs
+
+
+def test_what_the_program_has_changed_about_samples_counts(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = knobs.get("loader").apply(session, "batched")
+    rows = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda s, i: (2 * rows(s, i)[0],))
+    (found,) = batches(DataLoader(TensorDataset(torch.arange(3)), batch_size=3), 1)
+    undo()
+    assert found[0].tolist() == [0, 2, 4]
 
 
 def test_a_row_that_is_not_there_is_the_programs_error(session: Session) -> None:

@@ -271,6 +271,26 @@ def test_each_setting_is_on_in_half_of_the_stacks_whatever_the_others_are(factor
             assert together * 4 == len(arms)
 
 
+@pytest.mark.parametrize("options", [(2, 2, 2, 1, 1, 1), (2,) * 7, (3, 3, 3), (2, 2), (4, 3, 2, 1)])
+def test_alternatives_can_be_told_apart(options: tuple[int, ...]) -> None:
+    """Dealt out in turn, settings of two factors went together, and nothing was known of any."""
+    factors = [
+        [(f"knob{number}", str(option)) for option in range(count)]
+        for number, count in enumerate(options)
+    ]
+    arms = design.stacks(factors)
+    assert arms == design.stacks(factors)
+    settings = [setting for options in factors for setting in options]
+    gains = {setting: 1.0 + 0.05 * number for number, setting in enumerate(settings)}
+    noise = random.Random(0)
+    found = []
+    for arm in block_order(len(arms), 12):
+        gain = math.prod(gains[setting] for setting in arms[arm].items())
+        found.append(Block(arm, [10.0 / gain * noise.gauss(1.0, 0.001) for _ in range(4)]))
+    ratios = setting_ratios(found, arms)
+    assert {s: r.value for s, r in ratios.items()} == pytest.approx(gains, rel=0.01)
+
+
 def test_pairs_compare_each_step_with_its_own_counterpart() -> None:
     sizes = random.Random(0).choices((1.0, 2.0, 4.0, 8.0), k=20)
     bare = [10 * size for size in sizes]

@@ -16,7 +16,7 @@ _KINDS = frozenset({(torch.float32, True, torch.strided)})
 _kind = operator.attrgetter("dtype", "is_cpu", "layout")
 
 
-def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+def are_floats(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all are contiguous and of float32 on the CPU."""
     return (
         PLAIN.issuperset(map(type, tensors))

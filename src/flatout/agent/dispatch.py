@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flatout import kernels
+from flatout.agent.arrays import PLAIN
 from flatout.knobs import RefusedError, Undo
 
 
@@ -33,13 +34,10 @@ def compiled(name: str, stays: str) -> ctypes.CDLL:
     return library
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
 def are_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are dense tensors on the CPU of no other class, outside of what transforms."""
     return (
-        all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
+        all(type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in tensors)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

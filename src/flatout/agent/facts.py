@@ -26,7 +26,7 @@ def collect(session: Session) -> dict[str, Any]:
         "modules": _modules(session.roots),
         "parameters": _parameters(session.roots),
         "loaders": [_loader(loader) for loader in session.loaders],
-        "decodes_jpeg": "PIL.JpegImagePlugin" in sys.modules,
+        "opens_images": "PIL.JpegImagePlugin" in sys.modules,
         "switches": {
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "anomaly_detection": torch.is_anomaly_enabled(),
@@ -90,9 +90,9 @@ def _parameters(roots: list[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _source(dataset: Any) -> Any:
+def source(dataset: Any) -> Any:
     """What subsets, and subsets of them, choose from."""
-    while isinstance(dataset, Subset):
+    while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset
 
@@ -101,7 +101,7 @@ def _loader(loader: Any) -> dict[str, Any]:
     return {
         "workers": loader.num_workers,
         "batch_size": loader.batch_size,
-        "dataset": type(_source(loader.dataset)).__name__,
+        "dataset": type(source(loader.dataset)).__name__,
         "pin_memory": bool(loader.pin_memory),
         "persistent_workers": bool(loader.persistent_workers),
     }

@@ -13,7 +13,7 @@ import torch
 
 from flatout import kernels
 from flatout.agent import arrays
-from flatout.agent.arrays import are_plain, is_dense
+from flatout.agent.arrays import are_floats, is_dense
 
 SERIAL_BELOW = 65536
 """Elements below which one thread looks at them."""
@@ -28,7 +28,7 @@ def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     kernel = _kernel()
     if kernel is None:
         return _are_finite_one_by_one(tensors)
-    if not are_plain(tensors):
+    if not are_floats(tensors):
         is_plain = list(map(is_dense, tensors))
         others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
         if not _are_finite_one_by_one(others):

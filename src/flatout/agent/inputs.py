@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 WATCHED_CALLS = 16
-"""In so many, sizes that differ from batch to batch show; few enough to end before an epoch does,
-whose last batch may be smaller than all others."""
+"""Calls of all modules that are looked at. In so many, sizes that differ from batch to batch show;
+few enough to end before an epoch does, whose last batch may be smaller than all others."""
 
 
 class FirstInputs:

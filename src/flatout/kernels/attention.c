@@ -246,14 +246,14 @@ static inline void clear_rest(float *row, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) row[i] = 0.0f;
 }
 
-/* How many floats, or words, a thread needs at most. Forward, scores are there for PIECE rows at a time. */
+/* How many floats, or pairs, a thread needs: no less than what each of the functions below takes.
+   Forward, scores are there for PIECE rows at a time. */
 int64_t heads_scratch(const Heads *h, int backwards) {
     int64_t n = h->block.rows, m = h->block.columns;
     int64_t wide = padded(h->query.width), tall = padded(h->value.width), across = padded(m);
     if (!backwards)
-        return PIECE * (wide + tall + 2 * across) + (m + 1) * (wide + tall) + wide * across;
-    return (n + m + 2) * (wide + tall) + (n + 1) * across + 2 * n * wide + 3 * m * wide + 3 * n * tall + 3 * m * tall + 2 * n * across +
-           (wide + tall) * across;
+        return (m + 1) * (wide + tall) + wide * across + PIECE * (wide + tall + 2 * across);
+    return 2 * (n + m + 1) * (wide + tall) + (wide + tall + 3 * n + 1) * across;
 }
 
 static float *taken(float **memory, int64_t count) {
@@ -270,7 +270,7 @@ static void seen_products(const Block *b, float *out, const float *left, int64_t
     for (int64_t row = 0; row < rows; row += PART) {
         int64_t part = rows - row < PART ? rows - row : PART;
         float_product(out + row * across, across, left + row * left_stride, left_stride, 1, turned,
-                across, part, depth, padded(seen(b, first + row + part - 1)));
+                      across, part, depth, padded(seen(b, first + row + part - 1)));
     }
 }
 
@@ -296,8 +296,8 @@ static void head_forward(const Heads *h, int64_t head, float *memory) {
         }
         for (int64_t row = 0; row < rows; row += PART) {
             int64_t part = rows - row < PART ? rows - row : PART;
-            float_product(output + row * tall, tall, scores + row * across, across, 1, value, tall, part,
-                    seen(b, first + row + part - 1), tall);
+            float_product(output + row * tall, tall, scores + row * across, across, 1, value, tall,
+                          part, seen(b, first + row + part - 1), tall);
         }
         store_rows(b, &h->output, head, first, rows, output);
     }
@@ -335,8 +335,8 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
     float_product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
     for (int64_t row = 0; row < n; row += PART) {
         int64_t rows = n - row < PART ? n - row : PART;
-        float_product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide, rows,
-                seen(b, row + rows - 1), wide);
+        float_product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide,
+                      rows, seen(b, row + rows - 1), wide);
     }
     float_product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
     clear_rest(of_key, m * wide, all * wide);
@@ -352,13 +352,13 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
 
 static inline int64_t pairs_in(int64_t count) { return (count + 1) / 2; }
 
-static inline uint32_t pair_of(uint16_t low, uint16_t high) {
-    return (uint32_t)low | (uint32_t)high << 16;
+static inline Pair pair_of(uint16_t low, uint16_t high) {
+    return (Pair)low | (Pair)high << 16;
 }
 
 /* `rows` rows from `first` on, pairs of neighbours in a row. */
 static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t first,
-                           int64_t rows, uint32_t *to) {
+                           int64_t rows, Pair *to) {
     const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head) + first * r->row;
     int64_t stride = pairs_in(r->width);
     for (int64_t row = 0; row < rows; row++) {
@@ -369,12 +369,12 @@ static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t 
 
 /* All `rows` rows, pairs of neighbours in a column. */
 static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64_t rows,
-                              uint32_t *to) {
+                              Pair *to) {
     const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head);
     int64_t stride = padded(r->width);
     for (int64_t row = 0; row < rows; row += 2) {
         const uint16_t *low = from + row * r->row, *high = low + r->row;
-        uint32_t *here = to + row / 2 * stride;
+        Pair *here = to + row / 2 * stride;
         if (row + 1 < rows)
             for (int64_t i = 0; i < r->width; i++) here[i] = pair_of(low[i], high[i]);
         else
@@ -384,25 +384,25 @@ static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64
 }
 
 /* `to`[pairs x columns] of `from`[columns x pairs]; its rows are padded. */
-static void transpose_pairs(const uint32_t *from, int64_t columns, int64_t pairs, uint32_t *to) {
+static void transpose_pairs(const Pair *from, int64_t columns, int64_t pairs, Pair *to) {
     int64_t stride = padded(columns);
     for (int64_t pair = 0; pair < pairs; pair++) {
-        uint32_t *here = to + pair * stride;
+        Pair *here = to + pair * stride;
         for (int64_t c = 0; c < columns; c++) here[c] = from[c * pairs + pair];
         memset(here + columns, 0, (size_t)(stride - columns) * sizeof *here);
     }
 }
 
 /* Rows of float32, of a multiple of TILE numbers, to pairs of neighbours in a row. */
-static void to_row_pairs(const float *from, int64_t rows, int64_t columns, uint32_t *to) {
+static void to_row_pairs(const float *from, int64_t rows, int64_t columns, Pair *to) {
     store_span(to, 0, from, rows * columns, 1);
 }
 
 /* The same, to pairs of neighbours in a column. */
-static void to_column_pairs(const float *from, int64_t rows, int64_t columns, uint32_t *to) {
+static void to_column_pairs(const float *from, int64_t rows, int64_t columns, Pair *to) {
     for (int64_t row = 0; row < rows; row += 2) {
         const float *low = from + row * columns, *high = low + columns;
-        uint32_t *here = to + row / 2 * columns;
+        Pair *here = to + row / 2 * columns;
         if (row + 1 < rows)
             for (int64_t i = 0; i < columns; i++)
                 here[i] = pair_of(to_bf16(low[i]), to_bf16(high[i]));
@@ -411,8 +411,8 @@ static void to_column_pairs(const float *from, int64_t rows, int64_t columns, ui
     }
 }
 
-static void seen_pairs(const Block *b, float *out, const uint32_t *left, int64_t pairs,
-                       const uint32_t *turned, int64_t first, int64_t rows) {
+static void seen_pairs(const Block *b, float *out, const Pair *left, int64_t pairs,
+                       const Pair *turned, int64_t first, int64_t rows) {
     int64_t across = padded(b->columns);
     for (int64_t row = 0; row < rows; row += PART) {
         int64_t part = rows - row < PART ? rows - row : PART;
@@ -425,11 +425,11 @@ static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
     const Block own = seen_by(&h->block, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = pairs_in(h->query.width), tall = padded(h->value.width);
-    uint32_t *key = (uint32_t *)taken(&memory, m * wide);
-    uint32_t *turned = (uint32_t *)taken(&memory, wide * across);
-    uint32_t *value = (uint32_t *)taken(&memory, pairs_in(m) * tall);
-    uint32_t *query = (uint32_t *)taken(&memory, PIECE * wide);
-    uint32_t *dropped = (uint32_t *)taken(&memory, PIECE * across / 2);
+    Pair *key = (Pair *)taken(&memory, m * wide);
+    Pair *turned = (Pair *)taken(&memory, wide * across);
+    Pair *value = (Pair *)taken(&memory, pairs_in(m) * tall);
+    Pair *query = (Pair *)taken(&memory, PIECE * wide);
+    Pair *dropped = (Pair *)taken(&memory, PIECE * across / 2);
     float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
     load_row_pairs(b, &h->key, head, 0, m, key);
     load_column_pairs(b, &h->value, head, m, value);
@@ -462,11 +462,11 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
     float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
     float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, all * wide);
     float *of_value = taken(&memory, all * tall);
-    uint32_t *rows = (uint32_t *)taken(&memory, (n > m ? n : m) * (wide + tall) / 2);
-    uint32_t *turned = (uint32_t *)taken(&memory, (wide + tall) / 2 * across);
-    uint32_t *columns = (uint32_t *)taken(&memory, pairs_in(n > m ? n : m) * (wide + tall));
-    uint32_t *turned_value = turned + wide_pairs * across;
-    uint32_t *of_output = rows + n * wide_pairs;
+    Pair *rows = (Pair *)taken(&memory, (n > m ? n : m) * (wide + tall) / 2);
+    Pair *turned = (Pair *)taken(&memory, (wide + tall) / 2 * across);
+    Pair *columns = (Pair *)taken(&memory, pairs_in(n > m ? n : m) * (wide + tall));
+    Pair *turned_value = turned + wide_pairs * across;
+    Pair *of_output = rows + n * wide_pairs;
     load_row_pairs(b, &h->key, head, 0, m, rows);
     transpose_pairs(rows, m, wide_pairs, turned);
     load_row_pairs(b, &h->value, head, 0, m, rows);
@@ -475,7 +475,7 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
     load_row_pairs(b, &h->of_output, head, 0, n, of_output);
     seen_pairs(b, scores, rows, wide_pairs, turned, 0, n);
     seen_pairs(b, gradients, of_output, tall_pairs, turned_value, 0, n);
-    float *output = of_query, *exact = of_value; /* until these are computed */
+    float *output = taken(&memory, tall), *exact = taken(&memory, tall);
     for (int64_t row = 0; row < n; row++) {
         float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
         int64_t count = seen(b, row);
@@ -486,7 +486,7 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
         clear_rest(s, count, across);
         clear_rest(g, count, across);
     }
-    uint32_t *left = (uint32_t *)taken(&memory, pairs_in(n) * across);
+    Pair *left = (Pair *)taken(&memory, pairs_in(n) * across);
     to_column_pairs(scores, n, across, left);
     load_column_pairs(b, &h->of_output, head, n, columns);
     pairs_product(of_value, tall, left, 1, across, columns, tall, m, pairs_in(n), tall);

@@ -15,6 +15,9 @@ enum { TILE = 16 };
 
 typedef float Lane __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
 
+/* Two bfloat16; what is read as such may have been written number by number. */
+typedef uint32_t Pair __attribute__((may_alias));
+
 /* TALL rows and WIDE lanes of columns. */
 #define TILE_OF(KIND, Element, ADD, TALL, WIDE)                                                  \
     static inline void KIND##_tile_##TALL##_##WIDE(                                              \
@@ -84,7 +87,7 @@ PRODUCT_OF(float, float, ADD_FLOATS)
 #define ADD_PAIRS(sum, x, lane)                                                                  \
     (sum) = (Lane)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_epi32((int)(x)),         \
                                    (__m512bh)_mm512_loadu_si512(lane))
-PRODUCT_OF(pairs, uint32_t, ADD_PAIRS)
+PRODUCT_OF(pairs, Pair, ADD_PAIRS)
 #endif
 
 #endif

@@ -59,9 +59,10 @@ class Facts:
             waiting for data, and for page faults; ``None``: not measured.
         unfused_attention_share: in attention that torch has no fused kernel for; ``None``: not
             measured.
-        datasets: names of the classes of what the job's loaders load, subsets looked through;
-            ``None``: not known.
-        decodes_jpeg: whether the job reads JPEG files by Pillow; ``None``: not known.
+        datasets: names of the classes of what the job's loaders without workers load, subsets
+            looked through; ``None``: not known.
+        opens_images: whether the job's main process has opened an image by Pillow; ``None``: not
+            known.
         overhead_share: in Python and dispatch around operators; ``None``: not measured.
     """
 
@@ -78,7 +79,7 @@ class Facts:
     unfused_attention_share: float | None = None
     overhead_share: float | None = None
     datasets: tuple[str, ...] | None = None
-    decodes_jpeg: bool | None = None
+    opens_images: bool | None = None
 
     def lack(self, *words: str) -> bool:
         """Whether it is known that no operator with one of these words in its name matters."""

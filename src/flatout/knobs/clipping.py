@@ -92,10 +92,10 @@ class OnePass:
 
         from flatout.agent import arrays
 
-        if not isinstance(tensors, torch.Tensor):
+        if not isinstance(tensors, torch.Tensor) and not torch.compiler.is_compiling():
             tensors = list(tensors)  # both ways go through it
             try:
-                if norm_type == 2 and tensors and arrays.are_plain(tensors):
+                if norm_type == 2 and tensors and arrays.are_floats(tensors):
                     total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
                     if math.isfinite(total) or not error_if_nonfinite:
                         return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
@@ -113,17 +113,20 @@ class OnePass:
     ) -> None:
         """As torch's function: multiply gradients by what brings their norm down to ``max_norm``.
 
-        Where that is 1, nothing has to be written.
+        Where that is 1, nothing has to be written. A gradient that is there twice is left to
+        torch, which scales it twice.
         """
         import torch
 
         from flatout.agent import arrays
 
-        if not isinstance(parameters, torch.Tensor):
+        if not isinstance(parameters, torch.Tensor) and not torch.compiler.is_compiling():
             parameters = list(parameters)
             try:
                 grads = [p.grad for p in parameters if p.grad is not None]
-                if arrays.are_plain([*grads, total_norm]):
+                places = [grad.data_ptr() for grad in grads if grad.numel()]
+                is_once = len(set(places)) == len(places)
+                if is_once and arrays.are_floats([*grads, total_norm]):
                     with torch.no_grad():
                         factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
                     if factor != 1.0:

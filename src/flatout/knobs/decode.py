@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
+import time
 import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
@@ -16,14 +18,18 @@ if TYPE_CHECKING:
 
 NAME = "decode"
 
+SETTLED_S = 2.0
+"""Age of the last change from which on a file's times tell another change from it: file systems
+note them in steps of up to two seconds."""
+
 WORTH_SHARE = 0.02
 """Of the step's time, waiting for data, below which there is nothing to gain."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs a program that decodes JPEG files while its steps wait."""
-    if facts.decodes_jpeg is False:
-        return Match((), "it decodes no JPEG files by Pillow in its main process")
+    """Needs a program that opens images while its steps wait."""
+    if facts.opens_images is False:
+        return Match((), "it opens no images by Pillow in its main process")
     if facts.data_share is not None and facts.data_share < WORTH_SHARE:
         return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
     return Match(("keep",), share=facts.data_share)
@@ -49,21 +55,25 @@ def apply(session: Session, setting: str) -> Undo:
             lambda error: session.contain(NAME, error),
         )
     images = _kept[session]
+    images.own = ImageFile.ImageFile.load
     return take_place(ImageFile.ImageFile, "load", lambda image: images.load(image))
 
 
 class DecodedImages:
     """Stands in for ``PIL.ImageFile.ImageFile.load``.
 
-    What a JPEG file decodes to depends on its bytes and on how Pillow was told to decode them
-    (``draft``, ``convert``), and on nothing else. The file that an image comes from is known by its
-    device, inode, size and time of last change; bytes in memory by their digest.
+    What a JPEG file decodes to depends on its bytes and on how Pillow was told to decode them. A
+    file is known by its device, inode, size and times of last change, bytes in memory by their
+    digest.
 
     Args:
         own: Pillow's method.
         kind: the class whose images are kept, no class derived from it.
         on_failure: called when something here failed; the image is decoded as ever.
-        budget_bytes: for all images together; ``None``: what may be used here.
+        budget_bytes: for all images together; ``None``: what may be used in the process.
+
+    Attributes:
+        own: Pillow's method.
     """
 
     def __init__(
@@ -73,16 +83,18 @@ class DecodedImages:
         on_failure: Callable[[Exception], None],
         budget_bytes: int | None = None,
     ) -> None:
-        self._own = own
+        self.own = own
         self._kind = kind
         self._on_failure = on_failure
-        self._left_bytes = budget_bytes
+        self._budget_bytes = budget_bytes
+        self._left_bytes = 0
+        self._pid: int | None = None
         self._images: dict[Hashable, Any] = {}
 
     def load(self, image: Any) -> Any:
         """Decode an image, or take its pixels from memory."""
         if type(image) is not self._kind or not image.tile:
-            return self._own(image)
+            return self.own(image)
         key = None
         try:
             known = identity(image)
@@ -92,7 +104,7 @@ class DecodedImages:
                 key = known
         except Exception as error:  # noqa: BLE001 - reported
             self._on_failure(error)
-        access = self._own(image)
+        access = self.own(image)
         if key is not None:
             try:
                 self._keep(key, image.im)
@@ -101,8 +113,10 @@ class DecodedImages:
         return access
 
     def _keep(self, key: Hashable, pixels: Any) -> None:
-        if self._left_bytes is None:
-            self._left_bytes = _share_bytes()
+        if self._pid != os.getpid():  # a fork has the images of its parent, and a share of its own
+            is_fork, self._pid = self._pid is not None, os.getpid()
+            budget = self._budget_bytes
+            self._left_bytes = _share_bytes(is_fork) if budget is None else budget
         width, height = pixels.size
         size_bytes = width * height * (1 if pixels.mode == "L" else 4)
         if size_bytes <= self._left_bytes:
@@ -112,14 +126,23 @@ class DecodedImages:
 
 def identity(image: Any) -> Hashable:
     """What an image that is not decoded yet will be made of; ``None``: not known."""
-    how = (image.mode, image.size, tuple(map(tuple, image.tile)), tuple(image.decoderconfig))
+    from PIL import ImageFile
+
+    how = (
+        *(image.mode, image.size, tuple(map(tuple, image.tile)), tuple(image.decoderconfig)),
+        ImageFile.LOAD_TRUNCATED_IMAGES,
+    )
     if type(image.fp) is io.BytesIO:
         with image.fp.getbuffer() as content:
             return (hashlib.blake2b(content, digest_size=16).digest(), how)
     if type(image.fp) is not io.BufferedReader or type(image.fp.raw) is not io.FileIO:
         return None
     status = os.fstat(image.fp.fileno())
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, how)
+    is_settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S
+    if not stat.S_ISREG(status.st_mode) or not is_settled:
+        return None
+    changed_ns = (status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, changed_ns, how)
 
 
 def _finish(image: Any, pixels: Any) -> None:
@@ -132,14 +155,19 @@ def _finish(image: Any, pixels: Any) -> None:
     image.fp = None
 
 
-def _share_bytes() -> int:
-    """What this process may use: the workers of a loader keep images each for itself."""
+def _share_bytes(is_fork: bool) -> int:
+    """What this process may use: each keeps images for itself, workers and ranks too."""
     from torch.utils.data import get_worker_info
 
     from flatout.knobs.loader.cache import available_bytes
 
     worker = get_worker_info()
-    return available_bytes() // (1 if worker is None else worker.num_workers)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if worker is not None:
+        processes *= worker.num_workers
+    elif is_fork:  # one of a pool, of as many as there may be
+        processes *= os.cpu_count() or 1
+    return available_bytes() // processes
 
 
 KNOB = Knob(
@@ -153,14 +181,17 @@ KNOB = Knob(
         what="What a JPEG file was decoded to by Pillow (`PIL.Image.open`, which `torchvision`'s "
         "`ImageFolder` uses) is kept in memory, four bytes a pixel, up to a quarter of what is "
         "available; when the same file is loaded again, in the next epoch, its pixels are a "
-        "copy of those. A file is the same while its inode, size and time of last change are, an "
+        "copy of those. A file is the same while its inode, size and times of last change are (one "
+        "that has changed within two seconds is decoded), an "
         "image in memory (`io.BytesIO`) while its bytes are. Random crops and flips are the "
         "program's, and as random as before. Other formats, and files within archives, are "
-        "decoded as ever. Each worker of a loader keeps what it has decoded itself.",
+        "decoded as ever. Each worker of a loader keeps what it has decoded itself, "
+        "in its share of the memory, as long as it lives.",
         helps="Training for several epochs on images that fit into memory once they are decoded, "
         "while the steps wait for the loader. A trial sees the gain from its second epoch on.",
         hurts="Larger sets of images: those that do not fit are decoded as ever, at the cost of "
-        "looking them up.",
+        "looking them up. Workers that end with each epoch (without `persistent_workers`) keep "
+        "images for nothing.",
         by_hand="Decode all files once before the training, and keep the images in a list, or "
         "store them decoded (`numpy.save`) at the size that the training needs.",
         sources=(

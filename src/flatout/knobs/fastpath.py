@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
+    import torch
+
     from flatout.agent.session import Session
 
 NAME = "fastpath"
@@ -34,23 +38,59 @@ def apply(session: Session, setting: str) -> Undo:
 _wishes: list[object] = []
 """Of the knobs that want it to be off."""
 
+_undos: list[Undo] = []
+
 
 def switch_off() -> Undo | None:
     """Switch it off until the last wish is taken back; ``None``: the program has done so."""
     import torch
+    from torch import nn
 
-    if not _wishes and not torch.backends.mha.get_fastpath_enabled():
-        return None
+    from flatout.agent.place import take_place
+
+    if not _wishes:
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        _undos.extend(
+            take_place(kind, "forward", _without(kind.forward))
+            for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        )
     wish = object()
     _wishes.append(wish)
-    torch.backends.mha.set_fastpath_enabled(False)
 
     def undo() -> None:
         _wishes.remove(wish)
         if not _wishes:
-            torch.backends.mha.set_fastpath_enabled(True)
+            while _undos:
+                _undos.pop()()
 
     return undo
+
+
+def _without(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's pass forward without the fast path.
+
+    ``nn.TransformerEncoder`` makes nested tensors of padded batches where the fast path is on, and
+    zeros of the padding. That is left to it, and so are the layers that then get nested tensors,
+    which only the fast path can take.
+    """
+    import torch
+
+    @functools.wraps(forward)
+    def without(module: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or tokens.is_nested
+            or not torch.backends.mha.get_fastpath_enabled()
+        ):
+            return forward(module, tokens, *args, **kwargs)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return forward(module, tokens, *args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+    return without
 
 
 KNOB = Knob(
@@ -64,14 +104,15 @@ KNOB = Knob(
         what="In inference, torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` take "
         "a fast path of their own, `_transformer_encoder_layer_fwd`. With a padding mask, it "
         "computes the softmax on the CPU by a kernel that is not vectorised, and autocast does "
-        "not reach its products. `off` switches it off "
+        "not reach its products. `off` switches it off within these modules "
         "(`torch.backends.mha.set_fastpath_enabled(False)`): attention goes through "
-        "`F.scaled_dot_product_attention`, and lower precision works.",
+        "`F.scaled_dot_product_attention`, and lower precision works. Where "
+        "`nn.TransformerEncoder` makes nested tensors of a padded batch (`enable_nested_tensor`), "
+        "nothing changes: only the fast path takes these.",
         helps="Inference with `nn.TransformerEncoder` and a padding mask on the CPU: `python "
         "benchmarks/kernels.py fastpath` gave 1.17 (1.13 to 1.20, 12 pairs) in float32 on a Zen 5. "
         "With lower precision, which the fast path keeps out, it brings more.",
-        hurts="Where the fast path saves work by nested tensors (`enable_nested_tensor`), or its "
-        "fused kernels on CUDA are faster.",
+        hurts="Where its fused kernels on CUDA are faster.",
         by_hand="`torch.backends.mha.set_fastpath_enabled(False)`",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html",

@@ -76,8 +76,8 @@ def facts(case: Case, device: str) -> Facts:
             case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None
         ),
         overhead_share=max(0.0, 1 - large) if is_profiled else None,
-        datasets=tuple(loader["dataset"] for loader in loaders) if loaders else None,
-        decodes_jpeg=case.facts.get("decodes_jpeg"),
+        datasets=tuple(x["dataset"] for x in loaders if not x["workers"]) if loaders else None,
+        opens_images=case.facts.get("opens_images"),
     )
 
 

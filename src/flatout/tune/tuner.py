@@ -395,9 +395,13 @@ class Tuner:
                 arm = self._arm(candidate.settings)
                 if candidate.knob in failures:
                     self._fail(arm, failures[candidate.knob])
-                else:
-                    arm.ratio = ratios.get((candidate.knob, candidate.setting))
-                    arm.why = skips.get(candidate.knob, "")
+                    continue
+                arm.ratio = ratios.get((candidate.knob, candidate.setting))
+                arm.why = skips.get(candidate.knob, "")
+                if arm.ratio is None:
+                    arm.state = "not tried"
+                    arm.why = "its steps were too few to tell it from the others"
+                    self._say(f"{candidate} is not judged: {arm.why}")
 
     def _compare_alone(self, hot: Sequence[Candidate]) -> None:
         """Fill in the ratio of each candidate alone; those that fail are out."""

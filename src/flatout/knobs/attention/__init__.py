@@ -58,12 +58,13 @@ def apply(session: Session, setting: str) -> Undo:
     from flatout.agent import dispatch
     from flatout.knobs.attention import cpu
 
+    library = dispatch.compiled("attention", "torch's own kernels")
+    switch_on = fastpath.switch_off()
     put_back = cpu.install(
-        dispatch.compiled("attention", "torch's own kernels"),
+        library,
         is_paired=setting == "paired",
         on_failure=lambda error: session.contain(NAME, error),
     )
-    switch_on = fastpath.switch_off()
 
     def undo() -> None:
         put_back()
@@ -112,13 +113,15 @@ KNOB = Knob(
         f"of at most {MOST_WIDTH} numbers a row, in training of at most {MOST_TRAINED} "
         f"rows and columns, in inference of at most {MOST_COLUMNS} columns. Columns at the "
         "end that a padding mask hides from all rows are left out. In inference, the fast path of "
-        "`nn.TransformerEncoder`, which has an attention of its own, is switched off.\n\n"
+        "transformer layers, which has an attention of its own, is switched off as by "
+        "`fastpath=off`.\n\n"
         "Each call with dropout draws one key from torch's default "
         "generator, so seeds and saved random states keep their meaning; the masks, and what the "
         "program draws afterwards, are others. The probability of keeping is exact to 2^-17, and "
         "the rescaling fits it. `paired` leaves the generator as torch's own attention does, at no "
-        "gain; it is there for proofs. Left to torch: grouped queries, "
-        "masks that require gradients, compiled regions, `torch.func`. Needs a C compiler.\n\n"
+        "gain; it is there for proofs. Left to torch: grouped queries, masks that require "
+        "gradients, compiled regions, `torch.func`, and attention without dropout where the "
+        "program has switched the flash backend off. Needs a C compiler.\n\n"
         "On CUDA, `flash`, `cudnn` and `efficient` are tried before torch's other backends in "
         "every outermost module call.",
         helps="Transformers on the CPU, above all with dropout in their attention, a causal mask "

@@ -51,7 +51,7 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
             and not enable_gqa
             and not (is_causal and attn_mask is not None)
             and can_take(query, key, value, attn_mask)
-            and (keep < ALWAYS or (dropout_p == 0.0 and heads.can_take(query, key, value)))
+            and (keep < ALWAYS or (dropout_p == 0.0 and _instead_of_flash(query, key, value)))
         ):
             state = torch.get_rng_state() if keep < ALWAYS else None
             try:
@@ -145,6 +145,12 @@ def can_take(
         and min(query.numel(), key.numel(), value.numel()) > 0
         and (mask is None or (mask.dtype in _MASKS and not mask.requires_grad and mask.dim() <= 4))
     )
+
+
+def _instead_of_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether attention without dropout can be taken, which the program may have another wish for
+    (``torch.nn.attention.sdpa_kernel``)."""
+    return torch.backends.cuda.flash_sdp_enabled() and heads.can_take(query, key, value)
 
 
 _MASKS = (torch.bool, torch.float32, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 
 from flatout.knobs.attention import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 from flatout.knobs.attention.function import Way
-from flatout.knobs.attention.kernel import Block, Job, Kernel
+from flatout.knobs.attention.kernel import ALWAYS, Block, Job, Kernel
 
 
 class Rows(ctypes.Structure):
@@ -58,7 +58,11 @@ def _outputs(
     job: Job,
     kernel: Kernel,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    output = query.new_empty(*query.shape[:3], value.shape[3])
+    # Torch's attention gives its output the query's layout, with dropout rows in order.
+    if job.keep == ALWAYS and value.shape[3] == query.shape[3]:
+        output = torch.empty_like(query)
+    else:
+        output = query.new_empty(*query.shape[:3], value.shape[3])
     sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
     _call(_asked(query, key, value, bias, output, sums, job), kernel, backwards=False)
     return output, sums
@@ -75,7 +79,7 @@ def _gradients(
     job: Job,
     kernel: Kernel,
 ) -> list[torch.Tensor]:
-    found = [x.new_empty(x.shape) for x in (query, key, value)]
+    found = [torch.empty_like(x) for x in (query, key, value)]
     asked = _asked(query, key, value, bias, output, sums, job)
     gradient = with_rows(gradient)
     asked.of_output = _rows(gradient)

@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 from torch.utils import data
-from torch.utils.data._utils import fetch
+from torch.utils.data._utils import collate, fetch
 from torch.utils.data._utils.collate import default_collate
 
+from flatout.agent.facts import source
 from flatout.agent.place import take_place
 from flatout.knobs import Undo
 
+_METHODS = (
+    (data.TensorDataset, "__getitem__", data.TensorDataset.__getitem__),
+    (data.Subset, "__getitem__", data.Subset.__getitem__),
+    (data.Subset, "__getitems__", data.Subset.__getitems__),
+)
+_COLLATE_TENSORS = collate.default_collate_fn_map[torch.Tensor]
 
-def source(dataset: Any) -> Any:
-    """The dataset that subsets, and subsets of them, choose from."""
-    while type(dataset) is data.Subset:
-        dataset = dataset.dataset
-    return dataset
+
+def _is_torchs_own() -> bool:
+    """Whether samples are got and put together as torch does it."""
+    return collate.default_collate_fn_map.get(torch.Tensor) is _COLLATE_TENSORS and all(
+        getattr(kind, name) is method for kind, name, method in _METHODS
+    )
 
 
 class BatchedFetch:
@@ -55,19 +63,23 @@ class BatchedFetch:
 
 def rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:
     """The samples at ``indices`` put together; ``None``: sample by sample, it must be."""
-    if type(source(dataset)) is not data.TensorDataset or data.get_worker_info() is not None:
+    if (
+        type(source(dataset)) is not data.TensorDataset
+        or data.get_worker_info() is not None
+        or not _is_torchs_own()
+    ):
         return None  # in a worker, torch puts samples together in memory that it can share
     while type(dataset) is data.Subset:
         indices = _chosen(dataset.indices, indices)
         if indices is None:
             return None
         dataset = dataset.dataset
-    if "__getitem__" in vars(dataset) or not all(map(_is_plain, dataset.tensors)):
+    if hasattr(dataset, "__getitems__") or not all(map(_is_plain, dataset.tensors)):
         return None
     length = min(len(tensor) for tensor in dataset.tensors)
     if not _are_within(indices, length):
         return None
-    wanted = torch.tensor(indices)
+    wanted = torch.tensor(indices, device="cpu")
     return [tensor.index_select(0, wanted) for tensor in dataset.tensors]
 
 

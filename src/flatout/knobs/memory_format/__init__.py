@@ -32,7 +32,9 @@ def apply(session: Session, setting: str) -> Undo:
     from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(session)
-    session.forward_wrappers.append(wrapper)
+    undos = []
+    if hasattr(torch.library, "get_kernel"):
+        undos.append(keep_layouts(lambda error: session.contain(NAME, error)))
     conv_forward: Callable[..., torch.Tensor] = nn.Conv2d._conv_forward
     transposed_forward: Callable[..., torch.Tensor] = nn.ConvTranspose2d.forward
 
@@ -45,12 +47,11 @@ def apply(session: Session, setting: str) -> Undo:
     ) -> torch.Tensor:
         return transposed_forward(module, wrapper.turned(input, module), *args, **kwargs)
 
-    undos = [
+    session.forward_wrappers.append(wrapper)
+    undos += [
         take_place(nn.Conv2d, "_conv_forward", convolve),
         take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
     ]
-    if hasattr(torch.library, "get_kernel"):
-        undos.append(keep_layouts(lambda error: session.contain(NAME, error)))
 
     def undo() -> None:
         for give_back in undos:
@@ -196,13 +197,13 @@ KNOB = Knob(
     card=Card(
         what="In every outermost module call, `Conv2d` and `ConvTranspose2d` get their input in "
         "the format `torch.channels_last`, and pass it on; what the call returns is contiguous "
-        "again. On the CPU, gradients that reach activations in another layout are brought into "
-        "theirs. Parameters, their gradients and the optimizer's state keep their layout, so fused "
-        "optimizers and checkpoints are safe: torch's fused steps are silently wrong where the "
-        "strides of state and parameter differ. A module that fails on the format (a `view` of "
-        "activations) is called again without it, and the knob turned back. Left alone: modules "
-        "most of whose convolutions are grouped. Dropout on images meets the same random numbers "
-        "in another order.",
+        "again. On the CPU, gradients that reach activations in another layout, in any module, "
+        "are brought into theirs. Parameters, their gradients and the optimizer's state keep their "
+        "layout, so fused optimizers and checkpoints are safe: torch's fused steps are silently "
+        "wrong where the strides of state and parameter differ. A module that fails on the format "
+        "(a `view` of activations) is called again without it, and the knob turned back. Left "
+        "alone: modules most of whose convolutions are grouped. Dropout on images meets the same "
+        "random numbers in another order.",
         helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",
         hurts="Operators between the convolutions that know rows only: each costs two copies. "
         "Inputs of a few channels.",
