@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -32,7 +33,8 @@ def refusal(
     if plan_peak > allowed * bare_peak:
         return (
             f"its peak memory is {plan_peak / bare_peak:.2f} times bare's "
-            f"({_mib(plan_peak)} against {_mib(bare_peak)})"
+            f"({_mib(plan_peak)} against {_mib(bare_peak)}; "
+            f"--memory {math.ceil(10 * plan_peak / bare_peak) / 10:.1f} would allow it)"
         )
     growth = _growth_bytes(plan) - _growth_bytes(bare)
     if bare_peak + growth * LEAK_STEPS > allowed * bare_peak and growth > 0:
