@@ -39,9 +39,9 @@ FLAT = run(*[400.0] * 40)
 def test_a_tenth_more_is_allowed_and_no_more() -> None:
     assert memory.refusal([FLAT], [run(*[435.0] * 40)], 1.1) is None
     why = memory.refusal([FLAT], [run(*[450.0] * 40)], 1.1)
-    assert why == (
-        "its peak memory is 1.12 times bare's (450 MiB against 400 MiB; --memory 1.2 would allow it)"
-    )
+    assert why is not None
+    assert why.startswith("its peak memory is 1.12 times bare's (450 MiB against 400 MiB; ")
+    assert why.endswith("--memory 1.2 would allow it)")
     assert memory.refusal([FLAT], [run(*[450.0] * 40)], 1.2) is None
 
 
