@@ -115,7 +115,7 @@ CASES = {
     "vae": Case(
         PROGRAMS / "vae.py",
         _PLAIN._replace(forward=("logits, mean, log_variance = ", "loss = "), images="images"),
-        steps=150,
+        steps=900,
         is_compute_bound=True,
         is_held_out=True,
     ),
@@ -128,7 +128,7 @@ CASES = {
     "mlp": Case(
         PROGRAMS / "mlp.py",
         _PLAIN._replace(models=("net",)),
-        steps=6000,
+        steps=14_000,
     ),
     "recommender": Case(
         PROGRAMS / "recommender.py",
@@ -139,7 +139,7 @@ CASES = {
     "jpeg": Case(
         PROGRAMS / "jpeg.py",
         _PLAIN._replace(images="images"),
-        steps=150,
+        steps=330,
     ),
     "classify_folder": Case(
         PROGRAMS / "classify_folder.py",
