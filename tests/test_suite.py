@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.outside import Results
-from benchmarks.suite import arms, measure, table
+from benchmarks.suite import arms, measure, publish, table
 from benchmarks.suite.cases import CASES
 
 HELD_OUT = {"vae", "recommender", "classify_folder"}
@@ -147,3 +147,47 @@ def test_the_floor_is_arithmetic_and_the_optimizers_memory() -> None:
     assert floor.optimizer_ms == pytest.approx(2.8)
     line["machine"]["matmul_flops_per_s"] = {"float32": 1e11}  # type: ignore[index]
     assert table._floor([line]) is None
+
+
+def test_what_is_published_comes_from_the_measured_figures() -> None:
+    results = Results(publish.MEASURED)
+    assert publish.MARKDOWN.read_text("utf-8") == publish.markdown(results)
+    readme = publish.README.read_text("utf-8")
+    assert publish.in_readme(readme, results) == readme
+    assert publish.latest(results.lines) == results.lines
+
+
+def test_what_is_published_says_nothing_of_the_machine_but_what_the_tables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = a_run(tmp_path / "results.jsonl", "gpt", 0.5)
+    machine = {
+        "cpu": "Z80",
+        "usable_cores": 1,
+        "memory_bytes": 2**16,
+        "torch": "2.13.0",
+        "matmul_flops_per_s": {"float32": 1e3},
+        "memory_bytes_per_s": 1e6,
+        "python": "/secret",
+    }
+    diagnosis = {"flops_per_step": 1e9, "operators": ["secret"]}
+    measured = {"machine": machine, "diagnosis": diagnosis, "optimizers": [], "peers": []}
+    for flops in (2e9, 1e9):
+        results.add(
+            "gpt", "floor", **{**measured, "diagnosis": {**diagnosis, "flops_per_step": flops}}
+        )
+    results.add("gpt", "first", arm="all", failure=f"{publish.ROOT}/x.py fails", ran_s=1.23456789)
+    for name in ("MEASURED", "MARKDOWN", "PAGE", "README"):
+        monkeypatch.setattr(publish, name, tmp_path / name)
+    (tmp_path / "README").write_text(f"Before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    publish.publish(results)
+    again = Results(tmp_path / "MEASURED")
+    assert publish.markdown(again) == publish.markdown(results)
+    text = (tmp_path / "MEASURED").read_text()
+    assert "secret" not in text
+    assert '"x.py fails"' in text
+    assert [line["diagnosis"]["flops_per_step"] for line in again.of("gpt", "floor")] == [1e9]
+    readme = (tmp_path / "README").read_text()
+    assert readme.startswith(f"Before\n{publish.BEGIN}\n| program |")
+    assert "| gpt | 2.00x" in readme
+    assert readme.endswith(f"{publish.END}\nafter\n")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.outside import Results, timed
 from benchmarks.suite import arms
-from benchmarks.suite.cases import Case
+from benchmarks.suite.cases import ROOT, Case
 from flatout.record import read_run
 from flatout.tune.document import Document
 
@@ -158,7 +158,15 @@ def _work(command: Sequence[str], folder: Path) -> dict[str, Any]:
         "optimizers": list(optimizers),
         "machine": json.loads(ceilings.read_text()),
         "peers": _peers(command[0]),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of flatout, as it was measured; ``None``: not known."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _peers(python: str) -> list[str]:

@@ -41,6 +41,7 @@ _KEPT: dict[str, Any] = {
     "settings": None,
     "claim": None,
     "peers": None,
+    "commit": None,
     "optimizers": None,
     "diagnosis": {"flops_per_step": None},
     "machine": dict.fromkeys(

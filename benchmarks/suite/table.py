@@ -80,6 +80,7 @@ class ProgramResult:
         claim: of the tune, bare's step time over the plan's; ``None``: it claims nothing.
         best_peer: the fastest right one on every other round; ``None``: there is none.
         over_peer: its step time over flatout's, on the other rounds.
+        commit: of flatout; ``None``: not known.
     """
 
     rounds: int
@@ -91,6 +92,7 @@ class ProgramResult:
     claim: Ratio | None
     best_peer: str | None
     over_peer: Ratio | None
+    commit: str | None
 
 
 def judged(name: str, results: Results) -> ProgramResult | None:
@@ -119,6 +121,7 @@ def judged(name: str, results: Results) -> ProgramResult | None:
         claim=Ratio(**tune["claim"]) if tune.get("claim") else None,
         best_peer=best,
         over_peer=over,
+        commit=next((line.get("commit") for line in results.of(name, "floor")[-1:]), None),
     )
 
 
@@ -372,7 +375,8 @@ def _program(name: str, result: ProgramResult) -> list[str]:
     lines = [
         f"### {name}",
         "",
-        f"{result.rounds} rounds; floor of a step: {floor}.",
+        f"{result.rounds} rounds; flatout of commit {result.commit or 'not known'}; floor of a "
+        f"step: {floor}.",
         "",
         "| arm | ms a step | over bare | share of the floor | whole job | first run | peak "
         "| results |",
