@@ -74,9 +74,10 @@ def publish(results: Results) -> None:
     """Write all of it into the repository."""
     lines = (json.dumps(_kept(line)) for line in latest(results.lines))
     MEASURED.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    MARKDOWN.write_text(markdown(results), "utf-8")
-    PAGE.write_text(page.html(judged(results), table.conditions(results)), "utf-8")
-    README.write_text(in_readme(README.read_text("utf-8"), results), "utf-8")
+    kept = Results(MEASURED)
+    MARKDOWN.write_text(markdown(kept), "utf-8")
+    PAGE.write_text(page.html(judged(kept), table.conditions(kept)), "utf-8")
+    README.write_text(in_readme(README.read_text("utf-8"), kept), "utf-8")
 
 
 def in_readme(text: str, results: Results) -> str:
