@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,13 @@ def test_it_is_tried_where_images_are_decoded_and_waited_for() -> None:
     assert decode.match(known).settings == ("keep",)
     assert not decode.match(dataclasses.replace(known, opens_images=False)).settings
     assert not decode.match(dataclasses.replace(known, data_share=0.001)).settings
+
+
+def test_a_run_that_learns_does_not_try_it_where_no_image_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Request(learn=True), tmp_path)
+    knobs.get("decode").apply(session, "keep")()
+    monkeypatch.delitem(sys.modules, "PIL.JpegImagePlugin")
+    with pytest.raises(knobs.RefusedError, match="no image"):
+        knobs.get("decode").apply(session, "keep")

@@ -53,7 +53,7 @@ def flatout(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.tunes
 def test_the_faster_optimizer_stays_on_and_the_training_is_the_same(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(MANY_TENSORS.replace("STEPS", "400"))
+    (tmp_path / "program.py").write_text(MANY_TENSORS.replace("STEPS", "600"))
     job = ("--", sys.executable, "program.py")
     bare = flatout("run", *job, folder=tmp_path)
     learned = flatout("run", "--tune", *job, folder=tmp_path)
