@@ -13,7 +13,7 @@ from flatout.ratios import Ratio
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element
 
-_HEADING = ("Arm", "", "Ratio", "95 % interval", "Of the floor")
+_HEADING = ("Ratio", "95 % interval", "Of the floor")
 
 
 def html(found: Mapping[str, ProgramResult], conditions: Sequence[str]) -> str:
@@ -60,7 +60,9 @@ def _overview(found: Mapping[str, ProgramResult], axis: RatioAxis) -> Markup:
         if "flatout" in result.arms
     ]
     return element(
-        "section", element("h2", "flatout over bare"), _forest(rows, axis, "All programs.")
+        "section",
+        element("h2", "flatout over bare"),
+        _forest(rows, axis, "All programs.", of="Program"),
     )
 
 
@@ -87,7 +89,7 @@ def _program(name: str, result: ProgramResult, axis: RatioAxis) -> Markup:
     )
 
 
-def _forest(rows: Sequence[Markup], axis: RatioAxis, caption: str) -> Markup:
+def _forest(rows: Sequence[Markup], axis: RatioAxis, caption: str, of: str = "Arm") -> Markup:
     return element(
         "table",
         element("caption", f"{caption} Logarithmic scale."),
@@ -95,9 +97,9 @@ def _forest(rows: Sequence[Markup], axis: RatioAxis, caption: str) -> Markup:
             "thead",
             element(
                 "tr",
-                element("th", _HEADING[0], scope="col"),
+                element("th", of, scope="col"),
                 element("th", axis.numbers(), class_="plot", scope="col", aria_label="plot"),
-                *(element("th", name, class_="number", scope="col") for name in _HEADING[2:]),
+                *(element("th", name, class_="number", scope="col") for name in _HEADING),
             ),
         ),
         element("tbody", *rows),
@@ -116,7 +118,7 @@ def _row(axis: RatioAxis, name: str, what: str, ratio: Ratio, state: str, share:
         element("td", axis.interval(ratio, state), class_="plot"),
         *(
             element("td", value, class_="number", data_label=label)
-            for value, label in zip(values, _HEADING[2:], strict=True)
+            for value, label in zip(values, _HEADING, strict=True)
         ),
     )
 
