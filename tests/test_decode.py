@@ -128,6 +128,7 @@ def test_whether_files_may_end_early_counts(
 def test_a_fork_has_a_share_of_its_own(
     tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 5)
     made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
     asked: list[bool] = []

@@ -60,6 +60,23 @@ def test_nested_tensors_of_a_padded_batch_stay_with_their_zeros(session: Session
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_called_with_names(session: Session) -> None:
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [attention(query=x, key=x, value=x)[0], layer(src=x)]
+
+    own = run()
+    undo = knobs.get("fastpath").apply(session, "off")
+    found = run()
+    undo()
+    for ours, theirs in zip(found, own, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_what_the_program_has_chosen_stays(session: Session) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -62,7 +62,7 @@ def _encoder_layer(source: Any, width: int, _: int, *args: Any, **__: Any) -> in
 def _self_attention(query: Any, key: Any, _: Any, width: int, *args: Any, **__: Any) -> int:
     """The fast path of ``nn.MultiheadAttention``, shapes as above."""
     if query.shape != key.shape:
-        raise NotImplementedError("attention to another sequence")
+        raise ValueError("it looks at another sequence")
     weights = int(args[1].numel()) + int(args[3].numel())
     return 2 * (int(query.numel()) // width * weights + _pairs(query))
 

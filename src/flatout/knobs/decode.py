@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo, loader
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -23,16 +23,13 @@ SETTLED_S = 2.0
 """Age of the last change from which on a file's times tell another change from it: file systems
 note them in steps of up to two seconds."""
 
-WORTH_SHARE = 0.02
-"""Of the step's time, waiting for data, below which there is nothing to gain."""
-
 
 def match(facts: Facts) -> Match:
     """Needs a program that opens images while its steps wait."""
     if facts.opens_images is False:
         return Match((), "it opens no images by Pillow in its main process")
-    if facts.data_share is not None and facts.data_share < WORTH_SHARE:
-        return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
+    if (why := loader.refusal(facts)) is not None:
+        return Match((), why)
     return Match(("keep",), share=facts.data_share)
 
 
@@ -91,6 +88,7 @@ class DecodedImages:
         self._on_failure = on_failure
         self._budget_bytes = budget_bytes
         self._left_bytes = 0
+        self._made_by = os.getpid()
         self._pid: int | None = None
         self._images: dict[Hashable, Any] = {}
 
@@ -117,8 +115,8 @@ class DecodedImages:
 
     def _keep(self, key: Hashable, pixels: Any) -> None:
         if self._pid != os.getpid():  # a fork has the images of its parent, and a share of its own
-            is_fork, self._pid = self._pid is not None, os.getpid()
-            budget = self._budget_bytes
+            self._pid = os.getpid()
+            is_fork, budget = self._pid != self._made_by, self._budget_bytes
             self._left_bytes = _share_bytes(is_fork) if budget is None else budget
         width, height = pixels.size
         size_bytes = width * height * (1 if pixels.mode == "L" else 4)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
-    import torch
-
     from flatout.agent.session import Session
 
 NAME = "fastpath"
@@ -77,16 +75,16 @@ def _without(forward: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
     @functools.wraps(forward)
-    def without(module: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def without(module: Any, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or tokens.is_nested
             or not torch.backends.mha.get_fastpath_enabled()
+            or any(getattr(value, "is_nested", False) for value in (*args, *kwargs.values()))
         ):
-            return forward(module, tokens, *args, **kwargs)
+            return forward(module, *args, **kwargs)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return forward(module, tokens, *args, **kwargs)
+            return forward(module, *args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
 

@@ -23,10 +23,17 @@ WORTH_SHARE = 0.02
 TENSOR_DATASET = "TensorDataset"
 
 
+def refusal(facts: Facts) -> str | None:
+    """Why nothing can be gained from data that come sooner; ``None``: something may."""
+    if facts.data_share is None or facts.data_share >= WORTH_SHARE:
+        return None
+    return f"its steps wait for data {facts.data_share:.1%} of their time"
+
+
 def match(facts: Facts) -> Match:
     """Needs steps that wait for their data."""
-    if facts.data_share is not None and facts.data_share < WORTH_SHARE:
-        return Match((), f"its steps wait for data {facts.data_share:.1%} of their time")
+    if (why := refusal(facts)) is not None:
+        return Match((), why)
     settings: tuple[str, ...] = ("cache", "prefetch", "workers")
     if TENSOR_DATASET in (facts.datasets or ()):
         settings = ("batched", *settings)
