@@ -490,7 +490,12 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "steps were timed" not in report
     text = io.StringIO()
     print_diagnosis(recorded(steps=[turn(n, BALANCED) for n in range(5)]), text)
-    assert "only 2 steps were timed" in text.getvalue()
+    assert "only 2 steps were timed; more --seconds would tell more" in text.getvalue()
+    ended = recorded(steps=[turn(n, BALANCED) for n in range(5)])
+    ended.case.process.end = {"kind": "end", "reason": "exit"}
+    text = io.StringIO()
+    print_diagnosis(ended, text)
+    assert "only 2 steps were timed; a longer run of the program would" in text.getvalue()
     text = io.StringIO()
     print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
     assert "Findings: none" in text.getvalue()

@@ -63,7 +63,9 @@ def notes(diagnosis: Diagnosis) -> list[str]:
             "be profiled; fewer --steps would leave room"
         )
     if len(case.steps) < FEW_STEPS:
-        said.append(f"only {len(case.steps)} steps were timed; more --seconds would tell more")
+        has_ended = (case.process.end or {}).get("reason") == "exit"
+        more = "a longer run of the program" if has_ended else "more --seconds"
+        said.append(f"only {len(case.steps)} steps were timed; {more} would tell more")
     if case.ceilings is None:
         said.append("without this machine's ceilings there is no MFU and no cost of page faults")
     return said
