@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from flatout import knobs
+from flatout import knobs, machine
 from flatout.agent.session import Session
 from flatout.knobs import decode
-from flatout.knobs.decode import DecodedImages
+from flatout.knobs.decode import images as undecoded
+from flatout.knobs.decode import keep
+from flatout.knobs.decode.keep import DecodedImages
 from flatout.request import Request
 
 
@@ -43,7 +45,15 @@ def counted() -> Counted:
 
 @pytest.fixture
 def images(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> DecodedImages:
-    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising, 1 << 20)
+    return kept(counted, monkeypatch, 1 << 20)
+
+
+def kept(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch, budget_bytes: int | None
+) -> DecodedImages:
+    """Images that are kept from now on, those that are decoded counted."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: counted(image))
+    made = DecodedImages(JpegImagePlugin.JpegImageFile, raising, budget_bytes)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
     return made
 
@@ -51,7 +61,7 @@ def images(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> DecodedImages:
 @pytest.fixture(autouse=True)
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that were written long ago."""
-    monkeypatch.setattr(decode, "SETTLED_S", -1.0)
+    monkeypatch.setattr(undecoded, "SETTLED_S", -1.0)
 
 
 def draw(path: Path | io.BytesIO, shade: int = 100, **options: Any) -> Any:
@@ -105,7 +115,7 @@ def test_a_file_that_was_written_just_now_is_not_kept(
     tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could be written again without another time of last change."""
-    monkeypatch.setattr(decode, "SETTLED_S", 3600.0)
+    monkeypatch.setattr(undecoded, "SETTLED_S", 3600.0)
     path = draw(tmp_path / "a.jpg")
     for _ in range(2):
         Image.open(path).load()
@@ -129,10 +139,9 @@ def test_a_fork_has_a_share_of_its_own(
     tmp_path: Path, counted: Counted, images: DecodedImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 5)
-    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    kept(counted, monkeypatch, None)
     asked: list[bool] = []
-    monkeypatch.setattr(decode, "_share_bytes", lambda is_fork: asked.append(is_fork) or 0)
+    monkeypatch.setattr(keep, "_share_bytes", lambda is_fork: asked.append(is_fork) or 0)
     for pid in (5, 5, 6):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
         Image.open(draw(tmp_path / "a.jpg")).load()
@@ -173,8 +182,7 @@ def test_other_formats_are_decoded_as_ever(
 def test_the_budget_is_kept(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = DecodedImages(counted, JpegImagePlugin.JpegImageFile, raising, 3 * 40 * 30 * 4)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    kept(counted, monkeypatch, 3 * 40 * 30 * 4)
     paths = [draw(tmp_path / f"{number}.jpg", number) for number in range(5)]
     for path in 2 * paths:
         Image.open(path).load()
@@ -198,7 +206,7 @@ def test_a_failure_of_ours_is_reported_and_the_image_is_there(
     path = draw(tmp_path / "a.jpg")
     bare = Image.open(path).convert("RGB").tobytes()
     undo = knobs.get("decode").apply(session, "keep")
-    monkeypatch.setattr(decode, "os", None)
+    monkeypatch.setattr(undecoded, "os", None)
     assert Image.open(path).convert("RGB").tobytes() == bare
     undo()
     assert list(session.failed_knobs) == ["decode"]
@@ -219,11 +227,16 @@ def test_what_is_known_stays_when_it_is_turned_off_and_on(
     assert counted.decoded == 2
 
 
-def test_it_is_tried_where_images_are_decoded_and_waited_for() -> None:
+def test_it_is_tried_where_images_are_decoded_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     known = knobs.Facts("cpu", data_share=0.4, opens_images=True)
-    assert decode.match(known).settings == ("keep",)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
+    assert decode.match(known).settings == ("keep", "parallel")
     assert not decode.match(dataclasses.replace(known, opens_images=False)).settings
     assert not decode.match(dataclasses.replace(known, data_share=0.001)).settings
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1.5)
+    assert decode.match(known).settings == ("keep",)
 
 
 def test_a_run_that_learns_does_not_try_it_where_no_image_was_opened(

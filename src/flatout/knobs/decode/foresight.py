@@ -1,0 +1,134 @@
+"""Which files a dataset will open for the samples that a loader asks it for.
+
+Most datasets of images have a list with an entry for each sample, and in the entry the file's path,
+as ``torchvision.datasets.ImageFolder`` has. Where that is, the first batch shows. Of other datasets
+it is remembered which files each sample has opened, for the next epoch. A wrong guess costs the
+time for a file that no one asks for, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch.utils import data
+
+MOST_REMEMBERED = 100_000
+"""Samples whose files are remembered one by one: some 20 MB."""
+
+DEEPEST = 3
+"""Datasets within datasets that are looked into."""
+
+
+class Rule(NamedTuple):
+    """Where in a dataset the path of a sample's file is written.
+
+    Attributes:
+        entries: the list that has an entry for each sample.
+        key: of the path within an entry; ``None``: the entry is the path.
+        folder: what comes before it.
+    """
+
+    entries: Sequence[Any]
+    key: Any
+    folder: str
+
+    def path(self, index: int) -> str | None:
+        """Of the file of a sample; ``None``: there is none by this rule."""
+        found = dict(_paths(self.entries[index])).get(self.key)
+        return None if found is None else self.folder + found
+
+
+class Foresight:
+    """What is known of one dataset.
+
+    Args:
+        dataset: map-style; it is not kept alive.
+
+    Raises:
+        TypeError: it is a list, or another type that knows no weak references.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._subsets: list[Sequence[int]] = []
+        while type(dataset) is data.Subset:
+            self._subsets.append(dataset.indices)
+            dataset = dataset.dataset
+        self._dataset = weakref.ref(dataset)
+        self._rules: list[Rule] | None = None
+        self._remembered: dict[int, tuple[str, ...]] = {}
+
+    def files(self, indices: Sequence[int]) -> list[str]:
+        """The paths of the files that these samples will open, in that order, as far as known."""
+        found: list[str] = []
+        for index in self._inner(indices):
+            if self._rules:
+                found += filter(None, (rule.path(index) for rule in self._rules))
+            else:
+                found += self._remembered.get(index, ())
+        return found
+
+    def learn(self, indices: Sequence[int], opened: Sequence[str]) -> None:
+        """These samples have opened these files, one after the other, all the same number."""
+        each, rest = divmod(len(opened), max(len(indices), 1))
+        if self._rules or not indices or not each or rest:
+            return
+        inner = self._inner(indices)
+        of = [tuple(opened[at : at + each]) for at in range(0, len(opened), each)]
+        if self._rules is None:
+            found = [self._rule(inner, [paths[place] for paths in of]) for place in range(each)]
+            self._rules = [rule for rule in found if rule is not None]
+            if len(self._rules) == each:
+                return
+            self._rules = []  # looked for, and not found
+        if len(self._remembered) < MOST_REMEMBERED:
+            self._remembered.update(zip(inner, of, strict=True))
+
+    def _inner(self, indices: Sequence[int]) -> Sequence[int]:
+        """Their indices in the dataset that all subsets are of."""
+        for chosen in self._subsets:
+            indices = [chosen[index] for index in indices]
+        return indices
+
+    def _rule(self, indices: Sequence[int], opened: Sequence[str]) -> Rule | None:
+        """One by which these samples have opened these files."""
+        dataset = self._dataset()
+        if dataset is None:
+            return None
+        for entries in _lists(dataset, len(dataset), DEEPEST):
+            for key, path in _paths(entries[indices[0]]):
+                if path and opened[0].endswith(path):
+                    rule = Rule(entries, key, opened[0][: -len(path)])
+                    if [rule.path(index) for index in indices] == list(opened):
+                        return rule
+        return None
+
+
+def _lists(dataset: Any, length: int, depth: int) -> Iterator[Sequence[Any]]:
+    """The lists of so many entries that a dataset has, or one that it has."""
+    values = list(getattr(dataset, "__dict__", {}).values())
+    for value in values:
+        if type(value) in (list, tuple) and len(value) == length > 0:
+            yield value
+    for value in values:
+        if depth and isinstance(value, data.Dataset) and hasattr(value, "__len__"):
+            yield from _lists(value, length, depth - 1)
+
+
+def _paths(entry: Any) -> Iterator[tuple[Any, str]]:
+    """What may be a path in an entry, by its key."""
+    if isinstance(entry, (str, os.PathLike)):
+        parts: Iterator[tuple[Any, Any]] = iter([(None, entry)])
+    elif isinstance(entry, Mapping):
+        parts = iter(entry.items())
+    elif isinstance(entry, (list, tuple)):
+        parts = enumerate(entry)
+    else:
+        return
+    for key, part in parts:
+        if isinstance(part, (str, os.PathLike)):
+            path = os.fspath(part)
+            if isinstance(path, str):
+                yield key, path
