@@ -29,6 +29,7 @@ from flatout import kernels
 from flatout.agent.place import take_place
 from flatout.knobs import Undo, clipping
 from flatout.knobs.attention import cpu
+from flatout.knobs.convolution import cpu as convolutions
 from flatout.knobs.cross_entropy import cpu as losses
 from flatout.knobs.memory_format import gradients
 from flatout.knobs.random import cpu as random
@@ -332,6 +333,31 @@ def layouts(pairs: int) -> bool:
     return is_as_asked
 
 
+def convolution(pairs: int) -> bool:
+    """Convolutions of the kinds that ``convolution=recast`` knows, forward and backward."""
+    fast = switched_on(lambda: convolutions.install(_raise))
+    kinds = {
+        "transposed, images of 1 x 1": (torch.nn.ConvTranspose2d(64, 256, 7), (64, 64, 1, 1), 2.0),
+        "transposed, to 1 channel": (torch.nn.ConvTranspose2d(64, 1, 4, 2, 1), (64, 64, 14, 14), 1),
+        "kernel as large as images": (torch.nn.Conv2d(256, 1, 7), (64, 256, 7, 7), 1.0),
+        "of 1 channel, stride 2": (torch.nn.Conv2d(1, 64, 4, 2, 1), (64, 1, 28, 28), 1.0),
+    }
+    is_as_asked = True
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (module, shape, asked) in kinds.items():
+            module = module.to(dtype)
+            images = torch.randn(shape).to(dtype).requires_grad_()
+            gradient = torch.ones_like(module(images))
+            is_as_asked &= compared(
+                f"convolution {name}, {str(dtype)[6:]}",
+                lambda m=module, x=images, g=gradient: m(x).backward(g),
+                fast,
+                pairs,
+                asked,
+            )
+    return is_as_asked
+
+
 PARTS = {
     "bernoulli": bernoulli,
     "dropout": dropout,
@@ -340,6 +366,7 @@ PARTS = {
     "fastpath": fastpath,
     "clipping": clip,
     "layouts": layouts,
+    "convolution": convolution,
     "optimizers": optimizers,
 }
 

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable
 
 _SOFT = 1
-"""``omp_pause_soft`` of ``omp_pause_resource_t``, OpenMP 5.0, section 3.2.44:
-https://www.openmp.org/spec-html/5.0/openmpsu154.html"""
+"""``omp_pause_soft`` (OpenMP 5.0, section 3.2.44), which keeps what a program has set:
+https://gcc.gnu.org/onlinedocs/libgomp/omp_005fpause_005fresource_005fall.html"""
 
 
 def let_threads_rest() -> None:
