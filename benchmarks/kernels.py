@@ -26,11 +26,13 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad
 
 from flatout import kernels
+from flatout.agent import dispatch
 from flatout.agent.place import take_place
 from flatout.knobs import Undo, clipping
 from flatout.knobs.attention import cpu
 from flatout.knobs.convolution import cpu as convolutions
 from flatout.knobs.cross_entropy import cpu as losses
+from flatout.knobs.elementwise import cpu as elementwise
 from flatout.knobs.memory_format import gradients
 from flatout.knobs.random import cpu as random
 from flatout.optim import functional
@@ -358,6 +360,28 @@ def convolution(pairs: int) -> bool:
     return is_as_asked
 
 
+def elements(pairs: int) -> bool:
+    """Functions of single elements."""
+    library = dispatch.compiled("elementwise", "torch's own operators")
+    fast = switched_on(lambda: elementwise.install(library, _raise))
+    operators = torch.ops.aten
+    spectrum = torch.randn(32, 65, 200, dtype=torch.complex64)
+    is_as_asked = compared("abs, 416,000 complex", spectrum.abs, fast, pairs, 3.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient, x = torch.randn(2, 2048, 1024).to(dtype)
+        calls = {
+            "tanh": lambda x=x: torch.tanh(x),
+            "GELU by tanh": lambda x=x: F.gelu(x, approximate="tanh"),
+            "gradient of GELU by tanh": lambda g=gradient, x=x: operators.gelu_backward(
+                g, x, approximate="tanh"
+            ),
+        }
+        for name, call in calls.items():
+            described = f"{name}, 2048 x 1024 {str(dtype)[6:]}"
+            is_as_asked &= compared(described, call, fast, pairs, 1.5)
+    return is_as_asked
+
+
 PARTS = {
     "bernoulli": bernoulli,
     "dropout": dropout,
@@ -367,6 +391,7 @@ PARTS = {
     "clipping": clip,
     "layouts": layouts,
     "convolution": convolution,
+    "elementwise": elements,
     "optimizers": optimizers,
 }
 

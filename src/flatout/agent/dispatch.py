@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,3 +60,54 @@ def replace(functions: Mapping[str, Callable[..., Any]], *keys: str) -> Undo:
                 library.impl(name, function, key, with_keyset=True)
     destroy: Undo = library._destroy
     return destroy
+
+
+def layer(functions: Mapping[str, Callable[..., Any]], key: str) -> Undo:
+    """Put functions behind operators that other knobs may have replaced, or will; returns the undo.
+
+    Args:
+        functions: by the operator's name without ``aten::``; each is called with what lies below
+            it, the set of dispatch keys, and the operator's arguments. What lies below is called
+            with the last two.
+        key: the dispatch key that they are for.
+    """
+    for name, function in functions.items():
+        if (name, key) not in _layers:
+            _layers[name, key] = Layers(name, key)
+        _layers[name, key].functions.append(function)
+
+    def undo() -> None:
+        for name, function in functions.items():
+            layers = _layers[name, key]
+            layers.functions.remove(function)
+            if not layers.functions:
+                _layers.pop((name, key)).give_back()
+
+    return undo
+
+
+class Layers:
+    """Functions behind one operator, one upon the other.
+
+    Args:
+        name: of the operator.
+        key: the dispatch key.
+
+    Attributes:
+        functions: the topmost is the last one.
+        give_back: puts torch's own kernel back.
+    """
+
+    def __init__(self, name: str, key: str) -> None:
+        self.functions: list[Callable[..., Any]] = []
+        self._own = torch.library.get_kernel(f"aten::{name}", key).call_boxed
+        self.give_back = replace({name: self._call}, key)
+
+    def _call(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        below: Callable[..., Any] = self._own
+        for function in self.functions:
+            below = functools.partial(function, below)
+        return below(keyset, *args, **kwargs)
+
+
+_layers: dict[tuple[str, str], Layers] = {}

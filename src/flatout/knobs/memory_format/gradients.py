@@ -32,22 +32,22 @@ def keep_layouts(on_failure: Callable[[Exception], None]) -> Undo:
     Args:
         on_failure: called when something here failed; torch's own kernel has done it then.
     """
-    return dispatch.replace({name: _kernel(name, on_failure) for name in BACKWARD}, "CPU")
 
-
-def _kernel(name: str, on_failure: Callable[[Exception], None]) -> Callable[..., Any]:
-    own = torch.library.get_kernel(f"aten::{name}", "CPU")
-
-    def kernel(
-        keyset: Any, gradient: torch.Tensor, activations: torch.Tensor, *args: Any, **kwargs: Any
+    def in_layout(
+        below: Callable[..., Any],
+        keyset: Any,
+        gradient: torch.Tensor,
+        activations: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         try:
             gradient = _like(gradient, activations)
         except Exception as error:  # noqa: BLE001 - reported
             on_failure(error)
-        return own.call_boxed(keyset, gradient, activations, *args, **kwargs)
+        return below(keyset, gradient, activations, *args, **kwargs)
 
-    return kernel
+    return dispatch.layer(dict.fromkeys(BACKWARD, in_layout), "CPU")
 
 
 def _like(gradient: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:

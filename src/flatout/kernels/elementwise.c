@@ -1,0 +1,54 @@
+/* Functions of single elements: the hyperbolic tangent, the GELU that is made of it and its
+   derivative, magnitudes of complex numbers. Read once, written once; the arithmetic is float32. */
+
+#include "elementary.h"
+#include "half.h"
+
+enum { SPAN = 512, GRAIN = 64 }; /* elements at a time, spans that one thread does in a row */
+
+enum { TANH, GELU };
+
+/* D. Hendrycks, K. Gimpel: Gaussian error linear units. https://arxiv.org/abs/1606.08415 */
+static inline float inner(float x) { return 0.79788456f * (x + 0.044715f * x * x * x); }
+
+static void apply(float *x, int64_t count, int function) {
+    if (function == TANH)
+        for (int64_t i = 0; i < count; i++) x[i] = hyperbolic_tangent(x[i]);
+    else /* (1 + tanh(u)) / 2 = sigmoid(2 u) */
+        for (int64_t i = 0; i < count; i++) x[i] *= sigmoid(2.0f * inner(x[i]));
+}
+
+static void derive_gelu(float *x, const float *gradient, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        float s = sigmoid(2.0f * inner(x[i]));
+        float slope = 2.0f * 0.79788456f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+        x[i] = gradient[i] * s * (1.0f + x[i] * (1.0f - s) * slope);
+    }
+}
+
+/* The function of each element; of the GELU, unless `gradient` is null, the derivative times it. */
+void activation(int function, const void *x, const void *gradient, void *to, int64_t count,
+                int is_bf16, int threads) {
+    _Pragma("omp parallel for schedule(static, GRAIN) num_threads(threads) if (threads > 1)")
+    for (int64_t at = 0; at < count; at += SPAN) {
+        float span[SPAN], outer[SPAN];
+        int64_t width = count - at < SPAN ? count - at : SPAN;
+        load_span(span, x, at, width, is_bf16);
+        if (gradient) {
+            load_span(outer, gradient, at, width, is_bf16);
+            derive_gelu(span, outer, width);
+        } else {
+            apply(span, width, function);
+        }
+        store_span(to, at, span, width, is_bf16);
+    }
+}
+
+/* Magnitudes of complex numbers, pairs of float32. Squares in float64 neither overflow nor vanish. */
+void magnitude(const float *pairs, float *to, int64_t count, int threads) {
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
+    for (int64_t i = 0; i < count; i++) {
+        double real = pairs[2 * i], imaginary = pairs[2 * i + 1];
+        to[i] = (float)sqrt(real * real + imaginary * imaginary);
+    }
+}

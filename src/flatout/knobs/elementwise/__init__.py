@@ -1,0 +1,63 @@
+"""Functions of single elements for which torch takes many times as long as memory does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatout import kernels
+from flatout.knobs import Card, Facts, Knob, Match, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+
+NAME = "elementwise"
+
+OPERATORS = ("::tanh", "::gelu", "::abs")
+
+
+def match(facts: Facts) -> Match:
+    """Needs such a function in the step."""
+    if facts.lack(*OPERATORS):
+        return Match((), "its steps take no hyperbolic tangents, GELUs or complex magnitudes")
+    if kernels.find_compiler() is None:
+        return Match((), "there is no C compiler")
+    return Match(("fast",), share=facts.share(*OPERATORS))
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Replace the operators, for every thread of this process."""
+    from flatout.agent import dispatch
+    from flatout.knobs.elementwise import cpu
+
+    library = dispatch.compiled("elementwise", "torch's own operators")
+    return cpu.install(library, lambda error: session.contain(NAME, error))
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="tanh, the GELU made of it, and magnitudes of complex numbers, vectorised",
+    settings=("fast",),
+    exactness={"fast": "reordered"},
+    hot=True,
+    platforms=("cpu",),
+    card=Card(
+        what="On the CPU, torch computes few functions of single elements far slower than memory "
+        'allows: `tanh`, `gelu(approximate="tanh")` with its derivative, and `abs` of complex '
+        "numbers, which a spectrogram is made of. `fast` has kernels for them, compiled for this "
+        "processor: `tanh` and magnitudes to two units in the last place, the GELU to sixteen "
+        "(torch's own: hundreds, for negative numbers). Taken are dense tensors of 32,768 elements "
+        "or more in float32 and bfloat16 (complex: of float32). Needs a C compiler.",
+        helps="Language models with the GELU of GPT-2, recurrent cells by hand, generators that "
+        "end in `tanh`, spectrograms in the step.",
+        hurts="Nothing known. In compiled regions it does nothing.",
+        by_hand="`torch.compile` the module; `torch.view_as_real(z).norm(dim=-1)` for magnitudes.",
+        sources=(
+            "https://arxiv.org/abs/1606.08415 (GELU)",
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.GELU.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the CPU kernels of tanh, GELU and complex abs",),
+    kernels=("elementwise",),
+)
