@@ -560,6 +560,15 @@ def test_doctor_stops_the_program_and_reports(home: Path) -> None:
     assert document["uncounted_operators"] == []
 
 
+def test_doctor_under_a_knob_shows_what_is_left(home: Path) -> None:
+    pytest.importorskip("torch")
+    job = [sys.executable, "train.py", "1000000"]
+    turned = ["--set", "precision=bf16", "--set", "random=fast", "--set", "denormals=flush"]
+    completed = doctor(home, "--quiet", "--steps", "20", *turned, "--json", "out.json", "--", *job)
+    assert completed.returncode == 0, completed.stderr
+    assert json.loads((home / "out.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_doctor_of_a_short_program_says_what_is_missing(home: Path) -> None:
     pytest.importorskip("torch")
     completed = doctor(home, "--quiet", "--", sys.executable, "train.py", "12")
@@ -594,7 +603,16 @@ def test_doctor_of_nothing_to_diagnose_is_one_sentence(
     assert "flatout/" not in completed.stderr
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--seconds", "0"], ["--json", "no/x.json"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", "0"],
+        ["--seconds", "0"],
+        ["--json", "no/x.json"],
+        ["--set", "x=y"],
+        ["--set", "x"],
+    ],
+)
 def test_doctor_refuses_options_that_make_no_sense(home: Path, words: list[str]) -> None:
     completed = doctor(home, *words, "--", "true")
     assert completed.returncode == 2

@@ -135,6 +135,28 @@ def test_targets_are_missed_by_name(tmp_path: Path) -> None:
     assert "| 1.90x (1.80-2.00) |" in shown
 
 
+def test_what_takes_the_time_of_flatouts_step_is_told(tmp_path: Path) -> None:
+    results = a_run(tmp_path / "results.jsonl", "gpt", 0.5)
+    operators = [{"name": "aten::mm", "share": 0.5}, {"name": "aten::add", "share": 0.001}]
+    for data_share in (0.9, 0.3):
+        results.add(
+            "gpt",
+            "rest",
+            step_ms=20.0,
+            data_share=data_share,
+            operators_share=0.75,
+            operators=operators,
+        )
+    result = table.judged("gpt", results)
+    assert result is not None
+    shown = "\n".join(table.markdown({"gpt": result}))
+    told = "under the plan): waiting for data 30%, aten::mm 50%, outside of operators 25%."
+    assert told in shown
+    assert [
+        line["data_share"] for line in publish.latest(results.lines) if "data_share" in line
+    ] == [0.3]
+
+
 def test_the_floor_is_arithmetic_and_the_optimizers_memory() -> None:
     line = {
         "machine": {"matmul_flops_per_s": {"bfloat16": 1e11}, "memory_bytes_per_s": 1e10},

@@ -26,6 +26,9 @@ FIRST_RUN_SECONDS = 600.0
 
 FLOOR_STEPS = 30
 
+REST_OPERATORS = 8
+"""Of a step under flatout's plan, those that take most of it."""
+
 PEERS = ("accelerate", "lightning", "onnxruntime", "openvino", "transformers")
 """Packages whose versions belong to the results."""
 
@@ -74,6 +77,9 @@ def shard(name: str, case: Case, settings: Settings, results: Results, folder: P
         results.add(name, "floor", **_work(bare, folder))
     if not results.of(name, "tune") and _is_asked("flatout", settings):
         results.add(name, "tune", **_tuned([*bare, "--steps", "100000"], settings, folder))
+    tunes = results.of(name, "tune")
+    if tunes and not results.of(name, "rest"):
+        results.add(name, "rest", **_rest(tunes[-1]["settings"], bare, folder))
     commands, variables = _commands(name, case, settings, results, folder)
     first_steps = max(3, round(steps * FIRST_RUN_STEPS))
     for arm, command in commands.items():
@@ -159,6 +165,22 @@ def _work(command: Sequence[str], folder: Path) -> dict[str, Any]:
         "machine": json.loads(ceilings.read_text()),
         "peers": _peers(command[0]),
         "commit": _commit(),
+    }
+
+
+def _rest(settings: Mapping[str, str], command: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What takes the time of a step under a plan."""
+    found = folder / "rest.json"
+    turned = [word for pair in settings.items() for word in ("--set", "=".join(pair))]
+    options = ["--quiet", "--steps", str(FLOOR_STEPS), "--json", str(found), *turned]
+    _flatout(["doctor", *options, "--", *command], folder)
+    diagnosis = json.loads(found.read_text())
+    operators = (diagnosis["operators"] or [])[:REST_OPERATORS]
+    return {
+        "step_ms": diagnosis["step_ms"],
+        "data_share": (diagnosis["phases_ms"]["data"] or 0.0) / diagnosis["mean_step_ms"],
+        "operators_share": diagnosis["operators_share"],
+        "operators": [{"name": o["name"], "share": o["share"]} for o in operators],
     }
 
 

@@ -43,6 +43,7 @@ _KEPT: dict[str, Any] = {
     "peers": None,
     "commit": None,
     "optimizers": None,
+    **dict.fromkeys(("step_ms", "data_share", "operators_share", "operators")),
     "diagnosis": {"flops_per_step": None},
     "machine": dict.fromkeys(
         (
@@ -88,10 +89,10 @@ def in_readme(text: str, results: Results) -> str:
 
 
 def latest(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without floors and tunes that were measured again later."""
+    """Without floors, tunes and profiles that were measured again later."""
     kept: dict[object, Mapping[str, Any]] = {}
     for number, line in enumerate(lines):
-        is_once = line["kind"] in ("floor", "tune")
+        is_once = line["kind"] in ("floor", "tune", "rest")
         kept[(line["program"], line["kind"]) if is_once else number] = line
     return list(kept.values())
 

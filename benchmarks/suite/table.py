@@ -81,6 +81,7 @@ class ProgramResult:
         best_peer: the fastest right one on every other round; ``None``: there is none.
         over_peer: its step time over flatout's, on the other rounds.
         commit: of flatout; ``None``: not known.
+        rest: what takes the time of flatout's step, see ``measure.py``; ``None``: not measured.
     """
 
     rounds: int
@@ -93,6 +94,7 @@ class ProgramResult:
     best_peer: str | None
     over_peer: Ratio | None
     commit: str | None
+    rest: Mapping[str, Any] | None
 
 
 def judged(name: str, results: Results) -> ProgramResult | None:
@@ -122,6 +124,7 @@ def judged(name: str, results: Results) -> ProgramResult | None:
         best_peer=best,
         over_peer=over,
         commit=next((line.get("commit") for line in results.of(name, "floor")[-1:]), None),
+        rest=next(iter(results.of(name, "rest")[-1:]), None),
     )
 
 
@@ -378,6 +381,7 @@ def _program(name: str, result: ProgramResult) -> list[str]:
         f"{result.rounds} rounds; flatout of commit {result.commit or 'not known'}; floor of a "
         f"step: {floor}.",
         "",
+        *_rest(result),
         "| arm | ms a step | over bare | share of the floor | whole job | first run | peak "
         "| results |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -392,6 +396,18 @@ def _program(name: str, result: ProgramResult) -> list[str]:
         )
     without = [f"{arm}: {why}" for arm, why in result.out.items()]
     return lines + (["", f"Without: {'; '.join(without)}."] if without else [])
+
+
+def _rest(result: ProgramResult) -> list[str]:
+    """A sentence on what takes the time of flatout's step."""
+    if result.rest is None:
+        return []
+    rest = result.rest
+    parts = [f"waiting for data {rest['data_share']:.0%}"] if rest["data_share"] > 0.01 else []
+    parts += [f"{o['name']} {o['share']:.0%}" for o in rest["operators"] if o["share"] > 0.01]
+    if rest["operators_share"] is not None:
+        parts.append(f"outside of operators {max(0.0, 1 - rest['operators_share']):.0%}")
+    return [f"Of flatout's step (`flatout doctor` under the plan): {', '.join(parts)}.", ""]
 
 
 def _in_table(ratio: Ratio) -> str:

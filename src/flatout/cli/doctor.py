@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_SECONDS:g})",
     )
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KNOB=SETTING",
+        help="turn a knob, to see what is left; may be repeated",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="PATH", help="write the diagnosis here as well"
     )
     parser.add_argument(
@@ -57,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command for a while, diagnose it, print what was found."""
-    from flatout import doctor, launch, machine, paths
+    from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
     from flatout.report import terminal
     from flatout.request import Request
@@ -68,10 +75,12 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UserError("--seconds must be more than 0")
     if arguments.json is not None:
         paths.check_writable(arguments.json)
+    settings = knobs.parsed(arguments.set)
     progress = _Progress(arguments.steps)
     finished = launch.start(
         arguments.command,
         Request(
+            settings=settings,
             stop_steps=arguments.steps,
             stop_seconds=arguments.seconds,
             profile_steps=PROFILE_STEPS,
@@ -95,6 +104,9 @@ def execute(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from None
     sys.stdout.flush()
     terminal.print_diagnosis(diagnosis, sys.stdout)
+    for event in run.main.events:
+        if event.subject in settings and event.what in ("skipped", "failed"):
+            print(f"flatout: {event.subject} {event.what}: {event.why}", file=sys.stderr)
     if finished.returncode != 0:
         print(f"flatout: the program {_ended(finished)} in its window", file=sys.stderr)
     if arguments.quiet:

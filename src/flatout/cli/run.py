@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout import paths
-from flatout.errors import UserError
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, read_step_times, write_failure
@@ -86,14 +85,10 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.set:
         from flatout import knobs
 
-        for word in arguments.set:
-            name, separator, setting = word.partition("=")
-            if not separator:
-                raise UserError(f"--set takes KNOB=SETTING, not {word!r}")
-            knobs.check(name, setting)
-            settings[name] = setting
-            if proof is not None:
-                proof = replace(proof, knobs=tuple(knob for knob in proof.knobs if knob != name))
+        by_hand = knobs.parsed(arguments.set)
+        settings |= by_hand
+        if proof is not None:
+            proof = replace(proof, knobs=tuple(k for k in proof.knobs if k not in by_hand))
     return Request(settings=settings, proof=proof, guard=guard)
 
 

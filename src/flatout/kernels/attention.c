@@ -7,11 +7,12 @@
    https://arxiv.org/abs/2205.14135, algorithms 2 and 4.
 
    Each element is kept with probability keep / 2^16; the half word that decides it is a function of
-   the key and of its place in the whole matrix alone. */
+   the key and of its place in the whole matrix alone. Of whole heads, which elements were kept is
+   stored, a bit each: drawing takes longer than reading. */
 
 #include "elementary.h"
 #include "half.h"
-#include "philox.h"
+#include "kept.h"
 #include "products.h"
 
 #ifdef _OPENMP
@@ -21,7 +22,7 @@ static inline int thread_number(void) { return omp_get_thread_num(); }
 static inline int thread_number(void) { return 0; }
 #endif
 
-enum { SPAN = 2 * BLOCK, ALWAYS = 1 << 16 };
+enum { ALWAYS = 1 << 16 };
 
 typedef struct {
     int64_t heads, rows, columns;    /* of this block */
@@ -31,6 +32,7 @@ typedef struct {
     const float *bias;               /* added to the scaled scores, or null */
     int64_t bias_batch, bias_head, bias_row, bias_column; /* its strides */
     uint64_t key;
+    uint16_t *kept;                  /* bits of all rows; null: they are drawn row by row */
     float scale;                     /* of the scores */
     uint32_t keep;
     int32_t causal;                  /* row r sees columns 0 to r */
@@ -56,31 +58,51 @@ static inline void scale_row(const Block *b, float *scores, int64_t head, int64_
     }
 }
 
-/* What SPAN columns from `column` on are multiplied with: 0, or 1 / the probability of keeping. */
+static inline int64_t masks_in(const Block *b) { return (b->all_columns + MASK - 1) / MASK; }
+
+/* `count` masks of the whole matrix, from number `first` on. */
+static inline void draw(const Block *b, int64_t first, int64_t count, uint16_t *masks) {
+    for (int64_t span = first / MASKS; span * MASKS < first + count; span++) {
+        uint32_t bits[SPAN / 32];
+        uint16_t drawn[MASKS];
+        kept_bits(b->key, (uint64_t)span, b->keep, bits);
+        memcpy(drawn, bits, sizeof drawn);
+        for (int i = 0; i < MASKS; i++) {
+            int64_t at = span * MASKS + i - first;
+            if (at >= 0 && at < count) masks[at] = b->keep < ALWAYS ? drawn[i] : UINT16_MAX;
+        }
+    }
+}
+
+/* What `width` columns from `column` on, SPAN at most, are multiplied with: 0, or 1 / the
+   probability of keeping. */
 static inline void dropout_span(const Block *b, float *factors, int64_t head, int64_t row,
-                                int64_t column) {
-    uint16_t halves[SPAN];
-    uint32_t words[BLOCK];
-    uint64_t spans = ((uint64_t)b->all_columns + SPAN - 1) / SPAN;
-    uint64_t place = (uint64_t)((b->first_head + head) * b->all_rows + b->first_row + row);
+                                int64_t column, int64_t width) {
+    uint16_t drawn[MASKS];
+    const uint16_t *masks = drawn;
     float kept = (float)ALWAYS / (float)b->keep;
-    philox(b->key, place * spans + (uint64_t)(column / SPAN), words);
-    memcpy(halves, words, sizeof halves);
-    for (int i = 0; i < SPAN; i++) factors[i] = halves[i] < b->keep ? kept : 0.0f;
+    int64_t place = (b->first_head + head) * b->all_rows + b->first_row + row;
+    int64_t first = place * masks_in(b) + column / MASK, count = (width + MASK - 1) / MASK;
+    if (b->kept) masks = b->kept + first;
+    else draw(b, first, count, drawn);
+    factors_of(masks, count, kept, factors);
 }
 
 /* `count` scores of a row to dropped probabilities; returns the logarithm of their sum, infinity
    where nothing is seen. */
 static inline float to_probabilities(const Block *b, float *s, int64_t head, int64_t row,
                                      int64_t count) {
-    float most = -INFINITY, sum = 0.0f;
-    scale_row(b, s, head, row, count);
+    float most = -INFINITY, sum = 0.0f, scale = b->scale;
+    if (b->bias || scale <= 0.0f) {
+        scale_row(b, s, head, row, count);
+        scale = 1.0f;
+    }
     _Pragma("omp simd reduction(max:most)")
     for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
     if (most == -INFINITY) most = 0.0f;
     _Pragma("omp simd reduction(+:sum)")
     for (int64_t i = 0; i < count; i++) {
-        s[i] = exponential(s[i] - most);
+        s[i] = exponential((s[i] - most) * scale);
         sum += s[i];
     }
     float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -88,13 +110,13 @@ static inline float to_probabilities(const Block *b, float *s, int64_t head, int
         int64_t width = count - column < SPAN ? count - column : SPAN;
         float factors[SPAN];
         if (b->keep < ALWAYS) {
-            dropout_span(b, factors, head, row, column);
+            dropout_span(b, factors, head, row, column, width);
             for (int64_t i = 0; i < width; i++) s[column + i] *= factors[i] * inverse;
         } else {
             for (int64_t i = 0; i < width; i++) s[column + i] *= inverse;
         }
     }
-    return sum == 0.0f ? INFINITY : most + logf(sum);
+    return sum == 0.0f ? INFINITY : most * scale + logf(sum);
 }
 
 /* `count` scores of a row to dropped probabilities, and the gradients of these to those of the
@@ -106,7 +128,7 @@ static inline void to_gradients(const Block *b, float *s, float *gradients, int6
         int64_t width = count - column < SPAN ? count - column : SPAN;
         float factors[SPAN], *scores = s + column, *of = gradients + column;
         if (b->keep < ALWAYS)
-            dropout_span(b, factors, head, row, column);
+            dropout_span(b, factors, head, row, column, width);
         else
             for (int i = 0; i < SPAN; i++) factors[i] = 1.0f;
         for (int64_t i = 0; i < width; i++) {
@@ -172,7 +194,7 @@ void dropout_factors(const Block *block, float *factors) {
         for (int64_t column = 0; column < b.columns; column += SPAN) {
             int64_t width = b.columns - column < SPAN ? b.columns - column : SPAN;
             float span[SPAN];
-            dropout_span(&b, span, index / b.rows, index % b.rows, column);
+            dropout_span(&b, span, index / b.rows, index % b.rows, column, width);
             memcpy(factors + index * b.columns + column, span, (size_t)width * sizeof *span);
         }
 }
@@ -198,7 +220,8 @@ typedef struct {
 
 static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
 
-/* The block as it is for one head, without columns at the end that no row sees: padding. */
+/* The block as it is for one head, without columns at the end that no row sees, padding, and without
+   a bias that does nothing else. */
 static Block seen_by(const Block *b, int64_t head) {
     Block own = *b;
     if (b->bias && b->bias_row == 0) {
@@ -206,12 +229,21 @@ static Block seen_by(const Block *b, int64_t head) {
                             head % b->heads_per_batch * b->bias_head;
         while (own.columns > 0 && bias[(own.columns - 1) * b->bias_column] == -INFINITY)
             own.columns--;
+        int64_t zeros = 0;
+        while (zeros < own.columns && bias[zeros * b->bias_column] == 0.0f) zeros++;
+        if (zeros == own.columns) own.bias = NULL;
     }
     return own;
 }
 
 static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
     return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
+}
+
+/* Draw which probabilities of a head are kept. */
+static void draw_head(const Block *b, int64_t head) {
+    int64_t count = b->all_rows * masks_in(b);
+    if (b->kept) draw(b, head * count, count, b->kept + head * count);
 }
 
 static void load_rows(const Block *b, const Rows *r, int64_t head, int64_t first, int64_t rows,
@@ -404,8 +436,14 @@ static void to_column_pairs(const float *from, int64_t rows, int64_t columns, Pa
         const float *low = from + row * columns, *high = low + columns;
         Pair *here = to + row / 2 * columns;
         if (row + 1 < rows)
-            for (int64_t i = 0; i < columns; i++)
-                here[i] = pair_of(to_bf16(low[i]), to_bf16(high[i]));
+            for (int64_t i = 0; i < columns; i += TILE) {
+                __m512i lows = _mm512_cvtepu16_epi32(
+                    (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(low + i)));
+                __m512i highs = _mm512_cvtepu16_epi32(
+                    (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(high + i)));
+                _mm512_storeu_si512(here + i,
+                                    _mm512_or_si512(lows, _mm512_slli_epi32(highs, 16)));
+            }
         else
             for (int64_t i = 0; i < columns; i++) here[i] = to_bf16(low[i]);
     }
@@ -521,10 +559,12 @@ void attention_heads(const Heads *heads, int backwards) {
         float *memory = h.scratch + thread_number() * each;
         _Pragma("omp for schedule(static)")
         for (int64_t head = 0; head < h.block.heads; head++) {
-            if (backwards)
+            if (backwards) {
                 (h.block.is_bf16 ? head_backward_pairs : head_backward)(&h, head, memory);
-            else
+            } else {
+                draw_head(&h.block, head);
                 (h.block.is_bf16 ? head_forward_pairs : head_forward)(&h, head, memory);
+            }
         }
     }
 }

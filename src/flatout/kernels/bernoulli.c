@@ -4,7 +4,7 @@
    the number of threads. */
 
 #include "half.h"
-#include "philox.h"
+#include "kept.h"
 
 /* The words of the first `blocks` blocks, for tests of the generator itself. */
 void philox_words(uint32_t *out, uint64_t blocks, uint64_t key) {
@@ -40,33 +40,15 @@ BERNOULLI(16)
 BERNOULLI(32)
 BERNOULLI(64)
 
-enum { SPAN = 2 * BLOCK };
-
-/* Bit i of `bits` is set where number i of SPAN, half words of a block, lies below `limit`. */
-static inline void kept_bits(uint64_t key, uint64_t block, uint32_t limit, uint32_t *bits) {
-    uint16_t halves[SPAN];
-    uint32_t words[BLOCK];
-    philox(key, block, words);
-    memcpy(halves, words, sizeof halves);
-#if defined(__AVX512BW__)
-    for (int w = 0; w < SPAN / 32; w++)
-        bits[w] = _mm512_cmplt_epu16_mask(_mm512_loadu_si512(halves + 32 * w),
-                                          _mm512_set1_epi16((short)limit));
-#else
-    for (int w = 0; w < SPAN / 32; w++) {
-        bits[w] = 0;
-        for (int i = 0; i < 32; i++) bits[w] |= (uint32_t)(halves[32 * w + i] < limit) << i;
-    }
-#endif
-}
-
 /* `to[i] = from[i]` times `scale` or 0, by its bit; float32 or bfloat16. */
 static inline void scale_kept(const void *from, void *to, int64_t at, int64_t width,
                               const uint32_t *bits, float scale, int is_bf16) {
-    float span[SPAN] = {0};
+    float span[SPAN] = {0}, factors[SPAN];
+    uint16_t masks[MASKS];
+    memcpy(masks, bits, sizeof masks);
     load_span(span, from, at, width, is_bf16);
-    for (int w = 0; w < SPAN / 32; w++)
-        for (int i = 0; i < 32; i++) span[32 * w + i] *= bits[w] >> i & 1u ? scale : 0.0f;
+    factors_of(masks, MASKS, scale, factors);
+    for (int i = 0; i < SPAN; i++) span[i] *= factors[i];
     store_span(to, at, span, width, is_bf16);
 }
 

@@ -228,6 +228,22 @@ def check(name: str, setting: str) -> None:
         )
 
 
+def parsed(words: Iterable[str]) -> dict[str, str]:
+    """Settings by knob, from words as ``--set`` takes them; of two for a knob, the last.
+
+    Raises:
+        UserError: a word is not ``KNOB=SETTING``, or there is no such knob or setting.
+    """
+    settings = {}
+    for word in words:
+        name, separator, setting = word.partition("=")
+        if not separator:
+            raise UserError(f"--set takes KNOB=SETTING, not {word!r}")
+        check(name, setting)
+        settings[name] = setting
+    return settings
+
+
 def is_bitwise(name: str, setting: str) -> bool:
     """Whether a setting changes nothing, and so needs no proof of its own."""
     return get(name).exactness[setting] == "bitwise"

@@ -108,7 +108,7 @@ KNOB = Knob(
         "of probabilities in float32, draws a random number for each by a serial generator, and "
         "keeps both for the backward pass. `fast` goes through the matrix block by block, forward "
         "and backward, with scores and softmax in float32 and a counter-based generator "
-        "(Philox4x32-10), and keeps one number a row. Where the processor has AVX-512, whole heads "
+        "(Philox4x32-7), and keeps one number a row. Where the processor has AVX-512, whole heads "
         "go through in one call, products and all, and so does attention without dropout: heads "
         f"of at most {MOST_WIDTH} numbers a row, in training of at most {MOST_TRAINED} "
         f"rows and columns, in inference of at most {MOST_COLUMNS} columns. Columns at the "

@@ -17,20 +17,21 @@ class Way(NamedTuple):
     """How values are computed.
 
     Attributes:
-        outputs: of query, key, value, ``Job.blocks``' bias, job and kernel: the output, and the
-            logarithm of the sum of each row of scores.
+        outputs: of query, key, value, ``Job.blocks``' bias, job and kernel: the output, the
+            logarithm of the sum of each row of scores, and whatever else ``gradients`` wants.
         gradients: of query, key and value, given these, the bias, what ``outputs`` gave, the
             gradient of the output, job and kernel.
     """
 
-    outputs: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    outputs: Callable[..., tuple[torch.Tensor, ...]]
     gradients: Callable[..., Iterable[torch.Tensor]]
 
 
 class Attention(torch.autograd.Function):
     """Softmax of scaled products, dropout, and the product with the values.
 
-    Saved for the backward pass: what came in, what went out, and one number a row.
+    Saved for the backward pass: what came in, what went out, one number a row, and, where heads go
+    through as a whole, a bit for each probability that may be dropped.
     """
 
     @staticmethod
@@ -48,11 +49,11 @@ class Attention(torch.autograd.Function):
         """Args: tensors as the way wants them, what is asked for, the compiled part, the way, and
         what a failure is told to."""
         try:
-            output, sums = way.outputs(query, key, value, bias, job, kernel)
+            output, *kept = way.outputs(query, key, value, bias, job, kernel)
         except Exception as error:
             on_failure(error)
             raise FailedError from error
-        ctx.save_for_backward(query, key, value, bias, output, sums)
+        ctx.save_for_backward(query, key, value, bias, output, *kept)
         ctx.job, ctx.kernel, ctx.way, ctx.on_failure = job, kernel, way, on_failure
         return output
 
@@ -63,14 +64,15 @@ class Attention(torch.autograd.Function):
         If the way fails, or if what comes out has to be differentiable, the way goes through
         operations of torch.
         """
-        *inputs, bias, output, sums = ctx.saved_tensors
+        query, key, value, bias, output, *kept = ctx.saved_tensors
+        inputs = [query, key, value]
         needed = ctx.needs_input_grad[:3]
         found: Iterable[torch.Tensor]
         with torch.autocast("cpu", enabled=False):
             if not torch.is_grad_enabled():
                 try:
                     found = ctx.way.gradients(
-                        *inputs, bias, output, sums, gradient, ctx.job, ctx.kernel
+                        *inputs, bias, output, *kept, gradient, ctx.job, ctx.kernel
                     )
                     return (*found, *[None] * 5)
                 except Exception as error:  # noqa: BLE001 - reported

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 
 from flatout.knobs.attention import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 from flatout.knobs.attention.function import Way
-from flatout.knobs.attention.kernel import ALWAYS, Block, Job, Kernel
+from flatout.knobs.attention.kernel import ALWAYS, MASK, Block, Job, Kernel
 
 
 class Rows(ctypes.Structure):
@@ -57,15 +58,19 @@ def _outputs(
     bias: torch.Tensor | None,
     job: Job,
     kernel: Kernel,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     # Torch's attention gives its output the query's layout, with dropout rows in order.
     if job.keep == ALWAYS and value.shape[3] == query.shape[3]:
         output = torch.empty_like(query)
     else:
         output = query.new_empty(*query.shape[:3], value.shape[3])
     sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
-    _call(_asked(query, key, value, bias, output, sums, job), kernel, backwards=False)
-    return output, sums
+    kept = []
+    if job.keep < ALWAYS:
+        masks = -(-key.shape[2] // MASK)
+        kept = [torch.empty(*query.shape[:3], masks, dtype=torch.int16, device="cpu")]
+    _call(_asked(query, key, value, bias, output, sums, job, *kept), kernel, backwards=False)
+    return output, sums, *kept
 
 
 def _gradients(
@@ -75,12 +80,11 @@ def _gradients(
     bias: torch.Tensor | None,
     output: torch.Tensor,
     sums: torch.Tensor,
-    gradient: torch.Tensor,
-    job: Job,
-    kernel: Kernel,
+    *rest: Any,
 ) -> list[torch.Tensor]:
+    *kept, gradient, job, kernel = rest
     found = [torch.empty_like(x) for x in (query, key, value)]
-    asked = _asked(query, key, value, bias, output, sums, job)
+    asked = _asked(query, key, value, bias, output, sums, job, *kept)
     gradient = with_rows(gradient)
     asked.of_output = _rows(gradient)
     asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
@@ -104,9 +108,13 @@ def _asked(
     output: torch.Tensor,
     sums: torch.Tensor,
     job: Job,
+    kept: torch.Tensor | None = None,
 ) -> Heads:
+    block = job.whole(query, key.shape[2], bias)
+    if kept is not None:
+        block.kept = kept.data_ptr()
     return Heads(
-        block=job.whole(query, key.shape[2], bias),
+        block=block,
         query=_rows(query),
         key=_rows(key),
         value=_rows(value),

@@ -11,6 +11,9 @@ import torch
 BLOCK_BYTES = 1 << 21
 """Size of a block of scores, about, so that it stays in a cache."""
 
+MASK = 16
+"""Columns whose bits, kept or not, lie in a half word."""
+
 BLOCK_ROWS = 128
 """Most rows of a block: under a causal mask, what lies right of a block's last row is left out."""
 
@@ -61,6 +64,7 @@ class Block(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         *((f"bias_{name}", ctypes.c_int64) for name in ("batch", "head", "row", "column")),
         ("key", ctypes.c_uint64),
+        ("kept", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("keep", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("causal", "is_bf16", "threads")),

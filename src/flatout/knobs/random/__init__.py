@@ -39,7 +39,7 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="Puts a counter-based generator (Philox4x32-10), compiled for this processor, behind "
+        what="Puts a counter-based generator (Philox4x32-7), compiled for this processor, behind "
         "`aten::bernoulli_`, which every dropout on the CPU goes through. Each call draws one key "
         "from the generator it was given, so `torch.manual_seed`, generators and saved random "
         "states keep their meaning, and the result is the same for any number of threads. "
