@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flatout import knobs
 from flatout.agent.session import Session
@@ -108,6 +109,64 @@ def test_as_in_float64(
             assert own.is_contiguous(memory_format=asked) == their.is_contiguous(
                 memory_format=asked
             )
+
+
+@pytest.mark.parametrize("layouts", [(x, y) for x in LAYOUTS for y in LAYOUTS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_are_those_that_torch_foretells(
+    kind: str, layouts: tuple[torch.memory_format, torch.memory_format], recast: None
+) -> None:
+    """A compiled program relies on them, and so does a ``view`` of what comes out."""
+    module = KINDS[kind].module(*KINDS[kind].settings).to(memory_format=layouts[1])
+    images = torch.randn(KINDS[kind].shape).contiguous(memory_format=layouts[0])
+    is_transposed = isinstance(module, nn.ConvTranspose2d)
+    settings = (
+        *(module.stride, module.padding, module.dilation, is_transposed),
+        *(module.output_padding, module.groups),
+    )
+    weight = module.weight.detach()
+
+    def strides(images: torch.Tensor, weight: torch.Tensor) -> list[Any]:
+        operators = torch.ops.aten
+        made = operators.convolution(images, weight, None, *settings)
+        found = [made]
+        for gradient in (made, made.contiguous()):
+            found += operators.convolution_backward(
+                gradient, images, weight, None, *settings, [True, True, False]
+            )[:2]
+        return [
+            [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+            for x in found
+        ]
+
+    with FakeTensorMode() as mode:
+        foretold = strides(mode.from_tensor(images), mode.from_tensor(weight))
+    if KINDS[kind].recast:
+        assert strides(images, weight) == foretold
+
+
+def test_a_backward_pass_under_autocast_stays_exact(recast: None) -> None:
+    module = nn.ConvTranspose2d(64, 6, 7)
+    images = torch.randn(50, 64, 1, 1)
+    exact = results(module, images)
+    images.requires_grad_()
+    output = module(images)
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(output.shape, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        module.zero_grad()
+        output.backward(gradient)
+    assert torch.equal(module.weight.grad, exact[2])
+
+
+def test_settings_of_one_number(recast: None) -> None:
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(3, 1, 4, 4)
+    made = torch.convolution(x, weight, None, [2], [1], [1], True, [0], 1)
+    assert torch.allclose(
+        made,
+        torch.nn.functional.conv_transpose2d(x.double(), weight.double(), None, 2, 1).float(),
+        atol=1e-4,
+    )
 
 
 def test_weights_with_their_channels_side_by_side() -> None:

@@ -52,9 +52,8 @@ def kept(
     counted: Counted, monkeypatch: pytest.MonkeyPatch, budget_bytes: int | None
 ) -> DecodedImages:
     """Images that are kept from now on, those that are decoded counted."""
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: counted(image))
     made = DecodedImages(JpegImagePlugin.JpegImageFile, raising, budget_bytes)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image, counted))
     return made
 
 

@@ -222,11 +222,10 @@ def test_what_is_never_of_use_is_given_up(
     epoch(dataset)
     known = decoders._known[dataset]
     known.used, known.wasted = 0, 8
-    before = len(decoders._batches)
     epoch(dataset)
-    undo()
     assert (known.used, known.wasted) == (0, 8)
-    assert not before or not decoders._by_path
+    assert not decoders._by_path
+    undo()
 
 
 def test_a_broken_file_is_the_programs_error(paths: list[Path], decoders: Decoders) -> None:
@@ -237,9 +236,7 @@ def test_a_broken_file_is_the_programs_error(paths: list[Path], decoders: Decode
     undo()
 
 
-def test_grey_images_and_large_ones(
-    paths: list[Path], decoders: Decoders, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grey_images_and_others(paths: list[Path], decoders: Decoders) -> None:
     class Modes(Folder):
         def __getitem__(self, index: int) -> torch.Tensor:
             image = Image.open(self.samples[index])
@@ -283,6 +280,101 @@ def test_a_process_that_is_killed_is_told_and_the_images_are_there(
     assert same(epoch(dataset, 1), bare[1])
     undo()
     assert list(session.failed_knobs) == ["decode"]
+
+
+def test_a_process_that_does_not_answer_is_given_up(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "STALLED_S", 0.0)
+    session = Session(Request(), tmp_path)
+    decoders = Decoders(
+        1, JpegImagePlugin.JpegImageFile, lambda error: session.contain("decode", error)
+    )
+    dataset = Folder(paths)
+    bare = [epoch(dataset, seed) for seed in range(2)]
+    undo = decoders.install()
+    assert same(epoch(dataset, 0), bare[0])
+    assert same(epoch(dataset, 1), bare[1])
+    undo()
+    assert list(session.failed_knobs) == ["decode"]
+
+
+def test_a_process_that_cannot_be_started_is_no_error_of_the_programs(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    session = Session(Request(), tmp_path)
+    decoders = Decoders(
+        1, JpegImagePlugin.JpegImageFile, lambda error: session.contain("decode", error)
+    )
+    undo = decoders.install()
+    assert len(epoch(Folder(paths))) == 3
+    undo()
+    assert list(session.failed_knobs) == ["decode"]
+
+
+def test_a_fork_that_lives_on_does_not_keep_processes(
+    paths: list[Path], decoders: Decoders
+) -> None:
+    undo = decoders.install()
+    epoch(Folder(paths))
+    waiting, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(told)
+        os.read(waiting, 1)
+        os._exit(0)
+    undo()
+    decoders._end()
+    assert not decoders._processes
+    os.close(told)
+    os.close(waiting)
+    os.waitpid(pid, 0)
+
+
+def test_files_that_may_end_early(
+    paths: list[Path], decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    paths[13].write_bytes(paths[13].read_bytes()[:-100])
+    dataset = Folder(paths)
+    bare = epoch(dataset)
+    undo = decoders.install()
+    assert same(epoch(dataset), bare)
+    undo()
+    assert used(decoders, dataset) == (2 * 7, 0)
+
+
+def test_numbers_that_are_no_places_in_a_list(paths: list[Path], decoders: Decoders) -> None:
+    class Keyed(Folder):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return super().__getitem__(index % 100)
+
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    dataset = Keyed(paths)
+    keys = [100 * number + number for number in range(24)]
+    undo = decoders.install()
+    torch.manual_seed(0)
+    first = list(DataLoader(dataset, 8, sampler=keys))
+    torch.manual_seed(0)
+    second = list(DataLoader(dataset, 8, sampler=keys))
+    undo()
+    assert same(first, second)
+    assert used(decoders, dataset) == (3 * 7, 0)  # remembered, one by one
+
+
+def test_a_method_that_the_program_has_wrapped_is_not_called_by_itself(
+    paths: list[Path], decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = decoders.install()
+    wrapped = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: wrapped(image))
+    undo()
+    undo = decoders.install()
+    assert len(epoch(Folder(paths))) == 3
+    undo()
 
 
 def test_a_fork_decodes_for_itself(paths: list[Path], decoders: Decoders) -> None:

@@ -99,10 +99,21 @@ def test_layouts_are_kept(turned: None) -> None:
     x = torch.randn(4, 8, 40, 40).contiguous(memory_format=torch.channels_last).requires_grad_()
     made = F.gelu(x, approximate="tanh")
     assert made.stride() == x.stride()
-    made.backward(torch.randn(4, 8, 40, 40))
+    gradient = torch.randn(4, 8, 40, 40)
+    made.backward(gradient)
     assert x.grad.stride() == x.stride()
+    exact = torch.ops.aten.gelu_backward(gradient.double(), x.double(), approximate="tanh")
+    assert torch.allclose(x.grad.double(), exact, atol=1e-5)
     wide = torch.randn(400, 200)[:, ::2]
     assert torch.allclose(torch.tanh(wide), torch.tanh(wide.contiguous()))
+
+
+def test_a_gradient_of_another_shape_is_left_to_torch(turned: None) -> None:
+    x = torch.randn(40_000)
+    found = torch.ops.aten.gelu_backward(torch.ones(1), x, approximate="tanh")
+    assert torch.allclose(
+        found, torch.ops.aten.gelu_backward(torch.ones(40_000), x, approximate="tanh"), atol=1e-5
+    )
 
 
 def test_what_it_leaves_to_torch() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.suite import arms
 from benchmarks.suite.cases import CASES
-from benchmarks.suite.table import ArmResult, ProgramResult
+from benchmarks.suite.table import ArmResult, ProgramResult, rest
 from flatout import report
 from flatout.ratios import Ratio
 from flatout.report.charts import RatioAxis
@@ -81,10 +81,12 @@ def _program(name: str, result: ProgramResult, axis: RatioAxis) -> Markup:
         state = "failed" if own.wrong is not None else "won" if arm == "flatout" else "no-gain"
         rows.append(_row(axis, arm, what or "no plan", own.ratio, state, _share(result, arm)))
     without = [f"{arm}: {why}" for arm, why in result.out.items()]
+    left = rest(result)
     return element(
         "section",
         element("h2", name),
         _forest(rows, axis, f"{result.rounds} rounds, bare step time over the arm's."),
+        element("p", left.replace("`", "")) if left else None,
         element("p", f"Without {'; '.join(without)}.") if without else None,
     )
 

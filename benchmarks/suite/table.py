@@ -381,7 +381,7 @@ def _program(name: str, result: ProgramResult) -> list[str]:
         f"{result.rounds} rounds; flatout of commit {result.commit or 'not known'}; floor of a "
         f"step: {floor}.",
         "",
-        *_rest(result),
+        *([said, ""] if (said := rest(result)) else []),
         "| arm | ms a step | over bare | share of the floor | whole job | first run | peak "
         "| results |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -398,16 +398,18 @@ def _program(name: str, result: ProgramResult) -> list[str]:
     return lines + (["", f"Without: {'; '.join(without)}."] if without else [])
 
 
-def _rest(result: ProgramResult) -> list[str]:
-    """A sentence on what takes the time of flatout's step."""
+def rest(result: ProgramResult) -> str | None:
+    """What takes the time of flatout's step, in words; ``None``: it was not measured."""
     if result.rest is None:
-        return []
-    rest = result.rest
-    parts = [f"waiting for data {rest['data_share']:.0%}"] if rest["data_share"] > 0.01 else []
-    parts += [f"{o['name']} {o['share']:.0%}" for o in rest["operators"] if o["share"] > 0.01]
-    if rest["operators_share"] is not None:
-        parts.append(f"outside of operators {max(0.0, 1 - rest['operators_share']):.0%}")
-    return [f"Of flatout's step (`flatout doctor` under the plan): {', '.join(parts)}.", ""]
+        return None
+    found = result.rest
+    parts = [f"{o['name']} {o['share']:.0%}" for o in found["operators"] if o["share"] > 0.01]
+    if found["operators_share"] is not None:
+        parts.append(f"outside of operators {1 - found['operators_share']:.0%}")
+    said = f"Of flatout's step (`flatout doctor` under the plan): {', '.join(parts)}."
+    if found["data_share"] > 0.01:
+        said += f" It waits for data {found['data_share']:.0%} of its time."
+    return said
 
 
 def _in_table(ratio: Ratio) -> str:

@@ -12,7 +12,9 @@ while, until a turn is over, and stays watched if an instance of it was called o
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+import sysconfig
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
@@ -413,7 +415,20 @@ _PACKAGE = __file__.rpartition("agent")[0]
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether an error arose in our code or in what it calls in torch, rather than in a signal
-    handler of the program that happened to run meanwhile."""
-    file = traceback.extract_tb(error.__traceback__)[-1].filename
-    return file.startswith(_PACKAGE) or "/torch/" in file.replace("\\", "/")
+    """Whether an error arose in our code or in what it calls in torch, Pillow and the standard
+    library, rather than in a signal handler of the program that happened to run meanwhile."""
+    files = [
+        frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    if "/torch/" in files[-1]:
+        return True
+    called = itertools.takewhile(lambda file: not file.startswith(_PACKAGE), reversed(files))
+    return all(_is_called_by_us(file) for file in called)
+
+
+def _is_called_by_us(file: str) -> bool:
+    is_installed = "-packages/" in file
+    return "/PIL/" in file if is_installed else file.startswith((_STANDARD_LIBRARY, "<frozen"))
+
+
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"].replace("\\", "/") + "/"

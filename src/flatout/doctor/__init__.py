@@ -52,7 +52,7 @@ class Diagnosis:
             "uncounted_operators": case.uncounted_operators if profiled else None,
             "dtype": case.main_dtype,
             "operators": case.operators_by_name[:20] if case.operators else None,
-            "operators_share": case.operators_share(lambda _: True) if case.operators else None,
+            "operators_share": case.all_operators_share,
             "minor_faults_per_step": case.minor_faults_per_step,
             "peak_rss_bytes": last.peak_rss_bytes,
             "peak_device_bytes": last.peak_device_bytes,

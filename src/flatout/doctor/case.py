@@ -205,6 +205,15 @@ class Case:
             for o in self.profile["operators"]
         ]
 
+    @property
+    def all_operators_share(self) -> float | None:
+        """Share of the step spent in operators, those that are not listed as well; ``None``: not
+        measured."""
+        total_ms = self.profile.get("operators_total_ms")
+        if total_ms is None:
+            return None
+        return float(min(1.0, max(0.0, total_ms - self._profiler_ms) / self._profiled_step_ms))
+
     def operators_share(self, wanted: Callable[[Mapping[str, Any]], bool]) -> float:
         """Share of the step spent in the wanted operators."""
         return float(sum(o["share"] for o in self.operators if wanted(o)))

@@ -2,7 +2,7 @@
    scores, forward and backward; and whole heads that fit into the cache, products and all.
 
    The backward pass computes the probabilities again from the scores and the logarithm of each
-   row's sum, and the dropout mask again from the key, so neither is ever stored:
+   row's sum, so they are never stored:
    T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Re: FlashAttention. NeurIPS 2022,
    https://arxiv.org/abs/2205.14135, algorithms 2 and 4.
 

@@ -23,6 +23,6 @@ def find(case: Case) -> Finding | None:
         evidence,
         share,
         "knob: loader=cache (samples that come out the same every epoch, from memory), "
-        "loader=batched (rows of a TensorDataset), decode=keep (JPEG files), loader=prefetch, or "
-        "loader=workers where cores are idle",
+        "loader=batched (rows of a TensorDataset), decode=parallel or, with memory to spare, "
+        "decode=keep (JPEG files), loader=prefetch, or loader=workers where cores are idle",
     )

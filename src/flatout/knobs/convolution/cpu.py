@@ -22,6 +22,11 @@ channels of the plain one as a block has pixels."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+_PAST_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+"""The operators here are below autocast, which must not see what they are made of: in a backward
+pass it is on where the program has it so, and torch's own kernel takes no notice."""
+
+
 class How(NamedTuple):
     """The settings of a convolution, as the operator has them."""
 
@@ -31,6 +36,14 @@ class How(NamedTuple):
     transposed: bool
     output_padding: Sequence[int]
     groups: int
+
+    @classmethod
+    def of(cls, settings: Sequence[Any]) -> How:
+        """The settings with one number for each side."""
+        each: Any = (
+            2 * tuple(s) if isinstance(s, Sequence) and len(s) == 1 else s for s in settings
+        )
+        return cls(*each)
 
     @property
     def is_dense(self) -> bool:
@@ -55,7 +68,8 @@ def install(on_failure: Callable[[Exception], None]) -> Undo:
         *settings: Any,
     ) -> torch.Tensor:
         try:
-            found = forward(images, weight, bias, How(*settings))
+            with torch._C._ExcludeDispatchKeyGuard(_PAST_AUTOCAST):
+                found = forward(images, weight, bias, How.of(settings))
         except Exception as error:  # noqa: BLE001 - reported
             on_failure(error)
             found = None
@@ -75,7 +89,8 @@ def install(on_failure: Callable[[Exception], None]) -> Undo:
         own_wanted = list(wanted)
         found: tuple[torch.Tensor | None, ...] = (None, None, None)
         try:
-            found = backward(gradient, images, weight, How(*how), wanted)
+            with torch._C._ExcludeDispatchKeyGuard(_PAST_AUTOCAST):
+                found = backward(gradient, images, weight, How.of(how), wanted)
             own_wanted = [w and f is None for w, f in zip(wanted, found, strict=True)]
         except Exception as error:  # noqa: BLE001 - reported
             on_failure(error)
@@ -111,7 +126,8 @@ def forward(
         factor, rows = (x.permute(order).flatten(1) for x in (weight, images))
         return _like(F.linear(rows, factor, bias)[:, :, None, None], images, weight)
     if not _has_one_pixel(images, how):
-        return _in_blocks(images, weight, bias, how)
+        found = _in_blocks(images, weight, bias, how)
+        return None if found is None else _like(found, images, weight)
     order = _order(weight)
     factor = weight.permute(order)
     spread: torch.Tensor | None = None
@@ -138,21 +154,26 @@ def backward(
         of_images = rows.mm(factor.flatten(1).t())[:, :, None, None] if wanted[0] else None
         of_weight = images.flatten(1).t().mm(rows).view(factor.shape) if wanted[1] else None
         of_bias = gradient.sum((0, 2, 3)) if wanted[2] else None
-        return of_images, None if of_weight is None else of_weight.permute(_back(order)), of_bias
+        return (
+            None if of_images is None else _like(of_images, images, weight),
+            None if of_weight is None else _like(of_weight.permute(_back(order)), images, weight),
+            of_bias,
+        )
     if _covers_all(images, weight, how) and not how.transposed:
         order = _order(images)
         factor, meets, rows = weight.permute(order), images.permute(order), gradient.flatten(1)
         of_images = rows.mm(factor.flatten(1)).view(meets.shape) if wanted[0] else None
         of_weight = rows.t().mm(meets.flatten(1)).view(factor.shape) if wanted[1] else None
         return (
-            None if of_images is None else of_images.permute(_back(order)),
-            None if of_weight is None else of_weight.permute(_back(order)).contiguous(),
+            None if of_images is None else _like(of_images.permute(_back(order)), images, weight),
+            None if of_weight is None else _like(of_weight.permute(_back(order)), images, weight),
             rows.sum(0) if wanted[2] else None,
         )
     if wanted[0] and not how.transposed and images.shape[1] <= MOST_CHANNELS:
         sizes = zip(images.shape[2:], gradient.shape[2:], how.stride, strict=True)
         if min(how.stride) > 1 and all(size == of * stride for size, of, stride in sizes):
-            return _in_blocks(gradient, weight, None, how), None, None
+            found = _in_blocks(gradient, weight, None, how)
+            return None if found is None else _like(found, images, weight), None, None
     return None, None, None
 
 
@@ -207,7 +228,7 @@ def _in_blocks(
     plain = padded[:, :, taps].permute(1, 2, 3, 0, 4, 5).flatten(0, 2)
     spread = None if bias is None else bias.repeat_interleave(stride * stride)
     made = F.conv2d(images, plain, spread, padding=taps.shape[-1] // 2)
-    return _like(F.pixel_shuffle(made, stride), images, weight)
+    return F.pixel_shuffle(made, stride)
 
 
 @functools.cache
@@ -250,9 +271,24 @@ def _back(order: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
 
 
 def _like(made: torch.Tensor, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """In the layout that torch would have given it."""
-    channels, _, width = images.shape[1:]
-    # Of one pixel every layout is both; only the strides tell which is meant.
-    is_last = images.stride()[1:] == (1, width * channels, channels) or not weight.is_contiguous()
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    return made.contiguous(memory_format=layout)
+    """In the layout that torch would have given it: where one of the two has its channels side by
+    side, so has what is made of them."""
+    is_last = _are_side_by_side(images) or _are_side_by_side(weight)
+    return made.contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
+
+
+def _are_side_by_side(tensor: torch.Tensor) -> bool:
+    """Whether torch takes the strides of a tensor for ``channels_last``: those of one pixel and one
+    channel, which are of every layout, it does not (``is_channels_last_strides_2d_s4`` in
+    ``c10/core/MemoryFormat.h``)."""
+    sizes, strides = tensor.shape, tensor.stride()
+    least = 0
+    if strides[1] == 0:
+        return False
+    for dimension in (1, 3, 2, 0):
+        if strides[dimension] < least or (dimension == 0 and least == strides[1]):
+            return False
+        least = strides[dimension] * max(sizes[dimension], 1)
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from typing import TYPE_CHECKING
@@ -61,8 +62,9 @@ def apply(session: Session, setting: str) -> Undo:
 
 
 def _other_cores() -> int:
-    """Cores besides the one of the program's own thread."""
-    return max(0, int(machine.usable_cores()) - 1)
+    """Cores besides the one of the program's own thread, for each of its ranks here."""
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, int(machine.usable_cores() / ranks) - 1)
 
 
 KNOB = Knob(
@@ -80,8 +82,8 @@ KNOB = Knob(
         "files that its samples will open, one process for each core besides the program's own; "
         "the program opens them as ever, one after the other, and finds them decoded. Which files "
         "these are is read from the dataset, where it has a list of paths, or remembered from the "
-        "last epoch. A process knows nothing but Pillow (some 20 MB), and is at most three images "
-        "ahead.\n\n"
+        "last epoch. A process knows nothing but Pillow (some 20 MB, and the images that it has "
+        "decoded), and is at most three images ahead.\n\n"
         "`keep`: what a file was decoded to is kept in memory, four bytes a pixel, up to a quarter "
         "of what is available; when the same file is loaded again, in the next epoch, its pixels "
         "are a copy of those. Each worker of a loader keeps what it has decoded itself, in its "

@@ -21,6 +21,9 @@ MOST_REMEMBERED = 100_000
 DEEPEST = 3
 """Datasets within datasets that are looked into."""
 
+MOST_TRIES = 3
+"""Batches in which such a list is looked for."""
+
 
 class Rule(NamedTuple):
     """Where in a dataset the path of a sample's file is written.
@@ -37,7 +40,10 @@ class Rule(NamedTuple):
 
     def path(self, index: int) -> str | None:
         """Of the file of a sample; ``None``: there is none by this rule."""
-        found = dict(_paths(self.entries[index])).get(self.key)
+        try:
+            found = dict(_paths(self.entries[index])).get(self.key)
+        except IndexError:  # the sampler's numbers are not places in the list
+            return None
         return None if found is None else self.folder + found
 
 
@@ -57,7 +63,8 @@ class Foresight:
             self._subsets.append(dataset.indices)
             dataset = dataset.dataset
         self._dataset = weakref.ref(dataset)
-        self._rules: list[Rule] | None = None
+        self._rules: list[Rule] = []
+        self._tries = 0
         self._remembered: dict[int, tuple[str, ...]] = {}
 
     def files(self, indices: Sequence[int]) -> list[str]:
@@ -77,12 +84,14 @@ class Foresight:
             return
         inner = self._inner(indices)
         of = [tuple(opened[at : at + each]) for at in range(0, len(opened), each)]
-        if self._rules is None:
+        if self._tries < MOST_TRIES:
+            self._tries += 1
             found = [self._rule(inner, [paths[place] for paths in of]) for place in range(each)]
-            self._rules = [rule for rule in found if rule is not None]
-            if len(self._rules) == each:
+            rules = [rule for rule in found if rule is not None]
+            if len(rules) == each:
+                self._rules = rules
+                self._remembered.clear()
                 return
-            self._rules = []  # looked for, and not found
         if len(self._remembered) < MOST_REMEMBERED:
             self._remembered.update(zip(inner, of, strict=True))
 
@@ -95,15 +104,24 @@ class Foresight:
     def _rule(self, indices: Sequence[int], opened: Sequence[str]) -> Rule | None:
         """One by which these samples have opened these files."""
         dataset = self._dataset()
-        if dataset is None:
+        length = _length(dataset)
+        if not 0 <= indices[0] < length:
             return None
-        for entries in _lists(dataset, len(dataset), DEEPEST):
+        for entries in _lists(dataset, length, DEEPEST):
             for key, path in _paths(entries[indices[0]]):
                 if path and opened[0].endswith(path):
                     rule = Rule(entries, key, opened[0][: -len(path)])
                     if [rule.path(index) for index in indices] == list(opened):
                         return rule
         return None
+
+
+def _length(dataset: Any) -> int:
+    """Of a dataset; 0 where it does not say so."""
+    try:
+        return len(dataset)
+    except Exception:  # noqa: BLE001 - the dataset's own; a sampler may know the length instead
+        return 0
 
 
 def _lists(dataset: Any, length: int, depth: int) -> Iterator[Sequence[Any]]:
@@ -113,7 +131,7 @@ def _lists(dataset: Any, length: int, depth: int) -> Iterator[Sequence[Any]]:
         if type(value) in (list, tuple) and len(value) == length > 0:
             yield value
     for value in values:
-        if depth and isinstance(value, data.Dataset) and hasattr(value, "__len__"):
+        if depth and isinstance(value, data.Dataset):
             yield from _lists(value, length, depth - 1)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable
 from typing import Any
 
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 SETTLED_S = 2.0
 """Age of the last change from which on a file's times tell another change from it: file systems
@@ -50,3 +50,10 @@ def path_of(image: Any) -> str | None:
     """Of the file that an image is read from; ``None``: it is none, or its path is not known."""
     path = getattr(image.fp, "name", None)
     return path if isinstance(path, str) else None
+
+
+def is_small(image: Any, most_bytes: int) -> bool:
+    """Whether its pixels, of four bytes, take no more than that, and Pillow would open it."""
+    width, height = image.size
+    most = Image.MAX_IMAGE_PIXELS
+    return 4 * width * height <= most_bytes and (most is None or width * height <= most)

@@ -34,7 +34,6 @@ class DecodedImages:
         on_failure: Callable[[Exception], None],
         budget_bytes: int | None = None,
     ) -> None:
-        self._own: Callable[[Any], Any] = ImageFile.ImageFile.load
         self._kind = kind
         self._on_failure = on_failure
         self._budget_bytes = budget_bytes
@@ -45,13 +44,13 @@ class DecodedImages:
 
     def install(self) -> Undo:
         """Take the place of Pillow's method; returns what ends that."""
-        self._own = ImageFile.ImageFile.load
-        return take_place(ImageFile.ImageFile, "load", lambda image: self.load(image))
+        own = ImageFile.ImageFile.load
+        return take_place(ImageFile.ImageFile, "load", lambda image: self.load(image, own))
 
-    def load(self, image: Any) -> Any:
-        """Decode an image, or take its pixels from memory."""
+    def load(self, image: Any, own: Callable[[Any], Any]) -> Any:
+        """Decode an image by Pillow's method, or take its pixels from memory."""
         if type(image) is not self._kind or not image.tile:
-            return self._own(image)
+            return own(image)
         key = None
         try:
             known = identity(image)
@@ -61,7 +60,7 @@ class DecodedImages:
                 key = known
         except Exception as error:  # noqa: BLE001 - reported
             self._on_failure(error)
-        access = self._own(image)
+        access = own(image)
         if key is not None:
             try:
                 self._keep(key, image.im)

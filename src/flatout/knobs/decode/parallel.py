@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from flatout.agent.place import take_place
 from flatout.knobs import Undo
 from flatout.knobs.decode import decoder, images
 from flatout.knobs.decode.foresight import Foresight
-from flatout.knobs.decode.images import finish, identity, path_of
+from flatout.knobs.decode.images import finish, identity, is_small, path_of
 
 MOST_PROCESSES = 16
 
@@ -41,6 +42,9 @@ BATCHES_KEPT = 4
 """Batches that a loader may be asked for before the files of the first are given up: a thread that
 fetches ahead asks for some."""
 
+MOST_OPENED = 4096
+"""Files that a batch may open, for it to teach which ones its samples do."""
+
 JUDGED_AFTER = 256
 """Files decoded for a dataset, after which most of them must have been of use."""
 
@@ -48,8 +52,14 @@ IDLE_S = 30.0
 """After which the processes end when they are not in use any more; a comparison soon wants them
 again."""
 
+STALLED_S = 10.0
+"""After which a process that owes an answer is given up, and the knob with it."""
+
 NOT_INHERITED = ("LD_PRELOAD", "GLIBC_TUNABLES")
 """Variables that are meant for the program alone."""
+
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+"""A process that has ended must not end the program, which may have SIGPIPE at its default."""
 
 
 class Job:
@@ -107,55 +117,63 @@ class Process:
     """
 
     def __init__(self) -> None:
-        self.jobs: deque[Job] = deque()
         self.free = list(range(PLACES))
+        self._jobs: dict[int, Job] = {}
+        self._count = 0
         self._said = b""
-        with _shared_file(PLACES * PLACE_BYTES) as descriptor:
+        folders = [str(Path(__file__).parent), str(Path(PIL.__file__).parents[1])]
+        self._line, other = socket.socketpair()
+        with _shared_file(PLACES * PLACE_BYTES) as descriptor, other:
             self._memory = memoryview(mmap.mmap(descriptor, 0))
-            folders = [str(Path(PIL.__file__).parents[1]), str(Path(__file__).parent)]
+            passed = other.fileno(), descriptor
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", decoder.__file__),
-                    *map(str, (descriptor, PLACE_BYTES, images.SETTLED_S, *folders)),
+                    *map(str, (*passed, PLACE_BYTES, images.SETTLED_S, *folders)),
                 ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(descriptor,),
-                bufsize=0,
+                pass_fds=passed,
                 env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},
             )
-        assert self._process.stdout is not None
         self._poll = select.poll()
-        self._poll.register(self._process.stdout, select.POLLIN)
+        self._poll.register(self._line, select.POLLIN)
 
     def take(self, job: Job) -> None:
-        """Let it decode a file."""
-        assert self._process.stdin is not None
-        job.process, job.place = self, self.free.pop()
-        self.jobs.append(job)
-        asked = json.dumps((job.place, os.path.abspath(job.path))) + "\n"
-        self._process.stdin.write(asked.encode())
+        """Let it decode a file.
+
+        Raises:
+            OSError: it has ended.
+        """
+        self._count += 1
+        asked = self._count, self.free.pop(), os.path.abspath(job.path)
+        job.process, job.place = self, asked[1]
+        self._jobs[self._count] = job
+        line = json.dumps((*asked, bool(ImageFile.LOAD_TRUNCATED_IMAGES))) + "\n"
+        self._line.sendall(line.encode(), _NO_SIGNAL)
 
     def listen(self, *, wait: bool) -> None:
         """Note what it has made, and wait for one, if asked to.
 
         Raises:
             EOFError: it has ended.
+            TimeoutError: it does not answer.
         """
-        assert self._process.stdout is not None
-        while self.jobs and (wait or self._poll.poll(0)):
-            part = os.read(self._process.stdout.fileno(), 1 << 16)
+        while self._jobs and self._poll.poll(1e3 * STALLED_S if wait else 0):
+            part = self._line.recv(1 << 16)
             if not part:
                 raise EOFError("a process that decodes images has ended")
             *lines, self._said = (self._said + part).split(b"\n")
             for line in lines:
-                job = self.jobs.popleft()
-                made = json.loads(line)
+                number, made = json.loads(line)
+                job = self._jobs.pop(number)
                 job.made, job.is_over = made and (made[0], made[1], tuple(made[2])), True
                 if not job.is_wanted:
                     self.free.append(job.place)
                 wait = False
+        if wait and self._jobs:
+            raise TimeoutError(f"a process that decodes images has not answered for {STALLED_S} s")
 
     def pixels(self, job: Job) -> Any:
         """A copy of what it has made, as Pillow has it."""
@@ -167,12 +185,15 @@ class Process:
         return Image.frombytes(mode, size, memory, "raw", decoder.MAPPED[mode]).im
 
     def end(self) -> None:
-        """Let it end."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        """Let it end, and see to it that it does."""
+        with contextlib.suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)  # a fork may have the line as well
+        self._line.close()
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @contextlib.contextmanager
@@ -209,8 +230,7 @@ class Decoders:
         self._most = min(processes, MOST_PROCESSES)
         self._kind = kind
         self._on_failure = on_failure
-        self._own_load: Callable[[Any], Any] = ImageFile.ImageFile.load
-        self._own_next: Callable[[Any], Any] = dataloader._BaseDataLoaderIter._next_index
+        self._decode: Callable[[Any], Any] = ImageFile.ImageFile.load
         self._known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
         self._last: Known | None = None
         self._lock = threading.RLock()  # a thread may fetch what another has asked for
@@ -227,26 +247,30 @@ class Decoders:
 
     def install(self) -> Undo:
         """Take the place of both; returns what ends that."""
-        self._own_load = ImageFile.ImageFile.load
-        self._own_next = dataloader._BaseDataLoaderIter._next_index
+        load = self._decode = ImageFile.ImageFile.load
+        following = dataloader._BaseDataLoaderIter._next_index
         self._last = None
         self._is_installed = True
         undos = [
-            take_place(ImageFile.ImageFile, "load", lambda image: self.load(image)),
+            take_place(ImageFile.ImageFile, "load", lambda image: self.load(image, load)),
             take_place(
-                dataloader._BaseDataLoaderIter, "_next_index", lambda loads: self.next_index(loads)
+                dataloader._BaseDataLoaderIter,
+                "_next_index",
+                lambda iterator: self.next_index(iterator, following),
             ),
         ]
 
         def undo() -> None:
             for give_back in undos:
                 give_back()
+            if self._pid != os.getpid():
+                return
             with self._lock:
                 for jobs in self._batches:
                     self._give_up(jobs)
                 self._forget_all()
                 self._is_installed = False
-            if self._processes and self._pid == os.getpid():
+            if self._processes:
                 timer = threading.Timer(IDLE_S, self._end)
                 timer.daemon = True
                 timer.start()
@@ -256,17 +280,20 @@ class Decoders:
     def _end(self) -> None:
         """End the processes, unless they are in use again."""
         with self._lock:
-            while self._processes and not self._is_installed:
-                self._processes.pop().end()
+            idle = [] if self._is_installed else self._processes
+            self._processes = [] if idle else self._processes
+        for process in idle:
+            process.end()
 
     # A batch is asked for
 
-    def next_index(self, iterator: Any) -> Any:
-        """The indices of a loader's next batch."""
-        index = self._own_next(iterator)
+    def next_index(self, iterator: Any, following: Callable[[Any], Any]) -> Any:
+        """The indices of a loader's next batch, by torch's method ``following``."""
+        index = following(iterator)
         try:
             if (
-                type(iterator) is dataloader._SingleProcessDataLoaderIter
+                self._is_installed
+                and type(iterator) is dataloader._SingleProcessDataLoaderIter
                 and iterator._dataset_kind == dataloader._DatasetKind.Map
                 and data.get_worker_info() is None
                 and self._pid == os.getpid()
@@ -296,6 +323,8 @@ class Decoders:
         files = known.foresight.files(indices)
         if not self._by_path:
             files = files[1:]  # the program is at the first one before any process is
+        if not files:
+            return
         jobs = [Job(path, known) for path in files]
         self._batches.append(jobs)
         for job in jobs:
@@ -346,25 +375,30 @@ class Decoders:
 
     # An image is to be decoded
 
-    def load(self, image: Any) -> Any:
-        """Decode an image, or take the pixels that are there."""
-        if type(image) is self._kind and image.tile and self._pid == os.getpid():
+    def load(self, image: Any, own: Callable[[Any], Any]) -> Any:
+        """Decode an image by Pillow's method ``own``, or take the pixels that are there."""
+        if (
+            self._is_installed
+            and type(image) is self._kind
+            and image.tile
+            and self._pid == os.getpid()
+        ):
             try:
                 with self._lock:
                     self._take(image)
             except Exception as error:  # noqa: BLE001 - reported
                 self._on_failure(error)
-        return self._own_load(image)
+        return own(image)
 
     def _take(self, image: Any) -> None:
         path = path_of(image)
         if path is None:
             return
-        let_threads_rest()  # they may have been called by the last sample
-        if self._last is not None:
+        if self._last is not None and len(self._last.opened) < MOST_OPENED:
             self._last.opened.append(path)
         if path not in self._by_path:
             return
+        let_threads_rest()  # they may have been called by the last sample
         job = self._by_path[path][0]
         if job.process is not None:
             while not job.is_over:
@@ -396,9 +430,9 @@ class Decoders:
             with open(path, "rb") as file:
                 image = self._kind(file)
                 key = identity(image)
-                if key is None:
+                if key is None or not is_small(image, PLACE_BYTES):
                     return None
-                self._own_load(image)
+                self._decode(image)
                 return repr(key), image.im
         except Exception:  # noqa: BLE001 - the program meets it when it opens the file itself
             return None

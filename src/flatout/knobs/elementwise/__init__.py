@@ -47,9 +47,9 @@ KNOB = Knob(
         "processor: `tanh` and magnitudes to two units in the last place, the GELU to sixteen "
         "(torch's own: hundreds, for negative numbers). Taken are dense tensors of 32,768 elements "
         "or more in float32 and bfloat16 (complex: of float32). Needs a C compiler.",
-        helps="Language models with the GELU of GPT-2, recurrent cells by hand, generators that "
-        "end in `tanh`, spectrograms in the step.",
-        hurts="Nothing known. In compiled regions it does nothing.",
+        helps="Language models with the GELU of GPT-2, networks with `tanh`, spectrograms.",
+        hurts="Many calls on small tensors: each of these operators takes the way through Python, "
+        "some microseconds. In compiled regions it does nothing.",
         by_hand="`torch.compile` the module; `torch.view_as_real(z).norm(dim=-1)` for magnitudes.",
         sources=(
             "https://arxiv.org/abs/1606.08415 (GELU)",

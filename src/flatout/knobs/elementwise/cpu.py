@@ -41,7 +41,11 @@ def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Un
             return None
         made = torch.empty_like(x)
         if gradient is not None:
-            if gradient.dtype is not x.dtype or not dispatch.are_plain(gradient):
+            if (
+                gradient.dtype is not x.dtype
+                or gradient.shape != x.shape
+                or not dispatch.are_plain(gradient)
+            ):
                 return None
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
