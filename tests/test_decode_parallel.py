@@ -64,6 +64,12 @@ def raising(error: Exception) -> None:
     raise error
 
 
+def told_to(session: Session) -> Decoders:
+    """Decoders whose failures a session is told."""
+    kind = JpegImagePlugin.JpegImageFile
+    return Decoders(1, kind, lambda error: session.contain("decode", error))
+
+
 @pytest.fixture(autouse=True)
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that were written long ago."""
@@ -269,9 +275,7 @@ def test_a_process_that_is_killed_is_told_and_the_images_are_there(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(Request(), tmp_path)
-    decoders = Decoders(
-        1, JpegImagePlugin.JpegImageFile, lambda error: session.contain("decode", error)
-    )
+    decoders = told_to(session)
     dataset = Folder(paths)
     bare = [epoch(dataset, seed) for seed in range(2)]
     undo = decoders.install()
@@ -287,9 +291,7 @@ def test_a_process_that_does_not_answer_is_given_up(
 ) -> None:
     monkeypatch.setattr(parallel, "STALLED_S", 0.0)
     session = Session(Request(), tmp_path)
-    decoders = Decoders(
-        1, JpegImagePlugin.JpegImageFile, lambda error: session.contain("decode", error)
-    )
+    decoders = told_to(session)
     dataset = Folder(paths)
     bare = [epoch(dataset, seed) for seed in range(2)]
     undo = decoders.install()
@@ -304,9 +306,7 @@ def test_a_process_that_cannot_be_started_is_no_error_of_the_programs(
 ) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     session = Session(Request(), tmp_path)
-    decoders = Decoders(
-        1, JpegImagePlugin.JpegImageFile, lambda error: session.contain("decode", error)
-    )
+    decoders = told_to(session)
     undo = decoders.install()
     assert len(epoch(Folder(paths))) == 3
     undo()
