@@ -67,7 +67,7 @@ def test_as_in_float64(turned: None, name: str, dtype: torch.dtype, threads: int
     exact = results(FUNCTIONS[name], x.double())
     unit = torch.finfo(dtype).eps
     (value, slope), (right, right_slope) = ours, exact
-    units = 16 if name == "gelu" and dtype is torch.float32 else 2  # torch's own GELU: hundreds
+    units = 16 if name == "gelu" and dtype is torch.float32 else 2
     assert ((value.double() - right).abs() <= units * unit * right.abs() + 1e-11).all()
     assert (
         (slope.double() - right_slope).abs() <= max(units, 4) * unit * (1 + right_slope.abs())

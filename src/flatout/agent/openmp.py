@@ -18,8 +18,7 @@ https://gcc.gnu.org/onlinedocs/libgomp/omp_005fpause_005fresource_005fall.html""
 def let_threads_rest() -> None:
     """Let the threads end that wait for the calling one; it gets others when it computes again.
 
-    That takes some 40 microseconds; nothing where there are none, or where the runtime of OpenMP
-    does not know of it.
+    Nothing happens where there are none, or where the runtime of OpenMP does not know of it.
     """
     _pause()(_SOFT)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch.utils import data
 
 MOST_REMEMBERED = 100_000
-"""Samples whose files are remembered one by one: some 20 MB."""
+"""Samples whose files are remembered one by one."""
 
 DEEPEST = 3
 """Datasets within datasets that are looked into."""

@@ -44,9 +44,9 @@ KNOB = Knob(
         what="On the CPU, torch computes few functions of single elements far slower than memory "
         'allows: `tanh`, `gelu(approximate="tanh")` with its derivative, and `abs` of complex '
         "numbers, which a spectrogram is made of. `fast` has kernels for them, compiled for this "
-        "processor: `tanh` and magnitudes to two units in the last place, the GELU to sixteen "
-        "(torch's own: hundreds, for negative numbers). Taken are dense tensors of 32,768 elements "
-        "or more in float32 and bfloat16 (complex: of float32). Needs a C compiler.",
+        "processor: `tanh` and magnitudes to two units in the last place, the GELU to sixteen. "
+        "Taken are dense tensors of 32,768 elements or more in float32 and bfloat16 (complex: of "
+        "float32). Needs a C compiler.",
         helps="Language models with the GELU of GPT-2, networks with `tanh`, spectrograms.",
         hurts="Many calls on small tensors: each of these operators takes the way through Python, "
         "some microseconds. In compiled regions it does nothing.",
