@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks and not tunes and not traps"
+	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks and not accelerator and not tunes and not traps"
 
 # Whole tunes of small programs.
 tunes: $(INSTALLED)
@@ -60,6 +60,10 @@ bench-quick: $(INSTALLED) .venv-suite/.installed
 frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
 	$(BIN)/python -m pytest -m frameworks
 
+# Programs on a GPU; PYTHON names an interpreter whose torch finds it.
+accelerator: $(INSTALLED)
+	FLATOUT_TEST_ACCELERATOR_PYTHON=$(PYTHON) $(BIN)/python -m pytest -m accelerator
+
 # Measures time: run it on a machine that does nothing else.
 measured: $(INSTALLED)
 	$(BIN)/python -m pytest -m measured tests benchmarks
@@ -71,4 +75,4 @@ clean:
 docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs
 
-.PHONY: all demo test tunes traps lint docs frameworks bench bench-quick measured clean
+.PHONY: all demo test tunes traps lint docs frameworks accelerator bench bench-quick measured clean

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from flatout.knobs import mkl
 from flatout.machine import Ceilings
 from flatout.record import ProcessRecord, RunRecord, Step, record_path
 from flatout.report.terminal import print_diagnosis
+from flatout.tune import candidates
 from flatout.turns import PHASES
 
 HEADER = {
@@ -32,22 +34,27 @@ HEADER = {
     "executable": sys.executable,
     "environment": {},
 }
+RATES = {"float32": 1e11, "bfloat16": 4e11, "float16": None}
 CEILINGS = Ceilings(
     python=sys.executable,
     torch="2.13.0",
     threads=2,
-    matmul_flops_per_s={"float32": 1e11, "bfloat16": 4e11, "float16": None},
+    matmul_flops_per_s=RATES,
     memory_bytes_per_s=1e10,
     page_fault_us=0.5,
-    devices={},
+    devices={"cpu": {"matmul_flops_per_s": RATES}},
     measured_at_unix_s=0.0,
     fingerprint={},
 )
-NO_BF16 = Ceilings(
-    **{
-        **CEILINGS.__dict__,
-        "matmul_flops_per_s": {"float32": 1e11, "bfloat16": 1e10},
-    }
+NO_BF16 = replace(
+    CEILINGS, devices={"cpu": {"matmul_flops_per_s": {"float32": 1e11, "bfloat16": 1e10}}}
+)
+ON_CUDA = replace(
+    CEILINGS,
+    devices={
+        "cpu": {"matmul_flops_per_s": {"float32": 1e9}},
+        "cuda": {"matmul_flops_per_s": RATES},
+    },
 )
 
 
@@ -424,6 +431,48 @@ def test_synchronisation_matters_only_while_an_accelerator_is_idle(recorded: Any
             assert "synchronisation-points" not in kinds_found(diagnosis)
         else:
             assert share(diagnosis, "synchronisation-points") == pytest.approx(expected)
+
+
+def test_waiting_for_an_accelerator_is_no_time_of_python_or_data(recorded: Any) -> None:
+    waiting = {"forward": 2.0, "data": 3.0, "other": 5.0}
+    product = operator("aten::mm", 0.5, calls=3, device_self_ms=8.5)
+    window = profile(product, device_total_ms=9.8)
+    diagnosis = recorded(waiting, window, header={"accelerator": "cuda"}, ceilings=ON_CUDA)
+    assert kinds_found(diagnosis) == ["compute-bound-wrong-dtype"]
+    assert share(diagnosis, "compute-bound-wrong-dtype") == pytest.approx(0.85 * 0.75)
+    idle = profile(product, device_total_ms=6.0)
+    diagnosis = recorded(waiting, idle, header={"accelerator": "cuda"}, ceilings=ON_CUDA)
+    assert share(diagnosis, "python-between-steps") == pytest.approx(0.4)
+    assert share(diagnosis, "input-bound") == pytest.approx(0.3)
+
+
+def test_a_program_that_leaves_the_accelerator_alone_is_held_against_the_host(
+    recorded: Any,
+) -> None:
+    drawing = operator("aten::bernoulli_", 4.0, device_self_ms=0.0)
+    product = operator("aten::mm", 5.0, calls=3, device_self_ms=0.0)
+    window = profile(
+        *(drawing, product),
+        device_total_ms=0.0,
+        facts={"parameters": {"elements_by_device": {"cpu": 100}, "denormal_share": 0.0}},
+    )
+    diagnosis = recorded(profiled=window, header={"accelerator": "cuda"}, ceilings=ON_CUDA)
+    assert diagnosis.case.device == "cpu"
+    assert "slow-random-numbers" in kinds_found(diagnosis)
+    assert diagnosis.case.mfu == pytest.approx(10.0)  # 1e8 operations in 10 ms, at 1e9 a second
+
+
+def test_the_share_of_an_operator_is_the_devices_where_that_is_larger(recorded: Any) -> None:
+    window = profile(
+        operator("aten::mm", 0.5, calls=3, device_self_ms=6.0),
+        operator("aten::add", 2.0, calls=3, device_self_ms=0.1),
+        device_total_ms=6.1,
+    )
+    case = recorded(profiled=window, header={"accelerator": "cuda"}, ceilings=ON_CUDA).case
+    known = candidates.facts(case)
+    assert known.device == "cuda"
+    assert known.operators == pytest.approx({"aten::mm": 0.6, "aten::add": 0.2})
+    assert known.matmul_flops_per_s == RATES
 
 
 def test_mfu_weighs_each_dtype_with_its_own_ceiling(recorded: Any) -> None:

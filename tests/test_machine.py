@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from flatout import machine
+from flatout import machine, machine_probe
 from flatout.cli import main
 from flatout.errors import UserError
 
@@ -60,6 +61,27 @@ def test_measured_once_and_again_on_request(measured: list[str]) -> None:
     assert first.page_fault_us is None
 
 
+def test_an_accelerator_is_measured_with_matrices_that_fill_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    largest, tried = {"cuda": 4096, "cpu": 2048}, []
+
+    def product(m: int, k: int, n: int, device: torch.device, dtype: torch.dtype) -> object:
+        tried.append(n)
+        return None if n > largest[device.type] else lambda: None  # no memory for it
+
+    monkeypatch.setattr(machine_probe, "product", product)
+    monkeypatch.setattr(machine_probe, "best_seconds", lambda *_: 1e-3)
+    of = machine_probe.matmul_flops_per_s
+    assert of(torch.device("cuda"), torch.float32) == pytest.approx(2e3 * 4096**3)
+    assert max(tried) == 8192
+    tried.clear()
+    assert of(torch.device("cpu"), torch.float32) == pytest.approx(2e3 * 2048**3)
+    assert max(tried) == 2048
+    largest["cuda"] = 0
+    assert of(torch.device("cuda"), torch.float32) is None
+
+
 def test_one_interpreter_has_one_entry_whatever_it_is_called(
     measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +91,7 @@ def test_one_interpreter_has_one_entry_whatever_it_is_called(
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"version": 1, "entries": [{}]}', "[]"])
+@pytest.mark.parametrize("damage", ["", "{", '{"version": 2, "entries": [{}]}', "[]"])
 def test_a_damaged_cache_is_measured_anew(
     measured: list[str], damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

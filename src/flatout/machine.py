@@ -25,7 +25,7 @@ from typing import Any
 from flatout import paths
 from flatout.errors import UserError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 PROBE_SECONDS = 180
 """Time limit of the measurement; it takes about ten seconds, of which torch's import is a part."""
 

@@ -19,12 +19,18 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 SIZES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024))
 """Matrix products (m, k, n) that are tried; the last one is a layer on a large batch."""
 
+ACCELERATOR_SIZES = (*SIZES, (4096, 4096, 4096), (8192, 8192, 8192))
+"""Smaller ones do not fill a large accelerator: an H200 reaches a quarter of its rate with 2048."""
+
 SECONDS_PER_SIZE = 0.4
 SECONDS_PER_PRODUCT = 1.0
 """A larger matrix that would take longer is left out: the hardware lacks this dtype."""
 
 COPY_BYTES = 256 * 2**20
 """Beyond every last-level cache of today's machines (up to 256 MiB with its copy)."""
+
+ACCELERATOR_COPY_BYTES = 2**30
+"""So many that the start of the copy does not count."""
 
 Matrix = Any
 
@@ -96,47 +102,51 @@ def best_seconds(work: Callable[[], object], device: torch.device, limit_s: floa
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
     """Best rate of a matrix product, 2mkn operations each; ``None`` if it cannot be computed."""
     best = 0.0
-    for m, k, n in SIZES:
+    for m, k, n in SIZES if device.type == "cpu" else ACCELERATOR_SIZES:
         if best and 2 * m * k * n / best > SECONDS_PER_PRODUCT:
             continue
         multiply = product(m, k, n, device, dtype)
         if multiply is None:
-            return None
+            break
         seconds = best_seconds(multiply, device, SECONDS_PER_SIZE)
         best = max(best, 2 * m * k * n / seconds)
-    return best
+    return best or None
 
 
 def product(
     m: int, k: int, n: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Matrix] | None:
-    """A matrix product ready to run, ``None`` where torch has no kernel for it."""
-    if dtype == torch.int8:
-        a = torch.randint(-8, 8, (m, k), device=device, dtype=dtype)
-        b = torch.randint(-8, 8, (n, k), device=device, dtype=dtype).t()
-
-        def multiply() -> Matrix:
-            return torch._int_mm(a, b)
-    else:
-        x = torch.randn(m, k, device=device).to(dtype)
-        y = torch.randn(k, n, device=device).to(dtype)
-
-        def multiply() -> Matrix:
-            return x @ y
-
+    """A matrix product ready to run, ``None`` where torch has no kernel or no memory for it."""
     try:
+        if dtype == torch.int8:
+            a = torch.randint(-8, 8, (m, k), device=device, dtype=dtype)
+            b = torch.randint(-8, 8, (n, k), device=device, dtype=dtype).t()
+
+            def multiply() -> Matrix:
+                return torch._int_mm(a, b)
+        else:
+            x = torch.randn(m, k, device=device).to(dtype)
+            y = torch.randn(k, n, device=device).to(dtype)
+
+            def multiply() -> Matrix:
+                return x @ y
+
         multiply()
     except (RuntimeError, NotImplementedError):
         return None
     return multiply
 
 
-def memory_bytes_per_s(device: torch.device) -> float:
-    """Rate of a copy; bytes read and bytes written both count."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
+def memory_bytes_per_s(device: torch.device) -> float | None:
+    """Rate of a copy, bytes read and bytes written both counted; ``None`` without the memory."""
+    size_bytes = COPY_BYTES if device.type == "cpu" else ACCELERATOR_COPY_BYTES
+    try:
+        source = torch.ones(size_bytes // 4, device=device)
+        target = torch.empty_like(source)
+    except RuntimeError:  # such as torch.OutOfMemoryError
+        return None
     seconds = best_seconds(lambda: target.copy_(source), device, 0.5)
-    return 2 * COPY_BYTES / seconds
+    return 2 * size_bytes / seconds
 
 
 def page_fault_us(pages: int = 16384) -> float | None:

@@ -157,12 +157,11 @@ class RecordWriter:
 
     def write_losses(self, losses: list[float], peak_device_bytes: int | None) -> None:
         """Queue the losses that have arrived."""
-        if losses:
-            packed = _base64(struct.pack(f"<{len(losses)}d", *losses))
-            self._lines.append(
-                f'{{"kind": "losses", "packed": "{packed}", '
-                f'"peak_device_bytes": {json.dumps(peak_device_bytes)}}}\n'
-            )
+        packed = _base64(struct.pack(f"<{len(losses)}d", *losses))
+        self._lines.append(
+            f'{{"kind": "losses", "packed": "{packed}", '
+            f'"peak_device_bytes": {json.dumps(peak_device_bytes)}}}\n'
+        )
 
     def seconds(self, at_ns: int) -> float:
         """Seconds between the header and a ``time.perf_counter_ns`` reading."""
@@ -501,6 +500,7 @@ def read_process(path: Path) -> ProcessRecord:
                 process.state = tuple(map(_root_state, document["roots"]))
         elif kind == "end":
             process.end = document
+            replay.last_peak_device_bytes = document.get("peak_device_bytes")
     replay.finish()
     return process
 
@@ -640,11 +640,13 @@ class _Replay:
     Attributes:
         losses: the values read so far.
         peak_device_bytes: that much memory was allocated when each of them was read.
+        last_peak_device_bytes: that much at the end, also where no losses were read.
     """
 
     def __init__(self, process: ProcessRecord, header: dict[str, Any]) -> None:
         self.losses: list[float] = []
         self.peak_device_bytes: list[int | None] = []
+        self.last_peak_device_bytes: int | None = None
         self._process = process
         self._started_ns = int(header.get("started_ns", 0))
         self._unpacker = _Unpacker()
@@ -668,6 +670,8 @@ class _Replay:
                 losses.append(self.losses[number] if arrived else None)
                 if arrived:
                     peak_device_bytes = self.peak_device_bytes[number]
+            if turn is self._closed_turns[-1][0]:
+                peak_device_bytes = self.last_peak_device_bytes or peak_device_bytes
             step = Step(
                 index=turn.index,
                 at_s=(turn.start_ns - self._started_ns) / 1e9,

@@ -161,8 +161,8 @@ class Request:
     Attributes:
         settings: ``knob -> setting``, applied from the first step to the last.
         stop_steps: stop the program after this many steps, ``None``: run to its end.
-        stop_seconds: stop at the first step boundary after this many seconds since torch was
-            imported, even when ``stop_steps`` has not been reached.
+        stop_seconds: stop at the first step boundary after this many seconds since the first step
+            was over, even when ``stop_steps`` has not been reached.
         profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
         comparison: arms to compare inside the process.
         learn: after the comparison, whose arms are single settings, the program goes on under

@@ -113,7 +113,7 @@ def _entry(path: Path, folder: Path) -> str:
 def _texts(contents: Sequence[bytes], name: str, python: Path) -> list[str]:
     """Files as text: of a checkpoint its values with their places, as loaded by ``python``."""
     if Path(name).suffix not in CHECKPOINTS:
-        return [content.decode() for content in contents]
+        return [content.decode(errors="backslashreplace") for content in contents]
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, str(number)) for number in range(len(contents))]
         for path, content in zip(paths, contents, strict=True):

@@ -77,15 +77,18 @@ def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
 
 def _parameters(roots: list[torch.nn.Module]) -> dict[str, Any]:
     elements: Counter[str] = Counter()
+    devices: Counter[str] = Counter()
     denormal = total = 0
     for parameter in {p for root in roots for p in root.parameters()}:
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        devices[parameter.device.type] += parameter.numel()
         if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
             magnitude = parameter.detach().abs()
             denormal += int(((magnitude > 0) & (magnitude < _SMALLEST_NORMAL)).sum())
             total += parameter.numel()
     return {
         "elements_by_dtype": dict(elements),
+        "elements_by_device": dict(devices),
         "denormal_share": denormal / total if total else None,
     }
 

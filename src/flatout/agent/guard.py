@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout import knobs
+from flatout.agent.capture import is_capturing
 from flatout.agent.finite import Withheld, are_finite, gradients, unscale, values_of
 from flatout.agent.hooks import is_ours
+from flatout.agent.losses import abandon
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 
 if TYPE_CHECKING:
@@ -118,6 +120,11 @@ class Guard:
         if _autograd._engine_run_backward is self._installed:
             _autograd._engine_run_backward = self._own_backward
 
+    def restart(self) -> None:
+        """In the child of a fork: what is still on its way there is the parent's."""
+        abandon(self._flags)
+        self._flags = deque()
+
     def finish(self) -> None:
         """The program is at its end: read what is still on its way."""
         if not self._is_off:
@@ -178,7 +185,7 @@ class Guard:
 
     def _backward(self, outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
         result = self._own_backward(outputs, grads, *args, **kwargs)
-        if kwargs.get("accumulate_grad") and not self._is_off:
+        if kwargs.get("accumulate_grad") and not self._is_off and not is_capturing():
             self._contained(self._look_after_backward)
         return result
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch
+from flatout.agent.capture import is_capturing
+from flatout.agent.losses import abandon
 from flatout.record import FLUSH_SECONDS
 from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
 
@@ -224,6 +226,7 @@ class Hooks:
     def restart(self) -> None:
         """In the child of a fork: begin anew."""
         self._log.reset()
+        abandon((self._log.losses, self.losses))
         self._log.losses = []
         self.losses = []
         self._log.told = False
@@ -322,17 +325,20 @@ class Hooks:
             self._search_roots()
 
     def _wrap_forward(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        for wrapper in self.forward_wrappers:
-            call = _wrapped(wrapper, call)
+        if not is_capturing():
+            for wrapper in self.forward_wrappers:
+                call = _wrapped(wrapper, call)
         return call(module, *args, **kwargs)
 
     def _before_update(self, optimizer: Any) -> None:
-        for callback in self.before_optimizer_step:
-            callback(optimizer)
+        if not is_capturing():
+            for callback in self.before_optimizer_step:
+                callback(optimizer)
 
     def _after_update(self, optimizer: Any) -> None:
-        for callback in self.after_optimizer_step:
-            callback(optimizer)
+        if not is_capturing():
+            for callback in self.after_optimizer_step:
+                callback(optimizer)
 
     def _contained(self, subject: str, function: Call) -> Call:
         """``function`` with errors of ours reported instead of raised into the program."""

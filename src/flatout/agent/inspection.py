@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout.agent.capture import is_capturing
 from flatout.agent.hooks import is_ours
 from flatout.agent.nested import tensors_in
 
@@ -146,7 +147,8 @@ class Inspector:
             result = self._own_backward(*args, **kwargs)
         finally:
             self._backward_depth -= 1
-        if self._backward_depth == 0 and kwargs.get("accumulate_grad") and self._watches_gradients:
+        is_over = self._backward_depth == 0 and kwargs.get("accumulate_grad")
+        if is_over and self._watches_gradients and not is_capturing():
             self._contained(self._backward_ends)
         return result
 
@@ -278,7 +280,7 @@ class Inspector:
             trains = self._backwards > 0 or self._session.hooks.optimizer_exists
             if not inspection.state or not trains or self._outputs >= OUTPUT_LIMIT:
                 return False
-        return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        return not is_capturing()
 
     def _write_output(self, module: Any, inputs: str | None, output: Any, detailed: bool) -> None:
         self._outputs += 1

@@ -8,7 +8,10 @@ to pass.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
+
+from flatout.agent.capture import is_capturing
 
 if TYPE_CHECKING:
     import torch
@@ -39,25 +42,26 @@ class _Pending:
         return self.polls > _POLLS_BEFORE_WAIT
 
 
-class LossReader:
-    """Turns loss tensors into numbers, late where that saves a synchronisation.
-
-    Attributes:
-        peak_device_bytes: most memory that torch had allocated on the accelerator, as of the last
-            loss that was read from it; ``None`` where there is none.
+def abandon(unread: object) -> None:
+    """Keep ``unread``, which holds what ``LossReader.read`` returned, for as long as the process
+    lives: in the child of a fork. There, torch ends the process when an event or pinned memory of
+    the parent's device is released.
     """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(unread))
 
-    def __init__(self) -> None:
-        self.peak_device_bytes: int | None = None
+
+class LossReader:
+    """Turns loss tensors into numbers, late where that saves a synchronisation."""
 
     def read(self, loss: torch.Tensor) -> object:
         """Take note of the loss on an accelerator that backward is about to start from.
 
-        Returns what ``number`` turns into one later, ``None`` if it is no real number.
+        Returns what ``number`` turns into one later, ``None`` if it is no real number, or belongs
+        to a graph that is being captured.
         """
         import torch
 
-        if loss.numel() != 1 or loss.is_complex():
+        if loss.numel() != 1 or loss.is_complex() or is_capturing():
             return None
         if loss.device.type in _STREAM_DEVICES:
             value = torch.empty((), dtype=loss.dtype, pin_memory=True)
@@ -99,13 +103,18 @@ class LossReader:
             loss.copied.synchronize()
         elif not wait and not loss.has_arrived():
             return None
-        self._note_peak_memory()
         return float(loss.value)
 
-    def _note_peak_memory(self) -> None:
-        import torch
 
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            device_module = torch.get_device_module(accelerator)
-            self.peak_device_bytes = device_module.max_memory_allocated()
+def peak_device_bytes() -> int | None:
+    """Most memory that torch had allocated on the accelerator so far; ``None`` where there is no
+    accelerator, it has not been used, or torch does not tell (MPS)."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    device = torch.get_device_module(accelerator)
+    if not hasattr(device, "max_memory_allocated") or not device.is_initialized():
+        return None
+    return int(device.max_memory_allocated()) or None

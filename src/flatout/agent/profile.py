@@ -223,7 +223,8 @@ def _new_profiler() -> Any:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type in ("cuda", "xpu"):
         activities.append(getattr(torch.profiler.ProfilerActivity, accelerator.type.upper()))
-    return torch.profiler.profile(activities=activities)
+    # Without acc_events torch warns at every start that events of earlier ones are gone.
+    return torch.profiler.profile(activities=activities, acc_events=True)
 
 
 def _minor_faults() -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.agent.hooks import Hooks, is_ours
 from flatout.agent.inputs import FirstInputs
-from flatout.agent.losses import LossReader
+from flatout.agent.losses import LossReader, peak_device_bytes
 from flatout.record import (
     ENVIRONMENT_NAMES,
     EVENTS,
@@ -75,7 +75,7 @@ class Session:
         self._arm: int | None = None
         self._mark: str | None = None
         self._stages: list[Callable[[Turn], bool]] = []
-        self._started_ns = time.perf_counter_ns()
+        self._timed_from_ns: int | None = None
         self._steps_timed = 0
         self._close_profiler: Callable[[], None] = lambda: None
         self._inspector: Inspector | None = None
@@ -302,10 +302,15 @@ class Session:
         self._asleep = True
         if self._is_quiet:
             return
-        self._write_events(wait=True)
-        self.record.write(
-            {"kind": "end", "at_s": self._at_s(time.perf_counter_ns()), "reason": reason}
-        )
+        end = {"kind": "end", "at_s": self._at_s(time.perf_counter_ns()), "reason": reason}
+        try:
+            self._write_events(wait=True)
+            end["peak_device_bytes"] = peak_device_bytes()
+        except Exception as error:  # noqa: BLE001 - recorded with its traceback
+            # Such as by an error of the device, after which nothing can be read from it.
+            why = f"not all was read: {type(error).__name__}: {error}"
+            self.event("failed", "loss", why, traceback.format_exc())
+        self.record.write(end)
         self.record.close()
 
     def _timed(self, turn: Turn) -> bool:
@@ -339,6 +344,8 @@ class Session:
         self._stages.clear()
         self.record = RecordWriter(self.run_directory, os.getpid())
         self.hooks.restart()
+        if self._guard is not None:
+            self._guard.restart()
         self._is_quiet = True
 
     def _failed(self, subject: str, error: BaseException) -> None:
@@ -399,7 +406,8 @@ class Session:
     def _write_events(self, wait: bool) -> None:
         self.record.write_events(self.hooks.pack())
         arrived = self.losses.arrived(self.hooks.losses, wait)
-        self.record.write_losses(arrived, self.losses.peak_device_bytes)
+        if arrived:
+            self.record.write_losses(arrived, peak_device_bytes())
         if self._guard is not None:
             self._guard.losses_arrived(arrived)
 
@@ -424,7 +432,9 @@ class Session:
 
     def _run_stages(self, turn: Turn) -> None:
         limit_s = self.request.stop_seconds
-        late = limit_s is not None and turn.end_ns - self._started_ns > limit_s * 1e9
+        if self._timed_from_ns is None:
+            self._timed_from_ns = turn.end_ns
+        late = limit_s is not None and turn.end_ns - self._timed_from_ns > limit_s * 1e9
         while self._stages:
             stage = self._stages[0]
             try:

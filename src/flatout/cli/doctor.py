@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_SECONDS,
         metavar="S",
-        help="stop timing after this many seconds from torch's import on, at the end of a step "
+        help="stop timing this many seconds after the first step, at the end of a step "
         f"(default: {DEFAULT_SECONDS:g})",
     )
     parser.add_argument(

@@ -55,7 +55,7 @@ class Diagnosis:
             "operators_share": case.all_operators_share,
             "minor_faults_per_step": case.minor_faults_per_step,
             "peak_rss_bytes": last.peak_rss_bytes,
-            "peak_device_bytes": last.peak_device_bytes,
+            "peak_device_bytes": case.peak_device_bytes,
             "threads": case.process.header.get("threads"),
             "usable_cores": case.usable_cores,
             "findings": [asdict(finding) for finding in self.findings],

@@ -143,15 +143,45 @@ class Case:
         return self.profile.get("facts") or {}
 
     @property
+    def device(self) -> str:
+        """Type of the device that the program computes on; that of the machine's accelerator only
+        where the program was seen to use it."""
+        accelerator = self.process.header.get("accelerator")
+        has_used = (
+            self.profile.get("device_total_ms")
+            or accelerator in self.facts.get("parameters", {}).get("elements_by_device", {})
+            or self.peak_device_bytes
+        )
+        return str(accelerator) if accelerator is not None and has_used else "cpu"
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """Most memory allocated on the accelerator; ``None``: not measured, or none is used."""
+        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
+
+    @property
     def on_accelerator(self) -> bool:
-        """Whether the machine has an accelerator that torch can use."""
-        return self.process.header.get("accelerator") is not None
+        """Whether the program computes on an accelerator."""
+        return self.device != "cpu"
+
+    @property
+    def matmul_flops_per_s(self) -> Mapping[str, float | None]:
+        """Measured rate of a matrix product on the program's device, by dtype; empty: not known."""
+        if self.ceilings is None:
+            return {}
+        rates = self.ceilings.devices.get(self.device, {}).get("matmul_flops_per_s", {})
+        return dict(rates)
 
     @property
     def device_share(self) -> float | None:
         """Share of a profiled step in which the accelerator was busy, ``None`` without one."""
         device_ms = self.profile.get("device_total_ms")
-        return min(1.0, device_ms / self.profile["step_ms"]) if device_ms else None
+        return min(1.0, device_ms / self._profiled_step_ms) if device_ms else None
+
+    def host_share(self, *phases: str) -> float:
+        """The most that could be saved on the host in these phases: of the step, their time, on an
+        accelerator no more than it is idle, since the rest of it is work being done."""
+        return min(self.phase_share(*phases), 1.0 - (self.device_share or 0.0))
 
     @property
     def _profiler_ms(self) -> float:
@@ -194,14 +224,19 @@ class Case:
 
         The profiler adds about the same time to each call: what the profiled steps took longer than
         the median timed one, over the calls, is taken off each (at most ``PROFILER_US``). Then an
-        operator's share is that of the profiled step, less what was taken off.
+        operator's share is that of the profiled step, less what was taken off; that of the
+        accelerator's time where that is larger.
         """
         calls = self.profile.get("operators_total_calls")
         if not calls:
             return []
         added_ms = self._profiler_ms / calls
         return [
-            {**o, "share": max(0.0, o["self_ms"] - o["calls"] * added_ms) / self._profiled_step_ms}
+            {
+                **o,
+                "share": max(0.0, o["self_ms"] - o["calls"] * added_ms, o["device_self_ms"] or 0.0)
+                / self._profiled_step_ms,
+            }
             for o in self.profile["operators"]
         ]
 
@@ -276,11 +311,11 @@ class Case:
         """Time that the step's operations need at the measured ceilings of their dtypes, over the
         step's own: model FLOP/s over the ceiling (Chowdhery et al. 2022, "PaLM", section 4.1, with
         a measured in place of a stated peak)."""
-        if self.flops_per_step is None or self.ceilings is None:
+        if self.flops_per_step is None:
             return None
         seconds = 0.0
         for dtype, flops in self.profile["flops_by_dtype"].items():
-            ceiling = self.ceilings.matmul_flops_per_s.get(dtype)
+            ceiling = self.matmul_flops_per_s.get(dtype)
             if not ceiling:
                 return None
             seconds += flops / ceiling
@@ -289,7 +324,8 @@ class Case:
 
 def is_large(operator: Mapping[str, Any]) -> bool:
     """Whether its kernel is the larger part of a call."""
-    return bool(operator["self_ms"] * 1e3 > LARGE_US * operator["calls"])
+    longest_ms = max(operator["self_ms"], operator["device_self_ms"] or 0.0)
+    return bool(longest_ms * 1e3 > LARGE_US * operator["calls"])
 
 
 def is_arithmetic(operator: Mapping[str, Any]) -> bool:

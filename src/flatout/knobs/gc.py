@@ -17,6 +17,11 @@ THRESHOLDS = (50_000, 20, 100)
 the next. CPython's own are 700 (2,000 from 3.13 on), 10, 10."""
 
 
+FEWEST_FROZEN = 10_000
+"""Objects that a program which freezes them freezes at least: torch's import alone makes a hundred
+thousand. CPython 3.12 starts with some hundred (3.12.1: 375)."""
+
+
 def match(facts: Facts) -> Match:
     """Worth a trial anywhere."""
     return Match(("seldom",))
@@ -25,7 +30,7 @@ def match(facts: Facts) -> Match:
 def apply(session: Session, setting: str) -> Undo:
     """Put what is alive out of the collector's sight, and let it come seldom."""
     before = gc.get_threshold()
-    if not gc.isenabled() or gc.get_freeze_count() or before[0] > THRESHOLDS[0]:
+    if not gc.isenabled() or gc.get_freeze_count() >= FEWEST_FROZEN or before[0] > THRESHOLDS[0]:
         raise RefusedError("the program has decided on garbage collection itself")
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)

@@ -119,11 +119,14 @@ def _operators(case: Case) -> Padding:
 def _figures(case: Case) -> Padding:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("arithmetic", _arithmetic(case))
+    if case.device_share is not None:
+        busy = f"busy for {case.device_share:.0%} of a step; the phases are times of the host"
+        table.add_row("accelerator", busy)
     faults = case.minor_faults_per_step
     if faults is not None:
         table.add_row("page faults", f"{faults:,.0f} minor ones a step")
     peak = [("memory", case.steps[-1].peak_rss_bytes)]
-    peak.append(("device memory", case.steps[-1].peak_device_bytes))
+    peak.append(("device memory", case.peak_device_bytes))
     for name, value in peak:
         if value is not None:
             table.add_row(name, f"{value / 2**20:,.0f} MiB at the peak")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flatout import knobs, machine
@@ -44,16 +44,12 @@ class Candidate:
         return f"{self.knob}={self.setting}"
 
 
-def facts(case: Case, device: str) -> Facts:
+def facts(case: Case) -> Facts:
     """What the first run has shown.
 
     Args:
         case: of that run; without a ceiling, the rates count as not measured.
-        device: type of the device that the job computes on.
     """
-    rates: Mapping[str, float | None] = {}
-    if case.ceilings is not None:
-        rates = case.ceilings.devices.get(device, {}).get("matmul_flops_per_s", {})
     is_profiled = bool(case.operators)
     phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
     operators = None
@@ -62,15 +58,15 @@ def facts(case: Case, device: str) -> Facts:
     large = case.operators_share(is_large)
     loaders = case.facts.get("loaders")
     return Facts(
-        device=device,
-        matmul_flops_per_s=rates,
+        device=case.device,
+        matmul_flops_per_s=case.matmul_flops_per_s,
         updates=any(step.updates for step in case.steps),
         huge_pages=machine.huge_pages(),
         threads=case.process.header["threads"],
         main_dtype=case.main_dtype if is_profiled else None,
         operators=operators,
         optimizer_share=case.phase_share("optimizer") if phases else None,
-        data_share=case.phase_share("data") if phases else None,
+        data_share=case.host_share("data") if phases else None,
         page_fault_share=case.page_fault_share if is_profiled else None,
         unfused_attention_share=(
             case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None

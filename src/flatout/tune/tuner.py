@@ -299,8 +299,8 @@ class Tuner:
         timed = [step for step in process.turns if step.mark is None]
         if len(timed) <= WARMUP_STEPS:
             raise UserError(
-                f"in {limit_s:.1f} s, start-up included, the program made {len(timed)} steps; give "
-                "tune a longer --budget, or --steps"
+                f"in {limit_s:.1f} s from its first step on, the program made {len(timed)} steps; "
+                "give tune a longer --budget, or --steps"
             )
         outcome = self._outcome
         outcome.header, outcome.inputs = process.header, process.inputs
@@ -322,13 +322,12 @@ class Tuner:
 
     def _candidates(self, first: Trial) -> list[Candidate]:
         header = first.process.header
-        on_accelerator = any(step.peak_device_bytes for step in first.process.turns)
         case = Case(
             first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
         )
         self._outcome.findings = find_all(case)
         self._outcome.phases_ms = case.phases_ms
-        known = candidates.facts(case, str(header["accelerator"]) if on_accelerator else "cpu")
+        known = candidates.facts(case)
         found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
         self._outcome.refused = refused
         for name in knobs.registry():

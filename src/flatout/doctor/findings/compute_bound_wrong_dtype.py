@@ -11,16 +11,13 @@ WORTHWHILE = 1.3
 
 def find(case: Case) -> Finding | None:
     precision = case.facts.get("switches", {}).get("float32_matmul_precision") or "highest"
-    if case.ceilings is None or case.main_dtype != "float32" or precision != "highest":
+    if case.main_dtype != "float32" or precision != "highest":
         return None
-    rates = case.ceilings.matmul_flops_per_s
+    rates = case.matmul_flops_per_s
     single, half = rates.get("float32"), rates.get("bfloat16")
     if not single or not half or half < WORTHWHILE * single:
         return None
-    if case.device_share is not None:
-        arithmetic = _device_share_of_arithmetic(case)
-    else:
-        arithmetic = case.operators_share(is_arithmetic)
+    arithmetic = case.operators_share(is_arithmetic)
     share = arithmetic * (1 - single / half)
     if share < MATTERS:
         return None
@@ -34,8 +31,3 @@ def find(case: Case) -> Finding | None:
         share,
         "knob: precision=bf16",
     )
-
-
-def _device_share_of_arithmetic(case: Case) -> float:
-    device_ms = sum(o["device_self_ms"] or 0.0 for o in case.operators if is_arithmetic(o))
-    return float(device_ms / case.profile["step_ms"])

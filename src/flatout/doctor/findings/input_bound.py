@@ -7,7 +7,7 @@ from flatout.doctor.findings import MATTERS, Finding
 
 
 def find(case: Case) -> Finding | None:
-    share = case.phase_share("data")
+    share = case.host_share("data")
     if share < MATTERS:
         return None
     evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]

@@ -15,7 +15,7 @@ def find(case: Case) -> Finding | None:
         return None
     phases = case.phase_share("forward", "loss", "backward")
     if case.device_share is not None:
-        share = min(phases, 1.0 - case.device_share)
+        share = case.host_share("forward", "loss", "backward")
         evidence = [f"the accelerator is busy for {case.device_share:.0%} of a step"]
     else:
         large = case.operators_share(lambda o: is_large(o) and o["phase"] != "optimizer")

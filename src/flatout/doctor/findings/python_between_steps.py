@@ -10,7 +10,7 @@ PYTHON_MATTERS = 0.1
 
 
 def find(case: Case) -> Finding | None:
-    share = case.phase_share("other")
+    share = case.host_share("other")
     if share < PYTHON_MATTERS:
         return None
     evidence = [f"{case.phases_ms['other']:.3g} ms of a step are in none of its phases"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout.agent.capture import is_capturing
 from flatout.agent.finite import Withheld, unscale
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class LossScaling:
 
     def _backward(self, outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
         creates_graph = len(args) > 1 and args[1]
-        if not self.is_wanted or not kwargs.get("accumulate_grad") or creates_graph:
+        is_left_alone = creates_graph or is_capturing()
+        if not self.is_wanted or not kwargs.get("accumulate_grad") or is_left_alone:
             return self._own(outputs, grads, *args, **kwargs)
         if self._inspections < INSPECTED:
             self._inspections += 1

@@ -1,0 +1,143 @@
+"""The agent's session where a test needs it without a program: forks, captures, its end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flatout.agent import guard, hooks, losses
+from flatout.agent.guard import Guard
+from flatout.agent.session import Session
+from flatout.record import read_process
+from flatout.request import Envelope, Request
+from flatout.turns import Turn
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.setattr(hooks, "FLUSH_SECONDS", 0.0)
+    session = Session(Request(), tmp_path)
+    session.hooks.install(live=False)
+    session._guard = Guard(session, Envelope())
+    session._guard.install()
+    yield session
+    session._guard.remove()
+    session.hooks.remove()
+
+
+def lines(session: Session) -> list[dict[str, Any]]:
+    session.record.flush()
+    return [json.loads(line) for line in session.record.path.read_text().splitlines()]
+
+
+class Unread:
+    """Stands for a loss with an event of the parent's device."""
+
+    freed = 0
+
+    def __del__(self) -> None:
+        Unread.freed += 1
+
+
+def test_the_child_of_a_fork_releases_nothing_of_the_parents_device(session: Session) -> None:
+    """Torch ends a process that releases an event of a device which only its parent uses."""
+    assert session._guard is not None
+    session.hooks.losses.append(Unread())
+    session.hooks._log.losses.append(Unread())
+    session._guard._flags.append((Unread(), "gradients were not finite", frozenset()))
+    child = os.fork()
+    if child == 0:
+        try:
+            session._forked()
+            session.hooks.read()
+            session._guard.finish()
+            gc.collect()
+            os._exit(Unread.freed)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(session.hooks.losses) == 1
+    session.hooks.losses.clear()
+    session._guard._flags.clear()
+    assert Unread.freed == 2
+
+
+def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done: list[str] = []
+
+    def wrapper(call: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        done.append("forward")
+        return call(module, *args, **kwargs)
+
+    session.forward_wrappers.append(wrapper)
+    session.before_optimizer_step.append(lambda _: done.append("before"))
+    session.after_optimizer_step.append(lambda _: done.append("after"))
+    monkeypatch.setattr(Guard, "_look_after_backward", lambda _: done.append("backward"))
+
+    def step() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    step()
+    assert done == ["forward", "backward", "before", "after"]
+    done.clear()
+    for module in (hooks, guard, losses):
+        monkeypatch.setattr(module, "is_capturing", lambda: True)
+    step()
+    assert done == []
+    assert losses.LossReader().read(torch.tensor(1.0)) is None
+
+
+def test_what_cannot_be_read_at_the_end_is_recorded_and_not_raised(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error of the device, nothing can be read from it."""
+
+    def fails(losses: object, wait: bool) -> list[float]:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    session._speak()
+    monkeypatch.setattr(session.losses, "arrived", fails)
+    session.finish("exit")
+    *_, failed, end = lines(session)
+    assert (failed["what"], failed["subject"]) == ("failed", "loss")
+    assert "device-side assert" in failed["why"]
+    assert "Traceback" in failed["traceback"]
+    assert end["kind"] == "end"
+
+
+def test_memory_of_a_device_is_known_without_any_loss(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatout.agent.session.peak_device_bytes", lambda: 2**30)
+    session._speak()
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.ones(1, 2))
+    session.finish("exit")
+    assert read_process(session.record.path).turns[-1].peak_device_bytes == 2**30
+
+
+def test_the_time_to_stop_counts_from_the_first_step_on(tmp_path: Path) -> None:
+    """Start-up and the first step, which may compile, are not what was asked to be timed."""
+    session = Session(Request(stop_seconds=5.0), tmp_path)
+    stopped: list[int] = []
+    session._stages = [session._timed, lambda turn: stopped.append(turn.end_ns) is None]
+    for at_s in (100, 104, 106):
+        turn = Turn(0)
+        turn.end_ns = at_s * 10**9
+        session._run_stages(turn)
+    assert stopped == [106 * 10**9]
