@@ -6,7 +6,9 @@ import pytest
 
 from flatout import knobs
 from flatout.knobs import Facts
+from flatout.ratios import Ratio
 from flatout.tune import candidates
+from flatout.tune.candidates import Candidate
 
 OPERATORS = {"aten::addmm": 0.4, "aten::bernoulli_": 0.25, "aten::gelu": 0.1, "aten::add": 0.05}
 
@@ -78,3 +80,41 @@ def test_every_knob_is_a_candidate_or_refused_with_a_reason() -> None:
         assert {candidate.knob for candidate in listed} | set(refused) == set(knobs.registry())
         assert not {candidate.knob for candidate in listed} & set(refused)
         assert all(refused.values())
+
+
+def test_what_the_others_make_a_larger_part_of_the_step_is_looked_at_again() -> None:
+    precision = Candidate("precision", "bf16", True, 3.0)
+    optimizer = Candidate("optimizer", "onepass", True, 1.02)  # 2 % of a step, 4 % of half of it
+    no_effect = Ratio(1.0, 0.99, 1.01, 40)
+    ratios = {precision: Ratio(2.0, 1.9, 2.1, 40), optimizer: no_effect}
+    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {"optimizer": "onepass"}
+    assert candidates.second_looks({optimizer: no_effect}, {}) == {}  # nothing has made it larger
+
+
+@pytest.mark.parametrize(
+    ("candidate", "ratio"),
+    [
+        (Candidate("optimizer", "onepass", True, 1.2), Ratio(0.97, 0.95, 0.99, 40)),  # slower
+        (Candidate("optimizer", "onepass", True, 1.005), Ratio(1.0, 0.99, 1.01, 40)),  # too little
+        (Candidate("gc", "seldom", True, None), Ratio(1.0, 0.99, 1.01, 40)),  # nobody knows
+        (Candidate("optimizer", "onepass", True, 1.2), None),  # not measured
+        (Candidate("precision", "safe", True, 3.0), Ratio(1.0, 0.9, 1.1, 40)),  # has its setting
+    ],
+)
+def test_what_is_not_looked_at_again(candidate: Candidate, ratio: Ratio | None) -> None:
+    chosen = Candidate("precision", "bf16", True, 3.0)
+    ratios = {chosen: Ratio(2.0, 1.9, 2.1, 40), candidate: ratio}
+    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {}
+
+
+def test_the_most_promising_are_looked_at_again() -> None:
+    named = ("optimizer", "random", "clipping", "cross_entropy", "elementwise")
+    ratios: dict[Candidate, Ratio | None] = {
+        Candidate(name, knobs.get(name).settings[-1], True, 1.1 + number / 100): Ratio(
+            1.0, 0.99, 1.01, 40
+        )
+        for number, name in enumerate(named)
+    }
+    ratios[Candidate("precision", "bf16", True, 3.0)] = Ratio(2.0, 1.9, 2.1, 40)
+    found = candidates.second_looks(ratios, {"precision": "bf16"})
+    assert list(found) == ["elementwise", "cross_entropy", "clipping"]

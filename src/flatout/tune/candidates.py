@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flatout import knobs, machine
 from flatout.doctor.case import Case, is_large
 from flatout.knobs import Exactness, Facts
+from flatout.ratios import Ratio
 
 HOPELESS_SHARE = 0.01
 """Of a step, below which a knob is not tried: ten times less than what a dozen pairs can tell from
@@ -15,6 +17,13 @@ the drift of a shared machine."""
 
 ALTERNATIVES_SHARE = 0.1
 """Of a step, from which on a knob's second setting is tried as well."""
+
+SECOND_LOOKS = 3
+"""Settings at most that are looked at again on top of the stack."""
+
+SECOND_LOOK_SHARE = 0.02
+"""Of the stack's step, which it must be able to save for that: what a comparison of some dozen
+blocks can tell."""
 
 UNKNOWN_SHARE = 0.05
 """In whose place a knob of unknown share stands in the order."""
@@ -109,3 +118,39 @@ def find(
             for setting in allowed[: 2 if share >= ALTERNATIVES_SHARE else 1]:
                 shares[Candidate(name, setting, is_hot, match.bound)] = share
     return sorted(shares, key=lambda candidate: -shares[candidate]), refused
+
+
+def second_looks(
+    ratios: Mapping[Candidate, Ratio | None], settings: Mapping[str, str]
+) -> dict[str, str]:
+    """Settings that could not be told from no effect, and may bring more on top of the others.
+
+    What they work on was a small part of the bare program's step, and is a larger one of a step
+    that the others have made shorter.
+
+    Args:
+        ratios: what was found of each candidate among the others.
+        settings: those that were faster.
+
+    Returns the settings, the most promising first.
+    """
+    taken = {claim for knob in settings for claim in (knob, *knobs.get(knob).claims)}
+    faster = math.prod(
+        ratio.value
+        for candidate, ratio in ratios.items()
+        if ratio is not None and settings.get(candidate.knob) == candidate.setting
+    )
+    looks: dict[Candidate, float] = {}
+    for candidate, ratio in ratios.items():
+        if ratio is None or ratio.high <= 1 or candidate.bound is None:
+            continue
+        share = min(1.0, faster * (1 - 1 / candidate.bound))
+        if share >= SECOND_LOOK_SHARE:
+            looks[candidate] = share
+    found: dict[str, str] = {}
+    for candidate in sorted(looks, key=lambda candidate: -looks[candidate]):
+        takes = {candidate.knob, *knobs.get(candidate.knob).claims}
+        if len(found) < SECOND_LOOKS and not takes & taken:
+            found[candidate.knob] = candidate.setting
+            taken |= takes
+    return found

@@ -266,7 +266,10 @@ class Tuner:
         first = self._first_run()
         found = self._candidates(first)
         cold = [candidate for candidate in found if not candidate.is_hot]
-        settings = self._cold(self._stack(self._screen(found)), cold)
+        faster = self._screen(found)
+        ratios = {c: self._arm(c.settings).ratio for c in found if c.is_hot}
+        stack = self._stack(faster, candidates.second_looks(ratios, faster))
+        settings = self._cold(stack, cold)
         if settings:
             self._settle(settings, cold)
         else:
@@ -429,28 +432,39 @@ class Tuner:
                         arm.ratio = ratios.get(number)
                 break
 
-    def _stack(self, settings: dict[str, str]) -> dict[str, str]:
-        """The winners together, without those that gain nothing on top of the others."""
-        if len(settings) < 2 or self._available is not None:
+    def _stack(self, settings: dict[str, str], again: dict[str, str]) -> dict[str, str]:
+        """The winners together, without those that gain nothing on top of the others.
+
+        Args:
+            settings: the winners.
+            again: settings to be looked at again: in the stack only if they gain something there.
+        """
+        whole = settings | again
+        if not settings or len(whole) < 2 or self._available is not None:
             return settings
-        stacks = (
-            settings,
-            *({k: s for k, s in settings.items() if k != left_out} for left_out in settings),
-        )
+        stacks = (whole, *({k: s for k, s in whole.items() if k != left_out} for left_out in whole))
         try:
             done, comparison = self._compare(stacks, "arms", COMPARISON_SHARE / 2, None)
         except TrialFailedError as failure:
             self._say(f"what each knob brings to the stack is not known: {failure}")
             return settings
         found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
-        without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
+        without = {knob: found[n] for n, knob in enumerate(whole, 1) if n in found}
+        gains: dict[str, Ratio] = {}
         for knob, ratio in without.items():
-            gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
-            self._outcome.without[knob] = gain
-            self._say(f"{knob} on top of the others: {gain} inside one process")
+            gains[knob] = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
+            self._outcome.without[knob] = gains[knob]
+            self._say(f"{knob} on top of the others: {gains[knob]} inside one process")
         kept = dict(settings)
+        for knob in again:
+            without.pop(knob, None)
         for knob in statistics.redundant(without)[: len(settings) - 1]:
             self._leave_out(knob, kept.pop(knob), "the other settings are as fast without it")
+        seen_again = {knob: gain for knob, gain in gains.items() if knob in again}
+        for knob in statistics.winners(seen_again):
+            kept[knob] = again[knob]
+            arm = self._arm({knob: again[knob]})
+            arm.state, arm.why = "won", ""
         return kept
 
     def _groups(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
