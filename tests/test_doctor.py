@@ -433,6 +433,15 @@ def test_synchronisation_matters_only_while_an_accelerator_is_idle(recorded: Any
             assert share(diagnosis, "synchronisation-points") == pytest.approx(expected)
 
 
+def test_what_is_counted_with_the_operator_that_calls_it_is_known(recorded: Any) -> None:
+    attention = operator("aten::_native_multi_head_attention", 3.0, calls=6)
+    whole = {"aten::_transformer_encoder_layer_fwd": 6}
+    case = recorded(profiled=profile(PRODUCTS, attention, counted=whole)).case
+    assert case.uncounted_operators == []
+    alone = recorded(profiled=profile(PRODUCTS, attention)).case
+    assert alone.uncounted_operators == ["aten::_native_multi_head_attention"]
+
+
 def test_waiting_for_an_accelerator_is_no_time_of_python_or_data(recorded: Any) -> None:
     waiting = {"forward": 2.0, "data": 3.0, "other": 5.0}
     product = operator("aten::mm", 0.5, calls=3, device_self_ms=8.5)

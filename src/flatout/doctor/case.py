@@ -28,6 +28,9 @@ PRODUCTS_WITHIN = {
 }
 """Matrix products that an operator with a formula of its own consists of, and that are profiled."""
 
+WITHIN_COUNTED = {"aten::_transformer_encoder_layer_fwd": "aten::_native_multi_head_attention"}
+"""Operators that are profiled as such, but counted as a part of the one that calls them."""
+
 CONVOLUTION_OPERATORS = frozenset(
     {
         *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::thnn_conv2d"),
@@ -285,7 +288,7 @@ class Case:
         hidden = is_same_work and (
             sum(o["calls"] for o in products) > HIDDEN_CALLS * products_counted
         )
-        known = {*counted}
+        known = {*counted, *(part for whole, part in WITHIN_COUNTED.items() if whole in counted)}
         if not hidden:
             known |= MATMUL_OPERATORS
         if any("conv" in name for name in counted):
