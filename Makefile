@@ -60,9 +60,10 @@ bench-quick: $(INSTALLED) .venv-suite/.installed
 frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
 	$(BIN)/python -m pytest -m frameworks
 
-# Programs on a GPU; PYTHON names an interpreter whose torch finds it.
+# Programs on a GPU: ACCELERATOR_PYTHON names an interpreter that has mlxtend, and whose torch finds it.
+ACCELERATOR_PYTHON ?= python3
 accelerator: $(INSTALLED)
-	FLATOUT_TEST_ACCELERATOR_PYTHON=$(PYTHON) $(BIN)/python -m pytest -m accelerator
+	FLATOUT_TEST_ACCELERATOR_PYTHON=$(ACCELERATOR_PYTHON) $(BIN)/python -m pytest -m accelerator
 
 # Measures time: run it on a machine that does nothing else.
 measured: $(INSTALLED)

@@ -88,7 +88,10 @@ def test_what_the_others_make_a_larger_part_of_the_step_is_looked_at_again() -> 
     no_effect = Ratio(1.0, 0.99, 1.01, 40)
     ratios = {precision: Ratio(2.0, 1.9, 2.1, 40), optimizer: no_effect}
     assert candidates.second_looks(ratios, {"precision": "bf16"}) == {"optimizer": "onepass"}
-    assert candidates.second_looks({optimizer: no_effect}, {}) == {}  # nothing has made it larger
+    large = Candidate("optimizer", "onepass", True, 1.2)
+    assert candidates.second_looks({large: no_effect}, {}) == {}  # nothing has made it larger
+    ratios = {precision: Ratio(1.05, 1.04, 1.06, 40), large: no_effect}
+    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {}
 
 
 @pytest.mark.parametrize(

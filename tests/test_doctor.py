@@ -442,6 +442,26 @@ def test_what_is_counted_with_the_operator_that_calls_it_is_known(recorded: Any)
     assert alone.uncounted_operators == ["aten::_native_multi_head_attention"]
 
 
+def test_communication_that_other_kernels_hide_costs_nothing(recorded: Any) -> None:
+    reduce = operator("nccl:all_reduce", 0.1, device_self_ms=4.0)
+    for product_ms, expected in ((9.8, None), (7.0, 0.3), (2.0, 0.4)):
+        product = operator("aten::mm", 0.5, calls=3, device_self_ms=product_ms)
+        window = profile(reduce, product, device_total_ms=4.0 + product_ms)
+        found = recorded(profiled=window, header={"accelerator": "cuda"}, ceilings=ON_CUDA)
+        if expected is None:
+            assert "idle-in-communication" not in kinds_found(found)
+        else:
+            assert share(found, "idle-in-communication") == pytest.approx(expected)
+
+
+def test_without_times_of_the_device_waiting_for_it_is_not_taken_for_python(recorded: Any) -> None:
+    window = profile(
+        PRODUCTS, facts={"parameters": {"elements_by_device": {"mps": 9}, "denormal_share": None}}
+    )
+    found = recorded({"forward": 2.0, "other": 8.0}, window, header={"accelerator": "mps"})
+    assert "python-between-steps" not in kinds_found(found)
+
+
 def test_waiting_for_an_accelerator_is_no_time_of_python_or_data(recorded: Any) -> None:
     waiting = {"forward": 2.0, "data": 3.0, "other": 5.0}
     product = operator("aten::mm", 0.5, calls=3, device_self_ms=8.5)
@@ -471,16 +491,18 @@ def test_a_program_that_leaves_the_accelerator_alone_is_held_against_the_host(
     assert diagnosis.case.mfu == pytest.approx(10.0)  # 1e8 operations in 10 ms, at 1e9 a second
 
 
-def test_the_share_of_an_operator_is_the_devices_where_that_is_larger(recorded: Any) -> None:
+def test_the_share_of_an_operator_is_that_of_its_work_on_the_device(recorded: Any) -> None:
     window = profile(
         operator("aten::mm", 0.5, calls=3, device_self_ms=6.0),
-        operator("aten::add", 2.0, calls=3, device_self_ms=0.1),
-        device_total_ms=6.1,
+        operator("aten::add", 2.0, calls=3, device_self_ms=0.01),
+        device_total_ms=6.01,
     )
     case = recorded(profiled=window, header={"accelerator": "cuda"}, ceilings=ON_CUDA).case
     known = candidates.facts(case)
     assert known.device == "cuda"
-    assert known.operators == pytest.approx({"aten::mm": 0.6, "aten::add": 0.2})
+    assert known.operators == pytest.approx({"aten::mm": 0.6, "aten::add": 0.001})
+    assert known.overhead_share == pytest.approx(0.4)
+    assert [o["name"] for o in case.operators_by_name] == ["aten::mm", "aten::add"]
     assert known.matmul_flops_per_s == RATES
 
 

@@ -27,7 +27,10 @@ from flatout.errors import UserError
 
 CACHE_VERSION = 2
 PROBE_SECONDS = 180
-"""Time limit of the measurement; it takes about ten seconds, of which torch's import is a part."""
+"""Time limit of the measurement; it takes about ten seconds for each type of device."""
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""Variables that hide accelerators."""
 
 _FLAGS = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
@@ -75,6 +78,7 @@ def ceilings(python: str, refresh: bool = False) -> Ceilings:
     """
     python = os.path.abspath(shutil.which(python) or python)  # one name for one interpreter
     key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
+    key |= {name: value for name in _VISIBLE if (value := os.environ.get(name)) is not None}
     cache_file = paths.cache_directory() / "machine.json"
     cached = _read_cache(cache_file)
     if not refresh:

@@ -47,7 +47,7 @@ Format version 5:
     Aggregates of the profiled window, see ``agent/profile.py``.
 ``end``
     Last line of a process that ended in an orderly way: ``at_s``, ``reason`` (``exit`` or
-    ``stopped``).
+    ``stopped``), ``peak_device_bytes`` as above, also where no loss was read.
 
 Only the standard library is imported: the agent loads this file inside the user's program.
 """
@@ -662,6 +662,7 @@ class _Replay:
         """There are no more events."""
         self._turns.finish()
         peak_device_bytes: int | None = None
+        last = {turn.kind: turn for turn, _ in self._closed_turns}
         for turn, phases_ms in self._closed_turns:
             losses: list[float | None] = []
             for number in turn.losses:
@@ -670,7 +671,7 @@ class _Replay:
                 losses.append(self.losses[number] if arrived else None)
                 if arrived:
                     peak_device_bytes = self.peak_device_bytes[number]
-            if turn is self._closed_turns[-1][0]:
+            if turn is last[turn.kind]:
                 peak_device_bytes = self.last_peak_device_bytes or peak_device_bytes
             step = Step(
                 index=turn.index,

@@ -111,6 +111,7 @@ class Hooks:
         self.loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self.optimizer_exists = False
         self.searching = True
+        self._said_capture = False
         self._turns_searched = 0
         self._new_turns = new_turns
         self._offered = offered
@@ -325,7 +326,12 @@ class Hooks:
             self._search_roots()
 
     def _wrap_forward(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if not is_capturing():
+        if is_capturing():
+            if not self._said_capture:
+                self._said_capture = True
+                why = "what is turned on does not become part of a graph that the program captures"
+                self._on_skip("capture", why)
+        else:
             for wrapper in self.forward_wrappers:
                 call = _wrapped(wrapper, call)
         return call(module, *args, **kwargs)

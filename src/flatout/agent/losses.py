@@ -66,8 +66,8 @@ class LossReader:
         if loss.device.type in _STREAM_DEVICES:
             value = torch.empty((), dtype=loss.dtype, pin_memory=True)
             value.copy_(loss.detach().reshape(()), non_blocking=True)
-            copied = torch.Event(loss.device.type)
-            copied.record()
+            copied = torch.Event(loss.device)
+            copied.record(torch.accelerator.current_stream(loss.device))
             return _Pending(value, copied)
         return _Pending(loss.detach(), None)
 
@@ -107,8 +107,8 @@ class LossReader:
 
 
 def peak_device_bytes() -> int | None:
-    """Most memory that torch had allocated on the accelerator so far; ``None`` where there is no
-    accelerator, it has not been used, or torch does not tell (MPS)."""
+    """Most memory that torch had allocated on one of the accelerators so far; ``None`` where there
+    is none, none has been used, or torch does not tell (MPS)."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator()
@@ -117,4 +117,5 @@ def peak_device_bytes() -> int | None:
     device = torch.get_device_module(accelerator)
     if not hasattr(device, "max_memory_allocated") or not device.is_initialized():
         return None
-    return int(device.max_memory_allocated()) or None
+    numbers = range(torch.accelerator.device_count())
+    return max(int(device.max_memory_allocated(number)) for number in numbers) or None

@@ -19,9 +19,10 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.capture import is_capturing
 from flatout.agent.hooks import Hooks, is_ours
 from flatout.agent.inputs import FirstInputs
-from flatout.agent.losses import LossReader, peak_device_bytes
+from flatout.agent.losses import LossReader, abandon, peak_device_bytes
 from flatout.record import (
     ENVIRONMENT_NAMES,
     EVENTS,
@@ -291,26 +292,32 @@ class Session:
             return
         self._stages.clear()
         if reason == "exit":
-            self._close_profiler()
+            try:
+                self._close_profiler()
+            except Exception as error:  # noqa: BLE001 - recorded with its traceback
+                self._note_failure("profile", error)
         self.hooks.read()
         self.hooks.turns.finish()
         if self._inspector is not None:
-            self._inspector.close()
+            if self._is_quiet:
+                self._inspector.stop()
+            else:
+                self._inspector.close()
         if self._guard is not None:
             self._guard.finish()
         self._remove()
         self._asleep = True
         if self._is_quiet:
             return
-        end = {"kind": "end", "at_s": self._at_s(time.perf_counter_ns()), "reason": reason}
-        try:
-            self._write_events(wait=True)
-            end["peak_device_bytes"] = peak_device_bytes()
-        except Exception as error:  # noqa: BLE001 - recorded with its traceback
-            # Such as by an error of the device, after which nothing can be read from it.
-            why = f"not all was read: {type(error).__name__}: {error}"
-            self.event("failed", "loss", why, traceback.format_exc())
-        self.record.write(end)
+        self._write_events(wait=True)
+        self.record.write(
+            {
+                "kind": "end",
+                "at_s": self._at_s(time.perf_counter_ns()),
+                "reason": reason,
+                "peak_device_bytes": peak_device_bytes(),
+            }
+        )
         self.record.close()
 
     def _timed(self, turn: Turn) -> bool:
@@ -341,7 +348,9 @@ class Session:
 
     def _forked(self) -> None:
         """In the child of a fork."""
+        abandon((tuple(self._stages), self.hooks.turns))  # which hold losses on their way
         self._stages.clear()
+        self._close_profiler = lambda: None
         self.record = RecordWriter(self.run_directory, os.getpid())
         self.hooks.restart()
         if self._guard is not None:
@@ -350,13 +359,16 @@ class Session:
 
     def _failed(self, subject: str, error: BaseException) -> None:
         """Something of ours has failed: say so in the record and leave the program alone."""
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
+        self._note_failure(subject, error)
         if self._is_quiet:
             self._speak()
         self._write_events(wait=False)
         self.record.flush()
         self._sleep()
+
+    def _note_failure(self, subject: str, error: BaseException) -> None:
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
 
     def _apply_settings(self) -> None:
         if not self.request.settings:
@@ -397,6 +409,8 @@ class Session:
 
     def _read(self) -> None:
         """The log may be read: act on it, and write it down when that is due."""
+        if is_capturing():
+            return  # what has been queued must not be asked for now; the log keeps its events
         self.hooks.read()
         is_wanted = not self._stages or self.record.is_due()
         if is_wanted and not self._is_quiet and not self._asleep:
@@ -405,7 +419,15 @@ class Session:
 
     def _write_events(self, wait: bool) -> None:
         self.record.write_events(self.hooks.pack())
-        arrived = self.losses.arrived(self.hooks.losses, wait)
+        try:
+            arrived = self.losses.arrived(self.hooks.losses, wait)
+        except Exception as error:
+            if not is_ours(error):
+                raise
+            # Such as an error of the device, after which nothing can be read from it.
+            self._note_failure("loss", error)
+            abandon(self.hooks.losses)
+            self.hooks.losses, arrived = [], []
         if arrived:
             self.record.write_losses(arrived, peak_device_bytes())
         if self._guard is not None:

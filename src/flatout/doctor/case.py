@@ -183,8 +183,12 @@ class Case:
 
     def host_share(self, *phases: str) -> float:
         """The most that could be saved on the host in these phases: of the step, their time, on an
-        accelerator no more than it is idle, since the rest of it is work being done."""
-        return min(self.phase_share(*phases), 1.0 - (self.device_share or 0.0))
+        accelerator no more than it is idle, since the rest of it is work being done; nothing where
+        that is not known."""
+        idle = 1.0 - (self.device_share or 0.0)
+        if self.on_accelerator and self.device_share is None:
+            idle = 0.0
+        return min(self.phase_share(*phases), idle)
 
     @property
     def _profiler_ms(self) -> float:
@@ -223,25 +227,32 @@ class Case:
 
     @cached_property
     def operators(self) -> list[dict[str, Any]]:
-        """The operators of a step, each with its ``share`` of an unprofiled one, largest first.
+        """The operators of a step, each with ``work_ms``, the time that its work takes, on the
+        accelerator if the profile has its times; with ``share``, that of the step; and with
+        ``host_share``, what the host spends on it. Largest first.
 
         The profiler adds about the same time to each call: what the profiled steps took longer than
         the median timed one, over the calls, is taken off each (at most ``PROFILER_US``). Then an
-        operator's share is that of the profiled step, less what was taken off; that of the
-        accelerator's time where that is larger.
+        operator's share is that of the profiled step, less what was taken off.
         """
         calls = self.profile.get("operators_total_calls")
         if not calls:
             return []
         added_ms = self._profiler_ms / calls
-        return [
-            {
-                **o,
-                "share": max(0.0, o["self_ms"] - o["calls"] * added_ms, o["device_self_ms"] or 0.0)
-                / self._profiled_step_ms,
-            }
-            for o in self.profile["operators"]
-        ]
+        found = []
+        for o in self.profile["operators"]:
+            host_ms = max(0.0, o["self_ms"] - o["calls"] * added_ms)
+            on_device = self.device_share is not None
+            found.append(
+                {
+                    **o,
+                    "work_ms": (o["device_self_ms"] or 0.0) if on_device else o["self_ms"],
+                    "share": (o["device_self_ms"] or 0.0 if on_device else host_ms)
+                    / self._profiled_step_ms,
+                    "host_share": host_ms / self._profiled_step_ms,
+                }
+            )
+        return found
 
     @property
     def all_operators_share(self) -> float | None:
@@ -254,7 +265,7 @@ class Case:
 
     def operators_share(self, wanted: Callable[[Mapping[str, Any]], bool]) -> float:
         """Share of the step spent in the wanted operators."""
-        return float(sum(o["share"] for o in self.operators if wanted(o)))
+        return min(1.0, float(sum(o["share"] for o in self.operators if wanted(o))))
 
     @property
     def operators_by_name(self) -> list[dict[str, Any]]:
@@ -263,14 +274,14 @@ class Case:
         for operator in self.operators:
             known = merged.setdefault(
                 operator["name"],
-                {"name": operator["name"], "calls": 0.0, "self_ms": 0.0, "share": 0.0}
-                | {"device_self_ms": None},
+                {"name": operator["name"], "calls": 0.0, "self_ms": 0.0, "device_self_ms": None}
+                | {"work_ms": 0.0, "share": 0.0, "host_share": 0.0},
             )
-            for key in ("calls", "self_ms", "share", "device_self_ms"):
+            for key in ("calls", "self_ms", "device_self_ms", "work_ms", "share", "host_share"):
                 if operator[key] is not None:
                     known[key] = (known[key] or 0.0) + operator[key]
-        ordered = sorted(merged.values(), key=lambda o: o["share"], reverse=True)
-        return sorted(ordered, key=lambda o: o["device_self_ms"] or 0.0, reverse=True)
+        ordered = sorted(merged.values(), key=lambda o: o["host_share"], reverse=True)
+        return sorted(ordered, key=lambda o: o["share"], reverse=True)
 
     # FLOPs
 
@@ -279,6 +290,8 @@ class Case:
         """Operators that make the FLOPs of the step unknown."""
         counted = self.profile.get("counted", {})
         total_ms = self.profile.get("operators_total_ms")
+        if self.device_share is not None:
+            total_ms = self.profile["device_total_ms"]
         if not total_ms:
             return []
         products = [o for o in self.operators if o["name"] in MATMUL_OPERATORS]
@@ -293,7 +306,7 @@ class Case:
             known |= MATMUL_OPERATORS
         if any("conv" in name for name in counted):
             known |= CONVOLUTION_OPERATORS
-        heavy = [o for o in self.operators_by_name if o["self_ms"] > UNCOUNTED_SHARE * total_ms]
+        heavy = [o for o in self.operators_by_name if o["work_ms"] > UNCOUNTED_SHARE * total_ms]
         uncounted = {o["name"] for o in heavy if _is_arithmetic(o["name"])} - known
         return sorted(uncounted | self.profile.get("uncountable", {}).keys())
 
@@ -327,8 +340,7 @@ class Case:
 
 def is_large(operator: Mapping[str, Any]) -> bool:
     """Whether its kernel is the larger part of a call."""
-    longest_ms = max(operator["self_ms"], operator["device_self_ms"] or 0.0)
-    return bool(longest_ms * 1e3 > LARGE_US * operator["calls"])
+    return bool(operator["work_ms"] * 1e3 > LARGE_US * operator["calls"])
 
 
 def is_arithmetic(operator: Mapping[str, Any]) -> bool:

@@ -92,7 +92,7 @@ class Facts:
         named = (
             share for name, share in self.operators.items() if any(word in name for word in words)
         )
-        return math.fsum(named)
+        return min(1.0, math.fsum(named))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ ALTERNATIVES_SHARE = 0.1
 SECOND_LOOKS = 3
 """Settings at most that are looked at again on top of the stack."""
 
+SHORTER = 1.1
+"""How many times as fast as bare the stack must be for that: what a part of the step may bring was
+seen in the bare one, up to so much."""
+
 SECOND_LOOK_SHARE = 0.02
 """Of the stack's step, which it must be able to save for that: what a comparison of some dozen
 blocks can tell."""
@@ -140,6 +144,8 @@ def second_looks(
         for candidate, ratio in ratios.items()
         if ratio is not None and settings.get(candidate.knob) == candidate.setting
     )
+    if faster < SHORTER:
+        return {}
     looks: dict[Candidate, float] = {}
     for candidate, ratio in ratios.items():
         if ratio is None or ratio.high <= 1 or candidate.bound is None:

@@ -3,7 +3,8 @@
 1. One bare run: how many steps, how long, what takes the time, does it train at all?
 2. Candidates: the knobs that match this profile and have something to gain.
 3. The hot ones take turns with the bare program inside one process, and rank themselves; the
-   winners are stacked, and compared with the stack less each of them.
+   winners are stacked, and compared with the stack less each of them. What was too small a part of
+   the bare step to tell is looked at again on top of the stack.
 4. The cold ones are tried on top of the stack, in fresh processes in alternation.
 5. Bare and the plan run in fresh processes, in alternation, one pair for each seed. The same pairs
    give the claimed ratio and the losses for the proof.
@@ -74,7 +75,7 @@ what a switch leaves behind would count."""
 MAXIMUM_ROUNDS = 40
 
 FIRST_RUN_SHARE = 1 / 36
-"""Share of the budget for the first bare run, and so for each of the later ones at most."""
+"""Share of the budget for the steps of the first bare run, and so of each later one at most."""
 
 COMPARISON_SHARE = 0.15
 """Share of the budget for the comparisons inside one process."""
@@ -266,9 +267,8 @@ class Tuner:
         first = self._first_run()
         found = self._candidates(first)
         cold = [candidate for candidate in found if not candidate.is_hot]
-        faster = self._screen(found)
-        ratios = {c: self._arm(c.settings).ratio for c in found if c.is_hot}
-        stack = self._stack(faster, candidates.second_looks(ratios, faster))
+        hot = [candidate for candidate in found if candidate.is_hot]
+        stack = self._look_again(self._stack(self._screen(hot)), hot)
         settings = self._cold(stack, cold)
         if settings:
             self._settle(settings, cold)
@@ -344,14 +344,13 @@ class Tuner:
 
     # Inside one process
 
-    def _screen(self, found: Sequence[Candidate]) -> dict[str, str]:
+    def _screen(self, hot: Sequence[Candidate]) -> dict[str, str]:
         """The best setting of each hot knob that is faster, the fastest first.
 
         They are compared in stacks, which tell what each brings among the others; only where one
         of them ends the program, each alone, which tells which one it is.
         """
         best: dict[str, tuple[float, str]] = {}
-        hot = [candidate for candidate in found if candidate.is_hot]
         try:
             self._compare_stacks(hot)
         except TrialFailedError as failure:
@@ -432,40 +431,62 @@ class Tuner:
                         arm.ratio = ratios.get(number)
                 break
 
-    def _stack(self, settings: dict[str, str], again: dict[str, str]) -> dict[str, str]:
-        """The winners together, without those that gain nothing on top of the others.
-
-        Args:
-            settings: the winners.
-            again: settings to be looked at again: in the stack only if they gain something there.
-        """
-        whole = settings | again
-        if not settings or len(whole) < 2 or self._available is not None:
+    def _stack(self, settings: dict[str, str]) -> dict[str, str]:
+        """The winners together, without those that gain nothing on top of the others."""
+        if len(settings) < 2 or self._available is not None:
             return settings
-        stacks = (whole, *({k: s for k, s in whole.items() if k != left_out} for left_out in whole))
+        stacks = (
+            settings,
+            *({k: s for k, s in settings.items() if k != left_out} for left_out in settings),
+        )
         try:
-            done, comparison = self._compare(stacks, "arms", COMPARISON_SHARE / 2, None)
+            done, comparison = self._compare(
+                stacks, "arms", COMPARISON_SHARE / 2, "the stack less each of its knobs"
+            )
         except TrialFailedError as failure:
             self._say(f"what each knob brings to the stack is not known: {failure}")
             return settings
         found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
-        without = {knob: found[n] for n, knob in enumerate(whole, 1) if n in found}
-        gains: dict[str, Ratio] = {}
+        without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
         for knob, ratio in without.items():
-            gains[knob] = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
-            self._outcome.without[knob] = gains[knob]
-            self._say(f"{knob} on top of the others: {gains[knob]} inside one process")
+            gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
+            self._outcome.without[knob] = gain
+            self._say(f"{knob} on top of the others: {gain} inside one process")
         kept = dict(settings)
-        for knob in again:
-            without.pop(knob, None)
         for knob in statistics.redundant(without)[: len(settings) - 1]:
             self._leave_out(knob, kept.pop(knob), "the other settings are as fast without it")
-        seen_again = {knob: gain for knob, gain in gains.items() if knob in again}
-        for knob in statistics.winners(seen_again):
-            kept[knob] = again[knob]
-            arm = self._arm({knob: again[knob]})
-            arm.state, arm.why = "won", ""
         return kept
+
+    def _look_again(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
+        """The stack with what gains something on top of it, and was not seen to in the bare step.
+
+        Args:
+            stack: the winners.
+            hot: what was compared.
+        """
+        ratios = {candidate: self._arm(candidate.settings).ratio for candidate in hot}
+        again = candidates.second_looks(ratios, stack)
+        if not again or self._available is not None:
+            return stack
+        arms = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
+        what = f"again {_in_words(again)}, each on top of the stack"
+        try:
+            done, comparison = self._compare(arms, None, COMPARISON_SHARE / 2, what)
+        except TrialFailedError as failure:
+            self._say(f"what they bring there is not known: {failure}")
+            return stack
+        found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
+        for knob, gain in gains.items():
+            self._outcome.without[knob] = gain
+            self._say(f"{knob} on top of the others: {gain} inside one process")
+        grown = dict(stack)
+        for knob in statistics.winners(gains):
+            grown[knob] = again[knob]
+            arm = self._arm({knob: again[knob]})
+            arm.state, arm.why = "won", f"{gains[knob]} on top of the others"
+        self._changed()
+        return grown
 
     def _groups(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """The candidates in as few parts as a program of this length can compare at a time."""
@@ -481,9 +502,9 @@ class Tuner:
     def _compare(
         self,
         arms: Sequence[Mapping[str, str]],
-        decide: Literal["arms", "settings"],
+        decide: Literal["arms", "settings"] | None,
         share: float,
-        of: Sequence[Candidate] | None,
+        of: Sequence[Candidate] | str,
     ) -> tuple[Trial, Comparison]:
         """Let arms take turns inside one process.
 
@@ -491,18 +512,18 @@ class Tuner:
             arms: the first is what the others are compared with.
             decide: what ends it before its time, see ``Comparison``.
             share: of the budget.
-            of: the candidates that it is about, ``None``: the stack that they have become.
+            of: the candidates that it is about, or words for it.
 
         Raises:
             TrialFailedError: the program fails under one of them.
             UserError: the program ends too early to compare anything.
         """
         comparison = self._comparison(arms, decide, share)
-        what = "; ".join(map(str, of)) if of is not None else "the stack less each of its knobs"
+        what = of if isinstance(of, str) else "; ".join(map(str, of))
         self._say(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
         )
-        for candidate in of or ():
+        for candidate in () if isinstance(of, str) else of:
             arm = self._arm(candidate.settings)
             arm.stage, arm.state = "inside one process", "running"
         self._changed()
@@ -516,7 +537,7 @@ class Tuner:
     def _comparison(
         self,
         arms: Sequence[Mapping[str, str]],
-        decide: Literal["arms", "settings"],
+        decide: Literal["arms", "settings"] | None,
         share: float,
     ) -> Comparison:
         """As long as the budget and the program allow.
@@ -862,7 +883,7 @@ class Tuner:
         peaks = [step.peak_rss_bytes or 0 for step in process.turns]
         return (
             process.header["world_size"] is None
-            and not any(step.peak_device_bytes for step in process.turns)
+            and not Case(process).on_accelerator
             and 3 * max(peaks, default=0) < psutil.virtual_memory().available
         )
 

@@ -11,6 +11,8 @@ COPIES_MATTER = 0.1
 
 def find(case: Case) -> Finding | None:
     convolves = any(o["name"] in CONVOLUTION_OPERATORS for o in case.operators)
+    if case.on_accelerator:  # its copies are those from and to the host as well
+        return None
     if not convolves or case.main_dtype != "float32":  # with autocast, copies are its casts
         return None
     share = case.operators_share(lambda o: o["name"] == "aten::copy_" and is_large(o))
