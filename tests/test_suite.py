@@ -129,6 +129,10 @@ def test_targets_are_missed_by_name(tmp_path: Path) -> None:
     assert "gpt: 0.72x over accelerate, asked: 0.98x" in says
     assert "training over bare: geometric mean 0.80x, asked: 3.0x" in says
     assert "cnn: not measured" in says
+    asked = table.missed({"gpt": result}, ["gpt", "vit"])
+    assert "vit: not measured" in asked
+    assert "gpt: 0.80x over bare, asked: 1.0x" in asked
+    assert not [line for line in asked if "cnn" in line or "mean" in line]
     shown = "\n".join(table.markdown({"gpt": result}))
     assert "**broken**: loss 3.15 instead of 2.15" in shown
     assert "compile: fails: Boom" in shown

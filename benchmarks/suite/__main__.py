@@ -8,8 +8,8 @@
 
 In a round all arms of a program run at the same time, in turns: one goes on, the others are stopped
 by a signal (``benchmarks/outside.py``). The results file gets one line of JSON for each finished
-measurement, so a run that was ended goes on where it was. Exits with 1 when a target is missed.
-Run it on a machine that does nothing else.
+measurement, so a run that was ended goes on where it was. Exits with 1 when a measurement has failed
+or a target is missed, to which short runs are not held. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -57,16 +57,19 @@ def main() -> int:
     settings = Settings(arguments.python, arguments.rounds, arguments.budget, only=only)
     if arguments.quick:
         settings = Settings(arguments.python, QUICK_ROUNDS, QUICK_BUDGET, QUICK_LENGTH, only)
+    has_failed = False
     for name in [] if arguments.summary else names:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 shard(name, CASES[name], settings, results, Path(folder))
             except (subprocess.CalledProcessError, ValueError) as error:
+                has_failed = True
                 print(f"{name}: {error}\n{getattr(error, 'stderr', '') or ''}", file=sys.stderr)
-    print(publish.markdown(results), end="")
+    says = [] if arguments.quick else table.missed(publish.judged(results), names)
+    print(publish.markdown(results, says), end="")
     if arguments.publish:
         publish.publish(results)
-    return 1 if table.missed(publish.judged(results)) else 0
+    return 1 if has_failed or says else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ what the tables say, so anyone can make the tables again; the tests do.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from benchmarks.outside import Results
@@ -61,13 +61,13 @@ def judged(results: Results) -> dict[str, table.ProgramResult]:
     return {name: result for name, result in found.items() if result is not None}
 
 
-def markdown(results: Results) -> str:
-    """All tables, and the targets that are missed."""
+def markdown(results: Results, says: Collection[str] | None = None) -> str:
+    """All tables, and what is missed, in words (``None``: of all targets)."""
     found = judged(results)
     lines = ["# flatout and its peers", "", WAY, ""]
     lines += [*table.conditions(results), *table.markdown(found)]
     lines += ["", *(f"Left out: {peer}: {why}." for peer, why in arms.LEFT_OUT.items())]
-    lines += ["", *(f"- MISSED {what}" for what in table.missed(found))]
+    lines += ["", *(f"- MISSED {what}" for what in (table.missed(found) if says is None else says))]
     return "\n".join(lines) + "\n"
 
 
