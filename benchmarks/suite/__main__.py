@@ -8,8 +8,9 @@
 
 In a round all arms of a program run at the same time, in turns: one goes on, the others are stopped
 by a signal (``benchmarks/outside.py``). The results file gets one line of JSON for each finished
-measurement, so a run that was ended goes on where it was. Exits with 1 when a measurement has failed
-or a target is missed, to which short runs are not held. Run it on a machine that does nothing else.
+measurement, so a run that was ended goes on where it was. Exits with 1 when a measurement has
+failed or a target is missed, to which short runs are not held. Run it on a machine that does
+nothing else.
 """
 
 from __future__ import annotations

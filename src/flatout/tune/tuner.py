@@ -439,14 +439,7 @@ class Tuner:
             settings,
             *({k: s for k, s in settings.items() if k != left_out} for left_out in settings),
         )
-        try:
-            done, comparison = self._compare(
-                stacks, "arms", COMPARISON_SHARE / 2, "the stack less each of its knobs"
-            )
-        except TrialFailedError as failure:
-            self._say(f"what each knob brings to the stack is not known: {failure}")
-            return settings
-        found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        found = self._to_first(stacks, "arms", "the stack less each of its knobs")
         without = {knob: found[n] for n, knob in enumerate(settings, 1) if n in found}
         for knob, ratio in without.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
@@ -464,18 +457,13 @@ class Tuner:
             stack: the winners.
             hot: what was compared.
         """
-        ratios = {candidate: self._arm(candidate.settings).ratio for candidate in hot}
+        arms_of = {candidate: self._arm(candidate.settings) for candidate in hot}
+        ratios = {c: arm.ratio for c, arm in arms_of.items() if arm.state != "left out"}
         again = candidates.second_looks(ratios, stack)
         if not again or self._available is not None:
             return stack
         arms = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
-        what = f"again {_in_words(again)}, each on top of the stack"
-        try:
-            done, comparison = self._compare(arms, None, COMPARISON_SHARE / 2, what)
-        except TrialFailedError as failure:
-            self._say(f"what they bring there is not known: {failure}")
-            return stack
-        found = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        found = self._to_first(arms, None, f"once more {_in_words(again)}, on top of the stack")
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
             self._outcome.without[knob] = gain
@@ -487,6 +475,20 @@ class Tuner:
             arm.state, arm.why = "won", f"{gains[knob]} on top of the others"
         self._changed()
         return grown
+
+    def _to_first(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        decide: Literal["arms", "settings"] | None,
+        what: str,
+    ) -> dict[int, Ratio]:
+        """Ratios of arms to the first of them; none, and said so, where the program fails."""
+        try:
+            done, comparison = self._compare(arms, decide, COMPARISON_SHARE / 2, what)
+        except TrialFailedError as failure:
+            self._say(f"{what}: not known: {failure}")
+            return {}
+        return arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
 
     def _groups(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """The candidates in as few parts as a program of this length can compare at a time."""
