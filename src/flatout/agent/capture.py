@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
@@ -11,12 +12,21 @@ def is_capturing() -> bool:
     Nothing of ours belongs into the program's graphs, and nothing that is recorded can be read
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
     """
+    return any(
+        device.is_initialized() and device.is_current_stream_capturing()
+        for device in _capturing_devices()
+    )
+
+
+@functools.cache
+def _capturing_devices() -> tuple[Any, ...]:
+    """Device modules of this torch that have graphs; a build for the CPU alone has none, and no
+    time to lose on the question several times a step."""
     import torch
 
     devices: tuple[Any, ...] = (torch.cuda, torch.xpu)
-    return any(
-        device.is_initialized()
-        and hasattr(device, "is_current_stream_capturing")
-        and device.is_current_stream_capturing()
+    return tuple(
+        device
         for device in devices
+        if device._is_compiled() and hasattr(device, "is_current_stream_capturing")
     )
