@@ -271,31 +271,21 @@ def test_images_that_are_too_large_for_a_place(
     undo()
 
 
-def test_a_process_that_is_killed_is_told_and_the_images_are_there(
-    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trouble", ["it is killed", "it does not answer"])
+def test_a_process_in_trouble_is_given_up_and_the_images_are_there(
+    trouble: str, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_killed = trouble == "it is killed"
+    if not is_killed:
+        monkeypatch.setattr(parallel, "STALLED_S", 0.0)
     session = Session(Request(), tmp_path)
     decoders = told_to(session)
     dataset = Folder(paths)
     bare = [epoch(dataset, seed) for seed in range(2)]
     undo = decoders.install()
     assert same(epoch(dataset, 0), bare[0])
-    os.kill(decoders._processes[0]._process.pid, signal.SIGKILL)
-    assert same(epoch(dataset, 1), bare[1])
-    undo()
-    assert list(session.failed_knobs) == ["decode"]
-
-
-def test_a_process_that_does_not_answer_is_given_up(
-    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parallel, "STALLED_S", 0.0)
-    session = Session(Request(), tmp_path)
-    decoders = told_to(session)
-    dataset = Folder(paths)
-    bare = [epoch(dataset, seed) for seed in range(2)]
-    undo = decoders.install()
-    assert same(epoch(dataset, 0), bare[0])
+    if is_killed:
+        os.kill(decoders._processes[0]._process.pid, signal.SIGKILL)
     assert same(epoch(dataset, 1), bare[1])
     undo()
     assert list(session.failed_knobs) == ["decode"]

@@ -271,7 +271,11 @@ def test_what_python_itself_has_frozen_is_no_decision(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)  # CPython 3.12 starts with so many
-    knobs.get("gc").apply(session, "seldom")()
+    before = gc.get_threshold()
+    undo = knobs.get("gc").apply(session, "seldom")
+    assert gc.get_threshold()[0] > before[0]
+    undo()
+    assert gc.get_threshold() == before
 
 
 def test_garbage_is_collected_seldom_and_again_as_ever(session: Session) -> None:

@@ -105,7 +105,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
         monkeypatch.setattr(module, "is_capturing", lambda: True)
     step()
     assert done == []
-    assert losses.LossReader().read(torch.tensor(1.0)) is None
+    assert losses.read_loss(torch.tensor(1.0)) is None
 
 
 def test_nothing_is_asked_of_a_device_while_the_program_captures(
@@ -114,7 +114,9 @@ def test_nothing_is_asked_of_a_device_while_the_program_captures(
     """A question after a loss on its way would end the capture."""
     asked: list[bool] = []
     session._speak()
-    monkeypatch.setattr(session.losses, "arrived", lambda _, wait: asked.append(wait) or [])
+    monkeypatch.setattr(
+        "flatout.agent.session.arrived_losses", lambda _, wait: asked.append(wait) or []
+    )
     monkeypatch.setattr("flatout.agent.session.is_capturing", lambda: True)
     nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
     session._read()
@@ -130,7 +132,9 @@ def test_what_cannot_be_read_at_the_end_is_recorded_and_not_raised(
     """After an error of the device, nothing can be read from it."""
 
     session._speak()
-    monkeypatch.setattr(session.losses, "arrived", functools.partial(int, "not a number"))
+    monkeypatch.setattr(
+        "flatout.agent.session.arrived_losses", functools.partial(int, "not a number")
+    )
     monkeypatch.setattr(session, "_close_profiler", functools.partial(int, "not a number"))
     session.finish("exit")
     *_, unclosed, failed, end = lines(session)

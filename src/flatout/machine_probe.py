@@ -20,7 +20,7 @@ SIZES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1
 """Matrix products (m, k, n) that are tried; the last one is a layer on a large batch."""
 
 ACCELERATOR_SIZES = (*SIZES, (4096, 4096, 4096), (8192, 8192, 8192))
-"""Smaller ones do not fill a large accelerator: an H200 reaches a quarter of its rate with 2048."""
+"""Smaller ones do not fill a large accelerator."""
 
 SECONDS_PER_SIZE = 0.4
 SECONDS_PER_PRODUCT = 1.0

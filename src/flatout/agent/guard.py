@@ -30,7 +30,7 @@ from flatout import knobs
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import Withheld, are_finite, gradients, unscale, values_of
 from flatout.agent.hooks import is_ours
-from flatout.agent.losses import abandon
+from flatout.agent.losses import abandon, loss_number, read_loss
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Guard:
             self._gated = optimizer
         else:
             _zero_where(found, grads)
-        self._flags.append((self._session.losses.read(found), f"{name} were not finite", turned))
+        self._flags.append((read_loss(found), f"{name} were not finite", turned))
 
     def _backward(self, outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
         result = self._own_backward(outputs, grads, *args, **kwargs)
@@ -214,13 +214,13 @@ class Guard:
             return
         found = _joined(unscale(grads, 1.0))
         _zero_where(found, grads)
-        self._flags.append((self._session.losses.read(found), what, turned))
+        self._flags.append((read_loss(found), what, turned))
 
     def _read_flags(self, wait: bool) -> None:
         """Answer the flags that have arrived from the device."""
         while self._flags:
             flag, what, turned = self._flags[0]
-            number = self._session.losses.number(flag, wait)
+            number = loss_number(flag, wait)
             if number is None:
                 return
             self._flags.popleft()

@@ -43,67 +43,66 @@ class _Pending:
 
 
 def abandon(unread: object) -> None:
-    """Keep ``unread``, which holds what ``LossReader.read`` returned, for as long as the process
+    """Keep ``unread``, which holds what ``read_loss`` returned, for as long as the process
     lives: in the child of a fork. There, torch ends the process when an event or pinned memory of
     the parent's device is released.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unread))
 
 
-class LossReader:
-    """Turns loss tensors into numbers, late where that saves a synchronisation."""
+def read_loss(loss: torch.Tensor) -> object:
+    """Take note of the loss on an accelerator that backward is about to start from.
 
-    def read(self, loss: torch.Tensor) -> object:
-        """Take note of the loss on an accelerator that backward is about to start from.
+    Returns what ``loss_number`` turns into one later, ``None`` if it is no real number, or belongs
+    to a graph that is being captured.
+    """
+    import torch
 
-        Returns what ``number`` turns into one later, ``None`` if it is no real number, or belongs
-        to a graph that is being captured.
-        """
-        import torch
+    if loss.numel() != 1 or loss.is_complex() or is_capturing():
+        return None
+    if loss.device.type in _STREAM_DEVICES:
+        value = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        value.copy_(loss.detach().reshape(()), non_blocking=True)
+        copied = torch.Event(loss.device)
+        copied.record(torch.accelerator.current_stream(loss.device))
+        return _Pending(value, copied)
+    return _Pending(loss.detach(), None)
 
-        if loss.numel() != 1 or loss.is_complex() or is_capturing():
-            return None
-        if loss.device.type in _STREAM_DEVICES:
-            value = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            value.copy_(loss.detach().reshape(()), non_blocking=True)
-            copied = torch.Event(loss.device)
-            copied.record(torch.accelerator.current_stream(loss.device))
-            return _Pending(value, copied)
-        return _Pending(loss.detach(), None)
 
-    def arrived(self, losses: list[object], wait: bool) -> list[float]:
-        """The numbers behind the first of ``losses``, up to one that is still on its way.
+def arrived_losses(losses: list[object], wait: bool) -> list[float]:
+    """The numbers behind the first of ``losses``, up to one that is still on its way.
 
-        They are taken out of the list.
+    They are taken out of the list.
 
-        Args:
-            losses: numbers, and what ``read`` returned.
-            wait: wait for those on their way (at the end of the program).
-        """
-        numbers: list[float] = []
-        for loss in losses:
-            number = loss if isinstance(loss, float) else self.number(loss, wait)
-            if number is None:
-                break
-            numbers.append(number)
-        del losses[: len(numbers)]
-        return numbers
+    Args:
+        losses: numbers, and what ``read_loss`` returned.
+        wait: wait for those on their way (at the end of the program).
+    """
+    numbers: list[float] = []
+    for loss in losses:
+        number = loss_number(loss, wait)
+        if number is None:
+            break
+        numbers.append(number)
+    del losses[: len(numbers)]
+    return numbers
 
-    def number(self, loss: object, wait: bool) -> float | None:
-        """The number behind a loss, ``None`` while it is still on its way.
 
-        Args:
-            loss: a number, or what ``read`` returned.
-            wait: wait for it.
-        """
-        if isinstance(loss, float):
-            return loss
-        assert isinstance(loss, _Pending)
-        if wait and loss.copied is not None:
-            loss.copied.synchronize()
-        elif not wait and not loss.has_arrived():
-            return None
-        return float(loss.value)
+def loss_number(loss: object, wait: bool) -> float | None:
+    """The number behind a loss, ``None`` while it is still on its way.
+
+    Args:
+        loss: a number, or what ``read_loss`` returned.
+        wait: wait for it.
+    """
+    if isinstance(loss, float):
+        return loss
+    assert isinstance(loss, _Pending)
+    if wait and loss.copied is not None:
+        loss.copied.synchronize()
+    elif not wait and not loss.has_arrived():
+        return None
+    return float(loss.value)
 
 
 def peak_device_bytes() -> int | None:

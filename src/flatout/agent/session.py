@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.agent.capture import is_capturing
 from flatout.agent.hooks import Hooks, is_ours
 from flatout.agent.inputs import FirstInputs
-from flatout.agent.losses import LossReader, abandon, peak_device_bytes
+from flatout.agent.losses import abandon, arrived_losses, peak_device_bytes, read_loss
 from flatout.record import (
     ENVIRONMENT_NAMES,
     EVENTS,
@@ -57,11 +57,10 @@ class Session:
     def __init__(self, request: Request, run_directory: Path) -> None:
         self.request = request
         self.run_directory = run_directory
-        self.losses = LossReader()
         self.hooks = Hooks(
             lambda optimizer_exists: Turns(self._turn_closed, optimizer_exists),
             self._read,
-            self.losses.read,
+            read_loss,
             on_skip=lambda subject, why: self.event("skipped", subject, why),
             on_failure=self._failed,
         )
@@ -420,7 +419,7 @@ class Session:
     def _write_events(self, wait: bool) -> None:
         self.record.write_events(self.hooks.pack())
         try:
-            arrived = self.losses.arrived(self.hooks.losses, wait)
+            arrived = arrived_losses(self.hooks.losses, wait)
         except Exception as error:
             if not is_ours(error):
                 raise

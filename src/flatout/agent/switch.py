@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from flatout import knobs, ratios
 from flatout.agent.inputs import InputSizes
+from flatout.agent.losses import loss_number
 from flatout.ratios import Block, Size
 from flatout.request import Comparison
 from flatout.turns import Turn
@@ -236,7 +237,7 @@ class Switch:
             self._unread += ((self._arm, loss) for loss in turn.losses)
         while self._unread:
             arm, loss = self._unread[0]
-            number = self._session.losses.number(loss, wait=False)
+            number = loss_number(loss, wait=False)
             if number is None:
                 return
             self._unread.popleft()
