@@ -22,7 +22,7 @@ static inline int thread_number(void) { return omp_get_thread_num(); }
 static inline int thread_number(void) { return 0; }
 #endif
 
-enum { ALWAYS = 1 << 16 };
+enum { ALWAYS = 1 << 16, PART = 16, PIECE = 64 };
 
 typedef struct {
     int64_t heads, rows, columns;    /* of this block */
@@ -88,55 +88,81 @@ static inline void dropout_span(const Block *b, float *factors, int64_t head, in
     factors_of(masks, count, kept, factors);
 }
 
-/* `count` scores of a row to dropped probabilities; returns the logarithm of their sum, infinity
-   where nothing is seen. */
-static inline float to_probabilities(const Block *b, float *s, int64_t head, int64_t row,
-                                     int64_t count) {
-    float most = -INFINITY, sum = 0.0f, scale = b->scale;
-    if (b->bias || scale <= 0.0f) {
-        scale_row(b, s, head, row, count);
-        scale = 1.0f;
-    }
-    _Pragma("omp simd reduction(max:most)")
-    for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
-    if (most == -INFINITY) most = 0.0f;
-    _Pragma("omp simd reduction(+:sum)")
-    for (int64_t i = 0; i < count; i++) {
-        s[i] = exponential((s[i] - most) * scale);
-        sum += s[i];
-    }
-    float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (int64_t column = 0; column < count; column += SPAN) {
-        int64_t width = count - column < SPAN ? count - column : SPAN;
-        float factors[SPAN];
-        if (b->keep < ALWAYS) {
-            dropout_span(b, factors, head, row, column, width);
-            for (int64_t i = 0; i < width; i++) s[column + i] *= factors[i] * inverse;
-        } else {
-            for (int64_t i = 0; i < width; i++) s[column + i] *= inverse;
-        }
-    }
-    return sum == 0.0f ? INFINITY : most * scale + logf(sum);
+static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
+
+static inline void fill_rest(float *row, int64_t from, int64_t to, float with) {
+    for (int64_t i = from; i < to; i++) row[i] = with;
 }
 
-/* `count` scores of a row to dropped probabilities, and the gradients of these to those of the
-   scores, by what the forward pass has returned and the product of the output with its gradient. */
-static inline void to_gradients(const Block *b, float *s, float *gradients, int64_t head,
-                                int64_t row, int64_t count, float logarithm, float product) {
+/* Where to end with a row of scores that has room for `width`: whole TILEs, for the sake of speed. */
+static inline int64_t end_of(int64_t count, int64_t width) {
+    return padded(count) < width ? padded(count) : width;
+}
+
+/* Rows of scores, `width` numbers each, to what is their dropped probabilities times the sum of the
+   exponentials; what is not seen becomes 0. `inverses` gets 1 / the sums, `logarithms` theirs,
+   infinity where nothing is seen. Each loop over rows does what the next rows need not wait for. */
+static void to_exponentials(const Block *b, float *restrict scores, int64_t width, int64_t head,
+                            int64_t first, int64_t rows, float *restrict logarithms,
+                            float *restrict inverses) {
+    const int is_apart = b->bias || b->scale <= 0.0f; /* else scaling does not change the order */
+    float shifts[PIECE], scale = is_apart ? 1.0f : b->scale;
+    for (int64_t row = 0; row < rows; row++) {
+        float *s = scores + row * width, most = -INFINITY;
+        int64_t count = seen(b, first + row), end = end_of(count, width);
+        if (is_apart) scale_row(b, s, head, first + row, count);
+        fill_rest(s, count, end, -INFINITY);
+        _Pragma("omp simd reduction(max:most)")
+        for (int64_t i = 0; i < end; i++) most = s[i] > most ? s[i] : most;
+        shifts[row] = most == -INFINITY ? 0.0f : most * scale;
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        float *s = scores + row * width, shift = shifts[row], sum = 0.0f;
+        int64_t end = end_of(seen(b, first + row), width);
+        _Pragma("omp simd reduction(+:sum)")
+        for (int64_t i = 0; i < end; i++) {
+            s[i] = exponential(s[i] * scale - shift);
+            sum += s[i];
+        }
+        fill_rest(s, end, width, 0.0f);
+        inverses[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        logarithms[row] = sum == 0.0f ? INFINITY : shift + logf(sum);
+    }
+    if (b->keep == ALWAYS) return;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0, count = seen(b, first + row); column < count; column += SPAN) {
+            int64_t wide = count - column < SPAN ? count - column : SPAN;
+            float factors[SPAN], *s = scores + row * width + column;
+            dropout_span(b, factors, head, first + row, column, wide);
+            for (int64_t i = 0; i < wide; i++) s[i] *= factors[i];
+        }
+}
+
+/* A row of scores, with room for `width`, to its dropped probabilities, and the gradients of these to
+   those of the scores, by what the forward pass has returned and the product of the output with its
+   gradient. What is not seen becomes 0. */
+static inline void to_gradients(const Block *b, float *restrict s, float *restrict gradients,
+                                int64_t width, int64_t head, int64_t row, float logarithm,
+                                float product) {
+    int64_t count = seen(b, row), end = end_of(count, width);
+    float scale = b->scale;
     scale_row(b, s, head, row, count);
-    for (int64_t column = 0; column < count; column += SPAN) {
-        int64_t width = count - column < SPAN ? count - column : SPAN;
+    fill_rest(s, count, end, -INFINITY);
+    for (int64_t column = 0; column < end; column += SPAN) {
+        int64_t wide = end - column < SPAN ? end - column : SPAN;
         float factors[SPAN], *scores = s + column, *of = gradients + column;
         if (b->keep < ALWAYS)
-            dropout_span(b, factors, head, row, column, width);
+            dropout_span(b, factors, head, row, column, wide);
         else
             for (int i = 0; i < SPAN; i++) factors[i] = 1.0f;
-        for (int64_t i = 0; i < width; i++) {
+        for (int64_t i = 0; i < wide; i++) {
             float p = exponential(scores[i] - logarithm);
             scores[i] = p * factors[i];
-            of[i] = p * (of[i] * factors[i] - product) * b->scale;
+            of[i] = p * (of[i] * factors[i] - product) * scale;
         }
     }
+    fill_rest(s, count, width, 0.0f);
+    fill_rest(gradients, count, width, 0.0f);
 }
 
 /* Scores to dropped probabilities; `scores` is overwritten. `sums` gets the logarithm of the sum
@@ -146,9 +172,10 @@ void attention_forward(const Block *block, float *scores, void *dropped, float *
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
     for (int64_t index = 0; index < b.heads * b.rows; index++) {
         int64_t row = index % b.rows, at = index * b.columns, count = seen(&b, row);
-        sums[index] = to_probabilities(&b, scores + at, index / b.rows, row, count);
-        store_span(dropped, at, scores + at, count, b.is_bf16);
-        clear_span(dropped, at + count, b.columns - count, b.is_bf16);
+        float inverse;
+        to_exponentials(&b, scores + at, b.columns, index / b.rows, row, 1, sums + index, &inverse);
+        for (int64_t i = 0; i < count; i++) scores[at + i] *= inverse;
+        store_span(dropped, at, scores + at, b.columns, b.is_bf16);
     }
 }
 
@@ -160,13 +187,11 @@ void attention_backward(const Block *block, float *scores, const float *sums, co
     const Block b = *block;
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
     for (int64_t index = 0; index < b.heads * b.rows; index++) {
-        int64_t row = index % b.rows, at = index * b.columns, count = seen(&b, row);
-        to_gradients(&b, scores + at, gradients + at, index / b.rows, row, count, sums[index],
-                     means[index]);
-        store_span(dropped, at, scores + at, count, b.is_bf16);
-        store_span(score_gradients, at, gradients + at, count, b.is_bf16);
-        clear_span(dropped, at + count, b.columns - count, b.is_bf16);
-        clear_span(score_gradients, at + count, b.columns - count, b.is_bf16);
+        int64_t at = index * b.columns;
+        to_gradients(&b, scores + at, gradients + at, b.columns, index / b.rows, index % b.rows,
+                     sums[index], means[index]);
+        store_span(dropped, at, scores + at, b.columns, b.is_bf16);
+        store_span(score_gradients, at, gradients + at, b.columns, b.is_bf16);
     }
 }
 
@@ -202,8 +227,6 @@ void dropout_factors(const Block *block, float *factors) {
 /* Whole heads. Rows are of a multiple of TILE numbers, with zeros at the end. All is float32 in here,
    but the factors of products where tensors are bfloat16 and the processor multiplies that. */
 
-enum { PART = 16, PIECE = 64 };
-
 /* Rows of a matrix for each head; what lies in a row is adjacent. */
 typedef struct {
     void *at;
@@ -217,8 +240,6 @@ typedef struct {
     float *sums;              /* heads x rows: the logarithm of the sum of each row of scores */
     float *scratch;           /* threads x heads_scratch() */
 } Heads;
-
-static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
 
 /* The block as it is for one head, without columns at the end that no row sees, padding, and without
    a bias that does nothing else. */
@@ -238,6 +259,11 @@ static Block seen_by(const Block *b, int64_t head) {
 
 static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
     return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
+}
+
+static void scale_rows(float *rows, int64_t count, int64_t width, const float *factors) {
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t i = 0; i < width; i++) rows[row * width + i] *= factors[row];
 }
 
 /* Draw which probabilities of a head are kept. */
@@ -272,10 +298,6 @@ static void transpose(const float *from, int64_t rows, int64_t width, float *to)
         for (int64_t row = 0; row < rows; row++) here[row] = from[row * from_stride + column];
         for (int64_t row = rows; row < stride; row++) here[row] = 0.0f;
     }
-}
-
-static inline void clear_rest(float *row, int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) row[i] = 0.0f;
 }
 
 /* How many floats, or pairs, a thread needs: no less than what each of the functions below takes.
@@ -313,6 +335,7 @@ static void head_forward(const Heads *h, int64_t head, float *memory) {
     float *key = taken(&memory, m * wide), *value = taken(&memory, m * tall);
     float *turned = taken(&memory, wide * across), *query = taken(&memory, PIECE * wide);
     float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    float inverses[PIECE];
     load_rows(b, &h->key, head, 0, m, key);
     load_rows(b, &h->value, head, 0, m, value);
     transpose(key, m, h->key.width, turned);
@@ -320,17 +343,13 @@ static void head_forward(const Heads *h, int64_t head, float *memory) {
         int64_t rows = n - first < PIECE ? n - first : PIECE;
         load_rows(b, &h->query, head, first, rows, query);
         seen_products(b, scores, query, wide, turned, h->key.width, first, rows);
-        for (int64_t row = 0; row < rows; row++) {
-            float *s = scores + row * across;
-            int64_t count = seen(b, first + row);
-            h->sums[head * n + first + row] = to_probabilities(b, s, head, first + row, count);
-            clear_rest(s, count, across);
-        }
+        to_exponentials(b, scores, across, head, first, rows, h->sums + head * n + first, inverses);
         for (int64_t row = 0; row < rows; row += PART) {
             int64_t part = rows - row < PART ? rows - row : PART;
             float_product(output + row * tall, tall, scores + row * across, across, 1, value, tall,
                           part, seen(b, first + row + part - 1), tall);
         }
+        scale_rows(output, rows, tall, inverses);
         store_rows(b, &h->output, head, first, rows, output);
     }
 }
@@ -357,12 +376,9 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
     seen_products(b, gradients, of_output, tall, turned_value, h->value.width, 0, n);
     for (int64_t row = 0; row < n; row++) {
         float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
-        int64_t count = seen(b, row);
         for (int64_t i = 0; i < tall; i++)
             together += output[row * tall + i] * of_output[row * tall + i];
-        to_gradients(b, s, g, head, row, count, h->sums[head * n + row], together);
-        clear_rest(s, count, across);
-        clear_rest(g, count, across);
+        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], together);
     }
     float_product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
     for (int64_t row = 0; row < n; row += PART) {
@@ -371,8 +387,8 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
                       rows, seen(b, row + rows - 1), wide);
     }
     float_product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
-    clear_rest(of_key, m * wide, all * wide);
-    clear_rest(of_value, m * tall, all * tall);
+    fill_rest(of_key, m * wide, all * wide, 0.0f);
+    fill_rest(of_value, m * tall, all * tall, 0.0f);
     store_rows(b, &h->of_query, head, 0, n, of_query);
     store_rows(b, &h->of_key, head, 0, all, of_key);
     store_rows(b, &h->of_value, head, 0, all, of_value);
@@ -469,6 +485,7 @@ static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
     Pair *query = (Pair *)taken(&memory, PIECE * wide);
     Pair *dropped = (Pair *)taken(&memory, PIECE * across / 2);
     float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    float inverses[PIECE];
     load_row_pairs(b, &h->key, head, 0, m, key);
     load_column_pairs(b, &h->value, head, m, value);
     transpose_pairs(key, m, wide, turned);
@@ -476,18 +493,14 @@ static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
         int64_t rows = n - first < PIECE ? n - first : PIECE;
         load_row_pairs(b, &h->query, head, first, rows, query);
         seen_pairs(b, scores, query, wide, turned, first, rows);
-        for (int64_t row = 0; row < rows; row++) {
-            float *s = scores + row * across;
-            int64_t count = seen(b, first + row);
-            h->sums[head * n + first + row] = to_probabilities(b, s, head, first + row, count);
-            clear_rest(s, count, across);
-        }
+        to_exponentials(b, scores, across, head, first, rows, h->sums + head * n + first, inverses);
         to_row_pairs(scores, rows, across, dropped);
         for (int64_t row = 0; row < rows; row += PART) {
             int64_t part = rows - row < PART ? rows - row : PART;
             pairs_product(output + row * tall, tall, dropped + row * across / 2, across / 2, 1,
                           value, tall, part, pairs_in(seen(b, first + row + part - 1)), tall);
         }
+        scale_rows(output, rows, tall, inverses);
         store_rows(b, &h->output, head, first, rows, output);
     }
 }
@@ -516,13 +529,10 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
     float *output = taken(&memory, tall), *exact = taken(&memory, tall);
     for (int64_t row = 0; row < n; row++) {
         float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
-        int64_t count = seen(b, row);
         load_rows(b, &h->output, head, row, 1, output);
         load_rows(b, &h->of_output, head, row, 1, exact);
         for (int64_t i = 0; i < h->value.width; i++) together += output[i] * exact[i];
-        to_gradients(b, s, g, head, row, count, h->sums[head * n + row], together);
-        clear_rest(s, count, across);
-        clear_rest(g, count, across);
+        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], together);
     }
     Pair *left = (Pair *)taken(&memory, pairs_in(n) * across);
     to_column_pairs(scores, n, across, left);
@@ -538,8 +548,8 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
         pairs_product(of_query + row * wide, wide, left + row * across / 2, across / 2, 1, columns,
                       wide, part, pairs_in(seen(b, row + part - 1)), wide);
     }
-    clear_rest(of_key, m * wide, all * wide);
-    clear_rest(of_value, m * tall, all * tall);
+    fill_rest(of_key, m * wide, all * wide, 0.0f);
+    fill_rest(of_value, m * tall, all * tall, 0.0f);
     store_rows(b, &h->of_query, head, 0, n, of_query);
     store_rows(b, &h->of_key, head, 0, all, of_key);
     store_rows(b, &h->of_value, head, 0, all, of_value);

@@ -10,7 +10,7 @@
 /* e^x to 2 units in the last place for x <= 0; below the smallest normal number, 0. The polynomial
    is Taylor's, on [-ln(2)/2, ln(2)/2]. */
 static inline float exponential(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
+    float clamped = x < -88.0f ? -88.0f : x;
     float n = rintf(clamped * 1.44269504f);
     float r = clamped - n * 0.693359375f;
     r -= n * -2.12194440e-4f;
@@ -25,7 +25,7 @@ static inline float exponential(float x) {
     int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? 0.0f : y * power;
+    return y * power;
 }
 
 static inline float sigmoid(float x) {
