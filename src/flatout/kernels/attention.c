@@ -99,6 +99,19 @@ static inline int64_t end_of(int64_t count, int64_t width) {
     return padded(count) < width ? padded(count) : width;
 }
 
+/* The sum of the numbers in a lane, half upon half. */
+static inline float total(Lane x) {
+    typedef float Half __attribute__((vector_size(2 * TILE)));
+    typedef float Quarter __attribute__((vector_size(TILE)));
+    Half halves[2];
+    Quarter quarters[2];
+    memcpy(halves, &x, sizeof x);
+    halves[0] += halves[1];
+    memcpy(quarters, halves, sizeof quarters);
+    quarters[0] += quarters[1];
+    return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
+}
+
 /* Rows of scores, `width` numbers each, to what is their dropped probabilities times the sum of the
    exponentials; what is not seen becomes 0. `inverses` gets 1 / the sums, `logarithms` theirs,
    infinity where nothing is seen. Each loop over rows does what the next rows need not wait for. */
@@ -106,7 +119,7 @@ static void to_exponentials(const Block *b, float *restrict scores, int64_t widt
                             int64_t first, int64_t rows, float *restrict logarithms,
                             float *restrict inverses) {
     const int is_apart = b->bias || b->scale <= 0.0f; /* else scaling does not change the order */
-    float shifts[PIECE], scale = is_apart ? 1.0f : b->scale;
+    float shifts[PIECE], sums[PIECE], scale = is_apart ? 1.0f : b->scale;
     for (int64_t row = 0; row < rows; row++) {
         float *s = scores + row * width, most = -INFINITY;
         int64_t count = seen(b, first + row), end = end_of(count, width);
@@ -117,16 +130,20 @@ static void to_exponentials(const Block *b, float *restrict scores, int64_t widt
         shifts[row] = most == -INFINITY ? 0.0f : most * scale;
     }
     for (int64_t row = 0; row < rows; row++) {
-        float *s = scores + row * width, shift = shifts[row], sum = 0.0f;
-        int64_t end = end_of(seen(b, first + row), width);
-        _Pragma("omp simd reduction(+:sum)")
-        for (int64_t i = 0; i < end; i++) {
-            s[i] = exponential(s[i] * scale - shift);
-            sum += s[i];
+        float *s = scores + row * width, shift = shifts[row];
+        int64_t end = end_of(seen(b, first + row), width), i = 0;
+        Lane sum = {0};
+        for (; i + TILE <= end; i += TILE) {
+            for (int k = 0; k < TILE; k++) s[i + k] = exponential(s[i + k] * scale - shift);
+            sum += *(const Lane *)(s + i);
         }
+        sums[row] = total(sum);
+        for (; i < end; i++) sums[row] += s[i] = exponential(s[i] * scale - shift);
         fill_rest(s, end, width, 0.0f);
-        inverses[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        logarithms[row] = sum == 0.0f ? INFINITY : shift + logf(sum);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        inverses[row] = sums[row] == 0.0f ? 0.0f : 1.0f / sums[row];
+        logarithms[row] = sums[row] == 0.0f ? INFINITY : shifts[row] + logarithm(sums[row]);
     }
     if (b->keep == ALWAYS) return;
     for (int64_t row = 0; row < rows; row++)
@@ -400,8 +417,13 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
 
 static inline int64_t pairs_in(int64_t count) { return (count + 1) / 2; }
 
-static inline Pair pair_of(uint16_t low, uint16_t high) {
-    return (Pair)low | (Pair)high << 16;
+/* `count` numbers, without a call for each row. */
+static inline void copy_halves(uint16_t *restrict to, const uint16_t *restrict from,
+                               int64_t count) {
+    for (int64_t i = 0; i < count; i += 2 * TILE) {
+        __mmask32 there = count - i < 2 * TILE ? (1u << (count - i)) - 1 : ~0u;
+        _mm512_mask_storeu_epi16(to + i, there, _mm512_maskz_loadu_epi16(there, from + i));
+    }
 }
 
 /* `rows` rows from `first` on, pairs of neighbours in a row. */
@@ -411,7 +433,21 @@ static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t 
     int64_t stride = pairs_in(r->width);
     for (int64_t row = 0; row < rows; row++) {
         to[(row + 1) * stride - 1] = 0;
-        memcpy(to + row * stride, from + row * r->row, (size_t)r->width * sizeof *from);
+        copy_halves((uint16_t *)(to + row * stride), from + row * r->row, r->width);
+    }
+}
+
+/* Words of numbers of one row and those below them, of which there may be none. */
+static inline void to_pairs(Pair *restrict to, const uint16_t *restrict low,
+                            const uint16_t *restrict high, int64_t width) {
+    for (int64_t i = 0; i < padded(width); i += TILE) {
+        __mmask16 there = width - i < TILE ? (1u << (width - i)) - 1 : 0xFFFF;
+        __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, low + i));
+        if (high) {
+            __m512i highs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, high + i));
+            words = _mm512_or_si512(words, _mm512_slli_epi32(highs, 16));
+        }
+        _mm512_storeu_si512(to + i, words);
     }
 }
 
@@ -421,13 +457,8 @@ static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64
     const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head);
     int64_t stride = padded(r->width);
     for (int64_t row = 0; row < rows; row += 2) {
-        const uint16_t *low = from + row * r->row, *high = low + r->row;
-        Pair *here = to + row / 2 * stride;
-        if (row + 1 < rows)
-            for (int64_t i = 0; i < r->width; i++) here[i] = pair_of(low[i], high[i]);
-        else
-            for (int64_t i = 0; i < r->width; i++) here[i] = low[i];
-        memset(here + r->width, 0, (size_t)(stride - r->width) * sizeof *here);
+        const uint16_t *low = from + row * r->row;
+        to_pairs(to + row / 2 * stride, low, row + 1 < rows ? low + r->row : NULL, r->width);
     }
 }
 

@@ -28,6 +28,29 @@ static inline float exponential(float x) {
     return y * power;
 }
 
+/* ln x of a normal number, to 2 units in the last place. The polynomial is that of logf in S. L.
+   Moshier's Cephes, https://www.netlib.org/cephes/, for mantissas from the root of 1/2 on. */
+static inline float logarithm(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int32_t exponent = (bits - 0x3F3504F3) >> 23; /* of the number over that root */
+    bits -= exponent << 23;
+    float m, n = (float)exponent;
+    memcpy(&m, &bits, sizeof m);
+    m -= 1.0f;
+    float y = 7.0376836292e-2f;
+    y = y * m - 1.1514610310e-1f;
+    y = y * m + 1.1676998740e-1f;
+    y = y * m - 1.2420140846e-1f;
+    y = y * m + 1.4249322787e-1f;
+    y = y * m - 1.6668057665e-1f;
+    y = y * m + 2.0000714765e-1f;
+    y = y * m - 2.4999993993e-1f;
+    y = y * m + 3.3333331174e-1f;
+    y = y * m * m * m + n * -2.12194440e-4f - 0.5f * m * m;
+    return m + y + n * 0.693359375f;
+}
+
 static inline float sigmoid(float x) {
     float e = exponential(x < 0.0f ? x : -x);
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);

@@ -73,11 +73,16 @@ def _medium(session: Session) -> Undo:
 def _bf16(session: Session) -> Undo:
     import torch
 
-    from flatout.knobs.precision.autocast import Autocast
+    from flatout.knobs.precision.autocast import PackingAutocast
 
-    autocast = Autocast(session, NAME, torch.bfloat16)
+    autocast = PackingAutocast(session, NAME, torch.bfloat16)
     session.forward_wrappers.append(autocast)
-    return lambda: session.forward_wrappers.remove(autocast)
+
+    def undo() -> None:
+        session.forward_wrappers.remove(autocast)
+        autocast.close()
+
+    return undo
 
 
 def _safe(session: Session) -> Undo:
@@ -141,7 +146,10 @@ KNOB = Knob(
         "and so does each call of a program that only infers; "
         "what it returns comes back in float32, so losses outside the module are computed as "
         "before. Parameters, gradients and optimizer state stay in float32. Evaluation passes, and "
-        "programs that use autocast themselves, are left as they are.\n\n"
+        "programs that use autocast themselves, are left as they are. On CPUs that multiply bfloat16, "
+        "a program that only infers keeps the weights of its linear layers in bfloat16, in the "
+        "order that oneDNN wants them in (as much memory as autocast's own copies take); before "
+        "each use their memory is looked at, and a weight that has changed is packed again.\n\n"
         "`safe`: the same, but what is known to suffer runs in float32: sigmoid, softmax, "
         "logarithms, powers and norms (batch norm takes its statistics in float32 anyway), and "
         "the last matrix product or convolution of each outermost module.\n\n"
@@ -168,4 +176,5 @@ KNOB = Knob(
     match=match,
     apply=apply,
     claims=("autocast",),
+    kernels=("fingerprint",),
 )

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout import kernels
 from flatout.agent.nested import mapped
+from flatout.knobs.precision import packed
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -101,6 +103,41 @@ class Autocast:
         if name + why not in self._said:
             self._said.add(name + why)
             self._session.event("skipped", self._knob, f"{name} is left alone: {why}")
+
+
+class PackingAutocast(Autocast):
+    """With packed weights in programs that only infer on the CPU, see ``packed.py``."""
+
+    def __init__(self, session: Session, knob: str, dtype: torch.dtype) -> None:
+        super().__init__(session, knob, dtype)
+        self._remove: Callable[[], None] | None = None
+
+    def _under(
+        self,
+        device: str,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._remove is None and device == "cpu" and not torch.is_grad_enabled():
+            self._remove = self._install()
+        return super()._under(device, call, module, args, kwargs)
+
+    def _install(self) -> Callable[[], None]:
+        if not packed.is_available():
+            return lambda: None
+        try:
+            linear = packed.PackedLinear(lambda error: self._session.contain(self._knob, error))
+        except kernels.KernelError as error:
+            self._session.event("skipped", self._knob, f"weights are cast in each call: {error}")
+            return lambda: None
+        return linear.remove
+
+    def close(self) -> None:
+        """Put torch's own operators back."""
+        if self._remove is not None:
+            self._remove()
 
 
 class SafeAutocast(Autocast):

@@ -1,0 +1,137 @@
+"""Linear layers of inference: weights kept in bfloat16, in the order that products want them in.
+
+Autocast casts a weight in each call of the model, and oneDNN brings it into its own order in each
+product. Both are kept here until the weight has changed. No counter of torch tells that for
+certain (what is written through ``weight.data`` leaves none behind), so its memory is looked at
+each time, which takes less than the cast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from flatout import kernels
+from flatout.agent import dispatch
+
+FEWEST_ROWS = 32
+"""Of the input; a product with fewer reads its weight once, and looking at it does so again."""
+
+SERIAL_BELOW = 1 << 17
+"""Bytes below which one thread looks at them: waking the others takes as long."""
+
+MOST_CHANGES = 8
+"""A weight that has changed more often is left to torch."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Packed(NamedTuple):
+    """A weight as it was.
+
+    Attributes:
+        fingerprint: of its memory.
+        weight: in bfloat16, in oneDNN's order; ``None``: it is left to torch.
+        changes: how often it has changed so far.
+    """
+
+    fingerprint: int
+    weight: torch.Tensor | None
+    changes: int
+
+
+class PackedLinear:
+    """Stands in for ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
+
+    Args:
+        on_failure: called when something could not be computed; torch's own way has been gone then.
+
+    Raises:
+        KernelError: ``kernels/fingerprint.c`` cannot be built.
+
+    Attributes:
+        remove: puts torch's own back.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._fingerprint = kernels.load("fingerprint").fingerprint
+        self._fingerprint.restype = ctypes.c_uint64
+        self._fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._on_failure = on_failure
+        self._packed = WeakTensorKeyDictionary()
+        self._own = torch.library.get_kernel("aten::linear", "AutocastCPU")
+        self.remove = dispatch.replace({"linear": self._linear}, "AutocastCPU")
+
+    def _linear(
+        self,
+        keyset: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if _can_take(x, weight, bias):
+            try:
+                packed = self._pack(weight, x.numel() // x.shape[-1])
+                if packed is not None:
+                    return _product(x, packed, bias)
+            except Exception as error:  # noqa: BLE001 - reported
+                self._on_failure(error)
+        own: torch.Tensor = self._own.call_boxed(keyset, x, weight, bias)
+        return own
+
+    def _pack(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """The weight as it is now, packed; ``None``: it changes all the time."""
+        known: Packed | None = self._packed.get(weight)
+        if known is not None and known.weight is None:
+            return None
+        size = weight.numel() * weight.element_size()
+        threads = torch.get_num_threads() if size >= SERIAL_BELOW else 1
+        found: int = self._fingerprint(weight.data_ptr(), size, threads)
+        if known is not None and known.weight is not None:
+            if known.fingerprint == found and known.weight.shape == weight.shape:
+                return known.weight
+        changes = 0 if known is None else known.changes + 1
+        packed = None
+        if changes <= MOST_CHANGES:
+            in_bf16 = weight.detach().to(torch.bfloat16)
+            packed = torch.ops.mkldnn._reorder_linear_weight(in_bf16, rows)
+        self._packed[weight] = Packed(found, packed, changes)
+        return packed
+
+
+def is_available() -> bool:
+    """Whether torch multiplies bfloat16 by oneDNN here."""
+    return bool(torch.backends.mkldnn.is_available()) and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        not torch.is_grad_enabled()
+        and type(weight) is torch.nn.Parameter
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and torch.backends.mkldnn.enabled
+        and all(tensor.dtype in DTYPES for tensor in tensors)
+        and weight.dim() == 2
+        and weight.is_contiguous()
+        and x.dim() >= 2
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
+        and (bias is None or bias.shape == weight.shape[:1])
+        and not torch.jit.is_tracing()
+        and dispatch.are_plain(*tensors)
+    )
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    in_bf16 = None if bias is None else bias.to(torch.bfloat16)
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.to(torch.bfloat16), packed, in_bf16, "none", [], ""
+    )
+    return product
