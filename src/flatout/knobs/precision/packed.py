@@ -35,11 +35,13 @@ class Packed(NamedTuple):
 
     Attributes:
         fingerprint: of its memory.
+        shape: its own.
         weight: in bfloat16, in oneDNN's order; ``None``: it is left to torch.
         changes: how often it has changed so far.
     """
 
     fingerprint: int
+    shape: torch.Size
     weight: torch.Tensor | None
     changes: int
 
@@ -91,15 +93,14 @@ class PackedLinear:
         size = weight.numel() * weight.element_size()
         threads = torch.get_num_threads() if size >= SERIAL_BELOW else 1
         found: int = self._fingerprint(weight.data_ptr(), size, threads)
-        if known is not None and known.weight is not None:
-            if known.fingerprint == found and known.weight.shape == weight.shape:
-                return known.weight
+        if known is not None and (known.fingerprint, known.shape) == (found, weight.shape):
+            return known.weight
         changes = 0 if known is None else known.changes + 1
         packed = None
         if changes <= MOST_CHANGES:
             in_bf16 = weight.detach().to(torch.bfloat16)
             packed = torch.ops.mkldnn._reorder_linear_weight(in_bf16, rows)
-        self._packed[weight] = Packed(found, packed, changes)
+        self._packed[weight] = Packed(found, weight.shape, packed, changes)
         return packed
 
 
@@ -113,7 +114,8 @@ def is_available() -> bool:
 def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        not torch.is_grad_enabled()
+        torch._C._get_tracing_state() is None
+        and not torch.is_grad_enabled()
         and type(weight) is torch.nn.Parameter
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and torch.backends.mkldnn.enabled
@@ -124,7 +126,6 @@ def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         and x.shape[-1] == weight.shape[1]
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
         and (bias is None or bias.shape == weight.shape[:1])
-        and not torch.jit.is_tracing()
         and dispatch.are_plain(*tensors)
     )
 

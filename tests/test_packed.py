@@ -1,0 +1,272 @@
+"""Weights that are packed once for inference: what they give, and what happens when they change."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flatout import kernels, knobs
+from flatout.agent.session import Session
+from flatout.knobs.precision import packed
+from flatout.knobs.precision.packed import FEWEST_ROWS, MOST_CHANGES, PackedLinear
+from flatout.request import Request
+
+ROWS = 2 * FEWEST_ROWS
+
+needs_bf16 = pytest.mark.skipif(
+    not packed.is_available(), reason="oneDNN multiplies no bfloat16 here"
+)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(Request(), tmp_path)
+    session.hooks.install(live=False)
+    undo = knobs.get("precision").apply(session, "bf16")
+    yield session
+    undo()
+    session.hooks.remove()
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What was used in the place of weights."""
+    used: list[torch.Tensor] = []
+    own = packed._product
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        used.append(weight)
+        return own(x, weight, bias)
+
+    monkeypatch.setattr(packed, "_product", product)
+    return used
+
+
+def in_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.bfloat16).double()
+
+
+def assert_right(found: torch.Tensor, net: nn.Linear, x: torch.Tensor) -> None:
+    """Against the product of what bfloat16 makes of the factors, rounded once."""
+    expected = in_bf16(x) @ in_bf16(net.weight).T
+    if net.bias is not None:
+        expected += in_bf16(net.bias)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+@needs_bf16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs", [(ROWS, 24), (4, ROWS, 24), (3, 2, ROWS, 24)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_are_as_exact_as_bfloat16(
+    session: Session,
+    packings: list[torch.Tensor],
+    bias: bool,
+    inputs: tuple[int, ...],
+    mode: Callable[[], torch.no_grad],
+) -> None:
+    net, x = nn.Linear(24, 40, bias=bias), torch.randn(inputs)
+    with mode():
+        for _ in range(2):
+            found = net(x)
+            assert found.shape == (*inputs[:-1], 40)
+            assert_right(found, net, x)
+        across = net(x.transpose(0, -2))
+        assert_right(across, net, x.transpose(0, -2))
+    assert len(packings) == 3
+    assert packings[0] is packings[1] is packings[2]
+
+
+def through_data(net: nn.Linear) -> None:
+    net.weight.data.mul_(3)
+
+
+def signs(net: nn.Linear) -> None:
+    net.weight.data.neg_()
+
+
+def exchanged(net: nn.Linear) -> None:
+    net.weight.data = torch.randn(48, 24)
+    net.bias.data = torch.randn(48)
+
+
+def loaded(net: nn.Linear) -> None:
+    net.load_state_dict(nn.Linear(24, 40).state_dict())
+
+
+def by_numpy(net: nn.Linear) -> None:
+    net.weight.detach().numpy()[7, 3] += 1
+
+
+def swapped(net: nn.Linear) -> None:
+    weight = net.weight.data
+    weight[0], weight[1] = weight[1].clone(), weight[0].clone()
+
+
+@needs_bf16
+@pytest.mark.parametrize("change", [through_data, signs, exchanged, loaded, by_numpy, swapped])
+def test_a_weight_that_has_changed_is_packed_again(
+    session: Session, packings: list[torch.Tensor], change: Callable[[nn.Linear], None]
+) -> None:
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        net(x)
+        change(net)
+        assert_right(net(x), net, x)
+    assert packings[0] is not packings[1]
+
+
+@needs_bf16
+def test_a_weight_that_changes_all_the_time_is_left_to_torch(
+    session: Session, packings: list[torch.Tensor]
+) -> None:
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        for _ in range(3 * MOST_CHANGES):
+            assert_right(net(x), net, x)
+            net.weight.data += 1.0
+    assert len(packings) == MOST_CHANGES + 1
+
+
+@needs_bf16
+def test_training_is_not_touched(session: Session, packings: list[torch.Tensor]) -> None:
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    net(x).sum().backward()
+    assert net.weight.grad is not None
+    with torch.no_grad():
+        net(x)  # an evaluation pass of a program that trains
+    assert not packings
+
+
+@needs_bf16
+def test_what_it_cannot_take_is_left_to_torch(
+    session: Session, packings: list[torch.Tensor]
+) -> None:
+    class Made(nn.Module):
+        """Its weight is computed in each pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(40, 24))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight / self.weight.norm())
+
+    few, x = torch.randn(FEWEST_ROWS - 1, 24), torch.randn(ROWS, 24)
+    net, sparse = nn.Linear(24, 40), nn.Linear(24, 40)
+    sparse.weight.data = sparse.weight.data.T.contiguous().T  # rows are not adjacent
+    with torch.no_grad():
+        assert_right(net(few), net, few)
+        assert_right(sparse(x), sparse, x)
+        assert Made()(x).shape == (ROWS, 40)
+        with pytest.raises(RuntimeError):
+            net(torch.randn(ROWS, 23))
+    assert not packings
+
+
+@needs_bf16
+def test_a_traced_module_keeps_its_weights_apart(session: Session) -> None:
+    net, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        net(x)
+        traced = torch.jit.trace(net, x)
+    assert "mkldnn" not in str(traced.inlined_graph)
+
+
+@needs_bf16
+def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) -> None:
+    session = Session(Request(), tmp_path)
+    session.hooks.install(live=False)
+    try:
+        net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+        with torch.no_grad():
+            before = net(x)
+            undo = knobs.get("precision").apply(session, "bf16")
+            net(x)
+            undo()
+            assert len(packings) == 1
+            assert torch.equal(net(x), before)
+            with torch.autocast("cpu", torch.bfloat16):
+                net(x)
+            assert len(packings) == 1
+    finally:
+        session.hooks.remove()
+
+
+@needs_bf16
+def test_a_failure_goes_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[Exception] = []
+    linear = PackedLinear(failures.append)
+    monkeypatch.setattr(packed, "_product", lambda *_: 1 / 0)
+    try:
+        net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert net(x).dtype is torch.bfloat16
+    finally:
+        linear.remove()
+    assert [type(failure) for failure in failures] == [ZeroDivisionError]
+
+
+@needs_bf16
+def test_without_a_compiler_weights_are_cast(
+    session: Session, packings: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> ctypes.CDLL:
+        raise kernels.KernelError("there is no C compiler")
+
+    monkeypatch.setattr(kernels, "load", load)
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        assert_right(net(x), net, x)
+    session.record.flush()
+    why = "weights are cast in each call: there is no C compiler"
+    assert why in session.record.path.read_text()
+    assert not packings
+
+
+SIZES = [0, 1, 7, 8, 255, 256, 257, 65_535, 65_536, 65_537, 1_000_003]
+
+
+@pytest.fixture(scope="module")
+def fingerprint() -> Callable[[torch.Tensor, int], int]:
+    function = kernels.load("fingerprint").fingerprint
+    function.restype = ctypes.c_uint64
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    return lambda memory, threads: function(memory.data_ptr(), memory.numel(), threads)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_fingerprint_tells_every_byte(
+    fingerprint: Callable[[torch.Tensor, int], int], size: int
+) -> None:
+    memory = torch.randint(256, (size,), dtype=torch.uint8)
+    first = fingerprint(memory, 1)
+    assert fingerprint(memory, 2) == fingerprint(memory.clone(), 3) == first
+    seen = {first}
+    places = {0, size // 3, size // 2, size - 1} if size else set()
+    for place in places:
+        for bit in range(8):
+            memory[place] ^= 1 << bit
+            seen.add(fingerprint(memory, 2))
+            memory[place] ^= 1 << bit
+    assert len(seen) == 1 + 8 * len(places)
+    assert fingerprint(memory, 2) == first
+
+
+def test_a_fingerprint_tells_changes_that_would_cancel(
+    fingerprint: Callable[[torch.Tensor, int], int],
+) -> None:
+    weight = torch.zeros(4096)
+    weight[::3] = 1.0
+    changed = [weight, weight.neg(), weight.roll(1), weight.flip(0), weight[:-1].clone()]
+    for stride in (1, 2, 32, 64, 128, 512):  # signs, the highest bits of words
+        for count in (2, 3, 4):
+            changed.append(weight.clone())
+            changed[-1][1 : 1 + count * stride : stride] *= -1.0
+    contents = {one.numpy().tobytes() for one in changed}
+    assert len({fingerprint(one.view(torch.uint8), 1) for one in changed}) == len(contents)
