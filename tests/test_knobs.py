@@ -123,11 +123,11 @@ class NotInBfloat16(nn.Module):
 
 
 def test_precision_turns_itself_off_where_bfloat16_is_not_implemented(session: Session) -> None:
-    knobs.get("precision").apply(session, "bf16")
     torch.manual_seed(0)
     net, x = NotInBfloat16(), torch.randn(4, 4)
     with torch.no_grad():
         bare = net(x)
+    knobs.get("precision").apply(session, "bf16")
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     (event,) = events(session)
     assert (event["what"], event["subject"]) == ("failed", "precision")

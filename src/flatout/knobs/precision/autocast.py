@@ -120,7 +120,9 @@ class PackingAutocast(Autocast):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self._remove is None and device == "cpu" and not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.close()  # no pass without gradients is under autocast any more
+        elif self._remove is None and device == "cpu":
             self._remove = self._install()
         return super()._under(device, call, module, args, kwargs)
 
@@ -138,6 +140,7 @@ class PackingAutocast(Autocast):
         """Put torch's own operators back."""
         if self._remove is not None:
             self._remove()
+            self._remove = None
 
 
 class SafeAutocast(Autocast):

@@ -65,11 +65,11 @@ class PackedLinear:
         self._fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._on_failure = on_failure
         self._packed = WeakTensorKeyDictionary()
-        self._own = torch.library.get_kernel("aten::linear", "AutocastCPU")
-        self.remove = dispatch.replace({"linear": self._linear}, "AutocastCPU")
+        self.remove = dispatch.layer({"linear": self._linear}, "AutocastCPU")
 
     def _linear(
         self,
+        below: Callable[..., torch.Tensor],
         keyset: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -82,8 +82,7 @@ class PackedLinear:
                     return _product(x, packed, bias)
             except Exception as error:  # noqa: BLE001 - reported
                 self._on_failure(error)
-        own: torch.Tensor = self._own.call_boxed(keyset, x, weight, bias)
-        return own
+        return below(keyset, x, weight, bias)
 
     def _pack(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
         """The weight as it is now, packed; ``None``: it changes all the time."""
@@ -105,9 +104,11 @@ class PackedLinear:
 
 
 def is_available() -> bool:
-    """Whether torch multiplies bfloat16 by oneDNN here."""
-    return bool(torch.backends.mkldnn.is_available()) and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether torch multiplies bfloat16 by oneDNN here, and can hand its own kernel over."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and hasattr(torch.library, "get_kernel")
     )
 
 
@@ -118,7 +119,7 @@ def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         and not torch.is_grad_enabled()
         and type(weight) is torch.nn.Parameter
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
-        and torch.backends.mkldnn.enabled
+        and torch._C._get_mkldnn_enabled()
         and all(tensor.dtype in DTYPES for tensor in tensors)
         and weight.dim() == 2
         and weight.is_contiguous()
