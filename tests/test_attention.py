@@ -219,6 +219,52 @@ def test_large_scores_overflow_nothing() -> None:
     torch.testing.assert_close(output.double(), expected, atol=0.1, rtol=0.02)
 
 
+@pytest.mark.parametrize("mask", ["none", "numbers for each head"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0, 2.0])
+def test_scales_of_all_kinds(blocks: None, scale: float, mask: str) -> None:
+    tensors, chosen = inputs(37, 45), MASKS[mask]()
+    job = cpu.Job(scale, False, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    gradients = torch.autograd.grad(output.square().sum(), tensors)
+    expected, expected_gradients = reference(tensors, chosen, job)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    for found, right in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e15])
+def test_of_enormous_scores_the_largest_is_taken(blocks: None, size: float) -> None:
+    query, key, value = (x.detach() for x in inputs())
+    job = cpu.Job(0.3, False, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(query * size, key * size, value, None, job, kernel(), raising)
+    expected = reference((query * size, key * size, value), None, job)[0]
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> None:
+    query, key, value = inputs(dtype=dtype)
+    job = cpu.Job(0.3, True, cpu.ALWAYS, 5, 3)
+    with torch.no_grad():
+        query[0, 1, 20, 3] = math.nan
+        query[1, 2, 30] = math.inf  # scores of both signs
+    output = cpu.apply(query, key, value, None, job, kernel(), raising)
+    expected, right = reference((query, key, value), None, job)
+    # The reference knows rows that see nothing, and makes zeros of them.
+    row_is_bad = torch.zeros(2, 3, 37, dtype=torch.bool)
+    row_is_bad[0, 1, 20] = row_is_bad[1, 2, 30] = True
+    assert torch.equal(output.isnan().any(-1), row_is_bad)
+    good = ~row_is_bad
+    torch.testing.assert_close(output[good].double(), expected[good], atol=0.02, rtol=0.02)
+    gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
+    for found in gradients:
+        assert found[0, 1].isnan().any()
+        assert found[1, 2].isnan().any()
+        assert found[0, 0].isfinite().all()
+    assert gradients[2][0, 1, :21].isnan().all()  # of all values that the row sees
+    assert len(right) == len(gradients)
+
+
 def test_the_same_with_any_number_of_threads(fast: None) -> None:
     def run(threads: int) -> Tensors:
         before = torch.get_num_threads()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from flatout import kernels, knobs
 from flatout.agent.session import Session
@@ -163,15 +168,93 @@ def test_what_it_cannot_take_is_left_to_torch(
             return nn.functional.linear(x, self.weight / self.weight.norm())
 
     few, x = torch.randn(FEWEST_ROWS - 1, 24), torch.randn(ROWS, 24)
-    net, sparse = nn.Linear(24, 40), nn.Linear(24, 40)
-    sparse.weight.data = sparse.weight.data.T.contiguous().T  # rows are not adjacent
+    net, scattered, to_nothing = nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(24, 0)
+    scattered.weight.data = scattered.weight.data.T.contiguous().T  # rows are not adjacent
+    rows = nn.Linear(24, 40, bias=False)
+    expected = x @ rows.weight.detach().T
+    rows.weight = nn.Parameter(rows.weight.detach().to_sparse_csr())
+    nested = torch.nested.nested_tensor([torch.randn(ROWS, 24), torch.randn(3, 24)])
     with torch.no_grad():
         assert_right(net(few), net, few)
-        assert_right(sparse(x), sparse, x)
+        assert_right(scattered(x), scattered, x)
         assert Made()(x).shape == (ROWS, 40)
+        assert to_nothing(x).shape == (ROWS, 0)
+        assert [len(part) for part in net(nested).unbind()] == [ROWS, 3]
+        torch.testing.assert_close(rows(x), expected, rtol=0.02, atol=0.02)
         with pytest.raises(RuntimeError):
             net(torch.randn(ROWS, 23))
     assert not packings
+    assert not session.record.path.exists() or "skipped" not in session.record.path.read_text()
+
+
+@needs_bf16
+def test_what_looks_at_operators_finds_torchs_own(
+    session: Session, packings: list[torch.Tensor]
+) -> None:
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        net(x)
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        assert counter.get_total_flops() == 2 * ROWS * 24 * 40
+        graph = make_fx(net)(x)
+        before = graph(x)
+        net.weight.data.mul_(2)
+        net.bias.data.zero_()
+        assert not torch.equal(graph(x), before)
+    assert len(packings) == 1
+
+
+@needs_bf16
+def test_one_packed_weight_serves_other_modes_rows_and_owners(
+    session: Session, packings: list[torch.Tensor]
+) -> None:
+    net, other = nn.Linear(24, 40), nn.Linear(24, 40, bias=False)
+    other.weight = net.weight
+    for mode in (torch.inference_mode, torch.no_grad):
+        for rows in (FEWEST_ROWS, 1000, FEWEST_ROWS + 1):
+            x = torch.randn(rows, 24)
+            with mode():
+                assert_right(net(x), net, x)
+                assert_right(other(x), other, x)
+    assert len(packings) == 12
+    assert len({id(weight) for weight in packings}) == 1
+
+
+@needs_bf16
+def test_weights_can_be_exchanged_by_torch(session: Session) -> None:
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            net(x)
+            net.load_state_dict(nn.Linear(24, 40).state_dict())
+            assert_right(net(x), net, x)
+            net.double()
+        assert net.weight.dtype is torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@needs_bf16
+def test_packed_weights_go_with_their_owners(packings: list[torch.Tensor]) -> None:
+    linear = PackedLinear(pytest.fail)
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            net(x)
+            first = weakref.ref(packings.pop())
+            net = nn.Linear(24, 48)
+            net(x)
+            second = weakref.ref(packings.pop())
+    finally:
+        gc.disable()
+        linear.remove()
+    try:
+        assert first() is None
+        assert second() is None
+    finally:
+        gc.enable()
 
 
 @needs_bf16
@@ -204,17 +287,40 @@ def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) 
 
 
 @needs_bf16
-def test_a_failure_goes_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: list[Exception] = []
-    linear = PackedLinear(failures.append)
-    monkeypatch.setattr(packed, "_product", lambda *_: 1 / 0)
-    try:
-        net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert net(x).dtype is torch.bfloat16
-    finally:
-        linear.remove()
-    assert [type(failure) for failure in failures] == [ZeroDivisionError]
+def test_a_failure_goes_torchs_way_and_leaves_precision_on(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(packed, "_product", fail)
+    net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_right(net(x), net, x)
+    assert not session.failed_knobs
+    session.record.flush()
+    (line,) = session.record.path.read_text().splitlines()
+    event = json.loads(line)
+    assert event["what"] == "skipped"
+    assert "weights are cast in each call: RuntimeError: could not" in event["why"]
+    assert "Traceback" in event["traceback"]
+
+
+@needs_bf16
+def test_an_error_of_a_signal_handler_goes_through(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> torch.Tensor:
+        raise Stopped
+
+    monkeypatch.setattr(packed, "_product", interrupted)
+    with torch.no_grad(), pytest.raises(Stopped):
+        nn.Linear(24, 40)(torch.randn(ROWS, 24))
+
+
+class Stopped(Exception):  # noqa: N818 - as a program would name it
+    pass
 
 
 @needs_bf16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -124,14 +125,23 @@ def test_targets_are_missed_by_name(tmp_path: Path) -> None:
     results = a_run(tmp_path / "results.jsonl", "gpt", 1.25)
     result = table.judged("gpt", results)
     assert result is not None
+    assert "gpt: 0.80x over bare, asked: 1.0x" in table.missed({"gpt": result})
+    shares = {"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.0}
+    operators = [{"name": name, "share": share} for name, share in shares.items()]
+    rest = {"data_share": 0.25, "operators": operators, "operators_share": 0.6}
+    result = dataclasses.replace(result, floor=table.Floor(800.0, 2.0), rest=rest)
     says = table.missed({"gpt": result})
-    assert "gpt: 0.80x over bare, asked: 1.0x" in says
-    assert "gpt: 0.72x over accelerate, asked: 0.98x" in says
+    why = (
+        " (a step takes 1313 ms, its floor is 802 ms; 25% of it waits for data; b 30%, c 20%, "
+        "a 10%)"
+    )
+    assert f"gpt: 0.80x over bare, asked: 1.0x{why}" in says
+    assert f"gpt: 0.72x over accelerate, asked: 0.98x{why}" in says
     assert "training over bare: geometric mean 0.80x, asked: 3.0x" in says
     assert "cnn: not measured" in says
     asked = table.missed({"gpt": result}, ["gpt", "vit"])
     assert "vit: not measured" in asked
-    assert "gpt: 0.80x over bare, asked: 1.0x" in asked
+    assert f"gpt: 0.80x over bare, asked: 1.0x{why}" in asked
     assert not [line for line in asked if "cnn" in line or "mean" in line]
     shown = "\n".join(table.markdown({"gpt": result}))
     assert "**broken**: loss 3.15 instead of 2.15" in shown

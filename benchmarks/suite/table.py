@@ -27,6 +27,10 @@ GEOMETRIC_MEAN_OVER_PEER, LEAST_OVER_PEER = 1.3, 0.98
 SHARE_OF_CEILING = 0.4
 INFERENCE_OVER_BARE, INFERENCE_OVER_PEER = 2.5, 0.9
 
+WAITS = 0.1
+LARGEST = 3
+"""Of a step that misses a target, what is told: a share of waiting, so many operators."""
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -235,22 +239,22 @@ def missed(found: Mapping[str, ProgramResult], asked_for: Collection[str] = CASE
         for name, result in with_flatout.items():
             if CASES[name].kind != kind:
                 continue
-            own = result.arms["flatout"]
+            own, missing = result.arms["flatout"], []
             if own.wrong is not None:
-                says.append(f"{name}: flatout is wrong: {own.wrong}")
+                missing.append(f"flatout is wrong: {own.wrong}")
             if own.ratio.value < over_bare:
-                says.append(f"{name}: {own.ratio.value:.2f}x over bare, asked: {over_bare}x")
+                missing.append(f"{own.ratio.value:.2f}x over bare, asked: {over_bare}x")
             if result.over_peer is not None and result.over_peer.value < over_peer:
-                says.append(
-                    f"{name}: {result.over_peer.value:.2f}x over {result.best_peer}, "
-                    f"asked: {over_peer}x"
+                missing.append(
+                    f"{result.over_peer.value:.2f}x over {result.best_peer}, asked: {over_peer}x"
                 )
             if CASES[name].is_compute_bound and result.floor is not None:
                 share = result.floor.compute_ms / own.step_ms
                 if share < SHARE_OF_CEILING:
-                    says.append(
-                        f"{name}: {share:.0%} of the bf16 ceiling, asked: {SHARE_OF_CEILING:.0%}"
+                    missing.append(
+                        f"{share:.0%} of the bf16 ceiling, asked: {SHARE_OF_CEILING:.0%}"
                     )
+            says += [f"{name}: {what}{_why(result)}" for what in missing]
     for name, result in found.items():
         if name not in with_flatout:
             says.append(f"{name}: flatout: {result.out.get('flatout', 'not measured')}")
@@ -274,6 +278,20 @@ def missed(found: Mapping[str, ProgramResult], asked_for: Collection[str] = CASE
         if mean is not None and mean < asked:
             says.append(f"training over {what}: geometric mean {mean:.2f}x, asked: {asked}x")
     return says
+
+
+def _why(result: ProgramResult) -> str:
+    """What flatout's step is made of, beside its floor, to be put behind a target missed."""
+    parts = []
+    if result.floor is not None:
+        own_ms = result.arms["flatout"].step_ms
+        parts.append(f"a step takes {own_ms:.4g} ms, its floor is {result.floor.ms:.3g} ms")
+    if result.rest is not None:
+        if result.rest["data_share"] > WAITS:
+            parts.append(f"{result.rest['data_share']:.0%} of it waits for data")
+        largest = sorted(result.rest["operators"], key=lambda o: -o["share"])[:LARGEST]
+        parts.append(", ".join(f"{o['name']} {o['share']:.0%}" for o in largest))
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def geometric_mean(values: Iterator[float]) -> float | None:

@@ -24,6 +24,7 @@ no fused kernel. What could not be profiled is missing; an event says why.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -132,7 +133,8 @@ class Profiler:
         # Between the profiler's events, large tensors find no room where they had it: an allocator
         # that keeps its memory then takes fresh one, whose faults (of a huge page, 5 ms were seen)
         # would count as time of the operators that meet them.
-        torch.empty(_SPARE_BYTES, dtype=torch.uint8, device="cpu").fill_(0)
+        with contextlib.suppress(RuntimeError):  # there is no more memory
+            torch.empty(_SPARE_BYTES, dtype=torch.uint8, device="cpu").fill_(0)
         try:
             self._profiler = _new_profiler()
             self._profiler.start()

@@ -119,7 +119,7 @@ static void to_exponentials(const Block *b, float *restrict scores, int64_t widt
                             int64_t first, int64_t rows, float *restrict logarithms,
                             float *restrict inverses) {
     const int is_apart = b->bias || b->scale <= 0.0f; /* else scaling does not change the order */
-    float shifts[PIECE], sums[PIECE], scale = is_apart ? 1.0f : b->scale;
+    float tops[PIECE], sums[PIECE], scale = is_apart ? 1.0f : b->scale;
     for (int64_t row = 0; row < rows; row++) {
         float *s = scores + row * width, most = -INFINITY;
         int64_t count = seen(b, first + row), end = end_of(count, width);
@@ -127,23 +127,23 @@ static void to_exponentials(const Block *b, float *restrict scores, int64_t widt
         fill_rest(s, count, end, -INFINITY);
         _Pragma("omp simd reduction(max:most)")
         for (int64_t i = 0; i < end; i++) most = s[i] > most ? s[i] : most;
-        shifts[row] = most == -INFINITY ? 0.0f : most * scale;
+        tops[row] = most == -INFINITY ? 0.0f : most;
     }
     for (int64_t row = 0; row < rows; row++) {
-        float *s = scores + row * width, shift = shifts[row];
+        float *s = scores + row * width, top = tops[row];
         int64_t end = end_of(seen(b, first + row), width), i = 0;
         Lane sum = {0};
         for (; i + TILE <= end; i += TILE) {
-            for (int k = 0; k < TILE; k++) s[i + k] = exponential(s[i + k] * scale - shift);
+            for (int k = 0; k < TILE; k++) s[i + k] = exponential((s[i + k] - top) * scale);
             sum += *(const Lane *)(s + i);
         }
         sums[row] = total(sum);
-        for (; i < end; i++) sums[row] += s[i] = exponential(s[i] * scale - shift);
+        for (; i < end; i++) sums[row] += s[i] = exponential((s[i] - top) * scale);
         fill_rest(s, end, width, 0.0f);
     }
     for (int64_t row = 0; row < rows; row++) {
         inverses[row] = sums[row] == 0.0f ? 0.0f : 1.0f / sums[row];
-        logarithms[row] = sums[row] == 0.0f ? INFINITY : shifts[row] + logarithm(sums[row]);
+        logarithms[row] = sums[row] == 0.0f ? INFINITY : tops[row] * scale + logarithm(sums[row]);
     }
     if (b->keep == ALWAYS) return;
     for (int64_t row = 0; row < rows; row++)

@@ -7,8 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
-/* e^x to 2 units in the last place for x <= 0; below the smallest normal number, 0. The polynomial
-   is Taylor's, on [-ln(2)/2, ln(2)/2]. */
+/* e^x to 2 units in the last place for x <= 0, if it is a normal number, else that or 0. The
+   polynomial is Taylor's, on [-ln(2)/2, ln(2)/2]. */
 static inline float exponential(float x) {
     float clamped = x < -88.0f ? -88.0f : x;
     float n = rintf(clamped * 1.44269504f);
@@ -28,8 +28,9 @@ static inline float exponential(float x) {
     return y * power;
 }
 
-/* ln x of a normal number, to 2 units in the last place. The polynomial is that of logf in S. L.
-   Moshier's Cephes, https://www.netlib.org/cephes/, for mantissas from the root of 1/2 on. */
+/* ln x to 2 units in the last place, for normal numbers and what is no number. The polynomial is that
+   of logf in S. L. Moshier's Cephes, https://www.netlib.org/cephes/, for mantissas from the root of
+   1/2 on. */
 static inline float logarithm(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -48,7 +49,7 @@ static inline float logarithm(float x) {
     y = y * m - 2.4999993993e-1f;
     y = y * m + 3.3333331174e-1f;
     y = y * m * m * m + n * -2.12194440e-4f - 0.5f * m * m;
-    return m + y + n * 0.693359375f;
+    return m + y + n * 0.693359375f + (x - x); /* not a number stays one */
 }
 
 static inline float sigmoid(float x) {

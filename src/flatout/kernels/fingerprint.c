@@ -15,7 +15,7 @@ static inline uint64_t with(uint64_t sum, uint64_t word) {
     return (x << 31 | x >> 33) * PRIME;
 }
 
-static uint64_t of_chunk(const uint8_t *from, int64_t bytes) {
+static uint64_t of_chunk(const uint8_t *from, int64_t bytes, int64_t place) {
     uint64_t lanes[LANES], words[LANES];
     for (int i = 0; i < LANES; i++) lanes[i] = (uint64_t)i + 1;
     int64_t at = 0;
@@ -28,7 +28,7 @@ static uint64_t of_chunk(const uint8_t *from, int64_t bytes) {
         memcpy(words, from + at, (size_t)(bytes - at));
         for (int i = 0; i < LANES; i++) lanes[i] = with(lanes[i], words[i]);
     }
-    uint64_t all = (uint64_t)bytes;
+    uint64_t all = with((uint64_t)place, (uint64_t)bytes);
     for (int i = 0; i < LANES; i++) all = with(all, lanes[i]);
     return all;
 }
@@ -39,7 +39,7 @@ uint64_t fingerprint(const void *memory, int64_t bytes, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(+ : found)
     for (int64_t at = 0; at < bytes; at += chunk) {
         int64_t rest = bytes - at < chunk ? bytes - at : chunk;
-        found += of_chunk((const uint8_t *)memory + at, rest) * (PRIME + 2 * (uint64_t)at);
+        found += of_chunk((const uint8_t *)memory + at, rest, at);
     }
     return found;
 }

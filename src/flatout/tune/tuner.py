@@ -882,7 +882,7 @@ class Tuner:
         workers = any(loader["workers"] for loader in facts.get("loaders", ()))
         if workers or settings.get("loader") == "workers":
             return False
-        peaks = [step.peak_rss_bytes or 0 for step in process.turns]
+        peaks = [turn.peak_rss_bytes or 0 for turn in process.turns if turn.mark is None]
         return (
             process.header["world_size"] is None
             and not Case(process).on_accelerator

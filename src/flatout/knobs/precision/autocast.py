@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout import kernels
+from flatout.agent.hooks import is_ours
 from flatout.agent.nested import mapped
 from flatout.knobs.precision import packed
 
@@ -112,6 +114,17 @@ class PackingAutocast(Autocast):
         super().__init__(session, knob, dtype)
         self._remove: Callable[[], None] | None = None
 
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if torch.is_grad_enabled():
+            self.close()  # it trains
+        return super().__call__(call, module, args, kwargs)
+
     def _under(
         self,
         device: str,
@@ -120,9 +133,7 @@ class PackingAutocast(Autocast):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if torch.is_grad_enabled():
-            self.close()  # no pass without gradients is under autocast any more
-        elif self._remove is None and device == "cpu":
+        if self._remove is None and device == "cpu" and not torch.is_grad_enabled():
             self._remove = self._install()
         return super()._under(device, call, module, args, kwargs)
 
@@ -130,11 +141,16 @@ class PackingAutocast(Autocast):
         if not packed.is_available():
             return lambda: None
         try:
-            linear = packed.PackedLinear(lambda error: self._session.contain(self._knob, error))
+            return packed.PackedLinear(self._has_failed).remove
         except kernels.KernelError as error:
             self._session.event("skipped", self._knob, f"weights are cast in each call: {error}")
             return lambda: None
-        return linear.remove
+
+    def _has_failed(self, error: Exception) -> None:
+        if not is_ours(error):
+            raise error
+        why = f"weights are cast in each call: {type(error).__name__}: {error}"
+        self._session.event("skipped", self._knob, why, "".join(traceback.format_exception(error)))
 
     def close(self) -> None:
         """Put torch's own operators back."""

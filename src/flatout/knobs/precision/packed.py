@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flatout import kernels
 from flatout.agent import dispatch
@@ -30,18 +30,27 @@ MOST_CHANGES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+class State(NamedTuple):
+    """What decides a packed weight; two of the same state are packed to the same."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    fingerprint: int
+
+
 class Packed(NamedTuple):
     """A weight as it was.
 
     Attributes:
-        fingerprint: of its memory.
-        shape: its own.
+        state: of the weight.
+        storage: tells whether the weight's memory is there still. A weak reference to the weight
+            itself would keep torch from exchanging it (``torch.utils.swap_tensors``).
         weight: in bfloat16, in oneDNN's order; ``None``: it is left to torch.
         changes: how often it has changed so far.
     """
 
-    fingerprint: int
-    shape: torch.Size
+    state: State
+    storage: StorageWeakRef
     weight: torch.Tensor | None
     changes: int
 
@@ -50,13 +59,10 @@ class PackedLinear:
     """Stands in for ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
 
     Args:
-        on_failure: called when something could not be computed; torch's own way has been gone then.
+        on_failure: called when packing has failed; torch's own way is gone then and from there on.
 
     Raises:
         KernelError: ``kernels/fingerprint.c`` cannot be built.
-
-    Attributes:
-        remove: puts torch's own back.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
@@ -64,8 +70,14 @@ class PackedLinear:
         self._fingerprint.restype = ctypes.c_uint64
         self._fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._on_failure = on_failure
-        self._packed = WeakTensorKeyDictionary()
-        self.remove = dispatch.layer({"linear": self._linear}, "AutocastCPU")
+        self._has_failed = False
+        self._packed: dict[int, Packed] = {}  # by the identity of the weight
+        self._undo = dispatch.layer({"linear": self._linear}, "AutocastCPU")
+
+    def remove(self) -> None:
+        """Put torch's own back, and let go of the weights."""
+        self._undo()
+        self._packed.clear()
 
     def _linear(
         self,
@@ -75,31 +87,36 @@ class PackedLinear:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if _can_take(x, weight, bias):
+        if not self._has_failed:
             try:
-                packed = self._pack(weight, x.numel() // x.shape[-1])
-                if packed is not None:
-                    return _product(x, packed, bias)
+                if _can_take(x, weight, bias):
+                    packed = self._pack(weight, x.numel() // x.shape[-1])
+                    if packed is not None:
+                        return _product(x, packed, bias)
             except Exception as error:  # noqa: BLE001 - reported
+                self._has_failed = True
                 self._on_failure(error)
         return below(keyset, x, weight, bias)
 
     def _pack(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
         """The weight as it is now, packed; ``None``: it changes all the time."""
-        known: Packed | None = self._packed.get(weight)
+        known = self._packed.get(id(weight))
         if known is not None and known.weight is None:
             return None
         size = weight.numel() * weight.element_size()
         threads = torch.get_num_threads() if size >= SERIAL_BELOW else 1
-        found: int = self._fingerprint(weight.data_ptr(), size, threads)
-        if known is not None and (known.fingerprint, known.shape) == (found, weight.shape):
+        fingerprint = self._fingerprint(weight.data_ptr(), size, threads)
+        state = State(weight.shape, weight.dtype, fingerprint)
+        if known is not None and known.state == state:
             return known.weight
+        self._packed = {k: p for k, p in self._packed.items() if not p.storage.expired()}
         changes = 0 if known is None else known.changes + 1
         packed = None
         if changes <= MOST_CHANGES:
             in_bf16 = weight.detach().to(torch.bfloat16)
             packed = torch.ops.mkldnn._reorder_linear_weight(in_bf16, rows)
-        self._packed[weight] = Packed(found, weight.shape, packed, changes)
+        storage = StorageWeakRef(weight.untyped_storage())
+        self._packed[id(weight)] = Packed(state, storage, packed, changes)
         return packed
 
 
@@ -115,19 +132,22 @@ def is_available() -> bool:
 def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
+        # What records or counts operators shall find torch's own, and no weights that are apart.
         torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.is_grad_enabled()
         and type(weight) is torch.nn.Parameter
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and torch._C._get_mkldnn_enabled()
+        and dispatch.are_plain(*tensors)
         and all(tensor.dtype in DTYPES for tensor in tensors)
         and weight.dim() == 2
+        and weight.numel() > 0
         and weight.is_contiguous()
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
-        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and dispatch.are_plain(*tensors)
     )
 
 
