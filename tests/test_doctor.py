@@ -208,6 +208,12 @@ def test_unfused_optimizer(
         assert share(diagnosis, "unfused-optimizer") == pytest.approx(15 / 24.7, abs=0.01)
 
 
+def test_an_optimizer_under_its_knob_is_no_finding(recorded: Any) -> None:
+    facts = {"optimizers": [ADAMW], "knobs": ["optimizer", "random"]}
+    window = profile(PRODUCTS, step_ms=25.0, facts=facts)
+    assert "unfused-optimizer" not in kinds_found(recorded({**BALANCED, "optimizer": 15.0}, window))
+
+
 def test_python_between_steps(recorded: Any) -> None:
     diagnosis = recorded({**BALANCED, "other": 10.0}, profile(PRODUCTS, step_ms=20.0))
     assert diagnosis.bottleneck == "python-between-steps"

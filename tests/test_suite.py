@@ -189,6 +189,13 @@ def test_what_is_published_comes_from_the_measured_figures() -> None:
     assert publish.MARKDOWN.read_text("utf-8") == publish.markdown(results)
     readme = publish.README.read_text("utf-8")
     assert publish.in_readme(readme, results) == readme
+    gpt = table.judged("gpt", results)
+    assert gpt is not None
+    claim = gpt.claim
+    assert claim is not None
+    captured = f"faster: {claim.value:.2f}x ({claim.low:.2f} to {claim.high:.2f} with 95 %"
+    assert captured in readme  # the tune that is shown is the one of the table
+    assert all(f"{knob} = {setting}:" in readme for knob, setting in gpt.settings.items())
     assert publish.latest(results.lines) == results.lines
 
 

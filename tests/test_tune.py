@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from flatout.cli import main
 from flatout.machine import Ceilings
 from flatout.tune import journal, statistics, tuner
 from flatout.tune.candidates import Candidate
+from flatout.tune.pairs import Pairs
 from flatout.tune.tuner import Options, Outcome, Tuner
 
 
@@ -348,6 +350,29 @@ def test_a_plan_is_verified_and_a_wrong_one_refused(
     assert main(["verify", "--plan", "wrong.toml", *options]) == 1
     assert "precision=bf16 is not proven: " in capsys.readouterr().err
     assert plan.read(wrong).evidence is None
+
+
+def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take() -> None:
+    said: list[str] = []
+
+    def is_over(pairs: Pairs, count: int, undecided: bool = True, reordered: bool = False) -> bool:
+        pairs.firsts = pairs.seconds = [None] * count  # type: ignore[list-item]
+        asked = SimpleNamespace(
+            _judge=lambda *_: SimpleNamespace(undecided=undecided),
+            _is_reordered=lambda _: reordered,
+            _say=said.append,
+        )
+        return Tuner._is_overtime_over(asked, pairs)  # type: ignore[arg-type]
+
+    made = Pairs({}, {"precision": "safe"})
+    assert [is_over(made, count) for count in range(9, 15)] == [False] * 5 + [True]
+    assert said == ["time is over, and the losses decide nothing yet: at most 5 more pairs"]
+    assert is_over(Pairs({}, {}), 9, undecided=False)
+    assert is_over(Pairs({}, {}), 9, reordered=True)
+    assert is_over(Pairs({}, {}), tuner.MAXIMUM_PAIRS)
+    decided_late = Pairs({}, {})
+    assert not is_over(decided_late, 9)
+    assert is_over(decided_late, 10, undecided=False)
 
 
 def test_too_short_a_budget_is_said_in_one_sentence(

@@ -34,6 +34,7 @@ def collect(session: Session) -> dict[str, Any]:
             "float32_matmul_precision": _float32_matmul_precision(),
         },
         "threads": torch.get_num_threads(),
+        "knobs": sorted(session.turned),
     }
 
 

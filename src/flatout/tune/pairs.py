@@ -62,6 +62,7 @@ class Pairs:
         in_relay: whether both sides of a pair run at the same time, in turns of some steps.
         failure: why the second side cannot run, ``None`` if it can.
         interrupted: whether the user has ended it early.
+        overtime_from: how many there were when the budget was spent, if more were wanted.
     """
 
     first: Mapping[str, str]
@@ -71,6 +72,7 @@ class Pairs:
     in_relay: bool = False
     failure: str | None = None
     interrupted: bool = False
+    overtime_from: int | None = None
 
     @property
     def count(self) -> int:

@@ -31,6 +31,9 @@ WORTHWHILE = 1.02
 
 RANKING_CONFIDENCE = 0.8
 
+RANKING_PAIRS, MOST_RANKING_PAIRS = 3, 5
+"""Of fresh processes, where they only rank: if the first do not agree, up to the second."""
+
 WILD, USUAL_SPREAD, MOST_WILD = 3.0, 0.05, 0.1
 """Standard deviations from which on the ratio of a step and its counterpart is wild, the least
 deviation that is reckoned with, and the share of wild steps beyond which they are no accident."""
@@ -105,6 +108,19 @@ def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:
     is_precise = math.sqrt(ratio.high / ratio.low) - 1 <= PRECISE
     is_open = ratio.low <= 1 and ratio.value >= WORTHWHILE
     return len(log_ratios) >= most or (is_precise and not is_open) or ratio.high < 1
+
+
+def is_ranked(log_ratios: Sequence[float]) -> bool:
+    """Whether a few pairs tell which of two is faster: they agree, or there are enough of them."""
+    count = len(log_ratios)
+    agree = sum(log > 0 for log in log_ratios) in (0, count)
+    return count >= RANKING_PAIRS and (agree or count >= MOST_RANKING_PAIRS)
+
+
+def is_mostly_faster(log_ratios: Sequence[float]) -> bool:
+    """Whether the second of two was faster in most pairs. One pair of processes may lie 15 % off
+    for its whole life, so the mean of few is no measure."""
+    return median(log_ratios) > 0
 
 
 def is_gain(ratio: Ratio) -> bool:

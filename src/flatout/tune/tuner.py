@@ -61,9 +61,6 @@ USUAL_PAIRS, MAXIMUM_PAIRS = 8, 24
 SHORT_STEPS, SHORT_S = 25, 1.0
 """Of a run that only ranks, at least as many and as long, if the proof is not shorter."""
 
-COLD_PAIRS = 3
-"""For a knob that needs a process of its own: these rank, they claim nothing."""
-
 SLOW_START_S = 120.0
 """What compiling takes in all of these, about: later processes find most of it in the cache."""
 
@@ -606,7 +603,8 @@ class Tuner:
                 continue  # its first setting has won
             arm = self._arm(candidate.settings)
             steps = self._short_steps()
-            needed_s = 2 * COLD_PAIRS * self._pace.seconds(steps)
+            pair_s = 2 * self._pace.seconds(steps)
+            needed_s = statistics.RANKING_PAIRS * pair_s
             if knobs.get(candidate.knob).slow_start:
                 needed_s += SLOW_START_S
             allowed_s = self._left_for_cold_s()
@@ -628,7 +626,7 @@ class Tuner:
                 dict(settings), settings | candidate.settings, in_relay=self._can_relay(settings)
             )
             self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
-            self._alternate(tried, lambda made: made.count >= COLD_PAIRS, steps)
+            self._alternate(tried, functools.partial(self._is_ranked, pair_s), steps)
             if tried.interrupted:
                 raise KeyboardInterrupt
             if tried.failure is not None:
@@ -640,12 +638,16 @@ class Tuner:
             )
             if too_much is not None:
                 arm.state, arm.why = "left out", too_much
-            elif arm.ratio.value > 1 and sum(log > 0 for log in tried.log_ratios) >= 2:
+            elif statistics.is_mostly_faster(tried.log_ratios):
                 arm.state = "won"
                 settings |= candidate.settings
             else:
                 arm.state, arm.why = "no gain", "it is not faster, beyond noise"
-            self._say(f"{candidate}: {arm.ratio}{'; ' * bool(arm.why)}{arm.why}")
+            faster = sum(log > 0 for log in tried.log_ratios)
+            self._say(
+                f"{candidate}: {arm.ratio}, faster in {faster} of {tried.count}"
+                f"{'; ' * bool(arm.why)}{arm.why}"
+            )
             self._changed()
         return settings
 
@@ -889,18 +891,38 @@ class Tuner:
             and 3 * max(peaks, default=0) < psutil.virtual_memory().available
         )
 
+    def _is_ranked(self, pair_s: float, made: Pairs) -> bool:
+        """Whether a cold setting has been tried often enough, or time is over."""
+        if statistics.is_ranked(made.log_ratios):
+            return True
+        return made.count >= statistics.RANKING_PAIRS and pair_s > self._left_for_cold_s()
+
     def _is_enough(self, made: Pairs) -> bool:
         """Whether the claim is narrow enough, or time is over."""
         if made.count < statistics.MINIMUM_PAIRS:
             return False
         pair_s = 2 * self._pace.seconds(self._steps)
         if self._trials.spent_s + pair_s > self._options.budget_seconds:
-            return True
+            return self._is_overtime_over(made)
         if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
             return False
         if made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
             return True
         return not self._judge(made.second, made.firsts, made.seconds).undecided
+
+    def _is_overtime_over(self, made: Pairs) -> bool:
+        """Whether there is no use in pairs beyond the budget. Where the losses decide nothing, as
+        many are made as the next plan would need, which has less to bring."""
+        is_decided = not self._judge(made.second, made.firsts, made.seconds).undecided
+        if is_decided or made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+            return True
+        if made.overtime_from is None:
+            made.overtime_from = made.count
+            self._say(
+                "time is over, and the losses decide nothing yet: at most "
+                f"{statistics.MINIMUM_PAIRS} more pairs"
+            )
+        return made.count >= made.overtime_from + statistics.MINIMUM_PAIRS
 
     def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
         """Pairs of runs, until there are enough."""

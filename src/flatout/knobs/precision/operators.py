@@ -10,7 +10,6 @@ as well.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,7 +65,9 @@ class Float32Operators:
         self.is_wanted = True
         self._on_failure = on_failure
         self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        self._heads: dict[int, weakref.ref[torch.Tensor]] = {}
+        # By identity: a weak reference would keep torch from exchanging a weight
+        # (``torch.utils.swap_tensors``), and a later weight that is taken for one loses nothing.
+        self._heads: set[tuple[int, torch.Size]] = set()
         kernels = {name: self._kernel(name, key, self._kept) for name in FLOAT32}
         kernels |= {name: self._kernel(name, key, self._product) for name in PRODUCTS}
         self.remove = dispatch.replace(kernels, key)
@@ -77,7 +78,7 @@ class Float32Operators:
         with _Products() as products:
             yield
         if products.weight is not None:
-            self._heads[id(products.weight)] = weakref.ref(products.weight)
+            self._heads.add((id(products.weight), products.weight.shape))
 
     def _kernel(self, name: str, key: str, kind: Callable[..., Any]) -> Callable[..., Any]:
         qualified = f"aten::{name}"
@@ -120,12 +121,8 @@ class Float32Operators:
     def _product(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The arguments in float32 for a head, ``None`` for what autocast may have."""
         weight = _weight(args)
-        if weight is None or id(weight) not in self._heads:
-            return None
-        if self._heads[id(weight)]() is not weight:
-            del self._heads[id(weight)]
-            return None
-        return self._kept(args)
+        is_head = weight is not None and (id(weight), weight.shape) in self._heads
+        return self._kept(args) if is_head else None
 
 
 class _Products(TorchFunctionMode):
