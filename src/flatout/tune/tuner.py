@@ -864,7 +864,7 @@ class Tuner:
         for name, setting in found.items():
             self._leave_out(name, setting, refusal)
             gentler = search.gentler(name, setting, self._offered.get(name))
-            if gentler is None:
+            if gentler is None or self._has_no_gain({name: gentler}):
                 del left[name]
             else:
                 left[name] = gentler
@@ -967,6 +967,9 @@ class Tuner:
 
     def _arm(self, settings: Mapping[str, str]) -> Arm:
         return next(arm for arm in self._outcome.arms if arm.settings == settings)
+
+    def _has_no_gain(self, settings: Mapping[str, str]) -> bool:
+        return any(a.settings == settings and a.state == "no gain" for a in self._outcome.arms)
 
     def _fail(self, arm: Arm, why: str) -> None:
         arm.state, arm.why = "failed", why
