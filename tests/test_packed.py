@@ -290,37 +290,21 @@ def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) 
 def test_a_failure_goes_torchs_way_and_leaves_precision_on(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> torch.Tensor:
-        raise RuntimeError("could not create a primitive descriptor")
-
-    monkeypatch.setattr(packed, "_product", fail)
+    own = packed._product
+    monkeypatch.setattr(packed, "_product", lambda x, *rest: own(x[:, 1:], *rest))
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = net(x).float()
     with torch.no_grad():
         for _ in range(3):
-            assert_right(net(x), net, x)
+            assert torch.equal(net(x), expected)
     assert not session.failed_knobs
     session.record.flush()
-    (line,) = session.record.path.read_text().splitlines()
-    event = json.loads(line)
+    lines = map(json.loads, session.record.path.read_text().splitlines())
+    (event,) = (line for line in lines if line["kind"] == "event")
     assert event["what"] == "skipped"
-    assert "weights are cast in each call: RuntimeError: could not" in event["why"]
+    assert "weights are cast in each call: RuntimeError: " in event["why"]
     assert "Traceback" in event["traceback"]
-
-
-@needs_bf16
-def test_an_error_of_a_signal_handler_goes_through(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> torch.Tensor:
-        raise Stopped
-
-    monkeypatch.setattr(packed, "_product", interrupted)
-    with torch.no_grad(), pytest.raises(Stopped):
-        nn.Linear(24, 40)(torch.randn(ROWS, 24))
-
-
-class Stopped(Exception):  # noqa: N818 - as a program would name it
-    pass
 
 
 @needs_bf16

@@ -132,7 +132,7 @@ def test_targets_are_missed_by_name(tmp_path: Path) -> None:
     result = dataclasses.replace(result, floor=table.Floor(800.0, 2.0), rest=rest)
     says = table.missed({"gpt": result})
     why = (
-        " (a step takes 1313 ms, its floor is 802 ms; 25% of it waits for data; b 30%, c 20%, "
+        " (a step takes 1312 ms, its floor is 802 ms; 25% of it waits for data; b 30%, c 20%, "
         "a 10%)"
     )
     assert f"gpt: 0.80x over bare, asked: 1.0x{why}" in says
