@@ -391,6 +391,24 @@ def test_no_copy_where_memory_is_short(start: Start, monkeypatch: pytest.MonkeyP
     assert any("no copy to go back to" in why for _, _, why in events(session))
 
 
+def test_a_pause_brings_no_copy_nearer() -> None:
+    running = guard.RunningTime()
+    now_s = running._heard_s
+    for gap_s in [0.25] * 40 + [3600.0] + [0.25] * 40:
+        now_s += gap_s
+        running.hear(now_s)
+    assert running.s == pytest.approx(10 + guard.PAUSE_S + 10)
+
+
+def test_the_time_of_slow_steps_counts() -> None:
+    running = guard.RunningTime()
+    now_s = running._heard_s
+    for _ in range(20):
+        now_s += 60.0
+        running.hear(now_s)
+    assert running.s > 0.7 * 20 * 60
+
+
 def test_a_copy_keeps_nothing_alive() -> None:
     net, kept = nn.Linear(4, 4), snapshot.Snapshot()
     assert kept.take([net], []) is None

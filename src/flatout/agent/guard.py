@@ -52,7 +52,11 @@ HOST_DEVICES = ("cpu",)
 
 SNAPSHOT_PERIOD_S = 30.0
 SNAPSHOT_SHARE = 0.005
-"""Time between two snapshots, longer where they would take more than this share of it."""
+"""Running time between two snapshots, longer where they would take more than this share of it."""
+
+PAUSE_S = 1.0
+"""A longer gap without a sign of the program, more than twice as long as the one before, is a pause
+(it was stopped, or the machine slept), and counts as so long."""
 
 BYTES_PER_S = 1e9
 """At which a snapshot is supposed to be copied before one was timed: slow, for any memory."""
@@ -69,6 +73,25 @@ _device = operator.attrgetter("device")
 
 class NotFiniteError(ArithmeticError):
     """Gradients or weights that are infinite or not a number."""
+
+
+class RunningTime:
+    """How long the program has run, its pauses left out.
+
+    Attributes:
+        s: seconds so far.
+    """
+
+    def __init__(self) -> None:
+        self.s = 0.0
+        self._heard_s = time.monotonic()
+        self._gap_s = 0.0
+
+    def hear(self, now_s: float) -> None:
+        """The program runs at this time of the monotonic clock."""
+        self._gap_s = min(now_s - self._heard_s, max(PAUSE_S, 2 * self._gap_s))
+        self._heard_s = now_s
+        self.s += self._gap_s
 
 
 class Guard:
@@ -89,8 +112,8 @@ class Guard:
         self._losses = LossWatch(envelope)
         self._snapshot = Snapshot()
         self._snapshot_s: float | None = None
-        self._began_s = time.monotonic()
-        self._snapshot_due_s = self._began_s + SNAPSHOT_PERIOD_S
+        self._running = RunningTime()
+        self._snapshot_due_s = SNAPSHOT_PERIOD_S
         self._by_closure: weakref.WeakSet[Any] = weakref.WeakSet()
         self._said: set[str] = set()
         self._withheld = Withheld()
@@ -279,6 +302,7 @@ class Guard:
 
     def losses_arrived(self, losses: Sequence[float]) -> None:
         """Called some times a second with the losses read since."""
+        self._running.hear(time.monotonic())
         why = self._losses.told(losses)
         if why is not None:
             self._say("noticed", why)
@@ -286,7 +310,7 @@ class Guard:
             return
         if not all(map(math.isfinite, losses)):
             self._looks_at_weights = True
-        if time.monotonic() >= self._snapshot_due_s:
+        if self._running.s >= self._snapshot_due_s:
             self._takes_snapshot = True
         if self._looks_at_weights or self._takes_snapshot:
             self._session.ask_for_boundary()
@@ -317,7 +341,7 @@ class Guard:
                 self._say("skipped", f"no copy of the weights is made: {why}")
             self._snapshot_s = time.monotonic() - began_s
             period_s = max(SNAPSHOT_PERIOD_S, self._snapshot_s / SNAPSHOT_SHARE)
-            self._snapshot_due_s = time.monotonic() + period_s
+            self._snapshot_due_s = self._running.s + period_s
 
     def _postpones(self) -> bool:
         """Whether the first copy would cost too large a share of the run so far."""
@@ -325,8 +349,8 @@ class Guard:
             return False
         session = self._session
         expected_s = size_bytes(session.roots, session.optimizers) / BYTES_PER_S
-        self._snapshot_due_s = self._began_s + expected_s / SNAPSHOT_SHARE
-        return time.monotonic() < self._snapshot_due_s
+        self._snapshot_due_s = expected_s / SNAPSHOT_SHARE
+        return self._running.s < self._snapshot_due_s
 
     def _answer_weights(self) -> None:
         """Weights are not finite in spite of the gate: after an update by hand, or an overflow."""
