@@ -144,6 +144,30 @@ def test_a_head_that_is_a_transposed_convolution(turn: Turn) -> None:
     assert dtypes == {0: torch.bfloat16, 2: torch.float32}
 
 
+class Made(nn.Module):
+    """A head whose hyperbolic tangent is returned, or is made a probability of."""
+
+    def __init__(self, is_returned: bool) -> None:
+        super().__init__()
+        self.hidden, self.head, self.is_returned = nn.Linear(4, 8), nn.Linear(8, 3), is_returned
+        self.dtype: torch.dtype | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.head(torch.tanh(self.hidden(x)))
+        self.dtype = made.dtype
+        made = torch.tanh(made)
+        return made if self.is_returned else (10 * made).log_softmax(-1)
+
+
+@pytest.mark.parametrize("is_returned", [True, False])
+def test_a_head_that_makes_data_is_none(turn: Turn, is_returned: bool) -> None:
+    net, x = Made(is_returned), torch.randn(5, 4)
+    turn("safe")
+    for _ in range(2):
+        net(x).sum().backward()
+    assert net.dtype is (torch.bfloat16 if is_returned else torch.float32)
+
+
 def test_batch_norm_loses_no_statistics_under_autocast(turn: Turn) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))

@@ -186,8 +186,9 @@ class SafeAutocast(Autocast):
         if module in self._heads_known:
             return super()._under(device, call, module, args, kwargs)
         self._heads_known.add(module)
-        with self._operators.finding_head():
-            return call(module, *args, **kwargs)
+        with self._operators.finding_head() as products:
+            products.output = output = call(module, *args, **kwargs)
+        return output
 
     def _under_another(self, module: Any) -> None:
         self._operators.is_wanted = False

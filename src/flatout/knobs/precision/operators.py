@@ -4,7 +4,7 @@
 the sigmoid: in bfloat16 it is exactly 1 from 6.2 on, and ``log(1 - p)`` of ``BCELoss`` is cut off
 there. The kernels registered here for the autocast dispatch key fill that gap. The last matrix
 product or convolution of each module (the head, whose outputs go into the loss) is kept in float32
-as well.
+as well, unless it ends in a hyperbolic tangent: then it makes data, such as images.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _PRODUCT_FUNCTIONS = {
     *(torch.addmm, torch.Tensor.addmm),
 }
 
+_TANH_FUNCTIONS = {torch.tanh, torch.tanh_, torch.Tensor.tanh, torch.Tensor.tanh_, functional.tanh}
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -73,11 +75,12 @@ class Float32Operators:
         self.remove = dispatch.replace(kernels, key)
 
     @contextlib.contextmanager
-    def finding_head(self) -> Iterator[None]:
-        """The last product in here with a parameter is a head from now on."""
-        with _Products() as products:
-            yield
-        if products.weight is not None:
+    def finding_head(self) -> Iterator[Products]:
+        """The last product in here with a parameter is a head from now on, unless the ``output``
+        that is noted there is a hyperbolic tangent."""
+        with Products() as products:
+            yield products
+        if products.weight is not None and products.output is not products.tangent:
             self._heads.add((id(products.weight), products.weight.shape))
 
     def _kernel(self, name: str, key: str, kind: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,12 +128,20 @@ class Float32Operators:
         return self._kept(args) if is_head else None
 
 
-class _Products(TorchFunctionMode):
-    """Sees the weight of each matrix product and convolution that is called for."""
+class Products(TorchFunctionMode):
+    """Sees matrix products, convolutions and hyperbolic tangents.
+
+    Attributes:
+        weight: of the last one with a parameter.
+        tangent: the last hyperbolic tangent.
+        output: of the module.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight: torch.nn.Parameter | None = None
+        self.tangent: object = None
+        self.output: object = self
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -138,7 +149,10 @@ class _Products(TorchFunctionMode):
         if function in _PRODUCT_FUNCTIONS:
             weight = _weight((*args, *(kwargs or {}).values()))
             self.weight = self.weight if weight is None else weight
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if function in _TANH_FUNCTIONS:
+            self.tangent = result
+        return result
 
 
 def _weight(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
