@@ -53,7 +53,7 @@ LISTED_OPERATORS = 100
 """The rest is some thousandths of a step, and in the totals."""
 
 _SPARE_BYTES = 256 * 2**20
-"""Twice this made no further difference to an encoder whose activations take 8 MB each."""
+"""What large activations may need anew in a window; freed at once."""
 
 _FRESH_BYTES = 48 * 2**20
 """Beyond every size up to which glibc keeps freed memory by itself (mallopt(3): 32 MiB)."""
@@ -131,7 +131,7 @@ class Profiler:
             self._session.event("skipped", "profile", "the program has a profiler of its own on")
             return self._count()
         # Between the profiler's events, large tensors find no room where they had it: an allocator
-        # that keeps its memory then takes fresh one, whose faults (of a huge page, 5 ms were seen)
+        # that keeps its memory then takes fresh one, whose faults, those of huge pages above all,
         # would count as time of the operators that meet them.
         with contextlib.suppress(RuntimeError):  # there is no more memory
             torch.empty(_SPARE_BYTES, dtype=torch.uint8, device="cpu").fill_(0)

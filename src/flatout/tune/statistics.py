@@ -118,8 +118,8 @@ def is_ranked(log_ratios: Sequence[float]) -> bool:
 
 
 def is_mostly_faster(log_ratios: Sequence[float]) -> bool:
-    """Whether the second of two was faster in most pairs. One pair of processes may lie 15 % off
-    for its whole life, so the mean of few is no measure."""
+    """Whether the second of two was faster in most pairs. A process may be slow for its whole
+    life (where its memory lies, what else runs), so the mean of few pairs is no measure."""
     return median(log_ratios) > 0
 
 

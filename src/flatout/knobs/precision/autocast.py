@@ -46,7 +46,7 @@ class Autocast:
         kwargs: dict[str, Any],
     ) -> Any:
         if torch.is_grad_enabled():
-            self._trains = True
+            self._see_training()
         elif self._trains or self._session.hooks.optimizer_exists:
             return call(module, *args, **kwargs)
         if self._knob in self._session.failed_knobs:
@@ -73,6 +73,10 @@ class Autocast:
         """The forward pass, under autocast."""
         with torch.autocast(device, self._dtype):
             return call(module, *args, **kwargs)
+
+    def _see_training(self) -> None:
+        """A pass records gradients: those that do not are evaluation from now on."""
+        self._trains = True
 
     def _under_another(self, module: Any) -> None:
         """The program has turned autocast on itself."""
@@ -114,16 +118,9 @@ class PackingAutocast(Autocast):
         super().__init__(session, knob, dtype)
         self._remove: Callable[[], None] | None = None
 
-    def __call__(
-        self,
-        call: Callable[..., Any],
-        module: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if torch.is_grad_enabled():
-            self.close()  # it trains
-        return super().__call__(call, module, args, kwargs)
+    def _see_training(self) -> None:
+        super()._see_training()
+        self.close()
 
     def _under(
         self,

@@ -80,7 +80,7 @@ class Float32Operators:
         that is noted there is a hyperbolic tangent."""
         with Products() as products:
             yield products
-        if products.weight is not None and products.output is not products.tangent:
+        if products.weight is not None and not products.makes_data:
             self._heads.add((id(products.weight), products.weight.shape))
 
     def _kernel(self, name: str, key: str, kind: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +141,12 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.weight: torch.nn.Parameter | None = None
         self.tangent: object = None
-        self.output: object = self
+        self.output: object = None
+
+    @property
+    def makes_data(self) -> bool:
+        """Whether the module returns a hyperbolic tangent."""
+        return self.tangent is not None and self.output is self.tangent
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
