@@ -363,6 +363,13 @@ def test_a_first_choice_is_held_against_the_plan_only_where_it_is_clear() -> Non
         assert verdict.passed == passed
 
 
+def test_whether_outputs_repeat_is_not_known_of_a_run_without_any() -> None:
+    runs = [Run((), 3, trains=False, outputs=[output(LOGITS, shape=(3, 3))] * 3)] * 2
+    unseen = Run((), 3, trains=False)
+    assert proof.judge(runs, runs, unseen, {"reduced"}).bare_repeats is None
+    assert proof.judge(runs, runs, runs[0], {"reduced"}).bare_repeats is True
+
+
 def test_outputs_for_other_inputs_prove_nothing() -> None:
     verdict = infer([output(LOGITS, inputs="others", shape=(3, 3))] * 3, {"reduced"})
     assert not verdict.passed

@@ -154,7 +154,7 @@ class Verdict:
         kind: ``"bitwise"`` where all that was compared is identical, else ``"non-inferior"``.
         steps: the horizon: how many steps from the start (or calls, of a program that only infers)
             were compared.
-        bare_repeats: whether bare gave identical results twice from one seed.
+        bare_repeats: whether bare gave identical results twice from one seed; ``None``: not tried.
         losses: the figures for each backward call of the step.
         checks: all that were made, the decisive one of a failed verdict first among the failed.
         curves: of the losses, for each backward call of the step.
@@ -164,7 +164,7 @@ class Verdict:
     why: str
     kind: str
     steps: int
-    bare_repeats: bool
+    bare_repeats: bool | None
     losses: tuple[LossEvidence, ...]
     checks: tuple[Check, ...] = ()
     curves: tuple[LossCurves, ...] = ()
@@ -633,7 +633,9 @@ def _judge_inference(
     repeat: Run | None,
     exactness: Collection[Exactness],
 ) -> Verdict:
-    repeats = repeat is not None and _same_outputs([bare[0]], [repeat])
+    repeats = None
+    if repeat is not None and repeat.outputs:
+        repeats = _same_outputs([bare[0]], [repeat])
     same = _same_outputs(bare, plan)
     check, calls = _judge_outputs(bare, plan, exactness)
     checks = [check]
@@ -643,7 +645,8 @@ def _judge_inference(
         elif repeats:
             checks.insert(0, Check("identity", "failed", "the outputs are not identical"))
         else:
-            why = "outputs differ, as those of two bare runs do: identity cannot be proven"
+            known = "as those of two bare runs do" if repeats is False else "as those of bare may"
+            why = f"outputs differ, {known}: identity cannot be proven"
             checks.append(Check("identity", "open", why))
     failed = next((c.why for c in checks if c.result == "failed"), None)
     return Verdict(

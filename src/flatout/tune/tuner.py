@@ -956,7 +956,7 @@ class Tuner:
             plan_step_ms=pairs.cost(made.seconds).step_ms,
             steps=verdict.steps,
             seeds=ratio.pairs if any(loss.yardstick == "seeds" for loss in verdict.losses) else 1,
-            bare_repeats=verdict.bare_repeats,
+            bare_repeats=verdict.bare_repeats is True,
             verdict=verdict.kind,
             in_process={name: r.value for name, r in alone.items() if r is not None},
             losses=verdict.losses,
