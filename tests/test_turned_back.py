@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,77 @@ def test_an_arm_whose_knob_breaks_is_out(tmp_path: Path) -> None:
     assert arms.count(0) == 8
     assert arms.count(2) == 8
     assert arms.count(1) < 4
+
+
+@pytest.mark.parametrize("settings", ["precision=bf16", "memory_format=channels_last"])
+def test_an_error_of_a_signal_handler_in_a_forward_pass_is_the_programs(
+    tmp_path: Path, settings: str
+) -> None:
+    program = """
+    import functools, signal
+    from flatout.agent import activate
+    activate()
+    import torch
+    from torch import nn
+
+    class OutOfTime(Exception):
+        pass
+
+    class Deadline:
+        def pass_by(self, number, frame):
+            raise OutOfTime
+
+        def __call__(self, number, frame):
+            raise OutOfTime
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            output = self.convolution(x)
+            if alarms and len(seen) % 2:
+                signal.signal(signal.SIGUSR1, alarms.pop())
+                signal.raise_signal(signal.SIGUSR1)
+            return output
+
+    def pass_by(number, frame):
+        raise OutOfTime
+
+    alarms = [
+        pass_by,
+        Deadline().pass_by,
+        Deadline(),
+        functools.partial(lambda why, number, frame: pass_by(number, frame), "why"),
+    ]
+    seen = []
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(12):
+        try:
+            net(torch.ones(2, 3, 8, 8)).sum().backward()
+        except OutOfTime:
+            seen.append("out of time")
+        else:
+            seen.append("done")
+        optimizer.step()
+        optimizer.zero_grad()
+    print(seen.count("out of time"))
+    """
+    name, _, setting = settings.partition("=")
+    Request(settings={name: setting}).write(tmp_path)
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(program))
+    completed = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, RUN_VARIABLE: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (completed.returncode, completed.stdout) == (0, "4\n"), completed.stderr
+    process = read_run(tmp_path).main
+    assert process is not None
+    assert [e.what for e in process.events if e.subject == name] == ["applied"]

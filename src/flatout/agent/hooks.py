@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 import sys
 import sysconfig
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -436,6 +438,21 @@ def is_ours(error: Exception) -> bool:
         return True
     called = itertools.takewhile(lambda file: not file.startswith(_PACKAGE), reversed(files))
     return all(_is_called_by_us(file) for file in called)
+
+
+def is_of_signal_handler(error: Exception) -> bool:
+    """Whether an error was raised in a handler that the program has for a signal."""
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code(handler: Any) -> Any:
+    """The code object of a signal's handler, ``None`` for one that is not in Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    if callable(handler) and not isinstance(handler, (types.FunctionType, types.MethodType)):
+        handler = handler.__call__
+    return getattr(handler, "__code__", None)
 
 
 def _is_called_by_us(file: str) -> bool:

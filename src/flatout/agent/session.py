@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.capture import is_capturing
-from flatout.agent.hooks import Hooks, is_ours
+from flatout.agent.hooks import Hooks, is_of_signal_handler, is_ours
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.losses import abandon, arrived_losses, peak_device_bytes, read_loss
 from flatout.record import (
@@ -189,11 +189,14 @@ class Session:
         """What ``turned`` returns; if it raises, what ``bare`` does, and the knob is turned back.
 
         Raises:
-            Exception: what ``bare`` raises: that was the program's own error.
+            Exception: what ``bare`` raises, or a handler for a signal that came meanwhile: that
+                was the program's own error.
         """
         try:
             return turned()
-        except Exception as error:  # noqa: BLE001 - raised again by bare unless it is the knob's
+        except Exception as error:
+            if is_of_signal_handler(error):
+                raise
             failure = error
         result = bare()
         self.turn_back(knob, failure)
