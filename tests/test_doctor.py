@@ -405,6 +405,17 @@ def test_denormals(recorded: Any) -> None:
     assert kinds_found(recorded(profiled=window)) == ["denormals"]
 
 
+def test_unoptimized_gradients(recorded: Any) -> None:
+    parameters = {"unoptimized_elements": 3000, "elements_by_dtype": {"float32": 4000}}
+    optimizer = {"class": "Adam", "tensors": 2, "elements": 1000, "fused": True, "can_fuse": True}
+    facts = {"parameters": parameters, "optimizers": [optimizer]}
+    diagnosis = recorded(profiled=profile(PRODUCTS, facts=facts))
+    assert kinds_found(diagnosis) == ["unoptimized-gradients"]
+    assert "3,000 of 4,000 elements" in diagnosis.findings[0].evidence[0]
+    by_hand = profile(PRODUCTS, facts={**facts, "optimizers": []})
+    assert kinds_found(recorded(profiled=by_hand)) == []
+
+
 def test_memory_bound_and_layout_copies(recorded: Any) -> None:
     window = profile(
         operator("aten::mkldnn_convolution", 3.0),

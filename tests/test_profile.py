@@ -241,6 +241,7 @@ for step in steps(model, optimizer, 1000):
         "elements_by_dtype": {"float32": 68},
         "elements_by_device": {"cpu": 68},
         "denormal_share": 0.0,
+        "unoptimized_elements": 0,
     }
     assert [event.what for event in process.events] == ["stopped"]
 

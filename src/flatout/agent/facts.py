@@ -8,10 +8,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Subset
+
+from flatout.agent.finite import kept_gradient
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -24,7 +27,7 @@ def collect(session: Session) -> dict[str, Any]:
     return {
         "optimizers": [_optimizer(o) for o in session.optimizers if o.param_groups],
         "modules": _modules(session.roots),
-        "parameters": _parameters(session.roots),
+        "parameters": _parameters(session.roots, session.optimizers),
         "loaders": [_loader(loader) for loader in session.loaders],
         "opens_images": "PIL.JpegImagePlugin" in sys.modules,
         "switches": {
@@ -76,13 +79,18 @@ def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _parameters(roots: list[torch.nn.Module]) -> dict[str, Any]:
+def _parameters(
+    roots: list[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, Any]:
     elements: Counter[str] = Counter()
     devices: Counter[str] = Counter()
-    denormal = total = 0
+    optimized = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    denormal = total = unoptimized = 0
     for parameter in {p for root in roots for p in root.parameters()}:
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
         devices[parameter.device.type] += parameter.numel()
+        if id(parameter) not in optimized and kept_gradient.__get__(parameter) is not None:
+            unoptimized += parameter.numel()
         if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
             magnitude = parameter.detach().abs()
             denormal += int(((magnitude > 0) & (magnitude < _SMALLEST_NORMAL)).sum())
@@ -91,6 +99,7 @@ def _parameters(roots: list[torch.nn.Module]) -> dict[str, Any]:
         "elements_by_dtype": dict(elements),
         "elements_by_device": dict(devices),
         "denormal_share": denormal / total if total else None,
+        "unoptimized_elements": unoptimized,
     }
 
 

@@ -18,6 +18,10 @@ from flatout.agent.arrays import are_floats, is_dense
 SERIAL_BELOW = 65536
 """Elements below which one thread looks at them."""
 
+kept_gradient: Any = torch._C.TensorBase.grad
+"""Torch's descriptor of the gradients that it keeps. Under ``gradients=on_demand``, to read
+``Parameter.grad`` is to ask for the gradient; what only looks on reads this."""
+
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no element is infinite or not a number; waits for tensors on an accelerator.

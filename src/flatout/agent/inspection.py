@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.agent.capture import is_capturing
+from flatout.agent.finite import kept_gradient
 from flatout.agent.hooks import is_ours
 from flatout.agent.nested import tensors_in
 
@@ -191,7 +192,7 @@ class Inspector:
     def _take(self, parameters: Iterable[torch.Tensor]) -> None:
         """Take the gradients that are there, of those parameters of which more are wanted."""
         for parameter in parameters:
-            grad = parameter.grad
+            grad = kept_gradient.__get__(parameter)
             if grad is None or self._updates[id(parameter)] >= self._inspection.gradient_steps:
                 continue
             if self._sample_elements is None:

@@ -50,6 +50,7 @@ class Facts:
         matmul_flops_per_s: measured matrix product rate of the device for each dtype name; ``None``
             or missing where it was not measured.
         updates: whether optimizer objects step in the job's loop.
+        optimizers: how many optimizers there are; ``None``: not known.
         huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: how many threads torch takes for an operator.
         main_dtype: in which most of the arithmetic is done; ``None``: not known.
@@ -69,6 +70,7 @@ class Facts:
     device: str
     matmul_flops_per_s: Mapping[str, float | None] = field(default_factory=dict)
     updates: bool = True
+    optimizers: int | None = None
     huge_pages: str | None = None
     threads: int | None = None
     main_dtype: str | None = None

@@ -69,11 +69,12 @@ def facts(case: Case) -> Facts:
     if is_profiled:
         operators = {o["name"]: o["share"] for o in case.operators_by_name}
     large = case.operators_share(is_large)
-    loaders = case.facts.get("loaders")
+    loaders, optimizers = case.facts.get("loaders"), case.facts.get("optimizers")
     return Facts(
         device=case.device,
         matmul_flops_per_s=case.matmul_flops_per_s,
         updates=any(step.updates for step in case.steps),
+        optimizers=None if optimizers is None else len(optimizers),
         huge_pages=machine.huge_pages(),
         threads=case.process.header["threads"],
         main_dtype=case.main_dtype if is_profiled else None,

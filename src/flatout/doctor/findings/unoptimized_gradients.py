@@ -1,0 +1,25 @@
+"""Gradients of parameters that no optimizer has."""
+
+from __future__ import annotations
+
+from flatout.doctor.case import Case
+from flatout.doctor.findings import Finding
+
+
+def find(case: Case) -> Finding | None:
+    parameters = case.facts.get("parameters", {})
+    unoptimized = parameters.get("unoptimized_elements")
+    if not unoptimized or not case.facts.get("optimizers"):
+        return None  # a program that updates by hand has its own use for them
+    total = sum(parameters["elements_by_dtype"].values())
+    return Finding(
+        "unoptimized-gradients",
+        "gradients that no optimizer uses",
+        [
+            f"{unoptimized:,} of {total:,} elements of parameters have a gradient, and belong to "
+            "no optimizer"
+        ],
+        None,
+        "edit: give these parameters to an optimizer if they are to be trained, else "
+        "requires_grad_(False) before the forward pass",
+    )

@@ -1,0 +1,88 @@
+"""Gradients that the program throws away, computed only if it asks for them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+
+if TYPE_CHECKING:
+    from flatout.agent.session import Session
+    from flatout.knobs.gradients.on_demand import OnDemand
+
+NAME = "gradients"
+
+
+def match(facts: Facts) -> Match:
+    """Needs parameters that a backward call may reach and the next step leaves alone."""
+    if not facts.updates or facts.optimizers == 0:
+        return Match((), "no optimizer steps in it")
+    if facts.optimizers == 1:
+        return Match((), "its only optimizer steps with all gradients that there are")
+    return Match(("on_demand",))
+
+
+_learned: weakref.WeakKeyDictionary[Session, OnDemand] = weakref.WeakKeyDictionary()
+
+
+def apply(session: Session, setting: str) -> Undo:
+    """Take the place of the way into backward, of ``zero_grad``, and of ``Parameter.grad``."""
+    import torch
+
+    from flatout.knobs.gradients.on_demand import OnDemand
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RefusedError("other processes wait for the gradients of this one")
+    # A comparison turns this on and off: each time, it goes on from what it knows.
+    if session not in _learned:
+        _learned[session] = OnDemand(
+            lambda why: session.event("skipped", NAME, why),
+            lambda error: session.contain(NAME, error),
+        )
+    on_demand = _learned[session]
+    give_back = on_demand.install()
+    session.after_optimizer_step.append(on_demand.stepped)
+
+    def undo() -> None:
+        session.after_optimizer_step.remove(on_demand.stepped)
+        give_back()
+
+    return undo
+
+
+KNOB = Knob(
+    name=NAME,
+    summary="gradients that the program throws away, computed only if it asks for them",
+    settings=("on_demand",),
+    exactness={"on_demand": "bitwise"},
+    hot=True,
+    platforms=("cpu", "cuda", "xpu", "mps"),
+    card=Card(
+        what="The loss of a GAN's generator also gives gradients to the discriminator, that of an "
+        "actor to the critic, and the next `zero_grad` drops them unread. `on_demand` sees twice "
+        "which gradients of a backward call are dropped, and puts these off from then on: the "
+        "call computes the others only, as `backward(inputs=...)` does. Where one is asked for "
+        "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, and "
+        "not put off again. Left alone are gradients with hooks on their way, of graphs with "
+        "`autograd.Function`s of the program, of backward calls that keep or create a graph, of "
+        "distributed training, of parameters that nobody zeroes, and those that need a weight "
+        "which is about to change.",
+        helps="GANs; actor-critic methods (SAC, TD3, DDPG): all with more than one optimizer.",
+        hurts="What backward needs for the gradients put off lives until they are dropped: more "
+        "memory. A gradient that is asked for after all, of weights that were written by hand "
+        "meanwhile, is an error, or a wrong one if that went through `.data`. Code in C++ that "
+        "reads gradients finds none, and hooks on nodes of the graph are not called where only "
+        "such gradients lie behind them.",
+        by_hand="`for p in discriminator.parameters(): p.requires_grad_(False)` before the "
+        "generator's forward pass, and back after its backward; or `loss.backward(inputs=list("
+        "generator.parameters()))`",
+        sources=(
+            "https://docs.pytorch.org/docs/stable/generated/torch.autograd.backward.html",
+            "https://docs.pytorch.org/docs/stable/notes/autograd.html",
+        ),
+    ),
+    match=match,
+    apply=apply,
+    claims=("the choice of gradients",),
+)

@@ -1,0 +1,442 @@
+"""The knob ``gradients``: what is dropped is not computed, and nobody can tell."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flatout import knobs
+from flatout.agent.finite import kept_gradient
+from flatout.agent.session import Session
+from flatout.knobs import Facts, gradients
+from flatout.request import Request
+
+STEPS = 12
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    made = Session(Request(), tmp_path)
+    made.hooks.install(live=False)
+    yield made
+    made.hooks.remove()
+
+
+@pytest.fixture
+def on_demand(session: Session) -> Iterator[None]:
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    yield
+    undo()
+
+
+@pytest.fixture
+def said(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why the knob has left things alone."""
+    whys: list[str] = []
+    monkeypatch.setattr(session, "event", lambda what, subject, why: whys.append(why))
+    return whys
+
+
+class Gan:
+    """A generator and a discriminator, and what is done with them.
+
+    Args:
+        acts: called with this and the number of the step, by the place in the step.
+    """
+
+    def __init__(self, **acts: Callable[[Gan, int], None]) -> None:
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.discriminator = nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.LeakyReLU(0.2), nn.Linear(16, 1), nn.Sigmoid()
+        )
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), lr=0.01)
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=0.01)
+        self.set_to_none = True
+        self.criterion = nn.BCELoss()
+        self.noted: list[Any] = []
+        self.acts = acts
+
+    def act(self, place: str, step: int) -> None:
+        if place in self.acts:
+            self.acts[place](self, step)
+
+    def train(self, steps: int = STEPS) -> Gan:
+        torch.manual_seed(1)
+        ones, zeros = torch.ones(32, 1), torch.zeros(32, 1)
+        for step in range(steps):
+            fake = self.generator(torch.randn(32, 4))
+            self.act("before zero_grad", step)
+            self.optimizer_d.zero_grad(set_to_none=self.set_to_none)
+            self.act("after zero_grad", step)
+            real = self.discriminator(torch.randn(32, 8))
+            loss = self.criterion(real, ones)
+            loss = loss + self.criterion(self.discriminator(fake.detach()), zeros)
+            loss.backward()
+            self.optimizer_d.step()
+            self.optimizer_g.zero_grad()
+            self.loss_g = self.criterion(self.discriminator(fake), ones)
+            self.act("before backward", step)
+            self.loss_g.backward()
+            self.act("after backward", step)
+            self.optimizer_g.step()
+            self.act("end", step)
+        return self
+
+    def weights(self) -> list[torch.Tensor]:
+        modules = (self.generator, self.discriminator)
+        return [t.clone() for module in modules for t in module.state_dict().values()]
+
+    def kept(self) -> list[torch.Tensor | None]:
+        """The discriminator's gradients as torch keeps them."""
+        found = [kept_gradient.__get__(p) for p in self.discriminator.parameters()]
+        return [None if grad is None else grad.clone() for grad in found]
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        a is b if a is None or b is None else torch.equal(a, b)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def note_kept(gan: Gan, step: int) -> None:
+    gan.noted.append(gan.kept())
+
+
+def test_dropped_gradients_are_not_computed_and_weights_are_the_same(session: Session) -> None:
+    bare = Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
+    undo()
+    assert same(turned.weights(), bare.weights())
+    computed = [
+        not same(before, after)
+        for before, after in zip(turned.noted[::2], turned.noted[1::2], strict=True)
+    ]
+    assert computed == [True] * 2 + [False] * (STEPS - 2)
+    assert "grad" not in nn.Parameter.__dict__
+    assert "retain_grad" not in torch.Tensor.__dict__
+
+
+@pytest.mark.parametrize("place", ["after backward", "end", "before zero_grad"])
+def test_who_reads_a_gradient_gets_it(session: Session, place: str) -> None:
+    def read(gan: Gan, step: int) -> None:
+        if step == 8:
+            gan.noted += [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
+
+    bare = Gan(**{place: read}).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(**{place: read}).train()
+    undo()
+    assert len(bare.noted) == 6
+    assert same(turned.noted, bare.noted)
+    assert same(turned.weights(), bare.weights())
+
+
+def test_what_was_read_once_is_not_put_off_again(on_demand: None) -> None:
+    def look(gan: Gan, step: int) -> None:
+        before = gan.noted.pop()
+        gan.noted.append([step, *(not same([a], [b]) for a, b in zip(before, gan.kept()))])  # noqa: B905
+        if step == 6:
+            assert gan.discriminator[0].weight.grad is not None
+
+    gan = Gan(**{"before backward": note_kept, "after backward": look}).train()
+    assert gan.noted[5] == [5] + [False] * 6
+    assert gan.noted[8] == [8, True] + [False] * 5
+
+
+def test_a_step_without_zero_grad_finds_what_is_owed(session: Session) -> None:
+    def step_again(gan: Gan, step: int) -> None:
+        if step in (5, 9):
+            gan.optimizer_d.step()
+
+    bare = Gan(end=step_again).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=step_again).train()
+    undo()
+    assert same(turned.weights(), bare.weights())
+
+
+def test_clipping_finds_what_is_owed(session: Session) -> None:
+    def clip(gan: Gan, step: int) -> None:
+        if step == 7:
+            gan.noted.append(nn.utils.clip_grad_norm_(gan.discriminator.parameters(), 1e-3))
+
+    bare = Gan(end=clip).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=clip).train()
+    undo()
+    assert same(turned.noted, bare.noted)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_zeros_are_zeros(session: Session, turned: bool) -> None:
+    def look(gan: Gan, step: int) -> None:
+        if step:
+            for p in gan.discriminator.parameters():
+                assert p.grad is not None
+                assert not p.grad.any()
+
+    def drop(gan: Gan, step: int) -> None:
+        for p in gan.discriminator.parameters():
+            p.grad = None
+
+    undo = knobs.get("gradients").apply(session, "on_demand") if turned else None
+    gan = Gan(**{"after zero_grad": look, "before backward": drop, "after backward": note_kept})
+    gan.set_to_none = False
+    gan.train()
+    if undo is not None:
+        undo()
+    assert (gan.noted[-1][0] is None) == turned
+
+
+@pytest.mark.parametrize("setter", ["assign", "delete"])
+def test_another_gradient_takes_the_place_of_what_is_owed(session: Session, setter: str) -> None:
+    def replace(gan: Gan, step: int) -> None:
+        if step == 8:
+            for p in gan.discriminator.parameters():
+                if setter == "assign":
+                    p.grad = torch.ones_like(p)
+                else:
+                    del p.grad
+            gan.noted += [p.grad for p in gan.discriminator.parameters()]
+
+    bare = Gan(end=replace).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=replace).train()
+    undo()
+    assert same(turned.noted, bare.noted)
+    assert same(turned.weights(), bare.weights())
+
+
+def test_undone_between_two_steps_leaves_gradients_as_without(session: Session) -> None:
+    def note_gradients(gan: Gan, step: int) -> None:
+        gan.noted.append([p.grad.clone() for p in gan.discriminator.parameters()])  # type: ignore[union-attr]
+
+    bare = Gan(end=note_gradients).train(6)
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan().train(6)
+    undo()
+    found = [p.grad for p in turned.discriminator.parameters()]
+    assert same(found, bare.noted[-1])
+
+
+def test_turned_on_again_it_goes_on_from_what_it_knows(session: Session) -> None:
+    gan = Gan(**{"before backward": note_kept, "after backward": note_kept})
+    for _ in range(2):
+        undo = knobs.get("gradients").apply(session, "on_demand")
+        gan.noted.clear()
+        gan.train(5)
+        undo()
+    assert same(gan.noted[0], gan.noted[1])
+
+
+def hang_on_parameters(gan: Gan, called: list[int]) -> None:
+    for p in gan.discriminator.parameters():
+        p.register_hook(lambda grad: called.append(1))
+
+
+def hang_on_accumulation(gan: Gan, called: list[int]) -> None:
+    for p in gan.discriminator.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: called.append(1))
+
+
+def hang_on_modules(gan: Gan, called: list[int]) -> None:
+    for module in gan.discriminator:
+        module.register_full_backward_hook(lambda module, i, o: called.append(1))
+
+
+@pytest.mark.parametrize("hang", [hang_on_parameters, hang_on_accumulation, hang_on_modules])
+def test_hooks_are_called_as_often_as_without(
+    session: Session, hang: Callable[[Gan, list[int]], None]
+) -> None:
+    counts = []
+    for turned in (False, True):
+        undo = knobs.get("gradients").apply(session, "on_demand") if turned else None
+        called: list[int] = []
+        gan = Gan()
+        gan.discriminator[2] = nn.LeakyReLU(0.2)
+        hang(gan, called)
+        gan.train()
+        counts.append(len(called))
+        if undo is not None:
+            undo()
+    assert counts[0] == counts[1] > 0
+
+
+class Tuned(nn.Module):
+    """A body that no optimizer has, and a head that one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu())  # type: ignore[no-any-return]
+
+
+def tune(net: Tuned, optimizer: torch.optim.Optimizer, steps: int = 8) -> list[bool]:
+    """Whether the body has got a gradient in each step."""
+    torch.manual_seed(2)
+    got = []
+    for _ in range(steps):
+        net.zero_grad()
+        net(torch.randn(32, 8)).square().mean().backward()
+        optimizer.step()
+        got.append(kept_gradient.__get__(net.body.weight) is not None)
+    return got
+
+
+def tuned() -> tuple[Tuned, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    net = Tuned()
+    return net, torch.optim.SGD(net.head.parameters(), lr=0.1)
+
+
+def test_a_gradient_that_needs_a_weight_about_to_change_is_not_put_off(on_demand: None) -> None:
+    net, optimizer = tuned()
+    assert all(tune(net, optimizer))
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "retain_grad", "none"])
+def test_hooks_on_the_way_to_such_gradients_only_are_called(
+    session: Session, on_demand: None, said: list[str], hook: str
+) -> None:
+    kept: list[torch.Tensor] = []
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.net = nn.Linear(2, 8), Gan().discriminator
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shift = self.shift(torch.ones(1, 2))
+            if hook == "retain_grad":
+                shift.retain_grad()
+                kept.append(shift)
+            elif hook == "register_hook":
+                shift.register_hook(kept.append)
+            return self.net(x + shift)  # type: ignore[no-any-return]
+
+    gan = Gan(**{"before backward": note_kept, "after backward": note_kept})
+    gan.discriminator = Shifted()  # type: ignore[assignment]
+    gan.optimizer_d = torch.optim.Adam(gan.discriminator.parameters(), lr=0.01)
+    gan.train()
+    assert same(gan.noted[-2], gan.noted[-1]) == (hook == "none")
+    assert len(said) == (hook != "none")
+    if hook != "none":
+        assert len(kept) == 3 * STEPS
+        found = kept if hook == "register_hook" else [shift.grad for shift in kept]
+        assert all(grad is not None and grad.any() for grad in found)
+
+
+def test_gradients_that_nobody_zeroes_add_up_as_without(session: Session) -> None:
+    def gathered() -> torch.Tensor | None:
+        net, optimizer = tuned()
+        torch.manual_seed(2)
+        for _ in range(8):
+            optimizer.zero_grad()
+            net(torch.randn(32, 8)).square().mean().backward()
+            optimizer.step()
+        return net.body.weight.grad
+
+    expected = gathered()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    found = gathered()
+    undo()
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+def test_what_is_computed_from_changed_weights_is_an_error(on_demand: None) -> None:
+    def change(gan: Gan, step: int) -> None:
+        if step == 8:
+            with torch.no_grad():
+                for p in gan.discriminator.parameters():
+                    p.mul_(2)
+            with pytest.raises(RuntimeError, match="run without gradients=on_demand"):
+                assert gan.discriminator[0].weight.grad is not None
+
+    Gan(end=change).train()
+
+
+def test_what_a_debt_needs_lives_no_longer_than_it(on_demand: None) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def keep(gan: Gan, step: int) -> None:
+        alive.append(weakref.ref(gan.loss_g))
+
+    def look(gan: Gan, step: int) -> None:
+        del gan.loss_g
+        gc.collect()
+        assert all(reference() is None for reference in alive)
+
+    def first(gan: Gan, step: int) -> None:
+        if step:
+            look(gan, step)
+
+    Gan(**{"after backward": keep, "after zero_grad": first}).train()
+
+
+def test_graphs_that_are_kept_or_created_are_left_alone(on_demand: None) -> None:
+    gan = Gan().train()
+    for p in gan.discriminator.parameters():
+        p.grad = None
+    fake = gan.generator(torch.randn(32, 4))
+    loss = gan.criterion(gan.discriminator(fake), torch.ones(32, 1))
+    loss.backward(retain_graph=True)
+    assert all(grad is not None for grad in gan.kept())
+    (found,) = torch.autograd.grad(loss, gan.discriminator[0].weight, create_graph=True)
+    assert torch.equal(found, gan.discriminator[0].weight.grad)  # type: ignore[arg-type]
+
+
+def test_a_function_of_the_program_is_called(session: Session) -> None:
+    class Counted(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            Counted.calls += 1
+            return grad
+
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    net, optimizer = tuned()
+    own = net.body.forward
+    net.body.forward = lambda x: Counted.apply(own(x))  # type: ignore[method-assign]
+    assert all(tune(net, optimizer))
+    undo()
+    assert Counted.calls == 8
+
+
+def test_a_program_that_drops_nothing_is_left_alone_after_a_while(
+    said: list[str], on_demand: None
+) -> None:
+    net, _ = tuned()
+    tune(net, torch.optim.SGD(net.parameters(), lr=0.1), 80)
+    assert said == ["no gradient was dropped unread in 64 backward calls"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_offered"),
+    [
+        (Facts("cpu", optimizers=2), True),
+        (Facts("cpu"), True),
+        (Facts("cpu", optimizers=1), False),
+        (Facts("cpu", updates=False), False),
+    ],
+)
+def test_it_is_offered_where_gradients_may_be_dropped(facts: Facts, is_offered: bool) -> None:
+    assert bool(gradients.KNOB.offer(facts).settings) == is_offered
