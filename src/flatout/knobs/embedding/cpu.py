@@ -1,0 +1,107 @@
+"""Gradients of embedding bags on the CPU, by ``kernels/embedding.c``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flatout.agent import dispatch
+from flatout.knobs import Undo
+from flatout.knobs.embedding import OPERATOR
+
+FEWEST = 1 << 15
+"""Elements of a table; below, the way through Python takes as long."""
+
+SUM, MEAN = range(2)
+"""Modes, by torch's numbers."""
+
+
+class Bags(ctypes.Structure):
+    """``Bags`` of ``kernels/embedding.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("table", ctypes.c_void_p),
+        ("lookups", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("looked_up", "bags", "counts", "factors")),
+        ("gradient", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bag_count", "left_out", "threads")),
+    )
+
+
+def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Undo:
+    """Replace the operator; returns what puts torch's own back.
+
+    Args:
+        library: of ``kernels/embedding.c``.
+        on_failure: called when a gradient could not be computed; torch's own has done it then.
+    """
+    kernel = library.embedding_bags
+    kernel.restype = ctypes.c_int
+    kernel.argtypes = [ctypes.c_void_p]
+
+    def layer(below: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            found = _gradient(kernel, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - reported
+            on_failure(error)
+            found = None
+        return below(keyset, *args, **kwargs) if found is None else found
+
+    return dispatch.layer({OPERATOR: layer}, "CPU")
+
+
+def _gradient(
+    kernel: Callable[..., int],
+    gradient: torch.Tensor,
+    indices: torch.Tensor,
+    bags: torch.Tensor,
+    counts: torch.Tensor,
+    maximum_indices: torch.Tensor,
+    rows: int,
+    scale_grad_by_freq: bool,
+    mode: int,
+    factors: torch.Tensor | None,
+    padding_idx: int = -1,
+) -> torch.Tensor | None:
+    """The gradient of a table, rows x width; ``None`` for one that is left to torch.
+
+    Args:
+        kernel: the compiled part.
+        gradient: bags x width.
+        indices, bags: the row and the bag of each lookup.
+        counts: of the lookups of each bag.
+        maximum_indices: of maxima.
+        rows: of the table.
+        scale_grad_by_freq: whether a row's gradient is divided by the number of its lookups.
+        mode: ``SUM``, ``MEAN``, or another.
+        factors: of each lookup.
+        padding_idx: a row that counts nothing.
+    """
+    floats = [gradient] if factors is None else [gradient, factors]
+    integers = [indices, bags, counts]
+    if (
+        mode not in (SUM, MEAN)
+        or scale_grad_by_freq
+        or gradient.dim() != 2
+        or rows * gradient.shape[1] < FEWEST
+        or any(x.dtype is not torch.float32 for x in floats)
+        or any(x.dtype is not torch.int64 for x in integers)
+        or bags.numel() != indices.numel()
+        or not dispatch.are_plain(*floats, *integers)
+    ):
+        return None
+    gradient, indices, bags, counts = (x.contiguous() for x in (gradient, *integers))
+    factors = None if factors is None else factors.contiguous()
+    width = gradient.shape[1]
+    table = torch.empty(rows, width, dtype=torch.float32, device="cpu")
+    asked = Bags(
+        *(rows, width, table.data_ptr(), indices.numel(), indices.data_ptr(), bags.data_ptr()),
+        counts.data_ptr() if mode == MEAN else None,
+        None if factors is None else factors.data_ptr(),
+        *(gradient.data_ptr(), gradient.shape[0], padding_idx, torch.get_num_threads()),
+    )
+    return None if kernel(ctypes.addressof(asked)) else table
