@@ -33,6 +33,7 @@ from flatout.knobs.attention import cpu
 from flatout.knobs.convolution import cpu as convolutions
 from flatout.knobs.cross_entropy import cpu as losses
 from flatout.knobs.elementwise import cpu as elementwise
+from flatout.knobs.embedding import cpu as embeddings
 from flatout.knobs.memory_format import gradients
 from flatout.knobs.random import cpu as random
 from flatout.optim import functional
@@ -382,6 +383,28 @@ def elements(pairs: int) -> bool:
     return is_as_asked
 
 
+def embedding(pairs: int) -> bool:
+    """Gradients of tables, of which a batch looks up little."""
+    library = dispatch.compiled("embedding", "torch's own gradients of embedding bags")
+    fast = switched_on(lambda: embeddings.install(library, _raise))
+    lengths = torch.randint(1, 41, (256,))
+    is_as_asked = True
+    for rows, width in ((20_000, 32), (100_000, 32), (100_000, 128)):
+        table = torch.randn(rows, width, requires_grad=True)
+        looked_up = (rows * torch.rand(int(lengths.sum())) ** 3).long()
+        bags = F.embedding_bag(looked_up, table, lengths.cumsum(0) - lengths, mode="mean")
+        is_as_asked &= compared(
+            f"gradient of embedding bags, {rows} x {width}, {len(looked_up)} lookups",
+            functools.partial(
+                torch.autograd.grad, bags, table, torch.ones_like(bags), retain_graph=True
+            ),
+            fast,
+            pairs,
+            1.5,
+        )
+    return is_as_asked
+
+
 PARTS = {
     "bernoulli": bernoulli,
     "dropout": dropout,
@@ -392,6 +415,7 @@ PARTS = {
     "layouts": layouts,
     "convolution": convolution,
     "elementwise": elements,
+    "embedding": embedding,
     "optimizers": optimizers,
 }
 

@@ -126,6 +126,31 @@ def test_other_inputs(calls: list[bool]) -> None:
     assert calls == [True, False, True]
 
 
+def test_bags_of_all_forms(calls: list[bool]) -> None:
+    draw = torch.Generator().manual_seed(2)
+    rows = torch.randint(ROWS, (20, 30), generator=draw)
+    starts = torch.arange(0, 601, 30)
+    weights = torch.rand(20, 30, generator=draw, dtype=torch.float64)
+    forms: dict[str, tuple[Any, ...]] = {
+        "two dimensions": (rows, None, {"mode": "mean"}),
+        "last offset": (rows.flatten(), starts, {"mode": "mean", "include_last_offset": True}),
+        "only padding": (torch.full((20, 30), 9), None, {"mode": "mean", "padding_idx": 9}),
+        "weights": (rows, None, {"mode": "sum"}),
+    }
+    for name, (looked_up, offsets, options) in forms.items():
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            table = torch.ones(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+            factors = weights.to(dtype).requires_grad_() if name == "weights" else None
+            bags = F.embedding_bag(looked_up, table, offsets, per_sample_weights=factors, **options)
+            outer = torch.arange(bags.numel(), dtype=dtype).view(bags.shape) / 7
+            bags.backward(outer)
+            found.append(table.grad)
+        assert calls.pop() is False, name
+        assert calls.pop() is True, name
+        torch.testing.assert_close(found[0], found[1].float(), rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_a_failure_is_reported_and_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradient(mode="mean")
     failures: list[Exception] = []

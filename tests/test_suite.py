@@ -15,7 +15,7 @@ from benchmarks.outside import Results
 from benchmarks.suite import arms, measure, publish, table
 from benchmarks.suite.cases import CASES
 
-HELD_OUT = {"vae", "recommender", "classify_folder"}
+HELD_OUT = {"vae", "diffusion", "classify_folder"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -119,6 +119,13 @@ CASES = {
         is_compute_bound=True,
         is_held_out=True,
     ),
+    "diffusion": Case(
+        PROGRAMS / "diffusion.py",
+        _PLAIN._replace(forward=("predicted = ", "loss = "), images="noisy"),
+        steps=60,
+        is_compute_bound=True,
+        is_held_out=True,
+    ),
     "speech": Case(
         EXAMPLES / "speech" / "train.py",
         _LOADER,
@@ -134,7 +141,6 @@ CASES = {
         PROGRAMS / "recommender.py",
         _PLAIN._replace(forward=("logits = ", "loss = ")),
         steps=600,
-        is_held_out=True,
     ),
     "jpeg": Case(
         PROGRAMS / "jpeg.py",

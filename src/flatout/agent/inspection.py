@@ -11,7 +11,6 @@ keep to one column.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import math
@@ -20,7 +19,7 @@ import traceback
 from array import array
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ import torch
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import kept_gradient
 from flatout.agent.hooks import is_ours
+from flatout.agent.modes import without_autocast
 from flatout.agent.nested import tensors_in
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Inspector:
     def _contained(self, function: Callable[..., Any], *args: Any) -> Any:
         """What ``function`` returns, called without graph and autocast; ``None`` if it fails."""
         try:
-            with torch.no_grad(), _without_autocast():
+            with torch.no_grad(), without_autocast():
                 return function(*args)
         except Exception as error:
             if not is_ours(error):
@@ -348,16 +348,6 @@ class _Probabilities:
 
 def _members(optimizer: Any) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-@contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
-    accelerator = torch.accelerator.current_accelerator()
-    with contextlib.ExitStack() as stack:
-        for device in {"cpu", "cpu" if accelerator is None else accelerator.type}:
-            if torch.amp.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ static void add_rows(const Bags *b, int64_t thread, int64_t threads) {
         int64_t row = b->looked_up[i], bag = b->bags[i];
         if (row % threads != thread || row == b->left_out) continue;
         float factor = b->factors ? b->factors[i] : 1.0f;
-        if (b->counts) factor /= (float)b->counts[bag];
+        if (b->counts && b->counts[bag]) factor /= (float)b->counts[bag];
         float *restrict sum = b->table + row * b->width;
         const float *restrict gradient = b->gradient + bag * b->width;
         for (int64_t j = 0; j < b->width; j++) sum[j] += factor * gradient[j];

@@ -91,6 +91,8 @@ def _gradient(
         or any(x.dtype is not torch.float32 for x in floats)
         or any(x.dtype is not torch.int64 for x in integers)
         or bags.numel() != indices.numel()
+        or counts.numel() < gradient.shape[0]
+        or (factors is not None and factors.numel() != indices.numel())
         or not dispatch.are_plain(*floats, *integers)
     ):
         return None

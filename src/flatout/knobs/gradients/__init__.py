@@ -19,7 +19,9 @@ def match(facts: Facts) -> Match:
     if not facts.updates or facts.optimizers == 0:
         return Match((), "no optimizer steps in it")
     if facts.optimizers == 1:
-        return Match((), "its only optimizer steps with all gradients that there are")
+        return Match(
+            (), "it has one optimizer: the gradients of another's parameters are not at stake"
+        )
     return Match(("on_demand",))
 
 
@@ -28,12 +30,14 @@ _learned: weakref.WeakKeyDictionary[Session, OnDemand] = weakref.WeakKeyDictiona
 
 def apply(session: Session, setting: str) -> Undo:
     """Take the place of the way into backward, of ``zero_grad``, and of ``Parameter.grad``."""
-    import torch
+    from flatout.knobs.gradients.on_demand import OnDemand, is_distributed
 
-    from flatout.knobs.gradients.on_demand import OnDemand
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         raise RefusedError("other processes wait for the gradients of this one")
+    comparison = session.request.comparison
+    arms = comparison.arms if comparison is not None else ()
+    if any(plan.get("precision") == "fp16" for plan in (session.request.settings, *arms)):
+        raise RefusedError("what is put off would miss the scale of precision=fp16")
     # A comparison turns this on and off: each time, it goes on from what it knows.
     if session not in _learned:
         _learned[session] = OnDemand(
@@ -64,16 +68,16 @@ KNOB = Knob(
         "which gradients of a backward call are dropped, and puts these off from then on: the "
         "call computes the others only, as `backward(inputs=...)` does. Where one is asked for "
         "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, and "
-        "not put off again. Left alone are gradients with hooks on their way, of graphs with "
-        "`autograd.Function`s of the program, of backward calls that keep or create a graph, of "
-        "distributed training, of parameters that nobody zeroes, and those that need a weight "
-        "which is about to change.",
+        "not put off again. Left alone are gradients with hooks or checkpoints on their way, of "
+        "graphs with `autograd.Function`s of the program, of backward calls that keep or create "
+        "a graph, of distributed training, of parameters that nobody zeroes, sparse ones, and "
+        "those that need a weight which is about to change.",
         helps="GANs; actor-critic methods (SAC, TD3, DDPG): all with more than one optimizer.",
         hurts="What backward needs for the gradients put off lives until they are dropped: more "
-        "memory. A gradient that is asked for after all, of weights that were written by hand "
-        "meanwhile, is an error, or a wrong one if that went through `.data`. Code in C++ that "
-        "reads gradients finds none, and hooks on nodes of the graph are not called where only "
-        "such gradients lie behind them.",
+        "memory. If weights, or what a pass was made of, were written by hand before such a "
+        "gradient is asked for after all, that is an error, or a wrong gradient if they were "
+        "written past torch (`.data`, NumPy). Code in C++ that reads gradients finds none, and "
+        "hooks on nodes of the graph are not called where only such gradients lie behind them.",
         by_hand="`for p in discriminator.parameters(): p.requires_grad_(False)` before the "
         "generator's forward pass, and back after its backward; or `loss.backward(inputs=list("
         "generator.parameters()))`",

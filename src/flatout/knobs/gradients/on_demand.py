@@ -1,9 +1,10 @@
 """Gradients put off until somebody asks for them.
 
 What holds at any time: the gradient of a parameter is what torch keeps for it, and what the calls
-that owe it one would add. ``zero_grad``, or another gradient in its place, cancels the debt, and
-whoever reads ``Parameter.grad`` has it paid first. So nothing but time depends on whether the
-forecast is right, that what was always dropped unread will be again.
+that owe it one would add. ``zero_grad``, or another gradient in its place, cancels the debt.
+Whoever reads ``Parameter.grad`` has it paid first, and so has a backward call that is about to add
+to it. So nothing but time depends on whether the forecast is right, that what was always dropped
+unread will be again.
 
 A backward call is known again by the parameters that it reaches and by the optimizer that stepped
 before it.
@@ -11,6 +12,7 @@ before it.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,13 +21,15 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward as run_backward
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import kept_gradient
+from flatout.agent.modes import autocast_devices, without_autocast
 from flatout.agent.place import take_place
 from flatout.knobs import Undo
 
+_torch: Any = torch
 _autograd: Any = torch.autograd
 
 TIMES_DROPPED = 2
@@ -34,11 +38,14 @@ TIMES_DROPPED = 2
 MOST_OPEN = 2
 """Backward calls that may owe gradients at a time; each keeps its graph."""
 
+OLDEST = 8
+"""Later backward calls after which a debt is paid, so that its graph can go."""
+
 MOST_FATES = 64
 """Kinds of backward calls that are told apart."""
 
 CALLS_WITHOUT_USE = 64
-"""Backward calls in a row that put nothing off, after which no more are looked at."""
+"""Backward calls in a row in which nothing is put off or dropped; no more are looked at then."""
 
 Leaves = dict[int, Any]
 """By identity: tensors compare by their elements."""
@@ -51,13 +58,13 @@ class Fate:
     Attributes:
         times_dropped: without having been read, by the identity of the leaf.
         read: the leaves whose gradients somebody has asked for.
-        can_be_late: whether those that are dropped could be computed after steps with the others;
-            ``None``: not seen yet.
+        can_be_late: of a set of leaves, whether their gradients could be computed after steps with
+            the others.
     """
 
     times_dropped: Counter[int] = field(default_factory=Counter)
     read: set[int] = field(default_factory=set)
-    can_be_late: bool | None = None
+    can_be_late: dict[frozenset[int], bool] = field(default_factory=dict)
 
     def is_dropped(self, identity: int) -> bool:
         """Whether the gradient of a parameter was always dropped unread."""
@@ -65,17 +72,29 @@ class Fate:
 
 
 @dataclass(eq=False)
-class Call:
-    """A backward call.
+class Debt:
+    """What a backward call owes.
 
     Attributes:
-        outputs, grads: that it begins with.
+        outputs, grads: that the call began with; ``None`` once they are of no use.
         fate: of the gradients of all calls like it.
-        wanted, put_off: the leaves that get their gradients now, and those that are owed them.
+        leaves: that are owed a gradient.
+        age: in backward calls since.
+        lost: why it cannot be paid any more.
     """
 
     outputs: Any
     grads: Any
+    fate: Fate
+    leaves: Leaves
+    age: int = 0
+    lost: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a backward call: the leaves that get their gradients now, and those that are to wait."""
+
     fate: Fate
     wanted: Leaves
     put_off: Leaves
@@ -96,44 +115,30 @@ class OnDemand:
         self._on_failure = on_failure
         self._fates: defaultdict[tuple[frozenset[int], int], Fate] = defaultdict(Fate)
         self._unread: dict[int, set[Fate]] = {}
-        self._open: list[Call] = []
+        self._debts: list[Debt] = []
         self._last_optimizer = 0
         self._calls_without_use = 0
+        self._is_on = False
         self._is_over = False
         self._depth = 0
-        self._installed: Any = None
+        self._places: list[Undo] = []
 
     def install(self) -> Undo:
-        """Begin, or go on; the undo pays what is owed."""
-        own = _autograd._engine_run_backward
-
-        def backward(outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._installed is not backward or self._is_over or self._depth:
-                return own(outputs, grads, *args, **kwargs)
-            self._depth += 1
-            try:
-                return self._backward(own, outputs, grads, args, kwargs)
-            finally:
-                self._depth -= 1
-
-        self._installed = _autograd._engine_run_backward = backward
-        undos = (
-            self._take_gradients(),
-            self._take_zero_grad(torch.optim.Optimizer, _members),
-            self._take_zero_grad(torch.nn.Module, torch.nn.Module.parameters),
-            self._take_hooks(),
-        )
+        """Begin, or go on; after the undo nothing is put off, and what is owed is still paid."""
+        self._is_on = True
+        if not self._places:
+            self._places = [
+                self._take_backward(),
+                self._take_gradients(),
+                self._take_zero_grad(torch.optim.Optimizer, _members),
+                self._take_zero_grad(torch.nn.Module, lambda module: module.parameters()),
+                *self._take_hooks(),
+            ]
 
         def undo() -> None:
-            self._installed = None
-            if _autograd._engine_run_backward is backward:
-                _autograd._engine_run_backward = own
-            try:
-                self._pay(list(self._open))
-            finally:
-                self._unread.clear()
-                for give_back in undos:
-                    give_back()
+            self._is_on = False
+            self._unread.clear()
+            self._leave_if_done()
 
         return undo
 
@@ -141,54 +146,66 @@ class OnDemand:
         """An optimizer has stepped."""
         self._last_optimizer = id(optimizer)
 
+    def _leave_if_done(self) -> None:
+        if not self._is_on and not self._debts:
+            places, self._places = self._places, []
+            for give_back in places:
+                give_back()
+
     # Backward
 
     def _backward(self, own: Any, outputs: Any, grads: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            call = self._forecast(outputs, grads, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - reported
-            self._is_over = True
-            self._on_failure(error)
-            call = None
-        if call is None:
+        found = None
+        if self._is_on and not self._is_over:
+            try:
+                found = self._forecast(outputs, args)
+            except Exception as error:  # noqa: BLE001 - reported
+                self._is_over = True
+                self._on_failure(error)
+        self._pay_before(found)
+        if found is None:
             return own(outputs, grads, *args, **kwargs)
-        if call.put_off:
+        if found.put_off:
             keep_graph, create_graph = True, False
-            wanted = tuple(call.wanted.values())
+            wanted = tuple(found.wanted.values())
             result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
-            self._open.append(call)
+            self._debts.append(Debt(outputs, grads, found.fate, found.put_off))
         else:
             result = own(outputs, grads, *args, **kwargs)
-        for identity in call.wanted:
-            self._unread.setdefault(identity, set()).add(call.fate)
+        for identity in found.wanted:
+            self._unread.setdefault(identity, set()).add(found.fate)
         return result
 
-    def _forecast(self, outputs: Any, grads: Any, args: Any, kwargs: Any) -> Call | None:
+    def _forecast(self, outputs: Any, args: Any) -> Forecast | None:
         """What to do in a backward call; ``None`` for one that is left alone."""
         keep_graph, create_graph, inputs = args
-        if keep_graph or create_graph or inputs or not kwargs.get("accumulate_grad"):
+        if keep_graph or create_graph or inputs or is_capturing():
             return None
-        leaves = None if is_capturing() else _leaves(outputs)
-        if leaves is None:
+        if is_distributed():
+            self._end("other processes wait for the gradients of this one")
+            return None
+        leaves = _leaves(outputs)
+        if leaves is None or any(map(torch.is_autocast_enabled, autocast_devices())):
             return None
         fate = self._fates[frozenset(leaves), self._last_optimizer]
         put_off: Leaves = {}
-        if len(self._open) < MOST_OPEN:
+        if len(self._debts) < MOST_OPEN:
             dropped = {i: leaf for i, leaf in leaves.items() if fate.is_dropped(i)}
             put_off = {i: leaf for i, leaf in dropped.items() if _can_wait(leaf)}
         if len(put_off) == len(leaves):
             put_off = {}  # a call for nobody; to torch, no inputs would mean all of them
-        if put_off and fate.can_be_late is None:
-            fate.can_be_late = _can_be_late(outputs, put_off)
-        if not fate.can_be_late:
-            put_off = {}
+        if put_off:
+            which = frozenset(put_off)
+            if which not in fate.can_be_late:
+                fate.can_be_late[which] = _can_be_late(outputs, put_off)
+            put_off = put_off if fate.can_be_late[which] else {}
         self._calls_without_use = 0 if put_off else self._calls_without_use + 1
         if self._calls_without_use >= CALLS_WITHOUT_USE:
             self._end(f"no gradient was dropped unread in {CALLS_WITHOUT_USE} backward calls")
         elif len(self._fates) > MOST_FATES:
             self._end("its backward calls reach other parameters again and again")
         wanted = {i: leaf for i, leaf in leaves.items() if i not in put_off}
-        return Call(outputs, grads, fate, wanted, put_off)
+        return Forecast(fate, wanted, put_off)
 
     def _end(self, why: str) -> None:
         """Put nothing off from now on; what is owed stays so."""
@@ -198,51 +215,89 @@ class OnDemand:
             self._unread.clear()
             self._on_skip(why)
 
-    # Gradients
+    # Debts
 
-    def _pay(self, calls: Iterable[Call]) -> None:
-        """Compute all that these calls owe.
+    def _pay_before(self, call: Forecast | None) -> None:
+        """Pay what must be added before a backward call adds to it, and what is old.
 
-        Raises:
-            RuntimeError: what it is computed from has been changed meanwhile.
+        Args:
+            call: the one that is about to begin; ``None``: it may reach any leaf.
         """
-        for call in calls:
-            leaves, call.put_off = call.put_off, {}
-            self._open.remove(call)
-            for identity in leaves:
-                self._unread.setdefault(identity, set()).add(call.fate)
-            keep_graph = create_graph = False
-            try:
+        for debt in list(self._debts):
+            debt.age += 1
+            is_met = call is None or not debt.leaves.keys().isdisjoint(call.wanted)
+            if is_met or debt.age > OLDEST:
+                self._pay(debt)
+
+    def _pay(self, debt: Debt) -> None:
+        """Compute all that is owed, unless what it is computed from has been changed meanwhile."""
+        if debt not in self._debts or debt.lost is not None:
+            return
+        self._debts.remove(debt)
+        leaves = list(debt.leaves.values())
+        frozen = [leaf for leaf in leaves if not leaf.requires_grad]
+        keep_graph = create_graph = False
+        self._depth += 1
+        try:
+            for leaf in frozen:  # torch adds nothing to these
+                leaf.requires_grad_(True)
+            with torch.inference_mode(False), without_autocast():
                 run_backward(
-                    *(call.outputs, call.grads, keep_graph, create_graph, tuple(leaves.values())),
+                    *(debt.outputs, debt.grads, keep_graph, create_graph, tuple(leaves)),
                     allow_unreachable=True,
                     accumulate_grad=True,
                 )
-            except RuntimeError as error:
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            debt.lost = error
+            debt.outputs = debt.grads = None
+            self._debts.append(debt)
+        else:
+            for identity in debt.leaves:
+                self._unread.setdefault(identity, set()).add(debt.fate)
+        finally:
+            self._depth -= 1
+            for leaf in frozen:
+                leaf.requires_grad_(False)
+
+    def _drop(self, leaves: Iterable[Any]) -> None:
+        """Their gradients are about to be dropped: what is owed to them is not wanted any more."""
+        for leaf in leaves:
+            identity = id(leaf)
+            for debt in self._debts:
+                debt.leaves.pop(identity, None)
+            fates = self._unread.pop(identity, ())
+            if fates and _is_sparse(leaf):
+                continue  # nobody can say of which kind its zeros are to be
+            for fate in fates:
+                fate.times_dropped[identity] += 1
+                self._calls_without_use = 0
+        self._debts = [debt for debt in self._debts if debt.leaves]
+        self._leave_if_done()
+
+    def _is_owed(self, leaf: Any) -> bool:
+        return any(id(leaf) in debt.leaves for debt in self._debts)
+
+    def _read(self, leaf: Any) -> Any:
+        """As ``Parameter.grad``.
+
+        Raises:
+            RuntimeError: it was put off, and cannot be computed any more.
+        """
+        identity = id(leaf)
+        for debt in [debt for debt in self._debts if identity in debt.leaves]:
+            self._pay(debt)
+            if debt.lost is not None:
                 raise RuntimeError(
                     "a gradient that flatout has put off is asked for after all, and what it is "
                     "computed from has been changed meanwhile: run without gradients=on_demand"
-                ) from error
-
-    def _drop(self, leaves: Iterable[Any]) -> None:
-        """Their gradients are being dropped: what is owed to them is not wanted any more."""
-        for identity in map(id, leaves):
-            for call in self._open:
-                call.put_off.pop(identity, None)
-            for fate in self._unread.pop(identity, ()):
-                fate.times_dropped[identity] += 1
-        self._open = [call for call in self._open if call.put_off]
-
-    def _is_owed(self, leaf: Any) -> bool:
-        return any(id(leaf) in call.put_off for call in self._open)
-
-    def _read(self, leaf: Any) -> Any:
-        identity = id(leaf)
-        if self._open:
-            self._pay([call for call in self._open if identity in call.put_off])
+                ) from debt.lost
         for fate in self._unread.pop(identity, ()):
             fate.read.add(identity)
-        return kept_gradient.__get__(leaf)
+        gradient = kept_gradient.__get__(leaf)
+        self._leave_if_done()
+        return gradient
 
     def _write(self, leaf: Any, gradient: Any) -> None:
         kept_gradient.__set__(leaf, gradient)
@@ -254,16 +309,25 @@ class OnDemand:
 
     # Places
 
+    def _take_backward(self) -> Undo:
+        own = _autograd._engine_run_backward
+
+        def backward(outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
+            is_idle = not self._is_on and not self._debts
+            if is_idle or self._depth or not kwargs.get("accumulate_grad"):
+                return own(outputs, grads, *args, **kwargs)
+            self._depth += 1
+            try:
+                return self._backward(own, outputs, grads, args, kwargs)
+            finally:
+                self._depth -= 1
+                self._leave_if_done()
+
+        return take_place(torch.autograd, "_engine_run_backward", backward)
+
     def _take_gradients(self) -> Undo:
-        parameter: Any = torch.nn.Parameter
         taken = property(self._read, self._write, self._delete, kept_gradient.__doc__)
-        parameter.grad = taken
-
-        def undo() -> None:
-            if parameter.__dict__.get("grad") is taken:
-                del parameter.grad
-
-        return undo
+        return _add(torch.nn.Parameter, "grad", taken)
 
     def _take_zero_grad(self, owner: Any, leaves_of: Callable[[Any], Iterable[Any]]) -> Undo:
         own = owner.__dict__["zero_grad"]
@@ -277,12 +341,13 @@ class OnDemand:
                 if kept_gradient.__get__(leaf) is None:
                     kept_gradient.__set__(leaf, torch.zeros_like(leaf))
 
-        return take_place(owner, "zero_grad", zero_grad)
+        return take_place(owner, "zero_grad", _torch._disable_dynamo(zero_grad))  # as its own
 
-    def _take_hooks(self) -> Undo:
-        """What hangs on a tensor between must be called, and does not show in the graph."""
+    def _take_hooks(self) -> tuple[Undo, ...]:
+        """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
         tensor: Any = torch.Tensor
         own_register, own_retain = tensor.register_hook, tensor.retain_grad
+        own_enter: Any = saved_tensors_hooks.__enter__
 
         def see(hooked: Any) -> None:
             if not hooked.is_leaf:
@@ -296,15 +361,31 @@ class OnDemand:
             see(hooked)
             own_retain(hooked)
 
-        give_back = take_place(tensor, "register_hook", register_hook)
-        tensor.retain_grad = retain_grad
+        def enter(hooks: Any) -> Any:
+            self._end("the program has hooks on what is saved for backward, as checkpoints do")
+            return own_enter(hooks)
 
-        def undo() -> None:
-            give_back()
-            if tensor.__dict__.get("retain_grad") is retain_grad:
-                del tensor.retain_grad
+        return (
+            take_place(tensor, "register_hook", register_hook),
+            _add(tensor, "retain_grad", retain_grad),
+            take_place(saved_tensors_hooks, "__enter__", enter),
+        )
 
-        return undo
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _add(owner: Any, name: str, attribute: Any) -> Undo:
+    """Give a class an attribute that only its base has; returns what takes it away."""
+    setattr(owner, name, attribute)
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is attribute:
+            delattr(owner, name)
+
+    return undo
 
 
 def _members(optimizer: Any) -> list[Any]:
@@ -319,7 +400,8 @@ def _leaves(outputs: Iterable[Any]) -> Leaves | None:
         if node is None:
             return None
         if type(node) is _ACCUMULATION:
-            leaves[id(node.variable)] = node.variable
+            if node.variable.requires_grad:  # torch leaves one alone that was frozen since
+                leaves[id(node.variable)] = node.variable
         elif isinstance(node, BackwardCFunction) and not _is_ours(node):
             return None
     return leaves
@@ -370,8 +452,18 @@ def _is_view(node: Any) -> bool:
 _VIEWS = {
     f"{name}Backward"
     for name in (
-        *("Alias", "AsStrided", "Detach", "Diagonal", "Expand", "Narrow", "Permute", "Reshape"),
-        *("ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "T"),
+        *("Alias", "AsStrided", "Conj", "Detach", "Diagonal", "Expand", "Narrow", "NegView"),
+        *(
+            "Permute",
+            "Reshape",
+            "ReshapeAlias",
+            "Select",
+            "Slice",
+            "Split",
+            "SplitWithSizes",
+            "Squeeze",
+            "T",
+        ),
         *("Transpose", "Unbind", "Unfold", "Unsqueeze", "UnsafeView", "View", "ViewAsComplex"),
         "ViewAsReal",
     )
@@ -389,5 +481,29 @@ def _is_ours(node: Any) -> bool:
 
 def _can_wait(leaf: Any) -> bool:
     """Whether ``Parameter.grad`` is the only way to the gradient of a leaf."""
-    is_parameter = torch.nn.Parameter in type(leaf).__mro__
-    return is_parameter and not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
+    if torch.nn.Parameter not in type(leaf).__mro__:
+        return False
+    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
+        return False
+    return kept_gradient.__get__(leaf) is None or _holders(leaf) <= _FEWEST_HOLDERS
+
+
+def _holders(leaf: Any) -> int:
+    """How many references there are to the gradient that torch keeps, ours included."""
+    gradient = kept_gradient.__get__(leaf)
+    return sys.getrefcount(gradient) + (gradient._base is not None)
+
+
+def _probe() -> Any:
+    leaf = torch.zeros(1, device="cpu", requires_grad=True)
+    kept_gradient.__set__(leaf, torch.zeros(1, device="cpu"))
+    return leaf
+
+
+_FEWEST_HOLDERS = _holders(_probe())
+"""Where the program has no reference of its own; through one it would see what torch adds."""
+
+
+def _is_sparse(leaf: Any) -> bool:
+    gradient = kept_gradient.__get__(leaf)
+    return gradient is not None and gradient.layout is not torch.strided
