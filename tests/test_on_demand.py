@@ -17,6 +17,7 @@ from flatout import knobs
 from flatout.agent.finite import kept_gradient
 from flatout.agent.session import Session
 from flatout.knobs import Facts, gradients
+from flatout.knobs.gradients.on_demand import CALLS_WITHOUT_USE
 from flatout.request import Request
 
 STEPS = 12
@@ -401,6 +402,152 @@ def test_gradients_held_by_the_program_are_added_to(session: Session) -> None:
     assert same(turned.noted, bare.noted)
 
 
+@pytest.mark.parametrize("alias", ["view", "data", "numpy"])
+def test_memory_of_gradients_held_by_the_program_is_added_to(session: Session, alias: str) -> None:
+    held: list[Any] = []
+
+    def hold(gan: Gan, step: int) -> None:
+        if step == 0:
+            for p in gan.discriminator.parameters():
+                p.grad = torch.zeros_like(p)
+            grads = [p.grad for p in gan.discriminator.parameters()]
+            ways: dict[str, Callable[[Any], Any]] = {
+                "view": lambda grad: grad.view(-1),
+                "data": lambda grad: grad.data,
+                "numpy": lambda grad: grad.numpy(),
+            }
+            held[:] = map(ways[alias], grads)
+
+    def look(gan: Gan, step: int) -> None:
+        gan.noted.append([torch.as_tensor(part).clone() for part in held])
+
+    def build() -> Gan:
+        gan = Gan(**{"before zero_grad": hold, "after backward": look})
+        gan.set_to_none = False
+        return gan
+
+    bare = build().train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = build().train()
+    undo()
+    assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
+
+
+def change_the_loss(gan: Gan, step: int) -> None:
+    with torch.no_grad():
+        gan.loss_g /= 4
+
+
+def detach_the_loss(gan: Gan, step: int) -> None:
+    gan.loss_g.detach_()
+
+
+@pytest.mark.parametrize("change", [change_the_loss, detach_the_loss])
+def test_losses_that_are_changed_after_backward(
+    session: Session, change: Callable[[Gan, int], None]
+) -> None:
+    def read(gan: Gan, step: int) -> None:
+        if step == 8:
+            gan.noted = [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
+
+    acts = {"after backward": change, "end": read}
+    bare = Gan(**acts).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(**acts).train()
+    undo()
+    assert same(turned.noted, bare.noted)
+
+
+def test_a_first_gradient_that_was_overwritten_is_an_error(on_demand: None) -> None:
+    first = torch.ones(())
+    own = torch.Tensor.backward
+
+    class Loss(nn.BCELoss):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            loss = super().forward(x, y)
+            loss.backward = lambda: own(loss, first)  # type: ignore[method-assign,misc]
+            return loss
+
+    def read(gan: Gan, step: int) -> None:
+        if step == 8:
+            first.zero_()
+            with pytest.raises(RuntimeError, match="cannot be computed any more"):
+                assert gan.discriminator[0].weight.grad is not None
+            first.fill_(1)
+
+    gan = Gan(end=read)
+    gan.criterion = Loss()
+    gan.train()
+
+
+def test_the_other_name_of_a_gradient(session: Session) -> None:
+    def read(gan: Gan, step: int) -> None:
+        gan.noted = [p._grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
+
+    bare = Gan(end=read).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=read).train()
+    undo()
+    assert same(turned.noted, bare.noted)
+
+
+def test_a_payment_that_is_interrupted_is_an_error_to_the_next_reader(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flatout.knobs.gradients import on_demand
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    def read(gan: Gan, step: int) -> None:
+        if step == 8:
+            with monkeypatch.context() as patch:
+                patch.setattr(on_demand, "run_backward", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    assert gan.discriminator[0].weight.grad is not None
+            with pytest.raises(RuntimeError, match="cannot be computed any more"):
+                assert gan.discriminator[0].weight.grad is not None
+
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=read).train()
+    undo()
+    assert same(turned.weights(), Gan().train().weights())
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_is_called_for_later_gradients_only(session: Session, kind: str) -> None:
+    def hang(gan: Gan, step: int) -> None:
+        if step == 8:
+            for p in gan.discriminator.parameters():
+                getattr(p, kind)(lambda grad: gan.noted.append(1))
+
+    bare = Gan(end=hang).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(end=hang).train()
+    undo()
+    assert len(turned.noted) == len(bare.noted) > 0
+    assert same(turned.weights(), bare.weights())
+
+
+def test_many_calls_between_two_drops_are_soon_left_alone(session: Session) -> None:
+    def train() -> list[torch.Tensor | None]:
+        gan = Gan()
+        for _ in range(8):
+            gan.optimizer_d.zero_grad()
+            for _ in range(4):
+                fake = gan.generator(torch.ones(32, 4))
+                gan.criterion(gan.discriminator(fake), torch.ones(32, 1)).backward()
+            gan.optimizer_g.step()
+            gan.optimizer_g.zero_grad()
+        return gan.kept()
+
+    bare = train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = train()
+    undo()
+    assert same(turned, bare)  # nothing is owed
+
+
 @pytest.mark.parametrize("until", ["read", "end"])
 def test_parameters_frozen_after_the_forward_pass(session: Session, until: str) -> None:
     def freeze(gan: Gan, step: int) -> None:
@@ -480,15 +627,14 @@ def test_a_part_that_is_read_is_not_stepped_before_the_rest_is_paid(session: Ses
 
 
 def test_old_debts_are_paid_and_their_graphs_go(on_demand: None) -> None:
-    gan = Gan().train()
-    graph = weakref.ref(gan.loss_g)
+    gan = Gan()
+    gan.discriminator[4] = sigmoid = Noted()
+    gan.train()
     del gan.loss_g
-    gc.collect()
-    assert graph() is not None
+    assert sigmoid.is_saved()
     net, optimizer = tuned()
     tune(net, optimizer, 10)
-    gc.collect()
-    assert graph() is None
+    assert not sigmoid.is_saved()
     assert gan.discriminator[0].weight.grad is not None
     again = Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
     assert same(again.noted[-2], again.noted[-1])
@@ -549,22 +695,31 @@ def test_zero_grad_of_a_module_takes_the_parameters_that_it_names(session: Sessi
     assert same(turned.noted, bare.noted)
 
 
-def test_what_a_debt_needs_lives_no_longer_than_it(on_demand: None) -> None:
-    alive: list[weakref.ref[torch.Tensor]] = []
+class Noted(nn.Sigmoid):
+    """Knows whether what it saved for backward still lives."""
 
-    def keep(gan: Gan, step: int) -> None:
-        alive.append(weakref.ref(gan.loss_g))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = super().forward(x)
+        self.saved = weakref.ref(found)
+        return found
 
-    def look(gan: Gan, step: int) -> None:
-        del gan.loss_g
+    def is_saved(self) -> bool:
         gc.collect()
-        assert all(reference() is None for reference in alive)
+        return self.saved() is not None
 
-    def first(gan: Gan, step: int) -> None:
-        if step:
-            look(gan, step)
 
-    Gan(**{"after backward": keep, "after zero_grad": first}).train()
+def test_what_a_debt_needs_lives_no_longer_than_it(on_demand: None) -> None:
+    def look(gan: Gan, step: int) -> None:
+        gan.noted.append(gan.noted_sigmoid.is_saved())  # type: ignore[attr-defined]
+
+    def forget(gan: Gan, step: int) -> None:
+        del gan.loss_g
+
+    gan = Gan(**{"end": forget, "before zero_grad": look, "after zero_grad": look})
+    gan.discriminator[4] = gan.noted_sigmoid = Noted()  # type: ignore[attr-defined]
+    gan.noted_sigmoid.saved = lambda: None  # type: ignore[attr-defined]
+    gan.train()
+    assert gan.noted[6:] == [True, False] * (STEPS - 3)
 
 
 def test_a_graph_that_is_kept_is_left_alone(on_demand: None) -> None:
@@ -616,8 +771,9 @@ def test_a_program_that_drops_nothing_is_left_alone_after_a_while(
     said: list[str], on_demand: None
 ) -> None:
     net, _ = tuned()
-    tune(net, torch.optim.SGD(net.parameters(), lr=0.1), 80)
-    assert said == ["no gradient was dropped unread in 64 backward calls"]
+    tune(net, torch.optim.SGD(net.parameters(), lr=0.1), CALLS_WITHOUT_USE)
+    assert said == [f"nothing could be put off in {CALLS_WITHOUT_USE} backward calls"]
+    assert "grad" not in nn.Parameter.__dict__
 
 
 @pytest.mark.parametrize(

@@ -88,5 +88,5 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    claims=("the choice of gradients",),
+    claims=("the choice of gradients", "zero_grad"),
 )

@@ -13,6 +13,7 @@ before it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,8 +45,11 @@ OLDEST = 8
 MOST_FATES = 64
 """Kinds of backward calls that are told apart."""
 
-CALLS_WITHOUT_USE = 64
-"""Backward calls in a row in which nothing is put off or dropped; no more are looked at then."""
+CALLS_WITHOUT_USE = 256
+"""Backward calls in a row that put nothing off; no more are looked at then."""
+
+MOST_PAID = 2
+"""Debts of calls like it that were paid though nobody had asked; no more are made then."""
 
 Leaves = dict[int, Any]
 """By identity: tensors compare by their elements."""
@@ -60,11 +64,13 @@ class Fate:
         read: the leaves whose gradients somebody has asked for.
         can_be_late: of a set of leaves, whether their gradients could be computed after steps with
             the others.
+        times_paid: debts that had to be paid though nobody had asked.
     """
 
     times_dropped: Counter[int] = field(default_factory=Counter)
     read: set[int] = field(default_factory=set)
     can_be_late: dict[frozenset[int], bool] = field(default_factory=dict)
+    times_paid: int = 0
 
     def is_dropped(self, identity: int) -> bool:
         """Whether the gradient of a parameter was always dropped unread."""
@@ -76,19 +82,23 @@ class Debt:
     """What a backward call owes.
 
     Attributes:
-        outputs, grads: that the call began with; ``None`` once they are of no use.
+        edges: of the graph that the call began with, which the program cannot change; none once
+            they are of no use.
+        grads: those of its outputs.
+        versions: of these at the time.
         fate: of the gradients of all calls like it.
         leaves: that are owed a gradient.
         age: in backward calls since.
         lost: why it cannot be paid any more.
     """
 
-    outputs: Any
-    grads: Any
+    edges: tuple[Any, ...]
+    grads: tuple[Any, ...]
+    versions: list[int]
     fate: Fate
     leaves: Leaves
     age: int = 0
-    lost: Exception | None = None
+    lost: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,14 @@ class OnDemand:
         self._is_on = False
         self._is_over = False
         self._depth = 0
+        self._thread: int | None = None
         self._places: list[Undo] = []
 
     def install(self) -> Undo:
-        """Begin, or go on; after the undo nothing is put off, and what is owed is still paid."""
+        """Begin, or go on; the undo pays what is owed. Where that cannot be done any more, the
+        undone places stay until the program has dropped those gradients."""
         self._is_on = True
-        if not self._places:
+        if not self._places and not self._is_over:
             self._places = [
                 self._take_backward(),
                 self._take_gradients(),
@@ -137,6 +149,7 @@ class OnDemand:
 
         def undo() -> None:
             self._is_on = False
+            self._pay_all()
             self._unread.clear()
             self._leave_if_done()
 
@@ -147,7 +160,8 @@ class OnDemand:
         self._last_optimizer = id(optimizer)
 
     def _leave_if_done(self) -> None:
-        if not self._is_on and not self._debts:
+        is_idle = (not self._is_on or self._is_over) and not self._debts
+        if is_idle and not self._depth:
             places, self._places = self._places, []
             for give_back in places:
                 give_back()
@@ -158,25 +172,39 @@ class OnDemand:
         found = None
         if self._is_on and not self._is_over:
             try:
-                found = self._forecast(outputs, args)
+                found = self._forecast(outputs, grads, args)
             except Exception as error:  # noqa: BLE001 - reported
                 self._is_over = True
                 self._on_failure(error)
+            if found is None or not found.put_off:
+                self._count_in_vain()
         self._pay_before(found)
         if found is None:
             return own(outputs, grads, *args, **kwargs)
-        if found.put_off:
+        if not found.put_off:
+            result = own(outputs, grads, *args, **kwargs)
+        else:
+            self._calls_without_use = 0
+            debt = Debt(
+                tuple(map(get_gradient_edge, outputs)),
+                grads,
+                [grad._version for grad in grads],
+                found.fate,
+                found.put_off,
+            )
             keep_graph, create_graph = True, False
             wanted = tuple(found.wanted.values())
-            result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
-            self._debts.append(Debt(outputs, grads, found.fate, found.put_off))
-        else:
-            result = own(outputs, grads, *args, **kwargs)
+            try:
+                result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
+            finally:
+                self._debts.append(debt)
+            if not self._is_on:  # a turn of the loop has ended in there, and the knob with it
+                self._pay(debt)
         for identity in found.wanted:
             self._unread.setdefault(identity, set()).add(found.fate)
         return result
 
-    def _forecast(self, outputs: Any, args: Any) -> Forecast | None:
+    def _forecast(self, outputs: Any, grads: Any, args: Any) -> Forecast | None:
         """What to do in a backward call; ``None`` for one that is left alone."""
         keep_graph, create_graph, inputs = args
         if keep_graph or create_graph or inputs or is_capturing():
@@ -184,12 +212,19 @@ class OnDemand:
         if is_distributed():
             self._end("other processes wait for the gradients of this one")
             return None
-        leaves = _leaves(outputs)
-        if leaves is None or any(map(torch.is_autocast_enabled, autocast_devices())):
+        if any(map(torch.is_autocast_enabled, autocast_devices())):
             return None
-        fate = self._fates[frozenset(leaves), self._last_optimizer]
+        if any(grad is None or grad.is_inference() for grad in grads):
+            return None
+        leaves = _leaves(outputs)
+        if leaves is None:
+            return None
+        parameters = frozenset(i for i, leaf in leaves.items() if _is_parameter(leaf))
+        fate = self._fates[parameters, self._last_optimizer]
+        if len(self._fates) > MOST_FATES:
+            self._end("its backward calls reach other parameters again and again")
         put_off: Leaves = {}
-        if len(self._debts) < MOST_OPEN:
+        if len(self._debts) < MOST_OPEN and fate.times_paid < MOST_PAID:
             dropped = {i: leaf for i, leaf in leaves.items() if fate.is_dropped(i)}
             put_off = {i: leaf for i, leaf in dropped.items() if _can_wait(leaf)}
         if len(put_off) == len(leaves):
@@ -199,13 +234,13 @@ class OnDemand:
             if which not in fate.can_be_late:
                 fate.can_be_late[which] = _can_be_late(outputs, put_off)
             put_off = put_off if fate.can_be_late[which] else {}
-        self._calls_without_use = 0 if put_off else self._calls_without_use + 1
-        if self._calls_without_use >= CALLS_WITHOUT_USE:
-            self._end(f"no gradient was dropped unread in {CALLS_WITHOUT_USE} backward calls")
-        elif len(self._fates) > MOST_FATES:
-            self._end("its backward calls reach other parameters again and again")
         wanted = {i: leaf for i, leaf in leaves.items() if i not in put_off}
         return Forecast(fate, wanted, put_off)
+
+    def _count_in_vain(self) -> None:
+        self._calls_without_use += 1
+        if self._calls_without_use >= CALLS_WITHOUT_USE:
+            self._end(f"nothing could be put off in {CALLS_WITHOUT_USE} backward calls")
 
     def _end(self, why: str) -> None:
         """Put nothing off from now on; what is owed stays so."""
@@ -227,33 +262,47 @@ class OnDemand:
             debt.age += 1
             is_met = call is None or not debt.leaves.keys().isdisjoint(call.wanted)
             if is_met or debt.age > OLDEST:
+                debt.fate.times_paid += 1
                 self._pay(debt)
 
+    def _pay_all(self) -> None:
+        for debt in list(self._debts):
+            self._pay(debt)
+
     def _pay(self, debt: Debt) -> None:
-        """Compute all that is owed, unless what it is computed from has been changed meanwhile."""
+        """Compute all that is owed. Where that fails, the debt is lost: an error to whoever asks
+        for it, and to nobody else.
+
+        Raises:
+            BaseException: the program was interrupted meanwhile; the debt is lost as well.
+        """
+        for earlier in self._debts[: self._debts.index(debt)] if debt in self._debts else ():
+            if not earlier.leaves.keys().isdisjoint(debt.leaves):
+                self._pay(earlier)
         if debt not in self._debts or debt.lost is not None:
             return
-        self._debts.remove(debt)
         leaves = list(debt.leaves.values())
         frozen = [leaf for leaf in leaves if not leaf.requires_grad]
         keep_graph = create_graph = False
         self._depth += 1
         try:
+            if [grad._version for grad in debt.grads] != debt.versions:
+                raise RuntimeError("the gradient that the backward call began with has changed")
             for leaf in frozen:  # torch adds nothing to these
                 leaf.requires_grad_(True)
             with torch.inference_mode(False), without_autocast():
                 run_backward(
-                    *(debt.outputs, debt.grads, keep_graph, create_graph, tuple(leaves)),
+                    *(debt.edges, debt.grads, keep_graph, create_graph, tuple(leaves)),
                     allow_unreachable=True,
                     accumulate_grad=True,
                 )
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
+        except BaseException as error:
             debt.lost = error
-            debt.outputs = debt.grads = None
-            self._debts.append(debt)
+            debt.edges = debt.grads = ()
+            if not isinstance(error, RuntimeError):
+                raise
         else:
+            self._debts.remove(debt)
             for identity in debt.leaves:
                 self._unread.setdefault(identity, set()).add(debt.fate)
         finally:
@@ -272,7 +321,6 @@ class OnDemand:
                 continue  # nobody can say of which kind its zeros are to be
             for fate in fates:
                 fate.times_dropped[identity] += 1
-                self._calls_without_use = 0
         self._debts = [debt for debt in self._debts if debt.leaves]
         self._leave_if_done()
 
@@ -290,8 +338,8 @@ class OnDemand:
             self._pay(debt)
             if debt.lost is not None:
                 raise RuntimeError(
-                    "a gradient that flatout has put off is asked for after all, and what it is "
-                    "computed from has been changed meanwhile: run without gradients=on_demand"
+                    "a gradient that flatout has put off is asked for after all, and cannot be "
+                    "computed any more: run without gradients=on_demand"
                 ) from debt.lost
         for fate in self._unread.pop(identity, ()):
             fate.read.add(identity)
@@ -313,9 +361,13 @@ class OnDemand:
         own = _autograd._engine_run_backward
 
         def backward(outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
-            is_idle = not self._is_on and not self._debts
+            is_idle = (not self._is_on or self._is_over) and not self._debts
             if is_idle or self._depth or not kwargs.get("accumulate_grad"):
                 return own(outputs, grads, *args, **kwargs)
+            if self._thread is None:
+                self._thread = threading.get_ident()
+            elif self._thread != threading.get_ident():
+                self._end("its backward calls come from several threads")
             self._depth += 1
             try:
                 return self._backward(own, outputs, grads, args, kwargs)
@@ -327,7 +379,13 @@ class OnDemand:
 
     def _take_gradients(self) -> Undo:
         taken = property(self._read, self._write, self._delete, kept_gradient.__doc__)
-        return _add(torch.nn.Parameter, "grad", taken)
+        undos = [_add(torch.nn.Parameter, name, taken) for name in ("grad", "_grad")]
+
+        def undo() -> None:
+            for give_back in undos:
+                give_back()
+
+        return undo
 
     def _take_zero_grad(self, owner: Any, leaves_of: Callable[[Any], Iterable[Any]]) -> Undo:
         own = owner.__dict__["zero_grad"]
@@ -347,11 +405,14 @@ class OnDemand:
         """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
         tensor: Any = torch.Tensor
         own_register, own_retain = tensor.register_hook, tensor.retain_grad
+        own_register_after = tensor.register_post_accumulate_grad_hook
         own_enter: Any = saved_tensors_hooks.__enter__
 
         def see(hooked: Any) -> None:
             if not hooked.is_leaf:
                 self._end("the program hangs hooks on what lies between its parameters and losses")
+            for debt in [debt for debt in self._debts if id(hooked) in debt.leaves]:
+                self._pay(debt)
 
         def register_hook(hooked: Any, hook: Any) -> Any:
             see(hooked)
@@ -361,12 +422,17 @@ class OnDemand:
             see(hooked)
             own_retain(hooked)
 
+        def register_after(hooked: Any, hook: Any) -> Any:
+            see(hooked)
+            return own_register_after(hooked, hook)
+
         def enter(hooks: Any) -> Any:
             self._end("the program has hooks on what is saved for backward, as checkpoints do")
             return own_enter(hooks)
 
         return (
             take_place(tensor, "register_hook", register_hook),
+            take_place(tensor, "register_post_accumulate_grad_hook", register_after),
             _add(tensor, "retain_grad", retain_grad),
             take_place(saved_tensors_hooks, "__enter__", enter),
         )
@@ -481,17 +547,26 @@ def _is_ours(node: Any) -> bool:
 
 def _can_wait(leaf: Any) -> bool:
     """Whether ``Parameter.grad`` is the only way to the gradient of a leaf."""
-    if torch.nn.Parameter not in type(leaf).__mro__:
+    if not _is_parameter(leaf):
         return False
     if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
         return False
-    return kept_gradient.__get__(leaf) is None or _holders(leaf) <= _FEWEST_HOLDERS
+    kept = kept_gradient.__get__(leaf)
+    if kept is None:
+        return True
+    del kept
+    return not _is_sparse(leaf) and _holders(leaf) <= _FEWEST_HOLDERS
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return torch.nn.Parameter in type(leaf).__mro__
 
 
 def _holders(leaf: Any) -> int:
-    """How many references there are to the gradient that torch keeps, ours included."""
+    """How many references there are to the gradient that torch keeps, and to its memory."""
     gradient = kept_gradient.__get__(leaf)
-    return sys.getrefcount(gradient) + (gradient._base is not None)
+    uses: int = _torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+    return sys.getrefcount(gradient) + uses
 
 
 def _probe() -> Any:
