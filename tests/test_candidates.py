@@ -121,3 +121,10 @@ def test_the_most_promising_are_looked_at_again() -> None:
     ratios[Candidate("precision", "bf16", True, 3.0)] = Ratio(2.0, 1.9, 2.1, 40)
     found = candidates.second_looks(ratios, {"precision": "bf16"})
     assert list(found) == ["elementwise", "cross_entropy", "clipping"]
+
+
+def test_an_operator_that_costs_next_to_nothing_is_called_nevertheless() -> None:
+    operators = {"aten::conv_transpose2d": 0.0, "aten::convolution_backward": 0.4}
+    assert not Facts("cpu", operators=operators).lack("conv_transpose")
+    assert Facts("cpu", operators=operators).lack("bernoulli")
+    assert knobs.get("convolution").offer(Facts("cpu", operators=operators)).settings

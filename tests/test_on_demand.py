@@ -529,6 +529,57 @@ def test_a_hook_is_called_for_later_gradients_only(session: Session, kind: str) 
     assert same(turned.weights(), bare.weights())
 
 
+def test_a_hook_that_reads_other_gradients_sees_them_whole(session: Session) -> None:
+    def hang(gan: Gan, step: int) -> None:
+        if step == 0:
+            last = gan.generator[0].weight
+
+            def look(_: torch.Tensor) -> None:
+                grads = [p.grad for p in gan.discriminator.parameters()]
+                gan.noted.append([None if grad is None else grad.clone() for grad in grads])
+
+            last.register_post_accumulate_grad_hook(look)
+
+    bare = Gan(**{"before zero_grad": hang}).train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = Gan(**{"before zero_grad": hang}).train()
+    undo()
+    assert len(turned.noted) == STEPS
+    assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
+
+
+def test_two_parameters_with_one_gradient(session: Session) -> None:
+    def train() -> list[torch.Tensor]:
+        gan, other = Gan(), Gan().discriminator
+        for p, q in zip(gan.discriminator.parameters(), other.parameters(), strict=True):
+            p.grad = q.grad = torch.zeros_like(p)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        for _ in range(9):
+            gan.discriminator.zero_grad(set_to_none=False)
+            gan.optimizer_g.zero_grad()
+            gan.discriminator(gan.generator(torch.randn(32, 4))).mean().backward()
+            gan.optimizer_g.step()
+            optimizer.step()
+        return [p.detach().clone() for p in other.parameters()]
+
+    bare = train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    turned = train()
+    undo()
+    assert same(turned, bare)
+
+
+def test_scaled_losses_end_it(session: Session, on_demand: None, said: list[str]) -> None:
+    gan = Gan()
+    scaler = torch.amp.GradScaler("cpu")
+    loss = gan.criterion(gan.discriminator(torch.randn(32, 8)), torch.ones(32, 1))
+    scaler.scale(loss).backward()
+    scaler.step(gan.optimizer_d)
+    scaler.update()
+    assert said == ["the program scales its losses"]
+
+
 def test_many_calls_between_two_drops_are_soon_left_alone(session: Session) -> None:
     def train() -> list[torch.Tensor | None]:
         gan = Gan()

@@ -377,3 +377,14 @@ def test_kernels_are_built_and_variables_known_before_the_job_starts(
     assert knobs.prepare(Request(settings={"allocator": "hugepages"}), {}) == {
         "GLIBC_TUNABLES": allocator.TUNABLES["hugepages"]
     }
+
+
+def test_an_allocator_is_tried_whatever_one_process_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_glibc", lambda: allocator.OLDEST_GLIBC)
+    monkeypatch.setattr(allocator, "_chosen", lambda environment: None)
+    few, many = (
+        allocator.KNOB.offer(Facts("cpu", huge_pages="madvise", page_fault_share=share))
+        for share in (0.0, 0.2)
+    )
+    assert few.settings[:2] == many.settings[:2] == ("keep", "hugepages")
+    assert (few.share, many.share) == (None, 0.2)

@@ -84,8 +84,9 @@ class Facts:
     opens_images: bool | None = None
 
     def lack(self, *words: str) -> bool:
-        """Whether it is known that no operator with one of these words in its name matters."""
-        return self.share(*words) == 0
+        """Whether it is known that no operator with one of these words in its name is called."""
+        operators = self.operators
+        return operators is not None and not any(w in name for name in operators for w in words)
 
     def share(self, *words: str) -> float | None:
         """Of the step, in operators with one of these words in their name; ``None``: unknown."""

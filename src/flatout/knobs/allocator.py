@@ -40,6 +40,11 @@ OLDEST_GLIBC = (2, 35)
 """The first with ``glibc.malloc.hugetlb``."""
 
 
+CHANCE = 0.05
+"""Share of the step's time in page faults below which one process says little of the next: glibc
+gives memory back at each step or never, depending on what happens to lie at the end of its heap."""
+
+
 def match(facts: Facts) -> Match:
     """Needs glibc 2.35 or later and huge pages for the one, the library for the other."""
     chosen = _chosen(os.environ)
@@ -55,7 +60,9 @@ def match(facts: Facts) -> Match:
         why = None
         settings += ["keep", "hugepages"]
     settings += [name for name in PRELOADED if library(name) is not None]
-    return Match(tuple(settings), None if settings else why, facts.page_fault_share)
+    share = facts.page_fault_share
+    known = None if share is None or share < CHANCE else share
+    return Match(tuple(settings), None if settings else why, known)
 
 
 def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,10 @@
-"""Gradients of embedding bags on the CPU, by ``kernels/embedding.c``."""
+"""Gradients of embedding bags on the CPU, by ``kernels/embedding.c``.
+
+For 5,088 lookups, torch's own takes 6.8 times as long with a table of 20,000 x 32 (6.2 to 7.5, 10
+pairs), 2.4 times with one of 100,000 x 32 (1.7 to 3.4), 0.97 times with one of 100,000 x 128 (0.96
+to 0.98), where fresh memory takes most of it (``python benchmarks/kernels.py embedding --pairs
+10``, on a Zen 5).
+"""
 
 from __future__ import annotations
 

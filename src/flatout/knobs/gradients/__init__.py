@@ -69,9 +69,9 @@ KNOB = Knob(
         "call computes the others only, as `backward(inputs=...)` does. Where one is asked for "
         "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, and "
         "not put off again. Left alone are gradients with hooks or checkpoints on their way, of "
-        "graphs with `autograd.Function`s of the program, of backward calls that keep or create "
-        "a graph, of distributed training, of parameters that nobody zeroes, sparse ones, and "
-        "those that need a weight which is about to change.",
+        "graphs with `autograd.Function`s of the program, of scaled losses, of backward calls that "
+        "keep or create a graph, of distributed training, of parameters that nobody zeroes, "
+        "sparse ones, and those that need a weight which is about to change.",
         helps="GANs; actor-critic methods (SAC, TD3, DDPG): all with more than one optimizer.",
         hurts="What backward needs for the gradients put off lives until they are dropped: more "
         "memory. If weights, or what a pass was made of, were written by hand before such a "

@@ -98,7 +98,7 @@ class Debt:
     fate: Fate
     leaves: Leaves
     age: int = 0
-    lost: BaseException | None = None
+    lost: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class OnDemand:
                 self._take_zero_grad(torch.optim.Optimizer, _members),
                 self._take_zero_grad(torch.nn.Module, lambda module: module.parameters()),
                 *self._take_hooks(),
+                self._take_scaler(),
             ]
 
         def undo() -> None:
@@ -207,7 +208,7 @@ class OnDemand:
     def _forecast(self, outputs: Any, grads: Any, args: Any) -> Forecast | None:
         """What to do in a backward call; ``None`` for one that is left alone."""
         keep_graph, create_graph, inputs = args
-        if keep_graph or create_graph or inputs or is_capturing():
+        if keep_graph or create_graph or inputs:
             return None
         if is_distributed():
             self._end("other processes wait for the gradients of this one")
@@ -217,7 +218,7 @@ class OnDemand:
         if any(grad is None or grad.is_inference() for grad in grads):
             return None
         leaves = _leaves(outputs)
-        if leaves is None:
+        if leaves is None or any(map(_has_hooks, leaves.values())):
             return None
         parameters = frozenset(i for i, leaf in leaves.items() if _is_parameter(leaf))
         fate = self._fates[parameters, self._last_optimizer]
@@ -297,7 +298,8 @@ class OnDemand:
                     accumulate_grad=True,
                 )
         except BaseException as error:
-            debt.lost = error
+            # Without its frames, which keep the graph.
+            debt.lost = RuntimeError(f"{type(error).__name__}: {error}")
             debt.edges = debt.grads = ()
             if not isinstance(error, RuntimeError):
                 raise
@@ -362,7 +364,8 @@ class OnDemand:
 
         def backward(outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
             is_idle = (not self._is_on or self._is_over) and not self._debts
-            if is_idle or self._depth or not kwargs.get("accumulate_grad"):
+            is_none = not kwargs.get("accumulate_grad") or is_capturing()
+            if is_idle or is_none or self._depth:
                 return own(outputs, grads, *args, **kwargs)
             if self._thread is None:
                 self._thread = threading.get_ident()
@@ -436,6 +439,17 @@ class OnDemand:
             _add(tensor, "retain_grad", retain_grad),
             take_place(saved_tensors_hooks, "__enter__", enter),
         )
+
+    def _take_scaler(self) -> Undo:
+        """The graph of a scaled loss begins with the scale, which is written at each update."""
+        own = torch.amp.GradScaler.scale
+
+        def scale(scaler: Any, outputs: Any) -> Any:
+            if scaler.is_enabled():
+                self._end("the program scales its losses")
+            return own(scaler, outputs)
+
+        return take_place(torch.amp.GradScaler, "scale", scale)
 
 
 def is_distributed() -> bool:
@@ -549,8 +563,6 @@ def _can_wait(leaf: Any) -> bool:
     """Whether ``Parameter.grad`` is the only way to the gradient of a leaf."""
     if not _is_parameter(leaf):
         return False
-    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
-        return False
     kept = kept_gradient.__get__(leaf)
     if kept is None:
         return True
@@ -558,15 +570,21 @@ def _can_wait(leaf: Any) -> bool:
     return not _is_sparse(leaf) and _holders(leaf) <= _FEWEST_HOLDERS
 
 
+def _has_hooks(leaf: Any) -> bool:
+    """Whether something may look at gradients while backward runs."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
+
+
 def _is_parameter(leaf: Any) -> bool:
     return torch.nn.Parameter in type(leaf).__mro__
 
 
 def _holders(leaf: Any) -> int:
-    """How many references there are to the gradient that torch keeps, and to its memory."""
+    """How many references there are to the gradient that torch keeps, in Python and in torch, and
+    to its memory."""
     gradient = kept_gradient.__get__(leaf)
     uses: int = _torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    return sys.getrefcount(gradient) + uses
+    return sys.getrefcount(gradient) + int(gradient._use_count()) + uses
 
 
 def _probe() -> Any:
