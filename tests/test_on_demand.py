@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from flatout.knobs.gradients.on_demand import CALLS_WITHOUT_USE
 from flatout.request import Request
 
 STEPS = 12
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -45,6 +47,15 @@ def said(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     whys: list[str] = []
     monkeypatch.setattr(session, "event", lambda what, subject, why: whys.append(why))
     return whys
+
+
+def with_and_without(session: Session, train: Callable[[], T]) -> tuple[T, T]:
+    """What training gives under the knob, and without it."""
+    expected = train()
+    undo = knobs.get("gradients").apply(session, "on_demand")
+    found = train()
+    undo()
+    return found, expected
 
 
 class Gan:
@@ -115,10 +126,9 @@ def note_kept(gan: Gan, step: int) -> None:
 
 
 def test_dropped_gradients_are_not_computed_and_weights_are_the_same(session: Session) -> None:
-    bare = Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
-    undo()
+    turned, bare = with_and_without(
+        session, lambda: Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
+    )
     turned.optimizer_d.zero_grad()
     assert same(turned.weights(), bare.weights())
     computed = [
@@ -136,10 +146,7 @@ def test_who_reads_a_gradient_gets_it(session: Session, place: str) -> None:
         if step == 8:
             gan.noted += [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
-    bare = Gan(**{place: read}).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**{place: read}).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(**{place: read}).train())
     assert len(bare.noted) == 6
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
@@ -162,10 +169,7 @@ def test_a_step_without_zero_grad_finds_what_is_owed(session: Session) -> None:
         if step in (5, 9):
             gan.optimizer_d.step()
 
-    bare = Gan(end=step_again).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=step_again).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=step_again).train())
     assert same(turned.weights(), bare.weights())
 
 
@@ -174,10 +178,7 @@ def test_clipping_finds_what_is_owed(session: Session) -> None:
         if step == 7:
             gan.noted.append(nn.utils.clip_grad_norm_(gan.discriminator.parameters(), 1e-3))
 
-    bare = Gan(end=clip).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=clip).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=clip).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -213,10 +214,7 @@ def test_another_gradient_takes_the_place_of_what_is_owed(session: Session, sett
                     del p.grad
             gan.noted += [p.grad for p in gan.discriminator.parameters()]
 
-    bare = Gan(end=replace).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=replace).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=replace).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
@@ -348,10 +346,7 @@ def test_gradients_that_nobody_zeroes_add_up_as_without(session: Session) -> Non
         gan.optimizer_d.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
         return gan.train()
 
-    bare = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = train()
-    undo()
+    turned, bare = with_and_without(session, train)
     assert same(turned.weights(), bare.weights())
 
 
@@ -380,10 +375,7 @@ def test_gradients_add_up_in_the_order_of_the_program(session: Session) -> None:
         )
         return gan.train()
 
-    bare = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = train()
-    undo()
+    turned, bare = with_and_without(session, train)
     assert same(turned.weights(), bare.weights())
 
 
@@ -395,10 +387,9 @@ def test_gradients_held_by_the_program_are_added_to(session: Session) -> None:
         if step == STEPS - 1:
             gan.noted = [grad.clone() for grad in gan.noted]
 
-    bare = Gan(**{"before backward": hold, "after backward": look}).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**{"before backward": hold, "after backward": look}).train()
-    undo()
+    turned, bare = with_and_without(
+        session, lambda: Gan(**{"before backward": hold, "after backward": look}).train()
+    )
     assert same(turned.noted, bare.noted)
 
 
@@ -426,10 +417,7 @@ def test_memory_of_gradients_held_by_the_program_is_added_to(session: Session, a
         gan.set_to_none = False
         return gan
 
-    bare = build().train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = build().train()
-    undo()
+    turned, bare = with_and_without(session, lambda: build().train())
     assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
 
 
@@ -451,10 +439,7 @@ def test_losses_that_are_changed_after_backward(
             gan.noted = [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
     acts = {"after backward": change, "end": read}
-    bare = Gan(**acts).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**acts).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(**acts).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -484,10 +469,7 @@ def test_the_other_name_of_a_gradient(session: Session) -> None:
     def read(gan: Gan, step: int) -> None:
         gan.noted = [p._grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
-    bare = Gan(end=read).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=read).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -521,10 +503,7 @@ def test_a_hook_is_called_for_later_gradients_only(session: Session, kind: str) 
             for p in gan.discriminator.parameters():
                 getattr(p, kind)(lambda grad: gan.noted.append(1))
 
-    bare = Gan(end=hang).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=hang).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=hang).train())
     assert len(turned.noted) == len(bare.noted) > 0
     assert same(turned.weights(), bare.weights())
 
@@ -540,10 +519,7 @@ def test_a_hook_that_reads_other_gradients_sees_them_whole(session: Session) -> 
 
             last.register_post_accumulate_grad_hook(look)
 
-    bare = Gan(**{"before zero_grad": hang}).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**{"before zero_grad": hang}).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(**{"before zero_grad": hang}).train())
     assert len(turned.noted) == STEPS
     assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
 
@@ -563,10 +539,7 @@ def test_two_parameters_with_one_gradient(session: Session) -> None:
             optimizer.step()
         return [p.detach().clone() for p in other.parameters()]
 
-    bare = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = train()
-    undo()
+    turned, bare = with_and_without(session, train)
     assert same(turned, bare)
 
 
@@ -592,10 +565,7 @@ def test_many_calls_between_two_drops_are_soon_left_alone(session: Session) -> N
             gan.optimizer_g.zero_grad()
         return gan.kept()
 
-    bare = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = train()
-    undo()
+    turned, bare = with_and_without(session, train)
     assert same(turned, bare)  # nothing is owed
 
 
@@ -610,10 +580,7 @@ def test_parameters_frozen_after_the_forward_pass(session: Session, until: str) 
         gan.discriminator.requires_grad_(True)
 
     acts = {"before backward": freeze, "end": thaw}
-    bare = Gan(**acts).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**acts).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(**acts).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
@@ -626,10 +593,7 @@ def test_a_gradient_is_paid_to_a_parameter_frozen_since(session: Session) -> Non
             assert not any(p.requires_grad for p in gan.discriminator.parameters())
             gan.discriminator.requires_grad_(True)
 
-    bare = Gan(end=read).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=read).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -644,10 +608,7 @@ def test_a_gradient_is_paid_whatever_mode_its_reader_is_in(session: Session, mod
             assert not any(grad.is_inference() for grad in gan.noted)
             gan.noted = [grad.clone() for grad in gan.noted]
 
-    bare = Gan(end=read).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(end=read).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -669,10 +630,7 @@ def test_a_part_that_is_read_is_not_stepped_before_the_rest_is_paid(session: Ses
         gan.optimizer_d = torch.optim.Adam(groups, lr=0.01)
         return gan
 
-    bare = build().train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = build().train()
-    undo()
+    turned, bare = with_and_without(session, lambda: build().train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
@@ -698,10 +656,7 @@ def test_a_penalty_on_gradients_is_left_alone(session: Session) -> None:
         found.square().mean().backward()
         gan.noted.append(gan.discriminator[0].weight.grad.clone())  # type: ignore[union-attr]
 
-    bare = Gan(**{"after zero_grad": penalise}).train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = Gan(**{"after zero_grad": penalise}).train()
-    undo()
+    turned, bare = with_and_without(session, lambda: Gan(**{"after zero_grad": penalise}).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
@@ -739,10 +694,7 @@ def test_zero_grad_of_a_module_takes_the_parameters_that_it_names(session: Sessi
         )
         return gan
 
-    bare = build().train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
-    turned = build().train()
-    undo()
+    turned, bare = with_and_without(session, lambda: build().train())
     assert same(turned.noted, bare.noted)
 
 

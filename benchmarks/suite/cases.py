@@ -1,6 +1,8 @@
 """The programs of the suite, as their users run them, and where in their sources a peer's lines go.
 
-Frozen before anything was measured; a program that changes starts with new results.
+Frozen before anything was measured; a program that changes starts with new results. The
+recommender was held out until its profile led to the knob ``embedding``; ``diffusion``, frozen and
+measured after that, has its place.
 """
 
 from __future__ import annotations
