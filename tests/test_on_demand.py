@@ -598,7 +598,9 @@ def test_a_gradient_is_paid_to_a_parameter_frozen_since(session: Session) -> Non
 
 
 @pytest.mark.parametrize(
-    "mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode], ids=str
+    "mode",
+    [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode],
+    ids=["autocast", "inference"],
 )
 def test_a_gradient_is_paid_whatever_mode_its_reader_is_in(session: Session, mode: Any) -> None:
     def read(gan: Gan, step: int) -> None:
