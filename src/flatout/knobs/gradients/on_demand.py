@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from flatout.agent import graph
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import kept_gradient
 from flatout.agent.modes import autocast_devices, without_autocast
@@ -476,34 +477,19 @@ def _leaves(outputs: Iterable[Any]) -> Leaves | None:
     """The leaves that a backward call reaches; ``None`` where something on the way may have to be
     called for its own sake."""
     leaves: Leaves = {}
-    for node, _ in _edges(outputs):
-        if node is None:
+    for node, _ in graph.edges(outputs):
+        if node is None or (isinstance(node, BackwardCFunction) and not _is_ours(node)):
             return None
-        if type(node) is _ACCUMULATION:
-            if node.variable.requires_grad:  # torch leaves one alone that was frozen since
-                leaves[id(node.variable)] = node.variable
-        elif isinstance(node, BackwardCFunction) and not _is_ours(node):
-            return None
+        leaf = graph.leaf_of(node)
+        if leaf is not None and leaf.requires_grad:  # torch leaves one alone that is frozen since
+            leaves[id(leaf)] = leaf
     return leaves
-
-
-def _edges(outputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """All nodes that a backward call reaches, each with all those it is reached from (``None``
-    for an output)."""
-    edges = [(getattr(output, "grad_fn", None), None) for output in outputs]
-    seen = set()
-    while edges:
-        yield (edge := edges.pop())
-        node = edge[0]
-        if node is not None and node not in seen:
-            seen.add(node)
-            edges += [(following, node) for following, _ in node.next_functions if following]
 
 
 def _can_be_late(outputs: Iterable[Any], put_off: Leaves) -> bool:
     """Whether no weight that takes part in the gradients put off is itself stepped with."""
     parents: defaultdict[Any, list[Any]] = defaultdict(list)
-    for node, parent in _edges(outputs):
+    for node, parent in graph.edges(outputs):
         if parent is not None:
             parents[node].append(parent)
 
@@ -519,39 +505,13 @@ def _can_be_late(outputs: Iterable[Any], put_off: Leaves) -> bool:
                         left.append(parent)
         return found
 
-    ends = [node for node in parents if type(node) is _ACCUMULATION]
-    late = [node for node in ends if id(node.variable) in put_off]
-    others = [node for node in ends if id(node.variable) not in put_off]
-    return above(late, lambda node: True).isdisjoint(above(others, _is_view))
-
-
-def _is_view(node: Any) -> bool:
-    return type(node).__name__.rstrip("0123456789") in _VIEWS
-
-
-_VIEWS = {
-    f"{name}Backward"
-    for name in (
-        *("Alias", "AsStrided", "Conj", "Detach", "Diagonal", "Expand", "Narrow", "NegView"),
-        *(
-            "Permute",
-            "Reshape",
-            "ReshapeAlias",
-            "Select",
-            "Slice",
-            "Split",
-            "SplitWithSizes",
-            "Squeeze",
-            "T",
-        ),
-        *("Transpose", "Unbind", "Unfold", "Unsqueeze", "UnsafeView", "View", "ViewAsComplex"),
-        "ViewAsReal",
-    )
-}
-"""The classes of nodes whose output lies in the memory of their input."""
-
-_ACCUMULATION: Any = type(get_gradient_edge(torch.zeros((), device="cpu", requires_grad=True)).node)
-"""The class of the nodes that add to the gradients of leaves."""
+    late: list[Any] = []
+    others: list[Any] = []
+    for node in list(parents):
+        leaf = graph.leaf_of(node)
+        if leaf is not None:
+            (late if id(leaf) in put_off else others).append(node)
+    return above(late, lambda node: True).isdisjoint(above(others, graph.is_view))
 
 
 def _is_ours(node: Any) -> bool:
@@ -561,13 +521,10 @@ def _is_ours(node: Any) -> bool:
 
 def _can_wait(leaf: Any) -> bool:
     """Whether ``Parameter.grad`` is the only way to the gradient of a leaf."""
-    if not _is_parameter(leaf):
-        return False
-    kept = kept_gradient.__get__(leaf)
-    if kept is None:
-        return True
-    del kept
-    return not _is_sparse(leaf) and _holders(leaf) <= _FEWEST_HOLDERS
+    if kept_gradient.__get__(leaf) is None:
+        return _is_parameter(leaf)
+    is_held = _is_sparse(leaf) or _holders(leaf) > _FEWEST_HOLDERS
+    return _is_parameter(leaf) and not is_held
 
 
 def _has_hooks(leaf: Any) -> bool:

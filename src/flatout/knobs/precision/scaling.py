@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout.agent import graph
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import Withheld, unscale
 
@@ -131,19 +132,9 @@ class LossScaling:
         known = {id(p): p for _, members in self._groups() for p in members}
         if any(p._post_accumulate_grad_hooks for p in known.values()):
             return "gradients are used while backward runs"
-        nodes = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor)]
-        seen = set(nodes)
-        while nodes:
-            node = nodes.pop()
-            if node is None:
-                continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
-                return "the gradient goes to tensors that belong to no module and no optimizer"
-            for following, _ in node.next_functions:
-                if following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
+        leaves = (graph.leaf_of(node) for node, _ in graph.edges(outputs) if node is not None)
+        if any(leaf is not None and id(leaf) not in known for leaf in leaves):
+            return "the gradient goes to tensors that belong to no module and no optimizer"
         return None
 
     # The step
