@@ -1,0 +1,76 @@
+"""Programs on which flatout once failed: under it they do what they do bare.
+
+Each file in ``cases/`` is a program. Its comments that begin with ``# flatout run`` say how it is
+run, one line a run: ``# flatout run --set KNOB=SETTING | ARGUMENTS`` (both may be empty). What it
+prints, its exit status and the files that it leaves must be those of the bare program.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CASES = Path(__file__).parent / "cases"
+MARK = "# flatout run"
+
+
+class Outcome(NamedTuple):
+    """What a program did: digests of the files it left by name."""
+
+    status: int
+    stdout: str
+    stderr: str
+    files: Mapping[str, str]
+
+
+def outcome(flatout: tuple[str, ...], program: Path, arguments: tuple[str, ...]) -> Outcome:
+    """Run a program in an empty folder of its own, with ``flatout`` in front of it."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            [*flatout, sys.executable, str(program), *arguments],
+            cwd=folder,
+            env={**os.environ, "FLATOUT_HOME": home, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        files = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
+    own = [line for line in done.stderr.splitlines() if not line.startswith("flatout:")]
+    return Outcome(done.returncode, done.stdout, "\n".join(own), files)
+
+
+bare = functools.cache(functools.partial(outcome, ()))
+
+
+def runs() -> Iterator[tuple[Path, str]]:
+    """Each program with each of its runs."""
+    for program in sorted(CASES.glob("*.py")):
+        text = program.read_text()
+        found = [line for line in text.splitlines() if line.startswith(MARK)]
+        assert found, f"{program} does not say how it is run"
+        yield from ((program, line.removeprefix(MARK).strip()) for line in found)
+
+
+@pytest.mark.parametrize(
+    ("program", "how"), [pytest.param(p, how, id=f"{p.stem} {how}".strip()) for p, how in runs()]
+)
+def test_under_flatout_it_does_what_it_does_bare(program: Path, how: str) -> None:
+    options, _, arguments = how.partition("|")
+    words = tuple(shlex.split(arguments))
+    flatout = (sys.executable, "-m", "flatout", "run", *shlex.split(options), "--")
+    assert outcome(flatout, program, words) == bare(program, words)
