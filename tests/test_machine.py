@@ -31,6 +31,7 @@ REPORT = {
             "memory_bytes_per_s": 1e12,
         },
     },
+    "no_accelerator": None,
 }
 
 
@@ -91,7 +92,7 @@ def test_one_interpreter_has_one_entry_whatever_it_is_called(
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"version": 2, "entries": [{}]}', "[]"])
+@pytest.mark.parametrize("damage", ["", "{", '{"version": 3, "entries": [{}]}', "[]"])
 def test_a_damaged_cache_is_measured_anew(
     measured: list[str], damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatout import knobs
+from flatout.agent import device
 from flatout.agent.session import Session
 from flatout.knobs import cuda_allocator
 from flatout.request import Request
@@ -127,6 +128,7 @@ def test_training_in_evaluation_mode_is_left_alone(session: Session) -> None:
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
     flags = torch.backends.cudnn
     before = flags.benchmark, flags.deterministic
     yield flags
@@ -150,8 +152,8 @@ def test_cudnn_where_the_program_has_decided(session: Session, cudnn: Any) -> No
 
 
 def test_cudnn_where_there_is_none(session: Session) -> None:
-    if torch.backends.cudnn.is_available():
-        pytest.skip("there is cuDNN")
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
     with pytest.raises(knobs.RefusedError, match="no cuDNN"):
         knobs.get("cudnn").apply(session, "benchmark")
 
@@ -165,7 +167,7 @@ def test_the_allocator_of_cuda(session: Session, monkeypatch: pytest.MonkeyPatch
         assert knob.variables("expandable", {name: "backend:cudaMallocAsync"}) == {}
     with pytest.raises(knobs.RefusedError, match="no CUDA"):
         knob.apply(session, "expandable")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setenv(cuda_allocator.SUCCESSOR, "backend:cudaMallocAsync")
     with pytest.raises(knobs.RefusedError, match="PYTORCH_ALLOC_CONF was set"):
         knob.apply(session, "expandable")

@@ -25,7 +25,7 @@ from typing import Any
 from flatout import paths
 from flatout.errors import UserError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 PROBE_SECONDS = 180
 """Time limit of the measurement; it takes about ten seconds for each type of device."""
 
@@ -53,6 +53,8 @@ class Ceilings:
         devices: all of this by device type, with what an accelerator reports of itself.
         measured_at_unix_s: when.
         fingerprint: what must be the same for the figures to hold.
+        no_accelerator: why torch's accelerator cannot be used; ``None``: it can, or there is none
+            that torch was built for.
     """
 
     python: str
@@ -64,6 +66,7 @@ class Ceilings:
     devices: Mapping[str, Mapping[str, Any]]
     measured_at_unix_s: float
     fingerprint: Mapping[str, str | int | float]
+    no_accelerator: str | None = None
 
 
 def ceilings(python: str, refresh: bool = False) -> Ceilings:
@@ -275,9 +278,10 @@ def _torch_stamp(python: str) -> str:
 def _measure(python: str) -> Ceilings:
     script = Path(__file__).with_name("machine_probe.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLATOUT_")}
+    environment["PYTHONSAFEPATH"] = "1"  # of Python 3.11 and later; the script sees to earlier ones
     try:
         answer = subprocess.run(
-            [python, "-P" if sys.version_info >= (3, 11) else "-s", str(script)],
+            [python, str(script)],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
@@ -300,6 +304,7 @@ def _measure(python: str) -> Ceilings:
         memory_bytes_per_s=main_device["memory_bytes_per_s"],
         page_fault_us=report["page_fault_us"],
         devices=devices,
+        no_accelerator=report["no_accelerator"],
         measured_at_unix_s=time.time(),
         fingerprint=fingerprint(),
     )

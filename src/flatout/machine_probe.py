@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+if __name__ == "__main__" and sys.version_info < (3, 11):
+    del sys.path[0]  # this folder, whose files would hide others of their names
+
 import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -36,7 +39,7 @@ Matrix = Any
 
 
 def main() -> None:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator, why_not = usable_accelerator()
     devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
     report = {
         "torch": torch.__version__,
@@ -44,8 +47,28 @@ def main() -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "page_fault_us": page_fault_us(),
         "devices": {device.type: measure(device) for device in devices},
+        "no_accelerator": why_not,
     }
     json.dump(report, sys.stdout)
+
+
+def usable_accelerator() -> tuple[torch.device | None, str | None]:
+    """The accelerator that torch was built for, after something was computed on it.
+
+    ``None``: there is none, and why if torch was built for one: no driver, an old one, no visible
+    device, or a device that this torch has no kernels for.
+    """
+    built_for = torch.accelerator.current_accelerator()
+    if built_for is None:
+        return None, None
+    if not torch.accelerator.is_available():
+        return None, f"torch was built for {built_for.type}, and finds no such device"
+    try:
+        torch.ones(2, device=built_for).sum().item()
+    except (RuntimeError, AssertionError) as error:  # torch.cuda asserts that it was built for it
+        reason = str(error).strip().partition("\n")[0]
+        return None, f"torch cannot compute on {built_for.type}: {reason}"
+    return built_for, None
 
 
 def measure(device: torch.device) -> dict[str, Any]:

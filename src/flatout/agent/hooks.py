@@ -147,6 +147,8 @@ class Hooks:
         from torch.optim import optimizer as torch_optimizer
         from torch.utils.data import dataloader
 
+        from flatout.agent import device
+
         self._plain_module = torch.nn.Module
         log = self._log
         contained = functools.partial(self._contained, "watch")
@@ -176,7 +178,7 @@ class Hooks:
             ),
             _FunctionWatch(log, torch.autograd, "_engine_run_backward", BACKWARD),
         ]
-        if torch.accelerator.is_available():
+        if device.accelerator() is not None:
             self._watches += [
                 _ClassWatch(log, torch.Tensor, name, TRANSFER) for name in ("to", "cuda")
             ]

@@ -110,11 +110,13 @@ def peak_device_bytes() -> int | None:
     is none, none has been used, or torch does not tell (MPS)."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
+    from flatout.agent import device
+
+    accelerator = device.accelerator_in_use()
     if accelerator is None:
         return None
-    device = torch.get_device_module(accelerator)
-    if not hasattr(device, "max_memory_allocated") or not device.is_initialized():
+    backend = torch.get_device_module(accelerator)
+    if not hasattr(backend, "max_memory_allocated"):
         return None
     numbers = range(torch.accelerator.device_count())
-    return max(int(device.max_memory_allocated(number)) for number in numbers) or None
+    return max(int(backend.max_memory_allocated(number)) for number in numbers) or None

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
+from flatout.agent import device
+
 
 def autocast_devices() -> list[str]:
-    """The device types of this machine that have autocast."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = {"cpu", "cpu" if accelerator is None else accelerator.type}
-    return [device for device in devices if torch.amp.is_autocast_available(device)]
+    """The device types in use that have autocast."""
+    accelerator = device.accelerator_in_use()
+    types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return [name for name in types if torch.amp.is_autocast_available(name)]
 
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Compute as if the program had not turned autocast on."""
     with contextlib.ExitStack() as stack:
-        for device in autocast_devices():
-            stack.enter_context(torch.autocast(device, enabled=False))
+        for name in autocast_devices():
+            stack.enter_context(torch.autocast(name, enabled=False))
         yield

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._autograd import DeviceType
 
-from flatout.agent import facts
+from flatout.agent import device, facts
 from flatout.agent.flops import FlopCounter
 from flatout.record import MANY_FAULTS
 from flatout.turns import Turn
@@ -229,7 +229,7 @@ def _new_profiler() -> Any:
     # Kineto would write of its start and stop to the program's stderr; it reads this when used.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = device.accelerator_in_use()
     if accelerator is not None and accelerator.type in ("cuda", "xpu"):
         activities.append(getattr(torch.profiler.ProfilerActivity, accelerator.type.upper()))
     # Without acc_events torch warns at every start that events of earlier ones are gone.
@@ -282,7 +282,7 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str
     trimmed = len(by_duration) // 4
     counting = set(by_duration[trimmed : len(by_duration) - trimmed])
     steps = len(counting)
-    has_device = torch.accelerator.is_available()
+    has_device = device.accelerator_in_use() is not None
     operators: dict[tuple[str, str | None, str | None], dict[str, Any]] = {}
     places: dict[int, tuple[str | None, str | None]] = {}
     attention_nodes: set[int] = set()

@@ -497,7 +497,9 @@ def _is_loader_worker() -> bool:
 def _header(record: RecordWriter) -> dict[str, Any]:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
+    from flatout.agent import device
+
+    accelerator = device.accelerator()
     return {
         "kind": "header",
         "version": RECORD_VERSION,

@@ -72,6 +72,8 @@ def _print(facts: Mapping[str, Any]) -> None:
         for dtype, rate in figures["matmul_flops_per_s"].items():
             rows.append((f"{device}: {dtype} matrix product", _unit(rate, 1e9, "GFLOP/s")))
         rows.append((f"{device}: copy", _unit(figures["memory_bytes_per_s"], 1e9, "GB/s")))
+    if facts["no_accelerator"] is not None:
+        rows.append(("accelerator", facts["no_accelerator"]))
     rows.append(("measured", measured))
     for name, value in rows:
         table.add_row(name, value)

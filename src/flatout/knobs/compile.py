@@ -57,11 +57,11 @@ def missing() -> str | None:
 
 def apply(session: Session, setting: str) -> Undo:
     """Compile each outermost module at its next call after the search for them is over."""
-    import torch
+    from flatout.agent import device
 
-    if setting == "reduce-overhead" and not torch.cuda.is_available():
-        raise RefusedError("reduce-overhead is for CUDA")
-    if torch.accelerator.current_accelerator() is None and (why := missing()):
+    if setting == "reduce-overhead" and not device.has_cuda():
+        raise RefusedError("reduce-overhead is for CUDA, and there is no CUDA device")
+    if device.accelerator() is None and (why := missing()):
         raise RefusedError(why)
     wrapper = Compiled(session, setting, OPTIONS[setting])
     session.forward_wrappers.append(wrapper)

@@ -33,9 +33,9 @@ def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 def apply(session: Session, setting: str) -> Undo:
     """See whether this process was started as asked; nothing can be done about it now."""
-    import torch
+    from flatout.agent import device
 
-    if not torch.cuda.is_available():
+    if not device.has_cuda():
         raise RefusedError("there is no CUDA device")
     if os.environ.get(VARIABLE) != EXPANDABLE:
         raise RefusedError(f"{_chosen(os.environ) or VARIABLE} was set already")

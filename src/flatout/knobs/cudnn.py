@@ -21,8 +21,10 @@ def apply(session: Session, setting: str) -> Undo:
     """Set the flag, which counts from the next convolution on."""
     import torch
 
+    from flatout.agent import device
+
     cudnn = torch.backends.cudnn
-    if not cudnn.is_available():
+    if not device.has_cuda() or not cudnn.is_available():
         raise RefusedError("there is no cuDNN")
     if cudnn.benchmark:
         raise RefusedError("the program has set torch.backends.cudnn.benchmark itself")

@@ -46,11 +46,11 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Replace the operator on the CPU, or prefer a backend in every outermost module call."""
-    import torch
-
     if setting in BACKENDS:
-        if not torch.cuda.is_available():
-            raise RefusedError(f"{setting} is for CUDA")
+        from flatout.agent import device
+
+        if not device.has_cuda():
+            raise RefusedError(f"{setting} is for CUDA, and there is no CUDA device")
         prefer = Preference(BACKENDS[setting])
         session.forward_wrappers.append(prefer)
         return lambda: session.forward_wrappers.remove(prefer)

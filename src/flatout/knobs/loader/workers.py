@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import dataloader
 
+from flatout.agent import device
 from flatout.agent.place import take_place
 from flatout.knobs import Undo
 
@@ -76,7 +77,7 @@ class Workers:
         changed: dict[str, Any] = {"persistent_workers": True}
         if not loader.num_workers:
             changed |= {"num_workers": self._count, "prefetch_factor": PREFETCH_FACTOR}
-        if torch.cuda.is_available():
+        if device.has_cuda():
             changed["pin_memory"] = True
         before = {name: settings[name] for name in changed}
         settings.update(changed)

@@ -143,9 +143,11 @@ class Snapshot:
     def __init__(self, module: Any) -> None:
         import torch
 
+        from flatout.agent import device
+
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self._state = torch.get_rng_state()
-        self._accelerator = torch.accelerator.current_accelerator()
+        self._accelerator = device.accelerator_in_use()
         if self._accelerator is not None:
             backend = torch.get_device_module(self._accelerator)
             self._accelerator_state = backend.get_rng_state()

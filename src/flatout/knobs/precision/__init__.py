@@ -88,10 +88,11 @@ def _bf16(session: Session) -> Undo:
 def _safe(session: Session) -> Undo:
     import torch
 
+    from flatout.agent import device
     from flatout.knobs.precision.autocast import SafeAutocast
     from flatout.knobs.precision.operators import Float32Operators
 
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = device.accelerator()
     if not hasattr(torch.library, "get_kernel"):
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
     operators = Float32Operators(
