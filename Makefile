@@ -4,19 +4,33 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+TORCH = constraints-torch-2.13.0.txt
+SUITE = not measured and not frameworks and not accelerator and not tunes and not traps
 
 all: test
 
-$(INSTALLED): pyproject.toml constraints.txt src/flatout/agent/_watch.c
+$(INSTALLED): pyproject.toml constraints.txt $(TORCH) src/flatout/agent/_watch.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -c $(TORCH) -e ".[dev]"
 	touch $@
 
 demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not measured and not frameworks and not accelerator and not tunes and not traps"
+	$(BIN)/python -m pytest -n 2 -m "$(SUITE)"
+
+# The same with another torch, in an environment of its own: the build for CUDA that
+# `pip install torch` brings (2.14.1), and the oldest that flatout is for (2.9.1). Several GB each.
+.venv-torch-%/.installed: constraints-torch-%.txt constraints.txt pyproject.toml src/flatout/agent/_watch.c
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet -c constraints.txt -c $< -e ".[dev]"
+	touch $@
+
+test-torch-%: .venv-torch-%/.installed
+	.venv-torch-$*/bin/python -m pytest -n 2 -m "$(SUITE)"
+
+versions: test-torch-2.9.1 test-torch-2.14.1
 
 # Whole tunes of small programs.
 tunes: $(INSTALLED)
@@ -70,10 +84,11 @@ measured: $(INSTALLED)
 	$(BIN)/python -m pytest -m measured tests benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite build dist src/flatout.egg-info
+	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-torch-* build dist src/flatout.egg-info
 	rm -f src/flatout/agent/_watch*.so
 
 docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs
 
-.PHONY: all demo test tunes traps lint docs frameworks accelerator bench bench-quick measured clean
+.PRECIOUS: .venv-torch-%/.installed
+.PHONY: all demo test versions tunes traps lint docs frameworks accelerator bench bench-quick measured clean
