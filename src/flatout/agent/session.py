@@ -489,9 +489,11 @@ def _finish_at_its_end(session: Session) -> None:
 
 
 def _is_loader_worker() -> bool:
-    import torch.utils.data
+    """Whether a data loader made this process; torch 2.14 knows no more of it at its end."""
+    from torch.utils.data import _utils, get_worker_info
 
-    return torch.utils.data.get_worker_info() is not None
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    return get_worker_info() is not None or target is _utils.worker._worker_loop
 
 
 def _header(record: RecordWriter) -> dict[str, Any]:
