@@ -106,7 +106,7 @@ MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
 def test_with_a_mask_as_in_float64(blocks: None, mask: Callable[[], torch.Tensor | None]) -> None:
     tensors, chosen = inputs(37, 45, width=20), mask()
     job = cpu.Job(0.3, False, 50_000, 77, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
     expected, expected_gradients = reference(tensors, chosen, job)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_with_a_mask_as_in_float64(blocks: None, mask: Callable[[], torch.Tensor
 def test_causal_as_in_float64(blocks: None, shape: tuple[int, int], keep: int) -> None:
     tensors = inputs(*shape)
     job = cpu.Job(0.25, True, keep, 5, 3)
-    output = cpu.apply(*tensors, None, job, kernel(), raising)
+    output = cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
     expected, expected_gradients = reference(tensors, None, job)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
@@ -138,7 +138,7 @@ def test_in_bfloat16_about_as_close_to_float64_as_torch_is(blocks: None) -> None
         pairs = zip((output, *gradients), (expected[0], *expected[1]), strict=True)
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
-    ours = errors(cpu.apply(*tensors, None, job, kernel(), raising))
+    ours = errors(cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail))
     torchs = errors(F.scaled_dot_product_attention(*tensors, is_causal=True))
     assert all(a < 1.6 * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
 
@@ -162,7 +162,7 @@ def test_in_bfloat16_as_in_float64(
     chosen = None if causal else MASKS[mask]()
     tensors = inputs(rows, columns, torch.bfloat16, width)
     job = cpu.Job(0.3, causal, 50_000, 77, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.float().square().sum(), tensors)
     expected, expected_gradients = reference(tensors, chosen, job)
     for found, right in zip((output, *gradients), (expected, *expected_gradients), strict=True):
@@ -178,7 +178,7 @@ def test_widths_and_strides_of_whole_heads(monkeypatch: pytest.MonkeyPatch, widt
     query, key = (x.view(2, 21, 3, width).transpose(1, 2) for x in leaves)
     last = torch.randn(2, 3, width, 21, requires_grad=True)
     job = cpu.Job(0.3, False, 40_000, 9, 3)
-    output = cpu.apply(query, key, last.mT, None, job, kernel(), raising)
+    output = cpu.apply(query, key, last.mT, None, job, kernel(), raising, pytest.fail)
     outer = torch.randn(2, 21, 3, width).transpose(1, 2)
     found = torch.autograd.grad(output, (*leaves, last), outer)
     exact = tuple(x.detach().double().requires_grad_() for x in (*leaves, last))
@@ -197,7 +197,7 @@ def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
     def run() -> Tensors:
         mask = torch.arange(37) < torch.arange(37)[:, None] + 3
         job = cpu.Job(0.3, False, 50_000, 77, 3)
-        output = cpu.apply(*tensors, mask, job, kernel(), raising)
+        output = cpu.apply(*tensors, mask, job, kernel(), raising, pytest.fail)
         return output, *torch.autograd.grad(output.sum(), tensors)
 
     expected = run()
@@ -212,7 +212,7 @@ def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
 def test_large_scores_overflow_nothing() -> None:
     tensors = tuple((x.detach() * 100).requires_grad_() for x in inputs())
     job = cpu.Job(1.0, True, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(*tensors, None, job, kernel(), raising)
+    output = cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.sum(), tensors)
     assert all(x.isfinite().all() for x in (output, *gradients))
     expected = reference(tensors, None, job)[0]
@@ -224,7 +224,7 @@ def test_large_scores_overflow_nothing() -> None:
 def test_scales_of_all_kinds(blocks: None, scale: float, mask: str) -> None:
     tensors, chosen = inputs(37, 45), MASKS[mask]()
     job = cpu.Job(scale, False, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising)
+    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
     expected, expected_gradients = reference(tensors, chosen, job)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
@@ -237,7 +237,7 @@ def test_scales_of_all_kinds(blocks: None, scale: float, mask: str) -> None:
 def test_of_enormous_scores_the_largest_is_taken(blocks: None, size: float) -> None:
     query, key, value = (x.detach() for x in inputs())
     job = cpu.Job(0.3, False, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(query * size, key * size, value, None, job, kernel(), raising)
+    output = cpu.apply(query * size, key * size, value, None, job, kernel(), raising, pytest.fail)
     expected = reference((query * size, key * size, value), None, job)[0]
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -249,7 +249,7 @@ def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> No
     with torch.no_grad():
         query[0, 1, 20, 3] = math.nan
         query[1, 2, 30] = math.inf  # scores of both signs
-    output = cpu.apply(query, key, value, None, job, kernel(), raising)
+    output = cpu.apply(query, key, value, None, job, kernel(), raising, pytest.fail)
     expected = reference((query, key, value), None, job)[0]  # 0 where it is not a number
     row_is_bad = torch.zeros(2, 3, 37, dtype=torch.bool)
     row_is_bad[0, 1, 20] = row_is_bad[1, 2, 30] = True

@@ -150,11 +150,26 @@ def test_a_failure_of_the_compiler_is_eager(session: Session) -> None:
     assert net._compiled_call_impl is None
 
 
-def test_an_error_of_the_program_is_raised(session: Session) -> None:
+def test_errors_are_raised_and_those_of_torch_turn_it_back(
+    session: Session, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Skipping(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.compiling.append(torch.compiler.is_compiling())
+            if len(x) == 3:
+                raise LookupError("skipped")
+            return super().forward(x)
+
     _, call = wrapped(session)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        call(Net(), torch.randn(4, 7))
+    net = Skipping()
+    with pytest.raises(LookupError, match="skipped"):
+        call(net, torch.randn(3, 6))
     assert not session.failed_knobs
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        call(net, torch.randn(4, 7))
+    assert "compile" in session.failed_knobs
+    assert net.compiling == [False, False]
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_is_compiled_while_classes_are_watched(session: Session) -> None:

@@ -67,7 +67,7 @@ def raising(error: Exception) -> None:
 def told_to(session: Session) -> Decoders:
     """Decoders whose failures a session is told."""
     kind = JpegImagePlugin.JpegImageFile
-    return Decoders(1, kind, lambda error: session.contain("decode", error))
+    return Decoders(1, kind, lambda error: session.turn_back("decode", error))
 
 
 @pytest.fixture(autouse=True)

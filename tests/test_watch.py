@@ -39,6 +39,7 @@ class Watched:
             read_loss=lambda loss: None,
             on_skip=lambda subject, why: pytest.fail(why),
             on_failure=lambda subject, error: self.failures.append(error),
+            on_callback_failure=lambda callback, error: self.failures.append(error),
         )
         self.hooks.install(live)
 

@@ -107,6 +107,7 @@ typedef struct {
     PyObject *read_loss;       /* called with a loss tensor that is not on the CPU */
     PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
     PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
+    PyObject *strip;           /* called with a traceback, gives it without frames of ours */
     PyObject *before_update, *after_update; /* None, or called with the optimizer */
     Describe describe; /* torch's way to look into a tensor from C, NULL: there is none */
     PyObject *names[NAMES];
@@ -314,6 +315,7 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->read_loss);
     Py_XDECREF(log->losses);
     Py_XDECREF(log->wrap_forward);
+    Py_XDECREF(log->strip);
     Py_XDECREF(log->before_update);
     Py_XDECREF(log->after_update);
     for (int i = 0; i < NAMES; i++)
@@ -348,6 +350,7 @@ static PyMemberDef log_members[] = {
     {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
     {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
+    {"strip", T_OBJECT, offsetof(Log, strip), 0, NULL},
     {"before_update", T_OBJECT, offsetof(Log, before_update), 0, NULL},
     {"after_update", T_OBJECT, offsetof(Log, after_update), 0, NULL},
     {NULL, 0, 0, 0, NULL},
@@ -554,6 +557,26 @@ static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwarg
     return log_offer(log, time_ns) < 0 ? end(watch) : 0;
 }
 
+/* Take the frames of ours out of the traceback of the exception that is set. */
+static void strip(Log *log)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback != NULL && log->strip != NULL) {
+        PyObject *stripped = PyObject_CallFunctionObjArgs(log->strip, traceback, NULL);
+        if (stripped == NULL) {
+            PyErr_Clear();
+        } else {
+            Py_DECREF(traceback);
+            traceback = stripped;
+            if (traceback == Py_None)
+                Py_CLEAR(traceback);
+        }
+    }
+    PyErr_Restore(type, value, traceback);
+}
+
 static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     Watch *watch = (Watch *)self;
@@ -596,6 +619,8 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
                                                   keywords, NULL);
         Py_XDECREF(rest);
         Py_XDECREF(keywords);
+        if (result == NULL)
+            strip(log);
     } else {
         result = PyObject_Call(original, args, kwargs);
     }

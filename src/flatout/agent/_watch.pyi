@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 class Log:
@@ -7,13 +8,14 @@ class Log:
     live: bool
     patience_ns: int
     reader: Callable[[], Any]
-    new_root: Callable[[Any], bool]
+    new_root: Callable[[Any], bool | None]
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
     tensor_type: type
     read_loss: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None
+    strip: Callable[[TracebackType | None], TracebackType | None]
     before_update: Callable[[Any], None] | None
     after_update: Callable[[Any], None] | None
     def take(self) -> list[tuple[int, int, int, int, int, int]]: ...

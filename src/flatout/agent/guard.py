@@ -28,8 +28,8 @@ import torch
 
 from flatout import knobs
 from flatout.agent.capture import is_capturing
+from flatout.agent.containment import around, attempt
 from flatout.agent.finite import Withheld, are_finite, gradients, unscale, values_of
-from flatout.agent.hooks import is_ours
 from flatout.agent.losses import abandon, loss_number, read_loss
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 
@@ -133,7 +133,7 @@ class Guard:
         self._session.before_optimizer_step.append(self._before)
         self._session.after_optimizer_step.append(self._after)
         self._own_backward = _autograd._engine_run_backward
-        self._installed = self._backward  # one bound method, to be known again
+        self._installed = around(self._has_failed, self._backward, self._own_backward)
         _autograd._engine_run_backward = self._installed
 
     def remove(self) -> None:
@@ -206,8 +206,8 @@ class Guard:
             _zero_where(found, grads)
         self._flags.append((read_loss(found), f"{name} were not finite", turned))
 
-    def _backward(self, outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._own_backward(outputs, grads, *args, **kwargs)
+    def _backward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = own(*args, **kwargs)
         if kwargs.get("accumulate_grad") and not self._is_off and not is_capturing():
             self._contained(self._look_after_backward)
         return result
@@ -288,15 +288,14 @@ class Guard:
 
     def _contained(self, function: Callable[[], None]) -> None:
         """Call a part of the guard; if it fails, that is recorded, and the guard is off."""
-        try:
-            function()
-        except Exception as error:
-            if not is_ours(error):
-                raise
-            self._is_off = True
-            self._withheld.show()
-            why = f"switched off: {type(error).__name__}: {error}"
-            self._session.event("failed", NAME, why, traceback.format_exc())
+        attempt(self._has_failed, function)
+
+    def _has_failed(self, error: Exception) -> None:
+        self._is_off = True
+        self._withheld.show()
+        why = f"switched off: {type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self._session.event("failed", NAME, why, trace)
 
     # Weights
 

@@ -12,18 +12,14 @@ while, until a turn is over, and stays watched if an instance of it was called o
 from __future__ import annotations
 
 import functools
-import itertools
-import signal
 import sys
-import sysconfig
-import traceback
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch
 from flatout.agent.capture import is_capturing
+from flatout.agent.containment import around, attempt, contained, without_our_frames
 from flatout.agent.losses import abandon
 from flatout.record import FLUSH_SECONDS
 from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
@@ -62,14 +58,9 @@ class Callbacks(Generic[C]):
         self._changed()
 
     def remove(self, callback: C) -> None:
-        """Take a callback out again.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        left = list(self._callbacks)  # a callback may take itself out while all are called
-        left.remove(callback)
-        self._callbacks = left
+        """Take a callback out again, if it is there."""
+        # A list of its own: a callback may take itself out while all are called.
+        self._callbacks = [other for other in self._callbacks if other != callback]
         self._changed()
 
     def __iter__(self) -> Iterator[C]:
@@ -88,7 +79,9 @@ class Hooks:
         offered: called when the log may be read, by ``read``.
         read_loss: turns a loss tensor that is not on the CPU into what is kept of it.
         on_skip: called with a subject and a reason when something cannot be watched.
-        on_failure: called with a subject and the error when something of ours has failed.
+        on_failure: called with a subject and the error when what watches has failed.
+        on_callback_failure: called with one of the callbacks below and the error when it has
+            failed; the program's call has been made, or left, without it.
 
     Attributes:
         turns: as far as they have been told; behind, or empty, while ``told`` is off.
@@ -101,7 +94,8 @@ class Hooks:
         offered: Callable[[], None],
         read_loss: Callable[[torch.Tensor], object],
         on_skip: Callable[[str, str], None],
-        on_failure: Callable[[str, BaseException], None],
+        on_failure: Callable[[str, Exception], None],
+        on_callback_failure: Callable[[Any, Exception], None],
     ) -> None:
         self.turns = new_turns(False)
         self.losses: list[object] = []
@@ -119,6 +113,7 @@ class Hooks:
         self._offered = offered
         self._on_skip = on_skip
         self._on_failure = on_failure
+        self._on_callback_failure = on_callback_failure
         self._read_loss = read_loss
         self._roots: dict[int, weakref.ref[Any]] = {}
         self._root_classes: set[type] = set()
@@ -126,6 +121,7 @@ class Hooks:
         self._module_watches: dict[type, _ClassWatch | None] = {}
         self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
+        self._watch_failed = functools.partial(on_failure, "watch")
         self._log = _watch.Log()
         self._log.reset()
 
@@ -151,30 +147,31 @@ class Hooks:
 
         self._plain_module = torch.nn.Module
         log = self._log
-        contained = functools.partial(self._contained, "watch")
+        watches = functools.partial(contained, self._watch_failed)
         log.live = live
         log.told = True  # to search for roots
         log.patience_ns = round(FLUSH_SECONDS * 1e9)
-        log.reader = contained(self._offered)
-        log.new_root = contained(self._new_root)
+        log.reader = watches(self._offered)
+        log.new_root = watches(self._new_root)
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
         log.look_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # torch 2.10 or later
-        log.read_loss = self._contained("loss", self._read_loss)
+        log.read_loss = contained(functools.partial(self._on_failure, "loss"), self._read_loss)
         log.losses = []
+        log.strip = without_our_frames
         self._callbacks_changed()
         optimizer, loader = torch.optim.Optimizer, dataloader.DataLoader
         iterator: type = dataloader._BaseDataLoaderIter
         self._watches = [
             _ClassWatch(log, iterator, "__next__", DATA),
-            _ClassWatch(log, loader, "__iter__", DATA, contained(self._loader_begins)),
+            _ClassWatch(log, loader, "__iter__", DATA, watches(self._loader_begins)),
             _ClassWatch(
-                log, torch.nn.Module, "__setstate__", _CALLS_ONLY, contained(self._module_restored)
+                log, torch.nn.Module, "__setstate__", _CALLS_ONLY, watches(self._module_restored)
             ),
-            _ClassWatch(log, optimizer, "__init__", _CALLS_ONLY, contained(self._optimizer_built)),
+            _ClassWatch(log, optimizer, "__init__", _CALLS_ONLY, watches(self._optimizer_built)),
             _ClassWatch(
-                log, optimizer, "__setstate__", _CALLS_ONLY, contained(self._optimizer_built)
+                log, optimizer, "__setstate__", _CALLS_ONLY, watches(self._optimizer_built)
             ),
             _FunctionWatch(log, torch.autograd, "_engine_run_backward", BACKWARD),
         ]
@@ -185,10 +182,8 @@ class Hooks:
         for watch in self._watches:
             watch.install()
         self._handles = [
-            nn_module.register_module_module_registration_hook(contained(self._child_registered)),
-            nn_module.register_module_parameter_registration_hook(
-                contained(self._child_registered)
-            ),
+            nn_module.register_module_module_registration_hook(watches(self._child_registered)),
+            nn_module.register_module_parameter_registration_hook(watches(self._child_registered)),
             torch_optimizer.register_optimizer_step_pre_hook(_watch.Mark(log, False)),
             torch_optimizer.register_optimizer_step_post_hook(_watch.Mark(log, True)),
         ]
@@ -330,39 +325,39 @@ class Hooks:
             self._search_roots()
 
     def _wrap_forward(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if is_capturing():
-            if not self._said_capture:
-                self._said_capture = True
-                why = "what is turned on does not become part of a graph that the program captures"
-                self._on_skip("capture", why)
-        else:
-            for wrapper in self.forward_wrappers:
-                call = _wrapped(wrapper, call)
+        for wrapper in attempt(self._watch_failed, self._wrappers) or ():
+            call = self._wrapped(wrapper, call)
         return call(module, *args, **kwargs)
 
-    def _before_update(self, optimizer: Any) -> None:
+    def _wrappers(self) -> Callbacks[ForwardWrapper] | None:
+        """What lies around a call now."""
         if not is_capturing():
-            for callback in self.before_optimizer_step:
-                callback(optimizer)
+            return self.forward_wrappers
+        if not self._said_capture:
+            self._said_capture = True
+            why = "what is turned on does not become part of a graph that the program captures"
+            self._on_skip("capture", why)
+        return None
+
+    def _wrapped(self, wrapper: ForwardWrapper, call: Call) -> Call:
+        def ours(theirs: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
+            if wrapper not in self.forward_wrappers:
+                return theirs(module, *args, **kwargs)  # one further out has taken it away
+            return wrapper(theirs, module, args, kwargs)
+
+        return around(functools.partial(self._on_callback_failure, wrapper), ours, call)
+
+    def _before_update(self, optimizer: Any) -> None:
+        self._call(self.before_optimizer_step, optimizer)
 
     def _after_update(self, optimizer: Any) -> None:
-        if not is_capturing():
-            for callback in self.after_optimizer_step:
-                callback(optimizer)
+        self._call(self.after_optimizer_step, optimizer)
 
-    def _contained(self, subject: str, function: Call) -> Call:
-        """``function`` with errors of ours reported instead of raised into the program."""
-
-        def contained(*args: Any) -> Any:
-            try:
-                return function(*args)
-            except Exception as error:
-                if not is_ours(error):
-                    raise
-                self._on_failure(subject, error)
-                return None
-
-        return contained
+    def _call(self, callbacks: Callbacks[Callable[[Any], None]], optimizer: Any) -> None:
+        if not attempt(self._watch_failed, is_capturing):
+            for callback in callbacks:
+                failed = functools.partial(self._on_callback_failure, callback)
+                attempt(failed, callback, optimizer)
 
     def read(self) -> None:
         """Collect the losses kept since the last time, and tell ``turns`` if it is to be told."""
@@ -418,48 +413,3 @@ class _FunctionWatch:
     def remove(self) -> None:
         if getattr(self._namespace, self._name, None) is self._watch:
             setattr(self._namespace, self._name, self._own)
-
-
-def _wrapped(wrapper: ForwardWrapper, call: Call) -> Call:
-    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(call, module, args, kwargs)
-
-    return wrapped
-
-
-_PACKAGE = __file__.rpartition("agent")[0]
-
-
-def is_ours(error: Exception) -> bool:
-    """Whether an error arose in our code or in what it calls in torch, Pillow and the standard
-    library, rather than in a signal handler of the program that happened to run meanwhile."""
-    files = [
-        frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)
-    ]
-    if "/torch/" in files[-1]:
-        return True
-    called = itertools.takewhile(lambda file: not file.startswith(_PACKAGE), reversed(files))
-    return all(_is_called_by_us(file) for file in called)
-
-
-def is_of_signal_handler(error: Exception) -> bool:
-    """Whether an error was raised in a handler that the program has for a signal."""
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _code(handler: Any) -> Any:
-    """The code object of a signal's handler, ``None`` for one that is not in Python."""
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    if callable(handler) and not isinstance(handler, (types.FunctionType, types.MethodType)):
-        handler = handler.__call__
-    return getattr(handler, "__code__", None)
-
-
-def _is_called_by_us(file: str) -> bool:
-    is_installed = "-packages/" in file
-    return "/PIL/" in file if is_installed else file.startswith((_STANDARD_LIBRARY, "<frozen"))
-
-
-_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"].replace("\\", "/") + "/"

@@ -52,8 +52,7 @@ class FirstInputs:
         if self._module is None:
             self._module = weakref.ref(module)
             self._record(tuple(described((args, kwargs))))
-            if self._turns_off():
-                return module(*args, **kwargs)  # past the wrappers of what was turned off
+            self._turn_off()
         elif self._module() is module:
             both = merged(self._seen, tuple(described((args, kwargs))))
             if both is not None and both != self._seen:
@@ -64,11 +63,11 @@ class FirstInputs:
         self._seen = seen
         self._session.record.write({"kind": "inputs", "tensors": seen})
 
-    def _turns_off(self) -> bool:
-        """Turn off what was proven with other inputs; whether there was anything."""
+    def _turn_off(self) -> None:
+        """Turn off what was proven with other inputs, for this call already."""
         session, proof = self._session, self._session.request.proof
         if proof is None or proof.inputs is None or matches(proof.inputs, self._seen):
-            return False
+            return
         turned_off = [knob for knob in proof.knobs if session.turn_off(knob)]
         for knob in turned_off:
             session.event(
@@ -76,7 +75,6 @@ class FirstInputs:
                 knob,
                 f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}",
             )
-        return bool(turned_off)
 
 
 class InputSizes:

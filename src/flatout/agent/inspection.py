@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.agent.capture import is_capturing
+from flatout.agent.containment import around, attempt
 from flatout.agent.finite import kept_gradient
-from flatout.agent.hooks import is_ours
 from flatout.agent.modes import without_autocast
 from flatout.agent.nested import tensors_in
 
@@ -98,7 +98,7 @@ class Inspector:
         self._watches_gradients = inspection.gradient_steps > 0
         if self._watches_gradients:
             self._own_backward: Any = _autograd._engine_run_backward
-            self._installed = self._backward
+            self._installed = around(self._has_failed, self._backward, self._own_backward)
             _autograd._engine_run_backward = self._installed
             session.before_optimizer_step.append(self._step_begins)
             session.after_optimizer_step.append(self._step_ends)
@@ -129,23 +129,20 @@ class Inspector:
 
     def _contained(self, function: Callable[..., Any], *args: Any) -> Any:
         """What ``function`` returns, called without graph and autocast; ``None`` if it fails."""
-        try:
-            with torch.no_grad(), without_autocast():
-                return function(*args)
-        except Exception as error:
-            if not is_ours(error):
-                raise
-            why = f"ended: {type(error).__name__}: {error}"
-            self._session.event("failed", "inspection", why, traceback.format_exc())
-            self.stop()
-            return None
+        return attempt(self._has_failed, _looking_on, function, *args)
+
+    def _has_failed(self, error: Exception) -> None:
+        why = f"ended: {type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self._session.event("failed", "inspection", why, trace)
+        self.stop()
 
     # Gradients
 
-    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+    def _backward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._backward_depth += 1
         try:
-            result = self._own_backward(*args, **kwargs)
+            result = own(*args, **kwargs)
         finally:
             self._backward_depth -= 1
         is_over = self._backward_depth == 0 and kwargs.get("accumulate_grad")
@@ -344,6 +341,11 @@ class _Probabilities:
         if self._ones is None or self._outside is None or bool(self._outside):
             return {"probabilities": 0, "ones": 0}
         return {"probabilities": self._elements, "ones": int(self._ones)}
+
+
+def _looking_on(function: Callable[..., Any], *args: Any) -> Any:
+    with torch.no_grad(), without_autocast():
+        return function(*args)
 
 
 def _members(optimizer: Any) -> list[torch.Tensor]:

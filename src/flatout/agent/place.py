@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from flatout.agent.containment import Failed, around
+
 
 def take_place(
     owner: type | ModuleType, name: str, function: Callable[..., Any]
@@ -23,3 +25,13 @@ def take_place(
             setattr(owner, name, own)
 
     return undo
+
+
+def stand_before(
+    owner: type | ModuleType, name: str, failed: Failed, function: Callable[..., Any]
+) -> Callable[[], None]:
+    """The same for a ``function`` that gets the one which was there as its first argument, and
+    behind it what that would get. Where it fails, the other does what it would without it; see
+    ``containment.around``.
+    """
+    return take_place(owner, name, around(failed, function, owner.__dict__[name]))

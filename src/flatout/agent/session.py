@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import multiprocessing.util
 import os
 import platform
@@ -15,12 +16,20 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.capture import is_capturing
-from flatout.agent.hooks import Hooks, is_of_signal_handler, is_ours
+from flatout.agent.containment import (
+    attempt,
+    began_in_torch,
+    contained,
+    knob_of,
+    report,
+    unreported,
+)
+from flatout.agent.hooks import Hooks
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.losses import abandon, arrived_losses, peak_device_bytes, read_loss
 from flatout.record import (
@@ -63,6 +72,7 @@ class Session:
             read_loss,
             on_skip=lambda subject, why: self.event("skipped", subject, why),
             on_failure=self._failed,
+            on_callback_failure=self._callback_failed,
         )
         self.forward_wrappers = self.hooks.forward_wrappers
         self.before_optimizer_step = self.hooks.before_optimizer_step
@@ -179,61 +189,44 @@ class Session:
         """
         if knob in self.failed_knobs:
             return
-        why = f"{type(error).__name__}: {error}"
-        self.failed_knobs[knob] = why
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.event("failed", knob, f"turned back: {why}", trace)
+        self.failed_knobs[knob] = f"{type(error).__name__}: {error}"
         self.ask_for_boundary()
+        self._note_failure(knob, error, "turned back: ")
 
-    def attempt(self, knob: str, turned: Callable[[], Any], bare: Callable[[], Any]) -> Any:
-        """What ``turned`` returns; if it raises, what ``bare`` does, and the knob is turned back.
+    def turns_back(self, knob: str) -> Callable[[Exception], None]:
+        """``turn_back`` of a knob, for ``containment``."""
+        return functools.partial(self.turn_back, knob)
 
-        Raises:
-            Exception: what ``bare`` raises, or a handler for a signal that came meanwhile: that
-                was the program's own error.
+    def blames(self, knob: str) -> Blame:
+        """Around the program's own pass under a knob: an exception goes through as it is, and if it
+        began in torch, the knob is turned back for what follows.
         """
-        try:
-            return turned()
-        except Exception as error:
-            if is_of_signal_handler(error):
-                raise
-            failure = error
-        result = bare()
-        self.turn_back(knob, failure)
-        return result
+        return Blame(self, knob)
 
-    def contain(self, knob: str, error: Exception) -> None:
-        """``turn_back``, unless the error came from a signal handler of the program.
-
-        Raises:
-            Exception: that error.
-        """
-        if not is_ours(error):
-            raise error
-        self.turn_back(knob, error)
-
-    def contained(self, knob: str, function: Callable[[Any], None]) -> Callable[[Any], None]:
-        """``function``, a knob's callback around optimizer steps, turned back when it raises."""
-
-        def contained(optimizer: Any) -> None:
-            if knob not in self.failed_knobs:
-                try:
-                    function(optimizer)
-                except Exception as error:  # noqa: BLE001 - recorded with its traceback
-                    self.contain(knob, error)
-
-        return contained
+    def _callback_failed(self, callback: Any, error: Exception) -> None:
+        """A wrapper around forward calls, or a callback around optimizer steps, has failed."""
+        for callbacks in (
+            self.forward_wrappers,
+            self.before_optimizer_step,
+            self.after_optimizer_step,
+        ):
+            callbacks.remove(callback)
+        knob = knob_of(callback)
+        if knob is not None:
+            self.turn_back(knob, error)
+        else:
+            subject = getattr(callback, "__qualname__", type(callback).__qualname__)
+            self._note_failure(subject, error)
 
     def _undo_failed(self) -> None:
         for knob in self.failed_knobs:
-            if knob in self._undos:
-                try:
-                    self.turn_off(knob)
-                except Exception as error:  # noqa: BLE001 - recorded with its traceback
-                    why = f"not undone: {type(error).__name__}: {error}"
-                    self.event("failed", knob, why, traceback.format_exc())
-                else:
-                    self.event("undone", knob, "it has failed")
+            if knob in self._undos and attempt(
+                functools.partial(self._not_undone, knob), self.turn_off, knob
+            ):
+                self.event("undone", knob, "it has failed")
+
+    def _not_undone(self, knob: str, error: Exception) -> None:
+        self._note_failure(knob, error, "not undone: ")
 
     # Life
 
@@ -282,9 +275,11 @@ class Session:
             self._guard = Guard(self, request.guard)
             self._guard.install()
         self.forward_wrappers.append(FirstInputs(self))
-        atexit.register(self.finish, "exit")
-        os.register_at_fork(after_in_child=self._forked)
-        multiprocessing.util.register_after_fork(self, _finish_at_its_end)
+        atexit.register(contained(self._fails("exit"), self.finish), "exit")
+        os.register_at_fork(after_in_child=contained(self._fails("fork"), self._forked))
+        multiprocessing.util.register_after_fork(
+            self, contained(self._fails("fork"), _finish_at_its_end)
+        )
         if not self._is_quiet:
             self.record.flush()
 
@@ -293,25 +288,32 @@ class Session:
         if self._asleep:
             return
         self._stages.clear()
-        if reason == "exit":
-            try:
-                self._close_profiler()
-            except Exception as error:  # noqa: BLE001 - recorded with its traceback
-                self._note_failure("profile", error)
-        self.hooks.read()
-        self.hooks.turns.finish()
-        if self._inspector is not None:
-            if self._is_quiet:
-                self._inspector.stop()
-            else:
-                self._inspector.close()
-        if self._guard is not None:
-            self._guard.finish()
-        self._remove()
+        for part in self._last_parts(reason):
+            attempt(self._fails(getattr(part, "__qualname__", "finish")), part)
         self._asleep = True
-        if self._is_quiet:
-            return
-        self._write_events(wait=True)
+
+    def _last_parts(self, reason: str) -> Iterator[Callable[[], object]]:
+        """What is done at the end; each may fail without the others."""
+        if reason == "exit":
+            yield self._close_profiler
+        yield self.hooks.read
+        yield self.hooks.turns.finish
+        if self._inspector is not None:
+            yield self._inspector.stop if self._is_quiet else self._inspector.close
+        if self._guard is not None:
+            yield self._guard.finish
+        yield self._remove
+        if not self._is_quiet:
+            yield functools.partial(self._write_events, wait=True)
+            yield self._write_unreported
+            yield functools.partial(self._write_end, reason)
+            yield self.record.close
+
+    def _write_unreported(self) -> None:
+        while unreported:
+            self._note_failure("agent", unreported.pop(0))
+
+    def _write_end(self, reason: str) -> None:
         self.record.write(
             {
                 "kind": "end",
@@ -320,7 +322,6 @@ class Session:
                 "peak_device_bytes": peak_device_bytes(),
             }
         )
-        self.record.close()
 
     def _timed(self, turn: Turn) -> bool:
         if self.counts(turn):
@@ -359,8 +360,11 @@ class Session:
             self._guard.restart()
         self._is_quiet = True
 
-    def _failed(self, subject: str, error: BaseException) -> None:
-        """Something of ours has failed: say so in the record and leave the program alone."""
+    def _fails(self, subject: str) -> Callable[[Exception], None]:
+        return functools.partial(self._note_failure, subject)
+
+    def _failed(self, subject: str, error: Exception) -> None:
+        """What watches has failed: say so in the record and leave the program alone."""
         self._note_failure(subject, error)
         if self._is_quiet:
             self._speak()
@@ -368,16 +372,14 @@ class Session:
         self.record.flush()
         self._sleep()
 
-    def _note_failure(self, subject: str, error: BaseException) -> None:
+    def _note_failure(self, subject: str, error: Exception, what: str = "") -> None:
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.event("failed", subject, f"{type(error).__name__}: {error}", trace)
+        self.event("failed", subject, f"{what}{type(error).__name__}: {error}", trace)
 
     def _apply_settings(self) -> None:
         if not self.request.settings:
             return
         import torch
-
-        from flatout import knobs
 
         proof = self.request.proof
         for name, setting in self.request.settings.items():
@@ -388,16 +390,18 @@ class Session:
                     f"proven with torch {proof.torch}, this is {torch.__version__}",
                 )
                 continue
-            try:
-                self.turn(name, setting)
-            except knobs.RefusedError as refusal:
-                self.event("skipped", name, str(refusal))
-            except Exception as error:  # noqa: BLE001 - recorded with its traceback
-                self.event(
-                    "failed", name, f"{type(error).__name__}: {error}", traceback.format_exc()
-                )
-            else:
+            if attempt(self._fails(name), self._applied, name, setting):
                 self.event("applied", name, f"set to {setting} by the plan")
+
+    def _applied(self, name: str, setting: str) -> bool:
+        from flatout import knobs
+
+        try:
+            self.turn(name, setting)
+        except knobs.RefusedError as refusal:
+            self.event("skipped", name, str(refusal))
+            return False
+        return True
 
     # The record
 
@@ -421,19 +425,17 @@ class Session:
 
     def _write_events(self, wait: bool) -> None:
         self.record.write_events(self.hooks.pack())
-        try:
-            arrived = arrived_losses(self.hooks.losses, wait)
-        except Exception as error:
-            if not is_ours(error):
-                raise
-            # Such as an error of the device, after which nothing can be read from it.
-            self._note_failure("loss", error)
-            abandon(self.hooks.losses)
-            self.hooks.losses, arrived = [], []
+        arrived = attempt(self._losses_failed, arrived_losses, self.hooks.losses, wait)
         if arrived:
             self.record.write_losses(arrived, peak_device_bytes())
         if self._guard is not None:
-            self._guard.losses_arrived(arrived)
+            self._guard.losses_arrived(arrived or [])
+
+    def _losses_failed(self, error: Exception) -> None:
+        """Such as an error of the device, after which nothing can be read from it."""
+        abandon(self.hooks.losses)
+        self.hooks.losses = []
+        self._note_failure("loss", error)
 
     def _turn_closed(self, turn: Turn) -> None:
         if self._asleep:
@@ -461,19 +463,34 @@ class Session:
         late = limit_s is not None and turn.end_ns - self._timed_from_ns > limit_s * 1e9
         while self._stages:
             stage = self._stages[0]
-            try:
-                done = stage(turn)
-            except Exception as error:  # noqa: BLE001 - recorded with its traceback
-                self.event(
-                    "failed",
-                    getattr(stage, "__qualname__", repr(stage)),
-                    f"{type(error).__name__}: {error}",
-                    traceback.format_exc(),
-                )
-                done = True
+            failed = self._fails(getattr(stage, "__qualname__", repr(stage)))
+            done = attempt(failed, stage, turn) is not False
             if not done and not (late and len(self._stages) > 1 and stage == self._timed):
                 return
             self._stages.pop(0)
+
+
+class Blame:
+    """A context in which a knob is turned back where torch fails under it.
+
+    Args:
+        session: of this process.
+        knob: its name.
+    """
+
+    def __init__(self, session: Session, knob: str) -> None:
+        self._session = session
+        self._knob = knob
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and attempt(self._failed, began_in_torch, error):
+            report(self._failed, error)
+
+    def _failed(self, error: Exception) -> None:
+        self._session.turn_back(self._knob, error)
 
 
 def _is_worker() -> bool:

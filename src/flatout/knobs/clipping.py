@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
 from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
@@ -35,20 +34,23 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Take the place of the two functions that ``torch.nn.utils.clip_grad_norm_`` consists of."""
+    import torch
     from torch.nn.utils import clip_grad
 
-    from flatout.agent.place import take_place
+    from flatout.agent.place import stand_before
 
     try:
-        clipping = OnePass(
-            kernels.load("clipping"), clip_grad, lambda error: session.contain(NAME, error)
-        )
-    except (kernels.KernelError, AttributeError) as error:
+        clipping = OnePass(kernels.load("clipping"))
+    except kernels.KernelError as error:
         raise RefusedError(f"torch's own clipping stays: {error}") from error
-    undos = (
-        take_place(clip_grad, "_get_total_norm", clipping.total_norm),
-        take_place(clip_grad, "_clip_grads_with_norm_", clipping.clip),
-    )
+    functions: dict[str, Callable[..., Any]] = {
+        "_get_total_norm": clipping.total_norm,
+        "_clip_grads_with_norm_": clipping.clip,
+    }
+    if not functions.keys() <= vars(clip_grad).keys():
+        raise RefusedError(f"torch {torch.__version__} clips in another way")
+    failed = session.turns_back(NAME)
+    undos = [stand_before(clip_grad, name, failed, f) for name, f in functions.items()]
 
     def undo() -> None:
         for give_back in undos:
@@ -62,13 +64,9 @@ class OnePass:
 
     Args:
         library: of ``kernels/clipping.c``.
-        theirs: torch's module.
-        on_failure: called when something here failed; torch's own function has done it then.
     """
 
-    def __init__(
-        self, library: ctypes.CDLL, theirs: ModuleType, on_failure: Callable[[Exception], None]
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         self._sum_of_squares = library.sum_of_squares
         self._sum_of_squares.restype = ctypes.c_double
@@ -76,12 +74,10 @@ class OnePass:
         self._scale = library.scale
         self._scale.restype = None
         self._scale.argtypes = [pointer, pointer, size, ctypes.c_int, ctypes.c_float]
-        self._own_total_norm = theirs._get_total_norm
-        self._own_clip = theirs._clip_grads_with_norm_
-        self._on_failure = on_failure
 
     def total_norm(
         self,
+        own: Callable[..., torch.Tensor],
         tensors: torch.Tensor | Iterable[torch.Tensor],
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
@@ -92,20 +88,22 @@ class OnePass:
 
         from flatout.agent import arrays
 
-        if not isinstance(tensors, torch.Tensor) and not torch.compiler.is_compiling():
-            tensors = list(tensors)  # both ways go through it
-            try:
-                if norm_type == 2 and tensors and arrays.are_floats(tensors):
-                    total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
-                    if math.isfinite(total) or not error_if_nonfinite:
-                        return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
-            except Exception as error:  # noqa: BLE001 - reported
-                self._on_failure(error)
-        norm: torch.Tensor = self._own_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-        return norm
+        # What can be gone through only once is torch's.
+        if (
+            isinstance(tensors, (list, tuple))
+            and not torch.compiler.is_compiling()
+            and norm_type == 2
+            and tensors
+            and arrays.are_floats(tensors)
+        ):
+            total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
+            if math.isfinite(total) or not error_if_nonfinite:
+                return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
+        return own(tensors, norm_type, error_if_nonfinite, foreach)
 
     def clip(
         self,
+        own: Callable[..., None],
         parameters: torch.Tensor | Iterable[torch.Tensor],
         max_norm: float,
         total_norm: torch.Tensor,
@@ -120,22 +118,18 @@ class OnePass:
 
         from flatout.agent import arrays
 
-        if not isinstance(parameters, torch.Tensor) and not torch.compiler.is_compiling():
-            parameters = list(parameters)
-            try:
-                grads = [p.grad for p in parameters if p.grad is not None]
-                places = [grad.data_ptr() for grad in grads if grad.numel()]
-                is_once = len(set(places)) == len(places)
-                if is_once and arrays.are_floats([*grads, total_norm]):
-                    with torch.no_grad():
-                        factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
-                    if factor != 1.0:
-                        torch.autograd.graph.increment_version(grads)
-                        arrays.call(self._scale, grads, SERIAL_BELOW, factor)
-                    return
-            except Exception as error:  # noqa: BLE001 - reported
-                self._on_failure(error)
-        self._own_clip(parameters, max_norm, total_norm, foreach)
+        if isinstance(parameters, (list, tuple)) and not torch.compiler.is_compiling():
+            grads = [p.grad for p in parameters if p.grad is not None]
+            places = [grad.data_ptr() for grad in grads if grad.numel()]
+            is_once = len(set(places)) == len(places)
+            if is_once and arrays.are_floats([*grads, total_norm]):
+                with torch.no_grad():
+                    factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
+                if factor != 1.0:
+                    torch.autograd.graph.increment_version(grads)
+                    arrays.call(self._scale, grads, SERIAL_BELOW, factor)
+                return
+        own(parameters, max_norm, total_norm, foreach)
 
 
 KNOB = Knob(

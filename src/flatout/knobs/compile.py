@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import sysconfig
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.containment import report
 from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
@@ -112,17 +115,15 @@ class Compiled:
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
-        def compiled() -> Any:
+        with falling_back(self._failed), session.blames(NAME):
             output = self._run(call, module, args, kwargs)
-            if self._has_compiled():
-                self._count_call(module)
-            return output
+        if self._has_compiled():
+            self._count_call(module)
+        return output
 
-        def bare() -> Any:
-            self.restore()
-            return call(module, *args, **kwargs)
-
-        return session.attempt(NAME, compiled, bare)
+    def _failed(self, error: Exception) -> None:
+        self.restore()
+        self._session.turn_back(NAME, error)
 
     def _run(
         self,
@@ -196,6 +197,42 @@ class Compiled:
         self._compiled.clear()
 
 
+@contextlib.contextmanager
+def falling_back(failed: Callable[[Exception], None]) -> Iterator[None]:
+    """Let Dynamo run a piece of code as it is where compiling it fails, before any of it has run.
+
+    Torch would say so on the program's stderr; it is told here instead.
+
+    Args:
+        failed: told of each such failure.
+    """
+    from torch._dynamo import config
+
+    def is_said(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.levelno < logging.WARNING or not isinstance(error, Exception):
+            return True
+        report(failed, error)
+        return False
+
+    if config.fail_on_recompile_limit_hit:  # torch refuses both at once
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(is_said)
+    try:
+        with config.patch(suppress_errors=True):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_said)
+
+
+_LOGGERS = ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor")
+"""That tell what cannot be compiled."""
+
+
 def blocks(root: Any) -> list[Any]:
     """The modules of the class that occurs most often within one list of modules, twice at least.
 
@@ -236,8 +273,9 @@ KNOB = Knob(
         "repeats in a list, once for all of them, which takes a fraction of the time; `dynamic` "
         "compiles for any shapes at once; `max-autotune` measures several kernels for each "
         "operation; `reduce-overhead` replays whole graphs of CUDA kernels, and copies what comes "
-        "out. Graphs and breaks are counted in the record. When a call fails, or a module compiles "
-        "again and again, all modules run as before, and the knob is turned back. Dropout in "
+        "out. Graphs and breaks are counted in the record. Where something cannot be compiled, "
+        "Dynamo runs it as it is; then, and when a module compiles again and again, all modules "
+        "run as before, and the knob is turned back. Dropout in "
         "compiled regions has a generator of its own, so `random` and `attention` do nothing "
         "there. LSTM and GRU stay on oneDNN and cuDNN. Left alone: modules that the program "
         "compiles or scripts itself.",

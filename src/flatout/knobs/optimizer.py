@@ -34,7 +34,7 @@ def _onepass(session: Session) -> Undo:
     from flatout.optim import functional
 
     try:
-        stand_ins = functional.load(lambda error: session.contain(NAME, error))
+        stand_ins = functional.load(session.turns_back(NAME))
     except kernels.KernelError as error:
         raise RefusedError(f"torch's own steps stay: {error}") from error
     for stand_in in stand_ins:
@@ -49,13 +49,12 @@ def _onepass(session: Session) -> Undo:
 
 def _fused(session: Session) -> Undo:
     fused = _FusedSteps(session)
-    before, after = (session.contained(NAME, f) for f in (fused.before, fused.after))
-    session.before_optimizer_step.append(before)
-    session.after_optimizer_step.append(after)
+    session.before_optimizer_step.append(fused.before)
+    session.after_optimizer_step.append(fused.after)
 
     def undo() -> None:
-        session.before_optimizer_step.remove(before)
-        session.after_optimizer_step.remove(after)
+        session.before_optimizer_step.remove(fused.before)
+        session.after_optimizer_step.remove(fused.after)
         fused.restore()
 
     return undo

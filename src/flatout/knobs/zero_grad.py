@@ -24,16 +24,17 @@ def apply(session: Session, setting: str) -> Undo:
     """Take the place of ``Optimizer.zero_grad``."""
     import torch
 
-    from flatout.agent.place import take_place
+    from flatout.agent.place import stand_before
 
-    dropping = Dropping(torch.optim.Optimizer.zero_grad)
-    before = session.contained(NAME, dropping.before_step)
-    give_back = take_place(torch.optim.Optimizer, "zero_grad", dropping.zero_grad)
-    session.before_optimizer_step.append(before)
+    dropping = Dropping()
+    give_back = stand_before(
+        torch.optim.Optimizer, "zero_grad", session.turns_back(NAME), dropping.zero_grad
+    )
+    session.before_optimizer_step.append(dropping.before_step)
 
     def undo() -> None:
         give_back()
-        session.before_optimizer_step.remove(before)
+        session.before_optimizer_step.remove(dropping.before_step)
         dropping.fill_all()
 
     return undo
@@ -44,24 +45,20 @@ class Dropping:
 
     Torch's optimizers pass over a parameter without a gradient, but decay and move one whose
     gradient is zero.
-
-    Args:
-        own: torch's method.
     """
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self) -> None:
         self._dropped: weakref.WeakKeyDictionary[Any, list[torch.Tensor]] = (
             weakref.WeakKeyDictionary()
         )
 
-        def zero_grad(optimizer: Any, set_to_none: bool = True) -> None:
-            if not set_to_none:
-                params = (p for group in optimizer.param_groups for p in group["params"])
-                with_gradient = [p for p in params if p.grad is not None]
-                self._dropped.setdefault(optimizer, []).extend(with_gradient)
-            own(optimizer, set_to_none=True)
-
-        self.zero_grad = zero_grad
+    def zero_grad(self, own: Any, optimizer: Any, set_to_none: bool = True) -> None:
+        """In the place of torch's method ``own``."""
+        if not set_to_none:
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            with_gradient = [p for p in params if p.grad is not None]
+            self._dropped.setdefault(optimizer, []).extend(with_gradient)
+        own(optimizer, set_to_none=True)
 
     def before_step(self, optimizer: Any) -> None:
         """Give a parameter that had a gradient, and has got none since, the zeros it would have."""

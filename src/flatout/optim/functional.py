@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from flatout import kernels
+from flatout.agent.containment import attempt
 
 SERIAL_BELOW = 32768
 """Elements of a group below which one thread does it: waking the others takes as long."""
@@ -139,19 +140,15 @@ class OnePass:
             setattr(self._module, self._attribute, self._own)
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            arguments = dict(zip(self._names, args, strict=False)) | kwargs
-            done = self._run(arguments)
-        except Exception as error:  # noqa: BLE001 - reported
-            self._on_failure(error)
-            done = []
+        done = attempt(self._on_failure, self._run, args, kwargs)
         if not done:
             self._own(*args, **kwargs)
         elif not all(done):
             self._leave_rest(args, kwargs, done)
 
-    def _run(self, arguments: Mapping[str, Any]) -> list[bool]:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
         """Step what can be stepped; returns of each parameter whether it was, or nothing."""
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
         form = self._form
         if any(arguments.get(name) for name in _REFUSED) or torch.compiler.is_compiling():
             return []

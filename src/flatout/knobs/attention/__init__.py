@@ -63,7 +63,7 @@ def apply(session: Session, setting: str) -> Undo:
     put_back = cpu.install(
         library,
         is_paired=setting == "paired",
-        on_failure=lambda error: session.contain(NAME, error),
+        failed=session.turns_back(NAME),
     )
 
     def undo() -> None:

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
 from flatout.knobs.attention import blocks, heads
-from flatout.knobs.attention.function import Attention, FailedError
+from flatout.knobs.attention.function import Attending, Attention
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
 
-OPERATOR = "aten::scaled_dot_product_attention"
 
-
-def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Exception], None]) -> Undo:
+def install(library: ctypes.CDLL, is_paired: bool, failed: Failed) -> Undo:
     """Replace attention on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/attention.c``.
         is_paired: the default generator advances as it would without this.
-        on_failure: called when it could not be computed; torch's own way has been gone then.
+        failed: told when it could not be computed; torch's own way has been gone then.
     """
-    own = torch.library.get_kernel(OPERATOR, "AutogradCPU")
     kernel = Kernel(library)
 
     def attention(
-        keyset: Any,
+        below: Callable[..., Any],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -44,38 +42,40 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: Callable[[Excepti
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    ) -> dispatch.Call | None:
         keep = round((1.0 - dropout_p) * ALWAYS)
         if (
-            0 < keep <= ALWAYS
-            and not enable_gqa
-            and not (is_causal and attn_mask is not None)
-            and can_take(query, key, value, attn_mask)
-            and (keep < ALWAYS or (dropout_p == 0.0 and _instead_of_flash(query, key, value)))
+            not 0 < keep <= ALWAYS
+            or enable_gqa
+            or (is_causal and attn_mask is not None)
+            or not can_take(query, key, value, attn_mask)
+            or (keep == ALWAYS and not (dropout_p == 0.0 and _instead_of_flash(query, key, value)))
         ):
-            state = torch.get_rng_state() if keep < ALWAYS else None
-            try:
-                drawn = 0 if state is None else draw()
-                if state is not None and is_paired:
-                    torch.set_rng_state(state)
-                    query.new_empty((*query.shape[:3], key.shape[2])).bernoulli_(1.0 - dropout_p)
-                width = query.shape[3]
-                job = Job(
-                    1.0 / math.sqrt(width) if scale is None else scale,
-                    *(is_causal, keep, drawn, query.shape[1]),
-                )
-                return apply(query, key, value, attn_mask, job, kernel, on_failure)
-            except FailedError:
-                if state is not None:
-                    torch.set_rng_state(state)
-        result: torch.Tensor = own.call_boxed(
-            *(keyset, query, key, value, attn_mask, dropout_p, is_causal),
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-        return result
+            return None
 
-    return dispatch.replace({"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU")
+        state = torch.get_rng_state() if keep < ALWAYS else None
+        drawn = 0 if state is None else draw()
+        if state is not None and is_paired:
+            torch.set_rng_state(state)
+            query.new_empty((*query.shape[:3], key.shape[2])).bernoulli_(1.0 - dropout_p)
+
+        def torchs_own() -> torch.Tensor:
+            if state is not None:
+                torch.set_rng_state(state)
+            made: torch.Tensor = below(
+                *(query, key, value, attn_mask, dropout_p, is_causal),
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+            return made
+
+        scaled = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+        job = Job(scaled, is_causal, keep, drawn, query.shape[1])
+        return dispatch.Call(apply, (query, key, value, attn_mask, job, kernel, failed, torchs_own))
+
+    return dispatch.layer(
+        {"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU", failed=failed
+    )
 
 
 def draw() -> int:
@@ -90,7 +90,8 @@ def apply(
     mask: torch.Tensor | None,
     job: Job,
     kernel: Kernel,
-    on_failure: Callable[[Exception], None],
+    failed: Failed,
+    otherwise: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """Attention of tensors with the shapes of ``F.scaled_dot_product_attention``, of 4 dimensions.
 
@@ -102,19 +103,27 @@ def apply(
             numbers to be added to the scores.
         job: what is asked for.
         kernel: the compiled part.
-        on_failure: called when the backward pass failed and was gone in operations of torch.
+        failed: told of a failure.
+        otherwise: what is done then.
     """
     batch, count, rows, _ = query.shape
     bias = None if mask is None else added(mask).expand(batch, count, rows, key.shape[2])
     if heads.can_take(query, key, value):
-        rows_in_one_piece = map(heads.with_rows, (query, key, value))
-        whole: torch.Tensor = Attention.apply(
-            *rows_in_one_piece, bias, job, kernel, heads.WAY, on_failure
+        inputs = tuple(map(heads.with_rows, (query, key, value)))
+        how = heads.WAY
+    else:
+        inputs = tuple(
+            x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value)
         )
-        return whole
-    flat = (x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value))
-    output: torch.Tensor = Attention.apply(*flat, bias, job, kernel, blocks.WAY, on_failure)
-    return output.view(batch, count, rows, value.shape[3])
+        how = blocks.WAY
+    made = dispatch.attempt_alone(failed, how.outputs, *inputs, bias, job, kernel)
+    if made is None:
+        return otherwise()
+    output, *kept = made
+    way = Attending(job, kernel, how, failed)
+    saved = (*inputs, bias, output, *kept)
+    found = dispatch.recorded(Attention, way, output, saved, *inputs)
+    return found.view(batch, count, rows, value.shape[3])
 
 
 def added(mask: torch.Tensor) -> torch.Tensor:
@@ -143,8 +152,20 @@ def can_take(
         and key.shape == (*batch_and_heads, *columns, query.shape[3])
         and value.shape[:3] == key.shape[:3]
         and min(query.numel(), key.numel(), value.numel()) > 0
-        and (mask is None or (mask.dtype in _MASKS and not mask.requires_grad and mask.dim() <= 4))
+        and (
+            mask is None
+            or (
+                mask.dtype in _MASKS
+                and not mask.requires_grad
+                and mask.dim() <= 4
+                and _broadcasts(mask.shape, (*query.shape[:3], key.shape[2]))
+            )
+        )
     )
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return all(size in (1, wanted) for size, wanted in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _instead_of_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
 
 
@@ -27,69 +29,57 @@ class Way(NamedTuple):
     gradients: Callable[..., Iterable[torch.Tensor]]
 
 
-class Attention(torch.autograd.Function):
+class Attention(dispatch.Recorded):
     """Softmax of scaled products, dropout, and the product with the values.
 
     Saved for the backward pass: what came in, what went out, one number a row, and, where heads go
     through as a whole, a bit for each probability that may be dropped.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        job: Job,
-        kernel: Kernel,
-        way: Way,
-        on_failure: Callable[[Exception], None],
-    ) -> torch.Tensor:
-        """Args: tensors as the way wants them, what is asked for, the compiled part, the way, and
-        what a failure is told to."""
-        try:
-            output, *kept = way.outputs(query, key, value, bias, job, kernel)
-        except Exception as error:
-            on_failure(error)
-            raise FailedError from error
-        ctx.save_for_backward(query, key, value, bias, output, *kept)
-        ctx.job, ctx.kernel, ctx.way, ctx.on_failure = job, kernel, way, on_failure
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of query, key and value.
+class Attending(NamedTuple):
+    """See ``dispatch.Way``.
 
-        If the way fails, or if what comes out has to be differentiable, the way goes through
-        operations of torch.
-        """
-        query, key, value, bias, output, *kept = ctx.saved_tensors
-        inputs = [query, key, value]
-        needed = ctx.needs_input_grad[:3]
-        found: Iterable[torch.Tensor]
-        with torch.autocast("cpu", enabled=False):
-            if not torch.is_grad_enabled():
-                try:
-                    found = ctx.way.gradients(
-                        *inputs, bias, output, *kept, gradient, ctx.job, ctx.kernel
-                    )
-                    return (*found, *[None] * 5)
-                except Exception as error:  # noqa: BLE001 - reported
-                    ctx.on_failure(error)
-                    inputs = [x.detach().requires_grad_() for x in inputs]
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                query, key, value = (x.flatten(0, -3) for x in inputs)
-                again = differentiable(query, key, value, bias, ctx.job, ctx.kernel)
-                found = torch.autograd.grad(
-                    again.view(output.shape),
-                    list(itertools.compress(inputs, needed)),
-                    gradient,
-                    create_graph=create_graph,
-                )
+    Attributes:
+        job: what is asked for.
+        kernel: the compiled part.
+        how: values are computed.
+        failed: told of a failure.
+    """
+
+    job: Job
+    kernel: Kernel
+    how: Way
+    failed: Failed
+
+    def gradients(
+        self,
+        saved: Sequence[torch.Tensor | None],
+        needed: Sequence[bool],
+        gradient: torch.Tensor,
+    ) -> Iterable[torch.Tensor]:
+        """See ``dispatch.Way``."""
+        return self.how.gradients(*saved, gradient, self.job, self.kernel)
+
+    def again(
+        self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
+    ) -> Iterable[torch.Tensor | None]:
+        """See ``dispatch.Way``."""
+        *inputs, bias, output = saved[:5]
+        create_graph = torch.is_grad_enabled()
+        if not create_graph:
+            inputs = [x.detach().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            query, key, value = (x.flatten(0, -3) for x in inputs)
+            again = differentiable(query, key, value, bias, self.job, self.kernel)
+            found = torch.autograd.grad(
+                again.view(output.shape),
+                list(itertools.compress(inputs, needed)),
+                gradient,
+                create_graph=create_graph,
+            )
         each = iter(found)
-        return (*(next(each) if is_needed else None for is_needed in needed), *[None] * 5)
+        return [next(each) if is_needed else None for is_needed in needed]
 
 
 def differentiable(
@@ -119,7 +109,3 @@ def differentiable(
         kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
         probabilities = probabilities * factors
     return probabilities.to(value.dtype) @ value
-
-
-class FailedError(Exception):
-    """What has failed is reported already."""

@@ -27,7 +27,7 @@ def apply(session: Session, setting: str) -> Undo:
 
     if not hasattr(torch.library, "get_kernel"):
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
-    return cpu.install(lambda error: session.contain(NAME, error))
+    return cpu.install(session.turns_back(NAME))
 
 
 KNOB = Knob(

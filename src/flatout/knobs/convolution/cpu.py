@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
 
 MOST_CHANNELS = 4
@@ -20,11 +21,6 @@ MOST_CHANNELS = 4
 channels of the plain one as a block has pixels."""
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-_PAST_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-"""The operators here are below autocast, which must not see what they are made of: in a backward
-pass it is on where the program has it so, and torch's own kernel takes no notice."""
 
 
 class How(NamedTuple):
@@ -51,34 +47,24 @@ class How(NamedTuple):
         return self.groups == 1 and all(gap == 1 for gap in self.dilation)
 
 
-def install(on_failure: Callable[[Exception], None]) -> Undo:
+def install(failed: Failed) -> Undo:
     """Replace convolutions and their backward pass; returns what puts torch's own back.
 
     Args:
-        on_failure: called when something here failed; torch's own kernel has done it then.
+        failed: told when something here failed; torch's own kernel has done it then.
     """
-    own = torch.library.get_kernel("aten::convolution", "CPU")
-    own_backward = torch.library.get_kernel("aten::convolution_backward", "CPU")
 
     def convolution(
-        keyset: Any,
+        below: Callable[..., Any],
         images: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         *settings: Any,
-    ) -> torch.Tensor:
-        try:
-            with torch._C._ExcludeDispatchKeyGuard(_PAST_AUTOCAST):
-                found = forward(images, weight, bias, How.of(settings))
-        except Exception as error:  # noqa: BLE001 - reported
-            on_failure(error)
-            found = None
-        if found is None:
-            found = own.call_boxed(keyset, images, weight, bias, *settings)
-        return found
+    ) -> torch.Tensor | None:
+        return forward(images, weight, bias, How.of(settings))
 
     def convolution_backward(
-        keyset: Any,
+        below: Callable[..., Any],
         gradient: torch.Tensor,
         images: torch.Tensor,
         weight: torch.Tensor,
@@ -86,24 +72,18 @@ def install(on_failure: Callable[[Exception], None]) -> Undo:
         *settings: Any,
     ) -> Any:
         *how, wanted = settings
-        own_wanted = list(wanted)
-        found: tuple[torch.Tensor | None, ...] = (None, None, None)
-        try:
-            with torch._C._ExcludeDispatchKeyGuard(_PAST_AUTOCAST):
-                found = backward(gradient, images, weight, How.of(how), wanted)
-            own_wanted = [w and f is None for w, f in zip(wanted, found, strict=True)]
-        except Exception as error:  # noqa: BLE001 - reported
-            on_failure(error)
-        if any(own_wanted):
-            rest = own_backward.call_boxed(
-                keyset, gradient, images, weight, bias_sizes, *how, own_wanted
-            )
-            found = tuple(r if f is None else f for f, r in zip(found, rest, strict=True))
-        return found
+        found = backward(gradient, images, weight, How.of(how), wanted)
+        left = [w and f is None for w, f in zip(wanted, found, strict=True)]
+        if left == list(wanted):
+            return None
+        if not any(left):
+            return found
+        rest = below(gradient, images, weight, bias_sizes, *how, left)
+        return tuple(r if f is None else f for f, r in zip(found, rest, strict=True))
 
-    return dispatch.replace(
-        {"convolution": convolution, "convolution_backward": convolution_backward}, "CPU"
-    )
+    functions: dict[str, dispatch.Function]
+    functions = {"convolution": convolution, "convolution_backward": convolution_backward}
+    return dispatch.layer(functions, "CPU", failed=failed)
 
 
 def forward(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
-
-OPERATOR = "aten::cross_entropy_loss"
 
 FEWEST_LOGITS = 1 << 18
 """Below, what is saved is not worth the way through Python."""
@@ -49,56 +48,80 @@ class Job(NamedTuple):
     kernel: Callable[..., int]
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(dispatch.Recorded):
     """The loss; its gradient is computed with it, where one will be asked for."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, job: Job) -> torch.Tensor:
-        """The loss in float32: of each row, or reduced to one number.
 
-        Args:
-            ctx: of autograd.
-            logits: rows x classes, contiguous.
-            targets: rows, contiguous.
-            job: what is asked for.
+class Loss:
+    """How its gradient is computed; see ``dispatch.Way``.
 
-        Raises:
-            IndexError: a target is no class.
-        """
-        rows, classes = logits.shape
-        losses = torch.empty(rows, dtype=torch.float32, device="cpu")
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        counted = rows - int((targets == job.ignored).sum())
-        scale = 1.0 / counted if job.reduction == "mean" and counted else 1.0
-        asked = Asked(
-            *(rows, classes, logits.data_ptr(), targets.data_ptr(), job.ignored),
-            *(job.smoothing, scale, logits.dtype is torch.bfloat16, torch.get_num_threads()),
-        )
-        at = None if gradient is None else gradient.data_ptr()
-        if job.kernel(ctypes.addressof(asked), losses.data_ptr(), at):
-            raise IndexError("a target is out of bounds")
-        ctx.save_for_backward(targets, gradient)
-        # Not saved with them: the program may change it after the loss, as with torch's own.
-        ctx.logits, ctx.job = logits, job
-        if job.reduction == "none":
-            return losses
-        total = losses.double().sum()
-        return (total / counted if job.reduction == "mean" else total).float()
+    Args:
+        logits: rows x classes. They are not saved: the program may change them after the loss, as
+            with torch's own.
+        job: what is asked for.
+        failed: told of a failure.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        """See ``forward``; what it returns can be differentiated when that is asked for."""
-        targets, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            with torch.autocast("cpu", enabled=False):
-                again = differentiable(ctx.logits, targets, ctx.job)
-                (found,) = torch.autograd.grad(again, ctx.logits, outer, create_graph=True)
-            return found, None, None
+    def __init__(self, logits: torch.Tensor, job: Job, failed: Failed) -> None:
+        self._logits: torch.Tensor | None = logits
+        self._job = job
+        self.failed = failed
+
+    def gradients(
+        self, saved: Sequence[torch.Tensor], needed: Sequence[bool], outer: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """See ``dispatch.Way``."""
+        gradient = saved[1]
+        found = _scaled(gradient, outer)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            found = _scaled(gradient, outer)
-            return found.clone() if found is gradient else found, None, None
-        ctx.logits = None
-        return _scaled(gradient, outer), None, None
+            return (found.clone() if found is gradient else found,)
+        self._logits = None
+        return (found,)
+
+    def again(
+        self, saved: Sequence[torch.Tensor], needed: Sequence[bool], outer: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """See ``dispatch.Way``."""
+        targets, gradient = saved
+        logits = self._logits
+        if not torch.is_grad_enabled() or logits is None:
+            return (_scaled(gradient, outer),)
+        with torch.autocast("cpu", enabled=False):
+            loss = differentiable(logits, targets, self._job)
+            (found,) = torch.autograd.grad(loss, logits, outer, create_graph=True)
+        return (found,)
+
+
+def computed(
+    logits: torch.Tensor, targets: torch.Tensor, job: Job, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss in float32 (of each row, or reduced to one number), and its gradient if it trains.
+
+    Args:
+        logits: rows x classes, contiguous.
+        targets: rows, contiguous.
+        job: what is asked for.
+        trains: whether its gradient may be asked for.
+
+    Raises:
+        IndexError: a target is no class.
+    """
+    rows, classes = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device="cpu")
+    gradient = torch.empty_like(logits) if trains else None
+    counted = rows - int((targets == job.ignored).sum())
+    scale = 1.0 / counted if job.reduction == "mean" and counted else 1.0
+    asked = Asked(
+        *(rows, classes, logits.data_ptr(), targets.data_ptr(), job.ignored),
+        *(job.smoothing, scale, logits.dtype is torch.bfloat16, torch.get_num_threads()),
+    )
+    at = None if gradient is None else gradient.data_ptr()
+    if job.kernel(ctypes.addressof(asked), losses.data_ptr(), at):
+        raise IndexError("a target is out of bounds")
+    if job.reduction == "none":
+        return losses, gradient
+    total = losses.double().sum()
+    return (total / counted if job.reduction == "mean" else total).float(), gradient
 
 
 def _scaled(gradient: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
@@ -124,24 +147,23 @@ def differentiable(logits: torch.Tensor, targets: torch.Tensor, job: Job) -> tor
     return losses.sum() / counts.sum() if job.reduction == "mean" else losses.sum()
 
 
-def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Undo:
+def install(library: ctypes.CDLL, failed: Failed) -> Undo:
     """Replace cross entropy on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/cross_entropy.c``.
-        on_failure: called when it could not be computed; torch's own way has been gone then.
+        failed: told when it could not be computed; torch's own way has been gone then.
     """
     kernel = library.cross_entropy
     kernel.restype = ctypes.c_int64
     kernel.argtypes = [ctypes.c_void_p] * 3
-    below = dispatch.replace(
-        {"cross_entropy_loss": _replacement("AutogradCPU", torch.float32, kernel, on_failure)},
-        *("AutogradCPU", "CPU"),
-    )
-    under_autocast = dispatch.replace(
-        {"cross_entropy_loss": _replacement("AutocastCPU", torch.bfloat16, kernel, on_failure)},
-        "AutocastCPU",
-    )
+
+    def put(dtype: torch.dtype, *keys: str) -> Undo:
+        functions = {"cross_entropy_loss": _function(dtype, kernel, failed)}
+        return dispatch.layer(functions, *keys, failed=failed)
+
+    below = put(torch.float32, "AutogradCPU", "CPU")
+    under_autocast = put(torch.bfloat16, "AutocastCPU")
 
     def undo() -> None:
         under_autocast()
@@ -150,46 +172,49 @@ def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Un
     return undo
 
 
-def _replacement(
-    key: str,
-    dtype: torch.dtype,
-    kernel: Callable[..., int],
-    on_failure: Callable[[Exception], None],
-) -> Callable[..., torch.Tensor]:
-    """What stands behind the operator for a dispatch key; it takes logits of one dtype."""
-    own = torch.library.get_kernel(OPERATOR, key)
+def _function(
+    dtype: torch.dtype, kernel: Callable[..., int], failed: Failed
+) -> Callable[..., dispatch.Call | None]:
+    """What stands behind the operator; it takes logits of one dtype."""
 
     def cross_entropy(
-        keyset: Any,
+        below: Callable[..., torch.Tensor],
         logits: torch.Tensor,
         targets: torch.Tensor,
         weight: torch.Tensor | None = None,
         reduction: int = 1,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> dispatch.Call | None:
         if (
-            weight is None
-            and 0.0 <= label_smoothing <= 1.0
-            and logits.dtype is dtype
-            and can_take(logits, targets)
+            weight is not None
+            or not 0.0 <= label_smoothing <= 1.0
+            or logits.dtype is not dtype
+            or not can_take(logits, targets)
         ):
-            job = Job(REDUCTIONS[reduction], ignore_index, label_smoothing, kernel)
-            try:
-                loss: torch.Tensor = CrossEntropy.apply(
-                    logits.contiguous(), targets.contiguous(), job
-                )
-                return loss
-            except IndexError:
-                pass  # torch says it in its own words
-            except Exception as error:  # noqa: BLE001 - reported
-                on_failure(error)
-        result: torch.Tensor = own.call_boxed(
-            keyset, logits, targets, weight, reduction, ignore_index, label_smoothing
-        )
-        return result
+            return None
+        job = Job(REDUCTIONS[reduction], ignore_index, label_smoothing, kernel)
+        rows, classes = logits.contiguous(), targets.contiguous()
+        trains = torch.is_grad_enabled() and logits.requires_grad
+        try:
+            loss, gradient = computed(rows, classes, job, trains)
+        except IndexError:
+            return None  # torch says it in its own words
+        return dispatch.Call(_recorded, (loss, gradient, logits, classes, job, failed))
 
     return cross_entropy
+
+
+def _recorded(
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    job: Job,
+    failed: Failed,
+) -> torch.Tensor:
+    way = Loss(logits, job, failed)
+    return dispatch.recorded(CrossEntropy, way, loss, (targets, gradient), logits)
 
 
 def can_take(logits: torch.Tensor, targets: torch.Tensor) -> bool:

@@ -41,9 +41,7 @@ def apply(session: Session, setting: str) -> Undo:
     except ImportError as error:
         raise RefusedError("the program has no Pillow to decode images with") from error
 
-    def on_failure(error: Exception) -> None:
-        session.contain(NAME, error)
-
+    on_failure = session.turns_back(NAME)
     # A comparison turns these on and off: each time, they go on from what they know.
     if setting == "keep":
         from flatout.knobs.decode.keep import DecodedImages

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
 
 FEWEST = 1 << 15
@@ -20,13 +21,12 @@ TANH, GELU = range(2)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Undo:
+def install(library: ctypes.CDLL, failed: Failed) -> Undo:
     """Replace the operators; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/elementwise.c``.
-        on_failure: called when something could not be computed; torch's own kernel has done it
-            then.
+        failed: told when something could not be computed; torch's own kernel has done it then.
     """
     activation, magnitude = library.activation, library.magnitude
     address = ctypes.c_void_p
@@ -55,40 +55,33 @@ def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Un
         activation(function, x.data_ptr(), outer, made.data_ptr(), x.numel(), is_bf16, threads)
         return made
 
-    def tanh(x: torch.Tensor) -> torch.Tensor | None:
+    def tanh(below: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
         return computed(TANH, x)
 
-    def gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor | None:
+    def gelu(
+        below: Callable[..., Any], x: torch.Tensor, *, approximate: str = "none"
+    ) -> torch.Tensor | None:
         return computed(GELU, x) if approximate == "tanh" else None
 
     def gelu_backward(
-        gradient: torch.Tensor, x: torch.Tensor, *, approximate: str = "none"
+        below: Callable[..., Any],
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        *,
+        approximate: str = "none",
     ) -> torch.Tensor | None:
         return computed(GELU, x, gradient) if approximate == "tanh" else None
 
-    def complex_abs(z: torch.Tensor) -> torch.Tensor | None:
+    def complex_abs(below: Callable[..., Any], z: torch.Tensor) -> torch.Tensor | None:
         if z.is_conj() or not _can_take(z, (torch.complex64,)):
             return None
         made = torch.empty_like(z, dtype=torch.float32)
         magnitude(z.data_ptr(), made.data_ptr(), z.numel(), torch.get_num_threads())
         return made
 
-    def first(function: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
-        """What is below is called where ``function`` returns nothing."""
-
-        def layer(below: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                found = function(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - reported
-                on_failure(error)
-                found = None
-            return below(keyset, *args, **kwargs) if found is None else found
-
-        return layer
-
-    functions: dict[str, Callable[..., torch.Tensor | None]]
+    functions: dict[str, dispatch.Function]
     functions = {"tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward, "abs": complex_abs}
-    return dispatch.layer({name: first(function) for name, function in functions.items()}, "CPU")
+    return dispatch.layer(functions, "CPU", failed=failed)
 
 
 def _can_take(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -33,7 +33,7 @@ def apply(session: Session, setting: str) -> Undo:
     from flatout.knobs.embedding import cpu
 
     library = dispatch.compiled("embedding", "torch's own gradients of embedding bags")
-    return cpu.install(library, lambda error: session.contain(NAME, error))
+    return cpu.install(library, session.turns_back(NAME))
 
 
 KNOB = Knob(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
 from flatout.knobs.embedding import OPERATOR
 
@@ -38,26 +39,21 @@ class Bags(ctypes.Structure):
     )
 
 
-def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Undo:
+def install(library: ctypes.CDLL, failed: Failed) -> Undo:
     """Replace the operator; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/embedding.c``.
-        on_failure: called when a gradient could not be computed; torch's own has done it then.
+        failed: told when a gradient could not be computed; torch's own has done it then.
     """
     kernel = library.embedding_bags
     kernel.restype = ctypes.c_int
     kernel.argtypes = [ctypes.c_void_p]
 
-    def layer(below: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            found = _gradient(kernel, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - reported
-            on_failure(error)
-            found = None
-        return below(keyset, *args, **kwargs) if found is None else found
+    def computed(below: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return _gradient(kernel, *args, **kwargs)
 
-    return dispatch.layer({OPERATOR: layer}, "CPU")
+    return dispatch.layer({OPERATOR: computed}, "CPU", failed=failed)
 
 
 def _gradient(

@@ -42,7 +42,7 @@ def apply(session: Session, setting: str) -> Undo:
     if session not in _learned:
         _learned[session] = OnDemand(
             lambda why: session.event("skipped", NAME, why),
-            lambda error: session.contain(NAME, error),
+            session.turns_back(NAME),
         )
     on_demand = _learned[session]
     give_back = on_demand.install()

@@ -52,13 +52,13 @@ def apply(session: Session, setting: str) -> Undo:
     if setting == "batched":
         from flatout.knobs.loader.batched import BatchedFetch
 
-        return BatchedFetch(lambda error: session.contain(NAME, error)).install()
+        return BatchedFetch(session.turns_back(NAME)).install()
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
         # A comparison turns this on and off: each time, it goes on from what it knows.
         if session not in _caches:
-            _caches[session] = SampleCache(say, lambda error: session.contain(NAME, error))
+            _caches[session] = SampleCache(say, session.turns_back(NAME))
         return _caches[session].install()
     if setting == "prefetch":
         from flatout.knobs.loader.prefetch import Prefetch

@@ -28,24 +28,31 @@ def apply(session: Session, setting: str) -> Undo:
     import torch
     from torch import nn
 
+    from flatout.agent.containment import attempt
     from flatout.agent.place import take_place
     from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(session)
+    failed = session.turns_back(NAME)
     undos = []
     if hasattr(torch.library, "get_kernel"):
-        undos.append(keep_layouts(lambda error: session.contain(NAME, error)))
+        undos.append(keep_layouts(failed))
     conv_forward: Callable[..., torch.Tensor] = nn.Conv2d._conv_forward
     transposed_forward: Callable[..., torch.Tensor] = nn.ConvTranspose2d.forward
 
     def convolve(module: Any, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        turned = wrapper.turned(images, module)
-        return conv_forward(module, turned, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            turned = attempt(failed, wrapper.turned, images, module)
+            images = images if turned is None else turned
+        return conv_forward(module, images, *args, **kwargs)
 
     def convolve_transposed(
         module: Any, input: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        return transposed_forward(module, wrapper.turned(input, module), *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            turned = attempt(failed, wrapper.turned, input, module)
+            input = input if turned is None else turned
+        return transposed_forward(module, input, *args, **kwargs)
 
     session.forward_wrappers.append(wrapper)
     undos += [
@@ -74,19 +81,11 @@ class ChannelsLast:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._suits: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._tried: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
         self._is_on = False
 
     def turned(self, images: torch.Tensor, convolution: Any) -> torch.Tensor:
         """What a convolution is to be given: batch x channels x height x width, the same values."""
-        import torch
-
-        if (
-            not self._is_on
-            or convolution.groups != 1
-            or images.dim() != 4
-            or torch.compiler.is_compiling()
-        ):
+        if not self._is_on or convolution.groups != 1 or images.dim() != 4:
             return images
         return channels_last(images)
 
@@ -100,23 +99,13 @@ class ChannelsLast:
         """Around an outermost module call."""
         if NAME in self._session.failed_knobs or self._is_on or not self._is_for(module):
             return call(module, *args, **kwargs)
-        tried = self._tried.setdefault(module, set())
-        before = None if module.training in tried else Snapshot(module)
-        tried.add(module.training)
-
-        def turned() -> Any:
-            self._is_on = True
-            try:
-                return as_in_rows(call(module, *args, **kwargs))
-            finally:
-                self._is_on = False
-
-        def bare() -> Any:
-            if before is not None:
-                before.restore()
-            return call(module, *args, **kwargs)
-
-        return self._session.attempt(NAME, turned, bare)
+        self._is_on = True
+        try:
+            with self._session.blames(NAME):
+                output = call(module, *args, **kwargs)
+        finally:
+            self._is_on = False
+        return as_in_rows(output)
 
     def _is_for(self, module: Any) -> bool:
         """Whether most of a module's convolutions are neither grouped nor of other dimensions."""
@@ -131,37 +120,6 @@ class ChannelsLast:
                 name = type(module).__qualname__
                 self._session.event("skipped", NAME, f"{name} is left alone: it has {why}")
         return self._suits[module]
-
-
-class Snapshot:
-    """What a forward pass changes besides its output: random states and buffers.
-
-    Args:
-        module: that is about to be called.
-    """
-
-    def __init__(self, module: Any) -> None:
-        import torch
-
-        from flatout.agent import device
-
-        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        self._state = torch.get_rng_state()
-        self._accelerator = device.accelerator_in_use()
-        if self._accelerator is not None:
-            backend = torch.get_device_module(self._accelerator)
-            self._accelerator_state = backend.get_rng_state()
-
-    def restore(self) -> None:
-        """Bring it all back."""
-        import torch
-
-        torch.set_rng_state(self._state)
-        if self._accelerator is not None:
-            torch.get_device_module(self._accelerator).set_rng_state(self._accelerator_state)
-        with torch.no_grad():
-            for buffer, copy in self._buffers:
-                buffer.copy_(copy)
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
@@ -202,8 +160,8 @@ KNOB = Knob(
         "again. On the CPU, gradients that reach activations in another layout, in any module, "
         "are brought into theirs. Parameters, their gradients and the optimizer's state keep their "
         "layout, so fused optimizers and checkpoints are safe: torch's fused steps are silently "
-        "wrong where the strides of state and parameter differ. A module that fails on the format "
-        "(a `view` of activations) is called again without it, and the knob turned back. Left "
+        "wrong where the strides of state and parameter differ. Where torch fails on the format "
+        "(a `view` of activations), the program gets the error, and the knob is turned back. Left "
         "alone: modules most of whose convolutions are grouped. Dropout on images meets the same "
         "random numbers in another order.",
         helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",

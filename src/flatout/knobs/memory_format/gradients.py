@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
 
 BACKWARD = (
@@ -26,28 +27,26 @@ BACKWARD = (
 """Operators whose first two arguments are a gradient and the activations that it belongs to."""
 
 
-def keep_layouts(on_failure: Callable[[Exception], None]) -> Undo:
+def keep_layouts(failed: Failed) -> Undo:
     """Let these operators get gradients in the layout of the activations; returns the undo.
 
     Args:
-        on_failure: called when something here failed; torch's own kernel has done it then.
+        failed: told when something here failed; torch's own kernel has got the gradient as it was.
     """
 
     def in_layout(
         below: Callable[..., Any],
-        keyset: Any,
         gradient: torch.Tensor,
         activations: torch.Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> Any:
-        try:
-            gradient = _like(gradient, activations)
-        except Exception as error:  # noqa: BLE001 - reported
-            on_failure(error)
-        return below(keyset, gradient, activations, *args, **kwargs)
+    ) -> dispatch.Call | None:
+        found = _like(gradient, activations)
+        if found is gradient:
+            return None
+        return dispatch.Call(below, (found, activations, *args), kwargs)
 
-    return dispatch.layer(dict.fromkeys(BACKWARD, in_layout), "CPU")
+    return dispatch.layer(dict.fromkeys(BACKWARD, in_layout), "CPU", failed=failed)
 
 
 def _like(gradient: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def _safe(session: Session) -> Undo:
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
     operators = Float32Operators(
         "cpu" if accelerator is None else accelerator.type,
-        lambda error: session.contain(NAME, error),
+        session.turns_back(NAME),
     )
     autocast = SafeAutocast(session, NAME, torch.bfloat16, operators)
     session.forward_wrappers.append(autocast)
@@ -117,16 +117,15 @@ def _fp16(session: Session) -> Undo:
 
     scaling = LossScaling(session, NAME)
     autocast = ScaledAutocast(session, NAME, torch.float16, scaling)
-    before, after = (session.contained(NAME, f) for f in (scaling.before, scaling.after))
     session.forward_wrappers.append(autocast)
-    session.before_optimizer_step.append(before)
-    session.after_optimizer_step.append(after)
+    session.before_optimizer_step.append(scaling.before)
+    session.after_optimizer_step.append(scaling.after)
     scaling.install()
 
     def undo() -> None:
         session.forward_wrappers.remove(autocast)
-        session.before_optimizer_step.remove(before)
-        session.after_optimizer_step.remove(after)
+        session.before_optimizer_step.remove(scaling.before)
+        session.after_optimizer_step.remove(scaling.after)
         scaling.remove()
 
     return undo

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout import kernels
-from flatout.agent.hooks import is_ours
 from flatout.agent.nested import mapped
 from flatout.knobs.precision import packed
 
@@ -56,11 +55,9 @@ class Autocast:
             if device is not None:
                 self._under_another(module)
             return call(module, *args, **kwargs)
-        return self._session.attempt(
-            self._knob,
-            lambda: in_float32(self._under(device, call, module, args, kwargs)),
-            lambda: call(module, *args, **kwargs),
-        )
+        with self._session.blames(self._knob):
+            output = self._under(device, call, module, args, kwargs)
+        return in_float32(output)
 
     def _under(
         self,
@@ -144,8 +141,6 @@ class PackingAutocast(Autocast):
             return lambda: None
 
     def _has_failed(self, error: Exception) -> None:
-        if not is_ours(error):
-            raise error
         why = f"weights are cast in each call: {type(error).__name__}: {error}"
         self._session.event("skipped", self._knob, why, "".join(traceback.format_exception(error)))
 

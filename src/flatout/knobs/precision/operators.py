@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 
 FLOAT32 = (
     *("sigmoid", "log_sigmoid", "softplus", "softmax.int", "log_softmax.int", "logsumexp"),
@@ -52,7 +53,7 @@ class Float32Operators:
 
     Args:
         device: the device type.
-        on_failure: called when one of them has failed; torch's own has done it then.
+        failed: told when one of them has failed; torch's own has done it then.
 
     Attributes:
         is_wanted: whether they shall act; otherwise they do what torch does.
@@ -62,17 +63,16 @@ class Float32Operators:
         RuntimeError: this torch cannot hand over the kernels to be replaced.
     """
 
-    def __init__(self, device: str, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(self, device: str, failed: Failed) -> None:
         key = f"Autocast{device.upper()}"
         self.is_wanted = True
-        self._on_failure = on_failure
         self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         # By identity: a weak reference would keep torch from exchanging a weight
         # (``torch.utils.swap_tensors``), and a later weight that is taken for one loses nothing.
         self._heads: set[tuple[int, torch.Size]] = set()
-        kernels = {name: self._kernel(name, key, self._kept) for name in FLOAT32}
-        kernels |= {name: self._kernel(name, key, self._product) for name in PRODUCTS}
-        self.remove = dispatch.replace(kernels, key)
+        functions = {name: self._function(name, lambda args: True) for name in FLOAT32}
+        functions |= {name: self._function(name, self._is_of_head) for name in PRODUCTS}
+        self.remove = dispatch.layer(functions, key, failed=failed)
 
     @contextlib.contextmanager
     def finding_head(self) -> Iterator[Products]:
@@ -83,49 +83,29 @@ class Float32Operators:
         if products.weight is not None and not products.makes_data:
             self._heads.add((id(products.weight), products.weight.shape))
 
-    def _kernel(self, name: str, key: str, kind: Callable[..., Any]) -> Callable[..., Any]:
-        qualified = f"aten::{name}"
+    def _function(self, name: str, is_kept: Callable[..., bool]) -> dispatch.Function:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        own = None
-        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
-            own = torch.library.get_kernel(qualified, key)
 
-        def theirs(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            if own is not None:
-                return own.call_boxed(keyset, *args, **kwargs)
-            return self._past_autocast(operator, args, kwargs)
+        def function(below: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Call | None:
+            if not self.is_wanted or not is_kept(args):
+                return None
+            covers_all = name == "conv2d" and _covers_all(*args, **kwargs)
+            wanted = _one_product if covers_all else operator
+            return dispatch.Call(self._past_autocast, (wanted, args, kwargs))
 
-        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.is_wanted:
-                try:
-                    arguments = kind(args)
-                except Exception as error:  # noqa: BLE001 - reported
-                    self._on_failure(error)
-                else:
-                    if arguments is not None:
-                        wanted = operator
-                        if name == "conv2d" and _covers_all(*arguments, **kwargs):
-                            wanted = _one_product
-                        return self._past_autocast(wanted, arguments, kwargs)
-            return theirs(keyset, *args, **kwargs)
-
-        return kernel
+        return function
 
     def _past_autocast(
         self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(self._excluded):
-            return operator(*args, **kwargs)
+            return operator(*map(_widened, args), **kwargs)
 
-    def _kept(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(map(_widened, args))
-
-    def _product(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The arguments in float32 for a head, ``None`` for what autocast may have."""
+    def _is_of_head(self, args: tuple[Any, ...]) -> bool:
+        """Whether a product is one of a head; autocast may have the others."""
         weight = _weight(args)
-        is_head = weight is not None and (id(weight), weight.shape) in self._heads
-        return self._kept(args) if is_head else None
+        return weight is not None and (id(weight), weight.shape) in self._heads
 
 
 class Products(TorchFunctionMode):

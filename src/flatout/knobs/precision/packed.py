@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flatout import kernels
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 
 FEWEST_ROWS = 32
 """Of the input; a product with fewer reads its weight once, and looking at it does so again."""
@@ -59,44 +60,43 @@ class PackedLinear:
     """Stands in for ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
 
     Args:
-        on_failure: called when packing has failed; torch's own way is gone then and from there on.
+        failed: told when packing has failed; torch's own way is gone then and from there on.
 
     Raises:
         KernelError: ``kernels/fingerprint.c`` cannot be built.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(self, failed: Failed) -> None:
         self._fingerprint = kernels.load("fingerprint").fingerprint
         self._fingerprint.restype = ctypes.c_uint64
         self._fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        self._on_failure = on_failure
+        self._failed = failed
         self._has_failed = False
         self._packed: dict[int, Packed] = {}  # by the identity of the weight
-        self._undo = dispatch.layer({"linear": self._linear}, "AutocastCPU")
+        self._undo = dispatch.layer(
+            {"linear": self._linear}, "AutocastCPU", failed=self._leave_to_torch
+        )
 
     def remove(self) -> None:
         """Put torch's own back, and let go of the weights."""
         self._undo()
         self._packed.clear()
 
+    def _leave_to_torch(self, error: Exception) -> None:
+        self._has_failed = True
+        self._failed(error)
+
     def _linear(
         self,
         below: Callable[..., torch.Tensor],
-        keyset: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if not self._has_failed:
-            try:
-                if _can_take(x, weight, bias):
-                    packed = self._pack(weight, x.numel() // x.shape[-1])
-                    if packed is not None:
-                        return _product(x, packed, bias)
-            except Exception as error:  # noqa: BLE001 - reported
-                self._has_failed = True
-                self._on_failure(error)
-        return below(keyset, x, weight, bias)
+    ) -> torch.Tensor | None:
+        if self._has_failed or not _can_take(x, weight, bias):
+            return None
+        packed = self._pack(weight, x.numel() // x.shape[-1])
+        return None if packed is None else _product(x, packed, bias)
 
     def _pack(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
         """The weight as it is now, packed; ``None``: it changes all the time."""

@@ -27,7 +27,7 @@ def apply(session: Session, setting: str) -> Undo:
     return cpu.install(
         dispatch.compiled("bernoulli", "torch's own numbers"),
         paired=setting == "paired",
-        on_failure=lambda error: session.contain(NAME, error),
+        failed=session.turns_back(NAME),
     )
 
 

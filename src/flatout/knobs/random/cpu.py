@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
-
-BERNOULLI, DROPOUT = "aten::bernoulli_.float", "aten::dropout"
 
 ALWAYS = 1 << 16
 """Dropout keeps an element where a half word lies below this times the probability of keeping."""
@@ -23,69 +23,58 @@ SERIAL_BELOW = 32768
 """Elements below which one thread does it: waking the others takes as long."""
 
 
-def install(kernel: ctypes.CDLL, paired: bool, on_failure: Callable[[Exception], None]) -> Undo:
+def install(kernel: ctypes.CDLL, paired: bool, failed: Failed) -> Undo:
     """Replace ``aten::bernoulli_`` and ``aten::dropout`` on the CPU; returns what undoes that.
 
     Args:
         kernel: the library of ``kernels/bernoulli.c``.
         paired: torch's kernel runs as well, on a copy that is thrown away, and leaves the
             generator as it would be without this.
-        on_failure: called when one could not be computed; torch's own kernel has done it then.
+        failed: told when one could not be computed; torch's own kernel has done it then.
     """
-    own = torch.library.get_kernel(BERNOULLI, "CPU")
-    own_dropout = torch.library.get_kernel(DROPOUT, "AutogradCPU")
-    bernoulli = Bernoulli(kernel, on_failure)
+    bernoulli = Bernoulli(kernel)
 
-    def key_for(generator: torch.Generator | None, like: torch.Tensor, p: float) -> int:
+    def key_for(generator: torch.Generator | None, own: Callable[[], object] | None) -> int:
         """A key; of one that is paired, the generator goes on as after torch's own kernel."""
-        if not paired:
+        if own is None:
             return bernoulli.key(generator)
         drawn_from = torch.default_generator if generator is None else generator
         before = drawn_from.get_state()
         key = bernoulli.key(generator)
         drawn_from.set_state(before)
-        keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        own.call_boxed(keyset, torch.empty_like(like), p, generator=generator)
+        own()
         return key
 
-    def state_of(generator: torch.Generator | None) -> Callable[[], object]:
-        """What brings a generator back to where it is now, which only ``paired`` promises."""
-        if not paired:
-            return lambda: None
-        drawn_from = torch.default_generator if generator is None else generator
-        state = drawn_from.get_state()
-        return lambda: drawn_from.set_state(state)
-
     def bernoulli_(
-        keyset: Any, tensor: torch.Tensor, p: float = 0.5, *, generator: Any = None
-    ) -> torch.Tensor:
-        if bernoulli.can_fill(tensor, p):
-            bring_back = state_of(generator)
-            try:
-                bernoulli.fill(tensor, p, key_for(generator, tensor, p))
-                return tensor
-            except Exception as error:  # noqa: BLE001 - reported
-                bring_back()
-                on_failure(error)
-        result: torch.Tensor = own.call_boxed(keyset, tensor, p, generator=generator)
-        return result
+        below: Callable[..., Any], tensor: torch.Tensor, p: float = 0.5, *, generator: Any = None
+    ) -> torch.Tensor | None:
+        if not bernoulli.can_fill(tensor, p):
+            return None
 
-    def dropout(keyset: Any, tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-        if train and bernoulli.can_drop(tensor, p):
-            bring_back = state_of(None)
-            try:
-                key = key_for(None, tensor.detach(), 1.0 - p)
-                keep = round((1.0 - p) * ALWAYS)
-                dropped: torch.Tensor = Dropout.apply(tensor, bits_of(tensor), keep, key, bernoulli)
-                return dropped
-            except Exception as error:  # noqa: BLE001 - reported
-                bring_back()
-                on_failure(error)
-        result: torch.Tensor = own_dropout.call_boxed(keyset, tensor, p, train)
-        return result
+        def own() -> None:
+            below(torch.empty_like(tensor), p, generator=generator)
 
-    put_back = dispatch.replace({"bernoulli_.float": bernoulli_}, "CPU")
-    put_dropout_back = dispatch.replace({"dropout": dropout}, "AutogradCPU", "CPU")
+        with drawing(generator, paired):
+            bernoulli.fill(tensor, p, key_for(generator, own if paired else None))
+        return tensor
+
+    def dropout(
+        below: Callable[..., Any], tensor: torch.Tensor, p: float, train: bool
+    ) -> dispatch.Call | None:
+        if not train or not bernoulli.can_drop(tensor, p):
+            return None
+
+        def own() -> None:
+            below(tensor.detach(), p, train)
+
+        keep, bits = round((1.0 - p) * ALWAYS), bits_of(tensor)
+        with drawing(None, paired):
+            dropped = bernoulli.drop(tensor, bits, keep, key_for(None, own if paired else None))
+        way = Kept(bernoulli, keep, tensor.stride(), failed)
+        return dispatch.Call(dispatch.recorded, (Dropout, way, dropped, (bits,), tensor))
+
+    put_back = dispatch.layer({"bernoulli_.float": bernoulli_}, "CPU", failed=failed)
+    put_dropout_back = dispatch.layer({"dropout": dropout}, "AutogradCPU", "CPU", failed=failed)
 
     def undo() -> None:
         put_dropout_back()
@@ -94,16 +83,27 @@ def install(kernel: ctypes.CDLL, paired: bool, on_failure: Callable[[Exception],
     return undo
 
 
+@contextlib.contextmanager
+def drawing(generator: torch.Generator | None, is_kept: bool) -> Iterator[None]:
+    """Bring a generator back to where it was if something fails, which ``paired`` promises."""
+    drawn_from = torch.default_generator if generator is None else generator
+    state = drawn_from.get_state() if is_kept else None
+    try:
+        yield
+    except BaseException:
+        if state is not None:
+            drawn_from.set_state(state)
+        raise
+
+
 class Bernoulli:
     """Fills tensors with the compiled kernel.
 
     Args:
         kernel: the library of ``kernels/bernoulli.c``.
-        on_failure: see ``install``.
     """
 
-    def __init__(self, kernel: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> None:
-        self.on_failure = on_failure
+    def __init__(self, kernel: ctypes.CDLL) -> None:
         words = {
             8: (kernel.bernoulli_8, ctypes.c_uint8),
             16: (kernel.bernoulli_16, ctypes.c_uint16),
@@ -191,40 +191,48 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
-class Dropout(torch.autograd.Function):
+class Dropout(dispatch.Recorded):
     """Dropout in one pass that keeps a bit an element for the backward pass."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: torch.Tensor,
-        bits: torch.Tensor,
-        keep: int,
-        key: int | None,
-        bernoulli: Bernoulli,
-    ) -> torch.Tensor:
-        """See ``Bernoulli.drop``."""
-        ctx.save_for_backward(bits)
-        ctx.keep, ctx.bernoulli, ctx.stride = keep, bernoulli, tensor.stride()
-        return bernoulli.drop(tensor, bits, keep, key)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The same of the gradient, whose elements are brought into the order of the tensor's."""
-        (bits,) = ctx.saved_tensors
-        keep, bernoulli = ctx.keep, ctx.bernoulli
-        if not torch._C._are_functorch_transforms_active():
-            try:
-                ordered = gradient
-                if gradient.stride() != ctx.stride:
-                    ordered = gradient.new_empty_strided(gradient.shape, ctx.stride)
-                    ordered = ordered.copy_(gradient)
-                return Dropout.apply(ordered, bits, keep, None, bernoulli), None, None, None, None
-            except Exception as error:  # noqa: BLE001 - reported
-                bernoulli.on_failure(error)
+class Kept(NamedTuple):
+    """The gradient of dropout, which is dropout with the same bits.
+
+    Attributes:
+        bernoulli: computes it.
+        keep: the probability of keeping, times ``ALWAYS``.
+        stride: in which the bits lie.
+        failed: see ``dispatch.Way``.
+    """
+
+    bernoulli: Bernoulli
+    keep: int
+    stride: tuple[int, ...]
+    failed: Failed
+
+    def gradients(
+        self, saved: Sequence[torch.Tensor], needed: Sequence[bool], gradient: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """See ``dispatch.Way``."""
+        (bits,) = saved
+        if gradient.stride() != self.stride:
+            gradient = gradient.new_empty_strided(gradient.shape, self.stride).copy_(gradient)
+        return (self.bernoulli.drop(gradient, bits, self.keep, None),)
+
+    def again(
+        self, saved: Sequence[torch.Tensor], needed: Sequence[bool], gradient: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """See ``dispatch.Way``."""
+        (bits,) = saved
+        if dispatch.are_plain(gradient):
+            found = dispatch.attempt_alone(
+                self.failed, self.gradients, saved, needed, gradient.detach()
+            )
+            if found is not None:
+                return (dispatch.recorded(Dropout, self, *found, (bits,), gradient),)
         kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
-        factors = kept.to(gradient.dtype) * (ALWAYS / keep)
-        return gradient * factors.as_strided(gradient.shape, ctx.stride), None, None, None, None
+        factors = kept.to(gradient.dtype) * (ALWAYS / self.keep)
+        return (gradient * factors.as_strided(gradient.shape, self.stride),)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

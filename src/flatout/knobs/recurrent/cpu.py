@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from flatout.agent import dispatch
+from flatout.agent.containment import Failed
 from flatout.knobs import Undo
-
-OPERATOR = "aten::gru.input"
 
 MOST_WIDTH = 512
 """Beyond it the matrix products take the time, and torch's are better."""
@@ -44,79 +43,87 @@ class Kernel:
             function.argtypes = [ctypes.c_void_p] * count
 
 
+class Recurrence(dispatch.Recorded):
+    """One direction of one layer, after the products of its input."""
+
+
 class Job(NamedTuple):
-    """What is asked for, besides the tensors.
+    """What is asked for, besides the tensors; see ``dispatch.Way``.
 
     Attributes:
         is_backwards: from the last step to the first.
         kernel: the compiled part.
-        on_failure: called when the backward pass failed and was gone in operations of torch.
+        failed: told of a failure.
     """
 
     is_backwards: bool
     kernel: Kernel
-    on_failure: Callable[[Exception], None]
+    failed: Failed
 
+    def gradients(
+        self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """See ``dispatch.Way``."""
+        inputs, first, weight, bias, states, kept = saved
+        return _gradients(gradient, inputs, first, weight, bias, states, kept, self)
 
-class Recurrence(torch.autograd.Function):
-    """One direction of one layer, after the products of its input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        first: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        job: Job,
-    ) -> torch.Tensor:
-        """The states, steps x batch x width.
-
-        Args:
-            ctx: of autograd.
-            inputs: steps x batch x 3 width, contiguous.
-            first: batch x width, contiguous.
-            weight: 3 width x width, contiguous.
-            bias: 3 width.
-            job: what is asked for.
-        """
-        steps, batch, all_gates = inputs.shape
-        states = inputs.new_empty(steps, batch, all_gates // 3)
-        kept = inputs.new_empty(steps, batch, all_gates // 3 * 4)
-        turned = weight.t().contiguous()
-        layer = _layer(inputs, first, weight, bias, states, kept, job.is_backwards)
-        layer.turned = turned.data_ptr()
-        scratch = inputs.new_empty(batch, all_gates)
-        job.kernel.forward(ctypes.addressof(layer), scratch.data_ptr())
-        ctx.save_for_backward(inputs, first, weight, bias, states, kept)
-        ctx.job = job
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """See ``forward``; what it returns can be differentiated when that is asked for."""
-        inputs, first, weight, bias, states, kept = ctx.saved_tensors
-        job: Job = ctx.job
-        with torch.autocast("cpu", enabled=False):
-            if not torch.is_grad_enabled():
-                try:
-                    return *_gradients(
-                        gradient, inputs, first, weight, bias, states, kept, job
-                    ), None
-                except Exception as error:  # noqa: BLE001 - reported
-                    job.on_failure(error)
-            needed = ctx.needs_input_grad[:4]
-            create_graph = torch.is_grad_enabled()
-            given: tuple[Any, Any, Any, Any] = inputs, first, weight, bias
-            if not create_graph:
-                detached = (x.detach().requires_grad_() if x is not None else None for x in given)
-                given = next(detached), next(detached), next(detached), next(detached)
-            with torch.enable_grad():
-                again = differentiable(*given, job.is_backwards)
-                asked = [x for x, is_needed in zip(given, needed, strict=True) if is_needed]
-                found = torch.autograd.grad(again, asked, gradient, create_graph=create_graph)
+    def again(
+        self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """See ``dispatch.Way``."""
+        given = list(saved[:4])
+        create_graph = torch.is_grad_enabled()
+        if not create_graph:
+            given = [x if x is None else x.detach().requires_grad_() for x in given]
+        inputs, first, weight, bias = given
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            again = differentiable(inputs, first, weight, bias, self.is_backwards)
+            asked = [x for x, is_needed in zip(given, needed, strict=True) if is_needed]
+            found = torch.autograd.grad(again, asked, gradient, create_graph=create_graph)
         each = iter(found)
-        return (*(next(each) if is_needed else None for is_needed in needed), None)
+        return [next(each) if is_needed else None for is_needed in needed]
+
+
+def recurrence(
+    inputs: torch.Tensor,
+    first: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+) -> torch.Tensor:
+    """The states, steps x batch x width.
+
+    Args:
+        inputs: steps x batch x 3 width, contiguous.
+        first: batch x width, contiguous.
+        weight: 3 width x width, contiguous.
+        bias: 3 width.
+        job: what is asked for.
+    """
+    given = inputs, first, weight, bias
+    made = dispatch.attempt_alone(job.failed, _states, *given, job)
+    if made is None:
+        return differentiable(*given, job.is_backwards)
+    return dispatch.recorded(Recurrence, job, made[0], (*given, *made), *given)
+
+
+def _states(
+    inputs: torch.Tensor,
+    first: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    job: Job,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states, and what backward wants of each besides."""
+    steps, batch, all_gates = inputs.shape
+    states = inputs.new_empty(steps, batch, all_gates // 3)
+    kept = inputs.new_empty(steps, batch, all_gates // 3 * 4)
+    turned = weight.t().contiguous()
+    layer = _layer(inputs, first, weight, bias, states, kept, job.is_backwards)
+    layer.turned = turned.data_ptr()
+    scratch = inputs.new_empty(batch, all_gates)
+    job.kernel.forward(ctypes.addressof(layer), scratch.data_ptr())
+    return states, kept
 
 
 def _gradients(
@@ -198,7 +205,7 @@ def gru(
     params: Sequence[torch.Tensor],
     options: tuple[bool, int, float, bool, bool, bool],
     kernel: Kernel,
-    on_failure: Callable[[Exception], None],
+    failed: Failed,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All layers and directions.
 
@@ -209,7 +216,7 @@ def gru(
         options: has_biases, num_layers, dropout, train, bidirectional, batch_first, as
             ``aten::gru.input`` gets them.
         kernel: the compiled part.
-        on_failure: called when a backward pass failed and was gone in operations of torch.
+        failed: told when a pass failed and was gone in operations of torch.
     """
     has_biases, num_layers, dropout, train, bidirectional, batch_first = options
     if batch_first:
@@ -223,12 +230,12 @@ def gru(
             number = layer * directions + direction
             of_input, of_state, *biases = params[number * each : (number + 1) * each]
             outputs.append(
-                Recurrence.apply(
+                recurrence(
                     F.linear(sequence, of_input, biases[0] if biases else None).contiguous(),
                     first[number].contiguous(),
                     of_state.contiguous(),
                     biases[1] if biases else None,
-                    Job(direction == 1, kernel, on_failure),
+                    Job(direction == 1, kernel, failed),
                 )
             )
             last.append(outputs[-1][0 if direction else -1])
@@ -240,44 +247,55 @@ def gru(
     return sequence, torch.stack(last)
 
 
-def install(library: ctypes.CDLL, on_failure: Callable[[Exception], None]) -> Undo:
+def install(library: ctypes.CDLL, failed: Failed) -> Undo:
     """Replace gated recurrent units on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/gru.c``.
-        on_failure: called when a backward pass failed and was gone in operations of torch.
+        failed: told when a pass failed and was gone in operations of torch.
     """
-    own = torch.library.get_kernel(OPERATOR, "AutogradCPU")
     kernel = Kernel(library)
 
     def replacement(
-        keyset: Any,
+        below: Callable[..., Any],
         sequence: torch.Tensor,
         first: torch.Tensor,
         params: Sequence[torch.Tensor],
         *options: Any,  # the rest of its arguments
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = sequence, first
+    ) -> dispatch.Call | None:
+        exact = sequence.dtype, first.dtype
         if torch.is_autocast_enabled("cpu"):
-            exact = sequence.float(), first.float()
-        if can_take(*exact, params):
-            with torch.autocast("cpu", enabled=False):
-                output, last = gru(*exact, params, options, kernel, on_failure)
-            return output.to(sequence.dtype), last.to(first.dtype)
-        result: tuple[torch.Tensor, torch.Tensor] = own.call_boxed(
-            keyset, sequence, first, params, *options
-        )
-        return result
+            exact = torch.float32, torch.float32
+        if not can_take(sequence, first, params, exact):
+            return None
+        return dispatch.Call(_exact, (sequence, first, exact, params, options, kernel, failed))
 
-    return dispatch.replace({"gru.input": replacement}, "AutogradCPU", "CPU")
+    return dispatch.layer({"gru.input": replacement}, "AutogradCPU", "CPU", failed=failed)
 
 
-def can_take(sequence: torch.Tensor, first: torch.Tensor, params: Sequence[torch.Tensor]) -> bool:
-    """Whether these are plain float32 tensors of a narrow unit, outside of what transforms."""
-    tensors = (sequence, first, *params)
+def _exact(
+    sequence: torch.Tensor,
+    first: torch.Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with tensors brought into other types, and back."""
+    with torch.autocast("cpu", enabled=False):
+        output, last = gru(sequence.to(dtypes[0]), first.to(dtypes[1]), *rest)
+    return output.to(sequence.dtype), last.to(first.dtype)
+
+
+def can_take(
+    sequence: torch.Tensor,
+    first: torch.Tensor,
+    params: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+) -> bool:
+    """Whether these are plain tensors of a narrow unit, outside of what transforms, and are, or
+    will be, of float32."""
     return (
-        dispatch.are_plain(*tensors)
-        and all(x.dtype is torch.float32 for x in tensors)
+        dispatch.are_plain(sequence, first, *params)
+        and all(dtype is torch.float32 for dtype in (*dtypes, *(x.dtype for x in params)))
         and sequence.dim() == 3
         and min(sequence.shape) > 0
         and params[1].shape[1] == first.shape[2] <= MOST_WIDTH
