@@ -288,26 +288,26 @@ class Session:
         if self._asleep:
             return
         self._stages.clear()
-        for part in self._last_parts(reason):
-            attempt(self._fails(getattr(part, "__qualname__", "finish")), part)
+        for subject, part in self._last_parts(reason):
+            attempt(self._fails(subject), part)
         self._asleep = True
 
-    def _last_parts(self, reason: str) -> Iterator[Callable[[], object]]:
+    def _last_parts(self, reason: str) -> Iterator[tuple[str, Callable[[], object]]]:
         """What is done at the end; each may fail without the others."""
         if reason == "exit":
-            yield self._close_profiler
-        yield self.hooks.read
-        yield self.hooks.turns.finish
+            yield "profile", self._close_profiler
+        yield "watch", self.hooks.read
+        yield "watch", self.hooks.turns.finish
         if self._inspector is not None:
-            yield self._inspector.stop if self._is_quiet else self._inspector.close
+            yield "inspection", self._inspector.stop if self._is_quiet else self._inspector.close
         if self._guard is not None:
-            yield self._guard.finish
-        yield self._remove
+            yield "guard", self._guard.finish
+        yield "watch", self._remove
         if not self._is_quiet:
-            yield functools.partial(self._write_events, wait=True)
-            yield self._write_unreported
-            yield functools.partial(self._write_end, reason)
-            yield self.record.close
+            yield "record", functools.partial(self._write_events, wait=True)
+            yield "record", self._write_unreported
+            yield "record", functools.partial(self._write_end, reason)
+            yield "record", self.record.close
 
     def _write_unreported(self) -> None:
         while unreported:
