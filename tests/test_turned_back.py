@@ -40,8 +40,8 @@ BREAKAGES = {
         from flatout.optim import functional
         functional._are_plain = None""",
     "optimizer=fused": """
-        from flatout.knobs import optimizer as knob
-        knob.refusal = None""",
+        from flatout.optim import functional
+        functional.Fused.step = None""",
     "precision=bf16": """
         torch.autocast = None""",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,25 +18,72 @@ _kind = operator.attrgetter("dtype", "is_cpu", "layout")
 
 
 def are_floats(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all are contiguous and of float32 on the CPU."""
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and _KINDS.issuperset(map(_kind, tensors))
-        and all(map(torch.Tensor.is_contiguous, tensors))
-    )
+    """Whether all are contiguous and of float32 on the CPU, as their memory has it."""
+    return _are_of_memory(tensors) and all(map(torch.Tensor.is_contiguous, tensors))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether it is of float32 on the CPU, and its elements are all that lies between its first and
     its last."""
-    return (
-        type(tensor) in PLAIN
-        and _kind(tensor) in _KINDS
-        and (
-            tensor.is_contiguous()
-            or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
-        )
+    return _are_of_memory((tensor,)) and (
+        tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
     )
+
+
+def _are_of_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a kernel may take what lies in the memory of all of them for their elements.
+
+    Of a tensor with torch's lazy sign (``z.conj().imag``) it is the negative; an inference tensor
+    has no version that could be counted up.
+    """
+    return (
+        PLAIN.issuperset(map(type, tensors))
+        and _KINDS.issuperset(map(_kind, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_inference, tensors))
+    )
+
+
+def are_apart(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no two of them share memory.
+
+    Args:
+        tensors: dense ones of float32.
+    """
+    starts = list(map(torch.Tensor.data_ptr, tensors))
+    sizes = list(map(torch.Tensor.numel, tensors))
+    if 0 in sizes:
+        starts = list(itertools.compress(starts, sizes))
+        sizes = list(filter(None, sizes))
+    end_of = {start: start + 4 * size for start, size in zip(starts, sizes, strict=True)}
+    ordered = sorted(end_of)
+    ends = map(end_of.__getitem__, ordered)
+    return len(end_of) == len(starts) and all(map(operator.le, ends, ordered[1:]))
+
+
+def entangled(rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]) -> list[bool]:
+    """Of each row, whether it shares memory with another one, or within itself, that is written.
+
+    Args:
+        rows: of dense tensors of float32.
+        is_written: of each place in a row.
+    """
+    spans = sorted(
+        (start := tensor.data_ptr(), start + 4 * tensor.numel(), index, written)
+        for index, row in enumerate(rows)
+        for tensor, written in zip(row, is_written, strict=True)
+        if tensor.numel()
+    )
+    found = [False] * len(rows)
+    open_spans: list[tuple[int, int, int, bool]] = []
+    for span in spans:
+        start, _, index, written = span
+        open_spans = [other for other in open_spans if other[1] > start]
+        for _, _, other_index, other_written in open_spans:
+            if written or other_written:
+                found[index] = found[other_index] = True
+        open_spans.append(span)
+    return found
 
 
 def call(

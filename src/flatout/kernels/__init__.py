@@ -27,16 +27,35 @@ from pathlib import Path
 from flatout import paths
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall")
+FLAGS_OF = {"optimizers": ("-ffp-contract=off",)}
+"""Besides, of a kernel: an optimizer's step rounds each operation where torch does."""
+
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 COMPILE_SECONDS = 120
 
 
 class KernelError(RuntimeError):
-    """A kernel that cannot be had here: no compiler, or what it made cannot be loaded."""
+    """A kernel that cannot be had here: no compiler, or what it made cannot be loaded or used."""
+
+
+class Library(ctypes.CDLL):
+    """A kernel's functions, as attributes.
+
+    Raises:
+        KernelError: there is none of this name.
+    """
+
+    def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("__"):
+                raise
+            raise KernelError(f"{self._name} has no function {name}") from error
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
+def load(name: str) -> Library:
     """The library of a kernel, built if it is not in the cache.
 
     Its functions release the global interpreter lock while they run.
@@ -48,7 +67,7 @@ def load(name: str) -> ctypes.CDLL:
         KernelError: it cannot be built or loaded; the message is one sentence.
     """
     try:
-        return ctypes.CDLL(str(build(name)))
+        return Library(str(build(name)))
     except OSError as error:
         raise KernelError(f"the kernel {name} cannot be loaded: {error}") from error
 
@@ -63,7 +82,7 @@ def build(name: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise KernelError("there is no C compiler (CC, cc, gcc or clang)")
-    command = [*compiler, *FLAGS, *OPENMP]
+    command = [*compiler, *FLAGS, *FLAGS_OF.get(name, ()), *OPENMP]
     key = hashlib.sha256()
     sources = [source, *sorted(source.parent.glob("*.h"))]
     parts = [file.read_bytes() for file in sources]

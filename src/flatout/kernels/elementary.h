@@ -66,7 +66,7 @@ static inline float hyperbolic_tangent(float x) {
     series = series * square - 17.0f / 315;
     series = series * square + 2.0f / 15;
     series = series * square - 1.0f / 3;
-    series = x + x * square * series;
+    series = x * (1.0f + square * series); /* the sign of 0 stays */
     return size < 0.3f ? series : x < 0.0f ? -quotient : quotient;
 }
 

@@ -18,11 +18,13 @@ static void apply(float *x, int64_t count, int function) {
         for (int64_t i = 0; i < count; i++) x[i] *= sigmoid(2.0f * inner(x[i]));
 }
 
+/* With s the sigmoid, s' = s (1 - s) is 0 before the slope of what it is taken of overflows: this
+   order of products keeps the derivative finite as long as torch's is. */
 static void derive_gelu(float *x, const float *gradient, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        float s = sigmoid(2.0f * inner(x[i]));
-        float slope = 2.0f * 0.79788456f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
-        x[i] = gradient[i] * s * (1.0f + x[i] * (1.0f - s) * slope);
+        float s = sigmoid(2.0f * inner(x[i])), square = x[i] * x[i];
+        float slope = 2.0f * 0.79788456f * (1.0f + 3.0f * 0.044715f * square);
+        x[i] = gradient[i] * (s + x[i] * (s * (1.0f - s)) * slope);
     }
 }
 
@@ -44,11 +46,13 @@ void activation(int function, const void *x, const void *gradient, void *to, int
     }
 }
 
-/* Magnitudes of complex numbers, pairs of float32. Squares in float64 neither overflow nor vanish. */
+/* Magnitudes of complex numbers, pairs of float32. Squares in float64 neither overflow nor vanish.
+   Where one part is infinite, so is the magnitude, whatever the other one is (C11, annex F.10.4.3). */
 void magnitude(const float *pairs, float *to, int64_t count, int threads) {
     _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
     for (int64_t i = 0; i < count; i++) {
         double real = pairs[2 * i], imaginary = pairs[2 * i + 1];
-        to[i] = (float)sqrt(real * real + imaginary * imaginary);
+        double root = sqrt(real * real + imaginary * imaginary);
+        to[i] = (float)(fabs(real) == INFINITY || fabs(imaginary) == INFINITY ? INFINITY : root);
     }
 }

@@ -6,10 +6,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 static inline float from_bf16(uint16_t half) {
     uint32_t word = (uint32_t)half << 16;
     float x;
@@ -17,23 +13,13 @@ static inline float from_bf16(uint16_t half) {
     return x;
 }
 
-/* To the nearest, ties to even. */
+/* To the nearest, ties to even. Not by the processor's instruction, which makes zeros of subnormal
+   numbers. */
 static inline uint16_t to_bf16(float x) {
     uint32_t word;
     memcpy(&word, &x, sizeof x);
     uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
     return (uint16_t)(x != x ? 0x7FC0u : rounded);
-}
-
-/* `count` of them. The processor's own instruction makes zeros of subnormal numbers. */
-static inline void to_bf16s(uint16_t *to, const float *from, int64_t count) {
-    int64_t i = 0;
-#ifdef __AVX512BF16__
-    for (; i + 16 <= count; i += 16)
-        _mm256_storeu_si256((__m256i *)(to + i),
-                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
-#endif
-    for (; i < count; i++) to[i] = to_bf16(from[i]);
 }
 
 static inline void load_span(float *to, const void *from, int64_t at, int64_t count, int is_bf16) {
@@ -45,7 +31,7 @@ static inline void load_span(float *to, const void *from, int64_t at, int64_t co
 
 static inline void store_span(void *to, int64_t at, const float *from, int64_t count, int is_bf16) {
     if (is_bf16)
-        to_bf16s((uint16_t *)to + at, from, count);
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i]);
     else
         memcpy((float *)to + at, from, (size_t)count * sizeof *from);
 }

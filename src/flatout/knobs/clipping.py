@@ -97,6 +97,8 @@ class OnePass:
             and arrays.are_floats(tensors)
         ):
             total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
+            if total > torch.finfo(torch.float32).max:
+                total = math.inf  # as it is for torch, which sums in float32
             if math.isfinite(total) or not error_if_nonfinite:
                 return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
         return own(tensors, norm_type, error_if_nonfinite, foreach)
@@ -111,8 +113,8 @@ class OnePass:
     ) -> None:
         """As torch's function: multiply gradients by what brings their norm down to ``max_norm``.
 
-        Where that is 1, nothing has to be written. A gradient that is there twice is left to
-        torch, which scales it twice.
+        Where that is 1, nothing has to be written. Gradients that share memory are left to torch,
+        which scales what they share twice.
         """
         import torch
 
@@ -120,13 +122,11 @@ class OnePass:
 
         if isinstance(parameters, (list, tuple)) and not torch.compiler.is_compiling():
             grads = [p.grad for p in parameters if p.grad is not None]
-            places = [grad.data_ptr() for grad in grads if grad.numel()]
-            is_once = len(set(places)) == len(places)
-            if is_once and arrays.are_floats([*grads, total_norm]):
+            if arrays.are_floats([*grads, total_norm]) and arrays.are_apart(grads):
                 with torch.no_grad():
                     factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
+                torch.autograd.graph.increment_version(grads)
                 if factor != 1.0:
-                    torch.autograd.graph.increment_version(grads)
                     arrays.call(self._scale, grads, SERIAL_BELOW, factor)
                 return
         own(parameters, max_norm, total_norm, foreach)

@@ -6,20 +6,23 @@ gradient (negated with ``maximize``; plus weight decay times the parameter, wher
 decoupled), p the parameter, t the step, counted from 1, and every operation is elementwise.
 
 On a CPU, float32 parameters are stepped by ``kernels/optimizers.c``, which needs a C compiler at
-its first use; everything else (other dtypes, sparse gradients, gradients laid out unlike their
-parameters, ``foreach`` or ``fused`` chosen by the caller) is stepped by torch. On accelerators
-torch's fused step is the default, for the classes that have one.
+its first use: without one, torch steps them, and a warning says so once. Everything else (other
+dtypes, sparse gradients, gradients laid out unlike their parameters, parameters that share
+memory, ``foreach=True`` or ``fused=True`` chosen by the caller) is stepped by torch. On
+accelerators torch's fused step is the default, for the classes that have one.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from flatout import kernels
 from flatout.optim import functional
 
 __all__ = [
@@ -35,45 +38,64 @@ __all__ = [
 ]
 
 
+@functools.cache
+def _user() -> functional.User | None:
+    """Of the kernels; ``None`` where they cannot be had, which is said once.
+
+    Raises:
+        flatout.kernels.KernelError: they lack a function.
+    """
+    try:
+        library = kernels.load("optimizers")
+    except kernels.KernelError as error:
+        warnings.warn(f"flatout.optim steps as torch.optim does: {error}", stacklevel=4)
+        return None
+    return functional.User(functional.OnePass(library), _raise)
+
+
 def _raise(error: Exception) -> None:
     raise error
 
 
-@functools.cache
-def _stand_ins() -> dict[str, functional.OnePass]:
-    return {stand_in.name: stand_in for stand_in in functional.load(_raise)}
-
-
 class _OnePass(torch.optim.Optimizer):
-    """What the classes have in common.
-
-    Raises:
-        flatout.kernels.KernelError: at the first step, if the kernels cannot be compiled.
-    """
+    """What the classes have in common."""
 
     _form: str
+    _torch_step: Callable[..., Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim"))
+        # without its decorators: hooks and profiling are done around the step of this class
+        cls._torch_step = inspect.unwrap(base.step)
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        params = list(params)
         fusible = "fused" in inspect.signature(super().__init__).parameters
+        if not isinstance(params, torch.Tensor):  # of which torch says that it must be a list
+            params = list(params)
+            fusible = fusible and _all_on_accelerator(params)
         if fusible and not kwargs.keys() & {"fused", "foreach", "differentiable", "capturable"}:
-            kwargs["fused"] = _all_on_accelerator(params) or None
+            kwargs["fused"] = True
         super().__init__(params, *args, **kwargs)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what ``closure`` returned.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: evaluates the model again and returns the loss. It may step other optimizers.
         """
-        base: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.optim"))
-        stand_in = _stand_ins()[self._form]
-        with (
-            torch.set_grad_enabled(self.defaults.get("differentiable", False)),
-            functional.installed(stand_in),
-        ):
-            # torch's own step without its decorators: hooks and profiling are done around this one
-            return inspect.unwrap(base.step)(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            user = None if torch.compiler.is_compiling() else _user()
+            if user is None:
+                self._torch_step()
+            else:
+                with functional.stepping(self._form, user):
+                    self._torch_step()
+        return loss
 
 
 def _all_on_accelerator(params: list[Any]) -> bool:

@@ -1,28 +1,34 @@
-"""Optimizer steps by the compiled kernels, in the place of torch's functions for single tensors.
+"""Other steps of optimizers in the place of torch's functions for single tensors.
 
 ``torch.optim`` classes gather what a step needs into lists, create the state, and hand both to a
 function of their module, such as ``_single_tensor_adam``. Taking the place of these functions, and
 of nothing else, leaves everything that a program or a checkpoint sees to torch: state, hooks, step
-counters, choices of ``foreach`` or ``fused`` made by the program.
+counters, parameter groups, choices of ``foreach=True`` or ``fused=True`` made by the program.
+
+A function that has taken such a place calls torch's own until somebody wants other steps: for
+every optimizer of the process (``turn``), or for the one that is stepping in this context
+(``stepping``). It is put there once and not around a step: so steps within steps, steps in several
+threads and steps that raise find everything as it should be.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import inspect
 import itertools
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from flatout import kernels
+from flatout.agent import arrays
 from flatout.agent.containment import attempt
 
 SERIAL_BELOW = 32768
@@ -33,6 +39,7 @@ SLOTS = 6
 
 Options = Callable[[Mapping[str, Any]], tuple[float, ...]]
 Column = Sequence[torch.Tensor]
+Step = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -97,192 +104,339 @@ FORMS = (
 )
 
 _REFUSED = ("capturable", "differentiable", "has_complex", "has_sparse_grad")
-"""Options that the kernels do not know; torch's own function then does the whole group."""
+"""Options that only torch's own functions know; they then do the whole group."""
+
+_UNLIKE = (
+    "it has parameters, gradients or state that are not of float32 on the CPU, are in another "
+    "memory format than each other, or share memory"
+)
 
 
-class OnePass:
-    """Stands in for torch's function for one optimizer.
+class Way(Protocol):
+    """A way to step, other than torch's for single tensors."""
 
-    Args:
-        form: the optimizer.
-        library: of ``kernels/optimizers.c``.
-        on_failure: called when a step could not be prepared; torch's own function has done it then.
+    def refusal(self, form: Form, options: Sequence[float]) -> str | None:
+        """Why it does not step optimizers of this form with these options, ``None`` if it does."""
+
+    def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:
+        """Step all parameters; returns whether that was done, else nothing has been written.
+
+        Args:
+            form: the optimizer.
+            arguments: of torch's function, by name. Parameters, gradients and state are in float32
+                on the CPU, laid out alike, and share no memory.
+            options: numbers, as ``form`` has them.
+        """
+
+
+@dataclass(frozen=True)
+class User:
+    """Who wants other steps.
 
     Attributes:
-        name: of the optimizer.
+        way: in which way.
+        on_failure: called when a step could not be prepared; unless it raises, torch does the step.
+        on_rest: called with the name of an optimizer, and why some of its parameters are left to
+            torch.
     """
 
-    def __init__(
-        self, form: Form, library: ctypes.CDLL, on_failure: Callable[[Exception], None]
-    ) -> None:
-        self.name = form.name
-        self._form = form
-        self._on_failure = on_failure
-        self._module: ModuleType = importlib.import_module(f"torch.optim.{form.name}")
-        self._attribute = f"_single_tensor_{form.name}"
-        self._own: Callable[..., None] = getattr(self._module, self._attribute)
-        self._names = tuple(inspect.signature(self._own).parameters)
-        self._kernel = getattr(library, form.name)
-        self._kernel.restype = ctypes.c_int
-        self._kernel.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-        ]
-        self._function = self._step  # one bound method, to be known again
-
-    def install(self) -> None:
-        """Take the place of torch's function, or of what stands there."""
-        self._own = getattr(self._module, self._attribute)
-        setattr(self._module, self._attribute, self._function)
-
-    def remove(self) -> None:
-        """Put torch's function back, unless the program has put another one there meanwhile."""
-        if getattr(self._module, self._attribute) is self._function:
-            setattr(self._module, self._attribute, self._own)
-
-    def _step(self, *args: Any, **kwargs: Any) -> None:
-        done = attempt(self._on_failure, self._run, args, kwargs)
-        if not done:
-            self._own(*args, **kwargs)
-        elif not all(done):
-            self._leave_rest(args, kwargs, done)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
-        """Step what can be stepped; returns of each parameter whether it was, or nothing."""
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        form = self._form
-        if any(arguments.get(name) for name in _REFUSED) or torch.compiler.is_compiling():
-            return []
-        if arguments.get("grad_scale") is not None or arguments.get("found_inf") is not None:
-            return []
-        options = form.options(arguments)
-        if not all(isinstance(option, (int, float)) for option in options):
-            return []  # a tensor
-        if form.name == "sgd" and not any(options[1:]):
-            return []  # one operation of torch does it as well
-        names = [name for name in form.state if self._has(name, arguments)]
-        tensors: list[Column] = [arguments[name] for name in ("params", "grads", *names)]
-        numbers: list[Column] = [arguments[name] for name in form.scalars]
-        slots = [0, 1, *(2 + form.state.index(name) for name in (*names, *form.scalars))]
-        if form.counts:
-            numbers.append(arguments["state_steps"])
-            slots.append(SLOTS - 1)
-        if _are_plain(tensors, numbers):
-            done = [True] * len(tensors[0])
-        else:
-            done = [
-                _alike(row) and _are_numbers(single)
-                for row, single in itertools.zip_longest(
-                    zip(*tensors, strict=True), zip(*numbers, strict=True), fillvalue=()
-                )
-            ]
-            tensors = [list(itertools.compress(column, done)) for column in tensors]
-            numbers = [list(itertools.compress(column, done)) for column in numbers]
-        count = len(tensors[0])
-        if not count:
-            return []
-        addresses = array("Q", bytes(8 * SLOTS * count))
-        for slot, column in zip(slots, (*tensors, *numbers), strict=True):
-            addresses[slot::SLOTS] = array("Q", map(torch.Tensor.data_ptr, column))
-        sizes = array("q", map(torch.Tensor.numel, tensors[0]))
-        threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
-        written = itertools.chain(tensors[0], *tensors[2:], *numbers)
-        torch.autograd.graph.increment_version(written)
-        numbers_passed = array("d", options)
-        failed = self._kernel(
-            addresses.buffer_info()[0],
-            sizes.buffer_info()[0],
-            count,
-            numbers_passed.buffer_info()[0],
-            threads,
-        )
-        if failed:
-            raise MemoryError
-        return done
-
-    def _has(self, name: str, arguments: Mapping[str, Any]) -> bool:
-        """Whether this group has state of this name, one tensor as large as each parameter."""
-        return (
-            bool(arguments[name])
-            and name not in self._form.scalars
-            and not (self._form.name == "sgd" and not arguments["momentum"])
-        )
-
-    def _leave_rest(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], done: Sequence[bool]
-    ) -> None:
-        """Let torch step the parameters that could not be."""
-        rest = [i for i, is_done in enumerate(done) if not is_done]
-
-        def part(value: Any) -> Any:
-            if not isinstance(value, list) or not value:
-                return value
-            return [value[i] for i in rest]
-
-        parts = [part(value) for value in args]
-        self._own(*parts, **kwargs)
-        for whole, chosen in zip(args, parts, strict=True):
-            if chosen is not whole:
-                for i, value in zip(rest, chosen, strict=True):
-                    whole[i] = value  # SGD makes its momentum
+    way: Way
+    on_failure: Callable[[Exception], None]
+    on_rest: Callable[[str, str], None] = lambda name, why: None
 
 
-def load(on_failure: Callable[[Exception], None]) -> list[OnePass]:
-    """A stand-in for each optimizer that this torch has.
+_turned: list[User] = []
+"""Who wants them of every optimizer; the last one gets them."""
 
-    Raises:
-        flatout.kernels.KernelError: the kernels cannot be had.
+_stepping: ContextVar[User | None] = ContextVar("stepping", default=None)
+"""Who wants them of the optimizer that steps in this context."""
+
+_stand_ins: dict[str, Any] = {}
+"""The functions that were put in the place of torch's, by the name of the optimizer."""
+
+_kept: set[str] = set()
+"""Of which of them ``stepping`` will go on to need."""
+
+
+def turn(user: User) -> tuple[Callable[[], None], list[str]]:
+    """Let every optimizer step in another way from now on.
+
+    Returns:
+        What ends that, and leaves the places as they were; and names of optimizers whose function
+        is not torch's own here: these are left alone.
     """
-    library = kernels.load("optimizers")
-    found = []
-    for form in FORMS:
-        with contextlib.suppress(ModuleNotFoundError, AttributeError):
-            found.append(OnePass(form, library, on_failure))
-    return found
+    missing = [form.name for form in FORMS if not place(form)]
+    _turned.append(user)
+
+    def undo() -> None:
+        _turned.remove(user)
+        if not _turned:
+            for form in FORMS:
+                if form.name not in _kept:
+                    _give_back(form)
+
+    return undo, missing
 
 
 @contextlib.contextmanager
-def installed(stand_in: OnePass) -> Iterator[None]:
-    """In place of torch's function for a while."""
-    stand_in.install()
+def stepping(name: str, user: User) -> Iterator[None]:
+    """Let the optimizer that steps in this context do it in another way.
+
+    Args:
+        name: of its form.
+        user: who wants it.
+    """
+    if name not in _kept:
+        place(next(form for form in FORMS if form.name == name))
+        _kept.add(name)
+    token = _stepping.set(user)
     try:
         yield
     finally:
-        stand_in.remove()
+        _stepping.reset(token)
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}  # None stands for a momentum that torch makes yet
-_KINDS = {(torch.float32, True, torch.strided)}
-_kind = operator.attrgetter("dtype", "is_cpu", "layout")
+def place(form: Form) -> bool:
+    """Put a function of ours in the place of torch's; returns whether it is there now.
+
+    Where the program has put one of its own there, that stays.
+    """
+    module, attribute = _place_of(form)
+    own: Any = vars(module).get(attribute)
+    stand_in = _stand_ins.get(form.name)
+    if stand_in is not None and own is stand_in:
+        return True
+    if getattr(own, "__module__", None) != module.__name__:
+        return False
+    if stand_in is None or stand_in.__wrapped__ is not own:
+        stand_in = _stand_ins[form.name] = _stand_in(form, own)
+    setattr(module, attribute, stand_in)
+    return True
+
+
+def _give_back(form: Form) -> None:
+    """Put torch's function back, unless the program has put another one there meanwhile."""
+    module, attribute = _place_of(form)
+    stand_in = _stand_ins.get(form.name)
+    is_there = getattr(module, attribute, None) is stand_in
+    if stand_in is not None and is_there:
+        setattr(module, attribute, stand_in.__wrapped__)
+
+
+def _place_of(form: Form) -> tuple[Any, str]:
+    return importlib.import_module(f"torch.optim.{form.name}"), f"_single_tensor_{form.name}"
+
+
+def _stand_in(form: Form, own: Any) -> Step:
+    """What does for torch's function ``own`` whatever somebody wants."""
+    names = tuple(inspect.signature(own).parameters)
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> None:
+        done: list[bool] = []
+        user = None if torch.compiler.is_compiling() else _wanted()
+        if user is not None:
+            done, why = attempt(user.on_failure, _step, form, user.way, names, args, kwargs) or (
+                [],
+                None,
+            )
+            if why is not None:
+                attempt(user.on_failure, user.on_rest, form.name, why)
+        if not any(done):
+            own(*args, **kwargs)
+        elif not all(done):
+            _leave_rest(own, args, kwargs, done)
+
+    step.__prepare_scriptable__ = lambda: own  # type: ignore[attr-defined] # for torch.jit.script
+    return step
+
+
+def _wanted() -> User | None:
+    """Who wants other steps of the optimizer that steps now."""
+    return _stepping.get() or (_turned[-1] if _turned else None)
+
+
+def _step(
+    form: Form, way: Way, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[bool], str | None]:
+    """Step what can be stepped.
+
+    Args:
+        form: the optimizer.
+        way: of stepping.
+        names: of the parameters of torch's function.
+        args, kwargs: what that would get.
+
+    Returns:
+        Of each parameter whether it was, or nothing; and why some are left, if it can be said.
+    """
+    arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+    if any(arguments.get(name) for name in _REFUSED):
+        return [], "it is differentiable or capturable, or has complex or sparse tensors"
+    if arguments.get("grad_scale") is not None or arguments.get("found_inf") is not None:
+        return [], "it is given a scale of its gradients"
+    options = form.options(arguments)
+    if not all(isinstance(option, (int, float)) for option in options):
+        return [], "an option of it is a tensor"
+    if torch._C._are_functorch_transforms_active():
+        return [], "it is transformed by torch.func"
+    why = way.refusal(form, options)
+    if why is not None:
+        return [], why
+    lists = _lists(form, arguments)
+    numbers = {*form.scalars, "state_steps"}
+    columns: list[Column] = [arguments[name] for name in lists]
+    tensors = [column for name, column in zip(lists, columns, strict=True) if name not in numbers]
+    singles = [column for name, column in zip(lists, columns, strict=True) if name in numbers]
+    if _are_plain(tensors, singles) and arrays.are_apart(list(itertools.chain(*columns))):
+        done = [True] * len(columns[0])
+    else:
+        done = _eligible(tensors, singles)
+        rows = list(itertools.compress(zip(*columns, strict=True), done))
+        tangled = iter(arrays.entangled(rows, [name != "grads" for name in lists]))
+        done = [is_done and not next(tangled) for is_done in done]
+        arguments = {name: _part(value, done) for name, value in arguments.items()}
+        has_no_state_yet = [any(x is None for x in row) for row in zip(*columns, strict=True)]
+        if not all(map(operator.or_, done, has_no_state_yet)):
+            why = _UNLIKE
+    if any(done) and not way.step(form, arguments, options):
+        return [], "what follows from its options is not finite"
+    return done, why
+
+
+def _lists(form: Form, arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the lists that a step goes through: parameters, gradients, state, step counters.
+
+    An empty list stands for state that this group does not have.
+    """
+    has_momentum = form.name != "sgd" or bool(arguments["momentum"])
+    state = [name for name in form.state if arguments[name] and has_momentum]
+    return ["params", "grads", *state, *(["state_steps"] if form.counts else [])]
+
+
+def _part(value: Any, is_chosen: Sequence[bool]) -> Any:
+    """Of a list, what is chosen."""
+    if not isinstance(value, list) or not value:
+        return value
+    return list(itertools.compress(value, is_chosen))
+
+
+def _leave_rest(
+    own: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], done: Sequence[bool]
+) -> None:
+    """Let torch step the parameters that could not be."""
+    is_left = [not is_done for is_done in done]
+    rest = list(itertools.compress(range(len(done)), is_left))
+    parts = [_part(value, is_left) for value in args]
+    own(*parts, **kwargs)
+    for whole, chosen in zip(args, parts, strict=True):
+        if chosen is not whole:
+            for i, value in zip(rest, chosen, strict=True):
+                whole[i] = value  # SGD makes its momentum
+
+
+class OnePass:
+    """All tensors of a group in one pass over memory, by ``kernels/optimizers.c``.
+
+    Args:
+        library: of that source.
+
+    Raises:
+        flatout.kernels.KernelError: it lacks a function.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._kernels = {form.name: getattr(library, form.name) for form in FORMS}
+        for kernel in self._kernels.values():
+            pointer = ctypes.c_void_p
+            kernel.restype = ctypes.c_int
+            kernel.argtypes = [pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int]
+
+    def refusal(self, form: Form, options: Sequence[float]) -> str | None:
+        """It steps all but plain gradient descent."""
+        if form.name == "sgd" and not any(options[1:]):
+            return "without momentum and decay one operation of torch does it as well"
+        return None
+
+    def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:
+        """By the kernel; what follows from an option that is not finite is left to torch.
+
+        Raises:
+            MemoryError: there is none left.
+        """
+        names = _lists(form, arguments)
+        columns: list[Column] = [arguments[name] for name in names]
+        places = {"params": 0, "grads": 1, "state_steps": SLOTS - 1}
+        places.update({name: 2 + index for index, name in enumerate(form.state)})
+        count = len(columns[0])
+        addresses = array("Q", bytes(8 * SLOTS * count))
+        for name, column in zip(names, columns, strict=True):
+            addresses[places[name] :: SLOTS] = array("Q", map(torch.Tensor.data_ptr, column))
+        sizes = array("q", map(torch.Tensor.numel, columns[0]))
+        threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
+        passed = array("d", options)
+        torch.autograd.graph.increment_version(itertools.chain(columns[0], *columns[2:]))
+        failed: int = self._kernels[form.name](
+            addresses.buffer_info()[0],
+            sizes.buffer_info()[0],
+            count,
+            passed.buffer_info()[0],
+            threads,
+        )
+        if failed < 0:
+            raise MemoryError
+        return not failed
+
+
+class Fused:
+    """By torch's fused functions, which are not told to anybody: no group is flagged."""
+
+    def __init__(self) -> None:
+        functions = {
+            form.name: getattr(_place_of(form)[0], f"_fused_{form.name}", None) for form in FORMS
+        }
+        self._functions = {name: step for name, step in functions.items() if step is not None}
+
+    def refusal(self, form: Form, options: Sequence[float]) -> str | None:
+        """It steps those that torch has such a function for."""
+        return None if form.name in self._functions else "torch has no fused step for it"
+
+    def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:
+        """By torch's function."""
+        self._functions[form.name](**arguments)
+        return True
 
 
 def _are_plain(tensors: Sequence[Column], numbers: Sequence[Column]) -> bool:
-    """Whether the kernel may take all of them; columns at once, since this is what a step costs."""
-    sizes = list(map(torch.Tensor.numel, tensors[0]))
+    """Whether a way may take all of them; columns at once, since this is what a step costs."""
     return (
-        all(_PLAIN.issuperset(map(type, column)) for column in (*tensors, *numbers))
-        and all(set(map(_kind, column)) == _KINDS for column in (*tensors, *numbers))
-        and all(all(map(torch.Tensor.is_contiguous, column)) for column in tensors)
-        and all(list(map(torch.Tensor.numel, column)) == sizes for column in tensors[1:])
+        all(map(arrays.are_floats, (*tensors, *numbers)))
+        and _have_same_sizes(tensors)
         and all(set(map(torch.Tensor.numel, column)) == {1} for column in numbers)
     )
 
 
+def _have_same_sizes(columns: Sequence[Column]) -> bool:
+    sizes = list(map(torch.Tensor.numel, columns[0]))
+    return all(list(map(torch.Tensor.numel, column)) == sizes for column in columns[1:])
+
+
+def _eligible(tensors: Sequence[Column], numbers: Sequence[Column]) -> list[bool]:
+    """Of each parameter, whether a way may take what belongs to it."""
+    return [
+        _alike(row) and all(arrays.is_dense(x) and x.numel() == 1 for x in single)
+        for row, single in itertools.zip_longest(
+            zip(*tensors, strict=True), zip(*numbers, strict=True), fillvalue=()
+        )
+    ]
+
+
 def _alike(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernel may go through them side by side: float32 on the CPU, laid out alike."""
-    if not all(type(tensor) in _PLAIN and _kind(tensor) in _KINDS for tensor in tensors):
+    """Whether they may be gone through side by side; a momentum that torch makes yet is none."""
+    if not all(map(arrays.is_dense, tensors)):
         return False
-    first = tensors[0]
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return all(tensor.numel() == first.numel() for tensor in tensors)
-    return (
-        all(tensor.stride() == first.stride() for tensor in tensors)
-        and all(tensor.shape == first.shape for tensor in tensors)
-        and bool(torch.ops.aten.is_non_overlapping_and_dense.default(first))
-    )
-
-
-def _are_numbers(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(
-        type(tensor) in _PLAIN and _kind(tensor) in _KINDS and tensor.numel() == 1
-        for tensor in tensors
+    first, *others = tensors
+    return all(x.numel() == first.numel() for x in others) and (
+        all(x.is_contiguous() for x in tensors)
+        or all(x.shape == first.shape and x.stride() == first.stride() for x in others)
     )
