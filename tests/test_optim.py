@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import nn
 
 from flatout import kernels, knobs, optim
@@ -395,6 +400,432 @@ def test_a_failure_is_torchs_step_and_is_reported(
     result = one_step(torch.ones(4), torch.ones(4), "Adam")
     torch.testing.assert_close(result, expected)
     assert [type(failure) for failure in stand_ins] == [TypeError] * 2
+
+
+# Numbers that are not ordinary
+
+
+LIMITS = torch.finfo(torch.float32)
+SPECIAL = (
+    *(0.0, -0.0, 1.0, -0.3, 2.7, 1e-3, torch.inf, -torch.inf, torch.nan, LIMITS.max, -LIMITS.max),
+    *(LIMITS.tiny, -LIMITS.tiny, 1e-45, -3e-39, 1e-25, 1e15, -1e15, 1e20, -1e20),
+)
+VALUES: dict[str, tuple[Any, ...]] = {
+    "lr": (0.0, 1e-3, 0.1, 2.0),
+    "weight_decay": (0.0, 0.1, 1e-50, 4.0),
+    "eps": (0.0, 1e-8, 1e-3),
+    "betas": ((0.9, 0.999), (0.0, 0.0), (0.3, 0.5), (0.9, 0.9999999)),
+    "momentum": (0.0, 0.9),
+    "dampening": (0.0, 1.0),
+    "alpha": (0.99, 0.2, 0.0),
+    "rho": (0.9, 0.2, 0.0),
+    "lr_decay": (0.0, 0.1),
+    "momentum_decay": (0.0, 4e-3),
+    **dict.fromkeys(("maximize", "nesterov", "amsgrad", "centered"), (False, True)),
+    "decoupled_weight_decay": (False, True),
+}
+
+
+@st.composite
+def optimizers(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    name = draw(st.sampled_from(NAMES))
+    known = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    taken = {option: v for option, v in VALUES.items() if option in known}
+    if name == "AdamW":
+        taken.pop("decoupled_weight_decay", None)
+    options = {option: draw(st.sampled_from(values)) for option, values in taken.items()}
+    if options.get("nesterov"):
+        options.update(momentum=0.9, dampening=0.0)
+    return name, options
+
+
+def steps(make: Callable[..., Any], seed: int, dtype: torch.dtype) -> list[Any]:
+    """Parameters and state after each of a few steps with special values, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(SPECIAL), (4, COUNT), generator=generator)
+    start, *gradients = torch.tensor(SPECIAL, dtype=dtype)[drawn]
+    param = nn.Parameter(start.clone())
+    optimizer = make([param])
+    seen = []
+    for number, grad in enumerate((*gradients, gradients[0])):
+        param.grad = grad
+        optimizer.step()
+        if number == 1:
+            with torch.no_grad():
+                param.copy_(start)
+        state = sorted(optimizer.state[param].items())
+        seen.append([param.detach().clone(), *(x.clone() for _, x in state if x is not None)])
+    return seen
+
+
+COUNT = 256
+"""Elements that torch's vectorised loops go through without a rest: there a mean with a weight of 1
+takes the sign of another zero."""
+
+
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate],
+)
+@hypothesis.given(case=optimizers(), seed=st.integers(0, 2**32))
+def test_special_values_come_out_as_torchs(case: tuple[str, dict[str, Any]], seed: int) -> None:
+    name, options = case
+    theirs, exact, ours = (
+        steps(lambda params, make=make: make(params, **options), seed, dtype)
+        for make, dtype in (
+            (getattr(torch.optim, name), torch.float32),
+            (getattr(torch.optim, name), torch.float64),
+            (getattr(optim, name), torch.float32),
+        )
+    )
+    largest = [torch.zeros(tensor.numel()).double() for tensor in theirs[0]]
+    for number, (expected, right, found) in enumerate(zip(theirs, exact, ours, strict=True)):
+        where = f"{name} {options} step {number} seed {seed}"
+        for index, (a, b, c) in enumerate(zip(found, expected, right, strict=True)):
+            assert torch.equal(a.isnan(), b.isnan()), where
+            assert torch.equal(a[a.isinf()], b[b.isinf()]), where
+            assert torch.equal(a.signbit()[a == 0], b.signbit()[a == 0]), where
+            ours_off, theirs_off = (
+                (x.double() - c).nan_to_num(0.0, 0.0, 0.0).abs() for x in (a, b)
+            )
+            # What cancels keeps the rounding errors of the numbers that it was.
+            largest[index] = largest[index].maximum(b.double().nan_to_num(0.0, 0.0, 0.0).abs())
+            assert (ours_off <= 1.01 * theirs_off + 1e-5 * largest[index] + 1e-44).all(), where
+
+
+def shared(kind: str) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """Parameters and gradients that share memory in one way, and one that shares none."""
+    torch.manual_seed(0)
+    flat, size = torch.randn(150_000), 90_000
+    apart, first, second = torch.randn(size), flat[:size], flat[-size:]
+    grads = [torch.randn(size) for _ in range(3)]
+    if kind == "whole":
+        second = flat[:size]
+    elif kind == "a gradient is a parameter":
+        first, second = torch.randn(size), torch.randn(size)
+        grads[1] = first
+    elif kind == "a gradient twice":
+        first, second = torch.randn(size), torch.randn(size)
+        grads[1] = grads[0]
+    elif kind == "its own gradient":
+        first, second = torch.randn(size), torch.randn(size)
+        grads[0] = first
+    return [nn.Parameter(x) for x in (apart, first, second)], grads
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["whole", "in part", "a gradient is a parameter", "a gradient twice", "its own gradient"],
+)
+@pytest.mark.parametrize("setting", ["onepass", "fused"])
+def test_what_shares_memory_is_stepped_one_after_the_other(
+    tmp_path: Path, kind: str, setting: str
+) -> None:
+    results = []
+    for is_turned in (False, True):
+        session = Session(Request(), tmp_path / str(is_turned))
+        undo = knobs.get("optimizer").apply(session, setting) if is_turned else None
+        for name in ("SGD", "AdamW", "RMSprop"):
+            params, grads = shared(kind)
+            options = {"lr": 0.1} if name == "AdamW" else {"lr": 0.1, "momentum": 0.9}
+            optimizer = getattr(torch.optim, name)(params, **options)
+            for _ in range(3):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                optimizer.step()
+            results.append([param.detach().clone() for param in params])
+        if undo is not None:
+            undo()
+        assert not session.failed_knobs
+    for bare, mine in zip(results[:3], results[3:], strict=True):
+        for expected, found in zip(bare, mine, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_twice_in_a_group_is_stepped_twice(stand_ins: list[Exception]) -> None:
+    param = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.Adagrad([param, param], lr=1.0)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 1 - 1 - 0.5**0.5))
+    assert optimizer.state[param]["step"] == 2
+
+
+def test_the_lazy_sign_of_a_gradient_is_seen(stand_ins: list[Exception]) -> None:
+    param = nn.Parameter(torch.zeros(1))
+    param.grad = torch.tensor([1.0 + 2.0j]).conj().imag
+    assert param.grad.is_neg()
+    torch.optim.SGD([param], lr=1.0, weight_decay=0.1).step()
+    assert param.item() == 2.0
+
+
+def test_in_inference_mode(stand_ins: list[Exception]) -> None:
+    with torch.inference_mode():
+        param, grad = torch.zeros(3), torch.ones(3)
+        optimizer = torch.optim.Adagrad([param], lr=1.0)
+        param.grad = grad
+        optimizer.step()
+    assert param.tolist() == pytest.approx([-1.0] * 3)
+    assert not stand_ins
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("SGD", "RMSprop")])
+@pytest.mark.parametrize("step", [-1.0, -3.0, float("nan"), float("inf"), 2.0**24])
+def test_odd_step_counters_do_what_they_do_in_torch(name: str, step: float) -> None:
+    outcomes = []
+    for make in (getattr(torch.optim, name), getattr(optim, name)):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = make([param])
+        param.grad = torch.full((3,), 0.5)
+        optimizer.step()
+        optimizer.state[param]["step"].fill_(step)
+        try:
+            optimizer.step()
+        except (ArithmeticError, RuntimeError, TypeError) as error:
+            outcomes.append([type(error), str(error)])
+        else:
+            outcomes.append([])
+        outcomes[-1] += [param.nan_to_num(77.0).tolist(), str(optimizer.state[param]["step"])]
+    assert outcomes[0][:-2] == outcomes[1][:-2]
+    assert outcomes[1][-2] == pytest.approx(outcomes[0][-2])
+    assert outcomes[0][-1] == outcomes[1][-1]
+
+
+# The library beside torch's own
+
+
+def stepped_in_float64() -> float:
+    """By torch's own Adam, after whatever was done before."""
+    param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.Adam([param], lr=0.5)
+    param.grad = torch.ones(1, dtype=torch.float64)
+    optimizer.step()
+    return param.item()
+
+
+def quadratic(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> Callable[[], torch.Tensor]:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = param.square().sum()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_closures_may_step_other_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for sharpness-aware minimisation or problems on two levels."""
+    used: list[int] = []
+    original = functional.OnePass.step
+
+    def counted(self: Any, form: Any, arguments: Any, options: Any) -> bool:
+        used.append(len(arguments["params"]))
+        return original(self, form, arguments, options)
+
+    monkeypatch.setattr(functional.OnePass, "step", counted)
+
+    def run(outer: Any, inner: Any) -> list[float]:
+        params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+        first, second = outer(params[:1], lr=0.1), inner(params[1:2], lr=0.1)
+        third = torch.optim.LBFGS(params[2:], max_iter=2)
+
+        def closure() -> torch.Tensor:
+            second.step(quadratic(params[1], second))
+            third.step(quadratic(params[2], third))
+            return quadratic(params[0], first)()
+
+        for _ in range(3):
+            assert torch.is_tensor(first.step(closure))
+        return [x for param in params for x in param.tolist()]
+
+    expected = run(torch.optim.AdamW, torch.optim.AdamW)
+    assert not used
+    for outer, inner, count in (
+        (optim.AdamW, optim.AdamW, 6),
+        (optim.AdamW, torch.optim.AdamW, 3),  # which is torch's own, also within a step of ours
+        (torch.optim.AdamW, optim.AdamW, 3),
+    ):
+        used.clear()
+        assert run(outer, inner) == pytest.approx(expected)
+        assert len(used) == count
+    assert stepped_in_float64() == pytest.approx(0.5)
+
+
+def test_a_closure_that_raises_leaves_nothing_behind() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = optim.Adam([param], lr=0.1)
+
+    def failing() -> torch.Tensor:
+        raise KeyError("mine")
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            optimizer.step(failing)
+    assert torch.is_grad_enabled()
+    assert functional._wanted() is None
+    assert stepped_in_float64() == pytest.approx(0.5)
+    optimizer.step(quadratic(param, optimizer))
+    assert param.tolist() == pytest.approx([0.9] * 3)
+
+
+def test_threads_may_step_at_once() -> None:
+    meet, failures = threading.Barrier(3), []
+
+    def work(make: Any) -> None:
+        try:
+            param = nn.Parameter(torch.ones(3))
+            optimizer = make([param], lr=0.1)
+
+            def closure() -> torch.Tensor:
+                meet.wait(60)  # all are inside of a step
+                return quadratic(param, optimizer)()
+
+            for _ in range(5):
+                optimizer.step(closure)
+            results.append(param.tolist())
+        except Exception as error:  # noqa: BLE001 - raised in the test
+            failures.append(error)
+
+    results: list[list[float]] = []
+    makes = (optim.Adam, optim.Adam, torch.optim.Adam)
+    threads = [threading.Thread(target=work, args=(make,)) for make in makes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures
+    assert results[0] == pytest.approx(results[1])
+    assert results[0] == pytest.approx(results[2])
+    assert stepped_in_float64() == pytest.approx(0.5)
+
+
+def test_the_library_and_the_knob_at_once(tmp_path: Path) -> None:
+    session, knob = Session(Request(), tmp_path), knobs.get("optimizer")
+    for setting in ("onepass", "fused"):
+        undo = knob.apply(session, setting)
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        for param, make in zip(params, (optim.Adam, torch.optim.Adam), strict=True):
+            optimizer = make([param], lr=0.1)
+            for _ in range(3):
+                optimizer.step(quadratic(param, optimizer))
+        torch.testing.assert_close(*params)
+        undo()
+        assert stepped_in_float64() == pytest.approx(0.5)
+
+
+def test_copies_subclasses_and_new_groups() -> None:
+    class Mine(optim.NAdam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    def run(make: Any) -> list[str]:
+        param = nn.Parameter(torch.ones(3))
+        optimizer = make([("weight", param)], lr=0.1)
+        optimizer.step(quadratic(param, optimizer))
+        more = nn.Parameter(torch.ones(2))
+        optimizer.add_param_group({"params": [("more", more)], "lr": 0.5})
+        seen = []
+        for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), optimizer):
+            assert type(copied) is make
+            params = [p for group in copied.param_groups for p in group["params"]]
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+            copied.step()
+            rounded = [[round(x, 5) for x in p.tolist()] for p in params]
+            seen.append(f"{rounded} {copied.state_dict()['param_groups']} {copied}")
+        return seen
+
+    globals()["Mine"] = Mine  # for pickle
+    Mine.__qualname__ = "Mine"
+    expected = run(torch.optim.NAdam)
+    assert run(optim.NAdam) == expected
+    assert [text.replace("Mine", "NAdam") for text in run(Mine)] == expected
+
+
+def test_compiled_and_scripted(stand_ins: list[Exception]) -> None:
+    from torch.optim import adam
+
+    results = []
+    for make in (optim.AdamW, torch.optim.AdamW):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = make([param], lr=0.1)
+        param.grad = torch.ones(3)
+        step = torch.compile(optimizer.step, backend="eager")
+        step()
+        step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+    torch.jit.script(adam._single_tensor_adam)  # as torch.distributed.optim does
+
+
+def test_a_function_of_the_programs_own_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch.optim import rmsprop
+
+    calls: list[int] = []
+
+    def mine(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        own(*args, **kwargs)
+
+    own = torchs(rmsprop._single_tensor_rmsprop)
+    monkeypatch.setattr(rmsprop, "_single_tensor_rmsprop", mine)
+    session = Session(Request(), tmp_path)
+    undo = knobs.get("optimizer").apply(session, "onepass")
+    for _ in range(2):
+        one_step(torch.ones(4), torch.ones(4), "RMSprop")
+    undo()
+    assert rmsprop._single_tensor_rmsprop is mine
+    assert len(calls) == 4
+
+
+WITHOUT_COMPILER = """
+import sys, warnings
+import torch
+if sys.argv[1] == "flatout":
+    from flatout.optim import AdamW, SGD
+else:
+    from torch.optim import AdamW, SGD
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for make in (AdamW, SGD):
+        param = torch.nn.Parameter(torch.linspace(0, 1, 9))
+        optimizer = make([param], lr=0.1, weight_decay=0.1)
+        for step in range(5):
+            param.grad = torch.cos(param.detach() * step)
+            optimizer.step()
+        print(param.tolist())
+print([str(warning.message) for warning in said], file=sys.stderr)
+"""
+
+
+def test_without_a_compiler_the_library_steps_as_torch_does_and_says_so_once(
+    tmp_path: Path,
+) -> None:
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", WITHOUT_COMPILER, which],
+            env={**os.environ, "CC": "/bin/false", "FLATOUT_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        for which in ("torch", "flatout")
+    ]
+    assert done[1].stdout == done[0].stdout
+    assert done[1].stderr.count("flatout.optim steps as torch.optim does: ") == 1
+    assert done[1].stderr.count("',") == 0  # one warning
+
+
+def test_a_kernel_that_lacks_a_function_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(kernels.KernelError, match="has no function sgd"):
+        functional.OnePass(kernels.load("finite"))
 
 
 # The knob

@@ -258,24 +258,41 @@ typedef struct {
     float *scratch;           /* threads x heads_scratch() */
 } Heads;
 
+static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
+    return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
+}
+
+/* Whether what would be multiplied with a probability or a gradient of 0 stays 0. */
+static int are_finite(const Block *b, const Rows *r, int64_t head, int64_t first, int64_t last) {
+    float sum = 0.0f;
+    for (int64_t row = first; row < last; row++) {
+        int64_t at = start_of(b, r, head) + row * r->row;
+        for (int64_t i = 0; i < r->width; i++)
+            sum += 0.0f * (b->is_bf16 ? from_bf16(((const uint16_t *)r->at)[at + i])
+                                      : ((const float *)r->at)[at + i]);
+    }
+    return sum == 0.0f;
+}
+
 /* The block as it is for one head, without columns at the end that no row sees, padding, and without
    a bias that does nothing else. */
-static Block seen_by(const Block *b, int64_t head) {
+static Block seen_by(const Heads *h, int64_t head) {
+    const Block *b = &h->block;
     Block own = *b;
     if (b->bias && b->bias_row == 0) {
         const float *bias = b->bias + head / b->heads_per_batch * b->bias_batch +
                             head % b->heads_per_batch * b->bias_head;
         while (own.columns > 0 && bias[(own.columns - 1) * b->bias_column] == -INFINITY)
             own.columns--;
+        if (!are_finite(b, &h->key, head, own.columns, b->columns) ||
+            !are_finite(b, &h->value, head, own.columns, b->columns) ||
+            (own.columns == 0 && !are_finite(b, &h->query, head, 0, b->rows)))
+            own.columns = b->columns;
         int64_t zeros = 0;
         while (zeros < own.columns && bias[zeros * b->bias_column] == 0.0f) zeros++;
         if (zeros == own.columns) own.bias = NULL;
     }
     return own;
-}
-
-static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
-    return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
 }
 
 static void scale_rows(float *rows, int64_t count, int64_t width, const float *factors) {
@@ -346,7 +363,7 @@ static void seen_products(const Block *b, float *out, const float *left, int64_t
 }
 
 static void head_forward(const Heads *h, int64_t head, float *memory) {
-    const Block own = seen_by(&h->block, head), *b = &own;
+    const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
     float *key = taken(&memory, m * wide), *value = taken(&memory, m * tall);
@@ -372,7 +389,7 @@ static void head_forward(const Heads *h, int64_t head, float *memory) {
 }
 
 static void head_backward(const Heads *h, int64_t head, float *memory) {
-    const Block own = seen_by(&h->block, head), *b = &own;
+    const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
     float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
@@ -510,7 +527,7 @@ static void seen_pairs(const Block *b, float *out, const Pair *left, int64_t pai
 }
 
 static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
-    const Block own = seen_by(&h->block, head), *b = &own;
+    const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = pairs_in(h->query.width), tall = padded(h->value.width);
     Pair *key = (Pair *)taken(&memory, m * wide);
@@ -540,7 +557,7 @@ static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
 }
 
 static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
-    const Block own = seen_by(&h->block, head), *b = &own;
+    const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
     int64_t wide_pairs = pairs_in(h->query.width), tall_pairs = pairs_in(h->value.width);
