@@ -264,6 +264,34 @@ def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> No
     assert gradients[2][0, 1, :21].isnan().all()  # of all values that the row sees
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_padding_that_is_not_finite_spoils_what_it_does_in_torch(
+    session: Session, dtype: torch.dtype, where: str, value: float
+) -> None:
+    """0 times what is not finite is no number, also where nobody sees it."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(2, 2, 33, 16) for name in ("query", "key", "value")}
+    tensors[where][0, 0, -1] = value
+    mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
+    for seen in (30, 0):  # none at all in the second
+        mask[0, ..., seen:] = False
+        bare, plan = (
+            F.scaled_dot_product_attention(*(x.to(dtype) for x in tensors.values()), attn_mask=mask)
+            for _ in turned_off_and_on(session)
+        )
+        assert torch.equal(bare.isnan(), plan.isnan()), seen
+        torch.testing.assert_close(plan, bare, rtol=0.02, atol=0.02, equal_nan=True)
+
+
+def turned_off_and_on(session: Session) -> Iterator[None]:
+    yield
+    undo = knobs.get("attention").apply(session, "fast")
+    yield
+    undo()
+
+
 def test_the_same_with_any_number_of_threads(fast: None) -> None:
     def run(threads: int) -> Tensors:
         before = torch.get_num_threads()

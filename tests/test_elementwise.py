@@ -83,6 +83,63 @@ def test_what_is_not_finite_stays_so(turned: None) -> None:
     assert found[2].isnan()
 
 
+def special(dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, limits, subnormal numbers, what is not finite, and where something overflows."""
+    limits = torch.finfo(dtype)
+    sizes = (0.0, limits.max, limits.tiny, limits.tiny / 4, limits.tiny * limits.eps, torch.inf)
+    sizes += (1e10, 1e12, 1e14, 1e18, 1e19, 1e20, 1e30, 30.0, 50.0, 87.0, 88.0, 89.0, 104.0, 1e3)
+    x = torch.tensor([*sizes, *(-size for size in sizes), torch.nan], dtype=torch.float64)
+    return x.to(dtype)
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """These values over and over in tensors of different strides."""
+    whole = x.repeat(2 * cpu.FEWEST // len(x) + 1)[: 2 * cpu.FEWEST].view(4, 8, 16, -1)
+    return {
+        "contiguous": whole,
+        "transposed": whole.mT,
+        "channels last": whole.contiguous(memory_format=torch.channels_last),
+        "with gaps": whole[..., ::2],
+        "expanded": whole[:1, :1].expand(16, 8, *whole.shape[2:]),
+    }
+
+
+@pytest.mark.parametrize("outer", [1.0, -0.0, 1e-39, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_special_values_come_out_as_torchs(name: str, dtype: torch.dtype, outer: float) -> None:
+    def computed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        made = FUNCTIONS[name](x)
+        (slope,) = torch.autograd.grad(made, x, torch.full_like(made, outer))
+        return made.detach(), slope
+
+    for layout, x in layouts(special(dtype)).items():
+        bare = computed(x)
+        undo = fast()
+        plan = computed(x)
+        undo()
+        for found, expected in zip(plan, bare, strict=True):
+            assert found.stride() == expected.stride(), layout
+            unit = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                found, expected, rtol=16 * unit, atol=1e-44, equal_nan=True, msg=layout
+            )
+            is_zero = expected == 0
+            assert torch.equal(found.signbit()[is_zero], expected.signbit()[is_zero]), layout
+
+
+def test_magnitudes_of_special_values(turned: None) -> None:
+    x = torch.cat([special(torch.float32), torch.tensor([1.0, -0.3])])
+    pairs = torch.cartesian_prod(x, x)
+    z = torch.view_as_complex(pairs).repeat(cpu.FEWEST // len(pairs) + 1)
+    right = torch.hypot(pairs[:, 0].double(), pairs[:, 1].double())
+    right = right.where(~pairs.isinf().any(1), torch.inf).float()
+    for part in (z, z.conj(), torch._neg_view(z)):
+        found = part.abs()[: len(pairs)]
+        torch.testing.assert_close(found, right, rtol=2**-23, atol=0.0, equal_nan=True)
+
+
 def test_magnitudes(turned: None) -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(200, 300, 2, generator=generator) * torch.logspace(-30, 30, 300)[:, None]

@@ -1,19 +1,25 @@
-"""Building kernels, and the generator of ``bernoulli.c``."""
+"""Building kernels, what they make of special values, and the generator of ``bernoulli.c``."""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
+from torch.nn import functional as F
 
-from flatout import kernels
+from flatout import kernels, knobs
+from flatout.agent.session import Session
 from flatout.knobs.random.cpu import Bernoulli
+from flatout.request import Request
 
 # building
 
@@ -93,6 +99,95 @@ def test_there_is_one_pool_of_threads() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_function_is_said_by_name() -> None:
+    library = kernels.load("bernoulli")
+    with pytest.raises(kernels.KernelError, match=r"bernoulli-.*\.so has no function bernouli_8"):
+        library.bernouli_8  # noqa: B018 - to read it is what is tested
+    with pytest.raises(AttributeError):
+        library.__deepcopy__  # noqa: B018 - as of any object
+
+
+# numbers that are not ordinary, under knobs that compute as torch does but for rounding
+
+
+def losses(logits: torch.Tensor, **options: Any) -> Callable[[], list[torch.Tensor]]:
+    def run() -> list[torch.Tensor]:
+        x = logits.clone().requires_grad_()
+        loss = F.cross_entropy(x, torch.arange(len(x)), **options)
+        (slope,) = torch.autograd.grad(loss.sum(), x)
+        return [loss.detach(), slope]
+
+    return run
+
+
+def unit(inputs: torch.Tensor, first: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        gru = nn.GRU(4, 16, bidirectional=True)
+        x, state = inputs.clone().requires_grad_(), first.clone().requires_grad_()
+        states, last = gru(x, state)
+        wanted = (x, state, *gru.parameters())
+        return [states.detach(), *torch.autograd.grad(states.sum() + last.sum(), wanted)]
+
+    return run
+
+
+def bags(mode: str, outer: torch.Tensor, factor: float) -> Callable[[], list[torch.Tensor]]:
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        table = nn.EmbeddingBag(2000, 32, mode=mode, padding_idx=3)
+        looked_up, starts = torch.randint(2000, (100,)), torch.tensor([0, 0, 9, 100])
+        factors = torch.full((100,), factor) if mode == "sum" else None
+        made = table(looked_up, starts, per_sample_weights=factors)
+        (slope,) = torch.autograd.grad(made, table.weight, outer)
+        return [made.detach(), slope]
+
+    return run
+
+
+def special_cases() -> Iterator[tuple[str, str, Callable[[], list[torch.Tensor]]]]:
+    generator = torch.Generator().manual_seed(0)
+    for value in (torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 1e-39):
+        logits = torch.randn(32, 1500, generator=generator)
+        logits[3, 7], logits[5, 5], logits[8] = value, value, value
+        for dtype in (torch.float32, torch.bfloat16):
+            for options in (
+                {"reduction": "none"},
+                {"label_smoothing": 0.1, "reduction": "none"},
+                {"label_smoothing": 1.0, "reduction": "sum"},
+                {"ignore_index": 5},
+            ):
+                yield "cross_entropy", "fused", losses(logits.to(dtype), **options)
+        inputs, first = torch.randn(5, 3, 4), torch.randn(2, 3, 16)
+        inputs[2, 1, 0] = value
+        yield "recurrent", "fused", unit(inputs, first)
+        first[0, 0, 0] = value
+        yield "recurrent", "fused", unit(torch.full((5, 3, 4), -0.0), first)
+        outer = torch.ones(4, 32)
+        outer[2, 1] = value
+        for mode, factor in (("sum", 0.0), ("sum", value), ("mean", 1.0)):
+            yield "embedding", "fast", bags(mode, outer, factor)
+
+
+def test_special_values_come_out_as_torchs(tmp_path: Path) -> None:
+    session = Session(Request(), tmp_path)
+    for number, (knob, setting, run) in enumerate(special_cases()):
+        bare = run()
+        undo = knobs.get(knob).apply(session, setting)
+        plan = run()
+        undo()
+        assert not session.failed_knobs
+        for found, expected in zip(plan, bare, strict=True):
+            tolerance = 0.02 if found.dtype is torch.bfloat16 else 2e-5
+            torch.testing.assert_close(
+                *(found, expected),
+                rtol=tolerance,
+                atol=tolerance,
+                equal_nan=True,
+                msg=lambda said, case=(number, knob): f"{case}: {said}",
+            )
 
 
 # the generator

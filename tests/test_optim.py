@@ -436,6 +436,8 @@ def optimizers(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     options = {option: draw(st.sampled_from(values)) for option, values in taken.items()}
     if options.get("nesterov"):
         options.update(momentum=0.9, dampening=0.0)
+    if options.get("centered") and not options["alpha"]:
+        options["alpha"] = 0.99  # else the variance is nothing but a rounding error
     return name, options
 
 
