@@ -277,13 +277,16 @@ def test_replaced_data_is_found(nothing_left_to_torch: list[Exception]) -> None:
         assert param.tolist() == [fill - 1.0] * 10
 
 
-def test_versions_count_up(nothing_left_to_torch: list[Exception]) -> None:
+@pytest.mark.parametrize("setting", ["onepass", "fused"])
+def test_versions_count_up(tmp_path: Path, setting: str) -> None:
     """Autograd finds out that a tensor it needs has been stepped."""
     param = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([param])
     loss = (param * param).sum()
     param.grad = torch.ones(3)
+    undo = knobs.get("optimizer").apply(Session(Request(), tmp_path), setting)
     optimizer.step()
+    undo()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

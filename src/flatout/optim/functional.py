@@ -399,10 +399,16 @@ class Fused:
 
     def refusal(self, form: Form, options: Sequence[float]) -> str | None:
         """It steps those that torch has such a function for."""
-        return None if form.name in self._functions else "torch has no fused step for it"
+        if form.name not in self._functions:
+            return "torch has no fused step for it"
+        if form.name == "adam" and options[-1]:
+            return "torch's fused step forgets what is not a number with amsgrad"
+        return None
 
     def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:
-        """By torch's function."""
+        """By torch's function, which does not count the versions of what it writes."""
+        written: list[Column] = [arguments[name] for name in _lists(form, arguments)]
+        torch.autograd.graph.increment_version(itertools.chain(written[0], *written[2:]))
         self._functions[form.name](**arguments)
         return True
 
