@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from flatout import kernels, plan
+from flatout import kernels
 from flatout.agent import finite, guard, hooks, losses, snapshot
 from flatout.agent.guard import Guard, LossWatch
 from flatout.agent.session import Session
 from flatout.plan import Evidence, LossEvidence, Plan
+from flatout.program import observed
 from flatout.request import Envelope, ProvenLoss, Request
 
 Start = Callable[..., Session]
@@ -530,7 +531,7 @@ EVIDENCE = Evidence(
 )
 
 
-@pytest.mark.parametrize("words", [(), ("--lr", "1")])
+@pytest.mark.parametrize("words", [(), ("--epochs", "30")])
 def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]) -> None:
     script, made = tmp_path / "program.py", tmp_path / "flatout.toml"
     script.write_text(PROGRAM)
@@ -538,7 +539,7 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]
     Plan(
         settings={"precision": "bf16"},
         command=command,
-        program_sha256=plan.program_sha256(command),
+        program=observed(command),
         machine={"torch": torch.__version__},
         evidence=EVIDENCE,
     ).write(made)
@@ -553,10 +554,12 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout == "True\n"
     said = completed.stderr.splitlines()
+    if words:
+        assert said.pop(0).endswith("precision proven with another length: --epochs 30 is new")
     assert said[0].startswith("flatout: precision=bf16 failed: turned back: NotFiniteError")
     of_losses = [line for line in said if line.startswith("flatout: guard: the loss over")]
     if words:
-        assert of_losses == []  # another command has losses of its own
+        assert of_losses == []  # a run of another length has losses of its own
     else:
         assert of_losses == [said[1]]
         assert said[1].startswith("flatout: guard: the loss over steps 12 to 16 is 0.")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flatout.program import observed
 from flatout.request import Comparison, Relay, Request
 from flatout.tune import journal
 from flatout.tune.journal import Entry, Journal, JournalError
+from flatout.tune.tuner import Options
 
 COMMAND = ["python", "train.py"]
 ASKED = Request(settings={"gc": "seldom"}, stop_steps=5, seed=3)
@@ -78,26 +80,77 @@ def test_a_trial_whose_record_is_gone_is_run_again() -> None:
     assert journal.resume("tune", COMMAND).recorded(ASKED) is None
 
 
-def test_only_an_unfinished_tune_of_the_same_job_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(JournalError, match="there is no tune of this command"):
+def test_without_an_interrupted_tune_there_is_nothing_to_resume() -> None:
+    nothing = "there is no tune of this command to go on with: no tune has been interrupted"
+    with pytest.raises(JournalError, match=nothing):
         journal.resume("tune", COMMAND)
-    script = tmp_path / "train.py"
-    script.write_text("pass")
+    opened = journal.begin("tune", COMMAND)
+    opened.finish("{}")
+    opened.close()
+    with pytest.raises(JournalError, match=nothing):
+        journal.resume("tune", COMMAND)
+
+
+def test_a_tune_of_another_job_says_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text("pass")
     begun(ASKED)
-    for verb, command in (("tune", ["python", "other.py"]), ("verify", COMMAND)):
-        with pytest.raises(JournalError):
-            journal.resume(verb, command)
-    script.write_text("pass  # changed")
-    with pytest.raises(JournalError, match="program changed since"):
-        journal.resume("tune", COMMAND)
-    script.write_text("pass")
-    again = journal.resume("tune", COMMAND)
+    for command, difference in (
+        (["python", "other.py"], "the arguments were train.py, are other.py"),
+        ([*COMMAND, "--lr", "1"], "cannot go on: --lr 1 is new; leave --resume out"),
+    ):
+        with pytest.raises(JournalError, match=difference):
+            journal.resume("tune", command)
+    with pytest.raises(JournalError, match="no verify has been interrupted"):
+        journal.resume("verify", COMMAND)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(JournalError, match=f"it was started in {tmp_path}"):
+        journal.resume("tune", ["python", "../train.py"])
+    monkeypatch.chdir(tmp_path)
+    again = journal.resume("tune", ["python3", "./train.py"])  # the same in other words
     with pytest.raises(JournalError, match="still running"):
         journal.resume("tune", COMMAND)
-    again.finish("{}")
     again.close()
-    with pytest.raises(JournalError):
-        journal.resume("tune", COMMAND)
+
+
+def test_other_options_are_said(tmp_path: Path) -> None:
+    options = Options(budget_seconds=60, steps=30)
+    journal.opened("tune", COMMAND, options, False, pytest.fail).close()
+    journal.opened("tune", COMMAND, options, True, pytest.fail).close()
+    said: list[str] = []
+    other = Options(budget_seconds=90, steps=30, knobs=("gc",))
+    journal.opened("tune", COMMAND, other, True, said.append).close()
+    (line,) = said
+    assert "--budget was 60, is 90; --knobs was None, is ['gc']" in line
+
+
+def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
+    script, net = tmp_path / "train.py", tmp_path / "net.py"
+    script.write_text("import net")
+    net.write_text("def forward(x):\n    return x\n")
+
+    def held(again: Journal) -> None:
+        try:
+            again.recorded(ASKED)
+            again.hold(observed(COMMAND, [str(net)]))
+        finally:
+            again.close()
+
+    path = begun(ASKED, ASKED)
+    held(journal.resume("tune", COMMAND))
+    net.write_text("def forward(x):  # the same\n    return x\n")
+    held(journal.resume("tune", COMMAND))
+    net.write_text("def forward(x):\n    return -x\n")
+    with pytest.raises(JournalError, match=r"changed since: net.py: forward has changed; leave"):
+        held(journal.resume("tune", COMMAND))
+    again = journal.resume("tune", COMMAND)
+    assert again.recorded(Request(seed=99)) is None  # nothing of before is used
+    again.hold(observed(COMMAND, [str(net)]))
+    again.close()
+    kinds = [line["kind"] for line in journal.read(path)]
+    assert kinds == ["job", "program"]
 
 
 def test_two_tunes_of_one_job_have_a_folder_each() -> None:
@@ -113,10 +166,34 @@ def test_a_spoilt_journal_is_one_sentence() -> None:
     path = begun(ASKED)
     path.write_bytes(b"not json\n" + path.read_bytes())
     with pytest.raises(JournalError, match="line 1 is not JSON"):
-        journal.resume("tune", COMMAND)
+        journal.read(path)
     path.write_text(json.dumps([1]) + "\n")
     with pytest.raises(JournalError, match="line 1 is not a JSON object"):
-        journal.read(path)
+        journal.resume("tune", COMMAND)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(JournalError, match="line 1 is not JSON"):
+        journal.resume("tune", COMMAND)
+
+
+def test_a_spoilt_journal_is_not_in_the_way_of_another() -> None:
+    first = begun(ASKED)
+    other = begun(ASKED)
+    newest = max(first, other)
+    newest.write_text("not json\n")
+    assert journal.resume("tune", COMMAND).path == min(first, other)
+
+
+@pytest.mark.parametrize("wrong", [{"run": "../x"}, {"run": 3}, {"seconds": "x"}, {"tail": None}])
+def test_a_spoilt_trial_is_one_sentence(wrong: dict[str, object]) -> None:
+    path = begun(ASKED)
+    job, trial = path.read_text().splitlines()
+    spoilt = json.loads(trial)
+    spoilt["entries"][0].update(wrong)
+    path.write_text(f"{job}\n{json.dumps(spoilt)}\n")
+    again = journal.resume("tune", COMMAND)
+    with pytest.raises(JournalError, match="holds a trial that is none"):
+        again.recorded(ASKED)
+    again.close()
 
 
 def test_two_trials_of_a_relay_are_one_entry() -> None:

@@ -8,11 +8,19 @@ import pytest
 
 from flatout import plan
 from flatout.plan import Check, Evidence, LossEvidence, Plan, PlanError
+from flatout.program import Program
 
 PLAN = Plan(
     settings={"precision": "bf16", "optimizer": "fused"},
     command=("python", "train.py", "--name", 'a "quoted" one'),
-    program_sha256="ab" * 32,
+    program=Program(
+        files={
+            "train.py": {"bytes": "ab" * 6, "module": "cd" * 6, "Net.forward()": "ef" * 6},
+            "../conf/a b.yaml": {"bytes": "12" * 6},
+        },
+        environment={"MODEL": "unset"},
+        folder="..",
+    ),
     machine={"cpu": "Some CPU", "cores": 2, "torch": "2.13.0+cpu"},
     evidence=Evidence(
         settings={"precision": "bf16", "optimizer": "fused"},
@@ -80,7 +88,7 @@ MISTAKES = {
     "plan is no table": ("plan = 3\n", r"line 1: plan must be a table"),
     "command": ('[plan]\n[job]\ncommand = "x"\n', r"line 3: job.command must be a list"),
     "machine": ("[plan]\n[machine]\ncores = [1]\n", r"line 3: machine.cores must be"),
-    "version": ("version = 2\n[plan]\n", r"line 1: version is 2, this flatout reads 1"),
+    "version": ("version = 3\n[plan]\n", r"line 1: version is 3, this flatout reads 1 and 2"),
     "evidence lacks a key": ("[plan]\n[evidence]\nratio = 2.0\n", r"\[evidence\] has no key"),
 }
 
@@ -122,13 +130,3 @@ def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path: Path) -> None:
         plan.read(tmp_path)
     with pytest.raises(PlanError, match="cannot be written"):
         PLAN.write(tmp_path / "no folder" / "flatout.toml")
-
-
-def test_the_program_is_the_first_python_file_of_the_command(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("print(1)\n")
-    command = ["python", "-u", "train.py", "--epochs", "3"]
-    before = plan.program_sha256(command, tmp_path)
-    assert before is not None
-    (tmp_path / "train.py").write_text("print(2)\n")
-    assert plan.program_sha256(command, tmp_path) not in (None, before)
-    assert plan.program_sha256(["python", "-c", "pass"], tmp_path) is None

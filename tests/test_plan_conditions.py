@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatout import machine, plan, signature
+from flatout import machine, signature
+from flatout.launch import environment
 from flatout.plan import Evidence, Plan
+from flatout.program import Program, observed
+from flatout.record import read_run
+from flatout.request import Request
 
 PROGRAM = """
-import sys, gc
+import gc
+from pathlib import Path
 import torch
 from torch import nn
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
 dtypes = set()
+batch = int(Path(__file__).with_name("batch").read_text())
 net[0].register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
 optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
 for number in range(10):
-    loss = net(torch.randn(int(sys.argv[1]), 8)).square().mean()
+    loss = net(torch.randn(batch, 8)).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -58,11 +64,11 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def proven(program: Path) -> Plan:
     """A plan whose proof is for this machine, torch, program and inputs."""
-    command = (sys.executable, str(program), "16")
+    command = (sys.executable, str(program))
     return Plan(
         settings=SETTINGS,
         command=command,
-        program_sha256=plan.program_sha256(command),
+        program=observed(command),
         inputs=("float32[16,8]",),
         machine={**machine.fingerprint(), "torch": torch.__version__},
         evidence=EVIDENCE,
@@ -73,10 +79,11 @@ def run(made: Plan, program: Path, *options: str, batch: int = 16) -> tuple[str,
     """The last line on stdout, and stderr."""
     path = program.with_name("flatout.toml")
     made.write(path)
+    program.with_name("batch").write_text(str(batch))
     completed = subprocess.run(
         [
             *(sys.executable, "-m", "flatout", "run", "--plan", str(path), *options, "--"),
-            *(sys.executable, str(program), str(batch)),
+            *(sys.executable, str(program)),
         ],
         capture_output=True,
         text=True,
@@ -98,7 +105,13 @@ def test_where_it_was_proven_all_of_it_applies(program: Path) -> None:
 
 CHANGES = {
     "machine": ({"machine": {"cpu": "Z80"}}, "cpu was Z80, is "),
-    "program": ({"program_sha256": "0" * 64}, "the program's file has changed"),
+    "program": (
+        {"program": Program({"program.py": {"bytes": "0"}, "net.py": {"bytes": "0"}})},
+        "net.py is gone",
+    ),
+    "arguments": ({"command": (sys.executable, "program.py", "--lr", "1")}, "--lr 1 is not"),
+    "modules": ({"program": Program()}, "proven without program.py, which is imported now"),
+    "an older plan": ({"program": None}, "does not say which files its program was made of"),
     "torch": ({"machine": {"torch": "2.9.0"}}, "proven with torch 2.9.0, this is "),
     "shape": (
         {"inputs": ("float32[32,8]",)},
@@ -118,8 +131,47 @@ def test_elsewhere_only_what_is_bitwise_applies(program: Path, change: str) -> N
     assert last == BITWISE
     assert message in said
     assert "precision" in said.splitlines()[0]
-    assert run(changed, program, "--trust")[0] == WHOLE
-    assert run(changed, program, "--set", "precision=bf16")[0] == WHOLE
+    if change in ("program", "shape"):  # which show before the start, and only afterwards
+        assert run(changed, program, "--trust")[0] == WHOLE
+        assert run(changed, program, "--set", "precision=bf16")[0] == WHOLE
+
+
+def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
+    """What a run has recorded of itself is its program; comments in it may change."""
+    net = program.with_name("net.py")
+    net.write_text("def scale(x):\n    return x\n")
+    program.write_text(PROGRAM.replace("import torch\n", "import torch\nimport net as own\n", 1))
+    directory = program.with_name("record")
+    program.with_name("batch").write_text("16")
+    command = (sys.executable, str(program))
+    directory.mkdir()
+    Request().write(directory)
+    subprocess.run(command, env=environment.job_environment(directory, {}), check=True)
+    record = read_run(directory)
+    assert record.modules == {str(program), str(net)}
+    made = dataclasses.replace(proven(program), program=observed(command, record.modules))
+    net.write_text("def scale(x):\n    # as it is\n    return x\n")
+    last, said = run(made, program)
+    assert (last, len(said.splitlines())) == (WHOLE, 1)
+    net.write_text("def scale(x):\n    return 2 * x\n")
+    last, said = run(made, program)
+    assert last == BITWISE
+    assert said.splitlines()[0] == (
+        "flatout: precision left out, proven under other conditions: net.py: scale has changed. "
+        "'flatout verify' proves the plan anew, 'flatout tune' looks for another, --trust applies "
+        "it as it is"
+    )
+
+
+def test_a_longer_run_is_the_same_program_and_named(program: Path) -> None:
+    made = proven(program)
+    words = (*made.command, "--epochs", "3")
+    longer = dataclasses.replace(made, command=words, program=observed(words))
+    last, said = run(longer, program)
+    assert last == WHOLE
+    assert said.splitlines()[0] == (
+        "flatout: precision proven with another length: --epochs 3 is not given"
+    )
 
 
 def test_a_size_that_varied_in_the_proof_may_vary(program: Path) -> None:

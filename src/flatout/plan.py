@@ -1,14 +1,15 @@
 """The plan: which settings a job runs with, and the evidence for it. A TOML file, never code.
 
-version = 1
+version = 2
 
 [plan]                      # knob = "setting"; the only table that is required
 precision = "bf16"
 
 [job]                       # what it was measured on
 command = ["python", "train.py"]
-program_sha256 = "..."      # of the script's file
+folder = "."                # where it was started, relative to the main script's folder
 inputs = ["float32[64,784]"]      # of the first outermost module call, * where a size varies
+environment = {DATA = "..."}      # digests of the variables that its source names
 
 [machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
 
@@ -26,25 +27,39 @@ bare_step_ms, plan_step_ms  # medians
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
 [[evidence.losses]]         # one for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
+
+[program."net.py"]          # digests of each file of the program, see ``flatout.program``
+bytes = "..."               # as it is; the others are without comments and layout
+module = "..."              # what is outside of its functions
+"Net.forward()" = "..."
+
+A file of version 1 knew the digest of one file only (``job.program_sha256``): it is read, and its
+program counts as unknown.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from flatout import knobs
+from flatout import program as programs
 from flatout.errors import UserError
+from flatout.program import Program
+from flatout.text import one_line
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+_READ_VERSIONS = (1, 2)
 PLAN_FILE = "flatout.toml"
 
+_PROGRAM = "program"
 _LEARNED = {"state": "unproven", "measured": "in-process"}
 
 Fact = str | int | float | bool
@@ -142,7 +157,7 @@ class Plan:
     Attributes:
         settings: ``knob -> setting``.
         command: the job it was made for; empty in a plan written by hand.
-        program_sha256: hash of the job's script, see ``program_sha256``.
+        program: files and variables that the job is made of; ``None``: not known.
         inputs: of the first outermost module call, in the words of ``flatout.signature``.
         machine: fingerprint of the machine, and torch's version.
         evidence: ``None`` in a plan written by hand.
@@ -152,7 +167,7 @@ class Plan:
 
     settings: Mapping[str, str]
     command: tuple[str, ...] = ()
-    program_sha256: str | None = None
+    program: Program | None = None
     inputs: tuple[str, ...] | None = None
     machine: Mapping[str, Fact] = field(default_factory=dict)
     evidence: Evidence | None = None
@@ -183,9 +198,18 @@ class Plan:
             for key, here in fingerprint.items()
             if self.machine.get(key, here) != here
         ]
-        if self.program_sha256 not in (None, program_sha256(command)):
-            found.append("the program's file has changed")
-        return tuple(found)
+        if self.program is None:
+            found.append(
+                "the plan does not say which files its program was made of, as older ones did not"
+            )
+        else:
+            found += self.program.changes(command)
+        return (*found, *self.argument_changes(command).others)
+
+    def argument_changes(self, command: Sequence[str]) -> programs.ArgumentChanges:
+        """How the arguments of a job differ from those of the plan's."""
+        folder = "." if self.program is None else self.program.folder
+        return programs.argument_changes(self.command, folder, command)
 
     def write(self, path: Path) -> None:
         """Write the plan, replacing a file that is there.
@@ -209,10 +233,13 @@ class Plan:
         job: dict[str, Any] = {}
         if self.command:
             job["command"] = list(self.command)
-        if self.program_sha256 is not None:
-            job["program_sha256"] = self.program_sha256
+        if self.program is not None:
+            job["folder"] = self.program.folder
         if self.inputs is not None:
             job["inputs"] = list(self.inputs)
+        if self.program is not None and self.program.environment:
+            job["environment"] = tomlkit.inline_table()
+            job["environment"].update(self.program.environment)
         if job:
             document.add("job", tomlkit.item(job))
         if self.machine:
@@ -221,6 +248,10 @@ class Plan:
             document.add("learned", tomlkit.item(_LEARNED | {"ratios": _rounded(self.learned)}))
         if self.evidence is not None:
             document.add("evidence", tomlkit.item(_rounded(dataclasses.asdict(self.evidence))))
+        if self.program is not None:
+            document.add(
+                _PROGRAM, tomlkit.item({k: dict(v) for k, v in self.program.files.items()})
+            )
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             partial.write_text(tomlkit.dumps(document), "utf-8")
@@ -236,31 +267,23 @@ def read(path: Path) -> Plan:
         PlanError: the file cannot be read, is not TOML, or holds what no plan holds.
     """
     import tomlkit
-    from tomlkit.exceptions import ParseError
+    from tomlkit.exceptions import ParseError, TOMLKitError
 
     try:
         text = path.read_text("utf-8")
-        document = tomlkit.parse(text).unwrap()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PlanError(f"{path} cannot be read: {reason}") from error
+    try:
+        document = tomlkit.parse(text).unwrap()
     except ParseError as error:
-        raise PlanError(f"{path} line {error.line}: this is not TOML: {error}") from error
+        raise PlanError(f"{path} line {error.line}: this is not TOML: {one_line(error)}") from error
+    except RecursionError:
+        raise PlanError(f"{path} is not a plan: it is nested too deeply") from None
+    except (TOMLKitError, ValueError, TypeError, LookupError) as error:
+        # tomlkit raises these where it is given what is not TOML in an unusual way.
+        raise PlanError(f"{path}: this is not TOML: {one_line(error)}") from error
     return _Reader(path, text).plan(document)
-
-
-def program_sha256(command: Sequence[str], folder: Path | None = None) -> str | None:
-    """SHA-256 of the first file named by the command that is Python source, ``None`` without one.
-
-    Args:
-        command: the job.
-        folder: where it is started, by default the current directory.
-    """
-    for word in command:
-        path = (folder or Path.cwd()) / word
-        if path.suffix == ".py" and path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
 
 
 class _Reader:
@@ -272,9 +295,10 @@ class _Reader:
 
     def plan(self, document: dict[str, Any]) -> Plan:
         version = document.get("version", PLAN_VERSION)
-        if version != PLAN_VERSION:
-            self._fail((), "version", f"is {version}, this flatout reads {PLAN_VERSION}")
-        tables = ("plan", "job", "machine", "learned", "evidence")
+        if type(version) is not int or version not in _READ_VERSIONS:
+            known = " and ".join(map(str, _READ_VERSIONS))
+            self._fail((), "version", f"is {one_line(version)}, this flatout reads {known}")
+        tables = ("plan", "job", "machine", "learned", "evidence", _PROGRAM)
         self._known((), document, ("version", *tables))
         for table in tables:
             if not isinstance(document.get(table, {}), dict):
@@ -284,25 +308,47 @@ class _Reader:
         settings = document["plan"]
         self._settings(("plan",), settings)
         job = document.get("job", {})
-        self._known(("job",), job, ("command", "program_sha256", "inputs"))
+        of_old = ("program_sha256",) * (version == 1)
+        self._known(("job",), job, ("command", "folder", "inputs", "environment", *of_old))
         command, inputs = (self._words(job, key) for key in ("command", "inputs"))
-        digest = job.get("program_sha256")
-        if digest is not None and not isinstance(digest, str):
-            self._fail(("job",), "program_sha256", "must be a string")
         machine = document.get("machine", {})
         for key, value in machine.items():
-            if not isinstance(value, Fact):
-                self._fail(("machine",), key, "must be a string, a number, or true or false")
+            if not isinstance(value, Fact) or (_is_number(value) and not _is_amount(value)):
+                self._fail(
+                    ("machine",),
+                    key,
+                    "must be a string, a finite number that is not negative, or true or false",
+                )
         evidence, learned = document.get("evidence"), document.get("learned")
         return Plan(
             settings=settings,
             command=command or (),
-            program_sha256=digest,
+            program=self._program(job, document.get(_PROGRAM)),
             inputs=inputs,
             machine=machine,
             evidence=None if evidence is None else self._evidence(evidence),
             learned=None if learned is None else self._learned(learned),
         )
+
+    def _program(self, job: dict[str, Any], files: dict[str, Any] | None) -> Program | None:
+        folder, environment = job.get("folder", "."), job.get("environment", {})
+        if not isinstance(folder, str) or "\0" in folder:
+            self._fail(("job",), "folder", "must be a string, the path of a folder")
+        self._digests(("job",), "environment", environment)
+        if files is None:
+            return None
+        for name, digests in files.items():
+            if "\0" in name:
+                self._fail((_PROGRAM,), name, "is not the path of a file")
+            self._digests((_PROGRAM,), name, digests)
+        return Program(files, environment, folder)
+
+    def _digests(self, where: tuple[str, ...], key: str, table: Any) -> None:
+        if not isinstance(table, dict):
+            self._fail(where, key, "must be a table")
+        for name, digest in table.items():
+            if not isinstance(digest, str):
+                self._fail((*where, key), name, "must be a string")
 
     def _learned(self, table: dict[str, Any]) -> Mapping[str, float]:
         where = ("learned",)
@@ -313,10 +359,13 @@ class _Reader:
         found = table.get("ratios", {})
         if not isinstance(found, dict):
             self._fail(where, "ratios", "must be a table")
-        for knob, ratio in found.items():
-            if not _is_number(ratio):
-                self._fail((*where, "ratios"), knob, "must be a number")
+        self._ratios((*where, "ratios"), found)
         return found
+
+    def _ratios(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
+        for knob, ratio in table.items():
+            if not _is_positive(ratio):
+                self._fail(where, knob, "must be a positive number")
 
     def _words(self, job: dict[str, Any], key: str) -> tuple[str, ...] | None:
         words = job.get(key)
@@ -330,9 +379,10 @@ class _Reader:
         where = ("evidence",)
         checked = dict(self._fields(where, table, Evidence))
         self._settings((*where, "settings"), checked["settings"])
-        for knob, ratio in checked.get("in_process", {}).items():
-            if not _is_number(ratio):
-                self._fail((*where, "in_process"), knob, "must be a number")
+        self._ratios((*where, "in_process"), checked.get("in_process", {}))
+        self._ratios(where, {key: checked[key] for key in _POSITIVE})
+        if not checked["ratio_low"] <= checked["ratio"] <= checked["ratio_high"]:
+            self._fail(where, "ratio", "must lie between ratio_low and ratio_high")
         checked["losses"] = tuple(self._loss(entry) for entry in checked.get("losses", []))
         checked["checks"] = tuple(self._check(entry) for entry in checked.get("checks", []))
         return Evidence(**checked)
@@ -342,8 +392,10 @@ class _Reader:
         checked = dict(self._fields(where, entry, LossEvidence))
         for key in ("bare_curve", "plan_curve"):
             checked[key] = tuple(checked.get(key, ()))
-            if not all(map(_is_number, checked[key])):
-                self._fail(where, key, "must be a list of numbers")
+            if not all(map(_is_finite, checked[key])):
+                self._fail(where, key, "must be a list of finite numbers")
+        if checked["margin"] < 0:
+            self._fail(where, "margin", "must not be negative")
         return LossEvidence(**checked)
 
     def _check(self, entry: Any) -> Check:
@@ -352,8 +404,8 @@ class _Reader:
         if checked["result"] not in get_args(Result):
             self._fail(where, "result", f"must be one of {', '.join(get_args(Result))}")
         for key, figure in checked.get("figures", {}).items():
-            if not _is_number(figure):
-                self._fail((*where, "figures"), key, "must be a number")
+            if not _is_finite(figure):
+                self._fail((*where, "figures"), key, "must be a finite number")
         return Check(**checked)
 
     def _settings(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
@@ -392,7 +444,7 @@ class _Reader:
     def _fail(self, where: tuple[str, ...], key: str, what: str) -> NoReturn:
         line = self._line(where, key)
         place = f"{self._path} line {line}" if line is not None else str(self._path)
-        raise PlanError(f"{place}: {'.'.join((*where, key))} {what}")
+        raise PlanError(f"{place}: {one_line('.'.join((*where, key)))} {what}")
 
     def _line(self, where: tuple[str, ...], key: str) -> int | None:
         """Number of the line on which a key stands: under its table's header, or in a header."""
@@ -411,24 +463,48 @@ class _Reader:
 
 
 def _rounded(value: Any) -> Any:
-    """``value`` with lists for tuples and every float in it to six significant digits."""
+    """``value`` for TOML, every float in it to six significant digits and none that is not finite:
+    what is not known is left out."""
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _rounded(item) for key, item in value.items() if _is_known(item)}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [_rounded(item) for item in value if _is_known(item)]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _is_known(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    return _is_number(value) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def _is_amount(value: object) -> bool:
+    return _is_finite(value) and value >= 0  # type: ignore[operator]
+
+
+def _is_positive(value: object) -> bool:
+    return _is_finite(value) and value > 0  # type: ignore[operator]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_amount(value)
+
+
+_POSITIVE = ("ratio", "ratio_low", "ratio_high", "bare_step_ms", "plan_step_ms")
+
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "str": (lambda value: isinstance(value, str), "a string"),
     "Result": (lambda value: isinstance(value, str), "a string"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
-    "float": (_is_number, "a number"),
+    "int": (_is_count, "an integer that is not negative"),
+    "float": (_is_finite, "a finite number"),
     "Mapping": (lambda value: isinstance(value, dict), "a table"),
     "tuple": (lambda value: isinstance(value, list), "a list"),
 }

@@ -32,6 +32,9 @@ Format version 5:
 ``inputs``
     ``tensors``, the inputs of the first outermost module calls (see ``signature.py``); another such
     line takes its place when later calls differ in sizes.
+``modules``
+    ``files``, those that the program has imported, outside of the standard library and installed
+    packages: written at the first outermost module call, and at the end.
 ``gradients``, ``outputs``, ``state``
     Where the request asks for an inspection. ``gradients``: ``parameters``, the gradients that one
     update is made from, each with the fields of ``Gradient``. ``outputs``: one pass forward that
@@ -56,9 +59,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import json
 import os
+import re
 import struct
 import time
 from array import array
@@ -68,6 +71,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from flatout.text import one_line, with_printable
 from flatout.turns import (
     DATA,
     FORWARD,
@@ -85,6 +89,7 @@ RECORD_VERSION = 5
 FLUSH_SECONDS = 0.25
 
 _INCOMPLETE = "incomplete"
+_LONGEST_NUMBER = 6
 
 EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
 
@@ -383,6 +388,7 @@ class ProcessRecord(_Loops[list[Step]]):
     evaluations: list[Step] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     inputs: tuple[str, ...] | None = None
+    modules: set[str] = field(default_factory=set)
     profile: dict[str, Any] | None = None
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
@@ -407,6 +413,11 @@ class RunRecord:
         """The process that the report is about, ``None`` when no agent recorded anything."""
         return self.processes[0] if self.processes else None
 
+    @property
+    def modules(self) -> set[str]:
+        """The files that all its processes have imported, see the format above."""
+        return set().union(*(process.modules for process in self.processes))
+
 
 def record_path(run_directory: Path, pid: int) -> Path:
     """The record file of the process ``pid``."""
@@ -417,7 +428,8 @@ def record_path(run_directory: Path, pid: int) -> Path:
 class StepTimes(_Loops["array[float]"]):
     """How long the turns of one process took, in milliseconds, no more of them; and its events.
 
-    ``learned`` is ``None`` where no comparison came to its end.
+    ``learned`` is ``None`` where no comparison came to its end; ``modules`` are those of all
+    processes.
     """
 
     steps: array[float]
@@ -428,12 +440,15 @@ class StepTimes(_Loops["array[float]"]):
     torch: str = ""
     threads: int = 0
     inputs: tuple[str, ...] | None = None
+    modules: set[str] = field(default_factory=set)
 
 
 def write_failure(run_directory: Path) -> str | None:
     """Why a process could not write its record to the end, ``None`` if all could."""
     for note in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
-        return os.strerror(int(note.name.rpartition("-")[2]))
+        number = note.name.rpartition("-")[2]
+        if number.isdecimal() and len(number) < _LONGEST_NUMBER:
+            return os.strerror(int(number))
     return None
 
 
@@ -456,7 +471,10 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
     processes = [_process_step_times(path) for path in _record_paths(run_directory)]
-    return max(processes, key=_importance, default=None)
+    main = max(processes, key=_importance, default=None)
+    if main is not None:
+        main.modules = set().union(*(process.modules for process in processes))
+    return main
 
 
 def read_process(path: Path) -> ProcessRecord:
@@ -469,106 +487,248 @@ def read_process(path: Path) -> ProcessRecord:
     _, header = next(documents)
     process = ProcessRecord(path, header)
     replay = _Replay(process, header)
+    number = 1
     for number, document in documents:
-        kind = document.get("kind")
-        if kind == "header":
-            replay.finish()
-            replay = _Replay(process, document)
-        elif kind == "events":
-            with _unpacking(path, number):
-                replay.tell(_packed(document))
-        elif kind == "losses":
-            with _unpacking(path, number):
-                losses = [loss for (loss,) in struct.iter_unpack("<d", _packed(document))]
-            replay.losses += losses
-            replay.peak_device_bytes += [document.get("peak_device_bytes")] * len(losses)
-        elif kind == "event":
-            process.events.append(_event(document))
-        elif kind == "inputs":
-            process.inputs = tuple(document.get("tensors", ()))
-        elif kind == "profile":
-            process.profile = document
-        elif kind == "gradients":
-            with _unpacking(path, number):
-                for name, gradient in _gradients(document):
-                    process.gradients.setdefault(name, []).append(gradient)
-        elif kind == "outputs":
-            with _unpacking(path, number):
-                process.outputs.append(_output(document))
-        elif kind == "state":
-            with _unpacking(path, number):
-                process.state = tuple(map(_root_state, document["roots"]))
-        elif kind == "end":
-            process.end = document
-            replay.last_peak_device_bytes = document.get("peak_device_bytes")
-    replay.finish()
+        with _unpacking(path, number):
+            replay = _read_line(document, process, replay)
+    with _unpacking(path, number):
+        replay.finish()
     return process
+
+
+def _read_line(document: dict[str, Any], process: ProcessRecord, replay: _Replay) -> _Replay:
+    """Add a line to a process; returns what replays the next ones."""
+    kind = document.get("kind")
+    if kind == "header":
+        replay.finish()
+        return _Replay(process, document)
+    if kind == "events":
+        replay.tell(_packed(document))
+    elif kind == "losses":
+        losses = [loss for (loss,) in struct.iter_unpack("<d", _packed(document))]
+        replay.losses += losses
+        replay.peak_device_bytes += [_optional_int(document, "peak_device_bytes")] * len(losses)
+    elif kind == "event":
+        process.events.append(_event(document))
+    elif kind == "inputs":
+        process.inputs = tuple(_words(document, "tensors"))
+    elif kind == "modules":
+        process.modules.update(_words(document, "files"))
+    elif kind == "profile":
+        process.profile = _profile(document)
+    elif kind == "gradients":
+        for name, gradient in _gradients(document):
+            process.gradients.setdefault(name, []).append(gradient)
+    elif kind == "outputs":
+        process.outputs.append(_output(document))
+    elif kind == "state":
+        process.state = tuple(map(_root_state, _objects(document, "roots")))
+    elif kind == "end":
+        _value(document, "reason", str)
+        process.end = document
+        replay.last_peak_device_bytes = _optional_int(document, "peak_device_bytes")
+    return replay
 
 
 def _process_step_times(path: Path) -> StepTimes:
     documents = _documents(path)
     _, header = next(documents)
     times = StepTimes(array("d"), array("d"), _rank(header))
-    times.torch, times.threads = str(header.get("torch")), int(header.get("threads") or 0)
+    times.torch, times.threads = str(header.get("torch")), header.get("threads") or 0
 
     def closed(turn: Turn) -> None:
         kept = times.steps if turn.kind == "step" else times.evaluations
         kept.append((turn.end_ns - turn.start_ns) / 1e6)
 
     turns, unpacker = Turns(closed), _Unpacker()
+    number = 1
     for number, document in documents:
         kind = document.get("kind")
-        if kind == "header":
-            turns.finish()
-            turns, unpacker = Turns(closed), _Unpacker()
-        elif kind == "events":
-            with _unpacking(path, number):
+        with _unpacking(path, number):
+            if kind == "header":
+                turns.finish()
+                turns, unpacker = Turns(closed), _Unpacker()
+            elif kind == "events":
                 turns.tell(unpacker.events(_packed(document)), repeat(None))
-        elif kind == "event":
-            times.events.append(_event(document))
-        elif kind == "inputs":
-            times.inputs = tuple(document.get("tensors", ()))
-        elif kind == "learned":
-            times.learned = [Learned(**entry) for entry in document["settings"]]
-    turns.finish()
+            elif kind == "event":
+                times.events.append(_event(document))
+            elif kind == "inputs":
+                times.inputs = tuple(_words(document, "tensors"))
+            elif kind == "modules":
+                times.modules.update(_words(document, "files"))
+            elif kind == "learned":
+                times.learned = [_learned(entry) for entry in _objects(document, "settings")]
+    with _unpacking(path, number):
+        turns.finish()
     return times
 
 
+# What a file says need not be what a writer wrote: a killed run may have left it, or a program.
+
+
+def _value(document: dict[str, Any], name: str, *kinds: type) -> Any:
+    """A value that is of one of these types.
+
+    Raises:
+        TypeError: it is of another, or missing where that is not allowed.
+    """
+    value = document.get(name)
+    if type(value) not in kinds:
+        raise TypeError(
+            f"{name} is {_type_name(value)}, not {' or '.join(_NAMES[k] for k in kinds)}"
+        )
+    return value
+
+
+_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    type(None): "null",
+}
+
+
+def _type_name(value: Any) -> str:
+    return _NAMES.get(type(value), "unknown")
+
+
+def _text(document: dict[str, Any], name: str) -> str:
+    text: str = _value(document, name, str)
+    return text
+
+
+def _number(document: dict[str, Any], name: str) -> float:
+    return float(_value(document, name, int, float))
+
+
+def _optional_int(document: dict[str, Any], name: str) -> int | None:
+    value: int | None = _value(document, name, int, type(None))
+    return value
+
+
+def _objects(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = _value(document, name, list)
+    for item in items:
+        if type(item) is not dict:
+            raise TypeError(f"{name} holds {_type_name(item)}, not only objects")
+    return items
+
+
+def _words(document: dict[str, Any], name: str) -> list[str]:
+    words: list[str] = _value(document, name, list)
+    for word in words:
+        if type(word) is not str:
+            raise TypeError(f"{name} holds {_type_name(word)}, not only strings")
+    return words
+
+
 def _event(document: dict[str, Any]) -> Event:
-    values: dict[str, Any] = {f.name: document.get(f.name) for f in dataclasses.fields(Event)}
-    return Event(**values)
+    return Event(
+        at_s=_number(document, "at_s"),
+        what=_text(document, "what"),
+        subject=_text(document, "subject"),
+        why=_text(document, "why"),
+        traceback=_value(document, "traceback", str, type(None)),
+    )
+
+
+def _learned(entry: dict[str, Any]) -> Learned:
+    return Learned(
+        knob=_text(entry, "knob"),
+        setting=_text(entry, "setting"),
+        kept=_value(entry, "kept", bool),
+        **{name: _number(entry, name) for name in ("value", "low", "high")},
+        pairs=_value(entry, "pairs", int),
+    )
+
+
+_HEADER: dict[str, tuple[type, ...]] = {
+    "pid": (int,),
+    "rank": (int, type(None)),
+    "world_size": (int, type(None)),
+    "started_ns": (int,),
+    "program": (str,),
+    "executable": (str,),
+    "torch": (str,),
+    "threads": (int,),
+    "accelerator": (str, type(None)),
+    "environment": (dict,),
+}
+"""Types of what is used of a header, as far as it is there."""
+
+_PROFILE: dict[str, tuple[type, ...]] = {
+    "steps": (int,),
+    "step_ms": (int, float),
+    "operators": (list,),
+    "operators_total_ms": (int, float),
+    "operators_total_calls": (int, float),
+    "device_total_ms": (int, float, type(None)),
+    "minor_faults": (int, float, type(None)),
+    "minor_faults_of_thread": (int, float, type(None)),
+    "page_fault_us": (int, float, type(None)),
+    "page_fault_step_ms": (int, float, type(None)),
+    "flops_by_dtype": (dict,),
+    "counted": (dict,),
+    "uncountable": (dict,),
+    "facts": (dict,),
+}
+
+
+def _checked(document: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    for name in kinds.keys() & document.keys():
+        _value(document, name, *kinds[name])
+    return document
+
+
+def _profile(document: dict[str, Any]) -> dict[str, Any]:
+    _checked(document, _PROFILE)
+    for operator in _objects(document, "operators") if "operators" in document else ():
+        _text(operator, "name")
+        _number(operator, "calls")
+        _number(operator, "self_ms")
+        for name in ("phase", "within"):
+            _value(operator, name, str, type(None))
+    return document
 
 
 def _gradients(document: dict[str, Any]) -> Iterator[tuple[str, Gradient]]:
-    for entry in document["parameters"]:
+    for entry in _objects(document, "parameters"):
         sample = _array("f", entry["sample"])
-        yield entry["name"], Gradient(entry["norm"], entry["elements"], sample)
+        gradient = Gradient(_number(entry, "norm"), _value(entry, "elements", int), sample)
+        yield _text(entry, "name"), gradient
 
 
 def _output(document: dict[str, Any]) -> Output:
     tensors = (
         OutputTensor(
-            shape=tuple(entry["shape"]),
-            mean=entry["mean"],
-            rms=entry["rms"],
+            shape=tuple(_value({"shape": size}, "shape", int) for size in entry["shape"]),
+            mean=_number(entry, "mean"),
+            rms=_number(entry, "rms"),
             sample=_array("f", entry["sample"]),
             top1=_array("i", entry["top1"]),
             lead=_array("f", entry["lead"]),
         )
-        for entry in document["tensors"]
+        for entry in _objects(document, "tensors")
     )
-    return Output(document["root"], document["inputs"], document["digest"], tuple(tensors))
+    inputs, digest = (_value(document, name, str, type(None)) for name in ("inputs", "digest"))
+    return Output(_text(document, "root"), inputs, digest, tuple(tensors))
 
 
 def _root_state(entry: dict[str, Any]) -> RootState:
-    buffers = (BufferState(b["name"], b["mean"], b["rms"]) for b in entry["buffers"])
+    buffers = (
+        BufferState(_text(b, "name"), _number(b, "mean"), _number(b, "rms"))
+        for b in _objects(entry, "buffers")
+    )
     return RootState(
-        entry["root"],
-        entry["digest"],
-        entry["non_finite"],
+        _text(entry, "root"),
+        _text(entry, "digest"),
+        _value(entry, "non_finite", int),
         tuple(buffers),
-        entry["probabilities"],
-        entry["ones"],
+        _value(entry, "probabilities", int),
+        _value(entry, "ones", int),
     )
 
 
@@ -600,6 +760,10 @@ _TIME_PLACE, _NOTE_PLACE, _USAGE_PLACE = 8, 9, 10
 """Where the last value of a kind is; that of a phase's modules or optimizers is at the phase."""
 
 
+_LONGEST_SHIFT = 63
+"""Of the last byte of a value of 64 bits in LEB128."""
+
+
 class _Unpacker:
     """Unpacks the events of one process, from header to header."""
 
@@ -617,6 +781,8 @@ class _Unpacker:
             for number in range(_value_count(kind, phase)):
                 rest, shift = 0, 0
                 while True:
+                    if shift > _LONGEST_SHIFT:
+                        raise ValueError("a value of more than 64 bits")
                     byte = packed[at]
                     at += 1
                     rest |= (byte & 127) << shift
@@ -720,6 +886,8 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is_empty = True
     for number, document in _lines(path):
         if document.get("kind") == "header":
+            with _unpacking(path, number):
+                _checked(document, _HEADER)
             if document.get("version") != RECORD_VERSION:
                 raise RecordError(
                     f"{path} has record version {document.get('version')}, this flatout reads "
@@ -745,9 +913,22 @@ def _packed(document: dict[str, Any]) -> bytes:
 def _unpacking(path: Path, number: int) -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
-        why = f"{type(error).__name__}: {error}"
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,  # of the replay: these events do not follow from each other
+        ArithmeticError,
+        RecursionError,
+        struct.error,
+    ) as error:
+        why = one_line(f"{type(error).__name__}: {error}")
         raise RecordError(f"{path} line {number} cannot be unpacked: {why}") from error
+
+
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\n]|\\[ubfr]")
+"""In a line: what may be a control character."""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -758,8 +939,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     return  # torn
                 try:
                     document = json.loads(line)
+                    if _UNPRINTABLE.search(line):
+                        document = with_printable(document)
                 except json.JSONDecodeError as error:
                     raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
+                except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+                    why = one_line(error)
+                    raise RecordError(f"{path} line {number} cannot be read: {why}") from error
                 if not isinstance(document, dict):
                     raise RecordError(f"{path} line {number} is not a JSON object")
                 yield number, document

@@ -106,11 +106,13 @@ class Proof:
         torch: its version.
         inputs: of the first outermost module call, in the words of ``flatout.signature``; ``None``
             where they are not known.
+        files: that the program may be made of; ``None`` where they are not known.
     """
 
     knobs: tuple[str, ...]
     torch: str | None
     inputs: tuple[str, ...] | None
+    files: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _words(words: list[str] | None) -> tuple[str, ...] | None:
 _PARTS: dict[str, Callable[[Any], Any]] = {
     "comparison": _part(Comparison, arms=tuple),
     "relay": _part(Relay),
-    "proof": _part(Proof, knobs=tuple, inputs=_words),
+    "proof": _part(Proof, knobs=tuple, inputs=_words, files=_words),
     "inspection": _part(Inspection),
     "guard": _part(Envelope, losses=lambda losses: tuple(ProvenLoss(**loss) for loss in losses)),
 }

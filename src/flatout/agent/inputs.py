@@ -6,16 +6,19 @@ is.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.modules import imported_files
 from flatout.agent.nested import tensors_in
 from flatout.signature import VARYING, matches, merged
 from flatout.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
+    from flatout.request import Proof
 
 
 WATCHED_CALLS = 16
@@ -52,6 +55,7 @@ class FirstInputs:
         if self._module is None:
             self._module = weakref.ref(module)
             self._record(tuple(described((args, kwargs))))
+            self._session.write_modules()
             self._turn_off()
         elif self._module() is module:
             both = merged(self._seen, tuple(described((args, kwargs))))
@@ -64,17 +68,27 @@ class FirstInputs:
         self._session.record.write({"kind": "inputs", "tensors": seen})
 
     def _turn_off(self) -> None:
-        """Turn off what was proven with other inputs, for this call already."""
+        """Turn off what was proven otherwise, for this call already."""
         session, proof = self._session, self._session.request.proof
-        if proof is None or proof.inputs is None or matches(proof.inputs, self._seen):
+        why = None if proof is None else self._difference(proof)
+        if proof is None or why is None:
             return
         turned_off = [knob for knob in proof.knobs if session.turn_off(knob)]
         for knob in turned_off:
-            session.event(
-                "skipped",
-                knob,
-                f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}",
+            session.event("skipped", knob, why)
+
+    def _difference(self, proof: Proof) -> str | None:
+        """What shows only now: other inputs, or modules that the proof has not seen."""
+        if proof.inputs is not None and not matches(proof.inputs, self._seen):
+            return (
+                f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}"
             )
+        if proof.files is not None:
+            new = [path for path in imported_files() if path not in proof.files]
+            if new:
+                more = f" and {len(new) - 1} more" * (len(new) > 1)
+                return f"proven without {os.path.basename(new[0])}{more}, which is imported now"
+        return None
 
 
 class InputSizes:

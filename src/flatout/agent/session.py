@@ -32,6 +32,7 @@ from flatout.agent.containment import (
 from flatout.agent.hooks import Hooks
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.losses import abandon, arrived_losses, peak_device_bytes, read_loss
+from flatout.agent.modules import imported_files
 from flatout.record import (
     ENVIRONMENT_NAMES,
     EVENTS,
@@ -306,8 +307,13 @@ class Session:
         if not self._is_quiet:
             yield "record", functools.partial(self._write_events, wait=True)
             yield "record", self._write_unreported
+            yield "record", self.write_modules
             yield "record", functools.partial(self._write_end, reason)
             yield "record", self.record.close
+
+    def write_modules(self) -> None:
+        """Write down what the program has imported of its own by now."""
+        self.record.write({"kind": "modules", "files": imported_files()})
 
     def _write_unreported(self) -> None:
         while unreported:

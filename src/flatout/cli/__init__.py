@@ -16,6 +16,7 @@ from typing import Any
 
 from flatout import __version__
 from flatout.errors import UserError
+from flatout.text import printable
 
 
 def verbs() -> dict[str, Any]:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(own)
     try:
         if arguments.takes_job:
-            if not job:
+            if not job or not job[0]:
                 raise UserError(
                     "there is no command to run: put it after --, as in "
                     f"flatout {arguments.verb} -- python train.py"
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"flatout {arguments.verb} takes no command")
         return int(arguments.execute(arguments))
     except UserError as error:
-        print(f"flatout: {error}", file=sys.stderr)
+        print(f"flatout: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("flatout: interrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.record import RecordError, read_step_times, write_failure
 from flatout.request import Envelope, Proof, ProvenLoss, Request
+from flatout.text import printable
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
@@ -95,14 +96,15 @@ def _request(arguments: argparse.Namespace) -> Request:
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> Envelope | None:
     """What the guard is to know, ``None`` where no setting can change anything.
 
-    The losses of the proof are those of its command: with another learning rate, or fewer steps for
-    it to fall in, there are others.
+    The losses of the proof are those of its arguments: with another learning rate, or fewer steps
+    for it to fall in, there are others.
     """
     from flatout import knobs
+    from flatout.program import ArgumentChanges
 
     if all(knobs.is_bitwise(name, setting) for name, setting in settings.items()):
         return None
-    is_same = tuple(command[1:]) == plan.command[1:]
+    is_same = plan.argument_changes(command) == ArgumentChanges()
     if plan.evidence is None or not plan.proven or not is_same:
         return Envelope()
     losses = tuple(
@@ -118,6 +120,7 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     if (plan.evidence is None and plan.learned is None) or arguments.trust:
         return settings, None
     from flatout import knobs, machine
+    from flatout.program import summed_up
 
     if plan.learned is not None:
         _say(f"{arguments.plan} was learned while training and is not proven")
@@ -125,13 +128,20 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
         _say(f"[plan] in {arguments.plan} is not what was proven; it is applied as it stands")
         return settings, None
     sensitive = tuple(name for name, s in settings.items() if not knobs.is_bitwise(name, s))
+    if not sensitive:
+        return settings, None
     differences = plan.differences(arguments.command, machine.fingerprint())
-    if not differences or not sensitive:
-        return settings, Proof(sensitive, plan.torch, plan.inputs)
+    how = "proven" if plan.proven else "learned"
+    if not differences:
+        lengths = plan.argument_changes(arguments.command).lengths
+        if lengths:
+            _say(f"{', '.join(sensitive)} {how} with another length: {summed_up(lengths)}")
+        files = None if plan.program is None else tuple(plan.program.paths(arguments.command))
+        return settings, Proof(sensitive, plan.torch, plan.inputs, files)
     _say(
-        f"{', '.join(sensitive)} left out, {'proven' if plan.proven else 'learned'} under other "
-        "conditions: "
-        f"{'; '.join(differences)}. 'flatout tune' proves anew, --trust applies the plan as it is"
+        f"{', '.join(sensitive)} left out, {how} under other conditions: {summed_up(differences)}. "
+        "'flatout verify' proves the plan anew, 'flatout tune' looks for another, --trust applies "
+        "it as it is"
     )
     return {name: s for name, s in settings.items() if name not in sensitive}, None
 
@@ -184,7 +194,7 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(f"flatout: {line}", file=sys.stderr, flush=True)
+    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
 
 
 _OUTCOMES = {"skipped": "not applied", "failed": "failed"}

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flatout.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -111,7 +113,7 @@ def execute(arguments: argparse.Namespace) -> int:
         exactness=arguments.exactness,
         memory=arguments.memory,
     )
-    opened = (journal.resume if arguments.resume else journal.begin)("tune", arguments.command)
+    opened = journal.opened("tune", arguments.command, options, arguments.resume, say)
     try:
         with LiveTable(quiet=arguments.quiet) as table:
 
@@ -141,9 +143,18 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
 
     Raises:
         PlanError: the file cannot be written.
+        UserError: the program has changed since its first run.
     """
-    from flatout import machine, plan
+    from flatout import machine, plan, program
+    from flatout.errors import UserError
 
+    now = program.observed(command, outcome.modules)
+    changes = [] if outcome.program is None else program.changes_between(outcome.program, now)
+    if changes:
+        raise UserError(
+            f"no plan is written, as the program has changed meanwhile: "
+            f"{program.summed_up(changes)}"
+        )
     header = outcome.header
     facts: dict[str, plan.Fact] = {
         **machine.fingerprint(),
@@ -153,7 +164,7 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
     plan.Plan(
         settings=outcome.settings,
         command=tuple(command),
-        program_sha256=plan.program_sha256(command),
+        program=now,
         inputs=outcome.inputs,
         machine=facts,
         evidence=outcome.evidence,
@@ -177,7 +188,7 @@ def ceilings(python: str) -> Ceilings | None:
 
 
 def say(line: str) -> None:
-    print(f"flatout: {line}", file=sys.stderr, flush=True)
+    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _seconds(text: str) -> float:

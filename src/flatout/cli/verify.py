@@ -78,7 +78,7 @@ def execute(arguments: argparse.Namespace) -> int:
         isolate=not arguments.in_place,
         memory=arguments.memory,
     )
-    opened = (journal.resume if arguments.resume else journal.begin)("verify", arguments.command)
+    opened = journal.opened("verify", arguments.command, options, arguments.resume, tune.say)
     try:
         with LiveTable(quiet=arguments.quiet) as table:
             tuner = Tuner(

@@ -2,7 +2,7 @@
 
 A tune has a folder of its own below ``paths.tunes_directory()``::
 
-    journal.jsonl    one JSON object a line: the job, then each trial
+    journal.jsonl    one JSON object a line: the job, its program, then each trial
     runs/            the run directories of its trials
     result.json      what came out, written at the end
 
@@ -21,15 +21,24 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatout import __version__, paths, plan
+from flatout import __version__, paths
 from flatout.errors import UserError
 from flatout.launch.runs import clear_old, new_directory
+from flatout.program import (
+    ArgumentChanges,
+    Program,
+    argument_changes,
+    changes_between,
+    home,
+    summed_up,
+)
 from flatout.request import Request
+from flatout.text import one_line
 from flatout.tune.document import DOCUMENT_FILE
 
 JOURNAL_VERSION = 1
@@ -83,6 +92,11 @@ class Journal:
         lines, whole_bytes = _whole_lines(self.path)
         os.ftruncate(self._descriptor, whole_bytes)
         self.job = lines[0][0] if lines else {}
+        self._program: Program | None = None
+        self._program_end = 0
+        for line, end in lines:
+            if line.get("kind") == "program":
+                self._program, self._program_end = _program(line), end
         self._recorded = [(line, end) for line, end in lines if line.get("kind") == "trial"]
         self._at_byte = lines[0][1] if lines else 0
         self._next = 0
@@ -108,11 +122,16 @@ class Journal:
         if self._next == len(self._recorded):
             return None
         line, end = self._recorded[self._next]
-        entries = tuple(Entry(**entry) for entry in line["entries"])
+        try:
+            entries = tuple(_entry(entry) for entry in line["entries"])
+        except (KeyError, TypeError) as error:
+            raise JournalError(f"{self.path} holds a trial that is none: {error}") from error
         are_there = all((self.runs / entry.run).is_dir() for entry in entries)
-        if line["requests"] != _plain(requests) or not are_there:
+        if line.get("requests") != _plain(requests) or not are_there:
             del self._recorded[self._next :]
             os.ftruncate(self._descriptor, self._at_byte)
+            if self._program_end > self._at_byte:
+                self._program = None
             return None
         self._next += 1
         self._at_byte = end
@@ -132,6 +151,24 @@ class Journal:
             "entries": [dataclasses.asdict(entry) for entry in entries],
         }
         _append(self._descriptor, self.path, document)
+
+    def hold(self, program: Program) -> None:
+        """Write down what the program is, or hold it against what it was before.
+
+        Raises:
+            JournalError: it has changed, or it cannot be written.
+        """
+        if self._program is None:
+            self._program = program
+            line = {"kind": "program", **dataclasses.asdict(program)}
+            _append(self._descriptor, self.path, line)
+            return
+        changes = changes_between(self._program, program)
+        if changes:
+            raise JournalError(
+                f"the program has changed since: {summed_up(changes)}; leave --resume out"
+            )
+        self._at_byte = max(self._at_byte, self._program_end)
 
     def finish(self, result: str | None = None) -> None:
         """Write down what came out, if anything; there is nothing to resume from now on.
@@ -155,8 +192,39 @@ class Journal:
         os.close(self._descriptor)
 
 
-def begin(verb: str, command: Sequence[str]) -> Journal:
-    """The journal of a new tune, or of what else a verb tries.
+def opened(
+    verb: str,
+    command: Sequence[str],
+    options: Any,
+    resumes: bool,
+    say: Callable[[str], None],
+) -> Journal:
+    """The journal of a tune, or of what else a verb tries.
+
+    Args:
+        verb: which.
+        command: the job.
+        options: a dataclass of what the user asks for; what differs when it goes on is said.
+        resumes: go on with the last one of this job that has not come to its end.
+        say: called with a line.
+
+    Raises:
+        JournalError: there is no place for it, or nothing to go on with.
+    """
+    if not resumes:
+        return begin(verb, command, options)
+    found = resume(verb, command)
+    differing = _differing(found.job.get("options"), _plain_options(options))
+    if differing:
+        say(
+            f"going on under other options: {'; '.join(differing)}; trials that were asked for "
+            "otherwise are run again"
+        )
+    return found
+
+
+def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
+    """The journal of a new tune; see ``opened``.
 
     Raises:
         JournalError: there is no place for it.
@@ -175,7 +243,8 @@ def begin(verb: str, command: Sequence[str]) -> Journal:
             "FLATOUT_HOME can name another place"
         ) from error
     try:
-        _append(descriptor, path, {"kind": "job", **_job(verb, command)})
+        job = {"kind": "job", **_job(verb, command), "options": _plain_options(options)}
+        _append(descriptor, path, job)
     finally:
         os.close(descriptor)
     return Journal(folder)
@@ -187,25 +256,67 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     Raises:
         JournalError: there is none.
     """
-    job = _job(verb, command)
-    other: str | None = None
+    why: list[str] = []
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):
-        lines = read(path)
-        if not lines or lines[-1].get("kind") == "end":
-            continue
-        recorded = lines[0]
-        if any(recorded.get(key) != job[key] for key in ("verb", "command", "folder")):
-            continue
-        changed = [key for key, value in job.items() if recorded.get(key) != value]
-        if changed:
-            other = other or f"{' and '.join(changed)} changed since"
-            continue
         try:
-            return Journal(path.parent)
+            lines = read(path)
+            if not lines or lines[0].get("verb") != verb or lines[-1].get("kind") == "end":
+                continue
+            difference = _difference(lines[0], verb, command)
+            if difference is None:
+                return Journal(path.parent)
         except BlockingIOError:
-            other = other or "it is still running"
-    why = f" ({other})" if other else ""
-    raise JournalError(f"there is no {verb} of this command to go on with{why}; leave --resume out")
+            difference = "it is still running"
+        except JournalError as error:
+            difference = str(error)
+        why.append(difference)
+    if why:
+        reason = f"the last one that has not come to its end cannot go on: {why[0]}"
+    else:
+        reason = f"no {verb} has been interrupted"
+    raise JournalError(
+        f"there is no {verb} of this command to go on with: {reason}; leave --resume out"
+    )
+
+
+def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
+    """Why a tune of that job cannot go on as a tune of this one, ``None``: it can."""
+    now = _job(verb, command)
+    if job.get("folder") != now["folder"]:
+        return f"it was started in {job.get('folder')}"
+    if job.get("command") != now["command"]:
+        words = job.get("command")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return "its command cannot be read"
+        here = os.path.relpath(os.curdir, home(command))
+        changes = argument_changes(words, here, command)
+        if changes != ArgumentChanges():
+            return summed_up((*changes.others, *changes.lengths))
+    changed = [
+        f"{key} was {job.get(key)}, is {now[key]}"
+        for key in ("version", "flatout")
+        if job.get(key) != now[key]
+    ]
+    return "; ".join(changed) or None
+
+
+def _differing(before: Any, now: dict[str, Any]) -> list[str]:
+    """The options that differ, as far as they are known."""
+    if not isinstance(before, dict):
+        return []
+    return [
+        f"{name} was {one_line(before[name])}, is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+
+
+def _plain_options(options: Any) -> dict[str, Any]:
+    """The options of a verb by their names on the command line."""
+    if options is None:
+        return {}
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=sorted))
+    return {f"--{name.partition('_')[0]}": value for name, value in plain.items()}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -218,15 +329,48 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a tune to go on."""
+    """What must be the same for a tune to go on; its program, see ``Journal.hold``."""
     return {
         "version": JOURNAL_VERSION,
         "flatout": __version__,
         "verb": verb,
         "command": list(command),
         "folder": os.getcwd(),
-        "program": plan.program_sha256(command),
     }
+
+
+_ENTRY = {
+    "run": (str,),
+    "seconds": (int, float),
+    "ended": (bool,),
+    "failure": (str, type(None)),
+    "tail": (str,),
+    "spent_s": (int, float),
+}
+
+
+def _entry(entry: dict[str, Any]) -> Entry:
+    """A trial of a journal.
+
+    Raises:
+        TypeError, KeyError: it is none.
+    """
+    for name, kinds in _ENTRY.items():
+        if type(entry[name]) not in kinds:
+            raise TypeError(f"{name} is {one_line(entry[name])}")
+    if os.sep in entry["run"] or entry["run"].startswith("."):
+        raise TypeError(f"run is {one_line(entry['run'])}")
+    return Entry(**entry)
+
+
+def _program(line: dict[str, Any]) -> Program | None:
+    """The program of a journal's line, ``None`` where it cannot be read."""
+    files, environment = line.get("files"), line.get("environment")
+    if not isinstance(files, dict) or not isinstance(environment, dict):
+        return None
+    if not all(isinstance(digests, dict) for digests in files.values()):
+        return None
+    return Program(files, environment, str(line.get("folder")))
 
 
 def _plain(requests: Sequence[Request]) -> Any:
@@ -272,8 +416,8 @@ def _whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
         end += len(line)
         try:
             document = json.loads(line)
-        except ValueError as error:
-            raise JournalError(f"{path} line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise JournalError(f"{path} line {number} is not JSON: {one_line(error)}") from error
         if not isinstance(document, dict):
             raise JournalError(f"{path} line {number} is not a JSON object")
         lines.append((document, end))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from flatout import machine, paths, plan
+from flatout import machine, paths, plan, program
 from flatout.errors import UserError
 from flatout.knobs import Exactness, Facts
 from flatout.plan import PLAN_FILE, Plan
@@ -96,7 +96,7 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     Plan(
         settings=kept,
         command=tuple(arguments.command),
-        program_sha256=plan.program_sha256(arguments.command),
+        program=program.observed(arguments.command, times.modules),
         inputs=times.inputs,
         machine=facts,
         learned=ratios,

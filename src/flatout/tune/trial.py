@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flatout import launch
 from flatout.errors import UserError
-from flatout.record import ProcessRecord, RecordError, read_run
+from flatout.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.request import Relay, Request
 from flatout.tune.journal import Entry, Journal
 
@@ -53,11 +53,13 @@ class Trial:
         process: the record of the process that trained.
         seconds: wall time of the whole command.
         ended: whether the program came to its end by itself.
+        modules: files that its processes have imported, see ``record``.
     """
 
     process: ProcessRecord
     seconds: float
     ended: bool
+    modules: frozenset[str] = frozenset()
 
 
 class Trials:
@@ -167,10 +169,10 @@ class Trials:
 
     def _outcome(self, entry: Entry) -> Trial:
         try:
-            process = read_run(self._journal.runs / entry.run).main
+            record = read_run(self._journal.runs / entry.run)
         except RecordError as error:
             raise UserError(f"the record cannot be read: {error}") from None
-        return _outcome(entry, process)
+        return _outcome(entry, record)
 
 
 def run(
@@ -181,7 +183,7 @@ def run(
         command, request, isolate=isolate, output="capture", timeout_seconds=timeout_seconds
     )
     entry = _entry(finished, timeout_seconds, finished.seconds)
-    return _outcome(entry, finished.read_record().main)
+    return _outcome(entry, finished.read_record())
 
 
 _ENDED = f"killed by signal {int(signal.SIGTERM)}"
@@ -211,10 +213,11 @@ def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) ->
     )
 
 
-def _outcome(entry: Entry, process: ProcessRecord | None) -> Trial:
+def _outcome(entry: Entry, record: RunRecord) -> Trial:
+    process = record.main
     if entry.failure is not None or process is None:
         raise TrialFailedError(entry.failure or "its record is empty", process, entry.tail)
-    return Trial(process, entry.seconds, entry.ended)
+    return Trial(process, entry.seconds, entry.ended, frozenset(record.modules))
 
 
 def reasons(process: ProcessRecord, *what: str) -> dict[str, str]:

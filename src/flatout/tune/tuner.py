@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flatout import knobs, machine, signature
+from flatout import program as programs
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
 from flatout.knobs import Exactness
 from flatout.machine import Ceilings
 from flatout.plan import Check, Evidence
+from flatout.program import Program
 from flatout.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.record import Gradient
 from flatout.request import Comparison, Inspection, Request
@@ -148,6 +150,8 @@ class Outcome:
         header: of the first run's record: interpreter, torch and so on.
         inputs: what went into the first outermost module call of every run, see
             ``flatout.signature``; ``None`` if there is nothing that all runs have in common.
+        program: what it was at the first run; ``None``: it has not run.
+        modules: files that the runs have imported.
         job_steps: how many steps the whole job has, ``None``: not known.
         interrupted: whether the user has ended it.
         seconds: how long all of it took.
@@ -166,6 +170,8 @@ class Outcome:
     phases_ms: Mapping[str, float | None] = field(default_factory=dict)
     header: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] | None = None
+    program: Program | None = None
+    modules: frozenset[str] = frozenset()
     job_steps: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
@@ -206,6 +212,8 @@ class Tuner:
         show: Callable[[Outcome, float], None],
         ceilings: Callable[[str], Ceilings | None],
     ) -> None:
+        self._command = command
+        self._journal = journal
         self._options = options
         self._trials = Trials(command, journal, options.isolate)
         self._say = say
@@ -304,6 +312,9 @@ class Tuner:
             )
         outcome = self._outcome
         outcome.header, outcome.inputs = process.header, process.inputs
+        outcome.modules = first.modules
+        outcome.program = programs.observed(self._command, first.modules)
+        self._journal.hold(outcome.program)
         step_s = pairs.step_ms(process) / 1e3
         in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
@@ -937,6 +948,7 @@ class Tuner:
         )
         for done in (*made.firsts, *made.seconds):
             self._outcome.inputs = _in_common(self._outcome.inputs, done.process.inputs)
+            self._outcome.modules |= done.modules
 
     def _accept(self, settings: dict[str, str], made: Pairs) -> None:
         outcome, ratio = self._outcome, made.ratio

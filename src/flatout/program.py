@@ -1,0 +1,554 @@
+"""What a job's program is, so that a plan can tell whether it is still the one of its proof.
+
+The program is the files of source that it runs, its arguments, and the environment variables that
+its source names:
+
+- *files*: what its processes have imported from outside of the standard library and of
+  site-packages (the agent records these), the scripts and the files of configuration that the
+  command names, and those that its Python source names. Data is not looked at.
+- A file's *digests* tell what has changed: ``bytes`` is of the file as it is; of Python source
+  there is also one for each function and for what is outside of functions, without comments, layout
+  and docstrings. Paths are relative to the folder of the main script, so that a checkout may move.
+- *arguments* are compared as options with their values, in any order, ``--lr=1`` like ``--lr 1``,
+  and paths by what they lead to.
+
+Nothing is run or imported: source is parsed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BYTES, MODULE = "bytes", "module"
+"""Keys of a file's digests: of all its bytes, and of what is outside of its functions."""
+
+SCRIPT_SUFFIXES = frozenset((".py", ".sh", ".bash", ".zsh"))
+_CONFIGURATION_SUFFIXES = frozenset(
+    (".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".gin", ".jsonnet", ".json")
+)
+_NAMED_IN_SOURCE = (SCRIPT_SUFFIXES | _CONFIGURATION_SUFFIXES) - {".json"}
+"""A JSON file whose name stands in the source is as often what the program writes."""
+
+_HASHED_BYTES = 16 * 2**20
+"""A file that is larger is data."""
+_PARSED_BYTES = 4 * 2**20
+"""Of all Python source, beyond which a file has only the digest of its bytes: parsing takes a
+second for each MiB."""
+_DIGEST_CHARACTERS = 12
+"""48 bits: against changes, not against attacks."""
+
+LENGTHS = frozenset(
+    f"{many}{unit}"
+    for unit in ("epochs", "steps", "iters", "iterations")
+    for many in ("", "max_", "total_", "train_", "max_train_", "num_train_")
+) | {"n_epochs", "num_epochs", "total_timesteps", "num_iters", "num_iterations", "n_iterations"}
+"""Options that say for how long a program trains, with ``_`` for ``-``; a plan's proof is of the
+first steps, whatever their number is. ``num_steps`` is none of them: it is the length of a rollout
+as often."""
+
+_PLAIN_FLAGS = frozenset(("-u", "-B", "-q", "-v", "-s", "-P"))
+"""Of the interpreter, which change nothing that a program computes."""
+
+_NOT_COMPARED = re.compile(
+    r"FLATOUT_.*|SLURM_.*|MASTER_.*|(LOCAL_|GROUP_|ROLE_)?RANK|HOME|USER|LOGNAME|PATH|PWD|OLDPWD|"
+    r"SHELL|TERM|HOSTNAME|TMPDIR|TEMP|TMP|.*(KEY|TOKEN|SECRET|PASSW|CREDENTIAL).*",
+    re.IGNORECASE,
+)
+"""Variables that differ from run to run, and those that may hold a secret."""
+_UNSET = "unset"
+
+_MANY = 3
+"""So many changes are named, the rest is counted."""
+
+Digests = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program as a proof has seen it.
+
+    Attributes:
+        files: path, relative to the main script's folder -> its digests.
+        environment: variables that its source names -> digest of their value, or ``unset``.
+        folder: where it was started, relative to the main script's folder.
+    """
+
+    files: Mapping[str, Digests] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str = "."
+
+    def changes(self, command: Sequence[str]) -> list[str]:
+        """What is another file or variable now, one clause each."""
+        here = home(command)
+        found = []
+        for name, recorded in self.files.items():
+            found += _changes_of_file(name, recorded, here / name)
+        for name, digest in self.environment.items():
+            if _digest_of_variable(name) != digest:
+                found.append(f"the environment variable {name} has changed")
+        return found
+
+    def paths(self, command: Sequence[str]) -> list[str]:
+        """Where its files are for this command, without links."""
+        here = home(command)
+        return [os.path.realpath(here / name) for name in self.files]
+
+
+def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
+    """The program of a command as it is now.
+
+    Args:
+        command: the job, started in the current folder.
+        modules: files that its processes have imported, as the agent has recorded them.
+    """
+    here = home(command)
+    files: dict[str, Digests] = {}
+    variables: set[str] = set()
+    waiting = [*_named_files(command), *map(Path, modules)]
+    parsed_bytes = 0
+    while waiting:
+        path = Path(os.path.realpath(waiting.pop(0)))
+        name = os.path.relpath(path, here)
+        data = None if name in files else _content(path)
+        if data is None:
+            continue
+        parsed_bytes += len(data)
+        source = _Source(path, data) if parsed_bytes <= _PARSED_BYTES else None
+        files[name] = {BYTES: _digest(data), **({} if source is None else source.digests)}
+        if source is not None:
+            variables |= source.variables
+            waiting += source.named_files((here, Path.cwd(), path.parent))
+    compared = sorted(name for name in variables if not _NOT_COMPARED.fullmatch(name))
+    return Program(
+        files=dict(sorted(files.items())),
+        environment={name: _digest_of_variable(name) for name in compared},
+        folder=os.path.relpath(os.path.realpath(os.curdir), here),
+    )
+
+
+def changes_between(before: Program, after: Program) -> list[str]:
+    """What differs between two looks at a program, one clause each; files seen later are new."""
+    found = []
+    for name, recorded in before.files.items():
+        if name in after.files:
+            found += _clauses(name, recorded, after.files[name])
+        else:
+            found.append(f"{name} is gone")
+    return found
+
+
+def home(command: Sequence[str]) -> Path:
+    """The folder that the paths of a program are relative to: that of its main script.
+
+    Of ``-m package`` it is the folder that the package is in, else the current one.
+    """
+    main = main_file(command)
+    if main is not None:
+        return Path(os.path.realpath(main)).parent
+    top = _module(command).partition(".")[0]
+    folders = [".", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    for folder in folders if top else ():
+        if os.path.isdir(os.path.join(folder, top)) or os.path.isfile(
+            os.path.join(folder, f"{top}.py")
+        ):
+            return Path(os.path.realpath(folder))
+    return Path(os.path.realpath(os.curdir))
+
+
+def main_file(command: Sequence[str]) -> Path | None:
+    """The script that a command runs: the first file of source that it names."""
+    for word in command:
+        path = Path(word)
+        if path.suffix in SCRIPT_SUFFIXES and _is_file(path):
+            return path
+    first = Path(command[0]) if command else Path()
+    if _is_own(first, command[0] if command else "") and (_content(first) or b"").startswith(b"#!"):
+        return first
+    return None
+
+
+@dataclass(frozen=True)
+class ArgumentChanges:
+    """How the arguments of two commands differ, one clause each.
+
+    Attributes:
+        lengths: options that only say for how long the program trains, see ``LENGTHS``.
+        others: all others.
+    """
+
+    lengths: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def argument_changes(before: Sequence[str], folder: str, command: Sequence[str]) -> ArgumentChanges:
+    """Compare the arguments of a command with those that a plan was made for.
+
+    Args:
+        before: the command of the plan.
+        folder: where it was started, relative to the main script's folder.
+        command: the job now.
+    """
+    here = home(command)
+    old = _Arguments(before, here / folder, here)
+    new = _Arguments(command, Path.cwd(), here)
+    lengths: list[str] = []
+    others: list[str] = []
+    if old.program != new.program:
+        others.append(f"the program was {old.program}, is {new.program}")
+    for option in dict.fromkeys((*old.options, *new.options)):
+        was, now = old.options.get(option), new.options.get(option)
+        if was == now:
+            continue
+        clause = _clause(option, was, now)
+        is_length = option.lstrip("-").replace("-", "_").rpartition(".")[2] in LENGTHS
+        are_counts = all(words is None or _is_count(words) for words in (was, now))
+        (lengths if is_length and are_counts else others).append(clause)
+    return ArgumentChanges(tuple(lengths), tuple(others))
+
+
+def summed_up(changes: Sequence[str]) -> str:
+    """Some changes, and how many more there are."""
+    more = len(changes) - _MANY
+    return "; ".join(changes[:_MANY]) + (f"; and {more} more" if more > 0 else "")
+
+
+class _Arguments:
+    """The words of a command: what is run, and with which options.
+
+    Args:
+        command: the words.
+        folder: where the command is started.
+        here: what paths are compared relative to.
+
+    Attributes:
+        program: the words that are no options, until the first option of the program itself.
+        options: option -> the words that follow it, in order; ``""``: those before any option.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, here: Path) -> None:
+        self._folder, self._here = folder, here
+        first, *rest = command or ("",)
+        name = re.sub(_INTERPRETER, "python", os.path.basename(first))
+        self.program = name
+        if _is_own(folder / first, first):
+            self.program = self._plain(first)
+        self.options: dict[str, tuple[str, ...]] = {}
+        option, is_literal = "", False
+        is_interpreter = name == "python"
+        for word in rest:
+            if is_interpreter and word in _PLAIN_FLAGS:
+                continue
+            is_interpreter = is_interpreter and word.startswith("-") and word not in ("-m", "-c")
+            key, equals, value = word.partition("=")
+            if is_literal:
+                self._add("--", word)
+            elif word == "--":
+                is_literal = True
+            elif equals and re.fullmatch(r"-{0,2}\+{0,2}[A-Za-z_][\w.@/-]*", key):
+                self._add(key, value)  # --lr=1, and Hydra's lr=1
+                option = ""
+            elif re.match(r"--?[A-Za-z]", word):
+                option = word
+                self.options.setdefault(option, ())
+            elif os.path.splitext(word)[1] in SCRIPT_SUFFIXES:
+                option = ""  # of a launcher: what follows belongs to the script
+                self._add(option, word)
+            else:
+                self._add(option, word)
+
+    def _add(self, option: str, word: str) -> None:
+        self.options[option] = (*self.options.get(option, ()), self._plain(word))
+
+    def _plain(self, word: str) -> str:
+        """A word, or, of a path, where it leads to."""
+        path = self._folder / word
+        if not word or not (_exists(path) or word.startswith(("./", "../"))):
+            return word
+        return os.path.relpath(os.path.realpath(path), self._here)
+
+
+class _Source:
+    """A file of source, parsed.
+
+    Attributes:
+        digests: of its parts; none where it is no Python source that can be parsed.
+        variables: environment variables that it names.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.digests: dict[str, str] = {}
+        self.variables: set[str] = set()
+        self._names: set[str] = set()
+        if path.suffix == ".py" or re.match(rb"#!.*python", data):
+            self._read_python(data)
+        elif path.suffix in SCRIPT_SUFFIXES or data.startswith(b"#!"):
+            self.variables |= set(
+                re.findall(r"\$\{?([A-Za-z_]\w*)", data.decode("utf-8", "replace"))
+            )
+            self.digests = {MODULE: _digest(_without_comments(data))}
+        elif path.suffix in _CONFIGURATION_SUFFIXES:
+            self.digests = {MODULE: _digest(_without_comments(data))}
+
+    def named_files(self, folders: Sequence[Path]) -> list[Path]:
+        """The files of source and configuration that it names."""
+        paths = (folder / name for name in sorted(self._names) for folder in folders)
+        return [path for path in paths if _is_file(path)]
+
+    def _read_python(self, data: bytes) -> None:
+        try:
+            tree = ast.parse(data)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return  # of another version of Python, or none
+        keeps_docstrings = any(word in data for word in (b"__doc__", b"docopt", b"getdoc"))
+        if not keeps_docstrings:
+            _drop_docstrings(tree)
+        parts: dict[str, list[ast.AST | str]] = {MODULE: []}
+        _take_apart(tree.body, "", MODULE, parts)
+        self.digests = {name: _digest_of_nodes(nodes) for name, nodes in parts.items()}
+        for node in ast.walk(tree):
+            self.variables |= set(_variables_named(node))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value
+                if len(name) < 256 and os.path.splitext(name)[1] in _NAMED_IN_SOURCE:
+                    self._names.add(name)
+
+
+def _take_apart(
+    body: Sequence[ast.stmt], prefix: str, rest: str, parts: dict[str, list[ast.AST | str]]
+) -> None:
+    """Sort statements: each function for itself, the others under ``rest``."""
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts.setdefault(f"{prefix}{statement.name}()", []).append(statement)
+        elif isinstance(statement, ast.ClassDef):
+            key = f"class {prefix}{statement.name}"
+            head = [*statement.bases, *statement.keywords, *statement.decorator_list]
+            parts.setdefault(key, []).extend(head)
+            _take_apart(statement.body, f"{prefix}{statement.name}.", key, parts)
+        else:
+            parts[rest].append(statement)
+            continue
+        if statement.decorator_list:  # such as a registry's: the order counts
+            parts[rest].append(statement.name)
+
+
+def _drop_docstrings(tree: ast.AST) -> None:
+    for node in ast.walk(tree):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and isinstance(first := node.body[0] if node.body else None, ast.Expr):
+            value = first.value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = node.body[1:]
+
+
+_NO_MEANING = frozenset(("kind", "type_comment", "type_ignores"))
+
+
+def _digest_of_nodes(nodes: Iterable[ast.AST | str]) -> str:
+    """Of syntax without positions; the same in all versions of Python that parse it alike.
+
+    Fields that are empty are left out, as newer versions have more of them. Nothing is recursive: a
+    sum of a thousand terms is a tree of that depth.
+    """
+    digest = hashlib.sha256()
+    waiting: list[object] = []
+    waiting.extend(reversed(list(nodes)))
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, ast.AST):
+            digest.update(f"({type(item).__name__} ".encode())
+            waiting.append(_END)
+            for name, value in reversed(list(ast.iter_fields(item))):
+                if value is not None and value != [] and name not in _NO_MEANING:
+                    waiting += (
+                        (value, f"{name}=")
+                        if not isinstance(value, list)
+                        else (_END, *value[::-1], f"{name}=[")
+                    )
+            if isinstance(item, ast.Constant) and item.value is None:
+                digest.update(b"None")
+        elif item is _END:
+            digest.update(b")")
+        else:
+            said = hex(item) if type(item) is int else repr(item)
+            digest.update(f"{said} ".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:_DIGEST_CHARACTERS]
+
+
+_END = object()
+
+
+def _variables_named(node: ast.AST) -> Iterator[str]:
+    """Of ``os.environ["X"]``, ``os.environ.get("X")`` and ``os.getenv("X")``."""
+    name: ast.expr | None = None
+    if isinstance(node, ast.Subscript) and _last_name(node.value) == "environ":
+        name = node.slice
+    elif isinstance(node, ast.Call) and node.args:
+        function = node.func
+        of_environ = isinstance(function, ast.Attribute) and _last_name(function.value) == "environ"
+        if of_environ or _last_name(function) == "getenv":
+            name = node.args[0]
+    if isinstance(name, ast.Constant) and isinstance(name.value, str):
+        yield name.value
+
+
+def _last_name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _without_comments(data: bytes) -> bytes:
+    """Without lines that are empty or only a comment, where no text can stand in such lines."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return json.dumps(document).encode()
+    lines = [line.rstrip() for line in data.splitlines()]
+    if any(re.search(rb"<<|[|>][-+\d]*$|\"\"\"|'''|\\$", line) for line in lines):
+        return b"\n".join(lines)  # a here-document, or a string of several lines
+    return b"\n".join(line for line in lines if line and not line.lstrip().startswith(b"#"))
+
+
+def _changes_of_file(name: str, recorded: Digests, path: Path) -> list[str]:
+    data = _content(path)
+    if data is None:
+        return [f"{name} is gone"]
+    now = {BYTES: _digest(data)}
+    if now[BYTES] != recorded.get(BYTES) and MODULE in recorded:
+        now |= _Source(path, data).digests
+    return _clauses(name, recorded, now)
+
+
+def _clauses(name: str, recorded: Digests, now: Digests) -> list[str]:
+    """How the digests of a file differ, one clause for all of it, as a list."""
+    if recorded.get(BYTES) == now.get(BYTES):
+        return []
+    if MODULE not in recorded or MODULE not in now:
+        return [f"{name} has changed"]
+    parts = [part for part in {**recorded, **now} if part not in (BYTES, MODULE)]
+    both = [part for part in parts if part in recorded and part in now]
+    kinds = (
+        ("changed", [part for part in both if recorded[part] != now[part]]),
+        ("gone", [part for part in parts if part not in now]),
+        ("new", [part for part in parts if part not in recorded]),
+    )
+    said = [f"{_listed(found)} {_verb(how, found)}" for how, found in kinds if found]
+    if said:
+        return [f"{name}: {', '.join(said)}"]
+    if recorded[MODULE] != now[MODULE]:
+        return [f"{name} has changed{' outside of its functions' * bool(parts)}"]
+    return []
+
+
+def _listed(parts: Sequence[str]) -> str:
+    names = [part.removesuffix("()") for part in parts]
+    more = len(names) - _MANY
+    if more > 0:
+        return f"{', '.join(names[:_MANY])} and {more} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _verb(how: str, parts: Sequence[str]) -> str:
+    is_one = len(parts) == 1
+    if how == "changed":
+        return "has changed" if is_one else "have changed"
+    return f"{'is' if is_one else 'are'} {how}"
+
+
+def _clause(option: str, was: tuple[str, ...] | None, now: tuple[str, ...] | None) -> str:
+    if not option:
+        return f"the arguments were {' '.join(was or ('none',))}, are {' '.join(now or ('none',))}"
+    if was is None or now is None:
+        words = " ".join((option, *(was or now or ())))
+        return f"{words} is new" if was is None else f"{words} is not given"
+    return f"{option} was {' '.join(was) or 'without a value'}, is {' '.join(now) or 'without one'}"
+
+
+def _is_count(words: tuple[str, ...]) -> bool:
+    return len(words) == 1 and words[0].replace("_", "").isdecimal()
+
+
+def _named_files(command: Sequence[str]) -> list[Path]:
+    """The files of source and configuration that a command names."""
+    main = main_file(command)
+    found = [] if main is None else [main]
+    for word in command[1:]:
+        for name in dict.fromkeys((word, word.partition("=")[2])):
+            path = Path(name)
+            if path.suffix in SCRIPT_SUFFIXES | _CONFIGURATION_SUFFIXES and _is_file(path):
+                found.append(path)
+    return found
+
+
+def _module(command: Sequence[str]) -> str:
+    """The module after the last ``-m``, empty without one."""
+    words = list(command)
+    for at in range(len(words) - 2, -1, -1):
+        if words[at] == "-m" and re.fullmatch(r"[\w.]+", words[at + 1]):
+            return words[at + 1]
+    return ""
+
+
+_INTERPRETER = re.compile(r"python[\d.]*\Z")
+
+
+def _is_own(path: Path, word: str) -> bool:
+    """Whether what is run is a file of the project, none of the system or an environment."""
+    if os.sep not in word or not _is_file(path) or _INTERPRETER.match(path.name):
+        return False
+    folder = Path(os.path.abspath(path)).parent
+    is_installed = folder.name in ("bin", "sbin") and (
+        (folder.parent / "pyvenv.cfg").exists()
+        or shutil.which(path.name) == str(folder / path.name)
+    )
+    return not is_installed
+
+
+def _content(path: Path) -> bytes | None:
+    """What is in a file, or, of a module in an archive, in the archive; ``None``: not to be had."""
+    while not _exists(path) and path.parent != path:
+        path = path.parent
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _HASHED_BYTES:
+            status = path.stat()
+            return f"{status.st_size} {status.st_mtime_ns}".encode()
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a word that is too long, or holds a null
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _digest_of_variable(name: str) -> str:
+    value = os.environ.get(name)
+    return _UNSET if value is None else _digest(value.encode("utf-8", "surrogateescape"))
