@@ -126,32 +126,3 @@ def test_an_interpreter_on_path_without_torch_is_passed_over(
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
     monkeypatch.setenv("PATH", str(tmp_path / "v" / "bin"))
     assert machine.default_python() == sys.executable
-
-
-@pytest.mark.parametrize(
-    ("files", "own", "quota"),
-    [
-        ({"a/b/cpu.max": "150000 100000", "a/cpu.max": "max 100000"}, "0::/a/b", 1.5),
-        ({"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, "0::/a/b", 2.0),
-        ({"a/cpu.max": "max 100000"}, "0::/a", None),
-        ({}, "0::/gone", None),
-        (
-            {"cpu/x/cpu.cfs_quota_us": "50000", "cpu/x/cpu.cfs_period_us": "100000"},
-            "4:memory:/x\n3:cpu,cpuacct:/x",
-            0.5,
-        ),
-        (
-            {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"},
-            "3:cpu,cpuacct:/x",
-            None,
-        ),
-    ],
-)
-def test_the_smallest_quota_on_the_way_up_counts(
-    files: dict[str, str], own: str, quota: float | None, tmp_path: Path
-) -> None:
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert machine.cgroup_cpu_quota(tmp_path, own) == quota

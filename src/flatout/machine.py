@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flatout import paths
+from flatout import paths, system
 from flatout.errors import UserError
 
 CACHE_VERSION = 3
@@ -107,15 +107,12 @@ def fingerprint() -> dict[str, str | int | float]:
 
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return system.cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_vendor() -> str | None:
     """The processor's vendor as it names itself (``GenuineIntel``); ``None``: it does not."""
-    return next(iter(_cpu_words("vendor_id")), None)
+    return system.cpu_fields().get("vendor_id")
 
 
 def cpu_flags() -> list[str]:
@@ -125,83 +122,33 @@ def cpu_flags() -> list[str]:
 
 def has_cpu_flags(flags: Collection[str]) -> bool:
     """Whether the processor has all of them."""
-    return set(flags) <= set(_cpu_words("flags", "Features"))
-
-
-def _cpu_words(*names: str) -> list[str]:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith(names):
-            return line.partition(":")[2].split()
-    return []
+    fields = system.cpu_fields()
+    return set(flags) <= set((fields.get("flags") or fields.get("Features", "")).split())
 
 
 def usable_cores() -> float:
-    """Cores that this process may really use: its affinity mask, and its cgroup's CPU quota."""
+    """Cores that this process may really use: its affinity mask, which its cpuset is part of, and
+    the CPU quota of its control groups."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    quota = cgroup_cpu_quota()
+    quota = system.cpu_quota()
     return allowed if quota is None else min(float(allowed), quota)
 
 
-def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> float | None:
-    """CPU quota in cores, the smallest on the way up to the root; ``None``: no limit.
-
-    Args:
-        root: where the cgroup file systems are mounted.
-        own: content of ``/proc/self/cgroup``.
-
-    cgroup v2 ``cpu.max`` and v1 ``cpu.cfs_quota_us``, kernel documentation, "Control Group v2" and
-    "CFS Bandwidth Control".
-    """
-    quotas = []
-    for line in own.splitlines() if own is not None else _lines("/proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        is_v2 = not controllers
-        if not is_v2 and "cpu" not in controllers.split(","):
-            continue
-        base = root if is_v2 else root / "cpu"
-        folder = base / path.lstrip("/")
-        while True:
-            quotas.append(_quota_v2(folder) if is_v2 else _quota_v1(folder))
-            if folder == base or base not in folder.parents:
-                break
-            folder = folder.parent
-    limits = [quota for quota in quotas if quota is not None]
-    return min(limits) if limits else None
-
-
-def _quota_v2(folder: Path) -> float | None:
-    words = "".join(_lines(str(folder / "cpu.max"))).split()
-    if len(words) != 2 or words[0] == "max":
-        return None
-    return int(words[0]) / int(words[1])
-
-
-def _quota_v1(folder: Path) -> float | None:
-    quota = "".join(_lines(str(folder / "cpu.cfs_quota_us"))).strip()
-    period = "".join(_lines(str(folder / "cpu.cfs_period_us"))).strip()
-    if not quota or not period or int(quota) <= 0:
-        return None
-    return int(quota) / int(period)
-
-
 def memory_limit_bytes() -> int:
-    """Memory of the machine, or of this process's cgroup where that is less."""
+    """Memory of the machine, or of this process's control groups where that is less."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = "".join(_lines(f"/sys/fs/cgroup/{name}")).strip()
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+    limit = system.memory_limit_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def huge_pages() -> str | None:
     """State of transparent huge pages: ``always``, ``madvise`` or ``never``."""
-    text = "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
+    text = system.text(Path("/sys/kernel/mm/transparent_hugepage/enabled")) or ""
     chosen = re.search(r"\[(\w+)\]", text)
     return chosen.group(1) if chosen else None
 
@@ -332,10 +279,3 @@ def _write_cache(file: Path, entries: list[dict[str, Any]]) -> None:
         temporary.replace(file)
     except OSError as error:
         print(f"flatout: {file} cannot be written: {error.strerror}", file=sys.stderr)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

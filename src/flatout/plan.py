@@ -415,7 +415,7 @@ class _Reader:
             try:
                 knobs.check(name, setting)
             except knobs.UnknownSettingError as error:
-                self._fail(where, name, f"is not possible: {error}")
+                self._fail(where, name, f"is not possible: {one_line(error)}")
 
     def _fields(self, where: tuple[str, ...], table: Any, kind: type) -> dict[str, Any]:
         """Check keys and types of a table against the fields of a dataclass."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flatout.text import one_line
+
 REQUEST_VERSION = 1
 REQUEST_FILE = "request.json"
 
@@ -206,11 +208,15 @@ class Request:
             document: dict[str, Any] = json.loads((run_directory / REQUEST_FILE).read_text())
             version = document.pop("version", None)
             if version != REQUEST_VERSION:
-                raise RequestError(f"request version {version}, expected {REQUEST_VERSION}")
+                raise RequestError(
+                    f"request version {one_line(version)}, expected {REQUEST_VERSION}"
+                )
             return cls(**{name: _PARTS.get(name, _as_it_is)(v) for name, v in document.items()})
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        except RequestError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise RequestError(
-                f"{run_directory / REQUEST_FILE} is not a request: {error}"
+                f"{run_directory / REQUEST_FILE} is not a request: {one_line(error)}"
             ) from error
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flatout import system
 from flatout.agent.arrays import PLAIN
 from flatout.agent.finite import are_finite
 
@@ -149,29 +149,6 @@ def _lack_of_room(tensors: Iterable[torch.Tensor]) -> str | None:
 def _free_bytes(device: torch.device) -> int | None:
     """Memory that is left, ``None`` where that cannot be known."""
     if device.type == "cpu":
-        known = [free for free in (_free_of_machine(), _free_of_group()) if free is not None]
-        return min(known, default=None)
+        return system.available_bytes()
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
     return None if mem_get_info is None else int(mem_get_info(device)[0])
-
-
-def _free_of_machine() -> int | None:
-    """``MemAvailable`` of /proc/meminfo (proc_meminfo(5))."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next(
-        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
-    )
-
-
-def _free_of_group() -> int | None:
-    """What the limit of a container leaves (cgroup v2, memory.max and memory.current)."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = (group / "memory.current").read_text().strip()
-        return int(limit) - int(used)
-    except (OSError, ValueError):  # no such group, or "max"
-        return None

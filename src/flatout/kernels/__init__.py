@@ -24,7 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flatout import paths
+from flatout import paths, system
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall")
 FLAGS_OF = {"optimizers": ("-ffp-contract=off",)}
@@ -141,10 +141,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
 @functools.cache
 def _processor() -> str:
     """What ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    first = lines[: lines.index("")] if "" in lines else lines
+    fields = system.cpu_fields()
     kept = ("model name", "flags", "Features", "CPU part", "vendor_id", "cpu family", "model")
-    return "\n".join(line for line in first if line.partition(":")[0].strip() in kept)
+    said = [f"{name}: {fields[name]}" for name in kept if name in fields]
+    return "\n".join(said) or f"{platform.machine()} {platform.processor()}"

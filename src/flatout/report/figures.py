@@ -9,7 +9,7 @@ NOT_MEASURED = "not measured"
 
 def milliseconds(ms: float | None) -> str:
     """A short time, to three digits."""
-    if ms is None:
+    if ms is None or not math.isfinite(ms):
         return NOT_MEASURED
     if ms >= 1e4:
         return f"{_three_digits(ms / 1e3)} s"
@@ -18,7 +18,7 @@ def milliseconds(ms: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """A time of any length, in its two largest units."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return NOT_MEASURED
     if seconds < 100:
         return f"{seconds:.1f} s"
@@ -34,7 +34,7 @@ def duration(seconds: float | None) -> str:
 
 def memory(size_bytes: float | None) -> str:
     """An amount of memory."""
-    if size_bytes is None:
+    if size_bytes is None or not math.isfinite(size_bytes):
         return NOT_MEASURED
     if size_bytes >= 10 * 2**30:
         return f"{_three_digits(size_bytes / 2**30)} GiB"

@@ -22,6 +22,7 @@ from flatout.doctor.findings import Finding
 from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
 from flatout.ratios import Ratio
+from flatout.text import one_line
 
 DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
@@ -224,12 +225,14 @@ class Document:
         version = document.get("version")
         if version != DOCUMENT_VERSION:
             raise DocumentError(
-                f"{path} is a result of version {version}, this flatout reads {DOCUMENT_VERSION}"
+                f"{path} is a result of version {one_line(version)}, this flatout reads "
+                f"{DOCUMENT_VERSION}"
             )
         try:
             return _dataclass(document, cls, "")  # type: ignore[no-any-return]
         except _MismatchError as mismatch:
-            raise DocumentError(f"{path} is not a result of flatout tune: {mismatch}") from mismatch
+            why = one_line(mismatch)
+            raise DocumentError(f"{path} is not a result of flatout tune: {why}") from mismatch
 
     def to_json(self) -> str:
         """The document as it is kept in a file."""
@@ -312,7 +315,10 @@ def _scalar(value: Any, kind: Any, where: str) -> Any:
     if kind is float:
         number = _NOT_FINITE.get(value, value) if isinstance(value, str) else value
         if isinstance(number, (int, float)) and not isinstance(number, bool):
-            return float(number)
+            try:
+                return float(number)
+            except OverflowError:
+                raise _MismatchError(f"{where} is larger than any number") from None
         raise _MismatchError(f"{where} must be a number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         meaning = {str: "a string", int: "an integer", bool: "true or false"}[kind]

@@ -89,7 +89,11 @@ class Journal:
         self.folder = folder
         self.path = folder / JOURNAL_FILE
         self._descriptor = _locked(self.path)
-        lines, whole_bytes = _whole_lines(self.path)
+        try:
+            lines, whole_bytes = _whole_lines(self.path)
+        except JournalError:
+            os.close(self._descriptor)
+            raise
         os.ftruncate(self._descriptor, whole_bytes)
         self.job = lines[0][0] if lines else {}
         self._program: Program | None = None
@@ -123,9 +127,10 @@ class Journal:
             return None
         line, end = self._recorded[self._next]
         try:
-            entries = tuple(_entry(entry) for entry in line["entries"])
-        except (KeyError, TypeError) as error:
-            raise JournalError(f"{self.path} holds a trial that is none: {error}") from error
+            entries = tuple(_entry(line["entries"][place]) for place in range(len(requests)))
+        except (LookupError, TypeError) as error:
+            why = one_line(error)
+            raise JournalError(f"{self.path} holds a trial that is none: {why}") from error
         are_there = all((self.runs / entry.run).is_dir() for entry in entries)
         if line.get("requests") != _plain(requests) or not are_there:
             del self._recorded[self._next :]

@@ -6,7 +6,6 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils import data
 from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
+from flatout import system
 from flatout.agent.place import take_place
 from flatout.knobs import Undo
 
@@ -318,20 +318,5 @@ def size_bytes(sample: Any) -> int:
 
 def available_bytes() -> int:
     """What samples may take up here."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return DEFAULT_BUDGET_BYTES
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = values.get("MemAvailable", "").split()
-    if not available:
-        return DEFAULT_BUDGET_BYTES
-    total = int(available[0]) * 1024
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = Path("/sys/fs/cgroup", name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return int(total * BUDGET_SHARE)
+    available = system.available_bytes()
+    return DEFAULT_BUDGET_BYTES if available is None else int(available * BUDGET_SHARE)
