@@ -262,13 +262,40 @@ def _read_cache(file: Path) -> list[dict[str, Any]]:
         document = json.loads(file.read_text())
         if document["version"] != CACHE_VERSION:
             return []
-        entries = document["entries"]
-        return [e for e in entries if Ceilings(**e["ceilings"]) and isinstance(e["key"], dict)]
+        for entry in document["entries"]:
+            _check(entry)
+        return list(document["entries"])
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+        RecursionError,
+    ):
         print(f"flatout: {file} cannot be read, measuring anew", file=sys.stderr)
         return []
+
+
+def _check(entry: Any) -> None:
+    """Check an entry of the cache.
+
+    Raises:
+        TypeError, ValueError, LookupError, AttributeError, OverflowError: it is none.
+    """
+    found = Ceilings(**entry["ceilings"])
+    rates = [found.memory_bytes_per_s, found.page_fault_us, found.measured_at_unix_s]
+    rates += found.matmul_flops_per_s.values()
+    for device in found.devices.values():
+        rates += [*device["matmul_flops_per_s"].values(), device["memory_bytes_per_s"]]
+    for rate in rates:
+        if rate is not None and not 0 < float(rate) < float("inf"):
+            raise ValueError(f"{rate} is no rate")
+    tables = (entry["key"], found.fingerprint, *(d["reported"] for d in found.devices.values()))
+    words = (found.python, found.torch)
+    if type(found.threads) is not int or not (
+        all(isinstance(word, str) for word in words)
+        and all(isinstance(table, dict) for table in tables)
+    ):
+        raise TypeError("a figure or a name is of another type")
 
 
 def _write_cache(file: Path, entries: list[dict[str, Any]]) -> None:

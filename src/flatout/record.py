@@ -890,7 +890,7 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 _checked(document, _HEADER)
             if document.get("version") != RECORD_VERSION:
                 raise RecordError(
-                    f"{path} has record version {document.get('version')}, this flatout reads "
+                    f"{path} has record version {one_line(document.get('version'))}, this flatout "
                     f"{RECORD_VERSION}"
                 )
         elif is_empty:

@@ -5,21 +5,19 @@ Standard library only: both halves load this.
 
 from __future__ import annotations
 
-import re
 from typing import Any
-
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""Control characters but tab and line feed, those that turn the direction of text, surrogates."""
 
 _LONGEST = 600
 """Characters of a line that tells of a text of any length."""
 
 
 def printable(text: str) -> str:
-    """A text without control characters: each stands there as an escape, such as ``\\x1b``."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    """``text`` with escapes for what a terminal or a page would obey, hide or not show: control
+    and direction characters, undecodable bytes of a command line. Line ends stay."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 def one_line(text: object) -> str:

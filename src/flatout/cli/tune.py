@@ -86,9 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C."""
+    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
+    from flatout.launch import interruption
+
+    with interruption.watched():
+        return _tune(arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
     from flatout import paths
     from flatout.errors import UserError
+    from flatout.launch import interruption
     from flatout.launch.process import check_program
     from flatout.report import words
     from flatout.report.live import LiveTable
@@ -135,7 +143,7 @@ def execute(arguments: argparse.Namespace) -> int:
             arguments.json.write_text(document.to_json(), "utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from error
-    return 130 if outcome.interrupted else 0
+    return interruption.exit_status() if outcome.interrupted else 0
 
 
 def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
@@ -179,9 +187,11 @@ def ceilings(python: str) -> Ceilings | None:
     """
     from flatout import machine
     from flatout.errors import UserError
+    from flatout.launch import interruption
 
     try:
-        return machine.ceilings(python)
+        with interruption.at_once():
+            return machine.ceilings(python)
     except UserError as error:
         say(f"{error}; the machine's ceilings count as not measured")
         return None

@@ -51,10 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Verify; the exit code is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C."""
+    """Verify; the exit code is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C, 143 after
+    SIGTERM."""
+    from flatout.launch import interruption
+
+    with interruption.watched():
+        return _verify(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     from flatout import paths, plan
     from flatout.cli import tune
     from flatout.errors import UserError
+    from flatout.launch import interruption
     from flatout.launch.process import check_program
     from flatout.report import words
     from flatout.report.live import LiveTable
@@ -85,7 +94,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
             )
             outcome = tuner.verify(proven.settings, arguments.seeds)
-        if outcome.evidence is not None:
+        if outcome.evidence is not None and not outcome.interrupted:
             tune.write_plan(arguments.plan, arguments.command, outcome)
         if not outcome.interrupted:
             opened.finish()
@@ -96,10 +105,15 @@ def execute(arguments: argparse.Namespace) -> int:
         tune.say(words.claim_line(document))
     for line in words.proof_lines(document.proof) if document.proof is not None else ():
         tune.say(line)
-    if outcome.evidence is None:
+    if outcome.interrupted:
+        tune.say(
+            f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify --resume' "
+            "goes on"
+        )
+    elif outcome.evidence is None:
         tune.say(outcome.why)
     else:
         tune.say(f"proven, written into {arguments.plan}")
     if outcome.interrupted:
-        return 130
+        return interruption.exit_status()
     return 0 if outcome.evidence is not None else 1

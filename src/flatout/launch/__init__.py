@@ -113,7 +113,7 @@ def start(
             os.close(descriptor)
     captured = None
     if output == "capture":
-        captured = (run_directory / OUTPUT_FILE).read_text("utf-8", "replace")
+        captured = _read_output(run_directory)
     return Finished(run_directory, ended.returncode, ended.seconds, captured, ended.timed_out)
 
 
@@ -168,23 +168,30 @@ def start_relay(
                 "output": str(directory / OUTPUT_FILE),
             }
         )
-    ended = process.run(
-        relay_stage.command(jobs, folder),
-        os.environ,
-        timeout_seconds=timeout_seconds,
-        contained=True,
-        run_directories=[str(directory) for directory in directories],
-    )
+    descriptor = _open_output("capture", folder)
+    try:
+        ended = process.run(
+            relay_stage.command(jobs, folder),
+            os.environ,
+            output=descriptor,
+            timeout_seconds=timeout_seconds,
+            contained=True,
+            run_directories=[str(directory) for directory in directories],
+        )
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
     try:
         statuses = json.loads((folder / relay_stage.STATUSES_FILE).read_text())
     except FileNotFoundError:  # ended before both had
         statuses = [ended.returncode or -signal.SIGTERM] * 2
+    of_stage = _read_output(folder)
     one, other = (
         Finished(
             directory,
             status,
             ended.seconds,
-            (directory / OUTPUT_FILE).read_text("utf-8", "replace"),
+            _read_output(directory) + of_stage,
             ended.timed_out,
         )
         for directory, status in zip(directories, statuses, strict=True)
@@ -211,3 +218,11 @@ def _open_output(output: str, run_directory: Path) -> int | None:
         return None
     path = os.devnull if output == "discard" else str(run_directory / OUTPUT_FILE)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+def _read_output(directory: Path) -> str:
+    """What was captured there; nothing, where a stage was ended before it began to."""
+    try:
+        return (directory / OUTPUT_FILE).read_text("utf-8", "replace")
+    except FileNotFoundError:
+        return ""

@@ -83,6 +83,10 @@ def command(job: Sequence[str], *, passthrough: Sequence[Path], scratch: Path | 
 
 
 def _main() -> None:
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own way to end has a traceback
     options = json.loads(sys.argv[1])
     job = sys.argv[3:]
     try:

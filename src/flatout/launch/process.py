@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.errors import UserError
+from flatout.launch import interruption
 from flatout.request import RUN_VARIABLE
 
 _FROM_KERNEL = 0x80
@@ -59,6 +60,8 @@ group at once, but the sentinel has to be scheduled."""
 _GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL for a job that has to end."""
 
+_INTERRUPTED_GRACE_S = 2.0
+"""The same for a trial whose user waits for flatout to end."""
 
 _KILLED_WAIT_S = 0.05
 """Until those that were killed are gone, and what they had started meanwhile shows."""
@@ -109,19 +112,24 @@ def run(
         UserError: there is no such program, or it cannot be executed.
         KeyboardInterrupt: a contained job was interrupted, or told to end.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    started_s = time.monotonic()
     if contained:
         _adopt_orphans()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    started_s = time.monotonic()
+    interrupted = False
     try:
+        if contained:
+            interruption.check()
         pid = _spawn(command, environment, before, output)
         sentinel = _Sentinel(pid, started_by=os.getpid(), run_directories=run_directories)
         try:
-            status, timed_out, interrupted = _wait(pid, sentinel, timeout_seconds, started_s, tick)
+            status, timed_out, interrupted = _wait(
+                pid, sentinel, timeout_seconds, started_s, tick, contained
+            )
         finally:
             sentinel.end()
             if contained:
-                _end_descendants()
+                _end_descendants(_INTERRUPTED_GRACE_S if interrupted else _GRACE_S)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if contained and interrupted:
@@ -188,10 +196,16 @@ def _wait(
     timeout_seconds: float | None,
     started_s: float,
     tick: Callable[[], None] | None,
+    contained: bool,
 ) -> tuple[int, bool, bool]:
-    """Wait for the job's end, passing signals on; its wait status, if timed out, if interrupted."""
+    """Wait for the job's end, passing signals on; its wait status, if timed out, if interrupted.
+
+    A contained job that does not end by the signal that interrupts it is told to by SIGTERM, and
+    then killed: whatever it has been told, its user waits for flatout.
+    """
     timed_out = interrupted = False
-    kill_at_s: float | None = None
+    deadline_s = None if timeout_seconds is None else started_s + timeout_seconds
+    endings = [signal.SIGTERM, signal.SIGKILL]
     while True:
         done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
         if done == pid and os.WIFSTOPPED(status):
@@ -200,11 +214,7 @@ def _wait(
             continue
         if done == pid:
             return status, timed_out, interrupted
-        now_s = time.monotonic()
-        deadline_s = kill_at_s
-        if timeout_seconds is not None and not timed_out:
-            deadline_s = started_s + timeout_seconds
-        wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - now_s)
+        wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         if tick is not None:
             wait_s = min(wait_s, TICK_S)
         received: signal.struct_siginfo | None
@@ -217,15 +227,15 @@ def _wait(
         if received is None:
             if deadline_s is None or time.monotonic() < deadline_s:
                 continue
-            if timed_out:
-                os.kill(pid, signal.SIGKILL)
-                kill_at_s = None
-            else:
-                timed_out = True
-                kill_at_s = now_s + _GRACE_S
-                os.kill(pid, signal.SIGTERM)
+            timed_out = timed_out or not interrupted
+            ending = endings.pop(0)
+            os.kill(pid, ending)
+            grace_s = _INTERRUPTED_GRACE_S if interrupted else _GRACE_S
+            deadline_s = time.monotonic() + grace_s if endings else None
         elif received.si_signo in _PASSED_ON:
-            interrupted |= received.si_signo in (signal.SIGINT, signal.SIGTERM)
+            if contained and interruption.note(received.si_signo) and not interrupted:
+                interrupted = True
+                deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
             to_all = received.si_code == _FROM_KERNEL or sentinel.got(received.si_signo)
             if not to_all:
                 with contextlib.suppress(ProcessLookupError):
@@ -322,14 +332,14 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _end_descendants() -> None:
+def _end_descendants(grace_s: float) -> None:
     import psutil
 
     descendants = psutil.Process().children(recursive=True)
     for process in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(descendants, timeout=_GRACE_S)
+    _, alive = psutil.wait_procs(descendants, timeout=grace_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -33,6 +33,7 @@ def command(jobs: list[dict[str, Any]], folder: Path) -> list[str]:
 
 
 def _main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own way to end has a traceback
     options = json.loads(sys.argv[1])
     folder = Path(options["folder"])
     running: dict[int, int] = {}
@@ -57,7 +58,9 @@ def _main() -> int:
         if statuses[place]:
             for other in running:
                 os.kill(other, signal.SIGTERM)
-    (folder / STATUSES_FILE).write_text(json.dumps(statuses))
+    partial = folder / f"{STATUSES_FILE}.partial"
+    partial.write_text(json.dumps(statuses))
+    partial.replace(folder / STATUSES_FILE)
     return 0
 
 

@@ -66,14 +66,5 @@ def count(number: int, one: str) -> str:
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
-def printable(text: str) -> str:
-    """``text`` with escapes for what a terminal or a page would obey, hide or not show: control
-    and direction characters, undecodable bytes of a command line. Line ends stay."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
-
-
 def _three_digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"

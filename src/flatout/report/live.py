@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from flatout.report import figures
+from flatout.text import printable
 from flatout.tune.document import Arm
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class LiveTable:
         """Print a line, above the table."""
         if self._quiet:
             return
-        text = f"flatout: {figures.printable(line)}"
+        text = f"flatout: {printable(line)}"
         if self._live is None:
             print(text, file=self._file, flush=True)
         else:
@@ -120,7 +121,7 @@ def _table(arms: Sequence[Arm], left_s: float | None, width: int, height: int) -
         if arm.ratio is not None:
             ratio = f"{arm.ratio.value:.2f}x"
             interval = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
-        rows.append((figures.printable(arm.label), ratio, interval, arm.state))
+        rows.append((printable(arm.label), ratio, interval, arm.state))
     is_shown = (True, True, with_interval, with_state)
     columns = [
         cells for cells, wanted in zip(zip(*rows, strict=True), is_shown, strict=True) if wanted

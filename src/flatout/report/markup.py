@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from flatout.report import figures
+from flatout.text import printable
 
 _EMPTY = frozenset({"meta", "circle", "line", "path", "rect"})
 """Elements without an end tag, or without content."""
@@ -41,7 +41,7 @@ def joined(*children: str | None) -> Markup:
 
 def escaped(text: str) -> Markup:
     """``text`` as it should be shown, whatever is in it."""
-    return text if isinstance(text, Markup) else Markup(html.escape(figures.printable(text)))
+    return text if isinstance(text, Markup) else Markup(html.escape(printable(text)))
 
 
 def with_code(markdown: str) -> Markup:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from flatout.plan import LossEvidence
 from flatout.ratios import Ratio
 from flatout.report import figures
+from flatout.text import printable
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
 
 ARMS_SHOWN = 12
@@ -43,7 +44,7 @@ def lines(document: Document) -> list[str]:
     said = [" ".join(line.splitlines()) for line in said]
     if document.next_command is not None:
         said.append(f"next: {document.next_command}")  # line ends in it are part of the command
-    return [figures.printable(line) for line in said]
+    return [printable(line) for line in said]
 
 
 def _ratio(measured: Ratio | None) -> str:

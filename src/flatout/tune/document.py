@@ -239,6 +239,9 @@ class Document:
         return json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
 
 
+_LAST_UNIX_S = 253402300800
+"""Begin of the year 10000, which no calendar knows."""
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -300,6 +303,9 @@ def _dataclass(value: Any, kind: Any, where: str) -> Any:
     made = kind(**values)
     if isinstance(made, Ratio) and not (made.value > 0 and 0 < made.low <= made.high):
         raise _MismatchError(f"{where} must be positive, with an interval from low to high")
+    is_finished = isinstance(made, Document) and made.finished_unix_s is not None
+    if is_finished and not 0 <= made.finished_unix_s < _LAST_UNIX_S:
+        raise _MismatchError("finished_unix_s is no time of this age")
     return made
 
 

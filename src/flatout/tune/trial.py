@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flatout import launch
 from flatout.errors import UserError
+from flatout.launch import interruption
 from flatout.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.request import Relay, Request
 from flatout.tune.journal import Entry, Journal
@@ -89,6 +90,7 @@ class Trials:
             timeout_seconds: limit for the whole command.
 
         Raises:
+            KeyboardInterrupt: the user ends it; nothing of it is written down.
             TrialFailedError: it failed, hung, or recorded nothing.
             UserError: it could not be started, or its record or the journal cannot be written.
         """
@@ -160,6 +162,7 @@ class Trials:
         """
         entries = self._journal.recorded(*requests)
         if entries is None:
+            interruption.check()
             finished = start()
             if any(one.returncode == -signal.SIGKILL and not one.timed_out for one in finished):
                 finished = start()

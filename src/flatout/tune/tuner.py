@@ -722,8 +722,11 @@ class Tuner:
         if made.count < 2:
             return "there was no time for two pairs"
         verdict = self._judge(made.second, made.firsts, made.seconds)
-        if verdict.undecided and self._is_reordered(made):
-            verdict = self._judge_paired(made) or verdict
+        if verdict.undecided and self._is_reordered(made) and not made.interrupted:
+            try:
+                verdict = self._judge_paired(made) or verdict
+            except KeyboardInterrupt:
+                made.interrupted = True
         if self._first.process.trains:
             others = (c for c in verdict.checks if c.name != self._gradients.name)
             verdict = dataclasses.replace(verdict, checks=(self._gradients, *others))
