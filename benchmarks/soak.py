@@ -1,12 +1,13 @@
-"""``kill -9`` at random moments of ``flatout tune``: nothing is left over, nothing is lost.
+"""Signals at random moments of ``flatout tune``: nothing is left over, nothing is lost.
 
     python benchmarks/soak.py                    # 30 kills, some 10 minutes
     python benchmarks/soak.py --kills 4 --seed 7
 
 A small program is tuned, and at a random moment either flatout itself or the program's process is
-killed. Then no process of the tune may be left, every journal must be readable and begin with what
-was in it before, and ``flatout tune --resume`` goes on, to be killed again. A tune that reaches its
-end before it is hit must end with a plan, and another one begins. The last one is left alone.
+killed, or flatout is told to end by SIGINT or SIGTERM, which it must do soon. Then no process of
+the tune may be left, every journal must be readable and begin with what was in it before, and
+``flatout tune --resume`` goes on, to be killed again. A tune that reaches its end before it is hit
+must end with a plan, and another one begins. The last one is left alone.
 
 Exits with 1 at the first failure; ``--seed`` repeats the moments, as far as the machine keeps pace,
 and the folder that is named has the journals and what flatout said.
@@ -20,6 +21,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,13 @@ TUNE_SECONDS = 600.0
 """A tune that takes longer hangs."""
 
 POLL_SECONDS = 0.05
+
+TARGETS = [
+    ("flatout", signal.SIGKILL),
+    ("flatout", signal.SIGINT),
+    ("flatout", signal.SIGTERM),
+    ("the job", signal.SIGKILL),
+]
 
 OPTIONS = ["--budget", "20s", "--steps", "30", "--knobs", "optimizer,zero_grad"]
 
@@ -134,19 +143,22 @@ class Soak:
         print(f"a tune that is left alone takes {typical_s:.0f} s", flush=True)
         done = 0
         while done < kills:
-            target = self._random.choice(["flatout", "the job"])
+            target, number = self._random.choice(TARGETS)
             moment_s = self._random.uniform(0, typical_s)
             began_s, tunes = time.monotonic(), self._tunes
             tuning = self._start()
-            if not self._kill(tuning, target, moment_s):
+            if not self._kill(tuning, target, number, moment_s):
                 self._finish(tuning)
                 if self._tunes > tunes:  # not one that went on
                     typical_s = time.monotonic() - began_s
                 continue
             done += 1
+            if number != signal.SIGKILL:
+                self._wait_for_end(tuning, number)
             self._wait(tuning)  # with its job killed, it may go on, or give up until it is resumed
             print(
-                f"kill {done} of {kills}: {target} after {moment_s:.1f} s; tune {self._tunes} "
+                f"{done} of {kills}: {target}, {number.name} after {moment_s:.1f} s; tune "
+                f"{self._tunes} "
                 f"ended with {tuning.returncode}",
                 flush=True,
             )
@@ -181,8 +193,15 @@ class Soak:
                 stderr=said,
             )
 
-    def _kill(self, tuning: subprocess.Popen[bytes], target: str, moment_s: float) -> bool:
-        """Kill the target at that moment, or the job when there is one; not if it ends before."""
+    def _kill(
+        self,
+        tuning: subprocess.Popen[bytes],
+        target: str,
+        number: signal.Signals,
+        moment_s: float,
+    ) -> bool:
+        """Send the target a signal at that moment, or the job when there is one; not if it ends
+        before."""
         try:
             tuning.wait(moment_s)
         except subprocess.TimeoutExpired:
@@ -190,7 +209,7 @@ class Soak:
         else:
             return False
         if target == "flatout":
-            tuning.kill()
+            tuning.send_signal(number)
             return True
         while tuning.poll() is None:
             for process in self._processes():
@@ -202,6 +221,18 @@ class Soak:
                     continue
             time.sleep(POLL_SECONDS)
         return False
+
+    def _wait_for_end(self, tuning: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """Check that flatout ends soon after it was told to, and says so by its status.
+
+        It may have been at its end, or, with its handlers not in place yet, at its very beginning.
+        """
+        try:
+            status = tuning.wait(CLEAN_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"a tune goes on after {number.name}: {self._said}") from None
+        if status not in (0, 128 + number, -number):
+            raise FailedError(f"a tune ended with {status} after {number.name}: {self._said}")
 
     def _wait(self, tuning: subprocess.Popen[bytes]) -> None:
         try:
@@ -289,7 +320,7 @@ def main() -> int:
     if not soak.checked:
         print(f"FAILED: there is no journal in {folder}")
         return 1
-    print(f"{arguments.kills} kills: no process left, {len(soak.checked)} journals sound")
+    print(f"{arguments.kills} signals: no process left, {len(soak.checked)} journals sound")
     shutil.rmtree(folder)
     return 0
 

@@ -359,6 +359,10 @@ def test_a_read_only_home_does_not_stop_the_program(tmp_path: Path) -> None:
     [
         (["run"], 2, "there is no command to run"),
         (["run", "--"], 2, "there is no command to run"),
+        (["run", "--", ""], 2, "there is no command to run"),
+        (["run", "--plan", "\x1b[2Jx", "--", "true"], 2, "\\x1b[2Jx cannot be read"),
+        (["tune", "--resume", "--", "true"], 2, "no tune has been interrupted"),
+        (["verify", "--resume", "--plan", os.devnull, "--", "true"], 2, "has no table [plan]"),
         (["run", "--", "no-such-program"], 127, "there is no program 'no-such-program'"),
         (["run", "--", "/etc"], 126, "cannot be executed"),
         (["doctor", "--", "no-such-program"], 127, "there is no program"),

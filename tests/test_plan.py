@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ MISTAKES = {
     "command": ('[plan]\n[job]\ncommand = "x"\n', r"line 3: job.command must be a list"),
     "machine": ("[plan]\n[machine]\ncores = [1]\n", r"line 3: machine.cores must be"),
     "version": ("version = 3\n[plan]\n", r"line 1: version is 3, this flatout reads 1 and 2"),
+    "version is no number": ("version = true\n[plan]\n", r"line 1: version is True, this"),
+    "nested too deeply": (f"a = {'[' * 500}{']' * 500}", "nested"),
+    "control characters": ('[plan]\n"\\u001b[2Jgc" = "seldom"\n', r"plan.\\x1b\[2Jgc is not"),
+    "not finite": ("[plan]\n[machine]\ncores = nan\n", r"machine.cores must be .* finite number"),
+    "negative": ("[plan]\n[machine]\ncores = -1\n", r"machine.cores must be .* not negative"),
+    "ratio learned": ("[plan]\n[learned]\nratios = {gc = -1.0}\n", "gc must be a positive number"),
+    "old key": ("version = 2\n[plan]\n[job]\nprogram_sha256 = ''\n", "program_sha256 is not known"),
+    "folder": ("[plan]\n[job]\nfolder = 3\n", r"line 3: job.folder must be a string"),
+    "program": ('[plan]\n[program]\n"a.py" = "x"\n', r"line 3: program.a.py must be a table"),
+    "digest": ('[plan]\n[program."a.py"]\nbytes = 3\n', r"program.a.py.bytes must be a string"),
     "evidence lacks a key": ("[plan]\n[evidence]\nratio = 2.0\n", r"\[evidence\] has no key"),
 }
 
@@ -111,6 +122,16 @@ def test_types_in_the_evidence_are_checked(tmp_path: Path) -> None:
     for line, wrong in (
         ("ratio = 1.61", 'ratio = "much"'),
         ("pairs = 4", "pairs = 4.5"),
+        ("pairs = 4", "pairs = -4"),
+        ("ratio = 1.61", "ratio = nan"),
+        ("ratio = 1.61", "ratio = 1.7"),
+        ("ratio_high = 1.67", "ratio_high = inf"),
+        ("plan_step_ms = 100.0", "plan_step_ms = -100.0"),
+        ("margin = 0.02", "margin = -0.02"),
+        ("bare_final = 1.25", "bare_final = nan"),
+        ("plan_curve = [2.0, 1.26]", "plan_curve = [2.0, inf]"),
+        ("limit = 0.01", "limit = nan"),
+        ("optimizer = 1.1", "optimizer = 0.0"),
         ("bare_repeats = true", "bare_repeats = 1"),
         ("margin = 0.02", 'margin = "small"'),
         ("bare_curve = [2.0, 1.25]", 'bare_curve = ["a"]'),
@@ -119,8 +140,34 @@ def test_types_in_the_evidence_are_checked(tmp_path: Path) -> None:
         assert line in good
         path.write_text(good.replace(line, wrong, 1))
         key = line.partition(" ")[0]
-        with pytest.raises(PlanError, match=rf"line \d+: evidence\..*{key} must be"):
+        with pytest.raises(PlanError, match=rf"evidence\..*{key} must"):
             plan.read(path)
+
+
+def test_what_is_not_finite_is_left_out_of_the_file(tmp_path: Path) -> None:
+    """Not known is not zero, and a plan that was written can be read."""
+    assert PLAN.evidence is not None
+    figures = {"limit": float("inf"), "error": 0.5}
+    checks = (Check("outputs", "passed", "they agree", figures),)
+    losses = (LossEvidence(1.0, 1.0, 0.0, 0.1, "seeds", (2.0, float("nan"), 1.0), (2.0, 1.0)),)
+    evidence = dataclasses.replace(PLAN.evidence, checks=checks, losses=losses)
+    dataclasses.replace(PLAN, evidence=evidence).write(tmp_path / "flatout.toml")
+    read = plan.read(tmp_path / "flatout.toml").evidence
+    assert read is not None
+    assert read.checks[0].figures == {"error": 0.5}
+    assert read.losses[0].bare_curve == (2.0, 1.0)
+
+
+def test_a_plan_of_version_1_is_read_and_its_program_is_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "flatout.toml"
+    path.write_text(
+        'version = 1\n[plan]\ngc = "seldom"\n[job]\ncommand = ["python", "train.py"]\n'
+        'program_sha256 = "1546d62b"\n'
+    )
+    read = plan.read(path)
+    assert read.program is None
+    (difference,) = read.differences(["python", "train.py"], {})
+    assert difference.startswith("the plan does not say which files")
 
 
 def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path: Path) -> None:

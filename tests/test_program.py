@@ -222,6 +222,15 @@ def test_source_that_is_named_in_source() -> None:
     ]
 
 
+def test_what_the_program_writes_is_no_part_of_it() -> None:
+    for name in ("results.json", "model.json", "sizes.json"):
+        Path(name).write_text("{}")
+    words = ["--out", "results.json", "--metrics=results.json", "model.json", "--sizes=sizes.json"]
+    assert set(observed(["python", "train.py", *words]).files) == {
+        *("train.py", "model.json", "sizes.json")
+    }
+
+
 SAME_ARGUMENTS = (
     ("python train.py --lr 1e-4 --model gpt", "python3.11 train.py --model=gpt --lr=1e-4"),
     ("python train.py", "/usr/bin/python3 -u ./train.py"),
@@ -256,18 +265,19 @@ OTHER_ARGUMENTS = (
 def test_other_arguments_are_named(was: str, now: str, clause: str) -> None:
     old, new = (f"python train.py {words}".split() for words in (was, now))
     changes = argument_changes(old, ".", new)
-    assert changes.lengths == ()
+    assert changes.covered == ()
     assert changes.others[0].endswith(clause)
 
 
 @pytest.mark.parametrize(
-    "option", ["--epochs", "--max-steps", "trainer.max_epochs", "--num_train_epochs", "--steps"]
+    "option",
+    ["--epochs", "--max-steps", "trainer.max_epochs", "--num_train_epochs", "--steps", "--seed"],
 )
-def test_a_length_is_no_other_program(option: str) -> None:
+def test_a_length_or_a_seed_is_no_other_program(option: str) -> None:
     changes = argument_changes(
         ["python", "train.py", f"{option}=3"], ".", ["python", "train.py", f"{option}=300"]
     )
-    assert changes == program.ArgumentChanges(lengths=(f"{option} was 3, is 300",))
+    assert changes == program.ArgumentChanges(covered=(f"{option} was 3, is 300",))
 
 
 def test_another_program() -> None:

@@ -297,7 +297,7 @@ class _Reader:
         version = document.get("version", PLAN_VERSION)
         if type(version) is not int or version not in _READ_VERSIONS:
             known = " and ".join(map(str, _READ_VERSIONS))
-            self._fail((), "version", f"is {one_line(version)}, this flatout reads {known}")
+            self._fail((), "version", f"is {one_line(repr(version))}, this flatout reads {known}")
         tables = ("plan", "job", "machine", "learned", "evidence", _PROGRAM)
         self._known((), document, ("version", *tables))
         for table in tables:

@@ -45,14 +45,17 @@ second for each MiB."""
 _DIGEST_CHARACTERS = 12
 """48 bits: against changes, not against attacks."""
 
-LENGTHS = frozenset(
+COVERED = frozenset(
     f"{many}{unit}"
     for unit in ("epochs", "steps", "iters", "iterations")
     for many in ("", "max_", "total_", "train_", "max_train_", "num_train_")
-) | {"n_epochs", "num_epochs", "total_timesteps", "num_iters", "num_iterations", "n_iterations"}
-"""Options that say for how long a program trains, with ``_`` for ``-``; a plan's proof is of the
-first steps, whatever their number is. ``num_steps`` is none of them: it is the length of a rollout
-as often."""
+) | {
+    *("n_epochs", "num_epochs", "total_timesteps", "num_iters", "num_iterations", "n_iterations"),
+    *("seed", "random_seed", "manual_seed"),
+}
+"""Options whose numbers a proof covers, with ``_`` for ``-``: for how long the program trains, as
+it is of the first steps, and seeds, as it is of several. ``num_steps`` is none of them: it is the
+length of a rollout as often."""
 
 _PLAIN_FLAGS = frozenset(("-u", "-B", "-q", "-v", "-s", "-P"))
 """Of the interpreter, which change nothing that a program computes."""
@@ -180,11 +183,11 @@ class ArgumentChanges:
     """How the arguments of two commands differ, one clause each.
 
     Attributes:
-        lengths: options that only say for how long the program trains, see ``LENGTHS``.
+        covered: options whose numbers the proof covers, see ``COVERED``.
         others: all others.
     """
 
-    lengths: tuple[str, ...] = ()
+    covered: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
 
@@ -199,7 +202,7 @@ def argument_changes(before: Sequence[str], folder: str, command: Sequence[str])
     here = home(command)
     old = _Arguments(before, here / folder, here)
     new = _Arguments(command, Path.cwd(), here)
-    lengths: list[str] = []
+    covered: list[str] = []
     others: list[str] = []
     if old.program != new.program:
         others.append(f"the program was {old.program}, is {new.program}")
@@ -208,10 +211,10 @@ def argument_changes(before: Sequence[str], folder: str, command: Sequence[str])
         if was == now:
             continue
         clause = _clause(option, was, now)
-        is_length = option.lstrip("-").replace("-", "_").rpartition(".")[2] in LENGTHS
+        is_covered = option.lstrip("-").replace("-", "_").rpartition(".")[2] in COVERED
         are_counts = all(words is None or _is_count(words) for words in (was, now))
-        (lengths if is_length and are_counts else others).append(clause)
-    return ArgumentChanges(tuple(lengths), tuple(others))
+        (covered if is_covered and are_counts else others).append(clause)
+    return ArgumentChanges(tuple(covered), tuple(others))
 
 
 def summed_up(changes: Sequence[str]) -> str:
@@ -481,15 +484,27 @@ def _is_count(words: tuple[str, ...]) -> bool:
 
 
 def _named_files(command: Sequence[str]) -> list[Path]:
-    """The files of source and configuration that a command names."""
+    """The files of source and configuration that a command names, but for what it writes."""
     main = main_file(command)
     found = [] if main is None else [main]
+    option = ""
     for word in command[1:]:
-        for name in dict.fromkeys((word, word.partition("=")[2])):
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            option = key
+        of_option = key if equals else option
+        for name in (word, value):
             path = Path(name)
-            if path.suffix in SCRIPT_SUFFIXES | _CONFIGURATION_SUFFIXES and _is_file(path):
+            is_text = path.suffix in SCRIPT_SUFFIXES | _CONFIGURATION_SUFFIXES
+            if is_text and not _IS_WRITTEN.search(of_option) and _is_file(path):
                 found.append(path)
+        if equals or not word.startswith("-"):
+            option = ""
     return found
+
+
+_IS_WRITTEN = re.compile(r"out|log|save|result|metric|dump|write|export|history|report")
+"""In the name of an option whose file is more likely what the program writes."""
 
 
 def _module(command: Sequence[str]) -> str:

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="apply the whole plan although machine, torch, program or inputs have changed",
+        help="apply the whole plan although machine, torch, program, arguments or inputs have "
+        "changed",
     )
 
 
@@ -133,9 +134,9 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     differences = plan.differences(arguments.command, machine.fingerprint())
     how = "proven" if plan.proven else "learned"
     if not differences:
-        lengths = plan.argument_changes(arguments.command).lengths
-        if lengths:
-            _say(f"{', '.join(sensitive)} {how} with another length: {summed_up(lengths)}")
+        covered = plan.argument_changes(arguments.command).covered
+        if covered:
+            _say(f"{', '.join(sensitive)} {how} with another length or seed: {summed_up(covered)}")
         files = None if plan.program is None else tuple(plan.program.paths(arguments.command))
         return settings, Proof(sensitive, plan.torch, plan.inputs, files)
     _say(

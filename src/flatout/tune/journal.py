@@ -296,7 +296,7 @@ def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str |
         here = os.path.relpath(os.curdir, home(command))
         changes = argument_changes(words, here, command)
         if changes != ArgumentChanges():
-            return summed_up((*changes.others, *changes.lengths))
+            return summed_up((*changes.others, *changes.covered))
     changed = [
         f"{key} was {job.get(key)}, is {now[key]}"
         for key in ("version", "flatout")
