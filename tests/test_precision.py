@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout import knobs
 from flatout.agent.session import Session
@@ -56,6 +57,31 @@ def events(session: Session) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["kind"] == "event"]
 
 
+class Operators(TorchDispatchMode):
+    """Notes each operator, with what it was given first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if tensors:
+            # A linear layer is a product with its bias first.
+            given = tensors[1] if "addmm" in str(function) else tensors[0]
+            self.calls.append((function.overloadpacket.__name__, given))
+        return function(*args, **(kwargs or {}))
+
+    def dtypes(self, *names: str) -> list[torch.dtype]:
+        """Of what operators of these names were given, in the order of the calls."""
+        return [given.dtype for name, given in self.calls if name in names]
+
+
+PRODUCT_OPERATORS = ("addmm", "mm", "convolution", "mkldnn_rnn_layer", "bmm")
+
+
 class Probability(nn.Module):
     """Two layers and a sigmoid, as in a discriminator."""
 
@@ -80,6 +106,7 @@ def test_the_sigmoid_of_a_sure_net_is_not_rounded_to_one(turn: Turn) -> None:
     net, x = sure(8.0)
     bare = net(x).detach()
     undo = turn("bf16")
+    net(x)  # which shows what it is made of
     assert net(x).unique().item() == 1.0
     undo()
     turn("safe")
@@ -92,39 +119,30 @@ def test_the_sigmoid_of_a_sure_net_is_not_rounded_to_one(turn: Turn) -> None:
     assert net.head.bias.grad.item() == pytest.approx(1.0, abs=1e-3)
 
 
-class Watched(nn.Module):
-    """Tells the dtypes inside."""
+class Normed(nn.Module):
+    """A convolution, a norm and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(1, 4, 3), nn.GroupNorm(1, 4)
         self.second, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
-        self.dtypes: dict[str, torch.dtype] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        convolved = self.first(x)
-        normed = self.norm(convolved)
-        second = self.second(normed.flatten(1))
-        logits = self.head(second)
-        probability = logits.softmax(-1)
-        self.dtypes = {
-            "first": convolved.dtype,
-            "norm": normed.dtype,
-            "second": second.dtype,
-            "head": logits.dtype,
-            "softmax": probability.dtype,
-        }
-        return probability.log()
+        x = self.second(self.norm(self.first(x)).flatten(1))
+        return self.head(x).softmax(-1).log()
 
 
 def test_products_are_in_bfloat16_the_head_norms_and_softmax_are_not(turn: Turn) -> None:
     torch.manual_seed(0)
-    net, x = Watched(), torch.randn(3, 1, 4, 4)
+    net, x = Normed(), torch.randn(3, 1, 4, 4)
     reference = copy.deepcopy(net).double()(x.double())
     turn("safe")
     outputs = [net(x) for _ in range(3)]
+    with Operators() as operators:
+        net(x)
     half, whole = torch.bfloat16, torch.float32
-    assert net.dtypes == dict(zip(net.dtypes, (half, whole, half, whole, whole), strict=True))
+    assert operators.dtypes(*PRODUCT_OPERATORS) == [half, half, whole]
+    assert operators.dtypes("native_group_norm", "_softmax", "log") == [whole] * 3
     for output in outputs:  # bfloat16 has 8 bits: 2**-8 for each of two products
         torch.testing.assert_close(output.double(), reference, rtol=0.02, atol=0.02)
 
@@ -133,15 +151,11 @@ def test_a_head_that_is_a_transposed_convolution(turn: Turn) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 1, 3))
     x = torch.randn(2, 4, 5, 5)
-    dtypes = {}
-    for number in (0, 2):
-        net[number].register_forward_hook(
-            lambda module, given, output, number=number: dtypes.update({number: output.dtype})
-        )
     turn("safe")
-    for _ in range(2):
+    net(x)
+    with Operators() as operators:
         net(x)
-    assert dtypes == {0: torch.bfloat16, 2: torch.float32}
+    assert operators.dtypes("convolution") == [torch.bfloat16, torch.float32]
 
 
 class Made(nn.Module):
@@ -150,12 +164,9 @@ class Made(nn.Module):
     def __init__(self, is_returned: bool) -> None:
         super().__init__()
         self.hidden, self.head, self.is_returned = nn.Linear(4, 8), nn.Linear(8, 3), is_returned
-        self.dtype: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.head(torch.tanh(self.hidden(x)))
-        self.dtype = made.dtype
-        made = torch.tanh(made)
+        made = torch.tanh(self.head(torch.tanh(self.hidden(x))))
         return made if self.is_returned else (10 * made).log_softmax(-1)
 
 
@@ -163,9 +174,10 @@ class Made(nn.Module):
 def test_a_head_that_makes_data_is_none(turn: Turn, is_returned: bool) -> None:
     net, x = Made(is_returned), torch.randn(5, 4)
     turn("safe")
-    for _ in range(2):
-        net(x).sum().backward()
-    assert net.dtype is (torch.bfloat16 if is_returned else torch.float32)
+    net(x).sum().backward()
+    with Operators() as operators:
+        net(x)
+    assert operators.dtypes("addmm")[-1] is (torch.bfloat16 if is_returned else torch.float32)
 
 
 def test_batch_norm_loses_no_statistics_under_autocast(turn: Turn) -> None:
@@ -176,11 +188,11 @@ def test_batch_norm_loses_no_statistics_under_autocast(turn: Turn) -> None:
     net(x)  # the first pass shows the head
     norm = net[1]
     norm.reset_running_stats()
-    given: list[torch.Tensor] = []
-    norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    net(x)
-    assert given[0].dtype == torch.bfloat16
-    exact = given[0].double()
+    with Operators() as operators:
+        net(x)
+    (given,) = (tensor for name, tensor in operators.calls if name.endswith("batch_norm"))
+    assert given.dtype == torch.bfloat16
+    exact = given.double()
     mean, variance = exact.mean((0, 2, 3)), exact.transpose(0, 1).flatten(1).var(1)
     close = {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(norm.running_mean.double(), 0.1 * mean, **close)
@@ -194,11 +206,11 @@ def test_a_head_as_large_as_its_images(turn: Turn, options: dict[str, Any]) -> N
     x = torch.randn(4, 3, 7, 7)
     turn("safe")
     net(x)
-    given: list[torch.Tensor] = []
-    net[2].register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    output = net(x)
-    exact = copy.deepcopy(net[2]).double()(given[0].double())
-    assert given[0].dtype == torch.bfloat16
+    with Operators() as operators:
+        output = net(x)
+    (given,) = (tensor for name, tensor in operators.calls if name == "relu")
+    assert given.dtype == torch.bfloat16
+    exact = copy.deepcopy(net[2]).double()(given.relu().double())
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -327,6 +339,7 @@ def test_small_gradients_survive(turn: Turn) -> None:
     assert not gradients(net)[0].any()  # what would happen without scaling
     net.zero_grad()
     turn("fp16")
+    net(x)
     small_loss(net, x).backward()
     assert_gradients_are_right(net, reference, times=1)
 
@@ -379,6 +392,8 @@ def test_only_the_optimizer_whose_gradients_are_not_finite_waits(turn: Turn) -> 
     one, other, x = Small(), Small(), torch.randn(8, 4)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (one, other)]
     turn("fp16")
+    for net in (one, other):
+        net(x)
     before = [net.second.bias.detach().clone() for net in (one, other)]
     (1e7 * one(x).mean() + 0.01 * other(x).mean()).backward()
     for optimizer in optimizers:
@@ -400,6 +415,7 @@ def test_the_scale_grows_again(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(scaling.LossScaling, "__init__", remembered)
     net, optimizer, x = small()
     turn("fp16")
+    net(x)
     for _ in range(7):
         small_loss(net, x).backward()
         optimizer.step()
@@ -436,6 +452,7 @@ def test_leaves_of_the_program_turn_it_back(session: Session, turn: Turn) -> Non
     exact, exact_x = copy.deepcopy(net), x.detach().clone().requires_grad_()
     exact(exact_x).sum().backward()
     turn("fp16")
+    net(x)
     net(x).sum().backward()
     assert x.grad is not None
     assert exact_x.grad is not None
@@ -448,6 +465,7 @@ def test_leaves_of_the_program_turn_it_back(session: Session, turn: Turn) -> Non
 def test_a_program_without_an_optimizer_is_left_alone(session: Session, turn: Turn) -> None:
     net, x = Small(), torch.randn(8, 4)
     turn("fp16")
+    net(x)
     net(x).mean().backward()
     assert "cannot be left out" in events(session)[0]["why"]
 

@@ -104,7 +104,7 @@ def _safe(session: Session) -> Undo:
 
     def undo() -> None:
         session.forward_wrappers.remove(autocast)
-        operators.remove()
+        autocast.close()
 
     return undo
 
@@ -127,6 +127,7 @@ def _fp16(session: Session) -> Undo:
         session.before_optimizer_step.remove(scaling.before)
         session.after_optimizer_step.remove(scaling.after)
         scaling.remove()
+        autocast.close()
 
     return undo
 

@@ -9,16 +9,17 @@ as well, unless it ends in a hyperbolic tangent: then it makes data, such as ima
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from flatout.agent import dispatch
 from flatout.agent.containment import Failed
+from flatout.agent.nested import mapped, tensors_in
+from flatout.knobs import RefusedError
+from flatout.knobs.precision.scout import HALVES, weight_of
 
 FLOAT32 = (
     *("sigmoid", "log_sigmoid", "softplus", "softmax.int", "log_softmax.int", "logsumexp"),
@@ -37,15 +38,22 @@ PRODUCTS = (
 )
 """Operators that a head may be, with their weight as the second or third argument."""
 
-_PRODUCT_FUNCTIONS = {
-    *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
-    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
-    *(torch.addmm, torch.Tensor.addmm),
-}
+LOWERED = (
+    *PRODUCTS,
+    *("conv1d.padding", "conv2d.padding", "conv3d.padding", "conv_tbc", "_convolution"),
+    *("convolution", "cudnn_convolution", "cudnn_convolution_transpose"),
+    *("mm", "mv", "bmm", "matmul", "einsum", "addmv", "addr", "addbmm", "baddbmm", "prelu"),
+    *("chain_matmul", "linalg_multi_dot", "linalg_vecdot", "_addmm_activation"),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_cudnn_rnn"),
+    *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "mkldnn_rnn_layer"),
+    *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention"),
+    "_native_multi_head_attention",
+)
+"""Operators that autocast runs in half precision on some device, those of heads among them.
+https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference"""
 
-_TANH_FUNCTIONS = {torch.tanh, torch.tanh_, torch.Tensor.tanh, torch.Tensor.tanh_, functional.tanh}
-
-HALVES = (torch.bfloat16, torch.float16)
+REFUSED = ("binary_cross_entropy",)
+"""Operators that autocast refuses on CUDA, as their input would be in half precision."""
 
 
 class Float32Operators:
@@ -74,18 +82,12 @@ class Float32Operators:
         functions |= {name: self._function(name, self._is_of_head) for name in PRODUCTS}
         self.remove = dispatch.layer(functions, key, failed=failed)
 
-    @contextlib.contextmanager
-    def finding_head(self) -> Iterator[Products]:
-        """The last product in here with a parameter is a head from now on, unless the ``output``
-        that is noted there is a hyperbolic tangent."""
-        with Products() as products:
-            yield products
-        if products.weight is not None and not products.makes_data:
-            self._heads.add((id(products.weight), products.weight.shape))
+    def keep(self, head: tuple[int, torch.Size]) -> None:
+        """Compute the products with this weight in float32 from now on."""
+        self._heads.add(head)
 
     def _function(self, name: str, is_kept: Callable[..., bool]) -> dispatch.Function:
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        operator = operator_of(name)
 
         def function(below: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Call | None:
             if not self.is_wanted or not is_kept(args):
@@ -104,44 +106,73 @@ class Float32Operators:
 
     def _is_of_head(self, args: tuple[Any, ...]) -> bool:
         """Whether a product is one of a head; autocast may have the others."""
-        weight = _weight(args)
+        weight = weight_of(args)
         return weight is not None and (id(weight), weight.shape) in self._heads
 
 
-class Products(TorchFunctionMode):
-    """Sees matrix products, convolutions and hyperbolic tangents.
+class RoundedOperators:
+    """Autocast whose operators round what they are given, and return float32.
+
+    It takes the place of torch's own under ``torch.autocast(..., cache_enabled=False)``: what
+    recomputes a part of a forward pass restores that state with the rest of autocast's, and so
+    finds the same operators. It is slower than torch's own, as results are stored twice and wider.
+
+    Args:
+        device: the device type.
+        failed: told when one of them has failed; torch's own has done it then.
 
     Attributes:
-        weight: of the last one with a parameter.
-        tangent: the last hyperbolic tangent.
-        output: of the module.
+        is_wanted: whether they shall act; otherwise they do what torch does.
+        remove: puts torch's own kernels back.
+
+    Raises:
+        RefusedError: this torch cannot hand over the kernels to be replaced.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight: torch.nn.Parameter | None = None
-        self.tangent: object = None
-        self.output: object = None
+    def __init__(self, device: str, failed: Failed) -> None:
+        if not hasattr(torch.library, "get_kernel"):
+            raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
+        key = f"Autocast{device.upper()}"
+        self.is_wanted = True
+        self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        there = (n for n in (*LOWERED, *REFUSED) if has_kernel(f"aten::{n}", key))
+        functions = {name: self._function(name) for name in there}
+        self.remove = dispatch.layer(functions, key, failed=failed)
 
-    @property
-    def makes_data(self) -> bool:
-        """Whether the module returns a hyperbolic tangent."""
-        return self.tangent is not None and self.output is self.tangent
+    def _function(self, name: str) -> dispatch.Function:
+        operator = operator_of(name)
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        def function(below: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Call | None:
+            if not self.is_wanted or torch.is_autocast_cache_enabled():
+                return None
+            given = list(tensors_in((args, kwargs)))
+            if name in REFUSED or any(tensor.layout is not torch.strided for tensor in given):
+                return dispatch.Call(self._past_autocast, (operator, args, kwargs))
+            if not any(tensor.dtype is torch.float32 for tensor in given):
+                return None  # the program's own half precision
+            return dispatch.Call(_with_float32, (below, args, kwargs))
+
+        return function
+
+    def _past_autocast(
+        self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if function in _PRODUCT_FUNCTIONS:
-            weight = _weight((*args, *(kwargs or {}).values()))
-            self.weight = self.weight if weight is None else weight
-        result = function(*args, **(kwargs or {}))
-        if function in _TANH_FUNCTIONS:
-            self.tangent = result
-        return result
+        with torch._C._ExcludeDispatchKeyGuard(self._excluded):
+            return operator(*args, **kwargs)
 
 
-def _weight(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
-    return next((a for a in args[1:3] if isinstance(a, torch.nn.Parameter)), None)
+def _with_float32(
+    operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return mapped(_widened, operator(*args, **kwargs))
+
+
+def operator_of(name: str) -> Callable[..., Any]:
+    """The operator of a name without ``aten::``."""
+    packet, _, overload = name.partition(".")
+    found: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    return found
 
 
 def _covers_all(

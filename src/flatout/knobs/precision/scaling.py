@@ -4,21 +4,26 @@ The rule is that of ``torch.amp.GradScaler`` (Micikevicius et al., Mixed Precisi
 2018, https://arxiv.org/abs/1710.03740): backward starts from the loss times a scale; a step whose
 gradients are not finite is left out and halves the scale; after ``GROWTH_INTERVAL`` good ones it
 doubles. Unlike there, the scale does not fall without end: below 1 the knob is turned back. A
-program that knows nothing of it reads ``.grad`` between backward and step (to clip, to accumulate),
-so every gradient is divided by the scale before ``backward`` returns.
+program that knows nothing of it reads ``.grad`` (to clip, to accumulate), or lets it be a part of
+some larger memory. So what is divided by the scale is not ``.grad``, but what a backward call is
+about to add to it: each time once, before anything of the program's sees it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flatout.agent import graph
 from flatout.agent.capture import is_capturing
-from flatout.agent.finite import Withheld, unscale
+from flatout.agent.finite import Withheld, are_finite, gradients
+from flatout.agent.place import take_place
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -55,9 +60,7 @@ class LossScaling:
         self._own: Any = _autograd._engine_run_backward
         self._good_steps = 0
         self._inspections = 0
-        self._found: weakref.WeakKeyDictionary[Any, list[torch.Tensor]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._unchecked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._withheld = Withheld()
         self._stepping: Any = None
 
@@ -65,6 +68,8 @@ class LossScaling:
         """Begin."""
         self._installed = self._backward
         _autograd._engine_run_backward = self._installed
+        self._undo_hook = take_place(torch.Tensor, "register_hook", self._watched("register_hook"))
+        torch.Tensor.retain_grad = self._watched("retain_grad")  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Put back what was there, unless the program has put something else there meanwhile."""
@@ -72,6 +77,27 @@ class LossScaling:
         self.is_wanted = False
         if _autograd._engine_run_backward is self._installed:
             _autograd._engine_run_backward = self._own
+        self._undo_hook()
+        if getattr(vars(torch.Tensor).get("retain_grad"), "__module__", None) == __name__:
+            del torch.Tensor.retain_grad
+
+    def refuse(self, why: str) -> None:
+        """Scale no more, and turn the knob back."""
+        self.is_wanted = False
+        self._session.turn_back(self._knob, RuntimeError(why))
+
+    def _watched(self, name: str) -> Callable[..., Any]:
+        """A method of tensors by which a program sees gradients on their way."""
+        own = getattr(torch.Tensor, name)
+
+        @functools.wraps(own)
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.is_wanted and not tensor.is_leaf:
+                self.refuse("the program sees gradients on their way through the graph")
+            return own(tensor, *args, **kwargs)
+
+        method.__module__ = __name__
+        return method
 
     # Backward
 
@@ -80,34 +106,22 @@ class LossScaling:
         is_left_alone = creates_graph or is_capturing()
         if not self.is_wanted or not kwargs.get("accumulate_grad") or is_left_alone:
             return self._own(outputs, grads, *args, **kwargs)
+        parameters = [p for _, members in self._groups() for p in members if p.requires_grad]
+        inputs = args[2] if len(args) > 2 else ()
+        if inputs and not {id(x) for x in inputs} <= set(map(id, parameters)):
+            return self._own(outputs, grads, *args, **kwargs)
         if self._inspections < INSPECTED:
             self._inspections += 1
             why = self._unsuitable(outputs)
             if why is not None:
-                self.is_wanted = False
-                self._session.turn_back(self._knob, RuntimeError(why))
+                self.refuse(why)
                 return self._own(outputs, grads, *args, **kwargs)
-        parameters = [p for group in self._groups() for p in group[1]]
-        accumulated = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            scaled = tuple(None if g is None else g * self.scale for g in grads)
+        scaled = tuple(None if g is None else g * self.scale for g in grads)
+        with _divided(parameters, self.scale):
             result = self._own(outputs, scaled, *args, **kwargs)
-        except BaseException:
-            for parameter, before in zip(parameters, accumulated, strict=True):
-                parameter.grad = before
-            raise
-        for optimizer, members in self._groups():
-            found = unscale([p.grad for p in members if p.grad is not None], 1 / self.scale)
-            if optimizer is not None:
-                self._found.setdefault(optimizer, []).extend(found)
-        for parameter, before in zip(parameters, accumulated, strict=True):
-            if parameter.grad is None:
-                parameter.grad = before
-            elif before is not None:
-                parameter.grad = before + parameter.grad
+        self._unchecked.update(self._session.optimizers)
         if self._stepping is not None:  # a closure: the update follows at once
+            self._unchecked.add(self._stepping)
             self._hide_unless_finite(self._stepping)
         return result
 
@@ -132,9 +146,13 @@ class LossScaling:
         known = {id(p): p for _, members in self._groups() for p in members}
         if any(p._post_accumulate_grad_hooks for p in known.values()):
             return "gradients are used while backward runs"
-        leaves = (graph.leaf_of(node) for node, _ in graph.edges(outputs) if node is not None)
-        if any(leaf is not None and id(leaf) not in known for leaf in leaves):
-            return "the gradient goes to tensors that belong to no module and no optimizer"
+        for node, _ in graph.edges(outputs):
+            leaf = None if node is None else graph.leaf_of(node)
+            if leaf is not None and id(leaf) not in known:
+                return "the gradient goes to tensors that belong to no module and no optimizer"
+            function = getattr(node, "_forward_cls", None)
+            if function is not None and not function.__module__.startswith("torch."):
+                return f"{function.__qualname__} computes gradients itself"
         return None
 
     # The step
@@ -151,10 +169,10 @@ class LossScaling:
         self._withheld.show()
 
     def _hide_unless_finite(self, optimizer: Any) -> None:
-        found = self._found.pop(optimizer, [])
-        if not found:
+        if optimizer not in self._unchecked:
             return
-        if not any(bool(flag) for flag in found):
+        self._unchecked.discard(optimizer)
+        if are_finite(gradients(optimizer)):
             self._session.checked_gradients.add(optimizer)
             self._good_steps += 1
             if self._good_steps == GROWTH_INTERVAL:
@@ -175,3 +193,33 @@ class LossScaling:
             f"loss scale {self.scale:g}",
         )
         self._withheld.hide(optimizer)
+
+
+@contextlib.contextmanager
+def _divided(parameters: Iterable[torch.Tensor], scale: float) -> Iterator[None]:
+    """What is added to gradients in here is divided by ``scale`` before it meets a hook.
+
+    Not in place: the same memory may be added to the gradient of another parameter as well.
+    """
+
+    def divided(grad: torch.Tensor) -> torch.Tensor:
+        return grad * (1 / scale)
+
+    changed = []
+    try:
+        for parameter in parameters:
+            hooks: Any = parameter._backward_hooks
+            if hooks is None:
+                parameter._backward_hooks = hooks = OrderedDict()
+            # Torch calls them in the order of the plain dict below, in which nothing can be moved.
+            others = list(hooks.items())
+            hooks.clear()
+            hooks[id(divided)] = divided
+            hooks.update(others)
+            changed.append((parameter, hooks))
+        yield
+    finally:
+        for parameter, hooks in changed:
+            hooks.pop(id(divided), None)
+            if not hooks:
+                parameter._backward_hooks = None

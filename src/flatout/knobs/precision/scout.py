@@ -1,0 +1,262 @@
+"""What a program can see of a forward pass, found out in one that is computed as it is bare.
+
+Under autocast, results of matrix products and convolutions, and what is computed from them, are in
+half precision. That is faster as long as they go from operator to operator, and changes the program
+where something else meets them: an attribute in which the program keeps them, a list that it
+fills, a hook, a custom ``autograd.Function``, ``numpy()``, an operator that has no kernel for half
+precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import sysconfig
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+HALVES = (torch.bfloat16, torch.float16)
+
+_HEAD_FUNCTIONS = {
+    *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+    *(torch.addmm, torch.Tensor.addmm),
+}
+
+_TANH_FUNCTIONS = {torch.tanh, torch.tanh_, torch.Tensor.tanh, torch.Tensor.tanh_, functional.tanh}
+
+_PRODUCTS = frozenset(
+    (
+        *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"),
+        *("conv_transpose3d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm"),
+        *("addbmm", "baddbmm", "mv", "addmv", "einsum", "bilinear"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru"),
+        *("rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
+    )
+)
+"""Functions whose results are in half precision under autocast, and which take their arguments in
+either."""
+
+_PASSED_ON = frozenset(
+    (
+        # arithmetic and comparisons, which promote
+        *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "true_divide", "neg"),
+        *("__radd__", "__rsub__", "__rmul__", "__rtruediv__", "__rdiv__", "__rpow__", "pow"),
+        *("square", "sqrt", "rsqrt", "reciprocal", "abs", "exp", "log", "log1p", "sin", "cos"),
+        *("maximum", "minimum", "clamp", "clamp_", "clamp_min", "where", "masked_fill"),
+        *("masked_fill_", "eq", "ne", "gt", "ge", "lt", "le", "__eq__", "__ne__", "__lt__"),
+        *("__gt__", "__ge__", "__le__", "isfinite", "isnan", "isinf", "logical_not", "sign"),
+        # reductions
+        *("sum", "mean", "var", "std", "amax", "amin", "max", "min", "argmax", "argmin", "norm"),
+        *("logsumexp", "all", "any", "topk", "sort", "argsort"),
+        # shapes, which look at no element
+        *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "t"),
+        *("permute", "movedim", "contiguous", "expand", "expand_as", "view_as", "reshape_as"),
+        *("chunk", "split", "unbind", "__getitem__", "select", "narrow", "index_select", "repeat"),
+        *("repeat_interleave", "flip", "roll", "tril", "triu", "cat", "concat", "concatenate"),
+        *("stack", "size", "dim", "numel", "stride", "__len__", "is_contiguous"),
+        *("is_floating_point", "is_complex", "ndimension", "swapaxes", "swapdims", "adjoint"),
+        *("broadcast_to", "unfold", "gather", "pixel_shuffle"),
+        # attributes, as far as they are those of float32
+        *("shape", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_mps", "is_xpu"),
+        *("is_sparse", "is_nested", "is_quantized", "is_leaf", "layout", "T", "mT", "data"),
+        *("_version", "is_meta"),
+        # values of single elements
+        *("item", "tolist", "__bool__", "__float__", "__int__"),
+        # casts and the like
+        *("to", "float", "double", "type_as", "detach", "clone", "zeros_like", "ones_like"),
+        *("empty_like", "rand_like", "randn_like", "full_like", "new_zeros", "new_ones"),
+        *("new_empty", "new_full", "bernoulli"),
+        # layers
+        *("relu", "relu_", "gelu", "silu", "silu_", "elu", "elu_", "leaky_relu", "leaky_relu_"),
+        *("hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "mish", "selu", "celu", "softplus"),
+        *("tanh", "tanh_", "sigmoid", "sigmoid_", "logsigmoid", "softmax", "log_softmax"),
+        *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        *("layer_norm", "group_norm", "instance_norm", "batch_norm", "rms_norm", "normalize"),
+        *("embedding", "relu6", "glu", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d"),
+        *("avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+        *("pad", "interpolate"),
+        # losses, and weights from others
+        *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss"),
+        *("binary_cross_entropy_with_logits", "_weight_norm"),
+    )
+)
+"""Functions with kernels for half precision, that promote what they are given, and whose results
+are in half precision if what they are given is. Anything else is not known to be one."""
+
+MOST_BY_SCAN = 24
+"""Tensors up to which the interpreter looks for what refers to them: it takes each reference and
+compares it with each of them."""
+
+
+class Scout(TorchFunctionMode):
+    """Sees what becomes of the tensors that would be in half precision under autocast.
+
+    Args:
+        given: what the module is called with.
+
+    Attributes:
+        why: what would meet them, ``None`` for nothing that has been seen.
+        weight: of the last matrix product or convolution with a parameter.
+    """
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.why: str | None = None
+        self.weight: torch.nn.Parameter | None = None
+        self._known = _Tensors()
+        self._halves = _Tensors()
+        self._tangent: weakref.ref[Any] | None = None
+        self._nesting = _autocast_nesting()
+        for tensor in _tensors(given):
+            self._known.add(tensor)
+
+    def makes_data(self, output: Any) -> bool:
+        """Whether the module returns a hyperbolic tangent."""
+        return self._tangent is not None and output is not None and self._tangent() is output
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _HEAD_FUNCTIONS:
+            weight = weight_of((*args, *kwargs.values()))
+            self.weight = self.weight if weight is None else weight
+        result = function(*args, **kwargs)
+        if function in _TANH_FUNCTIONS and isinstance(result, torch.Tensor):
+            self._tangent = weakref.ref(result)
+        if self.why is None:
+            self.why = self._seen(function, args, kwargs, result)
+        return result
+
+    def _seen(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> str | None:
+        """Note which results would be in half precision; why that would be seen, if it would."""
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            name = getattr(function.__self__, "__name__", "")
+        given = list(_tensors((args, kwargs)))
+        results = list(_tensors(result))
+        if any(t.grad_fn is not None and t not in self._known for t in given):
+            return "it computes with what no operator of torch has made"
+        if any(tensor.dtype in HALVES for tensor in results):
+            return "it uses half precision itself"
+        if _autocast_nesting() != self._nesting:
+            return "it turns autocast on or off itself"
+        meets = any(tensor in self._halves for tensor in given)
+        if meets:
+            if name == "dtype":
+                if not _is_installed(sys._getframe(2).f_code.co_filename):
+                    return "it asks for the type of a tensor"
+            elif name not in _PASSED_ON and name not in _PRODUCTS:
+                return f"{name or function} is not known to be the same in half precision"
+            elif isinstance(kwargs.get("out"), torch.Tensor):
+                return f"{name} writes into a tensor of the program's"
+        if (meets or name in _PRODUCTS) and any(t.layout is not torch.strided for t in given):
+            return f"{name} of a sparse tensor may not work in half precision"
+        if name not in _PASSED_ON:
+            meets = any(tensor.dtype is torch.float32 for tensor in given)
+        changed = {id(tensor) for tensor in given}
+        for tensor in results:
+            self._known.add(tensor)
+            if meets and tensor.dtype is torch.float32 and id(tensor) not in changed:
+                self._halves.add(tensor)
+        return None
+
+    def kept(self, output: Any) -> str | None:
+        """Why the program still holds some of them after the pass, but for what it has returned.
+
+        What only autograd holds does not count.
+        """
+        halves = self._halves.living()
+        if not halves:
+            return None
+        containers: list[Any] = []
+        returned = {id(tensor): tensor for tensor in _tensors(output, containers)}
+        memory = [t.untyped_storage()._cdata for t in returned.values() if t in self._halves]
+        if len(set(memory)) < len(memory):
+            return "it returns tensors that share memory"
+        ours = [halves, containers, returned]
+        expected = {id(own) for own in ours} | {id(ours)} | set(map(id, containers))
+        expected |= {id(vars(c)) for c in containers if hasattr(c, "__dict__")}
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            expected.add(id(frame))
+            frame = frame.f_back
+        looked_for = (*halves, *containers)
+        expected.add(id(looked_for))
+        if any(id(referrer) not in expected for referrer in _referrers(looked_for)):
+            return "results of operators are kept outside of what it returns"
+        return None
+
+
+class _Tensors:
+    """A set of tensors that does not keep them alive, by identity."""
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        self._references[id(tensor)] = weakref.ref(tensor)
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        reference = self._references.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def living(self) -> list[torch.Tensor]:
+        return [t for reference in self._references.values() if (t := reference()) is not None]
+
+
+def weight_of(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
+    """The weight of a matrix product or a convolution with these arguments, if it has one."""
+    return next((a for a in args[1:3] if isinstance(a, torch.nn.Parameter)), None)
+
+
+def _tensors(value: Any, containers: list[Any] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors in what ``in_float32`` looks into, and what they lie in."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if isinstance(value, (tuple, list)):
+        inside = iter(value)
+    elif isinstance(value, dict):
+        inside = iter(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inside = iter([getattr(value, field.name, None) for field in dataclasses.fields(value)])
+    else:
+        return
+    if containers is not None:
+        containers.append(value)
+    for item in inside:
+        yield from _tensors(item, containers)
+
+
+def _referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
+    """What refers to some of these."""
+    if len(targets) <= MOST_BY_SCAN:
+        yield from gc.get_referrers(*targets)
+        return
+    identities = set(map(id, targets))
+    for candidate in gc.get_objects():
+        if not identities.isdisjoint(map(id, gc.get_referents(candidate))):
+            yield candidate
+
+
+def _autocast_nesting() -> int:
+    """How many autocasts are entered; they can be counted only by entering and leaving one more."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
+def _is_installed(file: str) -> bool:
+    """Whether code is a library's, which is made to work under autocast."""
+    return "-packages" in file or file.startswith(sysconfig.get_paths()["stdlib"])
