@@ -87,6 +87,8 @@ _PASSED_ON = frozenset(
         # losses, and weights from others
         *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss"),
         *("binary_cross_entropy_with_logits", "_weight_norm"),
+        # ways that torch takes in evaluation, and not under autocast
+        *("_nested_tensor_from_mask_left_aligned", "_nested_tensor_from_mask", "to_padded_tensor"),
     )
 )
 """Functions with kernels for half precision, that promote what they are given, and whose results
