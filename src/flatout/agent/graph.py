@@ -31,20 +31,3 @@ def leaf_of(node: Any) -> torch.Tensor | None:
 
 
 _ACCUMULATION: Any = type(get_gradient_edge(torch.zeros((), device="cpu", requires_grad=True)).node)
-
-
-def is_view(node: Any) -> bool:
-    """Whether the output of a node's operator lies in the memory of its input."""
-    return type(node).__name__.rstrip("0123456789") in _VIEWS
-
-
-_VIEWS = frozenset(
-    f"{name}Backward"
-    for names in (
-        ("Alias", "AsStrided", "Conj", "Detach", "Diagonal", "Expand", "Narrow", "NegView"),
-        ("Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes"),
-        ("Squeeze", "T", "Transpose", "Unbind", "Unfold", "UnsafeView", "Unsqueeze"),
-        ("View", "ViewAsComplex", "ViewAsReal"),
-    )
-    for name in names
-)

@@ -67,17 +67,18 @@ KNOB = Knob(
         "actor to the critic, and the next `zero_grad` drops them unread. `on_demand` sees twice "
         "which gradients of a backward call are dropped, and puts these off from then on: the "
         "call computes the others only, as `backward(inputs=...)` does. Where one is asked for "
-        "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, and "
-        "not put off again. Left alone are gradients with hooks or checkpoints on their way, of "
-        "graphs with `autograd.Function`s of the program, of scaled losses, of backward calls that "
-        "keep or create a graph, of distributed training, of parameters that nobody zeroes, "
-        "sparse ones, and those that need a weight which is about to change.",
+        "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, from "
+        "what backward would have read: saved tensors that anything else refers to (weights, "
+        "running statistics, inputs) are copied when the call puts something off, and torch's "
+        "settings are for that moment those of the call. Left alone are gradients with hooks or "
+        "checkpoints on their way, of graphs with `autograd.Function`s of the program or nodes "
+        "that do not show what they read, of scaled losses, of backward calls that keep or create "
+        "a graph, under anomaly detection, of distributed training, of parameters that nobody "
+        "zeroes, and sparse ones.",
         helps="GANs; actor-critic methods (SAC, TD3, DDPG): all with more than one optimizer.",
-        hurts="What backward needs for the gradients put off lives until they are dropped: more "
-        "memory. If weights, or what a pass was made of, were written by hand before such a "
-        "gradient is asked for after all, that is an error, or a wrong gradient if they were "
-        "written past torch (`.data`, NumPy). Code in C++ that reads gradients finds none, and "
-        "hooks on nodes of the graph are not called where only such gradients lie behind them.",
+        hurts="What backward needs for the gradients put off, and copies of the weights that it "
+        "reads, live until they are dropped: more memory. Code in C++ that reads gradients finds "
+        "none.",
         by_hand="`for p in discriminator.parameters(): p.requires_grad_(False)` before the "
         "generator's forward pass, and back after its backward; or `loss.backward(inputs=list("
         "generator.parameters()))`",

@@ -8,19 +8,25 @@ unread will be again.
 
 A backward call is known again by the parameters that it reaches and by the optimizer that stepped
 before it.
+
+What is put off computes what the call would have: all that backward reads is kept as it was
+(``kept.py``), whatever the program writes meanwhile, and so is the state of torch that its kernels
+look at (``surroundings.py``).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import _HookMixin
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
@@ -30,6 +36,8 @@ from flatout.agent.finite import kept_gradient
 from flatout.agent.modes import autocast_devices, without_autocast
 from flatout.agent.place import take_place
 from flatout.knobs import Undo
+from flatout.knobs.gradients import surroundings
+from flatout.knobs.gradients.kept import Kept, is_known, is_of_program
 
 _torch: Any = torch
 _autograd: Any = torch.autograd
@@ -63,14 +71,11 @@ class Fate:
     Attributes:
         times_dropped: without having been read, by the identity of the leaf.
         read: the leaves whose gradients somebody has asked for.
-        can_be_late: of a set of leaves, whether their gradients could be computed after steps with
-            the others.
         times_paid: debts that had to be paid though nobody had asked.
     """
 
     times_dropped: Counter[int] = field(default_factory=Counter)
     read: set[int] = field(default_factory=set)
-    can_be_late: dict[frozenset[int], bool] = field(default_factory=dict)
     times_paid: int = 0
 
     def is_dropped(self, identity: int) -> bool:
@@ -85,8 +90,9 @@ class Debt:
     Attributes:
         edges: of the graph that the call began with, which the program cannot change; none once
             they are of no use.
-        grads: those of its outputs.
-        versions: of these at the time.
+        grads: those of its outputs, which nobody else has.
+        kept: what the graph's formulas read.
+        around: the state of torch at the time.
         fate: of the gradients of all calls like it.
         leaves: that are owed a gradient.
         age: in backward calls since.
@@ -95,7 +101,8 @@ class Debt:
 
     edges: tuple[Any, ...]
     grads: tuple[Any, ...]
-    versions: list[int]
+    kept: Kept
+    around: tuple[Any, ...]
     fate: Fate
     leaves: Leaves
     age: int = 0
@@ -104,11 +111,21 @@ class Debt:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a backward call: the leaves that get their gradients now, and those that are to wait."""
+    """Of a backward call.
+
+    Attributes:
+        fate: of the gradients of all calls like it.
+        wanted: the leaves that get their gradients now.
+        put_off: those that are to wait.
+        late: the nodes of the graph on the way to these.
+        others: its other nodes.
+    """
 
     fate: Fate
     wanted: Leaves
     put_off: Leaves
+    late: list[Any]
+    others: list[Any]
 
 
 class OnDemand:
@@ -134,6 +151,7 @@ class OnDemand:
         self._depth = 0
         self._thread: int | None = None
         self._places: list[Undo] = []
+        _everywhere.add(self)
 
     def install(self) -> Undo:
         """Begin, or go on; the undo pays what is owed. Where that cannot be done any more, the
@@ -176,8 +194,7 @@ class OnDemand:
             try:
                 found = self._forecast(outputs, grads, args)
             except Exception as error:  # noqa: BLE001 - reported
-                self._is_over = True
-                self._on_failure(error)
+                self._end_by(error)
             if found is None or not found.put_off:
                 self._count_in_vain()
         self._pay_before(found)
@@ -187,20 +204,21 @@ class OnDemand:
             result = own(outputs, grads, *args, **kwargs)
         else:
             self._calls_without_use = 0
-            debt = Debt(
-                tuple(map(get_gradient_edge, outputs)),
-                grads,
-                [grad._version for grad in grads],
-                found.fate,
-                found.put_off,
-            )
+            edges = tuple(map(get_gradient_edge, outputs))
+            first = tuple(grad.clone() for grad in grads)
             keep_graph, create_graph = True, False
             wanted = tuple(found.wanted.values())
+            result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
+            kept = Kept()
+            debt = Debt(edges, first, kept, surroundings.now(), found.fate, found.put_off)
+            self._debts.append(debt)
+            is_kept = False
             try:
-                result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
-            finally:
-                self._debts.append(debt)
-            if not self._is_on:  # a turn of the loop has ended in there, and the knob with it
+                kept.keep(found.late, found.others)
+                is_kept = True
+            except Exception as error:  # noqa: BLE001 - reported
+                self._end_by(error)
+            if not (is_kept and self._is_on):  # or a turn of the loop has ended in there
                 self._pay(debt)
         for identity in found.wanted:
             self._unread.setdefault(identity, set()).add(found.fate)
@@ -218,7 +236,10 @@ class OnDemand:
             return None
         if any(grad is None or grad.is_inference() for grad in grads):
             return None
-        leaves = _leaves(outputs)
+        if torch.is_anomaly_enabled() or torch._C._len_torch_dispatch_stack():
+            return None  # somebody looks at what backward computes
+        edges = list(graph.edges(outputs))
+        leaves = _leaves(edges)
         if leaves is None or any(map(_has_hooks, leaves.values())):
             return None
         parameters = frozenset(i for i, leaf in leaves.items() if _is_parameter(leaf))
@@ -231,13 +252,12 @@ class OnDemand:
             put_off = {i: leaf for i, leaf in dropped.items() if _can_wait(leaf)}
         if len(put_off) == len(leaves):
             put_off = {}  # a call for nobody; to torch, no inputs would mean all of them
-        if put_off:
-            which = frozenset(put_off)
-            if which not in fate.can_be_late:
-                fate.can_be_late[which] = _can_be_late(outputs, put_off)
-            put_off = put_off if fate.can_be_late[which] else {}
+        late = _on_the_way(edges, put_off) if put_off else set()
+        if not (late and all(map(is_known, late)) and all(map(Kept.can_be_read, late))):
+            put_off = {}
+        others = {node for node, _ in edges} - late if put_off else ()
         wanted = {i: leaf for i, leaf in leaves.items() if i not in put_off}
-        return Forecast(fate, wanted, put_off)
+        return Forecast(fate, wanted, put_off, list(late), list(others))
 
     def _count_in_vain(self) -> None:
         self._calls_without_use += 1
@@ -251,6 +271,11 @@ class OnDemand:
             self._fates.clear()
             self._unread.clear()
             self._on_skip(why)
+
+    def _end_by(self, error: Exception) -> None:
+        """The same, for a failure of ours."""
+        self._is_over = True
+        self._on_failure(error)
 
     # Debts
 
@@ -288,11 +313,14 @@ class OnDemand:
         keep_graph = create_graph = False
         self._depth += 1
         try:
-            if [grad._version for grad in debt.grads] != debt.versions:
-                raise RuntimeError("the gradient that the backward call began with has changed")
             for leaf in frozen:  # torch adds nothing to these
                 leaf.requires_grad_(True)
-            with torch.inference_mode(False), without_autocast():
+            with (
+                torch.inference_mode(False),
+                without_autocast(),
+                surroundings.like(debt.around),
+                debt.kept.readable(),
+            ):
                 run_backward(
                     *(debt.edges, debt.grads, keep_graph, create_graph, tuple(leaves)),
                     allow_unreachable=True,
@@ -309,6 +337,7 @@ class OnDemand:
             for identity in debt.leaves:
                 self._unread.setdefault(identity, set()).add(debt.fate)
         finally:
+            debt.kept.release()
             self._depth -= 1
             for leaf in frozen:
                 leaf.requires_grad_(False)
@@ -324,7 +353,9 @@ class OnDemand:
                 continue  # nobody can say of which kind its zeros are to be
             for fate in fates:
                 fate.times_dropped[identity] += 1
-        self._debts = [debt for debt in self._debts if debt.leaves]
+        for debt in [debt for debt in self._debts if not debt.leaves]:
+            self._debts.remove(debt)
+            debt.kept.release()
         self._leave_if_done()
 
     def _is_owed(self, leaf: Any) -> bool:
@@ -403,20 +434,28 @@ class OnDemand:
                 if kept_gradient.__get__(leaf) is None:
                     kept_gradient.__set__(leaf, torch.zeros_like(leaf))
 
-        return take_place(owner, "zero_grad", _torch._disable_dynamo(zero_grad))  # as its own
+        is_optimizer = owner is torch.optim.Optimizer  # whose own dynamo does not look at either
+        function = _torch._disable_dynamo(zero_grad) if is_optimizer else zero_grad
+        return take_place(owner, "zero_grad", function)
 
     def _take_hooks(self) -> tuple[Undo, ...]:
         """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
         tensor: Any = torch.Tensor
         own_register, own_retain = tensor.register_hook, tensor.retain_grad
         own_register_after = tensor.register_post_accumulate_grad_hook
+        own_register_on_node = _HookMixin._register_hook
         own_enter: Any = saved_tensors_hooks.__enter__
 
         def see(hooked: Any) -> None:
-            if not hooked.is_leaf:
-                self._end("the program hangs hooks on what lies between its parameters and losses")
-            for debt in [debt for debt in self._debts if id(hooked) in debt.leaves]:
-                self._pay(debt)
+            if hooked.is_leaf:
+                for debt in [debt for debt in self._debts if id(hooked) in debt.leaves]:
+                    self._pay(debt)
+            else:
+                see_within()
+
+        def see_within() -> None:
+            self._end("the program hangs hooks on what lies between its parameters and losses")
+            self._pay_all()  # a hook is not called for what was before it
 
         def register_hook(hooked: Any, hook: Any) -> Any:
             see(hooked)
@@ -430,6 +469,10 @@ class OnDemand:
             see(hooked)
             return own_register_after(hooked, hook)
 
+        def register_on_node(hooks: Any, hook: Any) -> Any:
+            see_within()
+            return own_register_on_node(hooks, hook)
+
         def enter(hooks: Any) -> Any:
             self._end("the program has hooks on what is saved for backward, as checkpoints do")
             return own_enter(hooks)
@@ -438,6 +481,7 @@ class OnDemand:
             take_place(tensor, "register_hook", register_hook),
             take_place(tensor, "register_post_accumulate_grad_hook", register_after),
             _add(tensor, "retain_grad", retain_grad),
+            take_place(_HookMixin, "_register_hook", staticmethod(register_on_node)),
             take_place(saved_tensors_hooks, "__enter__", enter),
         )
 
@@ -451,6 +495,19 @@ class OnDemand:
             return own(scaler, outputs)
 
         return take_place(torch.amp.GradScaler, "scale", scale)
+
+
+_everywhere: weakref.WeakSet[OnDemand] = weakref.WeakSet()
+
+
+def _pay_before_fork() -> None:
+    """A child could not: the threads that compute do not live on in it."""
+    for on_demand in list(_everywhere):
+        on_demand._pay_all()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_pay_before_fork)
 
 
 def is_distributed() -> bool:
@@ -473,12 +530,12 @@ def _members(optimizer: Any) -> list[Any]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _leaves(outputs: Iterable[Any]) -> Leaves | None:
-    """The leaves that a backward call reaches; ``None`` where something on the way may have to be
-    called for its own sake."""
+def _leaves(edges: Iterable[tuple[Any, Any]]) -> Leaves | None:
+    """The leaves of a graph; ``None`` where something in it may have to be called for its own
+    sake."""
     leaves: Leaves = {}
-    for node, _ in graph.edges(outputs):
-        if node is None or (isinstance(node, BackwardCFunction) and not _is_ours(node)):
+    for node, _ in edges:
+        if node is None or is_of_program(node):
             return None
         leaf = graph.leaf_of(node)
         if leaf is not None and leaf.requires_grad:  # torch leaves one alone that is frozen since
@@ -486,37 +543,19 @@ def _leaves(outputs: Iterable[Any]) -> Leaves | None:
     return leaves
 
 
-def _can_be_late(outputs: Iterable[Any], put_off: Leaves) -> bool:
-    """Whether no weight that takes part in the gradients put off is itself stepped with."""
+def _on_the_way(edges: Iterable[tuple[Any, Any]], leaves: Leaves) -> set[Any]:
+    """The nodes of a graph that lead to some of its leaves, and those of the leaves themselves."""
     parents: defaultdict[Any, list[Any]] = defaultdict(list)
-    for node, parent in graph.edges(outputs):
-        if parent is not None:
-            parents[node].append(parent)
-
-    def above(nodes: Iterable[Any], passes: Callable[[Any], bool]) -> set[Any]:
-        """The nodes that lead to these, as far up as they are passed."""
-        found: set[Any] = set()
-        left = list(nodes)
-        while left:
-            for parent in parents[left.pop()]:
-                if parent not in found:
-                    found.add(parent)
-                    if passes(parent):
-                        left.append(parent)
-        return found
-
-    late: list[Any] = []
-    others: list[Any] = []
-    for node in list(parents):
-        leaf = graph.leaf_of(node)
-        if leaf is not None:
-            (late if id(leaf) in put_off else others).append(node)
-    return above(late, lambda node: True).isdisjoint(above(others, graph.is_view))
-
-
-def _is_ours(node: Any) -> bool:
-    forward = getattr(type(node), "_forward_cls", None)
-    return getattr(forward, "__module__", "").startswith("flatout.")
+    for node, parent in edges:
+        parents[node].append(parent)
+    left = [node for node in parents if id(graph.leaf_of(node)) in leaves]
+    found = set(left)
+    while left:
+        for parent in parents[left.pop()]:
+            if parent is not None and parent not in found:
+                found.add(parent)
+                left.append(parent)
+    return found
 
 
 def _can_wait(leaf: Any) -> bool:
