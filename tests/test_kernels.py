@@ -91,7 +91,7 @@ def test_there_is_one_pool_of_threads() -> None:
         "torch.ones(10**6).add_(1); before = pools()\n"
         "threads = lambda: len(__import__('os').listdir('/proc/self/task'))\n"
         "count = threads()\n"
-        "Bernoulli(kernels.load('bernoulli'), print).fill(torch.empty(10**6), 0.5, 1)\n"
+        "Bernoulli(kernels.load('bernoulli')).fill(torch.empty(10**6), 0.5, 1)\n"
         "assert pools() == before, pools() - before\n"
         "assert threads() == count\n"
     )
@@ -231,7 +231,7 @@ def test_the_words_are_those_of_the_paper(library: ctypes.CDLL) -> None:
 
 @pytest.fixture(scope="module")
 def bernoulli(library: ctypes.CDLL) -> Bernoulli:
-    return Bernoulli(library, print)
+    return Bernoulli(library)
 
 
 DTYPES = (
