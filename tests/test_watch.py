@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import traceback
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -258,3 +261,126 @@ def test_a_signal_during_a_watched_call_reaches_the_program(watched: Watched) ->
 
     with pytest.raises(KeyboardInterrupt):
         Interrupting()(torch.ones(1, 4))
+
+
+def test_a_class_made_at_run_time_is_freed_with_its_watch(watched: Watched) -> None:
+    def made() -> tuple[weakref.ref[Any], ...]:
+        held = torch.zeros(3)
+
+        class Closing(Net):
+            def __call__(self, *args: Any) -> Any:  # what the watch stands for holds the class
+                return super().__call__(*args) + held.sum()
+
+        class Child(Closing):
+            pass
+
+        train(Closing(), 2)
+        train(Child(), 2)
+        assert all(isinstance(vars(c)["__call__"], _watch.Watch) for c in (Closing, Child))
+        return weakref.ref(Closing), weakref.ref(Child), weakref.ref(held)
+
+    references = [reference for _ in range(3) for reference in made()]
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 9
+
+
+def test_watches_neither_leak_nor_lose_references(watched: Watched) -> None:
+    import sys
+
+    def round_trip() -> None:
+        net = Net()
+        train(net, 2)
+        watch = vars(Net)["__call__"]
+        pickle.loads(pickle.dumps(watch))
+        assert watch.own is None
+        assert repr(watch) == repr(torch.nn.Module.__call__)
+        with pytest.raises(ValueError, match="from forward"):
+            net(torch.ones(1, 4), fail=True)
+
+    round_trip()
+    watch = vars(Net)["__call__"]
+    subjects = [watch, Net, torch.nn.Module.__call__, type(watch), watched.hooks._log, None]
+    gc.collect()
+    before = [sys.getrefcount(subject) for subject in subjects[:5]]
+    for _ in range(20):
+        round_trip()
+    gc.collect()
+    after = [sys.getrefcount(subject) for subject in subjects[:5]]
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 5
+
+
+def test_a_call_reaches_what_it_would_reach_without_a_watch(watched: Watched) -> None:
+    class Left(Net):
+        pass
+
+    class Right(Net):
+        def __call__(self, *args: Any) -> Any:
+            return "right"
+
+    class Diamond(Left, Right):
+        pass
+
+    train(Left(), 1)  # the watch on it was made where nothing lies between it and Net
+    assert Diamond()(torch.ones(1, 4)) == "right"
+    assert Diamond.__call__ is Right.__call__
+    net = Left()
+    original = torch.nn.Module.__call__
+    try:
+        Net.__call__ = lambda self, x: "from the base"
+        assert net(torch.ones(1, 4)) == "from the base"
+    finally:
+        del Net.__call__
+    assert torch.is_tensor(net(torch.ones(1, 4)))
+    assert Left.__call__ is original
+
+
+def test_what_is_no_method_is_left_where_it_is() -> None:
+    skipped: list[str] = []
+    watched = Watched(live=False)
+    watched.hooks._on_skip = lambda subject, why: skipped.append(subject)
+
+    class Static(Net):
+        @staticmethod
+        def __call__(x: Any) -> Any:
+            return x + 1
+
+    class Computed(Net):
+        @property
+        def __call__(self) -> Any:  # type: ignore[override]
+            return lambda x: x + 2
+
+    class Callable_(Net):  # noqa: N801
+        __call__ = types.SimpleNamespace()  # not callable at all
+
+    try:
+        assert [kind()(1) for kind in (Static, Computed)] == [2, 3]
+        with pytest.raises(TypeError, match="not callable"):
+            Callable_()(1)
+    finally:
+        watched.hooks.remove()
+    assert len(skipped) == 3
+    assert isinstance(vars(Static)["__call__"], staticmethod)
+
+
+def test_a_module_that_makes_its_layers_in_its_first_call_is_a_root(watched: Watched) -> None:
+    class Late(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            if "linear" not in self._modules:
+                self.linear = torch.nn.Linear(4, 2)
+            return self.linear(x)
+
+    net = Late()
+    net(torch.ones(1, 4))
+    train(net, 3)
+    assert any(root is net for root in watched.hooks.roots)
+    watched.hooks.read()
+    assert [turn.forwards for turn in watched.closed][-1] == 1
+
+
+def test_roots_are_forgotten_with_the_modules(watched: Watched) -> None:
+    for _ in range(20):
+        torch.nn.Sequential()(torch.ones(1))  # no root: it has no parameters
+        train(Net(), 1)
+    gc.collect()
+    assert watched.hooks.roots == []
+    assert not watched.hooks._log.roots

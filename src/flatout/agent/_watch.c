@@ -104,6 +104,8 @@ typedef struct {
     PyObject *roots;           /* dict: id(module) -> whether it counts as a root */
     PyObject *is_grad_enabled; /* torch.is_grad_enabled */
     PyObject *tensor_type;     /* torch.Tensor */
+    PyObject *script_type;     /* torch.jit.ScriptModule */
+    PyObject *aside;           /* context manager: torch functions do not ask the program's modes */
     PyObject *read_loss;       /* called with a loss tensor that is not on the CPU */
     PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
     PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
@@ -312,6 +314,8 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->roots);
     Py_XDECREF(log->is_grad_enabled);
     Py_XDECREF(log->tensor_type);
+    Py_XDECREF(log->script_type);
+    Py_XDECREF(log->aside);
     Py_XDECREF(log->read_loss);
     Py_XDECREF(log->losses);
     Py_XDECREF(log->wrap_forward);
@@ -347,6 +351,8 @@ static PyMemberDef log_members[] = {
     {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
     {"is_grad_enabled", T_OBJECT, offsetof(Log, is_grad_enabled), 0, NULL},
     {"tensor_type", T_OBJECT, offsetof(Log, tensor_type), 0, NULL},
+    {"script_type", T_OBJECT, offsetof(Log, script_type), 0, NULL},
+    {"aside", T_OBJECT, offsetof(Log, aside), 0, NULL},
     {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
     {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
@@ -375,22 +381,39 @@ static PyType_Spec log_spec = {
 typedef struct {
     PyObject_HEAD
     Log *log;
-    int phase;          /* of the events it notes; -1: none, it only calls `before` */
-    PyObject *own;      /* the function it stands for, or NULL: looked up in `provider` */
-    PyObject *provider; /* the class that a lookup would reach without it */
+    int phase;      /* of the events it notes; -1: none, it only calls `before` */
+    PyObject *own;  /* the function it stands for, or NULL: what `owner` inherits */
+    PyObject *owner; /* the class in whose namespace it stands, or NULL: a module's */
     PyObject *name;
-    PyObject *before;   /* None, or called with the instance as the call begins */
+    PyObject *before; /* None, or called with the instance as the call begins */
     PyObject *method_type;
+    PyObject *weak_references;
 } Watch;
 
-/* New reference to the function that a call reaches without the watch, as it is now. */
-static PyObject *watch_original(Watch *watch)
+/* New reference to the function that a call reaches without the watch, as it is now, for instances
+ * of `type` (NULL: of the owner). */
+static PyObject *watch_original(Watch *watch, PyObject *type)
 {
     if (watch->own != NULL) {
         Py_INCREF(watch->own);
         return watch->own;
     }
-    return PyObject_GetAttr(watch->provider, watch->name);
+    if (watch->owner == NULL) {
+        PyErr_SetString(PyExc_ReferenceError, "the class of this method is being freed");
+        return NULL;
+    }
+    if (type == NULL || !PyType_Check(type) ||
+        !PyType_IsSubtype((PyTypeObject *)type, (PyTypeObject *)watch->owner))
+        type = watch->owner;
+    /* What comes behind the owner in the order of this type: with several bases, or once the program
+     * has given a base a method of its own, that is not what it was when the watch was made. */
+    PyObject *rest =
+        PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, watch->owner, type, NULL);
+    if (rest == NULL)
+        return NULL;
+    PyObject *original = PyObject_GetAttr(rest, watch->name);
+    Py_DECREF(rest);
+    return original;
 }
 
 static int is_true_attribute(PyObject *object, PyObject *name)
@@ -406,6 +429,25 @@ static int is_true_attribute(PyObject *object, PyObject *name)
         PyErr_Clear();
         return 0;
     }
+    return result;
+}
+
+/* Whether a module is in training mode, without a call of what its class makes of attributes. What a
+ * script module has of them lies in C++. */
+static int is_training(Log *log, PyObject *module)
+{
+    PyObject *attributes = PyObject_GenericGetDict(module, NULL);
+    if (attributes == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    PyObject *value = PyDict_GetItemWithError(attributes, log->names[TRAINING]);
+    int result = value == Py_True;
+    Py_DECREF(attributes);
+    PyErr_Clear();
+    if (value == NULL && log->script_type != NULL &&
+        PyType_IsSubtype(Py_TYPE(module), (PyTypeObject *)log->script_type))
+        return is_true_attribute(module, log->names[TRAINING]);
     return result;
 }
 
@@ -438,27 +480,11 @@ static int is_plain(Log *log, PyObject *tensor)
     return is_view == Py_False;
 }
 
-/* New reference to what is kept of a loss, None if it is no real number. A scalar on the CPU is read from its memory: `item` goes
- * through torch's dispatcher, 6 microseconds in a cold cache. */
-static PyObject *loss_value(Log *log, PyObject *tensor)
+/* New reference to what is kept of a loss that is not plainly there, None if it is no real number. */
+static PyObject *asked_value(Log *log, PyObject *tensor, int on_cpu)
 {
-    DLTensor loss;
-    if (log->describe != NULL && log->describe(tensor, &loss) < 0) {
-        PyErr_Clear();
-        log->describe = NULL; /* a device that DLPack does not know: failing is slow */
-    }
-    int known = log->describe != NULL;
-    int on_cpu = known ? loss.device.type == DL_CPU : is_true_attribute(tensor, log->names[IS_CPU]);
     if (!on_cpu)
         return PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
-    int bits = known && loss.ndim == 0 && loss.data != NULL && loss.dtype.code == DL_FLOAT &&
-                       loss.dtype.lanes == 1
-                   ? loss.dtype.bits
-                   : 0;
-    if ((bits == 32 || bits == 64) && is_plain(log, tensor)) {
-        const char *at = (const char *)loss.data + loss.byte_offset;
-        return PyFloat_FromDouble(bits == 32 ? *(const float *)at : *(const double *)at);
-    }
     PyObject *value = PyObject_CallMethodObjArgs(tensor, log->names[ITEM], NULL);
     int is_none = value == NULL ? PyErr_ExceptionMatches(PyExc_RuntimeError) /* several elements */
                                 : !PyFloat_Check(value);                     /* complex */
@@ -467,6 +493,48 @@ static PyObject *loss_value(Log *log, PyObject *tensor)
     PyErr_Clear();
     Py_XDECREF(value);
     Py_RETURN_NONE;
+}
+
+/* New reference to what is kept of a loss, None if it is no real number. A scalar on the CPU is read
+ * from its memory: `item` goes through torch's dispatcher, 6 microseconds in a cold cache. */
+static PyObject *loss_value(Log *log, PyObject *tensor)
+{
+    DLTensor loss;
+    if (log->describe != NULL && log->describe(tensor, &loss) < 0) {
+        PyErr_Clear();
+        log->describe = NULL; /* a device that DLPack does not know: failing is slow */
+    }
+    int known = log->describe != NULL;
+    int bits = known && loss.device.type == DL_CPU && loss.ndim == 0 && loss.data != NULL &&
+                       loss.dtype.code == DL_FLOAT && loss.dtype.lanes == 1
+                   ? loss.dtype.bits
+                   : 0;
+    PyObject *aside = PyObject_CallObject(log->aside, NULL);
+    PyObject *entered = aside == NULL ? NULL : PyObject_CallMethod(aside, "__enter__", NULL);
+    if (entered == NULL) {
+        Py_XDECREF(aside);
+        return NULL;
+    }
+    Py_DECREF(entered);
+    PyObject *value;
+    if ((bits == 32 || bits == 64) && is_plain(log, tensor)) {
+        const char *at = (const char *)loss.data + loss.byte_offset;
+        value = PyFloat_FromDouble(bits == 32 ? *(const float *)at : *(const double *)at);
+    } else {
+        value = asked_value(log, tensor,
+                            known ? loss.device.type == DL_CPU
+                                  : is_true_attribute(tensor, log->names[IS_CPU]));
+    }
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyObject *left =
+        PyObject_CallMethod(aside, "__exit__", "OOO", Py_None, Py_None, Py_None);
+    Py_DECREF(aside);
+    if (left == NULL)
+        PyErr_Clear();
+    Py_XDECREF(left);
+    PyErr_Restore(type, error, traceback);
+    return value;
 }
 
 /* Keep the value of the loss that backward starts from. 1: kept, 0: there is none, -1: error. */
@@ -542,7 +610,7 @@ static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwarg
         PyObject *grad = PyObject_CallObject(log->is_grad_enabled, NULL);
         if (grad == NULL)
             return -1;
-        flags = (grad == Py_True) | (is_true_attribute(target, log->names[TRAINING]) << 1);
+        flags = (grad == Py_True) | (is_training(log, target) << 1);
         Py_DECREF(grad);
     } else if (watch->phase == BACKWARD) {
         flags = keep_loss(log, args, kwargs);
@@ -581,11 +649,11 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     Watch *watch = (Watch *)self;
     Log *log = watch->log;
-    PyObject *original = watch_original(watch);
+    PyObject *target =
+        watch->owner != NULL && PyTuple_Size(args) > 0 ? PyTuple_GetItem(args, 0) : NULL;
+    PyObject *original = watch_original(watch, target == NULL ? NULL : (PyObject *)Py_TYPE(target));
     if (original == NULL)
         return NULL;
-    PyObject *target =
-        watch->provider != NULL && PyTuple_Size(args) > 0 ? PyTuple_GetItem(args, 0) : NULL;
     PyObject *result = NULL;
 
     if (log->awake && watch->before != Py_None && target != NULL) {
@@ -655,14 +723,13 @@ static int asked_by_compile(void)
 static PyObject *watch_get(PyObject *self, PyObject *instance, PyObject *owner)
 {
     Watch *watch = (Watch *)self;
-    (void)owner;
     if (instance == NULL || instance == Py_None)
-        return watch_original(watch);
+        return watch_original(watch, owner);
     PyObject *function = self;
     Py_INCREF(function);
     if (asked_by_compile()) {
         Py_DECREF(function);
-        function = watch_original(watch);
+        function = watch_original(watch, (PyObject *)Py_TYPE(instance));
         if (function == NULL)
             return NULL;
     }
@@ -677,7 +744,7 @@ static PyObject *watch_getattro(PyObject *self, PyObject *name)
     if (value != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError))
         return value;
     PyErr_Clear();
-    PyObject *original = watch_original((Watch *)self);
+    PyObject *original = watch_original((Watch *)self, NULL);
     if (original == NULL)
         return NULL;
     value = PyObject_GetAttr(original, name);
@@ -687,7 +754,7 @@ static PyObject *watch_getattro(PyObject *self, PyObject *name)
 
 static PyObject *watch_repr(PyObject *self)
 {
-    PyObject *original = watch_original((Watch *)self);
+    PyObject *original = watch_original((Watch *)self, NULL);
     if (original == NULL)
         return NULL;
     PyObject *result = PyObject_Repr(original);
@@ -697,31 +764,28 @@ static PyObject *watch_repr(PyObject *self)
 
 static PyObject *watch_reduce(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
-    Watch *watch = (Watch *)self;
-    if (watch->own == NULL) {
-        PyObject *builtins = PyImport_ImportModule("builtins");
-        if (builtins == NULL)
-            return NULL;
-        PyObject *getter = PyObject_GetAttrString(builtins, "getattr");
-        Py_DECREF(builtins);
-        return getter == NULL ? NULL
-                              : Py_BuildValue("(N(OO))", getter, watch->provider, watch->name);
-    }
     PyObject *operators = PyImport_ImportModule("operator");
     if (operators == NULL)
         return NULL;
     PyObject *first = PyObject_CallMethod(operators, "itemgetter", "i", 0);
     Py_DECREF(operators);
-    return first == NULL ? NULL : Py_BuildValue("(N((O)))", first, watch->own);
+    if (first == NULL)
+        return NULL;
+    PyObject *original = watch_original((Watch *)self, NULL);
+    if (original == NULL) {
+        Py_DECREF(first);
+        return NULL;
+    }
+    return Py_BuildValue("(N((N)))", first, original);
 }
 
 static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"log", "phase", "own", "provider", "name", "before", NULL};
+    static char *names[] = {"log", "phase", "own", "owner", "name", "before", NULL};
     Watch *watch = (Watch *)self;
-    PyObject *log, *own, *provider, *name, *before;
+    PyObject *log, *own, *owner, *name, *before;
     int phase;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiOOOO", names, &log, &phase, &own, &provider,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiOOOO", names, &log, &phase, &own, &owner,
                                      &name, &before))
         return -1;
     PyObject *types = PyImport_ImportModule("types");
@@ -738,9 +802,9 @@ static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
         Py_INCREF(own);
         watch->own = own;
     }
-    if (provider != Py_None) {
-        Py_INCREF(provider);
-        watch->provider = provider;
+    if (owner != Py_None) {
+        Py_INCREF(owner);
+        watch->owner = owner;
     }
     Py_INCREF(name);
     watch->name = name;
@@ -749,13 +813,34 @@ static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
+/* A class that was made at run time lies in a cycle with the watch in its namespace. */
+static int watch_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Watch *watch = (Watch *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(watch->own);
+    Py_VISIT(watch->owner);
+    Py_VISIT(watch->before);
+    return 0;
+}
+
+static int watch_clear(PyObject *self)
+{
+    Watch *watch = (Watch *)self;
+    Py_CLEAR(watch->own);
+    Py_CLEAR(watch->owner);
+    return 0;
+}
+
 static void watch_dealloc(PyObject *self)
 {
     Watch *watch = (Watch *)self;
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (watch->weak_references != NULL)
+        PyObject_ClearWeakRefs(self);
+    watch_clear(self);
     Py_XDECREF((PyObject *)watch->log);
-    Py_XDECREF(watch->own);
-    Py_XDECREF(watch->provider);
     Py_XDECREF(watch->name);
     Py_XDECREF(watch->before);
     Py_XDECREF(watch->method_type);
@@ -769,10 +854,20 @@ static PyMethodDef watch_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef watch_members[] = {
+    {"own", T_OBJECT, offsetof(Watch, own), READONLY,
+     "The function it stands for; None where the class inherits it."},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Watch, weak_references), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot watch_slots[] = {
-    {Py_tp_doc, "Watch(log, phase, own, provider, name, before): stands for a callable, see above."},
+    {Py_tp_doc, "Watch(log, phase, own, owner, name, before): stands for a callable, see above."},
     {Py_tp_init, watch_init},
+    {Py_tp_traverse, watch_traverse},
+    {Py_tp_clear, watch_clear},
     {Py_tp_dealloc, watch_dealloc},
+    {Py_tp_members, watch_members},
     {Py_tp_call, watch_call},
     {Py_tp_descr_get, watch_get},
     {Py_tp_getattro, watch_getattro},
@@ -788,7 +883,7 @@ static PyType_Slot watch_slots[] = {
 static PyType_Spec watch_spec = {
     .name = "flatout.agent._watch.Watch",
     .basicsize = sizeof(Watch),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_METHOD_DESCRIPTOR,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_METHOD_DESCRIPTOR | Py_TPFLAGS_HAVE_GC,
     .slots = watch_slots,
 };
 

@@ -12,6 +12,8 @@ class Log:
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
     tensor_type: type
+    script_type: type
+    aside: Callable[[], Any]
     read_loss: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None
@@ -27,12 +29,14 @@ class Log:
     def reset(self) -> None: ...
 
 class Watch:
+    @property
+    def own(self) -> Any: ...
     def __init__(
         self,
         log: Log,
         phase: int,
         own: Any,
-        provider: type | None,
+        owner: type | None,
         name: str,
         before: Callable[[Any], None] | None,
     ) -> None: ...

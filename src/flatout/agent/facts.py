@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset
 
+from flatout.agent import objects
 from flatout.agent.finite import kept_gradient
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def collect(session: Session) -> dict[str, Any]:
     """All facts, as JSON types."""
     return {
-        "optimizers": [_optimizer(o) for o in session.optimizers if o.param_groups],
+        "optimizers": [_optimizer(o) for o in session.optimizers if objects.param_groups(o)],
         "modules": _modules(session.roots),
         "parameters": _parameters(session.roots, session.optimizers),
         "loaders": [_loader(loader) for loader in session.loaders],
@@ -49,13 +50,14 @@ def _float32_matmul_precision() -> str | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = objects.param_groups(optimizer)
+    tensors = [p for group in groups for p in group["params"]]
     return {
-        "class": type(optimizer).__name__,
+        "class": _name(optimizer),
         "tensors": len(tensors),
         "elements": sum(p.numel() for p in tensors),
-        "fused": any(bool(group.get("fused")) for group in optimizer.param_groups),
-        "can_fuse": "fused" in inspect.signature(type(optimizer).__init__).parameters,
+        "fused": any(bool(group.get("fused")) for group in groups),
+        "can_fuse": _can_fuse(optimizer),
     }
 
 
@@ -63,16 +65,16 @@ def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     channels_last = grouped = 0
     for root in roots:
-        for module in root.modules():
-            kinds[type(module).__name__] += 1
-            if isinstance(module, torch.nn.Conv2d):
+        for module in objects.modules(root):
+            kinds[_name(module)] += 1
+            if issubclass(type(module), torch.nn.Conv2d):
                 weight = module.weight
                 is_ambiguous = weight.shape[1] == 1 or weight.shape[2:] == (1, 1)
                 last = weight.is_contiguous(memory_format=torch.channels_last)
                 channels_last += last and not is_ambiguous
                 grouped += module.groups > 1
     return {
-        "roots": [type(root).__name__ for root in roots],
+        "roots": [_name(root) for root in roots],
         "kinds": dict(kinds),
         "convolutions_channels_last": channels_last,
         "convolutions_grouped": grouped,
@@ -84,9 +86,10 @@ def _parameters(
 ) -> dict[str, Any]:
     elements: Counter[str] = Counter()
     devices: Counter[str] = Counter()
-    optimized = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    groups = (group for o in optimizers for group in objects.param_groups(o))
+    optimized = {id(p) for group in groups for p in group["params"]}
     denormal = total = unoptimized = 0
-    for parameter in {p for root in roots for p in root.parameters()}:
+    for parameter in _initialized(roots):
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
         devices[parameter.device.type] += parameter.numel()
         if id(parameter) not in optimized and kept_gradient.__get__(parameter) is not None:
@@ -103,6 +106,26 @@ def _parameters(
     }
 
 
+def _initialized(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters of all roots, each once, but those that a lazy module has yet to make."""
+    found = {id(p): p for root in roots for p in objects.parameters(root)}
+    return [p for p in found.values() if not torch.nn.parameter.is_lazy(p)]
+
+
+def _can_fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what makes such an optimizer takes the argument ``fused``."""
+    make = inspect.unwrap(objects.inherited(type(optimizer), "__init__"))
+    code = getattr(make, "__code__", None)
+    if code is None:
+        return False
+    return "fused" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _name(value: object) -> str:
+    """The name of the class, without the names of what it is defined in."""
+    return objects.class_name(value).rpartition(".")[2]
+
+
 def source(dataset: Any) -> Any:
     """What subsets, and subsets of them, choose from."""
     while type(dataset) is Subset:
@@ -111,10 +134,11 @@ def source(dataset: Any) -> Any:
 
 
 def _loader(loader: Any) -> dict[str, Any]:
+    held = objects.attributes(loader)
     return {
-        "workers": loader.num_workers,
-        "batch_size": loader.batch_size,
-        "dataset": type(source(loader.dataset)).__name__,
-        "pin_memory": bool(loader.pin_memory),
-        "persistent_workers": bool(loader.persistent_workers),
+        "workers": held.get("num_workers"),
+        "batch_size": held.get("batch_size"),
+        "dataset": _name(source(held.get("dataset"))),
+        "pin_memory": bool(held.get("pin_memory")),
+        "persistent_workers": bool(held.get("persistent_workers")),
     }

@@ -19,7 +19,6 @@ import math
 import operator
 import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout import knobs
+from flatout.agent import objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.containment import around, attempt
 from flatout.agent.finite import Withheld, are_finite, gradients, unscale, values_of
+from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.losses import abandon, loss_number, read_loss
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 
@@ -114,7 +115,7 @@ class Guard:
         self._snapshot_s: float | None = None
         self._running = RunningTime()
         self._snapshot_due_s = SNAPSHOT_PERIOD_S
-        self._by_closure: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._by_closure: WeakIdentitySet[Any] = WeakIdentitySet()
         self._said: set[str] = set()
         self._withheld = Withheld()
         self._stepping: Any = None
@@ -224,7 +225,7 @@ class Guard:
         turned = self._turned()
         if not turned and not self._has_acted:
             return
-        parameters = (p for root in self._session.roots for p in root.parameters())
+        parameters = (p for root in self._session.roots for p in objects.parameters(root))
         grads = [grad for p in parameters if (grad := p.grad) is not None]
         if not grads or not _PLAIN.issuperset(map(type, grads)):
             return

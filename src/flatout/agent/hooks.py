@@ -2,7 +2,8 @@
 
 Nothing here hangs on a module, an optimizer or a loader object: classes and namespaces get watches
 (``_watch.c``), optimizers torch's own global step hooks. ``nn.Module`` itself is never touched and
-no global forward hook is used, since both take every submodule off its fast path.
+no global forward hook is used, since both take every submodule off its fast path. And nothing here
+keeps an object or a class of the program alive.
 
 Which modules are *roots* (called outermost, whatever their place in the module tree) is only known
 once they are called. So every class that owns parameters or submodules is watched for a short
@@ -17,9 +18,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from flatout.agent import _watch
+from flatout.agent import _watch, objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.containment import around, attempt, contained, without_our_frames
+from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.losses import abandon
 from flatout.record import FLUSH_SECONDS
 from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
@@ -34,6 +36,10 @@ _CALLS_ONLY = -1
 
 _FIRST_TURNS = 3
 """Turns after which the first search for roots ends; the first may only be a sanity check."""
+
+_LOOKS = 3
+"""Times that a module without parameters is looked at anew as it is called: some make their layers
+in their first call."""
 
 
 class ForwardWrapper(Protocol):
@@ -103,8 +109,8 @@ class Hooks:
         self.forward_wrappers: Callbacks[ForwardWrapper] = Callbacks(changed)
         self.before_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
         self.after_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
-        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
+        self.loaders: WeakIdentitySet[Any] = WeakIdentitySet()
         self.optimizer_exists = False
         self.searching = True
         self._said_capture = False
@@ -115,10 +121,10 @@ class Hooks:
         self._on_failure = on_failure
         self._on_callback_failure = on_callback_failure
         self._read_loss = read_loss
-        self._roots: dict[int, weakref.ref[Any]] = {}
-        self._root_classes: set[type] = set()
+        self._called: dict[int, weakref.ref[Any]] = {}
+        self._looks: dict[int, int] = {}
         self._plain_module: type | None = None
-        self._module_watches: dict[type, _ClassWatch | None] = {}
+        self._module_classes: dict[int, _ModuleClass] = {}
         self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
         self._watch_failed = functools.partial(on_failure, "watch")
@@ -128,7 +134,8 @@ class Hooks:
     @property
     def roots(self) -> list[Any]:
         """The living modules that were called outermost and have parameters."""
-        modules = (reference() for reference in self._roots.values())
+        are_roots = self._log.roots
+        modules = (ref() for identity, ref in list(self._called.items()) if are_roots.get(identity))
         return [module for module in modules if module is not None]
 
     def install(self, live: bool) -> None:
@@ -156,7 +163,9 @@ class Hooks:
         log.roots = {}
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
+        log.script_type = torch.jit.ScriptModule
         log.look_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # torch 2.10 or later
+        log.aside = torch._C.DisableTorchFunction
         log.read_loss = contained(functools.partial(self._on_failure, "loss"), self._read_loss)
         log.losses = []
         log.strip = without_our_frames
@@ -195,13 +204,11 @@ class Hooks:
         self._log.awake = False
         for handle in self._handles:
             handle.remove()
-        for watch in [*self._watches, *self._module_watches.values()]:
-            if watch is not None:
-                watch.remove()
-        self._handles, self._watches, self._module_watches = [], [], {}
-        # A class left here would keep the globals of the program's own module alive at the exit,
-        # and a file that the program leaves to Python to close would lose what is still buffered.
-        self._root_classes = set()
+        for watch in self._watches:
+            watch.remove()
+        for known in list(self._module_classes.values()):
+            known.watch.remove()
+        self._handles, self._watches, self._module_classes = [], [], {}
 
     @property
     def told(self) -> bool:
@@ -254,38 +261,47 @@ class Hooks:
         self._turns_searched += 1
         if self._turns_searched >= _FIRST_TURNS:
             self.searching = False
-            for module_class, watch in self._module_watches.items():
-                if watch is not None and module_class not in self._root_classes:
-                    watch.remove()
-                    self._module_watches[module_class] = None
+            for known in list(self._module_classes.values()):
+                if not known.has_roots:
+                    known.watch.remove()
 
     def _search_roots(self) -> None:
         """Look for new roots for a while: the program has begun something new."""
         self.searching = True
         self.told = True
         self._turns_searched = _FIRST_TURNS - 1
-        for module_class, watch in list(self._module_watches.items()):
-            if watch is None:
-                self._watch_module(module_class)
+        for known in list(self._module_classes.values()):
+            self._install(known)
 
     def _watch_module(self, module_class: type) -> None:
+        identity, classes = id(module_class), self._module_classes
+
+        def forget(gone: weakref.ref[type]) -> None:
+            known = classes.get(identity)
+            if known is not None and known.reference is gone:
+                del classes[identity]
+
         watch = _ClassWatch(self._log, module_class, "__call__", FORWARD)
-        try:
-            watch.install()
-        except TypeError as error:
-            self._on_skip(f"forward of {module_class.__qualname__}", str(error))
-        self._module_watches[module_class] = watch
+        classes[identity] = known = _ModuleClass(weakref.ref(module_class, forget), watch)
+        self._install(known)
+
+    def _install(self, known: _ModuleClass) -> None:
+        if known.is_refused:
+            return
+        why = known.watch.install()
+        if why is not None:
+            known.is_refused = True
+            self._on_skip(f"forward of {known.watch.of}", why)
 
     def _module_class_seen(self, module_class: type) -> None:
-        if module_class is self._plain_module:
-            return  # a bare container; a watch on it would be one on every module
+        if module_class is self._plain_module or id(module_class) in self._module_classes:
+            return  # a watch on a bare container's class would be one on every module
         fx = sys.modules.get("torch.fx.graph_module")
         if fx is not None and issubclass(module_class, fx.GraphModule):
             return  # it makes a __call__ of its own from the one its class has, once and for all
-        if module_class not in self._module_watches:
-            self._watch_module(module_class)
-            if not self.searching:
-                self._search_roots()
+        self._watch_module(module_class)
+        if not self.searching:
+            self._search_roots()
 
     def _child_registered(self, parent: Any, name: str, child: Any) -> None:
         self._module_class_seen(type(parent))
@@ -296,19 +312,20 @@ class Hooks:
 
     def _new_root(self, module: Any) -> bool:
         identity = id(module)
-        roots = self._log.roots
+        is_root = next(objects.parameters(module), None) is not None
+        if identity not in self._called:
+            called, looks, roots = self._called, self._looks, self._log.roots
 
-        def forget(_: object) -> None:
-            roots.pop(identity, None)
-            self._roots.pop(identity, None)
+            def forget(_: object) -> None:
+                for known in (called, looks, roots):
+                    known.pop(identity, None)
 
-        is_root = next(module.parameters(), None) is not None
-        self._roots[identity] = weakref.ref(module, forget)
-        roots[identity] = is_root
-        if is_root:
-            self._root_classes.add(type(module))
-        else:
-            del self._roots[identity]
+            called[identity] = weakref.ref(module, forget)
+        self._looks[identity] = self._looks.get(identity, 0) + 1
+        if is_root or self._looks[identity] == _LOOKS:
+            self._log.roots[identity] = is_root
+        if is_root and id(type(module)) in self._module_classes:
+            self._module_classes[id(type(module))].has_roots = True
         return is_root
 
     # Callbacks of the log
@@ -368,34 +385,82 @@ class Hooks:
             self.turns.tell(log.take(), iter(losses))
 
 
+_METHOD_DESCRIPTOR = 1 << 17
+"""Of a type (``Py_TPFLAGS_METHOD_DESCRIPTOR``): found in a class, it is called with the instance
+before the other arguments. A property or a static method is not."""
+
+
 class _ClassWatch:
-    """A watch in the place of the special method ``name`` of ``owner``."""
+    """A watch in the place of the special method ``name`` of ``owner``.
+
+    The class is known by a weak reference, and holds the watch itself, with what the watch stands
+    for. It is written past a ``__setattr__`` of its metaclass.
+
+    Attributes:
+        of: the name of the class.
+    """
 
     def __init__(
         self, log: _watch.Log, owner: type, name: str, phase: int, before: Call | None = None
     ) -> None:
-        self._owner = owner
+        self.of = objects.qualified_name(owner)
+        self._log = log
+        self._owner = weakref.ref(owner)
         self._name = name
-        self._own = owner.__dict__.get(name)
-        provider = owner
-        if self._own is None:
-            provider = next(
-                base
-                for base in owner.__mro__[1:]
-                if name in base.__dict__ and not isinstance(base.__dict__[name], _watch.Watch)
-            )
-        self._watch = _watch.Watch(log, phase, self._own, provider, name, before)
+        self._phase = phase
+        self._before = before
+        self._watch: Callable[[], _watch.Watch | None] = lambda: None
 
-    def install(self) -> None:
-        setattr(self._owner, self._name, self._watch)
+    def install(self) -> str | None:
+        """Put it there, unless it is there; returns why it cannot be, ``None`` if it can."""
+        owner = self._owner()
+        if owner is None:
+            return None
+        own = objects.namespace(owner).get(self._name)
+        if own is not None and own is self._watch():
+            return None
+        if isinstance(own, _watch.Watch):
+            own = own.own  # the namespace is a copy of that of another class
+        method = own
+        if own is None:
+            method = objects.inherited(owner, self._name, after=True)
+        if not objects.flags(type(method)) & _METHOD_DESCRIPTOR:
+            return f"its {self._name} is of the type {objects.class_name(method)}"
+        watch = _watch.Watch(self._log, self._phase, own, owner, self._name, self._before)
+        try:
+            type.__setattr__(owner, self._name, watch)
+        except TypeError as error:  # immutable, or of a metaclass that is not written in Python
+            return str(error)
+        self._watch = weakref.ref(watch)
+        return None
 
     def remove(self) -> None:
-        if self._owner.__dict__.get(self._name) is not self._watch:
+        """Give the class back what the watch stands for, unless something else is there now."""
+        owner, watch = self._owner(), self._watch()
+        if owner is None or watch is None:
+            return
+        there: Any = objects.namespace(owner).get(self._name)
+        if there is not watch:
             return  # the program has put something else there
-        if self._own is not None:
-            setattr(self._owner, self._name, self._own)
+        if watch.own is not None:
+            type.__setattr__(owner, self._name, watch.own)
         else:
-            delattr(self._owner, self._name)
+            type.__delattr__(owner, self._name)
+
+
+class _ModuleClass:
+    """A class of modules that is watched, or was while roots were searched for.
+
+    Args:
+        reference: to the class.
+        watch: on its ``__call__``.
+    """
+
+    def __init__(self, reference: weakref.ref[type], watch: _ClassWatch) -> None:
+        self.reference = reference
+        self.watch = watch
+        self.has_roots = False
+        self.is_refused = False
 
 
 class _FunctionWatch:

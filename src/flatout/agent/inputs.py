@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from flatout.agent.modules import imported_files
 from flatout.agent.nested import tensors_in
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from flatout.agent.session import Session
     from flatout.request import Proof
 
+
+MOST_DESCRIBED = 1000
+"""Tensors of one call; what a program passes beyond them is not held against a proof."""
 
 WATCHED_CALLS = 16
 """Calls of all modules that are looked at. In so many, sizes that differ from batch to batch show;
@@ -109,17 +115,29 @@ class InputSizes:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        found = [t for t in tensors_in((args, kwargs)) if not t.is_nested]  # those have no shape
-        shapes = [tensor.shape for tensor in found if tensor.dim()]
+        with torch._C.DisableTorchFunction():
+            found = [t for t in tensors_in((args, kwargs)) if not _is_nested(t)]
+            shapes = [shape for tensor in found if (shape := _shape(tensor))]
         if shapes:
             self._session.hooks.note(ROWS, shapes[0][0])
             self._session.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
         return call(module, *args, **kwargs)
 
 
-def described(value: Any) -> Iterator[str]:
+def described(value: Any) -> list[str]:
     """The tensors in nested containers, in the words of ``flatout.signature``."""
-    for tensor in tensors_in(value):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        sizes = VARYING if tensor.is_nested else ",".join(map(str, tensor.shape))
-        yield f"{dtype}[{sizes}]"
+    with torch._C.DisableTorchFunction():  # the program's subclasses and modes are not asked
+        return [_word(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
+
+
+def _word(tensor: torch.Tensor) -> str:
+    dtype = str(_dtype(tensor)).removeprefix("torch.")
+    sizes = VARYING if _is_nested(tensor) else ",".join(map(str, _shape(tensor)))
+    return f"{dtype}[{sizes}]"
+
+
+_tensor: Any = torch._C.TensorBase
+_shape: Callable[[torch.Tensor], torch.Size] = _tensor.shape.__get__
+_dtype: Callable[[torch.Tensor], torch.dtype] = _tensor.dtype.__get__
+_is_nested: Callable[[torch.Tensor], bool] = _tensor.is_nested.__get__
+"""A nested tensor has no shape."""

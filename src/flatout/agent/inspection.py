@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatout.agent import objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.containment import around, attempt
 from flatout.agent.finite import kept_gradient
@@ -169,7 +170,7 @@ class Inspector:
     def _trainable(self) -> list[torch.Tensor]:
         """All parameters of optimizers and roots that may get a gradient."""
         found = [p for optimizer in self._session.optimizers for p in _members(optimizer)]
-        found += [p for _, root in self._roots.values() for p in root.parameters()]
+        found += [p for _, root in self._roots.values() for p in objects.parameters(root)]
         return list({id(p): p for p in found if p.requires_grad}.values())
 
     def _step_begins(self, optimizer: Any) -> None:
@@ -235,7 +236,7 @@ class Inspector:
         if id(parameter) not in names:
             known = {name for name, _ in names.values()}
             for root_name, root in self._roots.values():
-                for name, member in root.named_parameters():
+                for name, member in objects.named_parameters(root):
                     full_name = f"{root_name}.{name}"
                     if id(member) not in names and full_name not in known:
                         names[id(member)] = (full_name, member)
@@ -254,7 +255,7 @@ class Inspector:
         kwargs: dict[str, Any],
     ) -> Any:
         if id(module) not in self._roots and len(self._roots) < ROOTS_LIMIT:
-            name = type(module).__qualname__
+            name = objects.class_name(module)
             self._root_classes[name] += 1
             count = self._root_classes[name]
             self._roots[id(module)] = (name if count == 1 else f"{name} {count}", module)
@@ -271,7 +272,7 @@ class Inspector:
         return output
 
     def _wants_outputs(self, module: Any) -> bool:
-        if torch.is_grad_enabled() and getattr(module, "training", True):
+        if torch.is_grad_enabled() and objects.is_training(module):
             return False
         inspection = self._inspection
         if self._outputs >= inspection.outputs:
@@ -284,7 +285,7 @@ class Inspector:
         self._outputs += 1
         tensors = list(tensors_in(output))
         floating = [t for t in tensors if t.is_floating_point() and t.numel()]
-        root = self._roots.get(id(module), (type(module).__qualname__, module))[0]
+        root = self._roots.get(id(module), (objects.class_name(module), module))[0]
         self._session.record.write(
             {
                 "kind": "outputs",
@@ -344,12 +345,12 @@ class _Probabilities:
 
 
 def _looking_on(function: Callable[..., Any], *args: Any) -> Any:
-    with torch.no_grad(), without_autocast():
+    with torch.no_grad(), without_autocast(), torch._C.DisableTorchFunction():
         return function(*args)
 
 
 def _members(optimizer: Any) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [p for group in objects.param_groups(optimizer) for p in group["params"]]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -415,8 +416,10 @@ def _described(tensor: torch.Tensor, detailed: bool) -> dict[str, Any]:
 
 def _state(name: str, root: Any) -> dict[str, Any]:
     """The fields of ``record.RootState``."""
-    buffers = [(n, b) for n, b in root.named_buffers() if b.is_floating_point() and b.numel()]
-    tensors = [*root.parameters(), *root.buffers()]
+    buffers = [
+        (n, b) for n, b in objects.named_buffers(root) if b.is_floating_point() and b.numel()
+    ]
+    tensors = [*objects.parameters(root), *objects.buffers(root)]
     return {
         "root": name,
         "digest": _digest(tensors),

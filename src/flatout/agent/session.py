@@ -15,7 +15,6 @@ import platform
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from flatout.agent.containment import (
     unreported,
 )
 from flatout.agent.hooks import Hooks
+from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.losses import abandon, arrived_losses, peak_device_bytes, read_loss
 from flatout.agent.modules import imported_files
@@ -80,7 +80,7 @@ class Session:
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.record = RecordWriter(run_directory, os.getpid())
         self.failed_knobs: dict[str, str] = {}
-        self.checked_gradients: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.checked_gradients: WeakIdentitySet[Any] = WeakIdentitySet()
         self._guard: Guard | None = None
         self._undos: dict[str, Undo] = {}
         self._arm: int | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flatout import system
+from flatout.agent import objects
 from flatout.agent.arrays import PLAIN
 from flatout.agent.finite import are_finite
 
@@ -67,7 +68,7 @@ class Snapshot:
         Args:
             roots: modules.
         """
-        buffers = {id(buffer) for root in roots for buffer in root.buffers()}
+        buffers = {id(buffer) for root in roots for buffer in objects.buffers(root)}
         restored = 0
         for tensor, copy in self._pairs():
             if (
@@ -89,7 +90,7 @@ class Snapshot:
 
 def weights_are_finite(roots: Iterable[Any]) -> bool:
     """Whether the parameters that are trained are; a frozen one may be a mask of infinities."""
-    trained = {id(p): p for root in roots for p in root.parameters() if p.requires_grad}
+    trained = {id(p): p for root in roots for p in objects.parameters(root) if p.requires_grad}
     return are_finite([p for p in trained.values() if type(p) in PLAIN])
 
 
@@ -102,12 +103,12 @@ def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tens
     """Each tensor once. Left out: subclasses and sparse ones, and what is no tensor."""
     found: list[torch.Tensor] = []
     for root in roots:
-        found += root.parameters()
-        found += root.buffers()
+        found += objects.parameters(root)
+        found += objects.buffers(root)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        for group in objects.param_groups(optimizer):
             found += group["params"]
-        for state in optimizer.state.values():
+        for state in objects.attributes(optimizer).get("state", {}).values():
             found += state.values() if isinstance(state, dict) else ()
     once = {id(t): t for t in found if type(t) in PLAIN and t.layout is torch.strided}
     return list(once.values())

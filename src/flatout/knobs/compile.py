@@ -6,13 +6,13 @@ import contextlib
 import logging
 import shutil
 import sysconfig
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.containment import report
+from flatout.agent.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
@@ -90,10 +90,8 @@ class Compiled:
         self._is_regional = setting == "regional"
         self._has_graphs_of_cuda = setting == "reduce-overhead"
         self._options = options
-        self._compiled: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._compiling_calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._compiled: WeakIdentityDict[Any, WeakIdentitySet[Any]] = WeakIdentityDict()
+        self._compiling_calls: WeakIdentityDict[Any, int] = WeakIdentityDict()
         self._counted = (0, 0)
         self._said = 0
 
@@ -142,25 +140,27 @@ class Compiled:
         # The next call writes into the same memory.
         return mapped(torch.Tensor.clone, call(module, *args, **kwargs))
 
-    def _compile(self, root: Any) -> weakref.WeakSet[Any]:
+    def _compile(self, root: Any) -> WeakIdentitySet[Any]:
         """Set what is to be compiled; nothing where the program has compiled or scripted."""
         import torch
 
+        from flatout.agent import objects
+
         why = None
         if isinstance(root, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
-            module._compiled_call_impl is not None for module in root.modules()
+            module._compiled_call_impl is not None for module in objects.modules(root)
         ):
             why = "the program compiles it itself"
         chosen = blocks(root) if self._is_regional else [root]
         if not chosen:
             why = "it has no blocks of one class in a list"
         if why is not None:
-            name = type(root).__qualname__
+            name = objects.class_name(root)
             self._session.event("skipped", NAME, f"{name} is left alone: {why}")
-            return weakref.WeakSet()
+            return WeakIdentitySet()
         for module in chosen:
             module.compile(**self._options)
-        return weakref.WeakSet(chosen)
+        return WeakIdentitySet(chosen)
 
     def _has_compiled(self) -> bool:
         """Whether there are more graphs than before the call; they are spoken of."""
@@ -183,7 +183,7 @@ class Compiled:
 
     def _count_call(self, module: Any) -> None:
         """Give up when a module compiles again and again."""
-        calls = self._compiling_calls[module] = self._compiling_calls.get(module, 0) + 1
+        calls = self._compiling_calls[module] = (self._compiling_calls.get(module) or 0) + 1
         if calls >= MOST_COMPILING_CALLS:
             self.restore()
             why = f"{calls} calls of {type(module).__qualname__} had to compile something anew"
@@ -240,17 +240,20 @@ def blocks(root: Any) -> list[Any]:
     """
     from torch import nn
 
+    from flatout.agent import objects
+
     best: list[Any] = []
 
     def visit(module: Any) -> None:
         nonlocal best
-        for child in module.children():
+        for child in objects.children(module):
             if isinstance(child, (nn.ModuleList, nn.Sequential)):
-                kinds = Counter(type(block) for block in child if any(block.children()))
+                blocks = objects.children(child)
+                kinds = Counter(type(block) for block in blocks if objects.children(block))
                 if kinds:
                     kind, count = kinds.most_common(1)[0]
                     if count > max(1, len(best)):
-                        best = [block for block in child if type(block) is kind]
+                        best = [block for block in blocks if type(block) is kind]
                     if count > 1:
                         continue
             visit(child)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class NoGrad:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._observed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._used: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._observed: WeakIdentityDict[Any, int] = WeakIdentityDict()
+        self._used: WeakIdentitySet[Any] = WeakIdentitySet()
 
     def __call__(
         self,
@@ -53,14 +54,16 @@ class NoGrad:
         """Around an outermost module call."""
         import torch
 
+        from flatout.agent import objects
+
         if (
-            module.training
+            objects.is_training(module)
             or not torch.is_grad_enabled()
             or module in self._used
             or _requires_grad((args, kwargs))
         ):
             return call(module, *args, **kwargs)
-        count = self._observed.get(module, 0)
+        count = self._observed.get(module) or 0
         if count < OBSERVED:
             self._observed[module] = count + 1
             return self._watched(call(module, *args, **kwargs), module)
@@ -69,6 +72,7 @@ class NoGrad:
 
     def _watched(self, output: Any, module: Any) -> Any:
         """The output, with a hook that says when a backward pass comes through it."""
+        from flatout.agent import objects
         from flatout.agent.nested import mapped
 
         reference = weakref.ref(module)
@@ -77,7 +81,7 @@ class NoGrad:
             used = reference()
             if used is not None and used not in self._used:
                 self._used.add(used)
-                name = type(used).__qualname__
+                name = objects.class_name(used)
                 why = f"{name} is left alone: a backward pass goes through it in evaluation mode"
                 self._session.event("skipped", NAME, why)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.identity import WeakIdentityDict
 from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class Dropping:
     """
 
     def __init__(self) -> None:
-        self._dropped: weakref.WeakKeyDictionary[Any, list[torch.Tensor]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._dropped: WeakIdentityDict[Any, list[torch.Tensor]] = WeakIdentityDict()
 
     def zero_grad(self, own: Any, optimizer: Any, set_to_none: bool = True) -> None:
         """In the place of torch's method ``own``."""
@@ -64,13 +62,13 @@ class Dropping:
         """Give a parameter that had a gradient, and has got none since, the zeros it would have."""
         import torch
 
-        for param in self._dropped.pop(optimizer, ()):
+        for param in self._dropped.pop(optimizer) or ():
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
 
     def fill_all(self) -> None:
         """The same for all that have not stepped yet."""
-        for optimizer in list(self._dropped):
+        for optimizer in self._dropped:
             self.before_step(optimizer)
 
 

@@ -30,7 +30,7 @@ from torch.autograd.function import _HookMixin
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from flatout.agent import graph
+from flatout.agent import graph, objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import kept_gradient
 from flatout.agent.modes import autocast_devices, without_autocast
@@ -162,7 +162,7 @@ class OnDemand:
                 self._take_backward(),
                 self._take_gradients(),
                 self._take_zero_grad(torch.optim.Optimizer, _members),
-                self._take_zero_grad(torch.nn.Module, lambda module: module.parameters()),
+                self._take_zero_grad(torch.nn.Module, objects.parameters),
                 *self._take_hooks(),
                 self._take_scaler(),
             ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flatout.agent.identity import WeakIdentityDict
 from flatout.knobs import Card, Facts, Knob, Match, Undo
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class ChannelsLast:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._suits: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._suits: WeakIdentityDict[Any, bool] = WeakIdentityDict()
         self._is_on = False
 
     def turned(self, images: torch.Tensor, convolution: Any) -> torch.Tensor:
@@ -112,12 +112,15 @@ class ChannelsLast:
         if module not in self._suits:
             from torch import nn
 
-            found = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+            from flatout.agent import objects
+
+            kinds = (nn.Conv2d, nn.ConvTranspose2d)
+            found = [m for m in objects.modules(module) if issubclass(type(m), kinds)]
             plain = sum(convolution.groups == 1 for convolution in found)
             self._suits[module] = plain > len(found) / 2
             if not self._suits[module]:
                 why = "grouped convolutions" if found else "no two-dimensional convolutions"
-                name = type(module).__qualname__
+                name = objects.class_name(module)
                 self._session.event("skipped", NAME, f"{name} is left alone: it has {why}")
         return self._suits[module]
 

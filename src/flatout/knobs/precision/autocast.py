@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,8 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from flatout import kernels
+from flatout.agent import objects
+from flatout.agent.identity import WeakIdentityDict
 from flatout.agent.nested import mapped
 from flatout.knobs import RefusedError
 from flatout.knobs.precision import packed
@@ -66,7 +67,7 @@ class Known:
         self.states: list[MutableMapping[str, Any]] = []
 
 
-_known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+_known: WeakIdentityDict[Any, Known] = WeakIdentityDict()
 
 
 class Autocast:
@@ -87,7 +88,7 @@ class Autocast:
         self._session = session
         self._knob = knob
         self._dtype = dtype
-        self._devices: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+        self._devices: WeakIdentityDict[Any, str | None] = WeakIdentityDict()
         self._rounded: dict[str, RoundedOperators] = {}
         self._said: set[str] = set()
         self._trains = False
@@ -206,10 +207,10 @@ class Autocast:
         return self._devices[module]
 
     def _find_device(self, module: Any) -> str | None:
-        floating = [p for p in module.parameters() if p.is_floating_point()]
+        floating = [p for p in objects.parameters(module) if p.is_floating_point()]
         others = {p.dtype for p in floating if p.dtype != torch.float32}
         device: str = floating[0].device.type if floating else "integers"
-        if isinstance(module, torch.jit.ScriptModule):
+        if issubclass(type(module), torch.jit.ScriptModule):
             why = "it is a TorchScript module"
         elif others:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
@@ -222,7 +223,7 @@ class Autocast:
         return None
 
     def _leave_alone(self, module: Any, why: str) -> None:
-        name = type(module).__qualname__
+        name = objects.class_name(module)
         if name + why not in self._said:
             self._said.add(name + why)
             self._session.event("skipped", self._knob, f"{name} is left alone: {why}")
@@ -350,14 +351,14 @@ def _kind(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a forward pass may depend on otherwise than by the values of tensors and numbers."""
     return (
         torch.is_grad_enabled(),
-        module.training,
+        objects.is_training(module),
         tuple(map(_switch, args)),
         tuple((name, _switch(value)) for name, value in kwargs.items()),
     )
 
 
 def _switch(value: Any) -> Any:
-    return value if isinstance(value, bool) else type(value)
+    return value if type(value) is bool else objects.class_name(value)
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -378,7 +379,7 @@ def _hooks(module: Any) -> str | None:
     )
     own = (
         hooks
-        for part in module.modules()
+        for part in objects.modules(module)
         for hooks in (
             part._forward_hooks,
             part._forward_pre_hooks,
@@ -395,10 +396,10 @@ def _hooks(module: Any) -> str | None:
 
 def _states(module: Any) -> Iterator[MutableMapping[str, Any]]:
     """Where the modules in it that are not torch's own may keep something."""
-    for part in module.modules():
+    for part in objects.modules(module):
         if not type(part).__module__.startswith("torch."):
-            yield vars(part)
-            yield part._buffers
+            yield (held := objects.attributes(part))
+            yield held["_buffers"]
 
 
 def _halves_in(value: Any) -> list[tuple[Any, torch.Tensor]]:

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent import graph
+from flatout.agent import graph, objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.finite import Withheld, are_finite, gradients
+from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.place import take_place
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class LossScaling:
         self._own: Any = _autograd._engine_run_backward
         self._good_steps = 0
         self._inspections = 0
-        self._unchecked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._unchecked: WeakIdentitySet[Any] = WeakIdentitySet()
         self._withheld = Withheld()
         self._stepping: Any = None
 
@@ -119,7 +119,8 @@ class LossScaling:
         scaled = tuple(None if g is None else g * self.scale for g in grads)
         with _divided(parameters, self.scale):
             result = self._own(outputs, scaled, *args, **kwargs)
-        self._unchecked.update(self._session.optimizers)
+        for optimizer in self._session.optimizers:
+            self._unchecked.add(optimizer)
         if self._stepping is not None:  # a closure: the update follows at once
             self._unchecked.add(self._stepping)
             self._hide_unless_finite(self._stepping)
@@ -134,7 +135,7 @@ class LossScaling:
             ]
             seen.update(map(id, members))
             yield optimizer, members
-        rest = {id(p): p for root in self._session.roots for p in root.parameters()}
+        rest = {id(p): p for root in self._session.roots for p in objects.parameters(root)}
         yield None, [p for identity, p in rest.items() if identity not in seen]
 
     def _unsuitable(self, outputs: Any) -> str | None:
