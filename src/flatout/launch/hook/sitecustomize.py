@@ -13,33 +13,44 @@ def _hide():
 
 
 class _TorchFinder:
-    """First on sys.meta_path until torch is imported; knows no other module."""
+    """First on sys.meta_path until torch has been imported; knows no other module.
+
+    A program may ask where torch is as often as it likes, import it lazily, or fail to import it and
+    try again. So each answer is what the finders behind this one say, and only the loader in it is
+    changed: it runs torch as ever, and then wakes the agent.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch":
             return None
-        import importlib.util
+        is_behind = False
+        for finder in list(sys.meta_path):
+            if is_behind and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    self._let_wake(spec.loader)
+                    return spec
+            is_behind = is_behind or finder is self
+        return None
 
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _TorchLoader(spec.loader)
-        return spec
+    def _let_wake(self, loader):
+        """Change a loader, which stays what it is for whoever looks at it or asks it for source."""
 
+        def exec_module(module):
+            loader.__dict__.pop("exec_module", None)
+            loader.exec_module(module)
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+            _activate()
 
-class _TorchLoader:
-    """Runs torch's own loader, then wakes the agent."""
-
-    def __init__(self, loader):
-        self._loader = loader
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _activate()
+        # Under the name of the import system, whose frames Python leaves out of tracebacks.
+        exec_module.__code__ = exec_module.__code__.replace(
+            co_filename="<frozen importlib._bootstrap>"
+        )
+        if hasattr(loader, "exec_module") and not isinstance(loader, type):
+            try:
+                loader.exec_module = exec_module
+            except (AttributeError, TypeError):
+                pass  # of a kind that cannot be changed: torch is imported, and not watched
 
 
 def _activate():
