@@ -6,6 +6,7 @@ Imports the standard library, the user's own torch and the wire (``flatout.recor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -37,6 +38,13 @@ def activate() -> None:
         session.start()
         _session = session
     except Exception as error:  # noqa: BLE001 - said aloud, with its traceback on request
-        sys.stderr.write(f"flatout: the agent did not start: {type(error).__name__}: {error}\n")
+        _say(f"flatout: the agent did not start: {type(error).__name__}: {error}\n")
         if os.environ.get("FLATOUT_DEBUG") == "1":
-            traceback.print_exc()
+            _say(traceback.format_exc())
+
+
+def _say(text: str) -> None:
+    """Write to stderr past the program's buffers, which keep what cannot be written for its end."""
+    if sys.__stderr__ is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno(), text.encode("utf-8", "backslashreplace"))

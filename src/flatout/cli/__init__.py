@@ -16,6 +16,7 @@ from typing import Any
 
 from flatout import __version__
 from flatout.errors import UserError
+from flatout.streams import BrokenOutputError, standard_streams
 from flatout.text import printable
 
 
@@ -51,27 +52,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with standard_streams():
+        try:
+            try:
+                return _run(list(sys.argv[1:] if argv is None else argv))
+            finally:
+                sys.stdout.flush()
+        except BrokenOutputError as error:
+            return error.exit_code  # nobody reads it, so nobody is told
+        except UserError as error:
+            print(f"flatout: {printable(str(error))}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("flatout: interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(words: list[str]) -> int:
     own, separator, job = words, False, []
     if "--" in words:
         at = words.index("--")
         own, separator, job = words[:at], True, words[at + 1 :]
-    parser = build_parser()
-    arguments = parser.parse_args(own)
-    try:
-        if arguments.takes_job:
-            if not job or not job[0]:
-                raise UserError(
-                    "there is no command to run: put it after --, as in "
-                    f"flatout {arguments.verb} -- python train.py"
-                )
-            arguments.command = job
-        elif separator:
-            raise UserError(f"flatout {arguments.verb} takes no command")
-        return int(arguments.execute(arguments))
-    except UserError as error:
-        print(f"flatout: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("flatout: interrupted", file=sys.stderr)
-        return 130
+    arguments = build_parser().parse_args(own)
+    if arguments.takes_job:
+        if not job or not job[0]:
+            raise UserError(
+                "there is no command to run: put it after --, as in "
+                f"flatout {arguments.verb} -- python train.py"
+            )
+        arguments.command = job
+    elif separator:
+        raise UserError(f"flatout {arguments.verb} takes no command")
+    return int(arguments.execute(arguments))

@@ -22,6 +22,7 @@ their modes are.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -110,7 +111,9 @@ def _become(job: list[str]) -> None:
 
 
 def _fail(status: int, reason: str) -> None:
-    sys.stderr.write(f"flatout: {reason}\n")
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"flatout: {reason}\n".encode())
     sys.exit(status)
 
 

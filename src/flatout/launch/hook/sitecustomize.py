@@ -15,9 +15,9 @@ def _hide():
 class _TorchFinder:
     """First on sys.meta_path until torch has been imported; knows no other module.
 
-    A program may ask where torch is as often as it likes, import it lazily, or fail to import it and
-    try again. So each answer is what the finders behind this one say, and only the loader in it is
-    changed: it runs torch as ever, and then wakes the agent.
+    A program may ask where torch is as often as it likes, import it lazily, or fail to import it
+    and try again. So each answer is what the finders behind this one say, and only the loader in it
+    is changed: it runs torch as ever, and then wakes the agent.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -69,7 +69,12 @@ def _activate():
             spec.loader.exec_module(package)
         from flatout.agent import activate
     except Exception as error:  # noqa: BLE001 - said aloud; the program goes on
-        sys.stderr.write("flatout: the agent could not be loaded: {!r}\n".format(error))
+        try:  # past the program's buffers, which keep what cannot be written for its end
+            if sys.__stderr__ is not None:
+                line = "flatout: the agent could not be loaded: {!r}\n".format(error)
+                os.write(sys.__stderr__.fileno(), line.encode("utf-8", "backslashreplace"))
+        except (OSError, ValueError):
+            pass
     else:
         activate()
 
