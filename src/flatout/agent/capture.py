@@ -1,4 +1,4 @@
-"""Whether a graph of a device's work (a CUDA graph) is being captured."""
+"""Whether a graph is being made of what the program does: of a device's work, or by TorchScript."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def is_capturing() -> bool:
         device.is_initialized() and device.is_current_stream_capturing()
         for device in _capturing_devices()
     )
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` writes down what is done, of tensors even the sizes that are
+    read."""
+    import torch
+
+    return torch._C._get_tracing_state() is not None
 
 
 @functools.cache

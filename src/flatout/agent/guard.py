@@ -19,6 +19,7 @@ import math
 import operator
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ class Guard:
         self._by_closure: WeakIdentitySet[Any] = WeakIdentitySet()
         self._said: set[str] = set()
         self._withheld = Withheld()
-        self._stepping: Any = None
+        self._stepping: Callable[[], Any] = lambda: None
         self._gated: Any = None
         self._flags: deque[tuple[object, str, frozenset[str]]] = deque()
         self._has_acted = False
@@ -168,13 +169,13 @@ class Guard:
         self._leave_step()  # one that was left by an exception
         if self._is_off:
             return
-        self._stepping = optimizer
+        self._stepping = weakref.ref(optimizer)
         self._read_flags(wait=False)
         if optimizer not in self._by_closure:
             self._look(optimizer)
 
     def _leave_step(self) -> None:
-        self._stepping = None
+        self._stepping = lambda: None
         self._withheld.show()
         if self._gated is not None:
             del self._gated.found_inf, self._gated.grad_scale
@@ -214,9 +215,10 @@ class Guard:
         return result
 
     def _look_after_backward(self) -> None:
-        if self._stepping is not None:  # a closure: the update follows at once
-            self._by_closure.add(self._stepping)
-            self._look(self._stepping)
+        stepping = self._stepping()
+        if stepping is not None:  # a closure: the update follows at once
+            self._by_closure.add(stepping)
+            self._look(stepping)
         elif not self._session.hooks.optimizer_exists:
             self._look_before_update_by_hand()
 
