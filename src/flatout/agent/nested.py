@@ -37,10 +37,13 @@ _BASETYPE = 1 << 10
 _ABSENT = object()
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torch.Tensor]:
     """The tensors in nested containers, in the order in which they lie.
 
     A tensor that lies in several places comes several times, a container's content once.
+
+    Args:
+        containers: where to add those that are looked into.
     """
     left = [value]
     room = LIMIT
@@ -57,6 +60,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             parts = _parts(item, kind, room)
             room -= len(parts)
             left += reversed(parts)
+            if parts and containers is not None:
+                containers.append(item)
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

@@ -121,9 +121,10 @@ def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     if isinstance(node, BackwardCFunction):
         pairs = [(node._raw_saved_tensors, node.saved_tensors)]
     else:
+        kind: Any = type(node)
         pairs = [
             (getattr(node, f"_raw_saved_{name}"), getattr(node, f"_saved_{name}"))
-            for name in _names(type(node))
+            for name in _names(kind)
         ]
     for handles, values in pairs:
         if isinstance(values, torch.Tensor):

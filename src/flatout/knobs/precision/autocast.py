@@ -184,7 +184,7 @@ class Autocast:
             except RefusedError as error:
                 self._leave_alone(module, f"{why}, and {error}")
                 return False
-        name = type(module).__qualname__
+        name = objects.class_name(module)
         if name + why not in self._said:
             self._said.add(name + why)
             self._session.event("noticed", self._knob, f"operators of {name} return float32: {why}")

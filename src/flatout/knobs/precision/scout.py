@@ -9,7 +9,6 @@ precision.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 import sysconfig
@@ -21,6 +20,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from flatout.agent import objects
+from flatout.agent.nested import tensors_in
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -118,7 +120,7 @@ class Scout(TorchFunctionMode):
         self._halves = _Tensors()
         self._tangent: weakref.ref[Any] | None = None
         self._nesting = _autocast_nesting()
-        for tensor in _tensors(given):
+        for tensor in tensors_in(given):
             self._known.add(tensor)
 
     def makes_data(self, output: Any) -> bool:
@@ -146,8 +148,8 @@ class Scout(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "__get__":
             name = getattr(function.__self__, "__name__", "")
-        given = list(_tensors((args, kwargs)))
-        results = list(_tensors(result))
+        given = list(tensors_in((args, kwargs)))
+        results = list(tensors_in(result))
         if any(t.grad_fn is not None and t not in self._known for t in given):
             return "it computes with what no operator of torch has made"
         if any(tensor.dtype in HALVES for tensor in results):
@@ -183,13 +185,13 @@ class Scout(TorchFunctionMode):
         if not halves:
             return None
         containers: list[Any] = []
-        returned = {id(tensor): tensor for tensor in _tensors(output, containers)}
+        returned = {id(tensor): tensor for tensor in tensors_in(output, containers)}
         memory = [t.untyped_storage()._cdata for t in returned.values() if t in self._halves]
         if len(set(memory)) < len(memory):
             return "it returns tensors that share memory"
         ours = [halves, containers, returned]
         expected = {id(own) for own in ours} | {id(ours)} | set(map(id, containers))
-        expected |= {id(vars(c)) for c in containers if hasattr(c, "__dict__")}
+        expected |= {id(objects.attributes(c)) for c in containers}
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             expected.add(id(frame))
@@ -221,25 +223,6 @@ class _Tensors:
 def weight_of(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
     """The weight of a matrix product or a convolution with these arguments, if it has one."""
     return next((a for a in args[1:3] if isinstance(a, torch.nn.Parameter)), None)
-
-
-def _tensors(value: Any, containers: list[Any] | None = None) -> Iterator[torch.Tensor]:
-    """The tensors in what ``in_float32`` looks into, and what they lie in."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if isinstance(value, (tuple, list)):
-        inside = iter(value)
-    elif isinstance(value, dict):
-        inside = iter(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inside = iter([getattr(value, field.name, None) for field in dataclasses.fields(value)])
-    else:
-        return
-    if containers is not None:
-        containers.append(value)
-    for item in inside:
-        yield from _tensors(item, containers)
 
 
 def _referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
