@@ -21,6 +21,7 @@ PLAN = Plan(
         },
         environment={"MODEL": "unset"},
         folder="..",
+        arguments=("python", "train.py", "--name", 'a "quoted" one'),
     ),
     machine={"cpu": "Some CPU", "cores": 2, "torch": "2.13.0+cpu"},
     evidence=Evidence(

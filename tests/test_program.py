@@ -156,7 +156,7 @@ def test_a_checkout_may_move_and_be_started_from_elsewhere(
     monkeypatch.chdir(tmp_path)
     command = ["python", "elsewhere/copy/train.py", "--config", "elsewhere/copy/conf.yaml"]
     assert before.changes(command) == []
-    assert argument_changes(COMMAND, before.folder, command) == program.ArgumentChanges()
+    assert argument_changes(COMMAND, before, command) == program.ArgumentChanges()
     assert before.paths(command) == [
         os.path.realpath(moved / name) for name in ("conf.yaml", "parts/net.py", "train.py")
     ]
@@ -164,8 +164,34 @@ def test_a_checkout_may_move_and_be_started_from_elsewhere(
     assert before.changes(command) == ["parts/net.py: Net.forward has changed"]
 
 
+def test_a_checkout_may_move_that_was_started_from_outside(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the one of the proof is still there."""
+    (folder / "job.sh").write_text("#!/bin/sh\npython train.py\n")
+    monkeypatch.chdir(tmp_path)
+    words = ("--config=project/conf.yaml", "--data", "project/parts", "--out", "runs/a")
+    command = ["project/job.sh", *words, "--model", "org/name"]
+    before = observed(command)
+    shutil.copytree(folder, tmp_path / "moved")
+    (tmp_path / "runs" / "a").mkdir(parents=True)  # what the first run has written
+    assert argument_changes(command, before, command) == program.ArgumentChanges()
+    monkeypatch.chdir(tmp_path / "moved")
+    moved = ["./job.sh", "--config", "conf.yaml", "--data=parts", "--model=org/name"]
+    changes = argument_changes(command, before, [*moved, "--out", "runs/a"])
+    assert changes == program.ArgumentChanges()
+    changes = argument_changes(command, before, [*moved[:3], "--data", "../project/parts"])
+    assert changes.others == (
+        "--data was parts, is ../project/parts",
+        "--out runs/a is not given",
+        "--model org/name is not given",
+    )
+
+
 def test_a_variable_that_the_source_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("train.py").write_text("import os\nos.getenv('SIZE'); os.environ['API_KEY']; os.getenv(x)")
+    Path("train.py").write_text(
+        "import os\nos.getenv('SIZE'); os.environ['API_KEY']; os.getenv(x)\nos.environ['SET'] = ''"
+    )
     monkeypatch.setenv("SIZE", "3")
     before = seen()
     assert set(before.environment) == {"SIZE", "WIDTH"}  # no secrets
@@ -243,7 +269,7 @@ SAME_ARGUMENTS = (
 
 @pytest.mark.parametrize(("one", "other"), SAME_ARGUMENTS)
 def test_the_same_arguments_in_other_words(one: str, other: str) -> None:
-    assert argument_changes(one.split(), ".", other.split()) == program.ArgumentChanges()
+    assert argument_changes(one.split(), None, other.split()) == program.ArgumentChanges()
 
 
 OTHER_ARGUMENTS = (
@@ -264,7 +290,7 @@ OTHER_ARGUMENTS = (
 @pytest.mark.parametrize(("was", "now", "clause"), OTHER_ARGUMENTS)
 def test_other_arguments_are_named(was: str, now: str, clause: str) -> None:
     old, new = (f"python train.py {words}".split() for words in (was, now))
-    changes = argument_changes(old, ".", new)
+    changes = argument_changes(old, None, new)
     assert changes.covered == ()
     assert changes.others[0].endswith(clause)
 
@@ -275,13 +301,13 @@ def test_other_arguments_are_named(was: str, now: str, clause: str) -> None:
 )
 def test_a_length_or_a_seed_is_no_other_program(option: str) -> None:
     changes = argument_changes(
-        ["python", "train.py", f"{option}=3"], ".", ["python", "train.py", f"{option}=300"]
+        ["python", "train.py", f"{option}=3"], None, ["python", "train.py", f"{option}=300"]
     )
     assert changes == program.ArgumentChanges(covered=(f"{option} was 3, is 300",))
 
 
 def test_another_program() -> None:
-    changes = argument_changes(["python", "train.py"], ".", ["torchrun", "train.py"])
+    changes = argument_changes(["python", "train.py"], None, ["torchrun", "train.py"])
     assert changes.others == ("the program was python, is torchrun",)
 
 

@@ -8,6 +8,7 @@ precision = "bf16"
 [job]                       # what it was measured on
 command = ["python", "train.py"]
 folder = "."                # where it was started, relative to the main script's folder
+arguments = ["python", "train.py"]      # the command with its paths relative to that folder
 inputs = ["float32[64,784]"]      # of the first outermost module call, * where a size varies
 environment = {DATA = "..."}      # digests of the variables that its source names
 
@@ -60,6 +61,7 @@ _READ_VERSIONS = (1, 2)
 PLAN_FILE = "flatout.toml"
 
 _PROGRAM = "program"
+_JOB = ("command", "folder", "arguments", "inputs", "environment")
 _LEARNED = {"state": "unproven", "measured": "in-process"}
 
 Fact = str | int | float | bool
@@ -208,8 +210,7 @@ class Plan:
 
     def argument_changes(self, command: Sequence[str]) -> programs.ArgumentChanges:
         """How the arguments of a job differ from those of the plan's."""
-        folder = "." if self.program is None else self.program.folder
-        return programs.argument_changes(self.command, folder, command)
+        return programs.argument_changes(self.command, self.program, command)
 
     def write(self, path: Path) -> None:
         """Write the plan, replacing a file that is there.
@@ -235,6 +236,7 @@ class Plan:
             job["command"] = list(self.command)
         if self.program is not None:
             job["folder"] = self.program.folder
+            job["arguments"] = list(self.program.arguments)
         if self.inputs is not None:
             job["inputs"] = list(self.inputs)
         if self.program is not None and self.program.environment:
@@ -309,7 +311,7 @@ class _Reader:
         self._settings(("plan",), settings)
         job = document.get("job", {})
         of_old = ("program_sha256",) * (version == 1)
-        self._known(("job",), job, ("command", "folder", "inputs", "environment", *of_old))
+        self._known(("job",), job, (*_JOB, *of_old))
         command, inputs = (self._words(job, key) for key in ("command", "inputs"))
         machine = document.get("machine", {})
         for key, value in machine.items():
@@ -335,13 +337,14 @@ class _Reader:
         if not isinstance(folder, str) or "\0" in folder:
             self._fail(("job",), "folder", "must be a string, the path of a folder")
         self._digests(("job",), "environment", environment)
+        arguments = self._words(job, "arguments") or ()
         if files is None:
             return None
         for name, digests in files.items():
             if "\0" in name:
                 self._fail((_PROGRAM,), name, "is not the path of a file")
             self._digests((_PROGRAM,), name, digests)
-        return Program(files, environment, folder)
+        return Program(files, environment, folder, arguments)
 
     def _digests(self, where: tuple[str, ...], key: str, table: Any) -> None:
         if not isinstance(table, dict):

@@ -82,11 +82,13 @@ class Program:
         files: path, relative to the main script's folder -> its digests.
         environment: variables that its source names -> digest of their value, or ``unset``.
         folder: where it was started, relative to the main script's folder.
+        arguments: the words of its command, paths among them relative to the main script's folder.
     """
 
     files: Mapping[str, Digests] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str = "."
+    arguments: tuple[str, ...] = ()
 
     def changes(self, command: Sequence[str]) -> list[str]:
         """What is another file or variable now, one clause each."""
@@ -123,7 +125,7 @@ def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
         data = None if name in files else _content(path)
         if data is None:
             continue
-        parsed_bytes += len(data)
+        parsed_bytes += len(data) if path.suffix in SCRIPT_SUFFIXES else 0
         source = _Source(path, data) if parsed_bytes <= _PARSED_BYTES else None
         files[name] = {BYTES: _digest(data), **({} if source is None else source.digests)}
         if source is not None:
@@ -133,7 +135,8 @@ def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
     return Program(
         files=dict(sorted(files.items())),
         environment={name: _digest_of_variable(name) for name in compared},
-        folder=os.path.relpath(os.path.realpath(os.curdir), here),
+        folder=_folder(here),
+        arguments=_relative(command, here),
     )
 
 
@@ -191,29 +194,39 @@ class ArgumentChanges:
     others: tuple[str, ...] = ()
 
 
-def argument_changes(before: Sequence[str], folder: str, command: Sequence[str]) -> ArgumentChanges:
+def argument_changes(
+    before: Sequence[str], program: Program | None, command: Sequence[str]
+) -> ArgumentChanges:
     """Compare the arguments of a command with those that a plan was made for.
 
     Args:
         before: the command of the plan.
-        folder: where it was started, relative to the main script's folder.
+        program: of the plan; ``None``: not known, the command is taken to have been started here.
         command: the job now.
     """
     here = home(command)
-    old = _Arguments(before, here / folder, here)
-    new = _Arguments(command, Path.cwd(), here)
+    was_relative = _relative(before, here) if program is None else program.arguments
+    now_relative = _relative(command, here)
+    is_same_folder = program is None or program.folder == _folder(here)
+    old, new = _options(was_relative), _options(now_relative)
+    old_words, new_words = _options(before), _options(command)
     covered: list[str] = []
     others: list[str] = []
-    if old.program != new.program:
-        others.append(f"the program was {old.program}, is {new.program}")
-    for option in dict.fromkeys((*old.options, *new.options)):
-        was, now = old.options.get(option), new.options.get(option)
-        if was == now:
+    if was_relative[:1] != now_relative[:1]:
+        was, now = (words[0] if words else "none" for words in (was_relative, now_relative))
+        others.append(f"the program was {was}, is {now}")
+    for option in dict.fromkeys((*old, *new)):
+        was_words, now_words = old.get(option), new.get(option)
+        # What is no path, or not yet, is compared by its words.
+        is_in_same_words = old_words.get(option) == new_words.get(option) and (
+            is_same_folder or now_words == new_words.get(option)
+        )
+        if was_words == now_words or is_in_same_words:
             continue
-        clause = _clause(option, was, now)
-        is_covered = option.lstrip("-").replace("-", "_").rpartition(".")[2] in COVERED
-        are_counts = all(words is None or _is_count(words) for words in (was, now))
-        (covered if is_covered and are_counts else others).append(clause)
+        name = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+        are_counts = all(words is None or _is_count(words) for words in (was_words, now_words))
+        kind = covered if name in COVERED and are_counts else others
+        kind.append(_clause(option, was_words, now_words))
     return ArgumentChanges(tuple(covered), tuple(others))
 
 
@@ -223,59 +236,66 @@ def summed_up(changes: Sequence[str]) -> str:
     return "; ".join(changes[:_MANY]) + (f"; and {more} more" if more > 0 else "")
 
 
-class _Arguments:
-    """The words of a command: what is run, and with which options.
+def _options(command: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The words that follow each option, in order; after ``""``: those that follow none.
 
-    Args:
-        command: the words.
-        folder: where the command is started.
-        here: what paths are compared relative to.
-
-    Attributes:
-        program: the words that are no options, until the first option of the program itself.
-        options: option -> the words that follow it, in order; ``""``: those before any option.
+    A script ends the options of the interpreter or launcher before it.
     """
+    options: dict[str, tuple[str, ...]] = {}
 
-    def __init__(self, command: Sequence[str], folder: Path, here: Path) -> None:
-        self._folder, self._here = folder, here
-        first, *rest = command or ("",)
-        name = re.sub(_INTERPRETER, "python", os.path.basename(first))
-        self.program = name
-        if _is_own(folder / first, first):
-            self.program = self._plain(first)
-        self.options: dict[str, tuple[str, ...]] = {}
-        option, is_literal = "", False
-        is_interpreter = name == "python"
-        for word in rest:
-            if is_interpreter and word in _PLAIN_FLAGS:
-                continue
-            is_interpreter = is_interpreter and word.startswith("-") and word not in ("-m", "-c")
-            key, equals, value = word.partition("=")
-            if is_literal:
-                self._add("--", word)
-            elif word == "--":
-                is_literal = True
-            elif equals and re.fullmatch(r"-{0,2}\+{0,2}[A-Za-z_][\w.@/-]*", key):
-                self._add(key, value)  # --lr=1, and Hydra's lr=1
+    def add(option: str, *words: str) -> None:
+        options[option] = (*options.get(option, ()), *words)
+
+    option = ""
+    is_interpreter = bool(command) and _INTERPRETER.match(os.path.basename(command[0])) is not None
+    for number, word in enumerate(command[1:], 1):
+        if is_interpreter and word in _PLAIN_FLAGS:
+            continue
+        is_interpreter = is_interpreter and word.startswith("-") and word not in ("-m", "-c")
+        if word == "--":
+            add(word, *command[number + 1 :])
+            break
+        key, equals, value = word.partition("=")
+        if equals and _ASSIGNED.fullmatch(key):
+            add(key, value)
+            option = ""
+        elif re.match(r"--?[A-Za-z]", word):
+            option = word
+            add(option)
+        else:
+            if os.path.splitext(word)[1] in SCRIPT_SUFFIXES:
                 option = ""
-            elif re.match(r"--?[A-Za-z]", word):
-                option = word
-                self.options.setdefault(option, ())
-            elif os.path.splitext(word)[1] in SCRIPT_SUFFIXES:
-                option = ""  # of a launcher: what follows belongs to the script
-                self._add(option, word)
-            else:
-                self._add(option, word)
+            add(option, word)
+    return options
 
-    def _add(self, option: str, word: str) -> None:
-        self.options[option] = (*self.options.get(option, ()), self._plain(word))
 
-    def _plain(self, word: str) -> str:
-        """A word, or, of a path, where it leads to."""
-        path = self._folder / word
-        if not word or not (_exists(path) or word.startswith(("./", "../"))):
-            return word
-        return os.path.relpath(os.path.realpath(path), self._here)
+_ASSIGNED = re.compile(r"-{0,2}\+{0,2}[A-Za-z_][\w.@/-]*")
+"""What stands before the equals sign of ``--lr=1``, and of Hydra's ``optimizer.lr=1``."""
+
+
+def _relative(command: Sequence[str], here: Path) -> tuple[str, ...]:
+    """The words of a command that is started in the current folder, paths relative to ``here``."""
+    first, *rest = command or ("",)
+    program = _INTERPRETER.sub("python", os.path.basename(first))
+    if _is_own(Path(first), first):
+        program = _relative_path(first, here)
+    words = [program]
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if equals and _ASSIGNED.fullmatch(key):
+            words.append(f"{key}={_relative_path(value, here)}")
+        else:
+            words.append(_relative_path(word, here))
+    return tuple(words)
+
+
+def _relative_path(word: str, here: Path) -> str:
+    """A word, or, of a path, where it leads to."""
+    return os.path.relpath(os.path.realpath(word), here) if word and _exists(Path(word)) else word
+
+
+def _folder(here: Path) -> str:
+    return os.path.relpath(os.path.realpath(os.curdir), here)
 
 
 class _Source:
@@ -391,10 +411,10 @@ _END = object()
 
 
 def _variables_named(node: ast.AST) -> Iterator[str]:
-    """Of ``os.environ["X"]``, ``os.environ.get("X")`` and ``os.getenv("X")``."""
+    """Of ``os.environ["X"]``, ``os.environ.get("X")`` and ``os.getenv("X")``; not what it sets."""
     name: ast.expr | None = None
     if isinstance(node, ast.Subscript) and _last_name(node.value) == "environ":
-        name = node.slice
+        name = node.slice if isinstance(node.ctx, ast.Load) else None
     elif isinstance(node, ast.Call) and node.args:
         function = node.func
         of_environ = isinstance(function, ast.Attribute) and _last_name(function.value) == "environ"

@@ -34,7 +34,6 @@ from flatout.program import (
     Program,
     argument_changes,
     changes_between,
-    home,
     summed_up,
 )
 from flatout.request import Request
@@ -293,8 +292,7 @@ def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str |
         words = job.get("command")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             return "its command cannot be read"
-        here = os.path.relpath(os.curdir, home(command))
-        changes = argument_changes(words, here, command)
+        changes = argument_changes(words, None, command)
         if changes != ArgumentChanges():
             return summed_up((*changes.others, *changes.covered))
     changed = [
@@ -375,7 +373,7 @@ def _program(line: dict[str, Any]) -> Program | None:
         return None
     if not all(isinstance(digests, dict) for digests in files.values()):
         return None
-    return Program(files, environment, str(line.get("folder")))
+    return Program(files, environment)
 
 
 def _plain(requests: Sequence[Request]) -> Any:
