@@ -109,7 +109,10 @@ CHANGES = {
         {"program": Program({"program.py": {"bytes": "0"}, "net.py": {"bytes": "0"}})},
         "net.py is gone",
     ),
-    "arguments": ({"command": (sys.executable, "program.py", "--lr", "1")}, "--lr 1 is not"),
+    "arguments": (
+        {"program": Program(arguments=("python", "program.py", "--lr", "1"))},
+        "--lr 1 is not given",
+    ),
     "modules": ({"program": Program()}, "proven without program.py, which is imported now"),
     "an older plan": ({"program": None}, "does not say which files its program was made of"),
     "torch": ({"machine": {"torch": "2.9.0"}}, "proven with torch 2.9.0, this is "),

@@ -205,9 +205,11 @@ def argument_changes(
         command: the job now.
     """
     here = home(command)
-    was_relative = _relative(before, here) if program is None else program.arguments
     now_relative = _relative(command, here)
-    is_same_folder = program is None or program.folder == _folder(here)
+    if program is None or not program.arguments:
+        was_relative, is_same_folder = _relative(before, here), True
+    else:
+        was_relative, is_same_folder = program.arguments, program.folder == _folder(here)
     old, new = _options(was_relative), _options(now_relative)
     old_words, new_words = _options(before), _options(command)
     covered: list[str] = []
@@ -218,8 +220,11 @@ def argument_changes(
     for option in dict.fromkeys((*old, *new)):
         was_words, now_words = old.get(option), new.get(option)
         # What is no path, or not yet, is compared by its words.
-        is_in_same_words = old_words.get(option) == new_words.get(option) and (
-            is_same_folder or now_words == new_words.get(option)
+        words = new_words.get(option)
+        is_in_same_words = (
+            words is not None
+            and words == old_words.get(option)
+            and (is_same_folder or words == now_words)
         )
         if was_words == now_words or is_in_same_words:
             continue
