@@ -64,7 +64,7 @@ def test_a_program_that_grows_by_itself_is_its_own_yardstick() -> None:
 
 def test_what_was_not_measured_refuses_nothing() -> None:
     assert memory.refusal([FLAT], [run(*[None] * 40)], 1.1) is None
-    assert memory.peak_bytes([run(None)]) is None
+    assert memory.peak_rss_bytes([run(None)]) is None
 
 
 def test_on_an_accelerator_its_memory_counts() -> None:

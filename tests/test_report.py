@@ -372,8 +372,8 @@ def test_words_of_a_plan() -> None:
     assert said[3].startswith("    by hand: `with torch.autocast(")
     text = "\n".join(said)
     assert (
-        "faster: 2.38x (2.31 to 2.46 with 95 % confidence), 1204 ms a step down to 505.9 ms, "
-        "8 pairs of fresh processes" in text
+        "faster: 2.38x (2.31 to 2.46 with 95 % confidence), 1,204 ms a step bare, 506 ms with the "
+        "plan, 8 pairs of fresh processes" in text
     )
     assert re.search(r"\n  step +1,204 ms +506 ms +-58%\n", text)
     assert re.search(r"\n  compilation, first steps +0\.4 s +2\.0 s +\+1\.6 s\n", text)

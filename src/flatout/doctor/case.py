@@ -335,7 +335,7 @@ class Case:
             if not ceiling:
                 return None
             seconds += flops / ceiling
-        return seconds / (self.step_ms / 1e3)
+        return seconds / (self.mean_step_ms / 1e3)
 
 
 def is_large(operator: Mapping[str, Any]) -> bool:

@@ -11,8 +11,7 @@ from statistics import fmean
 from flatout.ratios import Ratio
 from flatout.report import figures
 from flatout.report.markup import Markup, element, joined
-from flatout.tune.document import CurvePoint, Curves
-from flatout.turns import PHASES
+from flatout.tune.document import PARTS, CurvePoint, Curves
 
 POINTS_SHOWN = 300
 """Of a loss curve; more steps than that share points."""
@@ -163,8 +162,8 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
 
 
 def _measured(times_ms: Mapping[str, float | None]) -> dict[str, float]:
-    """The phases that were measured, in their order within a step."""
-    return {phase: max(ms, 0.0) for phase in PHASES if (ms := times_ms.get(phase)) is not None}
+    """The parts that were measured, in their order within a step."""
+    return {phase: max(ms, 0.0) for phase in PARTS if (ms := times_ms.get(phase)) is not None}
 
 
 PLOT_HEIGHT = 220

@@ -3,52 +3,102 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+if TYPE_CHECKING:
+    from flatout.ratios import Ratio
 
 NOT_MEASURED = "not measured"
 
 
-def milliseconds(ms: float | None) -> str:
+class Shown(NamedTuple):
+    """A figure as it is printed.
+
+    Attributes:
+        text: with its unit.
+        value: what the text says, in the figure's own unit: whatever is derived of figures that are
+            printed side by side (a difference, a change) is derived of these, so that a reader who
+            reckons it again finds the same.
+    """
+
+    text: str
+    value: float
+
+
+Kind = Callable[[float], Shown]
+"""Milliseconds, a duration, or an amount of memory, to what is printed of it."""
+
+
+def shown_milliseconds(ms: float) -> Shown:
     """A short time, to three digits."""
-    if ms is None or not math.isfinite(ms):
-        return NOT_MEASURED
-    if ms >= 1e4:
-        return f"{_three_digits(ms / 1e3)} s"
-    return f"{_three_digits(ms)} ms" if ms >= 1 else f"{_three_digits(ms * 1e3)} us"
+    unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
+    number = _three_digits(ms / size)
+    return Shown(f"{number} {unit}", _number(number) * size)
+
+
+def shown_duration(seconds: float) -> Shown:
+    """A time of any length, in its two largest units."""
+    if abs(seconds) < 99.95:
+        return Shown(f"{seconds:.1f} s", round(seconds, 1))
+    whole = round(seconds)
+    if whole < 3600:
+        return Shown(f"{whole // 60} min {whole % 60} s", float(whole))
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return Shown(f"{minutes // 60} h {minutes % 60} min", 60.0 * minutes)
+    hours = round(seconds / 3600)
+    return Shown(f"{hours // 24} d {hours % 24} h", 3600.0 * hours)
+
+
+def shown_memory(size_bytes: float) -> Shown:
+    """An amount of memory."""
+    if size_bytes >= 10 * 2**30:
+        number = _three_digits(size_bytes / 2**30)
+        return Shown(f"{number} GiB", _number(number) * 2**30)
+    number = f"{size_bytes / 2**20:,.0f}"
+    return Shown(f"{number} MiB", _number(number) * 2**20)
+
+
+def text(kind: Kind, value: float | None) -> str:
+    """A figure, or that it is not known."""
+    return kind(value).text if _is_known(value) else NOT_MEASURED
+
+
+def milliseconds(ms: float | None) -> str:
+    """The text of a short time."""
+    return text(shown_milliseconds, ms)
 
 
 def duration(seconds: float | None) -> str:
-    """A time of any length, in its two largest units."""
-    if seconds is None or not math.isfinite(seconds):
-        return NOT_MEASURED
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds) // 60
-    if minutes < 60:
-        return f"{minutes} min {round(seconds) % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
+    """The text of a time of any length."""
+    return text(shown_duration, seconds)
 
 
 def memory(size_bytes: float | None) -> str:
-    """An amount of memory."""
-    if size_bytes is None or not math.isfinite(size_bytes):
-        return NOT_MEASURED
-    if size_bytes >= 10 * 2**30:
-        return f"{_three_digits(size_bytes / 2**30)} GiB"
-    return f"{size_bytes / 2**20:,.0f} MiB"
+    """The text of an amount of memory."""
+    return text(shown_memory, size_bytes)
 
 
-def change(bare: float | None, plan: float | None) -> str:
+def change(kind: Kind, bare: float | None, plan: float | None) -> str:
     """How much more or less the plan takes than the bare program; empty where it is not known."""
-    return f"{plan / bare - 1:+.0%}" if bare and plan is not None else ""
+    if not (_is_known(bare) and _is_known(plan) and (of := kind(bare).value)):
+        return ""
+    return _unsigned_zero(f"{kind(plan).value / of - 1:+.0%}")
 
 
-def longer(bare_s: float | None, plan_s: float | None) -> str:
+def longer(kind: Kind, bare_s: float | None, plan_s: float | None) -> str:
     """How many seconds more or less the plan takes; empty where it is not known."""
-    return "" if bare_s is None or plan_s is None else f"{plan_s - bare_s:+.1f} s"
+    if not (_is_known(bare_s) and _is_known(plan_s)):
+        return ""
+    return _unsigned_zero(f"{kind(plan_s).value - kind(bare_s).value:+.1f} s")
+
+
+def verdict(ratio: Ratio) -> str:
+    """What a ratio says, in one word or two: the only place that tells faster from slower."""
+    if ratio.low > 1:
+        return "faster"
+    return "slower" if ratio.high < 1 else "no faster, beyond noise"
 
 
 def loss(value: float) -> str:
@@ -68,3 +118,16 @@ def count(number: int, one: str) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def _is_known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _unsigned_zero(text: str) -> str:
+    """``text`` without the sign of a number that is printed as zero."""
+    return text if any(c in "123456789" for c in text) else text.lstrip("+-")

@@ -14,11 +14,16 @@ from flatout.ratios import Ratio
 from flatout.report import charts, figures, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, joined, with_code
-from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
-from flatout.turns import PHASES
+from flatout.tune.document import PARTS, Arm, Document, KnobResult, Proof, Side
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content-Security-Policy: a browser loads and runs nothing, whatever a command line holds."""
+
+STEP_STATISTIC = (
+    "A step is the mean over a run, with its share of the evaluation passes between the steps, and "
+    "of several runs their geometric mean; the phases are shares of it."
+)
+"""The one statistic of step times on the page."""
 
 _STATE_CLASSES = {"won": "good", "failed": "bad"}
 _COMPARED_ORDER = ("won", "running", "no gain", "failed", "not tried", "left out")
@@ -73,7 +78,7 @@ def _key_figures(document: Document) -> list[Markup]:
     bare, plan = document.baseline, document.with_plan
     if document.plan is None or plan is None:
         facts = [
-            ("Step", figures.milliseconds(bare.step_ms), "median, bare"),
+            ("Step", figures.milliseconds(bare.step_ms), "mean, bare"),
             ("Start-up", figures.duration(bare.startup_s), "bare"),
             ("Peak memory", figures.memory(bare.peak_rss_bytes), "bare"),
             ("Compared", figures.count(sum(a.ratio is not None for a in document.arms), "arm"), ""),
@@ -87,7 +92,7 @@ def _key_figures(document: Document) -> list[Markup]:
             (
                 "Step",
                 figures.milliseconds(plan.step_ms),
-                f"median; bare: {figures.milliseconds(bare.step_ms)}",
+                f"mean; bare: {figures.milliseconds(bare.step_ms)}",
             ),
             (
                 "Whole job, projected",
@@ -187,6 +192,7 @@ def _sides(document: Document) -> Markup:
             ),
             class_="narrow",
         ),
+        element("p", STEP_STATISTIC, class_="note"),
     )
 
 
@@ -198,7 +204,7 @@ def _phases(document: Document) -> Markup:
     if not bars:
         return _section("Phases of a step", element("p", _sentence(figures.NOT_MEASURED)))
     entered = [
-        phase for phase in PHASES if any(side.phases_ms.get(phase) is not None for _, side in sides)
+        phase for phase in PARTS if any(side.phases_ms.get(phase) is not None for _, side in sides)
     ]
     legend = [element("li", _swatch(phase), phase) for phase in entered]
     rows = []
@@ -206,7 +212,7 @@ def _phases(document: Document) -> Markup:
         values = [side.phases_ms.get(phase) for _, side in sides]
         cells = [figures.milliseconds(ms) for ms in values]
         if len(values) == 2:
-            cells.append(_with_minus(figures.change(*values)))
+            cells.append(_with_minus(figures.change(figures.shown_milliseconds, *values)))
         rows.append(
             _row(
                 "td",
@@ -222,7 +228,8 @@ def _phases(document: Document) -> Markup:
         element(
             "table",
             element(
-                "caption", "Mean time in a step. A phase that a program never enters is left out."
+                "caption",
+                "Time in a step; they sum to it. A phase that is never entered is left out.",
             ),
             element("thead", _row("th", heading, numbers=(1, 2, 3))),
             element("tbody", *rows),

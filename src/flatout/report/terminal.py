@@ -73,8 +73,8 @@ def notes(diagnosis: Diagnosis) -> list[str]:
 
 def _headline(case: Case) -> str:
     kind = "steps" if case.process.trains else "inference steps"
-    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, median "
-    text += milliseconds(case.step_ms)
+    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, mean "
+    text += f"{milliseconds(case.mean_step_ms)}, median {milliseconds(case.step_ms)}"
     warmup = case.warmup_steps
     if warmup:
         seconds = sum(step.step_ms for step in warmup) / 1e3

@@ -15,9 +15,6 @@ ARMS_SHOWN = 12
 
 YARDSTICKS = {"seeds": "between seeds", "batches": "between batches"}
 
-_Values = tuple[float | None, float | None]
-"""Of the bare program, and with the plan."""
-
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
 _DID_NOT_HELP = ("no gain", "failed")
@@ -62,21 +59,35 @@ def break_even(document: Document) -> str:
 
 def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     """Rows of a table: what, the bare program, with the plan, change."""
-    duration, memory, change = figures.duration, figures.memory, figures.change
-    peak = (bare.peak_rss_bytes, plan.peak_rss_bytes)
-    device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
-    warmup_s = (bare.warmup_s, plan.warmup_s)
-    rows: list[tuple[str, Callable[..., str], Callable[..., str], _Values]] = [
-        ("step", figures.milliseconds, change, (bare.step_ms, plan.step_ms)),
-        ("start-up", duration, figures.longer, (bare.startup_s, plan.startup_s)),
-        ("compilation, first steps", duration, figures.longer, warmup_s),
-        ("whole job (projected)", duration, change, (bare.job_s, plan.job_s)),
-        ("peak memory", memory, change, peak),
+    rows: list[tuple[str, figures.Kind, Callable[..., str], float | None, float | None]] = [
+        ("step", figures.shown_milliseconds, figures.change, bare.step_ms, plan.step_ms),
+        ("start-up", figures.shown_duration, figures.longer, bare.startup_s, plan.startup_s),
+        (
+            "compilation, first steps",
+            figures.shown_duration,
+            figures.longer,
+            bare.warmup_s,
+            plan.warmup_s,
+        ),
+        ("whole job (projected)", figures.shown_duration, figures.change, bare.job_s, plan.job_s),
+        (
+            "peak memory",
+            figures.shown_memory,
+            figures.change,
+            bare.peak_rss_bytes,
+            plan.peak_rss_bytes,
+        ),
     ]
+    device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
     if device_peak != (None, None):
-        rows.append(("peak device memory", memory, change, device_peak))
-    for name, shown, changed, values in rows:
-        yield name, shown(values[0]), shown(values[1]), changed(*values)
+        rows.append(("peak device memory", figures.shown_memory, figures.change, *device_peak))
+    for name, kind, changed, of_bare, of_plan in rows:
+        yield (
+            name,
+            figures.text(kind, of_bare),
+            figures.text(kind, of_plan),
+            changed(kind, of_bare, of_plan),
+        )
 
 
 def _proof_headline(proof: Proof) -> str:
@@ -132,10 +143,13 @@ def claim_line(document: Document) -> str:
     plan_ms = None if document.with_plan is None else document.with_plan.step_ms
     times = ""
     if bare_ms is not None and plan_ms is not None:
-        times = f"{bare_ms:.4g} ms a step down to {plan_ms:.4g} ms, "
+        times = (
+            f"{figures.milliseconds(bare_ms)} a step bare, {figures.milliseconds(plan_ms)} with "
+            "the plan, "
+        )
     return (
-        f"faster: {claim.value:.2f}x ({claim.low:.2f} to {claim.high:.2f} with 95 % confidence), "
-        f"{times}{claim.pairs} pairs of fresh processes"
+        f"{figures.verdict(claim)}: {claim.value:.2f}x ({claim.low:.2f} to {claim.high:.2f} with "
+        f"95 % confidence), {times}{claim.pairs} pairs of fresh processes"
     )
 
 

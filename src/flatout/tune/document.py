@@ -23,9 +23,14 @@ from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
 from flatout.ratios import Ratio
 from flatout.text import one_line
+from flatout.turns import PHASES
 
 DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
+
+PARTS = (*PHASES, "evaluation")
+"""Of a step as a document has it: its phases, and its share of the evaluation passes between the
+steps."""
 
 Stage = Literal["inside one process", "fresh processes"]
 State = Literal["won", "no gain", "failed", "not tried", "left out", "running"]
@@ -40,13 +45,17 @@ class Side:
     """The bare program, or the program with the plan.
 
     Attributes:
-        step_ms: median step.
+        step_ms: the step, the one statistic of step times in a document: the mean over a run after
+            its warm-up, with its share of the evaluation passes between the steps; of several runs,
+            their geometric mean, so that bare over plan is the claimed ratio. See
+            ``tune.pairs.paired_ms``.
         startup_s: from the start of the process to the first step.
         warmup_s: compilation and first steps: what they took beyond as many later steps.
-        peak_rss_bytes: most memory of the main process.
-        peak_device_bytes: most memory that torch had allocated on the accelerator.
+        peak_rss_bytes: most memory of the main process, median of the runs, as in
+            ``tune.memory.refusal``.
+        peak_device_bytes: most memory that torch had allocated on the accelerator, likewise.
         job_s: projected time of the whole job: start-up, compilation, steps, evaluation.
-        phases_ms: mean time of each phase in a step, which sum to a mean step.
+        phases_ms: of each of ``PARTS`` in a step; they sum to ``step_ms``.
     """
 
     step_ms: float | None = None

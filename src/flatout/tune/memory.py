@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from flatout.record import Step
+from flatout.report import figures
 
 ALLOWED = 1.1
 """Times the bare program's peak, unless the user allows more."""
@@ -23,17 +24,21 @@ def refusal(
 ) -> str | None:
     """Why the plan needs too much, one clause; ``None``: it does not, or it was not measured.
 
+    On an accelerator its memory counts, else that of the main process.
+
     Args:
         bare, plan: steps of each run.
         allowed: peak of the plan over that of bare.
     """
-    bare_peak, plan_peak = peak_bytes(bare), peak_bytes(plan)
+    bare_peak, plan_peak = peak_device_bytes(bare), peak_device_bytes(plan)
+    if bare_peak is None or plan_peak is None:
+        bare_peak, plan_peak = peak_rss_bytes(bare), peak_rss_bytes(plan)
     if bare_peak is None or plan_peak is None:
         return None
     if plan_peak > allowed * bare_peak:
         return (
             f"its peak memory is {plan_peak / bare_peak:.2f} times bare's "
-            f"({_mib(plan_peak)} against {_mib(bare_peak)}; "
+            f"({figures.memory(plan_peak)} against {figures.memory(bare_peak)}; "
             f"--memory {math.ceil(10 * plan_peak / bare_peak) / 10:.1f} would allow it)"
         )
     growth = _growth_bytes(plan) - _growth_bytes(bare)
@@ -42,17 +47,21 @@ def refusal(
     return None
 
 
-def peak_bytes(runs: Sequence[Sequence[Step]]) -> float | None:
-    """Median peak of the runs, on the accelerator where there is one; ``None``: not measured."""
-    peaks = [peak for steps in runs if (peak := _peak(steps)) is not None]
-    return median(peaks) if peaks else None
+def peak_rss_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
+    """Peak of the main process, median of the runs; ``None``: not measured."""
+    return _median(steps[-1].peak_rss_bytes for steps in runs if steps)
 
 
-def _peak(steps: Sequence[Step]) -> int | None:
-    if not steps:
-        return None
-    on_device = [step.peak_device_bytes for step in steps if step.peak_device_bytes]
-    return max(on_device) if on_device else steps[-1].peak_rss_bytes
+def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
+    """Peak on the accelerator, median of the runs; ``None``: not measured, or none is used."""
+    return _median(
+        max((step.peak_device_bytes or 0 for step in steps), default=0) for steps in runs
+    )
+
+
+def _median(peaks: Iterable[int | None]) -> int | None:
+    known = [peak for peak in peaks if peak]
+    return round(median(known)) if known else None
 
 
 def _growth_bytes(runs: Sequence[Sequence[Step]]) -> float:
@@ -68,7 +77,3 @@ def _growth_bytes(runs: Sequence[Sequence[Step]]) -> float:
         last = (known[-1] - known[-1 - quarter]) / quarter
         found.append(min(third, last))
     return median(found) if found else 0.0
-
-
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB"

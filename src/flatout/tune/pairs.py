@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, geometric_mean, median
 from typing import Any
 
 from flatout import knobs
 from flatout.errors import UserError
 from flatout.ratios import Ratio
 from flatout.record import ProcessRecord, Step
+from flatout.report import figures
 from flatout.request import Envelope, Inspection, Relay, Request
 from flatout.tune import statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
@@ -80,12 +81,17 @@ class Pairs:
         return min(len(self.firsts), len(self.seconds))
 
     @property
-    def log_ratios(self) -> list[float]:
-        """Of the step times of each pair."""
+    def times_ms(self) -> list[tuple[float, float]]:
+        """The step times of each pair, see ``paired_ms``."""
         return [
-            log_ratio(one.process, other.process)
+            paired_ms(one.process, other.process)
             for one, other in zip(self.firsts, self.seconds, strict=False)
         ]
+
+    @property
+    def log_ratios(self) -> list[float]:
+        """Of the step times of each pair."""
+        return [math.log(one / other) for one, other in self.times_ms]
 
     @property
     def ratio(self) -> Ratio:
@@ -96,25 +102,36 @@ class Pairs:
         """
         return statistics.claimed(self.log_ratios)
 
+    @property
+    def costs(self) -> tuple[Cost, Cost]:
+        """What the two sides take; their step times are in the ratio that is claimed."""
+        times_ms = self.times_ms
+        firsts, seconds = (
+            cost(side[: self.count], geometric_mean(column))
+            for side, column in zip(
+                (self.firsts, self.seconds), zip(*times_ms, strict=True), strict=True
+            )
+        )
+        return firsts, seconds
+
     def steps(self, side: list[Trial]) -> list[list[Step]]:
         """The steps of each run of a side that is part of a complete pair."""
         return [done.process.turns for done in side[: self.count]]
 
 
-def log_ratio(one: ProcessRecord, other: ProcessRecord) -> float:
-    """Logarithm of the step time of one run over that of another with the same seed.
+def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
+    """Step times of two runs with the same seed: whatever is said of a pair is made of these.
 
-    See ``statistics.pair_log_ratio``; evaluation passes between the steps are added to both.
+    See ``statistics.paired_means_ms``; evaluation passes between the steps are added to both.
     """
-    in_steps = statistics.pair_log_ratio(
+    in_steps = statistics.paired_means_ms(
         statistics.timed_ms(one.turns, WARMUP_STEPS), statistics.timed_ms(other.turns, WARMUP_STEPS)
     )
-    with_passes = [
-        step_ms(process) / (sum(s.step_ms for s in steps) / len(steps))
-        for process in (one, other)
-        if (steps := timed_turns(process))
-    ]
-    return in_steps + math.log(with_passes[0] / with_passes[1])
+    first, second = (
+        mean * step_ms(process) / fmean(turn.step_ms for turn in timed_turns(process))
+        for mean, process in zip(in_steps, (one, other), strict=True)
+    )
+    return first, second
 
 
 def step_ms(process: ProcessRecord) -> float:
@@ -126,9 +143,7 @@ def step_ms(process: ProcessRecord) -> float:
     timed = timed_turns(process)
     if not timed:
         raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
-    passes = process.evaluations if process.trains else []
-    first_s, last_s = timed[0].at_s, timed[-1].at_s
-    between = [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
+    between = _passes_between(process, timed)
     return sum(turn.step_ms for turn in (*timed, *between)) / len(timed)
 
 
@@ -137,9 +152,16 @@ def timed_turns(process: ProcessRecord) -> list[Step]:
     return [turn for turn in process.turns[WARMUP_STEPS:] if turn.mark is None]
 
 
+def _passes_between(process: ProcessRecord, timed: Sequence[Step]) -> list[Step]:
+    """Evaluation passes between the first and the last timed step."""
+    passes = process.evaluations if process.trains else []
+    first_s, last_s = timed[0].at_s, timed[-1].at_s
+    return [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What one side takes, medians over its runs.
+    """What one side takes: medians over its runs, of the step their geometric mean.
 
     Attributes:
         startup_s: from the import of torch to the first step.
@@ -156,8 +178,13 @@ class Cost:
         return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
 
 
-def cost(trials: Sequence[Trial]) -> Cost:
-    """What these runs of one side take."""
+def cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
+    """What these runs of one side take.
+
+    Args:
+        trials: the runs, at least one.
+        of_step_ms: their step time, see ``Pairs.costs``.
+    """
     startups, warmups = [], []
     for done in trials:
         turns = done.process.turns
@@ -165,18 +192,32 @@ def cost(trials: Sequence[Trial]) -> Cost:
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
         startups.append(turns[0].at_s)
         warmups.append(max(first_s - usual_s, 0.0))
-    steps_ms = [step_ms(done.process) for done in trials]
-    return Cost(median(startups), median(warmups), median(steps_ms))
+    return Cost(median(startups), median(warmups), of_step_ms)
 
 
-def phases_ms(trials: Sequence[Trial]) -> dict[str, float | None]:
-    """Mean time of each phase in a step, over the runs of one side; ``None``: not measured."""
-    steps = [turn for done in trials for turn in timed_turns(done.process)]
-    means: dict[str, float | None] = {}
-    for phase in PHASES:
-        known = [ms for step in steps if (ms := step.phases_ms[phase]) is not None]
-        means[phase] = sum(known) / len(steps) if known else None
-    return means
+def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str, float | None]:
+    """The parts of a step (``document.PARTS``), which sum to it; ``None``: not measured.
+
+    Args:
+        processes: runs of one side, at least one.
+        of_step_ms: their step time, of which these are the mean shares over the runs.
+    """
+    shares: dict[str, list[float]] = {}
+    for process in processes:
+        timed = timed_turns(process)
+        whole_ms = step_ms(process) * len(timed)
+        for phase in PHASES:
+            known = [ms for turn in timed if (ms := turn.phases_ms[phase]) is not None]
+            if known:
+                shares.setdefault(phase, []).append(sum(known) / whole_ms)
+        between = _passes_between(process, timed)
+        if between:
+            part = sum(turn.step_ms for turn in between) / whole_ms
+            shares.setdefault("evaluation", []).append(part)
+    found: dict[str, float | None] = dict.fromkeys(PHASES)
+    for name, of_runs in shares.items():
+        found[name] = of_step_ms * sum(of_runs) / len(processes)
+    return found
 
 
 def break_even_steps(bare: Cost, plan: Cost) -> int | None:
@@ -236,8 +277,11 @@ def run(
                 continue
         if pairs.failure is not None:
             return
-        one, other = (step_ms(side[-1].process) for side in (pairs.firsts, pairs.seconds))
-        say(f"pair {number + 1}: {one:.4g} ms, {other:.4g} ms, {one / other:.2f}x")
+        one, other = pairs.times_ms[-1]
+        say(
+            f"pair {number + 1}: {figures.milliseconds(one)}, {figures.milliseconds(other)}, "
+            f"{one / other:.2f}x"
+        )
 
 
 TURN_STEPS, TURN_S, FEWEST_TURNS = 5, 0.1, 8

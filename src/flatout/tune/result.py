@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flatout import knobs, machine
-from flatout.tune import pairs
+from flatout.tune import memory, pairs
 from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
+from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Arm as Tried
@@ -26,17 +27,19 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     """
     found, header = outcome.pairs, outcome.header
     has_plan = outcome.evidence is not None and found is not None
-    bare_runs = found.firsts if found is not None else []
-    baseline = _side(bare_runs, outcome.job_steps)
-    if not bare_runs and outcome.pace is not None:
+    baseline, with_plan, break_even = Side(), None, None
+    if found is not None:
+        bare, plan_cost = found.costs
+        baseline = _side(found.firsts[: found.count], bare, outcome.job_steps)
+        if has_plan:
+            with_plan = _side(found.seconds[: found.count], plan_cost, outcome.job_steps)
+            break_even = pairs.break_even_steps(bare, plan_cost)
+    elif outcome.pace is not None:
         baseline = Side(
             step_ms=outcome.pace.step_s * 1e3,
             startup_s=outcome.pace.startup_s,
             phases_ms=outcome.phases_ms,
         )
-    break_even = None
-    if has_plan and found is not None:
-        break_even = pairs.break_even_steps(pairs.cost(found.firsts), pairs.cost(found.seconds))
     resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None
     following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
     return Document(
@@ -50,7 +53,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
         settings=dict(outcome.settings),
         why=outcome.why,
         baseline=baseline,
-        with_plan=_side(found.seconds, outcome.job_steps) if has_plan and found else None,
+        with_plan=with_plan,
         claim=found.ratio if has_plan and found is not None else None,
         break_even_steps=break_even,
         arms=arms(outcome.arms, outcome.refused),
@@ -101,23 +104,16 @@ def arms(tried: Sequence[Tried], refused: Mapping[str, str]) -> tuple[Arm, ...]:
     )
 
 
-def _side(runs: Sequence[Trial], job_steps: int | None) -> Side:
-    if not runs:
-        return Side()
-    cost = pairs.cost(runs)
+def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
     steps = [done.process.turns for done in runs]
-    on_device = [turn.peak_device_bytes for turns in steps for turn in turns]
-    device = [peak for peak in on_device if peak]
-    host = [turns[-1].peak_rss_bytes for turns in steps]
-    rss = [peak for peak in host if peak is not None]
     return Side(
         step_ms=cost.step_ms,
         startup_s=cost.startup_s,
         warmup_s=cost.warmup_s,
-        peak_rss_bytes=max(rss) if rss else None,
-        peak_device_bytes=max(device) if device else None,
+        peak_rss_bytes=memory.peak_rss_bytes(steps),
+        peak_device_bytes=memory.peak_device_bytes(steps),
         job_s=None if job_steps is None else cost.job_s(job_steps),
-        phases_ms=pairs.phases_ms(runs),
+        phases_ms=pairs.phases_ms([done.process for done in runs], cost.step_ms),
     )
 
 

@@ -62,7 +62,17 @@ def claimed(log_ratios: Sequence[float]) -> Ratio:
 
 
 def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
-    """Logarithm of bare's step time over the plan's, of one pair of runs with the same seed.
+    """Logarithm of bare's step time over the plan's, of one pair of runs; see ``paired_means_ms``.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    bare, plan = paired_means_ms(bare_ms, plan_ms)
+    return math.log(bare / plan)
+
+
+def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple[float, float]:
+    """Mean step times of one pair of runs with the same seed.
 
     Both see the same data in the same order, so each step has its counterpart. What counts is the
     sum over all steps, as for the user; but a few steps whose ratio is far from that of the others
@@ -85,7 +95,7 @@ def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
     kept = [pair for pair, log in zip(both, logs, strict=True) if abs(log - centre) <= limit]
     if len(kept) < (1 - MOST_WILD) * len(both):
         kept = both
-    return math.log(sum(bare for bare, _ in kept) / sum(plan for _, plan in kept))
+    return fmean(bare for bare, _ in kept), fmean(plan for _, plan in kept)
 
 
 def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:

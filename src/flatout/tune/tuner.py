@@ -34,6 +34,7 @@ from flatout.plan import Check, Evidence
 from flatout.program import Program
 from flatout.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.record import Gradient
+from flatout.report import figures
 from flatout.request import Comparison, Inspection, Request
 from flatout.tune import (
     candidates,
@@ -317,6 +318,7 @@ class Tuner:
         self._journal.hold(outcome.program)
         step_s = pairs.step_ms(process) / 1e3
         in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
+        outcome.phases_ms = pairs.phases_ms([process], step_s * 1e3)
         self._pace = outcome.pace = Pace(max(first.seconds - in_steps_s, 0), step_s)
         self._first = first
         longest = max(USUAL_STEPS, int(USUAL_S / step_s))
@@ -324,7 +326,7 @@ class Tuner:
         if first.ended:
             self._available = outcome.job_steps = len(process.turns)
         self._say(
-            f"bare: {step_s * 1e3:.4g} ms a step ({len(timed)} steps), "
+            f"bare: {figures.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
             f"{self._pace.startup_s:.1f} s of start-up"
         )
         return first
@@ -337,7 +339,6 @@ class Tuner:
             first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
         )
         self._outcome.findings = find_all(case)
-        self._outcome.phases_ms = case.phases_ms
         known = candidates.facts(case)
         found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
         self._outcome.refused = refused
@@ -705,7 +706,7 @@ class Tuner:
                 f"{_in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
             )
             return
-        bare, plan = pairs.cost(made.firsts), pairs.cost(made.seconds)
+        bare, plan = made.costs
         job_steps = outcome.job_steps
         if job_steps is not None and plan.job_s(job_steps) >= bare.job_s(job_steps):
             outcome.why = (
@@ -961,14 +962,15 @@ class Tuner:
         outcome.pairs = made
         outcome.why = f"{_in_words(settings)} gives {ratio}, and {verdict.why}"
         alone = {name: outcome.alone(name) for name in settings}
+        bare, plan = made.costs
         outcome.evidence = Evidence(
             settings=dict(settings),
             ratio=ratio.value,
             ratio_low=ratio.low,
             ratio_high=ratio.high,
             pairs=ratio.pairs,
-            bare_step_ms=pairs.cost(made.firsts).step_ms,
-            plan_step_ms=pairs.cost(made.seconds).step_ms,
+            bare_step_ms=bare.step_ms,
+            plan_step_ms=plan.step_ms,
             steps=verdict.steps,
             seeds=ratio.pairs if any(loss.yardstick == "seeds" for loss in verdict.losses) else 1,
             bare_repeats=verdict.bare_repeats is True,
