@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from flatout.agent import flows
 from flatout.agent.inspection import _sampled
 from flatout.plan import Check
 from flatout.record import Gradient
@@ -198,3 +199,120 @@ def test_a_gradient_of_which_only_the_norm_is_known_is_held_to_its_norm() -> Non
         words = [Gradient(0.5 * factor, 40, None)]
         plan = [{**run, "words": words} for run in bare]
         assert judge(bare, plan, "reordered").result == result
+
+
+def known(norm: float, draw: random.Random, roundoff: float, noise_norm: float | None) -> Gradient:
+    made = noise(norm, draw)
+    return Gradient(made.norm, made.elements, made.sample, roundoff, noise_norm)
+
+
+@pytest.mark.parametrize("roundoff", [2.0**-8, 2.0**-11, 2.0**-24, 2.0**-53])
+@pytest.mark.parametrize("exactness", ["reordered", "reduced", "resampled"])
+def test_rounding_is_known_by_what_a_gradient_is_summed_from(
+    roundoff: float, exactness: str
+) -> None:
+    """Whatever part of all gradients it is, which is a large one where inputs are small."""
+    draw = random.Random(7)
+    scale = 64 * roundoff  # of the gradient of a bias before batch norm, relative to the weights'
+
+    def run(bias: float, weight: Gradient, factor: float = 1.0) -> Recorded:
+        assert weight.sample is not None
+        return {
+            "weight": [
+                Gradient(
+                    weight.norm * factor,
+                    100,
+                    array("f", [factor * x for x in weight.sample]),
+                    roundoff,
+                )
+            ],
+            "bias": [known(bias, draw, roundoff, 2 * scale)],
+        }
+
+    weights = [noise(1.0, draw) for _ in range(4)]
+    bare = [run(scale, weight) for weight in weights]
+    plan = [run(1.7 * scale, weight) for weight in weights]
+    assert judge(bare, plan, exactness).result == "passed"
+    wrong = [run(1.7 * scale, weight, factor=1.5) for weight in weights]
+    if exactness != "resampled":  # of two gradients, all are 1.5 times bare's
+        check = judge(bare, wrong, exactness)
+        assert check.why.startswith("the gradient of weight is 1.5 times bare's")
+    large = max(40 * scale, 0.01)
+    real = [run(large, weight) for weight in weights]
+    assert judge(real, [run(4 * large, w) for w in weights], exactness).result == "failed"
+
+
+def test_another_order_of_half_precision_is_held_to_what_half_precision_gives() -> None:
+    draw = random.Random(3)
+    for roundoff, result in ((2.0**-8, "passed"), (2.0**-24, "failed")):
+        bare: list[Recorded] = []
+        plan: list[Recorded] = []
+        for _ in range(3):
+            values = [draw.gauss(0, 1) for _ in range(100)]
+            off = [value + draw.gauss(0, 0.02) for value in values]
+            for side, numbers in ((bare, values), (plan, off)):
+                norm = sum(v * v for v in numbers) ** 0.5
+                side.append({"a": [Gradient(norm, 100, array("f", numbers), roundoff)]})
+        assert judge(bare, plan, "reordered").result == result
+
+
+ZERO = ("conv.bias", "k.bias", "shift")
+"""Before a norm, before a softmax over the keys, of all logits; ``g`` would be another but for the
+norm's epsilon."""
+
+
+class ZeroGradients(torch.nn.Module):
+    """Parameters whose exact gradient is zero, and others beside them."""
+
+    def __init__(self, norm: Callable[[int], torch.nn.Module]) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 8, 3)
+        self.g = torch.nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.norm = norm(8)
+        self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.head = torch.nn.Linear(8, 10)
+        self.shift = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.g * self.conv(x)).relu().flatten(2).transpose(1, 2)
+        x = torch.nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+        logits: torch.Tensor = self.head(x.mean(1)) + self.shift
+        return logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16", "float64"])
+@pytest.mark.parametrize("inputs", [1.0, 0.1])
+def test_zero_gradients_are_below_their_rounding_and_others_are_above(
+    dtype: str, inputs: float
+) -> None:
+    torch.manual_seed(1)
+    with one_thread():
+        for norm in (
+            lambda c: torch.nn.BatchNorm2d(c),
+            lambda c: torch.nn.InstanceNorm2d(c, affine=True),
+        ):
+            net = ZeroGradients(norm)
+            x = inputs * torch.rand(16, 2, 12, 12)
+            if dtype != "autocast":
+                net, x = net.to(getattr(torch, dtype)), x.to(getattr(torch, dtype))
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+                logits = net(x)
+            target = torch.randint(10, (16,))
+            upcast = logits.float() if logits.dtype is torch.bfloat16 else logits
+            loss = torch.nn.functional.cross_entropy(upcast, target)
+            watched = flows.Flows(lambda function, *args: function(*args))
+            watched.watch([loss])
+            loss.backward()
+            watched.leave()
+            for name, parameter in net.named_parameters():
+                flow = watched.take(parameter)
+                assert flow is not None, name
+                assert parameter.grad is not None
+                if not flows.is_sum_of_terms(parameter):
+                    continue
+                size = float(parameter.grad.double().norm())
+                if name in ZERO:
+                    assert size <= flow.noise, (name, size, flow.noise)
+                elif inputs == 1.0 and name != "g":
+                    assert size > flow.noise, (name, size, flow.noise)
+            assert watched.take(net.shift) is None

@@ -59,7 +59,7 @@ def judge_runs(
     return proof.judge(
         [Run(curves) for curves in bare],
         [Run(curves) for curves in plan],
-        Run(repeat),
+        [Run(repeat)],
         {"bitwise"} if bitwise else {"reduced"},
     )
 
@@ -245,7 +245,7 @@ def test_probabilities_that_become_exactly_1_are_told_from_those_that_are(tmp_pa
             Run((bare_curve(0),), steps=STEPS, state=(RootState("D", "", 0, (), seen, ones),))
             for ones in (bare_ones, plan_ones)
         )
-        return proof.judge([bare] * 2, [plan] * 2, bare, {"reduced"})
+        return proof.judge([bare] * 2, [plan] * 2, [bare], {"reduced"})
 
     assert check(judged(0, 0), "probabilities").result == "passed"
     assert check(judged(300, 301), "probabilities").result == "passed"
@@ -257,11 +257,11 @@ def test_probabilities_that_become_exactly_1_are_told_from_those_that_are(tmp_pa
 
 def test_weights_must_be_identical_to_the_bit_where_losses_are() -> None:
     bare = [ended("a", 1.0)] * 2
-    assert proof.judge(bare, bare, bare[0], {"bitwise"}).kind == "bitwise"
-    verdict = proof.judge(bare, [ended("b", 1.0)] * 2, bare[0], {"bitwise"})
+    assert proof.judge(bare, bare, [bare[0]], {"bitwise"}).kind == "bitwise"
+    verdict = proof.judge(bare, [ended("b", 1.0)] * 2, [bare[0]], {"bitwise"})
     assert not verdict.passed
     assert verdict.why == "the weights are not identical"
-    unrepeatable = proof.judge(bare, [ended("b", 1.0)] * 2, ended("c", 1.0), {"bitwise"})
+    unrepeatable = proof.judge(bare, [ended("b", 1.0)] * 2, [ended("c", 1.0)], {"bitwise"})
     assert unrepeatable.passed
     assert not unrepeatable.bare_repeats
     assert check(unrepeatable, "identity").result == "open"
@@ -282,7 +282,7 @@ def test_buffers_may_move_by_as_much_as_between_seeds() -> None:
         (with_state([1.0, 1.1, 0.9, 1.05], non_finite=3), "failed"),
         (with_state([1.0, 1.1, 0.9, math.nan]), "failed"),
     ):
-        verdict = proof.judge(bare, plan, bare[0], {"reduced"})
+        verdict = proof.judge(bare, plan, [bare[0]], {"reduced"})
         assert check(verdict, "state").result == result
         assert verdict.passed == (result == "passed")
 
@@ -312,7 +312,7 @@ def test_losses_of_evaluation_passes_are_held_to_the_same_margin() -> None:
         ]
 
     for shift, passed in ((0.0, True), (0.01, True), (-0.1, True), (0.3, False)):
-        verdict = proof.judge(runs(0.0), runs(shift), None, {"reduced"})
+        verdict = proof.judge(runs(0.0), runs(shift), [], {"reduced"})
         assert verdict.passed == passed, shift
     assert verdict.why.startswith("output 0 of Net differs by +0.3")
 
@@ -327,7 +327,7 @@ def infer(
         return [Run((), len(calls), trains=False, outputs=calls)] * 2
 
     ours = runs([output(LOGITS, shape=(3, 3))] * 3 if bare is None else bare)
-    return proof.judge(ours, runs(outputs), ours[0], exactness)  # type: ignore[arg-type]
+    return proof.judge(ours, runs(outputs), [ours[0]], exactness)  # type: ignore[arg-type]
 
 
 def test_outputs_of_inference_on_identical_inputs() -> None:
@@ -366,8 +366,8 @@ def test_a_first_choice_is_held_against_the_plan_only_where_it_is_clear() -> Non
 def test_whether_outputs_repeat_is_not_known_of_a_run_without_any() -> None:
     runs = [Run((), 3, trains=False, outputs=[output(LOGITS, shape=(3, 3))] * 3)] * 2
     unseen = Run((), 3, trains=False)
-    assert proof.judge(runs, runs, unseen, {"reduced"}).bare_repeats is None
-    assert proof.judge(runs, runs, runs[0], {"reduced"}).bare_repeats is True
+    assert proof.judge(runs, runs, [unseen], {"reduced"}).bare_repeats is None
+    assert proof.judge(runs, runs, [runs[0]], {"reduced"}).bare_repeats is True
 
 
 def test_outputs_for_other_inputs_prove_nothing() -> None:
@@ -510,12 +510,12 @@ def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -
     script = tmp_path / "program.py"
     script.write_text(SIGMOID_BEFORE_BCE_LOSS)
     bare, naive, fused = all_runs(script, [({}, ""), (BF16, ""), (FUSED, "")], 2, 60)
-    verdict = proof.judge(bare, naive, bare[0], proof.exactness(BF16))
+    verdict = proof.judge(bare, naive, [bare[0]], proof.exactness(BF16))
     assert not verdict.passed
     assert "the loss stands out at step" in verdict.why
     assert check(verdict, "probabilities").result == "failed"
     assert "that the model returns are exactly 1, 0.0" in check(verdict, "probabilities").why
-    verdict = proof.judge(bare, fused, bare[0], proof.exactness(FUSED))
+    verdict = proof.judge(bare, fused, [bare[0]], proof.exactness(FUSED))
     assert verdict.passed, verdict.why
     assert check(verdict, "gradients").figures["error"] < 1e-5
     assert check(verdict, "state").result == "passed"
@@ -530,18 +530,91 @@ def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:
     bare, honest, factor, late = all_runs(script, plans, 2, 200)
     exactness = proof.exactness(BF16)
 
-    verdict = proof.judge(bare, honest, bare[0], exactness)
+    verdict = proof.judge(bare, honest, [bare[0]], exactness)
     assert verdict.passed, verdict.why
     assert {check.name for check in verdict.checks} == {"losses", "spikes", "gradients", "state"}
 
-    verdict = proof.judge(bare, factor, bare[0], exactness)
+    verdict = proof.judge(bare, factor, [bare[0]], exactness)
     assert not verdict.passed
     assert verdict.why.startswith("the gradient of Net.second.weight is 1.25 times bare's")
     assert check(verdict, "losses").result == "passed", "Adam hides it from the loss"
 
-    verdict = proof.judge(bare, late, bare[0], exactness)
+    verdict = proof.judge(bare, late, [bare[0]], exactness)
     assert not verdict.passed
     assert verdict.steps == 200
     assert "the loss" in verdict.why
     until_then = [Run(tuple(curve[:150] for curve in run.curves)) for run in late]
-    assert proof.judge(bare, until_then, bare[0], exactness).passed
+    assert proof.judge(bare, until_then, [bare[0]], exactness).passed
+
+
+def hogwild(run: int, spike: float = 0.0, start: int | None = None) -> Curve:
+    """Losses of one of several processes that train one set of weights: how far the others have
+    come when it begins is another in every run."""
+    draw = random.Random(run)
+    begun = draw.randrange(0, 30) if start is None else start
+    curve = [
+        0.2 + 2.1 * math.exp(-(number + begun) / 12) + draw.gauss(0, 0.03)
+        for number in range(STEPS)
+    ]
+    curve[50] += spike
+    return tuple(curve)
+
+
+def test_a_loss_stands_out_only_beyond_what_bare_is_above_itself_from_run_to_run() -> None:
+    """Where one repeat of bare differs from it, a step has no counterpart in another run."""
+    alarms = 0
+    for base in range(0, 400, 10):
+        bare = [(hogwild(base + run),) for run in range(4)]
+        plan = [(hogwild(5000 + base + run),) for run in range(4)]
+        verdict = judge_runs(bare, plan, (hogwild(base + 9),))
+        assert not verdict.bare_repeats
+        assert check(verdict, "spikes").result == "passed", check(verdict, "spikes").why
+        alarms += not (verdict.passed or verdict.undecided)
+    assert alarms <= 2
+    bare = [(hogwild(run),) for run in range(4)]
+    for spike, result in ((2.0, "failed"), (0.1, "passed")):
+        plan = [*bare[:3], (hogwild(77, spike),)]
+        assert check(judge_runs(bare, plan, (hogwild(9),)), "spikes").result == result
+    # the same start of a run stands out where bare repeats itself
+    late = [(hogwild(run, start=29),) for run in range(4)]
+    plan = [*late[:3], (hogwild(3, start=0),)]
+    assert check(judge_runs(late, plan, late[0]), "spikes").result == "failed"
+
+
+def plateau(seed: int, slope: float = 0.0) -> Curve:
+    draw = random.Random(seed)
+    return tuple(2.3 - slope * number / STEPS + draw.gauss(0, 0.1) for number in range(STEPS))
+
+
+def test_a_loss_that_has_not_fallen_proves_little_and_the_result_says_so() -> None:
+    draw = random.Random(0)
+
+    def judged(*slopes: float, bitwise: bool = False) -> Verdict:
+        bare = [tuple(plateau(seed, s) for s in slopes) for seed in range(SEEDS)]
+        noise = 0.0 if bitwise else 1e-3
+        plan = [tuple(shifted(c, lambda n: draw.gauss(0, noise)) for c in run) for run in bare]
+        return judge_runs(bare, plan, bare[0], bitwise)
+
+    flat = judged(0.0)
+    assert flat.passed, "it is no reason against a plan"
+    assert flat.kind == "inconclusive"
+    assert check(flat, "losses").result == "open"
+    assert "the loss did not fall within 80 steps (from 2.3" in flat.why
+    assert judged(1.0).kind == "non-inferior"
+    assert judged(0.0, 1.0).kind == "non-inferior", "one of two losses has fallen"
+    assert judged(0.0, bitwise=True).kind == "bitwise", "identical is identical"
+    rising = judged(-1.0)
+    assert rising.kind == "inconclusive"
+    # under a plan that learns nothing, a loss that had fallen would have been refused
+    bare = [(plateau(seed, 1.0),) for seed in range(SEEDS)]
+    stuck = [(plateau(100 + seed),) for seed in range(SEEDS)]
+    assert not judge_runs(bare, stuck, bare[0]).passed
+
+
+def test_one_identical_repeat_of_several_is_not_a_program_that_repeats_itself() -> None:
+    bare = [ended("a", 1.0)] * 2
+    plan = [ended("b", 1.0)] * 2
+    assert not proof.judge(bare, plan, [bare[0]], {"bitwise"}).passed
+    verdict = proof.judge(bare, plan, [bare[0], bare[0], ended("c", 1.0)], {"bitwise"})
+    assert verdict.passed
+    assert check(verdict, "identity").result == "open"

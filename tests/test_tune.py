@@ -358,8 +358,10 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     def is_over(pairs: Pairs, count: int, undecided: bool = True, reordered: bool = False) -> bool:
         pairs.firsts = pairs.seconds = [None] * count  # type: ignore[list-item]
         asked = SimpleNamespace(
-            _judge=lambda *_: SimpleNamespace(undecided=undecided),
-            _is_reordered=lambda _: reordered,
+            _prover=SimpleNamespace(
+                judge=lambda _: SimpleNamespace(undecided=undecided),
+                is_reordered=lambda _: reordered,
+            ),
             _say=said.append,
         )
         return Tuner._is_overtime_over(asked, pairs)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ bare_step_ms, plan_step_ms  # medians
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
 [[evidence.losses]]         # one for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
+[[evidence.verified]]       # further proofs, by flatout verify
 
 [program."net.py"]          # digests of each file of the program, see ``flatout.program``
 bytes = "..."               # as it is; the others are without comments and layout
@@ -79,8 +80,9 @@ class LossEvidence:
         bare_final, plan_final: mean over the last quarter of the steps and over all seeds.
         difference: mean paired difference, plan minus bare, where it is largest.
         margin: largest mean difference that passes: one standard deviation of bare's own spread.
-        yardstick: ``"seeds"`` (spread between seeds), or ``"batches"`` (scatter between steps,
-            where the program sets its own seed).
+        yardstick: ``"seeds"`` (spread between seeds), ``"batches"`` (scatter between steps, where
+            the program sets its own seed), or ``"runs"`` (spread between runs, where the program
+            does not repeat itself).
         bare_curve, plan_curve: the losses from the first step to the last, in some points, means
             over the steps of each and over all seeds.
     """
@@ -118,6 +120,23 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """A further proof of the same settings that passed, beside one that covers more in some way.
+
+    Attributes:
+        steps, seeds, verdict: as those of ``Evidence``.
+        first_seed: of the pairs; the others count up from it.
+        checks: names of those that passed.
+    """
+
+    steps: int
+    seeds: int
+    verdict: str
+    first_seed: int
+    checks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a plan was written for; see the format above.
 
@@ -130,10 +149,12 @@ class Evidence:
         seeds: how many seeds that changed anything it was repeated with (1: the program seeds
             itself).
         bare_repeats: whether bare gave identical losses twice.
-        verdict: ``"bitwise"`` or ``"non-inferior"``.
+        verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"``: no loss has fallen, and
+            what else was checked passed.
         in_process: ratio of each knob alone, compared inside one process.
         losses: one entry for each backward call of the step.
         checks: those that the proof consists of.
+        verified: what ``flatout verify`` has added.
     """
 
     settings: Mapping[str, str]
@@ -150,6 +171,7 @@ class Evidence:
     in_process: Mapping[str, float] = field(default_factory=dict)
     losses: tuple[LossEvidence, ...] = ()
     checks: tuple[Check, ...] = ()
+    verified: tuple[Verified, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -388,7 +410,16 @@ class _Reader:
             self._fail(where, "ratio", "must lie between ratio_low and ratio_high")
         checked["losses"] = tuple(self._loss(entry) for entry in checked.get("losses", []))
         checked["checks"] = tuple(self._check(entry) for entry in checked.get("checks", []))
+        checked["verified"] = tuple(self._verified(entry) for entry in checked.get("verified", []))
         return Evidence(**checked)
+
+    def _verified(self, entry: Any) -> Verified:
+        where = ("evidence", "verified")
+        checked = dict(self._fields(where, entry, Verified))
+        checked["checks"] = tuple(checked.get("checks", ()))
+        if not all(isinstance(name, str) for name in checked["checks"]):
+            self._fail(where, "checks", "must be a list of strings")
+        return Verified(**checked)
 
     def _loss(self, entry: Any) -> LossEvidence:
         where = ("evidence", "losses")

@@ -260,11 +260,16 @@ class Gradient:
         norm: Euclidean, over all elements.
         elements: how many they are.
         sample: values of some elements, the same ones in every run; ``None``: not taken.
+        roundoff: unit roundoff of the arithmetic that it was computed in; ``None``: not seen.
+        noise: norm up to which it may be nothing but rounding; ``None``: not known, as of a matrix
+            (``agent/flows.py``).
     """
 
     norm: float
     elements: int
     sample: array[float] | None
+    roundoff: float | None = None
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -609,6 +614,11 @@ def _optional_int(document: dict[str, Any], name: str) -> int | None:
     return value
 
 
+def _optional_number(document: dict[str, Any], name: str) -> float | None:
+    value = _value(document, name, int, float, type(None))
+    return None if value is None else float(value)
+
+
 def _objects(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = _value(document, name, list)
     for item in items:
@@ -697,8 +707,16 @@ def _profile(document: dict[str, Any]) -> dict[str, Any]:
 def _gradients(document: dict[str, Any]) -> Iterator[tuple[str, Gradient]]:
     for entry in _objects(document, "parameters"):
         sample = _array("f", entry["sample"])
-        gradient = Gradient(_number(entry, "norm"), _value(entry, "elements", int), sample)
-        yield _text(entry, "name"), gradient
+        yield (
+            _text(entry, "name"),
+            Gradient(
+                _number(entry, "norm"),
+                _value(entry, "elements", int),
+                sample,
+                _optional_number(entry, "roundoff"),
+                _optional_number(entry, "noise"),
+            ),
+        )
 
 
 def _output(document: dict[str, Any]) -> Output:

@@ -29,6 +29,7 @@ from flatout.agent import objects
 from flatout.agent.capture import is_capturing
 from flatout.agent.containment import around, attempt
 from flatout.agent.finite import kept_gradient
+from flatout.agent.flows import Flows, is_sum_of_terms
 from flatout.agent.modes import without_autocast
 from flatout.agent.nested import tensors_in
 
@@ -94,6 +95,7 @@ class Inspector:
         self._backward_depth = 0
         self._backwards = 0
         self._stepping: Any = None
+        self._flows = Flows(self._contained)
         self._is_active = True
         session.forward_wrappers.append(self._forward)
         self._watches_gradients = inspection.gradient_steps > 0
@@ -142,10 +144,15 @@ class Inspector:
 
     def _backward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._backward_depth += 1
+        accumulates = kwargs.get("accumulate_grad") and not is_capturing()
+        if accumulates and self._watches_gradients:
+            self._contained(self._flows.watch, args[0])
         try:
             result = own(*args, **kwargs)
         finally:
             self._backward_depth -= 1
+            if self._backward_depth == 0:
+                self._flows.leave()
         is_over = self._backward_depth == 0 and kwargs.get("accumulate_grad")
         if is_over and self._watches_gradients and not is_capturing():
             self._contained(self._backward_ends)
@@ -219,12 +226,15 @@ class Inspector:
             if taken is None:
                 continue
             self._updates[id(parameter)] += 1
+            flow, is_sum = self._flows.take(parameter), is_sum_of_terms(parameter)
             entries.append(
                 {
                     "name": self._parameter_name(parameter),
                     "norm": float(taken.norm),
                     "elements": taken.elements,
                     "sample": None if taken.sample is None else _base64(taken.sample),
+                    "roundoff": None if flow is None else flow.roundoff,
+                    "noise": float(flow.noise) if flow is not None and is_sum else None,
                 }
             )
         if entries:

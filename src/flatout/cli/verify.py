@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flatout.plan import Plan
 
 SUMMARY = "prove a plan again, for as many steps and seeds as wanted"
 TAKES_JOB = True
@@ -18,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path(PLAN_FILE),
         metavar="FILE",
-        help=f"the plan; if it passes, the new proof is written into it (default: {PLAN_FILE})",
+        help="the plan; if it passes, the new proof is added to what is written in it, or takes "
+        f"the place of one that covers less (default: {PLAN_FILE})",
     )
     parser.add_argument(
         "--steps",
@@ -67,7 +73,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from flatout.launch.process import check_program
     from flatout.report import words
     from flatout.report.live import LiveTable
-    from flatout.tune import journal, result
+    from flatout.tune import evidence, journal, result
     from flatout.tune.pairs import MINIMUM_STEPS
     from flatout.tune.tuner import USUAL_STEPS, Options, Tuner
 
@@ -94,7 +100,16 @@ def _verify(arguments: argparse.Namespace) -> int:
                 arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
             )
             outcome = tuner.verify(proven.settings, arguments.seeds)
-        if outcome.evidence is not None and not outcome.interrupted:
+        done = f"written into {arguments.plan}"
+        is_written = outcome.evidence is not None and not outcome.interrupted
+        if is_written and _is_of_these_conditions(proven, arguments.command):
+            assert outcome.evidence is not None
+            assert proven.evidence is not None
+            outcome.evidence, how = evidence.merged(
+                proven.evidence, outcome.evidence, arguments.seed
+            )
+            done += f" {how}"
+        if is_written:
             tune.write_plan(arguments.plan, arguments.command, outcome)
         if not outcome.interrupted:
             opened.finish()
@@ -113,7 +128,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     elif outcome.evidence is None:
         tune.say(outcome.why)
     else:
-        tune.say(f"proven, written into {arguments.plan}")
+        tune.say(f"proven, {done}")
     if outcome.interrupted:
         return interruption.exit_status()
     return 0 if outcome.evidence is not None else 1
+
+
+def _is_of_these_conditions(proven: Plan, command: Sequence[str]) -> bool:
+    """Whether the plan has a proof of what it holds, of this program, on this machine."""
+    from flatout import machine
+
+    return (
+        proven.proven
+        and tuple(command) == proven.command
+        and not proven.differences(command, machine.fingerprint())
+    )

@@ -87,7 +87,7 @@ def _key_figures(document: Document) -> list[Markup]:
         proof = document.proof
         verdict = figures.NOT_MEASURED
         if proof is not None:
-            verdict = proof.kind if proof.passed else "not passed"
+            verdict = proof.kind if proof.passed else words.verdict(proof)
         facts = [
             (
                 "Step",
@@ -253,13 +253,12 @@ def _proof(document: Document) -> Markup | None:
         "Proof",
         element(
             "p",
-            element(
-                "span", "Passed" if proof.passed else "Not passed", class_=_verdict(proof.passed)
-            ),
-            f", {proof.kind}, over the first {figures.count(proof.steps, 'step')} with "
+            element("span", _capital(words.verdict(proof)), class_=_verdict(proof.passed)),
+            f", {proof.kind}" if proof.passed is not None else None,
+            f", over the first {figures.count(proof.steps, 'step')} with "
             f"{figures.count(proof.seeds, 'seed')}. {_sentence(proof.why)}",
         ),
-        None if note is None else element("p", _sentence(note)),
+        *(element("p", _sentence(said)) for said in (words.what_passed(proof), note) if said),
         _checks(proof),
         _losses(proof),
     )
@@ -274,7 +273,7 @@ def _checks(proof: Proof) -> Markup | None:
         return None
     rows = []
     for check in proof.checks:
-        verdict = {True: "passed", False: "not passed", None: figures.NOT_MEASURED}[check.passed]
+        verdict = {True: "passed", False: "not passed", None: "open"}[check.passed]
         told = ", ".join(
             f"{key.replace('_', ' ')} {_fact(value)}" for key, value in check.figures.items()
         )

@@ -13,7 +13,7 @@ from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
 ARMS_SHOWN = 12
 """Of each kind; the page has them all."""
 
-YARDSTICKS = {"seeds": "between seeds", "batches": "between batches"}
+YARDSTICKS = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
 
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
@@ -90,12 +90,26 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
         )
 
 
+def verdict(proof: Proof) -> str:
+    """The result of a proof, in its own word."""
+    return {True: "passed", False: "not passed", None: "inconclusive"}[proof.passed]
+
+
+def what_passed(proof: Proof) -> str | None:
+    """Of an inconclusive proof, the checks that passed all the same."""
+    names = dict.fromkeys(check.name for check in proof.checks if check.passed)
+    if proof.passed is not None or not names:
+        return None
+    return f"passed only: {', '.join(names)}"
+
+
 def _proof_headline(proof: Proof) -> str:
     """The verdict with its horizon."""
-    verdict = "passed" if proof.passed else "not passed"
+    kind = f" ({proof.kind})" if proof.passed is not None else ""
+    only = what_passed(proof)
     return (
-        f"{verdict} ({proof.kind}) over {figures.count(proof.steps, 'step')}, "
-        f"{figures.count(proof.seeds, 'seed')}: {proof.why}"
+        f"{verdict(proof)}{kind} over {figures.count(proof.steps, 'step')}, "
+        f"{figures.count(proof.seeds, 'seed')}: {proof.why}{f'; {only}' if only else ''}"
     )
 
 
@@ -166,8 +180,8 @@ def proof_lines(proof: Proof) -> list[str]:
     """The verdict, its checks and the losses."""
     said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:
-        verdict = {True: "passed", False: "NOT PASSED", None: "not measured"}[check.passed]
-        said.append(f"  {check.name}: {verdict}" + (f", {check.why}" if check.why else ""))
+        result = {True: "passed", False: "NOT PASSED", None: "open"}[check.passed]
+        said.append(f"  {check.name}: {result}" + (f", {check.why}" if check.why else ""))
     for number, evidence in enumerate(proof.losses, 1):
         which = f" {number}" if len(proof.losses) > 1 else ""
         said.append(

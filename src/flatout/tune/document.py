@@ -151,7 +151,8 @@ class Proof:
     """Whether the plan computes the same.
 
     Attributes:
-        passed: the verdict.
+        passed: the verdict; ``None``: inconclusive, since no loss has fallen over these steps, so
+            that only what else was checked has passed.
         kind: which claim was checked.
         why: the verdict in one sentence.
         steps: horizon: how many steps from the start it covers.
@@ -161,7 +162,7 @@ class Proof:
         curves, losses: one entry for each backward call of the step.
     """
 
-    passed: bool
+    passed: bool | None
     kind: Literal["bitwise", "non-inferior"]
     why: str
     steps: int

@@ -11,11 +11,19 @@ of them depends on what the settings may change (``knobs.EXACTNESS``).
     something else. A program that seeds itself gives the same losses whatever seed it starts from.
     The yardstick is then the scatter from batch to batch: the standard error that it gives the mean
     over a window is the least that any other data order would change.
+    A loss that has not fallen by more than this margin since the first steps proves little: a plan
+    under which nothing is learned would pass as well. The check is then open, and the proof
+    ``inconclusive``.
 ``spikes``
     No single loss is not finite, or above bare's by more than bare ever is above itself.
 ``identity``
-    Asked of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs are
-    not identical either, this is open, and the other checks are all there is.
+    Asked of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs from
+    one seed are not identical either, this is open, and the other checks are all there is.
+
+Where bare does not repeat itself (several processes on one set of weights, atomic additions), a
+step has no counterpart in another run. A loss is then held against the highest that bare's runs
+have in that quarter of the steps, and the margin is at least the spread between them.
+
 ``gradients``
     Of the first updates, for each parameter. A wrong constant factor in one gradient turns no
     other, and an optimizer like Adam hides it from the loss. See ``gradients.judge``.
@@ -151,7 +159,8 @@ class Verdict:
     Attributes:
         passed: whether the plan computes the same within the margins: no check failed.
         why: the reason, one clause.
-        kind: ``"bitwise"`` where all that was compared is identical, else ``"non-inferior"``.
+        kind: ``"bitwise"`` where all that was compared is identical; ``"inconclusive"`` where no
+            loss has fallen, so that those checks that remain passed; else ``"non-inferior"``.
         steps: the horizon: how many steps from the start (or calls, of a program that only infers)
             were compared.
         bare_repeats: whether bare gave identical results twice from one seed; ``None``: not tried.
@@ -207,7 +216,7 @@ def exactness(settings: Mapping[str, str]) -> frozenset[Exactness]:
 def judge(
     bare: Sequence[Run],
     plan: Sequence[Run],
-    repeat: Run | None,
+    repeats: Sequence[Run],
     exactness: Collection[Exactness],
     paired: Sequence[Run] | None = None,
 ) -> Verdict:
@@ -215,17 +224,17 @@ def judge(
 
     Args:
         bare, plan: one run for each seed, in the same order of seeds, at least one.
-        repeat: a second bare run from the first seed, if there is one; it may be of other length.
+        repeats: more bare runs from the first seed, if there are any; they may be of other length.
         exactness: what the plan's settings may change, see ``exactness``.
         paired: runs of the plan with its settings as ``search.paired`` makes them, for the
             gradients, from the same seeds in the same order; ``None``: those of ``plan``.
     """
     if not any(run.trains for run in bare):
-        return _judge_inference(bare, plan, repeat, exactness)
+        return _judge_inference(bare, plan, repeats, exactness)
     sites = len(bare[0].curves)
     runs = [*bare, *plan]
     steps = min((len(curve) for run in runs for curve in run.curves), default=0)
-    repeats = repeat is not None and _are_identical(bare[0], repeat)
+    is_repeated = bool(repeats) and all(_are_identical(bare[0], run) for run in repeats)
     if not sites or not steps:
         why = "no loss could be read"
     elif any(len(run.curves) != sites for run in runs):
@@ -234,7 +243,7 @@ def judge(
         why = None
     if why is not None:
         return Verdict(
-            False, why, "non-inferior", steps, repeats, (), (Check("losses", "failed", why),)
+            False, why, "non-inferior", steps, is_repeated, (), (Check("losses", "failed", why),)
         )
     same = all(_are_identical(one, other) for one, other in zip(bare, plan, strict=True))
     losses: list[LossEvidence] = []
@@ -245,15 +254,13 @@ def judge(
             name,
             [run.curves[site][:steps] for run in bare],
             [run.curves[site][:steps] for run in plan],
-            [repeat.curves[site][:steps]]
-            if repeat is not None and len(repeat.curves) == sites
-            else [],
+            [run.curves[site][:steps] for run in repeats if len(run.curves) == sites],
         )
         checks += found
         if evidence is not None:
             losses.append(evidence)
     if set(exactness) <= {"bitwise"}:
-        checks.append(_judge_identity(bare, plan, same, repeats))
+        checks.append(_judge_identity(bare, plan, same, is_repeated))
     else:
         checks.append(
             gradients.judge(
@@ -265,12 +272,16 @@ def judge(
     checks += _judge_evaluation(bare, plan)
     checks.append(_judge_state(bare, plan))
     checks += _judge_probabilities(bare, plan)
+    still = next((c for c in checks if c.name == "losses" and c.result == "open"), None)
+    if same or any(c.name == "losses" and c.result == "passed" for c in checks):
+        still = None
+    why = "all losses agree" if still is None else still.why
     return Verdict(
         passed=all(check.result != "failed" for check in checks),
-        why=next((c.why for c in checks if c.result == "failed"), "all losses agree"),
-        kind="bitwise" if same else "non-inferior",
+        why=next((c.why for c in checks if c.result == "failed"), why),
+        kind="bitwise" if same else "non-inferior" if still is None else "inconclusive",
         steps=steps,
-        bare_repeats=repeats,
+        bare_repeats=is_repeated,
         losses=tuple(losses),
         checks=tuple(checks),
         curves=tuple(
@@ -352,21 +363,67 @@ def _judge_site(
                     why = f"{name} is not finite at step {number} under {whose}"
                     return None, [Check("spikes", "failed", why)]
     by_seeds = _seeds_matter(bare, repeat)
-    evidence, check = _judge_losses("losses", name, bare, plan, by_seeds)
-    return evidence, [_judge_spikes(name, bare, plan, by_seeds), check]
+    again = [curve for curve in repeat if _distance(curve, bare[0]) > 0]
+    evidence, check = _judge_losses("losses", name, bare, plan, by_seeds, again)
+    if check.result == "passed" and not _has_fallen(bare, evidence.margin):
+        begun, ended = _level(bare, _beginning(bare)), evidence.bare_final
+        why = (
+            f"{name} did not fall within {len(bare[0])} steps (from {begun:.4g} to {ended:.4g}), "
+            "so that losses as good as bare's prove little"
+        )
+        check = Check("losses", "open", why, {**check.figures, "fall": begun - ended})
+    return evidence, [_judge_spikes(name, bare, plan, by_seeds, again), check]
+
+
+BEGINNING = 20
+"""The first one in so many steps tells what the loss was before anything was learned."""
+
+
+def _beginning(curves: Sequence[Curve]) -> range:
+    return range(max(len(curves[0]) // BEGINNING, 1))
+
+
+def _level(curves: Sequence[Curve], part: range) -> float:
+    return fmean(_means(curves, part))
+
+
+def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
+    """Whether a plan under which the loss stays as it begins would be refused: the fall is more
+    than the margin, and more than the scatter of the first steps explains."""
+    steps, beginning = len(bare[0]), _beginning(bare)
+    fall = _level(bare, beginning) - _level(bare, range(steps - max(steps // 4, 1), steps))
+    noise = _batch_scatter(bare[0]) / math.sqrt(len(beginning) * len(bare))
+    return fall > max(margin, FALL_DEVIATIONS * noise)
+
+
+FALL_DEVIATIONS = 3.0
+"""Of the mean of the first losses, as the scatter from batch to batch gives it."""
 
 
 def _judge_losses(
-    check: str, name: str, bare: Sequence[Curve], plan: Sequence[Curve], by_seeds: bool
+    check: str,
+    name: str,
+    bare: Sequence[Curve],
+    plan: Sequence[Curve],
+    by_seeds: bool,
+    again: Sequence[Curve] = (),
 ) -> tuple[LossEvidence, Check]:
-    """Paired non-inferiority of one series of losses, all of one length."""
+    """Paired non-inferiority of one series of losses, all of one length.
+
+    Args:
+        check, name: of the check, and of the losses.
+        bare, plan: one curve for each seed.
+        by_seeds: whether seeds change bare's losses.
+        again: bare's from the first seed once more, where it does not repeat itself.
+    """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
     windows = [range(steps // 2, steps), range(steps - quarter, steps)]
+    yardstick, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
     if by_seeds:
-        margin = math.sqrt(fmean(stdev(_means(bare, part)) ** 2 for part in windows))
-    else:
-        margin = _batch_scatter(bare[0]) / math.sqrt(quarter)
+        yardstick, margin = "seeds", _spread(bare, windows)
+    elif again and (between := _spread([*bare, *again], windows)) > margin:
+        yardstick, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
@@ -376,7 +433,7 @@ def _judge_losses(
         plan_final=plan_final,
         difference=difference,
         margin=margin,
-        yardstick="seeds" if by_seeds else "batches",
+        yardstick=yardstick,
         bare_curve=points.bare,
         plan_curve=points.plan,
     )
@@ -386,7 +443,9 @@ def _judge_losses(
             f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
             f"{CONFIDENCE:.0%} confidence), more than bare's own spread of {margin:.3g}"
         )
-        return evidence, Check(check, "failed", why, figures, undecided=difference < margin)
+        # Runs that differ by themselves have no pairs: both means scatter as those of few runs do.
+        is_open = difference < (2 * margin if yardstick == "runs" else margin)
+        return evidence, Check(check, "failed", why, figures, undecided=is_open)
     if limit < -LOWER_MARGINS * margin:
         why = (
             f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
@@ -397,10 +456,27 @@ def _judge_losses(
     return evidence, Check(check, "passed", why, figures)
 
 
-def _judge_spikes(name: str, bare: Sequence[Curve], plan: Sequence[Curve], by_seeds: bool) -> Check:
+def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
+    """Standard deviation between runs of the means over windows."""
+    return math.sqrt(fmean(stdev(_means(curves, part)) ** 2 for part in windows))
+
+
+def _judge_spikes(
+    name: str,
+    bare: Sequence[Curve],
+    plan: Sequence[Curve],
+    by_seeds: bool,
+    again: Sequence[Curve] = (),
+) -> Check:
     """No loss is above bare's of this seed, and above the mean of all seeds, by more than bare's
-    own are anywhere in this quarter of the steps."""
+    own are anywhere in this quarter of the steps.
+
+    Where bare does not repeat itself (``again``, see ``_judge_losses``), no loss is above the
+    highest of its runs in this quarter, and above the plan's own before, by more than that highest
+    one is above the mean.
+    """
     steps, count = len(bare[0]), len(bare)
+    own = [*bare, *again] if again else bare
     if by_seeds:
         centre = [fmean(values) for values in zip(*bare, strict=True)]
         left_out = count / (count - 1)  # the mean of the others is so much further away
@@ -418,9 +494,15 @@ def _judge_spikes(name: str, bare: Sequence[Curve], plan: Sequence[Curve], by_se
         part = slice(start, start + quarter)
         deviation = math.sqrt(fmean(value**2 for value in scatter[part]))
         allowed = max(SPIKE_FACTOR * max(above[part]), SPIKE_DEVIATIONS * deviation)
+        highest = -math.inf
+        if again:
+            highest = max(max(curve[part], default=highest) for curve in own)
+            allowed = max(allowed, highest - fmean(fmean(c[part]) for c in own if c[part]))
         for number in range(steps)[part]:
             for mine, other in zip(plan, bare, strict=True):
-                expected = max(other[number], centre[number])
+                expected = max(other[number], centre[number], highest)
+                if again:  # how far training had come when a run began is another each time
+                    expected = max(expected, fmean(mine[max(number - quarter, 0) : number + 1]))
                 if mine[number] - expected > allowed + ROUNDING * abs(expected):
                     why = (
                         f"{name} stands out at step {number}: {mine[number]:.4g} under the plan, "
@@ -630,22 +712,23 @@ def _judge_moments(
 def _judge_inference(
     bare: Sequence[Run],
     plan: Sequence[Run],
-    repeat: Run | None,
+    repeats: Sequence[Run],
     exactness: Collection[Exactness],
 ) -> Verdict:
-    repeats = None
-    if repeat is not None and repeat.outputs:
-        repeats = _same_outputs([bare[0]], [repeat])
+    seen = [run for run in repeats if run.outputs]
+    is_repeated = all(_same_outputs([bare[0]], [run]) for run in seen) if seen else None
     same = _same_outputs(bare, plan)
     check, calls = _judge_outputs(bare, plan, exactness)
     checks = [check]
     if set(exactness) <= {"bitwise"}:
         if same:
             checks.append(Check("identity", "passed", "all outputs are identical to the bit"))
-        elif repeats:
+        elif is_repeated:
             checks.insert(0, Check("identity", "failed", "the outputs are not identical"))
         else:
-            known = "as those of two bare runs do" if repeats is False else "as those of bare may"
+            known = (
+                "as those of two bare runs do" if is_repeated is False else "as those of bare may"
+            )
             why = f"outputs differ, {known}: identity cannot be proven"
             checks.append(Check("identity", "open", why))
     failed = next((c.why for c in checks if c.result == "failed"), None)
@@ -654,7 +737,7 @@ def _judge_inference(
         why=failed or check.why,
         kind="bitwise" if same else "non-inferior",
         steps=calls,
-        bare_repeats=repeats,
+        bare_repeats=is_repeated,
         losses=(),
         checks=tuple(checks),
     )

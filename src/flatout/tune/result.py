@@ -119,7 +119,7 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
 
 def _proof(verdict: Verdict, outcome: Outcome) -> Proof:
     return Proof(
-        passed=verdict.passed,
+        passed=None if verdict.passed and verdict.kind == "inconclusive" else verdict.passed,
         kind="bitwise" if verdict.kind == "bitwise" else "non-inferior",
         why=verdict.why,
         steps=verdict.steps,

@@ -30,19 +30,16 @@ from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
 from flatout.knobs import Exactness
 from flatout.machine import Ceilings
-from flatout.plan import Check, Evidence
+from flatout.plan import Evidence
 from flatout.program import Program
 from flatout.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
-from flatout.record import Gradient
 from flatout.report import figures
-from flatout.request import Comparison, Inspection, Request
+from flatout.request import Comparison, Request
 from flatout.tune import (
     candidates,
     design,
-    gradients,
     memory,
     pairs,
-    proof,
     search,
     statistics,
     trial,
@@ -52,6 +49,7 @@ from flatout.tune.document import Stage, State
 from flatout.tune.journal import Journal
 from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
+from flatout.tune.prover import GRADIENT_SEEDS, GRADIENT_STEPS, Prover, in_words
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 
 USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
@@ -89,9 +87,6 @@ PROFILE_STEPS = 5
 
 MAXIMUM_CANDIDATES = 11
 """That are compared in one process: in 24 stacks (``design.stacks``)."""
-
-GRADIENT_SEEDS, GRADIENT_STEPS = 2, 3
-"""For which the gradients are compared, before anything else is."""
 
 MAXIMUM_PROOFS = 4
 """Plans that are put to the proof one after the other, each gentler than the one before."""
@@ -223,8 +218,6 @@ class Tuner:
         self._outcome = Outcome()
         self._available: int | None = None
         self._offered: dict[str, list[str]] = {}
-        self._bare_gradients: Sequence[Mapping[str, Sequence[Gradient]]] = ()
-        self._gradients = Check("gradients", "open", "no gradients were recorded")
 
     def run(self) -> Outcome:
         """Tune; after an interruption, what has been proven until then.
@@ -256,13 +249,15 @@ class Tuner:
         try:
             self._first_run()
             made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
-            self._alternate(made, lambda made: made.count >= count, self._steps)
-            outcome.interrupted = made.interrupted
-            refusal = self._refusal(made)
+            refusal = self._prover.gradients_refusal(settings, count)
+            if refusal is None:
+                self._alternate(made, lambda made: made.count >= count, self._steps)
+                outcome.interrupted = made.interrupted
+                refusal = self._refusal(made)
             if refusal is None:
                 self._accept(dict(settings), made)
             else:
-                outcome.why = f"{_in_words(settings)} is not proven: {refusal}"
+                outcome.why = f"{in_words(settings)} is not proven: {refusal}"
         except KeyboardInterrupt:
             outcome.interrupted = True
             outcome.why = "it was interrupted before there was a proof"
@@ -323,6 +318,15 @@ class Tuner:
         self._first = first
         longest = max(USUAL_STEPS, int(USUAL_S / step_s))
         self._steps = options.steps or max(min(len(timed), longest), MINIMUM_STEPS)
+        self._prover = Prover(
+            self._trials,
+            first,
+            pace=self._pace,
+            steps=self._steps,
+            seed=options.seed,
+            memory=options.memory,
+            say=self._say,
+        )
         if first.ended:
             self._available = outcome.job_steps = len(process.turns)
         self._say(
@@ -472,7 +476,7 @@ class Tuner:
         if not again or self._available is not None:
             return stack
         arms = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
-        found = self._to_first(arms, None, f"once more {_in_words(again)}, on top of the stack")
+        found = self._to_first(arms, None, f"once more {in_words(again)}, on top of the stack")
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
             self._outcome.without[knob] = gain
@@ -637,7 +641,7 @@ class Tuner:
             tried = Pairs(
                 dict(settings), settings | candidate.settings, in_relay=self._can_relay(settings)
             )
-            self._say(f"{candidate} on top of {_in_words(settings) or 'bare'}, in fresh processes")
+            self._say(f"{candidate} on top of {in_words(settings) or 'bare'}, in fresh processes")
             self._alternate(tried, functools.partial(self._is_ranked, pair_s), steps)
             if tried.interrupted:
                 raise KeyboardInterrupt
@@ -677,18 +681,19 @@ class Tuner:
                 return
             outcome.verdict = None
             made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
-            refusal, passes = self._gradients_refusal(settings), self._gradients_pass
+            refusal = self._prover.gradients_refusal(settings)
+            passes: Callable[[Mapping[str, str]], bool] = self._prover.gradients_pass
             if refusal is None:
                 self._say(
-                    f"{_in_words(settings)} against bare in fresh processes, {self._steps} steps "
+                    f"{in_words(settings)} against bare in fresh processes, {self._steps} steps "
                     "each"
                 )
                 self._alternate(made, self._is_enough, self._steps)
-                refusal, passes = self._refusal(made), functools.partial(self._passes, made)
+                refusal, passes = self._refusal(made), functools.partial(self._prover.passes, made)
             if refusal is None:
                 break
-            self._say(f"{_in_words(settings)}: {refusal}")
-            outcome.why = f"{_in_words(settings)} is not proven: {refusal}"
+            self._say(f"{in_words(settings)}: {refusal}")
+            outcome.why = f"{in_words(settings)} is not proven: {refusal}"
             if made.interrupted:
                 outcome.interrupted = True
                 return
@@ -703,14 +708,14 @@ class Tuner:
         outcome.interrupted = made.interrupted
         if not statistics.is_gain(made.ratio):
             outcome.why = (
-                f"{_in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
+                f"{in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
             )
             return
         bare, plan = made.costs
         job_steps = outcome.job_steps
         if job_steps is not None and plan.job_s(job_steps) >= bare.job_s(job_steps):
             outcome.why = (
-                f"{_in_words(settings)} gives {made.ratio} a step, but the whole job has only "
+                f"{in_words(settings)} gives {made.ratio} a step, but the whole job has only "
                 f"{job_steps}: {plan.job_s(job_steps):.1f} s against {bare.job_s(job_steps):.1f} s"
             )
             return
@@ -718,149 +723,9 @@ class Tuner:
 
     def _refusal(self, made: Pairs) -> str | None:
         """Why this plan cannot be had, ``None``: it can."""
-        if made.failure is not None:
-            return f"it fails in a fresh process: {made.failure}"
-        if made.count < 2:
-            return "there was no time for two pairs"
-        verdict = self._judge(made.second, made.firsts, made.seconds)
-        if verdict.undecided and self._is_reordered(made) and not made.interrupted:
-            try:
-                verdict = self._judge_paired(made) or verdict
-            except KeyboardInterrupt:
-                made.interrupted = True
-        if self._first.process.trains:
-            others = (c for c in verdict.checks if c.name != self._gradients.name)
-            verdict = dataclasses.replace(verdict, checks=(self._gradients, *others))
-        self._outcome.verdict = verdict
-        if not verdict.passed:
-            return verdict.why
-        return memory.refusal(
-            made.steps(made.firsts), made.steps(made.seconds), self._options.memory
-        )
-
-    def _is_reordered(self, made: Pairs) -> bool:
-        """Whether other random numbers have given the plan its data in another order."""
-        if search.paired(made.second) == dict(made.second):
-            return False
-        return not all(
-            proof.have_same_data(proof.Run.of(one.process), proof.Run.of(other.process))
-            for one, other in zip(made.firsts, made.seconds, strict=True)
-        )
-
-    def _judge_paired(self, made: Pairs) -> Verdict | None:
-        """The verdict on the plan with its random numbers in the form made for proofs.
-
-        Where a plan draws other random numbers, its data come in another order, and the losses of a
-        pair differ as those of two seeds do: that takes many seeds to decide. In the paired form
-        the data are the same. ``None``: there is no such form, or it fails.
-        """
-        paired = search.paired(made.second)
-        if paired == dict(made.second):
-            return None
-        self._say(
-            f"the losses decide nothing yet, as the data come in another order; with the same data "
-            f"({_in_words(paired)}):"
-        )
-        runs = []
-        for number in range(made.count):
-            try:
-                runs.append(
-                    pairs.one_run(
-                        self._trials,
-                        paired,
-                        pace=self._pace,
-                        steps=self._steps,
-                        seed=self._options.seed + number,
-                    )
-                )
-            except TrialFailedError:
-                return None
-        verdict = self._judge(paired, made.firsts, runs)
-        self._say(verdict.why)
-        return verdict
-
-    def _judge(
-        self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
-    ) -> Verdict:
-        return proof.judge(
-            [proof.Run.of(done.process) for done in bare],
-            [proof.Run.of(done.process) for done in plan],
-            proof.Run.of(self._first.process),
-            proof.exactness(settings),
-        )
-
-    def _gradients_refusal(self, settings: Mapping[str, str]) -> str | None:
-        """Why the plan's first gradients are not bare's, ``None``: they are, or cannot be had."""
-        if not self._first.process.trains:
-            return None
-        paired = search.paired(settings)
-        bare = self._first_gradients({})
-        try:
-            plan = self._first_gradients(paired)
-        except TrialFailedError as failure:
-            return f"it fails in a fresh process: {failure}"
-        check = self._gradients = gradients.judge(bare, plan, proof.exactness(paired))
-        self._say(f"first gradients of {_in_words(paired)}: {check.why}")
-        return check.why if check.result == "failed" else None
-
-    def _first_gradients(
-        self, settings: Mapping[str, str]
-    ) -> Sequence[Mapping[str, Sequence[Gradient]]]:
-        """Of one short run for each of a few seeds.
-
-        Raises:
-            TrialFailedError: it fails under the settings.
-            UserError: it fails without any.
-        """
-        if not settings and self._bare_gradients:
-            return self._bare_gradients
-        found = []
-        for number in range(GRADIENT_SEEDS):
-            try:
-                done = pairs.one_run(
-                    self._trials,
-                    settings,
-                    pace=self._pace,
-                    steps=GRADIENT_STEPS + 1,
-                    seed=self._options.seed + number,
-                    inspection=Inspection(gradient_steps=GRADIENT_STEPS),
-                )
-            except TrialFailedError as failure:
-                if settings:
-                    raise
-                raise pairs.said("the program fails when it runs again", failure) from failure
-            found.append(done.process.gradients)
-        if not settings:
-            self._bare_gradients = found
-        return found
-
-    def _gradients_pass(self, part: Mapping[str, str]) -> bool:
-        return self._gradients_refusal(part) is None
-
-    def _passes(self, made: Pairs, part: Mapping[str, str]) -> bool:
-        """Whether a part of the settings passes, held against bare runs that there are already."""
-        bare = made.firsts[: statistics.MINIMUM_PAIRS]
-        runs = []
-        for number in range(len(bare)):
-            try:
-                runs.append(
-                    pairs.one_run(
-                        self._trials,
-                        part,
-                        pace=self._pace,
-                        steps=self._steps,
-                        seed=self._options.seed + number,
-                    )
-                )
-            except TrialFailedError:
-                return False
-        too_much = memory.refusal(
-            [done.process.turns for done in bare],
-            [done.process.turns for done in runs],
-            self._options.memory,
-        )
-        verdict = self._judge(part, bare, runs)
-        return (verdict.passed or verdict.undecided) and too_much is None
+        refusal = self._prover.refusal(made)
+        self._outcome.verdict = self._prover.verdict
+        return refusal
 
     def _without_culprit(
         self,
@@ -921,15 +786,15 @@ class Tuner:
             return self._is_overtime_over(made)
         if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
             return False
-        if made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+        if made.count >= MAXIMUM_PAIRS or self._prover.is_reordered(made):
             return True
-        return not self._judge(made.second, made.firsts, made.seconds).undecided
+        return not self._prover.judge(made).undecided
 
     def _is_overtime_over(self, made: Pairs) -> bool:
         """Whether there is no use in pairs beyond the budget. Where the losses decide nothing, as
         many are made as the next plan would need, which has less to bring."""
-        is_decided = not self._judge(made.second, made.firsts, made.seconds).undecided
-        if is_decided or made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+        is_decided = not self._prover.judge(made).undecided
+        if is_decided or made.count >= MAXIMUM_PAIRS or self._prover.is_reordered(made):
             return True
         if made.overtime_from is None:
             made.overtime_from = made.count
@@ -960,7 +825,7 @@ class Tuner:
         assert verdict is not None
         outcome.settings = settings
         outcome.pairs = made
-        outcome.why = f"{_in_words(settings)} gives {ratio}, and {verdict.why}"
+        outcome.why = f"{in_words(settings)} gives {ratio}, and {verdict.why}"
         alone = {name: outcome.alone(name) for name in settings}
         bare, plan = made.costs
         outcome.evidence = Evidence(
@@ -990,7 +855,7 @@ class Tuner:
 
     def _fail(self, arm: Arm, why: str) -> None:
         arm.state, arm.why = "failed", why
-        self._say(f"{_in_words(arm.settings)} is out: {why}")
+        self._say(f"{in_words(arm.settings)} is out: {why}")
         self._changed()
 
     def _leave_out(self, knob: str, setting: str, why: str) -> None:
@@ -1039,10 +904,6 @@ def _least_certain(settings: Mapping[str, str]) -> dict[str, str]:
     kinds = {name: knobs.get(name).exactness[setting] for name, setting in settings.items()}
     most = min(kinds.values(), key=order.index)
     return {name: setting for name, setting in settings.items() if kinds[name] == most}
-
-
-def _in_words(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={setting}" for name, setting in settings.items())
 
 
 def _arm_at_the_end(failure: TrialFailedError) -> int | None:

@@ -1,0 +1,106 @@
+"""A plan that is proven once more: its evidence grows, and is never replaced by weaker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatout import plan
+from flatout.plan import Check, Evidence, Plan
+from flatout.tune import evidence
+
+NAMES = ("gradients", "losses", "spikes", "state")
+
+
+def proven(
+    steps: int,
+    seeds: int,
+    names: tuple[str, ...] = NAMES,
+    verdict: str = "non-inferior",
+    pairs: int | None = None,
+) -> Evidence:
+    return Evidence(
+        settings={"gc": "seldom"},
+        ratio=1.0 + steps / 1e4,
+        ratio_low=1.0,
+        ratio_high=2.0,
+        pairs=seeds if pairs is None else pairs,
+        bare_step_ms=2.0,
+        plan_step_ms=1.0,
+        steps=steps,
+        seeds=seeds,
+        bare_repeats=True,
+        verdict=verdict,
+        in_process={"gc": 1.1},
+        checks=tuple(Check(name, "passed", "") for name in names),
+    )
+
+
+def test_a_shorter_proof_stands_beside_the_longer_one_and_its_pairs_count() -> None:
+    made, how = evidence.merged(proven(2000, 5), proven(40, 9), first_seed=3)
+    assert (made.steps, made.seeds) == (2000, 5)
+    assert how == "beside its proof over 2,000 steps and 5 seeds, which stays"
+    (further,) = made.verified
+    assert (further.steps, further.seeds, further.first_seed) == (40, 9, 3)
+    assert (made.ratio, made.pairs) == (1.004, 9)
+    again, _ = evidence.merged(made, proven(60, 9), first_seed=3)
+    assert [one.steps for one in again.verified] == [60], "it covers what was added before"
+    again, _ = evidence.merged(made, proven(30, 9), first_seed=100)
+    assert [one.first_seed for one in again.verified] == [3, 100]
+
+
+def test_a_proof_that_covers_another_takes_its_place() -> None:
+    made, how = evidence.merged(proven(200, 5), proven(400, 5), first_seed=0)
+    assert (made.steps, made.verified) == (400, ())
+    assert how == "in the place of its proof over 200 steps and 5 seeds, which it covers"
+    assert made.in_process == {"gc": 1.1}
+    for weaker in (
+        proven(400, 5, names=("losses", "spikes", "state")),  # it never looked at gradients
+        proven(400, 5, verdict="inconclusive"),
+    ):
+        made, _ = evidence.merged(proven(200, 5), weaker, first_seed=0)
+        assert (made.steps, made.verdict) == (200, "non-inferior")
+        assert made.verified[0].steps == 400
+
+
+PROOFS = st.builds(
+    proven,
+    st.integers(20, 400),
+    st.integers(2, 9),
+    st.sets(st.sampled_from(NAMES)).map(lambda names: tuple(sorted(names))),
+    st.sampled_from(("non-inferior", "inconclusive", "bitwise")),
+)
+
+
+@given(st.lists(st.tuples(PROOFS, st.integers(0, 5)), min_size=1, max_size=6), PROOFS)
+def test_nothing_that_was_proven_is_lost(
+    later: list[tuple[Evidence, int]], first: Evidence
+) -> None:
+    made = first
+    for new, seed in later:
+        before = made
+        made, _ = evidence.merged(made, new, seed)
+        assert made.pairs == max(before.pairs, new.pairs)
+        for steps, seeds, checks in [
+            (e.steps, e.seeds, {c.name for c in e.checks}) for e in (before, new)
+        ]:
+            assert any(
+                one.steps >= steps and one.seeds >= seeds and names >= checks
+                for one, names in (
+                    (made, {c.name for c in made.checks}),
+                    *((one, set(one.checks)) for one in made.verified),
+                )
+            )
+
+
+def test_what_was_added_is_in_the_plans_file(tmp_path: Path) -> None:
+    made, _ = evidence.merged(proven(2000, 5), proven(40, 9), first_seed=3)
+    path = tmp_path / "plan.toml"
+    Plan({"gc": "seldom"}, evidence=made).write(path)
+    assert plan.read(path).evidence == made
+    path.write_text(path.read_text().replace("first_seed = 3", 'first_seed = "x"'))
+    with pytest.raises(plan.PlanError, match=r"first_seed must be an integer"):
+        plan.read(path)
