@@ -141,6 +141,38 @@ def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Pa
 
 
 @pytest.mark.traps
+def test_verify_looks_at_gradients_too_and_keeps_what_was_proven(tmp_path: Path) -> None:
+    """A wrong factor that Adam divides out again hardly shows in a loss."""
+    knobs = {"trap_gradient": planted.knob("trap_gradient", WRONG_GRADIENT, RIGHT_AGAIN)}
+    knobs["honest"] = planted.knob("honest")
+    site = planted.plant(tmp_path, knobs)
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+
+    def verified(plan: str, *options: str) -> tuple[int, str, str]:
+        options = (*options, "--quiet", "--", sys.executable, "program.py")
+        done = planted.run(site, "verify", "--plan", plan, *options, folder=folder)
+        return done.returncode, done.stderr, (folder / plan).read_text()
+
+    (folder / "wrong.toml").write_text('[plan]\ntrap_gradient = "on"\n')
+    code, said, written = verified("wrong.toml", "--steps", "25", "--seeds", "2")
+    assert code == 1, said
+    assert "trap_gradient=on is not proven: the gradient of Net.inner.weight is 1.5 times" in said
+    assert "evidence" not in written
+    (folder / "right.toml").write_text('[plan]\nhonest = "on"\n')
+    code, said, _ = verified("right.toml", "--steps", "40", "--seeds", "2")
+    assert code == 0, said
+    assert "  gradients: passed" in said
+    assert "proven, written into right.toml\n" in said
+    code, said, second = verified("right.toml", "--steps", "25", "--seeds", "2", "--seed", "7")
+    assert code == 0, said
+    assert "beside its proof over 40 steps and 2 seeds, which stays" in said
+    assert "steps = 40" in second
+    assert "first_seed = 7" in second
+
+
+@pytest.mark.traps
 @pytest.mark.parametrize("others", [(), ("honest",)], ids=["alone", "with an honest one"])
 def test_a_slower_knob_that_wins_one_trial_is_left_out(
     tmp_path: Path, others: tuple[str, ...]

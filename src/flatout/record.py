@@ -91,7 +91,7 @@ FLUSH_SECONDS = 0.25
 _INCOMPLETE = "incomplete"
 _LONGEST_NUMBER = 6
 
-EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped")
+EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
 
 MANY_FAULTS = 256
 """Minor page faults of a step (1 MiB of memory) below which they cannot matter."""

@@ -82,8 +82,9 @@ def layer(functions: Mapping[str, Function], *keys: str, failed: Failed) -> Undo
     for (name, function), key in itertools.product(functions.items(), keys):
         if (name, key) not in _layers:
             _layers[name, key] = Layers(name, key)
-        placed.append((name, key, (function, failed)))
-        _layers[name, key].functions.append((function, failed))
+        entry = (function, failed, turning)
+        placed.append((name, key, entry))
+        _layers[name, key].functions.append(entry)
 
     def undo() -> None:
         for name, key, entry in placed:
@@ -103,12 +104,13 @@ class Layers:
         key: the dispatch key.
 
     Attributes:
-        functions: with whom to tell of their failures; the topmost is the last one.
+        functions: with whom to tell of their failures, and the knob whose they are; the topmost is
+            the last one.
         give_back: puts torch's own kernel back.
     """
 
     def __init__(self, name: str, key: str) -> None:
-        self.functions: list[tuple[Function, Failed]] = []
+        self.functions: list[tuple[Function, Failed, str | None]] = []
         self._own = _own(name, key)
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
@@ -118,8 +120,8 @@ class Layers:
 
     def _call(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         below: Callable[..., Any] = functools.partial(self._own, keyset)
-        for function, failed in self.functions:
-            below = functools.partial(_called, failed, function, below)
+        for function, failed, knob in self.functions:
+            below = functools.partial(_called, failed, knob, function, below)
         return below(*args, **kwargs)
 
 
@@ -143,11 +145,24 @@ def _own(name: str, key: str) -> Callable[..., Any]:
 
 _layers: dict[tuple[str, str], Layers] = {}
 
+turning: str | None = None
+"""The knob that is being turned."""
+
+used: set[str | None] = set()
+"""Knobs whose functions have taken a call."""
+
 
 def _called(
-    failed: Failed, function: Function, below: Callable[..., Any], *args: Any, **kwargs: Any
+    failed: Failed,
+    knob: str | None,
+    function: Function,
+    below: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     found = attempt_alone(failed, function, below, *args, **kwargs)
+    if found is not None:
+        used.add(knob)
     if type(found) is Call:
         try:
             return found.function(*found.args, **found.kwargs)

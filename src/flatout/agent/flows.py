@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from flatout.agent.graph import edges, is_view, leaf_of
+from flatout.agent.graph import edges, leaf_of
 
 INDEPENDENT, COMMON = 8.0, 64.0
 """The two factors above."""
@@ -125,6 +125,15 @@ def is_sum_of_terms(parameter: torch.Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
+_PASSING = frozenset(
+    (
+        *("Alias", "AsStrided", "Permute", "Reshape", "ReshapeAlias", "Squeeze", "T", "ToCopy"),
+        *("Transpose", "UnsafeView", "Unsqueeze", "View"),
+    )
+)
+"""Operators that view or cast all of their input: what goes through them is summed further on."""
+
+
 def _operators(node: Any, callers: dict[Any, list[Any]]) -> set[Any]:
     """The nodes that sum a leaf's gradient: the next ones that neither view nor cast."""
     found, left, seen = set(), list(callers.get(node, ())), set()
@@ -133,9 +142,8 @@ def _operators(node: Any, callers: dict[Any, list[Any]]) -> set[Any]:
         if operator in seen:
             continue
         seen.add(operator)
-        name = type(operator).__name__
-        passes_on = (is_view(operator) and not name.startswith("Expand")) or "ToCopy" in name
-        if passes_on and operator in callers:
+        name = type(operator).__name__.partition("Backward")[0]
+        if name in _PASSING and operator in callers:
             left += callers[operator]
         else:
             found.add(operator)

@@ -83,6 +83,7 @@ class Session:
         self.checked_gradients: WeakIdentitySet[Any] = WeakIdentitySet()
         self._guard: Guard | None = None
         self._undos: dict[str, Undo] = {}
+        self._ever_turned: set[str] = set()
         self._arm: int | None = None
         self._mark: str | None = None
         self._stages: list[Callable[[Turn], bool]] = []
@@ -173,8 +174,14 @@ class Session:
             knobs.RefusedError: the knob can do nothing here.
         """
         from flatout import knobs
+        from flatout.agent import dispatch
 
-        self._undos[knob] = knobs.get(knob).apply(self, setting)
+        dispatch.turning = knob
+        try:
+            self._undos[knob] = knobs.get(knob).apply(self, setting)
+        finally:
+            dispatch.turning = None
+        self._ever_turned.add(knob)
 
     def turn_off(self, knob: str) -> bool:
         """Undo what ``turn`` did; returns whether there was anything to undo."""
@@ -305,6 +312,7 @@ class Session:
             yield "guard", self._guard.finish
         yield "watch", self._remove
         if not self._is_quiet:
+            yield "knobs", self._write_unused
             yield "record", functools.partial(self._write_events, wait=True)
             yield "record", self._write_unreported
             yield "record", self.write_modules
@@ -314,6 +322,15 @@ class Session:
     def write_modules(self) -> None:
         """Write down what the program has imported of its own by now."""
         self.record.write({"kind": "modules", "files": imported_files()})
+
+    def _write_unused(self) -> None:
+        """Say which knobs have had no effect: none of the calls that they wait for came."""
+        from flatout import knobs
+        from flatout.agent import dispatch
+
+        for name in sorted(self._ever_turned - dispatch.used):
+            if knobs.get(name).behind_operators:
+                self.event("unused", name, "no operator was called that it computes otherwise")
 
     def _write_unreported(self) -> None:
         while unreported:

@@ -198,5 +198,5 @@ def _say(line: str) -> None:
     print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
 
 
-_OUTCOMES = {"skipped": "not applied", "failed": "failed"}
+_OUTCOMES = {"skipped": "not applied", "failed": "failed", "unused": "had no effect"}
 """What is said of a knob's events."""

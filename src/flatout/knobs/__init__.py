@@ -160,6 +160,8 @@ class Knob:
         slow_start: whether the first steps under it take longer than a comparison inside one
             process does, so that it is tried in processes of its own.
         kernels: what it needs of ``flatout.kernels``; built before the job starts.
+        behind_operators: whether it does nothing but compute some calls of operators in another way
+            (``agent/dispatch.py``): where none came, it had no effect, and the record says so.
         variables: of a cold knob: environment variables that the job must start with, given the
             setting and the environment as it is; none where the user has chosen already.
     """
@@ -176,6 +178,7 @@ class Knob:
     claims: tuple[str, ...] = ()
     slow_start: bool = False
     kernels: tuple[str, ...] = ()
+    behind_operators: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
 
     def offer(self, facts: Facts) -> Match:

@@ -103,6 +103,13 @@ class Pairs:
         return statistics.claimed(self.log_ratios)
 
     @property
+    def whole_ratio(self) -> float:
+        """``ratio`` with all steps, those among them that ``paired_ms`` leaves out: if it is the
+        plan that makes them slow, and no accident, they show here."""
+        both = zip(self.firsts, self.seconds, strict=False)
+        return geometric_mean(step_ms(one.process) / step_ms(other.process) for one, other in both)
+
+    @property
     def costs(self) -> tuple[Cost, Cost]:
         """What the two sides take; their step times are in the ratio that is claimed."""
         times_ms = self.times_ms

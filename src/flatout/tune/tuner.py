@@ -254,6 +254,8 @@ class Tuner:
                 self._alternate(made, lambda made: made.count >= count, self._steps)
                 outcome.interrupted = made.interrupted
                 refusal = self._refusal(made)
+            for name, why in _without_effect(made).items():
+                self._say(f"{name}={settings[name]} has no effect: {why}")
             if refusal is None:
                 self._accept(dict(settings), made)
             else:
@@ -405,10 +407,14 @@ class Tuner:
                 statistics.complete_blocks(done.process.turns, comparison), applied
             )
             skips = trial.reasons(done.process, "skipped")
+            unused = trial.reasons(done.process, "unused")
             for candidate in group:
                 arm = self._arm(candidate.settings)
                 if candidate.knob in failures:
                     self._fail(arm, failures[candidate.knob])
+                    continue
+                if candidate.knob in unused:
+                    self._has_no_effect(arm, unused[candidate.knob])
                     continue
                 arm.ratio = ratios.get((candidate.knob, candidate.setting))
                 arm.why = skips.get(candidate.knob, "")
@@ -435,11 +441,14 @@ class Tuner:
                     self._fail(culprit, f"the program fails under it: {failure}")
                     continue
                 failures = trial.reasons(done.process, "skipped", "failed")
+                unused = trial.reasons(done.process, "unused")
                 ratios = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
                 for number, candidate in enumerate(left, 1):
                     arm = self._arm(candidate.settings)
                     if f"arm {number}" in failures:
                         self._fail(arm, failures[f"arm {number}"])
+                    elif candidate.knob in unused:
+                        self._has_no_effect(arm, unused[candidate.knob])
                     else:
                         arm.ratio = ratios.get(number)
                 break
@@ -648,6 +657,10 @@ class Tuner:
             if tried.failure is not None:
                 self._fail(arm, tried.failure)
                 continue
+            without_effect = _without_effect(tried)
+            if candidate.knob in without_effect:
+                self._has_no_effect(arm, without_effect[candidate.knob])
+                continue
             arm.ratio = tried.ratio
             too_much = memory.refusal(
                 tried.steps(tried.firsts), tried.steps(tried.seconds), self._options.memory
@@ -706,9 +719,20 @@ class Tuner:
         else:
             return
         outcome.interrupted = made.interrupted
+        for name, why in _without_effect(made).items():
+            self._leave_out(name, settings.pop(name), f"it has no effect: {why}")
+        if not settings:
+            outcome.why = f"{in_words(made.second)} has no effect on this program"
+            return
         if not statistics.is_gain(made.ratio):
             outcome.why = (
                 f"{in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
+            )
+            return
+        if made.whole_ratio <= 1:
+            outcome.why = (
+                f"{in_words(settings)} gives {made.ratio} but for a few steps, and "
+                f"{made.whole_ratio:.2f}x with all of them: no gain"
             )
             return
         bare, plan = made.costs
@@ -858,6 +882,12 @@ class Tuner:
         self._say(f"{in_words(arm.settings)} is out: {why}")
         self._changed()
 
+    def _has_no_effect(self, arm: Arm, why: str) -> None:
+        """Whatever its ratio says: that is noise."""
+        arm.state, arm.why = "no gain", f"it has no effect: {why}"
+        self._say(f"{in_words(arm.settings)}: {arm.why}")
+        self._changed()
+
     def _leave_out(self, knob: str, setting: str, why: str) -> None:
         self._say(f"{knob}={setting} is left out: {why}")
         for arm in self._outcome.arms:
@@ -874,6 +904,13 @@ def _in_common(
     one: tuple[str, ...] | None, other: tuple[str, ...] | None
 ) -> tuple[str, ...] | None:
     return None if one is None or other is None else signature.merged(one, other)
+
+
+def _without_effect(made: Pairs) -> dict[str, str]:
+    """Knobs of the second side that did nothing in any of its runs, with the reason."""
+    found = [trial.reasons(done.process, "unused") for done in made.seconds]
+    first = found[0] if found else {}
+    return {name: why for name, why in first.items() if all(name in one for one in found)}
 
 
 def _factors(of: Sequence[Candidate]) -> list[list[tuple[str, str]]]:

@@ -58,5 +58,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("the CPU kernel of aten::convolution",),
 )

@@ -60,6 +60,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("cross entropy",),
     kernels=("cross_entropy",),
 )

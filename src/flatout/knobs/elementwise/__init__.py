@@ -58,6 +58,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("the CPU kernels of tanh, GELU and complex abs",),
     kernels=("elementwise",),
 )

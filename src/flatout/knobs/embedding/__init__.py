@@ -59,6 +59,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("the CPU kernels of embedding bags",),
     kernels=("embedding",),
 )

@@ -62,6 +62,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("the CPU kernel of aten::bernoulli_", "dropout on the CPU"),
     kernels=("bernoulli",),
 )

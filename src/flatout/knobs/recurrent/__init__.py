@@ -57,6 +57,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    behind_operators=True,
     claims=("gated recurrent units",),
     kernels=("gru",),
 )
