@@ -1,4 +1,4 @@
-"""Whether a graph is being made of what the program does: of a device's work, or by TorchScript."""
+"""Whether a graph of a device's work (a CUDA graph) is being captured, or a program traced."""
 
 from __future__ import annotations
 
@@ -18,14 +18,6 @@ def is_capturing() -> bool:
     )
 
 
-def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` writes down what is done, of tensors even the sizes that are
-    read."""
-    import torch
-
-    return torch._C._get_tracing_state() is not None
-
-
 @functools.cache
 def _capturing_devices() -> tuple[Any, ...]:
     """Device modules of this torch that have graphs; a build for the CPU alone has none, and no
@@ -37,4 +29,17 @@ def _capturing_devices() -> tuple[Any, ...]:
         device
         for device in devices
         if device._is_compiled() and hasattr(device, "is_current_stream_capturing")
+    )
+
+
+def is_traced() -> bool:
+    """Whether operators are being written down, to be run elsewhere, instead of run:
+    ``torch.jit.trace``, ``torch.export``, ``make_fx``."""
+    import torch
+
+    mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return (
+        torch._C._get_tracing_state() is not None
+        or mode(keys.FAKE) is not None
+        or mode(keys.PROXY) is not None
     )

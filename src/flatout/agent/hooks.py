@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch, objects
-from flatout.agent.capture import is_capturing, is_tracing
+from flatout.agent.capture import is_capturing, is_traced
 from flatout.agent.containment import around, attempt, contained, without_our_frames
 from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.losses import abandon
@@ -348,7 +348,7 @@ class Hooks:
 
     def _wrappers(self) -> Callbacks[ForwardWrapper] | None:
         """What lies around a call now."""
-        if is_tracing():
+        if is_traced():
             return None
         if not is_capturing():
             return self.forward_wrappers

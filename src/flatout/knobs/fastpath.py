@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +73,12 @@ def _without(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     import torch
 
-    @functools.wraps(forward)
+    from flatout.agent.capture import is_traced
+
     def without(module: Any, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
+            or is_traced()
             or not torch.backends.mha.get_fastpath_enabled()
             or any(getattr(value, "is_nested", False) for value in (*args, *kwargs.values()))
         ):

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     Raises:
         RuntimeError: one was written since, or is not there any more.
     """
+    kind: Any = type(node)
     if isinstance(node, BackwardCFunction):
         pairs = [(node._raw_saved_tensors, node.saved_tensors)]
     else:
@@ -136,7 +137,7 @@ def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 @functools.cache
-def _names(kind: Hashable) -> tuple[str, ...]:
+def _names(kind: type) -> tuple[str, ...]:
     """Of the tensors that a kind of node saves."""
     prefix = "_raw_saved_"
     return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
