@@ -107,7 +107,12 @@ def apply(
         otherwise: what is done then.
     """
     batch, count, rows, _ = query.shape
-    bias = None if mask is None else added(mask).expand(batch, count, rows, key.shape[2])
+    bias = None if mask is None else added(mask)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if trains and job.keep < ALWAYS:
+        query, key, value, bias = _may_be_written(query, key, value, bias, mask)
+    if bias is not None:
+        bias = bias.expand(batch, count, rows, key.shape[2])
     if heads.can_take(query, key, value):
         inputs = tuple(map(heads.with_rows, (query, key, value)))
         how = heads.WAY
@@ -122,8 +127,34 @@ def apply(
     output, *kept = made
     way = Attending(job, kernel, how, failed)
     saved = (*inputs, bias, output, *kept)
-    found = dispatch.recorded(Attention, way, output, saved, *inputs)
-    return found.view(batch, count, rows, value.shape[3])
+    if trains and job.keep < ALWAYS:
+        output = output.clone()  # torch's saves none, so the program may write to it
+    if how is blocks.WAY:
+        shape = batch, count, rows, value.shape[3]
+        output = torch.ops.aten._unsafe_view.default(output, shape)  # no view to autograd
+    return dispatch.recorded(Attention, way, output, saved, *inputs)
+
+
+def _may_be_written(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tensors in memory that the program does not write to, as torch's attention with dropout
+    saves them: scaled queries and keys, values as one batch in float32, nothing of the mask."""
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    batch, heads = value.stride()[:2]
+    is_one_batch = 1 in value.shape[:2] or batch == value.shape[1] * heads
+    if not is_one_batch or value.dtype is not torch.float32:
+        value = copy(value)
+    if bias is not None and mask is not None and bias.data_ptr() == mask.data_ptr():
+        bias = bias.clone()
+    return copy(query), copy(key), value, bias
 
 
 def added(mask: torch.Tensor) -> torch.Tensor:

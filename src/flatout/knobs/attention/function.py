@@ -59,6 +59,7 @@ class Attending(NamedTuple):
         gradient: torch.Tensor,
     ) -> Iterable[torch.Tensor]:
         """See ``dispatch.Way``."""
+        gradient = _of_output(saved, gradient)
         return self.how.gradients(*saved, gradient, self.job, self.kernel)
 
     def again(
@@ -75,11 +76,17 @@ class Attending(NamedTuple):
             found = torch.autograd.grad(
                 again.view(output.shape),
                 list(itertools.compress(inputs, needed)),
-                gradient,
+                _of_output(saved, gradient),
                 create_graph=create_graph,
             )
         each = iter(found)
         return [next(each) if is_needed else None for is_needed in needed]
+
+
+def _of_output(saved: Sequence[Any], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient, in the shape that the output has to the way."""
+    output: torch.Tensor = saved[4]
+    return gradient.reshape(output.shape)
 
 
 def differentiable(

@@ -64,6 +64,7 @@ class Loss:
 
     def __init__(self, logits: torch.Tensor, job: Job, failed: Failed) -> None:
         self._logits: torch.Tensor | None = logits
+        self._version = logits._version
         self._job = job
         self.failed = failed
 
@@ -86,6 +87,11 @@ class Loss:
         logits = self._logits
         if not torch.is_grad_enabled() or logits is None:
             return (_scaled(gradient, outer),)
+        if logits._version != self._version:
+            raise RuntimeError(
+                "the second derivative of a cross entropy needs its logits, which have been "
+                "modified by an inplace operation"
+            )
         with torch.autocast("cpu", enabled=False):
             loss = differentiable(logits, targets, self._job)
             (found,) = torch.autograd.grad(loss, logits, outer, create_graph=True)

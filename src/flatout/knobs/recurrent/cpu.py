@@ -234,7 +234,7 @@ def gru(
                     F.linear(sequence, of_input, biases[0] if biases else None).contiguous(),
                     first[number].contiguous(),
                     of_state.contiguous(),
-                    biases[1] if biases else None,
+                    biases[1].clone() if biases else None,  # saved, as torch saves none
                     Job(direction == 1, kernel, failed),
                 )
             )
@@ -242,8 +242,10 @@ def gru(
         sequence = torch.cat(outputs, 2) if bidirectional else outputs[0]
         if dropout and train and layer < num_layers - 1:
             sequence = F.dropout(sequence, dropout, True)
+    if sequence.requires_grad and not bidirectional:
+        sequence = sequence.clone()  # the states are saved, and the program may write to these
     if batch_first:
-        sequence = sequence.transpose(0, 1)
+        sequence = sequence.transpose_(0, 1)  # in place, as torch does: it is no view
     return sequence, torch.stack(last)
 
 
