@@ -103,8 +103,7 @@ def scripted(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
 
 def traced(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
     made = torch.jit.trace(module, inputs, check_trace=False)
-    graph = re.sub(r"___torch_mangle_\d+\.| # .*", "", str(made.inlined_graph))
-    return [graph, first(made(*inputs))]
+    return [re.findall(r"aten::\w+", str(made.inlined_graph)), first(made(*inputs))]
 
 
 def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Any]:

@@ -42,7 +42,8 @@ def compiled(name: str, stays: str) -> ctypes.CDLL:
 
 def are_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are dense tensors on the CPU of no other class, outside of what transforms, and
-    nobody looks on who would miss the operators of torch (``make_fx``, ``FlopCounterMode``)."""
+    nobody looks on who would miss torch's operators: ``jit.trace``, ``make_fx``, a dispatch mode.
+    """
     return (
         all(
             type(x) in PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_nested
@@ -50,6 +51,7 @@ def are_plain(*tensors: torch.Tensor) -> bool:
         )
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
 
