@@ -118,7 +118,6 @@ def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     Raises:
         RuntimeError: one was written since, or is not there any more.
     """
-    kind: Any = type(node)
     if isinstance(node, BackwardCFunction):
         pairs = [(node._raw_saved_tensors, node.saved_tensors)]
     else:
