@@ -39,14 +39,16 @@ def turn(session: Session) -> Iterator[Turn]:
     def turn(setting: str) -> knobs.Undo:
         undo = knobs.get("precision").apply(session, setting)
         undos.append(undo)
-        return undo
+
+        def undo_now() -> None:
+            undos.remove(undo)
+            undo()
+
+        return undo_now
 
     yield turn
     for undo in undos:
-        try:
-            undo()
-        except ValueError:  # the test has undone it
-            continue
+        undo()
 
 
 def events(session: Session) -> list[dict[str, Any]]:
@@ -290,7 +292,232 @@ def test_a_recomputed_forward_pass_is_the_same(turn: Turn) -> None:
             torch.testing.assert_close(parameter.grad, grad, rtol=0.05, atol=0.05)
 
 
+# What else could see half precision
+
+
+def test_plain_nets_stay_in_bfloat16_between_their_layers(turn: Turn) -> None:
+    """What lies between products is given bfloat16, and no product's input is cast twice."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+            self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, length, _ = x.shape
+            parts = self.qkv(self.norm(x)).split(8, -1)
+            q, k, v = (part.view(batch, length, 2, 4).transpose(1, 2) for part in parts)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.proj(attended.transpose(1, 2).reshape(batch, length, 8))
+            return x + self.down(nn.functional.gelu(self.up(x)))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += self.second(torch.relu(self.norm(self.first(x))))
+            return torch.relu(x)
+
+    torch.manual_seed(0)
+    gpt = nn.Sequential(nn.Embedding(9, 8), Block(), Block(), nn.Linear(8, 9))
+    images = nn.Sequential(nn.Conv2d(3, 4, 3), Residual(), nn.Flatten(), nn.Linear(64, 2))
+    words = nn.LSTM(4, 4, batch_first=True)
+    turn("bf16")
+    nets = (gpt, torch.randint(9, (2, 5))), (images, torch.randn(2, 3, 6, 6))
+    for net, given in (*nets, (words, torch.randn(2, 3, 4))):
+        net(given)
+        with Operators() as operators:
+            net(given)
+        assert set(operators.dtypes(*PRODUCT_OPERATORS)) == {torch.bfloat16}
+        assert set(operators.dtypes("gelu", "relu", "native_batch_norm")) <= {torch.bfloat16}
+        assert not operators.dtypes("_to_copy").count(torch.bfloat16) > 3  # outputs, and states
+
+
+def test_a_leak_that_begins_later_is_put_right(session: Session, turn: Turn) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.keeps = nn.Linear(4, 4), False
+            self.kept: Any = None
+            self.all: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            if self.keeps:
+                self.kept = x.detach()
+                self.all.append(x)
+            return torch.relu(x)
+
+    net, x = Late(), torch.randn(3, 4)
+    turn("bf16")
+    for _ in range(3):
+        net(x)
+    net.keeps = True
+    net(x)
+    net(x)
+    assert {t.dtype for t in (net.kept, *net.all)} == {torch.float32}
+    assert "begun to keep" in events(session)[-1]["why"]
+    net.all[0].sum().backward()
+    assert net.linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("setting", ["bf16", "safe"])
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_a_recomputation_sees_what_the_first_pass_saw(
+    turn: Turn, setting: str, is_reentrant: bool
+) -> None:
+    """Inside of a forward pass, with operators of every kind, and called from no forward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    seen: list[Operators] = []
+
+    class Part(nn.Module):
+        def __init__(self, rounds: bool) -> None:
+            super().__init__()
+            self.up, self.down, self.rounds = nn.Linear(4, 8), nn.Linear(8, 4), rounds
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with Operators() as operators:
+                seen.append(operators)
+                x = self.down(torch.sigmoid(self.up(x)))
+                return x + torch.lgamma(x.abs() + 1) if self.rounds else x
+
+    class Outer(nn.Module):
+        def __init__(self, rounds: bool) -> None:
+            super().__init__()
+            self.part, self.head = Part(rounds), nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(checkpoint(self.part, x, use_reentrant=is_reentrant))
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, requires_grad=True)
+    turn(setting)
+    for net in (Outer(rounds=False), Outer(rounds=True)):
+        for call in (net, lambda x, net=net: checkpoint(net.part, x, use_reentrant=is_reentrant)):
+            for _ in range(3):
+                seen.clear()
+                call(x).square().sum().backward()
+                names = (*PRODUCT_OPERATORS, "sigmoid", "lgamma")
+                first, again = (operators.dtypes(*names) for operators in seen)
+                assert len(again) >= 2  # it ends when it has what backward needs
+                assert first[: len(again)] == again
+
+
+def test_what_is_exported_is_the_program(turn: Turn, recwarn: pytest.WarningsRecorder) -> None:
+    from torch import fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    exact = net(x).detach()
+    turn("bf16")
+    for _ in range(2):
+        net(x).sum().backward()
+    assert not torch.equal(net(x), exact)
+    net.eval()
+    exported = torch.export.export(net, (x,))
+    assert "autocast" not in str(exported.graph)
+    for made in (
+        torch.jit.trace(net, x),
+        exported.module(),
+        make_fx(net)(x),
+        fx.symbolic_trace(net),
+        torch.func.vmap(net),
+        torch.compile(net, backend="eager"),
+    ):
+        assert made(x).dtype is torch.float32
+    assert torch.equal(torch.jit.trace(net, x)(x), exact)
+    assert torch.equal(exported.module()(x), exact)
+    assert torch.equal(make_fx(net)(x)(x), exact)
+    _, tangent = torch.func.jvp(net, (x,), (x,))
+    assert tangent.dtype is torch.float32
+
+
 # Loss scaling
+
+
+def test_each_gradient_is_divided_once_wherever_it_lies(turn: Turn) -> None:
+    """Views of one memory, one parameter in two places, hooks, and calls that add up."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+            self.words = nn.Embedding(5, 4, sparse=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(self.first(x))) + self.words(torch.arange(4))
+
+    def gradients_of(net: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+        flat = nn.Parameter(torch.zeros(24, dtype=x.dtype))
+        flat.grad = torch.zeros_like(flat)
+        parts = [p for p in net.parameters() if p is not net.words.weight]
+        optimizer = torch.optim.SGD([flat, net.words.weight], lr=0.0)
+        for part, memory in zip(parts, flat.grad.split([p.numel() for p in parts]), strict=True):
+            part.grad = memory.view_as(part)
+        hooked: list[float] = []
+        parts[0].register_hook(lambda grad: hooked.append(grad.abs().sum().item()))
+        found = []
+        for _step in range(3):
+            flat.grad.zero_()
+            for _ in range(2):
+                output = net(x)
+                (output.mean() + output[0].sum() * 0.1).backward()
+            found += [flat.grad.clone(), net.words.weight.grad.to_dense()]
+            nn.utils.clip_grad_norm_([flat], 0.5)
+            found.append(flat.grad.clone())
+            optimizer.step()
+            net.words.weight.grad = None
+        return found, hooked
+
+    torch.manual_seed(0)
+    net, x = Tied(), torch.randn(4, 4)
+    exact = gradients_of(copy.deepcopy(net).double(), x.double())
+    turn("fp16")
+    found = gradients_of(net, x)
+    for mine, right in zip(found[0], exact[0], strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=0.02, atol=0.01)
+    assert found[1] == pytest.approx(exact[1], rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["register_hook", "retain_grad", "module hook", "function"])
+def test_gradients_on_their_way_are_not_scaled(session: Session, turn: Turn, how: str) -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append(grads[0].abs().max().item())
+            return 2 * grads[0]
+
+    seen: list[float] = []
+    net, _, x = small()
+    turn("fp16")
+    net(x).sum().backward()
+    if how == "module hook":
+        net.first.register_full_backward_hook(
+            lambda module, given, grads: seen.append(grads[0].abs().max().item())
+        )
+    output = net(x)
+    if how == "register_hook":
+        output.register_hook(lambda grad: seen.append(grad.abs().max().item()))
+    if how == "retain_grad":
+        output.retain_grad()
+    if how == "function":
+        output = Doubled.apply(output)
+    output.sum().backward()
+    if how == "retain_grad":
+        seen.append(output.grad.abs().max().item())
+    assert max(seen) <= 2.0
+    assert session.failed_knobs
 
 
 class Small(nn.Module):

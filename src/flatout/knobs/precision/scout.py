@@ -176,10 +176,14 @@ class Scout(TorchFunctionMode):
                 self._halves.add(tensor)
         return None
 
-    def kept(self, output: Any) -> str | None:
+    def kept(self, output: Any, call: Any) -> str | None:
         """Why the program still holds some of them after the pass, but for what it has returned.
 
         What only autograd holds does not count.
+
+        Args:
+            output: what the module has returned.
+            call: what has called it, and may hold that as well.
         """
         halves = self._halves.living()
         if not halves:
@@ -189,9 +193,9 @@ class Scout(TorchFunctionMode):
         memory = [t.untyped_storage()._cdata for t in returned.values() if t in self._halves]
         if len(set(memory)) < len(memory):
             return "it returns tensors that share memory"
-        ours = [halves, containers, returned]
-        expected = {id(own) for own in ours} | {id(ours)} | set(map(id, containers))
-        expected |= {id(objects.attributes(c)) for c in containers}
+        expected = {id(own) for own in (halves, containers, returned)}
+        for holder in (call, *containers):
+            expected |= {id(holder), id(objects.attributes(holder))}
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             expected.add(id(frame))
