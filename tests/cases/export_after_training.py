@@ -1,7 +1,6 @@
 """A model that is trained, and then handed over in each form that torch has for that."""
 # flatout run --set precision=bf16
 # flatout run --set precision=safe
-# flatout run --set precision=fp16
 
 import copy
 import warnings

@@ -163,7 +163,7 @@ class Autocast:
         kwargs: dict[str, Any],
     ) -> Any:
         """The forward pass as it is without autocast; what it shows is known from then on."""
-        scout = Scout((args, kwargs))
+        scout = Scout((args, kwargs), self._session.turns_back(self._knob))
         with _eager(), scout:
             output = call(module, *args, **kwargs)
         if scout.weight is not None and not scout.makes_data(output):

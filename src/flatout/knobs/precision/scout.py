@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flatout.agent import objects
+from flatout.agent.containment import Failed, attempt
 from flatout.agent.nested import tensors_in
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -106,14 +107,16 @@ class Scout(TorchFunctionMode):
 
     Args:
         given: what the module is called with.
+        failed: told when it has failed to look.
 
     Attributes:
         why: what would meet them, ``None`` for nothing that has been seen.
         weight: of the last matrix product or convolution with a parameter.
     """
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: Any, failed: Failed) -> None:
         super().__init__()
+        self._failed = failed
         self.why: str | None = None
         self.weight: torch.nn.Parameter | None = None
         self._known = _Tensors()
@@ -131,20 +134,35 @@ class Scout(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        attempt(self._failed, self._see, function, args, kwargs, result, sys._getframe(1))
+        return result
+
+    def _see(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        caller: FrameType,
+    ) -> None:
         if function in _HEAD_FUNCTIONS:
             weight = weight_of((*args, *kwargs.values()))
             self.weight = self.weight if weight is None else weight
-        result = function(*args, **kwargs)
         if function in _TANH_FUNCTIONS and isinstance(result, torch.Tensor):
             self._tangent = weakref.ref(result)
         if self.why is None:
-            self.why = self._seen(function, args, kwargs, result)
-        return result
+            self.why = self._met(function, args, kwargs, result, caller)
 
-    def _seen(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    def _met(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        caller: FrameType,
     ) -> str | None:
-        """Note which results would be in half precision; why that would be seen, if it would."""
+        """Note which results would be in half precision; what would meet them, if anything."""
         name = getattr(function, "__name__", "")
         if name == "__get__":
             name = getattr(function.__self__, "__name__", "")
@@ -159,7 +177,7 @@ class Scout(TorchFunctionMode):
         meets = any(tensor in self._halves for tensor in given)
         if meets:
             if name == "dtype":
-                if not _is_installed(sys._getframe(2).f_code.co_filename):
+                if not _is_installed(caller.f_code.co_filename):
                     return "it asks for the type of a tensor"
             elif name not in _PASSED_ON and name not in _PRODUCTS:
                 return f"{name or function} is not known to be the same in half precision"
