@@ -166,8 +166,8 @@ KNOB = Knob(
         "that multiply float16 faster than bfloat16. Gradients are divided by the scale before "
         "they are added to anything, so hooks of parameters, clipping and accumulation see what "
         "they would see without; a step whose gradients are not finite is left out. It is turned "
-        "back where the program looks at gradients on their way: hooks of other tensors and of modules, "
-        "autograd functions of its own.",
+        "back where the program looks at gradients on their way: hooks of other tensors and of "
+        "modules, autograd functions of its own.",
         helps="Matrix products and convolutions dominate, and the device multiplies bfloat16 "
         "faster than float32 (AMX, AVX512-BF16, tensor cores).",
         hurts="`bf16`: a probability computed inside the module (Sigmoid before `BCELoss`) rounds "

@@ -118,8 +118,7 @@ class Autocast:
             if device is not None:
                 self._under_another(module)
             return call(module, *args, **kwargs)
-        with self._session.blames(self._knob):
-            return self._under(device, call, module, args, kwargs)
+        return self._under(device, call, module, args, kwargs)
 
     def _under(
         self,
@@ -143,10 +142,12 @@ class Autocast:
         if known.rounded is not None:
             if not self._can_round(device, module, known.rounded):
                 return call(module, *args, **kwargs)
-            with torch.autocast(device, self._dtype, cache_enabled=False):
+            blames = self._session.blames(self._knob)
+            with blames, torch.autocast(device, self._dtype, cache_enabled=False):
                 return call(module, *args, **kwargs)
-        with torch.autocast(device, self._dtype):
-            output = in_float32(call(module, *args, **kwargs))
+        with self._session.blames(self._knob), torch.autocast(device, self._dtype):
+            output = call(module, *args, **kwargs)
+        output = in_float32(output)
         if _widen(known.states):
             known.rounded = "it has begun to keep results of operators"
         return output
