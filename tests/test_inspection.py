@@ -161,7 +161,8 @@ for step in range(6):
 def test_probabilities_are_told_from_other_outputs_and_those_that_are_1_counted(
     tmp_path: Path,
 ) -> None:
-    for settings, ones in (({}, 6), ({"precision": "bf16"}, 12)):
+    # Of two a pass, one is not rounded to 1 in the first one, which is in float32.
+    for settings, ones in (({}, 6), ({"precision": "bf16"}, 11)):
         _, process = inspected(tmp_path / str(ones), DISCRIMINATOR, settings=settings)
         assert process.state is not None
         found = {root.root: (root.probabilities, root.ones) for root in process.state}
