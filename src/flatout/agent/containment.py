@@ -249,6 +249,13 @@ def around(failed: Failed, ours: Callable[..., Any], own: Callable[..., Any]) ->
     return border
 
 
+def call_module(
+    call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """As the program does it; to be what ``around`` calls."""
+    return call(module, *args, **kwargs)
+
+
 def knob_of(callback: Any) -> str | None:
     """The knob that a callback belongs to; ``None``: to the agent."""
     module = getattr(callback, "__module__", None) or type(callback).__module__

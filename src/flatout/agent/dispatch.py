@@ -91,7 +91,8 @@ def layer(functions: Mapping[str, Function], *keys: str, failed: Failed) -> Undo
         _layers[name, key].functions.append(entry)
 
     def undo() -> None:
-        for name, key, entry in placed:
+        while placed:
+            name, key, entry = placed.pop()
             layers = _layers[name, key]
             layers.functions.remove(entry)
             if not layers.functions:

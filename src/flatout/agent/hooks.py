@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flatout.agent import _watch, objects
 from flatout.agent.capture import is_capturing, is_traced
-from flatout.agent.containment import around, attempt, contained, without_our_frames
+from flatout.agent.containment import around, attempt, call_module, contained, without_our_frames
 from flatout.agent.identity import WeakIdentitySet
 from flatout.agent.losses import abandon
 from flatout.record import FLUSH_SECONDS
@@ -128,6 +128,9 @@ class Hooks:
         self._watches: list[_ClassWatch | _FunctionWatch] = []
         self._handles: list[Any] = []
         self._watch_failed = functools.partial(on_failure, "watch")
+        self._wrap_forward = around(self._watch_failed, self._forward, call_module)
+        self._before = contained(self._watch_failed, self._before_update)
+        self._after = contained(self._watch_failed, self._after_update)
         self._log = _watch.Log()
         self._log.reset()
 
@@ -250,9 +253,10 @@ class Hooks:
         return self._log.pack()
 
     def _callbacks_changed(self) -> None:
-        self._log.wrap_forward = self._wrap_forward if self.forward_wrappers else None
-        self._log.before_update = self._before_update if self.before_optimizer_step else None
-        self._log.after_update = self._after_update if self.after_optimizer_step else None
+        log = self._log
+        log.wrap_forward = self._wrap_forward if self.forward_wrappers else None
+        log.before_update = self._before if self.before_optimizer_step else None
+        log.after_update = self._after if self.after_optimizer_step else None
 
     # Roots
 
@@ -320,7 +324,7 @@ class Hooks:
                 for known in (called, looks, roots):
                     known.pop(identity, None)
 
-            called[identity] = weakref.ref(module, forget)
+            called[identity] = weakref.ref(module, contained(self._watch_failed, forget))
         self._looks[identity] = self._looks.get(identity, 0) + 1
         if is_root or self._looks[identity] == _LOOKS:
             self._log.roots[identity] = is_root
@@ -341,22 +345,24 @@ class Hooks:
         if not self.searching:
             self._search_roots()
 
-    def _wrap_forward(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        for wrapper in attempt(self._watch_failed, self._wrappers) or ():
-            call = self._wrapped(wrapper, call)
-        return call(module, *args, **kwargs)
+    def _forward(
+        self, theirs: Call, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """In the place of a ``call`` of a module, which ``theirs`` is to make."""
 
-    def _wrappers(self) -> Callbacks[ForwardWrapper] | None:
-        """What lies around a call now."""
+        def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return theirs(call, module, args, kwargs)
+
         if is_traced():
-            return None
+            return wrapped(module, *args, **kwargs)
         if not is_capturing():
-            return self.forward_wrappers
-        if not self._said_capture:
+            for wrapper in self.forward_wrappers:
+                wrapped = self._wrapped(wrapper, wrapped)
+        elif not self._said_capture:
             self._said_capture = True
             why = "what is turned on does not become part of a graph that the program captures"
             self._on_skip("capture", why)
-        return None
+        return wrapped(module, *args, **kwargs)
 
     def _wrapped(self, wrapper: ForwardWrapper, call: Call) -> Call:
         def ours(theirs: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -373,7 +379,7 @@ class Hooks:
         self._call(self.after_optimizer_step, optimizer)
 
     def _call(self, callbacks: Callbacks[Callable[[Any], None]], optimizer: Any) -> None:
-        if not attempt(self._watch_failed, is_capturing):
+        if not is_capturing():
             for callback in callbacks:
                 failed = functools.partial(self._on_callback_failure, callback)
                 attempt(failed, callback, optimizer)

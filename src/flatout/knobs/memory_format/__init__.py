@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 NAME = "memory_format"
 
+_CHECKPOINTED = "_checkpoint_without_reentrant_generator"
+"""The function of ``torch.utils.checkpoint`` that is given what is to be computed again."""
+
 
 def match(facts: Facts) -> Match:
     """Needs convolutions in the step."""
@@ -27,9 +31,10 @@ def apply(session: Session, setting: str) -> Undo:
     """Turn what goes into convolutions around, from the next outermost module call on."""
     import torch
     from torch import nn
+    from torch.utils import checkpoint
 
     from flatout.agent.containment import attempt
-    from flatout.agent.place import take_place
+    from flatout.agent.place import stand_before, take_place
     from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(session)
@@ -58,6 +63,7 @@ def apply(session: Session, setting: str) -> Undo:
     undos += [
         take_place(nn.Conv2d, "_conv_forward", convolve),
         take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
+        stand_before(checkpoint, _CHECKPOINTED, failed, wrapper.checkpointed),
     ]
 
     def undo() -> None:
@@ -88,6 +94,20 @@ class ChannelsLast:
         if not self._is_on or convolution.groups != 1 or images.dim() != 4:
             return images
         return channels_last(images)
+
+    def checkpointed(
+        self, own: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """In the place of torch's function ``own``: what is computed again while backward runs, in
+        no module's call, is held against the layouts of the first time."""
+        return own(functools.partial(self._again, function, self._is_on), *args, **kwargs)
+
+    def _again(self, function: Callable[..., Any], is_on: bool, *args: Any, **kwargs: Any) -> Any:
+        before, self._is_on = self._is_on, is_on
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._is_on = before
 
     def __call__(
         self,
