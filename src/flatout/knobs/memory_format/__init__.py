@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.identity import WeakIdentityDict
@@ -64,6 +64,9 @@ def apply(session: Session, setting: str) -> Undo:
         take_place(nn.Conv2d, "_conv_forward", convolve),
         take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
         stand_before(checkpoint, _CHECKPOINTED, failed, wrapper.checkpointed),
+        stand_before(
+            checkpoint.CheckpointFunction, "forward", failed, wrapper.checkpointed_by_reentrance
+        ),
     ]
 
     def undo() -> None:
@@ -88,6 +91,7 @@ class ChannelsLast:
         self._session = session
         self._suits: WeakIdentityDict[Any, bool] = WeakIdentityDict()
         self._is_on = False
+        self._is_left = False
 
     def turned(self, images: torch.Tensor, convolution: Any) -> torch.Tensor:
         """What a convolution is to be given: batch x channels x height x width, the same values."""
@@ -98,16 +102,35 @@ class ChannelsLast:
     def checkpointed(
         self, own: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """In the place of torch's function ``own``: what is computed again while backward runs, in
-        no module's call, is held against the layouts of the first time."""
-        return own(functools.partial(self._again, function, self._is_on), *args, **kwargs)
+        """In the place of the function ``own`` of torch that gets what a checkpoint computes again.
 
-    def _again(self, function: Callable[..., Any], is_on: bool, *args: Any, **kwargs: Any) -> Any:
-        before, self._is_on = self._is_on, is_on
+        That happens in backward, where calls of modules are not seen, and is held against the
+        first time, whose random numbers it draws. So the layouts are those of the time when the
+        checkpoint began, in both passes.
+        """
+        again = functools.partial(self._within, self._is_on, function)
+        return self._first(self._is_on, own(again, *args, **kwargs))
+
+    def checkpointed_by_reentrance(
+        self, own: Callable[..., Any], ctx: Any, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """The same for the forward pass of torch's older way, which keeps what it calls."""
+        return own(ctx, functools.partial(self._within, self._is_on, function), *args)
+
+    def _first(self, is_on: bool, passes: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        before, self._is_left = self._is_left, not is_on
+        try:
+            return (yield from passes)
+        finally:
+            self._is_left = before
+
+    def _within(self, is_on: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self._is_on, self._is_left
+        self._is_on, self._is_left = is_on, not is_on
         try:
             return function(*args, **kwargs)
         finally:
-            self._is_on = before
+            self._is_on, self._is_left = before
 
     def __call__(
         self,
@@ -117,7 +140,8 @@ class ChannelsLast:
         kwargs: dict[str, Any],
     ) -> Any:
         """Around an outermost module call."""
-        if NAME in self._session.failed_knobs or self._is_on or not self._is_for(module):
+        is_decided = self._is_on or self._is_left
+        if is_decided or NAME in self._session.failed_knobs or not self._is_for(module):
             return call(module, *args, **kwargs)
         self._is_on = True
         try:
