@@ -33,8 +33,7 @@ def apply(session: Session, setting: str) -> Undo:
     from torch import nn
     from torch.utils import checkpoint
 
-    from flatout.agent.containment import attempt
-    from flatout.agent.place import stand_before, take_place
+    from flatout.agent.place import stand_before
     from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(session)
@@ -42,27 +41,10 @@ def apply(session: Session, setting: str) -> Undo:
     undos = []
     if hasattr(torch.library, "get_kernel"):
         undos.append(keep_layouts(failed))
-    conv_forward: Callable[..., torch.Tensor] = nn.Conv2d._conv_forward
-    transposed_forward: Callable[..., torch.Tensor] = nn.ConvTranspose2d.forward
-
-    def convolve(module: Any, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            turned = attempt(failed, wrapper.turned, images, module)
-            images = images if turned is None else turned
-        return conv_forward(module, images, *args, **kwargs)
-
-    def convolve_transposed(
-        module: Any, input: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            turned = attempt(failed, wrapper.turned, input, module)
-            input = input if turned is None else turned
-        return transposed_forward(module, input, *args, **kwargs)
-
     session.forward_wrappers.append(wrapper)
     undos += [
-        take_place(nn.Conv2d, "_conv_forward", convolve),
-        take_place(nn.ConvTranspose2d, "forward", convolve_transposed),
+        stand_before(nn.Conv2d, "_conv_forward", failed, wrapper.convolve),
+        stand_before(nn.ConvTranspose2d, "forward", failed, wrapper.convolve),
         stand_before(checkpoint, _CHECKPOINTED, failed, wrapper.checkpointed),
         stand_before(
             checkpoint.CheckpointFunction, "forward", failed, wrapper.checkpointed_by_reentrance
@@ -93,11 +75,23 @@ class ChannelsLast:
         self._is_on = False
         self._is_left = False
 
-    def turned(self, images: torch.Tensor, convolution: Any) -> torch.Tensor:
-        """What a convolution is to be given: batch x channels x height x width, the same values."""
-        if not self._is_on or convolution.groups != 1 or images.dim() != 4:
-            return images
-        return channels_last(images)
+    def convolve(
+        self, own: Callable[..., Any], module: Any, input: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In the place of a method ``own`` of convolutions, whose input it turns around.
+
+        Args:
+            own: torch's method.
+            module: the convolution.
+            input: batch x channels x height x width.
+            args, kwargs: what the method gets besides.
+        """
+        import torch
+
+        is_on = self._is_on and not torch.compiler.is_compiling()
+        if is_on and module.groups == 1 and input.dim() == 4:
+            input = channels_last(input)
+        return own(module, input, *args, **kwargs)
 
     def checkpointed(
         self, own: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
