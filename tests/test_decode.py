@@ -53,7 +53,7 @@ def kept(
 ) -> DecodedImages:
     """Images that are kept from now on, those that are decoded counted."""
     made = DecodedImages(JpegImagePlugin.JpegImageFile, raising, budget_bytes)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(image, counted))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: made.load(counted, image))
     return made
 
 

@@ -43,6 +43,11 @@ BORDERS = {
     "agent/dispatch.py:_called": "the same for each layer",
     "agent/dispatch.py:forward": "what autograd calls to record what has been computed",
     "agent/dispatch.py:backward": "what autograd calls for a gradient; it only calls attempt",
+    "knobs/gradients/on_demand.py:written": "cancels a debt as the program writes a gradient",
+    "knobs/gradients/on_demand.py:deleted": "the same as it deletes one",
+    "knobs/gradients/on_demand.py:_cancel": "the same",
+    "knobs/gradients/on_demand.py:_paid": "gives the program a gradient, or the error without one",
+    "knobs/gradients/kept.py:_pack": "is called by torch while it hands a saved tensor over",
     "knobs/precision/scout.py:__torch_function__": "the same of what torch calls for a function",
 }
 """Files and functions above which there is nothing of ours, and why."""

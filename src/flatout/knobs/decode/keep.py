@@ -9,7 +9,7 @@ from typing import Any
 from PIL import ImageFile
 from torch.utils.data import get_worker_info
 
-from flatout.agent.place import take_place
+from flatout.agent.place import stand_before
 from flatout.knobs import Undo
 from flatout.knobs.decode.images import finish, identity
 from flatout.knobs.loader.cache import available_bytes
@@ -44,28 +44,19 @@ class DecodedImages:
 
     def install(self) -> Undo:
         """Take the place of Pillow's method; returns what ends that."""
-        own = ImageFile.ImageFile.load
-        return take_place(ImageFile.ImageFile, "load", lambda image: self.load(image, own))
+        return stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load)
 
-    def load(self, image: Any, own: Callable[[Any], Any]) -> Any:
-        """Decode an image by Pillow's method, or take its pixels from memory."""
+    def load(self, own: Callable[[Any], Any], image: Any) -> Any:
+        """Decode an image by Pillow's method ``own``, or take its pixels from memory."""
         if type(image) is not self._kind or not image.tile:
             return own(image)
-        key = None
-        try:
-            known = identity(image)
-            if known in self._images:
-                finish(image, self._images[known].copy())
-            else:
-                key = known
-        except Exception as error:  # noqa: BLE001 - reported
-            self._on_failure(error)
+        key = identity(image)
+        if key in self._images:
+            finish(image, self._images[key].copy())
+            return own(image)
         access = own(image)
         if key is not None:
-            try:
-                self._keep(key, image.im)
-            except Exception as error:  # noqa: BLE001 - reported
-                self._on_failure(error)
+            self._keep(key, image.im)
         return access
 
     def _keep(self, key: Hashable, pixels: Any) -> None:

@@ -24,7 +24,7 @@ from torch.utils import data
 from torch.utils.data import dataloader
 
 from flatout.agent.openmp import let_threads_rest
-from flatout.agent.place import take_place
+from flatout.agent.place import stand_before
 from flatout.knobs import Undo
 from flatout.knobs.decode import decoder, images
 from flatout.knobs.decode.foresight import Foresight
@@ -247,17 +247,13 @@ class Decoders:
 
     def install(self) -> Undo:
         """Take the place of both; returns what ends that."""
-        load = self._decode = ImageFile.ImageFile.load
-        following = dataloader._BaseDataLoaderIter._next_index
+        self._decode = ImageFile.ImageFile.load
         self._last = None
         self._is_installed = True
+        iterator = dataloader._BaseDataLoaderIter
         undos = [
-            take_place(ImageFile.ImageFile, "load", lambda image: self.load(image, load)),
-            take_place(
-                dataloader._BaseDataLoaderIter,
-                "_next_index",
-                lambda iterator: self.next_index(iterator, following),
-            ),
+            stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load),
+            stand_before(iterator, "_next_index", self._on_failure, self.next_index),
         ]
 
         def undo() -> None:
@@ -287,21 +283,18 @@ class Decoders:
 
     # A batch is asked for
 
-    def next_index(self, iterator: Any, following: Callable[[Any], Any]) -> Any:
-        """The indices of a loader's next batch, by torch's method ``following``."""
-        index = following(iterator)
-        try:
-            if (
-                self._is_installed
-                and type(iterator) is dataloader._SingleProcessDataLoaderIter
-                and iterator._dataset_kind == dataloader._DatasetKind.Map
-                and data.get_worker_info() is None
-                and self._pid == os.getpid()
-            ):
-                with self._lock:
-                    self._begin(iterator._dataset, index if iterator._auto_collation else [index])
-        except Exception as error:  # noqa: BLE001 - reported
-            self._on_failure(error)
+    def next_index(self, own: Callable[[Any], Any], iterator: Any) -> Any:
+        """The indices of a loader's next batch, by torch's method ``own``."""
+        index = own(iterator)
+        if (
+            self._is_installed
+            and type(iterator) is dataloader._SingleProcessDataLoaderIter
+            and iterator._dataset_kind == dataloader._DatasetKind.Map
+            and data.get_worker_info() is None
+            and self._pid == os.getpid()
+        ):
+            with self._lock:
+                self._begin(iterator._dataset, index if iterator._auto_collation else [index])
         return index
 
     def _begin(self, dataset: Any, indices: Any) -> None:
@@ -375,7 +368,7 @@ class Decoders:
 
     # An image is to be decoded
 
-    def load(self, image: Any, own: Callable[[Any], Any]) -> Any:
+    def load(self, own: Callable[[Any], Any], image: Any) -> Any:
         """Decode an image by Pillow's method ``own``, or take the pixels that are there."""
         if (
             self._is_installed
@@ -383,11 +376,8 @@ class Decoders:
             and image.tile
             and self._pid == os.getpid()
         ):
-            try:
-                with self._lock:
-                    self._take(image)
-            except Exception as error:  # noqa: BLE001 - reported
-                self._on_failure(error)
+            with self._lock:
+                self._take(image)
         return own(image)
 
     def _take(self, image: Any) -> None:

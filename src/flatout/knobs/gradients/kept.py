@@ -70,7 +70,7 @@ class Kept:
             return False
         return True
 
-    def keep(self, late: Iterable[Any], others: Iterable[Any]) -> None:
+    def keep(self, late: Iterable[Any], others: Iterable[Any]) -> bool:
         """Keep what ``late`` nodes have saved, and let go what ``others`` have, as torch does
         with all of them after backward.
 
@@ -84,6 +84,7 @@ class Kept:
         for node in late:
             self._take(node)
         copy_where_shared(self._tensors)
+        return True
 
     def release(self) -> None:
         """Let go all of it; to read it then is an error, as after any backward call."""

@@ -32,9 +32,10 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from flatout.agent import graph, objects
 from flatout.agent.capture import is_capturing
+from flatout.agent.containment import around, attempt
 from flatout.agent.finite import kept_gradient
 from flatout.agent.modes import autocast_devices, without_autocast
-from flatout.agent.place import take_place
+from flatout.agent.place import stand_before, take_place
 from flatout.knobs import Undo
 from flatout.knobs.gradients import surroundings
 from flatout.knobs.gradients.kept import Kept, is_known, is_of_program
@@ -191,10 +192,7 @@ class OnDemand:
     def _backward(self, own: Any, outputs: Any, grads: Any, args: Any, kwargs: Any) -> Any:
         found = None
         if self._is_on and not self._is_over:
-            try:
-                found = self._forecast(outputs, grads, args)
-            except Exception as error:  # noqa: BLE001 - reported
-                self._end_by(error)
+            found = attempt(self._end_by, self._forecast, outputs, grads, args)
             if found is None or not found.put_off:
                 self._count_in_vain()
         self._pay_before(found)
@@ -208,16 +206,11 @@ class OnDemand:
             first = tuple(grad.clone() for grad in grads)
             keep_graph, create_graph = True, False
             wanted = tuple(found.wanted.values())
-            result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
             kept = Kept()
             debt = Debt(edges, first, kept, surroundings.now(), found.fate, found.put_off)
+            result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
             self._debts.append(debt)
-            is_kept = False
-            try:
-                kept.keep(found.late, found.others)
-                is_kept = True
-            except Exception as error:  # noqa: BLE001 - reported
-                self._end_by(error)
+            is_kept = attempt(self._end_by, kept.keep, found.late, found.others)
             if not (is_kept and self._is_on):  # or a turn of the loop has ended in there
                 self._pay(debt)
         for identity in found.wanted:
@@ -361,59 +354,90 @@ class OnDemand:
     def _is_owed(self, leaf: Any) -> bool:
         return any(id(leaf) in debt.leaves for debt in self._debts)
 
-    def _read(self, leaf: Any) -> Any:
-        """As ``Parameter.grad``.
+    def _read(self, own: Callable[[Any], Any], leaf: Any) -> Any:
+        """As ``Parameter.grad``."""
+        identity = id(leaf)
+        for debt in [debt for debt in self._debts if identity in debt.leaves]:
+            self._pay(debt)
+        for fate in self._unread.pop(identity, ()):
+            fate.read.add(identity)
+        gradient = own(leaf)
+        self._leave_if_done()
+        return gradient
+
+    def _paid(self, leaf: Any) -> Any:
+        """What torch keeps.
 
         Raises:
             RuntimeError: it was put off, and cannot be computed any more.
         """
-        identity = id(leaf)
-        for debt in [debt for debt in self._debts if identity in debt.leaves]:
-            self._pay(debt)
-            if debt.lost is not None:
+        for debt in self._debts:
+            if id(leaf) in debt.leaves:
                 raise RuntimeError(
                     "a gradient that flatout has put off is asked for after all, and cannot be "
                     "computed any more: run without gradients=on_demand"
                 ) from debt.lost
-        for fate in self._unread.pop(identity, ()):
-            fate.read.add(identity)
-        gradient = kept_gradient.__get__(leaf)
-        self._leave_if_done()
-        return gradient
+        return kept_gradient.__get__(leaf)
 
-    def _write(self, leaf: Any, gradient: Any) -> None:
-        kept_gradient.__set__(leaf, gradient)
+    def _write(self, own: Callable[[Any, Any], None], leaf: Any, gradient: Any) -> None:
+        own(leaf, gradient)
         self._drop([leaf])
 
-    def _delete(self, leaf: Any) -> None:
-        kept_gradient.__delete__(leaf)
+    def _delete(self, own: Callable[[Any], None], leaf: Any) -> None:
+        own(leaf)
         self._drop([leaf])
+
+    def _cancel(self, leaves: Iterable[Any]) -> None:
+        """What is owed to these is not wanted any more."""
+        for leaf in leaves:
+            for debt in self._debts:
+                debt.leaves.pop(id(leaf), None)
 
     # Places
 
     def _take_backward(self) -> Undo:
-        own = _autograd._engine_run_backward
+        return stand_before(
+            torch.autograd, "_engine_run_backward", self._has_failed, self._instead_of_backward
+        )
 
-        def backward(outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
-            is_idle = (not self._is_on or self._is_over) and not self._debts
-            is_none = not kwargs.get("accumulate_grad") or is_capturing()
-            if is_idle or is_none or self._depth:
-                return own(outputs, grads, *args, **kwargs)
-            if self._thread is None:
-                self._thread = threading.get_ident()
-            elif self._thread != threading.get_ident():
-                self._end("its backward calls come from several threads")
-            self._depth += 1
-            try:
-                return self._backward(own, outputs, grads, args, kwargs)
-            finally:
-                self._depth -= 1
-                self._leave_if_done()
+    def _instead_of_backward(
+        self, own: Any, outputs: Any, grads: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_idle = (not self._is_on or self._is_over) and not self._debts
+        is_none = not kwargs.get("accumulate_grad") or is_capturing()
+        if is_idle or is_none or self._depth:
+            return own(outputs, grads, *args, **kwargs)
+        if self._thread is None:
+            self._thread = threading.get_ident()
+        elif self._thread != threading.get_ident():
+            self._end("its backward calls come from several threads")
+        self._depth += 1
+        try:
+            return self._backward(own, outputs, grads, args, kwargs)
+        finally:
+            self._depth -= 1
+            self._leave_if_done()
 
-        return take_place(torch.autograd, "_engine_run_backward", backward)
+    def _has_failed(self, error: Exception) -> None:
+        """What stands in the place of a function of torch, which is about to be called, or was."""
+        self._end_by(error)
+        self._pay_all()
 
     def _take_gradients(self) -> Undo:
-        taken = property(self._read, self._write, self._delete, kept_gradient.__doc__)
+        def written(leaf: Any, gradient: Any) -> None:
+            kept_gradient.__set__(leaf, gradient)
+            self._cancel([leaf])
+
+        def deleted(leaf: Any) -> None:
+            kept_gradient.__delete__(leaf)
+            self._cancel([leaf])
+
+        taken = property(
+            around(self._has_failed, self._read, self._paid),
+            around(self._has_failed, self._write, written),
+            around(self._has_failed, self._delete, deleted),
+            kept_gradient.__doc__,
+        )
         undos = [_add(torch.nn.Parameter, name, taken) for name in ("grad", "_grad")]
 
         def undo() -> None:
@@ -423,9 +447,7 @@ class OnDemand:
         return undo
 
     def _take_zero_grad(self, owner: Any, leaves_of: Callable[[Any], Iterable[Any]]) -> Undo:
-        own = owner.__dict__["zero_grad"]
-
-        def zero_grad(owning: Any, set_to_none: bool = True) -> None:
+        def zero_grad(own: Any, owning: Any, set_to_none: bool = True) -> None:
             leaves = list(leaves_of(owning))
             unmade = [] if set_to_none else [leaf for leaf in leaves if self._is_owed(leaf)]
             self._drop(leaves)
@@ -434,17 +456,16 @@ class OnDemand:
                 if kept_gradient.__get__(leaf) is None:
                     kept_gradient.__set__(leaf, torch.zeros_like(leaf))
 
+        function = around(self._has_failed, zero_grad, owner.__dict__["zero_grad"])
         is_optimizer = owner is torch.optim.Optimizer  # whose own dynamo does not look at either
-        function = _torch._disable_dynamo(zero_grad) if is_optimizer else zero_grad
-        return take_place(owner, "zero_grad", function)
+        return take_place(
+            owner, "zero_grad", _torch._disable_dynamo(function) if is_optimizer else function
+        )
 
     def _take_hooks(self) -> tuple[Undo, ...]:
         """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
         tensor: Any = torch.Tensor
-        own_register, own_retain = tensor.register_hook, tensor.retain_grad
-        own_register_after = tensor.register_post_accumulate_grad_hook
-        own_register_on_node = _HookMixin._register_hook
-        own_enter: Any = saved_tensors_hooks.__enter__
+        own_retain = tensor.retain_grad
 
         def see(hooked: Any) -> None:
             if hooked.is_leaf:
@@ -457,44 +478,40 @@ class OnDemand:
             self._end("the program hangs hooks on what lies between its parameters and losses")
             self._pay_all()  # a hook is not called for what was before it
 
-        def register_hook(hooked: Any, hook: Any) -> Any:
+        def register(own: Any, hooked: Any, hook: Any) -> Any:
             see(hooked)
-            return own_register(hooked, hook)
+            return own(hooked, hook)
+
+        def register_on_node(own: Any, hooks: Any, hook: Any) -> Any:
+            see_within()
+            return own(hooks, hook)
 
         def retain_grad(hooked: Any) -> None:
-            see(hooked)
+            attempt(self._has_failed, see, hooked)
             own_retain(hooked)
 
-        def register_after(hooked: Any, hook: Any) -> Any:
-            see(hooked)
-            return own_register_after(hooked, hook)
-
-        def register_on_node(hooks: Any, hook: Any) -> Any:
-            see_within()
-            return own_register_on_node(hooks, hook)
-
-        def enter(hooks: Any) -> Any:
+        def enter(own: Any, hooks: Any) -> Any:
             self._end("the program has hooks on what is saved for backward, as checkpoints do")
-            return own_enter(hooks)
+            return own(hooks)
 
+        on_node = around(self._has_failed, register_on_node, _HookMixin._register_hook)
         return (
-            take_place(tensor, "register_hook", register_hook),
-            take_place(tensor, "register_post_accumulate_grad_hook", register_after),
+            stand_before(tensor, "register_hook", self._has_failed, register),
+            stand_before(tensor, "register_post_accumulate_grad_hook", self._has_failed, register),
             _add(tensor, "retain_grad", retain_grad),
-            take_place(_HookMixin, "_register_hook", staticmethod(register_on_node)),
-            take_place(saved_tensors_hooks, "__enter__", enter),
+            take_place(_HookMixin, "_register_hook", staticmethod(on_node)),
+            stand_before(saved_tensors_hooks, "__enter__", self._has_failed, enter),
         )
 
     def _take_scaler(self) -> Undo:
         """The graph of a scaled loss begins with the scale, which is written at each update."""
-        own = torch.amp.GradScaler.scale
 
-        def scale(scaler: Any, outputs: Any) -> Any:
+        def scale(own: Any, scaler: Any, outputs: Any) -> Any:
             if scaler.is_enabled():
                 self._end("the program scales its losses")
             return own(scaler, outputs)
 
-        return take_place(torch.amp.GradScaler, "scale", scale)
+        return stand_before(torch.amp.GradScaler, "scale", self._has_failed, scale)
 
 
 _everywhere: weakref.WeakSet[OnDemand] = weakref.WeakSet()
