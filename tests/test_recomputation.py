@@ -224,7 +224,9 @@ def test_what_is_computed_again_is_what_was_computed(
                 for around in contexts() if way is method and not reentrant else [nothing]:
                     found = gradients(net, functools.partial(run, again=again), around)
                     for one, other in zip(found, expected, strict=True):
-                        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+                        # Under autocast a checkpoint that is no part of a module is in float32.
+                        off = 0.1 * float(other.abs().max()) if exactness == "reduced" else 1e-6
+                        torch.testing.assert_close(one, other, rtol=1e-5, atol=off)
         fresh = functools.partial(torchs.checkpoint, use_reentrant=False, preserve_rng_state=False)
         run = functools.partial(as_said, way=method, by_method=False, again=fresh)
         assert all(g.isfinite().all() for g in gradients(net, run, contextlib.nullcontext()))
