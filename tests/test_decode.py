@@ -178,6 +178,18 @@ def test_other_formats_are_decoded_as_ever(
     assert counted.decoded == 2
 
 
+def test_an_image_that_the_program_reads_in_its_own_way(
+    tmp_path: Path, counted: Counted, images: DecodedImages
+) -> None:
+    path = draw(tmp_path / "a.jpg")
+    ended = []
+    for _ in range(3):
+        image = Image.open(path)
+        image.load_end = lambda: ended.append(1)
+        image.load()
+    assert len(ended) == counted.decoded == 3
+
+
 def test_the_budget_is_kept(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,8 @@ def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
 
 
 def used(decoders: Decoders, dataset: Any) -> tuple[int, int]:
-    known = decoders._known[dataset]
+    known = decoders._known.get(dataset)
+    assert known is not None
     return known.used, known.wasted
 
 
@@ -226,7 +227,8 @@ def test_what_is_never_of_use_is_given_up(
     dataset = Folder(paths)
     undo = decoders.install()
     epoch(dataset)
-    known = decoders._known[dataset]
+    known = decoders._known.get(dataset)
+    assert known is not None
     known.used, known.wasted = 0, 8
     epoch(dataset)
     assert (known.used, known.wasted) == (0, 8)
@@ -380,7 +382,42 @@ def test_a_fork_decodes_for_itself(paths: list[Path], decoders: Decoders) -> Non
     undo()
 
 
-def test_with_workers_and_with_a_thread_that_fetches_ahead(
+class Equal(Folder):
+    """Says that it is like any other, and asks what is asked of it."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_datasets_are_told_apart_by_what_they_are(paths: list[Path], decoders: Decoders) -> None:
+    one, other = Equal(paths[:6]), Equal(paths[6:])
+    bare = [epoch(dataset, seed) for seed in range(2) for dataset in (one, other)]
+    undo = decoders.install()
+    found = [epoch(dataset, seed) for seed in range(2) for dataset in (one, other)]
+    undo()
+    assert all(map(same, found, bare))
+    assert len(decoders._known) == 2
+
+
+def test_a_dataset_is_not_asked_for_its_length(paths: list[Path], decoders: Decoders) -> None:
+    class Long(Folder):
+        asked = 0
+
+        def __len__(self) -> int:
+            Long.asked += 1
+            return super().__len__()
+
+    epoch(Long(paths), 0)
+    bare, Long.asked = Long.asked, 0
+    undo = decoders.install()
+    epoch(Long(paths), 0)
+    undo()
+    assert Long.asked == bare
+
+
+def test_with_workers_and_with_processes_that_fetch_ahead(
     paths: list[Path], decoders: Decoders
 ) -> None:
     class Calm(Folder):

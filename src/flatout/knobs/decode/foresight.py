@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PosixPath
 from typing import Any, NamedTuple
 
 from torch.utils import data
@@ -103,11 +104,9 @@ class Foresight:
 
     def _rule(self, indices: Sequence[int], opened: Sequence[str]) -> Rule | None:
         """One by which these samples have opened these files."""
-        dataset = self._dataset()
-        length = _length(dataset)
-        if not 0 <= indices[0] < length:
+        if min(indices) < 0:
             return None
-        for entries in _lists(dataset, length, DEEPEST):
+        for entries in _lists(self._dataset(), max(indices) + 1, DEEPEST):
             for key, path in _paths(entries[indices[0]]):
                 if path and opened[0].endswith(path):
                     rule = Rule(entries, key, opened[0][: -len(path)])
@@ -116,37 +115,29 @@ class Foresight:
         return None
 
 
-def _length(dataset: Any) -> int:
-    """Of a dataset; 0 where it does not say so."""
-    try:
-        return len(dataset)
-    except Exception:  # noqa: BLE001 - the dataset's own; a sampler may know the length instead
-        return 0
-
-
-def _lists(dataset: Any, length: int, depth: int) -> Iterator[Sequence[Any]]:
-    """The lists of so many entries that a dataset has, or one that it has."""
+def _lists(dataset: Any, least: int, depth: int) -> Iterator[Sequence[Any]]:
+    """The lists of at least so many entries that a dataset has, or one that it has."""
     values = list(getattr(dataset, "__dict__", {}).values())
     for value in values:
-        if type(value) in (list, tuple) and len(value) == length > 0:
+        if type(value) in (list, tuple) and len(value) >= least:
             yield value
     for value in values:
         if depth and isinstance(value, data.Dataset):
-            yield from _lists(value, length, depth - 1)
+            yield from _lists(value, least, depth - 1)
 
 
 def _paths(entry: Any) -> Iterator[tuple[Any, str]]:
     """What may be a path in an entry, by its key."""
-    if isinstance(entry, (str, os.PathLike)):
-        parts: Iterator[tuple[Any, Any]] = iter([(None, entry)])
-    elif isinstance(entry, Mapping):
-        parts = iter(entry.items())
-    elif isinstance(entry, (list, tuple)):
+    if type(entry) is dict:
+        parts: Iterable[tuple[Any, Any]] = entry.items()
+    elif isinstance(entry, (list, tuple)) and type(entry).__iter__ in _ITERATIONS:
         parts = enumerate(entry)
     else:
-        return
+        parts = [(None, entry)]
     for key, part in parts:
-        if isinstance(part, (str, os.PathLike)):
-            path = os.fspath(part)
-            if isinstance(path, str):
-                yield key, path
+        if type(part) in (str, PosixPath):
+            yield key, os.fspath(part)
+
+
+_ITERATIONS = (list.__iter__, tuple.__iter__)
+"""What a program has written to iterate by is not called: it may do more."""

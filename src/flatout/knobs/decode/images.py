@@ -19,6 +19,8 @@ note them in steps of up to two seconds."""
 
 def identity(image: Any) -> Hashable:
     """What an image that is not decoded yet will be made of; ``None``: not known."""
+    if not {"load_prepare", "load_read", "load_end"}.isdisjoint(vars(image)):
+        return None  # the program has its own for this image
     how = (
         *(image.mode, image.size, tuple(map(tuple, image.tile)), tuple(image.decoderconfig)),
         ImageFile.LOAD_TRUNCATED_IMAGES,

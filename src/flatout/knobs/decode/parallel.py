@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image, ImageFile
 from torch.utils import data
 from torch.utils.data import dataloader
 
+from flatout.agent.identity import WeakIdentityDict
 from flatout.agent.openmp import let_threads_rest
 from flatout.agent.place import stand_before
 from flatout.knobs import Undo
@@ -231,7 +231,7 @@ class Decoders:
         self._kind = kind
         self._on_failure = on_failure
         self._decode: Callable[[Any], Any] = ImageFile.ImageFile.load
-        self._known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+        self._known: WeakIdentityDict[Any, Known] = WeakIdentityDict()
         self._last: Known | None = None
         self._lock = threading.RLock()  # a thread may fetch what another has asked for
         self._pid = os.getpid()
