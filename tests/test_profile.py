@@ -340,6 +340,7 @@ for epoch in range(100):
     (loader,) = facts["loaders"]
     assert loader["dataset"] == "TensorDataset"
     assert (loader["workers"], loader["batch_size"]) == (0, 2)
+    assert loader["settings"] == ["batched", "cache", "prefetch", "workers"]
 
 
 def test_the_window_writes_nothing_to_the_programs_stderr(tmp_path: Path) -> None:

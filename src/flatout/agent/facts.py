@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 
 from flatout.agent import objects
 from flatout.agent.finite import kept_gradient
+from flatout.knobs import loader as loader_knob
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -141,4 +142,5 @@ def _loader(loader: Any) -> dict[str, Any]:
         "dataset": _name(source(held.get("dataset"))),
         "pin_memory": bool(held.get("pin_memory")),
         "persistent_workers": bool(held.get("persistent_workers")),
+        "settings": loader_knob.possible(held),
     }

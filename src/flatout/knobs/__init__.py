@@ -60,8 +60,8 @@ class Facts:
             waiting for data, and for page faults; ``None``: not measured.
         unfused_attention_share: in attention that torch has no fused kernel for; ``None``: not
             measured.
-        datasets: names of the classes of what the job's loaders without workers load, subsets
-            looked through; ``None``: not known.
+        loader_settings: settings of the knob ``loader`` that one of the job's loaders can take;
+            ``None``: not known.
         opens_images: whether the job's main process has opened an image by Pillow; ``None``: not
             known.
         overhead_share: in Python and dispatch around operators; ``None``: not measured.
@@ -80,7 +80,7 @@ class Facts:
     page_fault_share: float | None = None
     unfused_attention_share: float | None = None
     overhead_share: float | None = None
-    datasets: tuple[str, ...] | None = None
+    loader_settings: tuple[str, ...] | None = None
     opens_images: bool | None = None
 
     def lack(self, *words: str) -> bool:

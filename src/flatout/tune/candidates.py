@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flatout import knobs, machine
 from flatout.doctor.case import Case, is_large
@@ -86,9 +87,16 @@ def facts(case: Case) -> Facts:
             case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None
         ),
         overhead_share=max(0.0, 1 - large) if is_profiled else None,
-        datasets=tuple(x["dataset"] for x in loaders if not x["workers"]) if loaders else None,
+        loader_settings=_loader_settings(loaders),
         opens_images=case.facts.get("opens_images"),
     )
+
+
+def _loader_settings(loaders: list[dict[str, Any]] | None) -> tuple[str, ...] | None:
+    """Settings that one of these loaders can take; ``None``: not known."""
+    if not loaders or any("settings" not in loader for loader in loaders):
+        return None
+    return tuple({setting: None for loader in loaders for setting in loader["settings"]})
 
 
 def find(

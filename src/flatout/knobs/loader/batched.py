@@ -7,25 +7,23 @@ from typing import Any
 
 import torch
 from torch.utils import data
-from torch.utils.data._utils import collate, fetch
+from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
-from flatout.agent.facts import source
-from flatout.agent.place import take_place
+from flatout.agent.place import stand_before
 from flatout.knobs import Undo
-
-_METHODS = (
-    (data.TensorDataset, "__getitem__", data.TensorDataset.__getitem__),
-    (data.Subset, "__getitem__", data.Subset.__getitem__),
-    (data.Subset, "__getitems__", data.Subset.__getitems__),
-)
-_COLLATE_TENSORS = collate.default_collate_fn_map[torch.Tensor]
+from flatout.knobs.loader.purity import is_torchs_own
 
 
-def _is_torchs_own() -> bool:
-    """Whether samples are got and put together as torch does it."""
-    return collate.default_collate_fn_map.get(torch.Tensor) is _COLLATE_TENSORS and all(
-        getattr(kind, name) is method for kind, name, method in _METHODS
+def is_of_tensors(dataset: Any, collate_fn: Any) -> bool:
+    """Whether samples are rows of tensors, got and put together as torch does it."""
+    while type(dataset) is data.Subset and "__getitems__" not in vars(dataset):
+        dataset = dataset.dataset
+    return (
+        collate_fn is default_collate
+        and type(dataset) is data.TensorDataset
+        and not hasattr(dataset, "__getitems__")
+        and is_torchs_own()
     )
 
 
@@ -41,40 +39,31 @@ class BatchedFetch:
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
-        self._own: Callable[[Any, Any], Any] = fetch._MapDatasetFetcher.fetch
 
     def install(self) -> Undo:
         """Take the place of torch's method; returns what ends that."""
-        self._own = fetch._MapDatasetFetcher.fetch
-        return take_place(
-            fetch._MapDatasetFetcher, "fetch", lambda fetcher, index: self.fetch(fetcher, index)
-        )
+        return stand_before(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
 
-    def fetch(self, fetcher: Any, index: Any) -> Any:
-        """A batch, as the loader's fetcher would make it."""
+    def fetch(self, own: Callable[[Any, Any], Any], fetcher: Any, index: Any) -> Any:
+        """A batch, as the loader's fetcher would make it by its method ``own``."""
         batch = None
-        try:
-            if fetcher.auto_collation and fetcher.collate_fn is default_collate:
-                batch = rows(fetcher.dataset, index)
-        except Exception as error:  # noqa: BLE001 - reported
-            self._on_failure(error)
-        return self._own(fetcher, index) if batch is None else batch
+        if fetcher.auto_collation and is_of_tensors(fetcher.dataset, fetcher.collate_fn):
+            batch = rows(fetcher.dataset, index)
+        return own(fetcher, index) if batch is None else batch
 
 
 def rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:
     """The samples at ``indices`` put together; ``None``: sample by sample, it must be."""
-    if (
-        type(source(dataset)) is not data.TensorDataset
-        or data.get_worker_info() is not None
-        or not _is_torchs_own()
-    ):
-        return None  # in a worker, torch puts samples together in memory that it can share
+    if data.get_worker_info() is not None:
+        return None  # there, torch puts samples together in memory that it can share
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return None  # a mode of the program looks at each operation
     while type(dataset) is data.Subset:
         indices = _chosen(dataset.indices, indices)
         if indices is None:
             return None
         dataset = dataset.dataset
-    if hasattr(dataset, "__getitems__") or not all(map(_is_plain, dataset.tensors)):
+    if type(dataset.tensors) is not tuple or not all(map(_is_plain, dataset.tensors)):
         return None
     length = min(len(tensor) for tensor in dataset.tensors)
     if not _are_within(indices, length):
@@ -108,5 +97,6 @@ def _is_plain(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and not tensor.requires_grad
+        and tensor.dim() > 0
+        and not (tensor.requires_grad or tensor.is_quantized or any(getattr(tensor, "names", ())))
     )
