@@ -24,7 +24,7 @@ settings = {precision = "bf16"}   # what was proven; another [plan] is unproven
 ratio = 1.61                # bare step time over the plan's, from fresh processes
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
-bare_step_ms, plan_step_ms  # medians
+bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
 [[evidence.losses]]         # one for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
@@ -144,7 +144,7 @@ class Evidence:
         settings: what was proven.
         ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
         pairs: pairs of fresh processes behind it.
-        bare_step_ms, plan_step_ms: medians over all of them.
+        bare_step_ms, plan_step_ms: geometric means of the runs; the ratio is that of the two.
         steps: horizon: how many steps from the start the proof covers.
         seeds: how many seeds that changed anything it was repeated with (1: the program seeds
             itself).
