@@ -316,3 +316,25 @@ def test_zero_gradients_are_below_their_rounding_and_others_are_above(
                 elif inputs == 1.0 and name != "g":
                     assert size > flow.noise, (name, size, flow.noise)
             assert watched.take(net.shift) is None
+
+
+def test_updates_that_a_setting_leaves_as_they_are_do_not_hide_a_factor() -> None:
+    """Some begin with the second step, having looked at the first."""
+    draw = random.Random(5)
+    bare = [{name: [noise(1.0, draw) for _ in range(4)] for name in "abc"} for _ in range(2)]
+    plan = [
+        {
+            name: [
+                given[0],
+                *(
+                    scaled([{name: [g]}], name, 1.25 if name == "b" else 1.003)[0][name][0]
+                    for g in given[1:]
+                ),
+            ]
+            for name, given in run.items()
+        }
+        for run in bare
+    ]
+    check = judge(bare, plan, "reduced")
+    assert check.why.startswith("the gradient of b is 1.25 times bare's")
+    assert judge(bare, bare, "reduced").result == "passed"

@@ -164,6 +164,19 @@ def _pairs(
             yield update, mine, theirs, math.sqrt(sum(filter(math.isfinite, squares)))
 
 
+def _first_other(run: Recorded, other: Recorded) -> int:
+    """The first update in which any gradient is not the same to the bit; 0: all are."""
+    return min(
+        (
+            update
+            for name, given in run.items()
+            for update, (mine, theirs) in enumerate(zip(given, other.get(name, ()), strict=False))
+            if (mine.norm, mine.sample) != (theirs.norm, theirs.sample)
+        ),
+        default=0,
+    )
+
+
 def _floor(mine: Gradient, theirs: Gradient, of_whole: float) -> float:
     """The norm up to which a gradient is nothing but rounding, on one side or the other."""
     return max(of_whole, mine.noise or 0.0, theirs.noise or 0.0)
@@ -172,9 +185,14 @@ def _floor(mine: Gradient, theirs: Gradient, of_whole: float) -> float:
 def _sizes(
     name: str, bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[tuple[int, int], float]]:
-    """Logarithm of the plan's norm over bare's, by seed and update; nothing below the floor."""
+    """Logarithm of the plan's norm over bare's, by seed and update; nothing below the floor, and
+    nothing of the updates before the first that differs: a setting that leaves these as they are is
+    not proven by them."""
     for seed, (run, other) in enumerate(zip(bare, plan, strict=True)):
+        first = _first_other(run, other)
         for update, mine, theirs, whole in _pairs(name, run, other):
+            if update < first:
+                continue
             least = _floor(mine, theirs, floor * whole)
             if max(mine.norm, theirs.norm) > least:
                 quotient = max(theirs.norm, least) / max(mine.norm, least)

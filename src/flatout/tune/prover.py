@@ -18,8 +18,9 @@ from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 
-GRADIENT_SEEDS, GRADIENT_STEPS = 2, 3
-"""For which the gradients are compared, before anything else is, unless more are asked for."""
+GRADIENT_SEEDS, GRADIENT_STEPS = 2, 4
+"""For which the gradients are compared, before anything else is, unless more are asked for. Some
+settings leave the first step as it is."""
 
 REPEATS = 2
 """Bare runs more from one seed, before a plan is refused for not being identical: threads that
