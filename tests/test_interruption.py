@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,14 +48,19 @@ while :; do sleep 600; done
 """
 
 
-def interrupted_when_ready(number: signal.Signals) -> Callable[[], None]:
+def interrupted_when_ready(
+    number: signal.Signals, send: Callable[[], None] | None = None
+) -> Callable[[], None]:
     """What a run is to call while it waits: sends the signal when the job says that it is there."""
     sent: list[signal.Signals] = []
 
     def tick() -> None:
         if not sent and os.path.exists("ready"):
             sent.append(number)
-            os.kill(os.getpid(), number)
+            if send is not None:
+                send()
+            else:
+                os.kill(os.getpid(), number)
 
     return tick
 
@@ -81,6 +87,28 @@ def test_a_trial_that_ignores_everything_ends(
             process.run(["touch", "begun"], os.environ, contained=True)
     assert not os.path.exists("begun")
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", INTERRUPTIONS)
+def test_a_signal_that_another_thread_gets_ends_the_trial(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live display has a thread, in which no signal is blocked."""
+    monkeypatch.setattr(process, "_INTERRUPTED_GRACE_S", 0.2)
+    monkeypatch.setattr(process, "TICK_S", 0.02)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    to_thread: Callable[[], None] = interrupted_when_ready(
+        number, lambda: signal.pthread_kill(other.ident or 0, number)
+    )
+    try:
+        with interruption.watched(), pytest.raises(KeyboardInterrupt):
+            process.run(["sh", "-c", STUBBORN], os.environ, contained=True, tick=to_thread)
+    finally:
+        over.set()
+        other.join()
+    assert psutil.Process().children(recursive=True) == []
 
 
 def test_a_hangup_that_is_ignored_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,18 @@ def note(number: int) -> bool:
     return True
 
 
+def is_noted() -> bool:
+    """Whether a signal has come."""
+    return _noted is not None
+
+
 def check() -> None:
     """Go no further if a signal has come.
 
     Raises:
         KeyboardInterrupt: one has.
     """
-    if _noted is not None:
+    if is_noted():
         raise KeyboardInterrupt
 
 

@@ -215,7 +215,7 @@ def _wait(
         if done == pid:
             return status, timed_out, interrupted
         wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        if tick is not None:
+        if tick is not None or contained:
             wait_s = min(wait_s, TICK_S)
         received: signal.struct_siginfo | None
         if wait_s == math.inf:
@@ -224,6 +224,9 @@ def _wait(
             received = signal.sigtimedwait(_WATCHED, wait_s)
         if tick is not None:
             tick()
+        if contained and not interrupted and interruption.is_noted():
+            interrupted = True  # a thread, such as that of a live display, has got the signal
+            deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
         if received is None:
             if deadline_s is None or time.monotonic() < deadline_s:
                 continue

@@ -22,7 +22,23 @@ def find(case: Case) -> Finding | None:
         "waiting for data",
         evidence,
         share,
-        "knob: loader=cache (samples that come out the same every epoch, from memory), "
-        "loader=batched (rows of a TensorDataset), decode=parallel or, with memory to spare, "
-        "decode=keep (JPEG files), loader=prefetch, or loader=workers where cores are idle",
+        f"knob: {', '.join(_remedies(case))}",
     )
+
+
+def _remedies(case: Case) -> list[str]:
+    """Settings that one of the job's loaders can take, all where that is not known."""
+    loaders = case.facts.get("loaders", [])
+    known = None
+    if loaders and all("settings" in loader for loader in loaders):
+        known = {setting for loader in loaders for setting in loader["settings"]}
+    named = [f"loader={s} ({what})" for s, what in _SETTINGS.items() if known is None or s in known]
+    return [*named, "decode=parallel or, with memory to spare, decode=keep (JPEG files)"]
+
+
+_SETTINGS = {
+    "batched": "rows of a TensorDataset at once",
+    "cache": "samples that are the same every epoch, from memory",
+    "prefetch": "the next batches by another process",
+    "workers": "by several, where cores are idle",
+}
