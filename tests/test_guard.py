@@ -225,10 +225,11 @@ def test_a_grad_scaler_of_the_program_is_not_interfered_with(
 
 def test_loss_scaling_is_not_checked_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     session = start(precision="fp16")
-    monkeypatch.setattr(guard, "are_finite", None)  # calling it would switch the guard off
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step(net, optimizer)  # in float32, and not scaled
+    monkeypatch.setattr(guard, "are_finite", None)  # calling it would switch the guard off
     for _ in range(3):
         step(net, optimizer)
     assert events(session) == []

@@ -137,7 +137,8 @@ def test_what_cannot_be_read_at_the_end_is_recorded_and_not_raised(
     )
     monkeypatch.setattr(session, "_close_profiler", functools.partial(int, "not a number"))
     session.finish("exit")
-    *_, unclosed, failed, end = lines(session)
+    *_, end = lines(session)
+    unclosed, failed = (line for line in lines(session) if line["kind"] == "event")
     assert (unclosed["what"], unclosed["subject"]) == ("failed", "profile")
     assert (failed["what"], failed["subject"]) == ("failed", "loss")
     assert "Traceback" in failed["traceback"]

@@ -203,6 +203,8 @@ class Theirs:
         own: what the program calls.
     """
 
+    __slots__ = ("_own", "raised", "result", "was_called")
+
     def __init__(self, own: Callable[..., Any]) -> None:
         self._own = own
         self.was_called = False

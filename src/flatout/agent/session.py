@@ -328,7 +328,7 @@ class Session:
         from flatout import knobs
         from flatout.agent import dispatch
 
-        for name in sorted(self._ever_turned - dispatch.used):
+        for name in sorted(self._ever_turned - dispatch.used - self.failed_knobs.keys()):
             if knobs.get(name).behind_operators:
                 self.event("unused", name, "no operator was called that it computes otherwise")
 

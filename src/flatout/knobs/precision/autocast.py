@@ -171,7 +171,7 @@ class Autocast:
             known.head = id(scout.weight), scout.weight.shape
         if known.rounded is None:
             known.states = list(_states(module))
-            known.rounded = scout.why or scout.kept(output, call)
+            known.rounded = scout.why or scout.kept(output)
             if any(_halves_in(state) for state in known.states):
                 known.rounded = "it keeps tensors in half precision itself"
         return output

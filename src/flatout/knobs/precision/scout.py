@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flatout.agent import objects
-from flatout.agent.containment import Failed, attempt
+from flatout.agent.containment import Failed, Theirs, attempt
 from flatout.agent.nested import tensors_in
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -194,14 +194,13 @@ class Scout(TorchFunctionMode):
                 self._halves.add(tensor)
         return None
 
-    def kept(self, output: Any, call: Any) -> str | None:
+    def kept(self, output: Any) -> str | None:
         """Why the program still holds some of them after the pass, but for what it has returned.
 
         What only autograd holds does not count.
 
         Args:
-            output: what the module has returned.
-            call: what has called it, and may hold that as well.
+            output: what the module has returned; those of ours who have called it hold that too.
         """
         halves = self._halves.living()
         if not halves:
@@ -212,7 +211,7 @@ class Scout(TorchFunctionMode):
         if len(set(memory)) < len(memory):
             return "it returns tensors that share memory"
         expected = {id(own) for own in (halves, containers, returned)}
-        for holder in (call, *containers):
+        for holder in containers:
             expected |= {id(holder), id(objects.attributes(holder))}
         frame: FrameType | None = sys._getframe()
         while frame is not None:
@@ -220,7 +219,8 @@ class Scout(TorchFunctionMode):
             frame = frame.f_back
         looked_for = (*halves, *containers)
         expected.add(id(looked_for))
-        if any(id(referrer) not in expected for referrer in _referrers(looked_for)):
+        found = (r for r in _referrers(looked_for) if type(r) is not Theirs)
+        if any(id(referrer) not in expected for referrer in found):
             return "results of operators are kept outside of what it returns"
         return None
 
