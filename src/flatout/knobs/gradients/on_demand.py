@@ -16,6 +16,7 @@ look at (``surroundings.py``).
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -163,7 +164,7 @@ class OnDemand:
                 self._take_backward(),
                 self._take_gradients(),
                 self._take_zero_grad(torch.optim.Optimizer, _members),
-                self._take_zero_grad(torch.nn.Module, objects.parameters),
+                self._take_zero_grad(torch.nn.Module, _parameters),
                 *self._take_hooks(),
                 self._take_scaler(),
             ]
@@ -541,6 +542,15 @@ def _add(owner: Any, name: str, attribute: Any) -> Undo:
             delattr(owner, name)
 
     return undo
+
+
+def _parameters(module: torch.nn.Module) -> Iterable[Any]:
+    """Those that ``Module.zero_grad`` goes over; none where the program decides that."""
+    own = torch.nn.Module.__dict__
+    deciding = ("parameters", "named_parameters", "named_modules", "_named_members")
+    if any(inspect.getattr_static(module, name, None) is not own[name] for name in deciding):
+        return ()
+    return objects.parameters(module)
 
 
 def _members(optimizer: Any) -> list[Any]:
