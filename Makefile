@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
-SUITE = not measured and not frameworks and not accelerator and not tunes and not traps
+SUITE = not measured and not frameworks and not accelerator and not tunes and not traps and not injected
 
 all: test
 
@@ -31,6 +31,10 @@ test-torch-%: .venv-torch-%/.installed
 	.venv-torch-$*/bin/python -m pytest -n 2 -m "$(SUITE)"
 
 versions: test-torch-2.9.1 test-torch-2.14.1
+
+# Every function of ours that a step reaches fails at its second and seventh entry.
+injected: $(INSTALLED)
+	$(BIN)/python -m pytest -m injected
 
 # Whole tunes of small programs.
 tunes: $(INSTALLED)
@@ -91,4 +95,4 @@ docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test versions tunes traps lint docs frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test versions injected tunes traps lint docs frameworks accelerator bench bench-quick measured clean

@@ -42,9 +42,6 @@ from flatout.request import Envelope, Request
 
 PACKAGE = Path(knobs.__file__).parents[1]
 FOLDERS = tuple(f"{PACKAGE / name}{os.sep}" for name in ("agent", "knobs"))
-ENTRIES = (1, 2, 7)
-"""At which of its entries a function fails."""
-
 STEPS = 5
 SECONDS = 60
 """For one run."""
@@ -243,8 +240,14 @@ def outcomes(jobs: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
             yield {"settings": job[0], "place": job[1], "entries": job[2], "status": status}
 
 
-def main(*words: str) -> None:
-    """Print the outcomes for each of some ``KNOB=SETTING``; for ``=``, those of the agent alone."""
+def main(entries_to_fail: str, *words: str) -> None:
+    """Print the outcomes for each of some ``KNOB=SETTING``; for ``=``, those of the agent alone.
+
+    Args:
+        entries_to_fail: at which of its entries a function fails, each in a run of its own: "1,2".
+        words: the settings.
+    """
+    failing = [int(number) for number in entries_to_fail.split(",")]
     torch.set_num_threads(1)
     for module, name in (
         (random, "SERIAL_BELOW"),
@@ -278,7 +281,7 @@ def main(*words: str) -> None:
         jobs = [
             (settings, tuple(place), entries, pictures)
             for place, count in traced.get("counts", ())
-            for entries in ENTRIES
+            for entries in failing
             if place[0].startswith(folder) and entries <= count
         ]
         for outcome in outcomes(jobs):
