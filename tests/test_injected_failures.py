@@ -43,6 +43,7 @@ BORDERS = {
     "agent/dispatch.py:_called": "the same for each layer",
     "agent/dispatch.py:forward": "what autograd calls to record what has been computed",
     "agent/dispatch.py:backward": "what autograd calls for a gradient; it only calls attempt",
+    "agent/identity.py:forget": "what Python calls as an object goes; it takes a dict's entry out",
     "knobs/gradients/on_demand.py:written": "cancels a debt as the program writes a gradient",
     "knobs/gradients/on_demand.py:deleted": "the same as it deletes one",
     "knobs/gradients/on_demand.py:_cancel": "the same",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
 
 if TYPE_CHECKING:
+    from flatout.agent.containment import Failed
     from flatout.agent.session import Session
 
 NAME = "fastpath"
@@ -26,7 +27,7 @@ def match(facts: Facts) -> Match:
 
 def apply(session: Session, setting: str) -> Undo:
     """Switch it off for the process, unless the program has done so."""
-    undo = switch_off()
+    undo = switch_off(session.turns_back(NAME))
     if undo is None:
         raise RefusedError("the program has switched the fast path off itself")
     return undo
@@ -38,18 +39,22 @@ _wishes: list[object] = []
 _undos: list[Undo] = []
 
 
-def switch_off() -> Undo | None:
-    """Switch it off until the last wish is taken back; ``None``: the program has done so."""
+def switch_off(failed: Failed) -> Undo | None:
+    """Switch it off until the last wish is taken back; ``None``: the program has done so.
+
+    Args:
+        failed: told when that has failed in a pass.
+    """
     import torch
     from torch import nn
 
-    from flatout.agent.place import take_place
+    from flatout.agent.place import stand_before
 
     if not _wishes:
         if not torch.backends.mha.get_fastpath_enabled():
             return None
         _undos.extend(
-            take_place(kind, "forward", _without(kind.forward))
+            stand_before(kind, "forward", failed, _without)
             for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention)
         )
     wish = object()
@@ -64,7 +69,7 @@ def switch_off() -> Undo | None:
     return undo
 
 
-def _without(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
     """A module's pass forward without the fast path.
 
     ``nn.TransformerEncoder`` makes nested tensors of padded batches where the fast path is on, and
@@ -75,21 +80,17 @@ def _without(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     from flatout.agent.capture import is_traced
 
-    def without(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or is_traced()
-            or not torch.backends.mha.get_fastpath_enabled()
-            or any(getattr(value, "is_nested", False) for value in (*args, *kwargs.values()))
-        ):
-            return forward(module, *args, **kwargs)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return forward(module, *args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
-
-    return without
+    if (
+        is_traced()
+        or not torch.backends.mha.get_fastpath_enabled()
+        or any(getattr(value, "is_nested", False) for value in (*args, *kwargs.values()))
+    ):
+        return forward(module, *args, **kwargs)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return forward(module, *args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 KNOB = Knob(

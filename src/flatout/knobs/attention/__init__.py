@@ -59,7 +59,7 @@ def apply(session: Session, setting: str) -> Undo:
     from flatout.knobs.attention import cpu
 
     library = dispatch.compiled("attention", "torch's own kernels")
-    switch_on = fastpath.switch_off()
+    switch_on = fastpath.switch_off(session.turns_back(NAME))
     put_back = cpu.install(
         library,
         is_paired=setting == "paired",

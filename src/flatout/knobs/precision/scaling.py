@@ -21,9 +21,10 @@ import torch
 
 from flatout.agent import graph, objects
 from flatout.agent.capture import is_capturing
+from flatout.agent.containment import around
 from flatout.agent.finite import Withheld, are_finite, gradients
 from flatout.agent.identity import WeakIdentitySet
-from flatout.agent.place import take_place
+from flatout.agent.place import stand_before
 
 if TYPE_CHECKING:
     from flatout.agent.session import Session
@@ -66,10 +67,12 @@ class LossScaling:
 
     def install(self) -> None:
         """Begin."""
-        self._installed = self._backward
+        self._installed = around(self._has_failed, self._backward, self._own)
         _autograd._engine_run_backward = self._installed
-        self._undo_hook = take_place(torch.Tensor, "register_hook", self._watched("register_hook"))
-        torch.Tensor.retain_grad = self._watched("retain_grad")  # type: ignore[method-assign]
+        tensor: Any = torch.Tensor
+        self._undo_hook = stand_before(tensor, "register_hook", self._has_failed, self._look_on)
+        self._retain_grad = around(self._has_failed, self._look_on, tensor.retain_grad)
+        tensor.retain_grad = self._retain_grad
 
     def remove(self) -> None:
         """Put back what was there, unless the program has put something else there meanwhile."""
@@ -78,7 +81,7 @@ class LossScaling:
         if _autograd._engine_run_backward is self._installed:
             _autograd._engine_run_backward = self._own
         self._undo_hook()
-        if getattr(vars(torch.Tensor).get("retain_grad"), "__module__", None) == __name__:
+        if vars(torch.Tensor).get("retain_grad") is self._retain_grad:
             del torch.Tensor.retain_grad
 
     def refuse(self, why: str) -> None:
@@ -86,39 +89,38 @@ class LossScaling:
         self.is_wanted = False
         self._session.turn_back(self._knob, RuntimeError(why))
 
-    def _watched(self, name: str) -> Callable[..., Any]:
-        """A method of tensors by which a program sees gradients on their way."""
-        own = getattr(torch.Tensor, name)
+    def _has_failed(self, error: Exception) -> None:
+        self.is_wanted = False
+        self._session.turn_back(self._knob, error)
 
-        @functools.wraps(own)
-        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.is_wanted and not tensor.is_leaf:
-                self.refuse("the program sees gradients on their way through the graph")
-            return own(tensor, *args, **kwargs)
-
-        method.__module__ = __name__
-        return method
+    def _look_on(self, own: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a method of tensors by which a program sees gradients on their way."""
+        if self.is_wanted and not tensor.is_leaf:
+            self.refuse("the program sees gradients on their way through the graph")
+        return own(tensor, *args, **kwargs)
 
     # Backward
 
-    def _backward(self, outputs: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
+    def _backward(
+        self, own: Callable[..., Any], outputs: Any, grads: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         creates_graph = len(args) > 1 and args[1]
         is_left_alone = creates_graph or is_capturing()
         if not self.is_wanted or not kwargs.get("accumulate_grad") or is_left_alone:
-            return self._own(outputs, grads, *args, **kwargs)
+            return own(outputs, grads, *args, **kwargs)
         parameters = [p for _, members in self._groups() for p in members if p.requires_grad]
         inputs = args[2] if len(args) > 2 else ()
         if inputs and not {id(x) for x in inputs} <= set(map(id, parameters)):
-            return self._own(outputs, grads, *args, **kwargs)
+            return own(outputs, grads, *args, **kwargs)
         if self._inspections < INSPECTED:
             self._inspections += 1
             why = self._unsuitable(outputs)
             if why is not None:
                 self.refuse(why)
-                return self._own(outputs, grads, *args, **kwargs)
+                return own(outputs, grads, *args, **kwargs)
         scaled = tuple(None if g is None else g * self.scale for g in grads)
         with _divided(parameters, self.scale):
-            result = self._own(outputs, scaled, *args, **kwargs)
+            result = own(outputs, scaled, *args, **kwargs)
         for optimizer in self._session.optimizers:
             self._unchecked.add(optimizer)
         if self._stepping is not None:  # a closure: the update follows at once
@@ -202,10 +204,8 @@ def _divided(parameters: Iterable[torch.Tensor], scale: float) -> Iterator[None]
 
     Not in place: the same memory may be added to the gradient of another parameter as well.
     """
-
-    def divided(grad: torch.Tensor) -> torch.Tensor:
-        return grad * (1 / scale)
-
+    # Not a function of ours, which could fail while autograd runs.
+    divided: Any = functools.partial(torch.mul, other=1 / scale)
     changed = []
     try:
         for parameter in parameters:
