@@ -83,7 +83,7 @@ def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
     if (
         is_traced()
         or not torch.backends.mha.get_fastpath_enabled()
-        or any(getattr(value, "is_nested", False) for value in (*args, *kwargs.values()))
+        or any(isinstance(x, torch.Tensor) and x.is_nested for x in (*args, *kwargs.values()))
     ):
         return forward(module, *args, **kwargs)
     torch.backends.mha.set_fastpath_enabled(False)
