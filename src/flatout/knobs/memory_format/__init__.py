@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flatout.agent.identity import WeakIdentityDict
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from flatout.agent.session import Session
 
 NAME = "memory_format"
-
-_CHECKPOINTED = "_checkpoint_without_reentrant_generator"
-"""The function of ``torch.utils.checkpoint`` that is given what is to be computed again."""
 
 
 def match(facts: Facts) -> Match:
@@ -45,7 +43,7 @@ def apply(session: Session, setting: str) -> Undo:
     undos += [
         stand_before(nn.Conv2d, "_conv_forward", failed, wrapper.convolve),
         stand_before(nn.ConvTranspose2d, "forward", failed, wrapper.convolve),
-        stand_before(checkpoint, _CHECKPOINTED, failed, wrapper.checkpointed),
+        stand_before(checkpoint, _checkpointed(checkpoint), failed, wrapper.checkpointed),
         stand_before(
             checkpoint.CheckpointFunction, "forward", failed, wrapper.checkpointed_by_reentrance
         ),
@@ -57,6 +55,13 @@ def apply(session: Session, setting: str) -> Undo:
         session.forward_wrappers.remove(wrapper)
 
     return undo
+
+
+def _checkpointed(checkpoint: ModuleType) -> str:
+    """The function of torch that gets what a checkpoint without reentrance computes again."""
+    name = "_checkpoint_without_reentrant_generator"
+    of_2_14 = f"{name}_impl"  # which the other one calls there
+    return of_2_14 if hasattr(checkpoint, of_2_14) else name
 
 
 class ChannelsLast:
