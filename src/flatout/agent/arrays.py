@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,21 +43,29 @@ def _are_of_memory(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def are_apart(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no two of them share memory.
+def are_apart(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether no two of them share memory, but for those of ``read`` that begin at one place.
 
     Args:
-        tensors: dense ones of float32.
+        written: dense ones of float32.
+        read: others, that are only read: the gradients of a sum are all one.
     """
-    starts = list(map(torch.Tensor.data_ptr, tensors))
-    sizes = list(map(torch.Tensor.numel, tensors))
-    if 0 in sizes:
-        starts = list(itertools.compress(starts, sizes))
-        sizes = list(filter(None, sizes))
-    end_of = {start: start + 4 * size for start, size in zip(starts, sizes, strict=True)}
+    end_of = dict(sorted(_spans(read)))  # of several at one place the longest
+    apart = len(end_of)
+    for start, end in _spans(written):
+        end_of[start] = end
+        apart += 1
     ordered = sorted(end_of)
     ends = map(end_of.__getitem__, ordered)
-    return len(end_of) == len(starts) and all(map(operator.le, ends, ordered[1:]))
+    return len(end_of) == apart and all(map(operator.le, ends, ordered[1:]))
+
+
+def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Where those that have elements begin and end in memory."""
+    starts = map(torch.Tensor.data_ptr, tensors)
+    for start, size in zip(starts, map(torch.Tensor.numel, tensors), strict=True):
+        if size:
+            yield start, start + 4 * size
 
 
 def entangled(rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]) -> list[bool]:
@@ -75,14 +82,18 @@ def entangled(rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]
         if tensor.numel()
     )
     found = [False] * len(rows)
-    open_spans: list[tuple[int, int, int, bool]] = []
-    for span in spans:
-        start, _, index, written = span
-        open_spans = [other for other in open_spans if other[1] > start]
-        for _, _, other_index, other_written in open_spans:
-            if written or other_written:
-                found[index] = found[other_index] = True
-        open_spans.append(span)
+    # Of all that begin before a span, where they end and whose they are.
+    open_written: list[tuple[int, int]] = []
+    open_read: list[tuple[int, int]] = []
+    for start, end, index, written in spans:
+        open_written = [other for other in open_written if other[0] > start]
+        met = list(open_written)
+        if written:  # those that are read may be many at one place: looked through only then
+            open_read = [other for other in open_read if other[0] > start]
+            met += open_read
+        for _, other_index in met:
+            found[index] = found[other_index] = True
+        (open_written if written else open_read).append((end, index))
     return found
 
 

@@ -288,7 +288,8 @@ def _step(
     columns: list[Column] = [arguments[name] for name in lists]
     tensors = [column for name, column in zip(lists, columns, strict=True) if name not in numbers]
     singles = [column for name, column in zip(lists, columns, strict=True) if name in numbers]
-    if _are_plain(tensors, singles) and arrays.are_apart(list(itertools.chain(*columns))):
+    written = itertools.chain(*(arguments[name] for name in lists if name != "grads"))
+    if _are_plain(tensors, singles) and arrays.are_apart(list(written), arguments["grads"]):
         done = [True] * len(columns[0])
     else:
         done = _eligible(tensors, singles)
