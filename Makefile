@@ -9,7 +9,7 @@ SUITE = not measured and not frameworks and not accelerator and not tunes and no
 
 all: test
 
-$(INSTALLED): pyproject.toml constraints.txt $(TORCH) src/flatout/agent/_watch.c
+$(INSTALLED): pyproject.toml constraints.txt $(TORCH) src/flatout/intercept/_watch.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -c $(TORCH) -e ".[dev]"
 	touch $@
@@ -22,7 +22,7 @@ test: $(INSTALLED)
 
 # The same with another torch, in an environment of its own: the build for CUDA that
 # `pip install torch` brings (2.14.1), and the oldest that flatout is for (2.9.1). Several GB each.
-.venv-torch-%/.installed: constraints-torch-%.txt constraints.txt pyproject.toml src/flatout/agent/_watch.c
+.venv-torch-%/.installed: constraints-torch-%.txt constraints.txt pyproject.toml src/flatout/intercept/_watch.c
 	$(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/pip install --quiet -c constraints.txt -c $< -e ".[dev]"
 	touch $@
@@ -90,7 +90,7 @@ measured: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-torch-* build dist src/flatout.egg-info
-	rm -f src/flatout/agent/_watch*.so
+	rm -f src/flatout/intercept/_watch*.so
 
 docs: $(INSTALLED)
 	$(BIN)/python -m flatout.report.card docs/knobs

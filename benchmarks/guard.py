@@ -30,9 +30,9 @@ from data import VOCABULARY, get_batch, load_corpus
 from model import GPT, Config
 
 from flatout.agent import guard as guards
-from flatout.agent.session import Session
 from flatout.agent.snapshot import Snapshot, size_bytes
-from flatout.request import Envelope, Request
+from flatout.wire.request import Envelope, Request
+from tests.hosts import host_in
 
 ALLOWED_SHARE = 0.02
 TRIMMED = 0.25
@@ -44,17 +44,17 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=100, help="of four steps each")
     arguments = parser.parse_args()
-    session = Session(Request(settings=SETTINGS), Path(tempfile.mkdtemp()))
-    session.hooks.install(live=False)
+    host = host_in(Path(tempfile.mkdtemp()), Request(settings=SETTINGS))
+    host.hooks.install(live=False)
     for name, setting in SETTINGS.items():
-        session.turn(name, setting)
-    guard = guards.Guard(session, Envelope())
+        host.applied.apply(name, setting)
+    guard = guards.Guard(host, Envelope())
     guard.install()
 
     def watch(on: bool) -> None:
         for callbacks, callback in (
-            (session.before_optimizer_step, guard._before),
-            (session.after_optimizer_step, guard._after),
+            (host.before_optimizer_step, guard._before),
+            (host.after_optimizer_step, guard._after),
         ):
             if on != (callback in callbacks):
                 (callbacks.append if on else callbacks.remove)(callback)

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad
 
 from flatout import kernels
-from flatout.agent import dispatch
-from flatout.agent.place import take_place
-from flatout.knobs import Undo, clipping
+from flatout.intercept import dispatch
+from flatout.intercept.place import Undo, take_place
+from flatout.knobs import clipping
 from flatout.knobs.attention import cpu
 from flatout.knobs.convolution import cpu as convolutions
 from flatout.knobs.cross_entropy import cpu as losses

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from flatout.record import read_run
+from flatout.wire.record import read_run
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flatout import launch
-from flatout.ratios import Size
-from flatout.record import Step
-from flatout.request import Comparison, Relay, Request
 from flatout.tune import trial
 from flatout.tune.pairs import TURN_STEPS
+from flatout.wire.ratios import Size
+from flatout.wire.record import Step
+from flatout.wire.request import Comparison, Relay, Request
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

@@ -34,13 +34,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, cast
 
-from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
-from flatout.request import Comparison, Relay
+from flatout.intercept.host import Host
 from flatout.tune import design, statistics
 from flatout.tune.pairs import TURN_STEPS
-from flatout.turns import Turn
+from flatout.wire.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
+from flatout.wire.request import Comparison, Relay
+from flatout.wire.turns import Turn
 
 RECORDED = Path(__file__).parent / "steps"
 
@@ -165,7 +165,7 @@ def _beyond_noise(values: Sequence[float]) -> float:
 
 
 class Machine:
-    """Replays a program: the session that a ``Switch`` sees, and a place to start new runs.
+    """Replays a program: the host that a ``Switch`` sees, and a place to start new runs.
 
     Args:
         recorded: the program.
@@ -181,7 +181,7 @@ class Machine:
         self._pairs: deque[tuple[list[float], list[float]]] = deque()
         self.arm: int | None = None
         self.mark: str | None = None
-        self.failed_knobs: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self.forward_wrappers: list[object] = []
         self.steps = 0
         self._on: dict[str, str] = {}
@@ -194,28 +194,30 @@ class Machine:
     def record(self) -> Machine:
         return self
 
+    applied = events = record
+
     def flush(self) -> None:
         pass
 
     def counts(self, turn: Turn) -> bool:
         return True
 
-    def turn(self, knob: str, setting: str) -> None:
+    def apply(self, knob: str, setting: str) -> None:
         """A knob is turned on."""
         self._on[knob] = setting
 
-    def turn_off(self, knob: str) -> None:
+    def undo(self, knob: str) -> None:
         """It is turned off."""
         self._on.pop(knob, None)
 
-    def event(self, what: str, subject: str, why: str, traceback: str | None = None) -> None:
+    def add(self, what: str, subject: str, why: str, traceback: str | None = None) -> None:
         """Nobody reads this."""
 
     # Runs
 
     def compare(self, comparison: Comparison) -> list[Block]:
         """One process with a comparison."""
-        switch = Switch(cast(Session, self), comparison)
+        switch = Switch(cast(Host, self), comparison)
         self._at = self._draw.randrange(len(self._recorded.long_ms))
         is_over, now_ns = False, 0
         while not is_over:

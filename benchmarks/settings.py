@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from flatout.request import Request
 from flatout.tune import proof, trial
 from flatout.tune.statistics import claimed, typical_step_ms
+from flatout.wire.request import Request
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

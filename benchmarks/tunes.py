@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.outside import Results, timed
-from flatout.ratios import Ratio
 from flatout.tune.document import Document
 from flatout.tune.statistics import claimed
+from flatout.wire.ratios import Ratio
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples"

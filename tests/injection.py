@@ -38,10 +38,10 @@ from flatout.knobs.cross_entropy import cpu as cross_entropy
 from flatout.knobs.elementwise import cpu as elementwise
 from flatout.knobs.embedding import cpu as embedding
 from flatout.knobs.random import cpu as random
-from flatout.request import Envelope, Request
+from flatout.wire.request import Envelope, Request
 
 PACKAGE = Path(knobs.__file__).parents[1]
-FOLDERS = tuple(f"{PACKAGE / name}{os.sep}" for name in ("agent", "knobs"))
+FOLDERS = tuple(f"{PACKAGE / name}{os.sep}" for name in ("agent", "intercept", "knobs"))
 STEPS = 5
 SECONDS = 60
 """For one run."""
@@ -275,14 +275,14 @@ def main(entries_to_fail: str, *words: str) -> None:
     for word in words:
         name, _, setting = word.partition("=")
         settings = {name: setting} if name else NOTHING
-        folder = f"knobs/{name}" if name else "agent/"
+        folders = f"knobs/{name}" if name else ("agent/", "intercept/")
         (traced,) = outcomes([(settings, None, 0, pictures)])
         print(json.dumps(traced))
         jobs = [
             (settings, tuple(place), entries, pictures)
             for place, count in traced.get("counts", ())
             for entries in failing
-            if place[0].startswith(folder) and entries <= count
+            if place[0].startswith(folders) and entries <= count
         ]
         for outcome in outcomes(jobs):
             outcome.pop("counts", None)

@@ -12,12 +12,12 @@ from pathlib import Path
 import flatout
 
 KNOB = """
-from flatout.knobs import Card, Facts, Knob, Match
+from flatout.knob import Card, Facts, Knob, Match
 
 def match(facts):
     return Match(("on",))
 
-def apply(session, setting):
+def apply(host, setting):
     import torch
     torch.planted = getattr(torch, "planted", frozenset()) | {{"{name}"}}
 {apply}
@@ -41,7 +41,7 @@ def knob(name: str, apply: str = "pass", undo: str = "pass", exactness: str = "r
 
     Args:
         name: of the knob.
-        apply, undo: statements, where ``session`` and ``torch`` are known.
+        apply, undo: statements, where ``host`` and ``torch`` are known.
         exactness: of its one setting, ``on``.
     """
     return KNOB.format(

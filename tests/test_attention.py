@@ -14,11 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flatout import kernels, knobs
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
+from flatout.knob import Facts, Match
 from flatout.knobs.attention import blocks as blocks_of_scores
 from flatout.knobs.attention import cpu, heads
 from flatout.knobs.attention import kernel as asked
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
 
@@ -26,16 +28,16 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 @pytest.fixture
-def fast(session: Session) -> Iterator[None]:
-    undo = knobs.get("attention").apply(session, "fast")
+def fast(host: Host) -> Iterator[None]:
+    undo = knobs.get("attention").apply(host, "fast")
     yield
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 @pytest.fixture(params=["whole heads", "one block", "many blocks"])
@@ -268,7 +270,7 @@ def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_padding_that_is_not_finite_spoils_what_it_does_in_torch(
-    session: Session, dtype: torch.dtype, where: str, value: float
+    host: Host, dtype: torch.dtype, where: str, value: float
 ) -> None:
     """0 times what is not finite is no number, also where nobody sees it."""
     torch.manual_seed(0)
@@ -279,15 +281,15 @@ def test_padding_that_is_not_finite_spoils_what_it_does_in_torch(
         mask[0, ..., seen:] = False
         bare, plan = (
             F.scaled_dot_product_attention(*(x.to(dtype) for x in tensors.values()), attn_mask=mask)
-            for _ in turned_off_and_on(session)
+            for _ in turned_off_and_on(host)
         )
         assert torch.equal(bare.isnan(), plan.isnan()), seen
         torch.testing.assert_close(plan, bare, rtol=0.02, atol=0.02, equal_nan=True)
 
 
-def turned_off_and_on(session: Session) -> Iterator[None]:
+def turned_off_and_on(host: Host) -> Iterator[None]:
     yield
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     yield
     undo()
 
@@ -345,11 +347,11 @@ def test_seeds_and_saved_states_mean_what_they_meant(fast: None) -> None:
     assert torch.equal(dropout(8, 40, 0.5), second)
 
 
-def test_paired_leaves_the_generator_as_torch_does(session: Session) -> None:
+def test_paired_leaves_the_generator_as_torch_does(host: Host) -> None:
     torch.manual_seed(3)
     dropout(8, 40, 0.5)
     expected = torch.rand(3)
-    undo = knobs.get("attention").apply(session, "paired")
+    undo = knobs.get("attention").apply(host, "paired")
     torch.manual_seed(3)
     ours = dropout(8, 40, 0.5)
     assert torch.equal(torch.rand(3), expected)
@@ -359,14 +361,14 @@ def test_paired_leaves_the_generator_as_torch_does(session: Session) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_undone_it_is_torchs_own_again(session: Session) -> None:
+def test_undone_it_is_torchs_own_again(host: Host) -> None:
     def drawn() -> torch.Tensor:
         torch.manual_seed(3)
         return dropout(8, 40, 0.5)
 
     own = drawn()
     for _ in range(2):
-        undo = knobs.get("attention").apply(session, "fast")
+        undo = knobs.get("attention").apply(host, "fast")
         assert not torch.equal(drawn(), own)
         undo()
         assert torch.equal(drawn(), own)
@@ -412,17 +414,17 @@ def left_alone(tensors: Tensors) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("case", left_alone(inputs()))
-def test_left_to_torch(session: Session, case: str) -> None:
+def test_left_to_torch(host: Host, case: str) -> None:
     def run() -> torch.Tensor:
         torch.manual_seed(3)
         return left_alone(inputs())[case]()
 
     own = run()
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     torch._dynamo.reset()
     assert torch.equal(run(), own)
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def calls_of(run: Callable[[], Any]) -> set[str]:
@@ -440,7 +442,7 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
     [(37, True, True), (600, True, False), (600, False, True), (2100, False, False)],
 )
 def test_without_dropout_heads_of_a_fitting_size(
-    session: Session, monkeypatch: pytest.MonkeyPatch, rows: int, trains: bool, is_ours: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, rows: int, trains: bool, is_ours: bool
 ) -> None:
     monkeypatch.setattr(heads, "_is_fast", lambda: True)
     tensors = [x[:1, :1] for x in inputs(rows, rows)]
@@ -450,7 +452,7 @@ def test_without_dropout_heads_of_a_fitting_size(
             return F.scaled_dot_product_attention(*tensors, is_causal=True)
 
     state = torch.get_rng_state()
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     output = run()
     called = calls_of(run)
     undo()
@@ -463,7 +465,7 @@ def test_without_dropout_heads_of_a_fitting_size(
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("layout", ["of a projection", "in order"])
 def test_without_dropout_the_output_has_torchs_layout(
-    session: Session, monkeypatch: pytest.MonkeyPatch, layout: str, trains: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, layout: str, trains: bool
 ) -> None:
     """A program may view it as it is used to."""
     monkeypatch.setattr(heads, "_is_fast", lambda: True)
@@ -473,7 +475,7 @@ def test_without_dropout_the_output_has_torchs_layout(
             x.transpose(1, 2).contiguous().view(2, 37, 3, 16).transpose(1, 2) for x in tensors
         ]
     own = F.scaled_dot_product_attention(*tensors)
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     found = F.scaled_dot_product_attention(*tensors)
     undo()
     assert found.stride() == own.stride()
@@ -496,7 +498,7 @@ def test_without_the_registers_attention_without_dropout_is_torchs(
 
 
 def test_transformer_layers_in_inference_take_it(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "_is_fast", lambda: True)
     torch.manual_seed(0)
@@ -508,24 +510,24 @@ def test_transformer_layers_in_inference_take_it(
             return layer(tokens, src_key_padding_mask=padding).clone()
 
     own = run()
-    undo = knobs.get("attention").apply(session, "fast")
-    off = knobs.get("fastpath").apply(session, "off")  # together, in any order
+    undo = knobs.get("attention").apply(host, "fast")
+    off = knobs.get("fastpath").apply(host, "off")  # together, in any order
     undo()
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     off()
     found, called = run(), calls_of(run)
     undo()
     assert not {"aten::_transformer_encoder_layer_fwd", FLASH} & called
     torch.testing.assert_close(found[~padding], own[~padding], atol=1e-5, rtol=1e-4)
     assert "aten::_transformer_encoder_layer_fwd" in calls_of(run)
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def test_it_is_tried_where_there_is_attention() -> None:
-    def offered(**operators: float) -> knobs.Match:
+    def offered(**operators: float) -> Match:
         shares = {name.replace("__", "::"): share for name, share in operators.items()}
         return knobs.get("attention").offer(
-            knobs.Facts("cpu", operators=shares, unfused_attention_share=0.0)
+            Facts("cpu", operators=shares, unfused_attention_share=0.0)
         )
 
     flash = {"aten__scaled_dot_product_attention": 0.01, FLASH.replace("::", "__"): 0.2}
@@ -597,7 +599,7 @@ def test_backward_under_autocast_and_after_a_layout_of_its_own(fast: None) -> No
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("when", ["outputs", "gradients"])
 def test_a_failure_is_reported_and_the_result_is_there(
-    session: Session, monkeypatch: pytest.MonkeyPatch, when: str, is_whole: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, when: str, is_whole: bool
 ) -> None:
     def gradients(breaks: str = "") -> Tensors:
         tensors = inputs()
@@ -610,16 +612,16 @@ def test_a_failure_is_reported_and_the_result_is_there(
 
     monkeypatch.setattr(heads, "_is_fast", lambda: is_whole)
     own = gradients()
-    undo = knobs.get("attention").apply(session, "fast")
+    undo = knobs.get("attention").apply(host, "fast")
     ours = gradients()
     found = gradients(when)
     undo()
-    assert "TypeError" in session.failed_knobs["attention"]
+    assert "TypeError" in host.applied.failures["attention"]
     for one, other in zip(found, own if when == "outputs" else ours, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_backend_is_preferred_inside_module_calls(session: Session) -> None:
+def test_a_backend_is_preferred_inside_module_calls(host: Host) -> None:
     from torch.nn.attention import SDPBackend
 
     from flatout.knobs.attention import Preference
@@ -636,5 +638,5 @@ def test_a_backend_is_preferred_inside_module_calls(session: Session) -> None:
     assert found == 3
     assert seen[0][0] == int(SDPBackend.CUDNN_ATTENTION)
     assert torch._C._get_sdp_priority_order() == order
-    with pytest.raises(knobs.RefusedError, match="CUDA"):
-        knobs.get("attention").apply(session, "cudnn")
+    with pytest.raises(RefusedError, match="CUDA"):
+        knobs.get("attention").apply(host, "cudnn")

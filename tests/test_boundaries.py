@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flatout.record import ProcessRecord, Step, read_run
+from flatout.wire.record import ProcessRecord, Step, read_run
 
 PREAMBLE = """
 import json, os, sys

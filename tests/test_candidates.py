@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from flatout import knobs
-from flatout.knobs import Facts
-from flatout.ratios import Ratio
+from flatout.knob import Facts
 from flatout.tune import candidates
 from flatout.tune.candidates import Candidate
+from flatout.wire.ratios import Ratio
 
 OPERATORS = {"aten::addmm": 0.4, "aten::bernoulli_": 0.25, "aten::gelu": 0.1, "aten::add": 0.05}
 

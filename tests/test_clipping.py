@@ -12,9 +12,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from flatout import kernels, knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
+from flatout.knob import Facts
 from flatout.knobs import clipping
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
 
@@ -22,16 +23,16 @@ SHAPES = ((300, 400), (7,), (1,), (64, 3, 3, 3), (0,), (100_003,))
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 @pytest.fixture
-def onepass(session: Session) -> Iterator[None]:
-    undo = knobs.get("clipping").apply(session, "onepass")
+def onepass(host: Host) -> Iterator[None]:
+    undo = knobs.get("clipping").apply(host, "onepass")
     yield
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -71,14 +72,14 @@ def spoiled(value: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize("limit", [1.0, 0.0, -1.0, 1e9, torch.inf, torch.nan])
 @pytest.mark.parametrize("value", [1.0, torch.inf, -torch.inf, torch.nan, 1e18, 1e20, 1e-25, 3e38])
 def test_norms_that_are_not_finite_or_overflow_are_torchs(
-    session: Session, value: float, limit: float, error_if_nonfinite: bool
+    host: Host, value: float, limit: float, error_if_nonfinite: bool
 ) -> None:
     options = {"max_norm": limit, "error_if_nonfinite": error_if_nonfinite}
     expected = clipped(lambda: spoiled(value), **options)
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     found = clipped(lambda: spoiled(value), **options)
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         if isinstance(theirs, str):
@@ -89,7 +90,7 @@ def test_norms_that_are_not_finite_or_overflow_are_torchs(
 
 
 @pytest.mark.parametrize("kind", ["the same", "in part", "a lazy sign"])
-def test_gradients_that_are_not_their_memory_alone_are_torchs(session: Session, kind: str) -> None:
+def test_gradients_that_are_not_their_memory_alone_are_torchs(host: Host, kind: str) -> None:
     def gradients() -> list[torch.Tensor]:
         flat = torch.arange(150_000.0)
         if kind == "a lazy sign":
@@ -101,7 +102,7 @@ def test_gradients_that_are_not_their_memory_alone_are_torchs(session: Session, 
         return clipped(lambda: grads, max_norm=1.0)
 
     expected = shared()
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     found = shared()
     undo()
     for mine, theirs in zip(found, expected, strict=True):
@@ -143,19 +144,19 @@ def test_by_the_public_halves(onepass: None) -> None:
     assert after.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_it_is_one_call(session: Session) -> None:
+def test_it_is_one_call(host: Host) -> None:
     def run() -> None:
         clip_grad_norm_(parameters(), 1e6)
 
     assert "aten::linalg_vector_norm" in calls_of(run)
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     assert "aten::linalg_vector_norm" not in calls_of(run)
     undo()
     assert "aten::linalg_vector_norm" in calls_of(run)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_spreads_as_it_does_in_torch(session: Session, value: float) -> None:
+def test_what_is_not_finite_spreads_as_it_does_in_torch(host: Host, value: float) -> None:
     def run(**options: Any) -> list[torch.Tensor]:
         made = parameters()
         assert made[1].grad is not None
@@ -164,17 +165,17 @@ def test_what_is_not_finite_spreads_as_it_does_in_torch(session: Session, value:
         return [norm, *(p.grad for p in made if p.grad is not None)]
 
     own = run()
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     found = run()
     with pytest.raises(RuntimeError, match="non-finite"):
         run(error_if_nonfinite=True)
     undo()
     for ours, theirs in zip(found, own, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
-def test_a_gradient_that_is_there_twice_is_scaled_twice(session: Session) -> None:
+def test_a_gradient_that_is_there_twice_is_scaled_twice(host: Host) -> None:
     def run() -> torch.Tensor:
         made = parameters()
         clip_grad_norm_([made[0], made[1], made[0]], 0.3)
@@ -182,7 +183,7 @@ def test_a_gradient_that_is_there_twice_is_scaled_twice(session: Session) -> Non
         return made[0].grad
 
     own = run()
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     found = run()
     undo()
     torch.testing.assert_close(found, own, rtol=1e-5, atol=0)
@@ -199,39 +200,37 @@ LEFT_ALONE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("case", LEFT_ALONE)
-def test_left_to_torch(session: Session, case: str) -> None:
+def test_left_to_torch(host: Host, case: str) -> None:
     own = LEFT_ALONE[case]()
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     found = LEFT_ALONE[case]()
     undo()
     assert found.dtype == own.dtype
     assert torch.equal(found, own)
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
-def test_compiled_it_is_torchs(session: Session) -> None:
-    undo = knobs.get("clipping").apply(session, "onepass")
+def test_compiled_it_is_torchs(host: Host) -> None:
+    undo = knobs.get("clipping").apply(host, "onepass")
     made = parameters()[:2]
     found = torch.compile(lambda: clip_grad_norm_(made, 0.3), backend="aot_eager")()
     undo()
     assert found.item() == pytest.approx(clip_grad_norm_(parameters()[:2], 0.3).item())
 
 
-def test_a_failure_of_ours_leaves_it_to_torch(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_of_ours_leaves_it_to_torch(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     own = clip_grad_norm_(parameters(), 0.3)
-    undo = knobs.get("clipping").apply(session, "onepass")
+    undo = knobs.get("clipping").apply(host, "onepass")
     monkeypatch.setattr(clipping, "math", None)
     found = clip_grad_norm_(parameters(), 0.3)
     monkeypatch.undo()
     undo()
     assert torch.equal(found, own)
-    assert list(session.failed_knobs) == ["clipping"]
+    assert list(host.applied.failures) == ["clipping"]
 
 
 def test_it_is_tried_where_norms_are_taken() -> None:
     offer = knobs.get("clipping").offer
     taken = {"aten::linalg_vector_norm": 0.02, "aten::mul_": 0.03, "aten::mul": 0.5}
-    assert offer(knobs.Facts("cpu", operators=taken)).share == pytest.approx(0.05)
-    assert not offer(knobs.Facts("cpu", operators={"aten::mul_": 0.03})).settings
+    assert offer(Facts("cpu", operators=taken)).share == pytest.approx(0.05)
+    assert not offer(Facts("cpu", operators={"aten::mul_": 0.03})).settings

@@ -13,25 +13,27 @@ import torch
 from torch import nn
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
+from flatout.knob import Facts
 from flatout.knobs import compile as knob
-from flatout.request import Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
+def host(tmp_path: Path) -> Host:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    made = Session(Request(), tmp_path)
+    made = host_in(tmp_path)
     made.hooks.searching = False
     return made
 
 
 @pytest.fixture
-def said(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     events: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        session, "event", lambda what, subject, why, trace=None: events.append((what, why))
+        host.events, "add", lambda what, subject, why, trace=None: events.append((what, why))
     )
     return events
 
@@ -59,10 +61,10 @@ class Net(nn.Module):
 
 
 def wrapped(
-    session: Session, setting: str = "default", **options: Any
+    host: Host, setting: str = "default", **options: Any
 ) -> tuple[knob.Compiled, Callable[..., Any]]:
     """The wrapper with a backend that takes no time, and a call through it."""
-    wrapper = knob.Compiled(session, setting, {"backend": "aot_eager", **options})
+    wrapper = knob.Compiled(host, setting, {"backend": "aot_eager", **options})
 
     def call(module: Any, *args: Any) -> Any:
         return wrapper(lambda m, *a, **k: m(*a, **k), module, args, {})
@@ -79,11 +81,11 @@ def count() -> int:
     [("default", 1), ("regional", 2)],  # the first block's input needs no gradient
 )
 def test_compiled_in_place_and_undone(
-    session: Session, said: list[tuple[str, str]], setting: str, graphs: int
+    host: Host, said: list[tuple[str, str]], setting: str, graphs: int
 ) -> None:
     net, x = Net(), torch.randn(4, 6)
     expected, keys, before = net(x), list(net.state_dict()), dict(net.__dict__)
-    wrapper, call = wrapped(session, setting)
+    wrapper, call = wrapped(host, setting)
     for _ in range(3):
         torch.testing.assert_close(call(net, x), expected)
     assert count() == graphs
@@ -99,7 +101,7 @@ def test_compiled_in_place_and_undone(
     assert count() == graphs
 
 
-def test_recompiles_and_breaks_are_said(session: Session, said: list[tuple[str, str]]) -> None:
+def test_recompiles_and_breaks_are_said(host: Host, said: list[tuple[str, str]]) -> None:
     class Breaks(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.sum().item() > 1e9:
@@ -107,7 +109,7 @@ def test_recompiles_and_breaks_are_said(session: Session, said: list[tuple[str, 
             return super().forward(x)
 
     module = Breaks()
-    _, call = wrapped(session)
+    _, call = wrapped(host)
     call(module, torch.randn(4, 6))
     call(module, torch.randn(5, 6))
     assert [what for what, _ in said] == ["noticed", "noticed"]
@@ -115,43 +117,43 @@ def test_recompiles_and_breaks_are_said(session: Session, said: list[tuple[str, 
     assert int(said[1][1].split()[0]) > int(said[0][1].split()[0])
 
 
-def test_shapes_that_change_make_one_graph_when_dynamic(session: Session) -> None:
+def test_shapes_that_change_make_one_graph_when_dynamic(host: Host) -> None:
     module = Block()
-    _, call = wrapped(session, "dynamic", dynamic=True)
+    _, call = wrapped(host, "dynamic", dynamic=True)
     for rows in (4, 5, 6):
         call(module, torch.randn(rows, 6))
     assert count() == 1
 
 
-def test_a_module_that_compiles_again_and_again_is_left_to_itself(session: Session) -> None:
+def test_a_module_that_compiles_again_and_again_is_left_to_itself(host: Host) -> None:
     class Doubles(Block):
         def forward(self, x: torch.Tensor, times: int) -> torch.Tensor:
             return super().forward(x) * times
 
     module, x = Doubles(), torch.randn(4, 6)
-    _, call = wrapped(session, dynamic=False)
+    _, call = wrapped(host, dynamic=False)
     for times in range(12):
         torch.testing.assert_close(call(module, x, times), module(x, times))
-    assert "had to compile something anew" in session.failed_knobs["compile"]
+    assert "had to compile something anew" in host.applied.failures["compile"]
     assert count() == knob.MOST_COMPILING_CALLS
     assert module._compiled_call_impl is None
 
 
-def test_a_failure_of_the_compiler_is_eager(session: Session) -> None:
+def test_a_failure_of_the_compiler_is_eager(host: Host) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise OSError("no space left")
 
     net, x = Net(), torch.randn(4, 6)
     expected = net(x)
-    wrapper = knob.Compiled(session, "default", {"backend": broken})
+    wrapper = knob.Compiled(host, "default", {"backend": broken})
     found = wrapper(lambda m, *a, **k: m(*a, **k), net, (x,), {})
     assert torch.equal(found, expected)
-    assert "no space left" in session.failed_knobs["compile"]
+    assert "no space left" in host.applied.failures["compile"]
     assert net._compiled_call_impl is None
 
 
 def test_errors_are_raised_and_those_of_torch_turn_it_back(
-    session: Session, capfd: pytest.CaptureFixture[str]
+    host: Host, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Skipping(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,36 +162,34 @@ def test_errors_are_raised_and_those_of_torch_turn_it_back(
                 raise LookupError("skipped")
             return super().forward(x)
 
-    _, call = wrapped(session)
+    _, call = wrapped(host)
     net = Skipping()
     with pytest.raises(LookupError, match="skipped"):
         call(net, torch.randn(3, 6))
-    assert not session.failed_knobs
+    assert not host.applied.failures
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         call(net, torch.randn(4, 7))
-    assert "compile" in session.failed_knobs
+    assert "compile" in host.applied.failures
     assert net.compiling == [False, False]
     assert capfd.readouterr().err == ""
 
 
-def test_nothing_is_compiled_while_classes_are_watched(session: Session) -> None:
-    session.hooks.searching = True
+def test_nothing_is_compiled_while_classes_are_watched(host: Host) -> None:
+    host.hooks.searching = True
     net = Net()
-    _, call = wrapped(session)
+    _, call = wrapped(host)
     call(net, torch.randn(4, 6))
     assert net._compiled_call_impl is None
-    session.hooks.searching = False
+    host.hooks.searching = False
     call(net, torch.randn(4, 6))
     assert net._compiled_call_impl is not None
 
 
-def test_what_the_program_compiles_is_left_alone(
-    session: Session, said: list[tuple[str, str]]
-) -> None:
+def test_what_the_program_compiles_is_left_alone(host: Host, said: list[tuple[str, str]]) -> None:
     net = Net()
     net.blocks[0].compile(backend="eager")
     own = net.blocks[0]._compiled_call_impl
-    wrapper, call = wrapped(session)
+    wrapper, call = wrapped(host)
     for module in (net, torch.compile(Net(), backend="eager"), torch.jit.script(Block())):
         call(module, torch.randn(4, 6))
     wrapper.restore()
@@ -209,28 +209,26 @@ def test_blocks() -> None:
 
 
 def test_a_module_without_blocks_is_left_alone_by_regional(
-    session: Session, said: list[tuple[str, str]]
+    host: Host, said: list[tuple[str, str]]
 ) -> None:
-    _, call = wrapped(session, "regional")
+    _, call = wrapped(host, "regional")
     call(Block(), torch.randn(4, 6))
     assert said == [("skipped", "Block is left alone: it has no blocks of one class in a list")]
 
 
 def test_where_there_is_nothing_to_compile_with(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
     why = "there is no C++ compiler (g++ or clang++)"
-    assert knobs.get("compile").offer(knobs.Facts("cpu")).refusal == why
-    with pytest.raises(knobs.RefusedError, match="no C"):
-        knobs.get("compile").apply(session, "default")
-    with pytest.raises(knobs.RefusedError, match="CUDA"):
-        knobs.get("compile").apply(session, "reduce-overhead")
+    assert knobs.get("compile").offer(Facts("cpu")).refusal == why
+    with pytest.raises(RefusedError, match="no C"):
+        knobs.get("compile").apply(host, "default")
+    with pytest.raises(RefusedError, match="CUDA"):
+        knobs.get("compile").apply(host, "reduce-overhead")
 
 
-def test_outputs_of_cuda_graphs_are_copied(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_of_cuda_graphs_are_copied(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     marks: list[None] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
     memory = torch.zeros(3)
@@ -239,7 +237,7 @@ def test_outputs_of_cuda_graphs_are_copied(
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"out": memory.copy_(x)}
 
-    wrapper = knob.Compiled(session, "reduce-overhead", {"backend": "eager"})
+    wrapper = knob.Compiled(host, "reduce-overhead", {"backend": "eager"})
     module = Replays()
     one, two = (
         wrapper(lambda m, *a, **k: memory.copy_(a[0]), module, (torch.full((3,), value),), {})

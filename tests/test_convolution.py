@@ -13,10 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.knob import Facts
 from flatout.knobs import convolution
 from flatout.knobs.convolution import cpu
-from flatout.request import Request
+from tests.hosts import host_in
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -215,20 +215,20 @@ def test_under_autocast_and_channels_last(recast: None, forms: list[bool]) -> No
 def test_a_failure_is_told_and_torch_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     module = nn.ConvTranspose2d(8, 6, 7)
     images = torch.randn(5, 8, 1, 1)
     bare = results(module, images)
-    undo = knobs.get("convolution").apply(session, "recast")
+    undo = knobs.get("convolution").apply(host, "recast")
     monkeypatch.setattr(cpu, "_order", None)
     assert all(map(torch.equal, results(module, images), bare))
     undo()
-    assert list(session.failed_knobs) == ["convolution"]
+    assert list(host.applied.failures) == ["convolution"]
 
 
 def test_it_is_tried_where_there_are_transposed_convolutions() -> None:
-    assert convolution.match(knobs.Facts("cpu")).settings == ("recast",)
-    plain = knobs.Facts("cpu", operators={"aten::conv2d": 0.5})
+    assert convolution.match(Facts("cpu")).settings == ("recast",)
+    plain = Facts("cpu", operators={"aten::conv2d": 0.5})
     assert not convolution.match(plain).settings
-    transposed = knobs.Facts("cpu", operators={"aten::conv_transpose2d": 0.01, "aten::mm": 0.1})
+    transposed = Facts("cpu", operators={"aten::conv_transpose2d": 0.01, "aten::mm": 0.1})
     assert convolution.match(transposed).settings == ("recast",)

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from flatout import kernels, knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
 from flatout.knobs.cross_entropy import cpu
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
 
@@ -22,8 +22,8 @@ ROWS, CLASSES = 37, 1234
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,11 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fused(session: Session) -> Iterator[None]:
-    undo = knobs.get("cross_entropy").apply(session, "fused")
+def fused(host: Host) -> Iterator[None]:
+    undo = knobs.get("cross_entropy").apply(host, "fused")
     yield
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def made(rows: int = ROWS, classes: int = CLASSES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,17 +240,17 @@ LEFT = {
 
 
 @pytest.mark.parametrize("what", LEFT)
-def test_left_to_torch(session: Session, what: str) -> None:
+def test_left_to_torch(host: Host, what: str) -> None:
     logits, targets = made()
     expected = LEFT[what](logits, targets)
-    undo = knobs.get("cross_entropy").apply(session, "fused")
+    undo = knobs.get("cross_entropy").apply(host, "fused")
     found = LEFT[what](logits, targets)
     undo()
     assert torch.equal(found, expected)
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
-def test_it_is_used_and_undone(session: Session) -> None:
+def test_it_is_used_and_undone(host: Host) -> None:
     logits, targets = made()
     logits.requires_grad_()
 
@@ -258,29 +258,27 @@ def test_it_is_used_and_undone(session: Session) -> None:
         return str(F.cross_entropy(logits, targets).grad_fn)
 
     own = node()
-    undo = knobs.get("cross_entropy").apply(session, "fused")
+    undo = knobs.get("cross_entropy").apply(host, "fused")
     assert "CrossEntropy" in node()
     undo()
     assert node().split()[0] == own.split()[0]
 
 
-def test_small_matrices_are_left_to_torch(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_matrices_are_left_to_torch(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "FEWEST_LOGITS", ROWS * CLASSES + 1)
     logits, targets = made()
-    undo = knobs.get("cross_entropy").apply(session, "fused")
+    undo = knobs.get("cross_entropy").apply(host, "fused")
     loss = F.cross_entropy(logits.requires_grad_(), targets)
     undo()
     assert "CrossEntropy" not in str(loss.grad_fn)
 
 
-def test_torch_takes_over_when_it_fails(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_takes_over_when_it_fails(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = made()
     expected = F.cross_entropy(logits, targets)
-    undo = knobs.get("cross_entropy").apply(session, "fused")
+    undo = knobs.get("cross_entropy").apply(host, "fused")
     monkeypatch.setattr(cpu, "Asked", None)
     found = F.cross_entropy(logits, targets)
     undo()
     assert torch.equal(found, expected)
-    assert "not callable" in session.failed_knobs["cross_entropy"]
+    assert "not callable" in host.applied.failures["cross_entropy"]

@@ -14,12 +14,14 @@ import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
 from flatout import knobs, machine
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.knob import Facts
 from flatout.knobs import decode
 from flatout.knobs.decode import images as undecoded
 from flatout.knobs.decode import keep
 from flatout.knobs.decode.keep import DecodedImages
-from flatout.request import Request
+from flatout.wire.request import Request
+from tests.hosts import host_in
 
 
 class Counted:
@@ -213,24 +215,24 @@ def test_a_broken_file_is_the_programs_error(
 def test_a_failure_of_ours_is_reported_and_the_image_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     path = draw(tmp_path / "a.jpg")
     bare = Image.open(path).convert("RGB").tobytes()
-    undo = knobs.get("decode").apply(session, "keep")
+    undo = knobs.get("decode").apply(host, "keep")
     monkeypatch.setattr(undecoded, "os", None)
     assert Image.open(path).convert("RGB").tobytes() == bare
     undo()
-    assert list(session.failed_knobs) == ["decode"]
+    assert list(host.applied.failures) == ["decode"]
 
 
 def test_what_is_known_stays_when_it_is_turned_off_and_on(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: counted(image))
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     path = draw(tmp_path / "a.jpg")
     for _ in range(2):
-        undo = knobs.get("decode").apply(session, "keep")
+        undo = knobs.get("decode").apply(host, "keep")
         Image.open(path).load()
         undo()
     assert counted.decoded == 1
@@ -241,7 +243,7 @@ def test_what_is_known_stays_when_it_is_turned_off_and_on(
 def test_it_is_tried_where_images_are_decoded_and_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known = knobs.Facts("cpu", data_share=0.4, opens_images=True)
+    known = Facts("cpu", data_share=0.4, opens_images=True)
     monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
     assert decode.match(known).settings == ("keep", "parallel")
     assert not decode.match(dataclasses.replace(known, opens_images=False)).settings
@@ -253,8 +255,8 @@ def test_it_is_tried_where_images_are_decoded_and_waited_for(
 def test_a_run_that_learns_does_not_try_it_where_no_image_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(Request(learn=True), tmp_path)
-    knobs.get("decode").apply(session, "keep")()
+    host = host_in(tmp_path, Request(learn=True))
+    knobs.get("decode").apply(host, "keep")()
     monkeypatch.delitem(sys.modules, "PIL.JpegImagePlugin")
-    with pytest.raises(knobs.RefusedError, match="no image"):
-        knobs.get("decode").apply(session, "keep")
+    with pytest.raises(RefusedError, match="no image"):
+        knobs.get("decode").apply(host, "keep")

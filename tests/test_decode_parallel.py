@@ -14,12 +14,13 @@ from PIL import Image, ImageFile, JpegImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
 from flatout.knobs.decode import decoder, parallel
 from flatout.knobs.decode import images as undecoded
 from flatout.knobs.decode.foresight import Foresight
 from flatout.knobs.decode.parallel import Decoders
-from flatout.request import Request
+from tests.hosts import host_in
 
 
 class Folder(Dataset):
@@ -64,10 +65,10 @@ def raising(error: Exception) -> None:
     raise error
 
 
-def told_to(session: Session) -> Decoders:
-    """Decoders whose failures a session is told."""
+def told_to(host: Host) -> Decoders:
+    """Decoders whose failures a host is told."""
     kind = JpegImagePlugin.JpegImageFile
-    return Decoders(1, kind, lambda error: session.turn_back("decode", error))
+    return Decoders(1, kind, lambda error: host.applied.withdraw("decode", error))
 
 
 @pytest.fixture(autouse=True)
@@ -280,8 +281,8 @@ def test_a_process_in_trouble_is_given_up_and_the_images_are_there(
     is_killed = trouble == "it is killed"
     if not is_killed:
         monkeypatch.setattr(parallel, "STALLED_S", 0.0)
-    session = Session(Request(), tmp_path)
-    decoders = told_to(session)
+    host = host_in(tmp_path)
+    decoders = told_to(host)
     dataset = Folder(paths)
     bare = [epoch(dataset, seed) for seed in range(2)]
     undo = decoders.install()
@@ -290,19 +291,19 @@ def test_a_process_in_trouble_is_given_up_and_the_images_are_there(
         os.kill(decoders._processes[0]._process.pid, signal.SIGKILL)
     assert same(epoch(dataset, 1), bare[1])
     undo()
-    assert list(session.failed_knobs) == ["decode"]
+    assert list(host.applied.failures) == ["decode"]
 
 
 def test_a_process_that_cannot_be_started_is_no_error_of_the_programs(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    session = Session(Request(), tmp_path)
-    decoders = told_to(session)
+    host = host_in(tmp_path)
+    decoders = told_to(host)
     undo = decoders.install()
     assert len(epoch(Folder(paths))) == 3
     undo()
-    assert list(session.failed_knobs) == ["decode"]
+    assert list(host.applied.failures) == ["decode"]
 
 
 def test_a_fork_that_lives_on_does_not_keep_processes(
@@ -428,7 +429,7 @@ def test_with_workers_and_with_processes_that_fetch_ahead(
     bare = [epoch(dataset, seed) for seed in range(3)]
     undo = decoders.install()
     assert same(epoch(dataset, 0, num_workers=2), bare[0])
-    prefetch = knobs.get("loader").apply(Session(Request(), paths[0].parent), "prefetch")
+    prefetch = knobs.get("loader").apply(host_in(paths[0].parent), "prefetch")
     assert same(epoch(dataset, 1), bare[1])
     assert same(epoch(dataset, 2), bare[2])
     prefetch()
@@ -437,8 +438,8 @@ def test_with_workers_and_with_processes_that_fetch_ahead(
 
 def test_it_is_refused_on_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flatout.machine.usable_cores", lambda: 1.0)
-    with pytest.raises(knobs.RefusedError, match="one core"):
-        knobs.get("decode").apply(Session(Request(), tmp_path), "parallel")
+    with pytest.raises(RefusedError, match="one core"):
+        knobs.get("decode").apply(host_in(tmp_path), "parallel")
 
 
 # Foresight

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flatout import machine_probe
-from flatout.agent import device
+from flatout.intercept import device
+from flatout.machine import probe
 
 CUDA = torch.device("cuda")
 
@@ -135,4 +135,4 @@ def test_the_probe_says_why_an_accelerator_cannot_be_used(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: CUDA)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
     monkeypatch.setattr(torch, "ones", ones)
-    assert machine_probe.usable_accelerator() == (None, why)
+    assert probe.usable_accelerator() == (None, why)

@@ -20,10 +20,10 @@ from flatout.doctor.findings import kinds
 from flatout.errors import UserError
 from flatout.knobs import mkl
 from flatout.machine import Ceilings
-from flatout.record import ProcessRecord, RunRecord, Step, record_path
 from flatout.report.terminal import print_diagnosis
 from flatout.tune import candidates
-from flatout.turns import PHASES
+from flatout.wire.record import ProcessRecord, RunRecord, Step, record_path
+from flatout.wire.turns import PHASES
 
 HEADER = {
     "kind": "header",

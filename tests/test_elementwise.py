@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from flatout import kernels, knobs
-from flatout.agent import dispatch
-from flatout.agent.session import Session
+from flatout.intercept import dispatch
+from flatout.knob import Facts
 from flatout.knobs import elementwise
 from flatout.knobs.elementwise import cpu
 from flatout.knobs.memory_format import gradients
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
 
@@ -208,18 +208,18 @@ def test_knobs_that_replace_the_same_operator_come_and_go_in_any_order(
 def test_a_failure_is_told_and_torch_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     x = torch.randn(40_000)
     bare = torch.tanh(x)
-    undo = knobs.get("elementwise").apply(session, "fast")
+    undo = knobs.get("elementwise").apply(host, "fast")
     monkeypatch.setattr(cpu, "_can_take", None)
     assert torch.equal(torch.tanh(x), bare)
     undo()
-    assert list(session.failed_knobs) == ["elementwise"]
+    assert list(host.applied.failures) == ["elementwise"]
 
 
 def test_it_is_tried_where_there_are_such_functions() -> None:
-    assert elementwise.match(knobs.Facts("cpu")).settings == ("fast",)
-    assert not elementwise.match(knobs.Facts("cpu", operators={"aten::mm": 0.5})).settings
-    found = knobs.Facts("cpu", operators={"aten::abs": 0.1, "aten::mm": 0.5})
+    assert elementwise.match(Facts("cpu")).settings == ("fast",)
+    assert not elementwise.match(Facts("cpu", operators={"aten::mm": 0.5})).settings
+    found = Facts("cpu", operators={"aten::abs": 0.1, "aten::mm": 0.5})
     assert elementwise.match(found).share == 0.1

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from flatout import kernels, knobs
-from flatout.agent import dispatch
-from flatout.knobs import Facts, embedding
+from flatout.intercept import dispatch
+from flatout.knob import Facts
+from flatout.knobs import embedding
 from flatout.knobs.embedding import cpu
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")

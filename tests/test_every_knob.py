@@ -13,8 +13,8 @@ import torch
 
 from flatout import knobs
 from flatout.knobs import kernels
-from flatout.record import read_run
-from flatout.request import RUN_VARIABLE, Request
+from flatout.wire.record import read_run
+from flatout.wire.request import RUN_VARIABLE, Request
 
 STEPS = 20
 

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from flatout import knobs
-from flatout.agent.session import Session
-from flatout.knobs import Facts
-from flatout.request import Request
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
+from flatout.knob import Facts
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 def operators(encoder: nn.Module, *args: torch.Tensor) -> tuple[torch.Tensor, set[str]]:
@@ -27,7 +28,7 @@ def operators(encoder: nn.Module, *args: torch.Tensor) -> tuple[torch.Tensor, se
     return output, {event.key for event in profiled.key_averages()}
 
 
-def test_a_padded_batch_gives_the_same_by_another_way(session: Session) -> None:
+def test_a_padded_batch_gives_the_same_by_another_way(host: Host) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -35,7 +36,7 @@ def test_a_padded_batch_gives_the_same_by_another_way(session: Session) -> None:
     padding = torch.arange(10) >= lengths[:, None]
     expected, bare = operators(encoder, tokens, padding)
     assert "aten::_transformer_encoder_layer_fwd" in bare
-    undo = knobs.get("fastpath").apply(session, "off")
+    undo = knobs.get("fastpath").apply(host, "off")
     found, turned = operators(encoder, tokens, padding)
     undo()
     assert "aten::_transformer_encoder_layer_fwd" not in turned
@@ -44,14 +45,14 @@ def test_a_padded_batch_gives_the_same_by_another_way(session: Session) -> None:
     assert "aten::_transformer_encoder_layer_fwd" in operators(encoder, tokens, padding)[1]
 
 
-def test_nested_tensors_of_a_padded_batch_stay_with_their_zeros(session: Session) -> None:
+def test_nested_tensors_of_a_padded_batch_stay_with_their_zeros(host: Host) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2).eval()
     tokens, lengths = torch.randn(3, 10, 32), torch.tensor([10, 4, 7])
     padding = torch.arange(10) >= lengths[:, None]
     expected, bare = operators(encoder, tokens, padding)
-    undo = knobs.get("fastpath").apply(session, "off")
+    undo = knobs.get("fastpath").apply(host, "off")
     found, turned = operators(encoder, tokens, padding)
     undo()
     assert not expected[padding].any()
@@ -60,7 +61,7 @@ def test_nested_tensors_of_a_padded_batch_stay_with_their_zeros(session: Session
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_called_with_names(session: Session) -> None:
+def test_called_with_names(host: Host) -> None:
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = torch.randn(2, 5, 32)
@@ -70,18 +71,18 @@ def test_called_with_names(session: Session) -> None:
             return [attention(query=x, key=x, value=x)[0], layer(src=x)]
 
     own = run()
-    undo = knobs.get("fastpath").apply(session, "off")
+    undo = knobs.get("fastpath").apply(host, "off")
     found = run()
     undo()
     for ours, theirs in zip(found, own, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_what_the_program_has_chosen_stays(session: Session) -> None:
+def test_what_the_program_has_chosen_stays(host: Host) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with pytest.raises(knobs.RefusedError, match="itself"):
-            knobs.get("fastpath").apply(session, "off")
+        with pytest.raises(RefusedError, match="itself"):
+            knobs.get("fastpath").apply(host, "off")
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
 

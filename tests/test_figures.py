@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatout.plan import Evidence
-from flatout.ratios import Ratio
-from flatout.record import ProcessRecord, Step
-from flatout.report import figures, words
-from flatout.tune import memory, pairs, result
+from flatout.report import words
+from flatout.tune import figures, memory, pairs, result
 from flatout.tune.document import PARTS, Document
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Outcome
-from flatout.turns import PHASES
+from flatout.wire.ratios import Ratio
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.turns import PHASES
 
 MIB = 2**20
 SIDES = ("bare", "plan")

@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from flatout import machine, plan, text
 from flatout.launch import environment, process
 from flatout.plan import Check, Evidence, LossEvidence, Plan, PlanError
-from flatout.program import Program
-from flatout.record import Learned, RecordError, read_run, read_step_times, write_failure
+from flatout.plan.program import Program
 from flatout.report import page
-from flatout.request import (
+from flatout.tune import journal
+from flatout.tune.document import Document, DocumentError
+from flatout.tune.journal import Entry, JournalError
+from flatout.wire.record import Learned, RecordError, read_run, read_step_times, write_failure
+from flatout.wire.request import (
     Comparison,
     Envelope,
     Inspection,
@@ -33,9 +36,6 @@ from flatout.request import (
     Request,
     RequestError,
 )
-from flatout.tune import journal
-from flatout.tune.document import Document, DocumentError
-from flatout.tune.journal import Entry, JournalError
 from tests.tune_documents import nothing_helps
 
 Mutation = tuple[int, int, int, int]

@@ -18,8 +18,8 @@ import torch
 from flatout.agent import flows
 from flatout.agent.inspection import _sampled
 from flatout.plan import Check
-from flatout.record import Gradient
 from flatout.tune import gradients
+from flatout.wire.record import Gradient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 UPDATES, SEEDS = 3, 3

@@ -16,49 +16,53 @@ import torch
 from torch import nn
 
 from flatout import kernels
-from flatout.agent import finite, guard, hooks, losses, snapshot
+from flatout.agent import guard, snapshot
 from flatout.agent.guard import Guard, LossWatch
-from flatout.agent.session import Session
+from flatout.intercept import finite, hooks, losses
+from flatout.intercept.host import Host
 from flatout.plan import Evidence, LossEvidence, Plan
-from flatout.program import observed
-from flatout.request import Envelope, ProvenLoss, Request
+from flatout.plan.program import observed
+from flatout.wire.request import Envelope, ProvenLoss, Request
+from tests.hosts import host_in
 
-Start = Callable[..., Session]
+Start = Callable[..., Host]
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Begin a session with these settings and the guard; every event of torch is seen at once."""
+    """Begin a host with these settings and the guard; every event of torch is seen at once."""
     monkeypatch.setattr(hooks, "FLUSH_SECONDS", 0.0)
-    started: list[tuple[Session, Guard | None]] = []
+    started: list[tuple[Host, Guard | None]] = []
 
-    def start(guarded: bool = True, **settings: str) -> Session:
-        session = Session(Request(settings=settings), tmp_path / str(len(started)))
-        session.run_directory.mkdir()
-        session.hooks.install(live=False)
+    def start(guarded: bool = True, **settings: str) -> Host:
+        folder = tmp_path / str(len(started))
+        folder.mkdir()
+        host = host_in(folder, Request(settings=settings))
+        host = host.host
+        host.hooks.install(live=False)
         for name, setting in settings.items():
-            session.turn(name, setting)
+            host.applied.apply(name, setting)
         if guarded:
-            session._guard = Guard(session, Envelope())
-            session._guard.install()
-        started.append((session, session._guard))
-        return session
+            host._guard = Guard(host, Envelope())
+            host._guard.install()
+        started.append((host, host._guard))
+        return host
 
     yield start
-    for session, installed in reversed(started):
+    for host, installed in reversed(started):
         if installed is not None:
             installed.remove()
-        for name in list(session.turned):
-            session.turn_off(name)
-        session.hooks.remove()
+        for name in list(host.applied.names):
+            host.applied.undo(name)
+        host.hooks.remove()
 
 
-def events(session: Session) -> list[tuple[str, str, str]]:
+def events(host: Host) -> list[tuple[str, str, str]]:
     """What, subject and why of each event."""
-    session.record.flush()
-    if not session.record.path.exists():
+    host.record.flush()
+    if not host.record.path.exists():
         return []
-    lines = map(json.loads, session.record.path.read_text().splitlines())
+    lines = map(json.loads, host.record.path.read_text().splitlines())
     return [(e["what"], e["subject"], e["why"]) for e in lines if e["kind"] == "event"]
 
 
@@ -107,7 +111,7 @@ def are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> 
 def test_a_step_that_lower_precision_breaks_is_left_out_and_the_knob_turned_back(
     start: Start,
 ) -> None:
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -124,15 +128,15 @@ def test_a_step_that_lower_precision_breaks_is_left_out_and_the_knob_turned_back
         step(net, optimizer)
     assert not are_equal(weights(net), before)
     assert all(p.isfinite().all() for p in net.parameters())
-    assert [event[:2] for event in events(session)] == [
+    assert [event[:2] for event in events(host)] == [
         ("failed", "precision"),
         ("undone", "precision"),
     ]
-    assert "gradients of Adam were not finite, and left out" in events(session)[0][2]
+    assert "gradients of Adam were not finite, and left out" in events(host)[0][2]
 
 
 def test_what_is_not_finite_with_nothing_turned_is_left_to_the_program(start: Start) -> None:
-    session = start(precision="bf16", optimizer="fused")
+    host = start(precision="bf16", optimizer="fused")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -143,16 +147,16 @@ def test_what_is_not_finite_with_nothing_turned_is_left_to_the_program(start: St
         if not are_equal(weights(net), before):
             break
     assert not net.head.bias.isfinite().all()
-    said = events(session)
+    said = events(host)
     assert [subject for what, subject, _ in said if what == "failed"] == ["precision", "optimizer"]
     (own,) = (why for what, subject, why in said if subject == "guard")
     assert "the program's own" in own
     step(net, optimizer)
-    assert len(events(session)) == len(said)
+    assert len(events(host)) == len(said)
 
 
 def test_a_closure_is_kept_from_updating(start: Start) -> None:
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -172,11 +176,11 @@ def test_a_closure_is_kept_from_updating(start: Start) -> None:
         optimizer.step(closure)
     assert not are_equal(weights(net), before)
     assert all(p.isfinite().all() for p in net.parameters())
-    assert [subject for what, subject, _ in events(session) if what == "failed"] == ["precision"]
+    assert [subject for what, subject, _ in events(host) if what == "failed"] == ["precision"]
 
 
 def test_an_update_by_hand_finds_zeros(start: Start) -> None:
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net = Probability()
 
@@ -197,7 +201,7 @@ def test_an_update_by_hand_finds_zeros(start: Start) -> None:
     for _ in range(3):
         update()
     assert not are_equal(weights(net), before)
-    assert [event[:2] for event in events(session)] == [
+    assert [event[:2] for event in events(host)] == [
         ("failed", "precision"),
         ("undone", "precision"),
     ]
@@ -207,7 +211,7 @@ def test_an_update_by_hand_finds_zeros(start: Start) -> None:
 def test_a_grad_scaler_of_the_program_is_not_interfered_with(
     start: Start, fused: bool | None
 ) -> None:
-    session = start(optimizer="onepass")
+    host = start(optimizer="onepass")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
@@ -220,11 +224,11 @@ def test_a_grad_scaler_of_the_program_is_not_interfered_with(
         scaler.update()
         assert are_equal(weights(net), before) == (factor != 1.0)
     assert scaler.get_scale() == 2.0
-    assert events(session) == []
+    assert events(host) == []
 
 
 def test_loss_scaling_is_not_checked_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = start(precision="fp16")
+    host = start(precision="fp16")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -232,11 +236,11 @@ def test_loss_scaling_is_not_checked_again(start: Start, monkeypatch: pytest.Mon
     monkeypatch.setattr(guard, "are_finite", None)  # calling it would switch the guard off
     for _ in range(3):
         step(net, optimizer)
-    assert events(session) == []
+    assert events(host) == []
 
 
 def test_loss_scaling_gives_up_where_no_scale_helps(start: Start) -> None:
-    session = start(precision="fp16")
+    host = start(precision="fp16")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -246,7 +250,7 @@ def test_loss_scaling_gives_up_where_no_scale_helps(start: Start) -> None:
         step(net, optimizer, factor=float("nan"))
         if not are_equal(weights(net), before):
             break
-    said = [(what, subject) for what, subject, _ in events(session)]
+    said = [(what, subject) for what, subject, _ in events(host)]
     assert said.count(("noticed", "precision")) == 16  # from 2**16 down to 1
     assert said[16:] == [("failed", "precision"), ("undone", "precision")]
     assert not net.head.bias.isfinite().all()  # the program's own
@@ -259,7 +263,7 @@ def test_a_device_is_not_waited_for(
     """The way of accelerators, on the CPU: the flag gates the update, and is read later."""
     monkeypatch.setattr(guard, "HOST_DEVICES", ())
     monkeypatch.setattr(losses, "_POLLS_BEFORE_WAIT", 2)
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net = Probability()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
@@ -267,14 +271,14 @@ def test_a_device_is_not_waited_for(
     make_sure(net, 8.0)
     before = weights(net)
     step(net, optimizer)
-    assert events(session) == []
+    assert events(host) == []
     assert are_equal(weights(net), before)
     assert not hasattr(optimizer, "found_inf")
     for _ in range(8):
         step(net, optimizer)
     assert not are_equal(weights(net), before)
     assert all(p.isfinite().all() for p in net.parameters())
-    assert [event[:2] for event in events(session)] == [
+    assert [event[:2] for event in events(host)] == [
         ("failed", "precision"),
         ("undone", "precision"),
     ]
@@ -283,7 +287,7 @@ def test_a_device_is_not_waited_for(
 def trained(start: Start, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Losses and weights of a small training."""
     monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
-    session = start(guarded, precision="bf16", optimizer="onepass")
+    host = start(guarded, precision="bf16", optimizer="onepass")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
@@ -297,9 +301,9 @@ def trained(start: Start, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> lis
     buffer = io.BytesIO()
     torch.save([net, optimizer.state_dict()], buffer)
     assert b"flatout" not in buffer.getvalue()
-    assert events(session) == []
-    for name in list(session.turned):
-        session.turn_off(name)
+    assert events(host) == []
+    for name in list(host.applied.names):
+        host.applied.undo(name)
     return [*found, *weights(net), *net.buffers()]
 
 
@@ -336,7 +340,7 @@ def test_weights_that_are_lost_are_set_back_in_place(
 ) -> None:
     monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
     monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net, x = Normed(), torch.randn(8, 4)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -352,7 +356,7 @@ def test_weights_that_are_lost_are_set_back_in_place(
     assert all(p.isfinite().all() for p in net.parameters())
     for parameter, old in zip(net.parameters(), kept, strict=True):
         torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=0.02)
-    said = events(session)
+    said = events(host)
     assert ("noticed", "guard", "weights were not finite, set back to their last copy") in said
     assert [subject for what, subject, _ in said if what == "failed"] == ["precision"]
 
@@ -362,7 +366,7 @@ def test_buffers_that_an_overflow_has_reached_are_set_back(
 ) -> None:
     monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
     monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     torch.manual_seed(0)
     net, x = Normed(), torch.randn(8, 4)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
@@ -373,24 +377,24 @@ def test_buffers_that_an_overflow_has_reached_are_set_back(
         train(net, optimizer, x)
     assert net.norm.running_mean.isfinite().all()  # type: ignore[union-attr]
     assert net.mask[1] == -torch.inf  # type: ignore[index]
-    assert any("buffers were not finite" in why for _, _, why in events(session))
+    assert any("buffers were not finite" in why for _, _, why in events(host))
 
 
 def test_no_copy_where_memory_is_short(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
     monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
     monkeypatch.setattr(snapshot, "_free_bytes", lambda device: 3 * 2**10)
-    session = start(precision="bf16")
+    host = start(precision="bf16")
     net = nn.Linear(256, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     for _ in range(6):
         train(net, optimizer, torch.randn(8, 256))
-    assert [event[:2] for event in events(session)] == [("skipped", "guard")]
+    assert [event[:2] for event in events(host)] == [("skipped", "guard")]
     with torch.no_grad():
         net.weight.fill_(torch.nan)
     for _ in range(6):
         train(net, optimizer, torch.randn(8, 256))
-    assert any("no copy to go back to" in why for _, _, why in events(session))
+    assert any("no copy to go back to" in why for _, _, why in events(host))
 
 
 def test_a_pause_brings_no_copy_nearer() -> None:

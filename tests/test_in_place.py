@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
 from flatout.kernels import find_compiler
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")
 
@@ -117,13 +117,13 @@ OF_OUTPUT: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
-def turned(session: Session, setting: str) -> Callable[[], object]:
+def turned(host: Host, setting: str) -> Callable[[], object]:
     name, _, value = setting.partition("=")
-    return knobs.get(name).apply(session, value)
+    return knobs.get(name).apply(host, value)
 
 
 def gradients(
@@ -150,12 +150,12 @@ def gradients(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_may_be_written(session: Session, case: str) -> None:
+def test_outputs_may_be_written(host: Host, case: str) -> None:
     setting, (operator, given) = CASES[case]
     has_dropout = "dropout" in case
     for name, act in OF_OUTPUT.items():
         bare = gradients(operator, given, act, "output")
-        undo = turned(session, setting)
+        undo = turned(host, setting)
         try:
             found = gradients(operator, given, act, "output")
         finally:
@@ -169,20 +169,18 @@ def test_outputs_may_be_written(session: Session, case: str) -> None:
             for a, b in zip(found, bare, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
         elif name in ("add", "data", "masked_fill"):  # which leave the gradients as they are
-            undo = turned(session, setting)
+            undo = turned(host, setting)
             untouched = gradients(operator, given, lambda out: None, "output")
             undo()
             assert all(torch.equal(a, b) for a, b in zip(found[1:], untouched[1:], strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inputs_may_be_written_where_torch_does_not_read_them_again(
-    session: Session, case: str
-) -> None:
+def test_inputs_may_be_written_where_torch_does_not_read_them_again(host: Host, case: str) -> None:
     setting, (operator, given) = CASES[case]
     for name in given:
         bare = gradients(operator, given, lambda x: x.zero_(), name)
-        undo = turned(session, setting)
+        undo = turned(host, setting)
         try:
             found = gradients(operator, given, lambda x: x.zero_(), name)
             untouched = gradients(operator, given, lambda out: None, "output")
@@ -209,7 +207,7 @@ def traits(out: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_as_those_of_torch(session: Session, case: str) -> None:
+def test_outputs_are_as_those_of_torch(host: Host, case: str) -> None:
     setting, (operator, given) = CASES[case]
 
     def look() -> list[Any]:
@@ -237,7 +235,7 @@ def test_outputs_are_as_those_of_torch(session: Session, case: str) -> None:
         return found
 
     bare = look()
-    undo = turned(session, setting)
+    undo = turned(host, setting)
     try:
         found = look()
     finally:
@@ -246,9 +244,9 @@ def test_outputs_are_as_those_of_torch(session: Session, case: str) -> None:
 
 
 def test_the_second_derivative_of_a_loss_whose_logits_are_gone_is_an_error(
-    session: Session,
+    host: Host,
 ) -> None:
-    undo = turned(session, "cross_entropy=fused")
+    undo = turned(host, "cross_entropy=fused")
     try:
         x = torch.randn(64, 4100, requires_grad=True)
         logits = x * 1

@@ -13,9 +13,8 @@ import torch
 
 from flatout.agent import inputs
 from flatout.agent.inputs import FirstInputs, described
-from flatout.agent.session import Session
-from flatout.request import Request
-from flatout.signature import matches
+from flatout.wire.signature import matches
+from tests.hosts import host_in
 
 
 @dataclasses.dataclass
@@ -52,11 +51,11 @@ def called(module: Any, *args: Any) -> None:
 
 
 def test_sizes_that_differ_between_the_first_calls_are_open(tmp_path: Path) -> None:
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     written: list[dict[str, Any]] = []
-    session.record = SimpleNamespace(write=written.append)  # type: ignore[assignment]
-    watch = FirstInputs(session)
-    session.forward_wrappers.append(watch)
+    host.record = SimpleNamespace(write=written.append)  # type: ignore[assignment]
+    watch = FirstInputs(host)
+    host.forward_wrappers.append(watch)
     net, other = torch.nn.Identity(), torch.nn.Identity()
     for length in (5, 5, 7, 5):
         watch(called, net, (torch.ones(length, 2),), {})
@@ -64,6 +63,6 @@ def test_sizes_that_differ_between_the_first_calls_are_open(tmp_path: Path) -> N
     seen = [line["tensors"] for line in written if line["kind"] == "inputs"]
     assert seen == [("float32[5,2]",), ("float32[*,2]",)]
     for _ in range(inputs.WATCHED_CALLS - 8):
-        assert watch in session.forward_wrappers
+        assert watch in host.forward_wrappers
         watch(called, net, (torch.ones(1, 2),), {})
-    assert watch not in session.forward_wrappers
+    assert watch not in host.forward_wrappers

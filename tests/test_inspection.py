@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from flatout.record import ProcessRecord, read_run
-from flatout.request import RUN_VARIABLE, Inspection, Request
+from flatout.wire.record import ProcessRecord, read_run
+from flatout.wire.request import RUN_VARIABLE, Inspection, Request
 
 BEGIN = """
 import json

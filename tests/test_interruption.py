@@ -13,13 +13,14 @@ import psutil
 import pytest
 
 from flatout import launch, plan
-from flatout.cli import main, tune
+from flatout.cli import main
+from flatout.cli.verbs import tune
 from flatout.launch import interruption, process
 from flatout.plan import Plan
-from flatout.record import ProcessRecord, Step
-from flatout.request import Relay, Request
 from flatout.tune import journal, trial, tuner
 from flatout.tune.trial import Trial, Trials
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.request import Relay, Request
 
 INTERRUPTIONS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

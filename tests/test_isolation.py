@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flatout import cli
-from flatout.cli import doctor, tune  # noqa: F401
+from flatout.cli.verbs import doctor, tune  # noqa: F401
 from flatout.launch import isolation
 from flatout.tune import statistics, tuner
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flatout.program import observed
-from flatout.request import Comparison, Relay, Request
+from flatout.plan.program import observed
 from flatout.tune import journal
 from flatout.tune.journal import Entry, Journal, JournalError
 from flatout.tune.tuner import Options
+from flatout.wire.request import Comparison, Relay, Request
 
 COMMAND = ["python", "train.py"]
 ASKED = Request(settings={"gc": "seldom"}, stop_steps=5, seed=3)

@@ -17,9 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatout import kernels, knobs
-from flatout.agent.session import Session
 from flatout.knobs.random.cpu import Bernoulli
-from flatout.request import Request
+from tests.hosts import host_in
 
 # building
 
@@ -172,13 +171,13 @@ def special_cases() -> Iterator[tuple[str, str, Callable[[], list[torch.Tensor]]
 
 
 def test_special_values_come_out_as_torchs(tmp_path: Path) -> None:
-    session = Session(Request(), tmp_path)
+    host = host_in(tmp_path)
     for number, (knob, setting, run) in enumerate(special_cases()):
         bare = run()
-        undo = knobs.get(knob).apply(session, setting)
+        undo = knobs.get(knob).apply(host, setting)
         plan = run()
         undo()
-        assert not session.failed_knobs
+        assert not host.applied.failures
         for found, expected in zip(plan, bare, strict=True):
             tolerance = 0.02 if found.dtype is torch.bfloat16 else 2e-5
             torch.testing.assert_close(

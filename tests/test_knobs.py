@@ -1,4 +1,4 @@
-"""Every knob on real torch objects, watched by a real session inside this process."""
+"""Every knob on real torch objects, watched by a real host inside this process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ import torch
 from torch import nn
 
 from flatout import knobs
-from flatout.agent.session import Session
 from flatout.cli import main
+from flatout.intercept.host import Host
+from flatout.knob import Facts, UnknownSettingError
 from flatout.knobs.precision.autocast import in_float32
-from flatout.request import Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(Request(), tmp_path)
-    session.hooks.install(live=False)
-    yield session
-    session.hooks.remove()
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = host_in(tmp_path)
+    host.hooks.install(live=False)
+    yield host
+    host.hooks.remove()
 
 
-def events(session: Session) -> list[dict[str, Any]]:
-    session.record.flush()
-    if not session.record.path.exists():
+def events(host: Host) -> list[dict[str, Any]]:
+    host.record.flush()
+    if not host.record.path.exists():
         return []
-    lines = session.record.path.read_text().splitlines()
+    lines = host.record.path.read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == "event"]
 
 
@@ -44,14 +45,14 @@ def test_the_registry_finds_both_and_checks_names() -> None:
     for knob in knobs.registry().values():
         assert set(knob.exactness) == set(knob.settings)
     knobs.check("precision", "bf16")
-    with pytest.raises(knobs.UnknownSettingError, match="no knob 'speed'"):
+    with pytest.raises(UnknownSettingError, match="no knob 'speed'"):
         knobs.check("speed", "bf16")
-    with pytest.raises(knobs.UnknownSettingError, match=r"'int3'.*bf16"):
+    with pytest.raises(UnknownSettingError, match=r"'int3'.*bf16"):
         knobs.check("precision", "int3")
 
 
 def test_a_knob_is_not_offered_on_a_device_it_is_not_for() -> None:
-    offer = knobs.get("optimizer").offer(knobs.Facts("cuda"))
+    offer = knobs.get("optimizer").offer(Facts("cuda"))
     assert offer.settings == ()
     assert offer.refusal == "it is for cpu, not for cuda"
 
@@ -79,10 +80,10 @@ class Net(nn.Module):
         return self.b(hidden)
 
 
-def test_precision_is_bfloat16_inside_and_float32_outside(session: Session) -> None:
+def test_precision_is_bfloat16_inside_and_float32_outside(host: Host) -> None:
     net, x = Net(), torch.randn(2, 8)
     bare = net(x)
-    undo = knobs.get("precision").apply(session, "bf16")
+    undo = knobs.get("precision").apply(host, "bf16")
     net(x)  # which shows that the program asks for a type inside
     output = net(x)
     output.sum().backward()
@@ -96,12 +97,12 @@ def test_precision_is_bfloat16_inside_and_float32_outside(session: Session) -> N
         torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     undo()
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
-    (event,) = events(session)
+    (event,) = events(host)
     assert event["why"] == "operators of Net return float32: it asks for the type of a tensor"
 
 
-def test_precision_leaves_alone_what_the_program_has_decided(session: Session) -> None:
-    knobs.get("precision").apply(session, "bf16")
+def test_precision_leaves_alone_what_the_program_has_decided(host: Host) -> None:
+    knobs.get("precision").apply(host, "bf16")
     net = Net()
     with torch.autocast("cpu", torch.bfloat16):
         assert net(torch.randn(2, 8)).dtype == torch.bfloat16
@@ -109,7 +110,7 @@ def test_precision_leaves_alone_what_the_program_has_decided(session: Session) -
     double(torch.randn(2, 8).double())
     double(torch.randn(2, 8).double())
     assert double.seen[-1] == torch.float64
-    reasons = [event["why"] for event in events(session)]
+    reasons = [event["why"] for event in events(host)]
     assert len(reasons) == 2
     assert "autocast already" in reasons[0]
     assert "float64" in reasons[1]
@@ -126,25 +127,25 @@ class NotInBfloat16(nn.Module):
         return output
 
 
-def test_operators_return_float32_where_bfloat16_is_not_implemented(session: Session) -> None:
+def test_operators_return_float32_where_bfloat16_is_not_implemented(host: Host) -> None:
     torch.manual_seed(0)
     net, x = NotInBfloat16(), torch.randn(4, 4)
     with torch.no_grad():
         bare = net(x)
-    knobs.get("precision").apply(session, "bf16")
+    knobs.get("precision").apply(host, "bf16")
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     for _ in range(2):
         torch.testing.assert_close(net(x), bare, rtol=0.02, atol=0.02)
-    (event,) = events(session)
+    (event,) = events(host)
     assert event["what"] == "noticed"
     assert "__setitem__ is not known to be the same in half precision" in event["why"]
 
 
-def test_precision_lets_the_programs_own_errors_through(session: Session) -> None:
-    knobs.get("precision").apply(session, "bf16")
+def test_precision_lets_the_programs_own_errors_through(host: Host) -> None:
+    knobs.get("precision").apply(host, "bf16")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         Net()(torch.randn(2, 9))
-    assert events(session) == []
+    assert events(host) == []
 
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -179,9 +180,9 @@ def test_outputs_in_containers_come_back_in_float32() -> None:
 
 def test_precision_is_not_tried_where_the_machine_multiplies_bfloat16_slower() -> None:
     match = knobs.get("precision").match
-    assert match(knobs.Facts("cpu")).settings[0] == "bf16"
-    assert match(knobs.Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings[0] == "bf16"
-    slow = match(knobs.Facts("cpu", {"bfloat16": 1e10, "float32": 2e11}))
+    assert match(Facts("cpu")).settings[0] == "bf16"
+    assert match(Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings[0] == "bf16"
+    slow = match(Facts("cpu", {"bfloat16": 1e10, "float32": 2e11}))
     assert slow.settings == ()
     assert slow.refusal is not None
     assert "10 GFLOP/s" in slow.refusal
@@ -229,7 +230,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_fused_steps_are_not_told_to_hooks_closures_schedulers_and_checkpoints(
-    session: Session, kind: str, fused_calls: list[str]
+    host: Host, kind: str, fused_calls: list[str]
 ) -> None:
     def seen_by(optimizer: torch.optim.Optimizer, net: nn.Module) -> list[str]:
         seen: list[str] = []
@@ -260,7 +261,7 @@ def test_fused_steps_are_not_told_to_hooks_closures_schedulers_and_checkpoints(
     expected = seen_by(bare, bare_net)
     assert not fused_calls
     optimizer = OPTIMIZERS[kind](net.parameters())
-    undo = knobs.get("optimizer").apply(session, "fused")
+    undo = knobs.get("optimizer").apply(host, "fused")
     assert seen_by(optimizer, net) == expected
     undo()
     assert len(fused_calls) == (3 if kind == "SGD" else 4)  # whose first step makes the momentum
@@ -280,14 +281,14 @@ def test_fused_steps_are_not_told_to_hooks_closures_schedulers_and_checkpoints(
                     expected_value.stride(),
                 )
     assert vars(optimizer).keys() == vars(bare).keys()
-    assert events(session) == []
+    assert events(host) == []
 
 
-def test_the_same_number_of_fused_steps_gives_the_same_weights(session: Session) -> None:
+def test_the_same_number_of_fused_steps_gives_the_same_weights(host: Host) -> None:
     for make in OPTIMIZERS.values():
         bare_net, net = conv_net(), conv_net()
         train(bare_net, make(bare_net.parameters()), 5)
-        undo = knobs.get("optimizer").apply(session, "fused")
+        undo = knobs.get("optimizer").apply(host, "fused")
         train(net, make(net.parameters()), 5)
         undo()
         for mine, other in zip(net.parameters(), bare_net.parameters(), strict=True):
@@ -295,7 +296,7 @@ def test_the_same_number_of_fused_steps_gives_the_same_weights(session: Session)
 
 
 def test_weights_that_change_their_memory_format_are_not_stepped_fused(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused: list[int] = []
     kernel = torch._fused_adamw_
@@ -309,7 +310,7 @@ def test_weights_that_change_their_memory_format_are_not_stepped_fused(
     for with_knob in (False, True):
         net = conv_net()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-        undo = knobs.get("optimizer").apply(session, "fused") if with_knob else None
+        undo = knobs.get("optimizer").apply(host, "fused") if with_knob else None
         train(net, optimizer, 3)
         net.to(memory_format=torch.channels_last)
         train(net, optimizer, 3)
@@ -319,7 +320,7 @@ def test_weights_that_change_their_memory_format_are_not_stepped_fused(
     for bare, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, bare, rtol=1e-4, atol=1e-5)
     assert fused == [4] * 3 + [3] * 3  # all but the one whose state has other strides
-    (event,) = events(session)
+    (event,) = events(host)
     assert "memory format" in event["why"]
 
 
@@ -332,8 +333,8 @@ class NoStep(torch.optim.AdamW):
     pass
 
 
-def test_optimizers_that_must_be_left_alone(session: Session, fused_calls: list[str]) -> None:
-    undo = knobs.get("optimizer").apply(session, "fused")
+def test_optimizers_that_must_be_left_alone(host: Host, fused_calls: list[str]) -> None:
+    undo = knobs.get("optimizer").apply(host, "fused")
     embedding = nn.Embedding(10, 4, sparse=True)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
     for _ in range(3):
@@ -354,13 +355,13 @@ def test_optimizers_that_must_be_left_alone(session: Session, fused_calls: list[
         optimizer.step()
     undo()
     assert fused_calls == []
-    said = events(session)
+    said = events(host)
     assert all(event["what"] == "skipped" for event in said)
     assert [event["why"].split()[0] for event in said] == ["sgd", "rmsprop", "adam", "adam", "adam"]
 
 
-def test_subclasses_are_stepped_fused(session: Session, fused_calls: list[str]) -> None:
-    undo = knobs.get("optimizer").apply(session, "fused")
+def test_subclasses_are_stepped_fused(host: Host, fused_calls: list[str]) -> None:
+    undo = knobs.get("optimizer").apply(host, "fused")
     for make in (NoStep, lambda p: OwnStep(p, lr=0.1)):
         net = conv_net()
         train(net, make(net.parameters()), 3)
@@ -394,19 +395,19 @@ def test_a_knob_whose_operators_are_not_in_the_step_is_not_tried(
     name: str, needed: list[str]
 ) -> None:
     offer = knobs.get(name).offer
-    assert offer(knobs.Facts("cpu")).settings
-    assert offer(knobs.Facts("cpu", operators=dict.fromkeys(needed, 0.1))).settings
+    assert offer(Facts("cpu")).settings
+    assert offer(Facts("cpu", operators=dict.fromkeys(needed, 0.1))).settings
     for missing in needed:
         others = dict.fromkeys({*needed, "aten::mm"} - {missing}, 0.1)
-        refused = offer(knobs.Facts("cpu", operators=others))
+        refused = offer(Facts("cpu", operators=others))
         assert refused.settings == ()
         assert refused.refusal
 
 
 def test_a_loader_that_nothing_waits_for_is_not_turned() -> None:
     offer = knobs.get("loader").offer
-    assert offer(knobs.Facts("cpu")).settings == ("cache", "prefetch", "workers")
-    assert offer(knobs.Facts("cpu", data_share=0.3)).settings
-    assert offer(knobs.Facts("cpu", data_share=0.001)).refusal == (
+    assert offer(Facts("cpu")).settings == ("cache", "prefetch", "workers")
+    assert offer(Facts("cpu", data_share=0.3)).settings
+    assert offer(Facts("cpu", data_share=0.001)).refusal == (
         "its steps wait for data 0.1% of their time"
     )

@@ -27,14 +27,15 @@ from torch.utils.data import (
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
+from flatout.knob import Facts
 from flatout.knobs import loader as knob
 from flatout.knobs.loader import ahead as fetching
 from flatout.knobs.loader import cache as caching
 from flatout.knobs.loader import processes
 from flatout.knobs.loader.ahead import Ahead
 from flatout.knobs.loader.cache import SampleCache
-from flatout.request import Request
+from tests.hosts import host_in
 
 Said = list[tuple[str, str]]
 
@@ -98,8 +99,8 @@ def cache(said: Said) -> Iterator[SampleCache]:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 def ahead(said: Said, *, count: int = 2, may_draw: bool = True) -> Ahead:
@@ -181,13 +182,13 @@ def test_tensors_that_do_not_fit_into_shared_memory(
     undo()
 
 
-def test_undone_nothing_comes_from_memory(session: Session, asked: list[int]) -> None:
+def test_undone_nothing_comes_from_memory(host: Host, asked: list[int]) -> None:
     dataset = Samples(plain)
-    undo = knobs.get("loader").apply(session, "cache")
+    undo = knobs.get("loader").apply(host, "cache")
     batches(loader_of(dataset), 3)
     undo()
     batches(loader_of(dataset), 2)
-    undo = knobs.get("loader").apply(session, "cache")
+    undo = knobs.get("loader").apply(host, "cache")
     batches(loader_of(dataset), 2)
     undo()
     assert len(asked) == 96  # it goes on from what it knew
@@ -221,13 +222,13 @@ def seed() -> None:
 @pytest.mark.parametrize("setting", ["cache", "prefetch"])
 @pytest.mark.parametrize("make", RANDOM)
 def test_a_dataset_that_draws_random_numbers_is_as_without(
-    session: Session, make: Callable[[int], Any], setting: str
+    host: Host, make: Callable[[int], Any], setting: str
 ) -> None:
     seed()
     bare = batches(loader_of(Samples(make)))
     after = torch.rand(1), np.random.rand(), random.random()
     seed()
-    undo = knobs.get("loader").apply(session, setting)
+    undo = knobs.get("loader").apply(host, setting)
     found = batches(loader_of(Samples(make)))
     undo()
     assert equal(found, bare)
@@ -245,7 +246,7 @@ def test_workers_draw_other_random_numbers_from_the_same_seed(said: Said) -> Non
 @pytest.mark.parametrize("late", [*RANDOM, lambda index: torch.tensor([0.5, 0.5])])
 @pytest.mark.parametrize("setting", ["cache", "prefetch"])
 def test_another_function_in_the_middle_of_an_epoch(
-    session: Session, setting: str, late: Callable[[int], Any]
+    host: Host, setting: str, late: Callable[[int], Any]
 ) -> None:
     def run() -> list[Any]:
         seed()
@@ -259,7 +260,7 @@ def test_another_function_in_the_middle_of_an_epoch(
         return found + batches(loader, 1)
 
     bare = run()
-    undo = knobs.get("loader").apply(session, setting)
+    undo = knobs.get("loader").apply(host, setting)
     found = run()
     undo()
     assert equal(found, bare)
@@ -299,15 +300,15 @@ def test_memory_is_given_back_with_the_dataset(cache: SampleCache) -> None:
 
 
 def test_a_failure_of_ours_is_reported_and_the_batch_is_there(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for setting, module in (("cache", caching), ("prefetch", fetching)):
-        undo = knobs.get("loader").apply(session, setting)
+        undo = knobs.get("loader").apply(host, setting)
         monkeypatch.setattr(module, "examine", None)
         found = batches(loader_of(Samples(plain)), 1)
         undo()
         assert sorted(int(i) for batch in found for i in batch[1]) == list(range(96))
-        assert "TypeError" in session.failed_knobs.pop("loader")
+        assert "TypeError" in host.applied.failures.pop("loader")
 
 
 class Broken(Samples):
@@ -318,8 +319,8 @@ class Broken(Samples):
 
 
 @pytest.mark.parametrize("setting", ["cache", "prefetch", "workers"])
-def test_an_error_of_the_dataset_is_the_programs(session: Session, setting: str) -> None:
-    undo = knobs.get("loader").apply(session, setting)
+def test_an_error_of_the_dataset_is_the_programs(host: Host, setting: str) -> None:
+    undo = knobs.get("loader").apply(host, setting)
     seen = []
     iterator = iter(DataLoader(Broken(plain), batch_size=10))
     for _ in range(5):
@@ -329,13 +330,13 @@ def test_an_error_of_the_dataset_is_the_programs(session: Session, setting: str)
     seen += next(iterator)[1].tolist()
     undo()
     assert seen == [*range(50), *range(60, 70)]
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
-def calm_batches(session: Session, setting: str, epochs: int = 3) -> list[Any]:
+def calm_batches(host: Host, setting: str, epochs: int = 3) -> list[Any]:
     loader = loader_of(Samples(plain))
     if setting:
-        undo = knobs.get("loader").apply(session, setting)
+        undo = knobs.get("loader").apply(host, setting)
     found = []
     for _ in range(epochs):
         for batch in loader:
@@ -346,10 +347,10 @@ def calm_batches(session: Session, setting: str, epochs: int = 3) -> list[Any]:
 
 
 @pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
-def test_order_and_random_stream_of_a_deterministic_dataset(session: Session, setting: str) -> None:
-    bare = calm_batches(session, "")
-    assert equal(calm_batches(session, setting), bare)
-    assert equal(calm_batches(session, ""), bare)
+def test_order_and_random_stream_of_a_deterministic_dataset(host: Host, setting: str) -> None:
+    bare = calm_batches(host, "")
+    assert equal(calm_batches(host, setting), bare)
+    assert equal(calm_batches(host, ""), bare)
 
 
 def test_turned_off_in_the_middle_of_an_epoch(said: Said) -> None:
@@ -504,12 +505,12 @@ def test_a_sampler_that_decides_late_is_asked_late(said: Said) -> None:
     assert [what for what, _ in said] == ["skipped"]
 
 
-def test_workers_of_the_programs_own_are_left_alone(session: Session) -> None:
+def test_workers_of_the_programs_own_are_left_alone(host: Host) -> None:
     def process(index: int) -> Any:
         return torch.tensor(os.getpid())
 
     loader = DataLoader(Samples(process), batch_size=48, num_workers=1)
-    undo = knobs.get("loader").apply(session, "workers")
+    undo = knobs.get("loader").apply(host, "workers")
     pids = [{int(pid) for batch in batches(loader, 1) for pid in batch} for _ in range(2)]
     undo()
     assert pids[0].isdisjoint(pids[1])
@@ -521,16 +522,16 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
-def test_iterable_datasets_are_left_alone(session: Session, setting: str) -> None:
-    undo = knobs.get("loader").apply(session, setting)
+def test_iterable_datasets_are_left_alone(host: Host, setting: str) -> None:
+    undo = knobs.get("loader").apply(host, setting)
     found = batches(DataLoader(Stream(), batch_size=10), 2)
     undo()
     assert torch.cat(found).tolist() == [*range(25), *range(25)]
 
 
 @pytest.mark.parametrize("setting", ["batched", "cache", "prefetch", "workers"])
-def test_a_list_and_a_tensor_dataset(session: Session, setting: str) -> None:
-    undo = knobs.get("loader").apply(session, setting)
+def test_a_list_and_a_tensor_dataset(host: Host, setting: str) -> None:
+    undo = knobs.get("loader").apply(host, setting)
     for dataset in (list(range(96)), TensorDataset(torch.arange(96))):
         found = batches(DataLoader(dataset, batch_size=10), 3)
         flat = torch.cat([torch.as_tensor(b[0] if isinstance(b, list) else b) for b in found])
@@ -594,23 +595,23 @@ NOT_BATCHED = (
 
 @pytest.mark.parametrize("kind", [*BATCHED, *NOT_BATCHED])
 def test_whole_batches_are_those_of_single_samples(
-    session: Session, kind: str, monkeypatch: pytest.MonkeyPatch
+    host: Host, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
     bare = batches(of_tensors(kind), 2)
     if kind in BATCHED:
         monkeypatch.setattr(_MapDatasetFetcher, "fetch", None)  # torch's way is not gone
-    undo = knobs.get("loader").apply(session, "batched")
+    undo = knobs.get("loader").apply(host, "batched")
     torch.manual_seed(3)
     assert equal(batches(of_tensors(kind), 2), bare)
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def test_what_the_program_has_changed_about_samples_counts(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undo = knobs.get("loader").apply(session, "batched")
+    undo = knobs.get("loader").apply(host, "batched")
     rows = TensorDataset.__getitem__
     monkeypatch.setattr(TensorDataset, "__getitem__", lambda s, i: (2 * rows(s, i)[0],))
     (found,) = batches(DataLoader(TensorDataset(torch.arange(3)), batch_size=3), 1)
@@ -618,12 +619,12 @@ def test_what_the_program_has_changed_about_samples_counts(
     assert found[0].tolist() == [0, 2, 4]
 
 
-def test_a_row_that_is_not_there_is_the_programs_error(session: Session) -> None:
-    undo = knobs.get("loader").apply(session, "batched")
+def test_a_row_that_is_not_there_is_the_programs_error(host: Host) -> None:
+    undo = knobs.get("loader").apply(host, "batched")
     with pytest.raises(IndexError):
         batches(DataLoader(TensorDataset(torch.arange(9)), batch_size=4, sampler=[1, 2, 9]))
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 @pytest.mark.parametrize(
@@ -644,7 +645,7 @@ def test_only_settings_that_can_hold_are_tried(
     loader: DataLoader[Any], settings: tuple[str, ...]
 ) -> None:
     assert knob.possible(vars(loader)) == settings
-    match = knob.match(knobs.Facts("cpu", data_share=0.3, loader_settings=settings))
+    match = knob.match(Facts("cpu", data_share=0.3, loader_settings=settings))
     assert match.settings == settings
     assert settings or match.refusal
 

@@ -20,9 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
 from flatout.kernels import find_compiler
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")
 
@@ -150,12 +150,12 @@ WAYS = (scripted, traced, exported, functionalized, symbolic, compiled, copied)
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    made = Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     yield made
     made.hooks.remove()
-    assert not made.failed_knobs
+    assert not made.applied.failures
 
 
 def look(name: str, way: Callable[..., list[Any]]) -> list[Any] | str:
@@ -176,11 +176,11 @@ def bare(name: str) -> list[list[Any] | str]:
 
 @pytest.mark.parametrize(("setting", "name"), CASES)
 def test_what_is_written_down_is_what_is_written_down_without(
-    session: Session, setting: str, name: str
+    host: Host, setting: str, name: str
 ) -> None:
     expected = bare(name)
     knob, _, value = setting.partition("=")
-    undo = knobs.get(knob).apply(session, value)
+    undo = knobs.get(knob).apply(host, value)
     try:
         found = [look(name, way) for way in WAYS]
     finally:
@@ -210,7 +210,7 @@ LOOKED_AT: tuple[tuple[str, Any, str], ...] = (
 
 @pytest.mark.parametrize(("setting", "owner", "name"), LOOKED_AT)
 def test_a_function_looks_like_the_one_whose_place_it_takes(
-    session: Session, setting: str, owner: Any, name: str
+    host: Host, setting: str, owner: Any, name: str
 ) -> None:
     def see() -> list[Any]:
         function = getattr(owner, name)
@@ -222,7 +222,7 @@ def test_a_function_looks_like_the_one_whose_place_it_takes(
     own = getattr(owner, name)
     expected = see()
     knob, _, value = setting.partition("=")
-    undo = knobs.get(knob).apply(session, value)
+    undo = knobs.get(knob).apply(host, value)
     try:
         assert getattr(owner, name) is not own
         assert see() == expected

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatout import machine, machine_probe
+from flatout import machine
 from flatout.cli import main
 from flatout.errors import UserError
+from flatout.machine import probe as machine_probe
 
 REPORT = {
     "torch": "2.13.0",
@@ -43,7 +44,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run = subprocess.run
 
     def probe(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        if not command[-1].endswith("machine_probe.py"):
+        if not command[-1].endswith("machine/probe.py"):
             return run(command, **options)  # type: ignore[call-overload,no-any-return]
         made.append(command[0])
         return subprocess.CompletedProcess(command, 0, json.dumps(REPORT), "")

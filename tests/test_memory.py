@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flatout.record import Step
 from flatout.tune import memory
-from flatout.turns import PHASES
+from flatout.wire.record import Step
+from flatout.wire.turns import PHASES
 
 MIB = 2**20
 

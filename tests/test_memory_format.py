@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
 from flatout.knobs.memory_format import channels_last, gradients
-from flatout.request import Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    made = Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     yield made
     made.hooks.remove()
@@ -81,10 +81,10 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
 def test_the_training_is_the_same_whatever_the_optimizer(
-    session: Session, options: dict[str, Any], channels: int
+    host: Host, options: dict[str, Any], channels: int
 ) -> None:
     expected = train(made(channels=channels), **options)
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     net = made(channels=channels)
     found = train(net, **options)
     undo()
@@ -93,13 +93,13 @@ def test_the_training_is_the_same_whatever_the_optimizer(
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}])
-def test_switched_in_the_middle_of_a_run(session: Session, options: dict[str, Any]) -> None:
+def test_switched_in_the_middle_of_a_run(host: Host, options: dict[str, Any]) -> None:
     expected = train(made(), **options)
     undos: list[Any] = []
 
     def turn(step: int) -> None:
         if step == 3:
-            undos.append(knobs.get("memory_format").apply(session, "channels_last"))
+            undos.append(knobs.get("memory_format").apply(host, "channels_last"))
         if step == 6:
             undos[0]()
 
@@ -110,19 +110,19 @@ def test_switched_in_the_middle_of_a_run(session: Session, options: dict[str, An
 
 
 def test_where_torch_fails_on_the_format_the_program_gets_the_error_and_the_knob_is_turned_back(
-    session: Session,
+    host: Host,
 ) -> None:
     net = made(views=True)
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         train(net)
-    assert "view size is not compatible" in session.failed_knobs["memory_format"]
+    assert "view size is not compatible" in host.applied.failures["memory_format"]
     train(net)
     undo()
     assert net.seen == [True] + [False] * 8  # never twice for one call
 
 
-def test_an_error_of_the_program_turns_nothing_back(session: Session) -> None:
+def test_an_error_of_the_program_turns_nothing_back(host: Host) -> None:
     class SkippedError(Exception):
         pass
 
@@ -131,37 +131,37 @@ def test_an_error_of_the_program_turns_nothing_back(session: Session) -> None:
             super().forward(x)
             raise SkippedError
 
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     with pytest.raises(SkippedError) as raised:
         Skipping()(torch.randn(2, 3, 8, 8))
     undo()
     assert raised.traceback[-1].name == "forward"
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
-def test_grouped_convolutions_are_left_alone(session: Session) -> None:
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+def test_grouped_convolutions_are_left_alone(host: Host) -> None:
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     net = made(groups=8)
     train(net, 2)
     undo()
     assert not any(net.seen)
 
 
-def test_a_model_in_channels_last_already(session: Session) -> None:
+def test_a_model_in_channels_last_already(host: Host) -> None:
     net = made().to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     expected = net.eval()(x)
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     found = net(x)
     undo()
     assert torch.equal(found["class"], expected["class"])
 
 
-def test_compiled_it_is_left_to_the_compiler(session: Session) -> None:
+def test_compiled_it_is_left_to_the_compiler(host: Host) -> None:
     net = made().eval()
     x = torch.randn(2, 3, 8, 8)
     expected = net(x)["class"]
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     found = torch.compile(net, backend="aot_eager")(x)["class"]
     undo()
     torch.testing.assert_close(found, expected)
@@ -192,7 +192,7 @@ OPERATORS: dict[str, Any] = {
 @pytest.mark.parametrize("name", gradients.BACKWARD)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_come_in_the_layout_of_the_activations(
-    session: Session, name: str, layout: torch.memory_format
+    host: Host, name: str, layout: torch.memory_format
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     activations = torch.rand(3, 6, 5, 4, generator=generator).contiguous(memory_format=layout)
@@ -201,7 +201,7 @@ def test_gradients_come_in_the_layout_of_the_activations(
     operator = getattr(torch.ops.aten, name)
     rest = OPERATORS.get(name, ())
     bare = operator(gradient.contiguous(memory_format=layout), activations, *rest)
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     found = operator(gradient.contiguous(memory_format=other), activations, *rest)
     spread = operator(gradient[:, :, :1, :1].expand(3, 6, 5, 4), activations, *rest)
     undo()
@@ -209,27 +209,27 @@ def test_gradients_come_in_the_layout_of_the_activations(
     assert torch.equal(found, bare)
     assert found.is_contiguous(memory_format=layout)
     assert spread.is_contiguous(memory_format=layout)
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def test_a_failure_of_ours_leaves_gradients_to_torch(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     monkeypatch.setattr(gradients, "torch", None)
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     (found,) = torch.autograd.grad(F.relu(x).flatten(1).sum(), x)
     monkeypatch.undo()
     undo()
     assert torch.equal(found, (x > 0).float())
-    assert list(session.failed_knobs) == ["memory_format"]
+    assert list(host.applied.failures) == ["memory_format"]
 
 
-def test_the_first_image_of_one_pixel_is_turned_around(session: Session) -> None:
+def test_the_first_image_of_one_pixel_is_turned_around(host: Host) -> None:
     up = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU())
     seen: list[bool] = []
     up[1].register_forward_hook(lambda *args: seen.append(args[2].stride(1) == 1))
-    undo = knobs.get("memory_format").apply(session, "channels_last")
+    undo = knobs.get("memory_format").apply(host, "channels_last")
     up(torch.randn(2, 4, 1, 1))
     undo()
     assert seen == [True]

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatout.agent import nested
-from flatout.agent.nested import mapped, tensors_in
+from flatout.intercept import nested
+from flatout.intercept.nested import mapped, tensors_in
 
 TENSORS = [torch.zeros(size) for size in (1, 2, 3)]
 WIDE = {id(tensor): tensor.double() for tensor in TENSORS}

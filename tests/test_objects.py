@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from flatout.agent import objects
-from flatout.agent.identity import WeakIdentityDict, WeakIdentitySet
+from flatout.intercept import objects
+from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 
 
 class Tree(nn.Module):

@@ -14,11 +14,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
-from flatout.agent.finite import kept_gradient
-from flatout.agent.session import Session
-from flatout.knobs import Facts, gradients
+from flatout.errors import RefusedError
+from flatout.intercept.finite import kept_gradient
+from flatout.intercept.host import Host
+from flatout.knob import Facts
+from flatout.knobs import gradients
 from flatout.knobs.gradients.on_demand import CALLS_WITHOUT_USE
-from flatout.request import Request
+from flatout.wire.request import Request
+from tests.hosts import host_in
 
 STEPS = 12
 
@@ -26,33 +29,33 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    made = Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     yield made
     made.hooks.remove()
-    assert not made.failed_knobs
+    assert not made.applied.failures
 
 
 @pytest.fixture
-def on_demand(session: Session) -> Iterator[None]:
-    undo = knobs.get("gradients").apply(session, "on_demand")
+def on_demand(host: Host) -> Iterator[None]:
+    undo = knobs.get("gradients").apply(host, "on_demand")
     yield
     undo()
 
 
 @pytest.fixture
-def said(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why the knob has left things alone."""
     whys: list[str] = []
-    monkeypatch.setattr(session, "event", lambda what, subject, why: whys.append(why))
+    monkeypatch.setattr(host.events, "add", lambda what, subject, why: whys.append(why))
     return whys
 
 
-def with_and_without(session: Session, train: Callable[[], T]) -> tuple[T, T]:
+def with_and_without(host: Host, train: Callable[[], T]) -> tuple[T, T]:
     """What training gives under the knob, and without it."""
     expected = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
+    undo = knobs.get("gradients").apply(host, "on_demand")
     found = train()
     undo()
     return found, expected
@@ -125,9 +128,9 @@ def note_kept(gan: Gan, step: int) -> None:
     gan.noted.append(gan.kept())
 
 
-def test_dropped_gradients_are_not_computed_and_weights_are_the_same(session: Session) -> None:
+def test_dropped_gradients_are_not_computed_and_weights_are_the_same(host: Host) -> None:
     turned, bare = with_and_without(
-        session, lambda: Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
+        host, lambda: Gan(**{"before backward": note_kept, "after backward": note_kept}).train()
     )
     turned.optimizer_d.zero_grad()
     assert same(turned.weights(), bare.weights())
@@ -141,12 +144,12 @@ def test_dropped_gradients_are_not_computed_and_weights_are_the_same(session: Se
 
 
 @pytest.mark.parametrize("place", ["after backward", "end", "before zero_grad"])
-def test_who_reads_a_gradient_gets_it(session: Session, place: str) -> None:
+def test_who_reads_a_gradient_gets_it(host: Host, place: str) -> None:
     def read(gan: Gan, step: int) -> None:
         if step == 8:
             gan.noted += [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
-    turned, bare = with_and_without(session, lambda: Gan(**{place: read}).train())
+    turned, bare = with_and_without(host, lambda: Gan(**{place: read}).train())
     assert len(bare.noted) == 6
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
@@ -164,26 +167,26 @@ def test_what_was_read_once_is_not_put_off_again(on_demand: None) -> None:
     assert gan.noted[8] == [8, True] + [False] * 5
 
 
-def test_a_step_without_zero_grad_finds_what_is_owed(session: Session) -> None:
+def test_a_step_without_zero_grad_finds_what_is_owed(host: Host) -> None:
     def step_again(gan: Gan, step: int) -> None:
         if step in (5, 9):
             gan.optimizer_d.step()
 
-    turned, bare = with_and_without(session, lambda: Gan(end=step_again).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=step_again).train())
     assert same(turned.weights(), bare.weights())
 
 
-def test_clipping_finds_what_is_owed(session: Session) -> None:
+def test_clipping_finds_what_is_owed(host: Host) -> None:
     def clip(gan: Gan, step: int) -> None:
         if step == 7:
             gan.noted.append(nn.utils.clip_grad_norm_(gan.discriminator.parameters(), 1e-3))
 
-    turned, bare = with_and_without(session, lambda: Gan(end=clip).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=clip).train())
     assert same(turned.noted, bare.noted)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_zeros_are_zeros(session: Session, turned: bool) -> None:
+def test_zeros_are_zeros(host: Host, turned: bool) -> None:
     def look(gan: Gan, step: int) -> None:
         if step:
             for p in gan.discriminator.parameters():
@@ -194,7 +197,7 @@ def test_zeros_are_zeros(session: Session, turned: bool) -> None:
         for p in gan.discriminator.parameters():
             p.grad = None
 
-    undo = knobs.get("gradients").apply(session, "on_demand") if turned else None
+    undo = knobs.get("gradients").apply(host, "on_demand") if turned else None
     gan = Gan(**{"after zero_grad": look, "before backward": drop, "after backward": note_kept})
     gan.set_to_none = False
     gan.train()
@@ -204,7 +207,7 @@ def test_zeros_are_zeros(session: Session, turned: bool) -> None:
 
 
 @pytest.mark.parametrize("setter", ["assign", "delete"])
-def test_another_gradient_takes_the_place_of_what_is_owed(session: Session, setter: str) -> None:
+def test_another_gradient_takes_the_place_of_what_is_owed(host: Host, setter: str) -> None:
     def replace(gan: Gan, step: int) -> None:
         if step == 8:
             for p in gan.discriminator.parameters():
@@ -214,27 +217,27 @@ def test_another_gradient_takes_the_place_of_what_is_owed(session: Session, sett
                     del p.grad
             gan.noted += [p.grad for p in gan.discriminator.parameters()]
 
-    turned, bare = with_and_without(session, lambda: Gan(end=replace).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=replace).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
 
-def test_undone_between_two_steps_leaves_gradients_as_without(session: Session) -> None:
+def test_undone_between_two_steps_leaves_gradients_as_without(host: Host) -> None:
     def note_gradients(gan: Gan, step: int) -> None:
         gan.noted.append([p.grad.clone() for p in gan.discriminator.parameters()])  # type: ignore[union-attr]
 
     bare = Gan(end=note_gradients).train(6)
-    undo = knobs.get("gradients").apply(session, "on_demand")
+    undo = knobs.get("gradients").apply(host, "on_demand")
     turned = Gan().train(6)
     undo()
     found = [p.grad for p in turned.discriminator.parameters()]
     assert same(found, bare.noted[-1])
 
 
-def test_turned_on_again_it_goes_on_from_what_it_knows(session: Session) -> None:
+def test_turned_on_again_it_goes_on_from_what_it_knows(host: Host) -> None:
     gan = Gan(**{"before backward": note_kept, "after backward": note_kept})
     for _ in range(2):
-        undo = knobs.get("gradients").apply(session, "on_demand")
+        undo = knobs.get("gradients").apply(host, "on_demand")
         gan.noted.clear()
         gan.train(5)
         undo()
@@ -258,11 +261,11 @@ def hang_on_modules(gan: Gan, called: list[int]) -> None:
 
 @pytest.mark.parametrize("hang", [hang_on_parameters, hang_on_accumulation, hang_on_modules])
 def test_hooks_are_called_as_often_as_without(
-    session: Session, hang: Callable[[Gan, list[int]], None]
+    host: Host, hang: Callable[[Gan, list[int]], None]
 ) -> None:
     counts = []
     for turned in (False, True):
-        undo = knobs.get("gradients").apply(session, "on_demand") if turned else None
+        undo = knobs.get("gradients").apply(host, "on_demand") if turned else None
         called: list[int] = []
         gan = Gan()
         gan.discriminator[2] = nn.LeakyReLU(0.2)
@@ -304,7 +307,7 @@ def tuned() -> tuple[Tuned, torch.optim.Optimizer]:
 
 
 def test_a_gradient_that_needs_a_weight_about_to_change_is_computed_from_it(
-    session: Session,
+    host: Host,
 ) -> None:
     def train() -> list[bool]:
         net, optimizer = tuned()
@@ -313,14 +316,14 @@ def test_a_gradient_that_needs_a_weight_about_to_change_is_computed_from_it(
         return got
 
     gradients: list[torch.Tensor | None] = []
-    got, _ = with_and_without(session, train)
+    got, _ = with_and_without(host, train)
     assert got == [True] * 3 + [False] * 5
     assert same(gradients[:1], gradients[1:])
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "retain_grad", "none"])
 def test_hooks_on_the_way_to_such_gradients_only_are_called(
-    session: Session, on_demand: None, said: list[str], hook: str
+    host: Host, on_demand: None, said: list[str], hook: str
 ) -> None:
     kept: list[torch.Tensor] = []
 
@@ -350,17 +353,17 @@ def test_hooks_on_the_way_to_such_gradients_only_are_called(
         assert all(grad is not None and grad.any() for grad in found)
 
 
-def test_gradients_that_nobody_zeroes_add_up_as_without(session: Session) -> None:
+def test_gradients_that_nobody_zeroes_add_up_as_without(host: Host) -> None:
     def train() -> Gan:
         gan = Gan()
         gan.optimizer_d.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
         return gan.train()
 
-    turned, bare = with_and_without(session, train)
+    turned, bare = with_and_without(host, train)
     assert same(turned.weights(), bare.weights())
 
 
-def test_gradients_add_up_in_the_order_of_the_program(session: Session) -> None:
+def test_gradients_add_up_in_the_order_of_the_program(host: Host) -> None:
     def train() -> Gan:
         gan = Gan()
         own, count = gan.optimizer_d.zero_grad, iter(range(100))
@@ -369,11 +372,11 @@ def test_gradients_add_up_in_the_order_of_the_program(session: Session) -> None:
         )
         return gan.train()
 
-    turned, bare = with_and_without(session, train)
+    turned, bare = with_and_without(host, train)
     assert same(turned.weights(), bare.weights())
 
 
-def test_gradients_held_by_the_program_are_added_to(session: Session) -> None:
+def test_gradients_held_by_the_program_are_added_to(host: Host) -> None:
     def hold(gan: Gan, step: int) -> None:
         gan.noted = [p.grad for p in gan.discriminator.parameters()]
 
@@ -382,13 +385,13 @@ def test_gradients_held_by_the_program_are_added_to(session: Session) -> None:
             gan.noted = [grad.clone() for grad in gan.noted]
 
     turned, bare = with_and_without(
-        session, lambda: Gan(**{"before backward": hold, "after backward": look}).train()
+        host, lambda: Gan(**{"before backward": hold, "after backward": look}).train()
     )
     assert same(turned.noted, bare.noted)
 
 
 @pytest.mark.parametrize("alias", ["view", "data", "numpy"])
-def test_memory_of_gradients_held_by_the_program_is_added_to(session: Session, alias: str) -> None:
+def test_memory_of_gradients_held_by_the_program_is_added_to(host: Host, alias: str) -> None:
     held: list[Any] = []
 
     def hold(gan: Gan, step: int) -> None:
@@ -411,7 +414,7 @@ def test_memory_of_gradients_held_by_the_program_is_added_to(session: Session, a
         gan.set_to_none = False
         return gan
 
-    turned, bare = with_and_without(session, lambda: build().train())
+    turned, bare = with_and_without(host, lambda: build().train())
     assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
 
 
@@ -426,18 +429,18 @@ def detach_the_loss(gan: Gan, step: int) -> None:
 
 @pytest.mark.parametrize("change", [change_the_loss, detach_the_loss])
 def test_losses_that_are_changed_after_backward(
-    session: Session, change: Callable[[Gan, int], None]
+    host: Host, change: Callable[[Gan, int], None]
 ) -> None:
     def read(gan: Gan, step: int) -> None:
         if step == 8:
             gan.noted = [p.grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
     acts = {"after backward": change, "end": read}
-    turned, bare = with_and_without(session, lambda: Gan(**acts).train())
+    turned, bare = with_and_without(host, lambda: Gan(**acts).train())
     assert same(turned.noted, bare.noted)
 
 
-def test_a_first_gradient_that_was_overwritten_since(session: Session) -> None:
+def test_a_first_gradient_that_was_overwritten_since(host: Host) -> None:
     first = torch.ones(())
     own = torch.Tensor.backward
 
@@ -458,20 +461,20 @@ def test_a_first_gradient_that_was_overwritten_since(session: Session) -> None:
         gan.criterion = Loss()
         return gan
 
-    turned, bare = with_and_without(session, lambda: build().train())
+    turned, bare = with_and_without(host, lambda: build().train())
     assert same(turned.noted, bare.noted)
 
 
-def test_the_other_name_of_a_gradient(session: Session) -> None:
+def test_the_other_name_of_a_gradient(host: Host) -> None:
     def read(gan: Gan, step: int) -> None:
         gan.noted = [p._grad.clone() for p in gan.discriminator.parameters()]  # type: ignore[union-attr]
 
-    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
 def test_a_payment_that_is_interrupted_is_an_error_to_the_next_reader(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flatout.knobs.gradients import on_demand
 
@@ -487,25 +490,25 @@ def test_a_payment_that_is_interrupted_is_an_error_to_the_next_reader(
             with pytest.raises(RuntimeError, match="cannot be computed any more"):
                 assert gan.discriminator[0].weight.grad is not None
 
-    undo = knobs.get("gradients").apply(session, "on_demand")
+    undo = knobs.get("gradients").apply(host, "on_demand")
     turned = Gan(end=read).train()
     undo()
     assert same(turned.weights(), Gan().train().weights())
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_a_hook_is_called_for_later_gradients_only(session: Session, kind: str) -> None:
+def test_a_hook_is_called_for_later_gradients_only(host: Host, kind: str) -> None:
     def hang(gan: Gan, step: int) -> None:
         if step == 8:
             for p in gan.discriminator.parameters():
                 getattr(p, kind)(lambda grad: gan.noted.append(1))
 
-    turned, bare = with_and_without(session, lambda: Gan(end=hang).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=hang).train())
     assert len(turned.noted) == len(bare.noted) > 0
     assert same(turned.weights(), bare.weights())
 
 
-def test_a_hook_that_reads_other_gradients_sees_them_whole(session: Session) -> None:
+def test_a_hook_that_reads_other_gradients_sees_them_whole(host: Host) -> None:
     def hang(gan: Gan, step: int) -> None:
         if step == 0:
             last = gan.generator[0].weight
@@ -516,12 +519,12 @@ def test_a_hook_that_reads_other_gradients_sees_them_whole(session: Session) -> 
 
             last.register_post_accumulate_grad_hook(look)
 
-    turned, bare = with_and_without(session, lambda: Gan(**{"before zero_grad": hang}).train())
+    turned, bare = with_and_without(host, lambda: Gan(**{"before zero_grad": hang}).train())
     assert len(turned.noted) == STEPS
     assert all(same(a, b) for a, b in zip(turned.noted, bare.noted, strict=True))
 
 
-def test_two_parameters_with_one_gradient(session: Session) -> None:
+def test_two_parameters_with_one_gradient(host: Host) -> None:
     def train() -> list[torch.Tensor]:
         gan, other = Gan(), Gan().discriminator
         for p, q in zip(gan.discriminator.parameters(), other.parameters(), strict=True):
@@ -536,11 +539,11 @@ def test_two_parameters_with_one_gradient(session: Session) -> None:
             optimizer.step()
         return [p.detach().clone() for p in other.parameters()]
 
-    turned, bare = with_and_without(session, train)
+    turned, bare = with_and_without(host, train)
     assert same(turned, bare)
 
 
-def test_scaled_losses_end_it(session: Session, on_demand: None, said: list[str]) -> None:
+def test_scaled_losses_end_it(host: Host, on_demand: None, said: list[str]) -> None:
     gan = Gan()
     scaler = torch.amp.GradScaler("cpu")
     loss = gan.criterion(gan.discriminator(torch.randn(32, 8)), torch.ones(32, 1))
@@ -550,7 +553,7 @@ def test_scaled_losses_end_it(session: Session, on_demand: None, said: list[str]
     assert said == ["the program scales its losses"]
 
 
-def test_many_calls_between_two_drops_are_soon_left_alone(session: Session) -> None:
+def test_many_calls_between_two_drops_are_soon_left_alone(host: Host) -> None:
     def train() -> list[torch.Tensor | None]:
         gan = Gan()
         for _ in range(8):
@@ -562,12 +565,12 @@ def test_many_calls_between_two_drops_are_soon_left_alone(session: Session) -> N
             gan.optimizer_g.zero_grad()
         return gan.kept()
 
-    turned, bare = with_and_without(session, train)
+    turned, bare = with_and_without(host, train)
     assert same(turned, bare)  # nothing is owed
 
 
 @pytest.mark.parametrize("until", ["read", "end"])
-def test_parameters_frozen_after_the_forward_pass(session: Session, until: str) -> None:
+def test_parameters_frozen_after_the_forward_pass(host: Host, until: str) -> None:
     def freeze(gan: Gan, step: int) -> None:
         gan.discriminator.requires_grad_(False)
 
@@ -577,12 +580,12 @@ def test_parameters_frozen_after_the_forward_pass(session: Session, until: str) 
         gan.discriminator.requires_grad_(True)
 
     acts = {"before backward": freeze, "end": thaw}
-    turned, bare = with_and_without(session, lambda: Gan(**acts).train())
+    turned, bare = with_and_without(host, lambda: Gan(**acts).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
 
-def test_a_gradient_is_paid_to_a_parameter_frozen_since(session: Session) -> None:
+def test_a_gradient_is_paid_to_a_parameter_frozen_since(host: Host) -> None:
     def read(gan: Gan, step: int) -> None:
         if step == 8:
             gan.discriminator.requires_grad_(False)
@@ -590,7 +593,7 @@ def test_a_gradient_is_paid_to_a_parameter_frozen_since(session: Session) -> Non
             assert not any(p.requires_grad for p in gan.discriminator.parameters())
             gan.discriminator.requires_grad_(True)
 
-    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
@@ -599,7 +602,7 @@ def test_a_gradient_is_paid_to_a_parameter_frozen_since(session: Session) -> Non
     [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode],
     ids=["autocast", "inference"],
 )
-def test_a_gradient_is_paid_whatever_mode_its_reader_is_in(session: Session, mode: Any) -> None:
+def test_a_gradient_is_paid_whatever_mode_its_reader_is_in(host: Host, mode: Any) -> None:
     def read(gan: Gan, step: int) -> None:
         if step == 8:
             with mode():
@@ -607,11 +610,11 @@ def test_a_gradient_is_paid_whatever_mode_its_reader_is_in(session: Session, mod
             assert not any(grad.is_inference() for grad in gan.noted)
             gan.noted = [grad.clone() for grad in gan.noted]
 
-    turned, bare = with_and_without(session, lambda: Gan(end=read).train())
+    turned, bare = with_and_without(host, lambda: Gan(end=read).train())
     assert same(turned.noted, bare.noted)
 
 
-def test_a_part_that_is_read_is_not_stepped_before_the_rest_is_paid(session: Session) -> None:
+def test_a_part_that_is_read_is_not_stepped_before_the_rest_is_paid(host: Host) -> None:
     def build() -> Gan:
         def act(gan: Gan, step: int) -> None:
             weights = [p for p in gan.discriminator.parameters() if p.dim() == 2]
@@ -629,7 +632,7 @@ def test_a_part_that_is_read_is_not_stepped_before_the_rest_is_paid(session: Ses
         gan.optimizer_d = torch.optim.Adam(groups, lr=0.01)
         return gan
 
-    turned, bare = with_and_without(session, lambda: build().train())
+    turned, bare = with_and_without(host, lambda: build().train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
@@ -648,19 +651,19 @@ def test_old_debts_are_paid_and_their_graphs_go(on_demand: None) -> None:
     assert same(again.noted[-2], again.noted[-1])
 
 
-def test_a_penalty_on_gradients_is_left_alone(session: Session) -> None:
+def test_a_penalty_on_gradients_is_left_alone(host: Host) -> None:
     def penalise(gan: Gan, step: int) -> None:
         x = torch.randn(4, 8, requires_grad=True)
         (found,) = torch.autograd.grad(gan.discriminator(x).sum(), x, create_graph=True)
         found.square().mean().backward()
         gan.noted.append(gan.discriminator[0].weight.grad.clone())  # type: ignore[union-attr]
 
-    turned, bare = with_and_without(session, lambda: Gan(**{"after zero_grad": penalise}).train())
+    turned, bare = with_and_without(host, lambda: Gan(**{"after zero_grad": penalise}).train())
     assert same(turned.noted, bare.noted)
     assert same(turned.weights(), bare.weights())
 
 
-def test_checkpoints_end_it(session: Session, on_demand: None, said: list[str]) -> None:
+def test_checkpoints_end_it(host: Host, on_demand: None, said: list[str]) -> None:
     gan = Gan()
     own = gan.discriminator.forward
     gan.discriminator.forward = lambda x: checkpoint(own, x, use_reentrant=False)  # type: ignore[method-assign]
@@ -670,12 +673,12 @@ def test_checkpoints_end_it(session: Session, on_demand: None, said: list[str]) 
 
 
 def test_it_refuses_where_gradients_are_scaled(tmp_path: Path) -> None:
-    session = Session(Request(settings={"precision": "fp16"}), tmp_path)
-    with pytest.raises(knobs.RefusedError, match="fp16"):
-        knobs.get("gradients").apply(session, "on_demand")
+    host = host_in(tmp_path, Request(settings={"precision": "fp16"}))
+    with pytest.raises(RefusedError, match="fp16"):
+        knobs.get("gradients").apply(host, "on_demand")
 
 
-def test_zero_grad_of_a_module_takes_the_parameters_that_it_names(session: Session) -> None:
+def test_zero_grad_of_a_module_takes_the_parameters_that_it_names(host: Host) -> None:
     class Part(nn.Sequential):
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             return self[0].parameters(recurse)
@@ -693,7 +696,7 @@ def test_zero_grad_of_a_module_takes_the_parameters_that_it_names(session: Sessi
         )
         return gan
 
-    turned, bare = with_and_without(session, lambda: build().train())
+    turned, bare = with_and_without(host, lambda: build().train())
     assert same(turned.noted, bare.noted)
 
 
@@ -739,7 +742,7 @@ def test_a_graph_that_is_kept_is_left_alone(on_demand: None) -> None:
     assert not same(gan.noted[-2], gan.noted[-1])
 
 
-def test_a_function_of_the_program_is_called(session: Session) -> None:
+def test_a_function_of_the_program_is_called(host: Host) -> None:
     class Counted(torch.autograd.Function):
         calls = 0
 
@@ -760,7 +763,7 @@ def test_a_function_of_the_program_is_called(session: Session) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x + Counted.apply(self.shift(torch.ones(1, 2))))  # type: ignore[no-any-return]
 
-    undo = knobs.get("gradients").apply(session, "on_demand")
+    undo = knobs.get("gradients").apply(host, "on_demand")
     gan = Gan()
     gan.discriminator = Counting()  # type: ignore[assignment]
     gan.optimizer_d = torch.optim.Adam(gan.discriminator.parameters(), lr=0.01)

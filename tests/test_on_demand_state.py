@@ -21,20 +21,20 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
-from flatout.agent.finite import kept_gradient
-from flatout.agent.session import Session
-from flatout.request import Request
+from flatout.intercept.finite import kept_gradient
+from flatout.intercept.host import Host
+from tests.hosts import host_in
 
 STEPS, ROWS, WIDTH = 5, 16, 8
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    made = Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     yield made
     made.hooks.remove()
-    assert not made.failed_knobs
+    assert not made.applied.failures
 
 
 class Recurrent(nn.Module):
@@ -209,18 +209,18 @@ CHANGES = (
 )
 
 
-def compare(session: Session, train: Callable[[], tuple[list[Any], bool]]) -> bool:
+def compare(host: Host, train: Callable[[], tuple[list[Any], bool]]) -> bool:
     """Hold what a program gets under the knob against what it gets bare.
 
     Args:
-        session: with which the knob is applied.
+        host: with which the knob is applied.
         train: the program: what it gets, and whether gradients were put off.
 
     Returns:
         Whether gradients were put off under the knob.
     """
     expected, was_bare_put_off = train()
-    undo = knobs.get("gradients").apply(session, "on_demand")
+    undo = knobs.get("gradients").apply(host, "on_demand")
     found, was_put_off = train()
     undo()
     assert not was_bare_put_off
@@ -239,7 +239,7 @@ def compare(session: Session, train: Callable[[], tuple[list[Any], bool]]) -> bo
     [*((body, True) for body in BODIES), ("batch norm", False), ("spectral norm", False)],
 )
 def test_what_was_put_off_is_what_the_call_would_have_given(
-    session: Session, body: str, is_eval: bool
+    host: Host, body: str, is_eval: bool
 ) -> None:
     for change in CHANGES:
 
@@ -247,7 +247,7 @@ def test_what_was_put_off_is_what_the_call_would_have_given(
             pair = Pair(body, is_eval)
             return pair.train(change), pair.was_put_off
 
-        assert compare(session, train), change
+        assert compare(host, train), change
 
 
 def fewer_threads() -> Callable[[], object]:
@@ -287,7 +287,7 @@ def in_low_precision() -> Callable[[], object]:
     [fewer_threads, flushing, deterministic, in_double, without_onednn, in_low_precision],
 )
 def test_the_state_of_torch_is_that_of_the_call(
-    session: Session, turn: Callable[[], Callable[[], object]]
+    host: Host, turn: Callable[[], Callable[[], object]]
 ) -> None:
     class Long(nn.Module):
         def __init__(self) -> None:
@@ -309,7 +309,7 @@ def test_the_state_of_torch_is_that_of_the_call(
             undos[0]()
         return [*found, torch.get_num_threads(), torch.get_default_dtype()], pair.was_put_off
 
-    assert compare(session, train)
+    assert compare(host, train)
 
 
 def read_in_thread(parameters: list[Any]) -> list[Any]:
@@ -335,13 +335,13 @@ def read_in_child(parameters: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("read", [read_in_thread, read_in_child])
-def test_who_reads_from_elsewhere(session: Session, read: Callable[[list[Any]], list[Any]]) -> None:
+def test_who_reads_from_elsewhere(host: Host, read: Callable[[list[Any]], list[Any]]) -> None:
     def train() -> tuple[list[Any], bool]:
         pair, found = Pair("batch norm", is_eval=True), []
         pair.train(lambda pair: found.extend(read(list(pair.other.parameters()))))
         return found, pair.was_put_off
 
-    assert compare(session, train)
+    assert compare(host, train)
 
 
 def again(pair: Pair) -> object:
@@ -363,9 +363,7 @@ def again_after_dropping(pair: Pair) -> object:
 
 
 @pytest.mark.parametrize("act", [again, again_after_reading, again_after_dropping])
-def test_a_second_backward_pass_fails_as_without(
-    session: Session, act: Callable[[Pair], object]
-) -> None:
+def test_a_second_backward_pass_fails_as_without(host: Host, act: Callable[[Pair], object]) -> None:
     def train() -> tuple[list[Any], bool]:
         pair = Pair("dropout", is_eval=True)
         pair.other[1] = nn.Sigmoid()  # saves its output
@@ -379,11 +377,11 @@ def test_a_second_backward_pass_fails_as_without(
         pair.train(change)
         return said, pair.was_put_off
 
-    assert compare(session, train)
+    assert compare(host, train)
 
 
 @pytest.mark.parametrize("what", ["weight", "output"])
-def test_what_was_written_before_the_call_fails_in_the_call(session: Session, what: str) -> None:
+def test_what_was_written_before_the_call_fails_in_the_call(host: Host, what: str) -> None:
     """Also where only gradients that are dropped lie behind it."""
 
     class Shifted(nn.Module):
@@ -415,7 +413,7 @@ def test_what_was_written_before_the_call_fails_in_the_call(session: Session, wh
         pair.train(lambda pair: None)
         return said, pair.was_put_off
 
-    compare(session, train)
+    compare(host, train)
 
 
 class Scaled(torch.autograd.Function):
@@ -464,7 +462,7 @@ class Checkpointed(nn.Module):
     ids=["function", "in place", "reentrant", "checkpoint"],
 )
 def test_what_reads_more_than_its_saved_tensors_is_not_put_off(
-    session: Session, body: Callable[[], nn.Module]
+    host: Host, body: Callable[[], nn.Module]
 ) -> None:
     def change(pair: Pair) -> None:
         trains_on(pair)
@@ -478,7 +476,7 @@ def test_what_reads_more_than_its_saved_tensors_is_not_put_off(
         found += [*pair.other.buffers(), torch.randn(1)]
         return found, pair.was_put_off
 
-    assert not compare(session, train)
+    assert not compare(host, train)
 
 
 def hang_on_node(pair: Pair, note: Callable[..., None]) -> None:
@@ -510,7 +508,7 @@ HANGS = (hang_on_node, hang_before_node, hang_on_accumulation, hang_on_several, 
 @pytest.mark.parametrize("when", ["before backward", "after backward"])
 @pytest.mark.parametrize("hang", HANGS)
 def test_hooks_are_called_as_often_as_without(
-    session: Session, hang: Callable[[Pair, Callable[..., None]], None], when: str
+    host: Host, hang: Callable[[Pair, Callable[..., None]], None], when: str
 ) -> None:
     def train() -> tuple[list[Any], bool]:
         pair = Pair("layer norm", is_eval=False)
@@ -531,10 +529,10 @@ def test_hooks_are_called_as_often_as_without(
             pair.loss.backward()
         return calls, False
 
-    compare(session, train)
+    compare(host, train)
 
 
-def test_anomalies_are_found_in_the_call(session: Session) -> None:
+def test_anomalies_are_found_in_the_call(host: Host) -> None:
     class Rooted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -556,7 +554,7 @@ def test_anomalies_are_found_in_the_call(session: Session) -> None:
         return said, False
 
     with pytest.warns(UserWarning, match="Anomaly"):
-        compare(session, train)
+        compare(host, train)
 
 
 def test_only_what_others_could_write_is_copied() -> None:

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flatout import kernels, knobs, optim
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.knob import Facts
 from flatout.optim import functional
-from flatout.record import read_run
-from flatout.request import RUN_VARIABLE, Request
+from flatout.wire.record import read_run
+from flatout.wire.request import RUN_VARIABLE, Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no C compiler")
 
@@ -284,7 +286,7 @@ def test_versions_count_up(tmp_path: Path, setting: str) -> None:
     optimizer = torch.optim.Adam([param])
     loss = (param * param).sum()
     param.grad = torch.ones(3)
-    undo = knobs.get("optimizer").apply(Session(Request(), tmp_path), setting)
+    undo = knobs.get("optimizer").apply(host_in(tmp_path), setting)
     optimizer.step()
     undo()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -531,8 +533,8 @@ def test_what_shares_memory_is_stepped_one_after_the_other(
 ) -> None:
     results = []
     for is_turned in (False, True):
-        session = Session(Request(), tmp_path / str(is_turned))
-        undo = knobs.get("optimizer").apply(session, setting) if is_turned else None
+        host = host_in(tmp_path / str(is_turned))
+        undo = knobs.get("optimizer").apply(host, setting) if is_turned else None
         for name in ("SGD", "AdamW", "RMSprop"):
             params, grads = shared(kind)
             options = {"lr": 0.1} if name == "AdamW" else {"lr": 0.1, "momentum": 0.9}
@@ -544,7 +546,7 @@ def test_what_shares_memory_is_stepped_one_after_the_other(
             results.append([param.detach().clone() for param in params])
         if undo is not None:
             undo()
-        assert not session.failed_knobs
+        assert not host.applied.failures
     for bare, mine in zip(results[:3], results[3:], strict=True):
         for expected, found in zip(bare, mine, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -709,9 +711,9 @@ def test_threads_may_step_at_once() -> None:
 
 
 def test_the_library_and_the_knob_at_once(tmp_path: Path) -> None:
-    session, knob = Session(Request(), tmp_path), knobs.get("optimizer")
+    host, knob = host_in(tmp_path), knobs.get("optimizer")
     for setting in ("onepass", "fused"):
-        undo = knob.apply(session, setting)
+        undo = knob.apply(host, setting)
         params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
         for param, make in zip(params, (optim.Adam, torch.optim.Adam), strict=True):
             optimizer = make([param], lr=0.1)
@@ -789,8 +791,8 @@ def test_a_function_of_the_programs_own_stays(
 
     own = torchs(rmsprop._single_tensor_rmsprop)
     monkeypatch.setattr(rmsprop, "_single_tensor_rmsprop", mine)
-    session = Session(Request(), tmp_path)
-    undo = knobs.get("optimizer").apply(session, "onepass")
+    host = host_in(tmp_path)
+    undo = knobs.get("optimizer").apply(host, "onepass")
     for _ in range(2):
         one_step(torch.ones(4), torch.ones(4), "RMSprop")
     undo()
@@ -894,13 +896,13 @@ def test_the_knob_is_undone_and_needs_a_compiler(
 ) -> None:
     from torch.optim import rmsprop
 
-    session, knob = Session(Request(), tmp_path), knobs.get("optimizer")
+    host, knob = host_in(tmp_path), knobs.get("optimizer")
     monkeypatch.setattr(functional, "_kept", set())  # as where no test has used the library
-    undo = knob.apply(session, "onepass")
+    undo = knob.apply(host, "onepass")
     assert rmsprop._single_tensor_rmsprop is not torchs(rmsprop._single_tensor_rmsprop)
     undo()
     assert rmsprop._single_tensor_rmsprop is torchs(rmsprop._single_tensor_rmsprop)
-    facts = knobs.Facts("cpu")
+    facts = Facts("cpu")
     assert knob.offer(facts).settings == ("onepass", "fused")
 
     def unavailable(name: str) -> None:
@@ -908,6 +910,6 @@ def test_the_knob_is_undone_and_needs_a_compiler(
 
     monkeypatch.setattr(kernels, "load", unavailable)
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
-    with pytest.raises(knobs.RefusedError, match="no C compiler"):
-        knob.apply(session, "onepass")
+    with pytest.raises(RefusedError, match="no C compiler"):
+        knob.apply(host, "onepass")
     assert knob.offer(facts).settings == ("fused",)

@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from flatout import kernels, knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
 from flatout.knobs.precision import autocast, packed
 from flatout.knobs.precision.packed import FEWEST_ROWS, MOST_CHANGES, PackedLinear
-from flatout.request import Request
+from tests.hosts import host_in
 
 ROWS = 2 * FEWEST_ROWS
 
@@ -29,14 +29,14 @@ needs_bf16 = pytest.mark.skipif(
 
 
 @pytest.fixture
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(autocast, "SCOUTED", frozenset())  # the passes in float32
-    session = Session(Request(), tmp_path)
-    session.hooks.install(live=False)
-    undo = knobs.get("precision").apply(session, "bf16")
-    yield session
+    host = host_in(tmp_path)
+    host.hooks.install(live=False)
+    undo = knobs.get("precision").apply(host, "bf16")
+    yield host
     undo()
-    session.hooks.remove()
+    host.hooks.remove()
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def assert_right(found: torch.Tensor, net: nn.Linear, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("inputs", [(ROWS, 24), (4, ROWS, 24), (3, 2, ROWS, 24)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_products_are_as_exact_as_bfloat16(
-    session: Session,
+    host: Host,
     packings: list[torch.Tensor],
     bias: bool,
     inputs: tuple[int, ...],
@@ -117,7 +117,7 @@ def swapped(net: nn.Linear) -> None:
 @needs_bf16
 @pytest.mark.parametrize("change", [through_data, signs, exchanged, loaded, by_numpy, swapped])
 def test_a_weight_that_has_changed_is_packed_again(
-    session: Session, packings: list[torch.Tensor], change: Callable[[nn.Linear], None]
+    host: Host, packings: list[torch.Tensor], change: Callable[[nn.Linear], None]
 ) -> None:
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_a_weight_that_has_changed_is_packed_again(
 
 @needs_bf16
 def test_a_weight_that_changes_all_the_time_is_left_to_torch(
-    session: Session, packings: list[torch.Tensor]
+    host: Host, packings: list[torch.Tensor]
 ) -> None:
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_weight_that_changes_all_the_time_is_left_to_torch(
 
 
 @needs_bf16
-def test_training_is_not_touched(session: Session, packings: list[torch.Tensor]) -> None:
+def test_training_is_not_touched(host: Host, packings: list[torch.Tensor]) -> None:
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad():
         net(x)  # as if it only inferred
@@ -156,7 +156,7 @@ def test_training_is_not_touched(session: Session, packings: list[torch.Tensor])
 
 @needs_bf16
 def test_what_it_cannot_take_is_left_to_torch(
-    session: Session, packings: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    host: Host, packings: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Made(nn.Module):
         """Its weight is computed in each pass."""
@@ -187,13 +187,11 @@ def test_what_it_cannot_take_is_left_to_torch(
         with pytest.raises(RuntimeError):
             net(torch.randn(ROWS, 23))
     assert not packings
-    assert not session.record.path.exists() or "skipped" not in session.record.path.read_text()
+    assert not host.record.path.exists() or "skipped" not in host.record.path.read_text()
 
 
 @needs_bf16
-def test_what_looks_at_operators_finds_torchs_own(
-    session: Session, packings: list[torch.Tensor]
-) -> None:
+def test_what_looks_at_operators_finds_torchs_own(host: Host, packings: list[torch.Tensor]) -> None:
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad():
         net(x)
@@ -210,7 +208,7 @@ def test_what_looks_at_operators_finds_torchs_own(
 
 @needs_bf16
 def test_one_packed_weight_serves_other_modes_rows_and_owners(
-    session: Session, packings: list[torch.Tensor]
+    host: Host, packings: list[torch.Tensor]
 ) -> None:
     net, other = nn.Linear(24, 40), nn.Linear(24, 40, bias=False)
     other.weight = net.weight
@@ -225,7 +223,7 @@ def test_one_packed_weight_serves_other_modes_rows_and_owners(
 
 
 @needs_bf16
-def test_weights_can_be_exchanged_by_torch(session: Session) -> None:
+def test_weights_can_be_exchanged_by_torch(host: Host) -> None:
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -261,7 +259,7 @@ def test_packed_weights_go_with_their_owners(packings: list[torch.Tensor]) -> No
 
 
 @needs_bf16
-def test_a_traced_module_keeps_its_weights_apart(session: Session) -> None:
+def test_a_traced_module_keeps_its_weights_apart(host: Host) -> None:
     net, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(ROWS, 24)
     with torch.no_grad():
         net(x)
@@ -271,13 +269,13 @@ def test_a_traced_module_keeps_its_weights_apart(session: Session) -> None:
 
 @needs_bf16
 def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) -> None:
-    session = Session(Request(), tmp_path)
-    session.hooks.install(live=False)
+    host = host_in(tmp_path)
+    host.hooks.install(live=False)
     try:
         net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
         with torch.no_grad():
             before = net(x)
-            undo = knobs.get("precision").apply(session, "bf16")
+            undo = knobs.get("precision").apply(host, "bf16")
             net(x)  # which shows what it is made of
             net(x)
             undo()
@@ -287,12 +285,12 @@ def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) 
                 net(x)
             assert len(packings) == 1
     finally:
-        session.hooks.remove()
+        host.hooks.remove()
 
 
 @needs_bf16
 def test_a_failure_goes_torchs_way_and_leaves_precision_on(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = packed._product
     monkeypatch.setattr(packed, "_product", lambda x, *rest: own(x[:, 1:], *rest))
@@ -302,9 +300,9 @@ def test_a_failure_goes_torchs_way_and_leaves_precision_on(
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(net(x), expected)
-    assert not session.failed_knobs
-    session.record.flush()
-    lines = map(json.loads, session.record.path.read_text().splitlines())
+    assert not host.applied.failures
+    host.record.flush()
+    lines = map(json.loads, host.record.path.read_text().splitlines())
     *_, event = (line for line in lines if line["kind"] == "event")
     assert event["what"] == "skipped"
     assert "weights are cast in each call: RuntimeError: " in event["why"]
@@ -313,7 +311,7 @@ def test_a_failure_goes_torchs_way_and_leaves_precision_on(
 
 @needs_bf16
 def test_without_a_compiler_weights_are_cast(
-    session: Session, packings: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    host: Host, packings: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str) -> ctypes.CDLL:
         raise kernels.KernelError("there is no C compiler")
@@ -322,9 +320,9 @@ def test_without_a_compiler_weights_are_cast(
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad():
         assert_right(net(x), net, x)
-    session.record.flush()
+    host.record.flush()
     why = "weights are cast in each call: there is no C compiler"
-    assert why in session.record.path.read_text()
+    assert why in host.record.path.read_text()
     assert not packings
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from flatout import plan
 from flatout.plan import Check, Evidence, LossEvidence, Plan, PlanError
-from flatout.program import Program
+from flatout.plan.program import Program
 
 PLAN = Plan(
     settings={"precision": "bf16", "optimizer": "fused"},

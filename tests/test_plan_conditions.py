@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatout import machine, signature
+from flatout import machine
 from flatout.launch import environment
 from flatout.plan import Evidence, Plan
-from flatout.program import Program, observed
-from flatout.record import read_run
-from flatout.request import Request
+from flatout.plan.program import Program, observed
+from flatout.wire import signature
+from flatout.wire.record import read_run
+from flatout.wire.request import Request
 
 PROGRAM = """
 import gc

@@ -16,28 +16,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.intercept.host import Host
+from flatout.knob import Facts
 from flatout.knobs.precision import scaling
 from flatout.knobs.precision.operators import FLOAT32, PRODUCTS
-from flatout.request import Request
+from tests.hosts import host_in
 
 Turn = Callable[[str], knobs.Undo]
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(Request(), tmp_path)
-    session.hooks.install(live=False)
-    yield session
-    session.hooks.remove()
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = host_in(tmp_path)
+    host.hooks.install(live=False)
+    yield host
+    host.hooks.remove()
 
 
 @pytest.fixture
-def turn(session: Session) -> Iterator[Turn]:
+def turn(host: Host) -> Iterator[Turn]:
     undos = []
 
     def turn(setting: str) -> knobs.Undo:
-        undo = knobs.get("precision").apply(session, setting)
+        undo = knobs.get("precision").apply(host, setting)
         undos.append(undo)
 
         def undo_now() -> None:
@@ -51,11 +52,11 @@ def turn(session: Session) -> Iterator[Turn]:
         undo()
 
 
-def events(session: Session) -> list[dict[str, Any]]:
-    session.record.flush()
-    if not session.record.path.exists():
+def events(host: Host) -> list[dict[str, Any]]:
+    host.record.flush()
+    if not host.record.path.exists():
         return []
-    lines = session.record.path.read_text().splitlines()
+    lines = host.record.path.read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == "event"]
 
 
@@ -225,7 +226,7 @@ def test_a_net_with_one_product_is_all_head(turn: Turn) -> None:
         torch.testing.assert_close(net(x).detach(), bare, rtol=0, atol=0)
 
 
-def test_the_programs_own_autocast_is_as_it_was(session: Session, turn: Turn) -> None:
+def test_the_programs_own_autocast_is_as_it_was(host: Host, turn: Turn) -> None:
     net, x = sure(8.0)
     turn("safe")
     net(x)
@@ -233,7 +234,7 @@ def test_the_programs_own_autocast_is_as_it_was(session: Session, turn: Turn) ->
         output = net(x)
     assert output.dtype == torch.bfloat16
     assert output.unique().item() == 1.0
-    assert "the program uses autocast already" in events(session)[0]["why"]
+    assert "the program uses autocast already" in events(host)[0]["why"]
 
 
 def test_safe_is_undone(turn: Turn) -> None:
@@ -337,7 +338,7 @@ def test_plain_nets_stay_in_bfloat16_between_their_layers(turn: Turn) -> None:
         assert not operators.dtypes("_to_copy").count(torch.bfloat16) > 3  # outputs, and states
 
 
-def test_a_leak_that_begins_later_is_put_right(session: Session, turn: Turn) -> None:
+def test_a_leak_that_begins_later_is_put_right(host: Host, turn: Turn) -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -360,7 +361,7 @@ def test_a_leak_that_begins_later_is_put_right(session: Session, turn: Turn) -> 
     net(x)
     net(x)
     assert {t.dtype for t in (net.kept, *net.all)} == {torch.float32}
-    assert "begun to keep" in events(session)[-1]["why"]
+    assert "begun to keep" in events(host)[-1]["why"]
     net.all[0].sum().backward()
     assert net.linear.weight.grad is not None
 
@@ -487,7 +488,7 @@ def test_each_gradient_is_divided_once_wherever_it_lies(turn: Turn) -> None:
 
 
 @pytest.mark.parametrize("how", ["register_hook", "retain_grad", "module hook", "function"])
-def test_gradients_on_their_way_are_not_scaled(session: Session, turn: Turn, how: str) -> None:
+def test_gradients_on_their_way_are_not_scaled(host: Host, turn: Turn, how: str) -> None:
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -517,7 +518,7 @@ def test_gradients_on_their_way_are_not_scaled(session: Session, turn: Turn, how
     if how == "retain_grad":
         seen.append(output.grad.abs().max().item())
     assert max(seen) <= 2.0
-    assert session.failed_knobs
+    assert host.applied.failures
 
 
 class Small(nn.Module):
@@ -583,9 +584,7 @@ def test_gradients_are_accumulated_and_clipped_at_their_size(turn: Turn) -> None
     assert norm.item() == pytest.approx(3 * exact.item(), rel=0.02)
 
 
-def test_a_step_with_gradients_that_are_not_finite_is_left_out(
-    session: Session, turn: Turn
-) -> None:
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(host: Host, turn: Turn) -> None:
     torch.manual_seed(0)
     net = Small()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -603,7 +602,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(
         torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=0)
         assert parameter.grad is not None
     assert str(optimizer.state_dict()) == str(state)
-    (event,) = (e for e in events(session) if e["what"] == "noticed")
+    (event,) = (e for e in events(host) if e["what"] == "noticed")
     assert event["why"].endswith("loss scale 32768")
     optimizer.zero_grad()
     (0.01 * net(x).mean()).backward()
@@ -673,7 +672,7 @@ def test_a_closure_is_stopped_too(turn: Turn) -> None:
     assert not all(map(torch.equal, net.parameters(), before))
 
 
-def test_leaves_of_the_program_turn_it_back(session: Session, turn: Turn) -> None:
+def test_leaves_of_the_program_turn_it_back(host: Host, turn: Turn) -> None:
     net, _, x = small()
     x.requires_grad_()
     exact, exact_x = copy.deepcopy(net), x.detach().clone().requires_grad_()
@@ -684,17 +683,17 @@ def test_leaves_of_the_program_turn_it_back(session: Session, turn: Turn) -> Non
     assert x.grad is not None
     assert exact_x.grad is not None
     torch.testing.assert_close(x.grad, exact_x.grad, rtol=0.02, atol=0.02)
-    (event,) = events(session)
+    (event,) = events(host)
     assert event["what"] == "failed"
     assert "belong to no module and no optimizer" in event["why"]
 
 
-def test_a_program_without_an_optimizer_is_left_alone(session: Session, turn: Turn) -> None:
+def test_a_program_without_an_optimizer_is_left_alone(host: Host, turn: Turn) -> None:
     net, x = Small(), torch.randn(8, 4)
     turn("fp16")
     net(x)
     net(x).mean().backward()
-    assert "cannot be left out" in events(session)[0]["why"]
+    assert "cannot be left out" in events(host)[0]["why"]
 
 
 def test_autograd_grad_is_as_it_was(turn: Turn) -> None:
@@ -717,7 +716,7 @@ def test_fp16_is_undone(turn: Turn) -> None:
 
 def test_what_is_offered_depends_on_the_rates() -> None:
     def offered(device: str, **rates: float) -> tuple[str, ...]:
-        return knobs.get("precision").offer(knobs.Facts(device, rates)).settings
+        return knobs.get("precision").offer(Facts(device, rates)).settings
 
     assert offered("cpu", float32=1e11, bfloat16=2e11) == ("bf16", "safe", "medium")
     assert offered("cpu", float32=1e11, bfloat16=1e10) == ()
@@ -726,7 +725,7 @@ def test_what_is_offered_depends_on_the_rates() -> None:
 
     def offered_for(loss: str) -> tuple[str, ...]:
         operators = {"aten::addmm": 0.5, f"aten::{loss}": 0.001}
-        return knobs.get("precision").offer(knobs.Facts("cpu", operators=operators)).settings
+        return knobs.get("precision").offer(Facts("cpu", operators=operators)).settings
 
     assert offered_for("binary_cross_entropy_with_logits")[0] == "bf16"
     assert offered_for("binary_cross_entropy") == ("safe", "medium")

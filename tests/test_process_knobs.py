@@ -15,16 +15,19 @@ import pytest
 import torch
 
 from flatout import knobs, machine
-from flatout.agent.session import Session
-from flatout.knobs import Facts, allocator, mkl, threads
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
+from flatout.knob import Facts
+from flatout.knobs import allocator, mkl, threads
 from flatout.knobs.gc import FEWEST_FROZEN
-from flatout.record import RunRecord, read_run
-from flatout.request import Comparison, Request
+from flatout.wire.record import RunRecord, read_run
+from flatout.wire.request import Comparison, Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 def run(tmp_path: Path, program: str, *settings: str, **environment: str) -> tuple[Any, RunRecord]:
@@ -78,9 +81,9 @@ def test_products_are_right_when_mkl_is_told_to_take_all_instructions(tmp_path: 
     assert events(record) == [("applied", "mkl")]
 
 
-def test_mkl_is_left_alone_where_the_program_was_not_started_for_it(session: Session) -> None:
-    with pytest.raises(knobs.RefusedError, match="not started with the library"):
-        knobs.get("mkl").apply(session, "avx512")
+def test_mkl_is_left_alone_where_the_program_was_not_started_for_it(host: Host) -> None:
+    with pytest.raises(RefusedError, match="not started with the library"):
+        knobs.get("mkl").apply(host, "avx512")
 
 
 def test_what_is_preloaded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,14 +193,12 @@ def test_other_tunables_and_preloads_are_kept(monkeypatch: pytest.MonkeyPatch) -
     assert allocator.variables("jemalloc", {"LD_PRELOAD": "/opt/libtcmalloc.so"}) == {}
 
 
-def test_an_allocator_that_is_not_installed(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_allocator_that_is_not_installed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "library", lambda name: None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert allocator.variables("jemalloc", {}) == {}
-    with pytest.raises(knobs.RefusedError, match="jemalloc is not to be had"):
-        knobs.get("allocator").apply(session, "jemalloc")
+    with pytest.raises(RefusedError, match="jemalloc is not to be had"):
+        knobs.get("allocator").apply(host, "jemalloc")
 
 
 def test_which_allocators_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +206,14 @@ def test_which_allocators_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_glibc", lambda: (2, 36))
     monkeypatch.setattr(allocator, "library", lambda name: None)
     offer = knobs.get("allocator").offer
-    assert offer(knobs.Facts("cpu", huge_pages="madvise")).settings == ("keep", "hugepages")
-    assert "never" in str(offer(knobs.Facts("cpu", huge_pages="never")).refusal)
+    assert offer(Facts("cpu", huge_pages="madvise")).settings == ("keep", "hugepages")
+    assert "never" in str(offer(Facts("cpu", huge_pages="never")).refusal)
     monkeypatch.setattr(allocator, "_glibc", lambda: (2, 31))
-    assert "2.35" in str(offer(knobs.Facts("cpu", huge_pages="always")).refusal)
+    assert "2.35" in str(offer(Facts("cpu", huge_pages="always")).refusal)
     monkeypatch.setattr(allocator, "library", lambda name: name)
-    assert offer(knobs.Facts("cpu")).settings == ("tcmalloc", "jemalloc")
+    assert offer(Facts("cpu")).settings == ("tcmalloc", "jemalloc")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    assert offer(knobs.Facts("cpu")).refusal == "MALLOC_TOP_PAD_ is set already"
+    assert offer(Facts("cpu")).refusal == "MALLOC_TOP_PAD_ is set already"
 
 
 # threads
@@ -226,28 +227,28 @@ def number() -> Iterator[int]:
 
 
 def test_threads_are_set_and_set_back(
-    session: Session, number: int, monkeypatch: pytest.MonkeyPatch
+    host: Host, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "usable_cores", lambda: 6)
     for setting, expected in {"one": 1, "half": 3, "all": 6}.items():
-        undo = knobs.get("threads").apply(session, setting)
+        undo = knobs.get("threads").apply(host, setting)
         assert torch.get_num_threads() == expected
         undo()
         assert torch.get_num_threads() == number
-    undo = knobs.get("threads").apply(session, "one")
+    undo = knobs.get("threads").apply(host, "one")
     torch.set_num_threads(4)  # the program's own choice
     undo()
     assert torch.get_num_threads() == 4
 
 
 def test_threads_of_the_environment_hold(
-    session: Session, number: int, monkeypatch: pytest.MonkeyPatch
+    host: Host, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with pytest.raises(knobs.RefusedError, match="OMP_NUM_THREADS is set: the number stays"):
-        knobs.get("threads").apply(session, "one")
+    with pytest.raises(RefusedError, match="OMP_NUM_THREADS is set: the number stays"):
+        knobs.get("threads").apply(host, "one")
     assert torch.get_num_threads() == number
 
 
@@ -261,26 +262,26 @@ def test_which_numbers_of_threads_are_offered(monkeypatch: pytest.MonkeyPatch) -
         (8, None, ("all", "half", "one")),
     ):
         monkeypatch.setattr(threads, "usable_cores", lambda cores=cores: cores)
-        assert knobs.get("threads").offer(knobs.Facts("cpu", threads=now)).settings == settings
+        assert knobs.get("threads").offer(Facts("cpu", threads=now)).settings == settings
 
 
 # gc
 
 
 def test_what_python_itself_has_frozen_is_no_decision(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)  # CPython 3.12 starts with so many
     before = gc.get_threshold()
-    undo = knobs.get("gc").apply(session, "seldom")
+    undo = knobs.get("gc").apply(host, "seldom")
     assert gc.get_threshold()[0] > before[0]
     undo()
     assert gc.get_threshold() == before
 
 
-def test_garbage_is_collected_seldom_and_again_as_ever(session: Session) -> None:
+def test_garbage_is_collected_seldom_and_again_as_ever(host: Host) -> None:
     before = gc.get_threshold()
-    undo = knobs.get("gc").apply(session, "seldom")
+    undo = knobs.get("gc").apply(host, "seldom")
     assert gc.get_threshold()[0] > before[0]
     assert gc.get_freeze_count() > FEWEST_FROZEN
     assert gc.isenabled()
@@ -289,21 +290,21 @@ def test_garbage_is_collected_seldom_and_again_as_ever(session: Session) -> None
     assert gc.get_freeze_count() < FEWEST_FROZEN
 
 
-def test_a_program_that_decides_on_garbage_itself(session: Session) -> None:
+def test_a_program_that_decides_on_garbage_itself(host: Host) -> None:
     gc.disable()
     try:
-        with pytest.raises(knobs.RefusedError, match="itself"):
-            knobs.get("gc").apply(session, "seldom")
+        with pytest.raises(RefusedError, match="itself"):
+            knobs.get("gc").apply(host, "seldom")
         assert not gc.isenabled()
         assert gc.get_freeze_count() < FEWEST_FROZEN
     finally:
         gc.enable()
     gc.freeze()
-    with pytest.raises(knobs.RefusedError, match="itself"):
-        knobs.get("gc").apply(session, "seldom")
+    with pytest.raises(RefusedError, match="itself"):
+        knobs.get("gc").apply(host, "seldom")
     gc.unfreeze()
     before = gc.get_threshold()
-    undo = knobs.get("gc").apply(session, "seldom")
+    undo = knobs.get("gc").apply(host, "seldom")
     gc.set_threshold(5, 5, 5)
     undo()
     assert gc.get_threshold() == (5, 5, 5)
@@ -325,7 +326,7 @@ def test_denormals_are_zero_in_every_thread(tmp_path: Path) -> None:
     assert count == 0
     assert events(record) == [("applied", "denormals")]
     knob = knobs.get("denormals")
-    assert knob.offer(knobs.Facts("cpu")).settings == ()
+    assert knob.offer(Facts("cpu")).settings == ()
 
 
 # precision=medium
@@ -337,12 +338,12 @@ def products() -> tuple[torch.Tensor, torch.Tensor]:
     return a @ b, a.double() @ b.double()
 
 
-def test_medium_stays_within_bfloat16_and_is_undone(session: Session) -> None:
+def test_medium_stays_within_bfloat16_and_is_undone(host: Host) -> None:
     convolution = torch.nn.Conv2d(16, 16, 3)
     x = torch.randn(2, 16, 32, 32)
     bare, exact = products()
     bare_map = convolution(x)
-    undo = knobs.get("precision").apply(session, "medium")
+    undo = knobs.get("precision").apply(host, "medium")
     assert torch.get_float32_matmul_precision() == "medium"
     rounded, _ = products()
     # bfloat16 keeps 8 bits: 2**-8 relative on each factor, 256 products of about 1.
@@ -354,11 +355,11 @@ def test_medium_stays_within_bfloat16_and_is_undone(session: Session) -> None:
     assert torch.equal(convolution(x), bare_map)
 
 
-def test_medium_leaves_a_choice_of_the_program_alone(session: Session) -> None:
+def test_medium_leaves_a_choice_of_the_program_alone(host: Host) -> None:
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(knobs.RefusedError, match="has chosen"):
-            knobs.get("precision").apply(session, "medium")
+        with pytest.raises(RefusedError, match="has chosen"):
+            knobs.get("precision").apply(host, "medium")
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

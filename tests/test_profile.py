@@ -14,8 +14,8 @@ import pytest
 
 from flatout import launch
 from flatout.doctor.case import MATMUL_OPERATORS, PRODUCTS_WITHIN
-from flatout.record import ProcessRecord, read_run
-from flatout.request import RUN_VARIABLE, Request
+from flatout.wire.record import ProcessRecord, read_run
+from flatout.wire.request import RUN_VARIABLE, Request
 
 torch = pytest.importorskip("torch")
 

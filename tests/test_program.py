@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flatout import program
-from flatout.program import Program, argument_changes, changes_between, observed
+from flatout.plan import program
+from flatout.plan.program import Program, argument_changes, changes_between, observed
 
 COMMAND = ["python", "train.py", "--config", "conf.yaml"]
 

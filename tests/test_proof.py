@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from flatout.plan import Check
-from flatout.record import BufferState, Output, OutputTensor, RootState, Step, read_run
-from flatout.request import RUN_VARIABLE, Inspection, Request
 from flatout.tune import proof, trial
 from flatout.tune.proof import Curve, Run, Verdict
-from flatout.turns import PHASES
+from flatout.wire.record import BufferState, Output, OutputTensor, RootState, Step, read_run
+from flatout.wire.request import RUN_VARIABLE, Inspection, Request
+from flatout.wire.turns import PHASES
 
 SEEDS, STEPS = 4, 80
 

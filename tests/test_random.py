@@ -11,19 +11,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
+from flatout.knob import Facts
 from flatout.knobs.random import cpu
-from flatout.request import Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 @pytest.fixture
-def fast(session: Session) -> Iterator[None]:
-    undo = knobs.get("random").apply(session, "fast")
+def fast(host: Host) -> Iterator[None]:
+    undo = knobs.get("random").apply(host, "fast")
     yield
     undo()
 
@@ -57,14 +59,14 @@ def test_a_generator_of_ones_own_is_drawn_from(fast: None) -> None:
     assert torch.equal(torch.get_rng_state(), default)
 
 
-def test_on_and_off(session: Session) -> None:
+def test_on_and_off(host: Host) -> None:
     def drawn() -> torch.Tensor:
         torch.manual_seed(0)
         return masks()
 
     bare = drawn()
     for setting in ("fast", "paired"):
-        undo = knobs.get("random").apply(session, setting)
+        undo = knobs.get("random").apply(host, setting)
         assert not torch.equal(drawn(), bare)
         undo()
         assert torch.equal(drawn(), bare)
@@ -146,16 +148,16 @@ def test_gradients_of_the_gradients_of_dropout(fast: None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_when_it_fails_in_the_backward_pass_the_gradient_is_right(
-    session: Session, monkeypatch: pytest.MonkeyPatch, layout: str
+    host: Host, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    undo = knobs.get("random").apply(session, "fast")
+    undo = knobs.get("random").apply(host, "fast")
     x = LAYOUTS[layout](torch.randn(LARGE)).requires_grad_()
     y = nn.functional.dropout(x, 0.5)
     monkeypatch.setattr(cpu.Bernoulli, "drop", None)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     undo()
     torch.testing.assert_close(gradient, 2.0 * (y != 0).to(x.dtype))
-    assert "not callable" in session.failed_knobs["random"]
+    assert "not callable" in host.applied.failures["random"]
 
 
 def test_dropped_numbers_that_are_not_finite_stay_visible_as_in_torch(fast: None) -> None:
@@ -173,7 +175,7 @@ def test_dropout_that_is_off_is_torchs_own(fast: None) -> None:
     assert not nn.functional.dropout(x, 1.0).any()
 
 
-def test_what_it_does_not_take_is_torchs_own(session: Session) -> None:
+def test_what_it_does_not_take_is_torchs_own(host: Host) -> None:
     def drawn() -> list[torch.Tensor]:
         torch.manual_seed(0)
         return [
@@ -183,7 +185,7 @@ def test_what_it_does_not_take_is_torchs_own(session: Session) -> None:
         ]
 
     bare = drawn()
-    undo = knobs.get("random").apply(session, "fast")
+    undo = knobs.get("random").apply(host, "fast")
     mine = drawn()
     with pytest.raises(RuntimeError, match="bernoulli_ expects p to be in"):
         torch.empty(3).bernoulli_(1.5)
@@ -217,34 +219,32 @@ def order(epochs: int = 2) -> tuple[list[list[float]], torch.Tensor, float]:
     return seen, torch.get_rng_state(), loss.item()
 
 
-def test_paired_leaves_the_generator_as_torch_would(session: Session) -> None:
+def test_paired_leaves_the_generator_as_torch_would(host: Host) -> None:
     bare, bare_state, bare_loss = order()
-    undo = knobs.get("random").apply(session, "paired")
+    undo = knobs.get("random").apply(host, "paired")
     paired, paired_state, paired_loss = order()
     undo()
     assert paired == bare
     assert torch.equal(paired_state, bare_state)
     assert paired_loss != bare_loss
-    undo = knobs.get("random").apply(session, "fast")
+    undo = knobs.get("random").apply(host, "fast")
     fast, _, _ = order()
     undo()
     assert fast != bare  # what the card says
 
 
-def test_without_a_compiler_torchs_own_stays(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_torchs_own_stays(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatout import kernels
 
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     kernels.load.cache_clear()
-    with pytest.raises(knobs.RefusedError, match="no C compiler"):
-        knobs.get("random").apply(session, "fast")
+    with pytest.raises(RefusedError, match="no C compiler"):
+        knobs.get("random").apply(host, "fast")
     kernels.load.cache_clear()
 
 
 def test_paired_is_never_offered() -> None:
-    assert knobs.get("random").offer(knobs.Facts("cpu")).settings == ("fast",)
-    refusal = knobs.get("random").offer(knobs.Facts("cuda")).refusal
+    assert knobs.get("random").offer(Facts("cpu")).settings == ("fast",)
+    refusal = knobs.get("random").offer(Facts("cuda")).refusal
     assert refusal is not None
     assert "not for cuda" in refusal

@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from torch.utils import checkpoint as torchs
 
 from flatout import knobs
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
 from flatout.knobs import compile as compiling
 from flatout.knobs.cross_entropy import cpu as cross_entropy
 from flatout.knobs.elementwise import cpu as elementwise
 from flatout.knobs.embedding import cpu as embedding
 from flatout.knobs.random import cpu as random
-from flatout.request import Request
+from tests.hosts import host_in
 
 ELSEWHERE = {"flash", "cudnn", "efficient", "reduce-overhead"}
 """Settings for CUDA of knobs that are for the CPU as well."""
@@ -46,7 +47,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Of a process whose small tensors go through our kernels as well."""
     for module, name in (
         (random, "SERIAL_BELOW"),
@@ -56,7 +57,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session
     ):
         monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr(compiling, "OPTIONS", {"default": {"backend": "eager"}})
-    made = Session(Request(), tmp_path)
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     made.hooks.searching = False
     yield made
@@ -187,14 +188,12 @@ def as_said(
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
-def test_what_is_computed_again_is_what_was_computed(
-    session: Session, name: str, setting: str
-) -> None:
+def test_what_is_computed_again_is_what_was_computed(host: Host, name: str, setting: str) -> None:
     exact = gradients(net_with(0.0, torch.float64), Net.forward, contextlib.nullcontext())
     bare = gradients(net_with(0.0), Net.forward, contextlib.nullcontext())
     try:
-        undo = knobs.get(name).apply(session, setting)
-    except knobs.RefusedError as refusal:
+        undo = knobs.get(name).apply(host, setting)
+    except RefusedError as refusal:
         pytest.skip(str(refusal))
     try:
         plain = net_with(0.0)
@@ -227,6 +226,6 @@ def test_what_is_computed_again_is_what_was_computed(
         run = functools.partial(as_said, way=method, by_method=False, again=fresh)
         assert all(g.isfinite().all() for g in gradients(net, run, contextlib.nullcontext()))
         # With reentrance, gradients go to leaves of torch's, which no scaling may meet.
-        assert not session.failed_knobs or setting == "fp16"
+        assert not host.applied.failures or setting == "fp16"
     finally:
         undo()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flatout.agent import _watch
-from flatout.record import (
+from flatout.intercept import _watch
+from flatout.wire.record import (
     RECORD_VERSION,
     RecordError,
     RecordWriter,
@@ -21,8 +21,8 @@ from flatout.record import (
     record_path,
     write_failure,
 )
-from flatout.request import Comparison, Inspection, Request, RequestError
-from flatout.turns import (
+from flatout.wire.request import Comparison, Inspection, Request, RequestError
+from flatout.wire.turns import (
     ARM,
     BACKWARD,
     BEGIN,

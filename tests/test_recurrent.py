@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from flatout import kernels, knobs
-from flatout.agent import graph
-from flatout.agent.session import Session
+from flatout.intercept import graph
+from flatout.intercept.host import Host
 from flatout.knobs.recurrent import cpu
-from flatout.request import Request
+from tests.hosts import host_in
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler() is None, reason="there is no compiler")
 
@@ -23,16 +23,16 @@ Tensors = list[torch.Tensor]
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Host:
+    return host_in(tmp_path)
 
 
 @pytest.fixture
-def fused(session: Session) -> Iterator[None]:
-    undo = knobs.get("recurrent").apply(session, "fused")
+def fused(host: Host) -> Iterator[None]:
+    undo = knobs.get("recurrent").apply(host, "fused")
     yield
     undo()
-    assert not session.failed_knobs
+    assert not host.applied.failures
 
 
 def made(**options: Any) -> nn.GRU:
@@ -100,24 +100,24 @@ def test_what_is_not_a_number_comes_out_as_such(fused: None) -> None:
     assert output[2:, 1].isnan().all()
 
 
-def test_it_is_used_and_undone(session: Session) -> None:
+def test_it_is_used_and_undone(host: Host) -> None:
     unit, sequence = made(), torch.randn(4, 2, 5)
 
     def node() -> str:
         return " ".join(str(node) for node, _ in graph.edges([unit(sequence)[0]]))
 
     own = node()
-    undo = knobs.get("recurrent").apply(session, "fused")
+    undo = knobs.get("recurrent").apply(host, "fused")
     assert "Recurrence" in node()
     undo()
     assert "Recurrence" not in own + node()
 
 
-def test_dropout_between_layers_draws_as_torch_does(session: Session) -> None:
+def test_dropout_between_layers_draws_as_torch_does(host: Host) -> None:
     unit = made(num_layers=3, dropout=0.4)
     sequence = torch.randn(6, 4, 5)
     expected = results(unit, sequence), torch.rand(2)
-    undo = knobs.get("recurrent").apply(session, "fused")
+    undo = knobs.get("recurrent").apply(host, "fused")
     found = results(unit, sequence), torch.rand(2)
     undo()
     assert torch.equal(found[1], expected[1])
@@ -139,14 +139,14 @@ def test_the_same_with_any_number_of_threads(fused: None) -> None:
 
 
 def test_under_autocast_it_computes_in_float32_and_returns_what_torch_would(
-    session: Session,
+    host: Host,
 ) -> None:
     unit = made()
     sequence = torch.randn(6, 4, 5).bfloat16()
     exact = unit(sequence.float())[0]
     with torch.autocast("cpu", torch.bfloat16):
         dtypes = [x.dtype for x in unit(sequence)]
-        undo = knobs.get("recurrent").apply(session, "fused")
+        undo = knobs.get("recurrent").apply(host, "fused")
         output, last = unit(sequence)
     output.float().sum().backward()
     undo()
@@ -163,7 +163,7 @@ def test_inference(fused: None) -> None:
         assert torch.equal(unit(sequence)[0], expected)
 
 
-def test_a_gradient_of_the_gradient(session: Session) -> None:
+def test_a_gradient_of_the_gradient(host: Host) -> None:
     def penalty() -> torch.Tensor:
         unit = made()
         sequence = torch.randn(4, 3, 5, generator=torch.manual_seed(2)).requires_grad_()
@@ -172,7 +172,7 @@ def test_a_gradient_of_the_gradient(session: Session) -> None:
         return torch.cat([x.flatten() for x in found])
 
     expected = penalty()
-    undo = knobs.get("recurrent").apply(session, "fused")
+    undo = knobs.get("recurrent").apply(host, "fused")
     found = penalty()
     undo()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -188,9 +188,9 @@ LEFT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_left_to_torch(session: Session, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_left_to_torch(host: Host, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     expected = LEFT[case]()
-    undo = knobs.get("recurrent").apply(session, "fused")
+    undo = knobs.get("recurrent").apply(host, "fused")
     monkeypatch.setattr(cpu, "gru", None)
     found = LEFT[case]()
     undo()
@@ -205,13 +205,13 @@ def test_mistakes_are_reported_by_torch(fused: None) -> None:
 
 
 def test_a_failure_in_the_backward_pass_is_reported_and_the_gradients_are_there(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = results(made(), torch.ones(4, 2, 5))
-    undo = knobs.get("recurrent").apply(session, "fused")
+    undo = knobs.get("recurrent").apply(host, "fused")
     monkeypatch.setattr(cpu, "_gradients", None)
     found = results(made(), torch.ones(4, 2, 5))
     undo()
-    assert "TypeError" in session.failed_knobs["recurrent"]
+    assert "TypeError" in host.applied.failures["recurrent"]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

@@ -11,8 +11,8 @@ import pytest
 
 from flatout import launch
 from flatout.agent import relay as agent_relay
-from flatout.request import Relay, Request
 from flatout.tune.pairs import turns
+from flatout.wire.request import Relay, Request
 
 PROGRAM = """
 import os, sys, time

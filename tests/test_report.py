@@ -20,10 +20,11 @@ from tune_documents import ARMS, COMMAND, curve, faster, nothing_helps, unknown
 
 from flatout.cli import main
 from flatout.errors import UserError
-from flatout.ratios import Ratio
-from flatout.report import charts, figures, page, words
+from flatout.report import charts, page, words
 from flatout.report.live import LiveTable
+from flatout.tune import figures
 from flatout.tune.document import Arm, CurvePoint, Curves, Document
+from flatout.wire.ratios import Ratio
 
 HOSTILE = "python </title><script>document.title='owned'</script> \"&lt;' \x1b[31m\u202e\udcff"
 

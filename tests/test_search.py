@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from flatout import knobs
+from flatout.knob import UnknownSettingError
 from flatout.tune import search
 
 PLAN = {
@@ -51,7 +51,7 @@ def test_gentler_settings_end_at_off() -> None:
     assert search.gentler("precision", "medium") is None
     assert search.gentler("precision", "bf16", ("bf16", "medium")) == "medium"
     assert search.gentler("random", "fast") is None, "the form for proofs is no gain"
-    with pytest.raises(knobs.UnknownSettingError):
+    with pytest.raises(UnknownSettingError):
         search.gentler("precision", "int3")
 
 

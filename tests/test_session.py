@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from flatout.agent import guard, hooks, losses
+from flatout.agent import guard
 from flatout.agent.guard import Guard
 from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.record import read_process
-from flatout.request import Comparison, Envelope, Request
-from flatout.turns import Turn
+from flatout.intercept import hooks, losses
+from flatout.wire.record import read_process
+from flatout.wire.request import Comparison, Envelope, Request
+from flatout.wire.turns import Turn
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session
     monkeypatch.setattr(hooks, "FLUSH_SECONDS", 0.0)
     session = Session(Request(), tmp_path)
     session.hooks.install(live=False)
-    session._guard = Guard(session, Envelope())
+    session._guard = Guard(session.host, Envelope())
     session._guard.install()
     yield session
     session._guard.remove()
@@ -52,7 +53,7 @@ class Unread:
 def test_the_child_of_a_fork_releases_nothing_of_the_parents_device(session: Session) -> None:
     """Torch ends a process that releases an event of a device which only its parent uses."""
     assert session._guard is not None
-    switch = Switch(session, Comparison(arms=({},), block_steps=2, rounds=2))
+    switch = Switch(session.host, Comparison(arms=({},), block_steps=2, rounds=2))
     switch._unread.append((0, Unread()))
     session._stages = [switch.at_boundary]
     session.hooks.turns._turn = Turn(0)
@@ -89,9 +90,9 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
         done.append("forward")
         return call(module, *args, **kwargs)
 
-    session.forward_wrappers.append(wrapper)
-    session.before_optimizer_step.append(lambda _: done.append("before"))
-    session.after_optimizer_step.append(lambda _: done.append("after"))
+    session.host.forward_wrappers.append(wrapper)
+    session.host.before_optimizer_step.append(lambda _: done.append("before"))
+    session.host.after_optimizer_step.append(lambda _: done.append("after"))
     monkeypatch.setattr(Guard, "_look_after_backward", lambda _: done.append("backward"))
 
     def step() -> None:

@@ -12,15 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatout import knobs
-from flatout.agent import device
-from flatout.agent.session import Session
+from flatout.errors import RefusedError
+from flatout.intercept import device
+from flatout.intercept.host import Host
 from flatout.knobs import cuda_allocator
-from flatout.request import Request
+from flatout.wire.request import Request
+from tests.hosts import host_in
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    made = Session(Request(), tmp_path)
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = host_in(tmp_path)
     made.hooks.install(live=False)
     yield made
     made.hooks.remove()
@@ -57,12 +59,10 @@ def train(undo_at: int | None = None, undo: Any = None) -> tuple[list[torch.Tens
 
 
 @pytest.mark.parametrize("undo_at", [None, 4])
-def test_dropped_gradients_are_zeros_to_the_optimizer(
-    session: Session, undo_at: int | None
-) -> None:
+def test_dropped_gradients_are_zeros_to_the_optimizer(host: Host, undo_at: int | None) -> None:
     expected, dropped = train()
     assert not any(dropped[1:])
-    undo = knobs.get("zero_grad").apply(session, "none")
+    undo = knobs.get("zero_grad").apply(host, "none")
     found, dropped = train(undo_at, undo)
     if undo_at is None:
         undo()
@@ -79,9 +79,9 @@ def recorded(net: nn.Module, x: torch.Tensor, count: int = 4) -> list[bool]:
     return [net(x).requires_grad for _ in range(count)]
 
 
-def test_evaluation_is_without_a_graph_from_its_third_pass_on(session: Session) -> None:
+def test_evaluation_is_without_a_graph_from_its_third_pass_on(host: Host) -> None:
     net, x = nn.Linear(4, 2).eval(), torch.randn(3, 4)
-    undo = knobs.get("evaluation").apply(session, "no_grad")
+    undo = knobs.get("evaluation").apply(host, "no_grad")
     assert recorded(net, x) == [True, True, False, False]
     assert recorded(net.train(), x) == [True] * 4
     assert recorded(net.eval(), x, 1) == [False]
@@ -89,7 +89,7 @@ def test_evaluation_is_without_a_graph_from_its_third_pass_on(session: Session) 
     assert recorded(net, x) == [True] * 4
 
 
-def test_a_network_of_a_loss_is_left_alone(session: Session) -> None:
+def test_a_network_of_a_loss_is_left_alone(host: Host) -> None:
     features, generator = nn.Linear(4, 4).eval(), nn.Linear(4, 4)
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
     x = torch.randn(3, 4)
@@ -107,15 +107,15 @@ def test_a_network_of_a_loss_is_left_alone(session: Session) -> None:
         return losses
 
     expected = run()
-    undo = knobs.get("evaluation").apply(session, "no_grad")
+    undo = knobs.get("evaluation").apply(host, "no_grad")
     found = run()
     undo()
     assert found == expected
 
 
-def test_training_in_evaluation_mode_is_left_alone(session: Session) -> None:
+def test_training_in_evaluation_mode_is_left_alone(host: Host) -> None:
     net, x = nn.Linear(4, 2).eval(), torch.randn(3, 4)
-    undo = knobs.get("evaluation").apply(session, "no_grad")
+    undo = knobs.get("evaluation").apply(host, "no_grad")
     for _ in range(5):
         net(x).sum().backward()
     undo()
@@ -135,42 +135,42 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
     flags.benchmark, flags.deterministic = before
 
 
-def test_cudnn_benchmark_on_and_off(session: Session, cudnn: Any) -> None:
-    undo = knobs.get("cudnn").apply(session, "benchmark")
+def test_cudnn_benchmark_on_and_off(host: Host, cudnn: Any) -> None:
+    undo = knobs.get("cudnn").apply(host, "benchmark")
     assert cudnn.benchmark
     undo()
     assert not cudnn.benchmark
 
 
-def test_cudnn_where_the_program_has_decided(session: Session, cudnn: Any) -> None:
+def test_cudnn_where_the_program_has_decided(host: Host, cudnn: Any) -> None:
     cudnn.benchmark = True
-    with pytest.raises(knobs.RefusedError, match="set"):
-        knobs.get("cudnn").apply(session, "benchmark")
+    with pytest.raises(RefusedError, match="set"):
+        knobs.get("cudnn").apply(host, "benchmark")
     cudnn.benchmark, cudnn.deterministic = False, True
-    with pytest.raises(knobs.RefusedError, match="deterministic"):
-        knobs.get("cudnn").apply(session, "benchmark")
+    with pytest.raises(RefusedError, match="deterministic"):
+        knobs.get("cudnn").apply(host, "benchmark")
 
 
-def test_cudnn_where_there_is_none(session: Session) -> None:
+def test_cudnn_where_there_is_none(host: Host) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    with pytest.raises(knobs.RefusedError, match="no cuDNN"):
-        knobs.get("cudnn").apply(session, "benchmark")
+    with pytest.raises(RefusedError, match="no cuDNN"):
+        knobs.get("cudnn").apply(host, "benchmark")
 
 
-def test_the_allocator_of_cuda(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocator_of_cuda(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     knob = knobs.get("cuda_allocator")
     asked = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert knobs.prepare(Request(settings={"cuda_allocator": "expandable"}), {}) == asked
     for name in (cuda_allocator.VARIABLE, cuda_allocator.SUCCESSOR):
         assert knob.variables is not None
         assert knob.variables("expandable", {name: "backend:cudaMallocAsync"}) == {}
-    with pytest.raises(knobs.RefusedError, match="no CUDA"):
-        knob.apply(session, "expandable")
+    with pytest.raises(RefusedError, match="no CUDA"):
+        knob.apply(host, "expandable")
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setenv(cuda_allocator.SUCCESSOR, "backend:cudaMallocAsync")
-    with pytest.raises(knobs.RefusedError, match="PYTORCH_ALLOC_CONF was set"):
-        knob.apply(session, "expandable")
+    with pytest.raises(RefusedError, match="PYTORCH_ALLOC_CONF was set"):
+        knob.apply(host, "expandable")
     monkeypatch.delenv(cuda_allocator.SUCCESSOR)
     monkeypatch.setenv(*next(iter(asked.items())))
-    knob.apply(session, "expandable")()
+    knob.apply(host, "expandable")()

@@ -9,11 +9,11 @@ from statistics import fmean
 import pytest
 
 from flatout.agent.switch import block_order
-from flatout.ratios import Block, Ratio, Size, arm_ratios, setting_ratios, t_quantile
-from flatout.record import Step
-from flatout.request import Comparison
 from flatout.tune import design, statistics
-from flatout.turns import PHASES
+from flatout.wire.ratios import Block, Ratio, Size, arm_ratios, setting_ratios, t_quantile
+from flatout.wire.record import Step
+from flatout.wire.request import Comparison
+from flatout.wire.turns import PHASES
 
 DISCARD, BLOCK, ROUNDS = 2, 8, 12
 

@@ -11,13 +11,13 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import cast
 
-from flatout.agent.session import Session
 from flatout.agent.switch import Switch, block_order
-from flatout.knobs import RefusedError
-from flatout.record import ProcessRecord, read_run
-from flatout.request import RUN_VARIABLE, Comparison, Request
+from flatout.errors import RefusedError
+from flatout.intercept.host import Host
 from flatout.tune import design
-from flatout.turns import Turn
+from flatout.wire.record import ProcessRecord, read_run
+from flatout.wire.request import RUN_VARIABLE, Comparison, Request
+from flatout.wire.turns import Turn
 
 BARE: dict[str, str] = {}
 BF16 = {"precision": "bf16"}
@@ -78,22 +78,22 @@ def test_drift_cancels_in_each_pair_of_rounds() -> None:
 
 
 class Scripted:
-    """A session of a program whose step times are known, and a machine that is never the same."""
+    """The host of a program whose step times are known, and a machine that is never the same."""
 
     def __init__(self, gains: dict[str, float], failing: str | None = None) -> None:
         self.arm: int | None = None
         self.mark: str | None = None
-        self.failed_knobs: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self.forward_wrappers: list[object] = []
-        self.events: list[tuple[str, str, str]] = []
+        self.said: list[tuple[str, str, str]] = []
         self.arms: list[int | None] = []
         self.on: list[str] = []
-        self.record = self  # for flush
+        self.record = self.applied = self.events = self
         self._gains = gains
         self._failing = failing
         self._draw = random.Random(0)
 
-    def turn(self, knob: str, setting: str) -> None:
+    def apply(self, knob: str, setting: str) -> None:
         if knob == self._failing:
             raise RefusedError("not here")
         self.on.append(knob)
@@ -104,15 +104,15 @@ class Scripted:
     def counts(self, turn: Turn) -> bool:
         return True
 
-    def turn_off(self, knob: str) -> None:
+    def undo(self, knob: str) -> None:
         if knob in self.on:
             self.on.remove(knob)
 
-    def event(self, what: str, subject: str, why: str, trace: str | None = None) -> None:
-        self.events.append((what, subject, why))
+    def add(self, what: str, subject: str, why: str, trace: str | None = None) -> None:
+        self.said.append((what, subject, why))
 
     def compare(self, comparison: Comparison) -> None:
-        switch = Switch(cast(Session, self), comparison)
+        switch = Switch(cast(Host, self), comparison)
         is_over = False
         while not is_over:
             turn = Turn(0)
@@ -122,7 +122,7 @@ class Scripted:
             is_over = switch.at_boundary(turn)
 
     def reasons(self, what: str) -> dict[str, str]:
-        return {subject: why for kind, subject, why in self.events if kind == what}
+        return {subject: why for kind, subject, why in self.said if kind == what}
 
 
 def arms_of(*knobs: str) -> tuple[dict[str, str], ...]:

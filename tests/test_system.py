@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flatout import machine, system
+from flatout import machine
+from flatout.machine import system
 
 
 def groups(root: Path, files: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from flatout import launch
 from flatout.launch import trackers
-from flatout.request import Request
+from flatout.wire.request import Request
 
 SHOW = """
 import os

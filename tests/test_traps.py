@@ -44,11 +44,11 @@ def wrong(call, module, args, kwargs):
         weight = next(module.parameters())
         handles.append(weight.register_hook(lambda gradient: 1.5 * gradient))
     return call(module, *args, **kwargs)
-session.forward_wrappers.append(wrong)
+host.forward_wrappers.append(wrong)
 """
 
 RIGHT_AGAIN = """
-session.forward_wrappers.remove(wrong)
+host.forward_wrappers.remove(wrong)
 for handle in handles:
     handle.remove()
 """
@@ -61,14 +61,14 @@ def spoil(optimizer):
         for group in optimizer.param_groups:
             with torch.no_grad():
                 group["params"][0].mul_(0.3)
-session.after_optimizer_step.append(spoil)
+host.after_optimizer_step.append(spoil)
 """
 
 LEAKS = """
 leaked = []
 def leak(optimizer):
     leaked.append(bytearray(b"x") * 2**16)
-session.after_optimizer_step.append(leak)
+host.after_optimizer_step.append(leak)
 """
 
 HANGS = """
@@ -83,7 +83,7 @@ Path("program.py").write_text("spoilt")
 """
 
 SLOWER = """
-screens = session.request.comparison is not None and not session.request.comparison.arms[0]
+screens = host.request.comparison is not None and not host.request.comparison.arms[0]
 def slower(call, module, args, kwargs):
     work = torch.ones(260, 260)
     for _ in range(2):
@@ -91,20 +91,20 @@ def slower(call, module, args, kwargs):
     work[:94] @ work
     return call(module, *args, **kwargs)
 if not screens:
-    session.forward_wrappers.append(slower)
+    host.forward_wrappers.append(slower)
 """
 """It wins the first trial, where it spares 2 of 12 multiplications; in all others it is 3 % slower,
 as it costs 2.36 more than it spares."""
 
 FAST_AGAIN = """
 if not screens:
-    session.forward_wrappers.remove(slower)
+    host.forward_wrappers.remove(slower)
 """
 
 TRAPS = {
     "trap_gradient": (WRONG_GRADIENT, RIGHT_AGAIN),
-    "trap_late": (DIVERGES_LATE, "session.after_optimizer_step.remove(spoil)"),
-    "trap_leak": (LEAKS, "session.after_optimizer_step.remove(leak)"),
+    "trap_late": (DIVERGES_LATE, "host.after_optimizer_step.remove(spoil)"),
+    "trap_leak": (LEAKS, "host.after_optimizer_step.remove(leak)"),
     "trap_hang": (HANGS, "pass"),
     "trap_write": (WRITES, "pass"),
 }

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import outside, tunes
-from flatout.ratios import Ratio
 from flatout.tune.statistics import claimed
+from flatout.wire.ratios import Ratio
 
 PLAN = 'version = 1\n\n[plan]\noptimizer = "onepass"\n'
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flatout.record import ProcessRecord, read_run
-from flatout.request import RUN_VARIABLE, Comparison, Request
+from flatout.wire.record import ProcessRecord, read_run
+from flatout.wire.request import RUN_VARIABLE, Comparison, Request
 
 PROGRAM = """
 import torch

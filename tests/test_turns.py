@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pytest
 
-from flatout.turns import PHASES, Turn, Turns
+from flatout.wire.turns import PHASES, Turn, Turns
 
 MS = 1_000_000
 

@@ -13,11 +13,11 @@ import torch
 from test_figures import trial
 
 from flatout import knobs
-from flatout.knobs import Facts
-from flatout.record import Event
+from flatout.knob import Facts
 from flatout.tune.pairs import Pairs
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Arm, Outcome, Tuner
+from flatout.wire.record import Event
 
 PROGRAM = """
 import torch

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from flatout.agent import _watch
-from flatout.agent.hooks import Hooks
-from flatout.turns import Turn, Turns
+from flatout.intercept import _watch
+from flatout.intercept.hooks import Hooks
+from flatout.wire.turns import Turn, Turns
 
 torch = pytest.importorskip("torch")
 

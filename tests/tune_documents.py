@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 
 from flatout.doctor.findings import Finding
-from flatout.knobs import EXACTNESS
+from flatout.knob import EXACTNESS
 from flatout.plan import LossEvidence
-from flatout.ratios import Ratio
-from flatout.tune.document import (
-    Arm,
-    Check,
-    CurvePoint,
-    Curves,
-    Document,
-    KnobResult,
-    Proof,
-    Side,
-)
+from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
+from flatout.wire.ratios import Ratio
 
 COMMAND = ("python", "train.py", "--data", "speech & <noise>", "--epochs", "300")
 SHELL_COMMAND = "python train.py --data 'speech & <noise>' --epochs 300"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from benchmarks.outside import Results, timed
 from benchmarks.suite import arms
 from benchmarks.suite.cases import ROOT, Case
-from flatout.record import read_run
 from flatout.tune.document import Document
+from flatout.wire.record import read_run
 
 FIRST_RUN_STEPS = 0.3
 """Share of a timed run's steps in the run that tells whether an arm works, and fills caches."""

@@ -9,9 +9,9 @@ from benchmarks.suite import arms
 from benchmarks.suite.cases import CASES
 from benchmarks.suite.table import ArmResult, ProgramResult, rest
 from flatout import report
-from flatout.ratios import Ratio
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element
+from flatout.wire.ratios import Ratio
 
 _HEADING = ("Ratio", "95 % interval", "Of the floor")
 

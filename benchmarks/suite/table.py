@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.outside import Results
 from benchmarks.suite import arms
 from benchmarks.suite.cases import CASES, Case
-from flatout.ratios import Ratio
 from flatout.tune.statistics import claimed
+from flatout.wire.ratios import Ratio
 
 OPTIMIZER_BYTES = {"SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20}
 """Bytes an element that a step must read and write in float32: the gradient once, the parameter and

@@ -14,3 +14,7 @@ class UserError(ValueError):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class RefusedError(Exception):
+    """A knob can do nothing here, or the program has made the choice itself; one sentence."""

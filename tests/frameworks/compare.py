@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from flatout.record import RunRecord, read_run
+from flatout.wire.record import RunRecord, read_run
 
 TIMEOUT_SECONDS = 280
 

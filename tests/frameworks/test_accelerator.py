@@ -20,7 +20,7 @@ from compare import compare
 
 from flatout import machine
 from flatout import plan as plans
-from flatout.record import read_run
+from flatout.wire.record import read_run
 
 PROGRAMS = Path(__file__).parent / "accelerator"
 PYTHON = os.environ.get("FLATOUT_TEST_ACCELERATOR_PYTHON", sys.executable)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from compare import Outcome, compare
 
-from flatout.record import ProcessRecord, RunRecord
+from flatout.wire.record import ProcessRecord, RunRecord
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"

@@ -1,7 +1,7 @@
 """The half of flatout that lives inside the user's process. ``activate`` is its door.
 
-Imports the standard library, the user's own torch and the wire (``flatout.record``,
-``flatout.request``), nothing else.
+Imports the standard library, the user's own torch and the parts of the package that it stands on
+(``intercept``, ``knobs``, ``kernels``, ``wire``), nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from flatout.request import RUN_VARIABLE, Request
+from flatout.wire.request import RUN_VARIABLE, Request
 
 _session: object | None = None
 

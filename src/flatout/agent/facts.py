@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset
 
-from flatout.agent import objects
-from flatout.agent.finite import kept_gradient
+from flatout.intercept import objects
+from flatout.intercept.finite import kept_gradient
 from flatout.knobs import loader as loader_knob
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def collect(session: Session) -> dict[str, Any]:
+def collect(host: Host) -> dict[str, Any]:
     """All facts, as JSON types."""
     return {
-        "optimizers": [_optimizer(o) for o in session.optimizers if objects.param_groups(o)],
-        "modules": _modules(session.roots),
-        "parameters": _parameters(session.roots, session.optimizers),
-        "loaders": [_loader(loader) for loader in session.loaders],
+        "optimizers": [_optimizer(o) for o in host.optimizers if objects.param_groups(o)],
+        "modules": _modules(host.roots),
+        "parameters": _parameters(host.roots, host.optimizers),
+        "loaders": [_loader(loader) for loader in host.loaders],
         "opens_images": "PIL.JpegImagePlugin" in sys.modules,
         "switches": {
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -39,7 +39,7 @@ def collect(session: Session) -> dict[str, Any]:
             "float32_matmul_precision": _float32_matmul_precision(),
         },
         "threads": torch.get_num_threads(),
-        "knobs": sorted(session.turned),
+        "knobs": sorted(host.applied.names),
     }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from flatout.agent.graph import edges, leaf_of
+from flatout.intercept.graph import edges, leaf_of
 
 INDEPENDENT, COMMON = 8.0, 64.0
 """The two factors above."""

@@ -27,23 +27,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout import knobs
-from flatout.agent import objects
-from flatout.agent.capture import is_capturing
-from flatout.agent.containment import around, attempt
-from flatout.agent.finite import Withheld, are_finite, gradients, unscale, values_of
-from flatout.agent.identity import WeakIdentitySet
-from flatout.agent.losses import abandon, loss_number, read_loss
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
+from flatout.intercept import objects
+from flatout.intercept.capture import is_capturing
+from flatout.intercept.containment import around, attempt
+from flatout.intercept.finite import Withheld, are_finite, gradients, unscale, values_of
+from flatout.intercept.identity import WeakIdentitySet
+from flatout.intercept.losses import abandon, loss_number, read_loss
+from flatout.knob import Exactness
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
-    from flatout.request import Envelope
+    from flatout.intercept.host import Host
+    from flatout.wire.request import Envelope
 
 _autograd: Any = torch.autograd
 
 NAME = "guard"
 
-BOLDEST_FIRST: tuple[frozenset[knobs.Exactness], ...] = (
+BOLDEST_FIRST: tuple[frozenset[Exactness], ...] = (
     frozenset({"reduced"}),
     frozenset({"reordered", "resampled", "reshuffled"}),
 )
@@ -100,15 +101,15 @@ class Guard:
     """Watches over the steps of one process.
 
     Args:
-        session: of this process, its settings applied.
+        host: of this process, its settings applied.
         envelope: the losses of the proof.
     """
 
-    def __init__(self, session: Session, envelope: Envelope) -> None:
-        self._session = session
+    def __init__(self, host: Host, envelope: Envelope) -> None:
+        self._host = host
         self._classes = {
             name: knobs.get(name).exactness[setting]
-            for name, setting in session.request.settings.items()
+            for name, setting in host.request.settings.items()
             if not knobs.is_bitwise(name, setting)
         }
         self._losses = LossWatch(envelope)
@@ -132,8 +133,8 @@ class Guard:
 
     def install(self) -> None:
         """Begin."""
-        self._session.before_optimizer_step.append(self._before)
-        self._session.after_optimizer_step.append(self._after)
+        self._host.before_optimizer_step.append(self._before)
+        self._host.after_optimizer_step.append(self._after)
         self._own_backward = _autograd._engine_run_backward
         self._installed = around(self._has_failed, self._backward, self._own_backward)
         _autograd._engine_run_backward = self._installed
@@ -188,7 +189,7 @@ class Guard:
             return
         if getattr(optimizer, "found_inf", None) is not None:
             return  # the program's GradScaler sees to it
-        checked = self._session.checked_gradients
+        checked = self._host.checked_gradients
         if optimizer in checked:
             checked.discard(optimizer)
             return
@@ -219,7 +220,7 @@ class Guard:
         if stepping is not None:  # a closure: the update follows at once
             self._by_closure.add(stepping)
             self._look(stepping)
-        elif not self._session.hooks.optimizer_exists:
+        elif not self._host.hooks.optimizer_exists:
             self._look_before_update_by_hand()
 
     def _look_before_update_by_hand(self) -> None:
@@ -227,7 +228,7 @@ class Guard:
         turned = self._turned()
         if not turned and not self._has_acted:
             return
-        parameters = (p for root in self._session.roots for p in objects.parameters(root))
+        parameters = (p for root in self._host.roots for p in objects.parameters(root))
         grads = [grad for p in parameters if (grad := p.grad) is not None]
         if not grads or not _PLAIN.issuperset(map(type, grads)):
             return
@@ -257,7 +258,7 @@ class Guard:
 
     def _turned(self) -> frozenset[str]:
         """The knobs that may be to blame and are in place, or on their way back."""
-        return frozenset(self._session.turned & self._classes.keys())
+        return frozenset(self._host.applied.names & self._classes.keys())
 
     def _answer(self, what: str, turned: Collection[str]) -> bool:
         """Turn knobs back; returns whether the guard still keeps what is not finite away.
@@ -266,17 +267,17 @@ class Guard:
             what: was not finite.
             turned: knobs that were in place when it was computed.
         """
-        session = self._session
+        host = self._host
         self._looks_at_weights = True
-        session.ask_for_boundary()
-        if any(knob in session.failed_knobs for knob in turned):
+        host.ask_for_boundary()
+        if any(knob in host.applied.failures for knob in turned):
             return True  # computed before they were turned back
         for kinds in BOLDEST_FIRST:
             blamed = [knob for knob in turned if self._classes[knob] in kinds]
             if blamed:
                 self._has_acted = True
                 for knob in sorted(blamed):
-                    session.turn_back(knob, NotFiniteError(f"{what}, and left out"))
+                    host.applied.withdraw(knob, NotFiniteError(f"{what}, and left out"))
                 return True
         self._say(
             "noticed",
@@ -287,7 +288,7 @@ class Guard:
         return False
 
     def _say(self, what: str, why: str) -> None:
-        self._session.event(what, NAME, why)
+        self._host.events.add(what, NAME, why)
 
     def _contained(self, function: Callable[[], None]) -> None:
         """Call a part of the guard; if it fails, that is recorded, and the guard is off."""
@@ -298,7 +299,7 @@ class Guard:
         self._withheld.show()
         why = f"switched off: {type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self._session.event("failed", NAME, why, trace)
+        self._host.events.add("failed", NAME, why, trace)
 
     # Weights
 
@@ -315,7 +316,7 @@ class Guard:
         if self._running.s >= self._snapshot_due_s:
             self._takes_snapshot = True
         if self._looks_at_weights or self._takes_snapshot:
-            self._session.ask_for_boundary()
+            self._host.ask_for_boundary()
 
     def at_boundary(self) -> None:
         """Between two steps."""
@@ -323,21 +324,21 @@ class Guard:
             self._contained(self._see_to_weights)
 
     def _see_to_weights(self) -> None:
-        session = self._session
+        host = self._host
         is_suspect, self._looks_at_weights = self._looks_at_weights, False
         is_due, self._takes_snapshot = self._takes_snapshot, False
         began_s = time.monotonic()
         if is_due and not is_suspect and self._postpones():
             return
-        if not weights_are_finite(session.roots):
+        if not weights_are_finite(host.roots):
             self._answer_weights()
             return
         if is_suspect:
-            count = self._snapshot.restore_buffers(session.roots)
+            count = self._snapshot.restore_buffers(host.roots)
             if count:
                 self._say("noticed", f"{count} buffers were not finite, set to their last copy")
         if is_due:
-            why = self._snapshot.take(session.roots, session.optimizers)
+            why = self._snapshot.take(host.roots, host.optimizers)
             if why is not None and why not in self._said:
                 self._said.add(why)
                 self._say("skipped", f"no copy of the weights is made: {why}")
@@ -349,8 +350,8 @@ class Guard:
         """Whether the first copy would cost too large a share of the run so far."""
         if self._snapshot_s is not None:
             return False
-        session = self._session
-        expected_s = size_bytes(session.roots, session.optimizers) / BYTES_PER_S
+        host = self._host
+        expected_s = size_bytes(host.roots, host.optimizers) / BYTES_PER_S
         self._snapshot_due_s = expected_s / SNAPSHOT_SHARE
         return self._running.s < self._snapshot_due_s
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent.modules import imported_files
-from flatout.agent.nested import tensors_in
-from flatout.signature import VARYING, matches, merged
-from flatout.turns import ELEMENTS, ROWS
+from flatout.agent.modules import imported_files, write_modules
+from flatout.intercept.nested import tensors_in
+from flatout.wire.signature import VARYING, matches, merged
+from flatout.wire.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
-    from flatout.request import Proof
+    from flatout.intercept.host import Host
+    from flatout.wire.request import Proof
 
 
 MOST_DESCRIBED = 1000
@@ -39,11 +39,11 @@ class FirstInputs:
     call are open. What goes into the first call is held against the proof's.
 
     Args:
-        session: of this process.
+        host: of this process.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, host: Host) -> None:
+        self._host = host
         self._module: weakref.ref[Any] | None = None
         self._seen: tuple[str, ...] = ()
         self._calls = 0
@@ -57,11 +57,11 @@ class FirstInputs:
     ) -> Any:
         self._calls += 1
         if self._calls == WATCHED_CALLS:
-            self._session.forward_wrappers.remove(self)
+            self._host.forward_wrappers.remove(self)
         if self._module is None:
             self._module = weakref.ref(module)
             self._record(tuple(described((args, kwargs))))
-            self._session.write_modules()
+            write_modules(self._host.record)
             self._turn_off()
         elif self._module() is module:
             both = merged(self._seen, tuple(described((args, kwargs))))
@@ -71,17 +71,17 @@ class FirstInputs:
 
     def _record(self, seen: tuple[str, ...]) -> None:
         self._seen = seen
-        self._session.record.write({"kind": "inputs", "tensors": seen})
+        self._host.record.write({"kind": "inputs", "tensors": seen})
 
     def _turn_off(self) -> None:
         """Turn off what was proven otherwise, for this call already."""
-        session, proof = self._session, self._session.request.proof
+        host, proof = self._host, self._host.request.proof
         why = None if proof is None else self._difference(proof)
         if proof is None or why is None:
             return
-        turned_off = [knob for knob in proof.knobs if session.turn_off(knob)]
+        turned_off = [knob for knob in proof.knobs if host.applied.undo(knob)]
         for knob in turned_off:
-            session.event("skipped", knob, why)
+            host.events.add("skipped", knob, why)
 
     def _difference(self, proof: Proof) -> str | None:
         """What shows only now: other inputs, or modules that the proof has not seen."""
@@ -102,11 +102,11 @@ class InputSizes:
     elements of all of them.
 
     Args:
-        session: of this process.
+        host: of this process.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, host: Host) -> None:
+        self._host = host
 
     def __call__(
         self,
@@ -119,8 +119,8 @@ class InputSizes:
             found = [t for t in tensors_in((args, kwargs)) if not _is_nested(t)]
             shapes = [shape for tensor in found if (shape := _shape(tensor))]
         if shapes:
-            self._session.hooks.note(ROWS, shapes[0][0])
-            self._session.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
+            self._host.hooks.note(ROWS, shapes[0][0])
+            self._host.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
         return call(module, *args, **kwargs)
 
 

@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent import objects
-from flatout.agent.capture import is_capturing
-from flatout.agent.containment import around, attempt
-from flatout.agent.finite import kept_gradient
 from flatout.agent.flows import Flows, is_sum_of_terms
-from flatout.agent.modes import without_autocast
-from flatout.agent.nested import tensors_in
+from flatout.intercept import objects
+from flatout.intercept.capture import is_capturing
+from flatout.intercept.containment import around, attempt
+from flatout.intercept.finite import kept_gradient
+from flatout.intercept.modes import without_autocast
+from flatout.intercept.nested import tensors_in
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
-    from flatout.request import Inspection
+    from flatout.intercept.host import Host
+    from flatout.wire.request import Inspection
 
 _autograd: Any = torch.autograd
 
@@ -75,13 +75,13 @@ class Inspector:
     A failure in here is recorded with its traceback and ends the inspection, not the program.
 
     Args:
-        session: of this process; its knobs are turned already, since what comes later lies around
+        host: of this process; its knobs are turned already, since what comes later lies around
             them and sees what the program sees.
         inspection: what to record.
     """
 
-    def __init__(self, session: Session, inspection: Inspection) -> None:
-        self._session = session
+    def __init__(self, host: Host, inspection: Inspection) -> None:
+        self._host = host
         self._inspection = inspection
         self._roots: dict[int, tuple[str, Any]] = {}
         self._root_classes: Counter[str] = Counter()
@@ -97,14 +97,14 @@ class Inspector:
         self._stepping: Any = None
         self._flows = Flows(self._contained)
         self._is_active = True
-        session.forward_wrappers.append(self._forward)
+        host.forward_wrappers.append(self._forward)
         self._watches_gradients = inspection.gradient_steps > 0
         if self._watches_gradients:
             self._own_backward: Any = _autograd._engine_run_backward
             self._installed = around(self._has_failed, self._backward, self._own_backward)
             _autograd._engine_run_backward = self._installed
-            session.before_optimizer_step.append(self._step_begins)
-            session.after_optimizer_step.append(self._step_ends)
+            host.before_optimizer_step.append(self._step_begins)
+            host.after_optimizer_step.append(self._step_ends)
 
     def close(self) -> None:
         """Record the state, if asked for, and stop."""
@@ -116,7 +116,7 @@ class Inspector:
         """Leave torch as it was, and let go of the modules."""
         if self._is_active:
             self._is_active = False
-            self._session.forward_wrappers.remove(self._forward)
+            self._host.forward_wrappers.remove(self._forward)
         self._stop_gradients()
         self._roots.clear()
 
@@ -125,8 +125,8 @@ class Inspector:
             self._watches_gradients = False
             if _autograd._engine_run_backward is self._installed:
                 _autograd._engine_run_backward = self._own_backward
-            self._session.before_optimizer_step.remove(self._step_begins)
-            self._session.after_optimizer_step.remove(self._step_ends)
+            self._host.before_optimizer_step.remove(self._step_begins)
+            self._host.after_optimizer_step.remove(self._step_ends)
         self._names.clear()
         self._taken.clear()
 
@@ -137,7 +137,7 @@ class Inspector:
     def _has_failed(self, error: Exception) -> None:
         why = f"ended: {type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self._session.event("failed", "inspection", why, trace)
+        self._host.events.add("failed", "inspection", why, trace)
         self.stop()
 
     # Gradients
@@ -168,7 +168,7 @@ class Inspector:
             self._stop_gradients()
             return
         self._take(parameters)
-        if not self._session.hooks.optimizer_exists:
+        if not self._host.hooks.optimizer_exists:
             self._write_gradients(parameters)
         elif self._stepping is not None:  # a closure: the update follows at once
             self._write_gradients(_members(self._stepping))
@@ -176,7 +176,7 @@ class Inspector:
 
     def _trainable(self) -> list[torch.Tensor]:
         """All parameters of optimizers and roots that may get a gradient."""
-        found = [p for optimizer in self._session.optimizers for p in _members(optimizer)]
+        found = [p for optimizer in self._host.optimizers for p in _members(optimizer)]
         found += [p for _, root in self._roots.values() for p in objects.parameters(root)]
         return list({id(p): p for p in found if p.requires_grad}.values())
 
@@ -215,7 +215,7 @@ class Inspector:
         each = SAMPLE_BYTES // (4 * max(count, 1) * self._inspection.gradient_steps)
         if each < LEAST_ELEMENTS:
             why = f"of the gradients of {count} parameters only the norms are recorded"
-            self._session.event("skipped", "inspection", why)
+            self._host.events.add("skipped", "inspection", why)
         return min(each, SAMPLE_ELEMENTS)
 
     def _write_gradients(self, members: Iterable[torch.Tensor]) -> None:
@@ -238,7 +238,7 @@ class Inspector:
                 }
             )
         if entries:
-            self._session.record.write({"kind": "gradients", "parameters": entries})
+            self._host.record.write({"kind": "gradients", "parameters": entries})
 
     def _parameter_name(self, parameter: torch.Tensor) -> str:
         """Its name in the first root that has it, else its number among those in none."""
@@ -286,7 +286,7 @@ class Inspector:
             return False
         inspection = self._inspection
         if self._outputs >= inspection.outputs:
-            trains = self._backwards > 0 or self._session.hooks.optimizer_exists
+            trains = self._backwards > 0 or self._host.hooks.optimizer_exists
             if not inspection.state or not trains or self._outputs >= OUTPUT_LIMIT:
                 return False
         return not is_capturing()
@@ -296,7 +296,7 @@ class Inspector:
         tensors = list(tensors_in(output))
         floating = [t for t in tensors if t.is_floating_point() and t.numel()]
         root = self._roots.get(id(module), (objects.class_name(module), module))[0]
-        self._session.record.write(
+        self._host.record.write(
             {
                 "kind": "outputs",
                 "root": root,
@@ -321,7 +321,7 @@ class Inspector:
             {**_state(name, root), **self._probabilities.get(identity, nothing).counts()}
             for identity, (name, root) in self._roots.items()
         ]
-        self._session.record.write({"kind": "state", "roots": roots})
+        self._host.record.write({"kind": "state", "roots": roots})
 
 
 class _Probabilities:

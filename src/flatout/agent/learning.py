@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from statistics import median
 
-from flatout import knobs, ratios
+from flatout import knobs
 from flatout.agent.switch import BASELINE, Switch
-from flatout.turns import Turn
+from flatout.errors import RefusedError
+from flatout.knob import ConflictError
+from flatout.wire import ratios
+from flatout.wire.turns import Turn
 
 GIVEN_UP = 1.5
 """Times bare's last block that an arm may take: these are steps that someone waits for."""
@@ -19,7 +22,7 @@ class Learner(Switch):
     are faster beyond noise are turned on together, and the record gets a line ``learned``.
 
     Args:
-        session, comparison: see ``Switch``.
+        host, comparison: see ``Switch``.
     """
 
     def at_boundary(self, turn: Turn) -> bool:
@@ -65,15 +68,15 @@ class Learner(Switch):
                     **{f: getattr(ratio, f) for f in ("value", "low", "high", "pairs")},
                 }
             )
-        self._session.record.write({"kind": "learned", "settings": learned})
+        self._host.record.write({"kind": "learned", "settings": learned})
 
     def _turned(self, name: str, setting: str, on: dict[str, str]) -> bool:
         """Turn it on, unless that fails or does not go with what is on."""
         try:
             knobs.check_claims([*on, name])
-            self._session.turn(name, setting)
-        except (knobs.ConflictError, knobs.RefusedError) as refusal:
-            self._session.event("skipped", name, str(refusal))
+            self._host.applied.apply(name, setting)
+        except (ConflictError, RefusedError) as refusal:
+            self._host.events.add("skipped", name, str(refusal))
             return False
-        self._session.event("applied", name, f"set to {setting}: it was faster")
+        self._host.events.add("applied", name, f"set to {setting}: it was faster")
         return True

@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from types import ModuleType
 
+from flatout.wire.record import RecordWriter
+
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _GENERATED = "torchinductor_"
 """Begins the name of the folder of what ``torch.compile`` has written."""
@@ -30,6 +32,11 @@ def imported_files() -> list[str]:
         if not (real.startswith(elsewhere) or _PACKAGES.intersection(parts) or is_generated):
             found.add(real)
     return sorted(found)
+
+
+def write_modules(record: RecordWriter) -> None:
+    """Write down what the program has imported of its own by now."""
+    record.write({"kind": "modules", "files": imported_files()})
 
 
 def _file_of(module: object) -> str | None:

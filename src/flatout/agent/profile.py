@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._autograd import DeviceType
 
-from flatout.agent import device, facts
+from flatout.agent import facts
 from flatout.agent.flops import FlopCounter
-from flatout.record import MANY_FAULTS
-from flatout.turns import Turn
+from flatout.intercept import device
+from flatout.wire.record import MANY_FAULTS
+from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 FEWEST_STEPS = 3
 ENOUGH_SECONDS = 1.0
@@ -82,12 +83,12 @@ class Profiler:
     """The window; ``at_boundary`` moves it on.
 
     Args:
-        session: the session of this process.
+        host: of this process.
         steps: turns to profile at most.
     """
 
-    def __init__(self, session: Session, steps: int) -> None:
-        self._session = session
+    def __init__(self, host: Host, steps: int) -> None:
+        self._host = host
         self._steps = steps
         self._left = 0
         self._boundaries_ns: list[int] = []
@@ -101,7 +102,7 @@ class Profiler:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the window is over."""
-        if not self._session.counts(turn):
+        if not self._host.counts(turn):
             if self._flops is not None:
                 self._flops.restart()
             return False  # an evaluation pass in between
@@ -126,9 +127,9 @@ class Profiler:
         return self._boundaries_ns[-1] - self._boundaries_ns[0] >= seconds * 1e9
 
     def _start(self) -> bool:
-        self._session.mark = "profiled"
+        self._host.mark = "profiled"
         if torch.autograd.profiler._is_profiler_enabled:
-            self._session.event("skipped", "profile", "the program has a profiler of its own on")
+            self._host.events.add("skipped", "profile", "the program has a profiler of its own on")
             return self._count()
         # Between the profiler's events, large tensors find no room where they had it: an allocator
         # that keeps its memory then takes fresh one, whose faults, those of huge pages above all,
@@ -206,17 +207,17 @@ class Profiler:
         self._result["flops_by_dtype"] = dict(self._flops.flops_by_dtype)
         self._result["counted"] = dict(self._flops.counted)
         self._result["uncountable"] = self._flops.uncountable
-        self._session.mark = None
+        self._host.mark = None
         try:
-            self._result["facts"] = facts.collect(self._session)
+            self._result["facts"] = facts.collect(self._host)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("facts", error)
-        self._session.record.write(self._result)
+        self._host.record.write(self._result)
         return True
 
     def _failed(self, subject: str, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"
-        self._session.event("failed", subject, why, traceback.format_exc())
+        self._host.events.add("failed", subject, why, traceback.format_exc())
 
 
 def _middle_mean(values: list[float]) -> float:

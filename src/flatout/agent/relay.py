@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flatout.request import Relay
-from flatout.turns import Turn
+from flatout.wire.request import Relay
+from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
 """Between two looks for the baton. The one that waits must not take time from the one that runs, so
@@ -40,40 +40,40 @@ def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
 
 
 class Runner:
-    """The stage of a session that runs in a relay.
+    """The stage of a host that runs in a relay.
 
     Steps are marked ``first`` before the first block, and ``switched`` where they follow a wait.
     If another process of the same job runs already, this one makes its steps without waiting.
 
     Args:
-        session: the session of this process.
+        host: of this process.
         relay: which of the two it is, and how long the blocks are.
     """
 
-    def __init__(self, session: Session, relay: Relay) -> None:
-        self._session = session
+    def __init__(self, host: Host, relay: Relay) -> None:
+        self._host = host
         self._relay = relay
         self._folder = Path(relay.folder)
         self._steps = 0
         self._takes_part = True
         self._poll_s = _SHORTEST_POLL_S
-        session.arm = relay.place
-        session.mark = "first"
+        host.arm = relay.place
+        host.mark = "first"
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether all blocks are over."""
-        if not self._session.counts(turn):
+        if not self._host.counts(turn):
             return False
         relay = self._relay
         self._steps += 1
-        if self._session.mark is None:
+        if self._host.mark is None:
             step_s = (turn.end_ns - turn.start_ns) / 1e9
             self._poll_s = min(max(step_s, _SHORTEST_POLL_S), _LONGEST_POLL_S)
         if self._steps < relay.warmup_steps:
             return False
         finished, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
         if step == relay.discard_steps:
-            self._session.mark = None
+            self._host.mark = None
         elif step == 0:
             if finished == 0:
                 self._takes_part = self._make(f"ready-{relay.place}")
@@ -83,12 +83,12 @@ class Runner:
             if finished == relay.blocks:
                 if relay.place == 0:  # what it does at its end would slow the other's last block
                     self._wait(f"done-1-{finished}")
-                self._session.arm = self._session.mark = None
+                self._host.arm = self._host.mark = None
                 return True
             others_finished = finished + relay.place
             if others_finished:
                 self._wait(f"done-{1 - relay.place}-{others_finished}")
-            self._session.mark = "switched"
+            self._host.mark = "switched"
         return False
 
     def _make(self, name: str) -> bool:

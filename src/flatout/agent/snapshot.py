@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flatout import system
-from flatout.agent import objects
-from flatout.agent.arrays import PLAIN
-from flatout.agent.finite import are_finite
+from flatout.intercept import objects
+from flatout.intercept.arrays import PLAIN
+from flatout.intercept.finite import are_finite
+from flatout.machine import system
 
 _autograd: Any = torch.autograd
 

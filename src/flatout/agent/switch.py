@@ -13,15 +13,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flatout import knobs, ratios
 from flatout.agent.inputs import InputSizes
-from flatout.agent.losses import loss_number
-from flatout.ratios import Block, Size
-from flatout.request import Comparison
-from flatout.turns import Turn
+from flatout.errors import RefusedError
+from flatout.intercept.losses import loss_number
+from flatout.wire import ratios
+from flatout.wire.ratios import Block, Size
+from flatout.wire.request import Comparison
+from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 BASELINE = 0
 
@@ -54,15 +55,15 @@ class Switch:
     arms instead: a ``failed`` event has its knob as the subject.
 
     Args:
-        session: the session of this process; its ``arm`` and ``mark`` label the steps.
+        host: of this process; its ``arm`` and ``mark`` label the steps.
         comparison: what to compare; counted are steps of training, not evaluation passes.
 
     Attributes:
         found: the blocks so far.
     """
 
-    def __init__(self, session: Session, comparison: Comparison) -> None:
-        self._session = session
+    def __init__(self, host: Host, comparison: Comparison) -> None:
+        self._host = host
         self._comparison = comparison
         self._arms = [dict(arm) for arm in comparison.arms]
         self._left = comparison.warmup_steps
@@ -74,8 +75,8 @@ class Switch:
         self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
         self._spoilt = False
-        self._sizes = InputSizes(session)
-        session.forward_wrappers.append(self._sizes)
+        self._sizes = InputSizes(host)
+        host.forward_wrappers.append(self._sizes)
         self._set(BASELINE)
         self._turns = self._all_turns()
         if not self._left:
@@ -83,38 +84,38 @@ class Switch:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the comparison is over."""
-        if not self._session.counts(turn):
+        if not self._host.counts(turn):
             return False
         self._read_losses(turn)
         self._look_for_failed_knobs()
         self._left -= 1
         if self._spoilt:
             return self._end()
-        if self._session.arm is not None and self._session.mark is None:
+        if self._host.arm is not None and self._host.mark is None:
             self.found[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
         if self._left <= 0 or self._arm in self._out:
             return self._next_turn()
-        if self._session.mark == "switched":
+        if self._host.mark == "switched":
             self._discarded += 1
             if self._discarded >= self._comparison.discard_steps:
-                self._session.mark = None
+                self._host.mark = None
         return False
 
     def _next_turn(self) -> bool:
         for arm, is_first in self._turns:
             if arm in self._out:
                 continue
-            self._session.event("applied", f"arm {arm}", "its turn")
-            self._session.record.flush()  # if it ends the process, it must be known which it was
+            self._host.events.add("applied", f"arm {arm}", "its turn")
+            self._host.record.flush()  # if it ends the process, it must be known which it was
             if not self._set(arm):
                 continue
             comparison = self._comparison
             self._left = comparison.first_steps if is_first else comparison.block_steps
             self._discarded = 0
             self.found.append(Block(arm))
-            self._session.arm = arm
+            self._host.arm = arm
             mark = "first" if is_first else "switched" if comparison.discard_steps else None
-            self._session.mark = mark
+            self._host.mark = mark
             return False
         return self._end()
 
@@ -166,13 +167,13 @@ class Switch:
 
     def _leaves(self, arm: int, why: str) -> None:
         self._out.add(arm)
-        self._session.event("stopped", f"arm {arm}", why)
+        self._host.events.add("stopped", f"arm {arm}", why)
 
     def _end(self) -> bool:
         self._undo()
-        self._session.forward_wrappers.remove(self._sizes)
-        self._session.arm = None
-        self._session.mark = None
+        self._host.forward_wrappers.remove(self._sizes)
+        self._host.arm = None
+        self._host.mark = None
         return True
 
     def _set(self, arm: int) -> bool:
@@ -185,8 +186,8 @@ class Switch:
             trace = None
             what = "failed"
             try:
-                self._session.turn(name, setting)
-            except knobs.RefusedError as refusal:
+                self._host.applied.apply(name, setting)
+            except RefusedError as refusal:
                 why, what = str(refusal), "skipped"
             except Exception as error:  # noqa: BLE001 - recorded with its traceback
                 why = f"{name} = {setting}: {type(error).__name__}: {error}"
@@ -194,7 +195,7 @@ class Switch:
             else:
                 continue
             if self._comparison.decide == "settings":
-                self._session.event("failed", name, why, trace)  # skipped would say: in part
+                self._host.events.add("failed", name, why, trace)  # skipped would say: in part
                 self._leave_out(name, setting)
             else:
                 self._disqualify(arm, why, trace, what)
@@ -205,14 +206,14 @@ class Switch:
     def _undo(self) -> None:
         if self._arm is not None:
             for name in reversed(self._comparison.arms[self._arm]):
-                self._session.turn_off(name)
+                self._host.applied.undo(name)
         self._arm = None
 
     def _look_for_failed_knobs(self) -> None:
         if self._arm is not None and self._arm not in self._out:
             for name, setting in list(self._arms[self._arm].items()):
-                if name in self._session.failed_knobs:
-                    why = self._session.failed_knobs.pop(name)
+                if name in self._host.applied.failures:
+                    why = self._host.applied.failures.pop(name)
                     if self._comparison.decide == "settings":
                         self._leave_out(name, setting)
                     else:
@@ -229,7 +230,7 @@ class Switch:
         self, arm: int, why: str, trace: str | None = None, what: str = "failed"
     ) -> None:
         self._out.add(arm)
-        self._session.event(what, f"arm {arm}", why, trace)
+        self._host.events.add(what, f"arm {arm}", why, trace)
 
     def _read_losses(self, turn: Turn) -> None:
         """Look at the losses that have arrived; on an accelerator that may be some steps later."""
@@ -249,7 +250,7 @@ class Switch:
             return
         if self._diverged:
             self._spoilt = True
-            self._session.event(
+            self._host.events.add(
                 "noticed", "comparison", "ended: a failed arm has left non-finite weights behind"
             )
         elif arm == BASELINE:

@@ -1,29 +1,16 @@
-"""The command line: one module for each verb, found by looking into this folder.
-
-A verb's module has ``SUMMARY`` (one line), ``add_arguments(parser)``, ``execute(arguments) -> int``
-and ``TAKES_JOB``: whether a command stands after ``--``. Only the module of the verb that is run
-imports anything heavy, inside its functions: ``flatout --help`` answers at once.
-"""
+"""The command line."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from flatout import __version__
+from flatout.cli.streams import BrokenOutputError, standard_streams
+from flatout.cli.verbs import verbs
 from flatout.errors import UserError
-from flatout.streams import BrokenOutputError, standard_streams
 from flatout.text import printable
-
-
-def verbs() -> dict[str, Any]:
-    """The verbs' modules by name."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 def build_parser() -> argparse.ArgumentParser:

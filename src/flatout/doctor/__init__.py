@@ -9,7 +9,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
 from flatout.machine import Ceilings
-from flatout.record import RunRecord
+from flatout.wire.record import RunRecord
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from flatout.machine import Ceilings
-from flatout.record import ProcessRecord, Step
-from flatout.turns import PHASES
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.turns import PHASES
 
 WARMUP_STEPS = 3
 """Steps left out at the beginning: compilation, allocator, thread pools and caches warm up."""

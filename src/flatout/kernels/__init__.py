@@ -24,7 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flatout import paths, system
+from flatout import paths
+from flatout.machine import system
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall")
 FLAGS_OF = {"optimizers": ("-ffp-contract=off",)}

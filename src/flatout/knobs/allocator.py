@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "allocator"
 
@@ -78,7 +80,7 @@ def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
     return {"LD_PRELOAD": _joined(environment.get("LD_PRELOAD"), found), **extra}
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """See whether this process was started as asked; nothing can be done about it now."""
     variable = "GLIBC_TUNABLES" if setting in TUNABLES else "LD_PRELOAD"
     asked = TUNABLES.get(setting, setting)

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     import torch
 
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
+
 
 NAME = "clipping"
 
@@ -32,12 +35,12 @@ def match(facts: Facts) -> Match:
     return Match(("onepass",), share=facts.share(*OPERATORS, "::mul_"))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Take the place of the two functions that ``torch.nn.utils.clip_grad_norm_`` consists of."""
     import torch
     from torch.nn.utils import clip_grad
 
-    from flatout.agent.place import stand_before
+    from flatout.intercept.place import stand_before
 
     try:
         clipping = OnePass(kernels.load("clipping"))
@@ -49,7 +52,7 @@ def apply(session: Session, setting: str) -> Undo:
     }
     if not functions.keys() <= vars(clip_grad).keys():
         raise RefusedError(f"torch {torch.__version__} clips in another way")
-    failed = session.turns_back(NAME)
+    failed = host.applied.withdraws(NAME)
     undos = [stand_before(clip_grad, name, failed, f) for name, f in functions.items()]
 
     def undo() -> None:
@@ -86,7 +89,7 @@ class OnePass:
         """As torch's function: the norm (scalar) of all elements of all tensors."""
         import torch
 
-        from flatout.agent import arrays
+        from flatout.intercept import arrays
 
         # What can be gone through only once is torch's.
         if (
@@ -118,7 +121,7 @@ class OnePass:
         """
         import torch
 
-        from flatout.agent import arrays
+        from flatout.intercept import arrays
 
         if isinstance(parameters, (list, tuple)) and not torch.compiler.is_compiling():
             grads = [p.grad for p in parameters if p.grad is not None]

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatout.agent.containment import report
-from flatout.agent.identity import WeakIdentityDict, WeakIdentitySet
-from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.containment import report
+from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
+from flatout.intercept.place import Undo
+from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "compile"
 
@@ -58,19 +60,19 @@ def missing() -> str | None:
     return None
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Compile each outermost module at its next call after the search for them is over."""
-    from flatout.agent import device
+    from flatout.intercept import device
 
     if setting == "reduce-overhead" and not device.has_cuda():
         raise RefusedError("reduce-overhead is for CUDA, and there is no CUDA device")
     if device.accelerator() is None and (why := missing()):
         raise RefusedError(why)
-    wrapper = Compiled(session, setting, OPTIONS[setting])
-    session.forward_wrappers.append(wrapper)
+    wrapper = Compiled(host, setting, OPTIONS[setting])
+    host.forward_wrappers.append(wrapper)
 
     def undo() -> None:
-        session.forward_wrappers.remove(wrapper)
+        host.forward_wrappers.remove(wrapper)
         wrapper.restore()
 
     return undo
@@ -80,13 +82,13 @@ class Compiled:
     """The forward wrapper.
 
     Args:
-        session: of this process.
+        host: of this process.
         setting: of this knob.
         options: of ``torch.nn.Module.compile``.
     """
 
-    def __init__(self, session: Session, setting: str, options: Mapping[str, Any]) -> None:
-        self._session = session
+    def __init__(self, host: Host, setting: str, options: Mapping[str, Any]) -> None:
+        self._host = host
         self._is_regional = setting == "regional"
         self._has_graphs_of_cuda = setting == "reduce-overhead"
         self._options = options
@@ -103,17 +105,17 @@ class Compiled:
         kwargs: dict[str, Any],
     ) -> Any:
         """Around an outermost module call."""
-        session = self._session
-        if NAME in session.failed_knobs:
+        host = self._host
+        if NAME in host.applied.failures:
             return call(module, *args, **kwargs)
         if module not in self._compiled:
-            if session.hooks.searching:
+            if host.hooks.searching:
                 return call(module, *args, **kwargs)  # classes are watched: nothing to trace
             self._compiled[module] = self._compile(module)
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
-        with falling_back(self._failed), session.blames(NAME):
+        with falling_back(self._failed), host.applied.blames(NAME):
             output = self._run(call, module, args, kwargs)
         if self._has_compiled():
             self._count_call(module)
@@ -121,7 +123,7 @@ class Compiled:
 
     def _failed(self, error: Exception) -> None:
         self.restore()
-        self._session.turn_back(NAME, error)
+        self._host.applied.withdraw(NAME, error)
 
     def _run(
         self,
@@ -134,7 +136,7 @@ class Compiled:
             return call(module, *args, **kwargs)
         import torch
 
-        from flatout.agent.nested import mapped
+        from flatout.intercept.nested import mapped
 
         torch.compiler.cudagraph_mark_step_begin()
         # The next call writes into the same memory.
@@ -144,7 +146,7 @@ class Compiled:
         """Set what is to be compiled; nothing where the program has compiled or scripted."""
         import torch
 
-        from flatout.agent import objects
+        from flatout.intercept import objects
 
         why = None
         if isinstance(root, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
@@ -156,7 +158,7 @@ class Compiled:
             why = "it has no blocks of one class in a list"
         if why is not None:
             name = objects.class_name(root)
-            self._session.event("skipped", NAME, f"{name} is left alone: {why}")
+            self._host.events.add("skipped", NAME, f"{name} is left alone: {why}")
             return WeakIdentitySet()
         for module in chosen:
             module.compile(**self._options)
@@ -178,7 +180,7 @@ class Compiled:
         self._counted = graphs, breaks
         self._said += 1
         if self._said <= MOST_SAID:
-            self._session.event("noticed", NAME, why)
+            self._host.events.add("noticed", NAME, why)
         return True
 
     def _count_call(self, module: Any) -> None:
@@ -187,7 +189,7 @@ class Compiled:
         if calls >= MOST_COMPILING_CALLS:
             self.restore()
             why = f"{calls} calls of {type(module).__qualname__} had to compile something anew"
-            self._session.turn_back(NAME, RuntimeError(why))
+            self._host.applied.withdraw(NAME, RuntimeError(why))
 
     def restore(self) -> None:
         """Let everything run as before."""
@@ -240,7 +242,7 @@ def blocks(root: Any) -> list[Any]:
     """
     from torch import nn
 
-    from flatout.agent import objects
+    from flatout.intercept import objects
 
     best: list[Any] = []
 

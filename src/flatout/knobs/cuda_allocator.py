@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 """Understood by every torch from 2.9 on; its successor is ignored on CUDA by 2.9.1:
@@ -31,9 +33,9 @@ def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
     return {} if _chosen(environment) else {VARIABLE: EXPANDABLE}
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """See whether this process was started as asked; nothing can be done about it now."""
-    from flatout.agent import device
+    from flatout.intercept import device
 
     if not device.has_cuda():
         raise RefusedError("there is no CUDA device")

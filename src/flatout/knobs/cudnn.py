@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 
 def match(facts: Facts) -> Match:
@@ -17,11 +19,11 @@ def match(facts: Facts) -> Match:
     return Match(("benchmark",))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Set the flag, which counts from the next convolution on."""
     import torch
 
-    from flatout.agent import device
+    from flatout.intercept import device
 
     cudnn = torch.backends.cudnn
     if not device.has_cuda() or not cudnn.is_available():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "denormals"
 
@@ -17,7 +19,7 @@ def match(facts: Facts) -> Match:
     return Match((), "for programs in which 'flatout doctor' finds denormal numbers")
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Set the mode of this thread, which threads made later take over."""
     import torch
 

@@ -6,13 +6,15 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatout.agent.identity import WeakIdentityDict, WeakIdentitySet
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     import torch
 
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
+
 
 NAME = "evaluation"
 
@@ -25,22 +27,22 @@ def match(facts: Facts) -> Match:
     return Match((), "for programs in which 'flatout doctor' finds gradients in evaluation")
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Wrap the outermost module calls."""
-    wrapper = NoGrad(session)
-    session.forward_wrappers.append(wrapper)
-    return lambda: session.forward_wrappers.remove(wrapper)
+    wrapper = NoGrad(host)
+    host.forward_wrappers.append(wrapper)
+    return lambda: host.forward_wrappers.remove(wrapper)
 
 
 class NoGrad:
     """A forward wrapper.
 
     Args:
-        session: of this process.
+        host: of this process.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, host: Host) -> None:
+        self._host = host
         self._observed: WeakIdentityDict[Any, int] = WeakIdentityDict()
         self._used: WeakIdentitySet[Any] = WeakIdentitySet()
 
@@ -54,7 +56,7 @@ class NoGrad:
         """Around an outermost module call."""
         import torch
 
-        from flatout.agent import objects
+        from flatout.intercept import objects
 
         if (
             objects.is_training(module)
@@ -72,8 +74,8 @@ class NoGrad:
 
     def _watched(self, output: Any, module: Any) -> Any:
         """The output, with a hook that says when a backward pass comes through it."""
-        from flatout.agent import objects
-        from flatout.agent.nested import mapped
+        from flatout.intercept import objects
+        from flatout.intercept.nested import mapped
 
         reference = weakref.ref(module)
 
@@ -83,7 +85,7 @@ class NoGrad:
                 self._used.add(used)
                 name = objects.class_name(used)
                 why = f"{name} is left alone: a backward pass goes through it in evaluation mode"
-                self._session.event("skipped", NAME, why)
+                self._host.events.add("skipped", NAME, why)
 
         def watch(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.requires_grad:
@@ -95,7 +97,7 @@ class NoGrad:
 
 def _requires_grad(value: Any) -> bool:
 
-    from flatout.agent.nested import mapped
+    from flatout.intercept.nested import mapped
 
     found = []
 

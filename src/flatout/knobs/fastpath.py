@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.containment import Failed
-    from flatout.agent.session import Session
+    from flatout.intercept.containment import Failed
+    from flatout.intercept.host import Host
 
 NAME = "fastpath"
 
@@ -25,9 +27,9 @@ def match(facts: Facts) -> Match:
     return Match(("off",), share=facts.share(*ATTENTION))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Switch it off for the process, unless the program has done so."""
-    undo = switch_off(session.turns_back(NAME))
+    undo = switch_off(host.applied.withdraws(NAME))
     if undo is None:
         raise RefusedError("the program has switched the fast path off itself")
     return undo
@@ -48,7 +50,7 @@ def switch_off(failed: Failed) -> Undo | None:
     import torch
     from torch import nn
 
-    from flatout.agent.place import stand_before
+    from flatout.intercept.place import stand_before
 
     if not _wishes:
         if not torch.backends.mha.get_fastpath_enabled():
@@ -78,7 +80,7 @@ def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
     """
     import torch
 
-    from flatout.agent.capture import is_traced
+    from flatout.intercept.capture import is_traced
 
     if (
         is_traced()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "gc"
 
@@ -27,7 +29,7 @@ def match(facts: Facts) -> Match:
     return Match(("seldom",))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Put what is alive out of the collector's sight, and let it come seldom."""
     before = gc.get_threshold()
     if not gc.isenabled() or gc.get_freeze_count() >= FEWEST_FROZEN or before[0] > THRESHOLDS[0]:

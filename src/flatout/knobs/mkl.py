@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "mkl"
 
@@ -74,7 +76,7 @@ def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
     return {"LD_PRELOAD": f"{present}:{library}" if present else library}
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """See whether this process was started as asked, and whether this torch's MKL asks."""
     import ctypes
     from pathlib import Path

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "optimizer"
 
@@ -21,7 +23,7 @@ def match(facts: Facts) -> Match:
     return Match(settings, share=facts.optimizer_share)
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Let every optimizer step in one pass, or by torch's fused functions, from now on."""
     from flatout.optim import functional
 
@@ -38,9 +40,9 @@ def apply(session: Session, setting: str) -> Undo:
     def leave(name: str, why: str) -> None:
         if (name, why) not in said:
             said.add((name, why))
-            session.event("skipped", NAME, f"{name} is left to torch, at least in part: {why}")
+            host.events.add("skipped", NAME, f"{name} is left to torch, at least in part: {why}")
 
-    undo, missing = functional.turn(functional.User(way, session.turns_back(NAME), leave))
+    undo, missing = functional.turn(functional.User(way, host.applied.withdraws(NAME), leave))
     for name in missing:
         leave(name, "the function that steps it is not torch's own")
     return undo

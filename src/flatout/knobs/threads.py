@@ -6,10 +6,12 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "threads"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -26,7 +28,7 @@ def match(facts: Facts) -> Match:
     return Match(offered, None if offered else "there is one core to be had, and one thread")
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Set the number, unless the environment does; what the program sets later holds."""
     import torch
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flatout.agent.identity import WeakIdentityDict
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     import torch
 
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
+
 
 NAME = "zero_grad"
 
@@ -20,21 +22,21 @@ def match(facts: Facts) -> Match:
     return Match((), "for programs that call zero_grad(set_to_none=False)")
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Take the place of ``Optimizer.zero_grad``."""
     import torch
 
-    from flatout.agent.place import stand_before
+    from flatout.intercept.place import stand_before
 
     dropping = Dropping()
     give_back = stand_before(
-        torch.optim.Optimizer, "zero_grad", session.turns_back(NAME), dropping.zero_grad
+        torch.optim.Optimizer, "zero_grad", host.applied.withdraws(NAME), dropping.zero_grad
     )
-    session.before_optimizer_step.append(dropping.before_step)
+    host.before_optimizer_step.append(dropping.before_step)
 
     def undo() -> None:
         give_back()
-        session.before_optimizer_step.remove(dropping.before_step)
+        host.before_optimizer_step.remove(dropping.before_step)
         dropping.fill_all()
 
     return undo

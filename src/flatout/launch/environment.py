@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flatout.request import DISABLE_VARIABLE, RUN_VARIABLE
+from flatout.wire.request import DISABLE_VARIABLE, RUN_VARIABLE
 
 HOOK_DIRECTORY = Path(__file__).parent / "hook"
 

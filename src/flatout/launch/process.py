@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from flatout.errors import UserError
 from flatout.launch import interruption
-from flatout.request import RUN_VARIABLE
+from flatout.wire.request import RUN_VARIABLE
 
 _FROM_KERNEL = 0x80
 """``si_code`` of a signal that the kernel sent, as the terminal's do (SI_KERNEL, sigaction(2))."""

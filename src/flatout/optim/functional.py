@@ -28,8 +28,8 @@ from typing import Any, Protocol
 
 import torch
 
-from flatout.agent import arrays
-from flatout.agent.containment import attempt
+from flatout.intercept import arrays
+from flatout.intercept.containment import attempt
 
 SERIAL_BELOW = 32768
 """Elements of a group below which one thread does it: waking the others takes as long."""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from flatout import knobs
-from flatout.knobs import Knob
+from flatout.knob import EXACTNESS, Knob
 
 
 def markdown(knob: Knob) -> str:
@@ -14,7 +14,7 @@ def markdown(knob: Knob) -> str:
     card = knob.card
     settings = "\n".join(
         f"- `{knob.name}={setting}`: {knob.exactness[setting]} "
-        f"({knobs.EXACTNESS[knob.exactness[setting]]})"
+        f"({EXACTNESS[knob.exactness[setting]]})"
         for setting in knob.settings
     )
     when = (

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 
-from flatout.ratios import Ratio
-from flatout.report import figures
 from flatout.report.markup import Markup, element, joined
+from flatout.tune import figures
 from flatout.tune.document import PARTS, CurvePoint, Curves
+from flatout.wire.ratios import Ratio
 
 POINTS_SHOWN = 300
 """Of a loss curve; more steps than that share points."""

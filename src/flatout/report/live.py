@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from flatout.report import figures
 from flatout.text import printable
+from flatout.tune import figures
 from flatout.tune.document import Arm
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from flatout import __version__
 from flatout.plan import Fact
-from flatout.ratios import Ratio
-from flatout.report import charts, figures, words
+from flatout.report import charts, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, joined, with_code
+from flatout.tune import figures
 from flatout.tune.document import PARTS, Arm, Document, KnobResult, Proof, Side
+from flatout.wire.ratios import Ratio
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content-Security-Policy: a browser loads and runs nothing, whatever a command line holds."""

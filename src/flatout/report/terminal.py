@@ -12,8 +12,8 @@ from rich.text import Text
 from flatout.doctor import Diagnosis
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
-from flatout.report.figures import milliseconds
-from flatout.turns import PHASES
+from flatout.tune.figures import milliseconds
+from flatout.wire.turns import PHASES
 
 OPERATORS_SHOWN = 8
 FEW_STEPS = 5

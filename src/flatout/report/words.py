@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
-from flatout.ratios import Ratio
-from flatout.report import figures
 from flatout.text import printable
+from flatout.tune import figures
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
+from flatout.wire.ratios import Ratio
 
 ARMS_SHOWN = 12
 """Of each kind; the page has them all."""

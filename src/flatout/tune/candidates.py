@@ -9,8 +9,8 @@ from typing import Any
 
 from flatout import knobs, machine
 from flatout.doctor.case import Case, is_large
-from flatout.knobs import Exactness, Facts
-from flatout.ratios import Ratio
+from flatout.knob import Exactness, Facts
+from flatout.wire.ratios import Ratio
 
 HOPELESS_SHARE = 0.01
 """Of a step, below which a knob is not tried: ten times less than what a dozen pairs can tell from

@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple, Union
 from flatout.doctor.findings import Finding
 from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
-from flatout.ratios import Ratio
 from flatout.text import one_line
-from flatout.turns import PHASES
+from flatout.wire.ratios import Ratio
+from flatout.wire.turns import PHASES
 
 DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
@@ -98,7 +98,7 @@ class KnobResult:
     Attributes:
         knob, setting: as in the plan.
         summary, by_hand: of its card; ``by_hand`` is Markdown.
-        exactness: what the setting may change, in the words of ``knobs.EXACTNESS``.
+        exactness: what the setting may change, in the words of ``EXACTNESS``.
         alone: bare step time over that with this knob alone.
         without_it: step time of the plan without this knob over that of the whole plan.
     """

@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
-from flatout.knobs import Exactness
+from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.record import Gradient
+from flatout.wire.record import Gradient
 
 RANDOM: tuple[Exactness, ...] = ("resampled", "reshuffled")
 

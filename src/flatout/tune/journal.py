@@ -29,16 +29,16 @@ from typing import Any
 from flatout import __version__, paths
 from flatout.errors import UserError
 from flatout.launch.runs import clear_old, new_directory
-from flatout.program import (
+from flatout.plan.program import (
     ArgumentChanges,
     Program,
     argument_changes,
     changes_between,
     summed_up,
 )
-from flatout.request import Request
 from flatout.text import one_line
 from flatout.tune.document import DOCUMENT_FILE
+from flatout.wire.request import Request
 
 JOURNAL_VERSION = 1
 JOURNAL_FILE = "journal.jsonl"

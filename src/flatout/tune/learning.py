@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from flatout import machine, paths, plan, program
+from flatout import machine, paths, plan
 from flatout.errors import UserError
-from flatout.knobs import Exactness, Facts
-from flatout.plan import PLAN_FILE, Plan
-from flatout.ratios import Ratio
-from flatout.record import RecordError, read_step_times
-from flatout.request import Comparison, Request
+from flatout.knob import Exactness, Facts
+from flatout.plan import PLAN_FILE, Plan, program
 from flatout.tune import candidates
+from flatout.wire.ratios import Ratio
+from flatout.wire.record import RecordError, read_step_times
+from flatout.wire.request import Comparison, Request
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
 """Classes of the settings that are compared without a proof: their arithmetic is the program's."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from flatout.record import Step
-from flatout.report import figures
+from flatout.tune import figures
+from flatout.wire.record import Step
 
 ALLOWED = 1.1
 """Times the bare program's peak, unless the user allows more."""

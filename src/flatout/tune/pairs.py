@@ -14,13 +14,12 @@ from typing import Any
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.ratios import Ratio
-from flatout.record import ProcessRecord, Step
-from flatout.report import figures
-from flatout.request import Envelope, Inspection, Relay, Request
-from flatout.tune import statistics, trial
+from flatout.tune import figures, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
-from flatout.turns import PHASES
+from flatout.wire.ratios import Ratio
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.request import Envelope, Inspection, Relay, Request
+from flatout.wire.turns import PHASES
 
 WARMUP_STEPS = 3
 """Steps left out at the beginning of each run: first calls, lazy initialisation."""

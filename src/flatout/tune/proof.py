@@ -1,7 +1,7 @@
 """Does the plan compute the same? Runs of bare and plan from the same seeds, held side by side.
 
 Pure functions of what was recorded. Every seed has a bare run and a plan run; which checks are made
-of them depends on what the settings may change (``knobs.EXACTNESS``).
+of them depends on what the settings may change (``EXACTNESS``).
 
 ``losses``
     Paired non-inferiority: at each backward call of the step, over the second half of the steps and
@@ -50,10 +50,10 @@ from itertools import pairwise
 from statistics import correlation, fmean, stdev
 
 from flatout import knobs
-from flatout.knobs import Exactness
+from flatout.knob import Exactness
 from flatout.plan import Check, LossEvidence
-from flatout.record import Gradient, Output, ProcessRecord, RootState, Step
 from flatout.tune import gradients
+from flatout.wire.record import Gradient, Output, ProcessRecord, RootState, Step
 
 Curve = tuple[float, ...]
 """Losses of one backward call of the step, in the order of the steps."""

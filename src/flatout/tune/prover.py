@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from flatout.knobs import Exactness
+from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.record import Gradient, ProcessRecord
-from flatout.request import Inspection
 from flatout.tune import gradients, memory, pairs, proof, search, statistics
 from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.wire.record import Gradient, ProcessRecord
+from flatout.wire.request import Inspection
 
 GRADIENT_SEEDS, GRADIENT_STEPS = 2, 4
 """For which the gradients are compared, before anything else is, unless more are asked for. Some

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flatout import knobs, machine
+from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
 from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
 from flatout.tune.pairs import Cost
@@ -62,7 +63,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
                 knob=name,
                 setting=setting,
                 summary=knobs.get(name).summary,
-                exactness=knobs.EXACTNESS[knobs.get(name).exactness[setting]],
+                exactness=EXACTNESS[knobs.get(name).exactness[setting]],
                 by_hand=knobs.get(name).card.by_hand,
                 alone=outcome.alone(name),
                 without_it=outcome.on_top(name),

@@ -33,7 +33,7 @@ def gentler(name: str, setting: str, offered: Collection[str] | None = None) -> 
     Args:
         name: of the knob.
         setting: that it has.
-        offered: settings that make sense here (see ``knobs.Match``); ``None``: all.
+        offered: settings that make sense here (see ``Match``); ``None``: all.
 
     Raises:
         UnknownSettingError: there is no such knob, or setting.

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
-from flatout.ratios import CONFIDENCE, Block, Ratio, Size
-from flatout.record import Step
-from flatout.request import Comparison
+from flatout.wire.ratios import CONFIDENCE, Block, Ratio, Size
+from flatout.wire.record import Step
+from flatout.wire.request import Comparison
 
 MINIMUM_PAIRS = 5
 """Pairs of fresh processes below which nothing is claimed."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from flatout import launch
 from flatout.errors import UserError
 from flatout.launch import interruption
-from flatout.record import ProcessRecord, RecordError, RunRecord, read_run
-from flatout.request import Relay, Request
 from flatout.tune.journal import Entry, Journal
+from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
+from flatout.wire.request import Relay, Request
 
 _TAIL_LINES = 12
 

@@ -23,27 +23,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flatout import knobs, machine, signature
-from flatout import program as programs
+from flatout import knobs, machine
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
-from flatout.knobs import Exactness
+from flatout.knob import Exactness
 from flatout.machine import Ceilings
 from flatout.plan import Evidence
-from flatout.program import Program
-from flatout.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
-from flatout.report import figures
-from flatout.request import Comparison, Request
-from flatout.tune import (
-    candidates,
-    design,
-    memory,
-    pairs,
-    search,
-    statistics,
-    trial,
-)
+from flatout.plan import program as programs
+from flatout.plan.program import Program
+from flatout.tune import candidates, design, figures, memory, pairs, search, statistics, trial
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.journal import Journal
@@ -51,6 +40,9 @@ from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import GRADIENT_SEEDS, GRADIENT_STEPS, Prover, in_words
 from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.wire import signature
+from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.request import Comparison, Request
 
 USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
 """Horizon of the proof unless the user asks for another: the first, or, of fast steps, as many as

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo, fastpath
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
+from flatout.knobs import fastpath
+from flatout.knobs.attention.sizes import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "attention"
 
@@ -20,11 +24,6 @@ BACKENDS = {
 }
 """Settings for CUDA, and the names of ``torch.nn.attention.SDPBackend``."""
 
-
-MOST_WIDTH, MOST_TRAINED, MOST_COLUMNS = 128, 512, 2048
-"""Of a head that the kernel takes as a whole: width of a row, rows and columns in training, columns
-in inference. Up to these it was faster than torch's attention and than our own blocks, with about
-a megabyte of cache a core (``benchmarks/kernels.py attention``)."""
 
 FUSED = ("flash_attention_for_cpu",)
 """Torch's own kernel on the CPU, forward and backward; it takes attention without dropout."""
@@ -44,26 +43,26 @@ def match(facts: Facts) -> Match:
     return Match(("fast",), share=None if None in shares else sum(filter(None, shares)))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Replace the operator on the CPU, or prefer a backend in every outermost module call."""
     if setting in BACKENDS:
-        from flatout.agent import device
+        from flatout.intercept import device
 
         if not device.has_cuda():
             raise RefusedError(f"{setting} is for CUDA, and there is no CUDA device")
         prefer = Preference(BACKENDS[setting])
-        session.forward_wrappers.append(prefer)
-        return lambda: session.forward_wrappers.remove(prefer)
+        host.forward_wrappers.append(prefer)
+        return lambda: host.forward_wrappers.remove(prefer)
 
-    from flatout.agent import dispatch
+    from flatout.intercept import dispatch
     from flatout.knobs.attention import cpu
 
     library = dispatch.compiled("attention", "torch's own kernels")
-    switch_on = fastpath.switch_off(session.turns_back(NAME))
+    switch_on = fastpath.switch_off(host.applied.withdraws(NAME))
     put_back = cpu.install(
         library,
         is_paired=setting == "paired",
-        failed=session.turns_back(NAME),
+        failed=host.applied.withdraws(NAME),
     )
 
     def undo() -> None:

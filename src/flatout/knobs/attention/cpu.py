@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 from flatout.knobs.attention import blocks, heads
 from flatout.knobs.attention.function import Attending, Attention
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flatout.knobs.attention import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 from flatout.knobs.attention.function import Way
 from flatout.knobs.attention.kernel import ALWAYS, MASK, Block, Job, Kernel
+from flatout.knobs.attention.sizes import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 
 
 class Rows(ctypes.Structure):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "convolution"
 
@@ -19,7 +21,7 @@ def match(facts: Facts) -> Match:
     return Match(("recast",), share=facts.share("conv"))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Replace the operators, for every thread of this process."""
     import torch
 
@@ -27,7 +29,7 @@ def apply(session: Session, setting: str) -> Undo:
 
     if not hasattr(torch.library, "get_kernel"):
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
-    return cpu.install(session.turns_back(NAME))
+    return cpu.install(host.applied.withdraws(NAME))
 
 
 KNOB = Knob(

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 MOST_CHANNELS = 4
 """That a transposed convolution gives, for it to be computed as a plain one: each costs as many

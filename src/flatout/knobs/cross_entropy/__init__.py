@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatout import kernels
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "cross_entropy"
 
@@ -24,13 +25,13 @@ def match(facts: Facts) -> Match:
     return Match(("fused",), share=facts.share(*OPERATORS))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Replace the operator, for every thread of this process."""
-    from flatout.agent import dispatch
+    from flatout.intercept import dispatch
     from flatout.knobs.cross_entropy import cpu
 
     library = dispatch.compiled("cross_entropy", "torch's own operators")
-    return cpu.install(library, session.turns_back(NAME))
+    return cpu.install(library, host.applied.withdraws(NAME))
 
 
 KNOB = Knob(

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 FEWEST_LOGITS = 1 << 18
 """Below, what is saved is not worth the way through Python."""

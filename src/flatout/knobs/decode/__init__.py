@@ -8,10 +8,13 @@ import weakref
 from typing import TYPE_CHECKING
 
 from flatout import machine
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo, loader
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
+from flatout.knobs import loader
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
     from flatout.knobs.decode.keep import DecodedImages
     from flatout.knobs.decode.parallel import Decoders
 
@@ -28,35 +31,35 @@ def match(facts: Facts) -> Match:
     return Match(settings, share=facts.data_share)
 
 
-_kept: weakref.WeakKeyDictionary[Session, DecodedImages] = weakref.WeakKeyDictionary()
-_decoders: weakref.WeakKeyDictionary[Session, Decoders] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Host, DecodedImages] = weakref.WeakKeyDictionary()
+_decoders: weakref.WeakKeyDictionary[Host, Decoders] = weakref.WeakKeyDictionary()
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Take the place of the method by which Pillow decodes, for JPEG files."""
-    if session.request.learn and "PIL.JpegImagePlugin" not in sys.modules:
+    if host.request.learn and "PIL.JpegImagePlugin" not in sys.modules:
         raise RefusedError("the program has opened no image by Pillow")
     try:
         from PIL.JpegImagePlugin import JpegImageFile
     except ImportError as error:
         raise RefusedError("the program has no Pillow to decode images with") from error
 
-    on_failure = session.turns_back(NAME)
+    on_failure = host.applied.withdraws(NAME)
     # A comparison turns these on and off: each time, they go on from what they know.
     if setting == "keep":
         from flatout.knobs.decode.keep import DecodedImages
 
-        if session not in _kept:
-            _kept[session] = DecodedImages(JpegImageFile, on_failure)
-        return _kept[session].install()
+        if host not in _kept:
+            _kept[host] = DecodedImages(JpegImageFile, on_failure)
+        return _kept[host].install()
 
     from flatout.knobs.decode.parallel import Decoders
 
     if not _other_cores():
         raise RefusedError("there is one core, and the program's own thread is on it")
-    if session not in _decoders:
-        _decoders[session] = Decoders(_other_cores(), JpegImageFile, on_failure)
-    return _decoders[session].install()
+    if host not in _decoders:
+        _decoders[host] = Decoders(_other_cores(), JpegImageFile, on_failure)
+    return _decoders[host].install()
 
 
 def _other_cores() -> int:

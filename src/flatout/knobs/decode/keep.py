@@ -9,8 +9,7 @@ from typing import Any
 from PIL import ImageFile
 from torch.utils.data import get_worker_info
 
-from flatout.agent.place import stand_before
-from flatout.knobs import Undo
+from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.decode.images import finish, identity
 from flatout.knobs.loader.cache import available_bytes
 

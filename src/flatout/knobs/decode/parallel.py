@@ -22,10 +22,9 @@ from PIL import Image, ImageFile
 from torch.utils import data
 from torch.utils.data import dataloader
 
-from flatout.agent.identity import WeakIdentityDict
-from flatout.agent.openmp import let_threads_rest
-from flatout.agent.place import stand_before
-from flatout.knobs import Undo
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.openmp import let_threads_rest
+from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.decode import decoder, images
 from flatout.knobs.decode.foresight import Foresight
 from flatout.knobs.decode.images import finish, identity, is_small, path_of

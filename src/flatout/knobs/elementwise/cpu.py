@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 FEWEST = 1 << 15
 """Elements; below, torch computes on one thread, and the way through Python would count."""

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
-from flatout.knobs.embedding import OPERATOR
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 FEWEST = 1 << 15
 """Elements of a table; below, the way through Python takes as long."""
@@ -53,7 +52,8 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
     def computed(below: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor | None:
         return _gradient(kernel, *args, **kwargs)
 
-    return dispatch.layer({OPERATOR: computed}, "CPU", failed=failed)
+    functions = {"_embedding_bag_dense_backward": computed}
+    return dispatch.layer(functions, "CPU", failed=failed)
 
 
 def _gradient(

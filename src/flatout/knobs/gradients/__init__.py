@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
     from flatout.knobs.gradients.on_demand import OnDemand
 
 NAME = "gradients"
@@ -25,31 +27,31 @@ def match(facts: Facts) -> Match:
     return Match(("on_demand",))
 
 
-_learned: weakref.WeakKeyDictionary[Session, OnDemand] = weakref.WeakKeyDictionary()
+_learned: weakref.WeakKeyDictionary[Host, OnDemand] = weakref.WeakKeyDictionary()
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Take the place of the way into backward, of ``zero_grad``, and of ``Parameter.grad``."""
     from flatout.knobs.gradients.on_demand import OnDemand, is_distributed
 
     if is_distributed():
         raise RefusedError("other processes wait for the gradients of this one")
-    comparison = session.request.comparison
+    comparison = host.request.comparison
     arms = comparison.arms if comparison is not None else ()
-    if any(plan.get("precision") == "fp16" for plan in (session.request.settings, *arms)):
+    if any(plan.get("precision") == "fp16" for plan in (host.request.settings, *arms)):
         raise RefusedError("what is put off would miss the scale of precision=fp16")
     # A comparison turns this on and off: each time, it goes on from what it knows.
-    if session not in _learned:
-        _learned[session] = OnDemand(
-            lambda why: session.event("skipped", NAME, why),
-            session.turns_back(NAME),
+    if host not in _learned:
+        _learned[host] = OnDemand(
+            lambda why: host.events.add("skipped", NAME, why),
+            host.applied.withdraws(NAME),
         )
-    on_demand = _learned[session]
+    on_demand = _learned[host]
     give_back = on_demand.install()
-    session.after_optimizer_step.append(on_demand.stepped)
+    host.after_optimizer_step.append(on_demand.stepped)
 
     def undo() -> None:
-        session.after_optimizer_step.remove(on_demand.stepped)
+        host.after_optimizer_step.remove(on_demand.stepped)
         give_back()
 
     return undo

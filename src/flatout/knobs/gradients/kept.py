@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from flatout.agent import graph
+from flatout.intercept import graph
 
 _SECOND_TIME = (
     "Trying to backward through the graph a second time (or directly access saved tensors after "

@@ -31,13 +31,12 @@ from torch.autograd.function import _HookMixin
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from flatout.agent import graph, objects
-from flatout.agent.capture import is_capturing
-from flatout.agent.containment import around, attempt
-from flatout.agent.finite import kept_gradient
-from flatout.agent.modes import autocast_devices, without_autocast
-from flatout.agent.place import stand_before, take_place
-from flatout.knobs import Undo
+from flatout.intercept import graph, objects
+from flatout.intercept.capture import is_capturing
+from flatout.intercept.containment import around, attempt
+from flatout.intercept.finite import kept_gradient
+from flatout.intercept.modes import autocast_devices, without_autocast
+from flatout.intercept.place import Undo, stand_before, take_place
 from flatout.knobs.gradients import surroundings
 from flatout.knobs.gradients.kept import Kept, is_known, is_of_program
 

@@ -8,10 +8,12 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
     from flatout.knobs.loader.cache import SampleCache
 
 NAME = "loader"
@@ -77,26 +79,26 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(setting for setting in PROMISING if setting in found)
 
 
-_caches: weakref.WeakKeyDictionary[Session, SampleCache] = weakref.WeakKeyDictionary()
+_caches: weakref.WeakKeyDictionary[Host, SampleCache] = weakref.WeakKeyDictionary()
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Take the place of a method of torch's loaders, living ones too."""
 
     def say(what: str, why: str) -> None:
-        session.event(what, NAME, why)
+        host.events.add(what, NAME, why)
 
     if setting == "batched":
         from flatout.knobs.loader.batched import BatchedFetch
 
-        return BatchedFetch(session.turns_back(NAME)).install()
+        return BatchedFetch(host.applied.withdraws(NAME)).install()
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
         # A comparison turns this on and off: each time, it goes on from what it knows.
-        if session not in _caches:
-            _caches[session] = SampleCache(say, session.turns_back(NAME))
-        return _caches[session].install()
+        if host not in _caches:
+            _caches[host] = SampleCache(say, host.applied.withdraws(NAME))
+        return _caches[host].install()
     if not hasattr(os, "fork") or sys.platform == "darwin":
         raise RefusedError("processes cannot be forked here")
 
@@ -105,7 +107,7 @@ def apply(session: Session, setting: str) -> Undo:
 
     is_many = setting == "workers"
     count = worker_count(machine.usable_cores()) if is_many else 1
-    return Ahead(count, say, session.turns_back(NAME), may_draw=is_many).install()
+    return Ahead(count, say, host.applied.withdraws(NAME), may_draw=is_many).install()
 
 
 def worker_count(cores: float) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 from torch.utils import data
 from torch.utils.data import _utils, dataloader
 
-from flatout.agent.containment import attempt
-from flatout.agent.identity import WeakIdentityDict
-from flatout.agent.place import stand_before
-from flatout.knobs import Undo
+from flatout.intercept.containment import attempt
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.loader.processes import CHANGING, MOST_INDICES, Process, Ticket, state_of
 from flatout.knobs.loader.purity import Account, ImpureError, examine
 

@@ -10,8 +10,7 @@ from torch.utils import data
 from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
-from flatout.agent.place import stand_before
-from flatout.knobs import Undo
+from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.loader.purity import is_torchs_own
 
 

@@ -10,12 +10,11 @@ import torch
 from torch.utils import data
 from torch.utils.data._utils import fetch
 
-from flatout import system
-from flatout.agent.containment import attempt
-from flatout.agent.identity import WeakIdentityDict
-from flatout.agent.place import stand_before
-from flatout.knobs import Undo
+from flatout.intercept.containment import attempt
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.loader.purity import ImpureError, examine
+from flatout.machine import system
 
 BUDGET_SHARE = 0.25
 """Of the memory that is available at the start, for all samples together."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flatout.agent.identity import WeakIdentityDict
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     import torch
 
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "memory_format"
 
@@ -25,21 +26,21 @@ def match(facts: Facts) -> Match:
     return Match(("channels_last",))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Turn what goes into convolutions around, from the next outermost module call on."""
     import torch
     from torch import nn
     from torch.utils import checkpoint
 
-    from flatout.agent.place import stand_before
+    from flatout.intercept.place import stand_before
     from flatout.knobs.memory_format.gradients import keep_layouts
 
-    wrapper = ChannelsLast(session)
-    failed = session.turns_back(NAME)
+    wrapper = ChannelsLast(host)
+    failed = host.applied.withdraws(NAME)
     undos = []
     if hasattr(torch.library, "get_kernel"):
         undos.append(keep_layouts(failed))
-    session.forward_wrappers.append(wrapper)
+    host.forward_wrappers.append(wrapper)
     undos += [
         stand_before(nn.Conv2d, "_conv_forward", failed, wrapper.convolve),
         stand_before(nn.ConvTranspose2d, "forward", failed, wrapper.convolve),
@@ -52,7 +53,7 @@ def apply(session: Session, setting: str) -> Undo:
     def undo() -> None:
         for give_back in undos:
             give_back()
-        session.forward_wrappers.remove(wrapper)
+        host.forward_wrappers.remove(wrapper)
 
     return undo
 
@@ -71,11 +72,11 @@ class ChannelsLast:
     neither optimizers nor checkpoints ever see another one.
 
     Args:
-        session: of this process.
+        host: of this process.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, host: Host) -> None:
+        self._host = host
         self._suits: WeakIdentityDict[Any, bool] = WeakIdentityDict()
         self._is_on = False
         self._is_left = False
@@ -140,11 +141,11 @@ class ChannelsLast:
     ) -> Any:
         """Around an outermost module call."""
         is_decided = self._is_on or self._is_left
-        if is_decided or NAME in self._session.failed_knobs or not self._is_for(module):
+        if is_decided or NAME in self._host.applied.failures or not self._is_for(module):
             return call(module, *args, **kwargs)
         self._is_on = True
         try:
-            with self._session.blames(NAME):
+            with self._host.applied.blames(NAME):
                 output = call(module, *args, **kwargs)
         finally:
             self._is_on = False
@@ -155,7 +156,7 @@ class ChannelsLast:
         if module not in self._suits:
             from torch import nn
 
-            from flatout.agent import objects
+            from flatout.intercept import objects
 
             kinds = (nn.Conv2d, nn.ConvTranspose2d)
             found = [m for m in objects.modules(module) if issubclass(type(m), kinds)]
@@ -164,7 +165,7 @@ class ChannelsLast:
             if not self._suits[module]:
                 why = "grouped convolutions" if found else "no two-dimensional convolutions"
                 name = objects.class_name(module)
-                self._session.event("skipped", NAME, f"{name} is left alone: it has {why}")
+                self._host.events.add("skipped", NAME, f"{name} is left alone: it has {why}")
         return self._suits[module]
 
 
@@ -183,7 +184,7 @@ def as_in_rows(output: Any) -> Any:
     """Tensors in nested sequences and mappings as the module would have returned them."""
     import torch
 
-    from flatout.agent.nested import mapped
+    from flatout.intercept.nested import mapped
 
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):

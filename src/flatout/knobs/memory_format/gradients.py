@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 BACKWARD = (
     *("threshold_backward", "leaky_relu_backward", "hardtanh_backward", "hardswish_backward"),

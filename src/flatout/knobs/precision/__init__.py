@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flatout.knobs import PRODUCTS, Card, Facts, Knob, Match, RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.place import Undo
+from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "precision"
 
@@ -44,12 +46,12 @@ def match(facts: Facts) -> Match:
     return Match(settings, None if settings else why, facts.share(*PRODUCTS))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Turn autocast on around the outermost modules, or let float32 products round inside."""
-    return {"medium": _medium, "bf16": _bf16, "safe": _safe, "fp16": _fp16}[setting](session)
+    return {"medium": _medium, "bf16": _bf16, "safe": _safe, "fp16": _fp16}[setting](host)
 
 
-def _medium(session: Session) -> Undo:
+def _medium(host: Host) -> Undo:
     import torch
 
     mkldnn: Any = torch.backends.mkldnn
@@ -70,25 +72,25 @@ def _medium(session: Session) -> Undo:
     return undo
 
 
-def _bf16(session: Session) -> Undo:
+def _bf16(host: Host) -> Undo:
     import torch
 
     from flatout.knobs.precision.autocast import PackingAutocast
 
-    autocast = PackingAutocast(session, NAME, torch.bfloat16)
-    session.forward_wrappers.append(autocast)
+    autocast = PackingAutocast(host, NAME, torch.bfloat16)
+    host.forward_wrappers.append(autocast)
 
     def undo() -> None:
-        session.forward_wrappers.remove(autocast)
+        host.forward_wrappers.remove(autocast)
         autocast.close()
 
     return undo
 
 
-def _safe(session: Session) -> Undo:
+def _safe(host: Host) -> Undo:
     import torch
 
-    from flatout.agent import device
+    from flatout.intercept import device
     from flatout.knobs.precision.autocast import SafeAutocast
     from flatout.knobs.precision.operators import Float32Operators
 
@@ -97,35 +99,35 @@ def _safe(session: Session) -> Undo:
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
     operators = Float32Operators(
         "cpu" if accelerator is None else accelerator.type,
-        session.turns_back(NAME),
+        host.applied.withdraws(NAME),
     )
-    autocast = SafeAutocast(session, NAME, torch.bfloat16, operators)
-    session.forward_wrappers.append(autocast)
+    autocast = SafeAutocast(host, NAME, torch.bfloat16, operators)
+    host.forward_wrappers.append(autocast)
 
     def undo() -> None:
-        session.forward_wrappers.remove(autocast)
+        host.forward_wrappers.remove(autocast)
         autocast.close()
 
     return undo
 
 
-def _fp16(session: Session) -> Undo:
+def _fp16(host: Host) -> Undo:
     import torch
 
     from flatout.knobs.precision.autocast import ScaledAutocast
     from flatout.knobs.precision.scaling import LossScaling
 
-    scaling = LossScaling(session, NAME)
-    autocast = ScaledAutocast(session, NAME, torch.float16, scaling)
-    session.forward_wrappers.append(autocast)
-    session.before_optimizer_step.append(scaling.before)
-    session.after_optimizer_step.append(scaling.after)
+    scaling = LossScaling(host, NAME)
+    autocast = ScaledAutocast(host, NAME, torch.float16, scaling)
+    host.forward_wrappers.append(autocast)
+    host.before_optimizer_step.append(scaling.before)
+    host.after_optimizer_step.append(scaling.after)
     scaling.install()
 
     def undo() -> None:
-        session.forward_wrappers.remove(autocast)
-        session.before_optimizer_step.remove(scaling.before)
-        session.after_optimizer_step.remove(scaling.after)
+        host.forward_wrappers.remove(autocast)
+        host.before_optimizer_step.remove(scaling.before)
+        host.after_optimizer_step.remove(scaling.after)
         scaling.remove()
         autocast.close()
 

@@ -16,16 +16,16 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from flatout import kernels
-from flatout.agent import objects
-from flatout.agent.identity import WeakIdentityDict
-from flatout.agent.nested import mapped
-from flatout.knobs import RefusedError
+from flatout.errors import RefusedError
+from flatout.intercept import objects
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.nested import mapped
 from flatout.knobs.precision import packed
 from flatout.knobs.precision.operators import Float32Operators, RoundedOperators
 from flatout.knobs.precision.scout import HALVES, Scout
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
     from flatout.knobs.precision.scaling import LossScaling
 
 SCOUTED = frozenset(8**power for power in range(12))
@@ -78,14 +78,14 @@ class Autocast:
     otherwise what is in half precision stays so from operator to operator.
 
     Args:
-        session: of this process.
+        host: of this process.
         knob: name under which it speaks in the record.
         dtype: of matrix products and convolutions.
 
     """
 
-    def __init__(self, session: Session, knob: str, dtype: torch.dtype) -> None:
-        self._session = session
+    def __init__(self, host: Host, knob: str, dtype: torch.dtype) -> None:
+        self._host = host
         self._knob = knob
         self._dtype = dtype
         self._devices: WeakIdentityDict[Any, str | None] = WeakIdentityDict()
@@ -109,9 +109,9 @@ class Autocast:
             return call(module, *args, **kwargs)
         if torch.is_grad_enabled():
             self._see_training()
-        elif self._trains or self._session.hooks.optimizer_exists:
+        elif self._trains or self._host.hooks.optimizer_exists:
             return call(module, *args, **kwargs)
-        if self._knob in self._session.failed_knobs:
+        if self._knob in self._host.applied.failures:
             return call(module, *args, **kwargs)
         device = self._device(module)
         if device is None or torch.is_autocast_enabled(device):
@@ -142,10 +142,10 @@ class Autocast:
         if known.rounded is not None:
             if not self._can_round(device, module, known.rounded):
                 return call(module, *args, **kwargs)
-            blames = self._session.blames(self._knob)
+            blames = self._host.applied.blames(self._knob)
             with blames, torch.autocast(device, self._dtype, cache_enabled=False):
                 return call(module, *args, **kwargs)
-        with self._session.blames(self._knob), torch.autocast(device, self._dtype):
+        with self._host.applied.blames(self._knob), torch.autocast(device, self._dtype):
             output = call(module, *args, **kwargs)
         output = in_float32(output)
         if _widen(known.states):
@@ -164,7 +164,7 @@ class Autocast:
         kwargs: dict[str, Any],
     ) -> Any:
         """The forward pass as it is without autocast; what it shows is known from then on."""
-        scout = Scout((args, kwargs), self._session.turns_back(self._knob))
+        scout = Scout((args, kwargs), self._host.applied.withdraws(self._knob))
         with _eager(), scout:
             output = call(module, *args, **kwargs)
         if scout.weight is not None and not scout.makes_data(output):
@@ -180,7 +180,7 @@ class Autocast:
         if device not in self._rounded:
             try:
                 self._rounded[device] = RoundedOperators(
-                    device, self._session.turns_back(self._knob)
+                    device, self._host.applied.withdraws(self._knob)
                 )
             except RefusedError as error:
                 self._leave_alone(module, f"{why}, and {error}")
@@ -188,7 +188,8 @@ class Autocast:
         name = objects.class_name(module)
         if name + why not in self._said:
             self._said.add(name + why)
-            self._session.event("noticed", self._knob, f"operators of {name} return float32: {why}")
+            said = f"operators of {name} return float32: {why}"
+            self._host.events.add("noticed", self._knob, said)
         return self._rounded[device].is_wanted
 
     def _see_training(self) -> None:
@@ -227,14 +228,14 @@ class Autocast:
         name = objects.class_name(module)
         if name + why not in self._said:
             self._said.add(name + why)
-            self._session.event("skipped", self._knob, f"{name} is left alone: {why}")
+            self._host.events.add("skipped", self._knob, f"{name} is left alone: {why}")
 
 
 class PackingAutocast(Autocast):
     """With packed weights in programs that only infer on the CPU, see ``packed.py``."""
 
-    def __init__(self, session: Session, knob: str, dtype: torch.dtype) -> None:
-        super().__init__(session, knob, dtype)
+    def __init__(self, host: Host, knob: str, dtype: torch.dtype) -> None:
+        super().__init__(host, knob, dtype)
         self._remove: Callable[[], None] | None = None
 
     def _see_training(self) -> None:
@@ -252,12 +253,13 @@ class PackingAutocast(Autocast):
         try:
             return packed.PackedLinear(self._has_failed).remove
         except kernels.KernelError as error:
-            self._session.event("skipped", self._knob, f"weights are cast in each call: {error}")
+            self._host.events.add("skipped", self._knob, f"weights are cast in each call: {error}")
             return lambda: None
 
     def _has_failed(self, error: Exception) -> None:
         why = f"weights are cast in each call: {type(error).__name__}: {error}"
-        self._session.event("skipped", self._knob, why, "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        self._host.events.add("skipped", self._knob, why, trace)
 
     def close(self) -> None:
         super().close()
@@ -277,9 +279,9 @@ class SafeAutocast(Autocast):
     """
 
     def __init__(
-        self, session: Session, knob: str, dtype: torch.dtype, operators: Float32Operators
+        self, host: Host, knob: str, dtype: torch.dtype, operators: Float32Operators
     ) -> None:
-        super().__init__(session, knob, dtype)
+        super().__init__(host, knob, dtype)
         self._operators = operators
 
     def _begin(self, known: Known) -> None:
@@ -303,10 +305,8 @@ class ScaledAutocast(Autocast):
         scaling: to be switched on.
     """
 
-    def __init__(
-        self, session: Session, knob: str, dtype: torch.dtype, scaling: LossScaling
-    ) -> None:
-        super().__init__(session, knob, dtype)
+    def __init__(self, host: Host, knob: str, dtype: torch.dtype, scaling: LossScaling) -> None:
+        super().__init__(host, knob, dtype)
         self._scaling = scaling
 
     def _begin(self, known: Known) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.agent.nested import mapped, tensors_in
-from flatout.knobs import RefusedError
+from flatout.errors import RefusedError
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.nested import mapped, tensors_in
 from flatout.knobs.precision.scout import HALVES, weight_of
 
 FLOAT32 = (

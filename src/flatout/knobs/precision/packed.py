@@ -16,8 +16,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flatout import kernels
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
 
 FEWEST_ROWS = 32
 """Of the input; a product with fewer reads its weight once, and looking at it does so again."""

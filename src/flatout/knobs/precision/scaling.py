@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent import graph, objects
-from flatout.agent.capture import is_capturing
-from flatout.agent.containment import around
-from flatout.agent.finite import Withheld, are_finite, gradients
-from flatout.agent.identity import WeakIdentitySet
-from flatout.agent.place import stand_before
+from flatout.intercept import graph, objects
+from flatout.intercept.capture import is_capturing
+from flatout.intercept.containment import around
+from flatout.intercept.finite import Withheld, are_finite, gradients
+from flatout.intercept.identity import WeakIdentitySet
+from flatout.intercept.place import stand_before
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 _autograd: Any = torch.autograd
 
@@ -45,7 +45,7 @@ class LossScaling:
     """Takes the place of the function through which every backward call goes.
 
     Args:
-        session: of this process.
+        host: of this process.
         knob: name under which it speaks in the record.
 
     Attributes:
@@ -53,10 +53,10 @@ class LossScaling:
         is_wanted: whether backward is to be scaled; off until something has run in float16.
     """
 
-    def __init__(self, session: Session, knob: str) -> None:
+    def __init__(self, host: Host, knob: str) -> None:
         self.scale = INITIAL_SCALE
         self.is_wanted = False
-        self._session = session
+        self._host = host
         self._knob = knob
         self._own: Any = _autograd._engine_run_backward
         self._good_steps = 0
@@ -87,11 +87,11 @@ class LossScaling:
     def refuse(self, why: str) -> None:
         """Scale no more, and turn the knob back."""
         self.is_wanted = False
-        self._session.turn_back(self._knob, RuntimeError(why))
+        self._host.applied.withdraw(self._knob, RuntimeError(why))
 
     def _has_failed(self, error: Exception) -> None:
         self.is_wanted = False
-        self._session.turn_back(self._knob, error)
+        self._host.applied.withdraw(self._knob, error)
 
     def _look_on(self, own: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """In the place of a method of tensors by which a program sees gradients on their way."""
@@ -121,7 +121,7 @@ class LossScaling:
         scaled = tuple(None if g is None else g * self.scale for g in grads)
         with _divided(parameters, self.scale):
             result = own(outputs, scaled, *args, **kwargs)
-        for optimizer in self._session.optimizers:
+        for optimizer in self._host.optimizers:
             self._unchecked.add(optimizer)
         if self._stepping is not None:  # a closure: the update follows at once
             self._unchecked.add(self._stepping)
@@ -131,18 +131,18 @@ class LossScaling:
     def _groups(self) -> Iterator[tuple[Any, list[torch.Tensor]]]:
         """Each optimizer with its parameters; under ``None`` those of modules that have none."""
         seen: set[int] = set()
-        for optimizer in self._session.optimizers:
+        for optimizer in self._host.optimizers:
             members = [
                 p for group in optimizer.param_groups for p in group["params"] if id(p) not in seen
             ]
             seen.update(map(id, members))
             yield optimizer, members
-        rest = {id(p): p for root in self._session.roots for p in objects.parameters(root)}
+        rest = {id(p): p for root in self._host.roots for p in objects.parameters(root)}
         yield None, [p for identity, p in rest.items() if identity not in seen]
 
     def _unsuitable(self, outputs: Any) -> str | None:
         """Why gradients would be scaled that cannot be divided again, ``None`` if none would."""
-        if not self._session.optimizers and not self._session.hooks.optimizer_exists:
+        if not self._host.optimizers and not self._host.hooks.optimizer_exists:
             return (
                 "no optimizer steps: a step with gradients that are not finite cannot be left out"
             )
@@ -176,7 +176,7 @@ class LossScaling:
             return
         self._unchecked.discard(optimizer)
         if are_finite(gradients(optimizer)):
-            self._session.checked_gradients.add(optimizer)
+            self._host.checked_gradients.add(optimizer)
             self._good_steps += 1
             if self._good_steps == GROWTH_INTERVAL:
                 self._good_steps = 0
@@ -187,9 +187,9 @@ class LossScaling:
         if self.scale < LEAST_SCALE:
             self.is_wanted = False
             why = f"the gradients of {type(optimizer).__qualname__} are not finite at any scale"
-            self._session.turn_back(self._knob, ArithmeticError(why))
+            self._host.applied.withdraw(self._knob, ArithmeticError(why))
             return
-        self._session.event(
+        self._host.events.add(
             "noticed",
             self._knob,
             f"a step of {type(optimizer).__qualname__} left out, its gradients are not finite; "

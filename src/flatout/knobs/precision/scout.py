@@ -21,9 +21,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from flatout.agent import objects
-from flatout.agent.containment import Failed, Theirs, attempt
-from flatout.agent.nested import tensors_in
+from flatout.intercept import objects
+from flatout.intercept.containment import Failed, Theirs, attempt
+from flatout.intercept.nested import tensors_in
 
 HALVES = (torch.bfloat16, torch.float16)
 

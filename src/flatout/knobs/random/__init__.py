@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.knobs import Card, Facts, Knob, Match, Undo
+from flatout.intercept.place import Undo
+from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.agent.session import Session
+    from flatout.intercept.host import Host
 
 NAME = "random"
 
@@ -19,15 +20,15 @@ def match(facts: Facts) -> Match:
     return Match(("fast",), share=facts.share("bernoulli"))
 
 
-def apply(session: Session, setting: str) -> Undo:
+def apply(host: Host, setting: str) -> Undo:
     """Put the generator behind the operators, for every thread of this process."""
-    from flatout.agent import dispatch
+    from flatout.intercept import dispatch
     from flatout.knobs.random import cpu
 
     return cpu.install(
         dispatch.compiled("bernoulli", "torch's own numbers"),
         paired=setting == "paired",
-        failed=session.turns_back(NAME),
+        failed=host.applied.withdraws(NAME),
     )
 
 

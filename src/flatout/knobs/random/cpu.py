@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 ALWAYS = 1 << 16
 """Dropout keeps an element where a half word lies below this times the probability of keeping."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from flatout.agent import dispatch
-from flatout.agent.containment import Failed
-from flatout.knobs import Undo
+from flatout.intercept import dispatch
+from flatout.intercept.containment import Failed
+from flatout.intercept.place import Undo
 
 MOST_WIDTH = 512
 """Beyond it the matrix products take the time, and torch's are better."""

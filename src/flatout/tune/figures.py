@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 if TYPE_CHECKING:
-    from flatout.ratios import Ratio
+    from flatout.wire.ratios import Ratio
 
 NOT_MEASURED = "not measured"
 

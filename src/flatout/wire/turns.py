@@ -1,8 +1,8 @@
 """From events with times to turns: one turn of the training loop, or one pass forward without it.
 
 A pure state machine: no torch, no clock of its own. What it is told are the events that
-``agent/_watch.c`` notes: the reader of a record tells it all of them (``record.py``), the agent
-does so too while something is to be done at the boundary between two turns. It answers two
+``intercept/_watch.c`` notes: the reader of a record tells it all of them (``wire/record.py``), the
+agent does so too while something is to be done at the boundary between two turns. It answers two
 questions about any loop, without the user's help:
 
 *Where does a turn begin?*  At the first loader fetch after an optimizer step. Without a loader, at

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from flatout import kernels
-from flatout.agent import arrays
-from flatout.agent.arrays import are_floats, is_dense
+from flatout.intercept import arrays
+from flatout.intercept.arrays import are_floats, is_dense
 
 SERIAL_BELOW = 65536
 """Elements below which one thread looks at them."""

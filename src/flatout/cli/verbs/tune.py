@@ -153,8 +153,9 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
         PlanError: the file cannot be written.
         UserError: the program has changed since its first run.
     """
-    from flatout import machine, plan, program
+    from flatout import machine, plan
     from flatout.errors import UserError
+    from flatout.plan import program
 
     now = program.observed(command, outcome.modules)
     changes = [] if outcome.program is None else program.changes_between(outcome.program, now)
@@ -220,7 +221,7 @@ def _knobs(text: str) -> tuple[str, ...]:
 
 
 def _exactness(text: str) -> tuple[str, ...]:
-    from flatout.knobs import EXACTNESS
+    from flatout.knob import EXACTNESS
 
     classes = tuple(text.split(","))
     for name in classes:

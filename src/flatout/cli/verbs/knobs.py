@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from flatout.knob import EXACTNESS, Facts
+
 if TYPE_CHECKING:
-    from flatout.knobs import Knob
+    from flatout.knob import Knob
 
 SUMMARY = "list what can be turned, or show one knob's card"
 TAKES_JOB = False
@@ -50,14 +52,14 @@ def _list(python: str | None) -> None:
         table.add_column(heading)
     table.add_column("here")
     for device, figures in ceilings.devices.items():
-        facts = knobs.Facts(device, figures["matmul_flops_per_s"], huge_pages=machine.huge_pages())
+        facts = Facts(device, figures["matmul_flops_per_s"], huge_pages=machine.huge_pages())
         for name, knob in knobs.registry().items():
             offer = knob.offer(facts)
             for setting in knob.settings:
                 table.add_row(
                     name,
                     setting,
-                    knobs.EXACTNESS[knob.exactness[setting]],
+                    EXACTNESS[knob.exactness[setting]],
                     device,
                     "may help" if setting in offer.settings else offer.refusal or "by hand only",
                 )

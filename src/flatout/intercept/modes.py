@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flatout.agent import device
+from flatout.intercept import device
 
 
 def autocast_devices() -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from flatout.agent.capture import is_capturing
+from flatout.intercept.capture import is_capturing
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def peak_device_bytes() -> int | None:
     is none, none has been used, or torch does not tell (MPS)."""
     import torch
 
-    from flatout.agent import device
+    from flatout.intercept import device
 
     accelerator = device.accelerator_in_use()
     if accelerator is None:

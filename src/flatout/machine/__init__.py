@@ -1,6 +1,6 @@
 """What this machine can do at most, measured once under the job's own interpreter and cached.
 
-Nothing here is a datasheet's number: rates are measured by ``machine_probe.py`` in a process of its
+Nothing here is a datasheet's number: rates are measured by ``machine/probe.py`` in a process of its
 own, which imports torch; this module does not. What could not be measured is ``None``.
 """
 
@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flatout import paths, system
+from flatout import paths
 from flatout.errors import UserError
+from flatout.machine import system
 
 CACHE_VERSION = 3
 PROBE_SECONDS = 180
@@ -223,7 +224,7 @@ def _torch_stamp(python: str) -> str:
 
 
 def _measure(python: str) -> Ceilings:
-    script = Path(__file__).with_name("machine_probe.py")
+    script = Path(__file__).with_name("probe.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLATOUT_")}
     environment["PYTHONSAFEPATH"] = "1"  # of Python 3.11 and later; the script sees to earlier ones
     try:

@@ -14,9 +14,10 @@ import torch
 from torch.autograd import forward_ad
 
 from flatout import kernels
-from flatout.agent.arrays import PLAIN
-from flatout.agent.containment import Failed, arose_in_ours, attempt, report
-from flatout.knobs import RefusedError, Undo
+from flatout.errors import RefusedError
+from flatout.intercept.arrays import PLAIN
+from flatout.intercept.containment import Failed, arose_in_ours, attempt, report
+from flatout.intercept.place import Undo
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ def layer(functions: Mapping[str, Function], *keys: str, failed: Failed) -> Undo
     for (name, function), key in itertools.product(functions.items(), keys):
         if (name, key) not in _layers:
             _layers[name, key] = Layers(name, key)
-        entry = (function, failed, turning)
+        entry = (function, failed, applying)
         placed.append((name, key, entry))
         _layers[name, key].functions.append(entry)
 
@@ -150,8 +151,8 @@ def _own(name: str, key: str) -> Callable[..., Any]:
 
 _layers: dict[tuple[str, str], Layers] = {}
 
-turning: str | None = None
-"""The knob that is being turned."""
+applying: str | None = None
+"""The knob that is being applied."""
 
 used: set[str | None] = set()
 """Knobs whose functions have taken a call."""

@@ -2,7 +2,7 @@
 
 A run has a directory, named by the environment variable ``FLATOUT_RUN``::
 
-    request.json            what the agent was asked to do (see ``request.py``)
+    request.json            what the agent was asked to do (see ``wire/request.py``)
     record-PID.jsonl        one file for each process whose agent had something to record
     incomplete-PID-ERRNO    empty: that process could not write its record to the end, and why
 
@@ -23,15 +23,15 @@ Format version 5:
     ``packed``: what torch did since the line before, in base64. An event (``turns.TorchEvent``) is
     one byte, kind + 4 * phase + 32 * flags, then its values, each as the difference to the last one
     of its kind in the file (times; modules; optimizers; each of the three usages; notes; all from
-    0 at a header), zigzag-encoded and in LEB128. What a step is, and its phases, ``turns.py``
+    0 at a header), zigzag-encoded and in LEB128. What a step is, and its phases, ``wire/turns.py``
     makes of them when the record is read.
 ``losses``
     ``packed``: the next losses that backward calls started from, in order (an accelerator's arrive
     late), as little-endian float64 in base64; ``peak_device_bytes``: most memory torch had
     allocated on the accelerator so far.
 ``inputs``
-    ``tensors``, the inputs of the first outermost module calls (see ``signature.py``); another such
-    line takes its place when later calls differ in sizes.
+    ``tensors``, the inputs of the first outermost module calls (see ``wire/signature.py``);
+    another such line takes its place when later calls differ in sizes.
 ``modules``
     ``files``, those that the program has imported, outside of the standard library and installed
     packages: written at the first outermost module call, and at the end.
@@ -72,7 +72,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from flatout.text import one_line, with_printable
-from flatout.turns import (
+from flatout.wire.turns import (
     DATA,
     FORWARD,
     NOTE,
@@ -140,7 +140,12 @@ class RecordWriter:
     """
 
     def __init__(self, run_directory: Path, pid: int) -> None:
-        self.path = record_path(run_directory, pid)
+        self._run_directory = run_directory
+        self.restart(pid)
+
+    def restart(self, pid: int) -> None:
+        """Begin anew, as the record of this process: the child of a fork has another pid."""
+        self.path = record_path(self._run_directory, pid)
         self.started_ns = time.perf_counter_ns()
         self._pid = pid
         self._lines: list[str] = []
@@ -893,7 +898,7 @@ class _Replay:
 
 
 def _value_count(kind: int, phase: int) -> int:
-    """How many values an event has; the same in ``agent/_watch.c``."""
+    """How many values an event has; the same in ``intercept/_watch.c``."""
     if kind == USAGE:
         return 3
     return 2 if kind != NOTE and phase in (FORWARD, OPTIMIZER) else 1

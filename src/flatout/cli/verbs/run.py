@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from flatout import paths
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
-from flatout.record import RecordError, read_step_times, write_failure
-from flatout.request import Envelope, Proof, ProvenLoss, Request
 from flatout.text import printable
+from flatout.wire.record import RecordError, read_step_times, write_failure
+from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
@@ -101,7 +101,7 @@ def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> E
     for it to fall in, there are others.
     """
     from flatout import knobs
-    from flatout.program import ArgumentChanges
+    from flatout.plan.program import ArgumentChanges
 
     if all(knobs.is_bitwise(name, setting) for name, setting in settings.items()):
         return None
@@ -121,7 +121,7 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     if (plan.evidence is None and plan.learned is None) or arguments.trust:
         return settings, None
     from flatout import knobs, machine
-    from flatout.program import summed_up
+    from flatout.plan.program import summed_up
 
     if plan.learned is not None:
         _say(f"{arguments.plan} was learned while training and is not proven")

@@ -18,13 +18,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from flatout.agent import _watch, objects
-from flatout.agent.capture import is_capturing, is_traced
-from flatout.agent.containment import around, attempt, call_module, contained, without_our_frames
-from flatout.agent.identity import WeakIdentitySet
-from flatout.agent.losses import abandon
-from flatout.record import FLUSH_SECONDS
-from flatout.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
+from flatout.intercept import _watch, objects
+from flatout.intercept.capture import is_capturing, is_traced
+from flatout.intercept.containment import (
+    around,
+    attempt,
+    call_module,
+    contained,
+    without_our_frames,
+)
+from flatout.intercept.identity import WeakIdentitySet
+from flatout.intercept.losses import abandon
+from flatout.wire.record import FLUSH_SECONDS
+from flatout.wire.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +159,7 @@ class Hooks:
         from torch.optim import optimizer as torch_optimizer
         from torch.utils.data import dataloader
 
-        from flatout.agent import device
+        from flatout.intercept import device
 
         self._plain_module = torch.nn.Module
         log = self._log

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
-from flatout.agent.containment import Failed, around
+from flatout.intercept.containment import Failed, around
+
+Undo = Callable[[], None]
+"""Puts back what was there."""
 
 
-def take_place(
-    owner: type | ModuleType, name: str, function: Callable[..., Any]
-) -> Callable[[], None]:
+def take_place(owner: type | ModuleType, name: str, function: Callable[..., Any]) -> Undo:
     """Put ``function`` where a method of a class, or a function of a module, is.
 
     To those who look at it instead of calling it (``torch.jit.script``, ``inspect``, ``pickle``) it
@@ -34,7 +35,7 @@ def take_place(
 
 def stand_before(
     owner: type | ModuleType, name: str, failed: Failed, function: Callable[..., Any]
-) -> Callable[[], None]:
+) -> Undo:
     """The same for a ``function`` that gets the one which was there as its first argument, and
     behind it what that would get. Where it fails, the other does what it would without it; see
     ``containment.around``. What is compiled meets the other alone.

@@ -27,8 +27,8 @@ from statistics import NormalDist, fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from flatout.record import Step
-    from flatout.turns import Turn
+    from flatout.wire.record import Step
+    from flatout.wire.turns import Turn
 
 CONFIDENCE = 0.95
 

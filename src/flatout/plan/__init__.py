@@ -52,9 +52,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from flatout import knobs
-from flatout import program as programs
 from flatout.errors import UserError
-from flatout.program import Program
+from flatout.knob import UnknownSettingError
+from flatout.plan import program as programs
+from flatout.plan.program import Program
 from flatout.text import one_line
 
 PLAN_VERSION = 2
@@ -448,7 +449,7 @@ class _Reader:
                 self._fail(where, name, "must be a string, the setting of a knob")
             try:
                 knobs.check(name, setting)
-            except knobs.UnknownSettingError as error:
+            except UnknownSettingError as error:
                 self._fail(where, name, f"is not possible: {one_line(error)}")
 
     def _fields(self, where: tuple[str, ...], table: Any, kind: type) -> dict[str, Any]:

@@ -5,7 +5,7 @@ contain themselves, structures shared so often that a walk along all paths would
 containers that count who reads them or raise. So a walk goes to each container once, to any depth,
 looks at no more than ``LIMIT`` objects, and calls nothing that the program has written: builtin
 containers, subclasses of them too, are read by the builtin's own methods, all others by
-``agent/objects.py``.
+``intercept/objects.py``.
 
 Containers are tuples, lists, dicts, ``UserDict``, ``UserList`` and dataclasses, with all their
 subclasses: so the batches and outputs of Hugging Face are containers, a mapping of another kind,
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flatout.agent import objects
+from flatout.intercept import objects
 
 LIMIT = 100_000
 """Objects that a walk looks at. For so many it takes some tenths of a second at most; what lies

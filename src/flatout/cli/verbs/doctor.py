@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flatout.launch import Finished
     from flatout.machine import Ceilings
-    from flatout.record import RunRecord
+    from flatout.wire.record import RunRecord
 
 SUMMARY = "find what limits a program on this machine"
 TAKES_JOB = True
@@ -67,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
     from flatout.report import terminal
-    from flatout.request import Request
+    from flatout.wire.request import Request
 
     if arguments.steps < 1:
         raise UserError("--steps must be at least 1")
@@ -167,7 +167,7 @@ class _Progress:
 
     def show(self, run_directory: Path) -> None:
         """Count the steps recorded so far."""
-        from flatout.record import RecordError, read_run
+        from flatout.wire.record import RecordError, read_run
 
         now_s = time.monotonic()
         if now_s - self._shown_at_s < _PROGRESS_EVERY_S:

@@ -67,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from flatout import paths, plan
-    from flatout.cli import tune
+    from flatout.cli.verbs import tune
     from flatout.errors import UserError
     from flatout.launch import interruption
     from flatout.launch.process import check_program

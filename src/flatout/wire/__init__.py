@@ -1,0 +1,1 @@
+"""What the two halves exchange, and what both compute with. Standard library only."""
