@@ -55,11 +55,10 @@ def main() -> int:
         for callbacks, callback in (
             (host.before_optimizer_step, guard._before),
             (host.after_optimizer_step, guard._after),
+            (host.backward_wrappers, guard._backward),
         ):
             if on != (callback in callbacks):
                 (callbacks.append if on else callbacks.remove)(callback)
-        backward = guard._installed if on else guard._own_backward
-        torch.autograd._engine_run_backward = backward
 
     torch.manual_seed(0)
     model = GPT(Config(VOCABULARY))

@@ -18,12 +18,12 @@ from torch import nn
 from flatout import kernels
 from flatout.agent import guard, snapshot
 from flatout.agent.guard import Guard, LossWatch
+from flatout.agent.session import Session
 from flatout.intercept import finite, hooks, losses
 from flatout.intercept.host import Host
 from flatout.plan import Evidence, LossEvidence, Plan
 from flatout.plan.program import observed
 from flatout.wire.request import Envelope, ProvenLoss, Request
-from tests.hosts import host_in
 
 Start = Callable[..., Host]
 
@@ -37,15 +37,15 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def start(guarded: bool = True, **settings: str) -> Host:
         folder = tmp_path / str(len(started))
         folder.mkdir()
-        host = host_in(folder, Request(settings=settings))
-        host = host.host
+        session = Session(Request(settings=settings), folder)
+        host = session.host
         host.hooks.install(live=False)
         for name, setting in settings.items():
             host.applied.apply(name, setting)
         if guarded:
-            host._guard = Guard(host, Envelope())
-            host._guard.install()
-        started.append((host, host._guard))
+            session._guard = Guard(host, Envelope())
+            session._guard.install()
+        started.append((host, session._guard))
         return host
 
     yield start

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout import knobs
 from flatout.intercept.host import Host
+from flatout.intercept.place import Undo
 from flatout.knob import Facts
 from flatout.knobs.precision import scaling
 from flatout.knobs.precision.operators import FLOAT32, PRODUCTS
 from tests.hosts import host_in
 
-Turn = Callable[[str], knobs.Undo]
+Turn = Callable[[str], Undo]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 def turn(host: Host) -> Iterator[Turn]:
     undos = []
 
-    def turn(setting: str) -> knobs.Undo:
+    def turn(setting: str) -> Undo:
         undo = knobs.get("precision").apply(host, setting)
         undos.append(undo)
 

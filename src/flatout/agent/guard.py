@@ -29,8 +29,7 @@ import torch
 from flatout import knobs
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 from flatout.intercept import objects
-from flatout.intercept.capture import is_capturing
-from flatout.intercept.containment import around, attempt
+from flatout.intercept.containment import attempt
 from flatout.intercept.finite import Withheld, are_finite, gradients, unscale, values_of
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import abandon, loss_number, read_loss
@@ -39,8 +38,6 @@ from flatout.knob import Exactness
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
     from flatout.wire.request import Envelope
-
-_autograd: Any = torch.autograd
 
 NAME = "guard"
 
@@ -127,7 +124,6 @@ class Guard:
         self._is_off = False
         self._looks_at_weights = False
         self._takes_snapshot = False
-        self._own_backward: Callable[..., Any] = lambda: None
 
     # Life
 
@@ -135,16 +131,13 @@ class Guard:
         """Begin."""
         self._host.before_optimizer_step.append(self._before)
         self._host.after_optimizer_step.append(self._after)
-        self._own_backward = _autograd._engine_run_backward
-        self._installed = around(self._has_failed, self._backward, self._own_backward)
-        _autograd._engine_run_backward = self._installed
+        self._host.backward_wrappers.append(self._backward, self._has_failed)
 
     def remove(self) -> None:
         """Leave torch as it was found."""
         self._is_off = True
         self._leave_step()
-        if _autograd._engine_run_backward is self._installed:
-            _autograd._engine_run_backward = self._own_backward
+        self._host.backward_wrappers.remove(self._backward)
 
     def restart(self) -> None:
         """In the child of a fork: what is still on its way there is the parent's."""
@@ -211,7 +204,7 @@ class Guard:
 
     def _backward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = own(*args, **kwargs)
-        if kwargs.get("accumulate_grad") and not self._is_off and not is_capturing():
+        if kwargs.get("accumulate_grad") and not self._is_off:
             self._contained(self._look_after_backward)
         return result
 

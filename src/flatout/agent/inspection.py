@@ -28,7 +28,7 @@ import torch
 from flatout.agent.flows import Flows, is_sum_of_terms
 from flatout.intercept import objects
 from flatout.intercept.capture import is_capturing
-from flatout.intercept.containment import around, attempt
+from flatout.intercept.containment import attempt
 from flatout.intercept.finite import kept_gradient
 from flatout.intercept.modes import without_autocast
 from flatout.intercept.nested import tensors_in
@@ -100,9 +100,7 @@ class Inspector:
         host.forward_wrappers.append(self._forward)
         self._watches_gradients = inspection.gradient_steps > 0
         if self._watches_gradients:
-            self._own_backward: Any = _autograd._engine_run_backward
-            self._installed = around(self._has_failed, self._backward, self._own_backward)
-            _autograd._engine_run_backward = self._installed
+            host.backward_wrappers.append(self._backward, self._has_failed)
             host.before_optimizer_step.append(self._step_begins)
             host.after_optimizer_step.append(self._step_ends)
 
@@ -123,8 +121,7 @@ class Inspector:
     def _stop_gradients(self) -> None:
         if self._watches_gradients:
             self._watches_gradients = False
-            if _autograd._engine_run_backward is self._installed:
-                _autograd._engine_run_backward = self._own_backward
+            self._host.backward_wrappers.remove(self._backward)
             self._host.before_optimizer_step.remove(self._step_begins)
             self._host.after_optimizer_step.remove(self._step_ends)
         self._names.clear()
@@ -144,7 +141,7 @@ class Inspector:
 
     def _backward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._backward_depth += 1
-        accumulates = kwargs.get("accumulate_grad") and not is_capturing()
+        accumulates = kwargs.get("accumulate_grad")
         if accumulates and self._watches_gradients:
             self._contained(self._flows.watch, args[0])
         try:
@@ -153,8 +150,7 @@ class Inspector:
             self._backward_depth -= 1
             if self._backward_depth == 0:
                 self._flows.leave()
-        is_over = self._backward_depth == 0 and kwargs.get("accumulate_grad")
-        if is_over and self._watches_gradients and not is_capturing():
+        if self._backward_depth == 0 and accumulates and self._watches_gradients:
             self._contained(self._backward_ends)
         return result
 

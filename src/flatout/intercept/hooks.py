@@ -12,6 +12,7 @@ while, until a turn is over, and stays watched if an instance of it was called o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import weakref
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from flatout.intercept import _watch, objects
 from flatout.intercept.capture import is_capturing, is_traced
 from flatout.intercept.containment import (
+    Failed,
     around,
     attempt,
     call_module,
@@ -29,6 +31,7 @@ from flatout.intercept.containment import (
 )
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import abandon
+from flatout.intercept.place import Undo, stand_before
 from flatout.wire.record import FLUSH_SECONDS
 from flatout.wire.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
 
@@ -48,6 +51,12 @@ _LOOKS = 3
 in their first call."""
 
 
+BackwardWrapper = Call
+"""Called around each call of the function of torch that leads into the engine of autograd
+(``torch.autograd._engine_run_backward``), as ``wrapper(call, outputs, gradients, *args, **kwargs)``
+in place of ``call(outputs, gradients, *args, **kwargs)``."""
+
+
 class ForwardWrapper(Protocol):
     """Called around an outermost module call, in place of ``call(module, *args, **kwargs)``."""
 
@@ -61,22 +70,35 @@ class Callbacks(Generic[C]):
     """An ordered set of callbacks; the watches call none while it is empty."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        self._callbacks: list[C] = []
+        self._callbacks: list[tuple[C, Failed | None]] = []
         self._changed = changed
 
-    def append(self, callback: C) -> None:
-        """Add a callback behind the others."""
-        self._callbacks.append(callback)
+    def append(self, callback: C, failed: Failed | None = None) -> Undo:
+        """Add a callback behind the others: around them, if it wraps a call.
+
+        Args:
+            callback: what is called.
+            failed: told when it has failed; by default, the knob that it belongs to is withdrawn.
+        """
+        self._callbacks.append((callback, failed))
         self._changed()
+        return functools.partial(self.remove, callback)
 
     def remove(self, callback: C) -> None:
         """Take a callback out again, if it is there."""
         # A list of its own: a callback may take itself out while all are called.
-        self._callbacks = [other for other in self._callbacks if other != callback]
+        self._callbacks = [entry for entry in self._callbacks if entry[0] != callback]
         self._changed()
 
     def __iter__(self) -> Iterator[C]:
-        return iter(self._callbacks)
+        return (callback for callback, _ in self._callbacks)
+
+    def with_failed(self) -> list[tuple[C, Failed | None]]:
+        """Each with who is told when it has failed."""
+        return list(self._callbacks)
+
+    def __contains__(self, callback: object) -> bool:
+        return any(callback == other for other, _ in self._callbacks)
 
     def __len__(self) -> int:
         return len(self._callbacks)
@@ -113,6 +135,8 @@ class Hooks:
         self.losses: list[object] = []
         changed = self._callbacks_changed
         self.forward_wrappers: Callbacks[ForwardWrapper] = Callbacks(changed)
+        self.backward_wrappers: Callbacks[BackwardWrapper] = Callbacks(self._wrap_backward)
+        self._unwrap_backward: Undo | None = None
         self.before_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
         self.after_optimizer_step: Callbacks[Callable[[Any], None]] = Callbacks(changed)
         self.optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
@@ -264,6 +288,26 @@ class Hooks:
         log.before_update = self._before if self.before_optimizer_step else None
         log.after_update = self._after if self.after_optimizer_step else None
 
+    def _wrap_backward(self) -> None:
+        """Keep one function of ours in the place of torch's as long as it is wrapped."""
+        import torch
+
+        if not self.backward_wrappers:
+            if self._unwrap_backward is not None:
+                self._unwrap_backward()
+            self._unwrap_backward = None
+        elif self._unwrap_backward is None:
+            is_in_place = [True]  # the program may put a function of its own on top of it for good
+            with contextlib.ExitStack() as undo:
+                function = functools.partial(self._backward, is_in_place)
+                undo.callback(
+                    stand_before(
+                        torch.autograd, "_engine_run_backward", self._watch_failed, function
+                    )
+                )
+                undo.callback(is_in_place.clear)
+                self._unwrap_backward = undo.pop_all().close
+
     # Roots
 
     def turn_closed(self) -> None:
@@ -377,6 +421,15 @@ class Hooks:
             return wrapper(theirs, module, args, kwargs)
 
         return around(functools.partial(self._on_callback_failure, wrapper), ours, call)
+
+    def _backward(self, is_in_place: list[bool], theirs: Call, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a backward call, which ``theirs`` is to make."""
+        call = theirs
+        if is_in_place and not is_capturing():
+            for wrapper, failed in self.backward_wrappers.with_failed():
+                failed = failed or functools.partial(self._on_callback_failure, wrapper)
+                call = around(failed, wrapper, call)
+        return call(*args, **kwargs)
 
     def _before_update(self, optimizer: Any) -> None:
         self._call(self.before_optimizer_step, optimizer)

@@ -43,6 +43,7 @@ class Host:
         applied: the settings that are in place.
         forward_wrappers: called around each outermost module call, as
             ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
+        backward_wrappers: called around each backward call; see ``hooks.BackwardWrapper``.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
         checked_gradients: optimizers about to step whose gradients a knob has found to be finite.
     """
@@ -68,6 +69,7 @@ class Host:
             on_callback_failure=self._callback_failed,
         )
         self.forward_wrappers = self.hooks.forward_wrappers
+        self.backward_wrappers = self.hooks.backward_wrappers
         self.before_optimizer_step = self.hooks.before_optimizer_step
         self.after_optimizer_step = self.hooks.after_optimizer_step
         self.applied = AppliedSettings(
@@ -151,6 +153,7 @@ class Host:
         """A wrapper around forward calls, or a callback around optimizer steps, has failed."""
         for callbacks in (
             self.forward_wrappers,
+            self.backward_wrappers,
             self.before_optimizer_step,
             self.after_optimizer_step,
         ):

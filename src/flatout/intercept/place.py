@@ -66,3 +66,14 @@ def _looks_like(own: FunctionType, function: Callable[..., Any]) -> Callable[...
         stand_in.__code__, own.__globals__, own.__name__, None, stand_in.__closure__
     )
     return functools.update_wrapper(made, own)
+
+
+def add_attribute(owner: type, name: str, attribute: Any) -> Undo:
+    """Give a class an attribute that only its base has; the undo takes it away again."""
+    setattr(owner, name, attribute)
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is attribute:
+            delattr(owner, name)
+
+    return undo

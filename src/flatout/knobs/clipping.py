@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Iterable
@@ -53,13 +54,10 @@ def apply(host: Host, setting: str) -> Undo:
     if not functions.keys() <= vars(clip_grad).keys():
         raise RefusedError(f"torch {torch.__version__} clips in another way")
     failed = host.applied.withdraws(NAME)
-    undos = [stand_before(clip_grad, name, failed, f) for name, f in functions.items()]
-
-    def undo() -> None:
-        for give_back in undos:
-            give_back()
-
-    return undo
+    with contextlib.ExitStack() as undo:
+        for name, function in functions.items():
+            undo.callback(stand_before(clip_grad, name, failed, function))
+        return undo.pop_all().close
 
 
 class OnePass:

@@ -69,13 +69,10 @@ def apply(host: Host, setting: str) -> Undo:
     if device.accelerator() is None and (why := missing()):
         raise RefusedError(why)
     wrapper = Compiled(host, setting, OPTIONS[setting])
-    host.forward_wrappers.append(wrapper)
-
-    def undo() -> None:
-        host.forward_wrappers.remove(wrapper)
-        wrapper.restore()
-
-    return undo
+    with contextlib.ExitStack() as undo:
+        undo.callback(wrapper.restore)
+        undo.callback(host.forward_wrappers.append(wrapper))
+        return undo.pop_all().close
 
 
 class Compiled:

@@ -29,9 +29,7 @@ def match(facts: Facts) -> Match:
 
 def apply(host: Host, setting: str) -> Undo:
     """Wrap the outermost module calls."""
-    wrapper = NoGrad(host)
-    host.forward_wrappers.append(wrapper)
-    return lambda: host.forward_wrappers.remove(wrapper)
+    return host.forward_wrappers.append(NoGrad(host))
 
 
 class NoGrad:

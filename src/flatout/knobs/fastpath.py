@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def apply(host: Host, setting: str) -> Undo:
 _wishes: list[object] = []
 """Of the knobs that want it to be off."""
 
-_undos: list[Undo] = []
+_forwards = contextlib.ExitStack()
 
 
 def switch_off(failed: Failed) -> Undo | None:
@@ -55,18 +56,15 @@ def switch_off(failed: Failed) -> Undo | None:
     if not _wishes:
         if not torch.backends.mha.get_fastpath_enabled():
             return None
-        _undos.extend(
-            stand_before(kind, "forward", failed, _without)
-            for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-        )
+        for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
+            _forwards.callback(stand_before(kind, "forward", failed, _without))
     wish = object()
     _wishes.append(wish)
 
     def undo() -> None:
         _wishes.remove(wish)
         if not _wishes:
-            while _undos:
-                _undos.pop()()
+            _forwards.close()
 
     return undo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentityDict
@@ -29,17 +30,12 @@ def apply(host: Host, setting: str) -> Undo:
     from flatout.intercept.place import stand_before
 
     dropping = Dropping()
-    give_back = stand_before(
-        torch.optim.Optimizer, "zero_grad", host.applied.withdraws(NAME), dropping.zero_grad
-    )
-    host.before_optimizer_step.append(dropping.before_step)
-
-    def undo() -> None:
-        give_back()
-        host.before_optimizer_step.remove(dropping.before_step)
-        dropping.fill_all()
-
-    return undo
+    failed = host.applied.withdraws(NAME)
+    with contextlib.ExitStack() as undo:
+        undo.callback(dropping.fill_all)
+        undo.callback(host.before_optimizer_step.append(dropping.before_step))
+        undo.callback(stand_before(torch.optim.Optimizer, "zero_grad", failed, dropping.zero_grad))
+        return undo.pop_all().close
 
 
 class Dropping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -51,26 +52,19 @@ def apply(host: Host, setting: str) -> Undo:
         if not device.has_cuda():
             raise RefusedError(f"{setting} is for CUDA, and there is no CUDA device")
         prefer = Preference(BACKENDS[setting])
-        host.forward_wrappers.append(prefer)
-        return lambda: host.forward_wrappers.remove(prefer)
+        return host.forward_wrappers.append(prefer)
 
     from flatout.intercept import dispatch
     from flatout.knobs.attention import cpu
 
     library = dispatch.compiled("attention", "torch's own kernels")
-    switch_on = fastpath.switch_off(host.applied.withdraws(NAME))
-    put_back = cpu.install(
-        library,
-        is_paired=setting == "paired",
-        failed=host.applied.withdraws(NAME),
-    )
-
-    def undo() -> None:
-        put_back()
+    failed = host.applied.withdraws(NAME)
+    with contextlib.ExitStack() as undo:
+        switch_on = fastpath.switch_off(failed)
         if switch_on is not None:
-            switch_on()
-
-    return undo
+            undo.callback(switch_on)
+        undo.callback(cpu.install(library, is_paired=setting == "paired", failed=failed))
+        return undo.pop_all().close
 
 
 class Preference:

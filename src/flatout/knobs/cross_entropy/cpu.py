@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -168,14 +169,10 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
         functions = {"cross_entropy_loss": _function(dtype, kernel, failed)}
         return dispatch.layer(functions, *keys, failed=failed)
 
-    below = put(torch.float32, "AutogradCPU", "CPU")
-    under_autocast = put(torch.bfloat16, "AutocastCPU")
-
-    def undo() -> None:
-        under_autocast()
-        below()
-
-    return undo
+    with contextlib.ExitStack() as undo:
+        undo.callback(put(torch.float32, "AutogradCPU", "CPU"))
+        undo.callback(put(torch.bfloat16, "AutocastCPU"))
+        return undo.pop_all().close
 
 
 def _function(

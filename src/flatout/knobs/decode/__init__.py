@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from typing import TYPE_CHECKING
 
 from flatout import machine
@@ -15,8 +14,6 @@ from flatout.knobs import loader
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.knobs.decode.keep import DecodedImages
-    from flatout.knobs.decode.parallel import Decoders
 
 NAME = "decode"
 
@@ -29,10 +26,6 @@ def match(facts: Facts) -> Match:
         return Match((), why)
     settings = ("keep", "parallel") if _other_cores() else ("keep",)
     return Match(settings, share=facts.data_share)
-
-
-_kept: weakref.WeakKeyDictionary[Host, DecodedImages] = weakref.WeakKeyDictionary()
-_decoders: weakref.WeakKeyDictionary[Host, Decoders] = weakref.WeakKeyDictionary()
 
 
 def apply(host: Host, setting: str) -> Undo:
@@ -49,17 +42,16 @@ def apply(host: Host, setting: str) -> Undo:
     if setting == "keep":
         from flatout.knobs.decode.keep import DecodedImages
 
-        if host not in _kept:
-            _kept[host] = DecodedImages(JpegImageFile, on_failure)
-        return _kept[host].install()
+        images = host.kept(NAME, setting, lambda: DecodedImages(JpegImageFile, on_failure))
+        return images.install()
 
     from flatout.knobs.decode.parallel import Decoders
 
-    if not _other_cores():
+    cores = _other_cores()
+    if not cores:
         raise RefusedError("there is one core, and the program's own thread is on it")
-    if host not in _decoders:
-        _decoders[host] = Decoders(_other_cores(), JpegImageFile, on_failure)
-    return _decoders[host].install()
+    decoders = host.kept(NAME, setting, lambda: Decoders(cores, JpegImageFile, on_failure))
+    return decoders.install()
 
 
 def _other_cores() -> int:

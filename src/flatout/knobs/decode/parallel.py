@@ -250,27 +250,25 @@ class Decoders:
         self._last = None
         self._is_installed = True
         iterator = dataloader._BaseDataLoaderIter
-        undos = [
-            stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load),
-            stand_before(iterator, "_next_index", self._on_failure, self.next_index),
-        ]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop)
+            undo.callback(stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load))
+            undo.callback(stand_before(iterator, "_next_index", self._on_failure, self.next_index))
+            return undo.pop_all().close
 
-        def undo() -> None:
-            for give_back in undos:
-                give_back()
-            if self._pid != os.getpid():
-                return
-            with self._lock:
-                for jobs in self._batches:
-                    self._give_up(jobs)
-                self._forget_all()
-                self._is_installed = False
-            if self._processes:
-                timer = threading.Timer(IDLE_S, self._end)
-                timer.daemon = True
-                timer.start()
-
-        return undo
+    def _stop(self) -> None:
+        """Nothing is asked for any more; the processes end if that lasts."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            for jobs in self._batches:
+                self._give_up(jobs)
+            self._forget_all()
+            self._is_installed = False
+        if self._processes:
+            timer = threading.Timer(IDLE_S, self._end)
+            timer.daemon = True
+            timer.start()
 
     def _end(self) -> None:
         """End the processes, unless they are in use again."""

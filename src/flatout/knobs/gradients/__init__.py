@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from typing import TYPE_CHECKING
 
 from flatout.errors import RefusedError
@@ -11,7 +11,6 @@ from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.knobs.gradients.on_demand import OnDemand
 
 NAME = "gradients"
 
@@ -27,9 +26,6 @@ def match(facts: Facts) -> Match:
     return Match(("on_demand",))
 
 
-_learned: weakref.WeakKeyDictionary[Host, OnDemand] = weakref.WeakKeyDictionary()
-
-
 def apply(host: Host, setting: str) -> Undo:
     """Take the place of the way into backward, of ``zero_grad``, and of ``Parameter.grad``."""
     from flatout.knobs.gradients.on_demand import OnDemand, is_distributed
@@ -41,20 +37,19 @@ def apply(host: Host, setting: str) -> Undo:
     if any(plan.get("precision") == "fp16" for plan in (host.request.settings, *arms)):
         raise RefusedError("what is put off would miss the scale of precision=fp16")
     # A comparison turns this on and off: each time, it goes on from what it knows.
-    if host not in _learned:
-        _learned[host] = OnDemand(
+    on_demand = host.kept(
+        NAME,
+        "learned",
+        lambda: OnDemand(
+            host.backward_wrappers,
             lambda why: host.events.add("skipped", NAME, why),
             host.applied.withdraws(NAME),
-        )
-    on_demand = _learned[host]
-    give_back = on_demand.install()
-    host.after_optimizer_step.append(on_demand.stepped)
-
-    def undo() -> None:
-        host.after_optimizer_step.remove(on_demand.stepped)
-        give_back()
-
-    return undo
+        ),
+    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(on_demand.install())
+        undo.callback(host.after_optimizer_step.append(on_demand.stepped))
+        return undo.pop_all().close
 
 
 KNOB = Knob(

@@ -16,6 +16,7 @@ look at (``surroundings.py``).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
@@ -32,11 +33,11 @@ from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from flatout.intercept import graph, objects
-from flatout.intercept.capture import is_capturing
-from flatout.intercept.containment import around, attempt
+from flatout.intercept.containment import Failed, around, attempt
 from flatout.intercept.finite import kept_gradient
+from flatout.intercept.hooks import BackwardWrapper, Callbacks
 from flatout.intercept.modes import autocast_devices, without_autocast
-from flatout.intercept.place import Undo, stand_before, take_place
+from flatout.intercept.place import Undo, add_attribute, stand_before, take_place
 from flatout.knobs.gradients import surroundings
 from flatout.knobs.gradients.kept import Kept, is_known, is_of_program
 
@@ -133,13 +134,18 @@ class OnDemand:
     """Stands between the program and its gradients.
 
     Args:
+        backward_wrappers: of the host.
         on_skip: called with the reason why nothing is put off any more.
         on_failure: called when something here failed; all gradients are computed then.
     """
 
     def __init__(
-        self, on_skip: Callable[[str], None], on_failure: Callable[[Exception], None]
+        self,
+        backward_wrappers: Callbacks[BackwardWrapper],
+        on_skip: Callable[[str], None],
+        on_failure: Failed,
     ) -> None:
+        self._backward_wrappers = backward_wrappers
         self._on_skip = on_skip
         self._on_failure = on_failure
         self._fates: defaultdict[tuple[frozenset[int], int], Fate] = defaultdict(Fate)
@@ -151,22 +157,24 @@ class OnDemand:
         self._is_over = False
         self._depth = 0
         self._thread: int | None = None
-        self._places: list[Undo] = []
+        self._places = contextlib.ExitStack()
+        self._is_in_place = False
         _everywhere.add(self)
 
     def install(self) -> Undo:
         """Begin, or go on; the undo pays what is owed. Where that cannot be done any more, the
         undone places stay until the program has dropped those gradients."""
         self._is_on = True
-        if not self._places and not self._is_over:
-            self._places = [
-                self._take_backward(),
-                self._take_gradients(),
-                self._take_zero_grad(torch.optim.Optimizer, _members),
-                self._take_zero_grad(torch.nn.Module, _parameters),
-                *self._take_hooks(),
-                self._take_scaler(),
-            ]
+        if not self._is_in_place and not self._is_over:
+            self._is_in_place = True
+            self._places.callback(
+                self._backward_wrappers.append(self._instead_of_backward, self._has_failed)
+            )
+            self._take_gradients()
+            self._take_zero_grad(torch.optim.Optimizer, _members)
+            self._take_zero_grad(torch.nn.Module, _parameters)
+            self._take_hooks()
+            self._take_scaler()
 
         def undo() -> None:
             self._is_on = False
@@ -183,9 +191,8 @@ class OnDemand:
     def _leave_if_done(self) -> None:
         is_idle = (not self._is_on or self._is_over) and not self._debts
         if is_idle and not self._depth:
-            places, self._places = self._places, []
-            for give_back in places:
-                give_back()
+            self._is_in_place = False
+            self._places.close()
 
     # Backward
 
@@ -395,17 +402,11 @@ class OnDemand:
 
     # Places
 
-    def _take_backward(self) -> Undo:
-        return stand_before(
-            torch.autograd, "_engine_run_backward", self._has_failed, self._instead_of_backward
-        )
-
     def _instead_of_backward(
         self, own: Any, outputs: Any, grads: Any, *args: Any, **kwargs: Any
     ) -> Any:
         is_idle = (not self._is_on or self._is_over) and not self._debts
-        is_none = not kwargs.get("accumulate_grad") or is_capturing()
-        if is_idle or is_none or self._depth:
+        if is_idle or not kwargs.get("accumulate_grad") or self._depth:
             return own(outputs, grads, *args, **kwargs)
         if self._thread is None:
             self._thread = threading.get_ident()
@@ -423,7 +424,7 @@ class OnDemand:
         self._end_by(error)
         self._pay_all()
 
-    def _take_gradients(self) -> Undo:
+    def _take_gradients(self) -> None:
         def written(leaf: Any, gradient: Any) -> None:
             kept_gradient.__set__(leaf, gradient)
             self._cancel([leaf])
@@ -438,15 +439,10 @@ class OnDemand:
             around(self._has_failed, self._delete, deleted),
             kept_gradient.__doc__,
         )
-        undos = [_add(torch.nn.Parameter, name, taken) for name in ("grad", "_grad")]
+        for name in ("grad", "_grad"):
+            self._places.callback(add_attribute(torch.nn.Parameter, name, taken))
 
-        def undo() -> None:
-            for give_back in undos:
-                give_back()
-
-        return undo
-
-    def _take_zero_grad(self, owner: Any, leaves_of: Callable[[Any], Iterable[Any]]) -> Undo:
+    def _take_zero_grad(self, owner: Any, leaves_of: Callable[[Any], Iterable[Any]]) -> None:
         def zero_grad(own: Any, owning: Any, set_to_none: bool = True) -> None:
             leaves = list(leaves_of(owning))
             unmade = [] if set_to_none else [leaf for leaf in leaves if self._is_owed(leaf)]
@@ -458,11 +454,10 @@ class OnDemand:
 
         function = around(self._has_failed, zero_grad, owner.__dict__["zero_grad"])
         is_optimizer = owner is torch.optim.Optimizer  # whose own dynamo does not look at either
-        return take_place(
-            owner, "zero_grad", _torch._disable_dynamo(function) if is_optimizer else function
-        )
+        function = _torch._disable_dynamo(function) if is_optimizer else function
+        self._places.callback(take_place(owner, "zero_grad", function))
 
-    def _take_hooks(self) -> tuple[Undo, ...]:
+    def _take_hooks(self) -> None:
         """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
         tensor: Any = torch.Tensor
         own_retain = tensor.retain_grad
@@ -495,15 +490,16 @@ class OnDemand:
             return own(hooks)
 
         on_node = around(self._has_failed, register_on_node, _HookMixin._register_hook)
-        return (
+        for undo in (
             stand_before(tensor, "register_hook", self._has_failed, register),
             stand_before(tensor, "register_post_accumulate_grad_hook", self._has_failed, register),
-            _add(tensor, "retain_grad", retain_grad),
+            add_attribute(tensor, "retain_grad", retain_grad),
             take_place(_HookMixin, "_register_hook", staticmethod(on_node)),
             stand_before(saved_tensors_hooks, "__enter__", self._has_failed, enter),
-        )
+        ):
+            self._places.callback(undo)
 
-    def _take_scaler(self) -> Undo:
+    def _take_scaler(self) -> None:
         """The graph of a scaled loss begins with the scale, which is written at each update."""
 
         def scale(own: Any, scaler: Any, outputs: Any) -> Any:
@@ -511,7 +507,8 @@ class OnDemand:
                 self._end("the program scales its losses")
             return own(scaler, outputs)
 
-        return stand_before(torch.amp.GradScaler, "scale", self._has_failed, scale)
+        failed = self._has_failed
+        self._places.callback(stand_before(torch.amp.GradScaler, "scale", failed, scale))
 
 
 _everywhere: weakref.WeakSet[OnDemand] = weakref.WeakSet()
@@ -530,17 +527,6 @@ if hasattr(os, "register_at_fork"):
 def is_distributed() -> bool:
     """Whether this is one of several processes that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _add(owner: Any, name: str, attribute: Any) -> Undo:
-    """Give a class an attribute that only its base has; returns what takes it away."""
-    setattr(owner, name, attribute)
-
-    def undo() -> None:
-        if owner.__dict__.get(name) is attribute:
-            delattr(owner, name)
-
-    return undo
 
 
 def _parameters(module: torch.nn.Module) -> Iterable[Any]:

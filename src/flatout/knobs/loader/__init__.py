@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.knobs.loader.cache import SampleCache
 
 NAME = "loader"
 
@@ -79,9 +77,6 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(setting for setting in PROMISING if setting in found)
 
 
-_caches: weakref.WeakKeyDictionary[Host, SampleCache] = weakref.WeakKeyDictionary()
-
-
 def apply(host: Host, setting: str) -> Undo:
     """Take the place of a method of torch's loaders, living ones too."""
 
@@ -96,9 +91,8 @@ def apply(host: Host, setting: str) -> Undo:
         from flatout.knobs.loader.cache import SampleCache
 
         # A comparison turns this on and off: each time, it goes on from what it knows.
-        if host not in _caches:
-            _caches[host] = SampleCache(say, host.applied.withdraws(NAME))
-        return _caches[host].install()
+        cache = host.kept(NAME, setting, lambda: SampleCache(say, host.applied.withdraws(NAME)))
+        return cache.install()
     if not hasattr(os, "fork") or sys.platform == "darwin":
         raise RefusedError("processes cannot be forked here")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import weakref
@@ -72,18 +73,19 @@ class Ahead:
     def install(self) -> Undo:
         """Take the place of torch's method; returns what ends that."""
         owner = dataloader._SingleProcessDataLoaderIter
-        give_back = stand_before(owner, "_next_data", self._failed, self.next)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop)
+            undo.callback(stand_before(owner, "_next_data", self._failed, self.next))
+            return undo.pop_all().close
 
-        def undo() -> None:
-            give_back()
-            for iterator, queue in list(self._queues.items()):
-                if queue is not None:
-                    queue.put_back(iterator)
-            self._queues.clear()
-            for pool in self._pools.values():
-                pool.end()
-
-        return undo
+    def _stop(self) -> None:
+        """The iterators go on from where they are without this."""
+        for iterator, queue in list(self._queues.items()):
+            if queue is not None:
+                queue.put_back(iterator)
+        self._queues.clear()
+        for pool in self._pools.values():
+            pool.end()
 
     def next(self, own: Callable[[Any], Any], iterator: Any) -> Any:
         """The next batch, as the iterator would make it by its method ``own``.

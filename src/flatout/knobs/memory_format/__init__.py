@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Generator
 from types import ModuleType
@@ -37,25 +38,19 @@ def apply(host: Host, setting: str) -> Undo:
 
     wrapper = ChannelsLast(host)
     failed = host.applied.withdraws(NAME)
-    undos = []
-    if hasattr(torch.library, "get_kernel"):
-        undos.append(keep_layouts(failed))
-    host.forward_wrappers.append(wrapper)
-    undos += [
-        stand_before(nn.Conv2d, "_conv_forward", failed, wrapper.convolve),
-        stand_before(nn.ConvTranspose2d, "forward", failed, wrapper.convolve),
-        stand_before(checkpoint, _checkpointed(checkpoint), failed, wrapper.checkpointed),
-        stand_before(
-            checkpoint.CheckpointFunction, "forward", failed, wrapper.checkpointed_by_reentrance
-        ),
-    ]
-
-    def undo() -> None:
-        for give_back in undos:
-            give_back()
-        host.forward_wrappers.remove(wrapper)
-
-    return undo
+    places: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (nn.Conv2d, "_conv_forward", wrapper.convolve),
+        (nn.ConvTranspose2d, "forward", wrapper.convolve),
+        (checkpoint, _checkpointed(checkpoint), wrapper.checkpointed),
+        (checkpoint.CheckpointFunction, "forward", wrapper.checkpointed_by_reentrance),
+    )
+    with contextlib.ExitStack() as undo:
+        if hasattr(torch.library, "get_kernel"):
+            undo.callback(keep_layouts(failed))
+        undo.callback(host.forward_wrappers.append(wrapper))
+        for owner, name, function in places:
+            undo.callback(stand_before(owner, name, failed, function))
+        return undo.pop_all().close
 
 
 def _checkpointed(checkpoint: ModuleType) -> str:

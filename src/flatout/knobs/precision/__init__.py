@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
@@ -10,6 +11,7 @@ from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
+    from flatout.knobs.precision.autocast import Autocast
 
 NAME = "precision"
 
@@ -78,13 +80,7 @@ def _bf16(host: Host) -> Undo:
     from flatout.knobs.precision.autocast import PackingAutocast
 
     autocast = PackingAutocast(host, NAME, torch.bfloat16)
-    host.forward_wrappers.append(autocast)
-
-    def undo() -> None:
-        host.forward_wrappers.remove(autocast)
-        autocast.close()
-
-    return undo
+    return _installed(host, autocast)
 
 
 def _safe(host: Host) -> Undo:
@@ -102,13 +98,7 @@ def _safe(host: Host) -> Undo:
         host.applied.withdraws(NAME),
     )
     autocast = SafeAutocast(host, NAME, torch.bfloat16, operators)
-    host.forward_wrappers.append(autocast)
-
-    def undo() -> None:
-        host.forward_wrappers.remove(autocast)
-        autocast.close()
-
-    return undo
+    return _installed(host, autocast)
 
 
 def _fp16(host: Host) -> Undo:
@@ -119,19 +109,18 @@ def _fp16(host: Host) -> Undo:
 
     scaling = LossScaling(host, NAME)
     autocast = ScaledAutocast(host, NAME, torch.float16, scaling)
-    host.forward_wrappers.append(autocast)
-    host.before_optimizer_step.append(scaling.before)
-    host.after_optimizer_step.append(scaling.after)
-    scaling.install()
+    with contextlib.ExitStack() as undo:
+        undo.callback(scaling.install())
+        undo.callback(_installed(host, autocast))
+        return undo.pop_all().close
 
-    def undo() -> None:
-        host.forward_wrappers.remove(autocast)
-        host.before_optimizer_step.remove(scaling.before)
-        host.after_optimizer_step.remove(scaling.after)
-        scaling.remove()
-        autocast.close()
 
-    return undo
+def _installed(host: Host, autocast: Autocast) -> Undo:
+    """An autocast around the outermost modules."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(autocast.close)
+        undo.callback(host.forward_wrappers.append(autocast))
+        return undo.pop_all().close
 
 
 KNOB = Knob(

@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.intercept import graph, objects
-from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import around
 from flatout.intercept.finite import Withheld, are_finite, gradients
 from flatout.intercept.identity import WeakIdentitySet
-from flatout.intercept.place import stand_before
+from flatout.intercept.place import Undo, add_attribute, stand_before
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-
-_autograd: Any = torch.autograd
 
 INITIAL_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 """The defaults of ``torch.amp.GradScaler``."""
@@ -42,7 +39,7 @@ INSPECTED = 3
 
 
 class LossScaling:
-    """Takes the place of the function through which every backward call goes.
+    """Wraps backward calls and optimizer steps.
 
     Args:
         host: of this process.
@@ -58,31 +55,28 @@ class LossScaling:
         self.is_wanted = False
         self._host = host
         self._knob = knob
-        self._own: Any = _autograd._engine_run_backward
         self._good_steps = 0
         self._inspections = 0
         self._unchecked: WeakIdentitySet[Any] = WeakIdentitySet()
         self._withheld = Withheld()
         self._stepping: Any = None
 
-    def install(self) -> None:
+    def install(self) -> Undo:
         """Begin."""
-        self._installed = around(self._has_failed, self._backward, self._own)
-        _autograd._engine_run_backward = self._installed
         tensor: Any = torch.Tensor
-        self._undo_hook = stand_before(tensor, "register_hook", self._has_failed, self._look_on)
-        self._retain_grad = around(self._has_failed, self._look_on, tensor.retain_grad)
-        tensor.retain_grad = self._retain_grad
+        retain_grad = around(self._has_failed, self._look_on, tensor.retain_grad)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._host.before_optimizer_step.append(self._before))
+            undo.callback(self._host.after_optimizer_step.append(self._after))
+            undo.callback(self._host.backward_wrappers.append(self._backward, self._has_failed))
+            undo.callback(stand_before(tensor, "register_hook", self._has_failed, self._look_on))
+            undo.callback(add_attribute(tensor, "retain_grad", retain_grad))
+            undo.callback(self._stop)
+            return undo.pop_all().close
 
-    def remove(self) -> None:
-        """Put back what was there, unless the program has put something else there meanwhile."""
+    def _stop(self) -> None:
         self._withheld.show()
         self.is_wanted = False
-        if _autograd._engine_run_backward is self._installed:
-            _autograd._engine_run_backward = self._own
-        self._undo_hook()
-        if vars(torch.Tensor).get("retain_grad") is self._retain_grad:
-            del torch.Tensor.retain_grad
 
     def refuse(self, why: str) -> None:
         """Scale no more, and turn the knob back."""
@@ -105,8 +99,7 @@ class LossScaling:
         self, own: Callable[..., Any], outputs: Any, grads: Any, *args: Any, **kwargs: Any
     ) -> Any:
         creates_graph = len(args) > 1 and args[1]
-        is_left_alone = creates_graph or is_capturing()
-        if not self.is_wanted or not kwargs.get("accumulate_grad") or is_left_alone:
+        if not self.is_wanted or not kwargs.get("accumulate_grad") or creates_graph:
             return own(outputs, grads, *args, **kwargs)
         parameters = [p for _, members in self._groups() for p in members if p.requires_grad]
         inputs = args[2] if len(args) > 2 else ()
@@ -160,13 +153,13 @@ class LossScaling:
 
     # The step
 
-    def before(self, optimizer: Any) -> None:
+    def _before(self, optimizer: Any) -> None:
         """An optimizer is about to step: without its gradients, if they are not finite."""
         self._withheld.show()  # after a step that was left by an exception
         self._stepping = optimizer
         self._hide_unless_finite(optimizer)
 
-    def after(self, optimizer: Any) -> None:
+    def _after(self, optimizer: Any) -> None:
         """It has stepped."""
         self._stepping = None
         self._withheld.show()

@@ -73,14 +73,10 @@ def install(kernel: ctypes.CDLL, paired: bool, failed: Failed) -> Undo:
         way = Kept(bernoulli, keep, tensor.stride(), failed)
         return dispatch.Call(dispatch.recorded, (Dropout, way, dropped, (bits,), tensor))
 
-    put_back = dispatch.layer({"bernoulli_.float": bernoulli_}, "CPU", failed=failed)
-    put_dropout_back = dispatch.layer({"dropout": dropout}, "AutogradCPU", "CPU", failed=failed)
-
-    def undo() -> None:
-        put_dropout_back()
-        put_back()
-
-    return undo
+    with contextlib.ExitStack() as undo:
+        undo.callback(dispatch.layer({"bernoulli_.float": bernoulli_}, "CPU", failed=failed))
+        undo.callback(dispatch.layer({"dropout": dropout}, "AutogradCPU", "CPU", failed=failed))
+        return undo.pop_all().close
 
 
 @contextlib.contextmanager
