@@ -1,79 +1,22 @@
-"""What every setting of every knob promises, on one real program each: exactness, checkpoints."""
+"""What every setting of every knob promises, on a program that it can act on: exactness, files."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flatout import knobs
-from flatout.knobs import kernels
+from flatout import kernels, knobs
 from flatout.wire.record import read_run
-from flatout.wire.request import RUN_VARIABLE, Request
-
-STEPS = 20
-
-PROGRAM = """
-import sys
-import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.norm, self.drop = nn.BatchNorm2d(16), nn.Dropout(0.1)
-        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 10)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.first(x)))
-        x = F.max_pool2d(F.relu(self.second(x)), 2)
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).view(len(x), -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
-        tokens = tokens + F.scaled_dot_product_attention(
-            q, k, v, dropout_p=0.1 if self.training else 0.0
-        ).transpose(1, 2).flatten(2)
-        return self.head(self.drop(tokens.mean(1)))
-
-torch.manual_seed(0)
-x = torch.randn(128, 3, 8, 8)
-y = (x.mean((2, 3)) @ torch.randn(3, 10)).argmax(1)
-net = Net()
-optimizer = torch.optim.AdamW(net.parameters(), lr=0.003)
-if sys.argv[2]:
-    saved = torch.load(sys.argv[2])
-    net.load_state_dict(saved["net"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
-losses, step = [], 0
-while step < STEPS:
-    for images, labels in DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True):
-        loss = F.cross_entropy(net(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        step += 1
-net.eval()
-with torch.no_grad():
-    losses.append(F.cross_entropy(net(x), y).item())
-torch.save(
-    {
-        "net": net.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "losses": losses,
-    },
-    sys.argv[1],
-)
-""".replace("STEPS", str(STEPS))
+from flatout.wire.request import Request
+from tests.exercises import EXERCISES, STEPS
 
 ELSEWHERE = {"flash", "cudnn", "efficient", "reduce-overhead"}
 """Settings for CUDA of knobs that are for the CPU as well."""
@@ -88,51 +31,81 @@ ALL = [
     if "cpu" in knob.platforms and setting not in ELSEWHERE | TESTED_ALONE
 ]
 
+Train = Callable[..., tuple[dict[str, Any], list[str]]]
 
-def train(
-    folder: Path, settings: dict[str, str], resumed: Path | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """What the program saves, and the knobs that did not apply."""
-    folder.mkdir()
-    request = Request(settings=settings)
-    request.write(folder)
-    script = folder / "program.py"
-    script.write_text(PROGRAM)
-    hook = Path(knobs.__file__).parents[1] / "launch" / "hook"
-    environment = {**os.environ, RUN_VARIABLE: str(folder)}
-    if "threads" in settings:
-        environment.pop("OMP_NUM_THREADS", None)
-    else:
-        environment["OMP_NUM_THREADS"] = "1"
-    environment |= knobs.prepare(request, environment)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(hook), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    completed = subprocess.run(
-        [sys.executable, str(script), str(folder / "saved.pt"), str(resumed or "")],
+
+def process(environment: dict[str, str]) -> subprocess.Popen[str]:
+    """What trains, see ``exercises.py``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.exercises"],
         env=environment,
-        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
-    assert completed.returncode == 0, completed.stderr
-    process = read_run(folder).main
-    assert process is not None
-    failed = [event for event in process.events if event.what == "failed"]
-    assert not failed, failed[0].traceback
-    assert len(process.steps) == STEPS
-    skipped = [event.subject for event in process.events if event.what == "skipped"]
-    return torch.load(folder / "saved.pt"), skipped
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what bare saves, and in ``continued`` what it saves when it goes on."""
-    folder = tmp_path_factory.mktemp("bare")
-    train(folder / "first", {})
-    train(folder / "continued", {}, folder / "first" / "saved.pt")
-    return folder
+def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Trains the exercise of a knob, from a checkpoint or from the start.
+
+    Args: the knob, its setting (``None``: bare), the checkpoint. Returns: what the program saves,
+    and the knobs that did not apply.
+    """
+    root = tmp_path_factory.mktemp("exercises")
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    forking = process(plain)
+
+    def train(
+        knob: str, setting: str | None, resumed: Path | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        folder = root / str(len(list(root.iterdir())))
+        folder.mkdir()
+        request = Request(settings={} if setting is None else {knob: setting})
+        variables = knobs.prepare(request, plain)
+        job = {
+            "knob": knob,
+            "settings": dict(request.settings),
+            "folder": str(folder),
+            "resumed": None if resumed is None else str(resumed),
+            "starts_anew": bool(variables),
+        }
+        trains = process({**plain, **variables}) if variables else forking
+        assert trains.stdin is not None
+        assert trains.stdout is not None
+        trains.stdin.write(json.dumps(job) + "\n")
+        trains.stdin.flush()
+        said = json.loads(trains.stdout.readline())
+        if variables:
+            trains.communicate(timeout=60)
+        assert not said, said
+        recorded = read_run(folder).main
+        assert recorded is not None
+        failed = [event for event in recorded.events if event.what == "failed"]
+        assert not failed, failed[0].traceback
+        saved = torch.load(folder / "saved.pt")
+        saved["path"] = folder / "saved.pt"
+        assert len(recorded.steps) >= STEPS
+        return saved, [event.subject for event in recorded.events if event.what == "skipped"]
+
+    yield train
+    forking.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def bare(train: Train) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Of a knob's exercise, the checkpoint that bare saves, and what it saves when it goes on."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def bare(knob: str) -> tuple[Path, dict[str, Any]]:
+        exercise = type(EXERCISES[knob]).__name__
+        if exercise not in found:
+            first = train(knob, None)[0]["path"]
+            found[exercise] = first, train(knob, None, first)[0]
+        return found[exercise]
+
+    return bare
 
 
 def layout(state: Any) -> Any:
@@ -143,18 +116,24 @@ def layout(state: Any) -> Any:
         return [layout(value) for value in state]
     if isinstance(state, torch.Tensor):
         return state.dtype, tuple(state.shape)
-    return None if isinstance(state, float) else state
+    return None if isinstance(state, (float, Path)) else state
+
+
+def test_each_knob_names_its_exercise() -> None:
+    assert {name for name, _ in ALL} == EXERCISES.keys()
 
 
 @pytest.mark.parametrize(("name", "setting"), ALL)
-def test_a_setting_keeps_its_promises(tmp_path: Path, bare: Path, name: str, setting: str) -> None:
-    if knobs.get(name).kernels and kernels.find_compiler() is None:
+def test_a_setting_keeps_its_promises(train: Train, bare: Any, name: str, setting: str) -> None:
+    knob = knobs.get(name)
+    if knob.kernels and kernels.find_compiler() is None:
         pytest.skip("there is no compiler")
-    of_bare = torch.load(bare / "continued" / "saved.pt")
-    of_knob, skipped = train(tmp_path / "knob", {name: setting}, bare / "first" / "saved.pt")
-    if name in skipped:
+    checkpoint, of_bare = bare(name)
+    of_knob, skipped = train(name, setting, checkpoint)
+    if name in skipped and not of_knob["engaged"]:
         pytest.skip(f"{name}={setting} does not apply here")
-    assert layout(of_knob) == layout(of_bare)
+    assert of_knob.pop("engaged") or not knob.waits_for_calls
+    assert layout(of_knob) == layout({key: of_bare[key] for key in of_knob})
     if knobs.is_bitwise(name, setting):
         assert of_knob["losses"] == of_bare["losses"]
         assert torch.equal(of_knob["rng"], of_bare["rng"])
@@ -162,6 +141,6 @@ def test_a_setting_keeps_its_promises(tmp_path: Path, bare: Path, name: str, set
             assert torch.equal(of_knob["net"][key], weights), key
     assert of_knob["losses"][-1] == pytest.approx(of_bare["losses"][-1], abs=0.25)
 
-    bare_goes_on, _ = train(tmp_path / "bare", {}, tmp_path / "knob" / "saved.pt")
-    assert layout(bare_goes_on) == layout(of_bare)
-    assert bare_goes_on["losses"][-1] < of_knob["losses"][0]
+    goes_on, _ = train(name, None, of_knob["path"])
+    assert layout({key: goes_on[key] for key in of_knob}) == layout(of_knob)
+    assert goes_on["losses"][-1] < of_knob["losses"][0]

@@ -152,8 +152,9 @@ class Knob:
         slow_start: whether the first steps under it take longer than a comparison inside one
             process does, so that it is tried in processes of its own.
         kernels: what it needs of ``flatout.kernels``; built before the job starts.
-        behind_operators: whether it does nothing but compute some calls of operators in another way
-            (``intercept/dispatch.py``): where none came, it had no effect, and the record says so.
+        waits_for_calls: whether it does nothing until a call comes that it takes; it counts these
+            (``intercept/engagement.py``), and where none came, the record says that it had no
+            effect.
         variables: of a cold knob: environment variables that the job must start with, given the
             setting and the environment as it is; none where the user has chosen already.
     """
@@ -170,7 +171,7 @@ class Knob:
     claims: tuple[str, ...] = ()
     slow_start: bool = False
     kernels: tuple[str, ...] = ()
-    behind_operators: bool = False
+    waits_for_calls: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
 
     def offer(self, facts: Facts) -> Match:

@@ -22,7 +22,7 @@ from flatout import knobs
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.modules import write_modules
 from flatout.errors import RefusedError
-from flatout.intercept import dispatch
+from flatout.intercept import engagement
 from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt, contained, unreported
 from flatout.intercept.host import Host
@@ -157,10 +157,9 @@ class Session:
     def _write_unused(self) -> None:
         """Say which knobs have had no effect: none of the calls that they wait for came."""
         applied = self.host.applied
-        for name in sorted(applied.ever - dispatch.used - applied.failures.keys()):
-            if knobs.get(name).behind_operators:
-                why = "no operator was called that it computes otherwise"
-                self.host.events.add("unused", name, why)
+        for name in sorted(applied.ever - engagement.calls.keys() - applied.failures.keys()):
+            if knobs.get(name).waits_for_calls:
+                self.host.events.add("unused", name, "no call came that it takes")
 
     def _write_unreported(self) -> None:
         while unreported:
@@ -208,6 +207,7 @@ class Session:
         self._stages.clear()
         self._close_profiler = lambda: None
         self.record.restart(os.getpid())
+        engagement.calls.clear()
         self.hooks.restart()
         if self._guard is not None:
             self._guard.restart()

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from flatout import kernels
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.arrays import PLAIN
 from flatout.intercept.containment import Failed, arose_in_ours, attempt, report
 from flatout.intercept.place import Undo
@@ -154,9 +155,6 @@ _layers: dict[tuple[str, str], Layers] = {}
 applying: str | None = None
 """The knob that is being applied."""
 
-used: set[str | None] = set()
-"""Knobs whose functions have taken a call."""
-
 
 def _called(
     failed: Failed,
@@ -167,8 +165,8 @@ def _called(
     **kwargs: Any,
 ) -> Any:
     found = attempt_alone(failed, function, below, *args, **kwargs)
-    if found is not None:
-        used.add(knob)
+    if found is not None and knob is not None:
+        engagement.calls[knob] += 1
     if type(found) is Call:
         try:
             return found.function(*found.args, **found.kwargs)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -101,6 +102,7 @@ class OnePass:
             if total > torch.finfo(torch.float32).max:
                 total = math.inf  # as it is for torch, which sums in float32
             if math.isfinite(total) or not error_if_nonfinite:
+                engagement.calls[NAME] += 1
                 return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
         return own(tensors, norm_type, error_if_nonfinite, foreach)
 
@@ -158,6 +160,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the clipping of gradients",),
     kernels=("clipping",),
 )

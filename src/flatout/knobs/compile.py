@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.containment import report
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.intercept.place import Undo
@@ -112,6 +113,7 @@ class Compiled:
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
+        engagement.calls[NAME] += 1
         with falling_back(self._failed), host.applied.blames(NAME):
             output = self._run(call, module, args, kwargs)
         if self._has_compiled():
@@ -296,5 +298,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the compilation of modules",),
 )

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -67,6 +68,7 @@ class NoGrad:
         if count < OBSERVED:
             self._observed[module] = count + 1
             return self._watched(call(module, *args, **kwargs), module)
+        engagement.calls[NAME] += 1
         with torch.no_grad():
             return call(module, *args, **kwargs)
 
@@ -134,5 +136,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the gradient mode of evaluation",),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -30,22 +31,23 @@ def match(facts: Facts) -> Match:
 
 def apply(host: Host, setting: str) -> Undo:
     """Switch it off for the process, unless the program has done so."""
-    undo = switch_off(host.applied.withdraws(NAME))
+    undo = switch_off(NAME, host.applied.withdraws(NAME))
     if undo is None:
         raise RefusedError("the program has switched the fast path off itself")
     return undo
 
 
-_wishes: list[object] = []
-"""Of the knobs that want it to be off."""
+_wishes: list[str] = []
+"""The knobs that want it to be off."""
 
 _forwards = contextlib.ExitStack()
 
 
-def switch_off(failed: Failed) -> Undo | None:
+def switch_off(knob: str, failed: Failed) -> Undo | None:
     """Switch it off until the last wish is taken back; ``None``: the program has done so.
 
     Args:
+        knob: that wants it.
         failed: told when that has failed in a pass.
     """
     import torch
@@ -58,11 +60,10 @@ def switch_off(failed: Failed) -> Undo | None:
             return None
         for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
             _forwards.callback(stand_before(kind, "forward", failed, _without))
-    wish = object()
-    _wishes.append(wish)
+    _wishes.append(knob)
 
     def undo() -> None:
-        _wishes.remove(wish)
+        _wishes.remove(knob)
         if not _wishes:
             _forwards.close()
 
@@ -86,6 +87,7 @@ def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
         or any(isinstance(x, torch.Tensor) and x.is_nested for x in (*args, *kwargs.values()))
     ):
         return forward(module, *args, **kwargs)
+    engagement.calls.update(_wishes)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         return forward(module, *args, **kwargs)
@@ -121,5 +123,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the fast path of transformer layers",),
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flatout import kernels
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -42,7 +43,11 @@ def apply(host: Host, setting: str) -> Undo:
             said.add((name, why))
             host.events.add("skipped", NAME, f"{name} is left to torch, at least in part: {why}")
 
-    undo, missing = functional.turn(functional.User(way, host.applied.withdraws(NAME), leave))
+    def engaged() -> None:
+        engagement.calls[NAME] += 1
+
+    user = functional.User(way, host.applied.withdraws(NAME), leave, engaged)
+    undo, missing = functional.turn(user)
     for name in missing:
         leave(name, "the function that steps it is not torch's own")
     return undo
@@ -78,6 +83,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the steps of optimizers",),
     kernels=("optimizers",),
 )

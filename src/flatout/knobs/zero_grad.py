@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -53,6 +54,7 @@ class Dropping:
         if not set_to_none:
             params = (p for group in optimizer.param_groups for p in group["params"])
             with_gradient = [p for p in params if p.grad is not None]
+            engagement.calls[NAME] += 1
             self._dropped.setdefault(optimizer, []).extend(with_gradient)
         own(optimizer, set_to_none=True)
 
@@ -91,5 +93,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("zero_grad",),
 )

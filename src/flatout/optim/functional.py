@@ -138,11 +138,13 @@ class User:
         on_failure: called when a step could not be prepared; unless it raises, torch does the step.
         on_rest: called with the name of an optimizer, and why some of its parameters are left to
             torch.
+        on_step: called as parameters have been stepped in this way.
     """
 
     way: Way
     on_failure: Callable[[Exception], None]
     on_rest: Callable[[str, str], None] = lambda name, why: None
+    on_step: Callable[[], None] = lambda: None
 
 
 _turned: list[User] = []
@@ -242,6 +244,8 @@ def _stand_in(form: Form, own: Any) -> Step:
             )
             if why is not None:
                 attempt(user.on_failure, user.on_rest, form.name, why)
+            if any(done):
+                attempt(user.on_failure, user.on_step)
         if not any(done):
             own(*args, **kwargs)
         elif not all(done):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
 from flatout.knobs import fastpath
@@ -60,7 +61,7 @@ def apply(host: Host, setting: str) -> Undo:
     library = dispatch.compiled("attention", "torch's own kernels")
     failed = host.applied.withdraws(NAME)
     with contextlib.ExitStack() as undo:
-        switch_on = fastpath.switch_off(failed)
+        switch_on = fastpath.switch_off(NAME, failed)
         if switch_on is not None:
             undo.callback(switch_on)
         undo.callback(cpu.install(library, is_paired=setting == "paired", failed=failed))
@@ -85,6 +86,7 @@ class Preference:
         """Around an outermost module call."""
         from torch.nn.attention import sdpa_kernel
 
+        engagement.calls[NAME] += 1
         with sdpa_kernel(self.order, set_priority=True):
             return call(module, *args, **kwargs)
 
@@ -132,6 +134,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("scaled dot product attention",),
     kernels=("attention",),
 )

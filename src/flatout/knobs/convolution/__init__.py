@@ -60,6 +60,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("the CPU kernel of aten::convolution",),
 )

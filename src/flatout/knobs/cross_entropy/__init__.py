@@ -61,7 +61,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("cross entropy",),
     kernels=("cross_entropy",),
 )

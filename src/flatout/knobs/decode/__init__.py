@@ -99,5 +99,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the decoding of images",),
 )

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import ImageFile
 from torch.utils.data import get_worker_info
 
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.decode.images import finish, identity
 from flatout.knobs.loader.cache import available_bytes
@@ -51,6 +52,7 @@ class DecodedImages:
             return own(image)
         key = identity(image)
         if key in self._images:
+            engagement.calls["decode"] += 1
             finish(image, self._images[key].copy())
             return own(image)
         access = own(image)

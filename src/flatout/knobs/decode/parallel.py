@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 from torch.utils import data
 from torch.utils.data import dataloader
 
+from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.openmp import let_threads_rest
 from flatout.intercept.place import Undo, stand_before
@@ -397,6 +398,7 @@ class Decoders:
         elif found is not None and found[0] == key:
             finish(image, found[1])
         job.known.used += not image.tile
+        engagement.calls["decode"] += not image.tile
         job.known.wasted += bool(image.tile and (job.made or found))
         self._forget(job)
         self._free(job)

@@ -59,7 +59,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("the CPU kernels of tanh, GELU and complex abs",),
     kernels=("elementwise",),
 )

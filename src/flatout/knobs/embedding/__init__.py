@@ -60,7 +60,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("the CPU kernels of embedding bags",),
     kernels=("embedding",),
 )

@@ -86,5 +86,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the choice of gradients", "zero_grad"),
 )

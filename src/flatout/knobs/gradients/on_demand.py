@@ -32,7 +32,7 @@ from torch.autograd.function import _HookMixin
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from flatout.intercept import graph, objects
+from flatout.intercept import engagement, graph, objects
 from flatout.intercept.containment import Failed, around, attempt
 from flatout.intercept.finite import kept_gradient
 from flatout.intercept.hooks import BackwardWrapper, Callbacks
@@ -217,6 +217,7 @@ class OnDemand:
             debt = Debt(edges, first, kept, surroundings.now(), found.fate, found.put_off)
             result = own(outputs, grads, keep_graph, create_graph, wanted, **kwargs)
             self._debts.append(debt)
+            engagement.calls["gradients"] += 1
             is_kept = attempt(self._end_by, kept.keep, found.late, found.others)
             if not (is_kept and self._is_on):  # or a turn of the loop has ended in there
                 self._pay(debt)

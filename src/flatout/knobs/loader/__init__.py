@@ -159,5 +159,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the fetching of loaders",),
 )

@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils import data
 from torch.utils.data import _utils, dataloader
 
+from flatout.intercept import engagement
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.place import Undo, stand_before
@@ -123,6 +124,7 @@ class Ahead:
             if queue.pool.is_left or self._has_failed:
                 self._queues[iterator] = None
             return own(iterator)
+        engagement.calls["loader"] += 1
         queue.waiting.popleft()
         queue.order(iterator)
         if iterator._pin_memory:

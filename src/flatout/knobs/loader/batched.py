@@ -10,6 +10,7 @@ from torch.utils import data
 from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo, stand_before
 from flatout.knobs.loader.purity import is_torchs_own
 
@@ -48,7 +49,10 @@ class BatchedFetch:
         batch = None
         if fetcher.auto_collation and is_of_tensors(fetcher.dataset, fetcher.collate_fn):
             batch = rows(fetcher.dataset, index)
-        return own(fetcher, index) if batch is None else batch
+        if batch is None:
+            return own(fetcher, index)
+        engagement.calls["loader"] += 1
+        return batch
 
 
 def rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils import data
 from torch.utils.data._utils import fetch
 
+from flatout.intercept import engagement
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.place import Undo, stand_before
@@ -67,6 +68,7 @@ class SampleCache:
             kept = store.samples.get(i)
             if kept is not None and kept[0] == digest:
                 samples.append(copied(kept[1]))
+                engagement.calls["loader"] += 1
             else:
                 samples.append(fetcher.dataset[i])
                 attempt(self._on_failure, self._keep, store, i, digest, samples[-1])

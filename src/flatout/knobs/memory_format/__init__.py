@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.place import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -91,6 +92,7 @@ class ChannelsLast:
 
         is_on = self._is_on and not torch.compiler.is_compiling()
         if is_on and module.groups == 1 and input.dim() == 4:
+            engagement.calls[NAME] += 1
             input = channels_last(input)
         return own(module, input, *args, **kwargs)
 
@@ -218,5 +220,6 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("the layout of images",),
 )

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
+from flatout.intercept import engagement
 from flatout.intercept.place import Undo
 from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
@@ -64,6 +65,7 @@ def _medium(host: Host) -> Undo:
         raise RefusedError(f"the precision of float32 products cannot be read: {error}") from error
     if before != "highest" or convolutions not in ("none", "ieee"):
         raise RefusedError("the program has chosen the precision of float32 products")
+    engagement.calls[NAME] += 1  # of all products from now on
     torch.set_float32_matmul_precision("medium")
     mkldnn.conv.fp32_precision = "bf16"
 
@@ -177,6 +179,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    waits_for_calls=True,
     claims=("autocast",),
     kernels=("fingerprint",),
 )

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import objects
+from flatout.intercept import engagement, objects
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.nested import mapped
 from flatout.knobs.precision import packed
@@ -139,6 +139,7 @@ class Autocast:
         if passes in SCOUTED and (known.rounded is None or passes == 1):
             return self._scouted(known, call, module, args, kwargs)
         self._begin(known)
+        engagement.calls[self._knob] += 1
         if known.rounded is not None:
             if not self._can_round(device, module, known.rounded):
                 return call(module, *args, **kwargs)

@@ -63,7 +63,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("the CPU kernel of aten::bernoulli_", "dropout on the CPU"),
     kernels=("bernoulli",),
 )

@@ -58,7 +58,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
-    behind_operators=True,
+    waits_for_calls=True,
     claims=("gated recurrent units",),
     kernels=("gru",),
 )
