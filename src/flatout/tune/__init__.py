@@ -1,1 +1,1 @@
-"""``flatout tune``: candidates, trials, statistics, proof, plan."""
+"""``flatout tune``: find settings that make a program faster, and prove that it computes the same."""
