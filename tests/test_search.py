@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from flatout import knobs
 from flatout.knob import UnknownSettingError
 from flatout.tune import search
 
@@ -58,3 +59,10 @@ def test_gentler_settings_end_at_off() -> None:
 def test_paired_settings_draw_from_the_generator_as_torch_does() -> None:
     assert search.use_proof_settings(PLAN) == {**PLAN, "attention": "paired", "random": "paired"}
     assert search.use_proof_settings({"attention": "flash"}) == {"attention": "flash"}
+
+
+def test_what_knobs_say_of_their_settings_is_about_settings_that_they_have() -> None:
+    for knob in knobs.registry().values():
+        assert set(knob.worker_settings) <= set(knob.settings)
+        if knob.proof_setting is not None:
+            assert knob.exactness[knob.proof_setting] == "resampled"

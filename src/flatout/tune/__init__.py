@@ -1,1 +1,1 @@
-"""``flatout tune``: find settings that make a program faster, and prove that it computes the same."""
+"""``flatout tune``: find settings that are faster, and prove that they compute the same."""

@@ -9,7 +9,7 @@ from flatout import knobs
 from flatout.tune import memory, pairs, prover, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
-from flatout.tune.ledger import NO_GAIN, Ledger, Options, in_words
+from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
 from flatout.tune.pairs import MINIMUM_STEPS, Pairs
 from flatout.tune.trial import Trials
 
@@ -93,7 +93,9 @@ class ColdTrials:
             stack | candidate.settings,
             in_relay=self._bare.can_relay_under(stack),
         )
-        self._ledger.say(f"{candidate} on top of {in_words(stack) or 'bare'}, in fresh processes")
+        self._ledger.say(
+            f"{candidate} on top of {format_settings(stack) or 'bare'}, in fresh processes"
+        )
         pairs.run(
             self._trials,
             tried,

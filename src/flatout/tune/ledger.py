@@ -22,7 +22,8 @@ from flatout.tune.proof import Verdict
 from flatout.wire import signature
 from flatout.wire.ratios import Ratio
 
-NO_GAIN = "no measurable gain"
+NO_GAIN = "it is not measurably faster"
+"""Why settings are rejected whose ratio does not stand out of the noise."""
 
 
 @dataclass(frozen=True)
@@ -202,21 +203,21 @@ class Ledger:
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
         """Reject settings that did nothing, whatever their ratio is: it is noise."""
-        self.say(f"{in_words(settings)} has no effect: {why}")
+        self.say(f"{format_settings(settings)} has no effect: {why}")
         self.reject(settings, f"it has no effect: {why}")
 
     def fail(self, settings: Mapping[str, str], why: str) -> None:
         """Note that settings cannot be used: they or the program fail."""
         arm = self.find(settings)
         arm.state, arm.why = "failed", why
-        self.say(f"{in_words(settings)} is dropped: {why}")
+        self.say(f"{format_settings(settings)} is dropped: {why}")
         self._tell()
 
     def skip(self, settings: Mapping[str, str], stage: Stage, why: str) -> None:
         """Note that settings are not tried, or not judged, and in which stage."""
         arm = self.find(settings)
         arm.stage, arm.state, arm.why = stage, "not tried", why
-        self.say(f"{in_words(settings)} is not tried: {why}")
+        self.say(f"{format_settings(settings)} is not tried: {why}")
         self._tell()
 
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
@@ -224,7 +225,7 @@ class Ledger:
 
         They need not have been entered: a gentler setting of a knob may not have been.
         """
-        self.say(f"{in_words(settings)} is left out: {why}")
+        self.say(f"{format_settings(settings)} is left out: {why}")
         for arm in self.outcome.arms:
             if arm.settings == settings:
                 arm.state, arm.why = "left out", why
@@ -246,7 +247,7 @@ class Ledger:
         self._show(self.outcome, max(self.left_s, 0.0))
 
 
-def in_words(settings: Mapping[str, str]) -> str:
+def format_settings(settings: Mapping[str, str]) -> str:
     """Settings as they are written on the command line, separated by commas."""
     return ", ".join(f"{name}={setting}" for name, setting in settings.items())
 

@@ -17,7 +17,7 @@ from flatout.knob import Exactness
 from flatout.plan import Check
 from flatout.tune import gradients, memory, pairs, proof, search, statistics
 from flatout.tune.bare import BareRun
-from flatout.tune.ledger import Ledger, Options, in_words
+from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.trial import Trial, TrialFailedError, Trials
@@ -98,7 +98,7 @@ class Prover:
             return ProofAttempt(made, refusal, None, self._gradients_pass)
         steps = self._bare.proof_steps
         self._ledger.say(
-            f"{in_words(settings)} against bare in fresh processes, {steps} steps each"
+            f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
         pairs.run(
             self._trials,
@@ -158,7 +158,7 @@ class Prover:
         check = self._gradients = gradients.judge(
             self._bare_gradients[:seeds], plan, proof.collect_exactness(settings)
         )
-        self._ledger.say(f"first gradients of {in_words(settings)}: {check.why}")
+        self._ledger.say(f"first gradients of {format_settings(settings)}: {check.why}")
         return check.why if check.result == "failed" else None
 
     def _judge_pairs(self, made: Pairs) -> Verdict | None:
@@ -266,7 +266,7 @@ class Prover:
             return None
         self._ledger.say(
             "loss comparison inconclusive: this plan changes the order of the data; checking again "
-            f"with the same order ({in_words(settings)})"
+            f"with the same order ({format_settings(settings)})"
         )
         try:
             runs = [self._run(settings, number) for number in range(made.count)]

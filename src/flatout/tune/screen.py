@@ -21,7 +21,7 @@ from flatout.errors import UserError
 from flatout.tune import candidates, design, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
-from flatout.tune.ledger import NO_GAIN, Ledger, Options, in_words
+from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
 from flatout.tune.pairs import WARMUP_STEPS
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
@@ -214,7 +214,7 @@ class Screening:
             return stack
         stacks = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
         found = self._compare_with_first(
-            stacks, None, f"once more {in_words(again)}, on top of the stack"
+            stacks, None, f"once more {format_settings(again)}, on top of the stack"
         )
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():

@@ -27,7 +27,7 @@ from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
-from flatout.tune.ledger import Ledger, Options, Outcome, in_words
+from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover
 from flatout.tune.screen import Screening
@@ -104,7 +104,7 @@ class Tuner:
             if attempt.refusal is None:
                 self._accept(settings, attempt)
             else:
-                outcome.why = f"{in_words(settings)} is not proven: {attempt.refusal}"
+                outcome.why = f"{format_settings(settings)} is not proven: {attempt.refusal}"
         except KeyboardInterrupt:
             outcome.interrupted = True
             outcome.why = "it was interrupted before there was a proof"
@@ -184,8 +184,8 @@ class Tuner:
         attempt = prover.prove(settings)
         outcome.verdict, outcome.interrupted = attempt.verdict, attempt.pairs.interrupted
         if attempt.refusal is not None:
-            self._ledger.say(f"{in_words(settings)}: {attempt.refusal}")
-            outcome.why = f"{in_words(settings)} is not proven: {attempt.refusal}"
+            self._ledger.say(f"{format_settings(settings)}: {attempt.refusal}")
+            outcome.why = f"{format_settings(settings)} is not proven: {attempt.refusal}"
         return attempt
 
     def _replace_culprits(
@@ -216,13 +216,13 @@ class Tuner:
         for name, why in attempt.pairs.without_effect().items():
             self._ledger.leave_out({name: settings.pop(name)}, f"it has no effect: {why}")
         if not settings:
-            outcome.why = f"{in_words(proven)} has no effect on this program"
+            outcome.why = f"{format_settings(proven)} has no effect on this program"
             return
         no_gain = _find_no_gain(attempt.pairs, outcome.job_steps)
         if no_gain is None:
             self._accept(settings, attempt)
         else:
-            outcome.why = f"{in_words(settings)} gives {no_gain}"
+            outcome.why = f"{format_settings(settings)} gives {no_gain}"
 
     def _accept(self, settings: Mapping[str, str], attempt: ProofAttempt) -> None:
         """Fill in a plan that is proven, with its evidence."""
@@ -230,7 +230,7 @@ class Tuner:
         assert verdict is not None  # there is no proof without one
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
-        outcome.why = f"{in_words(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
+        outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
         alone = {name: outcome.alone(name) for name in settings}
         outcome.evidence = evidence.gather(settings, attempt.pairs, verdict, alone)
 
