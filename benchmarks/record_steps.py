@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from flatout import launch
 from flatout.tune import trial
-from flatout.tune.pairs import TURN_STEPS
+from flatout.tune.pairs import RELAY_BLOCK_STEPS
 from flatout.wire.ratios import Size
 from flatout.wire.record import Step
 from flatout.wire.request import Comparison, Relay, Request
@@ -33,7 +33,7 @@ STEPS = HERE / "steps"
 LONG_RUNS = 2
 LONG_SECONDS, MOST_LONG_STEPS = 25.0, 3000
 RELAYS = 3
-RELAY = Relay("", 0, block_steps=TURN_STEPS, blocks=15)
+RELAY = Relay("", 0, block_steps=RELAY_BLOCK_STEPS, blocks=15)
 SWITCHED_ROUNDS, SWITCHED_BLOCK_STEPS = 12, 12
 WARMUP_STEPS = 10
 FOREVER = ("--epochs", "100000")

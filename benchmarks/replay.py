@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, cast
 from flatout.agent.switch import Switch
 from flatout.intercept.host import Host
 from flatout.tune import design, statistics
-from flatout.tune.pairs import TURN_STEPS
+from flatout.tune.pairs import RELAY_BLOCK_STEPS
 from flatout.wire.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
 from flatout.wire.request import Comparison, Relay
 from flatout.wire.turns import Turn
@@ -53,7 +53,7 @@ SCREEN_BLOCK_STEPS, SCREEN_DISCARD_STEPS, SCREEN_ROUNDS = 3, 1, 2
 DROP_BLOCK_STEPS, DROP_ROUNDS = 3, 6
 RUN_STEPS = 10
 """Of each fresh process, where they run one after the other."""
-RELAY = Relay("", 0, block_steps=TURN_STEPS, blocks=5)
+RELAY = Relay("", 0, block_steps=RELAY_BLOCK_STEPS, blocks=5)
 """How two fresh processes take turns."""
 RELAY_STEPS = RELAY.warmup_steps + RELAY.blocks * RELAY.block_steps
 
@@ -320,14 +320,14 @@ def drop(machine: Machine, settings: dict[str, str]) -> dict[str, str]:
         )
     )
     ratios = {parts[arm - 1]: ratio for arm, ratio in arm_ratios(found).items()}
-    spare = statistics.redundant(ratios)[: len(parts) - 1]
+    spare = statistics.find_redundant(ratios)[: len(parts) - 1]
     return {knob: setting for knob, setting in settings.items() if knob not in spare}
 
 
 def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) -> Outcome:
     """All the decisions of a tune, in the order of ``flatout tune``."""
     machine.steps = FIRST_RUN_STEPS
-    arms = design.stacks([[(knob, "on")] for knob in knobs])
+    arms = design.build_stacks([[(knob, "on")] for knob in knobs])
     found = machine.compare(
         Comparison(
             arms=arms,
@@ -339,7 +339,7 @@ def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) ->
         )
     )
     in_process = setting_ratios(found, arms)
-    settings = dict(statistics.winners(in_process))
+    settings = dict(statistics.pick_winners(in_process))
     if not settings:
         return Outcome({}, None, False, in_process)
     if len(settings) > 1:
@@ -349,7 +349,7 @@ def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) ->
     logs: list[float] = []
     while len(logs) < most and not statistics.enough_pairs(logs, most):
         logs.append(machine.pair(settings, in_relay))
-    ratio = statistics.claimed(logs)
+    ratio = statistics.estimate_ratio(logs)
     return Outcome(settings, ratio, statistics.is_gain(ratio), in_process)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatout.tune import proof, trial
-from flatout.tune.statistics import claimed, typical_step_ms
+from flatout.tune.statistics import estimate_ratio, typical_step_ms
 from flatout.wire.request import Request
 
 HERE = Path(__file__).parent
@@ -82,12 +82,14 @@ def compare(name: str, case: Case, pairs: int) -> bool:
             losses[is_set].append(
                 [
                     statistics.fmean(curve[-(len(curve) // 4) :])
-                    for curve in proof.curves(done.process.steps)
+                    for curve in proof.extract_curves(done.process.steps)
                 ]
             )
         bare_ms, set_ms = times_ms[False][-1], times_ms[True][-1]
         print(f"  {bare_ms:.1f} ms, {set_ms:.1f} ms, {bare_ms / set_ms:.2f}x", flush=True)
-    ratio = claimed([math.log(b / s) for b, s in zip(times_ms[False], times_ms[True], strict=True)])
+    ratio = estimate_ratio(
+        [math.log(b / s) for b, s in zip(times_ms[False], times_ms[True], strict=True)]
+    )
     is_as_asked = ratio.value >= case.asked
     words = " ".join(f"{knob}={setting}" for knob, setting in case.settings.items())
     print(f"{name} with {words}: {ratio}; asked: {case.asked}x")

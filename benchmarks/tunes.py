@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.outside import Results, timed
 from flatout.tune.document import Document
-from flatout.tune.statistics import claimed
+from flatout.tune.statistics import estimate_ratio
 from flatout.wire.ratios import Ratio
 
 HERE = Path(__file__).resolve().parent
@@ -209,7 +209,9 @@ def judge(name: str, results: Results) -> Verdict | None:
     claim = independent = NO_PLAN
     if tuned["claimed"]:
         claim = Ratio(**tuned["claimed"])
-        independent = claimed([math.log(p["bare"]["step_s"] / p["plan"]["step_s"]) for p in pairs])
+        independent = estimate_ratio(
+            [math.log(p["bare"]["step_s"] / p["plan"]["step_s"]) for p in pairs]
+        )
     bare_s = [p["bare"]["step_s"] for p in pairs]
     bare_s += [bare["step_s"] for bare in results.of(name, "bare")]
     allowed_s = max(TUNING_SECONDS, TUNING_STEPS * statistics.median(bare_s) if bare_s else 0.0)

@@ -49,9 +49,7 @@ def test_a_second_setting_is_tried_where_much_is_to_be_gained() -> None:
 def test_a_hopeless_knob_is_not_tried_and_its_bound_said() -> None:
     listed, refused = found(profiled(optimizer_share=0.004), wanted=("optimizer",))
     assert listed == []
-    assert refused["optimizer"] == (
-        "hopeless: what it works on takes 0.4% of a step, so it gains 1.004x at most"
-    )
+    assert refused["optimizer"] == ("it can speed up only 0.4% of a step, a gain of at most 1.004x")
 
 
 def test_bounds_follow_amdahl() -> None:
@@ -71,7 +69,7 @@ def test_classes_that_are_not_asked_for_are_left_out() -> None:
     for name in listed:
         knob, _, setting = name.partition("=")
         assert knobs.get(knob).exactness[setting] in ("bitwise", "reordered")
-    assert "of a class that is not asked for" in refused["precision"]
+    assert "of a class that --exactness excludes" in refused["precision"]
 
 
 def test_every_knob_is_a_candidate_or_refused_with_a_reason() -> None:
@@ -87,11 +85,11 @@ def test_what_the_others_make_a_larger_part_of_the_step_is_looked_at_again() -> 
     optimizer = Candidate("optimizer", "onepass", True, 1.02)  # 2 % of a step, 4 % of half of it
     no_effect = Ratio(1.0, 0.99, 1.01, 40)
     ratios = {precision: Ratio(2.0, 1.9, 2.1, 40), optimizer: no_effect}
-    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {"optimizer": "onepass"}
+    assert candidates.find_second_looks(ratios, {"precision": "bf16"}) == {"optimizer": "onepass"}
     large = Candidate("optimizer", "onepass", True, 1.2)
-    assert candidates.second_looks({large: no_effect}, {}) == {}  # nothing has made it larger
+    assert candidates.find_second_looks({large: no_effect}, {}) == {}  # nothing has made it larger
     ratios = {precision: Ratio(1.05, 1.04, 1.06, 40), large: no_effect}
-    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {}
+    assert candidates.find_second_looks(ratios, {"precision": "bf16"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_what_the_others_make_a_larger_part_of_the_step_is_looked_at_again() -> 
 def test_what_is_not_looked_at_again(candidate: Candidate, ratio: Ratio | None) -> None:
     chosen = Candidate("precision", "bf16", True, 3.0)
     ratios = {chosen: Ratio(2.0, 1.9, 2.1, 40), candidate: ratio}
-    assert candidates.second_looks(ratios, {"precision": "bf16"}) == {}
+    assert candidates.find_second_looks(ratios, {"precision": "bf16"}) == {}
 
 
 def test_the_most_promising_are_looked_at_again() -> None:
@@ -119,7 +117,7 @@ def test_the_most_promising_are_looked_at_again() -> None:
         for number, name in enumerate(named)
     }
     ratios[Candidate("precision", "bf16", True, 3.0)] = Ratio(2.0, 1.9, 2.1, 40)
-    found = candidates.second_looks(ratios, {"precision": "bf16"})
+    found = candidates.find_second_looks(ratios, {"precision": "bf16"})
     assert list(found) == ["elementwise", "cross_entropy", "clipping"]
 
 

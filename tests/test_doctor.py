@@ -515,7 +515,7 @@ def test_the_share_of_an_operator_is_that_of_its_work_on_the_device(recorded: An
         device_total_ms=6.01,
     )
     case = recorded(profiled=window, header={"accelerator": "cuda"}, ceilings=ON_CUDA).case
-    known = candidates.facts(case)
+    known = candidates.collect_facts(case)
     assert known.device == "cuda"
     assert known.operators == pytest.approx({"aten::mm": 0.6, "aten::add": 0.001})
     assert known.overhead_share == pytest.approx(0.4)

@@ -15,10 +15,10 @@ from flatout.plan import Evidence
 from flatout.report import words
 from flatout.tune import figures, memory, pairs, result
 from flatout.tune.document import PARTS, Document
+from flatout.tune.ledger import Outcome
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial
-from flatout.tune.tuner import Outcome
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.turns import PHASES
@@ -155,7 +155,9 @@ def test_a_report_can_be_reckoned_again(runs: list[tuple[object, object]]) -> No
         assert sum(ms for ms in parts if ms is not None) == pytest.approx(side.step_ms)
 
     # What the gate says of memory is what the table says.
-    steps = [found.pairs.steps(side) for side in (found.pairs.firsts, found.pairs.seconds)]
+    steps = [
+        found.pairs.steps(side) for side in (found.pairs.baseline_runs, found.pairs.variant_runs)
+    ]
     refusal = memory.refusal(*steps, allowed=0.0005)
     assert refusal is not None
     assert f"({table['peak memory'][1]} against {table['peak memory'][0]};" in refusal
@@ -169,7 +171,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
     stalled = trial((9.8, stalls, [], 1.0, 1e8))
     said: list[str] = []
     monkeypatch.setattr(
-        pairs, "one_run", lambda _, settings, **kwargs: stalled if settings else steady
+        pairs, "run_once", lambda _, settings, **kwargs: stalled if settings else steady
     )
     made = Pairs({}, {"gc": "seldom"})
     pairs.run(

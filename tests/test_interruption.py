@@ -17,7 +17,7 @@ from flatout.cli import main
 from flatout.cli.verbs import tune
 from flatout.launch import interruption, process
 from flatout.plan import Plan
-from flatout.tune import journal, trial, tuner
+from flatout.tune import journal, pairs, statistics, trial, tuner
 from flatout.tune.trial import Trial, Trials
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Relay, Request
@@ -243,7 +243,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial.Trials, "run", run)
     monkeypatch.setattr(trial.Trials, "run_two", run_two)
     monkeypatch.setattr(tune, "ceilings", lambda python: None)
-    monkeypatch.setattr(tuner.statistics, "enough_pairs", lambda logs, most: len(logs) >= 12)
+    monkeypatch.setattr(statistics, "enough_pairs", lambda logs, most: len(logs) >= 12)
     Path("train.py").write_text("pass")
 
 
@@ -333,9 +333,9 @@ def test_verify_that_is_interrupted_leaves_the_plan_as_it_was(
 ) -> None:
     assert tuned("never", signal.SIGINT, monkeypatch) == 0
     before = Path("flatout.toml").read_text()
-    real = tuner.pairs.step_ms
+    real = pairs.step_ms
     monkeypatch.setattr(
-        tuner.pairs, "step_ms", lambda done: (os.kill(os.getpid(), signal.SIGTERM), real(done))[1]
+        pairs, "step_ms", lambda done: (os.kill(os.getpid(), signal.SIGTERM), real(done))[1]
     )
     assert main(["verify", "--in-place", "--seeds", "9", "--", "python", "train.py"]) == 143
     assert "flatout.toml stays as it was" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import pytest
 from flatout import cli
 from flatout.cli.verbs import doctor, tune  # noqa: F401
 from flatout.launch import isolation
-from flatout.tune import statistics, tuner
+from flatout.tune import prover, statistics
 
 pytestmark = pytest.mark.skipif(
     isolation.unavailable_reason() is not None, reason=str(isolation.unavailable_reason())
@@ -137,7 +137,7 @@ def test_a_verb_leaves_every_file_as_it_was(
     monkeypatch.setattr(cli.tune, "ceilings", lambda python: None)
     monkeypatch.setattr(cli.doctor, "_ceilings", lambda python: None)
     monkeypatch.setattr(statistics, "MINIMUM_PAIRS", 2)
-    monkeypatch.setattr(tuner, "MAXIMUM_PAIRS", 2)
+    monkeypatch.setattr(prover, "MAXIMUM_PAIRS", 2)
     found = world / "found.json"
     options = {
         "doctor": ["--steps", "20"],

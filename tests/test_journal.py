@@ -10,7 +10,7 @@ import pytest
 from flatout.plan.program import observed
 from flatout.tune import journal
 from flatout.tune.journal import Entry, Journal, JournalError
-from flatout.tune.tuner import Options
+from flatout.tune.ledger import Options
 from flatout.wire.request import Comparison, Relay, Request
 
 COMMAND = ["python", "train.py"]

@@ -148,7 +148,7 @@ def test_more_seeds_prove_a_plan_that_draws_other_random_numbers() -> None:
 def test_a_loss_that_is_far_too_low_is_refused() -> None:
     verdict = judge(lambda number: -0.8)
     assert not verdict.passed
-    assert "it is not the same that is trained" in verdict.why
+    assert "the plan appears to be training something else" in verdict.why
     assert not verdict.undecided
 
 
@@ -398,10 +398,10 @@ def step(*losses: float | None) -> Step:
 
 def test_curves_leave_out_what_cannot_be_compared() -> None:
     steps = [step(1.0, None), step(2.0, 5.0), step(9.0), step(3.0, 6.0)]
-    assert proof.curves(steps) == ((1.0, 2.0, 3.0),)
+    assert proof.extract_curves(steps) == ((1.0, 2.0, 3.0),)
     many = [step(*[float(n + number) for n in range(16)]) for number in range(3)]
-    assert proof.curves(many) == ((7.5, 8.5, 9.5),)
-    assert proof.curves([]) == ()
+    assert proof.extract_curves(many) == ((7.5, 8.5, 9.5),)
+    assert proof.extract_curves([]) == ()
 
 
 SIGMOID_BEFORE_BCE_LOSS = """
@@ -486,7 +486,7 @@ def seen(script: Path, plan: dict[str, str], seed: int, steps: int, trap: str) -
     assert (completed.returncode, completed.stderr) == (0, "")
     process = read_run(folder).main
     assert process is not None
-    assert trial.reasons(process, "failed") == {}
+    assert trial.collect_reasons(process, "failed") == {}
     return Run.of(process)
 
 
@@ -510,12 +510,12 @@ def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -
     script = tmp_path / "program.py"
     script.write_text(SIGMOID_BEFORE_BCE_LOSS)
     bare, naive, fused = all_runs(script, [({}, ""), (BF16, ""), (FUSED, "")], 2, 60)
-    verdict = proof.judge(bare, naive, [bare[0]], proof.exactness(BF16))
+    verdict = proof.judge(bare, naive, [bare[0]], proof.collect_exactness(BF16))
     assert not verdict.passed
     assert "the loss stands out at step" in verdict.why
     assert check(verdict, "probabilities").result == "failed"
     assert "that the model returns are exactly 1, 0.0" in check(verdict, "probabilities").why
-    verdict = proof.judge(bare, fused, [bare[0]], proof.exactness(FUSED))
+    verdict = proof.judge(bare, fused, [bare[0]], proof.collect_exactness(FUSED))
     assert verdict.passed, verdict.why
     assert check(verdict, "gradients").figures["error"] < 1e-5
     assert check(verdict, "state").result == "passed"
@@ -528,7 +528,7 @@ def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:
     script.write_text(TRAPS)
     plans = [({}, "none"), (BF16, "none"), (BF16, "factor"), (BF16, "late")]
     bare, honest, factor, late = all_runs(script, plans, 2, 200)
-    exactness = proof.exactness(BF16)
+    exactness = proof.collect_exactness(BF16)
 
     verdict = proof.judge(bare, honest, [bare[0]], exactness)
     assert verdict.passed, verdict.why

@@ -11,7 +11,7 @@ import pytest
 
 from flatout import launch
 from flatout.agent import relay as agent_relay
-from flatout.tune.pairs import turns
+from flatout.tune.pairs import size_relay
 from flatout.wire.request import Relay, Request
 
 PROGRAM = """
@@ -114,7 +114,7 @@ def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:
 def test_turns_outlast_what_has_gone_cold(
     steps: int, step_s: float, block_steps: int, discard_steps: int
 ) -> None:
-    relay = turns(steps, step_s)
+    relay = size_relay(steps, step_s)
     assert (relay.block_steps, relay.discard_steps) == (block_steps, discard_steps)
     assert relay.warmup_steps + relay.blocks * relay.block_steps == steps
     assert 3 <= relay.warmup_steps < 3 + block_steps

@@ -73,7 +73,7 @@ def screened(
     slowness: list[float], gains: dict[tuple[str, str], float], rounds: int
 ) -> dict[tuple[str, str], Ratio]:
     """The ratios of settings with these gains, from stacks of them on a machine this slow."""
-    arms = design.stacks([[setting] for setting in gains])
+    arms = design.build_stacks([[setting] for setting in gains])
     times, found = iter(slowness), []
     for arm in block_order(len(arms), rounds):
         gain = math.prod(gains[setting] for setting in arms[arm].items())
@@ -83,13 +83,13 @@ def screened(
 
 def test_a_pair_alone_gives_no_interval() -> None:
     with pytest.raises(ValueError, match="two pairs"):
-        statistics.claimed([0.1])
+        statistics.estimate_ratio([0.1])
     assert arm_ratios([Block(0, [1.0]), Block(1, [1.0])]) == {}
     assert arm_ratios([]) == {}
 
 
 def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
-    found = statistics.claimed([math.log(value) for value in (1.4, 1.5, 1.6, 1.7)])
+    found = statistics.estimate_ratio([math.log(value) for value in (1.4, 1.5, 1.6, 1.7)])
     # t(0.975, 3) = 3.182; standard deviation of the logs 0.08315
     assert found.value == pytest.approx(1.5459, abs=1e-3)
     assert found.low == pytest.approx(1.5459 * math.exp(-3.182 * 0.08315 / 2), rel=1e-3)
@@ -161,7 +161,7 @@ def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
 
 def test_blocks_are_told_apart_even_when_an_arm_follows_itself() -> None:
     steps = compared([1.0] * 1000, [10.0, 5.0])
-    found = statistics.blocks(steps, DISCARD)
+    found = statistics.split_into_blocks(steps, DISCARD)
     assert [block.arm for block in found] == list(block_order(2, ROUNDS))
     assert all(len(block.times_ms) == BLOCK - DISCARD for block in found)
 
@@ -170,7 +170,7 @@ def test_the_first_turn_of_an_arm_counts_for_its_warm_up_alone() -> None:
     first = [step(time, 1, "first") for time in (5000.0, 700.0, 5.0)]
     first += [step(time, 2, "first") for time in (4.0, 4.0, 4.0)]
     steps = first + compared([1.0] * 1000, [10.0, 5.0, 4.0])
-    found = statistics.blocks(steps, DISCARD)
+    found = statistics.split_into_blocks(steps, DISCARD)
     assert [block.arm for block in found] == [1, 2, *block_order(3, ROUNDS)]
     assert ratios(steps)[1].value == pytest.approx(2.0)
 
@@ -244,24 +244,24 @@ def test_stacks_tell_many_settings_apart_in_few_steps() -> None:
     for seen in found:
         assert seen["real", "on"].low > 1
         assert seen["slow", "on"].high < 1
-        assert statistics.winners(seen)[0] == ("real", "on")
+        assert statistics.pick_winners(seen)[0] == ("real", "on")
     dummies = [r for seen in found for (knob, _), r in seen.items() if knob.startswith("knob")]
     assert fmean(ratio.low <= 1 <= ratio.high for ratio in dummies) > 0.85
 
 
 def test_settings_that_exclude_each_other_are_never_together() -> None:
-    arms = design.stacks([[("precision", "bf16"), ("precision", "safe")], [("gc", "off")]])
+    arms = design.build_stacks([[("precision", "bf16"), ("precision", "safe")], [("gc", "off")]])
     assert arms[0] == {}
     assert {arm.get("precision") for arm in arms} == {None, "bf16", "safe"}
-    claims = design.stacks([[("compile", "on"), ("memory_format", "channels_last")]])
+    claims = design.build_stacks([[("compile", "on"), ("memory_format", "channels_last")]])
     assert all(len(arm) < 2 for arm in claims)
     with pytest.raises(ValueError, match="at most 47"):
-        design.stacks([[(f"knob{number}", "on")] for number in range(48)])
+        design.build_stacks([[(f"knob{number}", "on")] for number in range(48)])
 
 
 @pytest.mark.parametrize("factors", [1, 3, 4, 7, 11, 12, 23, 30, 47])
 def test_each_setting_is_on_in_half_of_the_stacks_whatever_the_others_are(factors: int) -> None:
-    arms = design.stacks([[(f"knob{number}", "on")] for number in range(factors)])
+    arms = design.build_stacks([[(f"knob{number}", "on")] for number in range(factors)])
     on = [[f"knob{number}" in arm for arm in arms] for number in range(factors)]
     for column in on:
         assert sum(column) * 2 == len(arms)
@@ -278,8 +278,8 @@ def test_alternatives_can_be_told_apart(options: tuple[int, ...]) -> None:
         [(f"knob{number}", str(option)) for option in range(count)]
         for number, count in enumerate(options)
     ]
-    arms = design.stacks(factors)
-    assert arms == design.stacks(factors)
+    arms = design.build_stacks(factors)
+    assert arms == design.build_stacks(factors)
     settings = [setting for options in factors for setting in options]
     gains = {setting: 1.0 + 0.05 * number for number, setting in enumerate(settings)}
     noise = random.Random(0)
@@ -319,14 +319,14 @@ def test_winners_are_likely_to_be_faster_and_parts_that_cost_nothing_to_drop_are
         "b": Ratio(1.3, 0.85, 1.9, 9),
         "c": Ratio(1.5, 1.4, 1.6, 9),
     }
-    assert statistics.winners(found) == ["c", "a"]
+    assert statistics.pick_winners(found) == ["c", "a"]
     without = {
         "needed": Ratio(0.8, 0.75, 0.85, 9),
         "unclear": Ratio(0.98, 0.93, 1.03, 9),
         "useless": Ratio(1.0, 0.985, 1.015, 9),
         "harmful": Ratio(1.1, 1.05, 1.15, 9),
     }
-    assert statistics.redundant(without) == ["harmful", "useless"]
+    assert statistics.find_redundant(without) == ["harmful", "useless"]
 
 
 def test_the_typical_step_is_the_median_after_the_warm_up() -> None:

@@ -166,7 +166,7 @@ def test_the_fastest_alone_stays_where_that_is_asked() -> None:
 
 def test_stacks_are_compared_until_each_setting_is_decided() -> None:
     gains = {"a": 1.2, "b": 0.9, "c": 1.0, "d": 1.3}
-    arms = design.stacks([[(knob, "on")] for knob in (*gains, "broken")])
+    arms = design.build_stacks([[(knob, "on")] for knob in (*gains, "broken")])
     session = Scripted(gains, failing="broken")
     comparison = Comparison(arms, block_steps=4, discard_steps=1, rounds=40, decide="settings")
     session.compare(comparison)

@@ -118,8 +118,8 @@ def test_fast_and_wrong_knobs_are_left_out_and_the_good_one_is_kept(tmp_path: Pa
     folder = tmp_path / "user"
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
-    quick = "from flatout.tune import pairs, statistics, tuner\npairs.LIMIT_EXTRA_S = 8\n"
-    quick += "statistics.MINIMUM_PAIRS = tuner.MAXIMUM_PAIRS = 3"
+    quick = "from flatout.tune import pairs, prover, statistics\npairs.LIMIT_EXTRA_S = 8\n"
+    quick += "statistics.MINIMUM_PAIRS = prover.MAXIMUM_PAIRS = 3"
     done = planted.run(
         site,
         *("tune", "--steps", "60", "--budget", "30s", "--json", "found.json"),

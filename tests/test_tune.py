@@ -15,10 +15,12 @@ import pytest
 from flatout import plan
 from flatout.cli import main
 from flatout.machine import Ceilings
-from flatout.tune import journal, statistics, tuner
+from flatout.tune import journal, prover, screen, statistics
 from flatout.tune.candidates import Candidate
+from flatout.tune.ledger import Options, Outcome
 from flatout.tune.pairs import Pairs
-from flatout.tune.tuner import Options, Outcome, Tuner
+from flatout.tune.prover import Prover
+from flatout.tune.tuner import Tuner
 
 
 def machine_with(**flops_per_s: float) -> Ceilings:
@@ -87,7 +89,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def two_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer runs than a claim needs, enough for what these tests look at."""
     monkeypatch.setattr(statistics, "MINIMUM_PAIRS", 2)
-    monkeypatch.setattr(tuner, "MAXIMUM_PAIRS", 2)
+    monkeypatch.setattr(prover, "MAXIMUM_PAIRS", 2)
 
 
 def tune(command: list[str], ceilings: Ceilings | None, steps: int) -> Outcome:
@@ -153,7 +155,7 @@ for step in range(1000):
 def test_settings_that_exclude_each_other_share_a_factor() -> None:
     names = ("precision=bf16", "precision=safe", "optimizer=onepass", "gc=seldom")
     of = [Candidate(*name.split("="), is_hot=True, bound=None) for name in names]
-    assert tuner._factors(of) == [
+    assert screen.group_exclusive(of) == [
         [("precision", "bf16"), ("precision", "safe")],
         [("optimizer", "onepass")],
         [("gc", "seldom")],
@@ -356,22 +358,22 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     said: list[str] = []
 
     def is_over(pairs: Pairs, count: int, undecided: bool = True, reordered: bool = False) -> bool:
-        pairs.firsts = pairs.seconds = [None] * count  # type: ignore[list-item]
+        pairs.baseline_runs = pairs.variant_runs = [None] * count  # type: ignore[list-item]
         asked = SimpleNamespace(
-            _prover=SimpleNamespace(
-                judge=lambda _: SimpleNamespace(undecided=undecided),
-                is_reordered=lambda _: reordered,
-            ),
-            _say=said.append,
+            _judge_losses=lambda _: SimpleNamespace(undecided=undecided),
+            _is_reordered=lambda _: reordered,
+            _ledger=SimpleNamespace(say=said.append),
         )
-        return Tuner._is_overtime_over(asked, pairs)  # type: ignore[arg-type]
+        return Prover._is_overtime_over(asked, pairs)  # type: ignore[arg-type]
 
     made = Pairs({}, {"precision": "safe"})
     assert [is_over(made, count) for count in range(9, 15)] == [False] * 5 + [True]
-    assert said == ["time is over, and the losses decide nothing yet: at most 5 more pairs"]
+    assert said == [
+        "the budget is spent, and the loss comparison is still inconclusive: at most 5 more pairs"
+    ]
     assert is_over(Pairs({}, {}), 9, undecided=False)
     assert is_over(Pairs({}, {}), 9, reordered=True)
-    assert is_over(Pairs({}, {}), tuner.MAXIMUM_PAIRS)
+    assert is_over(Pairs({}, {}), prover.MAXIMUM_PAIRS)
     decided_late = Pairs({}, {})
     assert not is_over(decided_late, 9)
     assert is_over(decided_late, 10, undecided=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import outside, tunes
-from flatout.tune.statistics import claimed
+from flatout.tune.statistics import estimate_ratio
 from flatout.wire.ratios import Ratio
 
 PLAN = 'version = 1\n\n[plan]\noptimizer = "onepass"\n'
@@ -196,7 +196,7 @@ def test_a_quotient_that_is_not_known_well_enough_is_a_miss(tmp_path: Path) -> N
     results.add("image", "tune", **tuned(2.0))
     for plan_s in (0.09, 0.1, 0.11, 0.12, 0.1):
         results.add("image", "pair", **pair(0.2, plan_s))
-    ratio = claimed([math.log(0.2 / plan_s) for plan_s in (0.09, 0.1, 0.11, 0.12, 0.1)])
+    ratio = estimate_ratio([math.log(0.2 / plan_s) for plan_s in (0.09, 0.1, 0.11, 0.12, 0.1)])
     verdict = tunes.judge("image", results)
     assert verdict.independent == ratio
     lines, is_as_asked = tunes.summary(["image"], results)

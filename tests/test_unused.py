@@ -14,9 +14,12 @@ from test_figures import trial
 
 from flatout import knobs
 from flatout.knob import Facts
+from flatout.tune.ledger import Ledger, Outcome, TriedArm
 from flatout.tune.pairs import Pairs
+from flatout.tune.proof import Verdict
+from flatout.tune.prover import ProofAttempt
 from flatout.tune.trial import Trial
-from flatout.tune.tuner import Arm, Outcome, Tuner
+from flatout.tune.tuner import Tuner
 from flatout.wire.record import Event
 
 PROGRAM = """
@@ -71,7 +74,7 @@ def unused(run: Trial, *names: str) -> Trial:
     return Trial(dataclasses.replace(run.process, events=events), 1.0, False)
 
 
-def test_what_had_no_effect_is_no_part_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
     slow = trial((10.0, [1.0] * 30, [], 1.0, 1e8))
     fast = trial((8.0, [1.0] * 30, [], 1.0, 1e8))
     sides = {
@@ -86,28 +89,18 @@ def test_what_had_no_effect_is_no_part_of_a_plan(monkeypatch: pytest.MonkeyPatch
     for name, (with_plan, without_effect) in sides.items():
         plan = unused(with_plan, *without_effect)
 
-        def alternate(made: Pairs, *_: object, plan: Trial = plan) -> None:
-            made.firsts, made.seconds = [slow] * 3, [plan] * 3
-
+        settings = {"convolution": "recast", "recurrent": "fused"}
+        verdict = Verdict(True, "", "bitwise", 30, True, ())
+        made = Pairs({}, settings, [slow] * 3, [plan] * 3)
+        ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+        outcome = ledger.outcome = Outcome(arms=[TriedArm({k: s}) for k, s in settings.items()])
         accepted: list[dict[str, str]] = []
-        said: list[str] = []
-        outcome = Outcome(arms=[Arm({"convolution": "recast"}), Arm({"recurrent": "fused"})])
         asked = SimpleNamespace(
-            _outcome=outcome,
-            _prover=SimpleNamespace(
-                gradients_refusal=lambda *_: None, gradients_pass=None, passes=lambda *_: True
-            ),
-            _can_relay=lambda _: False,
-            _say=said.append,
-            _steps=30,
-            _alternate=alternate,
-            _is_enough=None,
-            _refusal=lambda _: None,
-            _accept=lambda settings, made: accepted.append(settings),  # noqa: B023
-            _changed=lambda: None,
+            _ledger=ledger,
+            _accept=lambda settings, attempt: accepted.append(settings),  # noqa: B023
         )
-        asked._leave_out = lambda *args: Tuner._leave_out(asked, *args)  # type: ignore[arg-type] # noqa: B023
-        Tuner._settle(asked, {"convolution": "recast", "recurrent": "fused"}, [])  # type: ignore[arg-type]
+        attempt = ProofAttempt(made, None, verdict, lambda _: True)
+        Tuner._decide(asked, settings, attempt)  # type: ignore[arg-type]
         found[name] = (accepted, outcome.why, [arm.state for arm in outcome.arms])
     assert found["both"][0] == []
     assert found["both"][1] == ("convolution=recast, recurrent=fused has no effect on this program")

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.outside import Results
 from benchmarks.suite import arms
 from benchmarks.suite.cases import CASES, Case
-from flatout.tune.statistics import claimed
+from flatout.tune.statistics import estimate_ratio
 from flatout.wire.ratios import Ratio
 
 OPTIMIZER_BYTES = {"SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20}
@@ -154,7 +154,7 @@ def _arm(
 def _ratio(bare: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Ratio:
     logs = [math.log(b["step_s"] / o["step_s"]) for b, o in zip(bare, own, strict=True)]
     if len(logs) > 1:
-        return claimed(logs)
+        return estimate_ratio(logs)
     return Ratio(math.exp(logs[0]), 0.0, math.inf, 1)
 
 

@@ -157,6 +157,14 @@ class Knob:
             effect.
         variables: of a cold knob: environment variables that the job must start with, given the
             setting and the environment as it is; none where the user has chosen already.
+        proof_setting: the setting under which a proof runs in place of one that draws other random
+            numbers: it draws them too, and leaves torch's generator as it would be without the
+            knob, so that the same data come in the same order. It gains nothing, so no plan has it.
+            ``None``: the knob has no such setting.
+        worker_settings: settings that start processes which keep working while the program waits,
+            so that two runs under them cannot alternate.
+        hides_gains: whether it makes the step so much shorter, or so different, that settings which
+            gain nothing beside it may gain without it. They are tried again when it is dropped.
     """
 
     name: str
@@ -173,6 +181,9 @@ class Knob:
     kernels: tuple[str, ...] = ()
     waits_for_calls: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
+    proof_setting: str | None = None
+    worker_settings: tuple[str, ...] = ()
+    hides_gains: bool = False
 
     def offer(self, facts: Facts) -> Match:
         """Which settings to try, given the facts."""

@@ -1,1 +1,1 @@
-"""``flatout tune``: candidates, trials, statistics, proof, plan."""
+"""``flatout tune``: find settings that are faster, and prove that they compute the same."""

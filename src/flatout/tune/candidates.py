@@ -1,37 +1,41 @@
-"""What is worth a trial: the knobs that match the profile, by the gain that they can bring."""
+"""The candidates: settings that fit the profile, by the gain that they can bring."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flatout import knobs, machine
 from flatout.doctor.case import Case, is_large
+from flatout.doctor.findings import Finding, find_all
 from flatout.knob import Exactness, Facts
+from flatout.machine import Ceilings
 from flatout.wire.ratios import Ratio
+from flatout.wire.record import ProcessRecord
 
 HOPELESS_SHARE = 0.01
-"""Of a step, below which a knob is not tried: ten times less than what a dozen pairs can tell from
-the drift of a shared machine."""
+"""A knob is not tried if what it speeds up takes less than this share of a step: a dozen pairs can
+tell only ten times as much from the drift of a shared machine."""
 
 ALTERNATIVES_SHARE = 0.1
-"""Of a step, from which on a knob's second setting is tried as well."""
-
-SECOND_LOOKS = 3
-"""Settings at most that are looked at again on top of the stack."""
-
-SHORTER = 1.1
-"""How many times as fast as bare the stack must be for that: what a part of the step may bring was
-seen in the bare one, up to so much."""
-
-SECOND_LOOK_SHARE = 0.02
-"""Of the stack's step, which it must be able to save for that: what a comparison of some dozen
-blocks can tell."""
+"""A knob's second setting is tried as well if what it speeds up takes at least this share of a
+step."""
 
 UNKNOWN_SHARE = 0.05
-"""In whose place a knob of unknown share stands in the order."""
+"""Share of a step by which a knob is ordered whose share is not known."""
+
+SECOND_LOOKS = 3
+"""Most settings that are compared once more on top of the stack."""
+
+SECOND_LOOK_SPEEDUP = 1.1
+"""Settings are compared once more only if the stack is at least this many times as fast as bare:
+otherwise the bare step has shown what they can bring."""
+
+SECOND_LOOK_SHARE = 0.02
+"""A setting is compared once more only if it could save this share of the stack's step: a
+comparison of some dozen blocks can tell as much."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Candidate:
     """A setting that is worth a trial.
 
     Attributes:
-        knob, setting: what is set.
+        knob, setting: names of the knob and its setting.
         is_hot: whether it is compared inside one process.
-        bound: the speed-up that it cannot exceed, ``None``: not known.
+        bound: the speedup that it cannot exceed, ``None``: not known.
     """
 
     knob: str
@@ -51,18 +55,60 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, str]:
-        """As a plan."""
+        """The setting as a plan of its own."""
         return {self.knob: self.setting}
 
     def __str__(self) -> str:
         return f"{self.knob}={self.setting}"
 
 
-def facts(case: Case) -> Facts:
-    """What the first run has shown.
+@dataclass(frozen=True)
+class Survey:
+    """What is worth a trial on a program, and what is not.
+
+    Attributes:
+        candidates: the candidates, the one with the largest bound first.
+        refused: the other knobs, with the reason.
+        offered: for each knob, the settings that make sense for the program.
+        findings: what limits the bare program.
+    """
+
+    candidates: tuple[Candidate, ...]
+    refused: dict[str, str]
+    offered: Mapping[str, Sequence[str]]
+    findings: list[Finding]
+
+
+def survey(
+    process: ProcessRecord,
+    ceilings: Ceilings | None,
+    wanted: Collection[str] | None,
+    exactness: Collection[Exactness] | None,
+) -> Survey:
+    """Find out what is worth a trial.
 
     Args:
-        case: of that run; without a ceiling, the rates count as not measured.
+        process: the record of a bare run.
+        ceilings: what the machine can do at most, ``None``: not measured.
+        wanted: names of the knobs that may be tried; ``None``: all.
+        exactness: classes of the settings that may be tried; ``None``: all.
+    """
+    case = Case(process, ceilings, machine.usable_cores())
+    facts = collect_facts(case)
+    found, refused = find(facts, wanted, exactness)
+    return Survey(
+        candidates=tuple(found),
+        refused=refused,
+        offered={name: knob.offer(facts).settings for name, knob in knobs.registry().items()},
+        findings=find_all(case),
+    )
+
+
+def collect_facts(case: Case) -> Facts:
+    """What the first run has shown, as the knobs are told it.
+
+    Args:
+        case: the first run; without ceilings, the matmul rates count as not measured.
     """
     is_profiled = bool(case.operators)
     phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
@@ -93,7 +139,7 @@ def facts(case: Case) -> Facts:
 
 
 def _loader_settings(loaders: list[dict[str, Any]] | None) -> tuple[str, ...] | None:
-    """Settings that one of these loaders can take; ``None``: not known."""
+    """The settings for data loaders that one of these can take; ``None``: not known."""
     if not loaders or any("settings" not in loader for loader in loaders):
         return None
     return tuple({setting: None for loader in loaders for setting in loader["settings"]})
@@ -102,11 +148,12 @@ def _loader_settings(loaders: list[dict[str, Any]] | None) -> tuple[str, ...] | 
 def find(
     known: Facts, wanted: Collection[str] | None, exactness: Collection[Exactness] | None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """The candidates, largest bound first, and why each other knob is not one.
+    """Find the candidates, the one with the largest bound first; also say why each other knob has
+    none.
 
     Args:
-        known: of the job.
-        wanted: names of the knobs to be looked at; ``None``: all.
+        known: facts about the job.
+        wanted: names of the knobs that may be tried; ``None``: all.
         exactness: classes of the settings that may be tried; ``None``: all.
     """
     shares: dict[Candidate, float] = {}
@@ -119,11 +166,11 @@ def find(
         if not match.settings:
             refused[name] = match.refusal or "it does not apply"
         elif not allowed:
-            refused[name] = "its settings are of a class that is not asked for"
+            refused[name] = "its settings are of a class that --exactness excludes"
         elif match.share is not None and match.share < HOPELESS_SHARE:
             refused[name] = (
-                f"hopeless: what it works on takes {match.share:.1%} of a step, so it gains "
-                f"{match.bound:.3f}x at most"
+                f"it can speed up only {match.share:.1%} of a step, a gain of at most "
+                f"{match.bound:.3f}x"
             )
         else:
             share = UNKNOWN_SHARE if match.share is None else match.share
@@ -133,17 +180,17 @@ def find(
     return sorted(shares, key=lambda candidate: -shares[candidate]), refused
 
 
-def second_looks(
+def find_second_looks(
     ratios: Mapping[Candidate, Ratio | None], settings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Settings that could not be told from no effect, and may bring more on top of the others.
+    """Find settings that showed no effect, and may bring more on top of the others.
 
-    What they work on was a small part of the bare program's step, and is a larger one of a step
-    that the others have made shorter.
+    What they speed up was a small part of the bare step, and is a larger part of a step that the
+    other settings have made shorter.
 
     Args:
-        ratios: what was found of each candidate among the others.
-        settings: those that were faster.
+        ratios: the measured ratio of each candidate among the others.
+        settings: the settings that were faster.
 
     Returns the settings, the most promising first.
     """
@@ -153,7 +200,7 @@ def second_looks(
         for candidate, ratio in ratios.items()
         if ratio is not None and settings.get(candidate.knob) == candidate.setting
     )
-    if faster < SHORTER:
+    if faster < SECOND_LOOK_SPEEDUP:
         return {}
     looks: dict[Candidate, float] = {}
     for candidate, ratio in ratios.items():
@@ -164,8 +211,8 @@ def second_looks(
             looks[candidate] = share
     found: dict[str, str] = {}
     for candidate in sorted(looks, key=lambda candidate: -looks[candidate]):
-        takes = {candidate.knob, *knobs.get(candidate.knob).claims}
-        if len(found) < SECOND_LOOKS and not takes & taken:
+        claims = {candidate.knob, *knobs.get(candidate.knob).claims}
+        if len(found) < SECOND_LOOKS and not claims & taken:
             found[candidate.knob] = candidate.setting
-            taken |= takes
+            taken |= claims
     return found

@@ -1,10 +1,10 @@
-"""Which stacks of settings to run so that every step tells something about every setting.
+"""The factorial design: combinations of settings in which every step tells about every setting.
 
-With one setting an arm, a step tells about one setting. In a factorial design half of the arms have
-a setting on, and half of them off, in every combination with the others: with 20 settings, a gain
-is known from a tenth of the steps (Plackett and Burman 1946, The design of optimum multifactorial
-experiments). With each arm goes its opposite, so that what two settings do only together does not
-show as the effect of a third (Box and Wilson 1951: fold-over).
+If each arm had one setting, a step would tell about one setting. In a factorial design each setting
+is on in half of the arms and off in the other half, in every combination with the others, so that
+with 20 settings a gain is known from a tenth of the steps (Plackett and Burman 1946, The design of
+optimum multifactorial experiments). Each arm is accompanied by its opposite, so that what two
+settings do only together does not look like the effect of a third (Box and Wilson 1951: fold-over).
 """
 
 from __future__ import annotations
@@ -14,41 +14,45 @@ import random
 from collections.abc import Mapping, Sequence
 
 _ORDERS = (4, 8, 12, 20, 24, 32, 44, 48)
-"""Sizes of Hadamard matrices by Paley's construction: one more than a prime 3 modulo 4."""
+"""Sizes of Hadamard matrices by Paley's construction: one more than a prime that is 3 modulo 4."""
 
 MAXIMUM_FACTORS = _ORDERS[-1] - 1
-
+"""Most factors of a design."""
 
 _ATTEMPTS = 32
-"""Ways of dealing out the settings of factors that have several, of which the best is taken."""
+"""Number of random assignments that are tried where factors have several settings; the best is
+taken."""
+
+_SINGULAR = 1e-9
+"""A pivot below this, in a matrix of whole numbers, is rounding."""
 
 
-def stacks(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
-    """The arms of a comparison; the first is the empty one.
+def build_stacks(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
+    """Build the arms of a comparison; the first is empty.
 
     Args:
-        factors: of each, the settings (knob, setting) that exclude each other: those of one knob,
-            and those of knobs that claim the same. At most ``MAXIMUM_FACTORS``.
+        factors: settings (knob, setting) that exclude each other, as those of one knob and those of
+            knobs that claim the same; at most ``MAXIMUM_FACTORS``.
 
-    Returns twice as many arms as a Hadamard matrix that is larger than the number of factors has
-    rows; more where those could not tell all settings from each other.
+    Returns twice as many arms as the rows of the smallest Hadamard matrix that is larger than the
+    number of factors; more arms where those could not tell all settings apart.
 
     Raises:
         ValueError: too many factors.
     """
     for order in _ORDERS:
         if order > len(factors):
-            rows = _half(order)
+            rows = _build_half(order)
             attempts = _ATTEMPTS if any(len(options) > 1 for options in factors) else 1
-            dealt = [_dealt(rows, factors, random.Random(seed)) for seed in range(attempts)]
-            best = max(dealt, key=_log_determinant)
+            designs = [_assign(rows, factors, random.Random(seed)) for seed in range(attempts)]
+            best = max(designs, key=_log_determinant)
             if _log_determinant(best) > -math.inf:
                 return best
     raise ValueError(f"{len(factors)} factors, at most {MAXIMUM_FACTORS}")
 
 
-def _half(order: int) -> list[list[bool]]:
-    """Which factors are on in each arm of one half; in the other half the others are."""
+def _build_half(order: int) -> list[list[bool]]:
+    """Which factors are on in each arm of one half; the other half has the opposite arms."""
     prime = order - 1
     squares = {number * number % prime for number in range(1, prime)}
     return [[False] * prime] + [
@@ -57,14 +61,14 @@ def _half(order: int) -> list[list[bool]]:
     ]
 
 
-def _dealt(
+def _assign(
     rows: Sequence[Sequence[bool]],
     factors: Sequence[Sequence[tuple[str, str]]],
     generator: random.Random,
 ) -> tuple[dict[str, str], ...]:
-    """The arms, where each factor that is on has one of its settings, each as often as the others.
+    """Assign to each factor that is on in an arm one of its settings, each equally often.
 
-    Dealt out in turn, the settings of two factors can go together always.
+    The assignment is random: in a fixed order, settings of two factors could always go together.
     """
     hands = []
     for options in factors:
@@ -79,9 +83,12 @@ def _dealt(
 
 
 def _log_determinant(arms: Sequence[Mapping[str, str]]) -> float:
-    """Of the information that as many steps of each arm give about level and settings; the larger,
-    the smaller the region in which all of them are known to lie (D-optimality, Wald 1943).
-    Minus infinity: some cannot be told apart."""
+    """The log determinant of the information matrix of equally many steps of each arm.
+
+    The larger it is, the smaller is the region in which the baseline's speed and all effects are
+    known to lie (D-optimality, Wald 1943). It is minus infinity if some effects cannot be told
+    apart.
+    """
     settings = sorted({item for arm in arms for item in arm.items()})
     rows = [[1.0, *(float(arm.get(knob) == s) for knob, s in settings)] for arm in arms]
     columns = list(zip(*rows, strict=True))
@@ -99,7 +106,3 @@ def _log_determinant(arms: Sequence[Mapping[str, str]]) -> float:
             for column in range(place, len(matrix)):
                 row[column] -= factor * matrix[place][column]
     return total
-
-
-_SINGULAR = 1e-9
-"""Below this, a pivot of a matrix of whole numbers is rounding."""

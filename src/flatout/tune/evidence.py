@@ -1,26 +1,62 @@
-"""What becomes of a plan's evidence when the plan is proven once more. Pure functions.
+"""The evidence of a plan: how it is made from a proof, and merged with that of a later proof.
 
-Evidence is added to or replaced by stronger, and never by weaker.
+The functions are pure. Evidence is added to or replaced by stronger evidence, never by weaker.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from flatout.plan import Evidence, Verified
+from flatout.tune.pairs import Pairs
+from flatout.tune.proof import Verdict
+from flatout.wire.ratios import Ratio
+
+
+def gather(
+    settings: Mapping[str, str], pairs: Pairs, verdict: Verdict, alone: Mapping[str, Ratio | None]
+) -> Evidence:
+    """Make the evidence of a plan that is proven.
+
+    Args:
+        settings: settings of the plan.
+        pairs: its pairs with the bare program, at least two.
+        verdict: the verdict on them.
+        alone: for each knob, its ratio alone inside one process; ``None``: not measured.
+    """
+    ratio = pairs.ratio
+    bare, plan = pairs.costs
+    is_by_seeds = any(loss.yardstick == "seeds" for loss in verdict.losses)
+    return Evidence(
+        settings=dict(settings),
+        ratio=ratio.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        pairs=ratio.pairs,
+        bare_step_ms=bare.step_ms,
+        plan_step_ms=plan.step_ms,
+        steps=verdict.steps,
+        seeds=ratio.pairs if is_by_seeds else 1,
+        bare_repeats=verdict.bare_repeats is True,
+        verdict=verdict.kind,
+        in_process={name: r.value for name, r in alone.items() if r is not None},
+        losses=verdict.losses,
+        checks=verdict.checks,
+    )
 
 
 def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
-    """The evidence of both proofs of the same settings, and what was done, one clause.
+    """Merge the evidence of two proofs of the same settings; also say in one clause how.
 
-    A proof takes the place of another that it covers: as many steps and seeds, all the checks that
-    passed, and a loss that has fallen if it had. Otherwise the other one stays, with the new one
-    beside it. The ratio with more pairs behind it is kept.
+    A proof replaces another that it covers: it has at least as many steps and seeds, all the checks
+    that passed there, and a loss that has fallen if it had there. Otherwise the old proof stays,
+    and the new one stands beside it. Of the two ratios, the one with more pairs is kept.
 
     Args:
-        old: of the plan.
-        new: of the proof that has just passed.
-        first_seed: of the new one.
+        old: the evidence in the plan.
+        new: the evidence of the proof that has just passed.
+        first_seed: first seed of the new proof.
     """
     timed = old if old.pairs > new.pairs else new
     figures = {
@@ -29,16 +65,17 @@ def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str
     }
     in_process = {**old.in_process, **new.in_process}
     added = Verified(new.steps, new.seeds, new.verdict, first_seed, _passed(new))
-    if _covers(new, old):
-        further = tuple(one for one in old.verified if not _is_within(one, added))
-        made = dataclasses.replace(new, **figures, in_process=in_process, verified=further)
-        return made, f"in the place of its proof over {_extent(old)}, which it covers"
     further = tuple(one for one in old.verified if not _is_within(one, added))
-    made = dataclasses.replace(old, **figures, in_process=in_process, verified=(*further, added))
-    return made, f"beside its proof over {_extent(old)}, which stays"
+    if _covers(new, old):
+        evidence = dataclasses.replace(new, **figures, in_process=in_process, verified=further)
+        return evidence, f"in the place of its proof over {_extent(old)}, which it covers"
+    verified = (*further, added)
+    evidence = dataclasses.replace(old, **figures, in_process=in_process, verified=verified)
+    return evidence, f"beside its proof over {_extent(old)}, which stays"
 
 
 def _passed(evidence: Evidence) -> tuple[str, ...]:
+    """The names of the checks that passed."""
     return tuple(dict.fromkeys(c.name for c in evidence.checks if c.result == "passed"))
 
 
@@ -52,7 +89,7 @@ def _covers(new: Evidence, old: Evidence) -> bool:
 
 
 def _is_within(one: Verified, other: Verified) -> bool:
-    """Whether the seeds and steps of one are among those of the other, with all its checks."""
+    """Whether the other proof has all seeds, steps and checks of the first."""
     first, last = one.first_seed, one.first_seed + one.seeds
     return (
         other.first_seed <= first

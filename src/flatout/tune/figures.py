@@ -1,4 +1,4 @@
-"""Figures as people read them, the same in the terminal and on the page."""
+"""How figures are printed, in the terminal and on the page alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Shown(NamedTuple):
     """A figure as it is printed.
 
     Attributes:
-        text: with its unit.
-        value: what the text says, in the figure's own unit: whatever is derived of figures that are
-            printed side by side (a difference, a change) is derived of these, so that a reader who
-            reckons it again finds the same.
+        text: the figure with its unit.
+        value: the figure as rounded in the text, in its own unit. Differences and changes of
+            figures that are printed side by side are computed from it, so that a reader who
+            computes them again finds the same.
     """
 
     text: str
@@ -27,7 +27,7 @@ class Shown(NamedTuple):
 
 
 Kind = Callable[[float], Shown]
-"""Milliseconds, a duration, or an amount of memory, to what is printed of it."""
+"""A function that turns milliseconds, seconds or bytes into what is printed."""
 
 
 def shown_milliseconds(ms: float) -> Shown:
@@ -61,7 +61,7 @@ def shown_memory(size_bytes: float) -> Shown:
 
 
 def text(kind: Kind, value: float | None) -> str:
-    """A figure, or that it is not known."""
+    """The text of a figure; a figure that is not known is ``NOT_MEASURED``."""
     return kind(value).text if _is_known(value) else NOT_MEASURED
 
 
@@ -81,7 +81,7 @@ def memory(size_bytes: float | None) -> str:
 
 
 def change(kind: Kind, bare: float | None, plan: float | None) -> str:
-    """How much more or less the plan takes than the bare program; empty where it is not known."""
+    """How much more or less the plan takes than bare, in percent; empty where it is not known."""
     if not (_is_known(bare) and _is_known(plan) and (of := kind(bare).value)):
         return ""
     return _unsigned_zero(f"{kind(plan).value / of - 1:+.0%}")
@@ -95,24 +95,24 @@ def longer(kind: Kind, bare_s: float | None, plan_s: float | None) -> str:
 
 
 def verdict(ratio: Ratio) -> str:
-    """What a ratio says, in one word or two: the only place that tells faster from slower."""
+    """What a ratio says, in a word or two: the only place that tells faster from slower."""
     if ratio.low > 1:
         return "faster"
     return "slower" if ratio.high < 1 else "no faster, beyond noise"
 
 
 def loss(value: float) -> str:
-    """A loss, to six digits; in words when it has diverged."""
+    """The text of a loss, to six digits; in words if it has diverged."""
     return f"{value:.6g}" if math.isfinite(value) else "not finite"
 
 
 def signed(value: float) -> str:
-    """A difference, to two digits; in words when it is none."""
+    """The text of a difference, to two digits; in words if it is not finite."""
     return f"{value:+.2g}" if math.isfinite(value) else "not finite"
 
 
 def count(number: int, one: str) -> str:
-    """``number`` things, in words: ``1 step``, ``2 steps``."""
+    """The text of a number of things: ``1 step``, ``2 steps``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 

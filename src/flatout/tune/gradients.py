@@ -1,18 +1,19 @@
-"""Do the first updates get the same gradients? Recorded ones of bare and plan, side by side.
+"""Whether the first updates of bare and plan get the same gradients.
 
-A factor of 1.25 in one gradient turns nothing, so its direction does not show it, and Adam divides
-it out again, so the loss hardly does. Its size shows it: for each parameter, in each update of each
-seed, the norm of the plan's gradient over that of bare's. Rounding errors scatter the logarithm of
-this quotient, and so do other dropout masks, but around zero. Its confidence interval (Student's t
-over seeds and updates, with Bonferroni's correction for the number of parameters: Dunn 1961) tells
-a factor from noise: a plan is refused when for one parameter the whole interval lies beyond the
-tolerance. (Not so the coefficient ``<plan, bare> / <bare, bare>``: errors in the activations make
-it smaller than 1, by up to a tenth in a network with batch norm in bfloat16.)
+A scale error in one gradient, of 1.25x say, does not change the gradient's direction, and Adam
+divides it out again, so that the loss hardly shows it. The gradient norm does. For each parameter,
+in each update of each seed, the norm under the plan is divided by the norm under bare. Rounding
+errors and other dropout masks scatter the logarithm of this quotient around zero. Its confidence
+interval (Student's t over seeds and updates, with Bonferroni's correction for the number of
+parameters: Dunn 1961) tells a scale error from noise: a plan is refused if for one parameter the
+whole interval lies beyond the tolerance. (The coefficient ``<plan, bare> / <bare, bare>`` would not
+do: errors in the activations make it smaller than 1, by up to a tenth in a network with batch norm
+in bfloat16.)
 
-Where bare and plan draw the same random numbers, the first gradient that is another must also point
-the same way: the relative error ``|plan - bare| / |bare|`` over the sampled elements is bounded.
-Where they do not, the quotients of one update have a common part, since its loss is another: each
-is taken against their median, and the median is tested as well.
+Where bare and plan draw the same random numbers, the first gradient that differs must also point in
+the same direction: the relative error ``|plan - bare| / |bare|`` over the sampled elements is
+bounded. Where they do not, the loss of an update differs, and so all its quotients have a common
+factor: each quotient is divided by their median, and the median is tested as well.
 """
 
 from __future__ import annotations
@@ -27,22 +28,25 @@ from flatout.plan import Check
 from flatout.wire.record import Gradient
 
 RANDOM: tuple[Exactness, ...] = ("resampled", "reshuffled")
+"""Exactness classes of settings that draw other random numbers."""
 
 CONFIDENCE = 0.95
-"""That no parameter at all is refused for its noise."""
+"""Probability that no parameter at all is refused because of noise."""
 
 Recorded = Mapping[str, Sequence[Gradient]]
+"""The gradients of one run: for each parameter, those of its first updates in order."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is allowed to settings of an exactness class.
+    """How far gradients may differ under settings of an exactness class.
 
     Attributes:
-        factor: of a gradient's size, either way, beyond its noise.
-        error: relative error of the first gradient that is another, root mean square over seeds.
-        floor: norm below which a gradient may be nothing but rounding, relative to the norm of all
-            gradients of the update; of biases and scales the agent knows better
+        factor: largest scale error of a gradient norm, up or down, beyond its noise.
+        error: largest relative error of the first gradient that differs, root mean square over
+            seeds.
+        floor: norm below which a gradient may be nothing but rounding, as a fraction of the norm of
+            all gradients of the update. For biases and scales the agent has a better estimate
             (``agent/flows.py``), and the larger of the two counts.
     """
 
@@ -52,20 +56,20 @@ class Bounds:
 
 
 REORDERED = Bounds(factor=1.01, error=1e-3, floor=2.0**-20)
-"""Rounding is 2**-24 in float32. Eight residual blocks with batch norm amplify the rounding of a
-gradient by up to 500."""
+"""One rounding in float32 is an error of 2**-24. Eight residual blocks with batch norm amplify the
+rounding error of a gradient up to 500 times."""
 
 REDUCED = Bounds(factor=1.1, error=1.2, floor=2.0**-11)
-"""Rounding is 2**-9 in bfloat16. Measured under autocast at the first step: relative errors of 0.01
-to 0.02 in transformers, 0.2 in three residual blocks with batch norm, 0.9 in eight (1.4 would be
-another gradient of the same size)."""
+"""One rounding in bfloat16 is an error of 2**-9. Relative errors measured under autocast at the
+first step: 0.01 to 0.02 in transformers, 0.2 in three residual blocks with batch norm, 0.9 in eight
+(1.4 would be an unrelated gradient of the same norm)."""
 
 COARSE_ROUNDOFF = 2.0**-12
-"""Unit roundoff from which on a program's own arithmetic is as coarse as what ``REDUCED`` is for:
-that of float16 and TF32 is 2**-11, of bfloat16 2**-8."""
+"""Smallest unit roundoff of a program's own arithmetic for which ``REDUCED`` applies. The unit
+roundoff of float16 and TF32 is 2**-11, that of bfloat16 2**-8."""
 
 ALL = ""
-"""The name under which the median over all parameters goes."""
+"""The name of the median over all parameters, beside the names of parameters."""
 
 
 def judge(
@@ -74,12 +78,12 @@ def judge(
     """Compare the gradients of the first updates.
 
     Args:
-        bare, plan: what was recorded of each seed, in the same order.
+        bare, plan: one run for each seed, in the same order of seeds.
         exactness: what the plan's settings may change.
     """
     if not any(bare) or not any(plan):
         return Check("gradients", "open", "no gradients were recorded")
-    why = _missing(bare, plan)
+    why = _find_missing(bare, plan)
     if why is not None:
         return Check("gradients", "failed", why)
     bounds = REDUCED if "reduced" in exactness or are_coarse(bare) else REORDERED
@@ -103,15 +107,15 @@ def judge(
         "factor_high": math.exp(centre + half),
     }
     if abs(centre) - half > tolerance:
-        what = "all gradients are" if worst == ALL else f"the gradient of {worst} is"
+        subject = "all gradients are" if worst == ALL else f"the gradient of {worst} is"
         why = (
-            f"{what} {math.exp(centre):.3g} times bare's "
+            f"{subject} {math.exp(centre):.3g} times bare's "
             f"({math.exp(centre - half):.3g} to {math.exp(centre + half):.3g})"
         )
         return Check("gradients", "failed", why, figures)
     why = (
-        f"the gradients of {figures['parameters']:.0f} parameters agree in size; half of them "
-        f"would have shown a factor of {seen:.3g}"
+        f"gradient norms of {figures['parameters']:.0f} parameters match the baseline; for half of "
+        f"them a scale error of {seen:.3g}x would have been detected"
     )
     errors = {} if is_random else dict(_errors(bare, plan, bounds.floor))
     if errors:
@@ -119,17 +123,19 @@ def judge(
         figures |= {"error": errors[worst], "error_limit": bounds.error}
         if errors[worst] > bounds.error:
             why = (
-                f"the first gradient of {worst} is off by {errors[worst]:.2g} of its size "
+                f"the first gradient of {worst} is off by {errors[worst]:.2g} of its norm "
                 f"(limit {bounds.error:g})"
             )
             return Check("gradients", "failed", why, figures)
-        why += f"; each is off by at most {errors[worst]:.2g} of its size"
+        why += f"; each gradient is off by at most {errors[worst]:.2g} of its norm"
     return Check("gradients", "passed", why, figures)
 
 
 def are_coarse(recorded: Sequence[Recorded]) -> bool:
-    """Whether a program computes its gradients in half precision, whatever else it does: another
-    order of the same arithmetic then changes them as much as lower precision does."""
+    """Whether a program itself computes any gradient in half precision.
+
+    Another order of the same arithmetic then changes gradients as much as lower precision does.
+    """
     return any(
         gradient.roundoff is not None and gradient.roundoff >= COARSE_ROUNDOFF
         for run in recorded
@@ -138,7 +144,8 @@ def are_coarse(recorded: Sequence[Recorded]) -> bool:
     )
 
 
-def _missing(bare: Sequence[Recorded], plan: Sequence[Recorded]) -> str | None:
+def _find_missing(bare: Sequence[Recorded], plan: Sequence[Recorded]) -> str | None:
+    """A gradient that only one side has, or that is not finite under the plan, one clause."""
     for run, other in zip(bare, plan, strict=True):
         for name, given in run.items():
             if name not in other:
@@ -155,7 +162,11 @@ def _missing(bare: Sequence[Recorded], plan: Sequence[Recorded]) -> str | None:
 def _pairs(
     name: str, run: Recorded, other: Recorded
 ) -> Iterator[tuple[int, Gradient, Gradient, float]]:
-    """The finite gradients of one parameter, with the norm of all gradients of the update."""
+    """The finite gradients of one parameter.
+
+    Yields the number of the update, the gradients of bare and plan, and the norm of all of bare's
+    gradients in that update.
+    """
     for update, (mine, theirs) in enumerate(
         zip(run.get(name, ()), other.get(name, ()), strict=False)
     ):
@@ -165,7 +176,7 @@ def _pairs(
 
 
 def _first_other(run: Recorded, other: Recorded) -> int:
-    """The first update in which any gradient is not the same to the bit; 0: all are."""
+    """The first update in which any gradient is not the same to the bit; 0 if all are."""
     return min(
         (
             update
@@ -178,16 +189,18 @@ def _first_other(run: Recorded, other: Recorded) -> int:
 
 
 def _floor(mine: Gradient, theirs: Gradient, of_whole: float) -> float:
-    """The norm up to which a gradient is nothing but rounding, on one side or the other."""
+    """The norm up to which a gradient may be nothing but rounding, on either side."""
     return max(of_whole, mine.noise or 0.0, theirs.noise or 0.0)
 
 
 def _sizes(
     name: str, bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[tuple[int, int], float]]:
-    """Logarithm of the plan's norm over bare's, by seed and update; nothing below the floor, and
-    nothing of the updates before the first that differs: a setting that leaves these as they are is
-    not proven by them."""
+    """The logarithm of the plan's gradient norm over bare's, by seed and update.
+
+    Gradients below the floor are left out, and so are the updates before the first that differs: a
+    setting that does nothing in them is not proven by them.
+    """
     for seed, (run, other) in enumerate(zip(bare, plan, strict=True)):
         first = _first_other(run, other)
         for update, mine, theirs, whole in _pairs(name, run, other):
@@ -202,6 +215,7 @@ def _sizes(
 def _against_median(
     sizes: Mapping[str, Mapping[tuple[int, int], float]],
 ) -> dict[str, dict[tuple[int, int], float]]:
+    """The logarithms relative to the median of their update; the medians are there as ``ALL``."""
     together: dict[tuple[int, int], list[float]] = {}
     for one in sizes.values():
         for place, size in one.items():
@@ -215,7 +229,7 @@ def _against_median(
 
 
 def _interval(values: Sequence[float], parameters: int) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval; of one value, which has none, 0."""
+    """The mean, and half the width of its confidence interval, which is 0 for a single value."""
     from scipy import stats  # type: ignore[import-untyped]
 
     count = len(values)
@@ -229,9 +243,10 @@ def _interval(values: Sequence[float], parameters: int) -> tuple[float, float]:
 def _errors(
     bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[str, float]]:
-    """Of each parameter's gradient above the floor in the first update that differs at all.
+    """The relative error of each parameter's gradient in the first update that differs at all.
 
-    Up to there the weights were the same. Some settings leave the first steps as they are.
+    Up to that update the weights were the same; some settings do nothing in the first steps.
+    Gradients below the floor are left out.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""``flatout run --tune``: what to compare in the real training, and the plan that comes of it."""
+"""``flatout run --tune``: what is compared in the real training, and the plan that comes of it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Comparison, Request
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
-"""Classes of the settings that are compared without a proof: their arithmetic is the program's."""
+"""Classes of the settings that may be compared without a proof: they keep the program's
+arithmetic."""
 
 BLOCK_STEPS, DISCARD_STEPS, WARMUP_STEPS, ROUNDS = 6, 2, 5, 8
+"""Steps of a block, those at its start that are not timed, steps before the first block, and most
+blocks of each setting. See ``Comparison``."""
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""What the job computes on shows when it runs: a setting that has nothing to do there refuses."""
+"""Candidates for all of these are compared, since what the job computes on shows only when it runs;
+settings that have nothing to do there refuse."""
 
 
 def request(arguments: argparse.Namespace) -> Request:
-    """What the agent shall do.
+    """What the agent shall do: compare each hot candidate alone, then keep what is faster.
+
+    Args:
+        arguments: arguments of ``flatout run``.
 
     Raises:
-        UserError: the plan's file cannot be written, or holds a plan that is proven.
+        UserError: the plan's file cannot be written, or holds a plan that was not learned; or the
+            user sets knobs as well.
     """
     path = _path(arguments)
     paths.check_writable(path)
@@ -39,7 +47,7 @@ def request(arguments: argparse.Namespace) -> Request:
             "name another file by --plan"
         )
     if arguments.set:
-        raise UserError("--tune turns knobs itself: leave --set out")
+        raise UserError("--tune chooses the settings itself: leave --set out")
     arms: dict[str, str] = {}
     for device in DEVICES:
         known = Facts(device, huge_pages=machine.huge_pages())
@@ -60,33 +68,33 @@ def request(arguments: argparse.Namespace) -> Request:
 
 
 def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
-    """Write down what was learned; returns it in words.
+    """Write a plan of what was learned; returns what to tell the user, a line each.
 
     Args:
-        arguments: of ``flatout run``.
-        run_directory: of the run that has ended.
+        arguments: arguments of ``flatout run``.
+        run_directory: directory of the run that has ended.
     """
     try:
         times = read_step_times(run_directory)
     except RecordError:
-        return []  # it has been told already
+        return []  # flatout run has already said that the record cannot be read
     if times is None:
         return []
     if times.learned is None:
         return ["nothing was learned: the program ended before the comparison did"]
-    said = []
+    lines = []
     kept: dict[str, str] = {}
     ratios: dict[str, float] = {}
     for one in times.learned:
         ratio = Ratio(one.value, one.low, one.high, one.pairs)
-        said.append(
+        lines.append(
             f"{one.knob}={one.setting}: {ratio} in-process, {'kept' if one.kept else 'not kept'}"
         )
         if one.kept:
             kept[one.knob] = one.setting
             ratios[one.knob] = one.value
     if not kept:
-        return [*said, "no setting that changes no arithmetic was faster, beyond noise"]
+        return [*lines, "no setting that keeps the program's arithmetic was measurably faster"]
     path = _path(arguments)
     facts: Mapping[str, plan.Fact] = {
         **machine.fingerprint(),
@@ -103,7 +111,7 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     ).write(path)
     command = shlex.join(arguments.command)
     return [
-        *said,
+        *lines,
         f"an unproven plan of {', '.join(f'{k}={s}' for k, s in kept.items())} is in {path}; to "
         f"prove and extend it: flatout tune --plan {shlex.quote(str(path))} -- {command}",
     ]

@@ -1,4 +1,4 @@
-"""Does the plan need more memory? Pure functions of recorded steps."""
+"""Whether a plan needs too much memory. The functions are pure functions of recorded steps."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from flatout.tune import figures
 from flatout.wire.record import Step
 
 ALLOWED = 1.1
-"""Times the bare program's peak, unless the user allows more."""
+"""Peak memory that a plan may have, as a multiple of the bare program's, by default."""
 
 LEAK_STEPS = 2000
-"""Steps after which a growth that goes on must still be within what is allowed."""
+"""Steps after which memory that keeps growing must still be within what is allowed."""
 
 FEWEST_STEPS = 16
-"""Below which growth is not looked at."""
+"""Fewest steps of a run whose growth is looked at."""
 
 
 def refusal(
     bare: Sequence[Sequence[Step]], plan: Sequence[Sequence[Step]], allowed: float
 ) -> str | None:
-    """Why the plan needs too much, one clause; ``None``: it does not, or it was not measured.
+    """Why a plan needs too much memory, one clause; ``None``: it does not, or it was not measured.
 
-    On an accelerator its memory counts, else that of the main process.
+    If the program uses an accelerator, the accelerator's memory counts, else that of the main
+    process.
 
     Args:
         bare, plan: steps of each run.
-        allowed: peak of the plan over that of bare.
+        allowed: peak memory that the plan may have, as a multiple of bare's.
     """
     bare_peak, plan_peak = peak_device_bytes(bare), peak_device_bytes(plan)
     if bare_peak is None or plan_peak is None:
@@ -48,12 +49,12 @@ def refusal(
 
 
 def peak_rss_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """Peak of the main process, median of the runs; ``None``: not measured."""
+    """The peak of the main process, the median of the runs; ``None``: not measured."""
     return _median(steps[-1].peak_rss_bytes for steps in runs if steps)
 
 
 def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """Peak on the accelerator, median of the runs; ``None``: not measured, or none is used."""
+    """The peak on the accelerator, the median of the runs; ``None``: none is used or measured."""
     return _median(
         max((step.peak_device_bytes or 0 for step in steps), default=0) for steps in runs
     )
@@ -65,7 +66,8 @@ def _median(peaks: Iterable[int | None]) -> int | None:
 
 
 def _growth_bytes(runs: Sequence[Sequence[Step]]) -> float:
-    """Median growth a step that went on through the third and the last quarter of the runs."""
+    """The growth per step that lasted through the third and the last quarter of a run, the median
+    of the runs."""
     found = []
     for steps in runs:
         peaks = [step.peak_rss_bytes for step in steps]

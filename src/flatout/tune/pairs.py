@@ -1,7 +1,8 @@
-"""Bare and a plan in fresh processes, in alternation: the claim, and the losses for the proof.
+"""Pairs of fresh processes: they give the claimed ratio, and the losses for the proof.
 
-Bare, plan, plan, bare, ...: the order is mirrored from pair to pair, so that a steady drift of the
-machine cancels; both runs of a pair have the same seed.
+The two runs of a pair have the same seed. Where two of the programs fit into memory, they run at
+the same time and alternate in blocks of steps (a relay); otherwise one runs after the other, as
+baseline, variant, variant, baseline, and so on, so that a steady drift of the machine cancels.
 """
 
 from __future__ import annotations
@@ -22,53 +23,63 @@ from flatout.wire.request import Envelope, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 WARMUP_STEPS = 3
-"""Steps left out at the beginning of each run: first calls, lazy initialisation."""
+"""Steps at the start of each run that are not timed: first calls and lazy initialisation."""
 
 MINIMUM_STEPS = 20
-"""Steps of a run below which neither its mean nor a loss says much."""
+"""Fewest steps of a run whose mean time and loss are worth looking at."""
 
 LIMIT_FACTOR, LIMIT_EXTRA_S = 4.0, 30.0
-"""A trial may take so many times what bare needs, and so much more, before it counts as hung."""
+"""A trial counts as hung when it takes more than this many times what the bare program needs, plus
+this many seconds."""
+
+PROOF_INSPECTION = Inspection(state=True, outputs=8)
+"""What a proof needs to see of a run, besides its losses."""
+
+RELAY_BLOCK_STEPS, RELAY_BLOCK_S, FEWEST_RELAY_BLOCKS = 5, 0.1, 8
+"""A block of a relay has at least the first number of steps and lasts about the second, as long as
+each run still has the third number of blocks. A fifth of each block is not timed, and the rest must
+outlast the caches that have gone cold while the other run had the machine."""
 
 
 @dataclass
 class Pace:
-    """How long bare takes.
+    """How fast the bare program is.
 
     Attributes:
-        startup_s: of a process, until its first step.
-        step_s: one step.
+        startup_s: seconds from the start of the process to its first step.
+        step_s: seconds of one step.
     """
 
     startup_s: float
     step_s: float
 
     def limit_s(self, steps: int) -> float:
-        """Time limit for a trial of so many steps."""
+        """The time limit of a trial of this many steps, in seconds."""
         return LIMIT_EXTRA_S + LIMIT_FACTOR * self.seconds(steps)
 
     def seconds(self, steps: int) -> float:
-        """Of a trial of so many steps, about."""
+        """The expected time of a trial of this many steps, in seconds."""
         return self.startup_s + steps * self.step_s
 
 
 @dataclass
 class Pairs:
-    """Pairs that have ended.
+    """Pairs of runs of a baseline and a variant that have ended.
 
     Attributes:
-        first, second: the settings of the two sides.
-        firsts, seconds: their trials, one of each for each pair.
-        in_relay: whether both sides of a pair run at the same time, in turns of some steps.
-        failure: why the second side cannot run, ``None`` if it can.
-        interrupted: whether the user has ended it early.
-        overtime_from: how many there were when the budget was spent, if more were wanted.
+        baseline, variant: settings of the two sides.
+        baseline_runs, variant_runs: trials of the two sides, one of each for each pair.
+        in_relay: whether both runs of a pair exist at the same time and alternate in blocks of
+            steps.
+        failure: why the variant cannot run, ``None`` if it can.
+        interrupted: whether the user has ended the tune early.
+        overtime_from: how many pairs there were when the budget was spent, ``None`` before that.
     """
 
-    first: Mapping[str, str]
-    second: Mapping[str, str]
-    firsts: list[Trial] = field(default_factory=list)
-    seconds: list[Trial] = field(default_factory=list)
+    baseline: Mapping[str, str]
+    variant: Mapping[str, str]
+    baseline_runs: list[Trial] = field(default_factory=list)
+    variant_runs: list[Trial] = field(default_factory=list)
     in_relay: bool = False
     failure: str | None = None
     interrupted: bool = False
@@ -76,90 +87,104 @@ class Pairs:
 
     @property
     def count(self) -> int:
-        """How many pairs are complete."""
-        return min(len(self.firsts), len(self.seconds))
+        """The number of complete pairs."""
+        return min(len(self.baseline_runs), len(self.variant_runs))
 
     @property
     def times_ms(self) -> list[tuple[float, float]]:
         """The step times of each pair, see ``paired_ms``."""
         return [
             paired_ms(one.process, other.process)
-            for one, other in zip(self.firsts, self.seconds, strict=False)
+            for one, other in zip(self.baseline_runs, self.variant_runs, strict=False)
         ]
 
     @property
     def log_ratios(self) -> list[float]:
-        """Of the step times of each pair."""
+        """The logarithm of the ratio of each pair: baseline step time over variant step time."""
         return [math.log(one / other) for one, other in self.times_ms]
 
     @property
     def ratio(self) -> Ratio:
-        """How many times faster the second side is.
+        """How many times faster the variant is.
 
         Raises:
             ValueError: there are fewer than two pairs.
         """
-        return statistics.claimed(self.log_ratios)
+        return statistics.estimate_ratio(self.log_ratios)
 
     @property
     def whole_ratio(self) -> float:
-        """``ratio`` with all steps, those among them that ``paired_ms`` leaves out: if it is the
-        plan that makes them slow, and no accident, they show here."""
-        both = zip(self.firsts, self.seconds, strict=False)
+        """The ratio over all steps, with those that ``paired_ms`` leaves out as outliers. If the
+        plan itself makes these steps slow, they show here."""
+        both = zip(self.baseline_runs, self.variant_runs, strict=False)
         return geometric_mean(step_ms(one.process) / step_ms(other.process) for one, other in both)
 
     @property
     def costs(self) -> tuple[Cost, Cost]:
-        """What the two sides take; their step times are in the ratio that is claimed."""
-        times_ms = self.times_ms
-        firsts, seconds = (
-            cost(side[: self.count], geometric_mean(column))
-            for side, column in zip(
-                (self.firsts, self.seconds), zip(*times_ms, strict=True), strict=True
+        """What baseline and variant take; the ratio of their step times is ``ratio``."""
+        baseline, variant = (
+            _cost(runs[: self.count], geometric_mean(column))
+            for runs, column in zip(
+                (self.baseline_runs, self.variant_runs),
+                zip(*self.times_ms, strict=True),
+                strict=True,
             )
         )
-        return firsts, seconds
+        return baseline, variant
 
     def steps(self, side: list[Trial]) -> list[list[Step]]:
-        """The steps of each run of a side that is part of a complete pair."""
+        """The steps of each run of one side that is part of a complete pair.
+
+        Args:
+            side: ``baseline_runs`` or ``variant_runs``.
+        """
         return [done.process.turns for done in side[: self.count]]
+
+    def without_effect(self) -> dict[str, str]:
+        """The knobs of the variant that did nothing in any of its runs, each with the reason."""
+        unused = [trial.collect_reasons(done.process, "unused") for done in self.variant_runs]
+        first = unused[0] if unused else {}
+        return {name: why for name, why in first.items() if all(name in one for one in unused)}
 
 
 def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
-    """Step times of two runs with the same seed: whatever is said of a pair is made of these.
+    """The step times of the two runs of a pair, in ms. All that is said of a pair rests on them.
 
-    See ``statistics.paired_means_ms``; evaluation passes between the steps are added to both.
+    See ``statistics.paired_means_ms``; each run's evaluation passes between the steps are added.
     """
     in_steps = statistics.paired_means_ms(
         statistics.timed_ms(one.turns, WARMUP_STEPS), statistics.timed_ms(other.turns, WARMUP_STEPS)
     )
     first, second = (
-        mean * step_ms(process) / fmean(turn.step_ms for turn in timed_turns(process))
+        mean * step_ms(process) / fmean(step.step_ms for step in timed_steps(process))
         for mean, process in zip(in_steps, (one, other), strict=True)
     )
     return first, second
 
 
 def step_ms(process: ProcessRecord) -> float:
-    """Mean time of a step after the warm-up, with its share of the evaluation passes.
+    """The mean time of a step after the warm-up, with its share of the evaluation passes, in ms.
 
-    A median would be calmer, but it leaves out those passes, and whatever happens at every tenth
-    step only: the user waits for all of it.
+    A median would scatter less, but it would leave out the evaluation passes and whatever happens
+    only at every tenth step, for which the user waits as well.
+
+    Raises:
+        ValueError: the run has no steps after the warm-up.
     """
-    timed = timed_turns(process)
+    timed = timed_steps(process)
     if not timed:
         raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
     between = _passes_between(process, timed)
-    return sum(turn.step_ms for turn in (*timed, *between)) / len(timed)
+    return sum(step.step_ms for step in (*timed, *between)) / len(timed)
 
 
-def timed_turns(process: ProcessRecord) -> list[Step]:
-    """The steps that tell the usual time: after the warm-up, neither profiled nor after a wait."""
-    return [turn for turn in process.turns[WARMUP_STEPS:] if turn.mark is None]
+def timed_steps(process: ProcessRecord) -> list[Step]:
+    """The steps that show the usual time: after the warm-up, neither profiled nor after a wait."""
+    return [step for step in process.turns[WARMUP_STEPS:] if step.mark is None]
 
 
 def _passes_between(process: ProcessRecord, timed: Sequence[Step]) -> list[Step]:
-    """Evaluation passes between the first and the last timed step."""
+    """The evaluation passes between the first and the last timed step."""
     passes = process.evaluations if process.trains else []
     first_s, last_s = timed[0].at_s, timed[-1].at_s
     return [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
@@ -167,12 +192,13 @@ def _passes_between(process: ProcessRecord, timed: Sequence[Step]) -> list[Step]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one side takes: medians over its runs, of the step their geometric mean.
+    """What the runs of one side take.
 
     Attributes:
-        startup_s: from the import of torch to the first step.
-        warmup_s: what the first steps take more than later ones: compilation, first calls.
-        step_ms: one step after that.
+        startup_s: from the import of torch to the first step, the median of the runs.
+        warmup_s: how much longer the first steps take than later ones (compilation, first calls),
+            the median of the runs.
+        step_ms: one step after the warm-up, the geometric mean of the runs.
     """
 
     startup_s: float
@@ -180,12 +206,12 @@ class Cost:
     step_ms: float
 
     def job_s(self, steps: int) -> float:
-        """The projected time of a job of so many steps."""
+        """The projected time of a job of this many steps, in seconds."""
         return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
 
 
-def cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
-    """What these runs of one side take.
+def _cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
+    """What the runs of one side take.
 
     Args:
         trials: the runs, at least one.
@@ -193,32 +219,32 @@ def cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
     """
     startups, warmups = [], []
     for done in trials:
-        turns = done.process.turns
-        first_s = sum(turn.step_ms for turn in turns[:WARMUP_STEPS]) / 1e3
+        steps = done.process.turns
+        first_s = sum(step.step_ms for step in steps[:WARMUP_STEPS]) / 1e3
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
-        startups.append(turns[0].at_s)
+        startups.append(steps[0].at_s)
         warmups.append(max(first_s - usual_s, 0.0))
     return Cost(median(startups), median(warmups), of_step_ms)
 
 
 def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str, float | None]:
-    """The parts of a step (``document.PARTS``), which sum to it; ``None``: not measured.
+    """The parts of a step in ms (``document.PARTS``), which sum to it; ``None``: not measured.
 
     Args:
-        processes: runs of one side, at least one.
-        of_step_ms: their step time, of which these are the mean shares over the runs.
+        processes: the runs of one side, at least one.
+        of_step_ms: their step time, which is split by the mean shares of the parts in the runs.
     """
     shares: dict[str, list[float]] = {}
     for process in processes:
-        timed = timed_turns(process)
+        timed = timed_steps(process)
         whole_ms = step_ms(process) * len(timed)
         for phase in PHASES:
-            known = [ms for turn in timed if (ms := turn.phases_ms[phase]) is not None]
+            known = [ms for step in timed if (ms := step.phases_ms[phase]) is not None]
             if known:
                 shares.setdefault(phase, []).append(sum(known) / whole_ms)
         between = _passes_between(process, timed)
         if between:
-            part = sum(turn.step_ms for turn in between) / whole_ms
+            part = sum(step.step_ms for step in between) / whole_ms
             shares.setdefault("evaluation", []).append(part)
     found: dict[str, float | None] = dict.fromkeys(PHASES)
     for name, of_runs in shares.items():
@@ -227,12 +253,15 @@ def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str
 
 
 def break_even_steps(bare: Cost, plan: Cost) -> int | None:
-    """Steps after which the plan has made up for its longer start; ``None``: never."""
+    """The steps after which the plan has made up for its longer start; ``None``: it never does."""
     gain_s = (bare.step_ms - plan.step_ms) / 1e3
     longer_s = plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
     if gain_s <= 0:
         return None
     return max(0, math.ceil(longer_s / gain_s))
+
+
+# Running pairs
 
 
 def run(
@@ -248,37 +277,41 @@ def run(
     """Run pairs until there are enough, and add them to ``pairs``.
 
     Args:
-        trials: of this tune.
-        pairs: to be added to.
-        pace: of bare.
-        steps: of each run.
-        seed: of the first pair; the others count up from it.
-        is_enough: asked before each pair.
-        say: called with a line for each pair.
+        trials: runs the program.
+        pairs: what the runs are added to.
+        pace: pace of the bare program.
+        steps: length of each run.
+        seed: seed of the first pair; each later pair has the next one.
+        is_enough: is asked before each pair whether to stop.
+        say: is called with a line for each pair.
 
     Raises:
-        UserError: the first side cannot run.
+        UserError: the baseline cannot run.
     """
     while not is_enough(pairs):
         number = pairs.count
         try:
             if pairs.in_relay:
-                _relay(trials, pairs, pace=pace, steps=steps, seed=seed + number)
+                _run_relay(trials, pairs, pace=pace, steps=steps, seed=seed + number)
             else:
-                for is_second in (False, True) if number % 2 == 0 else (True, False):
+                for is_variant in (False, True) if number % 2 == 0 else (True, False):
                     if pairs.failure is None:
-                        _one(trials, pairs, is_second, pace=pace, steps=steps, seed=seed + number)
+                        _run_side(
+                            trials, pairs, is_variant, pace=pace, steps=steps, seed=seed + number
+                        )
         except KeyboardInterrupt:
             pairs.interrupted = True
-            del pairs.firsts[number:], pairs.seconds[number:]
+            del pairs.baseline_runs[number:], pairs.variant_runs[number:]
             return
         except RelayFailedError as failed:
             if failed.place == 1 and number:
                 pairs.failure = str(failed)
             elif number:
-                raise said("the program fails when it runs again", failed.failure) from failed
+                raise to_user_error("the program fails when it runs again", failed.failure) from (
+                    failed
+                )
             else:
-                say(f"two runs at the same time fail ({failed}): one after the other from now on")
+                say(f"two runs at the same time fail ({failed}): from now on they run one by one")
                 pairs.in_relay = False
                 continue
         if pairs.failure is not None:
@@ -290,89 +323,88 @@ def run(
         )
 
 
-TURN_STEPS, TURN_S, FEWEST_TURNS = 5, 0.1, 8
-"""Of a turn, at least as many steps and about as long, if that leaves a run so many of them: the
-first fifth is left out, the rest must outlast what has gone cold while the other one ran."""
+def size_relay(steps: int, step_s: float) -> Relay:
+    """How two runs of this many steps alternate; the first steps, which fill no block, warm up.
 
-
-def turns(steps: int, step_s: float) -> Relay:
-    """How two runs of so many steps take turns; the first steps, which fill no turn, warm up."""
+    Args:
+        steps: length of each run.
+        step_s: seconds of one step.
+    """
     usable = steps - WARMUP_STEPS
-    block_steps = max(TURN_STEPS, min(round(TURN_S / step_s), usable // FEWEST_TURNS))
+    longest = usable // FEWEST_RELAY_BLOCKS
+    block_steps = max(RELAY_BLOCK_STEPS, min(round(RELAY_BLOCK_S / step_s), longest))
     blocks = max(usable // block_steps, 1)
     return Relay(
         folder="",
         place=0,
         block_steps=block_steps,
-        discard_steps=block_steps // TURN_STEPS,
+        discard_steps=block_steps // RELAY_BLOCK_STEPS,
         warmup_steps=steps - blocks * block_steps,
         blocks=blocks,
     )
 
 
-def _relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -> None:
-    """One pair of runs that take turns.
+def _run_relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -> None:
+    """Run one pair whose runs alternate.
 
     Raises:
-        RelayFailedError: one of them fails, or one of the knobs.
+        RelayFailedError: one of the runs fails, or one of its knobs; place 0 is the baseline.
     """
-    relay = turns(steps, pace.step_s)
-    sides = (pairs.first, pairs.second) if pairs.count % 2 == 0 else (pairs.second, pairs.first)
-    one, other = (_request(s, seed=seed, inspection=PROOF) for s in sides)
+    relay = size_relay(steps, pace.step_s)
+    baseline_begins = pairs.count % 2 == 0
+    sides = (pairs.baseline, pairs.variant) if baseline_begins else (pairs.variant, pairs.baseline)
+    one, other = (_request(s, seed=seed, inspection=PROOF_INSPECTION) for s in sides)
     try:
         done = trials.run_two((one, other), relay, 2 * pace.limit_s(steps))
         for place, settings in enumerate(sides):
             try:
-                _check(done[place], settings, steps, seed)
+                _check_complete(done[place], settings, steps, seed)
             except TrialFailedError as failure:
                 raise RelayFailedError(place, failure) from failure
     except RelayFailedError as failed:
-        if pairs.count % 2:
+        if not baseline_begins:
             raise RelayFailedError(1 - failed.place, failed.failure) from failed
         raise
-    first, second = done if pairs.count % 2 == 0 else done[::-1]
-    pairs.firsts.append(first)
-    pairs.seconds.append(second)
+    baseline, variant = done if baseline_begins else done[::-1]
+    pairs.baseline_runs.append(baseline)
+    pairs.variant_runs.append(variant)
 
 
-PROOF = Inspection(state=True, outputs=8)
-"""What a proof wants to see of a run, besides its losses."""
-
-
-def one_run(
+def run_once(
     trials: Trials,
     settings: Mapping[str, str],
     *,
     pace: Pace,
     steps: int,
     seed: int,
-    inspection: Inspection = PROOF,
+    inspection: Inspection = PROOF_INSPECTION,
 ) -> Trial:
-    """One run under some settings.
+    """Run the program once under some settings.
 
     Raises:
-        TrialFailedError: it fails, one of the knobs does, or it ends early.
+        TrialFailedError: the run fails, one of its knobs fails, or it ends early.
     """
     request = _request(settings, seed=seed, inspection=inspection, stop_steps=steps)
     done = trials.run(request, pace.limit_s(steps))
-    _check(done, settings, steps, seed)
+    _check_complete(done, settings, steps, seed)
     return done
 
 
 def _request(settings: Mapping[str, str], **asked: Any) -> Request:
-    """What a run under some settings is asked for: with the guard, whose time belongs to them."""
+    """The request of a run under some settings. Unless these are bitwise, it includes the guard,
+    as ``flatout run`` would: its time is part of what the settings cost."""
     is_bitwise = all(knobs.is_bitwise(name, setting) for name, setting in settings.items())
     guard = None if is_bitwise else Envelope()
     return Request(settings=dict(settings), guard=guard, **asked)
 
 
-def _check(done: Trial, settings: Mapping[str, str], steps: int, seed: int) -> None:
-    """Check that a run came as far as it should, with all its knobs.
+def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: int) -> None:
+    """Check that a run made enough steps, and that none of its knobs failed.
 
     Raises:
-        TrialFailedError: it did not.
+        TrialFailedError: it ended early, or a knob failed.
     """
-    for name, why in trial.reasons(done.process, "failed").items():
+    for name, why in trial.collect_reasons(done.process, "failed").items():
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
     if len(done.process.turns) < min(MINIMUM_STEPS, steps):
@@ -384,20 +416,25 @@ def _check(done: Trial, settings: Mapping[str, str], steps: int, seed: int) -> N
         )
 
 
-def _one(
-    trials: Trials, pairs: Pairs, is_second: bool, *, pace: Pace, steps: int, seed: int
+def _run_side(
+    trials: Trials, pairs: Pairs, is_variant: bool, *, pace: Pace, steps: int, seed: int
 ) -> None:
-    settings = pairs.second if is_second else pairs.first
-    side = pairs.seconds if is_second else pairs.firsts
+    """Run one side of a pair alone; a failure of the variant is noted in ``pairs``.
+
+    Raises:
+        UserError: the baseline fails.
+    """
+    settings = pairs.variant if is_variant else pairs.baseline
+    side = pairs.variant_runs if is_variant else pairs.baseline_runs
     try:
-        side.append(one_run(trials, settings, pace=pace, steps=steps, seed=seed))
+        side.append(run_once(trials, settings, pace=pace, steps=steps, seed=seed))
     except TrialFailedError as failure:
-        if not is_second:
-            raise said("the program fails when it runs again", failure) from failure
+        if not is_variant:
+            raise to_user_error("the program fails when it runs again", failure) from failure
         pairs.failure = str(failure)
 
 
-def said(message: str, failure: TrialFailedError) -> UserError:
-    """A user error that ends with the program's last lines."""
+def to_user_error(message: str, failure: TrialFailedError) -> UserError:
+    """Turn the failure of a trial into a user error that ends with the program's last lines."""
     lines = f"; its last lines:\n{failure.tail}" if failure.tail else ""
     return UserError(f"{message}: {failure}{lines}")

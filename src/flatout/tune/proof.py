@@ -1,39 +1,39 @@
-"""Does the plan compute the same? Runs of bare and plan from the same seeds, held side by side.
+"""Whether a plan computes the same as bare: runs of both from the same seeds are compared.
 
-Pure functions of what was recorded. Every seed has a bare run and a plan run; which checks are made
-of them depends on what the settings may change (``EXACTNESS``).
+The functions are pure functions of records. Each seed has a bare run and a plan run; which checks
+are made depends on what the settings may change (``knob.EXACTNESS``).
 
 ``losses``
-    Paired non-inferiority: at each backward call of the step, over the second half of the steps and
-    over their last quarter, the mean of plan minus bare with its upper confidence limit (Student's
-    t over the seeds) must stay within one standard deviation of bare's own seed-to-seed spread.
-    A plan that lowers the loss passes, unless it does so by far more than seeds do: then it trains
-    something else. A program that seeds itself gives the same losses whatever seed it starts from.
-    The yardstick is then the scatter from batch to batch: the standard error that it gives the mean
-    over a window is the least that any other data order would change.
+    Paired non-inferiority, for each backward call of the step, over the second half of the steps
+    and over their last quarter: the upper confidence limit (Student's t over the seeds) of the mean
+    of plan minus bare must be at most one seed-to-seed standard deviation of bare. A plan that
+    lowers the loss passes, unless it lowers it by far more than seeds do: it then trains something
+    else. A program that seeds itself gives the same losses from every seed. The yardstick is then
+    the scatter from batch to batch: the standard error that it gives the mean over a window is the
+    least that any other data order would change.
     A loss that has not fallen by more than this margin since the first steps proves little: a plan
     under which nothing is learned would pass as well. The check is then open, and the proof
     ``inconclusive``.
 ``spikes``
-    No single loss is not finite, or above bare's by more than bare ever is above itself.
+    Each loss is finite, and above bare's by no more than bare's own losses scatter.
 ``identity``
-    Asked of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs from
-    one seed are not identical either, this is open, and the other checks are all there is.
+    Required of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs
+    from one seed are not identical either, this check is open, and the other checks decide.
 
 Where bare does not repeat itself (several processes on one set of weights, atomic additions), a
-step has no counterpart in another run. A loss is then held against the highest that bare's runs
-have in that quarter of the steps, and the margin is at least the spread between them.
+step has no counterpart in another run. A loss is then compared with the highest that bare's runs
+have in that quarter of the steps, and the margin is at least the spread between these runs.
 
 ``gradients``
-    Of the first updates, for each parameter. A wrong constant factor in one gradient turns no
-    other, and an optimizer like Adam hides it from the loss. See ``gradients.judge``.
+    The gradients of the first updates, for each parameter, since the loss hardly shows a wrong
+    constant factor in one gradient under an optimizer like Adam. See ``gradients.judge``.
 ``evaluation``, ``state``
-    Losses and figures of passes that do not train; buffers (statistics of batch norm) at the end.
+    Losses and outputs of passes that do not train; buffers (statistics of batch norm) at the end.
 ``probabilities``
-    Where an outermost module returns them: a precision that rounds those next to 1 to exactly 1 has
-    a loss made of them cut off (``log(1 - p)``), and their gradients at 0.
+    Probabilities that an outermost module returns: a precision that rounds those near 1 to exactly
+    1 cuts off a loss made of them (``log(1 - p)``), and their gradients become 0.
 ``outputs``
-    Of a program that only infers: what comes out for identical inputs.
+    The outputs for identical inputs, of a program that only infers.
 
 More seeds make the limits narrower: where settings reorder the data, the difference of two means
 over n seeds scatters by ``sqrt(2 / n)`` of the margin. A check that fails only because its limit is
@@ -56,63 +56,76 @@ from flatout.tune import gradients
 from flatout.wire.record import Gradient, Output, ProcessRecord, RootState, Step
 
 Curve = tuple[float, ...]
-"""Losses of one backward call of the step, in the order of the steps."""
+"""The losses of one backward call of the step, in the order of the steps."""
 
 Moments = Mapping[str, tuple[float, float]]
-"""Mean and root mean square of tensors, by their names."""
+"""The mean and the root mean square of tensors, by their names."""
 
 SITES_LIMIT = 8
-"""Backward calls of a step up to which each is looked at on its own (more: their mean)."""
+"""Most backward calls of a step that are judged one by one; of more, the mean loss is judged."""
 
 CONFIDENCE = 0.95
+"""Confidence of the upper limit on the mean difference of losses."""
+
+BEGINNING = 20
+"""The first one in this many steps shows what the loss was before anything was learned."""
+
+FALL_DEVIATIONS = 3.0
+"""A loss has fallen only if its fall exceeds this many standard errors of the mean of its first
+values, as given by the scatter from batch to batch."""
+
+SAME_DATA = 0.5
+"""Two runs whose losses have at least this correlation are taken to have the same batches."""
 
 MORE_ONES = 0.002
-"""Share of a model's probabilities that may become exactly 1."""
+"""Share of a model's probabilities that may become exactly 1 under the plan."""
 
 LOWER_MARGINS = 6.0
-"""Margins by which a plan may lower the loss before it must be training something else."""
+"""A plan that lowers the loss by more than this many margins must be training something else."""
 
 SPIKE_DEVIATIONS = 6.0
-"""Standard deviations of bare's spread up to which no single loss stands out."""
+"""A single loss is no spike within this many standard deviations of bare's spread."""
 
 SPIKE_FACTOR = 2.0
-"""By how much a loss that stands out is further from bare's mean than bare's own ever are."""
+"""A spike is further above bare's mean than bare's own losses ever are, by this factor."""
 
 ROUNDING = 1e-6
-"""Of a value, what is no difference: some units in the last place of float32 (2**-23 = 1.2e-7)."""
+"""Differences below this fraction of a value do not count: some units in the last place of float32
+(2**-23 = 1.2e-7)."""
 
 FIGURE_MARGINS = 6.0
-"""Standard deviations between seeds by which no single figure of a state may move."""
+"""No mean or RMS of a tensor may move by more than this many seed-to-seed standard deviations."""
 
 FIGURE_CHANGE = 0.1
-"""Of the RMS of its tensor: changes of a figure below it are not held to ``FIGURE_MARGINS``."""
+"""``FIGURE_MARGINS`` applies only to changes above this fraction of the tensor's RMS."""
 
 LEAST_SPREAD, UNKNOWN_SPREAD = 0.01, 0.05
-"""Of a figure between seeds, relative to the RMS of its tensor: what is taken for it where it comes
-out smaller, from so few seeds, and where the seeds change nothing."""
+"""Smallest seed-to-seed standard deviation that is assumed, as a fraction of the tensor's RMS:
+where seeds change the figure, and where they do not. Few seeds may show too small a one."""
 
 OUTPUT_ERRORS = {False: 1e-3, True: 2.0**-4}
-"""Relative error that outputs may have, without and with ``reduced`` settings. One rounding to
+"""Largest relative error of outputs, without and with ``reduced`` settings. One rounding to
 bfloat16 is an error of up to 2**-9; a deep network adds up hundreds of them, as a random walk."""
 
 TOP1_AGREEMENT = 0.99
-"""Of the rows whose best element leads by more than the error that was found."""
+"""Share of the clear rows whose largest element must be the same under the plan. A row is clear if
+its largest element leads by more than the error that was found."""
 
 CURVE_POINTS, PLAN_CURVE_POINTS = 100, 20
-"""Of the curves in a verdict, and of those that go into a plan's file."""
+"""Points of the loss curves in a verdict, and of those in a plan's file."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run shows of what it computes.
+    """What one run shows of what the program computes.
 
     Attributes:
-        curves: of its losses, see ``curves``.
-        steps: how many it made.
-        trains: whether it trained.
-        gradients: of the first updates of each parameter; empty where not recorded.
-        outputs: of the calls that do not train; empty where not recorded.
-        state: of its modules at the end; ``None`` where not recorded.
+        curves: loss curves, see ``extract_curves``.
+        steps: number of steps that the run made.
+        trains: whether the program trains.
+        gradients: gradients of the first updates of each parameter; empty if not recorded.
+        outputs: outputs of the calls that do not train; empty if not recorded.
+        state: state of its modules at the end; ``None`` if not recorded.
     """
 
     curves: tuple[Curve, ...]
@@ -124,9 +137,9 @@ class Run:
 
     @classmethod
     def of(cls, process: ProcessRecord) -> Run:
-        """What a process recorded."""
+        """Make it from the record of a process."""
         return cls(
-            curves([step for step in process.steps if step.mark != "profiled"]),
+            extract_curves([step for step in process.steps if step.mark != "profiled"]),
             len(process.turns),
             process.trains,
             process.gradients,
@@ -137,12 +150,12 @@ class Run:
 
 @dataclass(frozen=True)
 class LossCurves:
-    """One backward call's losses, means over all seeds and over the steps from one point on.
+    """The losses of one backward call, means over all seeds and over the steps of each point.
 
     Attributes:
         steps: the first step of each point.
-        bare, plan: the losses.
-        bare_spread, plan_spread: their standard deviations between seeds.
+        bare, plan: the losses of both sides.
+        bare_spread, plan_spread: their seed-to-seed standard deviations.
     """
 
     steps: tuple[int, ...]
@@ -154,19 +167,19 @@ class LossCurves:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say.
+    """The verdict on a plan.
 
     Attributes:
         passed: whether the plan computes the same within the margins: no check failed.
         why: the reason, one clause.
-        kind: ``"bitwise"`` where all that was compared is identical; ``"inconclusive"`` where no
-            loss has fallen, so that those checks that remain passed; else ``"non-inferior"``.
-        steps: the horizon: how many steps from the start (or calls, of a program that only infers)
-            were compared.
+        kind: ``"bitwise"`` if all that was compared is identical; ``"inconclusive"`` if no loss has
+            fallen, so that only the other checks passed; else ``"non-inferior"``.
+        steps: number of steps from the start that were compared; of a program that only infers,
+            number of calls.
         bare_repeats: whether bare gave identical results twice from one seed; ``None``: not tried.
-        losses: the figures for each backward call of the step.
-        checks: all that were made, the decisive one of a failed verdict first among the failed.
-        curves: of the losses, for each backward call of the step.
+        losses: figures for each backward call of the step.
+        checks: all checks; of those that failed, the first is decisive.
+        curves: loss curves for each backward call of the step.
     """
 
     passed: bool
@@ -180,16 +193,16 @@ class Verdict:
 
     @property
     def undecided(self) -> bool:
-        """Whether it failed only for want of certainty: more seeds may tell."""
+        """Whether the plan failed only because its limits are wide: more seeds may tell."""
         failed = [check for check in self.checks if check.result == "failed"]
         return bool(failed) and all(check.undecided for check in failed)
 
 
-def curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
-    """The loss curves of a run, one for each backward call of the step.
+def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
+    """Extract the loss curves of a run, one for each backward call of the step.
 
-    Steps with another number of backward calls than most are left out, and so are the calls whose
-    loss could not be read; none at all gives no curves.
+    Steps whose number of backward calls is unusual are left out, and so are calls whose loss could
+    not be read in every step.
     """
     common = Counter(len(step.losses) for step in steps).most_common(1)
     sites = common[0][0] if common else 0
@@ -204,8 +217,8 @@ def curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
     return tuple(readable)
 
 
-def exactness(settings: Mapping[str, str]) -> frozenset[Exactness]:
-    """What the settings may change.
+def collect_exactness(settings: Mapping[str, str]) -> frozenset[Exactness]:
+    """Collect the exactness classes of settings: what they may change.
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -218,57 +231,31 @@ def judge(
     plan: Sequence[Run],
     repeats: Sequence[Run],
     exactness: Collection[Exactness],
-    paired: Sequence[Run] | None = None,
 ) -> Verdict:
     """Compare bare and plan.
 
     Args:
         bare, plan: one run for each seed, in the same order of seeds, at least one.
-        repeats: more bare runs from the first seed, if there are any; they may be of other length.
-        exactness: what the plan's settings may change, see ``exactness``.
-        paired: runs of the plan with its settings as ``search.paired`` makes them, for the
-            gradients, from the same seeds in the same order; ``None``: those of ``plan``.
+        repeats: additional bare runs from the first seed, which may have another length; may be
+            empty.
+        exactness: what the plan's settings may change, see ``collect_exactness``.
     """
     if not any(run.trains for run in bare):
         return _judge_inference(bare, plan, repeats, exactness)
-    sites = len(bare[0].curves)
-    runs = [*bare, *plan]
-    steps = min((len(curve) for run in runs for curve in run.curves), default=0)
+    steps = min((len(curve) for run in (*bare, *plan) for curve in run.curves), default=0)
     is_repeated = bool(repeats) and all(_are_identical(bare[0], run) for run in repeats)
-    if not sites or not steps:
-        why = "no loss could be read"
-    elif any(len(run.curves) != sites for run in runs):
-        why = "the plan changes the number of backward calls of a step"
-    else:
-        why = None
+    why = _find_mismatch(bare, plan, steps)
     if why is not None:
         return Verdict(
             False, why, "non-inferior", steps, is_repeated, (), (Check("losses", "failed", why),)
         )
     same = all(_are_identical(one, other) for one, other in zip(bare, plan, strict=True))
-    losses: list[LossEvidence] = []
-    checks: list[Check] = []
-    for site in range(sites):
-        name = "the loss" if sites == 1 else f"loss {site + 1} of {sites}"
-        evidence, found = _judge_site(
-            name,
-            [run.curves[site][:steps] for run in bare],
-            [run.curves[site][:steps] for run in plan],
-            [run.curves[site][:steps] for run in repeats if len(run.curves) == sites],
-        )
-        checks += found
-        if evidence is not None:
-            losses.append(evidence)
+    losses, checks = _judge_sites(bare, plan, repeats, steps)
     if set(exactness) <= {"bitwise"}:
         checks.append(_judge_identity(bare, plan, same, is_repeated))
     else:
-        checks.append(
-            gradients.judge(
-                [run.gradients for run in bare],
-                [run.gradients for run in (plan if paired is None else paired)],
-                exactness,
-            )
-        )
+        of_bare, of_plan = ([run.gradients for run in runs] for runs in (bare, plan))
+        checks.append(gradients.judge(of_bare, of_plan, exactness))
     checks += _judge_evaluation(bare, plan)
     checks.append(_judge_state(bare, plan))
     checks += _judge_probabilities(bare, plan)
@@ -282,7 +269,7 @@ def judge(
         kind="bitwise" if same else "non-inferior" if still is None else "inconclusive",
         steps=steps,
         bare_repeats=is_repeated,
-        losses=tuple(losses),
+        losses=losses,
         checks=tuple(checks),
         curves=tuple(
             _mean_curves(
@@ -290,20 +277,26 @@ def judge(
                 [run.curves[site][:steps] for run in plan],
                 CURVE_POINTS,
             )
-            for site in range(sites)
+            for site in range(len(bare[0].curves))
         ),
     )
 
 
-SAME_DATA = 0.5
-"""Correlation of two runs' losses from which on they are taken to be of the same batches."""
+def _find_mismatch(bare: Sequence[Run], plan: Sequence[Run], steps: int) -> str | None:
+    """Why the losses of runs cannot be compared, one clause; ``None``: they can."""
+    sites = len(bare[0].curves)
+    if not sites or not steps:
+        return "no loss could be read"
+    if any(len(run.curves) != sites for run in (*bare, *plan)):
+        return "the plan changes the number of backward calls of a step"
+    return None
 
 
 def have_same_data(one: Run, other: Run) -> bool:
-    """Whether the losses of two runs go up and down together from step to step.
+    """Whether the losses of two runs rise and fall together from step to step.
 
-    How hard a batch is shows in the losses of both, whatever else is random; their trends, which
-    all runs share, are taken out by differences of successive steps.
+    How hard a batch is shows in the losses of both runs, whatever else is random. Differences of
+    successive steps remove the trend, which all runs share.
     """
     for mine, others in zip(one.curves, other.curves, strict=False):
         jumps = [[after - before for before, after in pairwise(curve)] for curve in (mine, others)]
@@ -315,7 +308,8 @@ def have_same_data(one: Run, other: Run) -> bool:
 
 
 def _are_identical(one: Run, other: Run) -> bool:
-    """In all losses that both have, and, after equally many steps, in all weights."""
+    """Whether two runs have the same losses in the steps that both have and, if both have equally
+    many steps, the same weights."""
     if len(one.curves) != len(other.curves):
         return False
     shared = min((len(c) for run in (one, other) for c in run.curves), default=0)
@@ -352,10 +346,35 @@ def _without_state(run: Run) -> Run:
 # Losses
 
 
+def _judge_sites(
+    bare: Sequence[Run], plan: Sequence[Run], repeats: Sequence[Run], steps: int
+) -> tuple[tuple[LossEvidence, ...], list[Check]]:
+    """Judge the losses of each backward call of the step, over the first steps of each run.
+
+    Args:
+        bare, plan, repeats: see ``judge``; bare and plan have as many curves.
+        steps: how many steps all runs have.
+    """
+    sites = len(bare[0].curves)
+    losses: list[LossEvidence] = []
+    checks: list[Check] = []
+    for site in range(sites):
+        evidence, found = _judge_site(
+            "the loss" if sites == 1 else f"loss {site + 1} of {sites}",
+            [run.curves[site][:steps] for run in bare],
+            [run.curves[site][:steps] for run in plan],
+            [run.curves[site][:steps] for run in repeats if len(run.curves) == sites],
+        )
+        checks += found
+        if evidence is not None:
+            losses.append(evidence)
+    return tuple(losses), checks
+
+
 def _judge_site(
     name: str, bare: Sequence[Curve], plan: Sequence[Curve], repeat: Sequence[Curve]
 ) -> tuple[LossEvidence | None, list[Check]]:
-    """The evidence of one backward call, and its checks."""
+    """Judge one backward call: its evidence, unless a loss is not finite, and its checks."""
     for whose, runs in (("bare", bare), ("the plan", plan)):
         for run in runs:
             for number, value in enumerate(run):
@@ -369,14 +388,10 @@ def _judge_site(
         begun, ended = _level(bare, _beginning(bare)), evidence.bare_final
         why = (
             f"{name} did not fall within {len(bare[0])} steps (from {begun:.4g} to {ended:.4g}), "
-            "so that losses as good as bare's prove little"
+            "so losses as good as bare's prove little"
         )
         check = Check("losses", "open", why, {**check.figures, "fall": begun - ended})
     return evidence, [_judge_spikes(name, bare, plan, by_seeds, again), check]
-
-
-BEGINNING = 20
-"""The first one in so many steps tells what the loss was before anything was learned."""
 
 
 def _beginning(curves: Sequence[Curve]) -> range:
@@ -388,16 +403,12 @@ def _level(curves: Sequence[Curve], part: range) -> float:
 
 
 def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
-    """Whether a plan under which the loss stays as it begins would be refused: the fall is more
-    than the margin, and more than the scatter of the first steps explains."""
+    """Whether the loss falls by more than the margin, and by more than the scatter of its first
+    steps explains: a plan under which it stays as it begins would then be refused."""
     steps, beginning = len(bare[0]), _beginning(bare)
     fall = _level(bare, beginning) - _level(bare, range(steps - max(steps // 4, 1), steps))
     noise = _batch_scatter(bare[0]) / math.sqrt(len(beginning) * len(bare))
     return fall > max(margin, FALL_DEVIATIONS * noise)
-
-
-FALL_DEVIATIONS = 3.0
-"""Of the mean of the first losses, as the scatter from batch to batch gives it."""
 
 
 def _judge_losses(
@@ -408,13 +419,14 @@ def _judge_losses(
     by_seeds: bool,
     again: Sequence[Curve] = (),
 ) -> tuple[LossEvidence, Check]:
-    """Paired non-inferiority of one series of losses, all of one length.
+    """Judge one series of losses by paired non-inferiority.
 
     Args:
-        check, name: of the check, and of the losses.
-        bare, plan: one curve for each seed.
+        check: name of the check.
+        name: name of the losses, in words.
+        bare, plan: one curve for each seed, all of one length.
         by_seeds: whether seeds change bare's losses.
-        again: bare's from the first seed once more, where it does not repeat itself.
+        again: curves of more bare runs from the first seed, if bare does not repeat itself.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -443,13 +455,14 @@ def _judge_losses(
             f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
             f"{CONFIDENCE:.0%} confidence), more than bare's own spread of {margin:.3g}"
         )
-        # Runs that differ by themselves have no pairs: both means scatter as those of few runs do.
+        # Where bare does not repeat itself there are no pairs: both means scatter as those of
+        # few runs do.
         is_open = difference < (2 * margin if yardstick == "runs" else margin)
         return evidence, Check(check, "failed", why, figures, undecided=is_open)
     if limit < -LOWER_MARGINS * margin:
         why = (
             f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
-            f"{margin:.3g}: it is not the same that is trained"
+            f"{margin:.3g}: the plan appears to be training something else"
         )
         return evidence, Check(check, "failed", why, figures)
     why = f"{name} is at most {limit:+.3g} from bare's, within its own spread of {margin:.3g}"
@@ -457,7 +470,7 @@ def _judge_losses(
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
-    """Standard deviation between runs of the means over windows."""
+    """The standard deviation between runs of their means over windows."""
     return math.sqrt(fmean(stdev(_means(curves, part)) ** 2 for part in windows))
 
 
@@ -468,18 +481,19 @@ def _judge_spikes(
     by_seeds: bool,
     again: Sequence[Curve] = (),
 ) -> Check:
-    """No loss is above bare's of this seed, and above the mean of all seeds, by more than bare's
-    own are anywhere in this quarter of the steps.
+    """Check that no single loss stands out.
 
-    Where bare does not repeat itself (``again``, see ``_judge_losses``), no loss is above the
-    highest of its runs in this quarter, and above the plan's own before, by more than that highest
-    one is above the mean.
+    A loss stands out if it exceeds bare's loss of its seed, and the mean of all seeds, by more than
+    bare's own losses do anywhere in this quarter of the steps. Where bare does not repeat itself
+    (``again``, see ``_judge_losses``), it stands out if it exceeds the highest loss of bare's runs
+    in this quarter, and the plan's own losses before it, by more than that highest loss exceeds the
+    mean.
     """
     steps, count = len(bare[0]), len(bare)
     own = [*bare, *again] if again else bare
     if by_seeds:
         centre = [fmean(values) for values in zip(*bare, strict=True)]
-        left_out = count / (count - 1)  # the mean of the others is so much further away
+        left_out = count / (count - 1)  # by this factor, the mean of the others is further away
         above = [
             max(left_out * (run[number] - centre[number]) for run in bare)
             for number in range(steps)
@@ -501,7 +515,7 @@ def _judge_spikes(
         for number in range(steps)[part]:
             for mine, other in zip(plan, bare, strict=True):
                 expected = max(other[number], centre[number], highest)
-                if again:  # how far training had come when a run began is another each time
+                if again:  # each run begins at another point of the training
                     expected = max(expected, fmean(mine[max(number - quarter, 0) : number + 1]))
                 if mine[number] - expected > allowed + ROUNDING * abs(expected):
                     why = (
@@ -514,7 +528,7 @@ def _judge_spikes(
 
 
 def _seeds_matter(bare: Sequence[Curve], repeat: Sequence[Curve]) -> bool:
-    """Whether another seed changes bare's losses, beyond what repeating it does."""
+    """Whether another seed changes bare's losses by more than repeating one seed does."""
     if len(bare) < 2:
         return False
     first = bare[0]
@@ -523,13 +537,13 @@ def _seeds_matter(bare: Sequence[Curve], repeat: Sequence[Curve]) -> bool:
 
 
 def _distance(one: Curve, other: Curve) -> float:
-    """Root mean square difference over the steps that both have."""
+    """The root mean square difference over the steps that both curves have."""
     squares = [(a - b) ** 2 for a, b in zip(one, other, strict=False)]
     return math.sqrt(fmean(squares)) if squares else 0.0
 
 
 def _batch_scatter(curve: Curve) -> float:
-    """Standard deviation of the loss around its trend, from differences of successive steps."""
+    """The standard deviation of a loss around its trend, from differences of successive steps."""
     jumps = [after - before for before, after in pairwise(curve)]
     return stdev(jumps) / math.sqrt(2) if len(jumps) > 1 else 0.0
 
@@ -539,7 +553,7 @@ def _means(runs: Sequence[Curve], part: range) -> list[float]:
 
 
 def _upper_limit(bare: Sequence[Curve], plan: Sequence[Curve], part: range) -> tuple[float, float]:
-    """One-sided limit of the mean paired difference over a window, and that mean."""
+    """The one-sided upper limit of the mean paired difference over a window, and that mean."""
     from scipy import stats  # type: ignore[import-untyped]
 
     differences = [
@@ -574,7 +588,7 @@ def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> L
 
 
 def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
-    """Losses that evaluation passes return, and the figures of whatever else they do."""
+    """Judge the losses that evaluation passes return, and the mean and RMS of other outputs."""
     calls = min((len(run.outputs) for run in (*bare, *plan)), default=0)
     if not calls:
         return []
@@ -583,7 +597,7 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
     for name, curve in of_bare[0].items():
         ours, theirs = ([run.get(name, ()) for run in runs] for runs in (of_bare, of_plan))
         if len({len(run) for run in (*ours, *theirs)}) != 1:
-            continue  # they branch on what they find
+            continue  # the passes branch on what they compute
         if not all(math.isfinite(value) for run in (*ours, *theirs) for value in run):
             why = f"{name} is not finite in an evaluation pass"
             checks.append(Check("evaluation", "failed", why))
@@ -597,7 +611,7 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
 
 
 def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
-    """The losses that calls return, by module and place."""
+    """The scalars that calls return, by module and place."""
     found: dict[str, list[float]] = {}
     for output in outputs:
         for place, tensor in enumerate(output.tensors):
@@ -607,7 +621,7 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
 
 
 def _output_moments(outputs: Sequence[Output]) -> Moments:
-    """Means over the second half of the calls."""
+    """The mean and RMS of each larger output, means over the second half of the calls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):
@@ -646,7 +660,7 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
 
 
 def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
-    """How many of them are exactly 1; no check where no module returns any."""
+    """Judge how many probabilities are exactly 1; no check where no module returns any."""
     shares: list[float] = []
     for runs in (bare, plan):
         roots = [root for run in runs for root in run.state or ()]
@@ -666,8 +680,17 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
 def _judge_moments(
     check: str, what: str, bare: Sequence[Moments], plan: Sequence[Moments]
 ) -> Check:
-    """Many figures at once: their mean paired differences in units of bare's standard deviation
-    between seeds, root mean square over the figures, less what the scatter of so few seeds adds."""
+    """Judge many figures at once, by how far they move.
+
+    The mean paired difference of each figure is taken in units of bare's seed-to-seed standard
+    deviation. The root mean square over all figures, less what the scatter of so few seeds adds,
+    may be at most 1.
+
+    Args:
+        check: name of the check.
+        what: name of the figures, in words.
+        bare, plan: the figures of each run, in the same order of seeds.
+    """
     shifts: list[float] = []
     noises: list[float] = []
     for name in bare[0]:
@@ -744,7 +767,7 @@ def _judge_inference(
 
 
 def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Whether there are outputs in full detail, as many on both sides, all identical."""
+    """Whether both sides have outputs in full detail, equally many, and all identical."""
     sides = [
         [(o.inputs, o.digest) for run in runs for o in run.outputs if o.digest is not None]
         for runs in (one, other)
@@ -755,7 +778,7 @@ def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
 def _judge_outputs(
     bare: Sequence[Run], plan: Sequence[Run], exactness: Collection[Exactness]
 ) -> tuple[Check, int]:
-    """Relative error and top-1 agreement where inputs are identical, and how many calls those are.
+    """Judge relative error and top-1 agreement for identical inputs; also the number of such calls.
 
     The relative error is that of the sampled elements, in the Euclidean norm.
     """

@@ -11,11 +11,10 @@ from flatout import knobs, machine
 from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
 from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
+from flatout.tune.ledger import Outcome, TriedArm
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
-from flatout.tune.tuner import Arm as Tried
-from flatout.tune.tuner import Outcome
 
 
 def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
@@ -31,9 +30,9 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     baseline, with_plan, break_even = Side(), None, None
     if found is not None:
         bare, plan_cost = found.costs
-        baseline = _side(found.firsts[: found.count], bare, outcome.job_steps)
+        baseline = _side(found.baseline_runs[: found.count], bare, outcome.job_steps)
         if has_plan:
-            with_plan = _side(found.seconds[: found.count], plan_cost, outcome.job_steps)
+            with_plan = _side(found.variant_runs[: found.count], plan_cost, outcome.job_steps)
             break_even = pairs.break_even_steps(bare, plan_cost)
     elif outcome.pace is not None:
         baseline = Side(
@@ -76,7 +75,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     )
 
 
-def arms(tried: Sequence[Tried], refused: Mapping[str, str]) -> tuple[Arm, ...]:
+def arms(tried: Sequence[TriedArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
     """What was tried, and what was not, for the table and the document."""
     return (
         *(

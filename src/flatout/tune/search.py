@@ -1,20 +1,24 @@
-"""Which knobs of a plan make its proof fail, and what to turn them to instead. Pure functions."""
+"""Which settings of a plan make its proof fail, and which settings take their place.
+
+The functions are pure. They are told by a callback whether a part of a plan passes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
+from flatout.knob import Exactness
 
-PAIRED = "paired"
-"""Setting of a knob that draws other random numbers and leaves the generator as without it."""
+SUSPECTS: tuple[Exactness, ...] = ("reshuffled", "resampled", "reduced", "reordered", "bitwise")
+"""Exactness classes, from the one that changes most to the one that changes nothing."""
 
 
-def paired(settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings with those that draw other random numbers in the form made for proofs.
+def use_proof_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Replace each setting that draws other random numbers by its knob's ``proof_setting``.
 
-    Under it the default generator goes on as with torch's own numbers, so that the same data come
-    in the same order. What has no such form stays as it is.
+    Torch's default generator then advances as in the bare program, so the same data come in the
+    same order. A setting without such a replacement stays.
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -23,42 +27,53 @@ def paired(settings: Mapping[str, str]) -> dict[str, str]:
     for name, setting in settings.items():
         knob = knobs.get(name)
         draws = knob.exactness[setting] in ("resampled", "reshuffled")
-        found[name] = PAIRED if draws and PAIRED in knob.settings else setting
+        found[name] = knob.proof_setting if draws and knob.proof_setting else setting
     return found
 
 
-def gentler(name: str, setting: str, offered: Collection[str] | None = None) -> str | None:
-    """The next setting towards the gentlest, ``None`` if there is none.
+def find_gentler(name: str, setting: str, offered: Collection[str] | None = None) -> str | None:
+    """The next setting of a knob towards its gentlest, ``None`` if there is none.
 
     Args:
         name: of the knob.
-        setting: that it has.
-        offered: settings that make sense here (see ``Match``); ``None``: all.
+        setting: the current one.
+        offered: settings that make sense for this program (see ``Match``); ``None``: all.
 
     Raises:
         UnknownSettingError: there is no such knob, or setting.
     """
     knobs.check(name, setting)
-    settings = knobs.get(name).settings
-    for other in reversed(settings[: settings.index(setting)]):
-        if other != PAIRED and (offered is None or other in offered):
+    knob = knobs.get(name)
+    for other in reversed(knob.settings[: knob.settings.index(setting)]):
+        if other != knob.proof_setting and (offered is None or other in offered):
             return other
     return None
 
 
-def culprits(
+def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the most invasive exactness class among them, see ``SUSPECTS``.
+
+    Raises:
+        UnknownSettingError: there is no such knob.
+    """
+    kinds = {name: knobs.get(name).exactness[setting] for name, setting in settings.items()}
+    most = min(kinds.values(), key=SUSPECTS.index)
+    return {name: setting for name, setting in settings.items() if kinds[name] == most}
+
+
+def find_culprits(
     settings: Mapping[str, str], passes: Callable[[Mapping[str, str]], bool]
 ) -> dict[str, str]:
-    """A smallest part of the settings that fails: without any one of them it passes.
+    """A smallest part of the settings that fails: it passes without any one of them.
 
-    The delta debugging of Zeller and Hildebrandt (Simplifying and isolating failure-inducing input,
-    IEEE Transactions on Software Engineering 28, 2002): halves are tried, then their complements,
-    then smaller parts. One culprit among n knobs takes about ``2 log2(n)`` trials. No part is tried
-    twice; the whole is taken to fail, and bare to pass.
+    This is the delta debugging of Zeller and Hildebrandt (Simplifying and isolating
+    failure-inducing input, IEEE Transactions on Software Engineering 28, 2002): it tries halves,
+    then their complements, then smaller parts. One culprit among n knobs takes about
+    ``2 log2(n)`` trials, and no part is tried twice.
 
     Args:
-        settings: that fail together.
-        passes: whether a part of them passes; called with at least one knob.
+        settings: settings that fail together; the bare program is assumed to pass.
+        passes: tells whether a part of them passes; it is called with at least one knob.
     """
     tried: dict[frozenset[str], bool] = {}
 

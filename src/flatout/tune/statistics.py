@@ -1,8 +1,8 @@
-"""What is concluded from step times: ratios, which settings win, when enough has been measured.
+"""What step times show: ratios, which settings win, and when enough has been measured.
 
-Pure functions of recorded steps, the same that ``benchmarks/replay.py`` puts to the test. Inside
-one process, see ``flatout.ratios``; of fresh processes, each pair counts once, by the median over
-its steps of the logarithm of bare's time over the plan's, and intervals are taken over pairs.
+The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
+``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
+the logarithm of its ratio (``pair_log_ratio``), and intervals are taken over pairs.
 """
 
 from __future__ import annotations
@@ -17,35 +17,38 @@ from flatout.wire.record import Step
 from flatout.wire.request import Comparison
 
 MINIMUM_PAIRS = 5
-"""Pairs of fresh processes below which nothing is claimed."""
+"""Fewest pairs of fresh processes behind a claim."""
 
 PRECISE = 0.03
-"""Half-width of a claimed interval (relative) at which more pairs are not worth their time.
+"""Relative half-width of a claimed interval below which more pairs are not worth their time.
 
-With it, an independent measurement of half-width 4 % agrees to 5 %; and the interval of a gain of
-5 % lies above 1 in nine of ten cases.
+An independent measurement with a half-width of 4 % then agrees to 5 %, and the interval of a gain
+of 5 % lies above 1 in nine of ten cases.
 """
 
 WORTHWHILE = 1.02
-"""Gains below this are not looked for."""
+"""Smallest speedup that is looked for."""
 
 RANKING_CONFIDENCE = 0.8
+"""Confidence of the intervals by which settings are ranked; claims have ``CONFIDENCE``."""
 
 RANKING_PAIRS, MOST_RANKING_PAIRS = 3, 5
-"""Of fresh processes, where they only rank: if the first do not agree, up to the second."""
+"""Pairs of fresh processes that only rank: the first number, or up to the second if they do not
+agree."""
 
 WILD, USUAL_SPREAD, MOST_WILD = 3.0, 0.05, 0.1
-"""Standard deviations from which on the ratio of a step and its counterpart is wild, the least
-deviation that is reckoned with, and the share of wild steps beyond which they are no accident."""
+"""The ratio of a step and its counterpart is an outlier beyond the first number of standard
+deviations, which are at least the second number. If more than the third share of the steps are
+outliers, they are no accident, and none is left out."""
 
 A = TypeVar("A")
 
 
-def claimed(log_ratios: Sequence[float]) -> Ratio:
-    """Geometric mean of ratios from independent pairs, with Student's t-interval.
+def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
+    """Estimate the geometric mean of the ratios of independent pairs, with Student's t-interval.
 
     Args:
-        log_ratios: natural logarithms, one for each pair, at least two.
+        log_ratios: natural logarithm of the ratio of each pair, at least two.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -62,7 +65,7 @@ def claimed(log_ratios: Sequence[float]) -> Ratio:
 
 
 def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
-    """Logarithm of bare's step time over the plan's, of one pair of runs; see ``paired_means_ms``.
+    """The logarithm of bare's step time over the plan's in one pair; see ``paired_means_ms``.
 
     Raises:
         ValueError: there are no steps.
@@ -72,15 +75,16 @@ def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
 
 
 def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple[float, float]:
-    """Mean step times of one pair of runs with the same seed.
+    """The mean step times of two runs with the same seed, in ms.
 
-    Both see the same data in the same order, so each step has its counterpart. What counts is the
-    sum over all steps, as for the user; but a few steps whose ratio is far from that of the others
-    (the machine stood still under one of the two) are left out with their counterparts.
+    Both runs see the same data in the same order, so each step has a counterpart. All steps count,
+    as they do for the user, except a few outliers: where the ratio of a step and its counterpart is
+    far from that of the others, the machine stood still under one of the two, and both are left
+    out.
 
     Args:
-        bare_ms, plan_ms: times of their steps after the warm-up; what one made more than the other
-            is left out.
+        bare_ms, plan_ms: step times after the warm-up; additional steps of the longer run are
+            ignored.
 
     Raises:
         ValueError: there are no steps.
@@ -101,49 +105,52 @@ def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple
 def enough_pairs(log_ratios: Sequence[float], most: int) -> bool:
     """Whether to stop measuring pairs of fresh processes.
 
-    It stops when the interval is as narrow as ``PRECISE``, whatever it says: a rule that looks at
-    the width alone leaves the interval's confidence as it is, in the limit (Chow and Robbins 1965,
-    On the asymptotic theory of fixed-width sequential confidence intervals). It goes on, though, as
-    long as a worthwhile gain is within the noise: without a gain that is rare, so it makes few
-    claims more (``benchmarks/replay.py`` counts them). It also stops in vain: when the interval
-    lies below 1, which can only make claims rarer.
+    Measuring stops when the interval is as narrow as ``PRECISE``, whatever it says: a rule that
+    looks at the width alone keeps the interval's confidence, in the limit (Chow and Robbins 1965,
+    On the asymptotic theory of fixed-width sequential confidence intervals). There are two
+    exceptions. It goes on while a worthwhile gain is within the noise; without a real gain that is
+    rare, so it adds few false claims (``benchmarks/replay.py`` counts them). And it stops when the
+    interval lies below 1, which can only make claims rarer.
 
     Args:
-        log_ratios: so far, one for each pair.
-        most: pairs that can be afforded, at least ``MINIMUM_PAIRS``.
+        log_ratios: logarithm of the ratio of each pair so far.
+        most: number of pairs that can be afforded, at least ``MINIMUM_PAIRS``.
     """
     if len(log_ratios) < MINIMUM_PAIRS:
         return False
-    ratio = claimed(log_ratios)
+    ratio = estimate_ratio(log_ratios)
     is_precise = math.sqrt(ratio.high / ratio.low) - 1 <= PRECISE
     is_open = ratio.low <= 1 and ratio.value >= WORTHWHILE
     return len(log_ratios) >= most or (is_precise and not is_open) or ratio.high < 1
 
 
 def is_ranked(log_ratios: Sequence[float]) -> bool:
-    """Whether a few pairs tell which of two is faster: they agree, or there are enough of them."""
+    """Whether a few pairs tell which side is faster: they agree, or there are enough of them."""
     count = len(log_ratios)
     agree = sum(log > 0 for log in log_ratios) in (0, count)
     return count >= RANKING_PAIRS and (agree or count >= MOST_RANKING_PAIRS)
 
 
 def is_mostly_faster(log_ratios: Sequence[float]) -> bool:
-    """Whether the second of two was faster in most pairs. A process may be slow for its whole
-    life (where its memory lies, what else runs), so the mean of few pairs is no measure."""
+    """Whether the variant was faster in most pairs.
+
+    The mean of few pairs would not tell: a process may be slow for its whole life, because of
+    where its memory lies or what else runs.
+    """
     return median(log_ratios) > 0
 
 
 def is_gain(ratio: Ratio) -> bool:
-    """Whether a gain is claimed."""
+    """Whether a ratio is a gain beyond noise, which may be claimed."""
     return ratio.low > 1
 
 
-def winners(ratios: Mapping[A, Ratio]) -> list[A]:
-    """What goes into the stack, the greatest gain first: all that is likely to be faster.
+def pick_winners(ratios: Mapping[A, Ratio]) -> list[A]:
+    """Pick what is likely to be faster, the greatest gain first.
 
-    The lower end of the 80 % interval decides: one in ten settings of no effect wins by chance.
-    They cost the stack nothing, and the claim, from fresh processes, does not rest on them; a real
-    gain that is missed is lost.
+    The lower end of the 80 % interval decides, so that one in ten settings without effect wins by
+    chance. Such a setting costs the stack nothing, and the claim, from fresh processes, does not
+    rest on it; a real gain that is missed would be lost.
     """
     share = NormalDist().inv_cdf((1 + RANKING_CONFIDENCE) / 2) / NormalDist().inv_cdf(
         (1 + CONFIDENCE) / 2
@@ -156,14 +163,13 @@ def winners(ratios: Mapping[A, Ratio]) -> list[A]:
     return sorted(faster, key=lambda one: ratios[one].value, reverse=True)
 
 
-def redundant(without: Mapping[A, Ratio]) -> list[A]:
-    """What the stack does not need, in the order in which to leave it out.
+def find_redundant(without: Mapping[A, Ratio]) -> list[A]:
+    """Find the parts of the stack that it does not need, in the order in which to leave them out.
 
     Args:
-        without: for each part of the stack, the ratio of the whole stack (the baseline) to the
-            stack without that part, above 1 where it is faster without.
+        without: for each part, how many times faster the stack is without that part.
 
-    Returns the parts without which the stack is, beyond noise, no more than ``WORTHWHILE`` slower.
+    Returns the parts without which the stack is, beyond noise, at most ``WORTHWHILE`` slower.
     """
     spare = [one for one, ratio in without.items() if ratio.low > 1 / WORTHWHILE]
     return sorted(spare, key=lambda one: without[one].value, reverse=True)
@@ -172,12 +178,13 @@ def redundant(without: Mapping[A, Ratio]) -> list[A]:
 # From steps to blocks
 
 
-def blocks(steps: Sequence[Step], discard_steps: int) -> list[Block]:
-    """The blocks of a comparison, in order.
+def split_into_blocks(steps: Sequence[Step], discard_steps: int) -> list[Block]:
+    """Split the steps of a comparison into its blocks, in order.
 
     Args:
-        steps: of one process, in order.
-        discard_steps: the comparison's; at least 1, since its marks tell the blocks apart.
+        steps: steps of one process, in order.
+        discard_steps: ``Comparison.discard_steps``, at least 1: the marks of discarded steps tell
+            the blocks apart.
     """
     found: list[Block] = []
     marked = discard_steps
@@ -203,21 +210,22 @@ def complete_blocks(steps: Sequence[Step], comparison: Comparison) -> list[Block
     """The blocks of a comparison that have all their timed steps, in order.
 
     Args:
-        steps: of one process, in order.
-        comparison: that it was asked for; its marks tell the blocks apart, so it discards steps.
+        steps: steps of one process, in order.
+        comparison: the comparison that the process was asked for; it must discard steps, see
+            ``split_into_blocks``.
     """
     timed_steps = comparison.block_steps - comparison.discard_steps
-    found = blocks(steps, comparison.discard_steps)
+    found = split_into_blocks(steps, comparison.discard_steps)
     return [block for block in found if len(block.times_ms) >= timed_steps]
 
 
 def timed_ms(steps: Sequence[Step], warmup_steps: int) -> list[float]:
-    """Step times after the warm-up and before the profiled window, in ms."""
+    """The step times after the warm-up, without profiled steps, in ms."""
     return [step.step_ms for step in steps[warmup_steps:] if step.mark is None]
 
 
 def typical_step_ms(steps: Sequence[Step], warmup_steps: int) -> float:
-    """Median step time after the warm-up, in ms.
+    """The median step time after the warm-up, in ms.
 
     Raises:
         ValueError: there are no steps after the warm-up.

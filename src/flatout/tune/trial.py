@@ -1,4 +1,4 @@
-"""One trial: one run of the job that is asked to stop after some steps."""
+"""A trial: one run of the job that is asked to stop after some steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
 
 _TAIL_LINES = 12
+"""Lines of a failed program's output that are kept."""
+
+_ENDED = f"killed by signal {int(signal.SIGTERM)}"
+"""How the failure of a run ends whose partner in a relay has failed."""
 
 
 class TrialFailedError(Exception):
-    """A trial that gave no usable record: why, and the program's last lines.
+    """A trial gave no usable record; the message says why.
 
     Attributes:
-        process: what was recorded all the same, ``None`` when nothing was.
-        tail: the end of the program's output.
+        process: what was recorded nevertheless, ``None`` if nothing was.
+        tail: the last lines of the program's output.
     """
 
     def __init__(self, why: str, process: ProcessRecord | None, tail: str) -> None:
@@ -33,11 +37,11 @@ class TrialFailedError(Exception):
 
 
 class RelayFailedError(Exception):
-    """One of two trials that take turns has failed.
+    """One of two trials that alternate has failed.
 
     Attributes:
-        place: which, 0 or 1.
-        failure: how.
+        place: which of the two, 0 or 1.
+        failure: its failure.
     """
 
     def __init__(self, place: int, failure: TrialFailedError) -> None:
@@ -54,7 +58,7 @@ class Trial:
         process: the record of the process that trained.
         seconds: wall time of the whole command.
         ended: whether the program came to its end by itself.
-        modules: files that its processes have imported, see ``record``.
+        modules: files that its processes have imported, see ``wire.record``.
     """
 
     process: ProcessRecord
@@ -64,12 +68,12 @@ class Trial:
 
 
 class Trials:
-    """The trials of one tune: each is run once, and written into the journal when it has ended.
+    """Runs the trials of one tune, each once, and writes each into the journal when it has ended.
 
     Args:
         command: the job.
-        journal: of the tune.
-        isolate: run them in a copy-on-write view of the file system.
+        journal: journal of the tune.
+        isolate: whether trials run in a copy-on-write view of the file system.
     """
 
     def __init__(self, command: Sequence[str], journal: Journal, isolate: bool) -> None:
@@ -77,21 +81,16 @@ class Trials:
         self._journal = journal
         self._isolate = isolate
 
-    @property
-    def spent_s(self) -> float:
-        """How long the tune has taken so far."""
-        return self._journal.spent_s
-
     def run(self, request: Request, timeout_seconds: float) -> Trial:
-        """Run the job once, or take from the journal what came of it.
+        """Run the job once, or take its result from the journal.
 
         Args:
             request: what the agent shall do; it should stop the program.
-            timeout_seconds: limit for the whole command.
+            timeout_seconds: time limit for the whole command.
 
         Raises:
-            KeyboardInterrupt: the user ends it; nothing of it is written down.
-            TrialFailedError: it failed, hung, or recorded nothing.
+            KeyboardInterrupt: the user ends the tune; the journal gets nothing of this trial.
+            TrialFailedError: the trial failed, hung, or recorded nothing.
             UserError: it could not be started, or its record or the journal cannot be written.
         """
 
@@ -106,20 +105,20 @@ class Trials:
             )
             return (finished,)
 
-        return self._outcome(self._entries((request,), start, timeout_seconds)[0])
+        return self._read(self._obtain((request,), start, timeout_seconds)[0])
 
     def run_two(
         self, requests: tuple[Request, Request], relay: Relay, timeout_seconds: float
     ) -> tuple[Trial, Trial]:
-        """Run the job twice at the same time, in turns (``agent/relay.py``).
+        """Run the job twice at the same time, the two runs alternating (``agent/relay.py``).
 
         Args:
             requests: what the two agents shall do.
-            relay: how they take turns.
-            timeout_seconds: limit for both.
+            relay: how the runs alternate.
+            timeout_seconds: time limit for both.
 
         Raises:
-            RelayFailedError: one of them failed, hung, or recorded nothing.
+            RelayFailedError: one of the runs failed, hung, or recorded nothing.
             UserError: see ``run``.
         """
         asked = tuple(
@@ -137,11 +136,11 @@ class Trials:
                 runs=self._journal.runs,
             )
 
-        entries = self._entries(asked, start, timeout_seconds)
+        entries = self._obtain(asked, start, timeout_seconds)
         done: list[Trial] = []
         for place, entry in enumerate(entries):
             try:
-                done.append(self._outcome(entry))
+                done.append(self._read(entry))
             except TrialFailedError as failure:
                 if entry.failure is None or not entry.failure.endswith(_ENDED):
                     raise RelayFailedError(place, failure) from failure
@@ -149,16 +148,17 @@ class Trials:
             raise RelayFailedError(0, TrialFailedError("both were ended", None, ""))
         return done[0], done[1]
 
-    def _entries(
+    def _obtain(
         self,
         requests: tuple[Request, ...],
         start: Callable[[], Sequence[launch.Finished]],
         timeout_seconds: float,
     ) -> tuple[Entry, ...]:
-        """From the journal, or from running it.
+        """Take the entries of trials from the journal, or make them by running the trials.
 
-        What was killed from outside (by a user, or by the kernel for want of memory) is run once
-        more, and not written down before: it says little about the program.
+        Trials that were killed from outside (by a user, or by the kernel for want of memory) run
+        once more, and the journal gets only the second attempt: the first says little about the
+        program.
         """
         entries = self._journal.recorded(*requests)
         if entries is None:
@@ -166,16 +166,18 @@ class Trials:
             finished = start()
             if any(one.returncode == -signal.SIGKILL and not one.timed_out for one in finished):
                 finished = start()
-            entries = tuple(_entry(one, timeout_seconds, self.spent_s) for one in finished)
+            entries = tuple(
+                _to_entry(one, timeout_seconds, self._journal.spent_s) for one in finished
+            )
             self._journal.add(requests, entries)
         return entries
 
-    def _outcome(self, entry: Entry) -> Trial:
+    def _read(self, entry: Entry) -> Trial:
         try:
             record = read_run(self._journal.runs / entry.run)
         except RecordError as error:
             raise UserError(f"the record cannot be read: {error}") from None
-        return _outcome(entry, record)
+        return _to_trial(entry, record)
 
 
 def run(
@@ -185,15 +187,11 @@ def run(
     finished = launch.start(
         command, request, isolate=isolate, output="capture", timeout_seconds=timeout_seconds
     )
-    entry = _entry(finished, timeout_seconds, finished.seconds)
-    return _outcome(entry, finished.read_record())
+    entry = _to_entry(finished, timeout_seconds, finished.seconds)
+    return _to_trial(entry, finished.read_record())
 
 
-_ENDED = f"killed by signal {int(signal.SIGTERM)}"
-"""How a run ends whose partner in a relay has failed."""
-
-
-def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) -> Entry:
+def _to_entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) -> Entry:
     process = finished.read_record().main
     failure = None
     if finished.timed_out:
@@ -203,7 +201,9 @@ def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) ->
     elif finished.returncode > 0:
         failure = f"it failed with exit code {finished.returncode}"
     elif process is None:
-        failure = "no Python process of it imported torch with flatout's agent"
+        failure = (
+            "flatout could not attach: no Python process of this command imported torch under it"
+        )
     end = None if process is None else process.end
     tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
     return Entry(
@@ -216,13 +216,18 @@ def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) ->
     )
 
 
-def _outcome(entry: Entry, record: RunRecord) -> Trial:
+def _to_trial(entry: Entry, record: RunRecord) -> Trial:
     process = record.main
     if entry.failure is not None or process is None:
         raise TrialFailedError(entry.failure or "its record is empty", process, entry.tail)
     return Trial(process, entry.seconds, entry.ended, frozenset(record.modules))
 
 
-def reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
-    """The reason of the last event of some kinds, for each subject (a knob, or ``arm N``)."""
+def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
+    """Collect the reasons of events, of each subject (a knob, or ``arm N``) that of the last one.
+
+    Args:
+        process: the record whose events are looked at.
+        what: kinds of events, such as ``"failed"`` and ``"skipped"``.
+    """
     return {event.subject: event.why for event in process.events if event.what in what}

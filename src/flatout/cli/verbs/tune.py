@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flatout.machine import Ceilings
-    from flatout.tune.tuner import Outcome
+    from flatout.tune.ledger import Outcome
 
 SUMMARY = "try settings, measure and prove them, and write the plan"
 TAKES_JOB = True
@@ -101,8 +101,9 @@ def _tune(arguments: argparse.Namespace) -> int:
     from flatout.report import words
     from flatout.report.live import LiveTable
     from flatout.tune import journal, result
+    from flatout.tune.ledger import Options
     from flatout.tune.pairs import MINIMUM_STEPS
-    from flatout.tune.tuner import Options, Tuner
+    from flatout.tune.tuner import Tuner
 
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")

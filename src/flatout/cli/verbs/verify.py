@@ -74,8 +74,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from flatout.report import words
     from flatout.report.live import LiveTable
     from flatout.tune import evidence, journal, result
+    from flatout.tune.bare import USUAL_STEPS
+    from flatout.tune.ledger import Options
     from flatout.tune.pairs import MINIMUM_STEPS
-    from flatout.tune.tuner import USUAL_STEPS, Options, Tuner
+    from flatout.tune.tuner import Tuner
 
     proven = plan.read(arguments.plan)
     paths.check_writable(arguments.plan)

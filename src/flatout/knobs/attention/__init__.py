@@ -96,6 +96,7 @@ KNOB = Knob(
     summary="attention on the CPU by a kernel that stores no matrix; on CUDA, the backend",
     settings=("paired", "fast", *BACKENDS),
     exactness={"paired": "resampled", "fast": "reshuffled", **dict.fromkeys(BACKENDS, "reordered")},
+    proof_setting="paired",
     hot=True,
     platforms=("cpu", "cuda"),
     card=Card(

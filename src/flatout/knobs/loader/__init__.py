@@ -118,6 +118,7 @@ KNOB = Knob(
         "prefetch": "reordered",
         "workers": "reshuffled",
     },
+    worker_settings=("workers",),
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(

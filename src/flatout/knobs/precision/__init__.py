@@ -130,6 +130,7 @@ KNOB = Knob(
     summary="matrix products and convolutions in half precision",
     settings=("medium", "safe", "bf16", "fp16"),
     exactness=dict.fromkeys(("medium", "safe", "bf16", "fp16"), "reduced"),
+    hides_gains=True,
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(

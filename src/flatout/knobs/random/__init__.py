@@ -37,6 +37,7 @@ KNOB = Knob(
     summary="dropout's random numbers from a parallel, vectorised generator",
     settings=("paired", "fast"),
     exactness={"paired": "resampled", "fast": "reshuffled"},
+    proof_setting="paired",
     hot=True,
     platforms=("cpu",),
     card=Card(

@@ -1,0 +1,164 @@
+"""The first run: the bare program, without any setting, and what it shows.
+
+It tells how long a start and a step take, what the time goes into, whether the program trains at
+all, and how many steps it has. Every later stage is given this as one ``BareRun``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flatout import knobs
+from flatout.doctor.case import Case
+from flatout.errors import UserError
+from flatout.plan.program import Program, observed
+from flatout.tune import figures, pairs
+from flatout.tune.ledger import Options
+from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace
+from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.request import Request
+
+USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
+"""A proof covers the first number of steps, or as many fast steps as take the second time, but
+never more than the third number; ``Options.steps`` overrides this."""
+
+FIRST_RUN_SHARE = 1 / 36
+"""Share of the budget that the steps of the first run may take. Each run of a pair has at most as
+many steps."""
+
+LEAST_LIMIT_S = 120.0
+"""Seconds that the first run may take at least before it counts as hung."""
+
+PROFILE_STEPS = 5
+"""Steps that the first run makes under the profiler, after those that are timed."""
+
+RELAY_MEMORY_FACTOR = 3
+"""Two runs exist at the same time only if the available memory is this many times the bare
+program's peak: the second one may need more than the first."""
+
+
+@dataclass(frozen=True)
+class BareRun:
+    """What the first run has shown.
+
+    Attributes:
+        process: the record of the process that trained.
+        modules: files that the run has imported.
+        program: files and variables that the program was made of.
+        pace: how long a start and a step take.
+        phases_ms: the parts of a step; ``None``: not measured.
+        proof_steps: length of each run of a proof, in steps.
+        job_steps: length of the whole job, in steps; ``None``: the run was stopped before its end.
+        can_relay: whether two of these programs can exist at the same time and alternate.
+    """
+
+    process: ProcessRecord
+    modules: frozenset[str]
+    program: Program
+    pace: Pace
+    phases_ms: Mapping[str, float | None]
+    proof_steps: int
+    job_steps: int | None
+    can_relay: bool
+
+    def can_relay_under(self, settings: Mapping[str, str]) -> bool:
+        """Whether two of these programs can alternate when one has these settings."""
+        return self.can_relay and not any(
+            setting in knobs.get(name).worker_settings for name, setting in settings.items()
+        )
+
+
+def run(
+    command: Sequence[str], options: Options, trials: Trials, say: Callable[[str], None]
+) -> BareRun:
+    """Run the bare program for as long as its share of the budget allows.
+
+    Args:
+        command: the job.
+        options: what the user asks for.
+        trials: runs the program.
+        say: is called with each line of progress.
+
+    Raises:
+        UserError: the program fails, never trains, or takes too few steps.
+    """
+    say("running the bare program to see how it trains")
+    limit_s = options.budget_seconds * FIRST_RUN_SHARE
+    first = _run_first(options, trials, limit_s)
+    timed = _find_timed_steps(first, options, limit_s)
+    process = first.process
+    step_s = pairs.step_ms(process) / 1e3
+    in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
+    startup_s = max(first.seconds - in_steps_s, 0)
+    longest = max(USUAL_STEPS, int(USUAL_S / step_s))
+    say(
+        f"bare: {figures.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
+        f"{startup_s:.1f} s of start-up"
+    )
+    return BareRun(
+        process=process,
+        modules=first.modules,
+        program=observed(command, first.modules),
+        pace=Pace(startup_s, step_s),
+        phases_ms=pairs.phases_ms([process], step_s * 1e3),
+        proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),
+        job_steps=len(process.turns) if first.ended else None,
+        can_relay=_can_relay(process),
+    )
+
+
+def _run_first(options: Options, trials: Trials, limit_s: float) -> Trial:
+    request = Request(
+        seed=options.seed,
+        stop_steps=options.steps or MAXIMUM_STEPS,
+        stop_seconds=None if options.steps else limit_s,
+        profile_steps=PROFILE_STEPS,
+    )
+    try:
+        return trials.run(request, max(2 * options.budget_seconds, LEAST_LIMIT_S))
+    except TrialFailedError as failure:
+        raise pairs.to_user_error("the program does not run", failure) from failure
+
+
+def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[Step]:
+    """The steps before the profiled ones.
+
+    Raises:
+        UserError: there are too few of them.
+    """
+    steps = first.process.turns
+    if not steps:
+        raise UserError("this program never calls a model or backward: there is no step")
+    needed = max(MINIMUM_STEPS, options.steps or 0)
+    if first.ended and len(steps) < needed:
+        raise UserError(f"this program ends after {len(steps)} steps, tune needs at least {needed}")
+    timed = [step for step in steps if step.mark is None]
+    if len(timed) <= WARMUP_STEPS:
+        raise UserError(
+            f"the budget is too short: only {figures.count(len(timed), 'step')} fit into the "
+            f"{limit_s:.1f} s of the first run, and {WARMUP_STEPS + 1} are needed; "
+            "give tune a longer --budget, or --steps"
+        )
+    return timed
+
+
+def _can_relay(process: ProcessRecord) -> bool:
+    """Whether two of these programs can exist at the same time.
+
+    The ranks of a distributed job would ask for the same port, the workers of a loader go on
+    while their run waits, and how much memory of an accelerator is free is not known.
+    """
+    import psutil
+
+    facts = (process.profile or {}).get("facts") or {}
+    if any(loader["workers"] for loader in facts.get("loaders", ())):
+        return False
+    peaks = [step.peak_rss_bytes or 0 for step in process.turns if step.mark is None]
+    available_bytes = psutil.virtual_memory().available
+    return (
+        process.header["world_size"] is None
+        and not Case(process).on_accelerator
+        and RELAY_MEMORY_FACTOR * max(peaks, default=0) < available_bytes
+    )

@@ -1,0 +1,150 @@
+"""Cold candidates: each is tried on top of the stack, in a few pairs of fresh processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flatout import knobs
+from flatout.tune import memory, pairs, prover, statistics
+from flatout.tune.bare import BareRun
+from flatout.tune.candidates import Candidate
+from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
+from flatout.tune.pairs import MINIMUM_STEPS, Pairs
+from flatout.tune.trial import Trials
+
+SHORT_STEPS, SHORT_S = 25, 1.0
+"""Runs that only rank make at least this many steps and last about this many seconds, unless the
+proof needs fewer."""
+
+SLOW_START_S = 120.0
+"""Seconds that compiling takes in all runs of a candidate together: the first run compiles, and
+later ones find most of it in the cache."""
+
+COLD_SHARE = 0.3
+"""Share of the budget that any one cold candidate may take. It may take more if the proof leaves
+it."""
+
+
+class ColdTrials:
+    """The trials of cold candidates of one tune.
+
+    Args:
+        trials: runs the program.
+        ledger: the ledger of this tune.
+        bare: the first run.
+        options: what the user asks for.
+    """
+
+    def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
+        self._trials = trials
+        self._ledger = ledger
+        self._bare = bare
+        self._options = options
+        shortest = max(SHORT_STEPS, round(SHORT_S / bare.pace.step_s))
+        self._steps = max(min(bare.proof_steps, shortest), MINIMUM_STEPS)
+        self._pair_s = 2 * bare.pace.seconds(self._steps)
+
+    def extend(
+        self, stack: dict[str, str], cold: Sequence[Candidate], again: bool = False
+    ) -> dict[str, str]:
+        """Extend the stack by the cold settings that make it faster.
+
+        Args:
+            stack: the settings so far.
+            cold: the candidates, entered in the ledger.
+            again: whether they have been tried on another stack; they then get only the time that
+                the proof leaves.
+
+        Raises:
+            KeyboardInterrupt: the user ends the tune.
+            UserError: the program fails under the stack.
+        """
+        settings = dict(stack)
+        for candidate in cold:
+            if candidate.knob in settings:
+                continue  # an earlier setting of this knob has won
+            if self._is_affordable(candidate, again) and self._try(candidate, settings):
+                settings |= candidate.settings
+        return settings
+
+    def _is_affordable(self, candidate: Candidate, again: bool) -> bool:
+        """Whether there is time for a candidate; if not, the ledger gets the reason."""
+        needed_s = statistics.RANKING_PAIRS * self._pair_s
+        if knobs.get(candidate.knob).slow_start:
+            needed_s += SLOW_START_S
+        spare_s = self._spare_s()
+        if again:
+            return needed_s <= spare_s
+        if needed_s <= max(spare_s, COLD_SHARE * self._options.budget_seconds):
+            return True
+        why = (
+            f"trying it takes about {needed_s:.0f} s, which needs a --budget of "
+            f"{math.ceil(needed_s / COLD_SHARE / 60)}m"
+        )
+        self._ledger.skip(candidate.settings, "fresh processes", why)
+        return False
+
+    def _try(self, candidate: Candidate, stack: dict[str, str]) -> bool:
+        """Try a candidate on top of the stack; whether it makes it faster."""
+        self._ledger.start([candidate], "fresh processes")
+        tried = Pairs(
+            dict(stack),
+            stack | candidate.settings,
+            in_relay=self._bare.can_relay_under(stack),
+        )
+        self._ledger.say(
+            f"{candidate} on top of {format_settings(stack) or 'bare'}, in fresh processes"
+        )
+        pairs.run(
+            self._trials,
+            tried,
+            pace=self._bare.pace,
+            steps=self._steps,
+            seed=self._options.seed,
+            is_enough=self._is_ranked,
+            say=self._ledger.say,
+        )
+        self._ledger.note_runs(tried)
+        if tried.interrupted:
+            raise KeyboardInterrupt
+        return self._judge(candidate, tried)
+
+    def _judge(self, candidate: Candidate, tried: Pairs) -> bool:
+        """Enter what came of a candidate; whether it is accepted."""
+        settings = candidate.settings
+        if tried.failure is not None:
+            self._ledger.fail(settings, tried.failure)
+            return False
+        without_effect = tried.without_effect()
+        if candidate.knob in without_effect:
+            self._ledger.reject_without_effect(settings, without_effect[candidate.knob])
+            return False
+        self._ledger.measure(candidate, tried.ratio)
+        is_faster = statistics.is_mostly_faster(tried.log_ratios)
+        faster = sum(log > 0 for log in tried.log_ratios)
+        self._ledger.say(
+            f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"
+            f"{'' if is_faster else f'; {NO_GAIN}'}"
+        )
+        excess = memory.refusal(
+            tried.steps(tried.baseline_runs), tried.steps(tried.variant_runs), self._options.memory
+        )
+        if excess is not None:
+            self._ledger.leave_out(settings, excess)
+            return False
+        if is_faster:
+            self._ledger.accept(settings)
+        else:
+            self._ledger.reject(settings, NO_GAIN)
+        return is_faster
+
+    def _is_ranked(self, tried: Pairs) -> bool:
+        """Whether a candidate has been tried often enough, or its time is over."""
+        if statistics.is_ranked(tried.log_ratios):
+            return True
+        return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s()
+
+    def _spare_s(self) -> float:
+        """Seconds of the budget beyond those that the proof needs."""
+        return self._ledger.left_s - prover.estimate_s(self._bare)
