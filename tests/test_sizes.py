@@ -20,11 +20,11 @@ def large(path: Path) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ClassDef):
             methods = [
-                n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+                n for n in node.body if isinstance(n, ast.FunctionDef)
             ]
             if len(methods) > MOST_METHODS:
                 yield node.name, len(methods)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        elif isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             first = node.body[0]
             is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
