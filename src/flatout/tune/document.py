@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
 from flatout.doctor.findings import Finding
 from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
 from flatout.text import one_line
+from flatout.wire import codec
 from flatout.wire.ratios import Ratio
 from flatout.wire.turns import PHASES
 
@@ -239,104 +237,21 @@ class Document:
                 f"{DOCUMENT_VERSION}"
             )
         try:
-            return _dataclass(document, cls, "")  # type: ignore[no-any-return]
-        except _MismatchError as mismatch:
+            return codec.decode(cls, document)
+        except codec.MismatchError as mismatch:
             why = one_line(mismatch)
             raise DocumentError(f"{path} is not a result of flatout tune: {why}") from mismatch
 
+    def check(self) -> None:
+        """Raise ``MismatchError`` for a time that no calendar knows."""
+        if self.finished_unix_s is not None and not 0 <= self.finished_unix_s < _YEAR_10000_UNIX_S:
+            raise codec.MismatchError("is no time of this age", "finished_unix_s")
+
     def to_json(self) -> str:
         """The document as it is kept in a file."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
+        plain = codec.encode(self, non_finite_as_strings=True)
+        return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
-_LAST_UNIX_S = 253402300800
-"""Begin of the year 10000, which no calendar knows."""
-
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return value
-
-
-class _MismatchError(Exception):
-    """Which value is not of its type; one clause."""
-
-
-def _value(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as an instance of the type ``kind``."""
-    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in parameters:
-            return None
-        members = [member for member in parameters if member is not type(None)]
-        if len(members) == 1:
-            return _value(value, members[0], where)
-        if not isinstance(value, (str, int, float)):
-            raise _MismatchError(f"{where} must be a string, a number, or true or false")
-        return value
-    if origin is Literal:
-        if value not in parameters:
-            raise _MismatchError(f"{where} must be one of: {', '.join(parameters)}")
-        return value
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise _MismatchError(f"{where} must be an object")
-        return {k: _value(item, parameters[1], f"{where}.{k}") for k, item in value.items()}
-    if origin in (tuple, list):
-        if not isinstance(value, list):
-            raise _MismatchError(f"{where} must be a list")
-        return origin(_value(v, parameters[0], f"{where}[{n}]") for n, v in enumerate(value))
-    if kind is CurvePoint:
-        return _curve_point(value, where)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(value, kind, where)
-    return _scalar(value, kind, where)
-
-
-def _dataclass(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _MismatchError(f"{where} must be an object")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for described in dataclasses.fields(kind):
-        place = f"{where}.{described.name}" if where else described.name
-        if described.name not in value:
-            raise _MismatchError(f"it has no {place}")
-        values[described.name] = _value(value[described.name], hints[described.name], place)
-    made = kind(**values)
-    if isinstance(made, Ratio) and not (made.value > 0 and 0 < made.low <= made.high):
-        raise _MismatchError(f"{where} must be positive, with an interval from low to high")
-    is_finished = isinstance(made, Document) and made.finished_unix_s is not None
-    if is_finished and not 0 <= made.finished_unix_s < _LAST_UNIX_S:
-        raise _MismatchError("finished_unix_s is no time of this age")
-    return made
-
-
-def _curve_point(value: Any, where: str) -> CurvePoint:
-    if not isinstance(value, list) or len(value) != len(CurvePoint._fields):
-        raise _MismatchError(f"{where} must be a list of {', '.join(CurvePoint._fields)}")
-    hints = typing.get_type_hints(CurvePoint)
-    named = zip(hints.items(), value, strict=True)
-    return CurvePoint(*(_value(item, kind, f"{where}.{name}") for (name, kind), item in named))
-
-
-def _scalar(value: Any, kind: Any, where: str) -> Any:
-    if kind is float:
-        number = _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            try:
-                return float(number)
-            except OverflowError:
-                raise _MismatchError(f"{where} is larger than any number") from None
-        raise _MismatchError(f"{where} must be a number")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        meaning = {str: "a string", int: "an integer", bool: "true or false"}[kind]
-        raise _MismatchError(f"{where} must be {meaning}")
-    return value
+_YEAR_10000_UNIX_S = 253402300800
+"""Begin of the year 10000, from which on ``datetime`` has no dates."""

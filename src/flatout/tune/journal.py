@@ -16,7 +16,6 @@ is ignored and cut off. The file is locked while its tune runs.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flatout import __version__, paths
 from flatout.errors import UserError
@@ -38,6 +37,7 @@ from flatout.plan.program import (
 )
 from flatout.text import one_line
 from flatout.tune.document import DOCUMENT_FILE
+from flatout.wire import codec
 from flatout.wire.request import Request
 
 JOURNAL_VERSION = 1
@@ -53,6 +53,10 @@ class JournalError(UserError):
     """A journal that cannot be written or read, or that there is none of."""
 
 
+def _is_folder_name(name: str) -> bool:
+    return os.sep not in name and not name.startswith(".")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One trial, as it ended.
@@ -66,12 +70,19 @@ class Entry:
         spent_s: of the tune until then, all its sittings together.
     """
 
-    run: str
+    run: Annotated[str, codec.Check(_is_folder_name, "the name of a folder")]
     seconds: float
     ended: bool
     failure: str | None
     tail: str
     spent_s: float
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A line of trials that have ended at the same time, without what they were asked."""
+
+    entries: tuple[Entry, ...]
 
 
 class Journal:
@@ -126,12 +137,13 @@ class Journal:
             return None
         line, end = self._recorded[self._next]
         try:
-            entries = tuple(_entry(line["entries"][place]) for place in range(len(requests)))
-        except (LookupError, TypeError) as error:
-            why = one_line(error)
-            raise JournalError(f"{self.path} holds a trial that is none: {why}") from error
+            entries = codec.decode(_Trial, line).entries
+        except codec.MismatchError as mismatch:
+            why = one_line(mismatch)
+            raise JournalError(f"{self.path} holds a trial that is none: {why}") from mismatch
         are_there = all((self.runs / entry.run).is_dir() for entry in entries)
-        if line.get("requests") != _plain(requests) or not are_there:
+        is_same = line.get("requests") == codec.encode(requests) and len(entries) == len(requests)
+        if not is_same or not are_there:
             del self._recorded[self._next :]
             os.ftruncate(self._descriptor, self._at_byte)
             if self._program_end > self._at_byte:
@@ -151,8 +163,8 @@ class Journal:
         """
         document = {
             "kind": "trial",
-            "requests": _plain(requests),
-            "entries": [dataclasses.asdict(entry) for entry in entries],
+            "requests": codec.encode(requests),
+            "entries": codec.encode(entries),
         }
         _append(self._descriptor, self.path, document)
 
@@ -164,7 +176,7 @@ class Journal:
         """
         if self._program is None:
             self._program = program
-            line = {"kind": "program", **dataclasses.asdict(program)}
+            line = {"kind": "program", **codec.encode(program)}
             _append(self._descriptor, self.path, line)
             return
         changes = changes_between(self._program, program)
@@ -318,7 +330,7 @@ def _plain_options(options: Any) -> dict[str, Any]:
     """The options of a verb by their names on the command line."""
     if options is None:
         return {}
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=sorted))
+    plain: dict[str, Any] = json.loads(json.dumps(codec.encode(options), default=sorted))
     return {f"--{name.partition('_')[0]}": value for name, value in plain.items()}
 
 
@@ -342,43 +354,12 @@ def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-_ENTRY = {
-    "run": (str,),
-    "seconds": (int, float),
-    "ended": (bool,),
-    "failure": (str, type(None)),
-    "tail": (str,),
-    "spent_s": (int, float),
-}
-
-
-def _entry(entry: dict[str, Any]) -> Entry:
-    """A trial of a journal.
-
-    Raises:
-        TypeError, KeyError: it is none.
-    """
-    for name, kinds in _ENTRY.items():
-        if type(entry[name]) not in kinds:
-            raise TypeError(f"{name} is {one_line(entry[name])}")
-    if os.sep in entry["run"] or entry["run"].startswith("."):
-        raise TypeError(f"run is {one_line(entry['run'])}")
-    return Entry(**entry)
-
-
 def _program(line: dict[str, Any]) -> Program | None:
-    """The program of a journal's line, ``None`` where it cannot be read."""
-    files, environment = line.get("files"), line.get("environment")
-    if not isinstance(files, dict) or not isinstance(environment, dict):
+    """The program of a journal's line; ``None``: it cannot be read."""
+    try:
+        return codec.decode(Program, line)
+    except codec.MismatchError:
         return None
-    if not all(isinstance(digests, dict) for digests in files.values()):
-        return None
-    return Program(files, environment)
-
-
-def _plain(requests: Sequence[Request]) -> Any:
-    """The requests as they are after a journey through JSON."""
-    return json.loads(json.dumps([dataclasses.asdict(request) for request in requests]))
 
 
 def _locked(path: Path) -> int:

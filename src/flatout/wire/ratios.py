@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
+from flatout.wire.codec import MismatchError
+
 if TYPE_CHECKING:
     from flatout.wire.record import Step
     from flatout.wire.turns import Turn
@@ -63,6 +65,11 @@ class Ratio:
     low: float
     high: float
     pairs: int
+
+    def check(self) -> None:
+        """Raise ``MismatchError`` where no measurement can have given such a ratio."""
+        if not (self.value > 0 and 0 < self.low <= self.high):
+            raise MismatchError("must be positive, with an interval from low to high")
 
     def __str__(self) -> str:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"

@@ -6,14 +6,13 @@ torch is imported. Standard library only: both halves load this file.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flatout.text import one_line
+from flatout.wire import codec
 
 REQUEST_VERSION = 1
 REQUEST_FILE = "request.json"
@@ -193,7 +192,7 @@ class Request:
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
-        document = {"version": REQUEST_VERSION, **dataclasses.asdict(self)}
+        document = {"version": REQUEST_VERSION, **codec.encode(self)}
         (run_directory / REQUEST_FILE).write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
@@ -204,50 +203,16 @@ class Request:
             RequestError: the file is not a request of this version.
             OSError: the file cannot be read.
         """
+        path = run_directory / REQUEST_FILE
         try:
-            document: dict[str, Any] = json.loads((run_directory / REQUEST_FILE).read_text())
-            version = document.pop("version", None)
+            document = json.loads(path.read_text())
+            version = document.pop("version", None) if isinstance(document, dict) else None
             if version != REQUEST_VERSION:
                 raise RequestError(
                     f"request version {one_line(version)}, expected {REQUEST_VERSION}"
                 )
-            return cls(**{name: _PARTS.get(name, _as_it_is)(v) for name, v in document.items()})
+            return codec.decode(cls, document, codec.STRICT_JSON)
         except RequestError:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise RequestError(
-                f"{run_directory / REQUEST_FILE} is not a request: {one_line(error)}"
-            ) from error
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _part(kind: Callable[..., Any], **fields: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Reads a part that may be missing; ``fields`` says how those are read that JSON has lists for.
-
-    Raises:
-        TypeError: it has an unknown key, or misses one.
-    """
-
-    def read(document: dict[str, Any] | None) -> Any:
-        if document is None:
-            return None
-        return kind(**{name: fields.get(name, _as_it_is)(v) for name, v in document.items()})
-
-    return read
-
-
-def _words(words: list[str] | None) -> tuple[str, ...] | None:
-    return None if words is None else tuple(words)
-
-
-_PARTS: dict[str, Callable[[Any], Any]] = {
-    "comparison": _part(Comparison, arms=tuple),
-    "relay": _part(Relay),
-    "proof": _part(Proof, knobs=tuple, inputs=_words, files=_words),
-    "inspection": _part(Inspection),
-    "guard": _part(Envelope, losses=lambda losses: tuple(ProvenLoss(**loss) for loss in losses)),
-}
-"""How the parts of a request are read."""
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path} is not a request: {one_line(error)}") from error
