@@ -17,7 +17,7 @@ from flatout.knob import Facts
 from flatout.tune.pairs import Pairs
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Arm, Outcome, Tuner
-from flatout.wire.record import Event
+from flatout.wire.lines import Event
 
 PROGRAM = """
 import torch

@@ -45,8 +45,8 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
     return Document(
         command=tuple(command),
-        program=str(header.get("program", "")),
-        torch=header.get("torch"),
+        program=header.program,
+        torch=header.torch or None,
         machine=machine.fingerprint(),
         seconds=outcome.seconds,
         finished_unix_s=round(time.time(), 3),

@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from flatout import knobs, machine
 from flatout.doctor.case import Case
@@ -36,12 +36,14 @@ from flatout.tune import candidates, design, figures, memory, pairs, search, sta
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.journal import Journal
-from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
+from flatout.tune.pairs import MINIMUM_STEPS, Pace, Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import GRADIENT_SEEDS, GRADIENT_STEPS, Prover, in_words
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire import signature
+from flatout.wire.header import Header
 from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
 USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
@@ -156,7 +158,7 @@ class Outcome:
     verdict: Verdict | None = None
     pace: Pace | None = None
     phases_ms: Mapping[str, float | None] = field(default_factory=dict)
-    header: Mapping[str, Any] = field(default_factory=dict)
+    header: Header = field(default_factory=Header)
     inputs: tuple[str, ...] | None = None
     program: Program | None = None
     modules: frozenset[str] = frozenset()
@@ -294,7 +296,7 @@ class Tuner:
             raise UserError(
                 f"this program ends after {len(process.turns)} steps, tune needs at least {needed}"
             )
-        timed = [step for step in process.turns if step.mark is None]
+        timed = process.timed_steps
         if len(timed) <= WARMUP_STEPS:
             raise UserError(
                 f"in {limit_s:.1f} s from its first step on, the program made {len(timed)} steps; "
@@ -333,9 +335,7 @@ class Tuner:
 
     def _candidates(self, first: Trial) -> list[Candidate]:
         header = first.process.header
-        case = Case(
-            first.process, self._ceilings(str(header["executable"])), machine.usable_cores()
-        )
+        case = Case(first.process, self._ceilings(header.executable), machine.usable_cores())
         self._outcome.findings = find_all(case)
         known = candidates.facts(case)
         found, refused = candidates.find(known, self._options.knobs, self._options.exactness)
@@ -776,14 +776,14 @@ class Tuner:
         import psutil
 
         process = self._first.process
-        facts = (process.profile or {}).get("facts") or {}
-        workers = any(loader["workers"] for loader in facts.get("loaders", ()))
+        case = Case(process)
+        workers = any(loader.workers for loader in case.facts.loaders or ())
         if workers or settings.get("loader") == "workers":
             return False
-        peaks = [turn.peak_rss_bytes or 0 for turn in process.turns if turn.mark is None]
+        peaks = [step.peak_rss_bytes or 0 for step in process.timed_steps]
         return (
-            process.header["world_size"] is None
-            and not Case(process).on_accelerator
+            process.header.world_size is None
+            and not case.on_accelerator
             and 3 * max(peaks, default=0) < psutil.virtual_memory().available
         )
 
