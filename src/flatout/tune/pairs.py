@@ -17,11 +17,10 @@ from flatout.errors import UserError
 from flatout.tune import figures, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
-from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Envelope, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
-WARMUP_STEPS = 3
 """Steps left out at the beginning of each run: first calls, lazy initialisation."""
 
 MINIMUM_STEPS = 20
@@ -131,10 +130,10 @@ def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
     See ``statistics.paired_means_ms``; evaluation passes between the steps are added to both.
     """
     in_steps = statistics.paired_means_ms(
-        statistics.timed_ms(one.turns, WARMUP_STEPS), statistics.timed_ms(other.turns, WARMUP_STEPS)
+        [step.step_ms for step in one.steady_steps], [step.step_ms for step in other.steady_steps]
     )
     first, second = (
-        mean * step_ms(process) / fmean(turn.step_ms for turn in timed_turns(process))
+        mean * step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
         for mean, process in zip(in_steps, (one, other), strict=True)
     )
     return first, second
@@ -146,23 +145,11 @@ def step_ms(process: ProcessRecord) -> float:
     A median would be calmer, but it leaves out those passes, and whatever happens at every tenth
     step only: the user waits for all of it.
     """
-    timed = timed_turns(process)
+    timed = process.steady_steps
     if not timed:
         raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
-    between = _passes_between(process, timed)
+    between = process.evaluations_between(timed)
     return sum(turn.step_ms for turn in (*timed, *between)) / len(timed)
-
-
-def timed_turns(process: ProcessRecord) -> list[Step]:
-    """The steps that tell the usual time: after the warm-up, neither profiled nor after a wait."""
-    return [turn for turn in process.turns[WARMUP_STEPS:] if turn.mark is None]
-
-
-def _passes_between(process: ProcessRecord, timed: Sequence[Step]) -> list[Step]:
-    """Evaluation passes between the first and the last timed step."""
-    passes = process.evaluations if process.trains else []
-    first_s, last_s = timed[0].at_s, timed[-1].at_s
-    return [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
 
 
 @dataclass(frozen=True)
@@ -210,13 +197,13 @@ def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str
     """
     shares: dict[str, list[float]] = {}
     for process in processes:
-        timed = timed_turns(process)
+        timed = process.steady_steps
         whole_ms = step_ms(process) * len(timed)
         for phase in PHASES:
             known = [ms for turn in timed if (ms := turn.phases_ms[phase]) is not None]
             if known:
                 shares.setdefault(phase, []).append(sum(known) / whole_ms)
-        between = _passes_between(process, timed)
+        between = process.evaluations_between(timed)
         if between:
             part = sum(turn.step_ms for turn in between) / whole_ms
             shares.setdefault("evaluation", []).append(part)
