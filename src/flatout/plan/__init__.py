@@ -1,41 +1,41 @@
-"""The plan: which settings a job runs with, and the evidence for it. A TOML file, never code.
+"""The plan: which settings a job runs with, and the evidence for them. It is TOML, never code.
 
 version = 2
 
 [plan]                      # knob = "setting"; the only table that is required
 precision = "bf16"
 
-[job]                       # what it was measured on
+[job]                       # the job that was measured
 command = ["python", "train.py"]
 folder = "."                # where it was started, relative to the main script's folder
 arguments = ["python", "train.py"]      # the command with its paths relative to that folder
-inputs = ["float32[64,784]"]      # of the first outermost module call, * where a size varies
+inputs = ["float32[64,784]"]      # inputs of the first outermost module call, * where a size varies
 environment = {DATA = "..."}      # digests of the variables that its source names
 
 [machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
 
-[learned]                   # of flatout run --tune, in the place of [evidence]: nothing is proven
+[learned]                   # instead of [evidence] in a plan of flatout run --tune, never proven
 state = "unproven"
 measured = "in-process"
 ratios = {optimizer = 1.4}  # knob = ratio inside the training process
 
 [evidence]
-settings = {precision = "bf16"}   # what was proven; another [plan] is unproven
+settings = {precision = "bf16"}   # what was proven; a plan with other settings is unproven
 ratio = 1.61                # bare step time over the plan's, from fresh processes
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
-[[evidence.losses]]         # one for each backward call of a step, with both curves
+[[evidence.losses]]         # for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
-[[evidence.verified]]       # further proofs, by flatout verify
+[[evidence.verified]]       # further proofs, added by flatout verify
 
-[program."net.py"]          # digests of each file of the program, see ``flatout.program``
-bytes = "..."               # as it is; the others are without comments and layout
-module = "..."              # what is outside of its functions
+[program."net.py"]          # digests of each file of the program, see ``plan/program.py``
+bytes = "..."               # the file as it is; the others ignore comments and layout
+module = "..."              # everything outside of its functions
 "Net.forward()" = "..."
 
-A file of version 1 knew the digest of one file only (``job.program_sha256``): it is read, and its
+A file of version 1 has the digest of one file only (``job.program_sha256``). It is read, and its
 program counts as unknown.
 """
 
@@ -76,7 +76,7 @@ Fact = str | int | float | bool
 
 
 class PlanError(UserError):
-    """A plan that cannot be read; the message names file, line and key."""
+    """A plan cannot be read or written; the message names file, line and key."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class LossEvidence:
     Attributes:
         bare_final, plan_final: mean over the last quarter of the steps and over all seeds.
         difference: mean paired difference, plan minus bare, where it is largest.
-        margin: largest mean difference that passes: one standard deviation of bare's own spread.
-        yardstick: ``"seeds"`` (spread between seeds), ``"batches"`` (scatter between steps, where
-            the program sets its own seed), or ``"runs"`` (spread between runs, where the program
-            does not repeat itself).
-        bare_curve, plan_curve: the losses from the first step to the last, in some points, means
-            over the steps of each and over all seeds.
+        margin: largest mean difference that passes: one standard deviation of bare.
+        yardstick: what that standard deviation is taken over: ``"seeds"``, ``"batches"`` (steps,
+            where the program sets its own seed), or ``"runs"`` (where the program does not repeat
+            itself).
+        bare_curve, plan_curve: the losses from the first step to the last; each point is a mean
+            over some steps and over all seeds.
     """
 
     bare_final: float
@@ -104,7 +104,7 @@ class LossEvidence:
 
 
 Result = Literal["passed", "failed", "open"]
-"""Of a check; ``open``: it could not be told."""
+"""Result of a check; ``open``: it could not be told."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Check:
 
     Attributes:
         name: what was compared.
-        result: one of ``Result``.
-        why: one clause, with its figures.
-        figures: by their names.
-        undecided: it failed only for want of certainty.
+        result: whether it passed.
+        why: the reason with its figures, one clause.
+        figures: name -> figure.
+        undecided: whether it failed only for lack of certainty.
     """
 
     name: str
@@ -128,12 +128,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Verified:
-    """A further proof of the same settings that passed, beside one that covers more in some way.
+    """A further proof of the same settings that passed, and covers less in some way.
 
     Attributes:
-        steps, seeds, verdict: as those of ``Evidence``.
-        first_seed: of the pairs; the others count up from it.
-        checks: names of those that passed.
+        steps, seeds, verdict: as in ``Evidence``.
+        first_seed: seed of the first pair; the others count up from it.
+        checks: names of the checks that passed.
     """
 
     steps: Count
@@ -145,23 +145,23 @@ class Verified:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a plan was written for; see the format above.
+    """Why a plan was written; see the format above.
 
     Attributes:
         settings: what was proven.
         ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
-        pairs: pairs of fresh processes behind it.
-        bare_step_ms, plan_step_ms: geometric means of the runs; the ratio is that of the two.
-        steps: horizon: how many steps from the start the proof covers.
-        seeds: how many seeds that changed anything it was repeated with (1: the program seeds
-            itself).
+        pairs: pairs of fresh processes behind the ratio.
+        bare_step_ms, plan_step_ms: geometric means of the runs; their quotient is the ratio.
+        steps: how many steps from the start the proof covers.
+        seeds: how many seeds the proof was repeated with, as far as they changed anything (1: the
+            program seeds itself).
         bare_repeats: whether bare gave identical losses twice.
-        verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"``: no loss has fallen, and
-            what else was checked passed.
-        in_process: ratio of each knob alone, compared inside one process.
+        verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"`` (no loss has fallen, and
+            all other checks passed).
+        in_process: knob -> ratio of that knob alone, compared inside one process.
         losses: one entry for each backward call of the step.
-        checks: those that the proof consists of.
-        verified: what ``flatout verify`` has added.
+        checks: the checks that the proof consists of.
+        verified: further proofs, added by ``flatout verify``.
     """
 
     settings: Mapping[str, str]
@@ -188,16 +188,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Plan:
-    """Knob settings, what they were made for, and why.
+    """Settings of knobs, the job that they were chosen for, and why.
 
     Attributes:
         settings: ``knob -> setting``.
-        command: the job it was made for; empty in a plan written by hand.
-        program: files and variables that the job is made of; ``None``: not known.
-        inputs: of the first outermost module call, in the words of ``flatout.signature``.
+        command: the job; empty in a plan written by hand.
+        program: files and variables that the job consists of; ``None``: not known.
+        inputs: inputs of the first outermost module call, in the words of ``wire/signature.py``.
         machine: fingerprint of the machine, and torch's version.
-        evidence: ``None`` in a plan written by hand.
-        learned: knob -> ratio inside one process, of a plan that was learned while training and is
+        evidence: why the plan was written; ``None`` in a plan written by hand.
+        learned: knob -> ratio inside one process, in a plan that was learned while training and is
             not proven; ``None`` in any other.
     """
 
@@ -211,23 +211,26 @@ class Plan:
 
     @property
     def proven(self) -> bool:
-        """Whether the evidence is for these very settings."""
+        """Whether the evidence is for exactly these settings."""
         return self.evidence is not None and dict(self.evidence.settings) == dict(self.settings)
 
     @property
     def torch(self) -> str | None:
-        """Version of torch that it was proven with."""
+        """Version of torch that the plan was proven with; ``None``: not known."""
         version = self.machine.get("torch")
         return version if isinstance(version, str) else None
 
     def differences(
         self, command: Sequence[str], fingerprint: Mapping[str, Fact]
     ) -> tuple[str, ...]:
-        """What is not as it was when the plan was proven, as far as it shows before the start.
+        """List what has changed since the plan was proven, as far as it shows before the start.
 
         Args:
             command: the job.
-            fingerprint: of this machine.
+            fingerprint: the fingerprint of this machine.
+
+        Returns:
+            A clause for each change.
         """
         found = [
             f"{key} was {self.machine[key]}, is {here}"
@@ -243,11 +246,11 @@ class Plan:
         return (*found, *self.argument_changes(command).others)
 
     def argument_changes(self, command: Sequence[str]) -> programs.ArgumentChanges:
-        """How the arguments of a job differ from those of the plan's."""
+        """Compare the arguments of a job with those of the plan's job."""
         return programs.argument_changes(self.command, self.program, command)
 
     def write(self, path: Path) -> None:
-        """Write the plan, replacing a file that is there.
+        """Write the plan; an existing file is replaced.
 
         Raises:
             PlanError: the file cannot be written.
@@ -365,7 +368,7 @@ def read(path: Path) -> Plan:
     except RecursionError:
         raise PlanError(f"{path} is not a plan: it is nested too deeply") from None
     except (TOMLKitError, ValueError, TypeError, LookupError) as error:
-        # tomlkit raises these where it is given what is not TOML in an unusual way.
+        # tomlkit raises these for some files that are not TOML.
         raise PlanError(f"{path}: this is not TOML: {one_line(error)}") from error
     return _Reader(path, text).plan(document)
 
@@ -424,7 +427,7 @@ class _Reader:
         return PlanError(f"{place}: {one_line(mismatch.place)} {mismatch.what}")
 
     def _line(self, tables: Sequence[str], key: str) -> int | None:
-        """Number of the line on which a key stands: under its table's header, or in a header."""
+        """Number of the line of a key, under its table's header or in one; ``None``: not found."""
         name = re.escape(".".join(tables))
         here = not tables
         quoted = rf"""["']?{re.escape(key)}["']?"""
@@ -440,8 +443,8 @@ class _Reader:
 
 
 def _rounded(value: Any) -> Any:
-    """``value`` for TOML, every float in it to six significant digits and none that is not finite:
-    what is not known is left out."""
+    """``value`` for TOML: floats have six significant digits, and those that are not finite, which
+    means that they are not known, are left out."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items() if _is_known(item)}
     if isinstance(value, (list, tuple)):

@@ -333,11 +333,11 @@ def _one_of_scalars(kinds: tuple[Any, ...]) -> _Decoder:
 
 
 def _literal(members: tuple[Any, ...]) -> _Decoder:
-    said = ", ".join(map(str, members))
+    said = f"one of: {', '.join(map(str, members))}" if len(members) > 1 else f'"{members[0]}"'
 
     def decode(value: Any, format: Format) -> Any:
         if not any(type(value) is type(member) and value == member for member in members):
-            raise MismatchError(f"must be one of: {said}")
+            raise MismatchError(f"must be {said}")
         return value
 
     return decode
