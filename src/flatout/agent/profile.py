@@ -16,7 +16,7 @@ import statistics
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -326,6 +326,21 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
         total.self_us += event.self_cpu_time_total
         if has_device:
             total.device_self_us += event.self_device_time_total
+    operators = _means(sums, steps, has_device)
+    return Profile(
+        steps=steps,
+        step_ms=sum(durations_us[step] for step in counting) / 1e3 / steps,
+        operators=tuple(operators[:LISTED_OPERATORS]),
+        operators_total_ms=sum(o.self_ms for o in operators),
+        operators_total_calls=sum(o.calls for o in operators),
+        device_total_ms=device_us / 1e3 / steps if has_device else None,
+    )
+
+
+def _means(
+    sums: Mapping[tuple[str, str | None, str | None], _Sum], steps: int, has_device: bool
+) -> list[OperatorTimes]:
+    """Means over some steps, the largest operator first."""
     operators = [
         OperatorTimes(
             *place,
@@ -335,12 +350,4 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
         )
         for place, total in sums.items()
     ]
-    operators.sort(key=lambda o: max(o.self_ms, o.device_self_ms or 0.0), reverse=True)
-    return Profile(
-        steps=steps,
-        step_ms=sum(durations_us[step] for step in counting) / 1e3 / steps,
-        operators=tuple(operators[:LISTED_OPERATORS]),
-        operators_total_ms=sum(o.self_ms for o in operators),
-        operators_total_calls=sum(o.calls for o in operators),
-        device_total_ms=device_us / 1e3 / steps if has_device else None,
-    )
+    return sorted(operators, key=lambda o: max(o.self_ms, o.device_self_ms or 0.0), reverse=True)
