@@ -7,8 +7,8 @@ from pathlib import Path
 
 from flatout import knobs
 from flatout.intercept.host import Host
-from flatout.wire.record import RecordWriter
 from flatout.wire.request import Request
+from flatout.wire.writer import RecordWriter
 
 
 def host_in(folder: Path, request: Request | None = None) -> Host:

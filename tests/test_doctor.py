@@ -22,18 +22,15 @@ from flatout.knobs import mkl
 from flatout.machine import Ceilings
 from flatout.report.terminal import print_diagnosis
 from flatout.tune import candidates
-from flatout.wire.record import ProcessRecord, RunRecord, Step, record_path
+from flatout.wire import codec
+from flatout.wire.header import Header
+from flatout.wire.lines import End
+from flatout.wire.profile import Profile
+from flatout.wire.record import ProcessRecord, RunRecord, Step
 from flatout.wire.turns import PHASES
+from flatout.wire.writer import record_path
 
-HEADER = {
-    "kind": "header",
-    "program": "train.py",
-    "torch": "2.13.0",
-    "threads": 2,
-    "accelerator": None,
-    "executable": sys.executable,
-    "environment": {},
-}
+HEADER = Header(program="train.py", torch="2.13.0", threads=2, executable=sys.executable)
 RATES = {"float32": 1e11, "bfloat16": 4e11, "float16": None}
 CEILINGS = Ceilings(
     python=sys.executable,
@@ -92,7 +89,7 @@ def operator(name: str, self_ms: float, calls: float = 1, **fields: Any) -> dict
     }
 
 
-def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) -> dict[str, Any]:
+def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) -> Profile:
     facts = {
         "optimizers": [],
         "modules": {"convolutions_channels_last": 0},
@@ -100,8 +97,7 @@ def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) ->
         "loaders": [],
         "switches": {"float32_matmul_precision": "highest"},
     }
-    return {
-        "kind": "profile",
+    profiled = {
         "steps": 5,
         "step_ms": step_ms,
         "operators": list(operators),
@@ -116,6 +112,7 @@ def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) ->
         **fields,
         "facts": {**facts, **fields.get("facts", {})},
     }
+    return codec.decode(Profile, profiled)
 
 
 BALANCED = {"forward": 4.0, "loss": 0.0, "backward": 5.6, "optimizer": 0.3, "other": 0.1}
@@ -128,7 +125,7 @@ def recorded(tmp_path: Path) -> Any:
 
     def record(
         phases_ms: dict[str, float | None] = BALANCED,
-        profiled: dict[str, Any] | None = None,
+        profiled: Profile | None = None,
         *,
         steps: list[Step] | None = None,
         evaluations: list[Step] | None = None,
@@ -141,7 +138,7 @@ def recorded(tmp_path: Path) -> Any:
             steps = [turn(n, phases_ms, **fields) for n in range(23)]
         process = ProcessRecord(
             record_path(tmp_path, 1),
-            HEADER | (header or {}),
+            replace(HEADER, **(header or {})),
             steps,
             evaluations or [],
             profile=profiled,
@@ -241,7 +238,7 @@ def test_large_operators_keep_their_share_however_much_the_profiler_slows_small_
     """10 ms a step: 5 ms in one operator; 1000 small ones to which the profiler adds 2 us each."""
     large, small = operator("aten::mm", 5.0), operator("aten::add", 7.0, calls=1000)
     diagnosis = recorded(profiled=profile(large, small, step_ms=12.0))
-    shares = {o["name"]: o["share"] for o in diagnosis.case.operators}
+    shares = {o.name: o.share for o in diagnosis.case.operators}
     assert shares["aten::mm"] == pytest.approx(0.5, abs=0.01)
     assert shares["aten::add"] == pytest.approx(0.5, abs=0.01)
 
@@ -249,7 +246,7 @@ def test_large_operators_keep_their_share_however_much_the_profiler_slows_small_
 def test_shares_bear_a_machine_that_has_slowed_down_meanwhile(recorded: Any) -> None:
     diagnosis = recorded(profiled=profile(operator("aten::mm", 15.0, calls=3), step_ms=30.0))
     (only,) = diagnosis.case.operators
-    assert only["share"] == pytest.approx(0.5, abs=0.01)
+    assert only.share == pytest.approx(0.5, abs=0.01)
 
 
 def test_slow_random_numbers_and_the_attention_around_them(recorded: Any) -> None:
@@ -348,7 +345,7 @@ def test_page_faults_cost_what_the_machine_was_measured_to_take(recorded: Any) -
     window = profile(PRODUCTS, minor_faults=8000.0, minor_faults_of_thread=4000.0)
     diagnosis = recorded(profiled=window, minor_faults=8000)
     assert share(diagnosis, "page-fault-bound") == pytest.approx(0.2)
-    in_job = {**window, "page_fault_us": 1.0}
+    in_job = replace(window, page_fault_us=1.0)
     assert share(recorded(profiled=in_job, minor_faults=8000), "page-fault-bound") == pytest.approx(
         0.4
     )
@@ -426,7 +423,7 @@ def test_memory_bound_and_layout_copies(recorded: Any) -> None:
     diagnosis = recorded(profiled=window)
     assert kinds_found(diagnosis) == ["memory-bound", "layout-copies"]
     assert share(diagnosis, "memory-bound") == pytest.approx(0.4)
-    faulting = recorded(profiled={**window, "page_fault_us": 0.5}, minor_faults=6000)
+    faulting = recorded(profiled=replace(window, page_fault_us=0.5), minor_faults=6000)
     assert kinds_found(faulting) == ["page-fault-bound", "layout-copies"]
     without = profile(PRODUCTS, operator("aten::copy_", 2.0))
     assert "layout-copies" not in kinds_found(recorded(profiled=without))
@@ -519,7 +516,7 @@ def test_the_share_of_an_operator_is_that_of_its_work_on_the_device(recorded: An
     assert known.device == "cuda"
     assert known.operators == pytest.approx({"aten::mm": 0.6, "aten::add": 0.001})
     assert known.overhead_share == pytest.approx(0.4)
-    assert [o["name"] for o in case.operators_by_name] == ["aten::mm", "aten::add"]
+    assert [o.name for o in case.operators_by_name] == ["aten::mm", "aten::add"]
     assert known.matmul_flops_per_s == RATES
 
 
@@ -589,7 +586,7 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     print_diagnosis(recorded(steps=[turn(n, BALANCED) for n in range(5)]), text)
     assert "only 2 steps were timed; more --seconds would tell more" in text.getvalue()
     ended = recorded(steps=[turn(n, BALANCED) for n in range(5)])
-    ended.case.process.end = {"kind": "end", "reason": "exit"}
+    ended.case.process.end = End(at_s=1.0, reason="exit")
     text = io.StringIO()
     print_diagnosis(ended, text)
     assert "only 2 steps were timed; a longer run of the program would" in text.getvalue()

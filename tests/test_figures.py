@@ -19,6 +19,7 @@ from flatout.tune.ledger import Outcome
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial
+from flatout.wire.header import Header
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.turns import PHASES
@@ -55,7 +56,7 @@ A_RUN = st.tuples(
 
 def trial(run: tuple[float, list[float], list[float], float, float]) -> Trial:
     step_ms, factors, passes, startup_s, peak = run
-    process = ProcessRecord(Path("record"), {})
+    process = ProcessRecord(Path("record"), Header())
     at_s = startup_s
     for number, factor in enumerate(factors):
         ms = step_ms * factor

@@ -25,7 +25,8 @@ from flatout.report import page
 from flatout.tune import journal
 from flatout.tune.document import Document, DocumentError
 from flatout.tune.journal import Entry, JournalError
-from flatout.wire.record import Learned, RecordError, read_run, read_step_times, write_failure
+from flatout.wire.lines import Learned
+from flatout.wire.record import RecordError, read_run, read_step_times
 from flatout.wire.request import (
     Comparison,
     Envelope,
@@ -36,6 +37,7 @@ from flatout.wire.request import (
     Request,
     RequestError,
 )
+from flatout.wire.writer import write_failure
 from tests.tune_documents import nothing_helps
 
 Mutation = tuple[int, int, int, int]

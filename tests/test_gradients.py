@@ -19,7 +19,7 @@ from flatout.agent import flows
 from flatout.agent.inspection import _sampled
 from flatout.plan import Check
 from flatout.tune import gradients
-from flatout.wire.record import Gradient
+from flatout.wire.lines import Gradient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 UPDATES, SEEDS = 3, 3

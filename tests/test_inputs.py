@@ -13,6 +13,7 @@ import torch
 
 from flatout.agent import inputs
 from flatout.agent.inputs import FirstInputs, described
+from flatout.wire.lines import Inputs, Line
 from flatout.wire.signature import matches
 from tests.hosts import host_in
 
@@ -52,7 +53,7 @@ def called(module: Any, *args: Any) -> None:
 
 def test_sizes_that_differ_between_the_first_calls_are_open(tmp_path: Path) -> None:
     host = host_in(tmp_path)
-    written: list[dict[str, Any]] = []
+    written: list[Line] = []
     host.record = SimpleNamespace(write=written.append)  # type: ignore[assignment]
     watch = FirstInputs(host)
     host.forward_wrappers.append(watch)
@@ -60,7 +61,7 @@ def test_sizes_that_differ_between_the_first_calls_are_open(tmp_path: Path) -> N
     for length in (5, 5, 7, 5):
         watch(called, net, (torch.ones(length, 2),), {})
         watch(called, other, (torch.ones(length, length, length),), {})
-    seen = [line["tensors"] for line in written if line["kind"] == "inputs"]
+    seen = [line.tensors for line in written if isinstance(line, Inputs)]
     assert seen == [("float32[5,2]",), ("float32[*,2]",)]
     for _ in range(inputs.WATCHED_CALLS - 8):
         assert watch in host.forward_wrappers

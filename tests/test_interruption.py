@@ -19,6 +19,7 @@ from flatout.launch import interruption, process
 from flatout.plan import Plan
 from flatout.tune import journal, pairs, statistics, trial, tuner
 from flatout.tune.trial import Trial, Trials
+from flatout.wire.header import Header
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Relay, Request
 
@@ -195,15 +196,7 @@ def test_two_trials_that_take_turns_end_without_a_traceback(
 def made_up(settings: dict[str, str], seed: int, steps: int = 60) -> Trial:
     """What a run under some settings would have recorded; the losses are those of its seed."""
     step_ms = 16.0 / 1.6 ** len(settings) * (1 + 0.02 * (seed % 3))
-    header = {
-        "torch": "2.13.0",
-        "threads": 2,
-        "executable": sys.executable,
-        "program": "train.py",
-        "world_size": None,
-        "accelerator": None,
-        "environment": {},
-    }
+    header = Header(torch="2.13.0", threads=2, executable=sys.executable, program="train.py")
     made = [
         Step(
             index=number,

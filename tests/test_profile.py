@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flatout import launch
 from flatout.doctor.case import MATMUL_OPERATORS, PRODUCTS_WITHIN
+from flatout.wire.facts import OptimizerFacts, ParameterFacts
+from flatout.wire.profile import OperatorTimes
 from flatout.wire.record import ProcessRecord, read_run
 from flatout.wire.request import RUN_VARIABLE, Request
 
@@ -93,10 +94,10 @@ def test_flops_of_transformer_layers_are_the_same_by_their_fast_path() -> None:
                 expected = counted(call).flops_by_dtype
             finally:
                 torch.backends.mha.set_fastpath_enabled(True)
-            products = [o for o in profiled(call) if o["name"] in MATMUL_OPERATORS]
+            products = [o for o in profiled(call) if o.name in MATMUL_OPERATORS]
         assert fast.flops_by_dtype == expected
         assert sum(fast.counted.values()) == fast.counted[name] == 1
-        assert sum(o["calls"] for o in products) == PRODUCTS_WITHIN[name]
+        assert sum(o.calls for o in products) == PRODUCTS_WITHIN[name]
 
 
 def test_flops_of_vectors() -> None:
@@ -129,13 +130,14 @@ def test_a_formula_that_fails_is_told_and_the_program_goes_on(
 # Operators
 
 
-def profiled(work: Callable[[], object]) -> list[dict[str, Any]]:
+def profiled(work: Callable[[], object]) -> tuple[OperatorTimes, ...]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         work()
     result = aggregate(profiler.events(), [-math.inf, math.inf])
-    assert result["operators_total_calls"] >= sum(o["calls"] for o in result["operators"])
-    operators: list[dict[str, Any]] = result["operators"]
-    return operators
+    assert result.operators is not None
+    assert result.operators_total_calls is not None
+    assert result.operators_total_calls >= sum(o.calls for o in result.operators)
+    return result.operators
 
 
 def test_operators_belong_to_the_phase_that_calls_them() -> None:
@@ -146,7 +148,7 @@ def test_operators_belong_to_the_phase_that_calls_them() -> None:
         model(torch.randn(4, 8)).pow(2).sum().backward()
         optimizer.step()
 
-    phases = {(o["name"], o["phase"]) for o in profiled(step)}
+    phases = {(o.name, o.phase) for o in profiled(step)}
     assert {("aten::addmm", None), ("aten::mm", "backward")} <= phases
     assert ("aten::addcdiv_", "optimizer") in phases
     assert not any("#" in name for name, _ in phases)
@@ -161,11 +163,7 @@ def test_attention_is_told_from_what_surrounds_it_in_both_directions() -> None:
         out = F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
         torch.bmm(out.reshape(1, -1, 16), other).sum().backward()
 
-    calls = {
-        (o["phase"], o["within"]): round(o["calls"])
-        for o in profiled(step)
-        if o["name"] == "aten::bmm"
-    }
+    calls = {(o.phase, o.within): round(o.calls) for o in profiled(step) if o.name == "aten::bmm"}
     assert calls == {
         (None, "attention"): 2,
         ("backward", "attention"): 4,
@@ -177,7 +175,7 @@ def test_attention_is_told_from_what_surrounds_it_in_both_directions() -> None:
 def test_fused_attention_is_none_of_it() -> None:
     q = torch.randn(2, 4, 32, 16, requires_grad=True)
     operators = profiled(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
-    assert all(o["within"] is None for o in operators)
+    assert all(o.within is None for o in operators)
 
 
 # In programs
@@ -231,18 +229,20 @@ for step in steps(model, optimizer, 1000):
     assert finished.output.split() == [str(step) for step in range(6)]  # and nothing else
     profile = process.profile
     assert profile is not None
-    assert profile["flops_by_dtype"] == {"float32": 2 * 2 * 8 * 16 * 4}
-    calls = {o["name"]: o["calls"] for o in profile["operators"] if o["phase"] != "optimizer"}
+    assert profile.flops_by_dtype == {"float32": 2 * 2 * 8 * 16 * 4}
+    assert profile.operators is not None
+    calls = {o.name: o.calls for o in profile.operators if o.phase != "optimizer"}
     assert calls["aten::addmm"] == calls["aten::mm"] == 1
-    assert profile["facts"]["optimizers"] == [
-        {"class": "SGD", "tensors": 2, "elements": 68, "fused": False, "can_fuse": True}
-    ]
-    assert profile["facts"]["parameters"] == {
-        "elements_by_dtype": {"float32": 68},
-        "elements_by_device": {"cpu": 68},
-        "denormal_share": 0.0,
-        "unoptimized_elements": 0,
-    }
+    assert profile.facts is not None
+    assert profile.facts.optimizers == (
+        OptimizerFacts(class_="SGD", tensors=2, elements=68, fused=False, can_fuse=True),
+    )
+    assert profile.facts.parameters == ParameterFacts(
+        elements_by_dtype={"float32": 68},
+        elements_by_device={"cpu": 68},
+        denormal_share=0.0,
+        unoptimized_elements=0,
+    )
     assert [event.what for event in process.events] == ["stopped"]
 
 
@@ -263,7 +263,7 @@ for step in steps(model, optimizer, 1000):
 """,
     )
     assert process.profile is not None
-    assert process.profile["flops_by_dtype"] == {"float32": 2 * 2 * 8 * 16 * 4}
+    assert process.profile.flops_by_dtype == {"float32": 2 * 2 * 8 * 16 * 4}
 
 
 def test_a_program_with_a_profiler_of_its_own_keeps_it(
@@ -282,8 +282,8 @@ with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
     )
     assert [e.subject for e in process.events if e.what == "skipped"] == ["profile"]
     assert process.profile is not None
-    assert "operators" not in process.profile
-    assert process.profile["flops_by_dtype"] == {"float32": 2 * 2 * 8 * 16 * 4}
+    assert process.profile.operators is None
+    assert process.profile.flops_by_dtype == {"float32": 2 * 2 * 8 * 16 * 4}
 
 
 def test_a_compiled_program_is_counted_in_full(
@@ -301,7 +301,7 @@ for step in steps(model, optimizer, 1000):
     )
     assert not [event for event in process.events if event.what == "failed"]
     assert process.profile is not None
-    assert process.profile["flops_by_dtype"] == {"float32": 2 * 2 * 8 * 16 * 4}
+    assert process.profile.flops_by_dtype == {"float32": 2 * 2 * 8 * 16 * 4}
 
 
 def test_facts_of_a_convolutional_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,17 +330,20 @@ for epoch in range(100):
 """,
     )
     assert process.profile is not None
-    facts = process.profile["facts"]
-    assert facts["modules"]["roots"] == ["Net"]
-    assert facts["modules"]["kinds"]["Conv2d"] == 2
-    assert facts["modules"]["convolutions_channels_last"] == 1
-    assert facts["modules"]["convolutions_grouped"] == 1
-    assert facts["optimizers"][0]["can_fuse"] is False
-    assert facts["parameters"]["denormal_share"] == pytest.approx(8 / 162)
-    (loader,) = facts["loaders"]
-    assert loader["dataset"] == "TensorDataset"
-    assert (loader["workers"], loader["batch_size"]) == (0, 2)
-    assert loader["settings"] == ["batched", "cache", "prefetch", "workers"]
+    facts = process.profile.facts
+    assert facts is not None
+    assert facts.modules.roots == ("Net",)
+    assert facts.modules.kinds["Conv2d"] == 2
+    assert facts.modules.convolutions_channels_last == 1
+    assert facts.modules.convolutions_grouped == 1
+    assert facts.optimizers is not None
+    assert facts.optimizers[0].can_fuse is False
+    assert facts.parameters.denormal_share == pytest.approx(8 / 162)
+    assert facts.loaders is not None
+    (loader,) = facts.loaders
+    assert loader.dataset == "TensorDataset"
+    assert (loader.workers, loader.batch_size) == (0, 2)
+    assert loader.settings == ("batched", "cache", "prefetch", "workers")
 
 
 def test_the_window_writes_nothing_to_the_programs_stderr(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 from flatout.plan import Check
 from flatout.tune import proof, trial
 from flatout.tune.proof import Curve, Run, Verdict
-from flatout.wire.record import BufferState, Output, OutputTensor, RootState, Step, read_run
+from flatout.wire.lines import BufferState, Output, OutputTensor, RootState
+from flatout.wire.record import Step, read_run
 from flatout.wire.request import RUN_VARIABLE, Inspection, Request
 from flatout.wire.turns import PHASES
 

@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 
 from flatout.intercept import _watch
-from flatout.wire.record import (
-    RECORD_VERSION,
-    RecordError,
-    RecordWriter,
-    read_process,
-    read_run,
-    record_path,
-    write_failure,
-)
+from flatout.wire.header import RECORD_VERSION, Header
+from flatout.wire.lines import End, Event
+from flatout.wire.record import RecordError, read_process, read_run
 from flatout.wire.request import Comparison, Inspection, Request, RequestError
 from flatout.wire.turns import (
     ARM,
@@ -36,6 +30,7 @@ from flatout.wire.turns import (
     PHASES,
     USAGE,
 )
+from flatout.wire.writer import RecordWriter, record_path, write_failure
 
 HEADER = {"kind": "header", "version": RECORD_VERSION, "pid": 1, "rank": None, "started_ns": 7}
 NET, OPTIMIZER_ID = 2**46 + 16, 2**47 - 8
@@ -71,11 +66,11 @@ class Program:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     program = Program()
     record = RecordWriter(tmp_path, 1)
-    record.write({**HEADER, "started_ns": program.now_ns - 2_000_000_000})
+    record.write(Header(pid=1, started_ns=program.now_ns - 2_000_000_000))
     program.step()
     record.write_events(program.log.pack())
     record.write_losses([0.25], None)
-    record.write({"kind": "event", "at_s": 1.5, "what": "skipped", "subject": "a", "why": "b"})
+    record.write(Event(at_s=1.5, what="skipped", subject="a", why="b"))
     program.phase(DATA, 1)
     program.log.note(NOTE, ARM, 0, 1)
     program.log.note(NOTE, MARK, 0, MARKS.index("switched"))
@@ -87,7 +82,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     program.step()
     record.write_events(program.log.pack())
     record.write_losses([float("nan"), 0.125], 4096)
-    record.write({"kind": "end", "at_s": 3.0, "reason": "exit"})
+    record.write(End(at_s=3.0, reason="exit"))
     record.close()
 
     process = read_run(tmp_path).main
@@ -121,14 +116,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [(step.grad, step.step_ms) for step in process.evaluations] == [(False, 4.0)]
     assert process.events[0].why == "b"
     assert process.events[0].traceback is None
-    assert process.end == {"kind": "end", "at_s": 3.0, "reason": "exit"}
+    assert process.end == End(at_s=3.0, reason="exit")
 
 
 def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         program = Program()
         record = RecordWriter(tmp_path, 1)
-        record.write(HEADER)
+        record.write(Header(pid=1, started_ns=7))
         program.step()
         record.write_events(program.log.pack())
         record.write_losses([value], None)
@@ -143,7 +138,7 @@ def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: P
 def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     program = Program()
     record = RecordWriter(tmp_path, 1)
-    record.write(HEADER)
+    record.write(Header(pid=1, started_ns=7))
     program.step()
     record.write_events(program.log.pack())
     record.flush()
@@ -181,13 +176,13 @@ def test_what_is_no_record_is_said_in_one_sentence(
 def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
     for pid, steps in ((1, 0), (2, 3), (3, 1)):
         record = RecordWriter(tmp_path, pid)
-        record.write({**HEADER, "pid": pid})
+        record.write(Header(pid=pid, started_ns=7))
         program = Program()
         for _ in range(steps):
             program.step()
         record.write_events(program.log.pack())
         record.close()
-    assert [process.header["pid"] for process in read_run(tmp_path).processes] == [2, 3, 1]
+    assert [process.header.pid for process in read_run(tmp_path).processes] == [2, 3, 1]
 
 
 def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: Path) -> None:
@@ -197,7 +192,7 @@ def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: P
     record = RecordWriter(tmp_path, 5)
     assert write_failure(tmp_path) is None
     for _ in range(3):
-        record.write(HEADER)
+        record.write(Header(pid=1, started_ns=7))
         record.flush()
     record.close()
     assert write_failure(tmp_path) == os.strerror(errno.ENOSPC)
@@ -208,7 +203,7 @@ def test_a_run_directory_that_is_gone_is_said_once(
 ) -> None:
     record = RecordWriter(tmp_path / "gone", 5)
     for _ in range(3):
-        record.write(HEADER)
+        record.write(Header(pid=1, started_ns=7))
         record.flush()
     (said,) = capfd.readouterr().err.splitlines()
     assert said.startswith("flatout: the record stops, the program goes on: ")
@@ -255,4 +250,4 @@ def test_a_module_is_named_in_the_record(tmp_path: Path) -> None:
     (run_directory,) = (tmp_path / "home" / "runs").iterdir()
     process = read_run(run_directory).main
     assert process is not None
-    assert process.header["program"] == "package.train"
+    assert process.header.program == "package.train"

@@ -93,7 +93,7 @@ def test_the_one_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
         assert process is not None
         assert len(process.steps) == 8
         assert process.end is not None
-        assert process.end["reason"] == "exit"
+        assert process.end.reason == "exit"
 
 
 def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:

@@ -19,9 +19,7 @@ def large(path: Path) -> Iterator[tuple[str, int]]:
     """Names of classes and functions that are larger, and how large."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ClassDef):
-            methods = [
-                n for n in node.body if isinstance(n, ast.FunctionDef)
-            ]
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
             if len(methods) > MOST_METHODS:
                 yield node.name, len(methods)
         elif isinstance(node, ast.FunctionDef):

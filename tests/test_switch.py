@@ -190,7 +190,7 @@ def test_arms_take_turns_and_the_program_is_stopped_afterwards(tmp_path: Path) -
         comparison,
     )
     assert process.end is not None
-    assert process.end["reason"] == "stopped"
+    assert process.end.reason == "stopped"
     assert len(process.steps) == comparison.longest_steps == 3 + 2 * 3 + 3 * 4 * 5
     assert [step.arm for step in process.steps[:9]] == [None] * 3 + [1] * 3 + [2] * 3
     assert [step.mark for step in process.steps[:9]] == [None] * 3 + ["first"] * 6

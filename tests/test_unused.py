@@ -20,7 +20,7 @@ from flatout.tune.proof import Verdict
 from flatout.tune.prover import ProofAttempt
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Tuner
-from flatout.wire.record import Event
+from flatout.wire.lines import Event
 
 PROGRAM = """
 import torch

@@ -17,6 +17,9 @@ from benchmarks.outside import Results, timed
 from benchmarks.suite import arms
 from benchmarks.suite.cases import ROOT, Case
 from flatout.tune.document import Document
+from flatout.wire import codec
+from flatout.wire.facts import ProgramFacts
+from flatout.wire.profile import Profile
 from flatout.wire.record import read_run
 
 FIRST_RUN_STEPS = 0.3
@@ -154,14 +157,14 @@ def _work(command: Sequence[str], folder: Path) -> dict[str, Any]:
     _flatout(["doctor", *options, "--", *command], folder)
     _flatout(["machine", "--python", command[0], "--json", str(ceilings)], folder)
     diagnosis = json.loads(found.read_text())
-    profile = read_run(Path(diagnosis["record"]).parent).main.profile or {}
-    optimizers = profile.get("facts", {}).get("optimizers", ())
+    profile = read_run(Path(diagnosis["record"]).parent).main.profile or Profile()
+    optimizers = (profile.facts or ProgramFacts()).optimizers or ()
     return {
         "diagnosis": {
             key: diagnosis[key]
             for key in ("torch", "step_ms", "phases_ms", "flops_per_step", "dtype", "operators")
         },
-        "optimizers": list(optimizers),
+        "optimizers": codec.encode(optimizers),
         "machine": json.loads(ceilings.read_text()),
         "peers": _peers(command[0]),
         "commit": _commit(),

@@ -181,7 +181,7 @@ def test_torchrun_with_two_ranks(template: Path, tmp_path: Path) -> None:
     assert own.returncode == 0, own.stderr
     main = checked(record)
     trained = [process for process in record.processes if process.trains]
-    assert [process.header["rank"] for process in trained] == [0, 1]
+    assert [process.header.rank for process in trained] == [0, 1]
     assert all(steps(process) == [(1, 1, 1)] * 16 for process in trained)
     assert recorded_losses(main) == printed_losses(own)
 

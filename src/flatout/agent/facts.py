@@ -6,6 +6,7 @@ Collected once, after the timed steps: its cost (a pass over the parameters) doe
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,14 @@ from torch.utils.data import Subset
 from flatout.intercept import objects
 from flatout.intercept.finite import kept_gradient
 from flatout.knobs import loader as loader_knob
+from flatout.wire.facts import (
+    LoaderFacts,
+    ModuleFacts,
+    OptimizerFacts,
+    ParameterFacts,
+    ProgramFacts,
+    SwitchFacts,
+)
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -24,23 +33,23 @@ if TYPE_CHECKING:
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def collect(host: Host) -> dict[str, Any]:
-    """All facts, as JSON types."""
-    return {
-        "optimizers": [_optimizer(o) for o in host.optimizers if objects.param_groups(o)],
-        "modules": _modules(host.roots),
-        "parameters": _parameters(host.roots, host.optimizers),
-        "loaders": [_loader(loader) for loader in host.loaders],
-        "opens_images": "PIL.JpegImagePlugin" in sys.modules,
-        "switches": {
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "anomaly_detection": torch.is_anomaly_enabled(),
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "float32_matmul_precision": _float32_matmul_precision(),
-        },
-        "threads": torch.get_num_threads(),
-        "knobs": sorted(host.applied.names),
-    }
+def collect(host: Host) -> ProgramFacts:
+    """Collect all facts."""
+    return ProgramFacts(
+        optimizers=tuple(_optimizer(o) for o in host.optimizers if objects.param_groups(o)),
+        modules=_modules(host.roots),
+        parameters=_parameters(host.roots, host.optimizers),
+        loaders=tuple(_loader(loader) for loader in host.loaders),
+        opens_images="PIL.JpegImagePlugin" in sys.modules,
+        switches=SwitchFacts(
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            anomaly_detection=torch.is_anomaly_enabled(),
+            cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
+            float32_matmul_precision=_float32_matmul_precision(),
+        ),
+        threads=torch.get_num_threads(),
+        knobs=tuple(sorted(host.applied.names)),
+    )
 
 
 def _float32_matmul_precision() -> str | None:
@@ -50,19 +59,19 @@ def _float32_matmul_precision() -> str | None:
         return None
 
 
-def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     groups = objects.param_groups(optimizer)
     tensors = [p for group in groups for p in group["params"]]
-    return {
-        "class": _name(optimizer),
-        "tensors": len(tensors),
-        "elements": sum(p.numel() for p in tensors),
-        "fused": any(bool(group.get("fused")) for group in groups),
-        "can_fuse": _can_fuse(optimizer),
-    }
+    return OptimizerFacts(
+        class_=_name(optimizer),
+        tensors=len(tensors),
+        elements=sum(p.numel() for p in tensors),
+        fused=any(bool(group.get("fused")) for group in groups),
+        can_fuse=_can_fuse(optimizer),
+    )
 
 
-def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
+def _modules(roots: list[torch.nn.Module]) -> ModuleFacts:
     kinds: Counter[str] = Counter()
     channels_last = grouped = 0
     for root in roots:
@@ -74,17 +83,17 @@ def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
                 last = weight.is_contiguous(memory_format=torch.channels_last)
                 channels_last += last and not is_ambiguous
                 grouped += module.groups > 1
-    return {
-        "roots": [_name(root) for root in roots],
-        "kinds": dict(kinds),
-        "convolutions_channels_last": channels_last,
-        "convolutions_grouped": grouped,
-    }
+    return ModuleFacts(
+        roots=tuple(_name(root) for root in roots),
+        kinds=dict(kinds),
+        convolutions_channels_last=int(channels_last),
+        convolutions_grouped=int(grouped),
+    )
 
 
 def _parameters(
     roots: list[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
-) -> dict[str, Any]:
+) -> ParameterFacts:
     elements: Counter[str] = Counter()
     devices: Counter[str] = Counter()
     groups = (group for o in optimizers for group in objects.param_groups(o))
@@ -99,12 +108,12 @@ def _parameters(
             magnitude = parameter.detach().abs()
             denormal += int(((magnitude > 0) & (magnitude < _SMALLEST_NORMAL)).sum())
             total += parameter.numel()
-    return {
-        "elements_by_dtype": dict(elements),
-        "elements_by_device": dict(devices),
-        "denormal_share": denormal / total if total else None,
-        "unoptimized_elements": unoptimized,
-    }
+    return ParameterFacts(
+        elements_by_dtype=dict(elements),
+        elements_by_device=dict(devices),
+        denormal_share=denormal / total if total else None,
+        unoptimized_elements=unoptimized,
+    )
 
 
 def _initialized(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
@@ -134,13 +143,21 @@ def source(dataset: Any) -> Any:
     return dataset
 
 
-def _loader(loader: Any) -> dict[str, Any]:
+def _loader(loader: Any) -> LoaderFacts:
     held = objects.attributes(loader)
-    return {
-        "workers": held.get("num_workers"),
-        "batch_size": held.get("batch_size"),
-        "dataset": _name(source(held.get("dataset"))),
-        "pin_memory": bool(held.get("pin_memory")),
-        "persistent_workers": bool(held.get("persistent_workers")),
-        "settings": loader_knob.possible(held),
-    }
+    return LoaderFacts(
+        workers=_count(held.get("num_workers")),
+        batch_size=_count(held.get("batch_size")),
+        dataset=_name(source(held.get("dataset"))),
+        pin_memory=bool(held.get("pin_memory")),
+        persistent_workers=bool(held.get("persistent_workers")),
+        settings=loader_knob.possible(held),
+    )
+
+
+def _count(value: Any) -> int | None:
+    """A number that the program may have given as one of NumPy's; ``None``: it is no number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -16,6 +16,7 @@ import torch
 
 from flatout.agent.modules import imported_files, write_modules
 from flatout.intercept.nested import tensors_in
+from flatout.wire.lines import Inputs
 from flatout.wire.signature import VARYING, matches, merged
 from flatout.wire.turns import ELEMENTS, ROWS
 
@@ -71,7 +72,7 @@ class FirstInputs:
 
     def _record(self, seen: tuple[str, ...]) -> None:
         self._seen = seen
-        self._host.record.write({"kind": "inputs", "tensors": seen})
+        self._host.record.write(Inputs(seen))
 
     def _turn_off(self) -> None:
         """Turn off what was proven otherwise, for this call already."""

@@ -14,10 +14,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-import sys
 import traceback
 from array import array
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +30,15 @@ from flatout.intercept.containment import attempt
 from flatout.intercept.finite import kept_gradient
 from flatout.intercept.modes import without_autocast
 from flatout.intercept.nested import tensors_in
+from flatout.wire.lines import (
+    BufferState,
+    Gradients,
+    NamedGradient,
+    Output,
+    OutputTensor,
+    RootState,
+    State,
+)
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -224,17 +231,17 @@ class Inspector:
             self._updates[id(parameter)] += 1
             flow, is_sum = self._flows.take(parameter), is_sum_of_terms(parameter)
             entries.append(
-                {
-                    "name": self._parameter_name(parameter),
-                    "norm": float(taken.norm),
-                    "elements": taken.elements,
-                    "sample": None if taken.sample is None else _base64(taken.sample),
-                    "roundoff": None if flow is None else flow.roundoff,
-                    "noise": float(flow.noise) if flow is not None and is_sum else None,
-                }
+                NamedGradient(
+                    norm=float(taken.norm),
+                    elements=taken.elements,
+                    sample=None if taken.sample is None else _floats(taken.sample),
+                    roundoff=None if flow is None else flow.roundoff,
+                    noise=float(flow.noise) if flow is not None and is_sum else None,
+                    name=self._parameter_name(parameter),
+                )
             )
         if entries:
-            self._host.record.write({"kind": "gradients", "parameters": entries})
+            self._host.record.write(Gradients(tuple(entries)))
 
     def _parameter_name(self, parameter: torch.Tensor) -> str:
         """Its name in the first root that has it, else its number among those in none."""
@@ -293,13 +300,12 @@ class Inspector:
         floating = [t for t in tensors if t.is_floating_point() and t.numel()]
         root = self._roots.get(id(module), (objects.class_name(module), module))[0]
         self._host.record.write(
-            {
-                "kind": "outputs",
-                "root": root,
-                "inputs": inputs,
-                "digest": _digest(tensors) if detailed else None,
-                "tensors": [_described(t, detailed) for t in floating[:OUTPUT_TENSORS]],
-            }
+            Output(
+                root=root,
+                inputs=inputs,
+                digest=_digest(tensors) if detailed else None,
+                tensors=tuple(_described(t, detailed) for t in floating[:OUTPUT_TENSORS]),
+            )
         )
 
     def _look_for_ones(self, module: Any, output: Any) -> None:
@@ -313,11 +319,11 @@ class Inspector:
 
     def _write_state(self) -> None:
         nothing = _Probabilities()
-        roots = [
-            {**_state(name, root), **self._probabilities.get(identity, nothing).counts()}
+        roots = (
+            _state(name, root, *self._probabilities.get(identity, nothing).counts())
             for identity, (name, root) in self._roots.items()
-        ]
-        self._host.record.write({"kind": "state", "roots": roots})
+        )
+        self._host.record.write(State(tuple(roots)))
 
 
 class _Probabilities:
@@ -343,11 +349,11 @@ class _Probabilities:
         self._passes += 1
         self._is_over = self._passes <= CERTAIN_PASSES and bool(self._outside)
 
-    def counts(self) -> dict[str, int]:
-        """Fields of ``record.RootState``."""
+    def counts(self) -> tuple[int, int]:
+        """How many probabilities were looked at, and how many were exactly 1."""
         if self._ones is None or self._outside is None or bool(self._outside):
-            return {"probabilities": 0, "ones": 0}
-        return {"probabilities": self._elements, "ones": int(self._ones)}
+            return 0, 0
+        return self._elements, int(self._ones)
 
 
 def _looking_on(function: Callable[..., Any], *args: Any) -> Any:
@@ -393,47 +399,43 @@ def _copied(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32, copy=True)
 
 
-def _moments(values: torch.Tensor) -> dict[str, float]:
+def _moments(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and root mean square."""
     dtype = _exact_dtype(values)
     norm = float(torch.linalg.vector_norm(values, dtype=dtype))
-    return {"mean": float(values.mean(dtype=dtype)), "rms": norm / math.sqrt(values.numel())}
+    return float(values.mean(dtype=dtype)), norm / math.sqrt(values.numel())
 
 
-def _described(tensor: torch.Tensor, detailed: bool) -> dict[str, Any]:
-    """The fields of ``record.OutputTensor``."""
+def _described(tensor: torch.Tensor, detailed: bool) -> OutputTensor:
     values = _local(tensor)
     sample = top1 = lead = None
     if detailed:
-        sample = _base64(_sampled(values, SAMPLE_ELEMENTS).float())
+        sample = _floats(_sampled(values, SAMPLE_ELEMENTS).float())
         if values.dim() > 1 and values.shape[-1] > 1:
             rows = values.reshape(-1, values.shape[-1])
             rows = rows[:: -(-rows.shape[0] // TOP1_ROWS)].float()
             best = rows.topk(2, dim=-1)
-            top1 = _base64(best.indices[:, 0].int())
-            lead = _base64(best.values[:, 0] - best.values[:, 1])
-    return {
-        "shape": list(values.shape),
-        **_moments(values),
-        "sample": sample,
-        "top1": top1,
-        "lead": lead,
-    }
+            top1 = array("i", _bytes_of(best.indices[:, 0].int()))
+            lead = _floats(best.values[:, 0] - best.values[:, 1])
+    mean, rms = _moments(values)
+    return OutputTensor(tuple(values.shape), mean, rms, sample, top1, lead)
 
 
-def _state(name: str, root: Any) -> dict[str, Any]:
-    """The fields of ``record.RootState``."""
+def _state(name: str, root: Any, probabilities: int, ones: int) -> RootState:
     buffers = [
         (n, b) for n, b in objects.named_buffers(root) if b.is_floating_point() and b.numel()
     ]
     tensors = [*objects.parameters(root), *objects.buffers(root)]
-    return {
-        "root": name,
-        "digest": _digest(tensors),
-        "non_finite": sum(
+    return RootState(
+        root=name,
+        digest=_digest(tensors),
+        non_finite=sum(
             int((~torch.isfinite(_values(t))).sum()) for t in tensors if t.is_floating_point()
         ),
-        "buffers": [{"name": n, **_moments(_local(b))} for n, b in buffers],
-    }
+        buffers=tuple(BufferState(n, *_moments(_local(b))) for n, b in buffers),
+        probabilities=probabilities,
+        ones=ones,
+    )
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
@@ -459,12 +461,11 @@ def _bytes(on_host: torch.Tensor) -> Any:
     return (ctypes.c_char * size).from_address(on_host.data_ptr()) if size else b""
 
 
-def _base64(values: torch.Tensor) -> str:
-    """Elements of four bytes, little-endian."""
+def _bytes_of(values: torch.Tensor) -> bytes:
     on_host = _on_host(values)
-    data = bytes(_bytes(on_host))
-    if sys.byteorder == "big":
-        words = array("I", data)
-        words.byteswap()
-        data = words.tobytes()
-    return b64encode(data).decode()
+    return bytes(_bytes(on_host))
+
+
+def _floats(values: torch.Tensor) -> array[float]:
+    """The elements of a float32 tensor."""
+    return array("f", _bytes_of(values))

@@ -9,6 +9,7 @@ from flatout.agent.switch import BASELINE, Switch
 from flatout.errors import RefusedError
 from flatout.knob import ConflictError
 from flatout.wire import ratios
+from flatout.wire.lines import Learned, LearnedSettings
 from flatout.wire.turns import Turn
 
 GIVEN_UP = 1.5
@@ -61,14 +62,9 @@ class Learner(Switch):
             if kept:
                 settings[name] = setting
             learned.append(
-                {
-                    "knob": name,
-                    "setting": setting,
-                    "kept": kept,
-                    **{f: getattr(ratio, f) for f in ("value", "low", "high", "pairs")},
-                }
+                Learned(name, setting, kept, ratio.value, ratio.low, ratio.high, ratio.pairs)
             )
-        self._host.record.write({"kind": "learned", "settings": learned})
+        self._host.record.write(LearnedSettings(tuple(learned)))
 
     def _turned(self, name: str, setting: str, on: dict[str, str]) -> bool:
         """Turn it on, unless that fails or does not go with what is on."""

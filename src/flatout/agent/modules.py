@@ -7,7 +7,8 @@ import sys
 import sysconfig
 from types import ModuleType
 
-from flatout.wire.record import RecordWriter
+from flatout.wire.lines import Modules
+from flatout.wire.writer import RecordWriter
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _GENERATED = "torchinductor_"
@@ -36,7 +37,7 @@ def imported_files() -> list[str]:
 
 def write_modules(record: RecordWriter) -> None:
     """Write down what the program has imported of its own by now."""
-    record.write({"kind": "modules", "files": imported_files()})
+    record.write(Modules(tuple(imported_files())))
 
 
 def _file_of(module: object) -> str | None:

@@ -4,22 +4,8 @@
 measurement of what a fault costs in between, at the same speed of the machine; then one under the
 FLOP counter. All is entered and left at step boundaries. The record gets one line; times and counts
 are means over the profiled turns, without the quickest and the slowest (a stall of the machine
-falls into one of few), and the profiler has slowed them down::
-
-    {"kind": "profile", "steps": 10, "step_ms": 12.3,
-     "operators": [{"name": "aten::mm", "phase": "backward", "within": null, "calls": 4.0,
-                    "self_ms": 1.5, "device_self_ms": null}, ..],   # largest first
-     "operators_total_ms": 10.1, "operators_total_calls": 321.0,    # of all, listed or not
-     "device_total_ms": null,                                       # all kernels of the accelerator
-     "minor_faults": 120.0, "minor_faults_of_thread": 70.0,         # of all threads; of this one
-     "page_fault_us": 0.5, "page_fault_step_ms": 11.9,              # one fault; the steps around it
-     "flops_by_dtype": {"float32": 1200000000},
-     "counted": {"aten::mm": 4}, "uncountable": {"aten::x": "why"},  # calls with a formula
-     "facts": {..}}                                                 # see facts.py
-
-An operator's ``phase`` is ``optimizer``, ``backward`` or null (anything else); ``within`` is
-``attention`` for what ``scaled_dot_product_attention`` does, forwards and backwards, where it has
-no fused kernel. What could not be profiled is missing; an event says why.
+falls into one of few), and the profiler has slowed them down. ``wire/profile.py`` has the fields of
+that line. What could not be profiled is missing; an event says why.
 """
 
 from __future__ import annotations
@@ -30,7 +16,8 @@ import statistics
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +27,7 @@ from torch._C._autograd import DeviceType
 from flatout.agent import facts
 from flatout.agent.flops import FlopCounter
 from flatout.intercept import device
-from flatout.wire.record import MANY_FAULTS
+from flatout.wire.profile import MANY_FAULTS, OperatorTimes, Profile
 from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
@@ -97,7 +84,7 @@ class Profiler:
         self._fault_steps_ms: list[float] = []
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
-        self._result: dict[str, Any] = {"kind": "profile", "steps": 0}
+        self._result = Profile()
         self._next: Callable[[], bool] = self._start
 
     def at_boundary(self, turn: Turn) -> bool:
@@ -160,15 +147,19 @@ class Profiler:
             boundaries_us = [
                 begin.time_range.start + (at_ns - first_ns) / 1e3 for at_ns in self._boundaries_ns
             ]
-            self._result.update(aggregate(events, boundaries_us))
+            self._result = aggregate(events, boundaries_us)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("profile", error)
         self._profiler = None
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
-            self._result["minor_faults"] = (faults[0] - self._faults[0]) / steps
-            self._result["minor_faults_of_thread"] = (faults[1] - self._faults[1]) / steps
-            if self._result["minor_faults"] >= MANY_FAULTS:
+            minor_faults = (faults[0] - self._faults[0]) / steps
+            self._result = replace(
+                self._result,
+                minor_faults=minor_faults,
+                minor_faults_of_thread=(faults[1] - self._faults[1]) / steps,
+            )
+            if minor_faults >= MANY_FAULTS:
                 self._boundaries_ns = self._boundaries_ns[-1:]
                 return self._weigh_fault()
         return self._count()
@@ -186,8 +177,11 @@ class Profiler:
             or (weighed and self._has_taken(_WEIGHING_SECONDS))
         ):
             if cost_us is not None:
-                self._result["page_fault_us"] = _middle_mean(self._fault_costs_us)
-                self._result["page_fault_step_ms"] = _middle_mean(self._fault_steps_ms)
+                self._result = replace(
+                    self._result,
+                    page_fault_us=_middle_mean(self._fault_costs_us),
+                    page_fault_step_ms=_middle_mean(self._fault_steps_ms),
+                )
             return self._count()
         self._next = self._weigh_fault
         self._left = 2  # the first finds its caches full of what was filled here
@@ -204,12 +198,15 @@ class Profiler:
         assert self._flops is not None
         self._flops.__exit__(None, None, None)
         self._next = self._start
-        self._result["flops_by_dtype"] = dict(self._flops.flops_by_dtype)
-        self._result["counted"] = dict(self._flops.counted)
-        self._result["uncountable"] = self._flops.uncountable
+        self._result = replace(
+            self._result,
+            flops_by_dtype=dict(self._flops.flops_by_dtype),
+            counted=dict(self._flops.counted),
+            uncountable=self._flops.uncountable,
+        )
         self._host.mark = None
         try:
-            self._result["facts"] = facts.collect(self._host)
+            self._result = replace(self._result, facts=facts.collect(self._host))
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._failed("facts", error)
         self._host.record.write(self._result)
@@ -271,7 +268,16 @@ def page_fault_cost_us() -> float | None:
     return max(0.0, (fresh - again + free) / 1e3 / (after[1] - before[1]))
 
 
-def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str, Any]:
+@dataclass
+class _Sum:
+    """What the calls of an operator add up to, over all steps that count."""
+
+    calls: int = 0
+    self_us: float = 0.0
+    device_self_us: float = 0.0
+
+
+def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
     """Self times by operator, means over the steps that count.
 
     Args:
@@ -284,7 +290,7 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str
     counting = set(by_duration[trimmed : len(by_duration) - trimmed])
     steps = len(counting)
     has_device = device.accelerator_in_use() is not None
-    operators: dict[tuple[str, str | None, str | None], dict[str, Any]] = {}
+    sums: dict[tuple[str, str | None, str | None], _Sum] = {}
     places: dict[int, tuple[str | None, str | None]] = {}
     attention_nodes: set[int] = set()
     device_us = 0.0
@@ -315,31 +321,33 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> dict[str
         places[id(event)] = (phase, within)
         if not counts or name.startswith(_ANNOTATIONS):
             continue
-        operator = operators.setdefault(
-            (name, phase, within),
-            {
-                "name": name,
-                "phase": phase,
-                "within": within,
-                "calls": 0.0,
-                "self_ms": 0.0,
-                "device_self_ms": 0.0 if has_device else None,
-            },
-        )
-        operator["calls"] += 1 / steps
-        operator["self_ms"] += event.self_cpu_time_total / 1e3 / steps
+        total = sums.setdefault((name, phase, within), _Sum())
+        total.calls += 1
+        total.self_us += event.self_cpu_time_total
         if has_device:
-            operator["device_self_ms"] += event.self_device_time_total / 1e3 / steps
-    ordered = sorted(
-        operators.values(),
-        key=lambda o: max(o["self_ms"], o["device_self_ms"] or 0.0),
-        reverse=True,
+            total.device_self_us += event.self_device_time_total
+    operators = _means(sums, steps, has_device)
+    return Profile(
+        steps=steps,
+        step_ms=sum(durations_us[step] for step in counting) / 1e3 / steps,
+        operators=tuple(operators[:LISTED_OPERATORS]),
+        operators_total_ms=sum(o.self_ms for o in operators),
+        operators_total_calls=sum(o.calls for o in operators),
+        device_total_ms=device_us / 1e3 / steps if has_device else None,
     )
-    return {
-        "steps": steps,
-        "step_ms": sum(durations_us[step] for step in counting) / 1e3 / steps,
-        "operators": ordered[:LISTED_OPERATORS],
-        "operators_total_ms": sum(o["self_ms"] for o in ordered),
-        "operators_total_calls": sum(o["calls"] for o in ordered),
-        "device_total_ms": device_us / 1e3 / steps if has_device else None,
-    }
+
+
+def _means(
+    sums: Mapping[tuple[str, str | None, str | None], _Sum], steps: int, has_device: bool
+) -> list[OperatorTimes]:
+    """Means over some steps, the largest operator first."""
+    operators = [
+        OperatorTimes(
+            *place,
+            calls=total.calls / steps,
+            self_ms=total.self_us / 1e3 / steps,
+            device_self_ms=total.device_self_us / 1e3 / steps if has_device else None,
+        )
+        for place, total in sums.items()
+    ]
+    return sorted(operators, key=lambda o: max(o.self_ms, o.device_self_ms or 0.0), reverse=True)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flatout import knobs
 from flatout.agent.inputs import FirstInputs
@@ -27,9 +27,11 @@ from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt, contained, unreported
 from flatout.intercept.host import Host
 from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
-from flatout.wire.record import ENVIRONMENT_NAMES, RECORD_VERSION, RecordWriter
+from flatout.wire.header import ENVIRONMENT_NAMES, Header
+from flatout.wire.lines import End
 from flatout.wire.request import Request
 from flatout.wire.turns import Turn
+from flatout.wire.writer import RecordWriter
 
 if TYPE_CHECKING:
     from flatout.agent.guard import Guard
@@ -166,14 +168,8 @@ class Session:
             self.host.events.failed("agent", unreported.pop(0))
 
     def _write_end(self, reason: str) -> None:
-        self.record.write(
-            {
-                "kind": "end",
-                "at_s": self._at_s(time.perf_counter_ns()),
-                "reason": reason,
-                "peak_device_bytes": peak_device_bytes(),
-            }
-        )
+        at_s = self._at_s(time.perf_counter_ns())
+        self.record.write(End(at_s, reason, peak_device_bytes()))
 
     def _timed(self, turn: Turn) -> bool:
         if self.host.counts(turn):
@@ -333,30 +329,28 @@ def _is_loader_worker() -> bool:
     return get_worker_info() is not None or target is _utils.worker._worker_loop
 
 
-def _header(record: RecordWriter) -> dict[str, Any]:
+def _header(record: RecordWriter) -> Header:
     import torch
 
     from flatout.intercept import device
 
     accelerator = device.accelerator()
-    return {
-        "kind": "header",
-        "version": RECORD_VERSION,
-        "pid": os.getpid(),
-        "parent_pid": os.getppid(),
-        "rank": _environment_int("RANK"),
-        "world_size": _environment_int("WORLD_SIZE"),
-        "started_unix_s": round(time.time(), 3),
-        "started_ns": record.started_ns,
-        "program": _program(),
-        "executable": sys.executable,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": accelerator.type if accelerator is not None else None,
-        "environment": {name: os.environ[name] for name in ENVIRONMENT_NAMES if name in os.environ},
-    }
+    return Header(
+        pid=os.getpid(),
+        parent_pid=os.getppid(),
+        rank=_environment_int("RANK"),
+        world_size=_environment_int("WORLD_SIZE"),
+        started_unix_s=round(time.time(), 3),
+        started_ns=record.started_ns,
+        program=_program(),
+        executable=sys.executable,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        accelerator=accelerator.type if accelerator is not None else None,
+        environment={name: os.environ[name] for name in ENVIRONMENT_NAMES if name in os.environ},
+    )
 
 
 def _environment_int(name: str) -> int | None:

@@ -35,8 +35,8 @@ class Diagnosis:
         last = case.steps[-1]
         profiled = case.process.profile is not None
         return {
-            "program": case.process.header["program"],
-            "torch": case.process.header["torch"],
+            "program": case.process.header.program,
+            "torch": case.process.header.torch,
             "trains": case.process.trains,
             "steps": len(case.steps),
             "warmup_steps": len(case.warmup_steps),
@@ -51,12 +51,14 @@ class Diagnosis:
             "flops_per_step": case.flops_per_step,
             "uncounted_operators": case.uncounted_operators if profiled else None,
             "dtype": case.main_dtype,
-            "operators": case.operators_by_name[:20] if case.operators else None,
+            "operators": (
+                [asdict(o) for o in case.operators_by_name[:20]] if case.operators else None
+            ),
             "operators_share": case.all_operators_share,
             "minor_faults_per_step": case.minor_faults_per_step,
             "peak_rss_bytes": last.peak_rss_bytes,
             "peak_device_bytes": case.peak_device_bytes,
-            "threads": case.process.header.get("threads"),
+            "threads": case.process.header.threads,
             "usable_cores": case.usable_cores,
             "findings": [asdict(finding) for finding in self.findings],
             "record": str(case.process.path),
@@ -77,7 +79,7 @@ def diagnose(
         UserError: there is no step to diagnose.
     """
     process = run.main
-    if process is None or not any(turn.mark is None for turn in process.turns):
+    if process is None or not process.timed_steps:
         raise UserError("no training or inference step was seen, so there is nothing to diagnose")
     case = Case(process, ceilings, usable_cores)
     return Diagnosis(case, find_all(case))

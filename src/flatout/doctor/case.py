@@ -6,14 +6,12 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from flatout.machine import Ceilings
+from flatout.wire.facts import ProgramFacts
+from flatout.wire.profile import Profile
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.turns import PHASES
-
-WARMUP_STEPS = 3
-"""Steps left out at the beginning: compilation, allocator, thread pools and caches warm up."""
 
 MATMUL_OPERATORS = frozenset(
     {
@@ -65,6 +63,57 @@ dispatch cost some 5 to 10 microseconds a call."""
 
 
 @dataclass(frozen=True)
+class Operator:
+    """An operator of a step, with what it costs.
+
+    Attributes:
+        name, calls, self_ms, device_self_ms: as in ``OperatorTimes`` of ``wire/profile.py``.
+        work_ms: time that its work takes, on the accelerator if the profile has its times.
+        share: share of the step that its work takes.
+        host_share: share of the step that the host spends on it.
+    """
+
+    name: str
+    calls: float
+    self_ms: float
+    device_self_ms: float | None
+    work_ms: float
+    share: float
+    host_share: float
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its kernel is the larger part of a call."""
+        return self.work_ms * 1e3 > LARGE_US * self.calls
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether it is a matmul or a convolution."""
+        return self.name in MATMUL_OPERATORS or self.name in CONVOLUTION_OPERATORS
+
+    def plus(self, other: Operator) -> Operator:
+        """Both together, under the name of this one."""
+        device_ms = [ms for ms in (self.device_self_ms, other.device_self_ms) if ms is not None]
+        return Operator(
+            self.name,
+            self.calls + other.calls,
+            self.self_ms + other.self_ms,
+            sum(device_ms) if device_ms else None,
+            self.work_ms + other.work_ms,
+            self.share + other.share,
+            self.host_share + other.host_share,
+        )
+
+
+@dataclass(frozen=True)
+class PlacedOperator(Operator):
+    """An operator in one part of the step; ``phase`` and ``within`` are those of the profile."""
+
+    phase: str | None
+    within: str | None
+
+
+@dataclass(frozen=True)
 class Case:
     """One process of a run, with the ceilings of its machine.
 
@@ -82,9 +131,8 @@ class Case:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """The timed steps: neither warming up nor slowed down by the profiler."""
-        timed = [step for step in self.process.turns if step.mark is None]
-        return timed[min(WARMUP_STEPS, max(0, len(timed) - 1)) :]
+        """The steady steps; of a program that ends while it warms up, its last timed step."""
+        return self.process.steady_steps or self.process.timed_steps[-1:]
 
     @cached_property
     def warmup_steps(self) -> list[Step]:
@@ -95,14 +143,7 @@ class Case:
     @cached_property
     def evaluations(self) -> list[Step]:
         """Evaluation passes between the timed steps of training."""
-        if not self.process.trains:
-            return []
-        first, last = self.steps[0], self.steps[-1]
-        return [
-            turn
-            for turn in self.process.evaluations
-            if turn.mark is None and first.at_s <= turn.at_s <= last.at_s
-        ]
+        return self.process.evaluations_between(self.steps)
 
     @cached_property
     def step_ms(self) -> float:
@@ -136,26 +177,26 @@ class Case:
     # The profiled window
 
     @property
-    def profile(self) -> Mapping[str, Any]:
-        """The profiled window; empty when there was none."""
-        return self.process.profile or {}
+    def profile(self) -> Profile:
+        """The profiled window; an empty one when there was none."""
+        return self.process.profile or Profile()
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """What the agent saw of the program; empty when it could not look."""
-        return self.profile.get("facts") or {}
+    def facts(self) -> ProgramFacts:
+        """What the agent saw of the program; nothing when it could not look."""
+        return self.profile.facts or ProgramFacts()
 
     @property
     def device(self) -> str:
         """Type of the device that the program computes on; that of the machine's accelerator only
         where the program was seen to use it."""
-        accelerator = self.process.header.get("accelerator")
+        accelerator = self.process.header.accelerator
         has_used = (
-            self.profile.get("device_total_ms")
-            or accelerator in self.facts.get("parameters", {}).get("elements_by_device", {})
+            self.profile.device_total_ms
+            or accelerator in self.facts.parameters.elements_by_device
             or self.peak_device_bytes
         )
-        return str(accelerator) if accelerator is not None and has_used else "cpu"
+        return accelerator if accelerator is not None and has_used else "cpu"
 
     @property
     def peak_device_bytes(self) -> int | None:
@@ -178,7 +219,7 @@ class Case:
     @property
     def device_share(self) -> float | None:
         """Share of a profiled step in which the accelerator was busy, ``None`` without one."""
-        device_ms = self.profile.get("device_total_ms")
+        device_ms = self.profile.device_total_ms
         return min(1.0, device_ms / self._profiled_step_ms) if device_ms else None
 
     def host_share(self, *phases: str) -> float:
@@ -193,13 +234,13 @@ class Case:
     @property
     def _profiler_ms(self) -> float:
         """What the profiler has added to a step."""
-        longer_ms = max(0.0, float(self.profile["step_ms"]) - self.step_ms)
-        return min(longer_ms, float(self.profile["operators_total_calls"]) * PROFILER_US / 1e3)
+        longer_ms = max(0.0, (self.profile.step_ms or 0.0) - self.step_ms)
+        return min(longer_ms, (self.profile.operators_total_calls or 0.0) * PROFILER_US / 1e3)
 
     @property
     def _profiled_step_ms(self) -> float:
         """The profiled step, less what the profiler has added."""
-        return float(self.profile["step_ms"]) - self._profiler_ms
+        return (self.profile.step_ms or 0.0) - self._profiler_ms
 
     @cached_property
     def page_fault_share(self) -> float | None:
@@ -207,13 +248,13 @@ class Case:
         faults, cost_us = self.minor_faults_per_step, self.page_fault_us
         if faults is None or cost_us is None:
             return None
-        step_ms = self.profile.get("page_fault_step_ms") or self.mean_step_ms
+        step_ms = self.profile.page_fault_step_ms or self.mean_step_ms
         return min(1.0, faults * self.main_thread_faults * cost_us / 1e3 / step_ms)
 
     @property
     def page_fault_us(self) -> float | None:
         """Cost of a minor fault: as measured in the job, else by ``flatout machine``."""
-        in_job: float | None = self.profile.get("page_fault_us")
+        in_job = self.profile.page_fault_us
         if in_job is None and self.ceilings is not None:
             return self.ceilings.page_fault_us
         return in_job
@@ -222,35 +263,39 @@ class Case:
     def main_thread_faults(self) -> float:
         """Which part of the page faults the step waits for. Threads that compute together fault
         together, so it is the main thread's part."""
-        all_threads = self.profile.get("minor_faults")
-        return float(self.profile["minor_faults_of_thread"] / all_threads) if all_threads else 1.0
+        all_threads = self.profile.minor_faults
+        in_thread = self.profile.minor_faults_of_thread
+        return in_thread / all_threads if all_threads and in_thread is not None else 1.0
 
     @cached_property
-    def operators(self) -> list[dict[str, Any]]:
-        """The operators of a step, each with ``work_ms``, the time that its work takes, on the
-        accelerator if the profile has its times; with ``share``, that of the step; and with
-        ``host_share``, what the host spends on it. Largest first.
+    def operators(self) -> list[PlacedOperator]:
+        """The operators of a step, largest first.
 
         The profiler adds about the same time to each call: what the profiled steps took longer than
         the median timed one, over the calls, is taken off each (at most ``PROFILER_US``). Then an
         operator's share is that of the profiled step, less what was taken off.
         """
-        calls = self.profile.get("operators_total_calls")
+        calls = self.profile.operators_total_calls
         if not calls:
             return []
         added_ms = self._profiler_ms / calls
+        on_device = self.device_share is not None
         found = []
-        for o in self.profile["operators"]:
-            host_ms = max(0.0, o["self_ms"] - o["calls"] * added_ms)
-            on_device = self.device_share is not None
+        for o in self.profile.operators or ():
+            host_ms = max(0.0, o.self_ms - o.calls * added_ms)
+            device_ms = o.device_self_ms or 0.0
             found.append(
-                {
-                    **o,
-                    "work_ms": (o["device_self_ms"] or 0.0) if on_device else o["self_ms"],
-                    "share": (o["device_self_ms"] or 0.0 if on_device else host_ms)
-                    / self._profiled_step_ms,
-                    "host_share": host_ms / self._profiled_step_ms,
-                }
+                PlacedOperator(
+                    name=o.name,
+                    calls=o.calls,
+                    self_ms=o.self_ms,
+                    device_self_ms=o.device_self_ms,
+                    work_ms=device_ms if on_device else o.self_ms,
+                    share=(device_ms if on_device else host_ms) / self._profiled_step_ms,
+                    host_share=host_ms / self._profiled_step_ms,
+                    phase=o.phase,
+                    within=o.within,
+                )
             )
         return found
 
@@ -258,69 +303,61 @@ class Case:
     def all_operators_share(self) -> float | None:
         """Share of the step spent in operators, those that are not listed as well; ``None``: not
         measured."""
-        total_ms = self.profile.get("operators_total_ms")
+        total_ms = self.profile.operators_total_ms
         if total_ms is None:
             return None
-        return float(min(1.0, max(0.0, total_ms - self._profiler_ms) / self._profiled_step_ms))
+        return min(1.0, max(0.0, total_ms - self._profiler_ms) / self._profiled_step_ms)
 
-    def operators_share(self, wanted: Callable[[Mapping[str, Any]], bool]) -> float:
+    def operators_share(self, wanted: Callable[[PlacedOperator], bool]) -> float:
         """Share of the step spent in the wanted operators."""
-        return min(1.0, float(sum(o["share"] for o in self.operators if wanted(o))))
+        return min(1.0, sum(o.share for o in self.operators if wanted(o)))
 
     @property
-    def operators_by_name(self) -> list[dict[str, Any]]:
+    def operators_by_name(self) -> list[Operator]:
         """Operators with one entry a name, whatever part of the step they are called from."""
-        merged: dict[str, dict[str, Any]] = {}
+        merged: dict[str, Operator] = {}
         for operator in self.operators:
-            known = merged.setdefault(
-                operator["name"],
-                {"name": operator["name"], "calls": 0.0, "self_ms": 0.0, "device_self_ms": None}
-                | {"work_ms": 0.0, "share": 0.0, "host_share": 0.0},
-            )
-            for key in ("calls", "self_ms", "device_self_ms", "work_ms", "share", "host_share"):
-                if operator[key] is not None:
-                    known[key] = (known[key] or 0.0) + operator[key]
-        ordered = sorted(merged.values(), key=lambda o: o["host_share"], reverse=True)
-        return sorted(ordered, key=lambda o: o["share"], reverse=True)
+            none = Operator(operator.name, 0.0, 0.0, None, 0.0, 0.0, 0.0)
+            merged[operator.name] = merged.get(operator.name, none).plus(operator)
+        ordered = sorted(merged.values(), key=lambda o: o.host_share, reverse=True)
+        return sorted(ordered, key=lambda o: o.share, reverse=True)
 
     # FLOPs
 
     @cached_property
     def uncounted_operators(self) -> list[str]:
         """Operators that make the FLOPs of the step unknown."""
-        counted = self.profile.get("counted", {})
-        total_ms = self.profile.get("operators_total_ms")
+        counted = self.profile.counted
+        total_ms = self.profile.operators_total_ms
         if self.device_share is not None:
-            total_ms = self.profile["device_total_ms"]
+            total_ms = self.profile.device_total_ms
         if not total_ms:
             return []
-        products = [o for o in self.operators if o["name"] in MATMUL_OPERATORS]
+        products = [o for o in self.operators if o.name in MATMUL_OPERATORS]
         products_counted = sum(counted.get(name, 0) for name in MATMUL_OPERATORS)
         products_counted += sum(n * counted.get(name, 0) for name, n in PRODUCTS_WITHIN.items())
         is_same_work = not any(turn.mark for turn in self.process.evaluations)
-        hidden = is_same_work and (
-            sum(o["calls"] for o in products) > HIDDEN_CALLS * products_counted
-        )
+        hidden = is_same_work and (sum(o.calls for o in products) > HIDDEN_CALLS * products_counted)
         known = {*counted, *(part for whole, part in WITHIN_COUNTED.items() if whole in counted)}
         if not hidden:
             known |= MATMUL_OPERATORS
         if any("conv" in name for name in counted):
             known |= CONVOLUTION_OPERATORS
-        heavy = [o for o in self.operators_by_name if o["work_ms"] > UNCOUNTED_SHARE * total_ms]
-        uncounted = {o["name"] for o in heavy if _is_arithmetic(o["name"])} - known
-        return sorted(uncounted | self.profile.get("uncountable", {}).keys())
+        heavy = [o for o in self.operators_by_name if o.work_ms > UNCOUNTED_SHARE * total_ms]
+        uncounted = {o.name for o in heavy if _may_compute(o.name)} - known
+        return sorted(uncounted | self.profile.uncountable.keys())
 
     @property
     def flops_per_step(self) -> int | None:
         """Floating point operations of a step; ``None`` when not known."""
-        by_dtype = self.profile.get("flops_by_dtype")
+        by_dtype = self.profile.flops_by_dtype
         return None if by_dtype is None or self.uncounted_operators else sum(by_dtype.values())
 
     @property
     def main_dtype(self) -> str | None:
         """The dtype in which most of the operations are done."""
-        by_dtype = self.profile.get("flops_by_dtype")
-        return max(by_dtype, key=by_dtype.get) if by_dtype else None
+        by_dtype = self.profile.flops_by_dtype
+        return max(by_dtype, key=by_dtype.__getitem__) if by_dtype else None
 
     @property
     def mfu(self) -> float | None:
@@ -330,7 +367,7 @@ class Case:
         if self.flops_per_step is None:
             return None
         seconds = 0.0
-        for dtype, flops in self.profile["flops_by_dtype"].items():
+        for dtype, flops in (self.profile.flops_by_dtype or {}).items():
             ceiling = self.matmul_flops_per_s.get(dtype)
             if not ceiling:
                 return None
@@ -338,17 +375,8 @@ class Case:
         return seconds / (self.mean_step_ms / 1e3)
 
 
-def is_large(operator: Mapping[str, Any]) -> bool:
-    """Whether its kernel is the larger part of a call."""
-    return bool(operator["work_ms"] * 1e3 > LARGE_US * operator["calls"])
-
-
-def is_arithmetic(operator: Mapping[str, Any]) -> bool:
-    """Whether it is a matrix product or a convolution."""
-    return operator["name"] in MATMUL_OPERATORS or operator["name"] in CONVOLUTION_OPERATORS
-
-
-def _is_arithmetic(name: str) -> bool:
+def _may_compute(name: str) -> bool:
+    """Whether an operator of this name may compute more than it moves."""
     library, _, operator = name.partition("::")
     return library in ("aten", "mkldnn", "mkl", "onednn", "xpu") and any(
         part in operator.lower() for part in _ARITHMETIC

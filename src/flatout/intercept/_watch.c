@@ -3,7 +3,7 @@
  * A Watch stands in a namespace in the place of a function: of a special method in a class
  * (Module.__call__, the loader's __next__), or of a function in a module. Called, it calls the
  * original, and notes in its Log when that began and ended. The log packs what it is told into a
- * few bytes (the `events` of wire/record.py); Python takes them now and then and understands them when
+ * few bytes (`Events` of wire/lines.py); Python takes them now and then and understands them when
  * the record is read. Only while the log is `told` are the events kept as they are as well, and only
  * while it is `live` is Python called at every one of them.
  *
@@ -115,7 +115,7 @@ typedef struct {
     PyObject *names[NAMES];
 } Log;
 
-/* How many values an event of this kind has; the same in wire/record.py. */
+/* How many values an event of this kind has; the same in wire/packing.py. */
 static int value_count(int what, int phase)
 {
     if (what == USAGE)

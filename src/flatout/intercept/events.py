@@ -7,7 +7,8 @@ import time
 import traceback
 
 from flatout.intercept.containment import Failed
-from flatout.wire.record import EVENTS, RecordWriter
+from flatout.wire.lines import EVENTS, Event
+from flatout.wire.writer import RecordWriter
 
 
 class EventLog:
@@ -24,22 +25,14 @@ class EventLog:
         """Add an event.
 
         Args:
-            what: one of ``record.EVENTS``.
+            what: one of ``lines.EVENTS``.
             subject: what it is about (a knob, ``"profile"``, ...).
             why: one sentence.
             traceback: for failures.
         """
         assert what in EVENTS
-        self._record.write(
-            {
-                "kind": "event",
-                "at_s": round(self._record.seconds(time.perf_counter_ns()), 6),
-                "what": what,
-                "subject": subject,
-                "why": why,
-                "traceback": traceback,
-            }
-        )
+        at_s = round(self._record.seconds(time.perf_counter_ns()), 6)
+        self._record.write(Event(at_s, what, subject, why, traceback))
 
     def failed(self, subject: str, error: Exception, what: str = "") -> None:
         """Add a failure of ours, with its traceback.

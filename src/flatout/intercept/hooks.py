@@ -32,8 +32,8 @@ from flatout.intercept.containment import (
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import abandon
 from flatout.intercept.place import Undo, stand_before
-from flatout.wire.record import FLUSH_SECONDS
 from flatout.wire.turns import BACKWARD, DATA, FORWARD, NOTE, OPTIMIZER_BUILT, TRANSFER, Turns
+from flatout.wire.writer import FLUSH_SECONDS
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from flatout.intercept.hooks import Hooks
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import read_loss
 from flatout.intercept.place import Undo
-from flatout.wire.record import RecordWriter
 from flatout.wire.request import Request
 from flatout.wire.turns import ARM, MARK, MARKS, Turn, Turns
+from flatout.wire.writer import RecordWriter
 
 T = TypeVar("T")
 

@@ -17,8 +17,9 @@ from flatout.errors import UserError
 from flatout.launch import environment, process, trackers
 from flatout.launch import relay as relay_stage
 from flatout.launch.runs import new_directory, new_run_directory
-from flatout.wire.record import RecordError, RunRecord, read_run, write_failure
+from flatout.wire.record import RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
+from flatout.wire.writer import write_failure
 
 OUTPUT_FILE = "output.txt"
 """What the job has written, in the run directory, when it was captured."""

@@ -30,6 +30,9 @@ CACHE_VERSION = 3
 PROBE_SECONDS = 180
 """Time limit of the measurement; it takes about ten seconds for each type of device."""
 
+_MOST_THREADS = 2**20
+"""No machine computes with more threads."""
+
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 """Variables that hide accelerators."""
 
@@ -293,10 +296,11 @@ def _check(entry: Any) -> None:
     tables = (entry["key"], found.fingerprint, *(d["reported"] for d in found.devices.values()))
     words = (found.python, found.torch)
     if type(found.threads) is not int or not (
-        all(isinstance(word, str) for word in words)
+        0 < found.threads <= _MOST_THREADS
+        and all(isinstance(word, str) for word in words)
         and all(isinstance(table, dict) for table in tables)
     ):
-        raise TypeError("a figure or a name is of another type")
+        raise TypeError("a figure or a name is of another kind")
 
 
 def _write_cache(file: Path, entries: list[dict[str, Any]]) -> None:

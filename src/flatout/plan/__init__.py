@@ -1,76 +1,82 @@
-"""The plan: which settings a job runs with, and the evidence for it. A TOML file, never code.
+"""The plan: which settings a job runs with, and the evidence for them. It is TOML, never code.
 
 version = 2
 
 [plan]                      # knob = "setting"; the only table that is required
 precision = "bf16"
 
-[job]                       # what it was measured on
+[job]                       # the job that was measured
 command = ["python", "train.py"]
 folder = "."                # where it was started, relative to the main script's folder
 arguments = ["python", "train.py"]      # the command with its paths relative to that folder
-inputs = ["float32[64,784]"]      # of the first outermost module call, * where a size varies
+inputs = ["float32[64,784]"]      # inputs of the first outermost module call, * where a size varies
 environment = {DATA = "..."}      # digests of the variables that its source names
 
 [machine]                   # fingerprint, as ``flatout machine`` knows it, and torch's version
 
-[learned]                   # of flatout run --tune, in the place of [evidence]: nothing is proven
+[learned]                   # instead of [evidence] in a plan of flatout run --tune, never proven
 state = "unproven"
 measured = "in-process"
 ratios = {optimizer = 1.4}  # knob = ratio inside the training process
 
 [evidence]
-settings = {precision = "bf16"}   # what was proven; another [plan] is unproven
+settings = {precision = "bf16"}   # what was proven; a plan with other settings is unproven
 ratio = 1.61                # bare step time over the plan's, from fresh processes
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
 [evidence.in_process]       # knob = ratio of that knob alone, inside one process
-[[evidence.losses]]         # one for each backward call of a step, with both curves
+[[evidence.losses]]         # for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
-[[evidence.verified]]       # further proofs, by flatout verify
+[[evidence.verified]]       # further proofs, added by flatout verify
 
-[program."net.py"]          # digests of each file of the program, see ``flatout.program``
-bytes = "..."               # as it is; the others are without comments and layout
-module = "..."              # what is outside of its functions
+[program."net.py"]          # digests of each file of the program, see ``plan/program.py``
+bytes = "..."               # the file as it is; the others ignore comments and layout
+module = "..."              # everything outside of its functions
 "Net.forward()" = "..."
 
-A file of version 1 knew the digest of one file only (``job.program_sha256``): it is read, and its
+A file of version 1 has the digest of one file only (``job.program_sha256``). It is read, and its
 program counts as unknown.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal
 
 from flatout import knobs
 from flatout.errors import UserError
 from flatout.knob import UnknownSettingError
 from flatout.plan import program as programs
-from flatout.plan.program import Program
+from flatout.plan.program import Digests, Program
 from flatout.text import one_line
+from flatout.wire import codec
+from flatout.wire.codec import (
+    TOML,
+    Count,
+    MismatchError,
+    MissingKeyError,
+    NotNegative,
+    Positive,
+    decode,
+    encode,
+)
 
 PLAN_VERSION = 2
 _READ_VERSIONS = (1, 2)
 PLAN_FILE = "flatout.toml"
 
-_PROGRAM = "program"
-_JOB = ("command", "folder", "arguments", "inputs", "environment")
-_LEARNED = {"state": "unproven", "measured": "in-process"}
-
 Fact = str | int | float | bool
 
 
 class PlanError(UserError):
-    """A plan that cannot be read; the message names file, line and key."""
+    """A plan cannot be read or written; the message names file, line and key."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +86,25 @@ class LossEvidence:
     Attributes:
         bare_final, plan_final: mean over the last quarter of the steps and over all seeds.
         difference: mean paired difference, plan minus bare, where it is largest.
-        margin: largest mean difference that passes: one standard deviation of bare's own spread.
-        yardstick: ``"seeds"`` (spread between seeds), ``"batches"`` (scatter between steps, where
-            the program sets its own seed), or ``"runs"`` (spread between runs, where the program
-            does not repeat itself).
-        bare_curve, plan_curve: the losses from the first step to the last, in some points, means
-            over the steps of each and over all seeds.
+        margin: largest mean difference that passes: one standard deviation of bare.
+        yardstick: what that standard deviation is taken over: ``"seeds"``, ``"batches"`` (steps,
+            where the program sets its own seed), or ``"runs"`` (where the program does not repeat
+            itself).
+        bare_curve, plan_curve: the losses from the first step to the last; each point is a mean
+            over some steps and over all seeds.
     """
 
     bare_final: float
     plan_final: float
     difference: float
-    margin: float
+    margin: NotNegative
     yardstick: str
     bare_curve: tuple[float, ...] = ()
     plan_curve: tuple[float, ...] = ()
 
 
 Result = Literal["passed", "failed", "open"]
-"""Of a check; ``open``: it could not be told."""
+"""Result of a check; ``open``: it could not be told."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,10 @@ class Check:
 
     Attributes:
         name: what was compared.
-        result: one of ``Result``.
-        why: one clause, with its figures.
-        figures: by their names.
-        undecided: it failed only for want of certainty.
+        result: whether it passed.
+        why: the reason with its figures, one clause.
+        figures: name -> figure.
+        undecided: whether it failed only for lack of certainty.
     """
 
     name: str
@@ -122,71 +128,76 @@ class Check:
 
 @dataclass(frozen=True)
 class Verified:
-    """A further proof of the same settings that passed, beside one that covers more in some way.
+    """A further proof of the same settings that passed, and covers less in some way.
 
     Attributes:
-        steps, seeds, verdict: as those of ``Evidence``.
-        first_seed: of the pairs; the others count up from it.
-        checks: names of those that passed.
+        steps, seeds, verdict: as in ``Evidence``.
+        first_seed: seed of the first pair; the others count up from it.
+        checks: names of the checks that passed.
     """
 
-    steps: int
-    seeds: int
+    steps: Count
+    seeds: Count
     verdict: str
-    first_seed: int
+    first_seed: Count
     checks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a plan was written for; see the format above.
+    """Why a plan was written; see the format above.
 
     Attributes:
         settings: what was proven.
         ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
-        pairs: pairs of fresh processes behind it.
-        bare_step_ms, plan_step_ms: geometric means of the runs; the ratio is that of the two.
-        steps: horizon: how many steps from the start the proof covers.
-        seeds: how many seeds that changed anything it was repeated with (1: the program seeds
-            itself).
+        pairs: pairs of fresh processes behind the ratio.
+        bare_step_ms, plan_step_ms: geometric means of the runs; their quotient is the ratio.
+        steps: how many steps from the start the proof covers.
+        seeds: how many seeds the proof was repeated with, as far as they changed anything (1: the
+            program seeds itself).
         bare_repeats: whether bare gave identical losses twice.
-        verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"``: no loss has fallen, and
-            what else was checked passed.
-        in_process: ratio of each knob alone, compared inside one process.
+        verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"`` (no loss has fallen, and
+            all other checks passed).
+        in_process: knob -> ratio of that knob alone, compared inside one process.
         losses: one entry for each backward call of the step.
-        checks: those that the proof consists of.
-        verified: what ``flatout verify`` has added.
+        checks: the checks that the proof consists of.
+        verified: further proofs, added by ``flatout verify``.
     """
 
     settings: Mapping[str, str]
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    pairs: int
-    bare_step_ms: float
-    plan_step_ms: float
-    steps: int
-    seeds: int
+    ratio: Positive
+    ratio_low: Positive
+    ratio_high: Positive
+    pairs: Count
+    bare_step_ms: Positive
+    plan_step_ms: Positive
+    steps: Count
+    seeds: Count
     bare_repeats: bool
     verdict: str
-    in_process: Mapping[str, float] = field(default_factory=dict)
+    in_process: Mapping[str, Positive] = field(default_factory=dict)
     losses: tuple[LossEvidence, ...] = ()
     checks: tuple[Check, ...] = ()
     verified: tuple[Verified, ...] = ()
 
+    def check(self) -> None:
+        """Raise ``MismatchError`` for a ratio outside of its interval."""
+        if not self.ratio_low <= self.ratio <= self.ratio_high:
+            raise MismatchError("must lie between ratio_low and ratio_high", "ratio")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Knob settings, what they were made for, and why.
+    """Settings of knobs, the job that they were chosen for, and why.
 
     Attributes:
         settings: ``knob -> setting``.
-        command: the job it was made for; empty in a plan written by hand.
-        program: files and variables that the job is made of; ``None``: not known.
-        inputs: of the first outermost module call, in the words of ``flatout.signature``.
+        command: the job; empty in a plan written by hand.
+        program: files and variables that the job consists of; ``None``: not known.
+        inputs: inputs of the first outermost module call, in the words of ``wire/signature.py``.
         machine: fingerprint of the machine, and torch's version.
-        evidence: ``None`` in a plan written by hand.
-        learned: knob -> ratio inside one process, of a plan that was learned while training and is
+        evidence: why the plan was written; ``None`` in a plan written by hand.
+        learned: knob -> ratio inside one process, in a plan that was learned while training and is
             not proven; ``None`` in any other.
     """
 
@@ -200,23 +211,26 @@ class Plan:
 
     @property
     def proven(self) -> bool:
-        """Whether the evidence is for these very settings."""
+        """Whether the evidence is for exactly these settings."""
         return self.evidence is not None and dict(self.evidence.settings) == dict(self.settings)
 
     @property
     def torch(self) -> str | None:
-        """Version of torch that it was proven with."""
+        """Version of torch that the plan was proven with; ``None``: not known."""
         version = self.machine.get("torch")
         return version if isinstance(version, str) else None
 
     def differences(
         self, command: Sequence[str], fingerprint: Mapping[str, Fact]
     ) -> tuple[str, ...]:
-        """What is not as it was when the plan was proven, as far as it shows before the start.
+        """List what has changed since the plan was proven, as far as it shows before the start.
 
         Args:
             command: the job.
-            fingerprint: of this machine.
+            fingerprint: the fingerprint of this machine.
+
+        Returns:
+            A clause for each change.
         """
         found = [
             f"{key} was {self.machine[key]}, is {here}"
@@ -232,11 +246,11 @@ class Plan:
         return (*found, *self.argument_changes(command).others)
 
     def argument_changes(self, command: Sequence[str]) -> programs.ArgumentChanges:
-        """How the arguments of a job differ from those of the plan's."""
+        """Compare the arguments of a job with those of the plan's job."""
         return programs.argument_changes(self.command, self.program, command)
 
     def write(self, path: Path) -> None:
-        """Write the plan, replacing a file that is there.
+        """Write the plan; an existing file is replaced.
 
         Raises:
             PlanError: the file cannot be written.
@@ -270,19 +284,67 @@ class Plan:
         if self.machine:
             document.add("machine", tomlkit.item(dict(self.machine)))
         if self.learned is not None:
-            document.add("learned", tomlkit.item(_LEARNED | {"ratios": _rounded(self.learned)}))
+            document.add("learned", tomlkit.item(_rounded(encode(_Learned(ratios=self.learned)))))
         if self.evidence is not None:
-            document.add("evidence", tomlkit.item(_rounded(dataclasses.asdict(self.evidence))))
+            document.add("evidence", tomlkit.item(_rounded(encode(self.evidence))))
         if self.program is not None:
-            document.add(
-                _PROGRAM, tomlkit.item({k: dict(v) for k, v in self.program.files.items()})
-            )
+            document.add("program", tomlkit.item(encode(self.program.files)))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             partial.write_text(tomlkit.dumps(document), "utf-8")
             partial.replace(path)
         except OSError as error:
             raise PlanError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_plain_fact(fact: Fact) -> bool:
+    return isinstance(fact, (str, bool)) or 0 <= fact <= sys.float_info.max
+
+
+_MachineFact = Annotated[
+    Fact,
+    codec.Check(
+        _is_plain_fact,
+        "a string, a finite number that is not negative, or true or false",
+    ),
+]
+_FilePath = Annotated[str, codec.Check(lambda path: "\0" not in path, "the path of a file")]
+_FolderPath = Annotated[
+    str, codec.Check(lambda path: "\0" not in path, "a string, the path of a folder")
+]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The table ``[job]``."""
+
+    command: tuple[str, ...] = ()
+    folder: _FolderPath = "."
+    arguments: tuple[str, ...] = ()
+    inputs: tuple[str, ...] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """The table ``[learned]``."""
+
+    state: Literal["unproven"] = "unproven"
+    measured: Literal["in-process"] = "in-process"
+    ratios: Mapping[str, Positive] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A whole file."""
+
+    plan: Mapping[str, str]
+    version: int = PLAN_VERSION
+    job: _Job = field(default_factory=_Job)
+    machine: Mapping[str, _MachineFact] = field(default_factory=dict)
+    learned: _Learned | None = None
+    evidence: Evidence | None = None
+    program: Mapping[_FilePath, Digests] | None = None
 
 
 def read(path: Path) -> Plan:
@@ -306,7 +368,7 @@ def read(path: Path) -> Plan:
     except RecursionError:
         raise PlanError(f"{path} is not a plan: it is nested too deeply") from None
     except (TOMLKitError, ValueError, TypeError, LookupError) as error:
-        # tomlkit raises these where it is given what is not TOML in an unusual way.
+        # tomlkit raises these for some files that are not TOML.
         raise PlanError(f"{path}: this is not TOML: {one_line(error)}") from error
     return _Reader(path, text).plan(document)
 
@@ -322,174 +384,57 @@ class _Reader:
         version = document.get("version", PLAN_VERSION)
         if type(version) is not int or version not in _READ_VERSIONS:
             known = " and ".join(map(str, _READ_VERSIONS))
-            self._fail((), "version", f"is {one_line(repr(version))}, this flatout reads {known}")
-        tables = ("plan", "job", "machine", "learned", "evidence", _PROGRAM)
-        self._known((), document, ("version", *tables))
-        for table in tables:
-            if not isinstance(document.get(table, {}), dict):
-                self._fail((), table, "must be a table")
-        if "plan" not in document:
-            raise PlanError(f"{self._path} has no table [plan]")
-        settings = document["plan"]
-        self._settings(("plan",), settings)
-        job = document.get("job", {})
-        of_old = ("program_sha256",) * (version == 1)
-        self._known(("job",), job, (*_JOB, *of_old))
-        command, inputs = (self._words(job, key) for key in ("command", "inputs"))
-        machine = document.get("machine", {})
-        for key, value in machine.items():
-            if not isinstance(value, Fact) or (_is_number(value) and not _is_amount(value)):
-                self._fail(
-                    ("machine",),
-                    key,
-                    "must be a string, a finite number that is not negative, or true or false",
-                )
-        evidence, learned = document.get("evidence"), document.get("learned")
+            what = f"is {one_line(repr(version))}, this flatout reads {known}"
+            raise self._error(MismatchError(what, "version"))
+        if version == 1 and isinstance(document.get("job"), dict):
+            document["job"].pop("program_sha256", None)
+        try:
+            file = decode(_File, document, TOML)
+            self._check_settings(file.plan, "plan")
+            if file.evidence is not None:
+                self._check_settings(file.evidence.settings, "evidence", "settings")
+        except MismatchError as mismatch:
+            raise self._error(mismatch) from mismatch
+        job = file.job
+        program = None
+        if file.program is not None:
+            program = Program(file.program, job.environment, job.folder, job.arguments)
         return Plan(
-            settings=settings,
-            command=command or (),
-            program=self._program(job, document.get(_PROGRAM)),
-            inputs=inputs,
-            machine=machine,
-            evidence=None if evidence is None else self._evidence(evidence),
-            learned=None if learned is None else self._learned(learned),
+            settings=file.plan,
+            command=job.command,
+            program=program,
+            inputs=job.inputs,
+            machine=file.machine,
+            evidence=file.evidence,
+            learned=None if file.learned is None else file.learned.ratios,
         )
 
-    def _program(self, job: dict[str, Any], files: dict[str, Any] | None) -> Program | None:
-        folder, environment = job.get("folder", "."), job.get("environment", {})
-        if not isinstance(folder, str) or "\0" in folder:
-            self._fail(("job",), "folder", "must be a string, the path of a folder")
-        self._digests(("job",), "environment", environment)
-        arguments = self._words(job, "arguments") or ()
-        if files is None:
-            return None
-        for name, digests in files.items():
-            if "\0" in name:
-                self._fail((_PROGRAM,), name, "is not the path of a file")
-            self._digests((_PROGRAM,), name, digests)
-        return Program(files, environment, folder, arguments)
-
-    def _digests(self, where: tuple[str, ...], key: str, table: Any) -> None:
-        if not isinstance(table, dict):
-            self._fail(where, key, "must be a table")
-        for name, digest in table.items():
-            if not isinstance(digest, str):
-                self._fail((*where, key), name, "must be a string")
-
-    def _learned(self, table: dict[str, Any]) -> Mapping[str, float]:
-        where = ("learned",)
-        self._known(where, table, (*_LEARNED, "ratios"))
-        for key, only in _LEARNED.items():
-            if table.get(key, only) != only:
-                self._fail(where, key, f'must be "{only}"')
-        found = table.get("ratios", {})
-        if not isinstance(found, dict):
-            self._fail(where, "ratios", "must be a table")
-        self._ratios((*where, "ratios"), found)
-        return found
-
-    def _ratios(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
-        for knob, ratio in table.items():
-            if not _is_positive(ratio):
-                self._fail(where, knob, "must be a positive number")
-
-    def _words(self, job: dict[str, Any], key: str) -> tuple[str, ...] | None:
-        words = job.get(key)
-        if words is None:
-            return None
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            self._fail(("job",), key, "must be a list of strings")
-        return tuple(words)
-
-    def _evidence(self, table: dict[str, Any]) -> Evidence:
-        where = ("evidence",)
-        checked = dict(self._fields(where, table, Evidence))
-        self._settings((*where, "settings"), checked["settings"])
-        self._ratios((*where, "in_process"), checked.get("in_process", {}))
-        self._ratios(where, {key: checked[key] for key in _POSITIVE})
-        if not checked["ratio_low"] <= checked["ratio"] <= checked["ratio_high"]:
-            self._fail(where, "ratio", "must lie between ratio_low and ratio_high")
-        checked["losses"] = tuple(self._loss(entry) for entry in checked.get("losses", []))
-        checked["checks"] = tuple(self._check(entry) for entry in checked.get("checks", []))
-        checked["verified"] = tuple(self._verified(entry) for entry in checked.get("verified", []))
-        return Evidence(**checked)
-
-    def _verified(self, entry: Any) -> Verified:
-        where = ("evidence", "verified")
-        checked = dict(self._fields(where, entry, Verified))
-        checked["checks"] = tuple(checked.get("checks", ()))
-        if not all(isinstance(name, str) for name in checked["checks"]):
-            self._fail(where, "checks", "must be a list of strings")
-        return Verified(**checked)
-
-    def _loss(self, entry: Any) -> LossEvidence:
-        where = ("evidence", "losses")
-        checked = dict(self._fields(where, entry, LossEvidence))
-        for key in ("bare_curve", "plan_curve"):
-            checked[key] = tuple(checked.get(key, ()))
-            if not all(map(_is_finite, checked[key])):
-                self._fail(where, key, "must be a list of finite numbers")
-        if checked["margin"] < 0:
-            self._fail(where, "margin", "must not be negative")
-        return LossEvidence(**checked)
-
-    def _check(self, entry: Any) -> Check:
-        where = ("evidence", "checks")
-        checked = self._fields(where, entry, Check)
-        if checked["result"] not in get_args(Result):
-            self._fail(where, "result", f"must be one of {', '.join(get_args(Result))}")
-        for key, figure in checked.get("figures", {}).items():
-            if not _is_finite(figure):
-                self._fail((*where, "figures"), key, "must be a finite number")
-        return Check(**checked)
-
-    def _settings(self, where: tuple[str, ...], table: dict[str, Any]) -> None:
-        for name, setting in table.items():
-            if not isinstance(setting, str):
-                self._fail(where, name, "must be a string, the setting of a knob")
+    def _check_settings(self, settings: Mapping[str, str], *keys: str) -> None:
+        for name, setting in settings.items():
             try:
                 knobs.check(name, setting)
             except UnknownSettingError as error:
-                self._fail(where, name, f"is not possible: {one_line(error)}")
+                raise MismatchError(f"is not possible: {one_line(error)}", *keys, name) from error
 
-    def _fields(self, where: tuple[str, ...], table: Any, kind: type) -> dict[str, Any]:
-        """Check keys and types of a table against the fields of a dataclass."""
-        if not isinstance(table, dict):
-            self._fail(where[:-1], where[-1], "must hold tables")
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        self._known(where, table, tuple(fields))
-        for name, described in fields.items():
-            if name not in table:
-                if (
-                    described.default is dataclasses.MISSING
-                    and described.default_factory is dataclasses.MISSING
-                ):
-                    raise PlanError(f"{self._path}: [{'.'.join(where)}] has no key {name!r}")
-                continue
-            test, meaning = _TYPES[str(described.type).partition("[")[0]]
-            if not test(table[name]):
-                self._fail(where, name, f"must be {meaning}")
-        return table
-
-    def _known(self, where: tuple[str, ...], table: dict[str, Any], known: tuple[str, ...]) -> None:
-        for key in table:
-            if key not in known:
-                self._fail(where, key, f"is not known (known: {', '.join(known)})")
-
-    def _fail(self, where: tuple[str, ...], key: str, what: str) -> NoReturn:
-        line = self._line(where, key)
+    def _error(self, mismatch: MismatchError) -> PlanError:
+        *tables, key = [key for key in mismatch.keys if isinstance(key, str)]
+        if isinstance(mismatch, MissingKeyError):
+            if not tables:
+                return PlanError(f"{self._path} has no table [{key}]")
+            return PlanError(f"{self._path}: [{one_line('.'.join(tables))}] has no key {key!r}")
+        line = self._line(tables, key)
         place = f"{self._path} line {line}" if line is not None else str(self._path)
-        raise PlanError(f"{place}: {one_line('.'.join((*where, key)))} {what}")
+        return PlanError(f"{place}: {one_line(mismatch.place)} {mismatch.what}")
 
-    def _line(self, where: tuple[str, ...], key: str) -> int | None:
-        """Number of the line on which a key stands: under its table's header, or in a header."""
-        name = re.escape(".".join(where))
-        here = not where
+    def _line(self, tables: Sequence[str], key: str) -> int | None:
+        """Number of the line of a key, under its table's header or in one; ``None``: not found."""
+        name = re.escape(".".join(tables))
+        here = not tables
         quoted = rf"""["']?{re.escape(key)}["']?"""
         for number, line in enumerate(self._lines, 1):
             if re.match(r"\s*\[", line):
-                here = bool(re.match(rf"\s*\[+\s*{name}\s*\]", line)) if where else False
-                path = rf"{name}\." if where else ""
+                here = bool(re.match(rf"\s*\[+\s*{name}\s*\]", line)) if tables else False
+                path = rf"{name}\." if tables else ""
                 if re.match(rf"\s*\[+\s*{path}{quoted}\s*[\].]", line):
                     return number
             elif here and re.match(rf"\s*{quoted}\s*[=.]", line):
@@ -498,8 +443,8 @@ class _Reader:
 
 
 def _rounded(value: Any) -> Any:
-    """``value`` for TOML, every float in it to six significant digits and none that is not finite:
-    what is not known is left out."""
+    """``value`` for TOML: floats have six significant digits, and those that are not finite, which
+    means that they are not known, are left out."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items() if _is_known(item)}
     if isinstance(value, (list, tuple)):
@@ -509,38 +454,3 @@ def _rounded(value: Any) -> Any:
 
 def _is_known(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
-    return _is_number(value) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
-
-
-def _is_amount(value: object) -> bool:
-    return _is_finite(value) and value >= 0  # type: ignore[operator]
-
-
-def _is_positive(value: object) -> bool:
-    return _is_finite(value) and value > 0  # type: ignore[operator]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and _is_amount(value)
-
-
-_POSITIVE = ("ratio", "ratio_low", "ratio_high", "bare_step_ms", "plan_step_ms")
-
-_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "str": (lambda value: isinstance(value, str), "a string"),
-    "Result": (lambda value: isinstance(value, str), "a string"),
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (_is_count, "an integer that is not negative"),
-    "float": (_is_finite, "a finite number"),
-    "Mapping": (lambda value: isinstance(value, dict), "a table"),
-    "tuple": (lambda value: isinstance(value, list), "a list"),
-}
-"""How the type of a dataclass's field is checked in TOML, by the start of its annotation."""

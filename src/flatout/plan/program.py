@@ -1,18 +1,18 @@
 """What a job's program is, so that a plan can tell whether it is still the one of its proof.
 
-The program is the files of source that it runs, its arguments, and the environment variables that
-its source names:
+A program consists of source files, arguments, and the environment variables that its source names:
 
-- *files*: what its processes have imported from outside of the standard library and of
-  site-packages (the agent records these), the scripts and the files of configuration that the
-  command names, and those that its Python source names. Data is not looked at.
-- A file's *digests* tell what has changed: ``bytes`` is of the file as it is; of Python source
-  there is also one for each function and for what is outside of functions, without comments, layout
-  and docstrings. Paths are relative to the folder of the main script, so that a checkout may move.
-- *arguments* are compared as options with their values, in any order, ``--lr=1`` like ``--lr 1``,
-  and paths by what they lead to.
+- The *files* are those that its processes have imported from outside the standard library and
+  site-packages (the agent records these), the scripts and configuration files that the command
+  names, and those that its Python source names. Data is not looked at.
+- The *digests* of a file tell what has changed. ``bytes`` is the digest of the whole file. Python
+  source also has a digest for each function and one for everything outside of functions; these
+  ignore comments, layout and docstrings. Paths are relative to the folder of the main script, so
+  that a checkout may move.
+- The *arguments* are compared as options with their values, in any order; ``--lr=1`` is the same as
+  ``--lr 1``, and paths are the same if they lead to the same file.
 
-Nothing is run or imported: source is parsed.
+Source is parsed; nothing is run or imported.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BYTES, MODULE = "bytes", "module"
-"""Keys of a file's digests: of all its bytes, and of what is outside of its functions."""
+"""Keys of a file's digests: the digest of all its bytes, and that of everything outside of its
+functions."""
 
 SCRIPT_SUFFIXES = frozenset((".py", ".sh", ".bash", ".zsh"))
 _CONFIGURATION_SUFFIXES = frozenset(
     (".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".gin", ".jsonnet", ".json")
 )
 _NAMED_IN_SOURCE = (SCRIPT_SUFFIXES | _CONFIGURATION_SUFFIXES) - {".json"}
-"""A JSON file whose name stands in the source is as often what the program writes."""
+"""JSON files are left out: a JSON file that the source names is often one that the program
+writes."""
 
 _HASHED_BYTES = 16 * 2**20
-"""A file that is larger is data."""
+"""A larger file counts as data."""
 _PARSED_BYTES = 4 * 2**20
-"""Of all Python source, beyond which a file has only the digest of its bytes: parsing takes a
-second for each MiB."""
+"""Once all Python source so far exceeds this, a file has only the digest of its bytes, because
+parsing takes a second for each MiB."""
 _DIGEST_CHARACTERS = 12
-"""48 bits: against changes, not against attacks."""
+"""48 bits protect against changes, not against attacks."""
 
 COVERED = frozenset(
     f"{many}{unit}"
@@ -53,12 +55,12 @@ COVERED = frozenset(
     *("n_epochs", "num_epochs", "total_timesteps", "num_iters", "num_iterations", "n_iterations"),
     *("seed", "random_seed", "manual_seed"),
 }
-"""Options whose numbers a proof covers, with ``_`` for ``-``: for how long the program trains, as
-it is of the first steps, and seeds, as it is of several. ``num_steps`` is none of them: it is the
-length of a rollout as often."""
+"""Options (with ``_`` for ``-``) whose numbers a proof covers: how long the program trains, because
+a proof is about the first steps, and seeds, because it covers several. ``num_steps`` is not among
+them, because it is often the length of a rollout."""
 
 _PLAIN_FLAGS = frozenset(("-u", "-B", "-q", "-v", "-s", "-P"))
-"""Of the interpreter, which change nothing that a program computes."""
+"""Flags of the interpreter that change nothing that a program computes."""
 
 _NOT_COMPARED = re.compile(
     r"FLATOUT_.*|SLURM_.*|MASTER_.*|(LOCAL_|GROUP_|ROLE_)?RANK|HOME|USER|LOGNAME|PATH|PWD|OLDPWD|"
@@ -69,7 +71,7 @@ _NOT_COMPARED = re.compile(
 _UNSET = "unset"
 
 _MANY = 3
-"""So many changes are named, the rest is counted."""
+"""This many changes are named; the rest is counted."""
 
 Digests = Mapping[str, str]
 
@@ -82,7 +84,7 @@ class Program:
         files: path, relative to the main script's folder -> its digests.
         environment: variables that its source names -> digest of their value, or ``unset``.
         folder: where it was started, relative to the main script's folder.
-        arguments: the words of its command, paths among them relative to the main script's folder.
+        arguments: the words of its command, with paths relative to the main script's folder.
     """
 
     files: Mapping[str, Digests] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Program:
     arguments: tuple[str, ...] = ()
 
     def changes(self, command: Sequence[str]) -> list[str]:
-        """What is another file or variable now, one clause each."""
+        """A clause for each file or variable that has changed."""
         here = home(command)
         found = []
         for name, recorded in self.files.items():
@@ -102,17 +104,17 @@ class Program:
         return found
 
     def paths(self, command: Sequence[str]) -> list[str]:
-        """Where its files are for this command, without links."""
+        """The paths of its files for this command, with links resolved."""
         here = home(command)
         return [os.path.realpath(here / name) for name in self.files]
 
 
 def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
-    """The program of a command as it is now.
+    """Look at the program of a command as it is now.
 
     Args:
         command: the job, started in the current folder.
-        modules: files that its processes have imported, as the agent has recorded them.
+        modules: files that its processes have imported, as recorded by the agent.
     """
     here = home(command)
     files: dict[str, Digests] = {}
@@ -141,7 +143,7 @@ def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
 
 
 def changes_between(before: Program, after: Program) -> list[str]:
-    """What differs between two looks at a program, one clause each; files seen later are new."""
+    """A clause for each difference between two looks at a program; a file that is new is none."""
     found = []
     for name, recorded in before.files.items():
         if name in after.files:
@@ -152,9 +154,9 @@ def changes_between(before: Program, after: Program) -> list[str]:
 
 
 def home(command: Sequence[str]) -> Path:
-    """The folder that the paths of a program are relative to: that of its main script.
+    """The folder that the paths of a program are relative to: the folder of its main script.
 
-    Of ``-m package`` it is the folder that the package is in, else the current one.
+    For ``-m package`` it is the folder that holds the package; otherwise it is the current one.
     """
     main = main_file(command)
     if main is not None:
@@ -170,7 +172,7 @@ def home(command: Sequence[str]) -> Path:
 
 
 def main_file(command: Sequence[str]) -> Path | None:
-    """The script that a command runs: the first file of source that it names."""
+    """The script that a command runs: the first source file that it names, if it names one."""
     for word in command:
         path = Path(word)
         if path.suffix in SCRIPT_SUFFIXES and _is_file(path):
@@ -186,8 +188,8 @@ class ArgumentChanges:
     """How the arguments of two commands differ, one clause each.
 
     Attributes:
-        covered: options whose numbers the proof covers, see ``COVERED``.
-        others: all others.
+        covered: differences in options whose numbers the proof covers, see ``COVERED``.
+        others: all other differences.
     """
 
     covered: tuple[str, ...] = ()
@@ -201,7 +203,8 @@ def argument_changes(
 
     Args:
         before: the command of the plan.
-        program: of the plan; ``None``: not known, the command is taken to have been started here.
+        program: the program of the plan; ``None``: not known, so the command is assumed to have
+            been started in the current folder.
         command: the job now.
     """
     here = home(command)
@@ -219,7 +222,7 @@ def argument_changes(
         others.append(f"the program was {was}, is {now}")
     for option in dict.fromkeys((*old, *new)):
         was_words, now_words = old.get(option), new.get(option)
-        # What is no path, or not yet, is compared by its words.
+        # A word that is no path, or no path yet, is compared as it is.
         words = new_words.get(option)
         is_in_same_words = (
             words is not None
@@ -236,13 +239,13 @@ def argument_changes(
 
 
 def summed_up(changes: Sequence[str]) -> str:
-    """Some changes, and how many more there are."""
+    """The first changes in one clause, and how many more there are."""
     more = len(changes) - _MANY
     return "; ".join(changes[:_MANY]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _options(command: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The words that follow each option, in order; after ``""``: those that follow none.
+    """The words that follow each option, in order; those under ``""`` follow no option.
 
     A script ends the options of the interpreter or launcher before it.
     """
@@ -275,11 +278,11 @@ def _options(command: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 _ASSIGNED = re.compile(r"-{0,2}\+{0,2}[A-Za-z_][\w.@/-]*")
-"""What stands before the equals sign of ``--lr=1``, and of Hydra's ``optimizer.lr=1``."""
+"""Matches what stands before the equals sign of ``--lr=1``, and of Hydra's ``optimizer.lr=1``."""
 
 
 def _relative(command: Sequence[str], here: Path) -> tuple[str, ...]:
-    """The words of a command that is started in the current folder, paths relative to ``here``."""
+    """The words of a command started in the current folder, with paths relative to ``here``."""
     first, *rest = command or ("",)
     program = _INTERPRETER.sub("python", os.path.basename(first))
     if _is_own(Path(first), first):
@@ -295,7 +298,7 @@ def _relative(command: Sequence[str], here: Path) -> tuple[str, ...]:
 
 
 def _relative_path(word: str, here: Path) -> str:
-    """A word, or, of a path, where it leads to."""
+    """A word as it is, or, if it is a path, the relative path that it leads to."""
     return os.path.relpath(os.path.realpath(word), here) if word and _exists(Path(word)) else word
 
 
@@ -304,10 +307,10 @@ def _folder(here: Path) -> str:
 
 
 class _Source:
-    """A file of source, parsed.
+    """A parsed source file.
 
     Attributes:
-        digests: of its parts; none where it is no Python source that can be parsed.
+        digests: digests of its parts; empty if it is no Python source that can be parsed.
         variables: environment variables that it names.
     """
 
@@ -326,7 +329,7 @@ class _Source:
             self.digests = {MODULE: _digest(_without_comments(data))}
 
     def named_files(self, folders: Sequence[Path]) -> list[Path]:
-        """The files of source and configuration that it names."""
+        """The source and configuration files that it names."""
         paths = (folder / name for name in sorted(self._names) for folder in folders)
         return [path for path in paths if _is_file(path)]
 
@@ -334,7 +337,7 @@ class _Source:
         try:
             tree = ast.parse(data)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return  # of another version of Python, or none
+            return  # It is for another version of Python, or no Python at all.
         keeps_docstrings = any(word in data for word in (b"__doc__", b"docopt", b"getdoc"))
         if not keeps_docstrings:
             _drop_docstrings(tree)
@@ -352,7 +355,7 @@ class _Source:
 def _take_apart(
     body: Sequence[ast.stmt], prefix: str, rest: str, parts: dict[str, list[ast.AST | str]]
 ) -> None:
-    """Sort statements: each function for itself, the others under ``rest``."""
+    """Sort statements into ``parts``: each function under its name, the others under ``rest``."""
     for statement in body:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
             parts.setdefault(f"{prefix}{statement.name}()", []).append(statement)
@@ -364,7 +367,7 @@ def _take_apart(
         else:
             parts[rest].append(statement)
             continue
-        if statement.decorator_list:  # such as a registry's: the order counts
+        if statement.decorator_list:  # A registry's decorator makes the order count.
             parts[rest].append(statement.name)
 
 
@@ -382,10 +385,10 @@ _NO_MEANING = frozenset(("kind", "type_comment", "type_ignores"))
 
 
 def _digest_of_nodes(nodes: Iterable[ast.AST | str]) -> str:
-    """Of syntax without positions; the same in all versions of Python that parse it alike.
+    """Digest of syntax without positions; all versions of Python that parse it alike give the same.
 
-    Fields that are empty are left out, as newer versions have more of them. Nothing is recursive: a
-    sum of a thousand terms is a tree of that depth.
+    Empty fields are left out, because newer versions have more of them. Nothing is recursive,
+    because a sum of a thousand terms is a tree of that depth.
     """
     digest = hashlib.sha256()
     waiting: list[object] = []
@@ -416,7 +419,7 @@ _END = object()
 
 
 def _variables_named(node: ast.AST) -> Iterator[str]:
-    """Of ``os.environ["X"]``, ``os.environ.get("X")`` and ``os.getenv("X")``; not what it sets."""
+    """The X of ``os.environ["X"]``, ``os.environ.get("X")`` or ``os.getenv("X")`` that is read."""
     name: ast.expr | None = None
     if isinstance(node, ast.Subscript) and _last_name(node.value) == "environ":
         name = node.slice if isinstance(node.ctx, ast.Load) else None
@@ -436,7 +439,7 @@ def _last_name(node: ast.expr) -> str | None:
 
 
 def _without_comments(data: bytes) -> bytes:
-    """Without lines that are empty or only a comment, where no text can stand in such lines."""
+    """The data without lines that are empty or only a comment, unless such lines can be text."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -445,7 +448,7 @@ def _without_comments(data: bytes) -> bytes:
         return json.dumps(document).encode()
     lines = [line.rstrip() for line in data.splitlines()]
     if any(re.search(rb"<<|[|>][-+\d]*$|\"\"\"|'''|\\$", line) for line in lines):
-        return b"\n".join(lines)  # a here-document, or a string of several lines
+        return b"\n".join(lines)  # There is a here-document, or a string of several lines.
     return b"\n".join(line for line in lines if line and not line.lstrip().startswith(b"#"))
 
 
@@ -460,7 +463,7 @@ def _changes_of_file(name: str, recorded: Digests, path: Path) -> list[str]:
 
 
 def _clauses(name: str, recorded: Digests, now: Digests) -> list[str]:
-    """How the digests of a file differ, one clause for all of it, as a list."""
+    """How the digests of a file differ, as a list of at most one clause."""
     if recorded.get(BYTES) == now.get(BYTES):
         return []
     if MODULE not in recorded or MODULE not in now:
@@ -509,7 +512,7 @@ def _is_count(words: tuple[str, ...]) -> bool:
 
 
 def _named_files(command: Sequence[str]) -> list[Path]:
-    """The files of source and configuration that a command names, but for what it writes."""
+    """The source and configuration files that a command names, without those that it writes."""
     main = main_file(command)
     found = [] if main is None else [main]
     option = ""
@@ -529,11 +532,11 @@ def _named_files(command: Sequence[str]) -> list[Path]:
 
 
 _IS_WRITTEN = re.compile(r"out|log|save|result|metric|dump|write|export|history|report")
-"""In the name of an option whose file is more likely what the program writes."""
+"""Matches the name of an option whose file is more likely one that the program writes."""
 
 
 def _module(command: Sequence[str]) -> str:
-    """The module after the last ``-m``, empty without one."""
+    """The module after the last ``-m``; empty without one."""
     words = list(command)
     for at in range(len(words) - 2, -1, -1):
         if words[at] == "-m" and re.fullmatch(r"[\w.]+", words[at + 1]):
@@ -545,7 +548,7 @@ _INTERPRETER = re.compile(r"python[\d.]*\Z")
 
 
 def _is_own(path: Path, word: str) -> bool:
-    """Whether what is run is a file of the project, none of the system or an environment."""
+    """Whether what is run is a file of the project, and not of the system or an environment."""
     if os.sep not in word or not _is_file(path) or _INTERPRETER.match(path.name):
         return False
     folder = Path(os.path.abspath(path)).parent
@@ -557,7 +560,7 @@ def _is_own(path: Path, word: str) -> bool:
 
 
 def _content(path: Path) -> bytes | None:
-    """What is in a file, or, of a module in an archive, in the archive; ``None``: not to be had."""
+    """The content of a file, or of the archive that a module is in; ``None``: it cannot be read."""
     while not _exists(path) and path.parent != path:
         path = path.parent
     try:
@@ -574,7 +577,7 @@ def _content(path: Path) -> bytes | None:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a word that is too long, or holds a null
+    except (OSError, ValueError):  # The word is too long, or holds a null.
         return False
 
 

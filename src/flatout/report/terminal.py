@@ -63,7 +63,7 @@ def notes(diagnosis: Diagnosis) -> list[str]:
             "be profiled; fewer --steps would leave room"
         )
     if len(case.steps) < FEW_STEPS:
-        has_ended = (case.process.end or {}).get("reason") == "exit"
+        has_ended = case.process.end is not None and case.process.end.reason == "exit"
         more = "a longer run of the program" if has_ended else "more --seconds"
         said.append(f"only {len(case.steps)} steps were timed; {more} would tell more")
     if case.ceilings is None:
@@ -73,7 +73,7 @@ def notes(diagnosis: Diagnosis) -> list[str]:
 
 def _headline(case: Case) -> str:
     kind = "steps" if case.process.trains else "inference steps"
-    text = f"{case.process.header['program']}: {len(case.steps)} {kind}, mean "
+    text = f"{case.process.header.program}: {len(case.steps)} {kind}, mean "
     text += f"{milliseconds(case.mean_step_ms)}, median {milliseconds(case.step_ms)}"
     warmup = case.warmup_steps
     if warmup:
@@ -102,15 +102,15 @@ def _phases(case: Case) -> Padding:
 
 
 def _operators(case: Case) -> Padding:
-    on_device = any(o["device_self_ms"] is not None for o in case.operators)
+    on_device = any(o.device_self_ms is not None for o in case.operators)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("operator")
     for name in ["calls", "share", *(["on the device"] if on_device else [])]:
         table.add_column(name, justify="right")
     for operator in case.operators_by_name[:OPERATORS_SHOWN]:
-        row = [operator["name"], f"{operator['calls']:.3g}", f"{operator['share']:.1%}"]
+        row = [operator.name, f"{operator.calls:.3g}", f"{operator.share:.1%}"]
         if on_device:
-            device_ms = operator["device_self_ms"]
+            device_ms = operator.device_self_ms
             row.append("" if device_ms is None else milliseconds(device_ms))
         table.add_row(*row)
     return Padding(table, (0, 0, 1, 2), expand=False)
@@ -130,7 +130,7 @@ def _figures(case: Case) -> Padding:
     for name, value in peak:
         if value is not None:
             table.add_row(name, f"{value / 2**20:,.0f} MiB at the peak")
-    threads = case.process.header.get("threads")
+    threads = case.process.header.threads
     if threads is not None:
         cores = "" if case.usable_cores is None else f" on {case.usable_cores:g} cores"
         table.add_row("threads", f"{threads}{cores}")

@@ -15,9 +15,9 @@ from flatout.errors import UserError
 from flatout.plan.program import Program, observed
 from flatout.tune import figures, pairs
 from flatout.tune.ledger import Options
-from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace
+from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
-from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Request
 
 USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
@@ -134,7 +134,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
     needed = max(MINIMUM_STEPS, options.steps or 0)
     if first.ended and len(steps) < needed:
         raise UserError(f"this program ends after {len(steps)} steps, tune needs at least {needed}")
-    timed = [step for step in steps if step.mark is None]
+    timed = first.process.timed_steps
     if len(timed) <= WARMUP_STEPS:
         raise UserError(
             f"the budget is too short: only {figures.count(len(timed), 'step')} fit into the "
@@ -152,13 +152,13 @@ def _can_relay(process: ProcessRecord) -> bool:
     """
     import psutil
 
-    facts = (process.profile or {}).get("facts") or {}
-    if any(loader["workers"] for loader in facts.get("loaders", ())):
+    case = Case(process)
+    if any(loader.workers for loader in case.facts.loaders or ()):
         return False
-    peaks = [step.peak_rss_bytes or 0 for step in process.turns if step.mark is None]
+    peaks = [step.peak_rss_bytes or 0 for step in process.timed_steps]
     available_bytes = psutil.virtual_memory().available
     return (
-        process.header["world_size"] is None
-        and not Case(process).on_accelerator
+        process.header.world_size is None
+        and not case.on_accelerator
         and RELAY_MEMORY_FACTOR * max(peaks, default=0) < available_bytes
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flatout import knobs, machine
-from flatout.doctor.case import Case, is_large
+from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
 from flatout.knob import Exactness, Facts
 from flatout.machine import Ceilings
@@ -114,35 +113,28 @@ def collect_facts(case: Case) -> Facts:
     phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
     operators = None
     if is_profiled:
-        operators = {o["name"]: o["share"] for o in case.operators_by_name}
-    large = case.operators_share(is_large)
-    loaders, optimizers = case.facts.get("loaders"), case.facts.get("optimizers")
+        operators = {o.name: o.share for o in case.operators_by_name}
+    large = case.operators_share(lambda o: o.is_large)
+    optimizers = case.facts.optimizers
     return Facts(
         device=case.device,
         matmul_flops_per_s=case.matmul_flops_per_s,
         updates=any(step.updates for step in case.steps),
         optimizers=None if optimizers is None else len(optimizers),
         huge_pages=machine.huge_pages(),
-        threads=case.process.header["threads"],
+        threads=case.process.header.threads,
         main_dtype=case.main_dtype if is_profiled else None,
         operators=operators,
         optimizer_share=case.phase_share("optimizer") if phases else None,
         data_share=case.host_share("data") if phases else None,
         page_fault_share=case.page_fault_share if is_profiled else None,
         unfused_attention_share=(
-            case.operators_share(lambda o: o["within"] == "attention") if is_profiled else None
+            case.operators_share(lambda o: o.within == "attention") if is_profiled else None
         ),
         overhead_share=max(0.0, 1 - large) if is_profiled else None,
-        loader_settings=_loader_settings(loaders),
-        opens_images=case.facts.get("opens_images"),
+        loader_settings=case.facts.loader_settings,
+        opens_images=case.facts.opens_images,
     )
-
-
-def _loader_settings(loaders: list[dict[str, Any]] | None) -> tuple[str, ...] | None:
-    """The settings for data loaders that one of these can take; ``None``: not known."""
-    if not loaders or any("settings" not in loader for loader in loaders):
-        return None
-    return tuple({setting: None for loader in loaders for setting in loader["settings"]})
 
 
 def find(

@@ -1,27 +1,24 @@
-"""What a tune found, as one JSON document: for machines, for ``flatout report`` and its page.
+"""What a tune found, as one JSON document: for programs, for ``flatout report`` and its page.
 
-Null is "not measured", never 0. A number that is not finite (a loss that has diverged) is one of
-the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, as in the JSON mapping of Protocol
-Buffers (https://protobuf.dev/programming-guides/json/), since JSON has no such numbers. Keys that
-are not known are ignored.
+Null means "not measured"; 0 never does. A number that is not finite (a loss that has diverged) is
+one of the strings that ``wire/codec.py`` names, since JSON has no such numbers. Unknown keys are
+ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
 from flatout.doctor.findings import Finding
 from flatout.errors import UserError
 from flatout.plan import Fact, LossEvidence
 from flatout.text import one_line
+from flatout.wire import codec
 from flatout.wire.ratios import Ratio
 from flatout.wire.turns import PHASES
 
@@ -29,7 +26,7 @@ DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
 
 PARTS = (*PHASES, "evaluation")
-"""Of a step as a document has it: its phases, and its share of the evaluation passes between the
+"""The parts of a step in a document: its phases, and its share of the evaluation passes between the
 steps."""
 
 Stage = Literal["inside one process", "fresh processes"]
@@ -37,7 +34,7 @@ State = Literal["won", "no gain", "failed", "not tried", "left out", "running"]
 
 
 class DocumentError(UserError):
-    """A file that holds no result of a tune; the message names the file and the place in it."""
+    """A file holds no result of a tune; the message names the file and the place in it."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +42,18 @@ class Side:
     """The bare program, or the program with the plan.
 
     Attributes:
-        step_ms: the step, the one statistic of step times in a document: the mean over a run after
-            its warm-up, with its share of the evaluation passes between the steps; of several runs,
-            their geometric mean, so that bare over plan is the claimed ratio. See
-            ``tune.pairs.paired_ms``.
-        startup_s: from the start of the process to the first step.
-        warmup_s: compilation and first steps: what they took beyond as many later steps.
+        step_ms: time of a step, the only statistic of step times in a document. It is the mean
+            over a run after its warm-up, with the step's share of the evaluation passes between
+            the steps. Over several runs it is the geometric mean, so that bare over plan is the
+            claimed ratio. See ``tune.pairs.paired_ms``.
+        startup_s: time from the start of the process to the first step.
+        warmup_s: what compilation and the first steps took beyond as many later steps.
         peak_rss_bytes: most memory of the main process, median of the runs, as in
             ``tune.memory.refusal``.
-        peak_device_bytes: most memory that torch had allocated on the accelerator, likewise.
+        peak_device_bytes: most memory that torch had allocated on the accelerator, median of the
+            runs.
         job_s: projected time of the whole job: start-up, compilation, steps, evaluation.
-        phases_ms: of each of ``PARTS`` in a step; they sum to ``step_ms``.
+        phases_ms: time of each of ``PARTS`` in a step; they sum to ``step_ms``.
     """
 
     step_ms: float | None = None
@@ -73,13 +71,13 @@ class Arm:
 
     Attributes:
         settings: ``knob -> setting``.
-        label: in a few words, as ``precision=bf16, optimizer=onepass``.
+        label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
         stage: how they were compared.
         ratio: bare step time over theirs.
-        state: what came of it.
+        state: the outcome.
         why: the reason of the state, one sentence; may be empty.
-        bound: largest ratio that the profile allows: ``1 / (1 - share)`` of what they speed up
-            (Amdahl 1967).
+        bound: largest ratio that the profile allows: ``1 / (1 - share)``, with the share of a step
+            that they speed up (Amdahl 1967).
     """
 
     settings: Mapping[str, str]
@@ -97,9 +95,10 @@ class KnobResult:
 
     Attributes:
         knob, setting: as in the plan.
-        summary, by_hand: of its card; ``by_hand`` is Markdown.
+        summary: what the knob does, one sentence.
+        by_hand: how to do the same in one's own code, in Markdown.
         exactness: what the setting may change, in the words of ``EXACTNESS``.
-        alone: bare step time over that with this knob alone.
+        alone: bare step time over the step time with this knob alone.
         without_it: step time of the plan without this knob over that of the whole plan.
     """
 
@@ -114,12 +113,13 @@ class KnobResult:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the proof; ``passed`` is ``None`` where it could not be made.
+    """One check of the proof.
 
     Attributes:
         name: what is checked, in a few words.
+        passed: the verdict; ``None``: the check could not be made.
         why: the verdict in one sentence.
-        figures: what it was judged by.
+        figures: the figures that it was judged by.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Check:
 
 
 class CurvePoint(NamedTuple):
-    """A point of a loss curve: mean over the seeds, with the spread between them."""
+    """A point of a loss curve: the mean over the seeds, and the mean less and plus their spread."""
 
     step: int
     mean: float | None
@@ -139,7 +139,12 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Curves:
-    """The losses of one backward call of the step, in words ``site``; points in order of steps."""
+    """The losses of one backward call of the step.
+
+    Attributes:
+        site: names the backward call, such as ``loss 1``.
+        bare, plan: points of both curves, in order of steps.
+    """
 
     site: str
     bare: tuple[CurvePoint, ...]
@@ -151,14 +156,14 @@ class Proof:
     """Whether the plan computes the same.
 
     Attributes:
-        passed: the verdict; ``None``: inconclusive, since no loss has fallen over these steps, so
-            that only what else was checked has passed.
-        kind: which claim was checked.
+        passed: the verdict; ``None``: inconclusive, since no loss has fallen over these steps and
+            only the other checks have passed.
+        kind: the claim that was checked.
         why: the verdict in one sentence.
-        steps: horizon: how many steps from the start it covers.
+        steps: how many steps from the start the proof covers.
         seeds: how many seeds it was repeated with.
         bare_repeats: whether bare gave identical losses twice; ``None``: not tried.
-        checks: what it consists of.
+        checks: the checks that it consists of.
         curves, losses: one entry for each backward call of the step.
     """
 
@@ -180,19 +185,19 @@ class Document:
     Attributes:
         command: the job.
         program: base name of its script.
-        torch: version.
+        torch: version of torch.
         machine: facts about the machine.
         seconds: how long the whole tune took.
-        finished_unix_s: when it ended.
-        plan: file of the plan, ``None`` when none was written.
-        settings: of the plan, ``knob -> setting``.
-        why: one sentence: why this plan, or why none.
+        finished_unix_s: when the tune ended.
+        plan: file of the plan; ``None``: none was written.
+        settings: ``knob -> setting`` of the plan.
+        why: why this plan was chosen, or why there is none, one sentence.
         baseline, with_plan: the program without and with the plan.
         claim: bare step time over the plan's, from fresh processes in alternation.
         break_even_steps: steps after which the plan has made up for its longer start.
         arms: everything that was compared, or left out with a reason.
-        knobs: of the plan.
-        proof: of the plan, or of the last that was refused.
+        knobs: the knobs of the plan.
+        proof: the proof of the plan, or of the last plan that was refused.
         findings: what limits the bare program, largest share first.
         next_command: what to run now, ready for a shell.
     """
@@ -239,104 +244,21 @@ class Document:
                 f"{DOCUMENT_VERSION}"
             )
         try:
-            return _dataclass(document, cls, "")  # type: ignore[no-any-return]
-        except _MismatchError as mismatch:
+            return codec.decode(cls, document)
+        except codec.MismatchError as mismatch:
             why = one_line(mismatch)
             raise DocumentError(f"{path} is not a result of flatout tune: {why}") from mismatch
 
+    def check(self) -> None:
+        """Raise ``MismatchError`` for a time that no calendar knows."""
+        if self.finished_unix_s is not None and not 0 <= self.finished_unix_s < _YEAR_10000_UNIX_S:
+            raise codec.MismatchError("is no time of this age", "finished_unix_s")
+
     def to_json(self) -> str:
         """The document as it is kept in a file."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
+        plain = codec.encode(self, non_finite_as_strings=True)
+        return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
-_LAST_UNIX_S = 253402300800
-"""Begin of the year 10000, which no calendar knows."""
-
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return value
-
-
-class _MismatchError(Exception):
-    """Which value is not of its type; one clause."""
-
-
-def _value(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as an instance of the type ``kind``."""
-    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in parameters:
-            return None
-        members = [member for member in parameters if member is not type(None)]
-        if len(members) == 1:
-            return _value(value, members[0], where)
-        if not isinstance(value, (str, int, float)):
-            raise _MismatchError(f"{where} must be a string, a number, or true or false")
-        return value
-    if origin is Literal:
-        if value not in parameters:
-            raise _MismatchError(f"{where} must be one of: {', '.join(parameters)}")
-        return value
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise _MismatchError(f"{where} must be an object")
-        return {k: _value(item, parameters[1], f"{where}.{k}") for k, item in value.items()}
-    if origin in (tuple, list):
-        if not isinstance(value, list):
-            raise _MismatchError(f"{where} must be a list")
-        return origin(_value(v, parameters[0], f"{where}[{n}]") for n, v in enumerate(value))
-    if kind is CurvePoint:
-        return _curve_point(value, where)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(value, kind, where)
-    return _scalar(value, kind, where)
-
-
-def _dataclass(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _MismatchError(f"{where} must be an object")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for described in dataclasses.fields(kind):
-        place = f"{where}.{described.name}" if where else described.name
-        if described.name not in value:
-            raise _MismatchError(f"it has no {place}")
-        values[described.name] = _value(value[described.name], hints[described.name], place)
-    made = kind(**values)
-    if isinstance(made, Ratio) and not (made.value > 0 and 0 < made.low <= made.high):
-        raise _MismatchError(f"{where} must be positive, with an interval from low to high")
-    is_finished = isinstance(made, Document) and made.finished_unix_s is not None
-    if is_finished and not 0 <= made.finished_unix_s < _LAST_UNIX_S:
-        raise _MismatchError("finished_unix_s is no time of this age")
-    return made
-
-
-def _curve_point(value: Any, where: str) -> CurvePoint:
-    if not isinstance(value, list) or len(value) != len(CurvePoint._fields):
-        raise _MismatchError(f"{where} must be a list of {', '.join(CurvePoint._fields)}")
-    hints = typing.get_type_hints(CurvePoint)
-    named = zip(hints.items(), value, strict=True)
-    return CurvePoint(*(_value(item, kind, f"{where}.{name}") for (name, kind), item in named))
-
-
-def _scalar(value: Any, kind: Any, where: str) -> Any:
-    if kind is float:
-        number = _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            try:
-                return float(number)
-            except OverflowError:
-                raise _MismatchError(f"{where} is larger than any number") from None
-        raise _MismatchError(f"{where} must be a number")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        meaning = {str: "a string", int: "an integer", bool: "true or false"}[kind]
-        raise _MismatchError(f"{where} must be {meaning}")
-    return value
+_YEAR_10000_UNIX_S = 253402300800
+"""Begin of the year 10000, from which on ``datetime`` has no dates."""

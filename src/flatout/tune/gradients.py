@@ -25,7 +25,7 @@ from statistics import fmean, median, stdev
 
 from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.wire.record import Gradient
+from flatout.wire.lines import Gradient
 
 RANDOM: tuple[Exactness, ...] = ("resampled", "reshuffled")
 """Exactness classes of settings that draw other random numbers."""

@@ -1,22 +1,21 @@
-"""The journal of a tune: every trial is on disk when it ends, so that a tune can go on later.
+"""The journal of a tune: every trial is on disk when it ends, so that a tune can be resumed.
 
 A tune has a folder of its own below ``paths.tunes_directory()``::
 
     journal.jsonl    one JSON object a line: the job, its program, then each trial
     runs/            the run directories of its trials
-    result.json      what came out, written at the end
+    result.json      the result, written at the end
 
-What tune does next depends on nothing but the results of its trials and the time they took. So a
-tune that goes on begins anew, and takes each trial that it asks for from the journal as long as
-the journal has it; a trial that was running when tune was killed is run again.
+What tune does next depends only on the results of its trials and the time that they took. A tune
+that is resumed therefore begins anew, and takes each trial that it asks for from the journal as
+long as the journal has it. A trial that was running when tune was killed is run again.
 
-A line is written at once and in whole; a torn last line, of a tune that was killed while it wrote,
+Each line is written at once and whole. The torn last line of a tune that was killed while it wrote
 is ignored and cut off. The file is locked while its tune runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flatout import __version__, paths
 from flatout.errors import UserError
@@ -38,6 +37,7 @@ from flatout.plan.program import (
 )
 from flatout.text import one_line
 from flatout.tune.document import DOCUMENT_FILE
+from flatout.wire import codec
 from flatout.wire.request import Request
 
 JOURNAL_VERSION = 1
@@ -46,11 +46,15 @@ RUNS_FOLDER = "runs"
 
 KEPT_TUNES = 20
 KEPT_BYTES = 512 * 2**20
-"""What is kept of old tunes; the oldest go first."""
+"""Most old tunes that are kept, and most bytes of them; the oldest are deleted first."""
 
 
 class JournalError(UserError):
-    """A journal that cannot be written or read, or that there is none of."""
+    """A journal cannot be written or read, or there is none."""
+
+
+def _is_folder_name(name: str) -> bool:
+    return os.sep not in name and not name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,12 @@ class Entry:
         run: name of its run directory.
         seconds: wall time of its command.
         ended: whether the program came to its end by itself.
-        failure: why it gave no usable record, ``None`` if it did.
-        tail: the last lines of the program, of a trial that failed.
-        spent_s: of the tune until then, all its sittings together.
+        failure: why it gave no usable record; ``None``: it gave one.
+        tail: the last lines of the program's output if the trial failed, otherwise empty.
+        spent_s: time that the tune had taken by then, resumed ones included.
     """
 
-    run: str
+    run: Annotated[str, codec.Check(_is_folder_name, "the name of a folder")]
     seconds: float
     ended: bool
     failure: str | None
@@ -74,14 +78,22 @@ class Entry:
     spent_s: float
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A line of trials that ended at the same time, without their requests."""
+
+    entries: tuple[Entry, ...]
+
+
 class Journal:
     """The journal of one tune, open and locked.
 
     Args:
-        folder: of the tune, with a journal in it.
+        folder: the folder of the tune, with a journal in it.
 
     Raises:
-        JournalError: it cannot be read or written, or another tune has it.
+        JournalError: the journal cannot be read or written.
+        BlockingIOError: another process has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,30 +120,34 @@ class Journal:
 
     @property
     def runs(self) -> Path:
-        """Where the run directories of its trials are."""
+        """The folder that holds the run directories of its trials."""
         return self.folder / RUNS_FOLDER
 
     @property
     def spent_s(self) -> float:
-        """How long the tune has taken; while it repeats itself, as long as it had taken then."""
+        """How long the tune has taken; while trials come from the journal, how long it had then."""
         return self._spent_before_s + (time.monotonic() - self._sat_down_s)
 
     def recorded(self, *requests: Request) -> tuple[Entry, ...] | None:
-        """The next trials, if the journal has them and they were asked the same.
+        """Return the next trials if the journal has them for the same requests.
 
-        If it was asked something else, what follows in the journal is dropped: flatout or its
-        options are others now.
+        If the journal has other requests here, the rest of it is dropped: flatout or its options
+        have changed.
+
+        Raises:
+            JournalError: the journal holds something else than trials here.
         """
         if self._next == len(self._recorded):
             return None
         line, end = self._recorded[self._next]
         try:
-            entries = tuple(_entry(line["entries"][place]) for place in range(len(requests)))
-        except (LookupError, TypeError) as error:
-            why = one_line(error)
-            raise JournalError(f"{self.path} holds a trial that is none: {why}") from error
+            entries = codec.decode(_Trial, line).entries
+        except codec.MismatchError as mismatch:
+            why = one_line(mismatch)
+            raise JournalError(f"{self.path} holds a trial that is none: {why}") from mismatch
         are_there = all((self.runs / entry.run).is_dir() for entry in entries)
-        if line.get("requests") != _plain(requests) or not are_there:
+        is_same = line.get("requests") == codec.encode(requests) and len(entries) == len(requests)
+        if not is_same or not are_there:
             del self._recorded[self._next :]
             os.ftruncate(self._descriptor, self._at_byte)
             if self._program_end > self._at_byte:
@@ -144,27 +160,27 @@ class Journal:
         return entries
 
     def add(self, requests: Sequence[Request], entries: Sequence[Entry]) -> None:
-        """Write down trials that have ended at the same time.
+        """Write down trials that ended at the same time.
 
         Raises:
             JournalError: it cannot be written.
         """
         document = {
             "kind": "trial",
-            "requests": _plain(requests),
-            "entries": [dataclasses.asdict(entry) for entry in entries],
+            "requests": codec.encode(requests),
+            "entries": codec.encode(entries),
         }
         _append(self._descriptor, self.path, document)
 
     def hold(self, program: Program) -> None:
-        """Write down what the program is, or hold it against what it was before.
+        """Write down what the program is, or compare it with what it was before.
 
         Raises:
-            JournalError: it has changed, or it cannot be written.
+            JournalError: the program has changed, or the journal cannot be written.
         """
         if self._program is None:
             self._program = program
-            line = {"kind": "program", **dataclasses.asdict(program)}
+            line = {"kind": "program", **codec.encode(program)}
             _append(self._descriptor, self.path, line)
             return
         changes = changes_between(self._program, program)
@@ -175,10 +191,10 @@ class Journal:
         self._at_byte = max(self._at_byte, self._program_end)
 
     def finish(self, result: str | None = None) -> None:
-        """Write down what came out, if anything; there is nothing to resume from now on.
+        """Write down the result, if there is one; the tune cannot be resumed from now on.
 
         Raises:
-            JournalError: it cannot be written.
+            JournalError: the journal or the result cannot be written.
         """
         if result is not None:
             partial = self.folder / f"{DOCUMENT_FILE}.partial"
@@ -192,7 +208,7 @@ class Journal:
         _append(self._descriptor, self.path, {"kind": "end"})
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close and unlock the file."""
         os.close(self._descriptor)
 
 
@@ -203,13 +219,13 @@ def opened(
     resumes: bool,
     say: Callable[[str], None],
 ) -> Journal:
-    """The journal of a tune, or of what else a verb tries.
+    """Open the journal of a verb that runs trials.
 
     Args:
-        verb: which.
+        verb: name of the verb.
         command: the job.
-        options: a dataclass of what the user asks for; what differs when it goes on is said.
-        resumes: go on with the last one of this job that has not come to its end.
+        options: a dataclass of what the user asks for; on resuming, ``say`` tells what differs.
+        resumes: whether to resume the last tune of this job that has not come to its end.
         say: called with a line.
 
     Raises:
@@ -228,10 +244,10 @@ def opened(
 
 
 def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
-    """The journal of a new tune; see ``opened``.
+    """Create the journal of a new tune; see ``opened``.
 
     Raises:
-        JournalError: there is no place for it.
+        JournalError: it cannot be written.
     """
     tunes = paths.tunes_directory()
     try:
@@ -255,10 +271,10 @@ def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
 
 
 def resume(verb: str, command: Sequence[str]) -> Journal:
-    """The journal of the last tune of this job that has not come to its end.
+    """Open the journal of the last tune of this job that has not come to its end.
 
     Raises:
-        JournalError: there is none.
+        JournalError: there is none, or it belongs to another flatout or a running tune.
     """
     why: list[str] = []
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):
@@ -284,7 +300,7 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
 
 
 def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
-    """Why a tune of that job cannot go on as a tune of this one, ``None``: it can."""
+    """Why a tune of that job cannot be resumed as a tune of this one; ``None``: it can."""
     now = _job(verb, command)
     if job.get("folder") != now["folder"]:
         return f"it was started in {job.get('folder')}"
@@ -304,7 +320,7 @@ def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str |
 
 
 def _differing(before: Any, now: dict[str, Any]) -> list[str]:
-    """The options that differ, as far as they are known."""
+    """A clause for each option that differs, as far as the old options are known."""
     if not isinstance(before, dict):
         return []
     return [
@@ -318,21 +334,21 @@ def _plain_options(options: Any) -> dict[str, Any]:
     """The options of a verb by their names on the command line."""
     if options is None:
         return {}
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=sorted))
+    plain: dict[str, Any] = json.loads(json.dumps(codec.encode(options), default=sorted))
     return {f"--{name.partition('_')[0]}": value for name, value in plain.items()}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal.
+    """Read the whole lines of a journal.
 
     Raises:
-        JournalError: it cannot be read, or a line but the last is no JSON object.
+        JournalError: it cannot be read, or a line other than a torn last one is no JSON object.
     """
     return [line for line, _ in _whole_lines(path)[0]]
 
 
 def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a tune to go on; its program, see ``Journal.hold``."""
+    """What must be the same for a tune to be resumed, beside its program (``Journal.hold``)."""
     return {
         "version": JOURNAL_VERSION,
         "flatout": __version__,
@@ -342,43 +358,12 @@ def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-_ENTRY = {
-    "run": (str,),
-    "seconds": (int, float),
-    "ended": (bool,),
-    "failure": (str, type(None)),
-    "tail": (str,),
-    "spent_s": (int, float),
-}
-
-
-def _entry(entry: dict[str, Any]) -> Entry:
-    """A trial of a journal.
-
-    Raises:
-        TypeError, KeyError: it is none.
-    """
-    for name, kinds in _ENTRY.items():
-        if type(entry[name]) not in kinds:
-            raise TypeError(f"{name} is {one_line(entry[name])}")
-    if os.sep in entry["run"] or entry["run"].startswith("."):
-        raise TypeError(f"run is {one_line(entry['run'])}")
-    return Entry(**entry)
-
-
 def _program(line: dict[str, Any]) -> Program | None:
-    """The program of a journal's line, ``None`` where it cannot be read."""
-    files, environment = line.get("files"), line.get("environment")
-    if not isinstance(files, dict) or not isinstance(environment, dict):
+    """The program of a journal's line; ``None``: it cannot be read."""
+    try:
+        return codec.decode(Program, line)
+    except codec.MismatchError:
         return None
-    if not all(isinstance(digests, dict) for digests in files.values()):
-        return None
-    return Program(files, environment)
-
-
-def _plain(requests: Sequence[Request]) -> Any:
-    """The requests as they are after a journey through JSON."""
-    return json.loads(json.dumps([dataclasses.asdict(request) for request in requests]))
 
 
 def _locked(path: Path) -> int:
@@ -395,18 +380,18 @@ def _locked(path: Path) -> int:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a tune is going on in this folder, whichever process began it."""
+    """Whether any process runs a tune in this folder."""
     try:
         os.close(_locked(folder / JOURNAL_FILE))
     except BlockingIOError:
         return True
     except JournalError:
-        pass  # there is none
+        pass  # there is no journal
     return False
 
 
 def _whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
-    """The objects of the whole lines, each with the offset of its end; where the last ends."""
+    """The objects of the whole lines, each with the offset of its end, and the end of the last."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -98,8 +98,8 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     path = _path(arguments)
     facts: Mapping[str, plan.Fact] = {
         **machine.fingerprint(),
-        "torch": times.torch,
-        "threads": times.threads,
+        "torch": times.header.torch,
+        "threads": times.header.threads or 0,
     }
     Plan(
         settings=kept,

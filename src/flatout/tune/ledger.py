@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from flatout.doctor.findings import Finding
 from flatout.knob import Exactness
@@ -20,6 +19,7 @@ from flatout.tune.document import Stage, State
 from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.proof import Verdict
 from flatout.wire import signature
+from flatout.wire.header import Header
 from flatout.wire.ratios import Ratio
 
 NO_GAIN = "it is not measurably faster"
@@ -100,7 +100,7 @@ class Outcome:
     verdict: Verdict | None = None
     pace: Pace | None = None
     phases_ms: Mapping[str, float | None] = field(default_factory=dict)
-    header: Mapping[str, Any] = field(default_factory=dict)
+    header: Header = field(default_factory=Header)
     inputs: tuple[str, ...] | None = None
     program: Program | None = None
     modules: frozenset[str] = frozenset()

@@ -18,12 +18,9 @@ from flatout.errors import UserError
 from flatout.tune import figures, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
-from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Envelope, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
-
-WARMUP_STEPS = 3
-"""Steps at the start of each run that are not timed: first calls and lazy initialisation."""
 
 MINIMUM_STEPS = 20
 """Fewest steps of a run whose mean time and loss are worth looking at."""
@@ -153,10 +150,10 @@ def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
     See ``statistics.paired_means_ms``; each run's evaluation passes between the steps are added.
     """
     in_steps = statistics.paired_means_ms(
-        statistics.timed_ms(one.turns, WARMUP_STEPS), statistics.timed_ms(other.turns, WARMUP_STEPS)
+        [step.step_ms for step in one.steady_steps], [step.step_ms for step in other.steady_steps]
     )
     first, second = (
-        mean * step_ms(process) / fmean(step.step_ms for step in timed_steps(process))
+        mean * step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
         for mean, process in zip(in_steps, (one, other), strict=True)
     )
     return first, second
@@ -171,23 +168,11 @@ def step_ms(process: ProcessRecord) -> float:
     Raises:
         ValueError: the run has no steps after the warm-up.
     """
-    timed = timed_steps(process)
+    timed = process.steady_steps
     if not timed:
         raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
-    between = _passes_between(process, timed)
+    between = process.evaluations_between(timed)
     return sum(step.step_ms for step in (*timed, *between)) / len(timed)
-
-
-def timed_steps(process: ProcessRecord) -> list[Step]:
-    """The steps that show the usual time: after the warm-up, neither profiled nor after a wait."""
-    return [step for step in process.turns[WARMUP_STEPS:] if step.mark is None]
-
-
-def _passes_between(process: ProcessRecord, timed: Sequence[Step]) -> list[Step]:
-    """The evaluation passes between the first and the last timed step."""
-    passes = process.evaluations if process.trains else []
-    first_s, last_s = timed[0].at_s, timed[-1].at_s
-    return [p for p in passes if p.mark is None and first_s <= p.at_s <= last_s]
 
 
 @dataclass(frozen=True)
@@ -236,13 +221,13 @@ def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str
     """
     shares: dict[str, list[float]] = {}
     for process in processes:
-        timed = timed_steps(process)
+        timed = process.steady_steps
         whole_ms = step_ms(process) * len(timed)
         for phase in PHASES:
             known = [ms for step in timed if (ms := step.phases_ms[phase]) is not None]
             if known:
                 shares.setdefault(phase, []).append(sum(known) / whole_ms)
-        between = _passes_between(process, timed)
+        between = process.evaluations_between(timed)
         if between:
             part = sum(step.step_ms for step in between) / whole_ms
             shares.setdefault("evaluation", []).append(part)

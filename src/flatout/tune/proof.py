@@ -53,7 +53,8 @@ from flatout import knobs
 from flatout.knob import Exactness
 from flatout.plan import Check, LossEvidence
 from flatout.tune import gradients
-from flatout.wire.record import Gradient, Output, ProcessRecord, RootState, Step
+from flatout.wire.lines import Gradient, Output, RootState
+from flatout.wire.record import ProcessRecord, Step
 
 Curve = tuple[float, ...]
 """The losses of one backward call of the step, in the order of the steps."""

@@ -21,7 +21,8 @@ from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.trial import Trial, TrialFailedError, Trials
-from flatout.wire.record import Gradient, ProcessRecord
+from flatout.wire.lines import Gradient
+from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Inspection
 
 GRADIENT_SEEDS, GRADIENT_STEPS = 2, 4
@@ -352,6 +353,6 @@ def _is_not_identical(verdict: Verdict) -> bool:
 
 def _is_coarse(process: ProcessRecord) -> bool:
     """Whether a good part of the program's own arithmetic is in half precision."""
-    by_dtype = (process.profile or {}).get("flops_by_dtype") or {}
+    by_dtype = (None if process.profile is None else process.profile.flops_by_dtype) or {}
     coarse = sum(by_dtype.get(name, 0) for name in COARSE_DTYPES)
     return bool(coarse > COARSE_SHARE * sum(by_dtype.values()))

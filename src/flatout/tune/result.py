@@ -1,4 +1,4 @@
-"""The outcome of a tune as its document."""
+"""Makes the document of a tune from its outcome."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from flatout.tune.trial import Trial
 
 
 def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
-    """The document of an outcome.
+    """Make the document of an outcome.
 
     Args:
         command: the job.
-        plan: where the plan is written, if there is one.
-        outcome: of the tune.
+        plan: path of the plan, if one is written.
+        outcome: the outcome of the tune.
     """
     found, header = outcome.pairs, outcome.header
     has_plan = outcome.evidence is not None and found is not None
@@ -44,8 +44,8 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
     return Document(
         command=tuple(command),
-        program=str(header.get("program", "")),
-        torch=header.get("torch"),
+        program=header.program,
+        torch=header.torch or None,
         machine=machine.fingerprint(),
         seconds=outcome.seconds,
         finished_unix_s=round(time.time(), 3),
@@ -76,7 +76,12 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
 
 
 def arms(tried: Sequence[TriedArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
-    """What was tried, and what was not, for the table and the document."""
+    """List what was tried, and what was not, for the table and the document.
+
+    Args:
+        tried: the arms that were compared, or left out.
+        refused: name of a knob -> why it was not tried.
+    """
     return (
         *(
             Arm(

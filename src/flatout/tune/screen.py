@@ -22,9 +22,9 @@ from flatout.tune import candidates, design, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
-from flatout.tune.pairs import WARMUP_STEPS
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
 BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 4, 3, 1

@@ -219,18 +219,13 @@ def complete_blocks(steps: Sequence[Step], comparison: Comparison) -> list[Block
     return [block for block in found if len(block.times_ms) >= timed_steps]
 
 
-def timed_ms(steps: Sequence[Step], warmup_steps: int) -> list[float]:
-    """The step times after the warm-up, without profiled steps, in ms."""
-    return [step.step_ms for step in steps[warmup_steps:] if step.mark is None]
-
-
 def typical_step_ms(steps: Sequence[Step], warmup_steps: int) -> float:
     """The median step time after the warm-up, in ms.
 
     Raises:
         ValueError: there are no steps after the warm-up.
     """
-    times_ms = timed_ms(steps, warmup_steps)
+    times_ms = [step.step_ms for step in steps[warmup_steps:] if step.mark is None]
     if not times_ms:
         raise ValueError(f"{len(steps)} steps leave none after a warm-up of {warmup_steps}")
     return median(times_ms)

@@ -209,7 +209,7 @@ def _to_entry(finished: launch.Finished, timeout_seconds: float, spent_s: float)
     return Entry(
         run=Path(finished.run_directory).name,
         seconds=finished.seconds,
-        ended=end is None or end.get("reason") != "stopped",
+        ended=end is None or end.reason != "stopped",
         failure=failure,
         tail=tail if failure else "",
         spent_s=spent_s,

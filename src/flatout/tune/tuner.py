@@ -166,7 +166,7 @@ class Tuner:
         """Find the candidates, and enter them in the ledger."""
         found = candidates.survey(
             first.process,
-            self._measure_ceilings(str(first.process.header["executable"])),
+            self._measure_ceilings(first.process.header.executable),
             self._options.knobs,
             self._options.exactness,
         )

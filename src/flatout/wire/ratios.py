@@ -1,21 +1,21 @@
 """Ratios of step times inside one process, with their intervals.
 
 Step times are skewed, drift, and resemble their neighbours: the machine's speed changes by 2x
-within minutes. So each block of steps counts once, by the median of its times, and the logarithms
-y of these medians, in the order of time, are fitted with
+within minutes. Each block of steps therefore counts once, by the median of its times. The
+logarithms y of these medians, in the order of time, are fitted with
 
-    y[i] = level - (sum of the logarithms of the ratios of what block i has turned on) + e[i],
+    y[i] = level - (sum of the logarithms of the ratios of the settings of block i) + e[i],
     e[i] = phi e[i-1] + noise,
 
-a regression with autoregressive errors (Prais and Winsten 1954): a block is compared, above all,
-with the blocks next to it, whichever arm they belong to. Where steps differ in size, as batches of
-sentences do, what the logarithms of rows and elements of their inputs explain is taken out by terms
-of their own (an analysis of covariance): an arm that got the longer sentences is none the worse.
-The noise is bounded as Huber (1981,
-Robust Statistics, sections 7.6 and 7.8) does it, so that a machine that stands still costs one
-block; phi maximises the restricted likelihood (Harville 1974).
+a regression with autoregressive errors (Prais and Winsten 1954). A block is thus compared, above
+all, with the blocks next to it, whichever arm they belong to. Steps may differ in size, as batches
+of sentences do. What the logarithms of rows and elements of their inputs explain then has terms of
+its own (an analysis of covariance), so that an arm that got the longer sentences has no
+disadvantage. Residuals are bounded as in Huber (1981, Robust Statistics, sections 7.6 and 7.8), so
+that a pause of the machine costs one block. The coefficient phi maximises the restricted likelihood
+(Harville 1974).
 
-Standard library only: both halves load this file.
+This file imports only the standard library, because both halves load it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
+from flatout.wire.codec import MismatchError
+
 if TYPE_CHECKING:
     from flatout.wire.record import Step
     from flatout.wire.turns import Turn
@@ -33,36 +35,42 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 
 HUBER = 1.345
-"""Residuals beyond this many deviations are bounded; 95 % efficient on normal noise (Huber)."""
+"""Residuals beyond this many deviations are bounded; this is 95 % efficient on normal noise
+(Huber)."""
 
 PHIS = (0.0, 0.3, 0.6, 0.8)
 
 CALIBRATION = 1.2
-"""Intervals of the model are made wider by this factor: drift has slower parts than one
-autoregressive term can hold, and on recorded step times 95 % intervals without it covered 90 %
-(``benchmarks/replay.py`` prints the share that they cover)."""
+"""The intervals of the model are widened by this factor. Drift has slower parts than one
+autoregressive term can describe: on recorded step times, 95 % intervals without the factor covered
+90 % (``benchmarks/replay.py`` prints the share that they cover)."""
 
 _LEAST_SIZE_VARIANCE = 1e-4
-"""Of a covariate that is worth a term: steps that differ in size by 1 %."""
+"""Least variance of a covariate that gets a term: that of steps that differ in size by 1 %."""
 
 MINIMUM_FREEDOM = 5
-"""Degrees of freedom below which there is no interval."""
+"""There is no interval with fewer degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A speed-up: the baseline's step time over the other's.
+    """A speedup: the baseline's step time over the other's.
 
     Attributes:
         value: the estimate.
-        low, high: confidence interval of it.
-        pairs: number of pairs behind it: of runs, or of blocks.
+        low, high: its confidence interval.
+        pairs: number of pairs of runs, or of blocks, behind it.
     """
 
     value: float
     low: float
     high: float
     pairs: int
+
+    def check(self) -> None:
+        """Raise ``MismatchError`` where no measurement can have given such a ratio."""
+        if not (self.value > 0 and 0 < self.low <= self.high):
+            raise MismatchError("must be positive, with an interval from low to high")
 
     def __str__(self) -> str:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
@@ -76,19 +84,19 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, step: Turn | Step) -> Size | None:
-        """The size of a step; ``None``: not noted, or nothing went in."""
+        """The size of a step; ``None``: it was not noted, or there were no inputs."""
         return cls(step.rows, step.elements) if step.rows and step.elements else None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Steps of one arm in a row.
+    """Consecutive steps of one arm.
 
     Attributes:
-        arm: its number.
-        times_ms: step times, those after the switch left out.
-        sizes: of these steps, in order.
-        first_ms: step times of an arm's first turn, which warms up and counts for no ratio.
+        arm: number of the arm.
+        times_ms: step times, without those after the switch.
+        sizes: the sizes of these steps, in order.
+        first_ms: step times of an arm's first block, which warms up and counts for no ratio.
     """
 
     arm: int
@@ -97,19 +105,20 @@ class Block:
     first_ms: list[float] = field(default_factory=list)
 
     def add(self, step_ms: float, size: Size | None) -> None:
-        """One more step of this block."""
+        """Add a step to this block."""
         self.times_ms.append(step_ms)
         self.sizes.append(size)
 
 
 def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
-    """The ratio of each arm to one of them.
+    """Estimate the ratio of each arm to the baseline.
 
     Args:
-        found: blocks in the order of time; those without times are passed over.
+        found: blocks in the order of time; those without times are ignored.
         baseline: the arm that the others are compared with.
 
-    Returns nothing while there are too few blocks for an interval.
+    Returns:
+        Arm -> ratio; empty while there are too few blocks for an interval.
     """
     timed = [block for block in found if block.times_ms]
     others = sorted({block.arm for block in timed} - {baseline})
@@ -124,13 +133,14 @@ def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
 def setting_ratios(
     found: Sequence[Block], arms: Sequence[Mapping[str, str]]
 ) -> dict[tuple[str, str], Ratio]:
-    """The ratio that each setting brings, among the others: for the stacks of ``tune.design``.
+    """Estimate the ratio that each setting adds to the others, for the stacks of ``tune.design``.
 
     Args:
-        found: blocks in the order of time; those without times are passed over.
+        found: blocks in the order of time; those without times are ignored.
         arms: the ``knob -> setting`` map of each arm.
 
-    Returns nothing while there are too few blocks to tell the settings apart.
+    Returns:
+        Knob and setting -> ratio; empty while there are too few blocks to tell settings apart.
     """
     timed = [block for block in found if block.times_ms]
     settings = sorted({item for block in timed for item in arms[block.arm].items()})
@@ -156,12 +166,15 @@ class _Fit(NamedTuple):
 
 
 def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> list[Ratio]:
-    """One ratio for each column but the first, the level; none if there are too few blocks.
+    """Estimate one ratio for each column but the first, which is the level.
 
     Args:
         timed: the blocks.
-        on: of each block, the columns that are 1 in it.
+        on: for each block, the columns that are 1 in it.
         width: number of columns.
+
+    Returns:
+        The ratios in the order of the columns; none if there are too few blocks.
     """
     covariates = _covariates(timed)
     if covariates:
@@ -195,10 +208,11 @@ def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> 
 
 
 def _covariates(timed: Sequence[Block]) -> list[list[float]]:
-    """What the sizes of the steps explain, a value for each block; empty where they do not differ.
+    """The covariates of the sizes of the steps, each with a value for each block.
 
-    They are the means over a block of the logarithm of the elements, its square, and the logarithm
-    of the rows, without what is known from those before (Gram and Schmidt).
+    A covariate is the mean over a block of the logarithm of the elements, of its square, or of the
+    logarithm of the rows, made orthogonal to those before it (Gram and Schmidt). There are none
+    where the sizes do not differ.
     """
     sizes = [block.sizes for block in timed]
     known = {size for block in sizes for size in block}
@@ -234,23 +248,13 @@ def _fit(
     """Huber's estimate for one phi; ``None``: the columns cannot be told apart.
 
     Args:
-        rows: of each block, the columns that are not 0, and their values.
-        logs: of each block.
+        rows: for each block, the columns that are not 0, and their values.
+        logs: the logarithm of the step time of each block.
         width: number of columns.
-        phi: of the errors.
+        phi: correlation of an error with the one before it.
     """
     first = math.sqrt(1 - phi**2)
-    whitened = [[(column, first * value) for column, value in rows[0].items()]]
-    values = [first * logs[0]]
-    for number in range(1, len(rows)):
-        now, before = rows[number], rows[number - 1]
-        whitened.append(
-            [
-                (column, now.get(column, 0.0) - phi * before.get(column, 0.0))
-                for column in {**now, **before}
-            ]
-        )
-        values.append(logs[number] - phi * logs[number - 1])
+    whitened, values = _whitened(rows, logs, phi)
     normal = [[0.0] * width for _ in range(width)]
     for row in whitened:
         for column, value in row:
@@ -279,7 +283,7 @@ def _fit(
             value - sum(coefficients[column] * factor for column, factor in row)
             for row, value in zip(whitened, values, strict=True)
         ]
-        # The fit brings about as many residuals to 0 as it has columns.
+        # The fit makes about as many residuals zero as it has columns.
         scale = sorted(map(abs, residuals))[(count + width) // 2] / _NORMAL_MEDIAN
         scale = max(scale, 1e-9)
     inside = sum(abs(residual) <= HUBER * scale for residual in residuals) / count
@@ -291,12 +295,31 @@ def _fit(
     return _Fit(coefficients, inverse, variance, log_likelihood)
 
 
+def _whitened(
+    rows: Sequence[Mapping[int, float]], logs: Sequence[float], phi: float
+) -> tuple[list[list[tuple[int, float]]], list[float]]:
+    """Rows and logarithms whose errors are independent (Prais and Winsten); see ``_fit``."""
+    first = math.sqrt(1 - phi**2)
+    whitened = [[(column, first * value) for column, value in rows[0].items()]]
+    values = [first * logs[0]]
+    for number in range(1, len(rows)):
+        now, before = rows[number], rows[number - 1]
+        whitened.append(
+            [
+                (column, now.get(column, 0.0) - phi * before.get(column, 0.0))
+                for column in {**now, **before}
+            ]
+        )
+        values.append(logs[number] - phi * logs[number - 1])
+    return whitened, values
+
+
 _NORMAL_MEDIAN = NormalDist().inv_cdf(0.75)
 """Median of the absolute value of a standard normal variable."""
 
 
 def _inverted(matrix: Sequence[Sequence[float]]) -> tuple[list[list[float]], float] | None:
-    """Inverse and log determinant of a positive definite matrix, ``None`` if it is singular."""
+    """Inverse and log determinant of a positive definite matrix; ``None``: it is singular."""
     size = len(matrix)
     lines = [
         [*line, *(float(number == other) for other in range(size))]

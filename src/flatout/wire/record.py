@@ -1,4 +1,4 @@
-"""The run record: what one run of a job left behind. Format, writer and reader, in this one file.
+"""The run record: what one run of a job left behind, and its reader.
 
 A run has a directory, named by the environment variable ``FLATOUT_RUN``::
 
@@ -6,225 +6,82 @@ A run has a directory, named by the environment variable ``FLATOUT_RUN``::
     record-PID.jsonl        one file for each process whose agent had something to record
     incomplete-PID-ERRNO    empty: that process could not write its record to the end, and why
 
-A record file is append-only JSON Lines: one object a line, each with a ``kind``. It is written in
-whole lines, about every ``FLUSH_SECONDS``, so a killed run is readable; a torn last line is ignored
-by the reader. Times are in the unit their name ends with, ``at_s`` is seconds since the header was
-written. What was not measured is ``null``, never 0.
+A record file is append-only JSON Lines. Each line is one object; its ``kind`` says which dataclass
+its other keys are the fields of (``wire/codec.py``): ``Header`` (``wire/header.py``) for the first
+line, ``Profile`` (``wire/profile.py``), and those of ``wire/lines.py``. ``wire/writer.py`` writes
+the file. The reader ignores a torn last line, and kinds and keys that it does not know. Times are
+in the unit that their name ends with, and ``at_s`` is seconds since the header was written. What
+was not measured is ``null`` or missing, never 0.
 
-Format version 5:
-
-``header``
-    First line. ``version``, ``pid``, ``parent_pid``, ``rank`` and ``world_size`` (null outside a
-    distributed job), ``started_unix_s``, ``started_ns`` (the same moment on the clock of the
-    events), ``program`` (base name only), ``executable``, ``python``, ``torch``, ``threads``
-    (torch's intra-op threads), ``cpu_capability``, ``accelerator`` (device type or null),
-    ``environment`` (only the variables in ``ENVIRONMENT_NAMES``).
-``events``
-    ``packed``: what torch did since the line before, in base64. An event (``turns.TorchEvent``) is
-    one byte, kind + 4 * phase + 32 * flags, then its values, each as the difference to the last one
-    of its kind in the file (times; modules; optimizers; each of the three usages; notes; all from
-    0 at a header), zigzag-encoded and in LEB128. What a step is, and its phases, ``wire/turns.py``
-    makes of them when the record is read.
-``losses``
-    ``packed``: the next losses that backward calls started from, in order (an accelerator's arrive
-    late), as little-endian float64 in base64; ``peak_device_bytes``: most memory torch had
-    allocated on the accelerator so far.
-``inputs``
-    ``tensors``, the inputs of the first outermost module calls (see ``wire/signature.py``);
-    another such line takes its place when later calls differ in sizes.
-``modules``
-    ``files``, those that the program has imported, outside of the standard library and installed
-    packages: written at the first outermost module call, and at the end.
-``gradients``, ``outputs``, ``state``
-    Where the request asks for an inspection. ``gradients``: ``parameters``, the gradients that one
-    update is made from, each with the fields of ``Gradient``. ``outputs``: one pass forward that
-    does not train, with the fields of ``Output``. ``state``: ``roots``, the outermost modules at
-    the end, each with the fields of ``RootState``. Samples are little-endian float32 (``top1``:
-    int32) in base64.
-``learned``
-    After a comparison in the real training: ``settings``, each with the fields of ``Learned``.
-``event``
-    What the agent did, skipped or failed to do: ``at_s``, ``what`` (one of ``EVENTS``),
-    ``subject``, ``why``, ``traceback`` (string or null).
-``profile``
-    Aggregates of the profiled window, see ``agent/profile.py``.
-``end``
-    Last line of a process that ended in an orderly way: ``at_s``, ``reason`` (``exit`` or
-    ``stopped``), ``peak_device_bytes`` as above, also where no loss was read.
-
-Only the standard library is imported: the agent loads this file inside the user's program.
+What a step is, and its phases, ``wire/turns.py`` makes of the recorded events when the record is
+read.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import os
 import re
-import struct
-import time
 from array import array
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from flatout.text import one_line, with_printable
-from flatout.wire.turns import (
-    DATA,
-    FORWARD,
-    NOTE,
-    OPTIMIZER,
-    PHASES,
-    TRANSFER,
-    USAGE,
-    TorchEvent,
-    Turn,
-    Turns,
+from flatout.wire.codec import MismatchError, decode
+from flatout.wire.header import RECORD_VERSION, Header
+from flatout.wire.lines import (
+    End,
+    Event,
+    Events,
+    Gradient,
+    Gradients,
+    Inputs,
+    Learned,
+    LearnedSettings,
+    Losses,
+    Modules,
+    Output,
+    RootState,
+    State,
 )
+from flatout.wire.packing import Unpacker
+from flatout.wire.profile import Profile
+from flatout.wire.turns import DATA, OPTIMIZER, PHASES, TRANSFER, Turn, Turns
 
-RECORD_VERSION = 5
-FLUSH_SECONDS = 0.25
-
-_INCOMPLETE = "incomplete"
-_LONGEST_NUMBER = 6
-
-EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
-
-MANY_FAULTS = 256
-"""Minor page faults of a step (1 MiB of memory) below which they cannot matter."""
-
-ENVIRONMENT_NAMES = (
-    "CUDA_VISIBLE_DEVICES",
-    "GLIBC_TUNABLES",
-    "KMP_AFFINITY",
-    "KMP_BLOCKTIME",
-    "LD_PRELOAD",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MALLOC_ARENA_MAX",
-    "MALLOC_CONF",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MKL_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "OMP_PROC_BIND",
-    "OMP_WAIT_POLICY",
-    "OPENBLAS_NUM_THREADS",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "RANK",
-    "THP_MEM_ALLOC_ENABLE",
-    "TORCH_DISTRIBUTED_DEBUG",
-    "WORLD_SIZE",
-)
+WARMUP_STEPS = 3
+"""Steps at the beginning that do not count: compilation, allocator, thread pools and caches warm
+up."""
 
 
 class RecordError(ValueError):
-    """A record that cannot be read: missing, of another version, or not a record at all."""
+    """A record cannot be read: it is missing, of another version, or no record at all."""
 
 
-class RecordWriter:
-    """Appends lines to one process's record file.
-
-    The file is created with the first flush, so a process that records nothing leaves nothing. An
-    existing file (a process that replaced itself by ``exec`` keeps its pid) is appended to, its
-    header line repeated. When writing fails (full disk, read-only folder), nothing more is written
-    and ``write_failure`` of the run says why.
-
-    Args:
-        run_directory: the run's.
-        pid: of this process.
-    """
-
-    def __init__(self, run_directory: Path, pid: int) -> None:
-        self._run_directory = run_directory
-        self.restart(pid)
-
-    def restart(self, pid: int) -> None:
-        """Begin anew, as the record of this process: the child of a fork has another pid."""
-        self.path = record_path(self._run_directory, pid)
-        self.started_ns = time.perf_counter_ns()
-        self._pid = pid
-        self._lines: list[str] = []
-        self._flushed_ns = self.started_ns
-        self._broken = False
-
-    def begin(self, header: dict[str, Any]) -> None:
-        """Queue the header, before what is queued already."""
-        self._lines.insert(0, _line(header))
-
-    def write(self, document: dict[str, Any]) -> None:
-        """Queue one object; it reaches the file with the next flush."""
-        self._lines.append(_line(document))
-
-    def write_events(self, packed: bytes) -> None:
-        """Queue what the log has packed."""
-        if packed:
-            self._lines.append(f'{{"kind": "events", "packed": "{_base64(packed)}"}}\n')
-
-    def write_losses(self, losses: list[float], peak_device_bytes: int | None) -> None:
-        """Queue the losses that have arrived."""
-        packed = _base64(struct.pack(f"<{len(losses)}d", *losses))
-        self._lines.append(
-            f'{{"kind": "losses", "packed": "{packed}", '
-            f'"peak_device_bytes": {json.dumps(peak_device_bytes)}}}\n'
-        )
-
-    def seconds(self, at_ns: int) -> float:
-        """Seconds between the header and a ``time.perf_counter_ns`` reading."""
-        return (at_ns - self.started_ns) / 1e9
-
-    def is_due(self) -> bool:
-        """Whether ``FLUSH_SECONDS`` have passed since the last flush."""
-        return time.perf_counter_ns() - self._flushed_ns > FLUSH_SECONDS * 1e9
-
-    def flush(self) -> None:
-        """Append the queued lines in one write."""
-        self._flushed_ns = time.perf_counter_ns()
-        lines, self._lines = self._lines, []
-        if self._broken or not lines:
-            return
-        data = "".join(lines).encode("utf-8", "backslashreplace")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
-        try:
-            # Not kept open: a program that closes descriptors it does not know (a daemon does)
-            # would get the same number for a file of its own, and the record in it.
-            descriptor = os.open(self.path, flags, 0o644)
-            try:
-                while data:
-                    data = data[os.write(descriptor, data) :]
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            self._broken = True
-            self._say(error)
-
-    def _say(self, error: OSError) -> None:
-        """Leave a note for ``write_failure``: a full disk still takes an empty file."""
-        note = self.path.with_name(f"{_INCOMPLETE}-{self._pid}-{error.errno}")
-        try:
-            os.close(os.open(note, os.O_WRONLY | os.O_CREAT, 0o644))
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.write(2, f"flatout: the record stops, the program goes on: {error}\n".encode())
-
-    def close(self) -> None:
-        """The last flush."""
-        self.flush()
-
-
-def _line(document: dict[str, Any]) -> str:
-    return json.dumps(document, default=repr) + "\n"
+# What a record holds
 
 
 @dataclass(frozen=True)
 class Step:
-    """A turn (see ``turns.Turn``) in seconds since the header and in milliseconds.
+    """A step of training, or a forward pass alone: a ``turns.Turn`` in seconds and milliseconds.
 
-    Phases that the program never entered are ``None``, and so are losses that could not be read.
+    Attributes:
+        index: how many of the same kind came before.
+        at_s: its begin, in seconds since the header.
+        step_ms: its length.
+        phases_ms: exclusive time of each phase; ``None``: the program never entered that phase.
+        losses: the losses that its backward calls started from; ``None``: not read.
+        forwards, backwards, updates: how many calls of outermost modules, backward calls and steps
+            of optimizers it had.
+        minor_faults, major_faults: page faults of the process in it; ``None``: not measured.
+        peak_rss_bytes: most memory of the process so far; ``None``: not measured.
+        peak_device_bytes: most memory that torch had allocated on the accelerator so far.
+        arm: number of the arm of a comparison, or of the run of a relay, that it belongs to.
+        mark: one of ``turns.MARKS``; ``None``: its time is a usual one.
+        grad: whether autograd recorded any of its forward calls.
+        rows, elements: of the inputs of its outermost module calls; ``None``: not noted.
     """
 
     index: int
@@ -246,129 +103,11 @@ class Step:
     elements: int | None = None
 
 
-@dataclass(frozen=True)
-class Event:
-    """An ``event`` line."""
-
-    at_s: float
-    what: str
-    subject: str
-    why: str
-    traceback: str | None
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What one update of a parameter was made from, before any clipping.
-
-    Attributes:
-        norm: Euclidean, over all elements.
-        elements: how many they are.
-        sample: values of some elements, the same ones in every run; ``None``: not taken.
-        roundoff: unit roundoff of the arithmetic that it was computed in; ``None``: not seen.
-        noise: norm up to which it may be nothing but rounding; ``None``: not known, as of a matrix
-            (``agent/flows.py``).
-    """
-
-    norm: float
-    elements: int
-    sample: array[float] | None
-    roundoff: float | None = None
-    noise: float | None = None
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A floating tensor that a pass forward returned.
-
-    Attributes:
-        shape: its sizes; a loss has one element.
-        mean, rms: over all elements.
-        sample: values of some elements, the same ones in every run; ``None``: not taken.
-        top1: index of the largest element of some rows (along the last dimension).
-        lead: by how much it is larger than the second largest.
-    """
-
-    shape: tuple[int, ...]
-    mean: float
-    rms: float
-    sample: array[float] | None
-    top1: array[int] | None
-    lead: array[float] | None
-
-
-@dataclass(frozen=True)
-class Output:
-    """A call of an outermost module that does not train.
-
-    Attributes:
-        root: the module, by its class.
-        inputs: SHA-256 of all tensors that went in; ``None``: not taken.
-        digest: SHA-256 of all tensors that came out; ``None``: not taken.
-        tensors: the first floating ones that came out.
-    """
-
-    root: str
-    inputs: str | None
-    digest: str | None
-    tensors: tuple[OutputTensor, ...]
-
-
-@dataclass(frozen=True)
-class BufferState:
-    """A floating buffer of a module, such as the running mean of batch norm."""
-
-    name: str
-    mean: float
-    rms: float
-
-
-@dataclass(frozen=True)
-class RootState:
-    """An outermost module at the end.
-
-    Attributes:
-        root: the module, by its class.
-        digest: SHA-256 of all its parameters and buffers.
-        non_finite: how many of their elements are not finite.
-        buffers: its floating buffers.
-        probabilities: how many of its outputs in training were looked at, where all are between 0
-            and 1; else 0.
-        ones: how many of these were exactly 1.
-    """
-
-    root: str
-    digest: str
-    non_finite: int
-    buffers: tuple[BufferState, ...]
-    probabilities: int = 0
-    ones: int = 0
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a comparison in the real training has shown of a setting.
-
-    Attributes:
-        knob, setting: that was compared with the bare program.
-        kept: whether it is on from then on.
-        value, low, high, pairs: the ratio, see ``ratios.Ratio``.
-    """
-
-    knob: str
-    setting: str
-    kept: bool
-    value: float
-    low: float
-    high: float
-    pairs: int
-
-
 S = TypeVar("S", bound=Sized)
 
 
 class _Loops(Generic[S]):
-    """What a process did again and again: steps of training, and passes forward alone."""
+    """What a process did again and again: steps of training, and forward passes alone."""
 
     steps: S
     evaluations: S
@@ -388,27 +127,65 @@ class _Loops(Generic[S]):
 class ProcessRecord(_Loops[list[Step]]):
     """Everything that one process recorded.
 
-    ``gradients`` has those of the first updates of each parameter, ``outputs`` the passes forward
-    that do not train; ``state`` is ``None`` where it was not asked for, or not reached.
+    Attributes:
+        path: the record file.
+        header: its first header.
+        steps, evaluations: steps of training, and forward passes that no backward call followed.
+        events: what the agent did, skipped or failed to do.
+        inputs: of the first outermost module call; ``None``: there was none.
+        modules: files that the program has imported, see ``lines.Modules``.
+        profile: the profiled window; ``None``: there was none.
+        gradients: name of a parameter -> the gradients of its first updates.
+        outputs: the forward passes that do not train.
+        state: the modules at the end; ``None``: not asked for, or not reached.
+        end: the last line; ``None``: the process did not end in an orderly way.
     """
 
     path: Path
-    header: dict[str, Any]
+    header: Header
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Step] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     inputs: tuple[str, ...] | None = None
     modules: set[str] = field(default_factory=set)
-    profile: dict[str, Any] | None = None
+    profile: Profile | None = None
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
-    end: dict[str, Any] | None = None
+    end: End | None = None
 
     @property
     def rank(self) -> int:
-        """Its rank in a distributed job, else 0."""
-        return _rank(self.header)
+        """Its rank in a distributed job; 0 outside of one."""
+        return self.header.rank or 0
+
+    @property
+    def timed_steps(self) -> list[Step]:
+        """The steps of the program that are neither profiled nor next to a switch of settings."""
+        return [step for step in self.turns if step.mark is None]
+
+    @property
+    def steady_steps(self) -> list[Step]:
+        """The timed steps after the first ``WARMUP_STEPS`` steps of the program.
+
+        These tell how long a step usually takes. There may be none.
+        """
+        return [step for step in self.turns[WARMUP_STEPS:] if step.mark is None]
+
+    def evaluations_between(self, steps: Sequence[Step]) -> list[Step]:
+        """The timed evaluation passes from the first to the last of some steps of training.
+
+        Args:
+            steps: in order, at least one.
+        """
+        if not self.trains:
+            return []
+        first_s, last_s = steps[0].at_s, steps[-1].at_s
+        return [
+            evaluation
+            for evaluation in self.evaluations
+            if evaluation.mark is None and first_s <= evaluation.at_s <= last_s
+        ]
 
 
 @dataclass
@@ -420,46 +197,36 @@ class RunRecord:
 
     @property
     def main(self) -> ProcessRecord | None:
-        """The process that the report is about, ``None`` when no agent recorded anything."""
+        """The process that a report is about; ``None``: no agent recorded anything."""
         return self.processes[0] if self.processes else None
 
     @property
     def modules(self) -> set[str]:
-        """The files that all its processes have imported, see the format above."""
+        """Files that any of its processes has imported, see ``lines.Modules``."""
         return set().union(*(process.modules for process in self.processes))
-
-
-def record_path(run_directory: Path, pid: int) -> Path:
-    """The record file of the process ``pid``."""
-    return run_directory / f"record-{pid}.jsonl"
 
 
 @dataclass
 class StepTimes(_Loops["array[float]"]):
-    """How long the turns of one process took, in milliseconds, no more of them; and its events.
+    """How long the steps of one process took, in milliseconds, and its events.
 
-    ``learned`` is ``None`` where no comparison came to its end; ``modules`` are those of all
-    processes.
+    Attributes:
+        header: its first header.
+        steps, evaluations, events, inputs: as in ``ProcessRecord``, steps as their length alone.
+        learned: what a comparison has shown; ``None``: no comparison came to its end.
+        modules: files that any process of the run has imported.
     """
 
-    steps: array[float]
-    evaluations: array[float]
-    rank: int
+    header: Header
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    evaluations: array[float] = field(default_factory=lambda: array("d"))
     events: list[Event] = field(default_factory=list)
-    learned: list[Learned] | None = None
-    torch: str = ""
-    threads: int = 0
+    learned: tuple[Learned, ...] | None = None
     inputs: tuple[str, ...] | None = None
     modules: set[str] = field(default_factory=set)
 
 
-def write_failure(run_directory: Path) -> str | None:
-    """Why a process could not write its record to the end, ``None`` if all could."""
-    for note in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
-        number = note.name.rpartition("-")[2]
-        if number.isdecimal() and len(number) < _LONGEST_NUMBER:
-            return os.strerror(int(number))
-    return None
+# Reading
 
 
 def read_run(run_directory: Path) -> RunRecord:
@@ -473,9 +240,13 @@ def read_run(run_directory: Path) -> RunRecord:
 
 
 def read_step_times(run_directory: Path) -> StepTimes | None:
-    """The step times of the main process of a run, ``None`` when no agent recorded anything.
+    """Read the step times of the main process of a run.
 
-    A step read this way takes 8 bytes, in ``read_run`` 1.5 kB: for runs of any length.
+    A step that is read this way takes 8 bytes, in ``read_run`` 1.5 kB, so this is for runs of any
+    length.
+
+    Returns:
+        ``None`` when no agent recorded anything.
 
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
@@ -491,281 +262,92 @@ def read_process(path: Path) -> ProcessRecord:
     """Read one record file; a torn last line is ignored.
 
     Raises:
-        RecordError: the file cannot be read or is not a record of this version.
+        RecordError: the file cannot be read, or is not a record of this version.
     """
-    documents = _documents(path)
-    _, header = next(documents)
+    lines = _decoded(path, _LINES_OF_PROCESS)
+    number, header = next(lines)
     process = ProcessRecord(path, header)
-    replay = _Replay(process, header)
-    number = 1
-    for number, document in documents:
-        with _unpacking(path, number):
-            replay = _read_line(document, process, replay)
-    with _unpacking(path, number):
+    replay = _Replay(process, header.started_ns)
+    for number, line in lines:
+        with _naming(path, number):
+            if isinstance(line, Header):
+                replay.finish()
+                replay = _Replay(process, line.started_ns)
+            else:
+                _add(line, process, replay)
+    with _naming(path, number):
         replay.finish()
     return process
 
 
-def _read_line(document: dict[str, Any], process: ProcessRecord, replay: _Replay) -> _Replay:
-    """Add a line to a process; returns what replays the next ones."""
-    kind = document.get("kind")
-    if kind == "header":
-        replay.finish()
-        return _Replay(process, document)
-    if kind == "events":
-        replay.tell(_packed(document))
-    elif kind == "losses":
-        losses = [loss for (loss,) in struct.iter_unpack("<d", _packed(document))]
-        replay.losses += losses
-        replay.peak_device_bytes += [_optional_int(document, "peak_device_bytes")] * len(losses)
-    elif kind == "event":
-        process.events.append(_event(document))
-    elif kind == "inputs":
-        process.inputs = tuple(_words(document, "tensors"))
-    elif kind == "modules":
-        process.modules.update(_words(document, "files"))
-    elif kind == "profile":
-        process.profile = _profile(document)
-    elif kind == "gradients":
-        for name, gradient in _gradients(document):
-            process.gradients.setdefault(name, []).append(gradient)
-    elif kind == "outputs":
-        process.outputs.append(_output(document))
-    elif kind == "state":
-        process.state = tuple(map(_root_state, _objects(document, "roots")))
-    elif kind == "end":
-        _value(document, "reason", str)
-        process.end = document
-        replay.last_peak_device_bytes = _optional_int(document, "peak_device_bytes")
-    return replay
+def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
+    """Add a line to a process."""
+    match line:
+        case Events():
+            replay.tell(line.packed)
+        case Losses():
+            replay.losses += line.packed
+            replay.peak_device_bytes += [line.peak_device_bytes] * len(line.packed)
+        case Event():
+            process.events.append(line)
+        case Inputs():
+            process.inputs = line.tensors
+        case Modules():
+            process.modules.update(line.files)
+        case Profile():
+            process.profile = line
+        case Gradients():
+            for gradient in line.parameters:
+                process.gradients.setdefault(gradient.name, []).append(gradient)
+        case Output():
+            process.outputs.append(line)
+        case State():
+            process.state = line.roots
+        case End():
+            process.end = line
+            replay.last_peak_device_bytes = line.peak_device_bytes
 
 
 def _process_step_times(path: Path) -> StepTimes:
-    documents = _documents(path)
-    _, header = next(documents)
-    times = StepTimes(array("d"), array("d"), _rank(header))
-    times.torch, times.threads = str(header.get("torch")), header.get("threads") or 0
+    lines = _decoded(path, _LINES_OF_STEP_TIMES)
+    number, header = next(lines)
+    times = StepTimes(header)
 
-    def closed(turn: Turn) -> None:
+    def keep(turn: Turn) -> None:
         kept = times.steps if turn.kind == "step" else times.evaluations
         kept.append((turn.end_ns - turn.start_ns) / 1e6)
 
-    turns, unpacker = Turns(closed), _Unpacker()
-    number = 1
-    for number, document in documents:
-        kind = document.get("kind")
-        with _unpacking(path, number):
-            if kind == "header":
-                turns.finish()
-                turns, unpacker = Turns(closed), _Unpacker()
-            elif kind == "events":
-                turns.tell(unpacker.events(_packed(document)), repeat(None))
-            elif kind == "event":
-                times.events.append(_event(document))
-            elif kind == "inputs":
-                times.inputs = tuple(_words(document, "tensors"))
-            elif kind == "modules":
-                times.modules.update(_words(document, "files"))
-            elif kind == "learned":
-                times.learned = [_learned(entry) for entry in _objects(document, "settings")]
-    with _unpacking(path, number):
+    turns, unpacker = Turns(keep), Unpacker()
+    for number, line in lines:
+        with _naming(path, number):
+            match line:
+                case Header():
+                    turns.finish()
+                    turns, unpacker = Turns(keep), Unpacker()
+                case Events():
+                    turns.tell(unpacker.events(line.packed), repeat(None))
+                case Event():
+                    times.events.append(line)
+                case Inputs():
+                    times.inputs = line.tensors
+                case Modules():
+                    times.modules.update(line.files)
+                case LearnedSettings():
+                    times.learned = line.settings
+    with _naming(path, number):
         turns.finish()
     return times
 
 
-# What a file says need not be what a writer wrote: a killed run may have left it, or a program.
-
-
-def _value(document: dict[str, Any], name: str, *kinds: type) -> Any:
-    """A value that is of one of these types.
-
-    Raises:
-        TypeError: it is of another, or missing where that is not allowed.
-    """
-    value = document.get(name)
-    if type(value) not in kinds:
-        raise TypeError(
-            f"{name} is {_type_name(value)}, not {' or '.join(_NAMES[k] for k in kinds)}"
-        )
-    return value
-
-
-_NAMES: dict[type, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-    type(None): "null",
-}
-
-
-def _type_name(value: Any) -> str:
-    return _NAMES.get(type(value), "unknown")
-
-
-def _text(document: dict[str, Any], name: str) -> str:
-    text: str = _value(document, name, str)
-    return text
-
-
-def _number(document: dict[str, Any], name: str) -> float:
-    return float(_value(document, name, int, float))
-
-
-def _optional_int(document: dict[str, Any], name: str) -> int | None:
-    value: int | None = _value(document, name, int, type(None))
-    return value
-
-
-def _optional_number(document: dict[str, Any], name: str) -> float | None:
-    value = _value(document, name, int, float, type(None))
-    return None if value is None else float(value)
-
-
-def _objects(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = _value(document, name, list)
-    for item in items:
-        if type(item) is not dict:
-            raise TypeError(f"{name} holds {_type_name(item)}, not only objects")
-    return items
-
-
-def _words(document: dict[str, Any], name: str) -> list[str]:
-    words: list[str] = _value(document, name, list)
-    for word in words:
-        if type(word) is not str:
-            raise TypeError(f"{name} holds {_type_name(word)}, not only strings")
-    return words
-
-
-def _event(document: dict[str, Any]) -> Event:
-    return Event(
-        at_s=_number(document, "at_s"),
-        what=_text(document, "what"),
-        subject=_text(document, "subject"),
-        why=_text(document, "why"),
-        traceback=_value(document, "traceback", str, type(None)),
-    )
-
-
-def _learned(entry: dict[str, Any]) -> Learned:
-    return Learned(
-        knob=_text(entry, "knob"),
-        setting=_text(entry, "setting"),
-        kept=_value(entry, "kept", bool),
-        **{name: _number(entry, name) for name in ("value", "low", "high")},
-        pairs=_value(entry, "pairs", int),
-    )
-
-
-_HEADER: dict[str, tuple[type, ...]] = {
-    "pid": (int,),
-    "rank": (int, type(None)),
-    "world_size": (int, type(None)),
-    "started_ns": (int,),
-    "program": (str,),
-    "executable": (str,),
-    "torch": (str,),
-    "threads": (int,),
-    "accelerator": (str, type(None)),
-    "environment": (dict,),
-}
-"""Types of what is used of a header, as far as it is there."""
-
-_PROFILE: dict[str, tuple[type, ...]] = {
-    "steps": (int,),
-    "step_ms": (int, float),
-    "operators": (list,),
-    "operators_total_ms": (int, float),
-    "operators_total_calls": (int, float),
-    "device_total_ms": (int, float, type(None)),
-    "minor_faults": (int, float, type(None)),
-    "minor_faults_of_thread": (int, float, type(None)),
-    "page_fault_us": (int, float, type(None)),
-    "page_fault_step_ms": (int, float, type(None)),
-    "flops_by_dtype": (dict,),
-    "counted": (dict,),
-    "uncountable": (dict,),
-    "facts": (dict,),
-}
-
-
-def _checked(document: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
-    for name in kinds.keys() & document.keys():
-        _value(document, name, *kinds[name])
-    return document
-
-
-def _profile(document: dict[str, Any]) -> dict[str, Any]:
-    _checked(document, _PROFILE)
-    for operator in _objects(document, "operators") if "operators" in document else ():
-        _text(operator, "name")
-        _number(operator, "calls")
-        _number(operator, "self_ms")
-        for name in ("phase", "within"):
-            _value(operator, name, str, type(None))
-    return document
-
-
-def _gradients(document: dict[str, Any]) -> Iterator[tuple[str, Gradient]]:
-    for entry in _objects(document, "parameters"):
-        sample = _array("f", entry["sample"])
-        yield (
-            _text(entry, "name"),
-            Gradient(
-                _number(entry, "norm"),
-                _value(entry, "elements", int),
-                sample,
-                _optional_number(entry, "roundoff"),
-                _optional_number(entry, "noise"),
-            ),
-        )
-
-
-def _output(document: dict[str, Any]) -> Output:
-    tensors = (
-        OutputTensor(
-            shape=tuple(_value({"shape": size}, "shape", int) for size in entry["shape"]),
-            mean=_number(entry, "mean"),
-            rms=_number(entry, "rms"),
-            sample=_array("f", entry["sample"]),
-            top1=_array("i", entry["top1"]),
-            lead=_array("f", entry["lead"]),
-        )
-        for entry in _objects(document, "tensors")
-    )
-    inputs, digest = (_value(document, name, str, type(None)) for name in ("inputs", "digest"))
-    return Output(_text(document, "root"), inputs, digest, tuple(tensors))
-
-
-def _root_state(entry: dict[str, Any]) -> RootState:
-    buffers = (
-        BufferState(_text(b, "name"), _number(b, "mean"), _number(b, "rms"))
-        for b in _objects(entry, "buffers")
-    )
-    return RootState(
-        _text(entry, "root"),
-        _text(entry, "digest"),
-        _value(entry, "non_finite", int),
-        tuple(buffers),
-        _value(entry, "probabilities", int),
-        _value(entry, "ones", int),
-    )
-
-
-def _array(code: str, packed: str | None) -> array[Any] | None:
-    """Little-endian values of four bytes in base64."""
-    if packed is None:
-        return None
-    data = base64.b64decode(packed, validate=True)
-    return array(code, struct.unpack(f"<{len(data) // 4}{code}", data))
+_LINES_OF_STEP_TIMES: tuple[type, ...] = (Header, Events, Event, Inputs, Modules, LearnedSettings)
+_LINES_OF_PROCESS: tuple[type, ...] = (
+    *(Header, Events, Losses, Event, Inputs, Modules, Profile, Gradients, Output, State, End),
+)
 
 
 def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:
     """Largest for the main process: the one that trained most, of equal ones rank 0."""
-    return len(process.steps), len(process.evaluations), -process.rank
+    return len(process.steps), len(process.evaluations), -(process.header.rank or 0)
 
 
 def _record_paths(run_directory: Path) -> list[Path]:
@@ -774,82 +356,38 @@ def _record_paths(run_directory: Path) -> list[Path]:
     return sorted(run_directory.glob("record-*.jsonl"))
 
 
-def _rank(header: dict[str, Any]) -> int:
-    rank = header.get("rank")
-    return rank if isinstance(rank, int) else 0
-
-
-_TIME_PLACE, _NOTE_PLACE, _USAGE_PLACE = 8, 9, 10
-"""Where the last value of a kind is; that of a phase's modules or optimizers is at the phase."""
-
-
-_LONGEST_SHIFT = 63
-"""Of the last byte of a value of 64 bits in LEB128."""
-
-
-class _Unpacker:
-    """Unpacks the events of one process, from header to header."""
-
-    def __init__(self) -> None:
-        self._last = [0] * (_USAGE_PLACE + 3)
-
-    def events(self, packed: bytes) -> Iterator[TorchEvent]:
-        """The next packed events."""
-        last, at, size = self._last, 0, len(packed)
-        values = [0, 0, 0]
-        while at < size:
-            what = packed[at]
-            at += 1
-            kind, phase = what & 3, what >> 2 & 7
-            for number in range(_value_count(kind, phase)):
-                rest, shift = 0, 0
-                while True:
-                    if shift > _LONGEST_SHIFT:
-                        raise ValueError("a value of more than 64 bits")
-                    byte = packed[at]
-                    at += 1
-                    rest |= (byte & 127) << shift
-                    if byte < 128:
-                        break
-                    shift += 7
-                if kind == USAGE:
-                    place = _USAGE_PLACE + number
-                elif kind == NOTE:
-                    place = _NOTE_PLACE
-                else:
-                    place = phase if number else _TIME_PLACE
-                last[place] += rest >> 1 ^ -(rest & 1)
-                values[number] = last[place]
-            yield kind, phase, what >> 5, values[0], values[1], values[2]
-
-
 class _Replay:
-    """Makes steps of the events of one process, from header to header.
+    """Makes steps of the events of one process, from one header to the next.
+
+    Args:
+        process: where the steps go.
+        started_ns: of the header.
 
     Attributes:
         losses: the values read so far.
-        peak_device_bytes: that much memory was allocated when each of them was read.
-        last_peak_device_bytes: that much at the end, also where no losses were read.
+        peak_device_bytes: how much memory was allocated at most when each of them was read.
+        last_peak_device_bytes: the same at the end, also where no losses were read.
     """
 
-    def __init__(self, process: ProcessRecord, header: dict[str, Any]) -> None:
+    def __init__(self, process: ProcessRecord, started_ns: int) -> None:
         self.losses: list[float] = []
         self.peak_device_bytes: list[int | None] = []
         self.last_peak_device_bytes: int | None = None
         self._process = process
-        self._started_ns = int(header.get("started_ns", 0))
-        self._unpacker = _Unpacker()
+        self._started_ns = started_ns
+        self._unpacker = Unpacker()
         self._losses_kept = 0
         self._turns = Turns(self._closed)
         self._closed_turns: list[tuple[Turn, dict[str, float | None]]] = []
 
     def tell(self, packed: bytes) -> None:
-        """The next packed events."""
+        """Take the next packed events."""
         self._turns.tell(self._unpacker.events(packed), iter(self._loss_number, None))
 
     def finish(self) -> None:
-        """There are no more events."""
+        """Close the last turn and add all steps to the process: there are no more events."""
         self._turns.finish()
+        process = self._process
         peak_device_bytes: int | None = None
         last = {turn.kind: turn for turn, _ in self._closed_turns}
         for turn, phases_ms in self._closed_turns:
@@ -862,27 +400,35 @@ class _Replay:
                     peak_device_bytes = self.peak_device_bytes[number]
             if turn is last[turn.kind]:
                 peak_device_bytes = self.last_peak_device_bytes or peak_device_bytes
-            step = Step(
-                index=turn.index,
-                at_s=(turn.start_ns - self._started_ns) / 1e9,
-                step_ms=(turn.end_ns - turn.start_ns) / 1e6,
-                phases_ms=phases_ms,
-                losses=tuple(losses),
-                forwards=turn.forwards,
-                backwards=turn.backwards,
-                updates=turn.updates,
-                minor_faults=turn.minor_faults,
-                major_faults=turn.major_faults,
-                peak_rss_bytes=turn.peak_rss_bytes,
-                peak_device_bytes=peak_device_bytes,
-                arm=turn.arm,
-                mark=turn.mark,
-                grad=turn.grad,
-                rows=turn.rows,
-                elements=turn.elements,
-            )
-            process = self._process
+            step = self._step(turn, phases_ms, losses, peak_device_bytes)
             (process.steps if turn.kind == "step" else process.evaluations).append(step)
+
+    def _step(
+        self,
+        turn: Turn,
+        phases_ms: dict[str, float | None],
+        losses: Iterable[float | None],
+        peak_device_bytes: int | None,
+    ) -> Step:
+        return Step(
+            index=turn.index,
+            at_s=(turn.start_ns - self._started_ns) / 1e9,
+            step_ms=(turn.end_ns - turn.start_ns) / 1e6,
+            phases_ms=phases_ms,
+            losses=tuple(losses),
+            forwards=turn.forwards,
+            backwards=turn.backwards,
+            updates=turn.updates,
+            minor_faults=turn.minor_faults,
+            major_faults=turn.major_faults,
+            peak_rss_bytes=turn.peak_rss_bytes,
+            peak_device_bytes=peak_device_bytes,
+            arm=turn.arm,
+            mark=turn.mark,
+            grad=turn.grad,
+            rows=turn.rows,
+            elements=turn.elements,
+        )
 
     def _loss_number(self) -> int:
         self._losses_kept += 1
@@ -897,20 +443,16 @@ class _Replay:
         self._closed_turns.append((turn, phases_ms))
 
 
-def _value_count(kind: int, phase: int) -> int:
-    """How many values an event has; the same in ``intercept/_watch.c``."""
-    if kind == USAGE:
-        return 3
-    return 2 if kind != NOTE and phase in (FORWARD, OPTIMIZER) else 1
+# What a file says need not be what a writer wrote: a killed run may have left it, or a program.
 
 
-def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a record file with their line numbers, a header first."""
+def _decoded(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
+    """The lines of some kinds with their numbers, a header first."""
+    by_kind = {line.kind: line for line in kinds}  # type: ignore[attr-defined]
     is_empty = True
-    for number, document in _lines(path):
-        if document.get("kind") == "header":
-            with _unpacking(path, number):
-                _checked(document, _HEADER)
+    for number, document in _objects(path):
+        kind = document.get("kind")
+        if kind == Header.kind:
             if document.get("version") != RECORD_VERSION:
                 raise RecordError(
                     f"{path} has record version {one_line(document.get('version'))}, this flatout "
@@ -919,42 +461,38 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         elif is_empty:
             raise RecordError(f"{path} line {number}: no header comes before it")
         is_empty = False
-        yield number, document
+        if isinstance(kind, str) and kind in by_kind:
+            with _naming(path, number):
+                line: Any = decode(by_kind[kind], document)
+            yield number, line
     if is_empty:
         raise RecordError(f"{path} is empty")
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _packed(document: dict[str, Any]) -> bytes:
-    return base64.b64decode(document["packed"], validate=True)
-
-
 @contextlib.contextmanager
-def _unpacking(path: Path, number: int) -> Iterator[None]:
+def _naming(path: Path, number: int) -> Iterator[None]:
+    """Name the line that something is wrong with."""
     try:
         yield
+    except MismatchError as mismatch:
+        why = one_line(mismatch)
+        raise RecordError(f"{path} line {number} cannot be unpacked: {why}") from mismatch
     except (
         LookupError,
-        TypeError,
         ValueError,
-        AttributeError,
         AssertionError,  # of the replay: these events do not follow from each other
         ArithmeticError,
-        RecursionError,
-        struct.error,
     ) as error:
         why = one_line(f"{type(error).__name__}: {error}")
         raise RecordError(f"{path} line {number} cannot be unpacked: {why}") from error
 
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\n]|\\[ubfr]")
-"""In a line: what may be a control character."""
+"""What may be a control character in a line."""
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole lines of a file with their numbers, every string in them printable."""
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, 1):

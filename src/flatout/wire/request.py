@@ -1,19 +1,18 @@
 """What the controller asks of the agent: one JSON file, ``request.json``, in the run directory.
 
-The controller writes it before the job starts; the agent of every process of the job reads it when
-torch is imported. Standard library only: both halves load this file.
+The controller writes it before the job starts. The agent of every process of the job reads it when
+torch is imported. This file imports only the standard library, because both halves load it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flatout.text import one_line
+from flatout.wire import codec
 
 REQUEST_VERSION = 1
 REQUEST_FILE = "request.json"
@@ -25,29 +24,29 @@ DISABLE_VARIABLE = "FLATOUT_DISABLE"
 
 
 class RequestError(ValueError):
-    """A request that cannot be read: not JSON, another version, or an unknown key."""
+    """A request cannot be read: it is not JSON, or of another version, or a value does not fit."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison inside one process: arms take turns in blocks of steps (A B A B ...).
+    """A comparison inside one process: its arms alternate in blocks of steps (A B A B ...).
 
     Attributes:
-        arms: one ``knob -> setting`` map an arm; the first is the baseline (usually empty).
-        block_steps: steps an arm keeps its turn, the discarded ones included.
-        discard_steps: steps left out of the ratio after each switch.
+        arms: a ``knob -> setting`` map for each arm; the first arm is the baseline (usually empty).
+        block_steps: steps of a block, including the discarded ones.
+        discard_steps: steps after each switch that are left out of the ratio.
         warmup_steps: steps before the first block, under the baseline.
-        first_steps: steps of a turn before the rounds for each arm that has a setting which no arm
-            before it has: allocation and compilation belong to no ratio.
-        rounds: how often every arm gets its turn, at most.
-        decide: what ends it before ``rounds`` are over, looked at after every second round;
-            ``None``: nothing does. ``"arms"``: an arm that, beyond noise, gains less than
-            ``worthwhile`` leaves, and it ends when the others are, beyond noise, faster than the
-            baseline. ``"fastest"``: so too an arm that is, beyond noise, slower than the leading
-            one leaves, and it ends when one is left. ``"settings"``: no arm leaves, and it ends
-            when for each setting it is clear whether it gains ``worthwhile``; for the stacks of
-            ``tune.design``.
-        worthwhile: a ratio above 1.
+        first_steps: steps that an arm makes before the rounds begin, if it has a setting that no
+            arm before it has; allocation and compilation belong to no ratio.
+        rounds: most blocks that each arm gets.
+        decide: what ends the comparison before all ``rounds``; it is looked at after every second
+            round. ``None``: nothing does. ``"arms"``: an arm that gains less than ``worthwhile``,
+            beyond noise, leaves; the comparison ends when all others are faster than the baseline,
+            beyond noise. ``"fastest"``: an arm that is slower than the leading one, beyond noise,
+            leaves as well; the comparison ends when one arm is left. ``"settings"``: no arm leaves;
+            the comparison ends when it is clear for each setting whether it gains ``worthwhile``
+            (for the stacks of ``tune.design``).
+        worthwhile: the least ratio that is worth having, above 1.
     """
 
     arms: tuple[dict[str, str], ...]
@@ -61,7 +60,7 @@ class Comparison:
 
     @property
     def first_turns(self) -> list[int]:
-        """The arms that have a turn before the rounds."""
+        """The arms that make some steps before the rounds begin."""
         seen = set(self.arms[0].items())
         turns = []
         for number, arm in enumerate(self.arms):
@@ -72,23 +71,23 @@ class Comparison:
 
     @property
     def longest_steps(self) -> int:
-        """Steps that it takes when nothing ends it before."""
+        """Steps that the comparison takes when nothing ends it early."""
         first = self.first_steps * len(self.first_turns)
         return self.warmup_steps + first + len(self.arms) * self.rounds * self.block_steps
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Two runs that take turns in blocks of steps, see ``agent/relay.py``.
+    """Two runs that alternate in blocks of steps, see ``agent/relay.py``.
 
     Attributes:
-        folder: known to both, where the baton lies.
-        place: 0 for the one that begins, else 1.
-        block_steps: steps of a turn, the discarded ones included.
-        discard_steps: steps left out of the ratio after each wait, at least 1.
-        warmup_steps: steps before the first block, at least 1; the second makes them when the first
-            has made its own.
-        blocks: turns of each.
+        folder: path of a folder that both runs know; the baton lies there.
+        place: 0 for the run that begins, 1 for the other.
+        block_steps: steps of a block, including the discarded ones.
+        discard_steps: steps after each wait that are left out of the ratio, at least 1.
+        warmup_steps: steps before the first block, at least 1; the second run makes its own after
+            the first has made them.
+        blocks: blocks of each run.
     """
 
     folder: str
@@ -101,14 +100,14 @@ class Relay:
 
 @dataclass(frozen=True)
 class Proof:
-    """What some of the settings were proven with; where the program differs, they are left out.
+    """The conditions under which some settings were proven; elsewhere they are not applied.
 
     Attributes:
-        knobs: whose settings hold only there.
-        torch: its version.
-        inputs: of the first outermost module call, in the words of ``flatout.signature``; ``None``
-            where they are not known.
-        files: that the program may be made of; ``None`` where they are not known.
+        knobs: the knobs whose settings hold only under these conditions.
+        torch: the version of torch.
+        inputs: the inputs of the first outermost module call, in the words of
+            ``wire/signature.py``; ``None``: not known.
+        files: paths of the files that the program may consist of; ``None``: not known.
     """
 
     knobs: tuple[str, ...]
@@ -119,12 +118,13 @@ class Proof:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a proof wants to see of what the program computes; see ``agent/inspection.py``.
+    """What a proof has recorded of what the program computes; see ``agent/inspection.py``.
 
     Attributes:
-        gradient_steps: of each parameter, the gradients of its first so many updates.
-        state: parameters and buffers at the end, and what passes forward without training give.
-        outputs: so many of the first passes forward without training in every detail.
+        gradient_steps: how many updates of each parameter have their gradients recorded.
+        state: whether the parameters and buffers at the end are recorded, and the outputs of
+            forward passes that do not train.
+        outputs: how many of these forward passes are recorded in every detail.
     """
 
     gradient_steps: int = 0
@@ -137,8 +137,8 @@ class ProvenLoss:
     """The loss of one backward call of the step, as the proof of the plan has seen it.
 
     Attributes:
-        final: mean over the last quarter of the proof's steps, of bare or plan, what is larger.
-        margin: one standard deviation of bare's own spread.
+        final: mean over the last quarter of the proof's steps; the larger of bare's and the plan's.
+        margin: one seed-to-seed standard deviation of bare.
     """
 
     final: float
@@ -150,8 +150,8 @@ class Envelope:
     """What the guard compares losses with.
 
     Attributes:
-        steps: from the start of the program, which the proof covers; 0: there is no proof.
-        losses: one for each backward call of a step.
+        steps: how many steps from the start of the program the proof covers; 0: there is no proof.
+        losses: one entry for each backward call of a step.
     """
 
     steps: int = 0
@@ -164,19 +164,20 @@ class Request:
 
     Attributes:
         settings: ``knob -> setting``, applied from the first step to the last.
-        stop_steps: stop the program after this many steps, ``None``: run to its end.
-        stop_seconds: stop at the first step boundary after this many seconds since the first step
-            was over, even when ``stop_steps`` has not been reached.
-        profile_steps: after the timed steps, profile this many more (and count the FLOPs of one).
+        stop_steps: steps after which the program is stopped; ``None``: it runs to its end.
+        stop_seconds: seconds since the end of the first step after which the program is stopped at
+            the next step boundary, even when ``stop_steps`` has not been reached.
+        profile_steps: steps to profile after the timed ones; the operations of one more step are
+            counted.
         comparison: arms to compare inside the process.
-        learn: after the comparison, whose arms are single settings, the program goes on under
-            those that were faster.
-        relay: another run to take turns with; the program is stopped when all turns are over.
-        seed: seed set for torch, ``random`` and NumPy before the program's own code runs; unless
+        learn: whether the program goes on, after the comparison, under the settings that were
+            faster; the arms are then single settings.
+        relay: another run to alternate with; the program is stopped when all blocks are over.
+        seed: seed for torch, ``random`` and NumPy, set before the program's own code runs. Unless
             it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
-        proof: under which conditions some of the settings apply.
-        inspection: what to record beyond times and losses.
-        guard: have the guard watch over what the settings change, with these losses in mind.
+        proof: the conditions under which some of the settings apply.
+        inspection: what to record beside times and losses.
+        guard: what the guard compares losses with; ``None``: there is no guard.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -193,7 +194,7 @@ class Request:
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""
-        document = {"version": REQUEST_VERSION, **dataclasses.asdict(self)}
+        document = {"version": REQUEST_VERSION, **codec.encode(self)}
         (run_directory / REQUEST_FILE).write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
@@ -204,50 +205,16 @@ class Request:
             RequestError: the file is not a request of this version.
             OSError: the file cannot be read.
         """
+        path = run_directory / REQUEST_FILE
         try:
-            document: dict[str, Any] = json.loads((run_directory / REQUEST_FILE).read_text())
-            version = document.pop("version", None)
+            document = json.loads(path.read_text())
+            version = document.pop("version", None) if isinstance(document, dict) else None
             if version != REQUEST_VERSION:
                 raise RequestError(
                     f"request version {one_line(version)}, expected {REQUEST_VERSION}"
                 )
-            return cls(**{name: _PARTS.get(name, _as_it_is)(v) for name, v in document.items()})
+            return codec.decode(cls, document, codec.STRICT_JSON)
         except RequestError:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise RequestError(
-                f"{run_directory / REQUEST_FILE} is not a request: {one_line(error)}"
-            ) from error
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _part(kind: Callable[..., Any], **fields: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Reads a part that may be missing; ``fields`` says how those are read that JSON has lists for.
-
-    Raises:
-        TypeError: it has an unknown key, or misses one.
-    """
-
-    def read(document: dict[str, Any] | None) -> Any:
-        if document is None:
-            return None
-        return kind(**{name: fields.get(name, _as_it_is)(v) for name, v in document.items()})
-
-    return read
-
-
-def _words(words: list[str] | None) -> tuple[str, ...] | None:
-    return None if words is None else tuple(words)
-
-
-_PARTS: dict[str, Callable[[Any], Any]] = {
-    "comparison": _part(Comparison, arms=tuple),
-    "relay": _part(Relay),
-    "proof": _part(Proof, knobs=tuple, inputs=_words, files=_words),
-    "inspection": _part(Inspection),
-    "guard": _part(Envelope, losses=lambda losses: tuple(ProvenLoss(**loss) for loss in losses)),
-}
-"""How the parts of a request are read."""
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path} is not a request: {one_line(error)}") from error

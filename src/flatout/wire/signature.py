@@ -1,7 +1,8 @@
 """The inputs of a program's first outermost module call, as one word for each tensor.
 
-A tensor is ``dtype[size,size]``, such as ``float32[64,3,32,32]``; in a plan, ``*`` stands for a
-size that differed between the runs behind the proof. Standard library only: both halves load this.
+The word of a tensor is ``dtype[size,size]``, such as ``float32[64,3,32,32]``; in a plan, ``*``
+stands for a size that differed between the runs behind the proof. This file imports only the
+standard library, because both halves load it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def matches(proven: Sequence[str], seen: Sequence[str]) -> bool:
 
 
 def merged(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
-    """What both match, ``None`` if they differ in more than sizes."""
+    """The words that both match; ``None``: they differ in more than sizes."""
     if len(one) != len(other):
         return None
     words = []

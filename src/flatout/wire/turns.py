@@ -1,20 +1,20 @@
-"""From events with times to turns: one turn of the training loop, or one pass forward without it.
+"""From timed events to turns: iterations of the training loop, and forward passes without training.
 
-A pure state machine: no torch, no clock of its own. What it is told are the events that
-``intercept/_watch.c`` notes: the reader of a record tells it all of them (``wire/record.py``), the
-agent does so too while something is to be done at the boundary between two turns. It answers two
-questions about any loop, without the user's help:
+The state machine in this file is pure: it has no torch and no clock of its own. It is told the
+events that ``intercept/_watch.c`` notes. The reader of a record tells it all of them
+(``wire/record.py``); the agent does so too while something is to be done at the boundary between
+two turns. The machine answers two questions about any loop, without the user's help:
 
-*Where does a turn begin?*  At the first loader fetch after an optimizer step. Without a loader, at
-the end of the step of the optimizer that closes the cycle (the second one of a GAN). Without an
-optimizer object, at the first forward call after a backward call. A pass forward that no backward
-call follows (a model switched to evaluation, or gradients off) is a turn of its own kind, so
-evaluation is kept apart from training.
+*Where does a turn begin?*  It begins at the first loader fetch after an optimizer step. Without a
+loader, it begins at the end of the step of the optimizer that closes the cycle (the second one of a
+GAN). Without an optimizer object, it begins at the first forward call after a backward call. A
+forward pass that no backward call follows (a model switched to evaluation, or gradients off) is a
+turn of its own kind, so that evaluation is kept apart from training.
 
-*What was it doing meanwhile?*  Times are exclusive: inside an optimizer's closure, the forward and
-backward calls count as forward and backward. The gap between the last forward call and backward is
-the loss; between two forward calls it is forward (functional operations between two modules); any
-other gap is other Python.
+*What did the program do meanwhile?*  Times are exclusive: inside an optimizer's closure, forward
+and backward calls count as forward and backward. The gap between the last forward call and backward
+is the loss. A gap between two forward calls is forward (functional operations between two modules).
+Any other gap is other Python.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other
 DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
 
 BEGIN, END, USAGE, NOTE = range(4)
-"""Kinds of event: a phase begins, it ends, what the process has used, a note of the agent."""
+"""Kinds of event: a phase begins, a phase ends, what the process has used, a note of the agent."""
 
 OPTIMIZER_BUILT, ARM, MARK, ROWS, ELEMENTS = range(5)
-"""Notes: an optimizer object exists; from here on turns belong to this arm, have this mark; rows
-and elements of the inputs of an outermost module call."""
+"""Notes: an optimizer object exists; turns belong to this arm from here on; turns have this mark
+from here on; rows, and elements, of the inputs of an outermost module call."""
 
 MARKS = (None, "switched", "profiled", "first")
-"""Of steps that tell no usual time: those after a switch, profiled ones, an arm's first turn."""
+"""Marks of steps whose time is no usual one: steps after a switch of settings or a wait, profiled
+steps, and the first steps of an arm or a run."""
 
 TorchEvent = tuple[int, int, int, int, int, int]
-"""Kind; phase or note; flags (forward begins: 1 gradients are recorded, 2 training mode; backward
-begins: 1 a loss was kept); three values. Those of a phase: the time in ns; which module or
-optimizer. Usage: minor page faults, major ones, peak resident set in bytes. Note: an arm and a mark
-are numbers, -1 is no arm."""
+"""An event: its kind; its phase or note; its flags; three values.
+
+The flags of a forward call that begins are 1 (gradients are recorded) and 2 (training mode); the
+flag of a backward call that begins is 1 (a loss was kept). The values of a phase are the time in ns
+and the identity of the module or optimizer. Those of usage are minor page faults, major page
+faults, and the peak resident set in bytes. That of a note is a number; -1 is no arm, and a mark is
+its index in ``MARKS``."""
 
 CYCLE_LIMIT = 32
 """Optimizer steps after which a turn is closed in any case.
 
-Longer cycles of several optimizers are taken for separate stages of training, and a batch that is
-reused more often (the epochs of PPO over one rollout) for a loop of its own.
+A longer cycle of several optimizers counts as separate stages of training. A batch that is reused
+more often (the epochs of PPO over one rollout) counts as a loop of its own.
 """
 
 
@@ -53,17 +57,17 @@ class Turn:
 
     Attributes:
         kind: ``"step"`` (it updated or differentiated something) or ``"evaluation"``.
-        arm, mark: as last noted before the turn closed.
+        arm, mark: the last ones noted before the turn closed.
         index: how many turns of this kind came before.
         start_ns, end_ns: ``time.perf_counter_ns`` readings.
-        phases_ns: exclusive times in the order of ``PHASES``; they sum to the turn.
+        phases_ns: exclusive times in the order of ``PHASES``; they sum to the length of the turn.
         losses: what ``backward_begins`` was given, in order.
         grad: whether autograd recorded any forward call of the turn.
-        minor_faults, major_faults: page faults of the process per turn, over the turns since
-            usage was last noted (short turns: not at each); ``None`` if it was not noted, and
-            the first time.
-        peak_rss_bytes: of the process, as last noted.
-        rows, elements: of the inputs of its outermost module calls, together; ``None``: not noted.
+        minor_faults, major_faults: page faults of the process per turn, averaged over the turns
+            since usage was last noted (short turns do not note it each time). ``None``: usage was
+            not noted, or for the first time.
+        peak_rss_bytes: peak resident set of the process, as last noted.
+        rows, elements: sums over the inputs of its outermost module calls; ``None``: not noted.
     """
 
     __slots__ = (
@@ -150,11 +154,11 @@ class Turns:
     # Events
 
     def tell(self, events: Iterable[TorchEvent], losses: Iterator[object]) -> None:
-        """What happened, in order.
+        """Take the next events, in order.
 
         Args:
             events: the events.
-            losses: what belongs to those backward calls whose loss was kept.
+            losses: gives the loss of each backward call whose loss was kept.
         """
         for kind, phase, flags, first, second, third in events:
             if kind == USAGE:
@@ -187,11 +191,11 @@ class Turns:
                 self.transfer_ends(first)
 
     def usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
-        """What the process has used so far; told before the event of the same moment."""
+        """Take what the process has used so far, before the event of the same moment."""
         self._usage = (minor_faults, major_faults, peak_rss_bytes)
 
     def note(self, which: int, value: int) -> None:
-        """A note of the agent."""
+        """Take a note of the agent."""
         if which == OPTIMIZER_BUILT:
             self._optimizer_exists = True
         elif which == ARM:

@@ -93,9 +93,7 @@ def execute(arguments: argparse.Namespace) -> int:
     run = finished.read_record()
     if run.main is None or not run.main.turns:
         raise UserError(_why_no_step(run, finished, arguments.quiet))
-    diagnosis = doctor.diagnose(
-        run, _ceilings(run.main.header["executable"]), machine.usable_cores()
-    )
+    diagnosis = doctor.diagnose(run, _ceilings(run.main.header.executable), machine.usable_cores())
     if arguments.json is not None:
         document = diagnosis.document() | {"returncode": finished.returncode}
         try:

@@ -15,8 +15,9 @@ from flatout import paths
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.text import printable
-from flatout.wire.record import RecordError, read_step_times, write_failure
+from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
+from flatout.wire.writer import write_failure
 
 if TYPE_CHECKING:
     from flatout.plan import Plan

@@ -168,9 +168,10 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
     header = outcome.header
     facts: dict[str, plan.Fact] = {
         **machine.fingerprint(),
-        "torch": header["torch"],
-        "threads": header["threads"],
+        "torch": header.torch,
     }
+    if header.threads is not None:
+        facts["threads"] = header.threads
     plan.Plan(
         settings=outcome.settings,
         command=tuple(command),

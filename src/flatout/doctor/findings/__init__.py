@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from flatout.doctor.case import Case
+from flatout.doctor.case import Case, PlacedOperator
 
 MATTERS = 0.05
 """Share of a step from which on a finding is worth a line: the spread of repeated measurements."""
@@ -37,10 +36,10 @@ class Finding:
     remedy: str
 
 
-def listed(case: Case, wanted: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+def listed(case: Case, wanted: Callable[[PlacedOperator], bool]) -> list[str]:
     """Evidence: the three largest of the wanted operators."""
     return [
-        f"{o['name']}: {o['calls']:.3g} calls, {o['share']:.0%} of a step"
+        f"{o.name}: {o.calls:.3g} calls, {o.share:.0%} of a step"
         for o in case.operators
         if wanted(o)
     ][:3]

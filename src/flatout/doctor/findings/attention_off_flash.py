@@ -8,10 +8,10 @@ from flatout.doctor.findings.slow_random_numbers import RANDOM_OPERATORS
 
 
 def find(case: Case) -> Finding | None:
-    inside = [o for o in case.operators if o["within"] == "attention"]
-    random = [o for o in inside if o["name"] in RANDOM_OPERATORS]
+    inside = [o for o in case.operators if o.within == "attention"]
+    random = [o for o in inside if o.name in RANDOM_OPERATORS]
     # On a CPU the random numbers are a finding of their own.
-    share = sum(o["share"] for o in inside if case.on_accelerator or o not in random)
+    share = sum(o.share for o in inside if case.on_accelerator or o not in random)
     if share < MATTERS:
         return None
     evidence = ["scaled_dot_product_attention takes its unfused path, score matrix and all"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatout.doctor.case import Case, is_arithmetic
+from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
 
 WORTHWHILE = 1.3
@@ -10,14 +10,14 @@ WORTHWHILE = 1.3
 
 
 def find(case: Case) -> Finding | None:
-    precision = case.facts.get("switches", {}).get("float32_matmul_precision") or "highest"
+    precision = case.facts.switches.float32_matmul_precision or "highest"
     if case.main_dtype != "float32" or precision != "highest":
         return None
     rates = case.matmul_flops_per_s
     single, half = rates.get("float32"), rates.get("bfloat16")
     if not single or not half or half < WORTHWHILE * single:
         return None
-    arithmetic = case.operators_share(is_arithmetic)
+    arithmetic = case.operators_share(lambda o: o.is_arithmetic)
     share = arithmetic * (1 - single / half)
     if share < MATTERS:
         return None

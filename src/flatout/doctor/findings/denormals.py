@@ -11,7 +11,7 @@ DENORMAL_SHARE = 0.01
 
 
 def find(case: Case) -> Finding | None:
-    denormal = case.facts.get("parameters", {}).get("denormal_share")
+    denormal = case.facts.parameters.denormal_share
     if case.on_accelerator or denormal is None or denormal < DENORMAL_SHARE:
         return None
     return Finding(

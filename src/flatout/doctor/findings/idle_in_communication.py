@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from flatout.doctor.case import Case
+from flatout.doctor.case import Case, PlacedOperator
 from flatout.doctor.findings import MATTERS, Finding, listed
 
 COMMUNICATION = ("gloo:", "nccl:", "c10d::", "mpi:", "xccl:", "ucc:")
 
 
 def find(case: Case) -> Finding | None:
-    def communicates(operator: Mapping[str, Any]) -> bool:
-        return str(operator["name"]).startswith(COMMUNICATION)
+    def communicates(operator: PlacedOperator) -> bool:
+        return operator.name.startswith(COMMUNICATION)
 
     share = case.operators_share(communicates)
     if case.device_share is not None:  # what other kernels hide costs nothing
-        others = sum(o["share"] for o in case.operators if not communicates(o))
+        others = sum(o.share for o in case.operators if not communicates(o))
         share = max(0.0, min(share, 1.0 - others))
     if share < MATTERS:
         return None

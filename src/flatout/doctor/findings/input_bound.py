@@ -11,12 +11,10 @@ def find(case: Case) -> Finding | None:
     if share < MATTERS:
         return None
     evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]
-    for loader in case.facts.get("loaders", []):
-        size = loader["batch_size"]  # none where a sampler makes the batches
+    for loader in case.facts.loaders or ():
+        size = loader.batch_size  # none where a sampler makes the batches
         batches = "" if size is None else f", batches of {size}"
-        evidence.append(
-            f"a loader over {loader['dataset']} has {loader['workers']} workers{batches}"
-        )
+        evidence.append(f"a loader over {loader.dataset} has {loader.workers} workers{batches}")
     return Finding(
         "input-bound",
         "waiting for data",
@@ -28,10 +26,7 @@ def find(case: Case) -> Finding | None:
 
 def _remedies(case: Case) -> list[str]:
     """Settings that one of the job's loaders can take, all where that is not known."""
-    loaders = case.facts.get("loaders", [])
-    known = None
-    if loaders and all("settings" in loader for loader in loaders):
-        known = {setting for loader in loaders for setting in loader["settings"]}
+    known = case.facts.loader_settings
     named = [f"loader={s} ({what})" for s, what in _SETTINGS.items() if known is None or s in known]
     return [*named, "decode=parallel or, with memory to spare, decode=keep (JPEG files)"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatout.doctor.case import CONVOLUTION_OPERATORS, Case, is_large
+from flatout.doctor.case import CONVOLUTION_OPERATORS, Case
 from flatout.doctor.findings import Finding, listed
 
 COPIES_MATTER = 0.1
@@ -10,16 +10,16 @@ COPIES_MATTER = 0.1
 
 
 def find(case: Case) -> Finding | None:
-    convolves = any(o["name"] in CONVOLUTION_OPERATORS for o in case.operators)
+    convolves = any(o.name in CONVOLUTION_OPERATORS for o in case.operators)
     if case.on_accelerator:  # its copies are those from and to the host as well
         return None
     if not convolves or case.main_dtype != "float32":  # with autocast, copies are its casts
         return None
-    share = case.operators_share(lambda o: o["name"] == "aten::copy_" and is_large(o))
+    share = case.operators_share(lambda o: o.name == "aten::copy_" and o.is_large)
     if share < COPIES_MATTER:
         return None
-    last = case.facts.get("modules", {}).get("convolutions_channels_last")
-    evidence = listed(case, lambda o: o["name"] == "aten::copy_")
+    last = case.facts.modules.convolutions_channels_last
+    evidence = listed(case, lambda o: o.name == "aten::copy_")
     if last is not None:
         evidence.append(f"{last} convolutions have their weights in channels_last")
     return Finding(

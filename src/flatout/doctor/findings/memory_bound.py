@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from flatout.doctor.case import Case, is_large
+from flatout.doctor.case import Case, PlacedOperator
 from flatout.doctor.findings import Finding, listed
 
 _NAMES = (
@@ -38,12 +35,8 @@ MEMORY_MATTERS = 0.25
 
 
 def find(case: Case) -> Finding | None:
-    def moves(operator: Mapping[str, Any]) -> bool:
-        return (
-            operator["name"] in ELEMENTWISE
-            and is_large(operator)
-            and operator["phase"] != "optimizer"
-        )
+    def moves(operator: PlacedOperator) -> bool:
+        return operator.name in ELEMENTWISE and operator.is_large and operator.phase != "optimizer"
 
     # Fresh memory is first touched by what writes to it: that part is a finding of its own.
     share = case.operators_share(moves) - (case.page_fault_share or 0.0)

@@ -9,7 +9,7 @@ from flatout.knobs import mkl
 
 
 def find(case: Case) -> Finding | None:
-    share = mkl.SAVED * case.operators_share(lambda o: mkl.is_product(o["name"]))
+    share = mkl.SAVED * case.operators_share(lambda o: mkl.is_product(o.name))
     if (
         case.on_accelerator
         or share < MATTERS
@@ -18,7 +18,7 @@ def find(case: Case) -> Finding | None:
         or machine.cpu_vendor() in (None, "GenuineIntel")
         or not machine.has_cpu_flags(mkl.FLAGS)
         or case.main_dtype not in ("float32", "float64")
-        or mkl.is_preloaded_in(case.process.header["environment"])
+        or mkl.is_preloaded_in(case.process.header.environment)
     ):
         return None
     return Finding(
@@ -26,7 +26,7 @@ def find(case: Case) -> Finding | None:
         "matrix products by MKL, which takes AVX-512 on Intel's processors only",
         [
             f"this processor, {case.ceilings.fingerprint['cpu']}, has it",
-            *listed(case, lambda o: mkl.is_product(o["name"])),
+            *listed(case, lambda o: mkl.is_product(o.name)),
         ],
         share,
         "knob: mkl=avx512",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatout.doctor.case import Case, is_large
+from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 
 OVERHEAD_MATTERS = 0.25
@@ -10,7 +10,7 @@ OVERHEAD_MATTERS = 0.25
 
 
 def find(case: Case) -> Finding | None:
-    calls = case.profile.get("operators_total_calls")
+    calls = case.profile.operators_total_calls
     if not calls or not case.operators:
         return None
     phases = case.phase_share("forward", "loss", "backward")
@@ -18,7 +18,7 @@ def find(case: Case) -> Finding | None:
         share = case.host_share("forward", "loss", "backward")
         evidence = [f"the accelerator is busy for {case.device_share:.0%} of a step"]
     else:
-        large = case.operators_share(lambda o: is_large(o) and o["phase"] != "optimizer")
+        large = case.operators_share(lambda o: o.is_large and o.phase != "optimizer")
         share = phases - large
         evidence = [f"operators of more than 20 us a call take {large:.0%} of a step"]
     if share < OVERHEAD_MATTERS:

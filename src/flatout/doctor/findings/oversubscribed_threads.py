@@ -8,10 +8,10 @@ from flatout.doctor.findings import Finding
 
 def find(case: Case) -> Finding | None:
     header = case.process.header
-    threads = header.get("threads")
+    threads = header.threads
     if threads is None or case.usable_cores is None or case.on_accelerator:
         return None
-    ranks = int(header.get("environment", {}).get("LOCAL_WORLD_SIZE") or 1)
+    ranks = int(header.environment.get("LOCAL_WORLD_SIZE") or 1)
     cores = max(1.0, case.usable_cores)
     if threads * ranks <= cores or threads == 1:
         return None

@@ -9,13 +9,13 @@ OPERATOR = "aten::_masked_softmax"
 
 
 def find(case: Case) -> Finding | None:
-    share = case.operators_share(lambda o: o["name"] == OPERATOR)
+    share = case.operators_share(lambda o: o.name == OPERATOR)
     if case.on_accelerator or share < MATTERS:
         return None
     return Finding(
         "padded-fast-path",
         "a padding mask in the fast path of torch's transformer layers",
-        listed(case, lambda o: o["name"] == OPERATOR),
+        listed(case, lambda o: o.name == OPERATOR),
         share,
         "knob: fastpath=off (attention by scaled_dot_product_attention)",
     )

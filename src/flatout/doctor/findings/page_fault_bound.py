@@ -5,7 +5,7 @@ from __future__ import annotations
 from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
 from flatout.knobs.allocator import TUNABLES
-from flatout.wire.record import MANY_FAULTS
+from flatout.wire.profile import MANY_FAULTS
 
 
 def find(case: Case) -> Finding | None:

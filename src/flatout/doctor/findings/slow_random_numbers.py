@@ -14,13 +14,13 @@ RANDOM_OPERATORS = frozenset(
 
 
 def find(case: Case) -> Finding | None:
-    share = case.operators_share(lambda o: o["name"] in RANDOM_OPERATORS)
+    share = case.operators_share(lambda o: o.name in RANDOM_OPERATORS)
     if case.on_accelerator or share < MATTERS:
         return None
     return Finding(
         "slow-random-numbers",
         "random numbers drawn one by one",
-        listed(case, lambda o: o["name"] in RANDOM_OPERATORS),
+        listed(case, lambda o: o.name in RANDOM_OPERATORS),
         share,
         "knob: random=fast (torch's generator is serial on a CPU)",
     )

@@ -11,13 +11,13 @@ def find(case: Case) -> Finding | None:
     def is_part(operator: object) -> bool:
         return any(name in str(operator) for name in OPERATORS)
 
-    share = case.operators_share(lambda o: is_part(o["name"]))
+    share = case.operators_share(lambda o: is_part(o.name))
     if case.on_accelerator or share < MATTERS:
         return None
     return Finding(
         "stored-probabilities",
         "cross entropy that stores a probability for each class",
-        listed(case, lambda o: is_part(o["name"])),
+        listed(case, lambda o: is_part(o.name)),
         share,
         "knob: cross_entropy=fused (loss and gradient in one pass)",
     )

@@ -16,7 +16,7 @@ WAITS = frozenset(
 def find(case: Case) -> Finding | None:
     if not case.on_accelerator or case.device_share is None:
         return None  # on a CPU reading a value costs next to nothing
-    waits = sum(o["host_share"] for o in case.operators if o["name"] in WAITS)
+    waits = sum(o.host_share for o in case.operators if o.name in WAITS)
     # A wait can cost no more than the device is idle: the rest of it is work being done.
     share = min(waits, 1.0 - case.device_share)
     if share < MATTERS:
@@ -24,7 +24,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "synchronisation-points",
         "the host waits for the device",
-        listed(case, lambda o: o["name"] in WAITS),
+        listed(case, lambda o: o.name in WAITS),
         share,
         "edit: read losses and metrics (.item(), .cpu(), print) every nth step",
     )

@@ -10,14 +10,13 @@ ONE_PASS = ("RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam")
 
 
 def find(case: Case) -> Finding | None:
-    if "optimizer" in case.facts.get("knobs", ()):
+    if "optimizer" in case.facts.knobs:
         return None  # it steps otherwise than its options say
     share = case.phase_share("optimizer")
     plain = [
         o
-        for o in case.facts.get("optimizers", [])
-        if not o["fused"]
-        and (o["can_fuse"] or (o["class"] in ONE_PASS and not case.on_accelerator))
+        for o in case.facts.optimizers or ()
+        if not o.fused and (o.can_fuse or (o.class_ in ONE_PASS and not case.on_accelerator))
     ]
     if share < MATTERS or not plain:
         return None
@@ -26,7 +25,7 @@ def find(case: Case) -> Finding | None:
         "an optimizer that goes over its parameters one by one",
         [f"its steps take {case.phases_ms['optimizer']:.3g} ms"]
         + [
-            f"{o['class']} goes over {o['tensors']} tensors, {o['elements']:,} elements, in "
+            f"{o.class_} goes over {o.tensors} tensors, {o.elements:,} elements, in "
             "separate operators"
             for o in plain
         ],

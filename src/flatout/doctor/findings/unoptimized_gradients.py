@@ -7,11 +7,11 @@ from flatout.doctor.findings import Finding
 
 
 def find(case: Case) -> Finding | None:
-    parameters = case.facts.get("parameters", {})
-    unoptimized = parameters.get("unoptimized_elements")
-    if not unoptimized or not case.facts.get("optimizers"):
+    parameters = case.facts.parameters
+    unoptimized = parameters.unoptimized_elements
+    if not unoptimized or not case.facts.optimizers:
         return None  # a program that updates by hand has its own use for them
-    total = sum(parameters["elements_by_dtype"].values())
+    total = sum(parameters.elements_by_dtype.values())
     return Finding(
         "unoptimized-gradients",
         "gradients that no optimizer uses",

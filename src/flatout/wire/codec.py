@@ -1,0 +1,443 @@
+"""One codec for everything that flatout keeps in a file: dataclasses to plain values and back.
+
+``encode`` makes dicts, lists, strings, numbers, booleans and ``None`` of an instance; ``decode``
+makes an instance of them again, and checks every value against the type hint of its field. Plans,
+documents, journals, requests and the lines of a record are all read and written this way.
+
+A type hint may be ``str``, ``int``, ``float``, ``bool``, ``Any``, ``bytes``, a ``Literal``, a
+dataclass, a ``NamedTuple``, ``tuple[X, ...]``, ``list[X]``, ``Mapping[K, V]``, ``X | None``, a
+union of scalars, or any of these in ``Annotated`` with a ``Check`` or a ``Packed``. In the file,
+
+- a key is the name of its field, without a trailing underscore (``class_`` is ``class``);
+- a field that is missing has its default;
+- bytes and arrays are base64, arrays little-endian;
+- a number that is not finite may also be one of ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, as
+  in the JSON mapping of Protocol Buffers (https://protobuf.dev/programming-guides/json/).
+
+A dataclass with a method ``check`` has it called after each decoding; it raises ``MismatchError``
+where fields do not go together.
+
+This file imports only the standard library, because the agent loads it inside the user's program.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import functools
+import math
+import sys
+import types
+import typing
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+OMIT_NONE: Mapping[str, bool] = {"omit_none": True}
+"""Metadata of a dataclass field that is left out of the file while it is ``None``."""
+
+
+class MismatchError(ValueError):
+    """A value is not what its field may hold.
+
+    Args:
+        what: a clause that follows the name of the place, such as ``must be a string``.
+        keys: the way from the outermost value to this one: keys, and indices of lists.
+    """
+
+    def __init__(self, what: str, *keys: str | int) -> None:
+        super().__init__(what, *keys)
+        self.what = what
+        self.keys = keys
+
+    @property
+    def place(self) -> str:
+        """The keys as one word, such as ``arms[1].ratio.low``; empty for the outermost value."""
+        return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in self.keys).lstrip(".")
+
+    def inside(self, key: str | int) -> MismatchError:
+        """The same mismatch, seen from the value that holds this one under ``key``."""
+        return type(self)(self.what, key, *self.keys)
+
+    def __str__(self) -> str:
+        return f"{self.place or 'it'} {self.what}"
+
+
+class MissingKeyError(MismatchError):
+    """A key that has no default is missing; ``what`` is empty, the last of ``keys`` is missing."""
+
+    def __str__(self) -> str:
+        return f"it has no {self.place}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What differs between the kinds of file.
+
+    Attributes:
+        mapping: what a mapping is called in messages.
+        refuses_unknown: whether a key that is no field is a mismatch; otherwise it is ignored.
+        is_finite: whether every float must be finite.
+    """
+
+    mapping: str = "an object"
+    refuses_unknown: bool = False
+    is_finite: bool = False
+
+
+JSON = Format()
+STRICT_JSON = Format(refuses_unknown=True)
+TOML = Format("a table", refuses_unknown=True, is_finite=True)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Metadata of ``Annotated``: what a value must fulfil beside its type.
+
+    Attributes:
+        test: returns whether a decoded value is allowed.
+        meaning: what the value must be, such as ``a positive number``.
+    """
+
+    test: Callable[[Any], bool]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Metadata of ``Annotated``: an ``array`` of this type code, in base64."""
+
+    code: Literal["d", "f", "i"]
+
+
+if TYPE_CHECKING:
+    Doubles = array[float]
+    Floats = array[float]
+    Ints = array[int]
+else:  # an array takes no type argument before Python 3.12
+    Doubles = Annotated[array, Packed("d")]
+    Floats = Annotated[array, Packed("f")]
+    Ints = Annotated[array, Packed("i")]
+
+_LARGEST = sys.float_info.max
+
+Count = Annotated[int, Check(lambda n: 0 <= n <= _LARGEST, "an integer that is not negative")]
+Positive = Annotated[float, Check(lambda x: x > 0, "a positive number")]
+NotNegative = Annotated[float, Check(lambda x: not x < 0, "a number that is not negative")]
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+_Decoder = Callable[[Any, Format], Any]
+
+
+def decode(kind: type[T], value: object, format: Format = JSON) -> T:
+    """Make an instance of plain values.
+
+    Args:
+        kind: a dataclass.
+        value: what ``json`` or ``tomlkit`` has read.
+        format: what the file is.
+
+    Raises:
+        MismatchError: the value does not fit; the error names the first place that does not.
+    """
+    hint: Any = kind
+    decoded: T = _decoder(hint)(value, format)
+    return decoded
+
+
+def encode(value: object, non_finite_as_strings: bool = False) -> Any:
+    """Make plain values of an instance, a container or a scalar.
+
+    Args:
+        value: what is to be written; a value of a type that no hint may have is left as it is.
+        non_finite_as_strings: for a file that must be strict JSON, which has no such numbers.
+    """
+    kind: Any = type(value)
+    if value is None or kind in (str, int, bool):
+        return value
+    if isinstance(value, float):
+        if non_finite_as_strings and not math.isfinite(value):
+            return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+        return value
+    if dataclasses.is_dataclass(value):
+        encoded = {}
+        for name, key, omits_none in _written_fields(kind):
+            item = getattr(value, name)
+            if item is not None or not omits_none:
+                encoded[key] = encode(item, non_finite_as_strings)
+        return encoded
+    if isinstance(value, Mapping):
+        return {key: encode(item, non_finite_as_strings) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item, non_finite_as_strings) for item in value]
+    if isinstance(value, array):
+        return base64.b64encode(_little_endian(value).tobytes()).decode()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value
+
+
+@functools.cache
+def _written_fields(kind: type) -> tuple[tuple[str, str, bool], ...]:
+    """Name, key, and whether ``None`` is left out, of each field of a dataclass."""
+    return tuple(
+        (field.name, field.name.rstrip("_"), "omit_none" in field.metadata)
+        for field in dataclasses.fields(kind)
+    )
+
+
+def _little_endian(values: array[Any]) -> array[Any]:
+    """The array as it is in a file; the same function leads back."""
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values
+
+
+# Decoders are made once for each type hint, those of a dataclass when it is first decoded.
+
+
+@functools.cache
+def _decoder(kind: Any) -> _Decoder:
+    """What decodes values of a type hint."""
+    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
+    if kind in _SCALARS:
+        return _SCALARS[kind]
+    if origin is Annotated:
+        return _annotated(parameters[0], parameters[1:])
+    if origin in (Union, types.UnionType):
+        return _union(parameters)
+    if origin is Literal:
+        return _literal(parameters)
+    if origin in (tuple, list):
+        return _sequence(origin, parameters)
+    if origin is not None and issubclass(origin, Mapping):
+        return _mapping(*parameters)
+    if dataclasses.is_dataclass(kind):
+        return _late(kind)
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return _named_tuple(kind)
+    raise TypeError(f"no value of type {kind} can be decoded")
+
+
+def _any(value: Any, format: Format) -> Any:
+    return value
+
+
+def _text(value: Any, format: Format) -> str:
+    if not isinstance(value, str):
+        raise MismatchError("must be a string")
+    return value
+
+
+def _truth(value: Any, format: Format) -> bool:
+    if not isinstance(value, bool):
+        raise MismatchError("must be true or false")
+    return value
+
+
+def _integer(value: Any, format: Format) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise MismatchError("must be an integer")
+    return value
+
+
+def _number(value: Any, format: Format) -> float:
+    if isinstance(value, str):
+        value = _NOT_FINITE.get(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise MismatchError("must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise MismatchError("is larger than any number") from None
+    if format.is_finite and not math.isfinite(number):
+        raise MismatchError("must be a finite number")
+    return number
+
+
+def _bytes(value: Any, format: Format) -> bytes:
+    try:
+        return base64.b64decode(_text(value, format), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MismatchError("must be base64") from error
+
+
+_SCALARS: dict[Any, _Decoder] = {
+    Any: _any,
+    str: _text,
+    bool: _truth,
+    int: _integer,
+    float: _number,
+    bytes: _bytes,
+}
+
+_NAMES = {str: "a string", float: "a number", int: "an integer", bool: "true or false"}
+
+
+def _annotated(kind: Any, metadata: tuple[Any, ...]) -> _Decoder:
+    (extra,) = metadata
+    if isinstance(extra, Packed):
+        return functools.partial(_array, extra.code)
+    base = _decoder(kind)
+
+    def decode(value: Any, format: Format) -> Any:
+        try:
+            decoded = base(value, format)
+        except MismatchError as error:
+            if error.keys:
+                raise
+            decoded = error
+        if isinstance(decoded, MismatchError) or not extra.test(decoded):
+            raise MismatchError(f"must be {extra.meaning}")
+        return decoded
+
+    return decode
+
+
+def _array(code: str, value: Any, format: Format) -> array[Any]:
+    values: array[Any] = array(code)
+    try:
+        values.frombytes(_bytes(value, format))
+    except ValueError as error:
+        raise MismatchError("must be an array in base64") from error
+    return _little_endian(values)
+
+
+def _union(members: tuple[Any, ...]) -> _Decoder:
+    """A type or ``None``, or one of some scalars."""
+    others = [member for member in members if member is not type(None)]
+    only = _decoder(others[0]) if len(others) == 1 else _one_of_scalars(tuple(others))
+    if len(others) == len(members):
+        return only
+    return lambda value, format: None if value is None else only(value, format)
+
+
+def _one_of_scalars(kinds: tuple[Any, ...]) -> _Decoder:
+    named = [name for kind, name in _NAMES.items() if kind in kinds]
+    if float in kinds and int in kinds:
+        named.remove(_NAMES[int])
+    meaning = f"{', '.join(named[:-1])}, or {named[-1]}"
+
+    def decode(value: Any, format: Format) -> Any:
+        if not isinstance(value, kinds):
+            raise MismatchError(f"must be {meaning}")
+        return value
+
+    return decode
+
+
+def _literal(members: tuple[Any, ...]) -> _Decoder:
+    said = f"one of: {', '.join(map(str, members))}" if len(members) > 1 else f'"{members[0]}"'
+
+    def decode(value: Any, format: Format) -> Any:
+        if not any(type(value) is type(member) and value == member for member in members):
+            raise MismatchError(f"must be {said}")
+        return value
+
+    return decode
+
+
+def _sequence(kind: type, parameters: tuple[Any, ...]) -> _Decoder:
+    if kind is tuple and parameters[1:] != (Ellipsis,):
+        raise TypeError("a tuple in a file has any number of items of one type")
+    item = _decoder(parameters[0])
+    has_places = item not in _SCALARS.values() and typing.get_origin(parameters[0]) is not Annotated
+
+    def decode(value: Any, format: Format) -> Any:
+        if not isinstance(value, list):
+            raise MismatchError("must be a list")
+        index = 0
+        decoded = []
+        try:
+            for index, plain in enumerate(value):  # noqa: B007 - the error names it
+                decoded.append(item(plain, format))
+        except MismatchError as error:
+            if has_places:
+                raise error.inside(index) from None
+            what = error.what.removeprefix("must be ")
+            raise MismatchError(f"must be a list, and its item {index} must be {what}") from None
+        return kind(decoded)
+
+    return decode
+
+
+def _mapping(key_kind: Any, value_kind: Any) -> _Decoder:
+    key, item = _decoder(key_kind), _decoder(value_kind)
+
+    def decode(value: Any, format: Format) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise MismatchError(f"must be {format.mapping}")
+        decoded = {}
+        for name, plain in value.items():
+            try:
+                decoded[key(name, format)] = item(plain, format)
+            except MismatchError as error:
+                raise error.inside(name) from None
+        return decoded
+
+    return decode
+
+
+def _named_tuple(kind: Any) -> _Decoder:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    items = [(name, _decoder(hints[name])) for name in kind._fields]
+
+    def decode(value: Any, format: Format) -> Any:
+        if not isinstance(value, list) or len(value) != len(items):
+            raise MismatchError(f"must be a list of {', '.join(kind._fields)}")
+        decoded = []
+        for (name, item), plain in zip(items, value, strict=True):
+            try:
+                decoded.append(item(plain, format))
+            except MismatchError as error:
+                raise error.inside(name) from None
+        return kind(*decoded)
+
+    return decode
+
+
+def _late(kind: Any) -> _Decoder:
+    return lambda value, format: _dataclass(kind)(value, format)
+
+
+@functools.cache
+def _dataclass(kind: Any) -> _Decoder:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = [
+        (
+            *(field.name, field.name.rstrip("_"), _decoder(hints[field.name])),
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(kind)
+    ]
+    known = {key for _, key, _, _ in fields}
+    check = getattr(kind, "check", None)
+
+    def decode(value: Any, format: Format) -> Any:
+        if not isinstance(value, dict):
+            raise MismatchError(f"must be {format.mapping}")
+        if format.refuses_unknown and not known.issuperset(value):
+            unknown = next(key for key in value if key not in known)
+            said = ", ".join(key for _, key, _, _ in fields)
+            raise MismatchError(f"is not known (known: {said})", unknown)
+        decoded = {}
+        for name, key, item, is_required in fields:
+            if key in value:
+                try:
+                    decoded[name] = item(value[key], format)
+                except MismatchError as error:
+                    raise error.inside(key) from None
+            elif is_required:
+                raise MissingKeyError("", key)
+        instance = kind(**decoded)
+        if check is not None:
+            check(instance)
+        return instance
+
+    return decode
