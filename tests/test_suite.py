@@ -188,15 +188,8 @@ def test_the_floor_is_arithmetic_and_the_optimizers_memory() -> None:
 def test_what_is_published_comes_from_the_measured_figures() -> None:
     results = Results(publish.MEASURED)
     assert publish.MARKDOWN.read_text("utf-8") == publish.markdown(results)
-    readme = publish.README.read_text("utf-8")
-    assert publish.in_readme(readme, results) == readme
-    gpt = table.judged("gpt", results)
-    assert gpt is not None
-    claim = gpt.claim
-    assert claim is not None
-    captured = f"faster: {claim.value:.2f}x ({claim.low:.2f} to {claim.high:.2f} with 95 %"
-    assert captured in readme  # the tune that is shown is the one of the table
-    assert all(f"{knob} = {setting}:" in readme for knob, setting in gpt.settings.items())
+    page = publish.TABLE.read_text("utf-8")
+    assert publish.with_table(page, results) == page
     assert publish.latest(results.lines) == results.lines
 
 
@@ -220,9 +213,9 @@ def test_what_is_published_says_nothing_of_the_machine_but_what_the_tables_say(
             "gpt", "floor", **{**measured, "diagnosis": {**diagnosis, "flops_per_step": flops}}
         )
     results.add("gpt", "first", arm="all", failure=f"{publish.ROOT}/x.py fails", ran_s=1.23456789)
-    for name in ("MEASURED", "MARKDOWN", "PAGE", "README"):
+    for name in ("MEASURED", "MARKDOWN", "PAGE", "TABLE"):
         monkeypatch.setattr(publish, name, tmp_path / name)
-    (tmp_path / "README").write_text(f"Before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    (tmp_path / "TABLE").write_text(f"Before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
     publish.publish(results)
     again = Results(tmp_path / "MEASURED")
     assert (tmp_path / "MARKDOWN").read_text() == publish.markdown(again)
@@ -230,7 +223,7 @@ def test_what_is_published_says_nothing_of_the_machine_but_what_the_tables_say(
     assert "secret" not in text
     assert '"x.py fails"' in text
     assert [line["diagnosis"]["flops_per_step"] for line in again.of("gpt", "floor")] == [1e9]
-    readme = (tmp_path / "README").read_text()
-    assert readme.startswith(f"Before\n{publish.BEGIN}\n| program |")
-    assert "| gpt | 2.00x" in readme
-    assert readme.endswith(f"{publish.END}\nafter\n")
+    page = (tmp_path / "TABLE").read_text()
+    assert page.startswith(f"Before\n{publish.BEGIN}\n| program |")
+    assert "| gpt | 2.00x" in page
+    assert page.endswith(f"{publish.END}\nafter\n")

@@ -17,10 +17,10 @@ from benchmarks.suite.cases import CASES, ROOT
 MEASURED = ROOT / "benchmarks" / "suite" / "measured.jsonl"
 MARKDOWN = ROOT / "benchmarks" / "RESULTS.md"
 PAGE = ROOT / "benchmarks" / "RESULTS.html"
-README = ROOT / "README.md"
+TABLE = ROOT / "docs" / "benchmarks.md"
 
 BEGIN, END = "<!-- results of the suite -->", "<!-- end of the results -->"
-"""Around the part of the README that comes from here."""
+"""Around the part of that page that comes from here."""
 
 WAY = (
     "Made by `make bench` (`python -m benchmarks.suite`): plain programs, in copies of which each "
@@ -78,11 +78,11 @@ def publish(results: Results) -> None:
     kept = Results(MEASURED)
     MARKDOWN.write_text(markdown(kept), "utf-8")
     PAGE.write_text(page.html(judged(kept), table.conditions(kept)), "utf-8")
-    README.write_text(in_readme(README.read_text("utf-8"), kept), "utf-8")
+    TABLE.write_text(with_table(TABLE.read_text("utf-8"), kept), "utf-8")
 
 
-def in_readme(text: str, results: Results) -> str:
-    """The README with the short table of these results in it."""
+def with_table(text: str, results: Results) -> str:
+    """The page with the short table of these results in it."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table.short(judged(results))}\n{END}{after}"

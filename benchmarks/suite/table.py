@@ -331,7 +331,7 @@ def conditions(results: Results) -> list[str]:
 
 
 def short(found: Mapping[str, ProgramResult]) -> str:
-    """One row a program, and the means, for the README."""
+    """One row a program, and the means, for the page of benchmarks."""
     lines = [
         "| program | flatout | best peer | flatout over it | of the limit |",
         "| --- | --- | --- | --- | --- |",
