@@ -183,12 +183,12 @@ def curves(shown: Curves) -> Markup | None:
         across = 100 * (step - first) / max(last - first, 1)
         return f"{across:.2f} {100 - axis.percent(level):.2f}"
 
-    drawn = []
+    bands, means = [], []
     for name, side in sides.items():
         for part in _unbroken(side):
-            drawn.append(_band(part, place, f"band {name}"))
+            bands.append(_band(part, place, f"band {name}"))
             path = "M" + "L".join(place(p.step, p.mean) for p in part if p.mean is not None)
-            drawn.append(element("path", d=path, class_=f"curve {name}"))
+            means.append(element("path", d=path, class_=f"curve {name}"))
     lines = [
         element("line", x1="0", x2="100%", y1=f"{100 - at:.2f}%", y2=f"{100 - at:.2f}%")
         for at in map(axis.percent, axis.ticks)
@@ -210,7 +210,8 @@ def curves(shown: Curves) -> Markup | None:
     ]
     plot = element(
         "svg",
-        *drawn,
+        *bands,
+        *means,  # above both bands, so that no line is hidden
         viewBox="0 0 100 100",
         preserveAspectRatio="none",
         width="100%",

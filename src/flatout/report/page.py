@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -26,8 +26,45 @@ STEP_STATISTIC = (
 )
 """The one statistic of step times on the page."""
 
-_STATE_CLASSES = {"won": "good", "failed": "bad"}
-_COMPARED_ORDER = ("won", "running", "no gain", "failed", "not tried", "left out")
+_UNKNOWN = "\N{EN DASH}"
+"""In a table, in the place of a figure that was not measured."""
+
+_FIGURE_NAMES = {
+    "added": "added",
+    "allowed": "allowed",
+    "calls": "calls compared",
+    "deviations": "largest shift in standard deviations",
+    "error": "largest error",
+    "error_limit": "error allowed",
+    "factor": "scale of the gradients",
+    "factor_high": "at most",
+    "factor_low": "at least",
+    "factor_seen": "smallest scale that would be detected",
+    "fall": "fall of the loss",
+    "figures": "figures compared",
+    "limit": "upper limit",
+    "margin": "allowed",
+    "non_finite": "values that are not finite",
+    "plan": "with the plan",
+    "top1_agreement": "share of rows with the same largest output",
+    "top1_rows": "rows compared",
+}
+"""The figures of a check by their keys, where those are not words that a reader knows."""
+
+_FACT_NAMES = {
+    "accelerator": "Accelerator",
+    "cores": "Usable cores",
+    "cpu": "Processor",
+    "huge_pages": "Huge pages",
+    "memory_bytes": "Memory",
+    "memory_gib": "Memory",
+    "system": "System",
+    "torch": "PyTorch",
+    "usable_cores": "Usable cores",
+}
+
+_STATE_CLASSES = {"won": "good", "failed": "bad", "slower": "bad"}
+_COMPARED_ORDER = ("won", "running", "no gain", "slower", "failed", "not tried", "left out")
 
 
 def html(document: Document) -> str:
@@ -96,14 +133,9 @@ def _key_figures(document: Document) -> list[Markup]:
                 f"mean; bare: {figures.milliseconds(bare.step_ms)}",
             ),
             (
-                "Whole job, projected",
-                figures.duration(plan.job_s),
-                f"bare: {figures.duration(bare.job_s)}",
-            ),
-            (
-                "Break-even",
-                words.break_even(document),
-                "to make up for a longer start",
+                "Peak memory",
+                figures.memory(plan.peak_rss_bytes),
+                f"bare: {figures.memory(bare.peak_rss_bytes)}",
             ),
             (
                 "Proof",
@@ -113,6 +145,10 @@ def _key_figures(document: Document) -> list[Markup]:
                 else f"{figures.count(proof.steps, 'step')}, {figures.count(proof.seeds, 'seed')}",
             ),
         ]
+        even = words.break_even(document)
+        if even is not None:
+            job = f"bare: {figures.duration(bare.job_s)}; break-even {even}"
+            facts.insert(2, ("Whole job, projected", figures.duration(plan.job_s), job))
     return [
         element(
             "div",
@@ -146,6 +182,9 @@ def _plan(document: Document) -> Markup | None:
             element("tbody", *(_knob(knob, heading) for knob in document.knobs)),
             class_="stacked knobs",
         ),
+        _unknown_note(
+            ratio is None for knob in document.knobs for ratio in (knob.alone, knob.without_it)
+        ),
     )
 
 
@@ -165,14 +204,17 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
 
 def _ratio_cell(ratio: Ratio | None) -> Markup:
     if ratio is None:
-        return joined(figures.NOT_MEASURED)
+        return joined(_UNKNOWN)
     interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {figures.count(ratio.pairs, 'pair')}"
     return element("span", _times(ratio.value), element("small", interval))
 
 
 def _sides(document: Document) -> Markup:
     with_plan = document.with_plan
-    rows = words.sides(document.baseline, with_plan or Side())
+    rows = [
+        (name, *(_or_dash(value) for value in values))
+        for name, *values in words.sides(document.baseline, with_plan or Side())
+    ]
     heading = ("", "Bare", "With the plan", "Change")
     shown = slice(None) if with_plan is not None else slice(2)
     return _section(
@@ -193,6 +235,7 @@ def _sides(document: Document) -> Markup:
             ),
             class_="narrow",
         ),
+        _unknown_note(_UNKNOWN in row[shown] for row in rows),
         element("p", STEP_STATISTIC, class_="note"),
     )
 
@@ -211,7 +254,7 @@ def _phases(document: Document) -> Markup:
     rows = []
     for phase in entered:
         values = [side.phases_ms.get(phase) for _, side in sides]
-        cells = [figures.milliseconds(ms) for ms in values]
+        cells = [_or_dash(figures.milliseconds(ms)) for ms in values]
         if len(values) == 2:
             cells.append(_with_minus(figures.change(figures.shown_milliseconds, *values)))
         rows.append(
@@ -236,6 +279,7 @@ def _phases(document: Document) -> Markup:
             element("tbody", *rows),
             class_="narrow",
         ),
+        _unknown_note(side.phases_ms.get(phase) is None for phase in entered for _, side in sides),
     )
 
 
@@ -276,7 +320,8 @@ def _checks(proof: Proof) -> Markup | None:
     for check in proof.checks:
         verdict = {True: "passed", False: "not passed", None: "open"}[check.passed]
         told = ", ".join(
-            f"{key.replace('_', ' ')} {_fact(value)}" for key, value in check.figures.items()
+            f"{_FIGURE_NAMES.get(key, key.replace('_', ' '))}: {_fact(value)}"
+            for key, value in check.figures.items()
         )
         rows.append(
             element(
@@ -290,7 +335,7 @@ def _checks(proof: Proof) -> Markup | None:
         "table",
         element("thead", _row("th", ("Check", "Verdict", "Why"))),
         element("tbody", *rows),
-        class_="stacked",
+        class_="stacked checks",
     )
 
 
@@ -373,7 +418,9 @@ def _arms(document: Document) -> Markup | None:
     ):
         arms = [(arm, ratio) for arm, ratio in compared if arm.stage == stage]
         if arms:
-            arms.sort(key=lambda pair: (_COMPARED_ORDER.index(pair[0].state), -pair[1].value))
+            arms.sort(
+                key=lambda pair: (_COMPARED_ORDER.index(words.state(pair[0])), -pair[1].value)
+            )
             title = element("th", stage.capitalize(), element("small", note), colspan="5")
             rows = [_forest_row(axis, arm, ratio, heading) for arm, ratio in arms]
             groups.append(element("tbody", element("tr", title), *rows))
@@ -420,8 +467,12 @@ def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str])
 
 
 def _state(arm: Arm) -> Markup:
-    state = element("span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip())
-    return element("small", state, f": {arm.why}" if arm.why else None)
+    return element("small", _state_word(arm), f": {arm.why}" if arm.why else None)
+
+
+def _state_word(arm: Arm) -> Markup:
+    state = words.state(arm)
+    return element("span", state, class_=f"state {_STATE_CLASSES.get(state, '')}".strip())
 
 
 def _not_compared(document: Document) -> Markup | None:
@@ -436,16 +487,11 @@ def _not_compared(document: Document) -> Markup | None:
         element(
             "tr",
             element("th", arm.label, scope="row"),
-            element(
-                "td",
-                element(
-                    "span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip()
-                ),
-            ),
+            element("td", _state_word(arm)),
             element("td", arm.why),
             element(
                 "td",
-                figures.NOT_MEASURED if arm.bound is None else _times(arm.bound),
+                _UNKNOWN if arm.bound is None else _times(arm.bound),
                 class_="number",
                 data_label=heading[3],
             ),
@@ -462,8 +508,9 @@ def _not_compared(document: Document) -> Markup | None:
             ),
             element("thead", _row("th", heading, numbers=(3,))),
             element("tbody", *rows),
-            class_="stacked",
+            class_="stacked states",
         ),
+        _unknown_note(arm.bound is None for arm in arms),
     )
 
 
@@ -510,8 +557,8 @@ def _machine(document: Document) -> Markup:
         element(
             "dl",
             *chain.from_iterable(
-                (element("dt", name.replace("_", " ")), element("dd", value))
-                for name, value in map(_with_unit, facts.items())
+                (element("dt", _FACT_NAMES.get(name, name.replace("_", " "))), element("dd", value))
+                for name, value in ((name, _with_unit(name, fact)) for name, fact in facts.items())
             ),
             class_="machine",
         ),
@@ -568,12 +615,23 @@ def _fact(value: object) -> str:
     return _with_minus(f"{value:.6g}") if isinstance(value, float) else str(value)
 
 
-def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:
-    """Name and value of a fact; an amount of memory in its usual unit."""
-    name, value = fact
-    if name.endswith("_bytes") and isinstance(value, (int, float)):
-        return name.removesuffix("_bytes"), figures.memory(value)
-    return name, _fact(value)
+def _or_dash(figure: str) -> str:
+    return _UNKNOWN if figure == figures.NOT_MEASURED else figure
+
+
+def _unknown_note(unknown: Iterable[bool]) -> Markup | None:
+    """What the dashes of a table mean; ``None`` where it has none."""
+    return element("p", f"{_UNKNOWN} not measured", class_="note") if any(unknown) else None
+
+
+def _with_unit(name: str, fact: Fact | None) -> str:
+    """A fact about the machine; an amount of memory in its usual unit."""
+    if isinstance(fact, (int, float)):
+        if name.endswith("_bytes"):
+            return figures.memory(fact)
+        if name.endswith("_gib"):
+            return f"{fact:g} GiB"
+    return _fact(fact)
 
 
 def _sentence(text: str) -> str:
