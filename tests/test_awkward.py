@@ -369,7 +369,7 @@ def test_a_read_only_home_does_not_stop_the_program(tmp_path: Path) -> None:
         (["doctor", "--", "true"], 2, "no Python of this command loaded"),
         (["doctor", "--", sys.executable, "-c", "1/0"], 2, "before its first step"),
         (["doctor", "--", sys.executable, "-c", "0"], 2, "never imported torch"),
-        (["doctor", "--steps", "0", "--", "true"], 2, "--steps must be at least 1"),
+        (["doctor", "--steps", "0", "--", "true"], 2, "--steps: '0' is not a positive integer"),
         (["machine", "--python", "no-such-python"], 2, "cannot be run"),
         (["machine", "--", "true"], 2, "takes no command"),
         (["run", "--set", "nonsense", "--", "true"], 2, "KNOB=SETTING"),

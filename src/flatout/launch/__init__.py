@@ -124,6 +124,7 @@ def start_relay(
     *,
     isolate: bool = False,
     timeout_seconds: float | None = None,
+    progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> tuple[Finished, Finished]:
     """Run two trials of a job that take turns (``agent/relay.py``); no process of them is left.
@@ -134,6 +135,7 @@ def start_relay(
         relay: how they take turns; its ``folder`` and ``place`` are filled in.
         isolate: each in a copy-on-write view of its own, discarded afterwards.
         timeout_seconds: end both after this time.
+        progress: called twice a second with the first run directory while they run.
         runs: see ``start``.
 
     Returns what became of each; one that was ended because the other had failed has died by a
@@ -177,6 +179,7 @@ def start_relay(
             timeout_seconds=timeout_seconds,
             contained=True,
             run_directories=[str(directory) for directory in directories],
+            tick=None if progress is None else partial(progress, directories[0]),
         )
     finally:
         if descriptor is not None:

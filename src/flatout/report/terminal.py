@@ -15,36 +15,49 @@ from flatout.doctor.findings import Finding
 from flatout.tune.figures import milliseconds
 from flatout.wire.turns import PHASES
 
-OPERATORS_SHOWN = 8
+OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20
+EXPLAINED = 3
+"""Findings whose evidence is shown unless the user asks for all of it."""
+
 FEW_STEPS = 5
 """Timed steps below which a stall of the machine can be most of what was seen."""
+
 _BAR_WIDTH = 24
 _WIDTH = 100
-"""Of a report that does not go to a terminal."""
+"""Columns of a report that does not go to a terminal."""
 
 
-def print_diagnosis(diagnosis: Diagnosis, file: IO[str]) -> None:
-    """Print a diagnosis: phases, operators, figures, findings."""
+def print_diagnosis(diagnosis: Diagnosis, file: IO[str], verbose: bool = False) -> None:
+    """Print a diagnosis: findings first, then the phases, operators and figures behind them.
+
+    Args:
+        diagnosis: what is printed.
+        file: where to.
+        verbose: print the evidence for every finding, and more operators.
+    """
     console = Console(file=file, highlight=False, width=None if file.isatty() else _WIDTH)
     with console.capture() as capture:
-        _print(console, diagnosis)
+        _print(console, diagnosis, verbose)
     for line in capture.get().splitlines():  # rich fills lines up with blanks
         print(line.rstrip(), file=file)
 
 
-def _print(console: Console, diagnosis: Diagnosis) -> None:
+def _print(console: Console, diagnosis: Diagnosis, verbose: bool) -> None:
     case = diagnosis.case
     console.print(Text(_headline(case), style="bold"))
-    console.print(_phases(case))
-    if case.operators:
-        console.print(_operators(case))
-    console.print(_figures(case))
     if diagnosis.findings:
         console.print(Text("Findings", style="bold"), Text("(shares: upper bounds of the gain)"))
-        for number, finding in enumerate(diagnosis.findings, 1):
-            _print_finding(console, number, finding)
     else:
         console.print(Text("Findings: none.", style="bold"), Text(_why_none(case)))
+    for number, finding in enumerate(diagnosis.findings, 1):
+        _print_finding(console, number, finding, verbose or number <= EXPLAINED)
+    if len(diagnosis.findings) > EXPLAINED and not verbose:
+        console.print(Text("   (-v shows the evidence for all of them)"))
+    console.print(_phases(case))
+    if case.operators:
+        shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
+        console.print(_operators(case, shown))
+    console.print(_figures(case))
     for note in notes(diagnosis):
         console.print(Text(f"Note: {note}"))
 
@@ -64,7 +77,7 @@ def notes(diagnosis: Diagnosis) -> list[str]:
         )
     if len(case.steps) < FEW_STEPS:
         has_ended = (case.process.end or {}).get("reason") == "exit"
-        more = "a longer run of the program" if has_ended else "more --seconds"
+        more = "a longer run of the program" if has_ended else "a longer --budget"
         said.append(f"only {len(case.steps)} steps were timed; {more} would tell more")
     if case.ceilings is None:
         said.append("without this machine's ceilings there is no MFU and no cost of page faults")
@@ -101,13 +114,13 @@ def _phases(case: Case) -> Padding:
     return Padding(table, (1, 0, 1, 2), expand=False)
 
 
-def _operators(case: Case) -> Padding:
+def _operators(case: Case, shown: int) -> Padding:
     on_device = any(o["device_self_ms"] is not None for o in case.operators)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("operator")
     for name in ["calls", "share", *(["on the device"] if on_device else [])]:
         table.add_column(name, justify="right")
-    for operator in case.operators_by_name[:OPERATORS_SHOWN]:
+    for operator in case.operators_by_name[:shown]:
         row = [operator["name"], f"{operator['calls']:.3g}", f"{operator['share']:.1%}"]
         if on_device:
             device_ms = operator["device_self_ms"]
@@ -150,12 +163,12 @@ def _arithmetic(case: Case) -> str:
     return text
 
 
-def _print_finding(console: Console, number: int, finding: Finding) -> None:
+def _print_finding(console: Console, number: int, finding: Finding, explained: bool) -> None:
     share = "share not known" if finding.share is None else f"at most {finding.share:.0%} of a step"
     console.print(
         Text(f"{number}. "), Text(finding.kind, style="bold"), Text(f"- {finding.title}: {share}")
     )
-    for line in finding.evidence:
+    for line in finding.evidence if explained else ():
         console.print(Padding(Text(line), (0, 0, 0, 3), expand=False))
     console.print(Padding(Text(finding.remedy, style="green"), (0, 0, 0, 3), expand=False))
 

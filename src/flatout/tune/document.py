@@ -189,7 +189,7 @@ class Document:
         why: one sentence: why this plan, or why none.
         baseline, with_plan: the program without and with the plan.
         claim: bare step time over the plan's, from fresh processes in alternation.
-        break_even_steps: steps after which the plan has made up for its longer start.
+        break_even_steps: steps after which the plan has made up for the tune and its longer start.
         arms: everything that was compared, or left out with a reason.
         knobs: of the plan.
         proof: of the plan, or of the last that was refused.

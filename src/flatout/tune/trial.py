@@ -70,9 +70,17 @@ class Trials:
         command: the job.
         journal: of the tune.
         isolate: run them in a copy-on-write view of the file system.
+        tick: called twice a second while a trial runs.
     """
 
-    def __init__(self, command: Sequence[str], journal: Journal, isolate: bool) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        journal: Journal,
+        isolate: bool,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        self._progress = None if tick is None else lambda _: tick()
         self._command = command
         self._journal = journal
         self._isolate = isolate
@@ -102,6 +110,7 @@ class Trials:
                 isolate=self._isolate,
                 output="capture",
                 timeout_seconds=timeout_seconds,
+                progress=self._progress,
                 runs=self._journal.runs,
             )
             return (finished,)
@@ -134,6 +143,7 @@ class Trials:
                 relay,
                 isolate=self._isolate,
                 timeout_seconds=timeout_seconds,
+                progress=self._progress,
                 runs=self._journal.runs,
             )
 

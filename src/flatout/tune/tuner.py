@@ -37,6 +37,7 @@ from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.journal import Journal
 from flatout.tune.pairs import MINIMUM_STEPS, WARMUP_STEPS, Pace, Pairs
+from flatout.tune.progress import Phase
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import GRADIENT_SEEDS, GRADIENT_STEPS, Prover, in_words
 from flatout.tune.trial import Trial, TrialFailedError, Trials
@@ -79,6 +80,9 @@ PROFILE_STEPS = 5
 
 MAXIMUM_CANDIDATES = 11
 """That are compared in one process: in 24 stacks (``design.stacks``)."""
+
+GRADIENTS_PHASE = "proving the plan: comparing its gradients with the bare program's"
+PROOF_PHASE = "proving the plan"
 
 MAXIMUM_PROOFS = 4
 """Plans that are put to the proof one after the other, each gentler than the one before."""
@@ -143,6 +147,7 @@ class Outcome:
         job_steps: how many steps the whole job has, ``None``: not known.
         interrupted: whether the user has ended it.
         seconds: how long all of it took.
+        phase: what is being done now; ``None``: nothing has begun.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -163,6 +168,7 @@ class Outcome:
     job_steps: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
+    phase: Phase | None = None
 
     def alone(self, knob: str) -> Ratio | None:
         """The ratio of a knob alone inside one process, ``None``: not measured."""
@@ -187,7 +193,8 @@ class Tuner:
         options: what the user asks for.
         journal: of this tune.
         say: called with each line of progress.
-        show: called with the outcome so far and the seconds left whenever an arm has changed.
+        show: called with the outcome so far and the seconds left in its phase, whenever an arm or
+            the phase has changed, and twice a second while a trial runs.
         ceilings: what the machine can do for an interpreter, ``None``: not known.
     """
 
@@ -203,7 +210,7 @@ class Tuner:
         self._command = command
         self._journal = journal
         self._options = options
-        self._trials = Trials(command, journal, options.isolate)
+        self._trials = Trials(command, journal, options.isolate, tick=self._changed)
         self._say = say
         self._show = show
         self._ceilings = ceilings
@@ -241,9 +248,12 @@ class Tuner:
         try:
             self._first_run()
             made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
+            self._begin(GRADIENTS_PHASE)
             refusal = self._prover.gradients_refusal(settings, count)
             if refusal is None:
-                self._alternate(made, lambda made: made.count >= count, self._steps)
+                self._alternate(
+                    made, lambda made: made.count >= count, self._steps, PROOF_PHASE, count
+                )
                 outcome.interrupted = made.interrupted
                 refusal = self._refusal(made)
             for name, why in _without_effect(made).items():
@@ -281,6 +291,7 @@ class Tuner:
             stop_seconds=None if options.steps else limit_s,
             profile_steps=PROFILE_STEPS,
         )
+        self._begin("running the bare program")
         self._say("running the bare program to see how it trains")
         try:
             first = self._trials.run(request, max(2 * options.budget_seconds, 120))
@@ -374,7 +385,6 @@ class Tuner:
                 best[candidate.knob] = max(best.get(candidate.knob, (0.0, "")), setting)
             else:
                 arm.state = "no gain"
-                arm.why = arm.why or "it is not faster, beyond noise"
             self._changed()
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         return {knob: setting for knob, (_, setting) in ordered}
@@ -536,6 +546,11 @@ class Tuner:
         """
         comparison = self._comparison(arms, decide, share)
         what = of if isinstance(of, str) else "; ".join(map(str, of))
+        self._begin(
+            "measuring what each setting adds to the others"
+            if isinstance(of, str)
+            else f"comparing {figures.count(len(of), 'setting')} inside one process"
+        )
         self._say(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
         )
@@ -643,7 +658,10 @@ class Tuner:
                 dict(settings), settings | candidate.settings, in_relay=self._can_relay(settings)
             )
             self._say(f"{candidate} on top of {in_words(settings) or 'bare'}, in fresh processes")
-            self._alternate(tried, functools.partial(self._is_ranked, pair_s), steps)
+            self._alternate(
+                *(tried, functools.partial(self._is_ranked, pair_s), steps),
+                *(f"trying {candidate} in fresh processes", statistics.RANKING_PAIRS),
+            )
             if tried.interrupted:
                 raise KeyboardInterrupt
             if tried.failure is not None:
@@ -663,7 +681,7 @@ class Tuner:
                 arm.state = "won"
                 settings |= candidate.settings
             else:
-                arm.state, arm.why = "no gain", "it is not faster, beyond noise"
+                arm.state = "no gain"
             faster = sum(log > 0 for log in tried.log_ratios)
             self._say(
                 f"{candidate}: {arm.ratio}, faster in {faster} of {tried.count}"
@@ -686,6 +704,7 @@ class Tuner:
                 return
             outcome.verdict = None
             made = Pairs({}, dict(settings), in_relay=self._can_relay(settings))
+            self._begin(GRADIENTS_PHASE)
             refusal = self._prover.gradients_refusal(settings)
             passes: Callable[[Mapping[str, str]], bool] = self._prover.gradients_pass
             if refusal is None:
@@ -693,7 +712,9 @@ class Tuner:
                     f"{in_words(settings)} against bare in fresh processes, {self._steps} steps "
                     "each"
                 )
-                self._alternate(made, self._is_enough, self._steps)
+                self._alternate(
+                    *(made, self._is_enough, self._steps, PROOF_PHASE, statistics.MINIMUM_PAIRS)
+                )
                 refusal, passes = self._refusal(made), functools.partial(self._prover.passes, made)
             if refusal is None:
                 break
@@ -718,7 +739,8 @@ class Tuner:
             return
         if not statistics.is_gain(made.ratio):
             outcome.why = (
-                f"{in_words(settings)} gives {made.ratio} in fresh processes: no gain beyond noise"
+                f"{in_words(settings)} gives {made.ratio} in fresh processes: "
+                f"{figures.verdict(made.ratio)}"
             )
             return
         if made.whole_ratio <= 1:
@@ -755,6 +777,7 @@ class Tuner:
         if verdict is not None and verdict.undecided:
             found = _least_certain(settings)
         else:
+            self._begin("looking for the setting that fails the proof")
             self._say("looking for the culprit")
             found = search.culprits(settings, passes)
         for name, setting in found.items():
@@ -820,15 +843,42 @@ class Tuner:
             )
         return made.count >= made.overtime_from + statistics.MINIMUM_PAIRS
 
-    def _alternate(self, made: Pairs, is_enough: Callable[[Pairs], bool], steps: int) -> None:
-        """Pairs of runs, until there are enough."""
+    def _alternate(
+        self,
+        made: Pairs,
+        is_enough: Callable[[Pairs], bool],
+        steps: int,
+        phase: str,
+        expected: int,
+    ) -> None:
+        """Run pairs until there are enough.
+
+        Args:
+            made: to be added to.
+            is_enough: asked before each pair.
+            steps: of each run.
+            phase: what the pairs are for, see ``Phase.what``.
+            expected: how many pairs it should take, as far as is known before.
+        """
+        pair_s = 2 * self._pace.seconds(steps)
+
+        def is_over(made: Pairs) -> bool:
+            if is_enough(made):
+                return True
+            left = expected - made.count
+            if left > 0:
+                self._begin(phase, made.count + 1, expected, left * pair_s)
+            else:
+                self._begin(phase, made.count + 1)
+            return False
+
         pairs.run(
             self._trials,
             made,
             pace=self._pace,
             steps=steps,
             seed=self._options.seed,
-            is_enough=is_enough,
+            is_enough=is_over,
             say=self._say,
         )
         for done in (*made.firsts, *made.seconds):
@@ -887,9 +937,22 @@ class Tuner:
                 arm.state, arm.why = "left out", why
         self._changed()
 
+    def _begin(
+        self,
+        what: str,
+        pair: int | None = None,
+        of_pairs: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Begin a phase, see ``Phase``; without ``seconds`` it may last as long as the budget."""
+        ends_s = self._options.budget_seconds if seconds is None else self._trials.spent_s + seconds
+        self._outcome.phase = Phase(what, pair, of_pairs, ends_s)
+        self._changed()
+
     def _changed(self) -> None:
-        left_s = self._options.budget_seconds - self._trials.spent_s
-        self._show(self._outcome, max(left_s, 0.0))
+        phase = self._outcome.phase
+        ends_s = self._options.budget_seconds if phase is None else phase.ends_s
+        self._show(self._outcome, max(ends_s - self._trials.spent_s, 0.0))
 
 
 def _in_common(

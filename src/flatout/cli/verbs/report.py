@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 SUMMARY = "write what a tune found as one HTML page"
+EXAMPLES = ("flatout report", "flatout report found.json --html found.html")
 TAKES_JOB = False
+ARGUMENT = "[FILE]"
 
 PAGE_FILE = "flatout-report.html"
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="what flatout tune --json wrote (default: the result of the last tune)",
+        help="what 'flatout tune --json FILE' wrote (default: the result of the last tune)",
     )
     parser.add_argument(
         "--html",

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout import paths
+from flatout.cli import options
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
+from flatout.plan import PLAN_FILE
 from flatout.text import printable
 from flatout.wire.record import RecordError, read_step_times, write_failure
 from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
@@ -21,35 +23,35 @@ from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
 if TYPE_CHECKING:
     from flatout.plan import Plan
 
-SUMMARY = "run a command, with a plan or just watched"
+SUMMARY = "run a command, with a plan or only watched"
+EXAMPLES = (
+    "flatout run --plan flatout.toml python train.py",
+    "flatout run --set optimizer=onepass --set gc=seldom python train.py",
+    "flatout run --tune python train.py",
+)
 TAKES_JOB = True
+ARGUMENT = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        metavar="FILE",
-        help="apply this plan (flatout.toml); with --tune, where what was learned is written",
+    """Add the options of ``flatout run``."""
+    options.add_plan(
+        parser,
+        f"apply this plan; with --tune, write what was learned to it (then default: {PLAN_FILE})",
+        has_default=False,
     )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="learn while training: compare settings that change no arithmetic in blocks of the "
-        "first steps, go on with those that are faster, and write them as an unproven plan",
+        help="learn while training: compare settings that leave the arithmetic as it is during the "
+        "first steps, keep the faster ones, and write them as an unproven plan",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KNOB=SETTING",
-        help="turn one knob by hand, on top of the plan; may be repeated",
-    )
+    options.add_set(parser, "apply this setting by hand, on top of the plan")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="apply the whole plan although machine, torch, program, arguments or inputs have "
-        "changed",
+        help="apply the whole plan even if machine, torch, program, arguments or inputs have "
+        "changed since its proof",
     )
 
 

@@ -4,56 +4,44 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flatout.cli import options
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
 
-SUMMARY = "prove a plan again, for as many steps and seeds as wanted"
+SUMMARY = "prove a plan again, over as many steps and seeds as you want"
+EXAMPLES = (
+    "flatout verify python train.py",
+    "flatout verify --plan big.toml --steps 2000 --seeds 8 python train.py",
+)
 TAKES_JOB = True
+ARGUMENT = ""
+
+DEFAULT_SEEDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout verify``."""
-    from flatout.plan import PLAN_FILE
-
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        default=Path(PLAN_FILE),
-        metavar="FILE",
-        help="the plan; if it passes, the new proof is added to what is written in it, or takes "
-        f"the place of one that covers less (default: {PLAN_FILE})",
+    options.add_plan(
+        parser,
+        "the plan; if it passes, the new proof is added to the one in the file, or replaces it "
+        "where that covers less",
+    )
+    options.add_steps(
+        parser, None, "prove the plan over this many steps (default: as in its last proof, or 200)"
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="steps of each run (default: as in the plan's proof, or 200)",
+        "--seeds",
+        type=options.positive,
+        default=DEFAULT_SEEDS,
+        metavar="K",
+        help=f"how many pairs of runs are made, each with its own seed (default: {DEFAULT_SEEDS})",
     )
-    parser.add_argument(
-        "--seeds", type=int, default=5, metavar="K", help="pairs of runs, a seed each (default: 5)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="the first of them (default: 0)"
-    )
-    parser.add_argument(
-        "--memory",
-        type=float,
-        default=1.1,
-        metavar="X",
-        help="peak memory that is allowed, as a multiple of the bare program's (default: 1.1)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the verdict")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the last one that was interrupted"
-    )
-    parser.add_argument(
-        "--in-place",
-        action="store_true",
-        help="let the runs write to your files: each starts and stops the program half way",
-    )
+    options.add_proof(parser)
+    options.add_verbose(parser, "every run and every check")
+    options.add_in_place(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -72,10 +60,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from flatout.launch import interruption
     from flatout.launch.process import check_program
     from flatout.report import words
-    from flatout.report.live import LiveTable
+    from flatout.report.live import Progress
     from flatout.tune import evidence, journal, result
     from flatout.tune.pairs import MINIMUM_STEPS
-    from flatout.tune.tuner import USUAL_STEPS, Options, Tuner
+    from flatout.tune.tuner import USUAL_STEPS, Options, Outcome, Tuner
 
     proven = plan.read(arguments.plan)
     paths.check_writable(arguments.plan)
@@ -87,18 +75,21 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     if arguments.seeds < 2:
         raise UserError("--seeds must be at least 2")
-    options = Options(
+    wanted = Options(
         steps=steps,
         seed=arguments.seed,
         isolate=not arguments.in_place,
         memory=arguments.memory,
     )
-    opened = journal.opened("verify", arguments.command, options, arguments.resume, tune.say)
+    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, tune.say)
     try:
-        with LiveTable(quiet=arguments.quiet) as table:
-            tuner = Tuner(
-                arguments.command, options, opened, table.say, lambda _, left_s: None, tune.ceilings
-            )
+        with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
+
+            def show(so_far: Outcome, left_s: float) -> None:
+                is_proof = so_far.phase is not None and so_far.phase.pairs is not None
+                progress.show(so_far.phase, left_s if is_proof else None)
+
+            tuner = Tuner(arguments.command, wanted, opened, progress.say, show, tune.ceilings)
             outcome = tuner.verify(proven.settings, arguments.seeds)
         done = f"written into {arguments.plan}"
         is_written = outcome.evidence is not None and not outcome.interrupted
@@ -115,20 +106,21 @@ def _verify(arguments: argparse.Namespace) -> int:
             opened.finish()
     finally:
         opened.close()
-    document = result.made(arguments.command, arguments.plan, outcome)
-    if document.claim is not None:
-        tune.say(words.claim_line(document))
-    for line in words.proof_lines(document.proof) if document.proof is not None else ():
-        tune.say(line)
     if outcome.interrupted:
         tune.say(
             f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify --resume' "
-            "goes on"
+            "continues"
         )
     elif outcome.evidence is None:
         tune.say(outcome.why)
     else:
         tune.say(f"proven, {done}")
+    document = result.made(arguments.command, arguments.plan, outcome)
+    if document.claim is not None:
+        tune.say(words.claim_line(document))
+    if document.proof is not None:
+        for line in words.proof_lines(document.proof, arguments.verbose):
+            tune.say(line)
     if outcome.interrupted:
         return interruption.exit_status()
     return 0 if outcome.evidence is not None else 1
