@@ -23,6 +23,7 @@ _ERASE = "\r\x1b[K"
 """To the start of the line, and what is on it away (ECMA-48, EL)."""
 
 _ROUNDING_S = 10
+"""The time left is shown in multiples of this, below a minute and a half."""
 
 
 class LiveLine:
@@ -110,12 +111,13 @@ class Progress:
         """
         if phase is None or self._quiet:
             return
+        text = f"{phase.what}{_pair(phase)}{_left(phase, left_s)}"
         if phase.what != self._what:
             self._finish()
             self._what, self._began_s = phase.what, time.monotonic()
             if not self._line.is_live and not self._verbose:
-                self._print(f"{phase.what}{_left(left_s)}")
-        self._line.show(f"flatout: {phase.what}{_pair(phase)}{_left(left_s)}")
+                self._print(text)
+        self._line.show(f"flatout: {text}")
 
     def _finish(self) -> None:
         """Leave a line about the phase that is over."""
@@ -137,10 +139,12 @@ def _pair(phase: Phase) -> str:
     return f": pair {phase.pair}{of_pairs}"
 
 
-def _left(seconds: float | None) -> str:
-    """About how long it will take, in words that end a line."""
+def _left(phase: Phase, seconds: float | None) -> str:
+    """How long the phase will take, in words that end a line: about, if the number of its pairs is
+    known, else no longer than the budget lasts."""
     if not seconds:
         return ""
+    about = "up to" if phase.pairs is None else "about"
     if seconds <= 90:
-        return f", about {_ROUNDING_S * math.ceil(seconds / _ROUNDING_S)} s left"
-    return f", about {math.ceil(seconds / 60)} min left"
+        return f", {about} {_ROUNDING_S * math.ceil(seconds / _ROUNDING_S)} s left"
+    return f", {about} {math.ceil(seconds / 60)} min left"

@@ -16,8 +16,8 @@ from flatout.tune.figures import milliseconds
 from flatout.wire.turns import PHASES
 
 OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20
-EXPLAINED = 3
-"""Findings whose evidence is shown unless the user asks for all of it."""
+FINDINGS_SHOWN, FINDINGS_EXPLAINED = 5, 2
+"""Findings that are shown, and with their evidence, unless the user asks for all of it."""
 
 FEW_STEPS = 5
 """Timed steps below which a stall of the machine can be most of what was seen."""
@@ -49,14 +49,15 @@ def _print(console: Console, diagnosis: Diagnosis, verbose: bool) -> None:
         console.print(Text("Findings", style="bold"), Text("(shares: upper bounds of the gain)"))
     else:
         console.print(Text("Findings: none.", style="bold"), Text(_why_none(case)))
-    for number, finding in enumerate(diagnosis.findings, 1):
-        _print_finding(console, number, finding, verbose or number <= EXPLAINED)
-    if len(diagnosis.findings) > EXPLAINED and not verbose:
-        console.print(Text("   (-v shows the evidence for all of them)"))
+    shown = diagnosis.findings if verbose else diagnosis.findings[:FINDINGS_SHOWN]
+    for number, finding in enumerate(shown, 1):
+        _print_finding(console, number, finding, verbose or number <= FINDINGS_EXPLAINED)
+    if len(diagnosis.findings) > FINDINGS_EXPLAINED and not verbose:
+        console.print(Text(f"   (-v shows all {len(diagnosis.findings)} with their evidence)"))
     console.print(_phases(case))
     if case.operators:
-        shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
-        console.print(_operators(case, shown))
+        operators_shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
+        console.print(_operators(case, operators_shown))
     console.print(_figures(case))
     for note in notes(diagnosis):
         console.print(Text(f"Note: {note}"))

@@ -36,12 +36,12 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:
-        said += _sides(document.baseline, document.with_plan or Side())
-        even = break_even(document)
-        said += [] if even is None else [f"break-even: {even}"]
         said.append(f"the plan, in {document.plan}:")
         for knob in document.knobs:
             said += _knob(knob, verbose)
+        said += _sides(document.baseline, document.with_plan or Side())
+        even = break_even(document)
+        said += [] if even is None else [f"break-even: {even}"]
     said += _not_in_plan(document.arms, verbose)
     said = [" ".join(line.splitlines()) for line in said]
     if document.next_command is not None:
