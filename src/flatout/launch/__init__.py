@@ -1,4 +1,4 @@
-"""Starting a job under the agent: run directory, environment, isolation, process."""
+"""Starts a job under the agent: run directory, environment, isolation, process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flatout.wire.record import RecordError, RunRecord, read_run, write_failure
 from flatout.wire.request import Relay, Request
 
 OUTPUT_FILE = "output.txt"
-"""What the job has written, in the run directory, when it was captured."""
+"""The file in the run directory that holds the captured output of the job."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Finished:
 
     Attributes:
         run_directory: where its record is.
-        returncode: its exit status; negative: it died by that signal.
-        seconds: from its start.
-        output: what it wrote to standard output and error, when that was captured.
-        timed_out: whether it was ended because its time was over.
+        returncode: its exit status; if negative, the signal that killed it.
+        seconds: how long it ran.
+        output: what it wrote to standard output and error; ``None``: that was not captured.
+        timed_out: whether it was killed because its time was over.
     """
 
     run_directory: Path
@@ -43,10 +43,10 @@ class Finished:
     timed_out: bool
 
     def read_record(self) -> RunRecord:
-        """What was recorded.
+        """Read what was recorded.
 
         Raises:
-            UserError: it could not be written to the end, or it cannot be read.
+            UserError: the record could not be written to its end, or cannot be read.
         """
         failure = write_failure(self.run_directory)
         if failure is not None:
@@ -70,19 +70,20 @@ def start(
     progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> Finished:
-    """Run a trial of a job to its end, with its trackers offline; no process of it is left then.
+    """Run a trial of a job to its end, with its trackers offline. No process of it is left then.
 
     Args:
         command: program and arguments.
         request: what the agent shall do.
-        isolate: in a copy-on-write view of the file system, discarded afterwards.
+        isolate: run it in a copy-on-write view of the file system, which is discarded afterwards.
         output: what becomes of the job's standard output and error.
-        timeout_seconds: end it after this time.
-        progress: called now and then with the run directory while the job runs.
+        timeout_seconds: kill the job after this time.
+        progress: called twice a second with the run directory while the job runs.
         runs: where its run directory is made; by default, where the records of runs are kept.
 
     Raises:
-        UserError: there is no such program, no place for the record, or no isolation to be had.
+        UserError: the program does not exist, the record cannot be written, or isolation is not
+            available.
     """
     job = list(command)
     process.check_program(job[0])
@@ -127,19 +128,18 @@ def start_relay(
     progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> tuple[Finished, Finished]:
-    """Run two trials of a job that take turns (``agent/relay.py``); no process of them is left.
+    """Run two trials of a job that alternate (``agent/relay.py``). No process of them is left then.
 
     Args:
         command: program and arguments.
-        requests: what the agents shall do; their ``relay`` is filled in.
-        relay: how they take turns; its ``folder`` and ``place`` are filled in.
-        isolate: each in a copy-on-write view of its own, discarded afterwards.
-        timeout_seconds: end both after this time.
+        requests: what the agents shall do; ``relay`` is filled in here.
+        relay: how they alternate; ``folder`` and ``place`` are filled in here.
+        isolate: run each in its own copy-on-write view, which is discarded afterwards.
+        timeout_seconds: kill both after this time.
         progress: called twice a second with the first run directory while they run.
         runs: see ``start``.
 
-    Returns what became of each; one that was ended because the other had failed has died by a
-    signal.
+    Returns how each ended. If one failed, the other was killed by a signal.
 
     Raises:
         UserError: as ``start``.
@@ -186,7 +186,7 @@ def start_relay(
             os.close(descriptor)
     try:
         statuses = json.loads((folder / relay_stage.STATUSES_FILE).read_text())
-    except FileNotFoundError:  # ended before both had
+    except FileNotFoundError:  # the stage was killed before both had ended
         statuses = [ended.returncode or -signal.SIGTERM] * 2
     of_stage = _read_output(folder)
     one, other = (
@@ -208,8 +208,8 @@ def _isolated(job: Sequence[str], passthrough: Sequence[Path]) -> list[str]:
     reason = isolation.unavailable_reason()
     if reason is not None:
         raise UserError(
-            f"{reason} The job would be stopped half way, on your real files: give --in-place to "
-            "allow that."
+            f"{reason} Without isolation the job would be stopped midway on your real files; "
+            "--in-place allows that."
         )
     return isolation.command(
         job, passthrough=passthrough, scratch=paths.cache_directory() / "scratch"
@@ -224,7 +224,7 @@ def _open_output(output: str, run_directory: Path) -> int | None:
 
 
 def _read_output(directory: Path) -> str:
-    """What was captured there; nothing, where a stage was ended before it began to."""
+    """The output captured there; empty if the stage ended before it began to write."""
     try:
         return (directory / OUTPUT_FILE).read_text("utf-8", "replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Waiting for other ranks."""
+"""Ranks of a distributed job wait for each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find(case: Case) -> Finding | None:
         return str(operator["name"]).startswith(COMMUNICATION)
 
     share = case.operators_share(communicates)
-    if case.device_share is not None:  # what other kernels hide costs nothing
+    if case.device_share is not None:  # communication beside other kernels costs nothing
         others = sum(o["share"] for o in case.operators if not communicates(o))
         share = max(0.0, min(share, 1.0 - others))
     if share < MATTERS:
@@ -26,6 +26,6 @@ def find(case: Case) -> Finding | None:
         "communication between ranks",
         listed(case, communicates),
         share,
-        "edit: larger batches a rank, gradients accumulated over several (no_sync()), or "
+        "edit: use larger batches per rank, accumulate gradients over several (no_sync()), or use "
         "DistributedDataParallel(gradient_as_bucket_view=True)",
     )

@@ -1,4 +1,4 @@
-"""The step waits for its data."""
+"""The step waits for its batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def find(case: Case) -> Finding | None:
         return None
     evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]
     for loader in case.facts.get("loaders", []):
-        size = loader["batch_size"]  # none where a sampler makes the batches
+        size = loader["batch_size"]  # None where a sampler makes the batches
         batches = "" if size is None else f", batches of {size}"
         evidence.append(
             f"a loader over {loader['dataset']} has {loader['workers']} workers{batches}"
@@ -27,18 +27,18 @@ def find(case: Case) -> Finding | None:
 
 
 def _remedies(case: Case) -> list[str]:
-    """Settings that one of the job's loaders can take, all where that is not known."""
+    """The settings that one of the job's loaders can take, or all if that is not known."""
     loaders = case.facts.get("loaders", [])
     known = None
     if loaders and all("settings" in loader for loader in loaders):
         known = {setting for loader in loaders for setting in loader["settings"]}
     named = [f"loader={s} ({what})" for s, what in _SETTINGS.items() if known is None or s in known]
-    return [*named, "decode=parallel or, with memory to spare, decode=keep (JPEG files)"]
+    return [*named, "decode=parallel or, if there is enough memory, decode=keep (JPEG files)"]
 
 
 _SETTINGS = {
-    "batched": "rows of a TensorDataset at once",
-    "cache": "samples that are the same every epoch, from memory",
-    "prefetch": "the next batches by another process",
-    "workers": "by several, where cores are idle",
+    "batched": "index a TensorDataset once for the whole batch",
+    "cache": "keep samples that are the same every epoch in memory",
+    "prefetch": "load the next batches in another process",
+    "workers": "load in several processes, where cores are idle",
 }

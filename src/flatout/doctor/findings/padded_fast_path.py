@@ -1,4 +1,4 @@
-"""Padded batches in the fast path of transformer layers, whose softmax is slow on a CPU."""
+"""The fast path of torch's transformer layers has a slow masked softmax on a CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def find(case: Case) -> Finding | None:
         return None
     return Finding(
         "padded-fast-path",
-        "a padding mask in the fast path of torch's transformer layers",
+        "slow masked softmax in the fast path of torch's transformer layers",
         listed(case, lambda o: o["name"] == OPERATOR),
         share,
-        "knob: fastpath=off (attention by scaled_dot_product_attention)",
+        "knob: fastpath=off (uses scaled_dot_product_attention)",
     )

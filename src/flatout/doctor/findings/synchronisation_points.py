@@ -15,9 +15,9 @@ WAITS = frozenset(
 
 def find(case: Case) -> Finding | None:
     if not case.on_accelerator or case.device_share is None:
-        return None  # on a CPU reading a value costs next to nothing
+        return None  # on a CPU, reading a value costs next to nothing
     waits = sum(o["host_share"] for o in case.operators if o["name"] in WAITS)
-    # A wait can cost no more than the device is idle: the rest of it is work being done.
+    # A wait costs at most the time in which the device is idle; the device works during the rest.
     share = min(waits, 1.0 - case.device_share)
     if share < MATTERS:
         return None
@@ -26,5 +26,5 @@ def find(case: Case) -> Finding | None:
         "the host waits for the device",
         listed(case, lambda o: o["name"] in WAITS),
         share,
-        "edit: read losses and metrics (.item(), .cpu(), print) every nth step",
+        "edit: read losses and metrics (.item(), .cpu(), print) only every nth step",
     )
