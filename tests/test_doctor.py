@@ -683,7 +683,7 @@ def test_doctor_of_a_short_program_says_what_is_missing(home: Path) -> None:
         (["python", "-c", "import torch; 1/0"], "exited with status 1 before its first step"),
         (["python", "-c", "import torch; print(1)"], "no training or inference step"),
         (["python", "-c", "print(1)"], "never imported torch"),
-        (["python", "-I", "-c", "print(1)"], "no Python of this command loaded"),
+        (["python", "-I", "-c", "print(1)"], "no Python process of this command loaded"),
         (["no-such-program"], "there is no program 'no-such-program'"),
     ],
 )

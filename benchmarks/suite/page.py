@@ -14,7 +14,7 @@ from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element
 from flatout.wire.ratios import Ratio
 
-_HEADING = ("Ratio", "95 % interval", "Of the floor")
+_HEADING = ("Speedup", "95 % interval", "Of the floor")
 
 
 def html(found: Mapping[str, ProgramResult], conditions: Sequence[str]) -> str:

@@ -43,8 +43,8 @@ def with_printable(value: Any) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: the known one that is spelled most like it, or
-    nothing where none is."""
+    """The end of a sentence about an unknown word: the known word that is spelled most like it, or
+    nothing if none is."""
     import difflib
 
     close = difflib.get_close_matches(word, list(known), n=1)

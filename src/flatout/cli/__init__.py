@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()
         except BrokenOutputError as error:
-            return error.exit_code  # nobody reads it, so nobody is told
+            return error.exit_code  # nobody reads the output, so nobody would read a message
         except UserError as error:
             print(f"flatout: {printable(str(error))}", file=sys.stderr)
             return error.exit_code

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from flatout.wire.request import DISABLE_VARIABLE, RUN_VARIABLE
 
+NOT_ATTACHED = (
+    "flatout could not attach: no Python process of this command loaded its agent (python -I, "
+    "sudo, a container, or no Python at all?)"
+)
+"""Why there is no record of a command that has ended."""
+
 HOOK_DIRECTORY = Path(__file__).parent / "hook"
 
 

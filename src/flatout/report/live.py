@@ -1,7 +1,7 @@
-"""What is shown while a verb works: a line that is overwritten, or plain lines.
+"""Shows progress while a verb works: a line that is overwritten, or plain lines.
 
-Nothing here starts a thread, because the controller forks, and nothing hides the cursor, because a
-flatout that was killed could not show it again.
+Nothing here starts a thread, because the controller forks, and nothing hides the cursor, because
+flatout cannot show it again when it is killed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from flatout.tune import figures
 from flatout.tune.progress import Phase
 
 _ERASE = "\r\x1b[K"
-"""To the start of the line, and what is on it away (ECMA-48, EL)."""
+"""Moves the cursor to the start of the line and erases the line (ECMA-48, EL)."""
 
 _ROUNDING_S = 10
 """The time left is shown in multiples of this, below a minute and a half."""
 
 
 class LiveLine:
-    """One line of a terminal that is overwritten; nothing where the file is no terminal.
+    """A line of a terminal that is overwritten. It shows nothing if the file is no terminal.
 
-    The cursor stays at its start, so that what another process prints takes its place.
+    The cursor stays at its start, so that the output of another process overwrites it.
 
     Args:
-        file: where to.
+        file: the terminal.
+
+    Attributes:
+        is_live: whether the file is a terminal that can erase a line.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -41,14 +44,14 @@ class LiveLine:
         self.is_live = file.isatty() and os.environ.get("TERM") != "dumb"
 
     def show(self, text: str) -> None:
-        """Show a text, cut off where the terminal ends."""
+        """Show a text, cut off at the width of the terminal."""
         text = printable(text)[: max(self._columns() - 1, 0)]
         if self.is_live and text != self._shown:
             self._write(f"{_ERASE}{text}\r")
             self._shown = text
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Erase the line."""
         if self._shown:
             self._write(_ERASE)
             self._shown = ""
@@ -65,15 +68,15 @@ class LiveLine:
 
 
 class Progress:
-    """The progress of a tune: context manager around it.
+    """Shows the progress of a tune; a context manager around it.
 
-    On a terminal the phase stands in a line that is overwritten, and leaves a line with its time
-    when it is over. Elsewhere each phase is a line when it begins.
+    On a terminal, a line that is overwritten shows the current phase, and each phase that is over
+    leaves a line with its time. Elsewhere each phase prints a line when it begins.
 
     Args:
         quiet: print and show nothing.
-        verbose: print what is said about each trial instead of the phases.
-        file: where to, by default ``sys.stderr``.
+        verbose: print what each trial found, instead of a line for each phase.
+        file: where it prints, by default ``sys.stderr``.
     """
 
     def __init__(
@@ -98,16 +101,16 @@ class Progress:
         self._line.clear()
 
     def say(self, line: str) -> None:
-        """Say what became of a trial; only where the user wants all of it."""
+        """Print what a trial found, if ``verbose``."""
         if self._verbose and not self._quiet:
             self._print(line)
 
     def show(self, phase: Phase | None, left_s: float | None) -> None:
-        """Show the phase; cheap enough to be called several times a second.
+        """Show the current phase. It may be called several times a second.
 
         Args:
-            phase: that goes on now.
-            left_s: seconds until it should be over; ``None``: not known.
+            phase: what the tune is doing.
+            left_s: seconds until the phase should be over; ``None``: not known.
         """
         if phase is None or self._quiet:
             return
@@ -120,7 +123,7 @@ class Progress:
         self._line.show(f"flatout: {text}")
 
     def _finish(self) -> None:
-        """Leave a line about the phase that is over."""
+        """Print a line about the phase that is over."""
         if self._line.is_live and self._what and not self._verbose:
             took = figures.duration(time.monotonic() - self._began_s)
             self._print(f"{self._what} ({took})")
@@ -140,8 +143,8 @@ def _pair(phase: Phase) -> str:
 
 
 def _left(phase: Phase, seconds: float | None) -> str:
-    """How long the phase will take, in words that end a line: about, if the number of its pairs is
-    known, else no longer than the budget lasts."""
+    """The time left, as the end of a line: an estimate if the number of pairs is known, or else the
+    rest of the budget."""
     if not seconds:
         return ""
     about = "up to" if phase.pairs is None else "about"

@@ -1,4 +1,4 @@
-"""HTML and SVG made of elements. Text is escaped unless it is markup already."""
+"""Makes HTML and SVG from elements. Text is escaped unless it is markup already."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import html
 from flatout.text import printable
 
 _EMPTY = frozenset({"meta", "circle", "line", "path", "rect"})
-"""Elements without an end tag, or without content."""
+"""Elements that have no end tag or no content."""
 
 
 class Markup(str):
-    """Text that is markup: what it was made of has been escaped."""
+    """Text that is markup: all text in it is escaped."""
 
     __slots__ = ()
 
 
 def element(tag: str, /, *children: str | None, **attributes: str | float | None) -> Markup:
-    """An element.
+    """Make an element.
 
     Args:
         tag: its name.
-        children: elements, or text that is escaped; ``None`` is left out.
-        attributes: a trailing ``_`` is taken off a name, others become ``-``; ``None`` is left out.
+        children: elements, or text to be escaped; ``None`` is left out.
+        attributes: a trailing ``_`` of a name is removed, any other ``_`` becomes ``-``; ``None``
+            is left out.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escaped(_attribute(value))}"'
@@ -35,19 +36,19 @@ def element(tag: str, /, *children: str | None, **attributes: str | float | None
 
 
 def joined(*children: str | None) -> Markup:
-    """Elements, or text that is escaped, one after the other."""
+    """Join elements, and text that is escaped."""
     return Markup("".join(escaped(child) for child in children if child is not None))
 
 
 def escaped(text: str) -> Markup:
-    """``text`` as it should be shown, whatever is in it."""
+    """Escape ``text``, so that it is shown as it is."""
     return text if isinstance(text, Markup) else Markup(html.escape(printable(text)))
 
 
 def with_code(markdown: str) -> Markup:
-    """A sentence in Markdown of which only code between backticks is marked."""
+    """Make markup of a sentence in Markdown that has code between backticks, and nothing else."""
     parts = markdown.split("`")
-    if len(parts) % 2 == 0:  # a backtick without its other one
+    if len(parts) % 2 == 0:  # a backtick is missing
         return escaped(markdown)
     return joined(
         *(element("code", part) if number % 2 else part for number, part in enumerate(parts))

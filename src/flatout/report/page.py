@@ -1,4 +1,4 @@
-"""What a tune found, as one HTML page that needs nothing but itself: no network, no script."""
+"""Writes what a tune found as one HTML page that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content-Security-Policy: a browser loads and runs nothing, whatever a command line holds."""
 
 STEP_STATISTIC = (
-    "A step is the mean over a run, with its share of the evaluation passes between the steps, and "
-    "of several runs their geometric mean; the phases are shares of it."
+    "Step times are means over a run, including a share of the evaluation passes between the "
+    "steps. Several runs are combined by their geometric mean. The phases of a step sum to it."
 )
-"""The one statistic of step times on the page."""
+"""The statistic of all step times on the page."""
 
 _UNKNOWN = "\N{EN DASH}"
-"""In a table, in the place of a figure that was not measured."""
+"""Stands in a table for a figure that was not measured."""
 
 _FIGURE_NAMES = {
     "added": "added",
@@ -49,7 +49,7 @@ _FIGURE_NAMES = {
     "top1_agreement": "share of rows with the same largest output",
     "top1_rows": "rows compared",
 }
-"""The figures of a check by their keys, where those are not words that a reader knows."""
+"""Names of the figures of a check, by key; other keys are words that a reader knows."""
 
 _FACT_NAMES = {
     "accelerator": "Accelerator",
@@ -273,7 +273,7 @@ def _phases(document: Document) -> Markup:
             "table",
             element(
                 "caption",
-                "Time in a step; they sum to it. A phase that is never entered is left out.",
+                "Time of each phase in a step. A phase that the program never enters is left out.",
             ),
             element("thead", _row("th", heading, numbers=(1, 2, 3))),
             element("tbody", *rows),
@@ -410,11 +410,11 @@ def _arms(document: Document) -> Markup | None:
     if not compared:
         return None
     axis = RatioAxis.over(ratio for _, ratio in compared)
-    heading = ("Settings", axis.numbers(), "Ratio", "95 % interval", "Pairs")
+    heading = ("Settings", axis.numbers(), "Speedup", "95 % interval", "Pairs")
     groups = []
     for stage, note in (
         ("fresh processes", "what is claimed"),
-        ("inside one process", "in alternating blocks of steps; ranks settings, claims nothing"),
+        ("inside one process", "in alternating blocks of steps, only to rank the settings"),
     ):
         arms = [(arm, ratio) for arm, ratio in compared if arm.stage == stage]
         if arms:
@@ -430,8 +430,8 @@ def _arms(document: Document) -> Markup | None:
             "table",
             element(
                 "caption",
-                "Step time of the bare program over that with the settings: right of "
-                "1\N{MULTIPLICATION SIGN} is faster. Logarithmic scale.",
+                "Speedup: step time of the bare program divided by that with the settings, on a "
+                "logarithmic scale.",
             ),
             element(
                 "thead",
@@ -504,7 +504,7 @@ def _not_compared(document: Document) -> Markup | None:
             "table",
             element(
                 "caption",
-                "At most: the largest ratio that the profile of the bare program allows.",
+                "At most: the largest speedup that the profile of the bare program allows.",
             ),
             element("thead", _row("th", heading, numbers=(3,))),
             element("tbody", *rows),
@@ -582,7 +582,7 @@ def _section(title: str, *children: str | None) -> Markup:
 def _row(
     cell: str, values: Sequence[str], heading: Sequence[str] = (), numbers: Sequence[int] = ()
 ) -> Markup:
-    """A row of a table; its first cell names it."""
+    """Make a row of a table; its first cell is its heading."""
     cells = []
     for n, value in enumerate(values):
         is_name = cell == "th" or n == 0
@@ -603,7 +603,7 @@ def _times(ratio: float) -> str:
 
 
 def _with_minus(number: str) -> str:
-    """A number with a minus sign as wide as its plus sign."""
+    """Give a negative number a minus sign that is as wide as a plus sign."""
     return number.replace("-", "\N{MINUS SIGN}", 1) if number.startswith("-") else number
 
 
@@ -620,12 +620,12 @@ def _or_dash(figure: str) -> str:
 
 
 def _unknown_note(unknown: Iterable[bool]) -> Markup | None:
-    """What the dashes of a table mean; ``None`` where it has none."""
+    """Explain the dashes of a table; ``None`` if it has none."""
     return element("p", f"{_UNKNOWN} not measured", class_="note") if any(unknown) else None
 
 
 def _with_unit(name: str, fact: Fact | None) -> str:
-    """A fact about the machine; an amount of memory in its usual unit."""
+    """The value of a fact about the machine, amounts of memory in their usual unit."""
     if isinstance(fact, (int, float)):
         if name.endswith("_bytes"):
             return figures.memory(fact)
@@ -635,7 +635,7 @@ def _with_unit(name: str, fact: Fact | None) -> str:
 
 
 def _sentence(text: str) -> str:
-    """``text`` with a capital at its beginning, unless that is code, and a stop at its end."""
+    """Make a sentence of ``text``: a capital, unless it begins with code, and a full stop."""
     begins_with_code = "=" in text.partition(" ")[0]
     begun = text if begins_with_code else _capital(text)
     return begun + ("" if text.endswith((".", "!", "?")) or not text else ".")

@@ -1,4 +1,4 @@
-"""What a tune found, in words: the lines that it ends with."""
+"""Puts what a tune found into words: the lines that it ends with."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ YARDSTICKS = {"seeds": "between seeds", "batches": "between batches", "runs": "b
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
 _NOT_IN_PLAN = ("slower", "no gain", "failed", "left out", "not tried")
-"""States in the order in which they are counted and listed."""
+"""The states of settings that are not in the plan, in the order in which they are listed."""
 
 
 def lines(document: Document, verbose: bool = False) -> list[str]:
-    """The result: the verdict first, then the plan or why there is none, then what to do next.
+    """The result in lines: the verdict, the plan or why there is none, and what to do next.
 
     Args:
-        document: of the tune.
-        verbose: also each check of the proof, how to do by hand what the plan does, and every
-            setting that is not in the plan with its reason.
+        document: the result.
+        verbose: add each check of the proof, how to do by hand what the plan does, and each setting
+            that is not in the plan with its reason.
     """
     said: list[str] = []
     if document.plan is None:
@@ -50,16 +50,15 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
 
 
 def state(arm: Arm) -> str:
-    """What came of an arm, in a word or two."""
+    """What became of an arm, in a word or two."""
     is_slower = arm.state == "no gain" and arm.ratio is not None and arm.ratio.high < 1
     return "slower" if is_slower else arm.state
 
 
 def break_even(document: Document) -> str | None:
-    """When the plan has made up for the tune and its longer start.
+    """When the plan has saved the time of the tune and of its own longer start.
 
-    Returns ``None`` where the length of the job is not known: a tune of an hour may be cheap or
-    dear.
+    Returns ``None`` if the length of the job is not known, since it decides whether that is early.
     """
     steps, bare = document.break_even_steps, document.baseline
     if steps is None or bare.job_s is None or not bare.step_ms:
@@ -71,7 +70,7 @@ def break_even(document: Document) -> str | None:
 
 
 def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
-    """Rows of a table: what, the bare program, with the plan, change."""
+    """The rows of a table: what is compared, the bare program, the plan, and the change."""
     rows: list[tuple[str, figures.Kind, Callable[..., str], float | None, float | None]] = [
         ("step", figures.shown_milliseconds, figures.change, bare.step_ms, plan.step_ms),
         ("start-up", figures.shown_duration, figures.longer, bare.startup_s, plan.startup_s),
@@ -104,12 +103,12 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
 
 
 def verdict(proof: Proof) -> str:
-    """The result of a proof, in its own word."""
+    """The result of a proof, in a word or two."""
     return {True: "passed", False: "not passed", None: "inconclusive"}[proof.passed]
 
 
 def what_passed(proof: Proof) -> str | None:
-    """Of an inconclusive proof, the checks that passed all the same."""
+    """The checks that an inconclusive proof passed; ``None``: there are none, or it is decided."""
     names = dict.fromkeys(check.name for check in proof.checks if check.passed)
     if proof.passed is not None or not names:
         return None
@@ -117,7 +116,7 @@ def what_passed(proof: Proof) -> str | None:
 
 
 def _proof_headline(proof: Proof) -> str:
-    """The verdict with its horizon."""
+    """The verdict, with the steps and seeds that it covers."""
     kind = f" ({proof.kind})" if proof.passed is not None else ""
     only = what_passed(proof)
     return (
@@ -127,14 +126,14 @@ def _proof_headline(proof: Proof) -> str:
 
 
 def repeatability(proof: Proof) -> str | None:
-    """What to know about the bare program where it does not repeat itself."""
+    """A note if the bare program does not repeat its own losses."""
     if proof.bare_repeats is not False:
         return None
     return "the bare program does not repeat its own losses from one seed"
 
 
 def _loss(loss: LossEvidence, proof: Proof) -> str:
-    """How the losses of one backward call compare."""
+    """Compare the losses of one backward call."""
     compared = (
         ", identical at every step"
         if proof.kind == "bitwise" and proof.passed
@@ -148,7 +147,7 @@ def _loss(loss: LossEvidence, proof: Proof) -> str:
 
 
 def _ratio(measured: Ratio | None) -> str:
-    """A ratio with its interval and pairs."""
+    """A ratio with its interval and number of pairs."""
     return figures.NOT_MEASURED if measured is None else str(measured)
 
 
@@ -162,7 +161,7 @@ def _knob(knob: KnobResult, verbose: bool) -> list[str]:
 
 
 def claim_line(document: Document) -> str:
-    """The ratio from fresh processes."""
+    """The claimed speedup, in a line."""
     claim = document.claim
     if claim is None:
         return f"faster: {figures.NOT_MEASURED}"
@@ -192,7 +191,7 @@ def _sides(baseline: Side, with_plan: Side) -> list[str]:
 
 
 def proof_lines(proof: Proof, verbose: bool = False) -> list[str]:
-    """The verdict, and each check that did not pass; if ``verbose``, all checks and losses."""
+    """The verdict of a proof and each check that failed; if ``verbose``, all checks and losses."""
     said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:
         if verbose or check.passed is False:
@@ -208,9 +207,9 @@ def proof_lines(proof: Proof, verbose: bool = False) -> list[str]:
 
 
 def _not_in_plan(arms: Sequence[Arm], verbose: bool) -> list[str]:
-    """The settings that are not in the plan: how many, or, if ``verbose``, which and why.
+    """Count the settings that are not in the plan; if ``verbose``, list them with their reasons.
 
-    Those that only a larger budget would have tried are always named.
+    Settings that need a larger budget to be tried are always listed.
     """
     counts = Counter(map(state, arms))
     counted = ", ".join(f"{counts[name]} {name}" for name in _NOT_IN_PLAN if counts[name])
@@ -228,7 +227,7 @@ def _not_in_plan(arms: Sequence[Arm], verbose: bool) -> list[str]:
 
 
 def _outcome(arm: Arm) -> str:
-    """What came of an arm: its ratio, its state, why, and what the profile allows at most."""
+    """What became of an arm: ratio, state, reason, and the most that the profile allows."""
     figure = "" if arm.ratio is None else f"{arm.ratio} {_STAGES[arm.stage]}, "
     why = f": {arm.why}" if arm.why else ""
     bound = "" if arm.bound is None else f" (at most {arm.bound:.2f}x)"

@@ -213,7 +213,9 @@ def _entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) ->
     elif finished.returncode > 0:
         failure = f"it failed with exit code {finished.returncode}"
     elif process is None:
-        failure = "no Python process of it imported torch with flatout's agent"
+        failure = (
+            "flatout could not attach: no Python process of this command imported torch under it"
+        )
     end = None if process is None else process.end
     tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])
     return Entry(

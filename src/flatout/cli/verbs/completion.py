@@ -1,4 +1,4 @@
-"""``flatout completion``: a script for the shell that completes verbs, options and files."""
+"""``flatout completion``: prints a script with which a shell completes verbs, options and files."""
 
 from __future__ import annotations
 

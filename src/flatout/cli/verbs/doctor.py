@@ -1,4 +1,4 @@
-"""``flatout doctor``: where the time of a step goes, and what would help."""
+"""``flatout doctor``: finds where the time of a step goes, and what would help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout.cli import options
-from flatout.text import printable
+from flatout.cli.streams import say
 
 if TYPE_CHECKING:
     from flatout.launch import Finished
@@ -32,7 +32,7 @@ ARGUMENT = ""
 DEFAULT_STEPS = 60
 DEFAULT_BUDGET_S = 45.0
 PROFILE_STEPS = 20
-"""Steps that are profiled at most; fewer where they are long."""
+"""Most steps that are profiled; fewer if they are long."""
 
 _BAR_WIDTH = 20
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run the command for a while, diagnose it, print what was found."""
+    """Run the command for a while, diagnose it, and print the diagnosis."""
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
     from flatout.report import terminal
@@ -95,15 +95,14 @@ def execute(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
     if diagnosis.findings:
-        command = f"flatout tune -- {shlex.join(arguments.command)}"
-        print(f"flatout: next: {printable(command)}", file=sys.stderr)
+        say(f"next: flatout tune -- {shlex.join(arguments.command)}")
     for event in run.main.events:
         if event.subject in settings and event.what in ("skipped", "failed"):
-            print(f"flatout: {event.subject} {event.what}: {event.why}", file=sys.stderr)
+            say(f"{event.subject} {event.what}: {event.why}")
     if finished.returncode != 0:
-        print(f"flatout: the program {_ended(finished)} in its window", file=sys.stderr)
+        say(f"the program {_ended(finished)} while it was diagnosed")
     if arguments.quiet:
-        print(f"flatout: the program's output is in {_output_file(finished)}", file=sys.stderr)
+        say(f"the program's output is in {_output_file(finished)}")
     return 0
 
 
@@ -111,31 +110,30 @@ def _ceilings(python: str) -> Ceilings | None:
     from flatout import machine
     from flatout.errors import UserError
 
-    print("flatout: comparing with what this machine can do", file=sys.stderr)
+    say("comparing with the rates of this machine, which are measured once")
     try:
         return machine.ceilings(python)
     except UserError as error:
-        print(f"flatout: {error}", file=sys.stderr)
+        say(str(error))
         return None
 
 
 def _why_no_step(run: RunRecord, finished: Finished, quiet: bool) -> str:
+    from flatout.launch.environment import NOT_ATTACHED
+
     where = f"; its output is in {_output_file(finished)}" if quiet else ""
     if finished.returncode != 0:
         return f"the program {_ended(finished)} before its first step was over{where}"
     if run.main is not None:
-        return f"no training or inference step was seen in this program{where}"
+        return f"flatout saw no training or inference step in this program{where}"
     if any(finished.run_directory.glob("started-*")):
         return f"this program never imported torch{where}"
-    return (
-        "no Python of this command loaded flatout's agent (python -I, sudo, a container, or no "
-        f"Python at all?){where}"
-    )
+    return f"{NOT_ATTACHED}{where}"
 
 
 def _ended(finished: Finished) -> str:
     if finished.returncode < 0:
-        return f"died by signal {-finished.returncode}"
+        return f"was killed by signal {-finished.returncode}"
     return f"exited with status {finished.returncode}"
 
 
@@ -147,11 +145,11 @@ def _output_file(finished: Finished) -> str:
 
 
 def _progress(line: LiveLine, steps: int) -> Callable[[Path], None]:
-    """What shows how many steps a run has made, given its run directory again and again.
+    """Make what shows how many steps a run has made, whenever it gets the run directory.
 
     Args:
-        line: where it is shown.
-        steps: how many are wanted.
+        line: the line that shows it.
+        steps: how many steps the run shall make.
     """
     from flatout.wire.record import RecordError, StepCounter
 
@@ -160,7 +158,7 @@ def _progress(line: LiveLine, steps: int) -> Callable[[Path], None]:
     def show(run_directory: Path) -> None:
         nonlocal counter
         counter = counter or StepCounter(run_directory)
-        with contextlib.suppress(RecordError):  # told when the run has ended
+        with contextlib.suppress(RecordError):  # it is reported when the run has ended
             done = min(counter.count(), steps)
             bar = ("█" * (_BAR_WIDTH * done // steps)).ljust(_BAR_WIDTH, "·")
             line.show(f"flatout: {bar} {done} of {steps} steps")

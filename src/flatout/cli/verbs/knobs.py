@@ -1,4 +1,4 @@
-"""``flatout knobs``: the settings that may help on this machine, and the card of one knob."""
+"""``flatout knobs``: lists the settings that may help here, or shows the card of one knob."""
 
 from __future__ import annotations
 

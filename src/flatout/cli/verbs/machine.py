@@ -1,4 +1,4 @@
-"""``flatout machine``: what this machine can do at most, measured."""
+"""``flatout machine``: measures what this machine can do at most."""
 
 from __future__ import annotations
 

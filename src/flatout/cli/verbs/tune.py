@@ -1,14 +1,14 @@
-"""``flatout tune``: find the settings that are faster, prove them, write the plan."""
+"""``flatout tune``: finds the settings that are faster, proves them, and writes the plan."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout.cli import options
-from flatout.text import did_you_mean, printable
+from flatout.cli.streams import say
+from flatout.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Tune; the exit status is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
     from flatout.launch import interruption
 
     with interruption.watched():
@@ -116,7 +116,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
-    """Write down what has been proven.
+    """Write the plan with its proof.
 
     Raises:
         PlanError: the file cannot be written.
@@ -130,7 +130,7 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
     changes = [] if outcome.program is None else program.changes_between(outcome.program, now)
     if changes:
         raise UserError(
-            f"no plan is written, as the program has changed meanwhile: "
+            "no plan is written, because the program has changed since its first run: "
             f"{program.summed_up(changes)}"
         )
     header = outcome.header
@@ -150,10 +150,10 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
 
 
 def ceilings(python: str) -> Ceilings | None:
-    """What this machine can do for an interpreter; ``None``, and a line, if that is not to be had.
+    """What this machine can do at most for an interpreter; ``None``, and a message, if not known.
 
     Args:
-        python: its path.
+        python: the path of the interpreter.
     """
     from flatout import machine
     from flatout.errors import UserError
@@ -163,12 +163,8 @@ def ceilings(python: str) -> Ceilings | None:
         with interruption.at_once():
             return machine.ceilings(python)
     except UserError as error:
-        say(f"{error}; the machine's ceilings count as not measured")
+        say(f"{error}; the machine's matmul and memory rates count as not measured")
         return None
-
-
-def say(line: str) -> None:
-    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _knobs(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""``flatout verify``: put a plan to the proof again, at any length."""
+"""``flatout verify``: proves a plan again, over any number of steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flatout.cli import options
+from flatout.cli.streams import say
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Verify; the exit code is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C, 143 after
-    SIGTERM."""
+    """Verify; the exit status is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C, and 143
+    after SIGTERM."""
     from flatout.launch import interruption
 
     with interruption.watched():
@@ -69,7 +70,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     paths.check_writable(arguments.plan)
     check_program(arguments.command[0])
     if not proven.settings:
-        raise UserError(f"{arguments.plan} turns nothing, so there is nothing to prove")
+        raise UserError(f"{arguments.plan} has no settings, so there is nothing to prove")
     steps = arguments.steps or (proven.evidence.steps if proven.evidence else USUAL_STEPS)
     if steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
@@ -81,7 +82,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         isolate=not arguments.in_place,
         memory=arguments.memory,
     )
-    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, tune.say)
+    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, say)
     try:
         with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
@@ -107,27 +108,27 @@ def _verify(arguments: argparse.Namespace) -> int:
     finally:
         opened.close()
     if outcome.interrupted:
-        tune.say(
+        say(
             f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify --resume' "
             "continues"
         )
     elif outcome.evidence is None:
-        tune.say(outcome.why)
+        say(outcome.why)
     else:
-        tune.say(f"proven, {done}")
+        say(f"proven, {done}")
     document = result.made(arguments.command, arguments.plan, outcome)
     if document.claim is not None:
-        tune.say(words.claim_line(document))
+        say(words.claim_line(document))
     if document.proof is not None:
         for line in words.proof_lines(document.proof, arguments.verbose):
-            tune.say(line)
+            say(line)
     if outcome.interrupted:
         return interruption.exit_status()
     return 0 if outcome.evidence is not None else 1
 
 
 def _is_of_these_conditions(proven: Plan, command: Sequence[str]) -> bool:
-    """Whether the plan has a proof of what it holds, of this program, on this machine."""
+    """Whether the plan has a proof of its settings for this program on this machine."""
     from flatout import machine
 
     return (
