@@ -362,7 +362,7 @@ def test_the_axis_of_ratios_ends_near_them() -> None:
 def test_long_curves_keep_their_spikes() -> None:
     points = [CurvePoint(n, 1.0, 0.9, 1.1) for n in range(10_000)]
     points[5_000] = CurvePoint(5_000, 30.0, 29.0, 31.0)
-    shown = charts.thinned(points)
+    shown = charts.thin(points)
     assert len(shown) <= charts.POINTS_SHOWN
     assert max(p.high for p in shown if p.high is not None) == 31.0
     flat = Curves("loss", (CurvePoint(0, 0.0, 0.0, 0.0),), (CurvePoint(0, 0.0, None, None),))

@@ -69,20 +69,14 @@ cost some 5 to 10 microseconds a call."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One process of a run, with the ceilings of its machine.
+class TimedSteps:
+    """The steps of one process that tell its usual time, and what follows from them alone.
 
     Attributes:
         process: the record of the process, which has steps.
-        ceilings: what its machine can do at most, ``None`` if not known.
-        usable_cores: how many cores the job could use, ``None`` if not known.
     """
 
     process: ProcessRecord
-    ceilings: Ceilings | None = None
-    usable_cores: float | None = None
-
-    # Steps and phases, from the timed steps alone
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -137,6 +131,24 @@ class Case:
         faults = [step.minor_faults for step in self.steps if step.minor_faults is not None]
         return statistics.fmean(faults) if faults else None
 
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """The most memory allocated on the accelerator; ``None``: not measured, or none is used."""
+        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
+
+
+@dataclass(frozen=True)
+class Case(TimedSteps):
+    """One process of a run, with what its machine can do at most.
+
+    Attributes:
+        ceilings: the measured rates of its machine, ``None`` if not known.
+        usable_cores: how many cores the job could use, ``None`` if not known.
+    """
+
+    ceilings: Ceilings | None = None
+    usable_cores: float | None = None
+
     # The profiled window
 
     @property
@@ -160,11 +172,6 @@ class Case:
             or self.peak_device_bytes
         )
         return str(accelerator) if accelerator is not None and has_used else "cpu"
-
-    @property
-    def peak_device_bytes(self) -> int | None:
-        """The most memory allocated on the accelerator; ``None``: not measured, or none is used."""
-        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
 
     @property
     def on_accelerator(self) -> bool:

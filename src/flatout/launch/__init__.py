@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flatout import knobs, paths
 from flatout.errors import UserError
@@ -22,6 +22,9 @@ from flatout.wire.request import Relay, Request
 
 OUTPUT_FILE = "output.txt"
 """The file in the run directory that holds the captured output of the job."""
+
+RELAY_FOLDER = "relay"
+"""The folder in the first of two run directories by which their agents alternate."""
 
 
 @dataclass(frozen=True)
@@ -145,31 +148,12 @@ def start_relay(
         UserError: as ``start``.
     """
     process.check_program(command[0])
-    try:
-        directories = [
-            new_run_directory() if runs is None else new_directory(runs) for _ in requests
-        ]
-        folder = directories[0] / "relay"
-        folder.mkdir()
-        for place, (request, directory) in enumerate(zip(requests, directories, strict=True)):
-            own = dataclasses.replace(relay, folder=str(folder), place=place)
-            dataclasses.replace(request, relay=own).write(directory)
-    except OSError as error:
-        raise UserError(
-            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
-            "FLATOUT_HOME can name another place"
-        ) from None
-    jobs = []
-    for request, directory in zip(requests, directories, strict=True):
-        prepared = environment.job_environment(directory, knobs.prepare(request, os.environ))
-        variables = trackers.offline(prepared)
-        jobs.append(
-            {
-                "command": _isolated(command, [directory, folder]) if isolate else list(command),
-                "variables": {k: v for k, v in variables.items() if os.environ.get(k) != v},
-                "output": str(directory / OUTPUT_FILE),
-            }
-        )
+    directories = _relay_directories(requests, relay, runs)
+    folder = directories[0] / RELAY_FOLDER
+    jobs = [
+        _relay_job(command, request, directory, folder, isolate)
+        for request, directory in zip(requests, directories, strict=True)
+    ]
     descriptor = _open_output("capture", folder)
     try:
         ended = process.run(
@@ -200,6 +184,44 @@ def start_relay(
         for directory, status in zip(directories, statuses, strict=True)
     )
     return one, other
+
+
+def _relay_directories(
+    requests: tuple[Request, Request], relay: Relay, runs: Path | None
+) -> list[Path]:
+    """Make the run directories of two trials that alternate, and write their requests there.
+
+    Raises:
+        UserError: one of them cannot be written to.
+    """
+    try:
+        directories = [
+            new_run_directory() if runs is None else new_directory(runs) for _ in requests
+        ]
+        folder = directories[0] / RELAY_FOLDER
+        folder.mkdir()
+        for place, (request, directory) in enumerate(zip(requests, directories, strict=True)):
+            own = dataclasses.replace(relay, folder=str(folder), place=place)
+            dataclasses.replace(request, relay=own).write(directory)
+    except OSError as error:
+        raise UserError(
+            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            "FLATOUT_HOME can name another place"
+        ) from None
+    return directories
+
+
+def _relay_job(
+    command: Sequence[str], request: Request, directory: Path, folder: Path, isolate: bool
+) -> dict[str, Any]:
+    """One of the jobs of ``relay.command``."""
+    prepared = environment.job_environment(directory, knobs.prepare(request, os.environ))
+    variables = trackers.offline(prepared)
+    return {
+        "command": _isolated(command, [directory, folder]) if isolate else list(command),
+        "variables": {k: v for k, v in variables.items() if os.environ.get(k) != v},
+        "output": str(directory / OUTPUT_FILE),
+    }
 
 
 def _isolated(job: Sequence[str], passthrough: Sequence[Path]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 
-from flatout.report.markup import Markup, element, joined
+from flatout.report.markup import Markup, element, join
 from flatout.tune import figures
 from flatout.tune.document import PARTS, CurvePoint, Curves
 from flatout.wire.ratios import Ratio
@@ -158,7 +158,7 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
                 ),
             )
         )
-    return joined(*drawn)
+    return join(*drawn)
 
 
 def _measured(times_ms: Mapping[str, float | None]) -> dict[str, float]:
@@ -171,7 +171,7 @@ PLOT_HEIGHT = 220
 
 def curves(shown: Curves) -> Markup | None:
     """Draw losses by step, bare and with the plan, with bands; ``None``: there are none."""
-    sides = {"bare": thinned(shown.bare), "plan": thinned(shown.plan)}
+    sides = {"bare": thin(shown.bare), "plan": thin(shown.plan)}
     points = [point for side in sides.values() for point in side]
     levels = [v for p in points for v in p[1:] if v is not None and math.isfinite(v)]
     if not levels:
@@ -219,7 +219,7 @@ def curves(shown: Curves) -> Markup | None:
     )
     return element(
         "svg",
-        element("title", _told(shown)),
+        element("title", _describe(shown)),
         *lines,
         *numbers,
         *steps,
@@ -237,7 +237,7 @@ def is_logarithmic(shown: Curves) -> bool:
     return bool(finite) and _LossAxis.over(finite).logarithmic
 
 
-def thinned(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+def thin(points: Sequence[CurvePoint]) -> list[CurvePoint]:
     """Reduce a curve to ``POINTS_SHOWN`` points: means over equal windows, whose bands contain all
     points of the window."""
     window = max(1, math.ceil(len(points) / POINTS_SHOWN))
@@ -315,7 +315,7 @@ def _band(
     return element("path", d="M" + "L".join(there + back) + "Z", class_=class_)
 
 
-def _told(shown: Curves) -> str:
+def _describe(shown: Curves) -> str:
     """Describe the curves in a sentence."""
     told = []
     for name, side in (("bare", shown.bare), ("with the plan", shown.plan)):

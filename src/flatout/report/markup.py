@@ -26,21 +26,21 @@ def element(tag: str, /, *children: str | None, **attributes: str | float | None
             is left out.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escaped(_attribute(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
     if tag in _EMPTY:
         return Markup(f"<{tag}{written}/>")
-    return Markup(f"<{tag}{written}>{joined(*children)}</{tag}>")
+    return Markup(f"<{tag}{written}>{join(*children)}</{tag}>")
 
 
-def joined(*children: str | None) -> Markup:
+def join(*children: str | None) -> Markup:
     """Join elements, and text that is escaped."""
-    return Markup("".join(escaped(child) for child in children if child is not None))
+    return Markup("".join(escape(child) for child in children if child is not None))
 
 
-def escaped(text: str) -> Markup:
+def escape(text: str) -> Markup:
     """Escape ``text``, so that it is shown as it is."""
     return text if isinstance(text, Markup) else Markup(html.escape(printable(text)))
 
@@ -49,8 +49,8 @@ def with_code(markdown: str) -> Markup:
     """Make markup of a sentence in Markdown that has code between backticks, and nothing else."""
     parts = markdown.split("`")
     if len(parts) % 2 == 0:  # a backtick is missing
-        return escaped(markdown)
-    return joined(
+        return escape(markdown)
+    return join(
         *(element("code", part) if number % 2 else part for number, part in enumerate(parts))
     )
 

@@ -12,7 +12,7 @@ from flatout import __version__
 from flatout.plan import Fact
 from flatout.report import charts, words
 from flatout.report.charts import RatioAxis
-from flatout.report.markup import Markup, element, joined, with_code
+from flatout.report.markup import Markup, element, join, with_code
 from flatout.tune import figures
 from flatout.tune.document import PARTS, Arm, Document, KnobResult, Proof, Side
 from flatout.wire.ratios import Ratio
@@ -204,7 +204,7 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
 
 def _ratio_cell(ratio: Ratio | None) -> Markup:
     if ratio is None:
-        return joined(_UNKNOWN)
+        return join(_UNKNOWN)
     interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {figures.count(ratio.pairs, 'pair')}"
     return element("span", _times(ratio.value), element("small", interval))
 
@@ -396,7 +396,7 @@ def _losses(proof: Proof) -> Markup | None:
                 class_="stacked",
             )
         )
-    return joined(element("h3", "Losses"), *shown) if shown else None
+    return join(element("h3", "Losses"), *shown) if shown else None
 
 
 def _arms(document: Document) -> Markup | None:

@@ -11,6 +11,8 @@ from flatout.cli.streams import say
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
+    from flatout.tune.journal import Journal
+    from flatout.tune.tuner import Options, Outcome
 
 SUMMARY = "prove a plan again, over as many steps and seeds as you want"
 EXAMPLES = (
@@ -56,19 +58,47 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from flatout import paths, plan
-    from flatout.cli.verbs import tune
-    from flatout.errors import UserError
     from flatout.launch import interruption
     from flatout.launch.process import check_program
-    from flatout.report import words
-    from flatout.report.live import Progress
-    from flatout.tune import evidence, journal, result
-    from flatout.tune.pairs import MINIMUM_STEPS
-    from flatout.tune.tuner import USUAL_STEPS, Options, Outcome, Tuner
+    from flatout.tune import journal
 
     proven = plan.read(arguments.plan)
     paths.check_writable(arguments.plan)
     check_program(arguments.command[0])
+    wanted = _options(arguments, proven)
+    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, say)
+    try:
+        outcome = _prove(arguments, wanted, opened, proven)
+        if outcome.interrupted:
+            verdict = (
+                f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify "
+                "--resume' continues"
+            )
+        elif outcome.evidence is None:
+            verdict = outcome.why
+        else:
+            verdict = f"proven, {_write(arguments, proven, outcome)}"
+        if not outcome.interrupted:
+            opened.finish()
+    finally:
+        opened.close()
+    say(verdict)
+    _print_proof(arguments, outcome)
+    if outcome.interrupted:
+        return interruption.exit_status()
+    return 0 if outcome.evidence is not None else 1
+
+
+def _options(arguments: argparse.Namespace, proven: Plan) -> Options:
+    """The options of the prover.
+
+    Raises:
+        UserError: there is nothing to prove, or too little to prove it with.
+    """
+    from flatout.errors import UserError
+    from flatout.tune.pairs import MINIMUM_STEPS
+    from flatout.tune.tuner import USUAL_STEPS, Options
+
     if not proven.settings:
         raise UserError(f"{arguments.plan} has no settings, so there is nothing to prove")
     steps = arguments.steps or (proven.evidence.steps if proven.evidence else USUAL_STEPS)
@@ -76,55 +106,57 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     if arguments.seeds < 2:
         raise UserError("--seeds must be at least 2")
-    wanted = Options(
+    return Options(
         steps=steps,
         seed=arguments.seed,
         isolate=not arguments.in_place,
         memory=arguments.memory,
     )
-    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, say)
-    try:
-        with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
-            def show(so_far: Outcome, left_s: float) -> None:
-                is_proof = so_far.phase is not None and so_far.phase.pairs is not None
-                progress.show(so_far.phase, left_s if is_proof else None)
 
-            tuner = Tuner(arguments.command, wanted, opened, progress.say, show, tune.ceilings)
-            outcome = tuner.verify(proven.settings, arguments.seeds)
-        done = f"written into {arguments.plan}"
-        is_written = outcome.evidence is not None and not outcome.interrupted
-        if is_written and _is_of_these_conditions(proven, arguments.command):
-            assert outcome.evidence is not None
-            assert proven.evidence is not None
-            outcome.evidence, how = evidence.merged(
-                proven.evidence, outcome.evidence, arguments.seed
-            )
-            done += f" {how}"
-        if is_written:
-            tune.write_plan(arguments.plan, arguments.command, outcome)
-        if not outcome.interrupted:
-            opened.finish()
-    finally:
-        opened.close()
-    if outcome.interrupted:
-        say(
-            f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify --resume' "
-            "continues"
-        )
-    elif outcome.evidence is None:
-        say(outcome.why)
-    else:
-        say(f"proven, {done}")
+def _prove(
+    arguments: argparse.Namespace, wanted: Options, opened: Journal, proven: Plan
+) -> Outcome:
+    """Make the runs of the proof, and judge them."""
+    from flatout.cli.verbs import tune
+    from flatout.report.live import Progress
+    from flatout.tune.tuner import Tuner
+
+    with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
+
+        def show(so_far: Outcome, left_s: float) -> None:
+            is_proof = so_far.phase is not None and so_far.phase.pairs is not None
+            progress.show(so_far.phase, left_s if is_proof else None)
+
+        tuner = Tuner(arguments.command, wanted, opened, progress.say, show, tune.ceilings)
+        return tuner.verify(proven.settings, arguments.seeds)
+
+
+def _write(arguments: argparse.Namespace, proven: Plan, outcome: Outcome) -> str:
+    """Write the plan with its new proof; returns where it is, in words."""
+    from flatout.cli.verbs import tune
+    from flatout.tune import evidence
+
+    said = f"written into {arguments.plan}"
+    if _is_of_these_conditions(proven, arguments.command):
+        assert outcome.evidence is not None
+        assert proven.evidence is not None
+        outcome.evidence, how = evidence.merged(proven.evidence, outcome.evidence, arguments.seed)
+        said += f" {how}"
+    tune.write_plan(arguments.plan, arguments.command, outcome)
+    return said
+
+
+def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> None:
+    from flatout.report import words
+    from flatout.tune import result
+
     document = result.made(arguments.command, arguments.plan, outcome)
     if document.claim is not None:
         say(words.claim_line(document))
     if document.proof is not None:
         for line in words.proof_lines(document.proof, arguments.verbose):
             say(line)
-    if outcome.interrupted:
-        return interruption.exit_status()
-    return 0 if outcome.evidence is not None else 1
 
 
 def _is_of_these_conditions(proven: Plan, command: Sequence[str]) -> bool:
