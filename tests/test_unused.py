@@ -104,6 +104,7 @@ def test_what_had_no_effect_is_no_part_of_a_plan(monkeypatch: pytest.MonkeyPatch
             _is_enough=None,
             _refusal=lambda _: None,
             _accept=lambda settings, made: accepted.append(settings),  # noqa: B023
+            _begin=lambda *_: None,
             _changed=lambda: None,
         )
         asked._leave_out = lambda *args: Tuner._leave_out(asked, *args)  # type: ignore[arg-type] # noqa: B023
