@@ -599,6 +599,26 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "MFU 10.0%" in text.getvalue()
 
 
+def test_the_report_is_short_unless_all_is_asked_for(recorded: Any) -> None:
+    case = recorded(profiled=profile(PRODUCTS)).case
+    found = [
+        findings.Finding(f"kind-{n}", "a title", [f"evidence {n}"] * 3, 0.5, "knob: gc=seldom")
+        for n in range(9)
+    ]
+    short, whole = io.StringIO(), io.StringIO()
+    print_diagnosis(Diagnosis(case, found), short)
+    print_diagnosis(Diagnosis(case, found), whole, verbose=True)
+    assert len(short.getvalue().splitlines()) < 40
+    lines = short.getvalue().splitlines()
+    assert lines[1].startswith("Findings")  # below the headline, before all tables
+    assert "kind-4" in short.getvalue()
+    assert "kind-5" not in short.getvalue()
+    assert "evidence 1" in short.getvalue()
+    assert "evidence 2" not in short.getvalue()
+    assert "(-v shows all 9 with their evidence)" in short.getvalue()
+    assert all(f"evidence {n}" in whole.getvalue() for n in range(9))
+
+
 # The verb
 
 PROGRAM = """
