@@ -16,11 +16,11 @@ show() {
 # One long sequence a step: attention with dropout over 768 bytes, on top of the matrix products.
 job="python train.py --batch-size 1 --context 768"
 
-show flatout doctor --quiet -- $job
-show flatout tune --budget 4m --plan flatout.toml -- $job
+show flatout doctor --quiet $job
+show flatout tune --budget 4m --plan flatout.toml $job
 if [ -f flatout.toml ]; then
-    show cat flatout.toml
-    show flatout run --plan flatout.toml -- $job --steps 100
+    show sed -n '/^\[plan\]/,/^$/p' flatout.toml
+    show flatout run --plan flatout.toml $job --steps 100
 else
-    show flatout run -- $job --steps 100
+    show flatout run $job --steps 100
 fi

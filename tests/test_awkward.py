@@ -322,8 +322,8 @@ def test_torch_imported_late_is_watched_and_looks_untouched(tmp_path: Path) -> N
     ("command", "says"),
     [
         ([sys.executable, "-c", "print(1)"], "torch was never imported"),
-        ([sys.executable, "-I", "-c", "print(1)"], "no Python of this command loaded the agent"),
-        (["true"], "no Python of this command loaded the agent"),
+        ([sys.executable, "-I", "-c", "print(1)"], "no Python process of this command loaded"),
+        (["true"], "no Python process of this command loaded"),
     ],
 )
 def test_run_says_when_nothing_was_watched(command: list[str], says: str, tmp_path: Path) -> None:
@@ -366,10 +366,10 @@ def test_a_read_only_home_does_not_stop_the_program(tmp_path: Path) -> None:
         (["run", "--", "no-such-program"], 127, "there is no program 'no-such-program'"),
         (["run", "--", "/etc"], 126, "cannot be executed"),
         (["doctor", "--", "no-such-program"], 127, "there is no program"),
-        (["doctor", "--", "true"], 2, "no Python of this command loaded"),
+        (["doctor", "--", "true"], 2, "no Python process of this command loaded"),
         (["doctor", "--", sys.executable, "-c", "1/0"], 2, "before its first step"),
         (["doctor", "--", sys.executable, "-c", "0"], 2, "never imported torch"),
-        (["doctor", "--steps", "0", "--", "true"], 2, "--steps must be at least 1"),
+        (["doctor", "--steps", "0", "--", "true"], 2, "--steps: '0' is not a positive integer"),
         (["machine", "--python", "no-such-python"], 2, "cannot be run"),
         (["machine", "--", "true"], 2, "takes no command"),
         (["run", "--set", "nonsense", "--", "true"], 2, "KNOB=SETTING"),

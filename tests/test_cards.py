@@ -56,7 +56,7 @@ def test_the_list_says_what_may_help_here(
         measured_at_unix_s=0.0,
         fingerprint={},
     )
-    monkeypatch.setattr(machine, "ceilings", lambda python: ceilings)
+    monkeypatch.setattr(machine, "known_ceilings", lambda python: ceilings)
     monkeypatch.setenv("COLUMNS", "250")
     assert main(["knobs"]) == 0
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

@@ -584,7 +584,7 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "steps were timed" not in report
     text = io.StringIO()
     print_diagnosis(recorded(steps=[turn(n, BALANCED) for n in range(5)]), text)
-    assert "only 2 steps were timed; more --seconds would tell more" in text.getvalue()
+    assert "only 2 steps were timed; a longer --budget would tell more" in text.getvalue()
     ended = recorded(steps=[turn(n, BALANCED) for n in range(5)])
     ended.case.process.end = End(at_s=1.0, reason="exit")
     text = io.StringIO()
@@ -594,6 +594,26 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
     assert "Findings: none" in text.getvalue()
     assert "MFU 10.0%" in text.getvalue()
+
+
+def test_the_report_is_short_unless_all_is_asked_for(recorded: Any) -> None:
+    case = recorded(profiled=profile(PRODUCTS)).case
+    found = [
+        findings.Finding(f"kind-{n}", "a title", [f"evidence {n}"] * 3, 0.5, "knob: gc=seldom")
+        for n in range(9)
+    ]
+    short, whole = io.StringIO(), io.StringIO()
+    print_diagnosis(Diagnosis(case, found), short)
+    print_diagnosis(Diagnosis(case, found), whole, verbose=True)
+    assert len(short.getvalue().splitlines()) < 40
+    lines = short.getvalue().splitlines()
+    assert lines[1].startswith("Findings")  # below the headline, before all tables
+    assert "kind-4" in short.getvalue()
+    assert "kind-5" not in short.getvalue()
+    assert "evidence 1" in short.getvalue()
+    assert "evidence 2" not in short.getvalue()
+    assert "(-v shows all 9 with their evidence)" in short.getvalue()
+    assert all(f"evidence {n}" in whole.getvalue() for n in range(9))
 
 
 # The verb
@@ -680,7 +700,7 @@ def test_doctor_of_a_short_program_says_what_is_missing(home: Path) -> None:
         (["python", "-c", "import torch; 1/0"], "exited with status 1 before its first step"),
         (["python", "-c", "import torch; print(1)"], "no training or inference step"),
         (["python", "-c", "print(1)"], "never imported torch"),
-        (["python", "-I", "-c", "print(1)"], "no Python of this command loaded"),
+        (["python", "-I", "-c", "print(1)"], "no Python process of this command loaded"),
         (["no-such-program"], "there is no program 'no-such-program'"),
     ],
 )

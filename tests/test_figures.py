@@ -190,7 +190,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(1.01, 1.2, "faster"), (0.8, 0.99, "slower"), (0.9, 1.3, "no faster, beyond noise")],
+    [(1.01, 1.2, "faster"), (0.8, 0.99, "slower"), (0.9, 1.3, "no measurable gain")],
 )
 def test_the_word_for_a_ratio_is_that_of_its_interval(low: float, high: float, said: str) -> None:
     ratio = Ratio(math.sqrt(low * high), low, high, 5)

@@ -110,8 +110,8 @@ def test_what_was_not_measured_is_said(
     assert main(["machine", "--python", sys.executable]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "page fault not measured" in shown
-    assert "cpu: float32 matrix product 150 GFLOP/s" in shown
-    assert "cpu: bfloat16 matrix product not measured" in shown
+    assert "cpu: float32 matmul 150 GFLOP/s" in shown
+    assert "cpu: bfloat16 matmul not measured" in shown
     assert "cuda: name a device" in shown
 
 

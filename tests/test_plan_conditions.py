@@ -168,7 +168,7 @@ def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
     assert last == BITWISE
     assert said.splitlines()[0] == (
         "flatout: precision left out, proven under other conditions: net.py: scale has changed. "
-        "'flatout verify' proves the plan anew, 'flatout tune' looks for another, --trust applies "
+        "'flatout verify' proves the plan again, 'flatout tune' finds another, and --trust applies "
         "it as it is"
     )
 
@@ -195,7 +195,7 @@ def test_a_plan_by_hand_applies_as_it_stands(program: Path) -> None:
     edited = dataclasses.replace(proven(program), settings={"precision": "bf16"})
     last, said = run(edited, program)
     assert last.startswith("bfloat16 ")
-    assert "is not what was proven" in said
+    assert "differs from its proof" in said
 
 
 def test_a_knob_that_does_not_apply_is_named(program: Path) -> None:

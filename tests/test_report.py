@@ -21,9 +21,10 @@ from tune_documents import ARMS, COMMAND, curve, faster, nothing_helps, unknown
 from flatout.cli import main
 from flatout.errors import UserError
 from flatout.report import charts, page, words
-from flatout.report.live import LiveTable
+from flatout.report.live import LiveLine, Progress
 from flatout.tune import figures
 from flatout.tune.document import Arm, CurvePoint, Curves, Document
+from flatout.tune.progress import Phase
 from flatout.wire.ratios import Ratio
 
 HOSTILE = "python </title><script>document.title='owned'</script> \"&lt;' \x1b[31m\u202e\udcff"
@@ -270,7 +271,8 @@ def test_a_page_says_what_the_tune_found() -> None:
         "those of 52 parameters agree in size and direction",
         "blocks.5.mlp.fc2.weight",
         "the compiler stops at data-dependent control flow in model.py, line 118",
-        "After 3 steps",
+        "break-even after 415 steps of 30,491, with the time of the tune",
+        "largest relative error: 0.0113",
         "10 h 12 min",
         "at most 47% of a step",
         "aten::bernoulli_: 13 calls, 35% of a step",
@@ -303,7 +305,7 @@ def test_a_page_without_a_plan_says_why() -> None:
     text = Page(page.html(nothing_helps())).text
     assert "No plan for vae.py" in text
     assert "No setting is faster than the bare program, beyond noise." in text
-    assert "threads=cores no gain : it is slower; eliminated in round 8" in text
+    assert "threads=cores slower : eliminated in round 8" in text
     assert "With the plan" not in text
     assert "Proof" not in text
 
@@ -317,12 +319,16 @@ def test_a_page_of_a_refused_proof_shows_the_curves_and_why() -> None:
     assert "does not repeat its own losses" in text
     assert "Logarithmic scale." in text
     assert "1.58123 not finite" in text
-    assert "1.58123 bare, not finite with the plan" in "\n".join(words.lines(refused()))
+    said = "\n".join(words.lines(refused()))
+    assert "1.58123 bare, not finite with the plan" in said
+    assert "proof: not passed" in said
 
 
 def test_what_was_not_measured_is_said_so() -> None:
     text = Page(page.html(unknown())).text
-    assert text.count("not measured") + text.count("Not measured") >= 15
+    assert text.count("\N{EN DASH} not measured") == 3  # a note below each table that has dashes
+    assert text.count("\N{EN DASH}") == 3 + 2 + 10 + 1
+    assert text.lower().count("not measured") < 12
     assert "Nothing has been proven of this plan." in text
     assert " 0 ms" not in text
 
@@ -356,7 +362,7 @@ def test_the_axis_of_ratios_ends_near_them() -> None:
 def test_long_curves_keep_their_spikes() -> None:
     points = [CurvePoint(n, 1.0, 0.9, 1.1) for n in range(10_000)]
     points[5_000] = CurvePoint(5_000, 30.0, 29.0, 31.0)
-    shown = charts.thinned(points)
+    shown = charts.thin(points)
     assert len(shown) <= charts.POINTS_SHOWN
     assert max(p.high for p in shown if p.high is not None) == 31.0
     flat = Curves("loss", (CurvePoint(0, 0.0, 0.0, 0.0),), (CurvePoint(0, 0.0, None, None),))
@@ -366,39 +372,74 @@ def test_long_curves_keep_their_spikes() -> None:
 
 def test_words_of_a_plan() -> None:
     said = words.lines(faster())
-    assert said[0] == "the plan, in flatout.toml:"
-    assert said[1] == "  precision = bf16: matrix products and convolutions in half precision"
-    assert "1.57x (1.51 to 1.64, 13 pairs)" in said[2]
-    assert "1.49x (1.45 to 1.54, 6 pairs)" in said[2]
-    assert said[3].startswith("    by hand: `with torch.autocast(")
-    text = "\n".join(said)
-    assert (
+    assert said[0] == (
         "faster: 2.38x (2.31 to 2.46 with 95 % confidence), 1,204 ms a step bare, 506 ms with the "
-        "plan, 8 pairs of fresh processes" in text
+        "plan, 8 pairs of fresh processes"
     )
+    assert said[1].startswith("proof: passed (non-inferior) over 200 steps, 8 seeds: the losses")
+    text = "\n".join(said)
     assert re.search(r"\n  step +1,204 ms +506 ms +-58%\n", text)
     assert re.search(r"\n  compilation, first steps +0\.4 s +2\.0 s +\+1\.6 s\n", text)
-    assert "break-even: after 3 steps" in text
-    assert "proof: passed (non-inferior) over 200 steps, 8 seeds: the losses" in text
+    assert "break-even: after 415 steps of 30,491, with the time of the tune" in said
+    plan = said.index("the plan, in flatout.toml:")
+    assert said[plan + 1] == (
+        "  precision = bf16: matrix products and convolutions in half precision"
+    )
+    assert said[-2] == (
+        "not in the plan: 1 slower, 2 no gain, 1 failed, 1 left out, 1 not tried "
+        "(-v lists them with their reasons, so does 'flatout report')"
+    )
+    assert said[-1] == f"next: {faster().next_command}"
+    assert len(said) < 20
+
+
+def test_all_words_of_a_plan() -> None:
+    said = words.lines(faster(), verbose=True)
+    plan = said.index("the plan, in flatout.toml:")
+    assert "1.57x (1.51 to 1.64, 13 pairs)" in said[plan + 2]
+    assert "1.49x (1.45 to 1.54, 6 pairs)" in said[plan + 2]
+    assert said[plan + 3].startswith("    by hand: `with torch.autocast(")
+    text = "\n".join(said)
+    assert "  spikes: passed, no step stands out" in said
     assert "1.58123 bare, 1.56619 with the plan (difference -0.015; bare's own spread" in text
     assert "compile=blocks: failed: the compiler stops" in text
     assert "loader=workers: left out: the step waits for data 0.4% of its time" in text
-    assert said[-1] == f"next: {faster().next_command}"
+    assert "threads=cores: 0.89x (0.86 to 0.93, 8 pairs) inside one process, slower" in text
     assert "precision=bf16: 1.57x" not in text  # it won, and is told as a knob
+    assert set(words.lines(faster())[:-2]) < set(said)
+
+
+def test_break_even_is_said_where_the_length_of_the_job_is_known() -> None:
+    document = faster()
+    unknown_job = dataclasses.replace(document.baseline, job_s=None)
+    assert words.break_even(dataclasses.replace(document, baseline=unknown_job)) is None
+    short_job = dataclasses.replace(document.baseline, job_s=100.0)
+    said = words.break_even(dataclasses.replace(document, baseline=short_job))
+    assert said == (
+        "after 415 steps of 81, with the time of the tune: only if this job runs more than once"
+    )
+    assert words.break_even(dataclasses.replace(document, break_even_steps=None)) is None
 
 
 def test_words_when_nothing_helps() -> None:
     said = words.lines(nothing_helps())
     assert said[0] == "no plan written: no setting is faster than the bare program, beyond noise"
-    assert "tried, and no help:" in said
-    assert "not tried:" in said
-    assert any(line.startswith("  gc=frozen: 1.00x (0.98 to 1.03, 26 pairs)") for line in said)
     assert said[-1] == "next: flatout doctor -- python vae.py"
+    assert not any("gc=frozen" in line for line in said)
+    verbose = words.lines(nothing_helps(), verbose=True)
+    assert any(line.startswith("  gc=frozen: 1.00x (0.98 to 1.03, 26 pairs)") for line in verbose)
+    assert any(line.startswith("  cudnn=benchmark: not tried: it is for cuda") for line in verbose)
+
+
+def test_a_setting_that_a_larger_budget_would_try_is_named() -> None:
+    why = "trying it takes about 400 s, which wants a --budget of 23m"
+    arm = Arm({"compile": "whole"}, "compile=whole", "fresh processes", None, "not tried", why)
+    said = words.lines(dataclasses.replace(nothing_helps(), arms=(arm,)))
+    assert f"  compile=whole: not tried: {why}" in said
 
 
 def test_words_are_as_many_as_one_reads() -> None:
-    said = words.lines(forty_arms())
-    assert any(line == "  and 9 more, which flatout report shows" for line in said)
+    assert len(words.lines(forty_arms())) < 20
     assert "not measured" in "\n".join(words.lines(unknown()))
 
 
@@ -449,85 +490,92 @@ def shown(file: Terminal) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue().replace("\r", "\n")).splitlines()
 
 
-def test_a_live_table_shows_arms_and_time_left(
-    terminal: Callable[[int, int], Terminal],
-) -> None:
-    file = terminal(100, 30)
-    with LiveTable(file=file) as table:
-        table.say("comparing [bold]things[/bold]")
-        table.show(ARMS, 73.2)
-    said = [" ".join(line.split()) for line in shown(file)]
-    assert "flatout: comparing [bold]things[/bold]" in said
-    assert "precision=bf16 1.57x 1.51 to 1.64 won" in said
-    assert "compile=blocks failed" in said
-    assert "73.2 s left" in said
+PROOF = Phase("proving the plan", 3, 5, 0.0)
 
 
-def test_the_cursor_is_there_whatever_happens(terminal: Callable[[int, int], Terminal]) -> None:
+def test_a_live_line_shows_pair_and_time_left(terminal: Callable[[int, int], Terminal]) -> None:
     file = terminal(100, 30)
-    table = LiveTable(file=file)
+    with Progress(file=file) as progress:
+        progress.show(Phase("running the bare program", None, None, 0.0), 73.2)
+        progress.show(PROOF, 130.0)
+        progress.show(dataclasses.replace(PROOF, pair=6, pairs=None), 0.0)
+    said = shown(file)
+    assert "flatout: running the bare program, up to 80 s left" in said
+    assert "flatout: running the bare program (0.0 s)" in said  # it stays when it is over
+    assert "flatout: proving the plan: pair 3 of 5, about 3 min left" in said
+    assert "flatout: proving the plan: pair 6" in said
+    assert said[-1] == "flatout: proving the plan (0.0 s)"
+
+
+def test_the_cursor_is_never_hidden(terminal: Callable[[int, int], Terminal]) -> None:
+    file = terminal(100, 30)
+    progress = Progress(file=file, verbose=True)
 
     def tune() -> None:
-        with table:
-            table.show(ARMS, None)
-            assert file.getvalue().rfind("\x1b[?25h") > file.getvalue().rfind("\x1b[?25l")
+        with progress:
+            progress.show(PROOF, None)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tune()
-    assert file.getvalue().rfind("\x1b[?25h") > file.getvalue().rfind("\x1b[?25l")
-    table.say("stopped")
+    progress.say("stopped")
+    assert "\x1b[?25l" not in file.getvalue()
     assert file.getvalue().endswith("flatout: stopped\n")
 
 
 @pytest.mark.parametrize("columns", [1, 8, 20, 39, 50, 71, 200])
-def test_a_narrow_terminal_wraps_no_row(
+def test_a_narrow_terminal_wraps_no_line(
     columns: int, terminal: Callable[[int, int], Terminal]
 ) -> None:
     file = terminal(columns, 24)
-    with LiveTable(file=file) as table:
-        table.show(forty_arms().arms, 5.0)
-        table.show(huge_names().arms, 5.0)
-        table.show((), None)
-    assert max(map(len, shown(file))) <= columns
-    if columns >= 20:  # names give way to figures
-        assert "0.80x" in file.getvalue()
-        assert "2.41x" in file.getvalue()
+    line = LiveLine(file)
+    for text in ("flatout: " + 200 * "x", "flatout: \x1b[2J\u202e", ""):
+        line.show(text)
+    assert max(map(len, shown(file)), default=0) < max(columns, 2)
+    assert "\x1b[2J" not in file.getvalue()
 
 
-def test_a_low_terminal_shows_the_arms_that_run(
+def test_a_line_is_written_again_only_if_it_has_changed(
     terminal: Callable[[int, int], Terminal],
 ) -> None:
-    arms = [
-        *forty_arms().arms,
-        Arm({"gc": "frozen"}, "gc=frozen", "fresh processes", None, "running"),
-    ]
-    file = terminal(100, 12)
-    with LiveTable(file=file) as table:
-        table.show(arms, 5.0)
-    said = "\n".join(shown(file))
-    assert "gc=frozen" in said
-    assert "and 34 more" in said
+    file = terminal(100, 24)
+    line = LiveLine(file)
+    line.clear()
+    for _ in range(9):
+        line.show("flatout: 3 of 60 steps")
+    line.clear()
+    assert file.getvalue() == "\r\x1b[Kflatout: 3 of 60 steps\r\r\x1b[K"
 
 
 @pytest.mark.parametrize("kind", ["file", "dumb terminal"])
-def test_elsewhere_lines_are_plain(
-    kind: str, terminal: Callable[[int, int], Terminal], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verbose", [False, True])
+def test_elsewhere_each_phase_is_a_line(
+    kind: str,
+    verbose: bool,
+    terminal: Callable[[int, int], Terminal],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = terminal(100, 30) if kind == "dumb terminal" else io.StringIO()
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with LiveTable(file=file) as table:
-        table.say("comparing")
-        table.show(ARMS, 5.0)
-    assert file.getvalue() == "flatout: comparing\n"
+    with Progress(file=file, verbose=verbose) as progress:
+        progress.say("pair 1: 74 ms, 25 ms, 2.9x")
+        progress.show(None, 5.0)
+        for pair in (1, 2, 3):
+            progress.show(dataclasses.replace(PROOF, pair=pair), 125.0)
+    phase = "flatout: proving the plan: pair 1 of 5, about 3 min left\n"
+    if verbose:
+        assert file.getvalue().startswith("flatout: pair 1: 74 ms")
+        assert phase not in file.getvalue()
+    else:
+        assert file.getvalue() == phase
 
 
 def test_quiet_is_silent(terminal: Callable[[int, int], Terminal]) -> None:
     file = terminal(100, 30)
-    with LiveTable(quiet=True, file=file) as table:
-        table.say("comparing")
-        table.show(ARMS, 5.0)
+    with Progress(quiet=True, verbose=True, file=file) as progress:
+        progress.say("comparing")
+        progress.show(PROOF, 5.0)
     assert file.getvalue() == ""
 
 

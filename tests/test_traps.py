@@ -151,7 +151,7 @@ def test_verify_looks_at_gradients_too_and_keeps_what_was_proven(tmp_path: Path)
     (folder / "program.py").write_text(PROGRAM)
 
     def verified(plan: str, *options: str) -> tuple[int, str, str]:
-        options = (*options, "--quiet", "--", sys.executable, "program.py")
+        options = (*options, "--quiet", "-v", "--", sys.executable, "program.py")
         done = planted.run(site, "verify", "--plan", plan, *options, folder=folder)
         return done.returncode, done.stderr, (folder / plan).read_text()
 

@@ -124,7 +124,7 @@ def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: 
     assert set(outcome.settings) <= {"optimizer", "precision"}
     assert outcome.settings.get("precision") != "bf16"
     if outcome.evidence is None:
-        assert "no gain beyond noise" in outcome.why
+        assert "no measurable gain" in outcome.why
     else:
         assert outcome.evidence.ratio_low > 1
         assert outcome.evidence.losses[0].yardstick == "seeds"
@@ -210,7 +210,7 @@ def test_a_program_that_only_infers_is_proven_by_its_outputs(tmp_path: Path) -> 
     assert 0 < outputs.figures["relative_error"] < outputs.figures["limit"]
     assert outputs.figures["top1_agreement"] > 0.9
     if outcome.evidence is None:
-        assert "no gain beyond noise" in outcome.why
+        assert "no measurable gain" in outcome.why
     else:
         assert outcome.evidence.losses == ()
 
@@ -250,6 +250,11 @@ def test_programs_that_cannot_be_tuned_are_one_sentence(tmp_path: Path, mistake:
         (["--steps", "0", "--", "x"], "is not a positive integer"),
         (["--steps", "5", "--", "x"], "must be at least 20"),
         (["--knobs", "gc,warp", "--", "x"], "there is no knob 'warp' (known: "),
+        (
+            ["--knobs", "gc,precison", "--", "x"],
+            "there is no knob 'precison'; did you mean precision?",
+        ),
+        (["--memory", "0.9", "--", "x"], "is less than 1"),
         (["--plan", "nowhere/p.toml", "--", "x"], "there is no folder nowhere"),
         (["--in-place", "--", "no-such-program-anywhere"], "no-such-program-anywhere"),
     ],
@@ -320,7 +325,7 @@ def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
     outcome = tuner_of(again, said.append).run()
     again.close()
     assert not outcome.interrupted
-    assert outcome.evidence is not None or "no gain beyond noise" in outcome.why
+    assert outcome.evidence is not None or "no measurable gain" in outcome.why
     after = journal.read(again.path)
     assert after[: len(before)] == before
     assert len(after) > len(before)

@@ -63,7 +63,7 @@ ARMS = (
         "inside one process",
         Ratio(0.893, 0.86, 0.93, 8),
         "no gain",
-        "it is slower; eliminated in round 8",
+        "eliminated in round 8",
     ),
     Arm(
         {"precision": "bf16", "random": "fast", "allocator": "keep"},
@@ -154,7 +154,7 @@ def faster() -> Document:
             },
         ),
         claim=Ratio(2.38, 2.31, 2.46, 8),
-        break_even_steps=3,
+        break_even_steps=415,
         arms=ARMS,
         knobs=(
             KnobResult(

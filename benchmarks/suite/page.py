@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.suite import arms
-from benchmarks.suite.cases import CASES
-from benchmarks.suite.table import ArmResult, ProgramResult, rest
+from benchmarks.suite.cases import CASES, ROOT
+from benchmarks.suite.table import ArmResult, ProgramResult, overall, rest
 from flatout import report
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element
 from flatout.wire.ratios import Ratio
 
-_HEADING = ("Ratio", "95 % interval", "Of the floor")
+_HEADING = ("Speedup", "95 % interval", "Of the floor")
 
 
 def html(found: Mapping[str, ProgramResult], conditions: Sequence[str]) -> str:
@@ -39,6 +40,7 @@ def html(found: Mapping[str, ProgramResult], conditions: Sequence[str]) -> str:
             "header",
             element("p", "flatout, benchmarks", class_="eyebrow"),
             element("h1", "flatout and its peers"),
+            _overall(found),
             *(element("p", sentence, class_="lead") for sentence in conditions if sentence),
         ),
         element(
@@ -50,10 +52,34 @@ def html(found: Mapping[str, ProgramResult], conditions: Sequence[str]) -> str:
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
+def _overall(found: Mapping[str, ProgramResult]) -> Markup | None:
+    """The geometric means over the training programs."""
+    means = overall(found)
+    if means is None:
+        return None
+    what = f"{means.programs} training programs, geometric mean"
+    return element(
+        "dl",
+        *(
+            element(
+                "div",
+                element("dt", name),
+                element("dd", _times(value), element("small", note)),
+            )
+            for name, value, note in (
+                ("Over bare", means.over_bare, what),
+                ("Over the best right peer", means.over_peer, what),
+            )
+        ),
+        class_="facts",
+    )
+
+
 def _overview(found: Mapping[str, ProgramResult], axis: RatioAxis) -> Markup:
     rows = [
         _row(
-            *(axis, name, CASES[name].kind, result.arms["flatout"].ratio, "won"),
+            *(axis, element("a", name, href=f"#{name}"), CASES[name].kind),
+            *(result.arms["flatout"].ratio, "won"),
             _share(result, "flatout"),
         )
         for name, result in found.items()
@@ -82,9 +108,11 @@ def _program(name: str, result: ProgramResult, axis: RatioAxis) -> Markup:
         rows.append(_row(axis, arm, what or "no plan", own.ratio, state, _share(result, arm)))
     without = [f"{arm}: {why}" for arm, why in result.out.items()]
     left = rest(result)
+    script = Path(os.path.relpath(CASES[name].script, ROOT / "benchmarks")).as_posix()
     return element(
         "section",
-        element("h2", name),
+        element("h2", name, id=name),
+        element("p", element("a", script.removeprefix("../"), href=script)),
         _forest(rows, axis, f"{result.rounds} rounds, bare step time over the arm's."),
         element("p", left.replace("`", "")) if left else None,
         element("p", f"Without {'; '.join(without)}.") if without else None,
@@ -111,7 +139,7 @@ def _forest(rows: Sequence[Markup], axis: RatioAxis, caption: str, of: str = "Ar
 
 
 def _row(axis: RatioAxis, name: str, what: str, ratio: Ratio, state: str, share: str) -> Markup:
-    values = (f"{ratio.value:.2f}\N{MULTIPLICATION SIGN}", "", share)
+    values = (_times(ratio.value), "", share)
     if ratio.pairs > 1:
         values = (values[0], f"{ratio.low:.2f} to {ratio.high:.2f}", share)
     return element(
@@ -123,6 +151,10 @@ def _row(axis: RatioAxis, name: str, what: str, ratio: Ratio, state: str, share:
             for value, label in zip(values, _HEADING, strict=True)
         ),
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
 
 
 def _share(result: ProgramResult, arm: str) -> str:

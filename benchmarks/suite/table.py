@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.outside import Results
 from benchmarks.suite import arms
@@ -355,16 +355,38 @@ def _floor_share(result: ProgramResult) -> str:
     return f"{result.floor.ms / result.arms['flatout'].step_ms:.0%}"
 
 
-def _means(found: Mapping[str, ProgramResult]) -> list[str]:
+class Overall(NamedTuple):
+    """Geometric means over the training programs.
+
+    Attributes:
+        programs: how many they are.
+        over_bare: bare's step time over flatout's.
+        over_peer: that of the best right peer of each.
+    """
+
+    programs: int
+    over_bare: float
+    over_peer: float
+
+
+def overall(found: Mapping[str, ProgramResult]) -> Overall | None:
+    """The figures for all training programs together; ``None``: there are too few results."""
     training = [r for n, r in found.items() if CASES[n].kind == "training" and "flatout" in r.arms]
     over_bare = geometric_mean(r.arms["flatout"].ratio.value for r in training)
     over_peer = geometric_mean(r.over_peer.value for r in training if r.over_peer)
     if over_bare is None or over_peer is None:
+        return None
+    return Overall(len(training), over_bare, over_peer)
+
+
+def _means(found: Mapping[str, ProgramResult]) -> list[str]:
+    means = overall(found)
+    if means is None:
         return []
     return [
         "",
-        f"Geometric means over {len(training)} training programs: **{over_bare:.2f}x** over "
-        f"bare, **{over_peer:.2f}x** over the best right peer of each.",
+        f"Geometric means over {means.programs} training programs: **{means.over_bare:.2f}x** over "
+        f"bare, **{means.over_peer:.2f}x** over the best right peer of each.",
     ]
 
 

@@ -5,6 +5,7 @@ Standard library only: both halves load this.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 _LONGEST = 600
@@ -39,3 +40,12 @@ def with_printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {with_printable(key): with_printable(item) for key, item in value.items()}
     return value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the known word that is spelled most like it, or
+    nothing if none is."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,9 +1,8 @@
-"""Standard output and error of flatout's own process: they may be closed, full, or read by nobody.
+"""Standard output and error of flatout's own process, which may be closed, full, or read by nobody.
 
-What flatout says of a run goes to stderr and must never decide how the run ends: where it cannot be
-written it is lost without a word, and nothing of it stays in a buffer that Python would write at
-the exit (which would then end with status 120). What a user has asked for goes to stdout, and that
-it cannot be written is an error.
+What flatout says about a run goes to stderr and must never decide how the run ends. If it cannot be
+written, it is lost silently, and no buffer keeps it: Python would write the buffer at its exit and
+then end with status 120. What a user asked for goes to stdout; a failure to write it is an error.
 """
 
 from __future__ import annotations
@@ -17,18 +16,19 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from flatout.errors import UserError
+from flatout.text import printable
 
 
 class BrokenOutputError(UserError):
-    """Nobody reads standard output any more; the status is what a shell shows of a program that
-    ``SIGPIPE`` has ended."""
+    """Nobody reads standard output any more. The exit status is that of a program that ``SIGPIPE``
+    killed, as a shell reports it."""
 
     def __init__(self) -> None:
         super().__init__("nobody reads standard output any more", 141)
 
 
 class _Stream(io.TextIOBase):
-    """Stands for a standard stream; ``None``, which Python makes of a closed one, loses all."""
+    """Replaces a standard stream. A closed one, for which Python has ``None``, loses all text."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -50,14 +50,14 @@ class _Stream(io.TextIOBase):
 
 
 class _Stderr(_Stream):
-    """Loses what cannot be written."""
+    """Drops what cannot be written."""
 
     def write(self, text: str) -> int:
         if self._stream is None:
             return len(text)
         try:
             descriptor = self._stream.fileno()
-        except (OSError, ValueError):  # no file, as where a test looks on
+        except (OSError, ValueError):  # the stream has no file, as in a test that captures it
             return self._stream.write(text)
         left = text.encode(self.encoding, "backslashreplace")
         with contextlib.suppress(OSError, ValueError):
@@ -73,7 +73,7 @@ class _Stderr(_Stream):
 
 
 class _Stdout(_Stream):
-    """Raises ``UserError`` where it cannot be written, ``BrokenOutputError`` for a pipe."""
+    """Raises ``UserError`` if it cannot be written, ``BrokenOutputError`` if a pipe is broken."""
 
     def write(self, text: str) -> int:
         return int(self._checked("write", text)) if self._stream is not None else len(text)
@@ -93,7 +93,7 @@ class _Stdout(_Stream):
             raise UserError(why, 1) from None
 
     def _discard(self) -> None:
-        """Let what is left in buffers go nowhere, as Python's manual has it for broken pipes
+        """Send what is left in buffers to the null device, as Python's manual does for broken pipes
         (https://docs.python.org/3/library/signal.html#note-on-sigpipe)."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -102,9 +102,14 @@ class _Stdout(_Stream):
         self._stream = None
 
 
+def say(line: str) -> None:
+    """Print a line of flatout's own on standard error."""
+    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Put them in the place of ``sys.stdout`` and ``sys.stderr``."""
+    """Replace ``sys.stdout`` and ``sys.stderr`` inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stdout(sys.stdout), _Stderr(sys.stderr)
     try:

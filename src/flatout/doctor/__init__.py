@@ -1,4 +1,4 @@
-"""From a record to a diagnosis: what a step's time goes to, and what would help."""
+"""Makes a diagnosis of a record: where the time of a step goes, and what would help."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Diagnosis:
     """What ``flatout doctor`` found.
 
     Attributes:
-        case: the figures behind it.
-        findings: what the time goes to, largest share first, those without a share last.
+        case: the figures that the findings are made from.
+        findings: what limits the program; the largest share comes first, and findings without a
+            share come last.
     """
 
     case: Case
@@ -26,11 +27,11 @@ class Diagnosis:
 
     @property
     def bottleneck(self) -> str | None:
-        """Kind of the first finding."""
+        """The kind of the first finding, ``None`` where there is none."""
         return self.findings[0].kind if self.findings else None
 
     def document(self) -> dict[str, Any]:
-        """The diagnosis as JSON types; what was not measured is ``None``."""
+        """The diagnosis as JSON types; a figure that was not measured is ``None``."""
         case = self.case
         last = case.steps[-1]
         profiled = case.process.profile is not None
@@ -71,15 +72,17 @@ def diagnose(
     """Diagnose the main process of a run.
 
     Args:
-        run: its record.
-        ceilings: of the machine it ran on, ``None`` if not known.
-        usable_cores: that the job could use, ``None`` if not known.
+        run: the record of the run.
+        ceilings: what the machine of the run can do at most, ``None`` if not known.
+        usable_cores: how many cores the job could use, ``None`` if not known.
 
     Raises:
-        UserError: there is no step to diagnose.
+        UserError: the record has no step.
     """
     process = run.main
     if process is None or not process.timed_steps:
-        raise UserError("no training or inference step was seen, so there is nothing to diagnose")
+        raise UserError(
+            "flatout saw no training or inference step, so there is nothing to diagnose"
+        )
     case = Case(process, ceilings, usable_cores)
     return Diagnosis(case, find_all(case))

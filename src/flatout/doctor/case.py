@@ -1,4 +1,7 @@
-"""A recorded run prepared for diagnosis: medians, shares, operators. Pure; no torch."""
+"""Prepares a recorded run for diagnosis: medians, shares, operators.
+
+All functions are pure, and nothing imports torch.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ PRODUCTS_WITHIN = {
     "aten::_transformer_encoder_layer_fwd": 6,
     "aten::_native_multi_head_attention": 4,
 }
-"""Matrix products that an operator with a formula of its own consists of, and that are profiled."""
+"""How many matmuls each of these operators calls. Such an operator has a FLOP formula of its own,
+and the profiler sees its matmuls as well."""
 
 WITHIN_COUNTED = {"aten::_transformer_encoder_layer_fwd": "aten::_native_multi_head_attention"}
-"""Operators that are profiled as such, but counted as a part of the one that calls them."""
+"""Operators that the profiler lists on their own, and whose FLOPs are counted in their caller."""
 
 CONVOLUTION_OPERATORS = frozenset(
     {
@@ -42,24 +46,24 @@ _ARITHMETIC = (
     *("attention", "rnn", "lstm", "gru", "fft", "linalg", "cdist", "trilinear", "conv", "matmul"),
     *("mm", "linear", "cholesky", "svd", "solve", "embedding_bag"),
 )
-"""Parts of the names of operators that may compute more than they move. All others (elementwise,
-reductions, norms, random numbers, indexing, copies) add nothing worth counting to the FLOPs."""
+"""Parts of the names of operators that may compute more than they move. All other operators
+(elementwise, reductions, norms, random numbers, indexing, copies) have too few FLOPs to count."""
 
 UNCOUNTED_SHARE = 0.05
-"""An arithmetic operator without a FLOP formula that takes more than this of the operators' time
-makes the FLOPs of the step unknown; below, the error is within that of the rates."""
+"""Share of the operators' time above which an arithmetic operator without a FLOP formula makes the
+FLOPs of the step unknown. Below it, the error is smaller than that of the measured rates."""
 
 HIDDEN_CALLS = 1.5
-"""Matrix products profiled over those counted, from which on some are taken to be hidden from the
-counter inside another operator; batches of changing shape move the quotient a little."""
+"""Ratio of matmuls profiled to matmuls counted above which another operator must hide some of them
+from the FLOP counter. Batches whose shapes change move this ratio a little."""
 
 PROFILER_US = 2.0
-"""What torch's profiler adds to an operator at most: 0.4 microseconds warm, 1 in a real step were
-measured on an EPYC. What the profiled steps took beyond that is a change of the machine's speed."""
+"""The most that torch's profiler adds to an operator: on an EPYC it added 0.4 microseconds when
+warm, and 1 in a real step. Any further difference is a change of the machine's speed."""
 
 LARGE_US = 20.0
-"""Mean time of an operator from which on its kernel is the larger part: Python, autograd and
-dispatch cost some 5 to 10 microseconds a call."""
+"""Mean time of an operator above which its kernel takes most of it: Python, autograd and dispatch
+cost some 5 to 10 microseconds a call."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,14 @@ class PlacedOperator(Operator):
 
 
 @dataclass(frozen=True)
-class Case:
-    """One process of a run, with the ceilings of its machine.
+class TimedSteps:
+    """The steps of one process that tell its usual time, and what follows from them alone.
 
     Attributes:
-        process: its record; it has turns.
-        ceilings: of its machine, ``None`` when they are not known.
-        usable_cores: cores that the job could use, ``None`` when not known.
+        process: the record of the process, which has steps.
     """
 
     process: ProcessRecord
-    ceilings: Ceilings | None = None
-    usable_cores: float | None = None
-
-    # Steps and phases: from the timed steps alone
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -136,7 +134,7 @@ class Case:
 
     @cached_property
     def warmup_steps(self) -> list[Step]:
-        """The steps left out at the beginning."""
+        """The first steps, which are left out."""
         first = self.steps[0].at_s if self.steps else float("inf")
         return [step for step in self.process.turns if step.at_s < first]
 
@@ -147,17 +145,17 @@ class Case:
 
     @cached_property
     def step_ms(self) -> float:
-        """Median step."""
+        """The median time of a step, in milliseconds."""
         return statistics.median(step.step_ms for step in self.steps)
 
     @cached_property
     def mean_step_ms(self) -> float:
-        """Mean step, which the mean phases sum to."""
+        """The mean time of a step, in milliseconds; the mean phases sum to it."""
         return statistics.fmean(step.step_ms for step in self.steps)
 
     @cached_property
     def phases_ms(self) -> dict[str, float | None]:
-        """Mean time of each phase in a step; ``None`` where it was not measured."""
+        """The mean time of each phase of a step, in milliseconds; ``None``: not measured."""
         means: dict[str, float | None] = {}
         for phase in PHASES:
             values = [ms for s in self.steps if (ms := s.phases_ms[phase]) is not None]
@@ -165,14 +163,32 @@ class Case:
         return means
 
     def phase_share(self, *phases: str) -> float:
-        """Share of the step that these phases take; one that was not measured counts nothing."""
+        """The share of the step that these phases take; an unmeasured phase counts as 0."""
         return sum(self.phases_ms[phase] or 0.0 for phase in phases) / self.mean_step_ms
 
     @property
     def minor_faults_per_step(self) -> float | None:
-        """Minor page faults of all threads in a step."""
+        """The minor page faults of all threads in a step; ``None``: not measured."""
         faults = [step.minor_faults for step in self.steps if step.minor_faults is not None]
         return statistics.fmean(faults) if faults else None
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """The most memory allocated on the accelerator; ``None``: not measured, or none is used."""
+        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
+
+
+@dataclass(frozen=True)
+class Case(TimedSteps):
+    """One process of a run, with what its machine can do at most.
+
+    Attributes:
+        ceilings: the measured rates of its machine, ``None`` if not known.
+        usable_cores: how many cores the job could use, ``None`` if not known.
+    """
+
+    ceilings: Ceilings | None = None
+    usable_cores: float | None = None
 
     # The profiled window
 
@@ -199,18 +215,13 @@ class Case:
         return accelerator if accelerator is not None and has_used else "cpu"
 
     @property
-    def peak_device_bytes(self) -> int | None:
-        """Most memory allocated on the accelerator; ``None``: not measured, or none is used."""
-        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
-
-    @property
     def on_accelerator(self) -> bool:
         """Whether the program computes on an accelerator."""
         return self.device != "cpu"
 
     @property
     def matmul_flops_per_s(self) -> Mapping[str, float | None]:
-        """Measured rate of a matrix product on the program's device, by dtype; empty: not known."""
+        """The measured matmul rate of the program's device, by dtype; empty: not known."""
         if self.ceilings is None:
             return {}
         rates = self.ceilings.devices.get(self.device, {}).get("matmul_flops_per_s", {})
@@ -223,9 +234,11 @@ class Case:
         return min(1.0, device_ms / self._profiled_step_ms) if device_ms else None
 
     def host_share(self, *phases: str) -> float:
-        """The most that could be saved on the host in these phases: of the step, their time, on an
-        accelerator no more than it is idle, since the rest of it is work being done; nothing where
-        that is not known."""
+        """The largest share of the step that less work on the host could save in these phases.
+
+        On an accelerator it is no more than the share in which the accelerator is idle, since the
+        host cannot shorten the rest; it is 0 where that share is not known.
+        """
         idle = 1.0 - (self.device_share or 0.0)
         if self.on_accelerator and self.device_share is None:
             idle = 0.0
@@ -244,7 +257,7 @@ class Case:
 
     @cached_property
     def page_fault_share(self) -> float | None:
-        """Share of the step that page faults cost, ``None`` when not known."""
+        """The share of the step that page faults take, ``None`` if not known."""
         faults, cost_us = self.minor_faults_per_step, self.page_fault_us
         if faults is None or cost_us is None:
             return None
@@ -271,9 +284,13 @@ class Case:
     def operators(self) -> list[PlacedOperator]:
         """The operators of a step, largest first.
 
-        The profiler adds about the same time to each call: what the profiled steps took longer than
-        the median timed one, over the calls, is taken off each (at most ``PROFILER_US``). Then an
-        operator's share is that of the profiled step, less what was taken off.
+        Each has ``work_ms``, the time that its work takes (on the accelerator, if the profile has
+        times of it), ``share``, its share of the step, and ``host_share``, the share that the host
+        spends on it.
+
+        The profiler adds about the same time to each call. That time is estimated as the difference
+        between the profiled steps and the median timed step, divided by the calls, at most
+        ``PROFILER_US``; it is subtracted from each operator and from the profiled step.
         """
         calls = self.profile.operators_total_calls
         if not calls:
@@ -361,9 +378,9 @@ class Case:
 
     @property
     def mfu(self) -> float | None:
-        """Time that the step's operations need at the measured ceilings of their dtypes, over the
-        step's own: model FLOP/s over the ceiling (Chowdhery et al. 2022, "PaLM", section 4.1, with
-        a measured in place of a stated peak)."""
+        """Model FLOP/s utilisation: the time that the step's operations need at the measured matmul
+        rates of their dtypes, divided by the time of the step (Chowdhery et al. 2022, "PaLM",
+        section 4.1, with measured rates for the stated peak); ``None`` if not known."""
         if self.flops_per_step is None:
             return None
         seconds = 0.0

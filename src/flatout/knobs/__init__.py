@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from flatout import kernels
 from flatout.errors import UserError
 from flatout.knob import ConflictError, Knob, UnknownSettingError
+from flatout.text import did_you_mean
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -41,8 +42,8 @@ def get(name: str) -> Knob:
     try:
         return registry()[name]
     except KeyError:
-        known = ", ".join(registry())
-        raise UnknownSettingError(f"there is no knob {name!r} (known: {known})") from None
+        hint = did_you_mean(name, registry()) or f" (known: {', '.join(registry())})"
+        raise UnknownSettingError(f"there is no knob {name!r}{hint}") from None
 
 
 def apply(name: str, host: Host, setting: str) -> Undo:
@@ -62,9 +63,8 @@ def check(name: str, setting: str) -> None:
     """
     settings = get(name).settings
     if setting not in settings:
-        raise UnknownSettingError(
-            f"knob {name!r} has no setting {setting!r} (it has: {', '.join(settings)})"
-        )
+        hint = did_you_mean(setting, settings) or f" (it has: {', '.join(settings)})"
+        raise UnknownSettingError(f"knob {name!r} has no setting {setting!r}{hint}")
 
 
 def parsed(words: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Starting a job under the agent: run directory, environment, isolation, process."""
+"""Starts a job under the agent: run directory, environment, isolation, process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flatout import knobs, paths
 from flatout.errors import UserError
@@ -22,7 +22,10 @@ from flatout.wire.request import Relay, Request
 from flatout.wire.writer import write_failure
 
 OUTPUT_FILE = "output.txt"
-"""What the job has written, in the run directory, when it was captured."""
+"""The file in the run directory that holds the captured output of the job."""
+
+RELAY_FOLDER = "relay"
+"""The folder in the first of two run directories by which their agents alternate."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Finished:
 
     Attributes:
         run_directory: where its record is.
-        returncode: its exit status; negative: it died by that signal.
-        seconds: from its start.
-        output: what it wrote to standard output and error, when that was captured.
-        timed_out: whether it was ended because its time was over.
+        returncode: its exit status; if negative, the signal that killed it.
+        seconds: how long it ran.
+        output: what it wrote to standard output and error; ``None``: that was not captured.
+        timed_out: whether it was killed because its time was over.
     """
 
     run_directory: Path
@@ -44,10 +47,10 @@ class Finished:
     timed_out: bool
 
     def read_record(self) -> RunRecord:
-        """What was recorded.
+        """Read what was recorded.
 
         Raises:
-            UserError: it could not be written to the end, or it cannot be read.
+            UserError: the record could not be written to its end, or cannot be read.
         """
         failure = write_failure(self.run_directory)
         if failure is not None:
@@ -71,19 +74,20 @@ def start(
     progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> Finished:
-    """Run a trial of a job to its end, with its trackers offline; no process of it is left then.
+    """Run a trial of a job to its end, with its trackers offline. No process of it is left then.
 
     Args:
         command: program and arguments.
         request: what the agent shall do.
-        isolate: in a copy-on-write view of the file system, discarded afterwards.
+        isolate: run it in a copy-on-write view of the file system, which is discarded afterwards.
         output: what becomes of the job's standard output and error.
-        timeout_seconds: end it after this time.
-        progress: called now and then with the run directory while the job runs.
+        timeout_seconds: kill the job after this time.
+        progress: called twice a second with the run directory while the job runs.
         runs: where its run directory is made; by default, where the records of runs are kept.
 
     Raises:
-        UserError: there is no such program, no place for the record, or no isolation to be had.
+        UserError: the program does not exist, the record cannot be written, or isolation is not
+            available.
     """
     job = list(command)
     process.check_program(job[0])
@@ -125,50 +129,32 @@ def start_relay(
     *,
     isolate: bool = False,
     timeout_seconds: float | None = None,
+    progress: Callable[[Path], None] | None = None,
     runs: Path | None = None,
 ) -> tuple[Finished, Finished]:
-    """Run two trials of a job that take turns (``agent/relay.py``); no process of them is left.
+    """Run two trials of a job that alternate (``agent/relay.py``). No process of them is left then.
 
     Args:
         command: program and arguments.
-        requests: what the agents shall do; their ``relay`` is filled in.
-        relay: how they take turns; its ``folder`` and ``place`` are filled in.
-        isolate: each in a copy-on-write view of its own, discarded afterwards.
-        timeout_seconds: end both after this time.
+        requests: what the agents shall do; ``relay`` is filled in here.
+        relay: how they alternate; ``folder`` and ``place`` are filled in here.
+        isolate: run each in its own copy-on-write view, which is discarded afterwards.
+        timeout_seconds: kill both after this time.
+        progress: called twice a second with the first run directory while they run.
         runs: see ``start``.
 
-    Returns what became of each; one that was ended because the other had failed has died by a
-    signal.
+    Returns how each ended. If one failed, the other was killed by a signal.
 
     Raises:
         UserError: as ``start``.
     """
     process.check_program(command[0])
-    try:
-        directories = [
-            new_run_directory() if runs is None else new_directory(runs) for _ in requests
-        ]
-        folder = directories[0] / "relay"
-        folder.mkdir()
-        for place, (request, directory) in enumerate(zip(requests, directories, strict=True)):
-            own = dataclasses.replace(relay, folder=str(folder), place=place)
-            dataclasses.replace(request, relay=own).write(directory)
-    except OSError as error:
-        raise UserError(
-            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
-            "FLATOUT_HOME can name another place"
-        ) from None
-    jobs = []
-    for request, directory in zip(requests, directories, strict=True):
-        prepared = environment.job_environment(directory, knobs.prepare(request, os.environ))
-        variables = trackers.offline(prepared)
-        jobs.append(
-            {
-                "command": _isolated(command, [directory, folder]) if isolate else list(command),
-                "variables": {k: v for k, v in variables.items() if os.environ.get(k) != v},
-                "output": str(directory / OUTPUT_FILE),
-            }
-        )
+    directories = _relay_directories(requests, relay, runs)
+    folder = directories[0] / RELAY_FOLDER
+    jobs = [
+        _relay_job(command, request, directory, folder, isolate)
+        for request, directory in zip(requests, directories, strict=True)
+    ]
     descriptor = _open_output("capture", folder)
     try:
         ended = process.run(
@@ -178,13 +164,14 @@ def start_relay(
             timeout_seconds=timeout_seconds,
             contained=True,
             run_directories=[str(directory) for directory in directories],
+            tick=None if progress is None else partial(progress, directories[0]),
         )
     finally:
         if descriptor is not None:
             os.close(descriptor)
     try:
         statuses = json.loads((folder / relay_stage.STATUSES_FILE).read_text())
-    except FileNotFoundError:  # ended before both had
+    except FileNotFoundError:  # the stage was killed before both had ended
         statuses = [ended.returncode or -signal.SIGTERM] * 2
     of_stage = _read_output(folder)
     one, other = (
@@ -200,14 +187,52 @@ def start_relay(
     return one, other
 
 
+def _relay_directories(
+    requests: tuple[Request, Request], relay: Relay, runs: Path | None
+) -> list[Path]:
+    """Make the run directories of two trials that alternate, and write their requests there.
+
+    Raises:
+        UserError: one of them cannot be written to.
+    """
+    try:
+        directories = [
+            new_run_directory() if runs is None else new_directory(runs) for _ in requests
+        ]
+        folder = directories[0] / RELAY_FOLDER
+        folder.mkdir()
+        for place, (request, directory) in enumerate(zip(requests, directories, strict=True)):
+            own = dataclasses.replace(relay, folder=str(folder), place=place)
+            dataclasses.replace(request, relay=own).write(directory)
+    except OSError as error:
+        raise UserError(
+            f"the record cannot be written to {paths.runs_directory()}: {error.strerror}; "
+            "FLATOUT_HOME can name another place"
+        ) from None
+    return directories
+
+
+def _relay_job(
+    command: Sequence[str], request: Request, directory: Path, folder: Path, isolate: bool
+) -> dict[str, Any]:
+    """One of the jobs of ``relay.command``."""
+    prepared = environment.job_environment(directory, knobs.prepare(request, os.environ))
+    variables = trackers.offline(prepared)
+    return {
+        "command": _isolated(command, [directory, folder]) if isolate else list(command),
+        "variables": {k: v for k, v in variables.items() if os.environ.get(k) != v},
+        "output": str(directory / OUTPUT_FILE),
+    }
+
+
 def _isolated(job: Sequence[str], passthrough: Sequence[Path]) -> list[str]:
     from flatout.launch import isolation
 
     reason = isolation.unavailable_reason()
     if reason is not None:
         raise UserError(
-            f"{reason} The job would be stopped half way, on your real files: give --in-place to "
-            "allow that."
+            f"{reason} Without isolation the job would be stopped midway on your real files; "
+            "--in-place allows that."
         )
     return isolation.command(
         job, passthrough=passthrough, scratch=paths.cache_directory() / "scratch"
@@ -222,7 +247,7 @@ def _open_output(output: str, run_directory: Path) -> int | None:
 
 
 def _read_output(directory: Path) -> str:
-    """What was captured there; nothing, where a stage was ended before it began to."""
+    """The output captured there; empty if the stage ended before it began to write."""
     try:
         return (directory / OUTPUT_FILE).read_text("utf-8", "replace")
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""The environment of a job: one module-path entry, the run directory, the plan's variables."""
+"""Makes the environment of a job: one entry of the module path, the run directory, the plan's
+variables."""
 
 from __future__ import annotations
 
@@ -8,11 +9,17 @@ from pathlib import Path
 
 from flatout.wire.request import DISABLE_VARIABLE, RUN_VARIABLE
 
+NOT_ATTACHED = (
+    "flatout could not attach: no Python process of this command loaded its agent (python -I, "
+    "sudo, a container, or no Python at all?)"
+)
+"""Why there is no record of a command that has ended."""
+
 HOOK_DIRECTORY = Path(__file__).parent / "hook"
 
 
 def is_disabled() -> bool:
-    """Whether the user has switched the agent off."""
+    """Whether the user has disabled the agent."""
     return os.environ.get(DISABLE_VARIABLE) == "1"
 
 
@@ -23,7 +30,7 @@ def job_environment(
 
     Args:
         run_directory: where the agent records; ``None``: the job runs without the agent.
-        plan_variables: what the plan sets.
+        plan_variables: the variables that the plan sets.
     """
     environment = {**os.environ, **plan_variables}
     if run_directory is None or is_disabled():

@@ -1,12 +1,12 @@
-"""Ctrl-C, SIGTERM and a closed terminal, for verbs whose work must not be lost.
+"""Handles Ctrl-C, SIGTERM and a closed terminal for verbs whose work must not be lost.
 
-While ``watched`` is on, such a signal is only noted: it raises nothing in the middle of what is
-being decided or written. What takes long asks: ``check`` raises before a trial starts,
-``process.run`` ends the trial that runs, and ``at_once`` marks what may be left at any place. So
-what is proven is written down, and the verb ends within seconds.
+Inside ``watched``, such a signal is only noted, so it raises nothing in the middle of a decision or
+a write. Long work asks for it: ``check`` raises before a trial starts, ``process.run`` kills the
+running trial, and ``at_once`` marks a block that may be left at any place. So everything that is
+proven is written down, and the verb ends within seconds.
 
-SIGINT counts also where it was ignored at the start, as in a script's background: a tune that is
-told to end shall end. SIGHUP does not count there, which is what nohup is for.
+SIGINT counts even if it was ignored at the start, as it is for background jobs of a script: a tune
+that is told to end must end. SIGHUP does not count if it was ignored, as ``nohup`` wants it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _noted: signal.Signals | None = None
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Note these signals until the end of the block; no other thread than the main one can."""
+    """Note these signals until the end of the block. Only the main thread can do so."""
     global _noted, _watching
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +43,7 @@ def watched() -> Iterator[None]:
 
 
 def note(number: int) -> bool:
-    """A signal has come; returns whether it is one that ends the work."""
+    """Note a signal; returns whether it is one that ends the work."""
     global _noted
     if number not in SIGNALS or not _counts(number):
         return False
@@ -58,10 +58,10 @@ def is_noted() -> bool:
 
 
 def check() -> None:
-    """Go no further if a signal has come.
+    """Stop here if a signal has come.
 
     Raises:
-        KeyboardInterrupt: one has.
+        KeyboardInterrupt: a signal has come.
     """
     if is_noted():
         raise KeyboardInterrupt
@@ -69,10 +69,10 @@ def check() -> None:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """The block may be left at any place.
+    """Let a signal leave the block at any place.
 
     Raises:
-        KeyboardInterrupt: a signal came before, or comes now.
+        KeyboardInterrupt: a signal has come before the block, or comes inside it.
     """
     global _leaves_at_once
     check()
@@ -84,7 +84,7 @@ def at_once() -> Iterator[None]:
 
 
 def exit_status() -> int:
-    """Of a process that has ended its work because of the signal, as a shell would say it."""
+    """The exit status that a shell reports for a process that the noted signal ended."""
     return 128 + (_noted or signal.SIGINT)
 
 

@@ -1,23 +1,22 @@
-"""A copy-on-write view of the whole file system for a trial: what it writes is gone with it.
+"""Gives a trial a copy-on-write view of the whole file system, so that what it writes is discarded.
 
-``command`` gives the command line of a *stage*: this file, run as a script, which leaves the mount
-namespace (and, without privileges, the user namespace with it), builds the view and then becomes
-the job by ``exec``: process id, group, terminal, signals and environment are the job's own.
+``command`` returns the command line of a *stage*: this file, run as a script. The stage leaves the
+mount namespace (and, without privileges, the user namespace), builds the view and then becomes the
+job by ``exec``, so that process id, group, terminal, signals and environment are the job's own.
 
-The view is a new root on a tmpfs (by the kernel's default up to half of the memory), discarded with
-the job's last process. Every directory of the old root lies in it under an overlay whose upper
-layer is on that tmpfs (Linux kernel documentation, "Overlay Filesystem"); a directory with other
-mounts below is rebuilt entry by entry. ``/proc``, ``/sys`` and ``/dev`` are the real ones,
-``/dev/shm`` is empty. What has no overlay (a single file that is a mount) is read-only.
+The view is a new root on a tmpfs (by the kernel's default up to half of the memory), which is
+discarded with the job's last process. It has every directory of the old root under an overlay whose
+upper layer is on that tmpfs (Linux kernel documentation, "Overlay Filesystem"). A directory that
+contains other mounts is rebuilt entry by entry. ``/proc``, ``/sys`` and ``/dev`` are the real ones;
+``/dev/shm`` is empty. A single file that is a mount cannot have an overlay, so it is read-only.
 
-Real and writable stay the folders passed through (the run directory). Compile and model caches go
-to a scratch that persists between trials: fresh ones for compiled kernels, a layer over the user's
-own for models.
+The folders that are passed through (the run directory) stay real and writable. Caches persist
+between trials in a scratch folder: an empty cache for compiled kernels, and a layer over the user's
+own cache for models.
 
-Without privileges there are two limits: renaming a directory that was there before fails with
-EXDEV, as between two file systems (the kernel keeps such renames for privileged overlays;
-``shutil.move`` and ``mv`` copy instead), and files of other users cannot be written to, however
-their modes are.
+Without privileges there are two limits. Renaming a directory of the old root fails with EXDEV, as
+between two file systems, because the kernel allows it only for privileged overlays (``shutil.move``
+and ``mv`` copy instead). And files of other users cannot be written to, whatever their modes are.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 CANNOT_ISOLATE = 125
-"""Exit status of a stage that failed, as of ``docker run`` and ``env``: not the job's own."""
+"""Exit status of a stage that failed before the job began, as for ``docker run`` and ``env``."""
 
 # mount(2), umount(2), unshare(2), linux/mount.h, linux/sched.h
 _MS_RDONLY = 1
@@ -50,11 +49,11 @@ _CLONE_NEWUSER = 0x10000000
 
 _STAYS_REAL = ("/proc", "/sys", "/dev")
 _STAGING = "/dev/shm"
-"""Where the tmpfs is mounted while the view is built; the view gets an empty one of its own."""
+"""Where the tmpfs is mounted while the view is built; the view has its own empty one."""
 
 
 def unavailable_reason() -> str | None:
-    """Why there can be no isolation here, in one sentence; ``None``: it works (it was tried)."""
+    """Why isolation is not available here, in one sentence; ``None``: it was tried and works."""
     if not sys.platform.startswith("linux"):
         return "Trials need Linux to run isolated from your files."
     import subprocess
@@ -74,7 +73,8 @@ def command(job: Sequence[str], *, passthrough: Sequence[Path], scratch: Path | 
     Args:
         job: program and arguments.
         passthrough: existing folders that stay real and writable.
-        scratch: where caches persist between trials (made when needed); ``None``: nowhere.
+        scratch: the folder in which caches persist between trials, made if necessary; ``None``:
+            caches do not persist.
     """
     options = {
         "passthrough": [str(path) for path in passthrough],
@@ -87,7 +87,7 @@ def _main() -> None:
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own way to end has a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     options = json.loads(sys.argv[1])
     job = sys.argv[3:]
     try:
@@ -100,7 +100,7 @@ def _main() -> None:
 def _become(job: list[str]) -> None:
     import signal
 
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # CPython's own doing
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # CPython ignores these
         signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvp(job[0], job)
@@ -134,7 +134,7 @@ def _enter_view(passthrough: list[str], scratch: str | None) -> None:
 
 
 def _leave_namespaces() -> bool:
-    """Leave the mount namespace; returns whether that went without a user namespace."""
+    """Leave the mount namespace; returns whether that needed no user namespace."""
     if os.geteuid() == 0:
         try:
             _call("unshare", _CLONE_NEWNS)
@@ -164,11 +164,11 @@ class _View:
         _mount(self.root, self.root, None, _MS_BIND)  # a new root has to be a mount
 
     def inside(self, path: str) -> str:
-        """Where ``path`` lies in the view while it is built."""
+        """Where ``path`` is while the view is built."""
         return self.root + os.path.abspath(path)
 
     def cover(self, path: str) -> None:
-        """Give the view its copy-on-write ``path``."""
+        """Add a copy-on-write ``path`` to the view."""
         target = self.inside(path) if path != "/" else self.root
         if path in _STAYS_REAL:
             os.makedirs(target, exist_ok=True)
@@ -182,7 +182,7 @@ class _View:
             self._overlay(path, target, self._layer(path))
 
     def persist(self, path: str, layer: Path) -> None:
-        """Cover ``path`` once more, with an upper layer that lies in ``layer`` on disk."""
+        """Cover ``path`` again, with an upper layer in the folder ``layer`` on disk."""
         target = self.inside(path)
         os.makedirs(target, exist_ok=True)
         upper, work = layer / "upper", layer / "work"
@@ -194,7 +194,7 @@ class _View:
         self._overlay(lower, target, (str(upper), str(work)))
 
     def _rebuild(self, path: str, target: str) -> None:
-        """A directory with mounts below: its entries one by one."""
+        """Add the entries of a directory that contains mounts one by one."""
         os.makedirs(target, exist_ok=True)
         _copy_owner_and_mode(path, target)
         for entry in os.scandir(path):
@@ -248,16 +248,16 @@ def _persistent_caches(scratch: Path) -> list[tuple[str, Path]]:
         try:
             layer.mkdir(parents=True, exist_ok=True)
         except OSError:
-            continue  # no place for it: this cache is discarded with the rest
+            continue  # this cache is discarded with the rest
         if _claim(layer):
             caches.append((folder, layer))
     return caches
 
 
 def _claim(layer: Path) -> bool:
-    """Whether a layer is free for this process: two overlays must not share one.
+    """Claim a layer for this process; returns whether it is free, as overlays must not share one.
 
-    The owner's file is locked while it is looked at and written: two trials may begin at once.
+    The owner's file is locked meanwhile, because two trials may begin at the same time.
     """
     try:
         with open(layer / "owner", "a+") as file:
@@ -279,12 +279,12 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # it belongs to another user
     return True
 
 
 def _mount_points() -> list[str]:
-    """Mount points that lie below one of the directories to be covered."""
+    """The mount points inside the directories that are covered."""
     points = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         point = line.split()[4].encode().decode("unicode_escape")
@@ -295,10 +295,10 @@ def _mount_points() -> list[str]:
 
 
 def _own_folders() -> list[str]:
-    """Folders that get an overlay of their own without privileges, the outermost of them.
+    """The outermost folders that need their own overlay without privileges.
 
-    A user namespace knows no other users: a directory of theirs cannot be copied to an upper layer
-    when something in it changes (EOVERFLOW), unless it is the top of an overlay.
+    A user namespace knows no other users. When something in a directory of theirs changes, the
+    directory cannot be copied to an upper layer (EOVERFLOW), unless it is the top of an overlay.
     """
     folders = {os.getcwd(), os.path.expanduser("~"), _temporary_folder(), "/var/tmp"}
     real = sorted(folder for folder in map(os.path.realpath, folders) if os.path.isdir(folder))
@@ -310,13 +310,13 @@ def _own_folders() -> list[str]:
 
 
 def _temporary_folder() -> str:
-    """As ``tempfile.gettempdir`` says, without the file that it writes to try."""
+    """The folder of ``tempfile.gettempdir``, which would write a file to try it."""
     environment = os.environ
     return environment.get("TMPDIR") or environment.get("TEMP") or environment.get("TMP") or "/tmp"
 
 
 def _locked_flags(path: str) -> int:
-    """Flags of the mount that ``path`` lies on, which a remount in a user namespace must keep."""
+    """The flags of the mount of ``path`` that a remount in a user namespace must keep."""
     names = {os.ST_NOSUID: 2, os.ST_NODEV: 4, os.ST_NOEXEC: 8, os.ST_NOATIME: 1024}
     flags = os.statvfs(path).f_flag | (os.ST_RELATIME & os.statvfs(path).f_flag)
     kept = sum(mount_flag for flag, mount_flag in names.items() if flags & flag)
@@ -328,7 +328,7 @@ def _copy_owner_and_mode(source: str, target: str) -> None:
     try:
         os.chown(target, status.st_uid, status.st_gid)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EINVAL):  # an owner unknown in the namespace
+        if error.errno not in (errno.EPERM, errno.EINVAL):  # the namespace does not know the owner
             raise
     os.chmod(target, stat.S_IMODE(status.st_mode))
 
@@ -338,7 +338,7 @@ def _escaped(path: str) -> str:
 
 
 def _pivot(root: str) -> None:
-    """Make ``root`` the root, and let go of the old one (pivot_root(2), "." for both)."""
+    """Make ``root`` the root and detach the old one (pivot_root(2), "." for both)."""
     os.chdir(root)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", _MNT_DETACH)
@@ -364,14 +364,14 @@ def _mount(
 
 
 _PIVOT_ROOT_NUMBERS = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
-"""glibc has no wrapper: system call numbers, asm/unistd.h of each architecture."""
+"""System call numbers from asm/unistd.h of each architecture, as glibc has no wrapper."""
 
 
 def _call(name: str, *arguments: Any, what: str | None = None) -> None:
     """Call a function of libc.
 
     Raises:
-        OSError: it failed; ``filename`` says at what.
+        OSError: the call failed; ``filename`` names what it did.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if name == "pivot_root":

@@ -1,15 +1,16 @@
-"""One job as a child process that a shell could not tell from the bare command.
+"""Runs a job as a child process that a shell cannot tell from the bare command.
 
-The job stays in flatout's process group and on its terminal, so that Ctrl-C, Ctrl-Z and the
-terminal itself reach it as they would bare. What is sent to flatout's own process is passed on:
+The job stays in flatout's process group and on its terminal, so Ctrl-C, Ctrl-Z and the terminal
+itself reach it as they would without flatout. Signals to flatout's own process are passed on:
 
-- a signal from the terminal has reached the job already, and is not passed on;
-- a signal sent to the whole process group has reached it as well. To tell it from one sent to
-  flatout alone, a *sentinel*, a small process in the same group, tells of every signal it gets;
-- a job that stops makes flatout stop, a job that dies by a signal makes flatout die by it.
+- A signal from the terminal has already reached the job, so it is not passed on.
+- A signal to the whole process group has already reached the job as well. A *sentinel*, a small
+  process in the same group, reports every signal that it gets, which tells such a signal from one
+  to flatout alone.
+- If the job stops, flatout stops; if a signal kills the job, flatout kills itself by the same one.
 
-The sentinel also kills the job when flatout is killed, and with a contained job every process that
-it has started.
+The sentinel also kills the job when flatout is killed. If the job is contained, the sentinel then
+kills every process that the job has started.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from flatout.launch import interruption
 from flatout.wire.request import RUN_VARIABLE
 
 _FROM_KERNEL = 0x80
-"""``si_code`` of a signal that the kernel sent, as the terminal's do (SI_KERNEL, sigaction(2))."""
+"""``si_code`` of a signal from the kernel, such as one of the terminal (sigaction(2))."""
 
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
-"""CPython ignores these at its start; the job gets them back as they are for any command."""
+"""CPython ignores these signals when it starts; the job gets their default handlers back."""
 
 _WATCHED = {
     signal.SIGINT,
@@ -54,19 +55,19 @@ _WATCHED = {
 _PASSED_ON = _WATCHED - {signal.SIGCHLD, signal.SIGCONT}
 
 _SENTINEL_WAIT_S = 0.05
-"""How long to wait for the sentinel to tell of the same signal: the kernel sends it to all of the
+"""How long to wait until the sentinel reports the same signal: the kernel sends it to the whole
 group at once, but the sentinel has to be scheduled."""
 
 _GRACE_S = 5.0
-"""Time between SIGTERM and SIGKILL for a job that has to end."""
+"""Time between SIGTERM and SIGKILL for a job that must end."""
 
 _INTERRUPTED_GRACE_S = 2.0
-"""The same for a trial whose user waits for flatout to end."""
+"""Time between SIGTERM and SIGKILL for a trial, while its user waits for flatout to end."""
 
 _KILLED_WAIT_S = 0.05
-"""Until those that were killed are gone, and what they had started meanwhile shows."""
+"""Time after which killed processes are gone, and the processes that they had just started show."""
 _KILLED_LOOKS = 100
-"""After which what is left cannot be killed."""
+"""Number of attempts after which the remaining processes count as unkillable."""
 
 TICK_S = 0.5
 
@@ -76,9 +77,9 @@ class Exit:
     """How a job ended.
 
     Attributes:
-        returncode: its exit status; negative: it died by that signal.
-        seconds: from its start.
-        timed_out: whether it was ended because its time was over.
+        returncode: its exit status; if negative, the signal that killed it.
+        seconds: how long it ran.
+        timed_out: whether it was killed because its time was over.
     """
 
     returncode: int
@@ -100,17 +101,18 @@ def run(
 
     Args:
         command: program and arguments, as a shell would pass them.
-        environment: all of its environment.
-        output: file descriptor for its standard output and error, ``None``: flatout's own.
-        timeout_seconds: end it after this time.
-        contained: end every process it leaves behind (trials); otherwise they live on, as they
-            would bare.
-        run_directories: of a contained job, by which its processes are known (``RUN_VARIABLE``).
+        environment: its whole environment.
+        output: file descriptor for its standard output and error; ``None``: flatout's own.
+        timeout_seconds: kill it after this time.
+        contained: kill every process that it leaves behind, as for a trial; otherwise they live
+            on, as they would without flatout.
+        run_directories: the run directories of a contained job, which identify its processes
+            (``RUN_VARIABLE``).
         tick: called every ``TICK_S`` while the job runs.
 
     Raises:
-        UserError: there is no such program, or it cannot be executed.
-        KeyboardInterrupt: a contained job was interrupted, or told to end.
+        UserError: the program does not exist or cannot be executed.
+        KeyboardInterrupt: a contained job was interrupted or told to end.
     """
     if contained:
         _adopt_orphans()
@@ -138,20 +140,20 @@ def run(
 
 
 def check_program(program: str) -> None:
-    """Check that there is such a program, as ``run`` would find it.
+    """Check that ``run`` would find a program.
 
     Raises:
-        UserError: there is none, or it cannot be executed.
+        UserError: the program does not exist or cannot be executed.
     """
     if shutil.which(program) is not None:
         return
     if os.sep in program and os.path.exists(program):
-        raise UserError(f"{program!r} cannot be executed: it is no executable file", 126)
+        raise UserError(f"{program!r} cannot be executed: it is not an executable file", 126)
     raise UserError(f"there is no program {program!r}", 127)
 
 
 def exit_like(returncode: int) -> int:
-    """End this process as the job has ended: by the same signal, or with the same status."""
+    """End this process as the job ended: by the same signal or with the same status."""
     if returncode >= 0:
         return returncode
     number = -returncode
@@ -163,7 +165,7 @@ def exit_like(returncode: int) -> int:
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
-    return 128 + number  # the signal's default is not to end a process
+    return 128 + number  # by default, this signal does not end a process
 
 
 def _spawn(
@@ -198,10 +200,12 @@ def _wait(
     tick: Callable[[], None] | None,
     contained: bool,
 ) -> tuple[int, bool, bool]:
-    """Wait for the job's end, passing signals on; its wait status, if timed out, if interrupted.
+    """Wait for the job's end and pass signals on.
 
-    A contained job that does not end by the signal that interrupts it is told to by SIGTERM, and
-    then killed: whatever it has been told, its user waits for flatout.
+    A contained job that survives the signal that interrupts it gets SIGTERM and then SIGKILL,
+    because its user waits for flatout to end.
+
+    Returns the wait status, whether the job timed out, and whether it was interrupted.
     """
     timed_out = interrupted = False
     deadline_s = None if timeout_seconds is None else started_s + timeout_seconds
@@ -209,7 +213,7 @@ def _wait(
     while True:
         done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
         if done == pid and os.WIFSTOPPED(status):
-            os.kill(os.getpid(), signal.SIGSTOP)  # with the job, so that the shell takes over
+            os.kill(os.getpid(), signal.SIGSTOP)  # like the job, so that the shell takes over
             os.kill(pid, signal.SIGCONT)
             continue
         if done == pid:
@@ -225,7 +229,7 @@ def _wait(
         if tick is not None:
             tick()
         if contained and not interrupted and interruption.is_noted():
-            interrupted = True  # a thread, such as that of a live display, has got the signal
+            interrupted = True  # another thread got the signal
             deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
         if received is None:
             if deadline_s is None or time.monotonic() < deadline_s:
@@ -246,12 +250,12 @@ def _wait(
 
 
 class _Sentinel:
-    """A process in the same group that tells of signals sent to the group.
+    """A process in the same group that reports the signals that the group gets.
 
     Args:
-        job: killed when flatout's process is gone.
+        job: the process to kill when flatout's process is gone.
         started_by: flatout's process.
-        run_directories: values of ``RUN_VARIABLE``; its processes are killed then as well.
+        run_directories: values of ``RUN_VARIABLE``; processes with one of them are killed as well.
     """
 
     def __init__(self, job: int, started_by: int, run_directories: Sequence[str]) -> None:
@@ -266,7 +270,7 @@ class _Sentinel:
         os.close(tell)
 
     def got(self, number: int) -> bool:
-        """Whether the sentinel has got this signal as well."""
+        """Whether the sentinel got this signal as well."""
         deadline_s = time.monotonic() + _SENTINEL_WAIT_S
         while True:
             wait_s = max(0.0, deadline_s - time.monotonic())
@@ -288,9 +292,9 @@ class _Sentinel:
 
 
 def _stand_sentinel(tell: int, job: int, started_by: int, run_directories: Sequence[str]) -> None:
-    """The sentinel's whole life; signals were blocked before the fork."""
+    """Run the sentinel. Signals were blocked before the fork."""
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # a pipe that others read must end with the job
+    for descriptor in (0, 1, 2):  # a pipe that others read must close when the job ends
         os.dup2(null, descriptor)
     while True:
         received = signal.sigtimedwait(_WATCHED, 0.5)
@@ -314,7 +318,7 @@ def _kill(pid: int) -> None:
 
 
 def _started_for(run_directories: Sequence[str]) -> list[int]:
-    """The processes that were started with such a ``RUN_VARIABLE`` (proc(5), Linux)."""
+    """The processes whose environment has one of these run directories (proc(5), Linux)."""
     entries = {f"{RUN_VARIABLE}={directory}".encode() for directory in run_directories}
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
@@ -326,7 +330,7 @@ def _started_for(run_directories: Sequence[str]) -> list[int]:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of what the job's processes leave behind (prctl(2), Linux)."""
+    """Become the parent of the processes that the job leaves behind (prctl(2), Linux)."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes

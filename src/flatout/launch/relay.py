@@ -1,7 +1,7 @@
-"""Two runs of one job at the same time, which take turns in blocks of steps (``agent/relay.py``).
+"""Runs one job twice at the same time; the two alternate in blocks of steps (``agent/relay.py``).
 
-``command`` gives the command line of a *stage*: this file, run as a script, which starts both and
-waits for them. When one ends, the other is told; when one fails, the other is ended.
+``command`` returns the command line of a *stage*: this file, run as a script, which starts both and
+waits for them. When one ends, the stage tells the other; when one fails, it kills the other.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import Any
 
 STATUSES_FILE = "statuses.json"
-"""In the folder of the baton, when both have ended: exit statuses; negative: it died by that
-signal."""
+"""The file in the relay's folder that has both exit statuses when both have ended. A negative
+status is the signal that killed it."""
 
 
 def command(jobs: list[dict[str, Any]], folder: Path) -> list[str]:
     """The command line that runs both.
 
     Args:
-        jobs: of each, ``command``, ``variables`` (added to the environment) and ``output`` (the
-            file for its standard output and error).
-        folder: where the baton lies.
+        jobs: ``command``, ``variables`` (added to the environment) and ``output`` (the file for
+            standard output and error) of each.
+        folder: the relay's folder.
     """
     options = json.dumps({"jobs": jobs, "folder": str(folder)})
     return [sys.executable, "-I", "-S", __file__, options]
 
 
 def _main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own way to end has a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     options = json.loads(sys.argv[1])
     folder = Path(options["folder"])
     running: dict[int, int] = {}
@@ -65,7 +65,7 @@ def _main() -> int:
 
 
 def _die_with_parent() -> None:
-    """In a child that has not become its program yet (prctl(2), Linux)."""
+    """Let this child, before it becomes its program, die when its parent does (prctl(2), Linux)."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Run directories: made one for each run, cleared when they grow too many; tunes' folders too."""
+"""Makes a directory for each run, and removes the oldest when they are too many."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flatout import paths
 
 KEPT_RUNS = 50
 KEPT_BYTES = 256 * 2**20
-"""What is kept of old runs; the oldest go first."""
+"""The number and the size of the runs that are kept; the oldest are removed first."""
 
 
 def new_run_directory() -> Path:
-    """Make a directory for a run, and clear old ones.
+    """Make a directory for a run, and remove old ones.
 
     Raises:
-        OSError: it cannot be made (read-only folder, full disk).
+        OSError: the directory cannot be made (read-only folder, full disk).
     """
     runs = paths.runs_directory()
     runs.mkdir(parents=True, exist_ok=True)
@@ -29,10 +29,10 @@ def new_run_directory() -> Path:
 
 
 def new_directory(parent: Path) -> Path:
-    """Make a directory whose name tells when and by which process it was made.
+    """Make a directory whose name has the time and the id of this process.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the directory cannot be made.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     directory = parent / f"{stamp}-{os.getpid()}-{secrets.token_hex(2)}"
@@ -46,12 +46,12 @@ def clear_old(
     kept_bytes: int,
     is_in_use: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Remove the oldest directories beyond a number and a size, but none in use.
+    """Remove the oldest directories beyond a number and a size, but none that is in use.
 
     Args:
-        parent: where they are.
-        kept, kept_bytes: what stays.
-        is_in_use: by default, whether the process that made it is alive.
+        parent: the folder that they are in.
+        kept, kept_bytes: the number and the size of those that stay.
+        is_in_use: whether a directory is in use; by default, whether its maker is alive.
     """
     is_in_use = is_in_use or _is_makers
     directories = sorted(
@@ -70,12 +70,12 @@ def _size(directory: Path) -> int:
         try:
             total_bytes += entry.stat().st_size
         except OSError:
-            continue  # another flatout has cleared it meanwhile
+            continue  # another flatout has removed it meanwhile
     return total_bytes
 
 
 def _is_makers(directory: Path) -> bool:
-    """Whether the flatout that made it still runs; its process id is part of the name."""
+    """Whether the flatout that made a directory still runs; the name has its process id."""
     parts = directory.name.split("-")
     if len(parts) != 4 or not parts[2].isdigit():
         return False

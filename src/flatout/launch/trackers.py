@@ -1,8 +1,8 @@
-"""Experiment trackers, put offline for trials: a trial leaves nothing outside the machine.
+"""Puts experiment trackers offline for trials, so that a trial leaves nothing outside the machine.
 
-Each tracker is told by its own environment variables. What a program says in its code counts more
-with most of them, and is not changed. TensorBoard only writes files. Uploads to the Hugging Face
-Hub cannot be told from the downloads that a program may need, so they are left as they are.
+Each tracker has its own environment variables for that. Most trackers prefer what the program says
+in its code, which is not changed. TensorBoard only writes files. Uploads to the Hugging Face Hub
+cannot be told from the downloads that a program may need, so they are not stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Switch:
-    """One variable.
+    """One environment variable.
 
     Attributes:
         variable: its name.
-        value: what it is set to.
-        respected: values in lower case that say as much or more, and stay.
-        source: where it is documented.
+        value: the value that it is set to.
+        respected: values in lower case that are not replaced, because they forbid as much or more.
+        source: where the variable is documented.
     """
 
     variable: str
@@ -30,14 +30,14 @@ class Switch:
 
 
 SWITCHES = (
-    # Offline rather than disabled: the work that it does in the step is the same.
+    # Offline, not disabled, because then the tracker does the same work in a step.
     Switch(
         "WANDB_MODE",
         "offline",
         frozenset({"offline", "dryrun", "disabled"}),
         "https://docs.wandb.ai/models/support/run_wandb_offline",
     ),
-    # Of comet_ml.start() alone; an Experiment made in another way is only off when it is disabled.
+    # Only comet_ml.start() reads it; an Experiment made in another way would have to be disabled.
     Switch(
         "COMET_START_ONLINE",
         "0",
@@ -78,14 +78,14 @@ SWITCHES = (
 
 _MLFLOW_STORES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _MLFLOW_NAMES = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
-"""Of things on the server, which a store on this machine does not know."""
+"""Names of things on the server, which a store on this machine does not know."""
 
 
 def offline(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` with every tracker offline that was not so already.
+    """A copy of ``environment`` in which every tracker is offline.
 
-    MLflow has no such switch: without the address of a server it writes to the working folder
-    (https://mlflow.org/docs/latest/tracking.html), so the address is taken out.
+    MLflow has no variable for that, but writes to the working folder if it has no address of a
+    server (https://mlflow.org/docs/latest/tracking.html), so the address is removed.
     """
     changed = dict(environment)
     for switch in SWITCHES:
@@ -102,7 +102,7 @@ def offline(environment: Mapping[str, str]) -> dict[str, str]:
 def _is_here(uri: str) -> bool:
     """Whether MLflow finds this store on the machine: a path, a ``file:`` or ``sqlite:`` address.
 
-    ``databricks``, alone or with a profile, is a server; a database may be one.
+    ``databricks``, alone or with a profile, is a server, and any other database may be on one.
     """
     scheme = urlsplit(uri).scheme
     return scheme in ("", "file", "sqlite") and not uri.startswith("databricks")

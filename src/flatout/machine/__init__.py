@@ -83,20 +83,23 @@ def ceilings(python: str, refresh: bool = False) -> Ceilings:
     Raises:
         UserError: that interpreter cannot be run, or it has no torch.
     """
-    python = os.path.abspath(shutil.which(python) or python)  # one name for one interpreter
-    key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
-    key |= {name: value for name in _VISIBLE if (value := os.environ.get(name)) is not None}
-    cache_file = paths.cache_directory() / "machine.json"
-    cached = _read_cache(cache_file)
-    if not refresh:
-        for entry in cached:
-            if entry["key"] == key:
-                return Ceilings(**entry["ceilings"])
-    measured = _measure(python)
+    key = _key(python)
+    cached = _read_cache(_cache_file())
+    if not refresh and (found := _cached(cached, key)) is not None:
+        return found
+    measured = _measure(str(key["python"]))
     entries = [entry for entry in cached if entry["key"] != key]
     entries.append({"key": key, "ceilings": asdict(measured)})
-    _write_cache(cache_file, entries)
+    _write_cache(_cache_file(), entries)
     return measured
+
+
+def known_ceilings(python: str) -> Ceilings | None:
+    """The same, ``None`` where they have not been measured yet or ``python`` has no torch."""
+    try:
+        return _cached(_read_cache(_cache_file()), _key(python))
+    except UserError:
+        return None
 
 
 def fingerprint() -> dict[str, str | int | float]:
@@ -224,6 +227,25 @@ def _torch_stamp(python: str) -> str:
             f"{python} has no torch to measure with: name the job's interpreter with --python"
         )
     return answer.stdout.strip()
+
+
+def _key(python: str) -> dict[str, Any]:
+    """What must be the same for cached figures to hold.
+
+    Raises:
+        UserError: the interpreter cannot be run, or it has no torch.
+    """
+    python = os.path.abspath(shutil.which(python) or python)  # one name for one interpreter
+    key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
+    return key | {name: value for name in _VISIBLE if (value := os.environ.get(name)) is not None}
+
+
+def _cache_file() -> Path:
+    return paths.cache_directory() / "machine.json"
+
+
+def _cached(entries: list[dict[str, Any]], key: Mapping[str, Any]) -> Ceilings | None:
+    return next((Ceilings(**e["ceilings"]) for e in entries if e["key"] == key), None)
 
 
 def _measure(python: str) -> Ceilings:

@@ -1,1 +1,1 @@
-"""Reports for people: what the other parts found, printed."""
+"""Reports for people: the terminal, the words of a result, and its page."""

@@ -1,4 +1,4 @@
-"""A knob's card as Markdown: for the terminal, and for the pages under ``docs/knobs/``."""
+"""Writes a knob's card as Markdown, for the terminal and for the pages under ``docs/knobs/``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flatout.knob import EXACTNESS, Knob
 
 
 def markdown(knob: Knob) -> str:
-    """The page of a knob."""
+    """The card of a knob as a page."""
     card = knob.card
     settings = "\n".join(
         f"- `{knob.name}={setting}`: {knob.exactness[setting]} "
@@ -52,7 +52,7 @@ It is turned {when}. Devices: {", ".join(knob.platforms)}.
 
 
 def write_pages(folder: Path) -> None:
-    """Write one page for each knob, and remove those of knobs that are no more."""
+    """Write one page for each knob, and remove the pages of knobs that no longer exist."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {f"{name}.md": markdown(knob) for name, knob in knobs.registry().items()}
     for page in folder.glob("*.md"):

@@ -1,4 +1,4 @@
-"""The page's charts, as inline SVG that grows with the page: places are percentages."""
+"""Draws the charts of the page as inline SVG, with percentages, so that they grow with the page."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 
-from flatout.report.markup import Markup, element, joined
+from flatout.report.markup import Markup, element, join
 from flatout.tune import figures
 from flatout.tune.document import PARTS, CurvePoint, Curves
 from flatout.wire.ratios import Ratio
 
 POINTS_SHOWN = 300
-"""Of a loss curve; more steps than that share points."""
+"""Most points of a loss curve; if there are more steps, several share a point."""
 
 LOG_SPAN = 30
-"""Largest loss over smallest from which on a logarithmic axis is easier to read."""
+"""Ratio of the largest loss to the smallest above which the axis is logarithmic."""
 
 _FARTHEST = 2.0
-"""How far beyond all ratios the axis follows an interval; it ends in an arrow there."""
+"""The axis ends at this multiple of the extreme ratios; a longer interval ends in an arrow."""
 
 _RATIO_TICKS = (
     *(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0),
     *(10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0),
 )
 _TICK_DISTANCE = 13.0
-"""Between two ticks of the axis of ratios, in percent of its width: room for their numbers."""
+"""Smallest distance between two ticks, in percent of the axis, so that their numbers fit."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RatioAxis:
 
     @classmethod
     def over(cls, ratios: Iterable[Ratio]) -> RatioAxis:
-        """One that shows these ratios, and 1."""
+        """Make an axis that shows these ratios, and 1."""
         finite = [r for r in ratios if math.isfinite(r.value)]
         least = min((r.value for r in finite), default=1.0)
         most = max((r.value for r in finite), default=1.0)
@@ -48,7 +48,7 @@ class RatioAxis:
         return cls(low / (high / low) ** 0.04, high * (high / low) ** 0.04)
 
     def percent(self, ratio: float) -> float:
-        """Where a ratio is, in percent of the width; beyond the ends, at the end."""
+        """The position of a ratio in percent of the width; one beyond an end is at that end."""
         if not math.isfinite(ratio):
             return 100.0
         place = math.log(ratio / self.low) / math.log(self.high / self.low)
@@ -60,7 +60,7 @@ class RatioAxis:
 
     @property
     def ticks(self) -> list[float]:
-        """Ratios to be marked, 1 among them, with room for their numbers."""
+        """The ratios that are marked: 1, and others as far as their numbers fit."""
         chosen = [1.0]
         for tick in sorted(_RATIO_TICKS, key=lambda t: abs(math.log(t))):
             places = [self.percent(other) for other in chosen]
@@ -71,7 +71,7 @@ class RatioAxis:
         return sorted(chosen)
 
     def numbers(self) -> Markup:
-        """The axis itself."""
+        """Draw the axis."""
         texts = [
             element(
                 "text",
@@ -86,7 +86,7 @@ class RatioAxis:
         return element("svg", *texts, class_="ratio", height="18", aria_hidden="true")
 
     def interval(self, ratio: Ratio, class_: str) -> Markup:
-        """A ratio as a point with its interval; its numbers stand beside it."""
+        """Draw a ratio as a point with its interval."""
         middle, (left, right) = "11", (self.percent(ratio.low), self.percent(ratio.high))
         drawn = [
             element("line", x1=f"{left:.2f}%", x2=f"{right:.2f}%", y1=middle, y2=middle),
@@ -101,7 +101,7 @@ class RatioAxis:
 
     @property
     def grid(self) -> str:
-        """CSS of the lines at the ticks, behind all rows."""
+        """The CSS of the lines at the ticks, behind all rows."""
         lines = []
         for tick in self.ticks:
             at = f"{self.percent(tick):.2f}%"
@@ -114,10 +114,10 @@ class RatioAxis:
 
 
 def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
-    """Phases as stacked horizontal bars on one scale.
+    """Draw phases as stacked horizontal bars on one scale.
 
     Args:
-        bars: name, and time of each phase in milliseconds.
+        bars: the name of each bar, and the time of each of its phases in milliseconds.
     """
     longest_ms = max(sum(_measured(times).values()) for _, times in bars)
     drawn = []
@@ -158,11 +158,11 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
                 ),
             )
         )
-    return joined(*drawn)
+    return join(*drawn)
 
 
 def _measured(times_ms: Mapping[str, float | None]) -> dict[str, float]:
-    """The parts that were measured, in their order within a step."""
+    """The parts that were measured, in the order of a step."""
     return {phase: max(ms, 0.0) for phase in PARTS if (ms := times_ms.get(phase)) is not None}
 
 
@@ -170,8 +170,8 @@ PLOT_HEIGHT = 220
 
 
 def curves(shown: Curves) -> Markup | None:
-    """Losses by step, bare and with the plan, with bands; ``None`` if there is nothing to draw."""
-    sides = {"bare": thinned(shown.bare), "plan": thinned(shown.plan)}
+    """Draw losses by step, bare and with the plan, with bands; ``None``: there are none."""
+    sides = {"bare": thin(shown.bare), "plan": thin(shown.plan)}
     points = [point for side in sides.values() for point in side]
     levels = [v for p in points for v in p[1:] if v is not None and math.isfinite(v)]
     if not levels:
@@ -183,12 +183,12 @@ def curves(shown: Curves) -> Markup | None:
         across = 100 * (step - first) / max(last - first, 1)
         return f"{across:.2f} {100 - axis.percent(level):.2f}"
 
-    drawn = []
+    bands, means = [], []
     for name, side in sides.items():
         for part in _unbroken(side):
-            drawn.append(_band(part, place, f"band {name}"))
+            bands.append(_band(part, place, f"band {name}"))
             path = "M" + "L".join(place(p.step, p.mean) for p in part if p.mean is not None)
-            drawn.append(element("path", d=path, class_=f"curve {name}"))
+            means.append(element("path", d=path, class_=f"curve {name}"))
     lines = [
         element("line", x1="0", x2="100%", y1=f"{100 - at:.2f}%", y2=f"{100 - at:.2f}%")
         for at in map(axis.percent, axis.ticks)
@@ -210,7 +210,8 @@ def curves(shown: Curves) -> Markup | None:
     ]
     plot = element(
         "svg",
-        *drawn,
+        *bands,
+        *means,  # above both bands, so that no line is hidden
         viewBox="0 0 100 100",
         preserveAspectRatio="none",
         width="100%",
@@ -218,7 +219,7 @@ def curves(shown: Curves) -> Markup | None:
     )
     return element(
         "svg",
-        element("title", _told(shown)),
+        element("title", _describe(shown)),
         *lines,
         *numbers,
         *steps,
@@ -236,8 +237,9 @@ def is_logarithmic(shown: Curves) -> bool:
     return bool(finite) and _LossAxis.over(finite).logarithmic
 
 
-def thinned(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """At most ``POINTS_SHOWN`` points: means of equal windows, whose bands hold all of theirs."""
+def thin(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """Reduce a curve to ``POINTS_SHOWN`` points: means over equal windows, whose bands contain all
+    points of the window."""
     window = max(1, math.ceil(len(points) / POINTS_SHOWN))
     if window == 1:
         return list(points)
@@ -290,7 +292,7 @@ class _LossAxis:
 
 
 def _unbroken(points: Sequence[CurvePoint]) -> list[list[CurvePoint]]:
-    """The parts between points that have no finite mean."""
+    """Split a curve at points that have no finite mean."""
     parts = groupby(points, key=lambda p: p.mean is not None and math.isfinite(p.mean))
     return [list(part) for is_drawn, part in parts if is_drawn]
 
@@ -313,8 +315,8 @@ def _band(
     return element("path", d="M" + "L".join(there + back) + "Z", class_=class_)
 
 
-def _told(shown: Curves) -> str:
-    """The curves in a sentence."""
+def _describe(shown: Curves) -> str:
+    """Describe the curves in a sentence."""
     told = []
     for name, side in (("bare", shown.bare), ("with the plan", shown.plan)):
         for part in _unbroken(side):
@@ -327,7 +329,7 @@ def _told(shown: Curves) -> str:
 
 
 def _arrow(percent: float, points_right: bool) -> Markup:
-    """The end of an interval that goes on beyond the axis."""
+    """Draw the end of an interval that continues beyond the axis."""
     away = -6 if points_right else 6
     return element(
         "svg",

@@ -1,71 +1,94 @@
-"""The progress of a tune: a live table on a terminal, plain lines elsewhere."""
+"""Shows progress while a verb works: a line that is overwritten, or plain lines.
+
+Nothing here starts a thread, because the controller forks, and nothing hides the cursor, because
+flatout cannot show it again when it is killed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import shutil
 import sys
 import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from flatout.text import printable
 from flatout.tune import figures
-from flatout.tune.document import Arm
+from flatout.tune.progress import Phase
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.live import Live
+_ERASE = "\r\x1b[K"
+"""Moves the cursor to the start of the line and erases the line (ECMA-48, EL)."""
 
-_SHOWN_EVERY_S = 0.2
-_INTERVAL_WIDTH, _STATE_WIDTH = 72, 40
-"""Columns of a terminal from which on there is room for the interval, and for the state."""
-
-_GAP = 2
-"""Blanks after a column."""
-
-_LINES_AROUND = 5
-"""Of a terminal, that are not arms: heading, what is hidden, time left, and two lines said."""
-
-_STYLES = {"won": "green", "failed": "red", "running": "bold"}
+_ROUNDING_S = 10
+"""The time left is shown in multiples of this, below a minute and a half."""
 
 
-class LiveTable:
-    """Context manager around a tune. A live table of arms stands below the lines that are said.
+class LiveLine:
+    """A line of a terminal that is overwritten. It shows nothing if the file is no terminal.
 
-    It starts no thread (the controller forks) and never hides the cursor (a killed flatout could
-    not show it again).
+    The cursor stays at its start, so that the output of another process overwrites it.
 
     Args:
-        quiet: say and show nothing.
-        file: where to, by default ``sys.stderr``; the table appears only if it is a terminal.
+        file: the terminal.
+
+    Attributes:
+        is_live: whether the file is a terminal that can erase a line.
     """
 
-    def __init__(self, *, quiet: bool = False, file: TextIO | None = None) -> None:
-        self._quiet = quiet
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._shown = ""
+        self.is_live = file.isatty() and os.environ.get("TERM") != "dumb"
+
+    def show(self, text: str) -> None:
+        """Show a text, cut off at the width of the terminal."""
+        text = printable(text)[: max(self._columns() - 1, 0)]
+        if self.is_live and text != self._shown:
+            self._write(f"{_ERASE}{text}\r")
+            self._shown = text
+
+    def clear(self) -> None:
+        """Erase the line."""
+        if self._shown:
+            self._write(_ERASE)
+            self._shown = ""
+
+    def _columns(self) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return os.get_terminal_size(self._file.fileno()).columns
+        return shutil.get_terminal_size().columns
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._file.write(text)
+            self._file.flush()
+
+
+class Progress:
+    """Shows the progress of a tune; a context manager around it.
+
+    On a terminal, a line that is overwritten shows the current phase, and each phase that is over
+    leaves a line with its time. Elsewhere each phase prints a line when it begins.
+
+    Args:
+        quiet: print and show nothing.
+        verbose: print what each trial found, instead of a line for each phase.
+        file: where it prints, by default ``sys.stderr``.
+    """
+
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, file: TextIO | None = None
+    ) -> None:
+        self._quiet, self._verbose = quiet, verbose
         self._file = sys.stderr if file is None else file
-        self._live: Live | None = None
-        self._arms: tuple[Arm, ...] = ()
-        self._shown_at_s = -float("inf")
+        self._line = LiveLine(self._file)
+        self._what = ""
+        self._began_s = 0.0
 
-    def __enter__(self) -> LiveTable:
-        if self._quiet or not self._file.isatty():
-            return self
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(file=self._file, highlight=False, markup=False, emoji=False)
-        if console.is_dumb_terminal or not console.is_terminal:
-            return self
-        self._live = Live(
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._live.start()
-        console.show_cursor(True)
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(
@@ -74,75 +97,57 @@ class LiveTable:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        live, self._live = self._live, None
-        if live is not None:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                live.stop()
+        self._finish()
+        self._line.clear()
 
     def say(self, line: str) -> None:
-        """Print a line, above the table."""
-        if self._quiet:
-            return
-        text = f"flatout: {printable(line)}"
-        if self._live is None:
-            print(text, file=self._file, flush=True)
-        else:
-            self._live.console.print(text, soft_wrap=True)
+        """Print what a trial found, if ``verbose``."""
+        if self._verbose and not self._quiet:
+            self._print(line)
 
-    def show(self, arms: Sequence[Arm], left_seconds: float | None) -> None:
-        """Show the arms as they are now; cheap enough to be called several times a second.
+    def show(self, phase: Phase | None, left_s: float | None) -> None:
+        """Show the current phase. It may be called several times a second.
 
         Args:
-            arms: in the order in which they are shown, as far as there is room.
-            left_seconds: until the tune should be over, ``None`` if not known.
+            phase: what the tune is doing.
+            left_s: seconds until the phase should be over; ``None``: not known.
         """
-        arms = tuple(arms)
-        now_s = time.monotonic()
-        has_changed = arms != self._arms
-        self._arms = arms
-        if self._live is not None and (has_changed or now_s - self._shown_at_s > _SHOWN_EVERY_S):
-            self._shown_at_s = now_s
-            size = self._live.console.size
-            self._live.update(_table(arms, left_seconds, size.width, size.height), refresh=True)
+        if phase is None or self._quiet:
+            return
+        text = f"{phase.what}{_pair(phase)}{_left(phase, left_s)}"
+        if phase.what != self._what:
+            self._finish()
+            self._what, self._began_s = phase.what, time.monotonic()
+            if not self._line.is_live and not self._verbose:
+                self._print(text)
+        self._line.show(f"flatout: {text}")
+
+    def _finish(self) -> None:
+        """Print a line about the phase that is over."""
+        if self._line.is_live and self._what and not self._verbose:
+            took = figures.duration(time.monotonic() - self._began_s)
+            self._print(f"{self._what} ({took})")
+        self._what = ""
+
+    def _print(self, line: str) -> None:
+        self._line.clear()
+        with contextlib.suppress(OSError):
+            print(f"flatout: {printable(line)}", file=self._file, flush=True)
 
 
-def _table(arms: Sequence[Arm], left_s: float | None, width: int, height: int) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    left = "" if left_s is None else f"{figures.duration(max(left_s, 0))} left"
-    if not arms:
-        return Text(left, "dim")
-    with_interval, with_state = width >= _INTERVAL_WIDTH, width >= _STATE_WIDTH
-    rows = [("settings", "ratio", "95 % interval", "state")]
-    shown = _of_most_interest(arms, max(height - _LINES_AROUND, 1))
-    for arm in shown:
-        ratio = interval = ""
-        if arm.ratio is not None:
-            ratio = f"{arm.ratio.value:.2f}x"
-            interval = f"{arm.ratio.low:.2f} to {arm.ratio.high:.2f}"
-        rows.append((printable(arm.label), ratio, interval, arm.state))
-    is_shown = (True, True, with_interval, with_state)
-    columns = [
-        cells for cells, wanted in zip(zip(*rows, strict=True), is_shown, strict=True) if wanted
-    ]
-    others = sum(max(map(len, cells)) + _GAP for cells in columns[1:])
-    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim", caption=Text(left, "dim"))
-    table.caption_justify = "left"
-    for number, (heading, *_) in enumerate(columns):
-        table.add_column(heading, no_wrap=True, justify="right" if number == 1 else "left")
-    table.columns[0].max_width = max(width - others - _GAP, 1)
-    for arm, row in zip(shown, list(zip(*columns, strict=True))[1:], strict=True):
-        table.add_row(*map(Text, row), style=_STYLES.get(arm.state))
-    if len(arms) > len(shown):
-        table.add_row(Text(f"and {len(arms) - len(shown)} more", "dim"))
-    return table
+def _pair(phase: Phase) -> str:
+    if phase.pair is None:
+        return ""
+    of_pairs = "" if phase.pairs is None else f" of {phase.pairs}"
+    return f": pair {phase.pair}{of_pairs}"
 
 
-def _of_most_interest(arms: Sequence[Arm], room: int) -> list[Arm]:
-    """As many arms as there is room for, in their order: those that run, then those with a ratio,
-    then the rest."""
-    by_interest = sorted(
-        range(len(arms)), key=lambda n: (arms[n].state != "running", arms[n].ratio is None, n)
-    )
-    return [arms[n] for n in sorted(by_interest[:room])]
+def _left(phase: Phase, seconds: float | None) -> str:
+    """The time left, as the end of a line: an estimate if the number of pairs is known, or else the
+    rest of the budget."""
+    if not seconds:
+        return ""
+    about = "up to" if phase.pairs is None else "about"
+    if seconds <= 90:
+        return f", {about} {_ROUNDING_S * math.ceil(seconds / _ROUNDING_S)} s left"
+    return f", {about} {math.ceil(seconds / 60)} min left"

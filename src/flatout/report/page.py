@@ -1,10 +1,10 @@
-"""What a tune found, as one HTML page that needs nothing but itself: no network, no script."""
+"""Writes what a tune found as one HTML page that needs neither network nor scripts."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from flatout import __version__
 from flatout.plan import Fact
 from flatout.report import charts, words
 from flatout.report.charts import RatioAxis
-from flatout.report.markup import Markup, element, joined, with_code
+from flatout.report.markup import Markup, element, join, with_code
 from flatout.tune import figures
 from flatout.tune.document import PARTS, Arm, Document, KnobResult, Proof, Side
 from flatout.wire.ratios import Ratio
@@ -21,13 +21,50 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content-Security-Policy: a browser loads and runs nothing, whatever a command line holds."""
 
 STEP_STATISTIC = (
-    "A step is the mean over a run, with its share of the evaluation passes between the steps, and "
-    "of several runs their geometric mean; the phases are shares of it."
+    "Step times are means over a run, including a share of the evaluation passes between the "
+    "steps. Several runs are combined by their geometric mean. The phases of a step sum to it."
 )
-"""The one statistic of step times on the page."""
+"""The statistic of all step times on the page."""
 
-_STATE_CLASSES = {"won": "good", "failed": "bad"}
-_COMPARED_ORDER = ("won", "running", "no gain", "failed", "not tried", "left out")
+_UNKNOWN = "\N{EN DASH}"
+"""Stands in a table for a figure that was not measured."""
+
+_FIGURE_NAMES = {
+    "added": "added",
+    "allowed": "allowed",
+    "calls": "calls compared",
+    "deviations": "largest shift in standard deviations",
+    "error": "largest error",
+    "error_limit": "error allowed",
+    "factor": "scale of the gradients",
+    "factor_high": "at most",
+    "factor_low": "at least",
+    "factor_seen": "smallest scale that would be detected",
+    "fall": "fall of the loss",
+    "figures": "figures compared",
+    "limit": "upper limit",
+    "margin": "allowed",
+    "non_finite": "values that are not finite",
+    "plan": "with the plan",
+    "top1_agreement": "share of rows with the same largest output",
+    "top1_rows": "rows compared",
+}
+"""Names of the figures of a check, by key; other keys are words that a reader knows."""
+
+_FACT_NAMES = {
+    "accelerator": "Accelerator",
+    "cores": "Usable cores",
+    "cpu": "Processor",
+    "huge_pages": "Huge pages",
+    "memory_bytes": "Memory",
+    "memory_gib": "Memory",
+    "system": "System",
+    "torch": "PyTorch",
+    "usable_cores": "Usable cores",
+}
+
+_STATE_CLASSES = {"won": "good", "failed": "bad", "slower": "bad"}
+_COMPARED_ORDER = ("won", "running", "no gain", "slower", "failed", "not tried", "left out")
 
 
 def html(document: Document) -> str:
@@ -96,14 +133,9 @@ def _key_figures(document: Document) -> list[Markup]:
                 f"mean; bare: {figures.milliseconds(bare.step_ms)}",
             ),
             (
-                "Whole job, projected",
-                figures.duration(plan.job_s),
-                f"bare: {figures.duration(bare.job_s)}",
-            ),
-            (
-                "Break-even",
-                words.break_even(document),
-                "to make up for a longer start",
+                "Peak memory",
+                figures.memory(plan.peak_rss_bytes),
+                f"bare: {figures.memory(bare.peak_rss_bytes)}",
             ),
             (
                 "Proof",
@@ -113,6 +145,10 @@ def _key_figures(document: Document) -> list[Markup]:
                 else f"{figures.count(proof.steps, 'step')}, {figures.count(proof.seeds, 'seed')}",
             ),
         ]
+        even = words.break_even(document)
+        if even is not None:
+            job = f"bare: {figures.duration(bare.job_s)}; break-even {even}"
+            facts.insert(2, ("Whole job, projected", figures.duration(plan.job_s), job))
     return [
         element(
             "div",
@@ -146,6 +182,9 @@ def _plan(document: Document) -> Markup | None:
             element("tbody", *(_knob(knob, heading) for knob in document.knobs)),
             class_="stacked knobs",
         ),
+        _unknown_note(
+            ratio is None for knob in document.knobs for ratio in (knob.alone, knob.without_it)
+        ),
     )
 
 
@@ -165,14 +204,17 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
 
 def _ratio_cell(ratio: Ratio | None) -> Markup:
     if ratio is None:
-        return joined(figures.NOT_MEASURED)
+        return join(_UNKNOWN)
     interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {figures.count(ratio.pairs, 'pair')}"
     return element("span", _times(ratio.value), element("small", interval))
 
 
 def _sides(document: Document) -> Markup:
     with_plan = document.with_plan
-    rows = words.sides(document.baseline, with_plan or Side())
+    rows = [
+        (name, *(_or_dash(value) for value in values))
+        for name, *values in words.sides(document.baseline, with_plan or Side())
+    ]
     heading = ("", "Bare", "With the plan", "Change")
     shown = slice(None) if with_plan is not None else slice(2)
     return _section(
@@ -193,6 +235,7 @@ def _sides(document: Document) -> Markup:
             ),
             class_="narrow",
         ),
+        _unknown_note(_UNKNOWN in row[shown] for row in rows),
         element("p", STEP_STATISTIC, class_="note"),
     )
 
@@ -211,7 +254,7 @@ def _phases(document: Document) -> Markup:
     rows = []
     for phase in entered:
         values = [side.phases_ms.get(phase) for _, side in sides]
-        cells = [figures.milliseconds(ms) for ms in values]
+        cells = [_or_dash(figures.milliseconds(ms)) for ms in values]
         if len(values) == 2:
             cells.append(_with_minus(figures.change(figures.shown_milliseconds, *values)))
         rows.append(
@@ -230,12 +273,13 @@ def _phases(document: Document) -> Markup:
             "table",
             element(
                 "caption",
-                "Time in a step; they sum to it. A phase that is never entered is left out.",
+                "Time of each phase in a step. A phase that the program never enters is left out.",
             ),
             element("thead", _row("th", heading, numbers=(1, 2, 3))),
             element("tbody", *rows),
             class_="narrow",
         ),
+        _unknown_note(side.phases_ms.get(phase) is None for phase in entered for _, side in sides),
     )
 
 
@@ -276,7 +320,8 @@ def _checks(proof: Proof) -> Markup | None:
     for check in proof.checks:
         verdict = {True: "passed", False: "not passed", None: "open"}[check.passed]
         told = ", ".join(
-            f"{key.replace('_', ' ')} {_fact(value)}" for key, value in check.figures.items()
+            f"{_FIGURE_NAMES.get(key, key.replace('_', ' '))}: {_fact(value)}"
+            for key, value in check.figures.items()
         )
         rows.append(
             element(
@@ -290,7 +335,7 @@ def _checks(proof: Proof) -> Markup | None:
         "table",
         element("thead", _row("th", ("Check", "Verdict", "Why"))),
         element("tbody", *rows),
-        class_="stacked",
+        class_="stacked checks",
     )
 
 
@@ -351,7 +396,7 @@ def _losses(proof: Proof) -> Markup | None:
                 class_="stacked",
             )
         )
-    return joined(element("h3", "Losses"), *shown) if shown else None
+    return join(element("h3", "Losses"), *shown) if shown else None
 
 
 def _arms(document: Document) -> Markup | None:
@@ -365,15 +410,17 @@ def _arms(document: Document) -> Markup | None:
     if not compared:
         return None
     axis = RatioAxis.over(ratio for _, ratio in compared)
-    heading = ("Settings", axis.numbers(), "Ratio", "95 % interval", "Pairs")
+    heading = ("Settings", axis.numbers(), "Speedup", "95 % interval", "Pairs")
     groups = []
     for stage, note in (
         ("fresh processes", "what is claimed"),
-        ("inside one process", "in alternating blocks of steps; ranks settings, claims nothing"),
+        ("inside one process", "in alternating blocks of steps, only to rank the settings"),
     ):
         arms = [(arm, ratio) for arm, ratio in compared if arm.stage == stage]
         if arms:
-            arms.sort(key=lambda pair: (_COMPARED_ORDER.index(pair[0].state), -pair[1].value))
+            arms.sort(
+                key=lambda pair: (_COMPARED_ORDER.index(words.state(pair[0])), -pair[1].value)
+            )
             title = element("th", stage.capitalize(), element("small", note), colspan="5")
             rows = [_forest_row(axis, arm, ratio, heading) for arm, ratio in arms]
             groups.append(element("tbody", element("tr", title), *rows))
@@ -383,8 +430,8 @@ def _arms(document: Document) -> Markup | None:
             "table",
             element(
                 "caption",
-                "Step time of the bare program over that with the settings: right of "
-                "1\N{MULTIPLICATION SIGN} is faster. Logarithmic scale.",
+                "Speedup: step time of the bare program divided by that with the settings, on a "
+                "logarithmic scale.",
             ),
             element(
                 "thead",
@@ -420,8 +467,12 @@ def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str])
 
 
 def _state(arm: Arm) -> Markup:
-    state = element("span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip())
-    return element("small", state, f": {arm.why}" if arm.why else None)
+    return element("small", _state_word(arm), f": {arm.why}" if arm.why else None)
+
+
+def _state_word(arm: Arm) -> Markup:
+    state = words.state(arm)
+    return element("span", state, class_=f"state {_STATE_CLASSES.get(state, '')}".strip())
 
 
 def _not_compared(document: Document) -> Markup | None:
@@ -436,16 +487,11 @@ def _not_compared(document: Document) -> Markup | None:
         element(
             "tr",
             element("th", arm.label, scope="row"),
-            element(
-                "td",
-                element(
-                    "span", arm.state, class_=f"state {_STATE_CLASSES.get(arm.state, '')}".strip()
-                ),
-            ),
+            element("td", _state_word(arm)),
             element("td", arm.why),
             element(
                 "td",
-                figures.NOT_MEASURED if arm.bound is None else _times(arm.bound),
+                _UNKNOWN if arm.bound is None else _times(arm.bound),
                 class_="number",
                 data_label=heading[3],
             ),
@@ -458,12 +504,13 @@ def _not_compared(document: Document) -> Markup | None:
             "table",
             element(
                 "caption",
-                "At most: the largest ratio that the profile of the bare program allows.",
+                "At most: the largest speedup that the profile of the bare program allows.",
             ),
             element("thead", _row("th", heading, numbers=(3,))),
             element("tbody", *rows),
-            class_="stacked",
+            class_="stacked states",
         ),
+        _unknown_note(arm.bound is None for arm in arms),
     )
 
 
@@ -510,8 +557,8 @@ def _machine(document: Document) -> Markup:
         element(
             "dl",
             *chain.from_iterable(
-                (element("dt", name.replace("_", " ")), element("dd", value))
-                for name, value in map(_with_unit, facts.items())
+                (element("dt", _FACT_NAMES.get(name, name.replace("_", " "))), element("dd", value))
+                for name, value in ((name, _with_unit(name, fact)) for name, fact in facts.items())
             ),
             class_="machine",
         ),
@@ -535,7 +582,7 @@ def _section(title: str, *children: str | None) -> Markup:
 def _row(
     cell: str, values: Sequence[str], heading: Sequence[str] = (), numbers: Sequence[int] = ()
 ) -> Markup:
-    """A row of a table; its first cell names it."""
+    """Make a row of a table; its first cell is its heading."""
     cells = []
     for n, value in enumerate(values):
         is_name = cell == "th" or n == 0
@@ -556,7 +603,7 @@ def _times(ratio: float) -> str:
 
 
 def _with_minus(number: str) -> str:
-    """A number with a minus sign as wide as its plus sign."""
+    """Give a negative number a minus sign that is as wide as a plus sign."""
     return number.replace("-", "\N{MINUS SIGN}", 1) if number.startswith("-") else number
 
 
@@ -568,16 +615,27 @@ def _fact(value: object) -> str:
     return _with_minus(f"{value:.6g}") if isinstance(value, float) else str(value)
 
 
-def _with_unit(fact: tuple[str, Fact | None]) -> tuple[str, str]:
-    """Name and value of a fact; an amount of memory in its usual unit."""
-    name, value = fact
-    if name.endswith("_bytes") and isinstance(value, (int, float)):
-        return name.removesuffix("_bytes"), figures.memory(value)
-    return name, _fact(value)
+def _or_dash(figure: str) -> str:
+    return _UNKNOWN if figure == figures.NOT_MEASURED else figure
+
+
+def _unknown_note(unknown: Iterable[bool]) -> Markup | None:
+    """Explain the dashes of a table; ``None`` if it has none."""
+    return element("p", f"{_UNKNOWN} not measured", class_="note") if any(unknown) else None
+
+
+def _with_unit(name: str, fact: Fact | None) -> str:
+    """The value of a fact about the machine, amounts of memory in their usual unit."""
+    if isinstance(fact, (int, float)):
+        if name.endswith("_bytes"):
+            return figures.memory(fact)
+        if name.endswith("_gib"):
+            return f"{fact:g} GiB"
+    return _fact(fact)
 
 
 def _sentence(text: str) -> str:
-    """``text`` with a capital at its beginning, unless that is code, and a stop at its end."""
+    """Make a sentence of ``text``: a capital, unless it begins with code, and a full stop."""
     begins_with_code = "=" in text.partition(" ")[0]
     begun = text if begins_with_code else _capital(text)
     return begun + ("" if text.endswith((".", "!", "?")) or not text else ".")

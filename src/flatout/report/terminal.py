@@ -1,4 +1,4 @@
-"""A diagnosis for the terminal."""
+"""Prints a diagnosis on the terminal."""
 
 from __future__ import annotations
 
@@ -15,42 +15,58 @@ from flatout.doctor.findings import Finding
 from flatout.tune.figures import milliseconds
 from flatout.wire.turns import PHASES
 
-OPERATORS_SHOWN = 8
+OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20
+FINDINGS_SHOWN, FINDINGS_EXPLAINED = 5, 2
+"""How many findings are printed, and how many with their evidence, unless ``verbose``."""
+
 FEW_STEPS = 5
-"""Timed steps below which a stall of the machine can be most of what was seen."""
+"""Fewest timed steps of which a stall of the machine cannot be the larger part."""
+
 _BAR_WIDTH = 24
 _WIDTH = 100
-"""Of a report that does not go to a terminal."""
+"""Columns of a report that does not go to a terminal."""
 
 
-def print_diagnosis(diagnosis: Diagnosis, file: IO[str]) -> None:
-    """Print a diagnosis: phases, operators, figures, findings."""
+def print_diagnosis(diagnosis: Diagnosis, file: IO[str], verbose: bool = False) -> None:
+    """Print a diagnosis: findings first, then the phases, operators and figures behind them.
+
+    Args:
+        diagnosis: what is printed.
+        file: where to.
+        verbose: print the evidence for every finding, and more operators.
+    """
     console = Console(file=file, highlight=False, width=None if file.isatty() else _WIDTH)
     with console.capture() as capture:
-        _print(console, diagnosis)
+        _print(console, diagnosis, verbose)
     for line in capture.get().splitlines():  # rich fills lines up with blanks
         print(line.rstrip(), file=file)
 
 
-def _print(console: Console, diagnosis: Diagnosis) -> None:
+def _print(console: Console, diagnosis: Diagnosis, verbose: bool) -> None:
     case = diagnosis.case
     console.print(Text(_headline(case), style="bold"))
-    console.print(_phases(case))
-    if case.operators:
-        console.print(_operators(case))
-    console.print(_figures(case))
     if diagnosis.findings:
-        console.print(Text("Findings", style="bold"), Text("(shares: upper bounds of the gain)"))
-        for number, finding in enumerate(diagnosis.findings, 1):
-            _print_finding(console, number, finding)
+        console.print(
+            Text("Findings", style="bold"), Text("(no remedy can save more than the share given)")
+        )
     else:
         console.print(Text("Findings: none.", style="bold"), Text(_why_none(case)))
+    shown = diagnosis.findings if verbose else diagnosis.findings[:FINDINGS_SHOWN]
+    for number, finding in enumerate(shown, 1):
+        _print_finding(console, number, finding, verbose or number <= FINDINGS_EXPLAINED)
+    if len(diagnosis.findings) > FINDINGS_EXPLAINED and not verbose:
+        console.print(Text(f"   (-v shows all {len(diagnosis.findings)} with their evidence)"))
+    console.print(_phases(case))
+    if case.operators:
+        operators_shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
+        console.print(_operators(case, operators_shown))
+    console.print(_figures(case))
     for note in notes(diagnosis):
         console.print(Text(f"Note: {note}"))
 
 
 def notes(diagnosis: Diagnosis) -> list[str]:
-    """What could not be measured, and why."""
+    """What could not be measured, and why, one sentence each."""
     case = diagnosis.case
     said = [
         f"{event.subject}: {event.why}"
@@ -60,14 +76,14 @@ def notes(diagnosis: Diagnosis) -> list[str]:
     if case.process.profile is None and not said:
         said.append(
             f"the program ended after {len(case.process.turns)} steps, before its operators could "
-            "be profiled; fewer --steps would leave room"
+            "be profiled; use fewer --steps"
         )
     if len(case.steps) < FEW_STEPS:
         has_ended = case.process.end is not None and case.process.end.reason == "exit"
-        more = "a longer run of the program" if has_ended else "more --seconds"
+        more = "a longer run of the program" if has_ended else "a longer --budget"
         said.append(f"only {len(case.steps)} steps were timed; {more} would tell more")
     if case.ceilings is None:
-        said.append("without this machine's ceilings there is no MFU and no cost of page faults")
+        said.append("without this machine's rates, MFU and the cost of page faults are not known")
     return said
 
 
@@ -78,7 +94,7 @@ def _headline(case: Case) -> str:
     warmup = case.warmup_steps
     if warmup:
         seconds = sum(step.step_ms for step in warmup) / 1e3
-        text += f" (without the first {len(warmup)}, {seconds:.3g} s, which warm up)"
+        text += f" (without the first {len(warmup)}, which warm up in {seconds:.3g} s)"
     return text
 
 
@@ -96,18 +112,18 @@ def _phases(case: Case) -> Padding:
     if case.evaluations:
         total_ms = sum(turn.step_ms for turn in case.evaluations)
         each_ms = total_ms / len(case.evaluations)
-        passes = f"{len(case.evaluations)} passes, apart"
+        passes = f"{len(case.evaluations)} passes, not part of a step"
         table.add_row("evaluation", milliseconds(each_ms), "", passes)
     return Padding(table, (1, 0, 1, 2), expand=False)
 
 
-def _operators(case: Case) -> Padding:
+def _operators(case: Case, shown: int) -> Padding:
     on_device = any(o.device_self_ms is not None for o in case.operators)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("operator")
     for name in ["calls", "share", *(["on the device"] if on_device else [])]:
         table.add_column(name, justify="right")
-    for operator in case.operators_by_name[:OPERATORS_SHOWN]:
+    for operator in case.operators_by_name[:shown]:
         row = [operator.name, f"{operator.calls:.3g}", f"{operator.share:.1%}"]
         if on_device:
             device_ms = operator.device_self_ms
@@ -120,11 +136,11 @@ def _figures(case: Case) -> Padding:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("arithmetic", _arithmetic(case))
     if case.device_share is not None:
-        busy = f"busy for {case.device_share:.0%} of a step; the phases are times of the host"
+        busy = f"busy for {case.device_share:.0%} of a step; the phases are host times"
         table.add_row("accelerator", busy)
     faults = case.minor_faults_per_step
     if faults is not None:
-        table.add_row("page faults", f"{faults:,.0f} minor ones a step")
+        table.add_row("page faults", f"{faults:,.0f} minor faults a step")
     peak = [("memory", case.steps[-1].peak_rss_bytes)]
     peak.append(("device memory", case.peak_device_bytes))
     for name, value in peak:
@@ -139,28 +155,30 @@ def _figures(case: Case) -> Padding:
 
 def _arithmetic(case: Case) -> str:
     if case.uncounted_operators:
-        return f"not known: no formula for the operations of {', '.join(case.uncounted_operators)}"
+        return f"not known: flatout has no FLOP formula for {', '.join(case.uncounted_operators)}"
     if case.flops_per_step is None:
         return "not measured"
     text = f"{case.flops_per_step / 1e9:.3g} GFLOP a step"
     if case.main_dtype is not None:
         text += f", in {case.main_dtype}"
     if case.mfu is not None:
-        text += f"; MFU {case.mfu:.1%} of what this machine was measured to do"
+        text += f"; MFU {case.mfu:.1%} of the measured matmul rate"
     return text
 
 
-def _print_finding(console: Console, number: int, finding: Finding) -> None:
+def _print_finding(console: Console, number: int, finding: Finding, explained: bool) -> None:
     share = "share not known" if finding.share is None else f"at most {finding.share:.0%} of a step"
     console.print(
         Text(f"{number}. "), Text(finding.kind, style="bold"), Text(f"- {finding.title}: {share}")
     )
-    for line in finding.evidence:
+    for line in finding.evidence if explained else ():
         console.print(Padding(Text(line), (0, 0, 0, 3), expand=False))
     console.print(Padding(Text(finding.remedy, style="green"), (0, 0, 0, 3), expand=False))
 
 
 def _why_none(case: Case) -> str:
     if case.mfu is not None:
-        return f"The step is at {case.mfu:.0%} of the machine's arithmetic, and nothing stands out."
+        return (
+            f"The step reaches {case.mfu:.0%} of the machine's matmul rate, and nothing stands out."
+        )
     return "Nothing stands out."

@@ -1,7 +1,8 @@
-"""What a tune found, in words: the last lines that it says."""
+"""Puts what a tune found into words: the lines that it ends with."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
@@ -10,55 +11,66 @@ from flatout.tune import figures
 from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
 from flatout.wire.ratios import Ratio
 
-ARMS_SHOWN = 12
-"""Of each kind; the page has them all."""
-
 YARDSTICKS = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
 
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
-_DID_NOT_HELP = ("no gain", "failed")
-_NOT_TRIED = ("not tried", "left out")
+_NOT_IN_PLAN = ("slower", "no gain", "failed", "left out", "not tried")
+"""The states of settings that are not in the plan, in the order in which they are listed."""
 
 
-def lines(document: Document) -> list[str]:
-    """The result: the plan or why there is none, what it brought, its proof, what to do next."""
+def lines(document: Document, verbose: bool = False) -> list[str]:
+    """The result in lines: the verdict, the plan or why there is none, and what to do next.
+
+    Args:
+        document: the result.
+        verbose: add each check of the proof, how to do by hand what the plan does, and each setting
+            that is not in the plan with its reason.
+    """
     said: list[str] = []
     if document.plan is None:
         said.append(f"no plan written: {document.why}")
         said.append(f"bare: {figures.milliseconds(document.baseline.step_ms)} a step")
     else:
+        said.append(claim_line(document))
+    if document.proof is not None:
+        said += proof_lines(document.proof, verbose)
+    if document.plan is not None:
         said.append(f"the plan, in {document.plan}:")
         for knob in document.knobs:
-            said += _knob(knob)
-        said.append(claim_line(document))
+            said += _knob(knob, verbose)
         said += _sides(document.baseline, document.with_plan or Side())
-        said.append(f"break-even: {break_even(document)}")
-    if document.proof is not None:
-        said += proof_lines(document.proof)
-    said += _arms("tried, and no help:", document.arms, _DID_NOT_HELP)
-    said += _arms("not tried:", document.arms, _NOT_TRIED)
+        even = break_even(document)
+        said += [] if even is None else [f"break-even: {even}"]
+    said += _not_in_plan(document.arms, verbose)
     said = [" ".join(line.splitlines()) for line in said]
     if document.next_command is not None:
         said.append(f"next: {document.next_command}")  # line ends in it are part of the command
     return [printable(line) for line in said]
 
 
-def _ratio(measured: Ratio | None) -> str:
-    """A ratio with its interval and pairs."""
-    return figures.NOT_MEASURED if measured is None else str(measured)
+def state(arm: Arm) -> str:
+    """What became of an arm, in a word or two."""
+    is_slower = arm.state == "no gain" and arm.ratio is not None and arm.ratio.high < 1
+    return "slower" if is_slower else arm.state
 
 
-def break_even(document: Document) -> str:
-    """When the plan has made up for its longer start."""
-    steps = document.break_even_steps
-    if steps is None:
-        return figures.NOT_MEASURED
-    return "from the first step on" if steps <= 0 else f"after {figures.count(steps, 'step')}"
+def break_even(document: Document) -> str | None:
+    """When the plan has saved the time of the tune and of its own longer start.
+
+    Returns ``None`` if the length of the job is not known, since it decides whether that is early.
+    """
+    steps, bare = document.break_even_steps, document.baseline
+    if steps is None or bare.job_s is None or not bare.step_ms:
+        return None
+    in_steps_s = bare.job_s - (bare.startup_s or 0.0) - (bare.warmup_s or 0.0)
+    job_steps = round(in_steps_s * 1e3 / bare.step_ms)
+    said = f"after {figures.count(steps, 'step')} of {job_steps:,}, with the time of the tune"
+    return said if steps <= job_steps else f"{said}: only if this job runs more than once"
 
 
 def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
-    """Rows of a table: what, the bare program, with the plan, change."""
+    """The rows of a table: what is compared, the bare program, the plan, and the change."""
     rows: list[tuple[str, figures.Kind, Callable[..., str], float | None, float | None]] = [
         ("step", figures.shown_milliseconds, figures.change, bare.step_ms, plan.step_ms),
         ("start-up", figures.shown_duration, figures.longer, bare.startup_s, plan.startup_s),
@@ -91,12 +103,12 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
 
 
 def verdict(proof: Proof) -> str:
-    """The result of a proof, in its own word."""
+    """The result of a proof, in a word or two."""
     return {True: "passed", False: "not passed", None: "inconclusive"}[proof.passed]
 
 
 def what_passed(proof: Proof) -> str | None:
-    """Of an inconclusive proof, the checks that passed all the same."""
+    """The checks that an inconclusive proof passed; ``None``: there are none, or it is decided."""
     names = dict.fromkeys(check.name for check in proof.checks if check.passed)
     if proof.passed is not None or not names:
         return None
@@ -104,7 +116,7 @@ def what_passed(proof: Proof) -> str | None:
 
 
 def _proof_headline(proof: Proof) -> str:
-    """The verdict with its horizon."""
+    """The verdict, with the steps and seeds that it covers."""
     kind = f" ({proof.kind})" if proof.passed is not None else ""
     only = what_passed(proof)
     return (
@@ -114,14 +126,14 @@ def _proof_headline(proof: Proof) -> str:
 
 
 def repeatability(proof: Proof) -> str | None:
-    """What to know about the bare program where it does not repeat itself."""
+    """A note if the bare program does not repeat its own losses."""
     if proof.bare_repeats is not False:
         return None
     return "the bare program does not repeat its own losses from one seed"
 
 
 def _loss(loss: LossEvidence, proof: Proof) -> str:
-    """How the losses of one backward call compare."""
+    """Compare the losses of one backward call."""
     compared = (
         ", identical at every step"
         if proof.kind == "bitwise" and proof.passed
@@ -134,22 +146,22 @@ def _loss(loss: LossEvidence, proof: Proof) -> str:
     )
 
 
-def _outcome(arm: Arm) -> str:
-    """What came of an arm and why, without its ratio."""
-    return arm.state + (f": {arm.why}" if arm.why else "")
+def _ratio(measured: Ratio | None) -> str:
+    """A ratio with its interval and number of pairs."""
+    return figures.NOT_MEASURED if measured is None else str(measured)
 
 
-def _knob(knob: KnobResult) -> list[str]:
-    alone, on_top = _ratio(knob.alone), _ratio(knob.without_it)
-    return [
-        f"  {knob.knob} = {knob.setting}: {knob.summary}",
-        f"    brought, alone: {alone}; on top of the others: {on_top}",
-        f"    by hand: {knob.by_hand}",
-    ]
+def _knob(knob: KnobResult, verbose: bool) -> list[str]:
+    said = [f"  {knob.knob} = {knob.setting}: {knob.summary}"]
+    if verbose:
+        alone, on_top = _ratio(knob.alone), _ratio(knob.without_it)
+        said.append(f"    brought, alone: {alone}; on top of the others: {on_top}")
+        said.append(f"    by hand: {knob.by_hand}")
+    return said
 
 
 def claim_line(document: Document) -> str:
-    """The ratio from fresh processes."""
+    """The claimed speedup, in a line."""
     claim = document.claim
     if claim is None:
         return f"faster: {figures.NOT_MEASURED}"
@@ -168,7 +180,9 @@ def claim_line(document: Document) -> str:
 
 
 def _sides(baseline: Side, with_plan: Side) -> list[str]:
-    rows = [("", "bare", "with the plan", ""), *sides(baseline, with_plan)]
+    unknown = (figures.NOT_MEASURED, figures.NOT_MEASURED)
+    measured = [row for row in sides(baseline, with_plan) if row[1:3] != unknown]
+    rows = [("", "bare", "with the plan", ""), *measured]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         f"  {name:{widths[0]}}  {bare:>{widths[1]}}  {plan:>{widths[2]}}  {change}".rstrip()
@@ -176,13 +190,14 @@ def _sides(baseline: Side, with_plan: Side) -> list[str]:
     ]
 
 
-def proof_lines(proof: Proof) -> list[str]:
-    """The verdict, its checks and the losses."""
+def proof_lines(proof: Proof, verbose: bool = False) -> list[str]:
+    """The verdict of a proof and each check that failed; if ``verbose``, all checks and losses."""
     said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:
-        result = {True: "passed", False: "NOT PASSED", None: "open"}[check.passed]
-        said.append(f"  {check.name}: {result}" + (f", {check.why}" if check.why else ""))
-    for number, evidence in enumerate(proof.losses, 1):
+        if verbose or check.passed is False:
+            result = {True: "passed", False: "NOT PASSED", None: "open"}[check.passed]
+            said.append(f"  {check.name}: {result}" + (f", {check.why}" if check.why else ""))
+    for number, evidence in enumerate(proof.losses if verbose or not proof.passed else (), 1):
         which = f" {number}" if len(proof.losses) > 1 else ""
         said.append(
             f"loss{which} over the last quarter of {proof.steps} steps: {_loss(evidence, proof)}"
@@ -191,13 +206,29 @@ def proof_lines(proof: Proof) -> list[str]:
     return said if note is None else [*said, f"note: {note}"]
 
 
-def _arms(heading: str, arms: Sequence[Arm], states: Sequence[str]) -> list[str]:
-    chosen = [arm for arm in arms if arm.state in states]
-    said = [heading] if chosen else []
-    for arm in chosen[:ARMS_SHOWN]:
-        figure = "" if arm.ratio is None else f"{arm.ratio} {_STAGES[arm.stage]}, "
-        bound = f" (at most {arm.bound:.2f}x)" if arm.bound is not None else ""
-        said.append(f"  {arm.label}: {figure}{_outcome(arm)}{bound}")
-    if len(chosen) > ARMS_SHOWN:
-        said.append(f"  and {len(chosen) - ARMS_SHOWN} more, which flatout report shows")
+def _not_in_plan(arms: Sequence[Arm], verbose: bool) -> list[str]:
+    """Count the settings that are not in the plan; if ``verbose``, list them with their reasons.
+
+    Settings that need a larger budget to be tried are always listed.
+    """
+    counts = Counter(map(state, arms))
+    counted = ", ".join(f"{counts[name]} {name}" for name in _NOT_IN_PLAN if counts[name])
+    if not counted:
+        return []
+    said = [f"not in the plan: {counted}"]
+    if not verbose:
+        said[0] += " (-v lists them with their reasons, so does 'flatout report')"
+    for name in _NOT_IN_PLAN:
+        for arm in arms:
+            wants_budget = arm.state == "not tried" and arm.stage == "fresh processes"
+            if state(arm) == name and (verbose or wants_budget):
+                said.append(f"  {arm.label}: {_outcome(arm)}")
     return said
+
+
+def _outcome(arm: Arm) -> str:
+    """What became of an arm: ratio, state, reason, and the most that the profile allows."""
+    figure = "" if arm.ratio is None else f"{arm.ratio} {_STAGES[arm.stage]}, "
+    why = f": {arm.why}" if arm.why else ""
+    bound = "" if arm.bound is None else f" (at most {arm.bound:.2f}x)"
+    return f"{figure}{state(arm)}{why}{bound}"

@@ -9,7 +9,7 @@ from flatout import knobs
 from flatout.tune import memory, pairs, prover, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
-from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
+from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import MINIMUM_STEPS, Pairs
 from flatout.tune.trial import Trials
 
@@ -102,7 +102,12 @@ class ColdTrials:
             pace=self._bare.pace,
             steps=self._steps,
             seed=self._options.seed,
-            is_enough=self._is_ranked,
+            is_enough=self._ledger.follow_pairs(
+                f"trying {candidate} in fresh processes",
+                statistics.RANKING_PAIRS,
+                self._pair_s,
+                self._is_ranked,
+            ),
             say=self._ledger.say,
         )
         self._ledger.note_runs(tried)
@@ -125,7 +130,7 @@ class ColdTrials:
         faster = sum(log > 0 for log in tried.log_ratios)
         self._ledger.say(
             f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"
-            f"{'' if is_faster else f'; {NO_GAIN}'}"
+            f"{'' if is_faster else '; slower' if tried.ratio.high < 1 else '; no measurable gain'}"
         )
         excess = memory.refusal(
             tried.steps(tried.baseline_runs), tried.steps(tried.variant_runs), self._options.memory
@@ -136,7 +141,7 @@ class ColdTrials:
         if is_faster:
             self._ledger.accept(settings)
         else:
-            self._ledger.reject(settings, NO_GAIN)
+            self._ledger.reject(settings)
         return is_faster
 
     def _is_ranked(self, tried: Pairs) -> bool:

@@ -194,7 +194,7 @@ class Document:
         why: why this plan was chosen, or why there is none, one sentence.
         baseline, with_plan: the program without and with the plan.
         claim: bare step time over the plan's, from fresh processes in alternation.
-        break_even_steps: steps after which the plan has made up for its longer start.
+        break_even_steps: steps after which the plan has made up for the tune and its longer start.
         arms: everything that was compared, or left out with a reason.
         knobs: the knobs of the plan.
         proof: the proof of the plan, or of the last plan that was refused.

@@ -98,7 +98,7 @@ def verdict(ratio: Ratio) -> str:
     """What a ratio says, in a word or two: the only place that tells faster from slower."""
     if ratio.low > 1:
         return "faster"
-    return "slower" if ratio.high < 1 else "no faster, beyond noise"
+    return "slower" if ratio.high < 1 else "no measurable gain"
 
 
 def loss(value: float) -> str:

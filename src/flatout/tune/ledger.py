@@ -1,7 +1,7 @@
 """What a tune was asked for, what it has tried, and what came of each setting.
 
 The ledger is the one object that all stages of a tune share and write to. It tells whoever watches
-the tune, a live table for one, of every change.
+the tune of every change.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from flatout.tune import memory
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.pairs import Pace, Pairs
+from flatout.tune.progress import Phase
 from flatout.tune.proof import Verdict
 from flatout.wire import signature
 from flatout.wire.header import Header
 from flatout.wire.ratios import Ratio
-
-NO_GAIN = "it is not measurably faster"
-"""Why settings are rejected whose ratio does not stand out of the noise."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ class Outcome:
         job_steps: how many steps the whole job has, ``None``: not known.
         interrupted: whether the user has ended the tune.
         seconds: how long the tune took.
+        phase: what is being done now; ``None``: nothing has begun.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -107,6 +106,7 @@ class Outcome:
     job_steps: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
+    phase: Phase | None = None
 
     def alone(self, knob: str) -> Ratio | None:
         """The ratio of a knob alone inside one process, ``None``: not measured."""
@@ -130,7 +130,8 @@ class Ledger:
         budget_s: how long the tune may take, in seconds.
         read_spent_s: returns how long it has taken so far, in seconds.
         say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left whenever an arm has changed.
+        show: is called with the outcome so far and the seconds left in its phase, whenever an arm
+            or the phase has changed.
 
     Attributes:
         outcome: what has been found so far.
@@ -175,14 +176,14 @@ class Ledger:
         self.outcome.arms += [
             TriedArm(candidate.settings, bound=candidate.bound) for candidate in candidates
         ]
-        self._tell()
+        self.tell()
 
     def start(self, candidates: Iterable[Candidate], stage: Stage) -> None:
         """Note that candidates are being tried."""
         for candidate in candidates:
             arm = self.find(candidate.settings)
             arm.stage, arm.state = stage, "running"
-        self._tell()
+        self.tell()
 
     def measure(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
         """Note the ratio of a candidate, and what is to be said of it; it is judged later."""
@@ -193,13 +194,13 @@ class Ledger:
         """Note that settings are faster; without a reason, what was said of them stays."""
         arm = self.find(settings)
         arm.state, arm.why = "won", why or arm.why
-        self._tell()
+        self.tell()
 
-    def reject(self, settings: Mapping[str, str], why: str) -> None:
-        """Note that settings gain nothing."""
+    def reject(self, settings: Mapping[str, str], why: str = "") -> None:
+        """Note that settings gain nothing, and the reason if it is another than the ratio."""
         arm = self.find(settings)
         arm.state, arm.why = "no gain", why
-        self._tell()
+        self.tell()
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
         """Reject settings that did nothing, whatever their ratio is: it is noise."""
@@ -211,14 +212,14 @@ class Ledger:
         arm = self.find(settings)
         arm.state, arm.why = "failed", why
         self.say(f"{format_settings(settings)} is dropped: {why}")
-        self._tell()
+        self.tell()
 
     def skip(self, settings: Mapping[str, str], stage: Stage, why: str) -> None:
         """Note that settings are not tried, or not judged, and in which stage."""
         arm = self.find(settings)
         arm.stage, arm.state, arm.why = stage, "not tried", why
         self.say(f"{format_settings(settings)} is not tried: {why}")
-        self._tell()
+        self.tell()
 
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
         """Note that settings do not become part of the plan although they may be faster.
@@ -229,7 +230,7 @@ class Ledger:
         for arm in self.outcome.arms:
             if arm.settings == settings:
                 arm.state, arm.why = "left out", why
-        self._tell()
+        self.tell()
 
     def note_on_top(self, knob: str, ratio: Ratio) -> None:
         """Note how many times faster the stack is with a knob than without it."""
@@ -243,8 +244,54 @@ class Ledger:
             outcome.inputs = _merge_inputs(outcome.inputs, done.process.inputs)
             outcome.modules |= done.modules
 
-    def _tell(self) -> None:
-        self._show(self.outcome, max(self.left_s, 0.0))
+    def begin(
+        self,
+        what: str,
+        pair: int | None = None,
+        pairs: int | None = None,
+        lasts_s: float | None = None,
+    ) -> None:
+        """Note that a phase begins; see ``Phase``.
+
+        Args:
+            what: what is being done.
+            pair: which pair of runs is being made; ``None``: it makes no pairs.
+            pairs: how many pairs it will make; ``None``: not known.
+            lasts_s: how long it should take; ``None``: it may take the rest of the budget.
+        """
+        ends_s = self._budget_s if lasts_s is None else self._read_spent_s() + lasts_s
+        self.outcome.phase = Phase(what, pair, pairs, ends_s)
+        self.tell()
+
+    def follow_pairs(
+        self, what: str, expected: int, pair_s: float, is_enough: Callable[[Pairs], bool]
+    ) -> Callable[[Pairs], bool]:
+        """``is_enough``, with a phase that begins anew for each pair that is still to be made.
+
+        Args:
+            what: what the pairs are for.
+            expected: how many it should take, as far as that is known before.
+            pair_s: how long one of them takes, in seconds.
+            is_enough: is asked before each pair.
+        """
+
+        def is_over(made: Pairs) -> bool:
+            if is_enough(made):
+                return True
+            left = expected - made.count
+            if left > 0:
+                self.begin(what, made.count + 1, expected, left * pair_s)
+            else:
+                self.begin(what, made.count + 1)
+            return False
+
+        return is_over
+
+    def tell(self) -> None:
+        """Show what has been found so far."""
+        phase = self.outcome.phase
+        ends_s = self._budget_s if phase is None else phase.ends_s
+        self._show(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
 
 
 def format_settings(settings: Mapping[str, str]) -> str:

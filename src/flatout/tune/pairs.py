@@ -237,10 +237,15 @@ def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str
     return found
 
 
-def break_even_steps(bare: Cost, plan: Cost) -> int | None:
-    """The steps after which the plan has made up for its longer start; ``None``: it never does."""
+def break_even_steps(bare: Cost, plan: Cost, tune_s: float) -> int | None:
+    """Steps after which the plan has made up for the tune and its longer start; ``None``: never.
+
+    Args:
+        bare, plan: what the two sides take.
+        tune_s: what the tune took.
+    """
     gain_s = (bare.step_ms - plan.step_ms) / 1e3
-    longer_s = plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
+    longer_s = tune_s + plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
     if gain_s <= 0:
         return None
     return max(0, math.ceil(longer_s / gain_s))

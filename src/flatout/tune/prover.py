@@ -101,13 +101,19 @@ class Prover:
         self._ledger.say(
             f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
+        is_enough = self._is_enough if count is None else lambda made: made.count >= count
         pairs.run(
             self._trials,
             made,
             pace=self._bare.pace,
             steps=steps,
             seed=self._options.seed,
-            is_enough=self._is_enough if count is None else lambda made: made.count >= count,
+            is_enough=self._ledger.follow_pairs(
+                "proving the plan",
+                statistics.MINIMUM_PAIRS if count is None else count,
+                2 * self._bare.pace.seconds(steps),
+                is_enough,
+            ),
             say=self._ledger.say,
         )
         self._ledger.note_runs(made)
@@ -127,6 +133,7 @@ class Prover:
         """
         if attempt.verdict is not None and attempt.verdict.undecided:
             return search.find_most_invasive(settings)
+        self._ledger.begin("looking for the setting that makes the proof fail")
         self._ledger.say("looking for the setting that makes the proof fail")
         return search.find_culprits(settings, attempt.part_passes)
 
@@ -144,6 +151,7 @@ class Prover:
         """
         if not self._bare.process.trains:
             return None
+        self._ledger.begin("proving the plan: comparing its gradients with the bare program's")
         settings = search.use_proof_settings(settings)
         while len(self._bare_gradients) < seeds:
             number = len(self._bare_gradients)

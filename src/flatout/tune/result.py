@@ -33,7 +33,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
         baseline = _side(found.baseline_runs[: found.count], bare, outcome.job_steps)
         if has_plan:
             with_plan = _side(found.variant_runs[: found.count], plan_cost, outcome.job_steps)
-            break_even = pairs.break_even_steps(bare, plan_cost)
+            break_even = pairs.break_even_steps(bare, plan_cost, outcome.seconds)
     elif outcome.pace is not None:
         baseline = Side(
             step_ms=outcome.pace.step_s * 1e3,

@@ -18,10 +18,10 @@ from typing import Literal
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import candidates, design, pairs, statistics, trial
+from flatout.tune import candidates, design, figures, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
-from flatout.tune.ledger import NO_GAIN, Ledger, Options, format_settings
+from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.wire.record import WARMUP_STEPS
@@ -106,7 +106,7 @@ class Screening:
                 setting = (arm.ratio.value, candidate.setting)
                 best[candidate.knob] = max(best.get(candidate.knob, (0.0, "")), setting)
             else:
-                self._ledger.reject(candidate.settings, arm.why or NO_GAIN)
+                self._ledger.reject(candidate.settings, arm.why)
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         return {knob: setting for knob, (_, setting) in ordered}
 
@@ -277,6 +277,11 @@ class Screening:
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
         self._ledger.say(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
+        )
+        self._ledger.begin(
+            f"measuring {compared}"
+            if isinstance(compared, str)
+            else f"comparing {figures.count(len(compared), 'setting')} inside one process"
         )
         self._ledger.start(() if isinstance(compared, str) else compared, "inside one process")
         request = Request(comparison=comparison, seed=self._options.seed)

@@ -74,9 +74,17 @@ class Trials:
         command: the job.
         journal: journal of the tune.
         isolate: whether trials run in a copy-on-write view of the file system.
+        tick: is called twice a second while a trial runs.
     """
 
-    def __init__(self, command: Sequence[str], journal: Journal, isolate: bool) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        journal: Journal,
+        isolate: bool,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        self._progress = None if tick is None else lambda _: tick()
         self._command = command
         self._journal = journal
         self._isolate = isolate
@@ -101,6 +109,7 @@ class Trials:
                 isolate=self._isolate,
                 output="capture",
                 timeout_seconds=timeout_seconds,
+                progress=self._progress,
                 runs=self._journal.runs,
             )
             return (finished,)
@@ -133,6 +142,7 @@ class Trials:
                 relay,
                 isolate=self._isolate,
                 timeout_seconds=timeout_seconds,
+                progress=self._progress,
                 runs=self._journal.runs,
             )
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
 from flatout.machine import Ceilings
-from flatout.tune import bare, candidates, evidence, search, statistics
+from flatout.tune import bare, candidates, evidence, figures, search, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
@@ -32,6 +32,9 @@ from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover
 from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
+
+GRADIENTS_PHASE = "proving the plan: comparing its gradients with the bare program's"
+PROOF_PHASE = "proving the plan"
 
 MAXIMUM_PROOFS = 4
 """Most plans that are put to the proof one after the other, each gentler than the one before."""
@@ -45,7 +48,8 @@ class Tuner:
         options: what the user asks for.
         journal: journal of this tune.
         say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left whenever an arm has changed.
+        show: is called with the outcome so far and the seconds left in its phase, whenever an arm
+            or the phase has changed, and twice a second while a trial runs.
         measure_ceilings: returns what the machine can do at most for an interpreter, ``None``: not
             known.
     """
@@ -62,8 +66,8 @@ class Tuner:
         self._command = command
         self._options = options
         self._journal = journal
-        self._trials = Trials(command, journal, options.isolate)
         self._ledger = Ledger(options.budget_seconds, lambda: journal.spent_s, say, show)
+        self._trials = Trials(command, journal, options.isolate, tick=self._ledger.tell)
         self._measure_ceilings = measure_ceilings
 
     def run(self) -> Outcome:
@@ -153,6 +157,7 @@ class Tuner:
             JournalError: the program has changed since this tune began.
             UserError: see ``run``.
         """
+        self._ledger.begin("running the bare program")
         first = bare.run(self._command, self._options, self._trials, self._ledger.say)
         self._journal.hold(first.program)
         outcome = self._ledger.outcome
@@ -248,7 +253,7 @@ def _find_no_gain(made: Pairs, job_steps: int | None) -> str | None:
         job_steps: length of the job in steps, ``None``: not known.
     """
     if not statistics.is_gain(made.ratio):
-        return f"{made.ratio} in fresh processes: no gain beyond noise"
+        return f"{made.ratio} in fresh processes: {figures.verdict(made.ratio)}"
     if made.whole_ratio <= 1:
         return (
             f"{made.ratio} but for a few steps, and {made.whole_ratio:.2f}x with all of them: no "

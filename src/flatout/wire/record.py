@@ -258,6 +258,69 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
     return main
 
 
+class StepCounter:
+    """Counts the steps of a run that goes on; it reads only what is new each time.
+
+    Args:
+        run_directory: of the run.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self._run_directory = run_directory
+        self._files: dict[Path, _StepsOfFile] = {}
+
+    def count(self) -> int:
+        """The steps so far of the process that has made most of them.
+
+        Raises:
+            RecordError: the directory is missing, or a file in it holds no record.
+        """
+        for path in _record_paths(self._run_directory):
+            self._files.setdefault(path, _StepsOfFile(path)).read()
+        return max((file.count for file in self._files.values()), default=0)
+
+
+class _StepsOfFile:
+    """The steps of one record file that grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = self._read_lines = 0
+        self._kinds = {"step": 0, "evaluation": 0}
+        self._begin()
+
+    @property
+    def count(self) -> int:
+        """Of training if it trains, else of inference."""
+        return self._kinds["step"] or self._kinds["evaluation"]
+
+    def read(self) -> None:
+        """Read the whole lines that are new."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                new = file.read()
+        except OSError as error:
+            raise RecordError(f"{self._path} cannot be read: {error.strerror}") from error
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.splitlines():
+            self._read_lines += 1
+            with _naming(self._path, self._read_lines):
+                document = json.loads(line)
+                if document["kind"] == Header.kind:
+                    self._begin()
+                elif document["kind"] == Events.kind:
+                    events = self._unpacker.events(decode(Events, document).packed)
+                    self._turns.tell(events, repeat(None))
+
+    def _begin(self) -> None:
+        self._turns, self._unpacker = Turns(self._add), Unpacker()
+
+    def _add(self, turn: Turn) -> None:
+        self._kinds[turn.kind] += 1
+
+
 def read_process(path: Path) -> ProcessRecord:
     """Read one record file; a torn last line is ignored.
 

@@ -1,95 +1,85 @@
-"""``flatout doctor``: where the time of a step goes, and what would help."""
+"""``flatout doctor``: finds where the time of a step goes, and what would help."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shlex
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flatout.cli import options
+from flatout.cli.streams import say
 
 if TYPE_CHECKING:
     from flatout.launch import Finished
     from flatout.machine import Ceilings
+    from flatout.report.live import LiveLine
     from flatout.wire.record import RunRecord
 
 SUMMARY = "find what limits a program on this machine"
+EXAMPLES = (
+    "flatout doctor python train.py",
+    "flatout doctor --quiet --budget 2m --json diagnosis.json python train.py",
+    "flatout doctor --set precision=bf16 python train.py",
+)
 TAKES_JOB = True
+ARGUMENT = ""
 
 DEFAULT_STEPS = 60
-DEFAULT_SECONDS = 45.0
+DEFAULT_BUDGET_S = 45.0
 PROFILE_STEPS = 20
-"""At most; long steps need fewer."""
+"""Most steps that are profiled; fewer if they are long."""
 
-_PROGRESS_EVERY_S = 0.5
+_BAR_WIDTH = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout doctor``."""
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=DEFAULT_STEPS,
-        metavar="N",
-        help=f"steps to time; some more are profiled (default: {DEFAULT_STEPS})",
+    options.add_steps(
+        parser, DEFAULT_STEPS, f"steps to time; some more are profiled (default: {DEFAULT_STEPS})"
     )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=DEFAULT_SECONDS,
-        metavar="S",
-        help="stop timing this many seconds after the first step, at the end of a step "
-        f"(default: {DEFAULT_SECONDS:g})",
+    options.add_budget(parser, DEFAULT_BUDGET_S, "time steps for this long, from the first one on")
+    parser.add_argument(  # its name in flatout 0.1
+        "--seconds", type=options.duration_s, dest="budget", help=argparse.SUPPRESS
     )
+    options.add_set(parser, "diagnose the program with this setting applied")
+    options.add_json(parser)
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KNOB=SETTING",
-        help="turn a knob, to see what is left; may be repeated",
+        "--quiet", action="store_true", help="write the program's output to a file instead"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write the diagnosis here as well"
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="keep the program's output in a file instead"
-    )
-    parser.add_argument(
-        "--in-place",
-        action="store_true",
-        help="let the program write to your files: it is stopped half way",
-    )
+    options.add_verbose(parser, "the evidence for every finding, and more operators")
+    options.add_in_place(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run the command for a while, diagnose it, print what was found."""
+    """Run the command for a while, diagnose it, and print the diagnosis."""
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
     from flatout.report import terminal
+    from flatout.report.live import LiveLine
     from flatout.wire.request import Request
 
-    if arguments.steps < 1:
-        raise UserError("--steps must be at least 1")
-    if not arguments.seconds > 0:
-        raise UserError("--seconds must be more than 0")
     if arguments.json is not None:
         paths.check_writable(arguments.json)
     settings = knobs.parsed(arguments.set)
-    progress = _Progress(arguments.steps)
+    line = LiveLine(sys.stderr)
     finished = launch.start(
         arguments.command,
         Request(
             settings=settings,
             stop_steps=arguments.steps,
-            stop_seconds=arguments.seconds,
+            stop_seconds=arguments.budget,
             profile_steps=PROFILE_STEPS,
         ),
         isolate=not arguments.in_place,
         output="capture" if arguments.quiet else "inherit",
-        progress=progress.show if sys.stderr.isatty() else None,
+        progress=_progress(line, arguments.steps) if line.is_live else None,
     )
-    progress.clear()
+    line.clear()
     run = finished.read_record()
     if run.main is None or not run.main.turns:
         raise UserError(_why_no_step(run, finished, arguments.quiet))
@@ -101,14 +91,16 @@ def execute(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from None
     sys.stdout.flush()
-    terminal.print_diagnosis(diagnosis, sys.stdout)
+    terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
+    if diagnosis.findings:
+        say(f"next: flatout tune -- {shlex.join(arguments.command)}")
     for event in run.main.events:
         if event.subject in settings and event.what in ("skipped", "failed"):
-            print(f"flatout: {event.subject} {event.what}: {event.why}", file=sys.stderr)
+            say(f"{event.subject} {event.what}: {event.why}")
     if finished.returncode != 0:
-        print(f"flatout: the program {_ended(finished)} in its window", file=sys.stderr)
+        say(f"the program {_ended(finished)} while it was diagnosed")
     if arguments.quiet:
-        print(f"flatout: the program's output is in {_output_file(finished)}", file=sys.stderr)
+        say(f"the program's output is in {_output_file(finished)}")
     return 0
 
 
@@ -116,31 +108,30 @@ def _ceilings(python: str) -> Ceilings | None:
     from flatout import machine
     from flatout.errors import UserError
 
-    print("flatout: comparing with what this machine can do", file=sys.stderr)
+    say("comparing with the rates of this machine, which are measured once")
     try:
         return machine.ceilings(python)
     except UserError as error:
-        print(f"flatout: {error}", file=sys.stderr)
+        say(str(error))
         return None
 
 
 def _why_no_step(run: RunRecord, finished: Finished, quiet: bool) -> str:
+    from flatout.launch.environment import NOT_ATTACHED
+
     where = f"; its output is in {_output_file(finished)}" if quiet else ""
     if finished.returncode != 0:
         return f"the program {_ended(finished)} before its first step was over{where}"
     if run.main is not None:
-        return f"no training or inference step was seen in this program{where}"
+        return f"flatout saw no training or inference step in this program{where}"
     if any(finished.run_directory.glob("started-*")):
         return f"this program never imported torch{where}"
-    return (
-        "no Python of this command loaded flatout's agent (python -I, sudo, a container, or no "
-        f"Python at all?){where}"
-    )
+    return f"{NOT_ATTACHED}{where}"
 
 
 def _ended(finished: Finished) -> str:
     if finished.returncode < 0:
-        return f"died by signal {-finished.returncode}"
+        return f"was killed by signal {-finished.returncode}"
     return f"exited with status {finished.returncode}"
 
 
@@ -151,39 +142,23 @@ def _output_file(finished: Finished) -> str:
     return paths.shown(finished.run_directory / OUTPUT_FILE)
 
 
-class _Progress:
-    """One line on stderr that is written over.
+def _progress(line: LiveLine, steps: int) -> Callable[[Path], None]:
+    """Make what shows how many steps a run has made, whenever it gets the run directory.
 
     Args:
-        steps: how many are wanted.
+        line: the line that shows it.
+        steps: how many steps the run shall make.
     """
+    from flatout.wire.record import RecordError, StepCounter
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._shown_at_s = time.monotonic()
-        self._is_shown = False
+    counter: StepCounter | None = None
 
-    def show(self, run_directory: Path) -> None:
-        """Count the steps recorded so far."""
-        from flatout.wire.record import RecordError, read_run
+    def show(run_directory: Path) -> None:
+        nonlocal counter
+        counter = counter or StepCounter(run_directory)
+        with contextlib.suppress(RecordError):  # it is reported when the run has ended
+            done = min(counter.count(), steps)
+            bar = ("█" * (_BAR_WIDTH * done // steps)).ljust(_BAR_WIDTH, "·")
+            line.show(f"flatout: {bar} {done} of {steps} steps")
 
-        now_s = time.monotonic()
-        if now_s - self._shown_at_s < _PROGRESS_EVERY_S:
-            return
-        self._shown_at_s = now_s
-        try:
-            main = read_run(run_directory).main
-        except RecordError:
-            return  # its first line is being written
-        done = min(len(main.turns), self._steps) if main is not None else 0
-        bar = ("█" * (20 * done // self._steps)).ljust(20, "·")
-        text = f"flatout: {bar} {done} of {self._steps} steps"
-        sys.stderr.write(f"\r\x1b[K{text}\r")  # what the program writes next goes over it
-        sys.stderr.flush()
-        self._is_shown = True
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._is_shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+    return show

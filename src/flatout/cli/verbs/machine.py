@@ -1,4 +1,4 @@
-"""``flatout machine``: what this machine can do at most, measured."""
+"""``flatout machine``: measures what this machine can do at most."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from flatout.cli import options
 from flatout.errors import UserError
 
 SUMMARY = "measure what this machine can do at most"
+EXAMPLES = ("flatout machine", "flatout machine --refresh --json machine.json")
 TAKES_JOB = False
+ARGUMENT = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``flatout machine``."""
+    options.add_python(parser)
     parser.add_argument(
-        "--python", metavar="PATH", help="interpreter to measure with (default: the one on PATH)"
+        "--refresh", action="store_true", help="measure again, though there are figures already"
     )
-    parser.add_argument("--refresh", action="store_true", help="measure again")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    options.add_json(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    """Measure, or read what was measured, and print it."""
     from flatout import machine, paths
 
     if arguments.json is not None:
@@ -59,7 +63,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     rows = [
         ("processor", facts["cpu"]),
         ("instruction sets", " ".join(facts["instruction_sets"]) or "not known"),
-        ("cores to be had", f"{facts['usable_cores']:g}"),
+        ("usable cores", f"{facts['usable_cores']:g}"),
         ("memory", f"{facts['memory_bytes'] / 2**30:.3g} GiB"),
         ("huge pages", facts["huge_pages"] or "not known"),
         ("allocator", facts["allocator"]),
@@ -70,7 +74,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     for device, figures in facts["devices"].items():
         rows += [(f"{device}: {name}", str(v)) for name, v in figures["reported"].items()]
         for dtype, rate in figures["matmul_flops_per_s"].items():
-            rows.append((f"{device}: {dtype} matrix product", _unit(rate, 1e9, "GFLOP/s")))
+            rows.append((f"{device}: {dtype} matmul", _unit(rate, 1e9, "GFLOP/s")))
         rows.append((f"{device}: copy", _unit(figures["memory_bytes_per_s"], 1e9, "GB/s")))
     if facts["no_accelerator"] is not None:
         rows.append(("accelerator", facts["no_accelerator"]))

@@ -1,13 +1,16 @@
-"""``flatout report``: what a tune found, as one HTML page."""
+"""``flatout report``: writes what a tune found as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from flatout.cli.streams import say
+
 SUMMARY = "write what a tune found as one HTML page"
+EXAMPLES = ("flatout report", "flatout report found.json --html found.html")
 TAKES_JOB = False
+ARGUMENT = "[FILE]"
 
 PAGE_FILE = "flatout-report.html"
 
@@ -19,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="what flatout tune --json wrote (default: the result of the last tune)",
+        help="what 'flatout tune --json FILE' wrote (default: the result of the last tune)",
     )
     parser.add_argument(
         "--html",
@@ -43,15 +46,15 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.html.write_text(page.html(document), "utf-8")
     except OSError as error:
         raise UserError(f"{arguments.html} cannot be written: {error.strerror}") from error
-    print(f"flatout: the report is in {arguments.html}", file=sys.stderr)
+    say(f"the report is in {arguments.html}")
     return 0
 
 
 def _newest() -> Path:
-    """The result of the last tune.
+    """The file with the result of the last tune.
 
     Raises:
-        UserError: there is none.
+        UserError: no tune has ended yet.
     """
     from flatout import paths
     from flatout.errors import UserError
@@ -60,7 +63,7 @@ def _newest() -> Path:
     found = list(paths.tunes_directory().glob(f"*/{DOCUMENT_FILE}"))
     if not found:
         raise UserError(
-            "no tune has been finished yet: run flatout tune first, or name the file that its "
-            "--json wrote"
+            "no tune has been finished yet: run flatout tune first, or name a file that "
+            "'flatout tune --json' wrote"
         )
     return max(found, key=lambda file: file.stat().st_mtime)

@@ -1,20 +1,21 @@
-"""``flatout run``: the command, watched, to its end."""
+"""``flatout run``: runs a command to its end, with a plan or only watched."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout import paths
+from flatout.cli import options
+from flatout.cli.streams import say
 from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
-from flatout.text import printable
+from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
 from flatout.wire.writer import write_failure
@@ -22,40 +23,40 @@ from flatout.wire.writer import write_failure
 if TYPE_CHECKING:
     from flatout.plan import Plan
 
-SUMMARY = "run a command, with a plan or just watched"
+SUMMARY = "run a command, with a plan or only watched"
+EXAMPLES = (
+    "flatout run --plan flatout.toml python train.py",
+    "flatout run --set optimizer=onepass --set gc=seldom python train.py",
+    "flatout run --tune python train.py",
+)
 TAKES_JOB = True
+ARGUMENT = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        metavar="FILE",
-        help="apply this plan (flatout.toml); with --tune, where what was learned is written",
+    """Add the options of ``flatout run``."""
+    options.add_plan(
+        parser,
+        f"apply this plan; with --tune, write what was learned to it (then default: {PLAN_FILE})",
+        has_default=False,
     )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="learn while training: compare settings that change no arithmetic in blocks of the "
-        "first steps, go on with those that are faster, and write them as an unproven plan",
+        help="learn while training: compare settings that leave the arithmetic as it is during the "
+        "first steps, keep the faster ones, and write them as an unproven plan",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KNOB=SETTING",
-        help="turn one knob by hand, on top of the plan; may be repeated",
-    )
+    options.add_set(parser, "apply this setting by hand, on top of the plan")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="apply the whole plan although machine, torch, program, arguments or inputs have "
-        "changed",
+        help="apply the whole plan even if machine, torch, program, arguments or inputs have "
+        "changed since its proof",
     )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run the command; the exit code is its own."""
+    """Run the command; returns its own exit status."""
     if arguments.tune:
         from flatout.tune import learning
     request = learning.request(arguments) if arguments.tune else _request(arguments)
@@ -69,10 +70,10 @@ def execute(arguments: argparse.Namespace) -> int:
     exited = process.run(arguments.command, environment.job_environment(run_directory, variables))
     if run_directory is not None:
         for line in _summary(run_directory, request):
-            _say(line)
+            say(line)
         if arguments.tune:
             for line in learning.conclude(arguments, run_directory):
-                _say(line)
+                say(line)
     return process.exit_like(exited.returncode)
 
 
@@ -96,10 +97,10 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> Envelope | None:
-    """What the guard is to know, ``None`` where no setting can change anything.
+    """What the guard must know; ``None`` if no setting can change results.
 
-    The losses of the proof are those of its arguments: with another learning rate, or fewer steps
-    for it to fall in, there are others.
+    The losses of the proof hold for its arguments only: another learning rate, or another number of
+    steps over which it decays, gives other losses.
     """
     from flatout import knobs
     from flatout.plan.program import ArgumentChanges
@@ -117,7 +118,7 @@ def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> E
 
 
 def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:
-    """The settings that may be applied, and what the agent must still see to."""
+    """The settings that may be applied, and what the agent must still check."""
     settings = dict(plan.settings)
     if (plan.evidence is None and plan.learned is None) or arguments.trust:
         return settings, None
@@ -125,9 +126,9 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     from flatout.plan.program import summed_up
 
     if plan.learned is not None:
-        _say(f"{arguments.plan} was learned while training and is not proven")
+        say(f"{arguments.plan} was learned while training and is not proven")
     elif not plan.proven:
-        _say(f"[plan] in {arguments.plan} is not what was proven; it is applied as it stands")
+        say(f"[plan] in {arguments.plan} differs from its proof; it is applied as it is")
         return settings, None
     sensitive = tuple(name for name, s in settings.items() if not knobs.is_bitwise(name, s))
     if not sensitive:
@@ -137,12 +138,12 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
     if not differences:
         covered = plan.argument_changes(arguments.command).covered
         if covered:
-            _say(f"{', '.join(sensitive)} {how} with another length or seed: {summed_up(covered)}")
+            say(f"{', '.join(sensitive)} {how} with another length or seed: {summed_up(covered)}")
         files = None if plan.program is None else tuple(plan.program.paths(arguments.command))
         return settings, Proof(sensitive, plan.torch, plan.inputs, files)
-    _say(
+    say(
         f"{', '.join(sensitive)} left out, {how} under other conditions: {summed_up(differences)}. "
-        "'flatout verify' proves the plan anew, 'flatout tune' looks for another, --trust applies "
+        "'flatout verify' proves the plan again, 'flatout tune' finds another, and --trust applies "
         "it as it is"
     )
     return {name: s for name, s in settings.items() if name not in sensitive}, None
@@ -153,7 +154,7 @@ def _prepare(request: Request) -> Path | None:
         run_directory = new_run_directory()
         request.write(run_directory)
     except OSError as error:
-        _say(
+        say(
             f"nothing is recorded, the command runs bare: {paths.runs_directory()}: "
             f"{error.strerror}"
         )
@@ -173,10 +174,7 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
     if times is None:
         if any(run_directory.glob("started-*")):
             return [f"torch was never imported, so there was nothing to watch; record in {where}"]
-        return [
-            "no Python of this command loaded the agent (python -I, sudo, a container, or no "
-            f"Python at all?), so nothing was watched; record in {where}"
-        ]
+        return [f"{environment.NOT_ATTACHED}; record in {where}"]
     lines = [
         f"{event.subject}={request.settings[event.subject]} {_OUTCOMES[event.what]}: {event.why}"
         for event in times.events
@@ -184,20 +182,16 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
     ]
     lines += [f"guard: {event.why}" for event in times.events if event.subject == "guard"]
     if not times.turns:
-        return [*lines, f"no training or inference step was seen; record in {where}"]
+        return [*lines, f"flatout saw no training or inference step; record in {where}"]
     median_ms = statistics.median(times.turns)
     kind = "steps" if times.trains else "inference steps"
     failures = sum(event.what == "failed" for event in times.events)
-    trouble = f"; {failures} of flatout's own parts failed, see there" * bool(failures)
+    trouble = f"; {failures} parts of flatout failed, which the record explains" * bool(failures)
     return [
         *lines,
         f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
     ]
 
 
-def _say(line: str) -> None:
-    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
-
-
 _OUTCOMES = {"skipped": "not applied", "failed": "failed", "unused": "had no effect"}
-"""What is said of a knob's events."""
+"""What became of a knob, by the kind of its event."""

@@ -1,14 +1,14 @@
-"""``flatout tune``: find the settings that are faster, prove them, write the plan."""
+"""``flatout tune``: finds the settings that are faster, proves them, and writes the plan."""
 
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flatout.text import printable
+from flatout.cli import options
+from flatout.cli.streams import say
+from flatout.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,77 +16,47 @@ if TYPE_CHECKING:
     from flatout.machine import Ceilings
     from flatout.tune.ledger import Outcome
 
-SUMMARY = "try settings, measure and prove them, and write the plan"
+SUMMARY = "find the settings that make a program faster, prove them, and write them as a plan"
+EXAMPLES = (
+    "flatout tune python train.py",
+    "flatout tune --budget 20m --plan big.toml torchrun --nproc-per-node 2 train.py",
+    "flatout tune --exactness bitwise,reordered python train.py --epochs 3",
+    "flatout tune --resume python train.py",
+)
 TAKES_JOB = True
+ARGUMENT = ""
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+DEFAULT_BUDGET_S = 300.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout tune``."""
-    from flatout.plan import PLAN_FILE
-
-    parser.add_argument(
-        "--budget",
-        type=_seconds,
-        default=300.0,
-        metavar="TIME",
-        help="how long it may take, roughly: 90s, 5m, 1h (default: 5m)",
-    )
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        default=Path(PLAN_FILE),
-        metavar="FILE",
-        help=f"where the plan is written (default: {PLAN_FILE})",
-    )
-    parser.add_argument(
-        "--steps",
-        type=_positive,
-        metavar="N",
-        help="steps for which the plan is proven (default: as the budget allows)",
+    options.add_budget(parser, DEFAULT_BUDGET_S, "how long the tune may take, roughly")
+    options.add_plan(parser, "where the plan is written")
+    options.add_steps(
+        parser, None, "prove the plan over this many steps (default: as many as the budget allows)"
     )
     parser.add_argument(
         "--knobs",
         type=_knobs,
         metavar="KNOB,...",
-        help="try these only (default: all that match; 'flatout knobs' lists them)",
+        help="try these knobs only (default: all that may help; 'flatout knobs' lists them)",
     )
     parser.add_argument(
         "--exactness",
         type=_exactness,
         metavar="CLASS,...",
-        help="try settings of these classes only: bitwise, reordered, reduced, resampled, "
+        help="try only settings of these classes: bitwise, reordered, reduced, resampled, "
         "reshuffled (default: all)",
     )
-    parser.add_argument(
-        "--memory",
-        type=float,
-        default=1.1,
-        metavar="X",
-        help="peak memory that is allowed, as a multiple of the bare program's (default: 1.1)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the last tune of this command that has not come to its end",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the first pair (default: 0)"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write what was found to this file"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    parser.add_argument(
-        "--in-place",
-        action="store_true",
-        help="let the trials write to your files: each starts and stops the program half way",
-    )
+    options.add_proof(parser)
+    options.add_json(parser)
+    options.add_verbose(parser, "every trial, every check, and why each other setting was not used")
+    options.add_in_place(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Tune; the exit code is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Tune; the exit status is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
     from flatout.launch import interruption
 
     with interruption.watched():
@@ -99,7 +69,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from flatout.launch import interruption
     from flatout.launch.process import check_program
     from flatout.report import words
-    from flatout.report.live import LiveTable
+    from flatout.report.live import Progress
     from flatout.tune import journal, result
     from flatout.tune.ledger import Options
     from flatout.tune.pairs import MINIMUM_STEPS
@@ -107,13 +77,11 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
-    if not arguments.memory >= 1:
-        raise UserError("--memory must be at least 1: that is what the bare program takes")
     for path in (arguments.plan, arguments.json):
         if path is not None:
             paths.check_writable(path)
     check_program(arguments.command[0])
-    options = Options(
+    wanted = Options(
         budget_seconds=arguments.budget,
         steps=arguments.steps,
         seed=arguments.seed,
@@ -122,16 +90,17 @@ def _tune(arguments: argparse.Namespace) -> int:
         exactness=arguments.exactness,
         memory=arguments.memory,
     )
-    opened = journal.opened("tune", arguments.command, options, arguments.resume, say)
+    opened = journal.opened("tune", arguments.command, wanted, arguments.resume, say)
     try:
-        with LiveTable(quiet=arguments.quiet) as table:
+        with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
-            def show(so_far: Outcome, left_seconds: float) -> None:
-                table.show(result.arms(so_far.arms, {}), left_seconds)
+            def show(so_far: Outcome, left_s: float) -> None:
+                progress.show(so_far.phase, left_s)
 
-            outcome = Tuner(arguments.command, options, opened, table.say, show, ceilings).run()
+            tuner = Tuner(arguments.command, wanted, opened, progress.say, show, ceilings)
+            outcome = tuner.run()
         document = result.made(arguments.command, arguments.plan, outcome)
-        for line in words.lines(document):  # first: a disk may be full by now
+        for line in words.lines(document, arguments.verbose):  # first: a disk may be full by now
             say(line)
         if outcome.evidence is not None:
             write_plan(arguments.plan, arguments.command, outcome)
@@ -148,7 +117,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
-    """Write down what has been proven.
+    """Write the plan with its proof.
 
     Raises:
         PlanError: the file cannot be written.
@@ -162,7 +131,7 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
     changes = [] if outcome.program is None else program.changes_between(outcome.program, now)
     if changes:
         raise UserError(
-            f"no plan is written, as the program has changed meanwhile: "
+            "no plan is written, because the program has changed since its first run: "
             f"{program.summed_up(changes)}"
         )
     header = outcome.header
@@ -183,10 +152,10 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
 
 
 def ceilings(python: str) -> Ceilings | None:
-    """What this machine can do for an interpreter; ``None``, and a line, if that is not to be had.
+    """What this machine can do at most for an interpreter; ``None``, and a message, if not known.
 
     Args:
-        python: its path.
+        python: the path of the interpreter.
     """
     from flatout import machine
     from flatout.errors import UserError
@@ -196,29 +165,20 @@ def ceilings(python: str) -> Ceilings | None:
         with interruption.at_once():
             return machine.ceilings(python)
     except UserError as error:
-        say(f"{error}; the machine's ceilings count as not measured")
+        say(f"{error}; the machine's matmul and memory rates count as not measured")
         return None
-
-
-def say(line: str) -> None:
-    print(f"flatout: {printable(line)}", file=sys.stderr, flush=True)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 5m or 1h")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def _knobs(text: str) -> tuple[str, ...]:
     from flatout import knobs
+    from flatout.knob import UnknownSettingError
 
     names = tuple(text.split(","))
-    for name in names:
-        if name not in knobs.registry():
-            known = ", ".join(knobs.registry())
-            raise argparse.ArgumentTypeError(f"there is no knob {name!r} (known: {known})")
+    try:
+        for name in names:
+            knobs.get(name)
+    except UnknownSettingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return names
 
 
@@ -228,13 +188,6 @@ def _exactness(text: str) -> tuple[str, ...]:
     classes = tuple(text.split(","))
     for name in classes:
         if name not in EXACTNESS:
-            raise argparse.ArgumentTypeError(
-                f"there is no class {name!r} (known: {', '.join(EXACTNESS)})"
-            )
+            hint = did_you_mean(name, EXACTNESS) or f" (known: {', '.join(EXACTNESS)})"
+            raise argparse.ArgumentTypeError(f"there is no class {name!r}{hint}")
     return classes
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)

@@ -1,6 +1,7 @@
-"""What can limit a program: one file for each kind of finding, found by looking into this folder.
+"""What can limit a program: each file of this folder is one kind of finding.
 
-Each module has ``find(case) -> Finding | None``. A finding that cannot matter here must not appear.
+Each module has ``find(case) -> Finding | None``. It returns ``None`` if the finding cannot
+matter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from flatout.doctor.case import Case, PlacedOperator
 
 MATTERS = 0.05
-"""Share of a step from which on a finding is worth a line: the spread of repeated measurements."""
+"""Smallest share of a step that is reported: the spread between repeated measurements."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Finding:
     """One thing that limits the program.
 
     Attributes:
-        kind: what it is, the name of its module with hyphens.
-        title: in a few words.
-        evidence: what was measured, in sentences.
-        share: share of the step that it explains, an upper bound of what a remedy can gain;
+        kind: the name of its module with hyphens.
+        title: what limits the program, in a few words.
+        evidence: what was measured, one clause each.
+        share: the share of the step that it takes, and so the most that a remedy can save;
             ``None``: not measured.
-        remedy: the knob or the edit that addresses it.
+        remedy: the knob or the edit that would help.
     """
 
     kind: str
@@ -46,12 +47,12 @@ def listed(case: Case, wanted: Callable[[PlacedOperator], bool]) -> list[str]:
 
 
 def kinds() -> list[str]:
-    """The closed list of kinds."""
+    """All kinds of findings."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def find_all(case: Case) -> list[Finding]:
-    """All findings, largest share first, those without a share last."""
+    """All findings; the largest share comes first, and findings without a share come last."""
     found = []
     for module in pkgutil.iter_modules(__path__):
         finding = importlib.import_module(f"{__name__}.{module.name}").find(case)

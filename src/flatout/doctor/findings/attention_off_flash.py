@@ -1,4 +1,4 @@
-"""Attention that writes its matrix of scores to memory, for want of a fused kernel."""
+"""Attention without a fused kernel writes its matrix of scores to memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def find(case: Case) -> Finding | None:
     share = sum(o.share for o in inside if case.on_accelerator or o not in random)
     if share < MATTERS:
         return None
-    evidence = ["scaled_dot_product_attention takes its unfused path, score matrix and all"]
+    evidence = ["scaled_dot_product_attention uses its unfused path, which stores the score matrix"]
     if random and not case.on_accelerator:
-        evidence.append("it is called with dropout, for which torch has no fused kernel on a CPU")
+        evidence.append("its calls have dropout, for which torch has no fused CPU kernel")
     return Finding(
         "attention-off-flash",
         "attention without a fused kernel",

@@ -1,4 +1,4 @@
-"""Arithmetic in a dtype that this machine is slow at."""
+"""The program computes in a dtype that is slow on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
 
 WORTHWHILE = 1.3
-"""How much faster the other dtype's matrix products must be: casts eat up less than that."""
+"""The other dtype must be this many times as fast at matmuls; casts cost less than that."""
 
 
 def find(case: Case) -> Finding | None:
@@ -25,8 +25,8 @@ def find(case: Case) -> Finding | None:
         "compute-bound-wrong-dtype",
         "float32 where bfloat16 is faster",
         [
-            f"matrix products and convolutions take {arithmetic:.0%} of a step, in float32",
-            f"this machine does {half / single:.2g} times as many operations in bfloat16",
+            f"matmuls and convolutions in float32 take {arithmetic:.0%} of a step",
+            f"matmuls in bfloat16 are {half / single:.2g} times as fast on this machine",
         ],
         share,
         "knob: precision=bf16",

@@ -1,4 +1,4 @@
-"""Numbers so small that the processor computes with them slowly."""
+"""Denormal numbers slow the processor down."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 
 DENORMAL_SHARE = 0.01
-"""Share of denormal parameters from which on they were seen to slow kernels down
+"""Share of denormal parameters above which kernels were seen to slow down
 (pytorch/pytorch#19651, #23862)."""
 
 

@@ -1,4 +1,4 @@
-"""Autograd records passes forward that no backward call follows."""
+"""Autograd records forward passes that no backward call follows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def find(case: Case) -> Finding | None:
         "gradient-in-evaluation",
         "gradients recorded in evaluation",
         [
-            f"autograd recorded {len(recorded)} of {len(passes)} passes forward that no backward "
+            f"autograd recorded {len(recorded)} of {len(passes)} forward passes that no backward "
             "call followed",
-            f"these forward calls are {share:.0%} of the time of all passes",
+            f"these forward passes take {share:.0%} of the time of all passes",
         ],
         share,
-        "edit: put the evaluation under torch.inference_mode() or torch.no_grad(); or, "
-        "knowing that nothing is trained through it, knob: evaluation=no_grad",
+        "edit: run the evaluation under torch.inference_mode() or torch.no_grad(); or, if nothing "
+        "is trained through it, knob: evaluation=no_grad",
     )

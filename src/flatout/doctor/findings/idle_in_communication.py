@@ -1,4 +1,4 @@
-"""Waiting for other ranks."""
+"""Ranks of a distributed job wait for each other."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def find(case: Case) -> Finding | None:
         "communication between ranks",
         listed(case, communicates),
         share,
-        "edit: larger batches a rank, gradients accumulated over several (no_sync()), or "
+        "edit: use larger batches per rank, accumulate gradients over several (no_sync()), or use "
         "DistributedDataParallel(gradient_as_bucket_view=True)",
     )

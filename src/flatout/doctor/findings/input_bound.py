@@ -1,4 +1,4 @@
-"""The step waits for its data."""
+"""The step waits for its batch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _remedies(case: Case) -> list[str]:
     """Settings that one of the job's loaders can take, all where that is not known."""
     known = case.facts.loader_settings
     named = [f"loader={s} ({what})" for s, what in _SETTINGS.items() if known is None or s in known]
-    return [*named, "decode=parallel or, with memory to spare, decode=keep (JPEG files)"]
+    return [*named, "decode=parallel or, if there is enough memory, decode=keep (JPEG files)"]
 
 
 _SETTINGS = {
-    "batched": "rows of a TensorDataset at once",
-    "cache": "samples that are the same every epoch, from memory",
-    "prefetch": "the next batches by another process",
-    "workers": "by several, where cores are idle",
+    "batched": "index a TensorDataset once for the whole batch",
+    "cache": "keep samples that are the same every epoch in memory",
+    "prefetch": "load the next batches in another process",
+    "workers": "load in several processes, where cores are idle",
 }

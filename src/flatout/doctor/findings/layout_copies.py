@@ -1,4 +1,4 @@
-"""Copies around convolutions, as memory formats that do not match ask for."""
+"""Tensors are copied around convolutions because their memory formats do not match."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from flatout.doctor.case import CONVOLUTION_OPERATORS, Case
 from flatout.doctor.findings import Finding, listed
 
 COPIES_MATTER = 0.1
-"""Some copying is part of any model; more of it beside convolutions points at their layout."""
+"""Smallest share that is reported: every model copies something."""
 
 
 def find(case: Case) -> Finding | None:
     convolves = any(o.name in CONVOLUTION_OPERATORS for o in case.operators)
     if case.on_accelerator:  # its copies are those from and to the host as well
         return None
-    if not convolves or case.main_dtype != "float32":  # with autocast, copies are its casts
+    if not convolves or case.main_dtype != "float32":  # with autocast, the copies are casts
         return None
     share = case.operators_share(lambda o: o.name == "aten::copy_" and o.is_large)
     if share < COPIES_MATTER:
@@ -21,11 +21,11 @@ def find(case: Case) -> Finding | None:
     last = case.facts.modules.convolutions_channels_last
     evidence = listed(case, lambda o: o.name == "aten::copy_")
     if last is not None:
-        evidence.append(f"{last} convolutions have their weights in channels_last")
+        evidence.append(f"{last} convolutions have weights in channels_last")
     return Finding(
         "layout-copies",
         "copies around convolutions",
         evidence,
         share,
-        "knob: memory_format=channels_last (one format from the first convolution to the last)",
+        "knob: memory_format=channels_last (keeps one format between all convolutions)",
     )

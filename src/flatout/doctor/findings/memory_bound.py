@@ -1,4 +1,4 @@
-"""Elementwise operators, which move more than they compute."""
+"""Elementwise operators move more data than they compute with."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _NAMES = (
 ELEMENTWISE = frozenset(f"aten::{name}" for name in _NAMES)
 
 MEMORY_MATTERS = 0.25
-"""Elementwise work is part of every model; a quarter of the step is worth fusing."""
+"""Smallest share that is worth fusing: every model has some elementwise work."""
 
 
 def find(case: Case) -> Finding | None:
     def moves(operator: PlacedOperator) -> bool:
         return operator.name in ELEMENTWISE and operator.is_large and operator.phase != "optimizer"
 
-    # Fresh memory is first touched by what writes to it: that part is a finding of its own.
+    # page_fault_bound reports the time of page faults, which elementwise operators cause as well.
     share = case.operators_share(moves) - (case.page_fault_share or 0.0)
     if share < MEMORY_MATTERS:
         return None
     return Finding(
         "memory-bound",
-        "elementwise operators, bound by memory",
+        "elementwise operators limited by memory bandwidth",
         listed(case, moves),
         share,
-        "edit: torch.compile(model), which fuses them",
+        "edit: use torch.compile(model), which fuses them",
     )

@@ -1,4 +1,4 @@
-"""Matrix products for which MKL leaves half of the processor's width idle."""
+"""MKL uses AVX2 for matmuls on a processor that has AVX-512."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find(case: Case) -> Finding | None:
         return None
     return Finding(
         "narrow-products",
-        "matrix products by MKL, which takes AVX-512 on Intel's processors only",
+        "matmuls without AVX-512, which MKL uses on Intel processors only",
         [
             f"this processor, {case.ceilings.fingerprint['cpu']}, has it",
             *listed(case, lambda o: mkl.is_product(o.name)),

@@ -1,4 +1,4 @@
-"""Calls cost more than what they compute: Python, autograd and dispatch."""
+"""Python, autograd and dispatch take more time than the kernels that they call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 
 OVERHEAD_MATTERS = 0.25
-"""Any model has small operators between the large ones, and a good kernel does not remove them."""
+"""Smallest share that is reported: every model has some small operators."""
 
 
 def find(case: Case) -> Finding | None:
@@ -20,7 +20,7 @@ def find(case: Case) -> Finding | None:
     else:
         large = case.operators_share(lambda o: o.is_large and o.phase != "optimizer")
         share = phases - large
-        evidence = [f"operators of more than 20 us a call take {large:.0%} of a step"]
+        evidence = [f"operators that take more than 20 us a call make up {large:.0%} of a step"]
     if share < OVERHEAD_MATTERS:
         return None
     return Finding(
@@ -29,8 +29,8 @@ def find(case: Case) -> Finding | None:
         [
             f"forward, loss and backward take {phases:.0%} of a step",
             *evidence,
-            f"{calls:,.0f} operators are called in a step",
+            f"a step calls {calls:,.0f} operators",
         ],
         share,
-        "edit: larger batches, fewer and larger operators, or torch.compile(model)",
+        "edit: use larger batches, fewer and larger operators, or torch.compile(model)",
     )

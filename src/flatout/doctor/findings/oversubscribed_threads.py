@@ -1,4 +1,4 @@
-"""More threads than cores."""
+"""The program computes with more threads than it has cores."""
 
 from __future__ import annotations
 

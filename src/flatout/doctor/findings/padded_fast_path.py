@@ -1,4 +1,4 @@
-"""Padded batches in the fast path of transformer layers, whose softmax is slow on a CPU."""
+"""The fast path of torch's transformer layers has a slow masked softmax on a CPU."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def find(case: Case) -> Finding | None:
         "a padding mask in the fast path of torch's transformer layers",
         listed(case, lambda o: o.name == OPERATOR),
         share,
-        "knob: fastpath=off (attention by scaled_dot_product_attention)",
+        "knob: fastpath=off (uses scaled_dot_product_attention)",
     )

@@ -1,4 +1,4 @@
-"""Memory that is handed back and faulted in again at every step."""
+"""Every step returns memory to the system and faults it in again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def find(case: Case) -> Finding | None:
     if share is not None and share < MATTERS:
         return None
     evidence = [
-        f"{faults:,.0f} minor page faults a step, {case.main_thread_faults:.0%} of them in the "
+        f"a step has {faults:,.0f} minor page faults, {case.main_thread_faults:.0%} of them in the "
         "main thread"
     ]
     if case.page_fault_us is not None:
-        evidence.append(f"one costs {case.page_fault_us:.2g} us here")
+        evidence.append(f"one page fault takes {case.page_fault_us:.2g} us here")
     return Finding(
         "page-fault-bound",
         "page faults",

@@ -1,4 +1,4 @@
-"""Random numbers (dropout's, mostly), which torch draws one by one on a CPU."""
+"""On a CPU, torch draws random numbers (mostly those of dropout) one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross entropy over many classes, whose probabilities are stored."""
+"""Cross entropy over many classes stores a probability for each class."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def find(case: Case) -> Finding | None:
         "cross entropy that stores a probability for each class",
         listed(case, lambda o: is_part(o.name)),
         share,
-        "knob: cross_entropy=fused (loss and gradient in one pass)",
+        "knob: cross_entropy=fused (computes loss and gradient in one pass)",
     )

@@ -26,5 +26,5 @@ def find(case: Case) -> Finding | None:
         "the host waits for the device",
         listed(case, lambda o: o.name in WAITS),
         share,
-        "edit: read losses and metrics (.item(), .cpu(), print) every nth step",
+        "edit: read losses and metrics (.item(), .cpu(), print) only every nth step",
     )

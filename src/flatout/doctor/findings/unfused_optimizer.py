@@ -1,4 +1,4 @@
-"""An optimizer that goes over its parameters one by one."""
+"""The optimizer updates its parameters one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
 
 ONE_PASS = ("RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam")
-"""For which torch has no fused step on any device, but the knob."""
+"""Optimizers for which the knob has a fused step, and torch has none on any device."""
 
 
 def find(case: Case) -> Finding | None:
@@ -22,7 +22,7 @@ def find(case: Case) -> Finding | None:
         return None
     return Finding(
         "unfused-optimizer",
-        "an optimizer that goes over its parameters one by one",
+        "an optimizer that updates its parameters one by one",
         [f"its steps take {case.phases_ms['optimizer']:.3g} ms"]
         + [
             f"{o.class_} goes over {o.tensors} tensors, {o.elements:,} elements, in "
@@ -30,7 +30,7 @@ def find(case: Case) -> Finding | None:
             for o in plain
         ],
         share,
-        "edit: fused=True where the optimizer is built"
+        "edit: build the optimizer with fused=True"
         if case.on_accelerator
         else "knob: optimizer=onepass (by hand: flatout.optim, or fused=True)",
     )

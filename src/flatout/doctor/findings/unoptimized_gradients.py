@@ -1,4 +1,4 @@
-"""Gradients of parameters that no optimizer has."""
+"""Parameters that no optimizer has get gradients."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def find(case: Case) -> Finding | None:
         "unoptimized-gradients",
         "gradients that no optimizer uses",
         [
-            f"{unoptimized:,} of {total:,} elements of parameters have a gradient, and belong to "
-            "no optimizer"
+            f"{unoptimized:,} of {total:,} elements of parameters get a gradient and belong to no "
+            "optimizer"
         ],
         None,
-        "edit: give these parameters to an optimizer if they are to be trained, else "
-        "requires_grad_(False) before the forward pass",
+        "edit: give these parameters to an optimizer if they should be trained; if not, call "
+        "requires_grad_(False) on them before the forward pass",
     )

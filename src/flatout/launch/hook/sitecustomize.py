@@ -1,7 +1,6 @@
-# The start-up hook: Python imports a module of this name when it starts, flatout's launcher puts
-# this folder first on the module path. It takes itself out of what the program can see, waits for
-# torch, and lets the program's own sitecustomize have its turn. Any Python 3 must be able to read
-# it.
+# The start-up hook: Python imports a module of this name when it starts, and flatout's launcher
+# puts this folder first on the module path. The hook hides itself from the program, waits for torch
+# to be imported, and runs the program's own sitecustomize. Any Python 3 must be able to read it.
 import os
 import sys
 
@@ -13,11 +12,11 @@ def _hide():
 
 
 class _TorchFinder:
-    """First on sys.meta_path until torch has been imported; knows no other module.
+    """Is first on sys.meta_path until torch is imported, and finds no other module.
 
     A program may ask where torch is as often as it likes, import it lazily, or fail to import it
-    and try again. So each answer is what the finders behind this one say, and only the loader in it
-    is changed: it runs torch as ever, and then wakes the agent.
+    and try again. So this finder returns what the finders behind it return, and changes only the
+    loader: it runs torch as before, and then starts the agent.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -34,7 +33,7 @@ class _TorchFinder:
         return None
 
     def _let_wake(self, loader):
-        """Change a loader, which stays what it is for whoever looks at it or asks it for source."""
+        """Let a loader start the agent; it otherwise looks and behaves as before."""
 
         def exec_module(module):
             loader.__dict__.pop("exec_module", None)
@@ -42,7 +41,7 @@ class _TorchFinder:
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             _activate()
 
-        # Under the name of the import system, whose frames Python leaves out of tracebacks.
+        # Python leaves frames of the import system, which has this name, out of tracebacks.
         exec_module.__code__ = exec_module.__code__.replace(
             co_filename="<frozen importlib._bootstrap>"
         )
@@ -50,7 +49,7 @@ class _TorchFinder:
             try:
                 loader.exec_module = exec_module
             except (AttributeError, TypeError):
-                pass  # of a kind that cannot be changed: torch is imported, and not watched
+                pass  # this loader cannot be changed: torch is imported and not watched
 
 
 def _activate():
@@ -68,8 +67,8 @@ def _activate():
             sys.modules["flatout"] = package
             spec.loader.exec_module(package)
         from flatout.agent import activate
-    except Exception as error:  # noqa: BLE001 - said aloud; the program goes on
-        try:  # past the program's buffers, which keep what cannot be written for its end
+    except Exception as error:  # noqa: BLE001 - it is reported, and the program goes on
+        try:  # not through the program's buffers, which would try again at its end
             if sys.__stderr__ is not None:
                 line = "flatout: the agent could not be loaded: {!r}\n".format(error)
                 os.write(sys.__stderr__.fileno(), line.encode("utf-8", "backslashreplace"))
@@ -87,7 +86,7 @@ def _start():
         with open(os.path.join(run, "started-{}".format(os.getpid())), "w"):
             pass
     except OSError:
-        return  # there is nowhere to record to
+        return  # the run directory cannot be written
     sys.meta_path.insert(0, _TorchFinder())
 
 
