@@ -89,11 +89,21 @@ measured: $(INSTALLED)
 	$(BIN)/python -m pytest -m measured tests benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-torch-* build dist src/flatout.egg-info
+	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-site .venv-torch-* build dist site src/flatout.egg-info
 	rm -f src/flatout/intercept/_watch*.so
 
 docs: $(INSTALLED)
-	$(BIN)/python -m flatout.report.card docs/knobs
+	$(BIN)/python -m flatout.cli.pages docs
+	$(BIN)/python -m tests.layers
+
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+.venv-site/.installed: constraints-site.txt
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet -c constraints-site.txt mkdocs-material
+	touch $@
+
+site: .venv-site/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test versions injected tunes traps lint docs frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test versions injected tunes traps lint docs site frameworks accelerator bench bench-quick measured clean

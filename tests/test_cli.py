@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flatout import knobs
-from flatout.cli import build_parser, main
+from flatout.cli import build_parser, main, pages
 from flatout.cli.options import duration_s
 from flatout.cli.verbs import verbs
 from flatout.wire.record import RecordError, StepCounter, read_process
@@ -250,3 +250,14 @@ def test_what_was_counted_is_not_read_again(record: Path, tmp_path: Path) -> Non
         file.write(b"no JSON\n")
     with pytest.raises(RecordError):
         counter.count()
+
+
+def test_the_documentation_is_that_of_the_code(tmp_path: Path) -> None:
+    pages.write_pages(tmp_path)
+    docs = Path(__file__).parents[1] / "docs"
+    for folder in ("knobs", "verbs"):
+        names = {page.name for page in (tmp_path / folder).iterdir()}
+        assert names == {page.name for page in (docs / folder).iterdir()}
+        for name in names:
+            written, kept = tmp_path / folder / name, docs / folder / name
+            assert written.read_text("utf-8") == kept.read_text("utf-8"), "run: make docs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from flatout import knobs
@@ -60,7 +59,3 @@ def write_pages(folder: Path) -> None:
             page.unlink()
     for name, text in pages.items():
         (folder / name).write_text(text, "utf-8")
-
-
-if __name__ == "__main__":
-    write_pages(Path(sys.argv[1]))
