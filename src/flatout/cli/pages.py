@@ -41,8 +41,8 @@ def list_knobs() -> str:
         [
             "# Knobs",
             "",
-            "A knob is one thing that flatout can change. `flatout tune` tries those that may help a",
-            "program, `flatout run --set KNOB=SETTING` applies one by hand.",
+            "A knob is one thing that flatout can change. `flatout tune` tries those that may help,",
+            "`flatout run --set KNOB=SETTING` applies one by hand.",
             "",
             *head,
             *rows,
@@ -81,14 +81,13 @@ def describe(name: str) -> str:
 
 
 def _rows(parser: Parser) -> list[str]:
-    formatter = parser.formatter_class(parser.prog)
     rows = []
     for action in parser.arguments:
-        if action.help == argparse.SUPPRESS:
+        if action.help is None or action.help == argparse.SUPPRESS:
             continue
         names = ", ".join(action.option_strings) or str(action.metavar or action.dest)
         value = f" {action.metavar}" if action.option_strings and action.metavar else ""
-        text = formatter._expand_help(action).replace("|", "\\|")
+        text = (action.help % {"default": action.default}).replace("|", "\\|")
         rows.append(f"| `{names}{value}` | {text} |")
     return rows
 
