@@ -41,7 +41,7 @@ def list_knobs() -> str:
         [
             "# Knobs",
             "",
-            "A knob is one thing that flatout can change. `flatout tune` tries those that may help,",
+            "A knob is one thing that flatout can change. `flatout tune` tries what may help, and",
             "`flatout run --set KNOB=SETTING` applies one by hand.",
             "",
             *head,
