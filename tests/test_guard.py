@@ -1,4 +1,4 @@
-"""The guard: what is not finite does not reach the weights, and what caused it is turned back."""
+"""The guard: what is not finite does not reach the weights, and what caused it is withdrawn."""
 
 from __future__ import annotations
 
@@ -563,7 +563,7 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]
         assert said.pop(0).endswith(
             "precision proven with another length or seed: --epochs 30 is new"
         )
-    assert said[0].startswith("flatout: precision=bf16 failed: turned back: NotFiniteError")
+    assert said[0].startswith("flatout: precision=bf16 failed: withdrawn: NotFiniteError")
     of_losses = [line for line in said if line.startswith("flatout: guard: the loss over")]
     if words:
         assert of_losses == []  # a run of another length has losses of its own

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from flatout.agent import guard
 from flatout.agent.guard import Guard
 from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.intercept import hooks, losses
+from flatout.intercept import callbacks, hooks, losses
 from flatout.wire.record import read_process
 from flatout.wire.request import Comparison, Envelope, Request
 from flatout.wire.turns import Turn
@@ -102,7 +101,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
     step()
     assert done == ["forward", "backward", "before", "after"]
     done.clear()
-    for module in (hooks, guard, losses):
+    for module in (callbacks, losses):
         monkeypatch.setattr(module, "is_capturing", lambda: True)
     step()
     assert done == []

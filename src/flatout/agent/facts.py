@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Subset
 
 from flatout.intercept import objects
-from flatout.intercept.finite import kept_gradient
+from flatout.intercept.finite import stored_gradient
 from flatout.knobs import loader as loader_knob
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _parameters(
     for parameter in _initialized(roots):
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
         devices[parameter.device.type] += parameter.numel()
-        if id(parameter) not in optimized and kept_gradient.__get__(parameter) is not None:
+        if id(parameter) not in optimized and stored_gradient.__get__(parameter) is not None:
             unoptimized += parameter.numel()
         if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
             magnitude = parameter.detach().abs()

@@ -30,7 +30,7 @@ from flatout import knobs
 from flatout.agent.snapshot import Snapshot, size_bytes, weights_are_finite
 from flatout.intercept import objects
 from flatout.intercept.containment import attempt
-from flatout.intercept.finite import Withheld, are_finite, gradients, unscale, values_of
+from flatout.intercept.finite import HiddenGradients, are_finite, gradients, unscale, values_of
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import abandon, loss_number, read_loss
 from flatout.knob import Exactness
@@ -116,7 +116,7 @@ class Guard:
         self._snapshot_due_s = SNAPSHOT_PERIOD_S
         self._by_closure: WeakIdentitySet[Any] = WeakIdentitySet()
         self._said: set[str] = set()
-        self._withheld = Withheld()
+        self._withheld = HiddenGradients()
         self._stepping: Callable[[], Any] = lambda: None
         self._gated: Any = None
         self._flags: deque[tuple[object, str, frozenset[str]]] = deque()

@@ -29,7 +29,7 @@ from flatout.agent.flows import Flows, is_sum_of_terms
 from flatout.intercept import objects
 from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt
-from flatout.intercept.finite import kept_gradient
+from flatout.intercept.finite import stored_gradient
 from flatout.intercept.modes import without_autocast
 from flatout.intercept.nested import tensors_in
 
@@ -193,7 +193,7 @@ class Inspector:
     def _take(self, parameters: Iterable[torch.Tensor]) -> None:
         """Take the gradients that are there, of those parameters of which more are wanted."""
         for parameter in parameters:
-            grad = kept_gradient.__get__(parameter)
+            grad = stored_gradient.__get__(parameter)
             if grad is None or self._updates[id(parameter)] >= self._inspection.gradient_steps:
                 continue
             if self._sample_elements is None:

@@ -102,7 +102,7 @@ class Profiler:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the window is over."""
-        if not self._host.counts(turn):
+        if not self._host.counts_as_step(turn):
             if self._flops is not None:
                 self._flops.restart()
             return False  # an evaluation pass in between

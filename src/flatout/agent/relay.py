@@ -62,7 +62,7 @@ class Runner:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether all blocks are over."""
-        if not self._host.counts(turn):
+        if not self._host.counts_as_step(turn):
             return False
         relay = self._relay
         self._steps += 1

@@ -24,7 +24,7 @@ from flatout.agent.modules import write_modules
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
 from flatout.intercept.capture import is_capturing
-from flatout.intercept.containment import attempt, contained, unreported
+from flatout.intercept.containment import attempt, contain, unreported
 from flatout.intercept.host import Host
 from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
 from flatout.wire.record import ENVIRONMENT_NAMES, RECORD_VERSION, RecordWriter
@@ -57,7 +57,7 @@ class Session:
             request,
             self.record,
             knobs.apply,
-            turn_closed=self._turn_closed,
+            step_closed=self._step_closed,
             may_read=self._read,
             watch_failed=self._watch_failed,
         )
@@ -118,10 +118,12 @@ class Session:
             self._guard = Guard(self.host, request.guard)
             self._guard.install()
         self.host.forward_wrappers.append(FirstInputs(self.host))
-        atexit.register(contained(self.host.events.fails("exit"), self.finish), "exit")
-        os.register_at_fork(after_in_child=contained(self.host.events.fails("fork"), self._forked))
+        atexit.register(contain(self.host.events.on_failure_of("exit"), self.finish), "exit")
+        os.register_at_fork(
+            after_in_child=contain(self.host.events.on_failure_of("fork"), self._forked)
+        )
         multiprocessing.util.register_after_fork(
-            self, contained(self.host.events.fails("fork"), _finish_at_its_end)
+            self, contain(self.host.events.on_failure_of("fork"), _finish_at_its_end)
         )
         if not self._is_quiet:
             self.record.flush()
@@ -132,7 +134,7 @@ class Session:
             return
         self._stages.clear()
         for subject, part in self._last_parts(reason):
-            attempt(self.host.events.fails(subject), part)
+            attempt(self.host.events.on_failure_of(subject), part)
         self._asleep = True
 
     def _last_parts(self, reason: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -163,7 +165,7 @@ class Session:
 
     def _write_unreported(self) -> None:
         while unreported:
-            self.host.events.failed("agent", unreported.pop(0))
+            self.host.events.add_failure("agent", unreported.pop(0))
 
     def _write_end(self, reason: str) -> None:
         self.record.write(
@@ -176,7 +178,7 @@ class Session:
         )
 
     def _timed(self, turn: Turn) -> bool:
-        if self.host.counts(turn):
+        if self.host.counts_as_step(turn):
             self._steps_timed += 1
         limit = self.request.stop_steps
         return limit is not None and self._steps_timed >= limit
@@ -215,7 +217,7 @@ class Session:
 
     def _watch_failed(self, subject: str, error: Exception) -> None:
         """What watches has failed: say so in the record and leave the program alone."""
-        self.host.events.failed(subject, error)
+        self.host.events.add_failure(subject, error)
         if self._is_quiet:
             self._speak()
         self._write_events(wait=False)
@@ -236,7 +238,7 @@ class Session:
                     f"proven with torch {proof.torch}, this is {torch.__version__}",
                 )
                 continue
-            if attempt(self.host.events.fails(name), self._applied, name, setting):
+            if attempt(self.host.events.on_failure_of(name), self._applied, name, setting):
                 self.host.events.add("applied", name, f"set to {setting} by the plan")
 
     def _applied(self, name: str, setting: str) -> bool:
@@ -280,9 +282,9 @@ class Session:
         """Such as an error of the device, after which nothing can be read from it."""
         abandon(self.hooks.losses)
         self.hooks.losses = []
-        self.host.events.failed("loss", error)
+        self.host.events.add_failure("loss", error)
 
-    def _turn_closed(self, turn: Turn) -> None:
+    def _step_closed(self, turn: Turn) -> None:
         if self._asleep:
             return
         if self._is_quiet:
@@ -297,7 +299,7 @@ class Session:
         if self._stages:
             self._run_stages(turn)
         self.hooks.live = bool(self._stages)
-        self.hooks.told = self.hooks.searching or bool(self._stages)
+        self.hooks.tracks_steps = self.hooks.root_search.is_active or bool(self._stages)
 
     def _run_stages(self, turn: Turn) -> None:
         limit_s = self.request.stop_seconds
@@ -306,7 +308,7 @@ class Session:
         late = limit_s is not None and turn.end_ns - self._timed_from_ns > limit_s * 1e9
         while self._stages:
             stage = self._stages[0]
-            failed = self.host.events.fails(getattr(stage, "__qualname__", repr(stage)))
+            failed = self.host.events.on_failure_of(getattr(stage, "__qualname__", repr(stage)))
             done = attempt(failed, stage, turn) is not False
             if not done and not (late and len(self._stages) > 1 and stage == self._timed):
                 return

@@ -84,7 +84,7 @@ class Switch:
 
     def at_boundary(self, turn: Turn) -> bool:
         """A turn has closed; returns whether the comparison is over."""
-        if not self._host.counts(turn):
+        if not self._host.counts_as_step(turn):
             return False
         self._read_losses(turn)
         self._look_for_failed_knobs()

@@ -16,12 +16,12 @@ _KINDS = frozenset({(torch.float32, True, torch.strided)})
 _kind = operator.attrgetter("dtype", "is_cpu", "layout")
 
 
-def are_floats(tensors: Sequence[torch.Tensor]) -> bool:
+def are_contiguous_float32(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all are contiguous and of float32 on the CPU, as their memory has it."""
     return _are_of_memory(tensors) and all(map(torch.Tensor.is_contiguous, tensors))
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
+def is_dense_float32(tensor: torch.Tensor) -> bool:
     """Whether it is of float32 on the CPU, and its elements are all that lies between its first and
     its last."""
     return _are_of_memory((tensor,)) and (
@@ -43,7 +43,7 @@ def _are_of_memory(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def are_apart(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor] = ()) -> bool:
+def share_no_memory(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor] = ()) -> bool:
     """Whether no two of them share memory, but for those of ``read`` that begin at one place.
 
     Args:
@@ -68,7 +68,9 @@ def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
             yield start, start + 4 * size
 
 
-def entangled(rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]) -> list[bool]:
+def find_rows_sharing_memory(
+    rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]
+) -> list[bool]:
     """Of each row, whether it shares memory with another one, or within itself, that is written.
 
     Args:
@@ -97,7 +99,7 @@ def entangled(rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]
     return found
 
 
-def call(
+def call_kernel(
     kernel: Callable[..., Any], tensors: Sequence[torch.Tensor], serial_below: int, *rest: Any
 ) -> Any:
     """What a kernel returns that is given tensors.

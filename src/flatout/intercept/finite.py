@@ -13,12 +13,12 @@ import torch
 
 from flatout import kernels
 from flatout.intercept import arrays
-from flatout.intercept.arrays import are_floats, is_dense
+from flatout.intercept.arrays import are_contiguous_float32, is_dense_float32
 
 SERIAL_BELOW = 65536
 """Elements below which one thread looks at them."""
 
-kept_gradient: Any = torch._C.TensorBase.grad
+stored_gradient: Any = torch._C.TensorBase.grad
 """Torch's descriptor of the gradients that it keeps. Under ``gradients=on_demand``, to read
 ``Parameter.grad`` is to ask for the gradient; what only looks on reads this."""
 
@@ -32,13 +32,13 @@ def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     kernel = _kernel()
     if kernel is None:
         return _are_finite_one_by_one(tensors)
-    if not are_floats(tensors):
-        is_plain = list(map(is_dense, tensors))
+    if not are_contiguous_float32(tensors):
+        is_plain = list(map(is_dense_float32, tensors))
         others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
         if not _are_finite_one_by_one(others):
             return False
         tensors = list(itertools.compress(tensors, is_plain))
-    return bool(arrays.call(kernel, tensors, SERIAL_BELOW))
+    return bool(arrays.call_kernel(kernel, tensors, SERIAL_BELOW))
 
 
 def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def gradients(optimizer: Any) -> list[torch.Tensor]:
     ]
 
 
-class Withheld:
+class HiddenGradients:
     """Gradients that are hidden from a step: the optimizer then finds nothing to do."""
 
     def __init__(self) -> None:

@@ -64,7 +64,7 @@ def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torc
                 containers.append(item)
 
 
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """``value`` with ``function`` applied to every tensor in it, once for each tensor.
 
     A container is copied only where a tensor in it changes; others are returned as such. In the

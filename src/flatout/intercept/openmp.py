@@ -15,7 +15,7 @@ _SOFT = 1
 https://gcc.gnu.org/onlinedocs/libgomp/omp_005fpause_005fresource_005fall.html"""
 
 
-def let_threads_rest() -> None:
+def release_threads() -> None:
     """Let the threads end that wait for the calling one; it gets others when it computes again.
 
     Nothing happens where there are none, or where the runtime of OpenMP does not know of it.

@@ -20,7 +20,7 @@ from flatout.knob import ConflictError, Knob, UnknownSettingError
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.intercept.place import Undo
+    from flatout.intercept.patch import Undo
     from flatout.wire.request import Request
 
 

@@ -1,4 +1,4 @@
-"""A knob that raises in the middle of a run: turned back, recorded, and the run goes on."""
+"""A knob that raises in the middle of a run: withdrawn, recorded, and the run goes on."""
 
 from __future__ import annotations
 
