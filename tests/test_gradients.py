@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flatout.agent import flows
-from flatout.agent.inspection import _sampled
+from flatout.agent.tensors import sample
 from flatout.plan import Check
 from flatout.tune import gradients
 from flatout.wire.record import Gradient
@@ -83,8 +83,8 @@ def _labels(inputs: torch.Tensor, name: str) -> tuple[int, ...]:
 
 
 def taken(grad: torch.Tensor) -> Gradient:
-    sample = array("f", _sampled(grad, 512).tolist())
-    return Gradient(float(grad.norm(dtype=torch.float64)), grad.numel(), sample)
+    sampled = array("f", sample(grad, 512).tolist())
+    return Gradient(float(grad.norm(dtype=torch.float64)), grad.numel(), sampled)
 
 
 @functools.cache

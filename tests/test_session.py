@@ -92,7 +92,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
     session.host.forward_wrappers.append(wrapper)
     session.host.before_optimizer_step.append(lambda _: done.append("before"))
     session.host.after_optimizer_step.append(lambda _: done.append("after"))
-    monkeypatch.setattr(Guard, "_look_after_backward", lambda _: done.append("backward"))
+    monkeypatch.setattr(Guard, "_check_after_backward", lambda _: done.append("backward"))
 
     def step() -> None:
         model(torch.ones(1, 2)).sum().backward()

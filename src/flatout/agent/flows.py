@@ -82,7 +82,7 @@ class Flows:
             for operator in _operators(node, callers):
                 self._hook(operator, leaf)
 
-    def leave(self) -> None:
+    def remove_hooks(self) -> None:
         """Take the hooks off; called after backward."""
         while self._handles:
             self._handles.pop().remove()
