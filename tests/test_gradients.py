@@ -303,7 +303,7 @@ def test_zero_gradients_are_below_their_rounding_and_others_are_above(
             watched = flows.Flows(lambda function, *args: function(*args))
             watched.watch([loss])
             loss.backward()
-            watched.leave()
+            watched.remove_hooks()
             for name, parameter in net.named_parameters():
                 flow = watched.take(parameter)
                 assert flow is not None, name

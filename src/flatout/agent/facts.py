@@ -1,6 +1,7 @@
-"""What the agent can see of the program: its models, optimizers, loaders and torch's switches.
+"""Facts about the program: its modules, optimizers, loaders and global settings of torch.
 
-Collected once, after the timed steps: its cost (a pass over the parameters) does not matter.
+They are collected once, after the timed steps, so the cost of a pass over all parameters does not
+matter.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def collect(host: Host) -> dict[str, Any]:
-    """All facts, as JSON types."""
+    """Return all facts, as JSON types."""
     return {
-        "optimizers": [_optimizer(o) for o in host.optimizers if objects.param_groups(o)],
-        "modules": _modules(host.roots),
-        "parameters": _parameters(host.roots, host.optimizers),
-        "loaders": [_loader(loader) for loader in host.loaders],
+        "optimizers": [_describe_optimizer(o) for o in host.optimizers if objects.param_groups(o)],
+        "modules": _describe_modules(host.roots),
+        "parameters": _describe_parameters(host.roots, host.optimizers),
+        "loaders": [_describe_loader(loader) for loader in host.loaders],
         "opens_images": "PIL.JpegImagePlugin" in sys.modules,
         "switches": {
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -46,15 +47,17 @@ def collect(host: Host) -> dict[str, Any]:
 def _float32_matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program has set it by the newer interface, for single backends
+    except (
+        RuntimeError
+    ):  # the program has set the precision of single backends, by the newer interface
         return None
 
 
-def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     groups = objects.param_groups(optimizer)
     tensors = [p for group in groups for p in group["params"]]
     return {
-        "class": _name(optimizer),
+        "class": _class_name(optimizer),
         "tensors": len(tensors),
         "elements": sum(p.numel() for p in tensors),
         "fused": any(bool(group.get("fused")) for group in groups),
@@ -62,12 +65,12 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
-def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
+def _describe_modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     channels_last = grouped = 0
     for root in roots:
         for module in objects.modules(root):
-            kinds[_name(module)] += 1
+            kinds[_class_name(module)] += 1
             if issubclass(type(module), torch.nn.Conv2d):
                 weight = module.weight
                 is_ambiguous = weight.shape[1] == 1 or weight.shape[2:] == (1, 1)
@@ -75,14 +78,14 @@ def _modules(roots: list[torch.nn.Module]) -> dict[str, Any]:
                 channels_last += last and not is_ambiguous
                 grouped += module.groups > 1
     return {
-        "roots": [_name(root) for root in roots],
+        "roots": [_class_name(root) for root in roots],
         "kinds": dict(kinds),
         "convolutions_channels_last": channels_last,
         "convolutions_grouped": grouped,
     }
 
 
-def _parameters(
+def _describe_parameters(
     roots: list[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     elements: Counter[str] = Counter()
@@ -108,38 +111,39 @@ def _parameters(
 
 
 def _initialized(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The parameters of all roots, each once, but those that a lazy module has yet to make."""
+    """Return the parameters of all roots, each once, without those that are uninitialized
+    (lazy)."""
     found = {id(p): p for root in roots for p in objects.parameters(root)}
     return [p for p in found.values() if not torch.nn.parameter.is_lazy(p)]
 
 
 def _can_fuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what makes such an optimizer takes the argument ``fused``."""
-    make = inspect.unwrap(objects.inherited(type(optimizer), "__init__"))
-    code = getattr(make, "__code__", None)
+    """Whether the constructor of the optimizer has the parameter ``fused``."""
+    constructor = inspect.unwrap(objects.inherited(type(optimizer), "__init__"))
+    code = getattr(constructor, "__code__", None)
     if code is None:
         return False
     return "fused" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def _name(value: object) -> str:
-    """The name of the class, without the names of what it is defined in."""
-    return objects.class_name(value).rpartition(".")[2]
+def _class_name(value: object) -> str:
+    """Return the name of the class, without the names of enclosing classes and functions."""
+    return objects.class_class_name(value).rpartition(".")[2]
 
 
 def source(dataset: Any) -> Any:
-    """What subsets, and subsets of them, choose from."""
+    """Return the dataset that a (nested) ``Subset`` selects from, any other dataset itself."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset
 
 
-def _loader(loader: Any) -> dict[str, Any]:
+def _describe_loader(loader: Any) -> dict[str, Any]:
     held = objects.attributes(loader)
     return {
         "workers": held.get("num_workers"),
         "batch_size": held.get("batch_size"),
-        "dataset": _name(source(held.get("dataset"))),
+        "dataset": _class_name(source(held.get("dataset"))),
         "pin_memory": bool(held.get("pin_memory")),
         "persistent_workers": bool(held.get("persistent_workers")),
         "settings": loader_knob.possible(held),
