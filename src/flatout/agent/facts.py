@@ -47,9 +47,7 @@ def collect(host: Host) -> dict[str, Any]:
 def _float32_matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # the program has set the precision of single backends, by the newer interface
+    except RuntimeError:  # the program has set the precision of single backends
         return None
 
 
@@ -128,7 +126,7 @@ def _can_fuse(optimizer: torch.optim.Optimizer) -> bool:
 
 def _class_name(value: object) -> str:
     """Return the name of the class, without the names of enclosing classes and functions."""
-    return objects.class_class_name(value).rpartition(".")[2]
+    return objects.class_name(value).rpartition(".")[2]
 
 
 def source(dataset: Any) -> Any:

@@ -130,9 +130,7 @@ class InputSizes:
 def describe(value: Any) -> list[str]:
     """Return dtype and shape of each tensor in nested containers, as ``wire.signature`` writes
     them."""
-    with (
-        torch._C.DisableTorchFunction()
-    ):  # does not call __torch_function__ of the program's subclasses
+    with torch._C.DisableTorchFunction():  # calls no __torch_function__ of the program
         return [_describe_tensor(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
 
 
