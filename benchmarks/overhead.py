@@ -85,7 +85,7 @@ for _ in range(len(loader) // 10):
     optimizer.step()
 session._read()  # the search for roots is over then
 assert not session.hooks.tracks_steps
-log.patience_ns = 2**62
+log.read_period_ns = 2**62
 watched_backward = torch.autograd._engine_run_backward
 (backward_watch,) = (
     watch

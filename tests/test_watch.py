@@ -213,7 +213,7 @@ def test_losses_of_every_kind_are_what_item_gives(
     kind: str, exchange: bool, watched: Watched
 ) -> None:
     if not exchange:
-        assert not watched.hooks._log.look_by(None)  # torch before 2.10
+        assert not watched.hooks._log.set_exchange_api(None)  # torch before 2.10
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     loss = LOSSES[kind](net(torch.ones(1, 4))[0])
@@ -292,7 +292,7 @@ def test_watches_neither_leak_nor_lose_references(watched: Watched) -> None:
         train(net, 2)
         watch = vars(Net)["__call__"]
         pickle.loads(pickle.dumps(watch))
-        assert watch.own is None
+        assert watch.original is None
         assert repr(watch) == repr(torch.nn.Module.__call__)
         with pytest.raises(ValueError, match="from forward"):
             net(torch.ones(1, 4), fail=True)

@@ -98,18 +98,20 @@ class Hooks:
 
         log = self._log
         log.live = live
-        log.told = True  # the search for roots needs the steps
-        log.patience_ns = round(FLUSH_SECONDS * 1e9)
+        log.keeps_events = True  # the search for roots needs the steps
+        log.read_period_ns = round(FLUSH_SECONDS * 1e9)
         log.reader = self._may_read
         self.root_search.prepare()
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
         log.script_type = torch.jit.ScriptModule
-        log.look_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # torch 2.10 or later
-        log.aside = torch._C.DisableTorchFunction
+        log.set_exchange_api(
+            getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+        )  # torch 2.10 or later
+        log.disable_modes = torch._C.DisableTorchFunction
         log.read_loss = self._read_loss
         log.losses = []
-        log.strip = strip_frames
+        log.strip_frames = strip_frames
         self.callbacks.connect()
 
     def _new_watches(self) -> list[ClassWatch | FunctionWatch]:
@@ -144,8 +146,8 @@ class Hooks:
         self._handles = [
             nn_module.register_module_module_registration_hook(registered),
             nn_module.register_module_parameter_registration_hook(registered),
-            torch_optimizer.register_optimizer_step_pre_hook(_watch.Mark(self._log, False)),
-            torch_optimizer.register_optimizer_step_post_hook(_watch.Mark(self._log, True)),
+            torch_optimizer.register_optimizer_step_pre_hook(_watch.StepHook(self._log, False)),
+            torch_optimizer.register_optimizer_step_post_hook(_watch.StepHook(self._log, True)),
         ]
 
     def remove(self) -> None:
@@ -161,13 +163,13 @@ class Hooks:
     @property
     def tracks_steps(self) -> bool:
         """Whether events are passed to ``turns``; if not, only the record gets them."""
-        return self._log.told
+        return self._log.keeps_events
 
     @tracks_steps.setter
     def tracks_steps(self, tracks_steps: bool) -> None:
-        if tracks_steps and not self._log.told:
+        if tracks_steps and not self._log.keeps_events:
             self.turns = self._new_turns(self.optimizer_exists)
-        self._log.told = tracks_steps
+        self._log.keeps_events = tracks_steps
 
     @property
     def live(self) -> bool:
@@ -184,7 +186,7 @@ class Hooks:
         abandon((self._log.losses, self.losses))
         self._log.losses = []
         self.losses = []
-        self._log.told = False
+        self._log.keeps_events = False
         self.tracks_steps = True
         if self.optimizer_exists:
             self._log.note(NOTE, OPTIMIZER_BUILT, 0, 0)
@@ -203,7 +205,7 @@ class Hooks:
         log = self._log
         losses, log.losses = log.losses, []
         self.losses += losses
-        if log.told:
+        if log.keeps_events:
             self.turns.tell(log.take(), iter(losses))
 
     def _track_steps(self) -> None:

@@ -85,7 +85,7 @@ class RootSearch:
         import torch
 
         self._plain_module = torch.nn.Module
-        self._log.new_root = contain(self._on_watch_failure, self._check_root)
+        self._log.check_root = contain(self._on_watch_failure, self._check_root)
         self._log.roots = {}
 
     def watch_script_modules(self) -> None:

@@ -57,7 +57,7 @@ class ClassWatch:
         if original is not None and original is self._watch():
             return None
         if isinstance(original, _watch.Watch):
-            original = original.own  # the namespace was copied from that of a watched class
+            original = original.original  # the namespace was copied from that of a watched class
         method = original
         if original is None:
             method = objects.inherited(owner, self._name, after=True)
@@ -79,8 +79,8 @@ class ClassWatch:
         current: Any = objects.namespace(owner).get(self._name)
         if current is not watch:
             return
-        if watch.own is not None:
-            type.__setattr__(owner, self._name, watch.own)
+        if watch.original is not None:
+            type.__setattr__(owner, self._name, watch.original)
         else:
             type.__delattr__(owner, self._name)
 
