@@ -1,9 +1,9 @@
 """Two runs that alternate in blocks of steps: while one makes its steps, the other waits.
 
 Each run is a process of its own, with its own allocator and caches, and yet a drift of the
-machine's speed affects both alike. A process tells the other one that it is that one's block by
-creating a file in a folder that both know; ``launch/relay.py`` starts the two processes, and
-creates a file when one has ended.
+machine's speed affects both alike. At the end of a block, a process creates a file in a folder that
+both know, for which the other one waits. ``launch/relay.py`` starts the two processes, and creates
+a file when one of them has ended.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ other one, so it checks about once a step; the step after a wait is discarded in
 def wait_to_begin(relay: Relay) -> None:
     """Have the second process wait until the first has warmed up; called after ``import torch``.
 
-    Two processes that warm up at the same time would take ten times as long, as each uses all
-    cores.
+    Two processes that warm up at the same time take ten times as long, as each uses all cores.
     """
     if relay.place == 1:
         _wait_for(relay, f"ready-{1 - relay.place}", _LONGEST_POLL_S)
