@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad
 
 from flatout import kernels
 from flatout.intercept import dispatch
-from flatout.intercept.place import Undo, take_place
+from flatout.intercept.patch import Undo, replace_function
 from flatout.knobs import clipping
 from flatout.knobs.attention import cpu
 from flatout.knobs.convolution import cpu as convolutions
@@ -295,8 +295,8 @@ def clip(pairs: int) -> bool:
     def on() -> Iterator[None]:
         stand_in = clipping.OnePass(library, clip_grad, _raise)
         give_back = [
-            take_place(clip_grad, "_get_total_norm", stand_in.total_norm),
-            take_place(clip_grad, "_clip_grads_with_norm_", stand_in.clip),
+            replace_function(clip_grad, "_get_total_norm", stand_in.total_norm),
+            replace_function(clip_grad, "_clip_grads_with_norm_", stand_in.clip),
         ]
         yield
         for undo in give_back:
@@ -364,7 +364,7 @@ def convolution(pairs: int) -> bool:
 
 def elements(pairs: int) -> bool:
     """Functions of single elements."""
-    library = dispatch.compiled("elementwise", "torch's own operators")
+    library = dispatch.load_kernel("elementwise", "torch's own operators")
     fast = switched_on(lambda: elementwise.install(library, _raise))
     operators = torch.ops.aten
     spectrum = torch.randn(32, 65, 200, dtype=torch.complex64)
@@ -386,7 +386,7 @@ def elements(pairs: int) -> bool:
 
 def embedding(pairs: int) -> bool:
     """Gradients of tables, of which a batch looks up little."""
-    library = dispatch.compiled("embedding", "torch's own gradients of embedding bags")
+    library = dispatch.load_kernel("embedding", "torch's own gradients of embedding bags")
     fast = switched_on(lambda: embeddings.install(library, _raise))
     lengths = torch.randint(1, 41, (256,))
     is_as_asked = True

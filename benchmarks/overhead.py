@@ -84,10 +84,14 @@ for _ in range(len(loader) // 10):
     loss.backward()
     optimizer.step()
 session._read()  # the search for roots is over then
-assert not session.hooks.told
-log.patience_ns = 2**62
+assert not session.hooks.tracks_steps
+log.read_period_ns = 2**62
 watched_backward = torch.autograd._engine_run_backward
-(backward_watch,) = (w for w in session.hooks._watches if w._name == "_engine_run_backward")
+(backward_watch,) = (
+    watch
+    for watch in session.hooks._watches
+    if getattr(watch, "name", None) == "_engine_run_backward"
+)
 step_hooks = [
     (hooks, dict(hooks))
     for hooks in (
@@ -98,7 +102,7 @@ step_hooks = [
 
 def watch(on):
     log.awake = on
-    torch.autograd._engine_run_backward = watched_backward if on else backward_watch._own
+    torch.autograd._engine_run_backward = watched_backward if on else backward_watch.original
     for hooks, ours in step_hooks:
         hooks.update(ours) if on else hooks.clear()
 

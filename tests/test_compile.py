@@ -25,7 +25,7 @@ def host(tmp_path: Path) -> Host:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     made = host_in(tmp_path)
-    made.hooks.searching = False
+    made.hooks.root_search.is_active = False
     return made
 
 
@@ -175,12 +175,12 @@ def test_errors_are_raised_and_those_of_torch_turn_it_back(
 
 
 def test_nothing_is_compiled_while_classes_are_watched(host: Host) -> None:
-    host.hooks.searching = True
+    host.hooks.root_search.is_active = True
     net = Net()
     _, call = wrapped(host)
     call(net, torch.randn(4, 6))
     assert net._compiled_call_impl is None
-    host.hooks.searching = False
+    host.hooks.root_search.is_active = False
     call(net, torch.randn(4, 6))
     assert net._compiled_call_impl is not None
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flatout import kernels, knobs
 from flatout.intercept import dispatch
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Facts
 from flatout.knobs import elementwise
 from flatout.knobs.elementwise import cpu
@@ -32,7 +32,7 @@ def raising(error: Exception) -> None:
 
 
 def fast(on_failure: Callable[[Exception], None] = raising) -> Undo:
-    return cpu.install(dispatch.compiled("elementwise", "torch's own"), on_failure)
+    return cpu.install(dispatch.load_kernel("elementwise", "torch's own"), on_failure)
 
 
 @pytest.fixture

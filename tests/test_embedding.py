@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return found
 
     monkeypatch.setattr(cpu, "_gradient", noted)
-    undo = cpu.install(dispatch.compiled("embedding", "torch's own"), raising)
+    undo = cpu.install(dispatch.load_kernel("embedding", "torch's own"), raising)
     yield done
     undo()
 
@@ -155,7 +155,7 @@ def test_bags_of_all_forms(calls: list[bool]) -> None:
 def test_a_failure_is_reported_and_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradient(mode="mean")
     failures: list[Exception] = []
-    undo = cpu.install(dispatch.compiled("embedding", "torch's own"), failures.append)
+    undo = cpu.install(dispatch.load_kernel("embedding", "torch's own"), failures.append)
     monkeypatch.setattr(cpu, "Bags", None)
     found = gradient(mode="mean")
     undo()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flatout.agent import flows
-from flatout.agent.inspection import _sampled
+from flatout.agent.tensors import sample
 from flatout.plan import Check
 from flatout.tune import gradients
 from flatout.wire.lines import Gradient
@@ -83,8 +83,8 @@ def _labels(inputs: torch.Tensor, name: str) -> tuple[int, ...]:
 
 
 def taken(grad: torch.Tensor) -> Gradient:
-    sample = array("f", _sampled(grad, 512).tolist())
-    return Gradient(float(grad.norm(dtype=torch.float64)), grad.numel(), sample)
+    sampled = array("f", sample(grad, 512).tolist())
+    return Gradient(float(grad.norm(dtype=torch.float64)), grad.numel(), sampled)
 
 
 @functools.cache
@@ -303,7 +303,7 @@ def test_zero_gradients_are_below_their_rounding_and_others_are_above(
             watched = flows.Flows(lambda function, *args: function(*args))
             watched.watch([loss])
             loss.backward()
-            watched.leave()
+            watched.remove_hooks()
             for name, parameter in net.named_parameters():
                 flow = watched.take(parameter)
                 assert flow is not None, name

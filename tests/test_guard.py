@@ -1,4 +1,4 @@
-"""The guard: what is not finite does not reach the weights, and what caused it is turned back."""
+"""The guard: what is not finite does not reach the weights, and what caused it is withdrawn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from flatout import kernels
-from flatout.agent import guard, snapshot
-from flatout.agent.guard import Guard, LossWatch
+from flatout.agent import guard, snapshot, weight_guard
+from flatout.agent.guard import Guard
+from flatout.agent.loss_watch import LossWatch
 from flatout.agent.session import Session
 from flatout.intercept import finite, hooks, losses
 from flatout.intercept.host import Host
@@ -132,7 +133,7 @@ def test_a_step_that_lower_precision_breaks_is_left_out_and_the_knob_turned_back
         ("failed", "precision"),
         ("undone", "precision"),
     ]
-    assert "gradients of Adam were not finite, and left out" in events(host)[0][2]
+    assert "gradients of Adam were not finite" in events(host)[0][2]
 
 
 def test_what_is_not_finite_with_nothing_turned_is_left_to_the_program(start: Start) -> None:
@@ -286,7 +287,7 @@ def test_a_device_is_not_waited_for(
 
 def trained(start: Start, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Losses and weights of a small training."""
-    monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_PERIOD_S", 0.0)
     host = start(guarded, precision="bf16", optimizer="onepass")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 1))
@@ -338,8 +339,8 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> 
 def test_weights_that_are_lost_are_set_back_in_place(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
-    monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_PERIOD_S", 0.0)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_SHARE", 1e9)
     host = start(precision="bf16")
     torch.manual_seed(0)
     net, x = Normed(), torch.randn(8, 4)
@@ -357,15 +358,15 @@ def test_weights_that_are_lost_are_set_back_in_place(
     for parameter, old in zip(net.parameters(), kept, strict=True):
         torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=0.02)
     said = events(host)
-    assert ("noticed", "guard", "weights were not finite, set back to their last copy") in said
+    assert ("noticed", "guard", "weights were not finite: restored from their last copy") in said
     assert [subject for what, subject, _ in said if what == "failed"] == ["precision"]
 
 
 def test_buffers_that_an_overflow_has_reached_are_set_back(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
-    monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_PERIOD_S", 0.0)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_SHARE", 1e9)
     host = start(precision="bf16")
     torch.manual_seed(0)
     net, x = Normed(), torch.randn(8, 4)
@@ -381,8 +382,8 @@ def test_buffers_that_an_overflow_has_reached_are_set_back(
 
 
 def test_no_copy_where_memory_is_short(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SNAPSHOT_PERIOD_S", 0.0)
-    monkeypatch.setattr(guard, "SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_PERIOD_S", 0.0)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_SHARE", 1e9)
     monkeypatch.setattr(snapshot, "_free_bytes", lambda device: 3 * 2**10)
     host = start(precision="bf16")
     net = nn.Linear(256, 1)
@@ -394,24 +395,24 @@ def test_no_copy_where_memory_is_short(start: Start, monkeypatch: pytest.MonkeyP
         net.weight.fill_(torch.nan)
     for _ in range(6):
         train(net, optimizer, torch.randn(8, 256))
-    assert any("no copy to go back to" in why for _, _, why in events(host))
+    assert any("no copy to restore" in why for _, _, why in events(host))
 
 
 def test_a_pause_brings_no_copy_nearer() -> None:
-    running = guard.RunningTime()
-    now_s = running._heard_s
+    running = weight_guard.RunningTime()
+    now_s = running._last_sign_s
     for gap_s in [0.25] * 40 + [3600.0] + [0.25] * 40:
         now_s += gap_s
-        running.hear(now_s)
-    assert running.s == pytest.approx(10 + guard.PAUSE_S + 10)
+        running.add_sign_of_life(now_s)
+    assert running.s == pytest.approx(10 + weight_guard.PAUSE_S + 10)
 
 
 def test_the_time_of_slow_steps_counts() -> None:
-    running = guard.RunningTime()
-    now_s = running._heard_s
+    running = weight_guard.RunningTime()
+    now_s = running._last_sign_s
     for _ in range(20):
         now_s += 60.0
-        running.hear(now_s)
+        running.add_sign_of_life(now_s)
     assert running.s > 0.7 * 20 * 60
 
 
@@ -482,22 +483,22 @@ def envelope(*finals: float) -> Envelope:
 
 def test_losses_within_the_envelope_are_no_news() -> None:
     watch = LossWatch(envelope(2.0))
-    assert watch.told([9.0] * 6 + [2.9, 2.9]) is None
-    assert watch.told([99.0] * 20) is None
+    assert watch.add([9.0] * 6 + [2.9, 2.9]) is None
+    assert watch.add([99.0] * 20) is None
 
 
 @pytest.mark.parametrize("last", [3.2, float("nan"), float("inf")])
 def test_losses_far_above_the_proven_ones_are_said_once(last: float) -> None:
     watch = LossWatch(envelope(1.0, 2.0))
-    assert watch.told([1.0, 2.0] * 7) is None
-    said = watch.told([1.0, last + 2.0])
+    assert watch.add([1.0, 2.0] * 7) is None
+    said = watch.add([1.0, last + 2.0])
     assert said is not None
     assert "the loss of backward call 2 over steps 6 to 8" in said
-    assert watch.told([1.0, last]) is None
+    assert watch.add([1.0, last]) is None
 
 
 def test_without_a_proof_losses_are_not_compared() -> None:
-    assert LossWatch(Envelope()).told([float("nan")]) is None
+    assert LossWatch(Envelope()).add([float("nan")]) is None
 
 
 # As a user sees it
@@ -563,7 +564,7 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]
         assert said.pop(0).endswith(
             "precision proven with another length or seed: --epochs 30 is new"
         )
-    assert said[0].startswith("flatout: precision=bf16 failed: turned back: NotFiniteError")
+    assert said[0].startswith("flatout: precision=bf16 failed: withdrawn: NotFiniteError")
     of_losses = [line for line in said if line.startswith("flatout: guard: the loss over")]
     if words:
         assert of_losses == []  # a run of another length has losses of its own

@@ -38,9 +38,9 @@ SETTINGS = [
 
 BORDERS = {
     "intercept/containment.py": "what contains the failures of all others",
-    "intercept/place.py": "what torch calls in the place of a function; it only calls containment",
+    "intercept/patch.py": "what torch calls in the place of a function; it only calls containment",
     "intercept/dispatch.py:_call": "what torch's dispatcher calls; it only calls attempt",
-    "intercept/dispatch.py:_called": "the same for each layer",
+    "intercept/dispatch.py:_call_override": "the same for each override",
     "intercept/dispatch.py:forward": "what autograd calls to record what has been computed",
     "intercept/dispatch.py:backward": "what autograd calls for a gradient; it only calls attempt",
     "intercept/identity.py:forget": "what Python calls as an object goes; it takes an entry out",

@@ -1,4 +1,4 @@
-"""How the inputs of a program's modules are described, whatever they come in."""
+"""How the inputs of a program's modules are describe, whatever they come in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flatout.agent import inputs
-from flatout.agent.inputs import FirstInputs, described
+from flatout.agent.inputs import FirstInputs, describe
 from flatout.wire.lines import Inputs, Line
 from flatout.wire.signature import matches
 from tests.hosts import host_in
@@ -43,7 +43,7 @@ CONTAINERS: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_tensors_are_found_in(container: str) -> None:
     value, words = CONTAINERS[container]
-    assert list(described(((value,), {}))) == words
+    assert list(describe(((value,), {}))) == words
     assert matches(words, words)
 
 

@@ -287,7 +287,10 @@ def test_inference_is_recorded_in_detail_for_as_many_calls_as_asked(tmp_path: Pa
 
 
 def test_a_failure_ends_the_inspection_and_not_the_program(tmp_path: Path) -> None:
-    broken = "from flatout.agent import inspection\ninspection._values = None\n" + TRAINING
+    broken = (
+        "from flatout.agent import gradient_inspection as module\nmodule.stored_values = None\n"
+        + TRAINING
+    )
     shown, process = inspected(tmp_path / "run", broken, seed=3)
     assert len(values(shown, "loss")) == 12
     (failed,) = [event for event in process.events if event.what == "failed"]

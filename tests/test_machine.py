@@ -72,8 +72,8 @@ def test_an_accelerator_is_measured_with_matrices_that_fill_it(
         tried.append(n)
         return None if n > largest[device.type] else lambda: None  # no memory for it
 
-    monkeypatch.setattr(machine_probe, "product", product)
-    monkeypatch.setattr(machine_probe, "best_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(machine_probe, "prepare_matmul", product)
+    monkeypatch.setattr(machine_probe, "best_time_s", lambda *_: 1e-3)
     of = machine_probe.matmul_flops_per_s
     assert of(torch.device("cuda"), torch.float32) == pytest.approx(2e3 * 4096**3)
     assert max(tried) == 8192
@@ -101,7 +101,7 @@ def test_a_damaged_cache_is_measured_anew(
     (tmp_path / "cache" / "machine.json").write_text(damage)
     machine.ceilings(sys.executable)
     assert len(measured) == 1
-    assert "measuring anew" in capsys.readouterr().err
+    assert "the machine is measured again" in capsys.readouterr().err
 
 
 def test_what_was_not_measured_is_said(

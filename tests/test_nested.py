@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatout.intercept import nested
-from flatout.intercept.nested import mapped, tensors_in
+from flatout.intercept.nested import map_tensors, tensors_in
 
 TENSORS = [torch.zeros(size) for size in (1, 2, 3)]
 WIDE = {id(tensor): tensor.double() for tensor in TENSORS}
@@ -152,8 +152,8 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 def test_nothing_is_raised_for_whatever_is_passed(recipe: bytes) -> None:
     value = built(recipe)
     found = list(tensors_in(value))
-    assert mapped(lambda tensor: tensor, value) is value
-    wide = mapped(widened, value)
+    assert map_tensors(lambda tensor: tensor, value) is value
+    wide = map_tensors(widened, value)
     assert type(wide) is type(value)
     assert [id(tensor) for tensor in tensors_in(wide)] == [id(widened(t)) for t in found]
     assert [id(tensor) for tensor in tensors_in(value)] == [id(tensor) for tensor in found]
@@ -165,7 +165,7 @@ def test_a_container_is_looked_into_once_and_one_object_stays_one() -> None:
     for _ in range(60):
         shared = {"x": TENSORS[0], "left": shared, "right": shared}
     assert len(list(tensors_in(shared))) == 61
-    wide = mapped(widened, shared)
+    wide = map_tensors(widened, shared)
     assert wide["left"] is wide["right"]
     assert wide["x"] is wide["left"]["x"]
     assert wide["x"].dtype == torch.float64
@@ -175,7 +175,7 @@ def test_what_holds_itself_is_copied_with_its_circles() -> None:
     inner: list[Any] = []
     circle = (TENSORS[0], {"inner": inner})
     inner.append(circle)
-    wide = mapped(widened, circle)
+    wide = map_tensors(widened, circle)
     assert wide is not circle
     assert wide[1]["inner"][0] is wide
     assert inner[0] is circle
@@ -193,13 +193,13 @@ def test_fields_that_are_not_set_and_links_to_a_parent() -> None:
     child = Node(TENSORS[1], parent)
     parent.parent = child
     assert [t.shape[0] for t in tensors_in(parent)] == [1, 2]
-    wide = mapped(widened, parent)
+    wide = map_tensors(widened, parent)
     assert wide.parent.parent is wide
     assert wide.parent.x.dtype == torch.float64
     assert not hasattr(wide, "cache")
 
 
-@pytest.mark.parametrize("look", [lambda v: list(tensors_in(v)), lambda v: mapped(widened, v)])
+@pytest.mark.parametrize("look", [lambda v: list(tensors_in(v)), lambda v: map_tensors(widened, v)])
 def test_there_is_a_limit_to_what_is_looked_at(
     look: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_there_is_a_limit_to_what_is_looked_at(
     look(deep)  # the tensor lies beyond the limit
     many = [TENSORS[0], *([0] * nested.LIMIT), TENSORS[1]]
     assert [t.shape[0] for t in tensors_in(many)] == [1]
-    wide = mapped(widened, many)
+    wide = map_tensors(widened, many)
     assert wide[0].dtype == torch.float64
     assert wide[1:] == many[1:]
 
@@ -224,21 +224,21 @@ class Output(OrderedDict):  # type: ignore[type-arg]
 
 
 def test_copies_are_of_the_same_class_and_hold_the_same_besides() -> None:
-    output = mapped(widened, Output(loss=TENSORS[0], note="text"))
+    output = map_tensors(widened, Output(loss=TENSORS[0], note="text"))
     assert type(output) is Output
     assert output.loss is output["loss"]
     assert output.loss.dtype == torch.float64
     assert output.note == "text"
-    table = mapped(widened, defaultdict(list, x=TENSORS[0]))
+    table = map_tensors(widened, defaultdict(list, x=TENSORS[0]))
     assert table["new"] == []
     ordered = OrderedDict(x=TENSORS[0], y=1)
     ordered.move_to_end("x")
-    assert list(mapped(widened, ordered)) == ["y", "x"]
-    best = mapped(torch.Tensor.double, torch.max(torch.ones(2, 2), 0))
+    assert list(map_tensors(widened, ordered)) == ["y", "x"]
+    best = map_tensors(torch.Tensor.double, torch.max(torch.ones(2, 2), 0))
     assert type(best) is torch.return_types.max
     assert best.values.dtype == torch.float64
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2)])
-    assert mapped(torch.Tensor.double, packed).data.dtype == torch.float64
+    assert map_tensors(torch.Tensor.double, packed).data.dtype == torch.float64
 
 
 def test_modules_and_enumerations_are_never_copied() -> None:
@@ -258,7 +258,7 @@ def test_modules_and_enumerations_are_never_copied() -> None:
 
     for value in (Kind.ONE, Net(TENSORS[0])):
         assert list(tensors_in([value])) == []
-        assert mapped(widened, [value])[0] is value
+        assert map_tensors(widened, [value])[0] is value
 
 
 def test_a_mapping_of_another_kind_is_not_read() -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
 from flatout.errors import RefusedError
-from flatout.intercept.finite import kept_gradient
+from flatout.intercept.finite import stored_gradient
 from flatout.intercept.host import Host
 from flatout.knob import Facts
 from flatout.knobs import gradients
@@ -113,7 +113,7 @@ class Gan:
 
     def kept(self) -> list[torch.Tensor | None]:
         """The discriminator's gradients as torch keeps them."""
-        found = [kept_gradient.__get__(p) for p in self.discriminator.parameters()]
+        found = [stored_gradient.__get__(p) for p in self.discriminator.parameters()]
         return [None if grad is None else grad.clone() for grad in found]
 
 
@@ -296,7 +296,7 @@ def tune(net: Tuned, optimizer: torch.optim.Optimizer, steps: int = 8) -> list[b
         net.zero_grad()
         net(torch.randn(32, 8)).square().mean().backward()
         optimizer.step()
-        got.append(kept_gradient.__get__(net.body.weight) is not None)
+        got.append(stored_gradient.__get__(net.body.weight) is not None)
     return got
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
-from flatout.intercept.finite import kept_gradient
+from flatout.intercept.finite import stored_gradient
 from flatout.intercept.host import Host
 from tests.hosts import host_in
 
@@ -127,7 +127,7 @@ class Pair:
             self.loss.backward()
             self.optimizer.step()
             if step == STEPS - 1:
-                self.was_put_off = kept_gradient.__get__(next(self.other.parameters())) is None
+                self.was_put_off = stored_gradient.__get__(next(self.other.parameters())) is None
                 parameters = list(self.other.parameters())
                 change(self)
                 return [None if p.grad is None else p.grad.clone() for p in parameters]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout import knobs
 from flatout.intercept.host import Host
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Facts
 from flatout.knobs.precision import scaling
 from flatout.knobs.precision.operators import FLOAT32, PRODUCTS

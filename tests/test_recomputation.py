@@ -59,7 +59,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(compiling, "OPTIONS", {"default": {"backend": "eager"}})
     made = host_in(tmp_path)
     made.hooks.install(live=False)
-    made.hooks.searching = False
+    made.hooks.root_search.is_active = False
     yield made
     made.hooks.remove()
 

@@ -17,7 +17,7 @@ from torch import nn
 from flatout.agent.guard import Guard
 from flatout.agent.session import Session
 from flatout.agent.switch import Switch
-from flatout.intercept import hooks, losses
+from flatout.intercept import callbacks, hooks, losses
 from flatout.wire.record import read_process
 from flatout.wire.request import Comparison, Envelope, Request
 from flatout.wire.turns import Turn
@@ -54,7 +54,7 @@ def test_the_child_of_a_fork_releases_nothing_of_the_parents_device(session: Ses
     assert session._guard is not None
     switch = Switch(session.host, Comparison(arms=({},), block_steps=2, rounds=2))
     switch._unread.append((0, Unread()))
-    session._stages = [switch.at_boundary]
+    session._stages.pending = [switch.at_boundary]
     session.hooks.turns._turn = Turn(0)
     session.hooks.turns._turn.losses.append(Unread())
     session.hooks.losses.append(Unread())
@@ -92,7 +92,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
     session.host.forward_wrappers.append(wrapper)
     session.host.before_optimizer_step.append(lambda _: done.append("before"))
     session.host.after_optimizer_step.append(lambda _: done.append("after"))
-    monkeypatch.setattr(Guard, "_look_after_backward", lambda _: done.append("backward"))
+    monkeypatch.setattr(Guard, "_check_after_backward", lambda _: done.append("backward"))
 
     def step() -> None:
         model(torch.ones(1, 2)).sum().backward()
@@ -101,7 +101,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
     step()
     assert done == ["forward", "backward", "before", "after"]
     done.clear()
-    for module in (hooks, losses):
+    for module in (callbacks, losses):
         monkeypatch.setattr(module, "is_capturing", lambda: True)
     step()
     assert done == []
@@ -113,9 +113,9 @@ def test_nothing_is_asked_of_a_device_while_the_program_captures(
 ) -> None:
     """A question after a loss on its way would end the capture."""
     asked: list[bool] = []
-    session._speak()
+    session._begin_record()
     monkeypatch.setattr(
-        "flatout.agent.session.arrived_losses", lambda _, wait: asked.append(wait) or []
+        "flatout.agent.recorder.arrived_losses", lambda _, wait: asked.append(wait) or []
     )
     monkeypatch.setattr("flatout.agent.session.is_capturing", lambda: True)
     nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
@@ -131,11 +131,11 @@ def test_what_cannot_be_read_at_the_end_is_recorded_and_not_raised(
 ) -> None:
     """After an error of the device, nothing can be read from it."""
 
-    session._speak()
+    session._begin_record()
     monkeypatch.setattr(
-        "flatout.agent.session.arrived_losses", functools.partial(int, "not a number")
+        "flatout.agent.recorder.arrived_losses", functools.partial(int, "not a number")
     )
-    monkeypatch.setattr(session, "_close_profiler", functools.partial(int, "not a number"))
+    monkeypatch.setattr(session._stages, "close_profiler", functools.partial(int, "not a number"))
     session.finish("exit")
     *_, end = lines(session)
     unclosed, failed = (line for line in lines(session) if line["kind"] == "event")
@@ -148,8 +148,8 @@ def test_what_cannot_be_read_at_the_end_is_recorded_and_not_raised(
 def test_memory_of_a_device_is_known_without_any_loss(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatout.agent.session.peak_device_bytes", lambda: 2**30)
-    session._speak()
+    monkeypatch.setattr("flatout.agent.recorder.peak_device_bytes", lambda: 2**30)
+    session._begin_record()
     model = nn.Linear(2, 2)
     with torch.no_grad():
         for _ in range(4):
@@ -160,11 +160,11 @@ def test_memory_of_a_device_is_known_without_any_loss(
 
 def test_the_time_to_stop_counts_from_the_first_step_on(tmp_path: Path) -> None:
     """Start-up and the first step, which may compile, are not what was asked to be timed."""
-    session = Session(Request(stop_seconds=5.0), tmp_path)
+    stages = Session(Request(stop_seconds=5.0), tmp_path)._stages
     stopped: list[int] = []
-    session._stages = [session._timed, lambda turn: stopped.append(turn.end_ns) is None]
+    stages.pending = [stages.time_step, lambda turn: stopped.append(turn.end_ns) is None]
     for at_s in (100, 104, 106):
         turn = Turn(0)
         turn.end_ns = at_s * 10**9
-        session._run_stages(turn)
+        stages.run(turn)
     assert stopped == [106 * 10**9]

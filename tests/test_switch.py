@@ -101,7 +101,7 @@ class Scripted:
     def flush(self) -> None:
         pass
 
-    def counts(self, turn: Turn) -> bool:
+    def counts_as_step(self, turn: Turn) -> bool:
         return True
 
     def undo(self, knob: str) -> None:

@@ -38,7 +38,7 @@ class Watched:
         self.failures: list[BaseException] = []
         self.hooks = Hooks(
             lambda optimizer_exists: Turns(self.closed.append, optimizer_exists),
-            offered=lambda: self.hooks.read(),
+            may_read=lambda: self.hooks.read(),
             read_loss=lambda loss: None,
             on_skip=lambda subject, why: pytest.fail(why),
             on_failure=lambda subject, error: self.failures.append(error),
@@ -174,9 +174,9 @@ def test_a_forward_wrapper_gets_the_call_and_gives_the_result(watched: Watched) 
     net = Net()
     x = torch.ones(1, 4)
     expected = 2 * net(x)
-    watched.hooks.forward_wrappers.append(doubled)
+    watched.hooks.callbacks.forward_wrappers.append(doubled)
     assert torch.equal(net(x), expected)
-    watched.hooks.forward_wrappers.remove(doubled)
+    watched.hooks.callbacks.forward_wrappers.remove(doubled)
     assert torch.equal(net(x), expected / 2)
 
 
@@ -213,7 +213,7 @@ def test_losses_of_every_kind_are_what_item_gives(
     kind: str, exchange: bool, watched: Watched
 ) -> None:
     if not exchange:
-        assert not watched.hooks._log.look_by(None)  # torch before 2.10
+        assert not watched.hooks._log.set_exchange_api(None)  # torch before 2.10
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     loss = LOSSES[kind](net(torch.ones(1, 4))[0])
@@ -292,7 +292,7 @@ def test_watches_neither_leak_nor_lose_references(watched: Watched) -> None:
         train(net, 2)
         watch = vars(Net)["__call__"]
         pickle.loads(pickle.dumps(watch))
-        assert watch.own is None
+        assert watch.original is None
         assert repr(watch) == repr(torch.nn.Module.__call__)
         with pytest.raises(ValueError, match="from forward"):
             net(torch.ones(1, 4), fail=True)
@@ -337,7 +337,7 @@ def test_a_call_reaches_what_it_would_reach_without_a_watch(watched: Watched) ->
 def test_what_is_no_method_is_left_where_it_is() -> None:
     skipped: list[str] = []
     watched = Watched(live=False)
-    watched.hooks._on_skip = lambda subject, why: skipped.append(subject)
+    watched.hooks.root_search._on_skip = lambda subject, why: skipped.append(subject)
 
     class Static(Net):
         @staticmethod
@@ -372,7 +372,7 @@ def test_a_module_that_makes_its_layers_in_its_first_call_is_a_root(watched: Wat
     net = Late()
     net(torch.ones(1, 4))
     train(net, 3)
-    assert any(root is net for root in watched.hooks.roots)
+    assert any(root is net for root in watched.hooks.root_search.roots)
     watched.hooks.read()
     assert [turn.forwards for turn in watched.closed][-1] == 1
 
@@ -382,5 +382,5 @@ def test_roots_are_forgotten_with_the_modules(watched: Watched) -> None:
         torch.nn.Sequential()(torch.ones(1))  # no root: it has no parameters
         train(Net(), 1)
     gc.collect()
-    assert watched.hooks.roots == []
+    assert watched.hooks.root_search.roots == []
     assert not watched.hooks._log.roots

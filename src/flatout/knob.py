@@ -15,7 +15,7 @@ from flatout.errors import UserError
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.intercept.place import Undo
+    from flatout.intercept.patch import Undo
 
 Exactness = Literal["bitwise", "reordered", "reduced", "resampled", "reshuffled"]
 """What a setting may change, at most. It decides what proof is asked for."""

@@ -1,7 +1,7 @@
-"""The half of flatout that lives inside the user's process. ``activate`` is its door.
+"""The half of flatout that runs inside the user's process. ``activate`` starts it.
 
-Imports the standard library, the user's own torch and the parts of the package that it stands on
-(``intercept``, ``knobs``, ``kernels``, ``wire``), nothing else.
+It imports the standard library, the user's torch, and the parts of the package that are below it
+(``intercept``, ``knobs``, ``kernels``, ``wire``, ``machine``), nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _session: object | None = None
 
 
 def activate() -> None:
-    """Start to watch this process; called once, right after torch was imported.
+    """Start the agent in this process; called once, right after torch has been imported.
 
-    Never raises: when the agent cannot start, one line on stderr says so and the program goes on.
+    It never raises. If the agent cannot start, one line on stderr says so and the program goes on.
     """
     global _session
     if _session is not None or sys.version_info < (3, 10):
@@ -37,14 +37,14 @@ def activate() -> None:
         session = Session(request, run_directory)
         session.start()
         _session = session
-    except Exception as error:  # noqa: BLE001 - said aloud, with its traceback on request
-        _say(f"flatout: the agent did not start: {type(error).__name__}: {error}\n")
+    except Exception as error:  # noqa: BLE001 - printed, with its traceback on request
+        _write_to_stderr(f"flatout: the agent did not start: {type(error).__name__}: {error}\n")
         if os.environ.get("FLATOUT_DEBUG") == "1":
-            _say(traceback.format_exc())
+            _write_to_stderr(traceback.format_exc())
 
 
-def _say(text: str) -> None:
-    """Write to stderr past the program's buffers, which keep what cannot be written for its end."""
+def _write_to_stderr(text: str) -> None:
+    """Write to stderr, past the buffer of ``sys.stderr``, which would keep text on an error."""
     if sys.__stderr__ is not None:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno(), text.encode("utf-8", "backslashreplace"))

@@ -1,6 +1,7 @@
-"""What the agent can see of the program: its models, optimizers, loaders and torch's switches.
+"""Facts about the program: its modules, optimizers, loaders and global settings of torch.
 
-Collected once, after the timed steps: its cost (a pass over the parameters) does not matter.
+They are collected once, after the timed steps, so the cost of a pass over all parameters does not
+matter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import Subset
 
 from flatout.intercept import objects
-from flatout.intercept.finite import kept_gradient
+from flatout.intercept.finite import stored_gradient
 from flatout.knobs import loader as loader_knob
 from flatout.wire.facts import (
     LoaderFacts,
@@ -34,12 +35,14 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def collect(host: Host) -> ProgramFacts:
-    """Collect all facts."""
+    """Return all facts."""
     return ProgramFacts(
-        optimizers=tuple(_optimizer(o) for o in host.optimizers if objects.param_groups(o)),
-        modules=_modules(host.roots),
-        parameters=_parameters(host.roots, host.optimizers),
-        loaders=tuple(_loader(loader) for loader in host.loaders),
+        optimizers=tuple(
+            _describe_optimizer(o) for o in host.optimizers if objects.param_groups(o)
+        ),
+        modules=_describe_modules(host.roots),
+        parameters=_describe_parameters(host.roots, host.optimizers),
+        loaders=tuple(_describe_loader(loader) for loader in host.loaders),
         opens_images="PIL.JpegImagePlugin" in sys.modules,
         switches=SwitchFacts(
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -55,15 +58,15 @@ def collect(host: Host) -> ProgramFacts:
 def _float32_matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program has set it by the newer interface, for single backends
+    except RuntimeError:  # the program has set the precision of single backends
         return None
 
 
-def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     groups = objects.param_groups(optimizer)
     tensors = [p for group in groups for p in group["params"]]
     return OptimizerFacts(
-        class_=_name(optimizer),
+        class_=_class_name(optimizer),
         tensors=len(tensors),
         elements=sum(p.numel() for p in tensors),
         fused=any(bool(group.get("fused")) for group in groups),
@@ -71,12 +74,12 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     )
 
 
-def _modules(roots: list[torch.nn.Module]) -> ModuleFacts:
+def _describe_modules(roots: list[torch.nn.Module]) -> ModuleFacts:
     kinds: Counter[str] = Counter()
     channels_last = grouped = 0
     for root in roots:
         for module in objects.modules(root):
-            kinds[_name(module)] += 1
+            kinds[_class_name(module)] += 1
             if issubclass(type(module), torch.nn.Conv2d):
                 weight = module.weight
                 is_ambiguous = weight.shape[1] == 1 or weight.shape[2:] == (1, 1)
@@ -84,14 +87,14 @@ def _modules(roots: list[torch.nn.Module]) -> ModuleFacts:
                 channels_last += last and not is_ambiguous
                 grouped += module.groups > 1
     return ModuleFacts(
-        roots=tuple(_name(root) for root in roots),
+        roots=tuple(_class_name(root) for root in roots),
         kinds=dict(kinds),
         convolutions_channels_last=int(channels_last),
         convolutions_grouped=int(grouped),
     )
 
 
-def _parameters(
+def _describe_parameters(
     roots: list[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
 ) -> ParameterFacts:
     elements: Counter[str] = Counter()
@@ -102,7 +105,7 @@ def _parameters(
     for parameter in _initialized(roots):
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
         devices[parameter.device.type] += parameter.numel()
-        if id(parameter) not in optimized and kept_gradient.__get__(parameter) is not None:
+        if id(parameter) not in optimized and stored_gradient.__get__(parameter) is not None:
             unoptimized += parameter.numel()
         if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
             magnitude = parameter.detach().abs()
@@ -117,38 +120,39 @@ def _parameters(
 
 
 def _initialized(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The parameters of all roots, each once, but those that a lazy module has yet to make."""
+    """Return the parameters of all roots, each once, without those that are uninitialized
+    (lazy)."""
     found = {id(p): p for root in roots for p in objects.parameters(root)}
     return [p for p in found.values() if not torch.nn.parameter.is_lazy(p)]
 
 
 def _can_fuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what makes such an optimizer takes the argument ``fused``."""
-    make = inspect.unwrap(objects.inherited(type(optimizer), "__init__"))
-    code = getattr(make, "__code__", None)
+    """Whether the constructor of the optimizer has the parameter ``fused``."""
+    constructor = inspect.unwrap(objects.inherited(type(optimizer), "__init__"))
+    code = getattr(constructor, "__code__", None)
     if code is None:
         return False
     return "fused" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def _name(value: object) -> str:
-    """The name of the class, without the names of what it is defined in."""
+def _class_name(value: object) -> str:
+    """Return the name of the class, without the names of enclosing classes and functions."""
     return objects.class_name(value).rpartition(".")[2]
 
 
 def source(dataset: Any) -> Any:
-    """What subsets, and subsets of them, choose from."""
+    """Return the dataset that a (nested) ``Subset`` selects from, any other dataset itself."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset
 
 
-def _loader(loader: Any) -> LoaderFacts:
+def _describe_loader(loader: Any) -> LoaderFacts:
     held = objects.attributes(loader)
     return LoaderFacts(
         workers=_count(held.get("num_workers")),
         batch_size=_count(held.get("batch_size")),
-        dataset=_name(source(held.get("dataset"))),
+        dataset=_class_name(source(held.get("dataset"))),
         pin_memory=bool(held.get("pin_memory")),
         persistent_workers=bool(held.get("persistent_workers")),
         settings=loader_knob.possible(held),

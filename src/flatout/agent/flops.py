@@ -1,7 +1,7 @@
 """Counting the floating point operations of a step, by dtype.
 
-Torch's own formulas (``torch.utils.flop_counter``), and those for operators it counts as zero. A
-multiply and an add are two operations.
+The formulas are those of ``torch.utils.flop_counter``, and ``_FORMULAS`` for operators that torch
+counts as zero or wrongly. A multiply and an add count as two operations.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _sdpa_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Two products for each one forward. Torch's own formula counts a fifth, the scores computed
-    again, which the model does not ask for."""
+    """Two matmuls for each one of the forward pass. Torch's formula also counts the recomputation
+    of the scores, which is not part of the model."""
     return 2 * _sdpa(query, key, value)
 
 
 def _rnn_layer(sequence: Any, input_weight: Any, hidden_weight: Any, *_: Any, **__: Any) -> int:
-    """One layer, one direction: each time step multiplies its input and its state with all gates'
-    weights. ``sequence`` is (time, batch, features)."""
+    """One layer in one direction: each time step multiplies its input and its state by the weights
+    of all gates. ``sequence`` is (time, batch, features)."""
     weights = int(input_weight.numel()) + int(hidden_weight.numel())
     return 2 * int(sequence.shape[0]) * int(sequence.shape[1]) * weights
 
 
 def _rnn_layer_backward(*args: Any, **kwargs: Any) -> int:
-    """Gradients of inputs and of weights: as many products each as the forward pass."""
+    """Gradients of inputs and of weights: as many matmuls each as the forward pass."""
     return 2 * _rnn_layer(*args, **kwargs)
 
 
 def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """``weight`` is (outputs, inputs), also where oneDNN has packed it."""
+    """``weight`` is (outputs, inputs), even if oneDNN has packed it."""
     return 2 * int(x.numel()) * int(weight.shape[0])
 
 
@@ -55,24 +55,24 @@ def _added_matrix_vector(_: Any, matrix: Any, *__: Any, **___: Any) -> int:
 
 def _encoder_layer(source: Any, width: int, _: int, *args: Any, **__: Any) -> int:
     """The fast path of ``nn.TransformerEncoderLayer``; ``source`` is (batch, time, features)."""
-    weights = sum(int(args[place].numel()) for place in (0, 2, 11, 13))
+    weights = sum(int(args[index].numel()) for index in (0, 2, 11, 13))
     return 2 * (int(source.numel()) // width * weights + _pairs(source))
 
 
 def _self_attention(query: Any, key: Any, _: Any, width: int, *args: Any, **__: Any) -> int:
     """The fast path of ``nn.MultiheadAttention``, shapes as above."""
     if query.shape != key.shape:
-        raise ValueError("it looks at another sequence")
+        raise ValueError("query and key differ in shape: cross-attention")
     weights = int(args[1].numel()) + int(args[3].numel())
     return 2 * (int(query.numel()) // width * weights + _pairs(query))
 
 
 def _pairs(tokens: Any) -> int:
-    """Multiplications of scores, and of these with the values."""
+    """Multiplications for the scores, and for the products of scores and values."""
     return 2 * int(tokens.numel()) * int(tokens.shape[1])
 
 
-_OWN: dict[str, Formula] = {
+_FORMULAS: dict[str, Formula] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _sdpa_backward,
@@ -93,12 +93,12 @@ _OWN: dict[str, Formula] = {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts while it is entered.
+    """Counts the operations of the operators that are called while it is entered.
 
     Attributes:
         flops_by_dtype: operations by the name of the dtype of the operator's first tensor.
-        counted: calls of the operators that had a formula, by the name the profiler gives them.
-        uncountable: why a formula failed, by the operator's name.
+        counted: calls of the operators that have a formula, by the operator's name in the profiler.
+        uncountable: the error of a formula that failed, by the operator's name.
     """
 
     supports_higher_order_operators = True
@@ -110,32 +110,32 @@ class FlopCounter(TorchDispatchMode):
         self.uncountable: dict[str, str] = {}
 
     def restart(self) -> None:
-        """Forget what was counted."""
+        """Reset the counts."""
         self.flops_by_dtype.clear()
         self.counted.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", None)
-        if packet is None:  # a higher-order operator: what is inside it is not told apart
+        if packet is None:  # a higher-order operator, whose inner operators are counted themselves
             return func(*args, **kwargs)
         name = str(packet).replace(".", "::", 1)
         from_torch = flop_counter.flop_registry.get(packet)
-        if from_torch is None and name not in _OWN:
+        if from_torch is None and name not in _FORMULAS:
             if func is not torch.ops.prim.device.default:
-                with self:  # composite operators reach a mode whole in inference mode
+                with self:  # in inference mode, composite operators arrive undecomposed
                     result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
-            if name in _OWN or from_torch is None:
-                flops = _OWN[name](*args, **kwargs)
+            if name in _FORMULAS or from_torch is None:
+                flops = _FORMULAS[name](*args, **kwargs)
             else:
                 flops = int(from_torch(*args, **kwargs, out_val=out))
             dtype = next(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
-        except Exception as error:  # noqa: BLE001 - told by `uncountable`; the program goes on
+        except Exception as error:  # noqa: BLE001 - recorded in `uncountable`
             self.uncountable[name] = f"{type(error).__name__}: {error}"
             return out
         self.flops_by_dtype[dtype.removeprefix("torch.")] += flops

@@ -1,22 +1,23 @@
-"""How far the gradient of a parameter can be from its exact value, by rounding alone.
+"""An upper bound for the rounding error in the gradient of a parameter.
 
-Of some parameters the exact gradient is zero: a bias before a batch norm, the bias of an
-attention's keys, a scale before a norm, a number added to all logits. What is computed of them is
-the rounding of a sum whose terms cancel, so its size is that of the terms times the rounding of
-their dtype, and nothing of it needs to agree with that of another order or precision of the same
-arithmetic. Each operator that gives a parameter its gradient is called with the gradients that it
-sums; hooks on these nodes see them.
+The exact gradient of some parameters is zero: a bias before a batch norm, the bias of an
+attention's keys, a scale before a norm, a number added to all logits. The gradient that is computed
+for them is the rounding error of a sum whose terms cancel. Its size is that of the terms times the
+roundoff of their dtype, and it need not agree between two orders or precisions of the same
+arithmetic. The autograd node of each operator that computes the gradient of a parameter gets the
+gradients that it sums; hooks on these nodes see them.
 
-With terms g of unit roundoff u, added in float32 or better, the sum is off by up to
+With terms g of unit roundoff u, added in float32 or better, the error of the sum is at most about
 
     8 u |g|_2 + 64 u' |g|_1,    u' = min(u, 2**-24)
 
-The first part is the rounding of each term, independent of the others (u |g|_2 / sqrt(3); Higham
-2002, "Accuracy and Stability of Numerical Algorithms", section 2.8); the second is what all terms
-have in common, such as the mean that a norm has taken off, and the summation itself (section 4.2:
-it grows with the terms). Measured in networks with batch, instance and layer norm, in attention,
-and with inputs of 0.001, in five dtypes: zero gradients came to 0.05 to 2.4 times 4 u |g|_2, in
-float32 to 16 times u |g|_1; gradients of other biases and scales were at least twice the sum.
+The first term bounds the rounding errors of the terms, which are independent of each other
+(u |g|_2 / sqrt(3); Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 2.8). The
+second bounds the error that all terms have in common, such as that of a mean which a norm has
+subtracted, and that of the summation (section 4.2: it grows with the terms). Both factors are from
+measurements in networks with batch, instance and layer norm, in attention, and with inputs of
+0.001, in five dtypes: zero gradients were 0.05 to 2.4 times 4 u |g|_2, and in float32 up to 16
+times u |g|_1; gradients of other biases and scales were at least twice the bound.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ import torch
 from flatout.intercept.graph import edges, leaf_of
 
 INDEPENDENT, COMMON = 8.0, 64.0
-"""The two factors above."""
+"""The factors of the two terms above."""
 
 HALF_INDEPENDENT = 64.0
-"""The first of them where the parameter itself is in half precision: statistics of a norm, and what
-else lies between the operators, are rounded to it as well."""
+"""The first factor if the parameter itself is in half precision: then intermediate results, such as
+the statistics of a norm, are rounded to half precision as well."""
 
 TF32_ROUNDOFF = 2.0**-11
-"""What matrix units of CUDA devices round float32 to: convolutions by default, products on demand
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices)."""
+"""Unit roundoff of TF32, to which CUDA devices round the inputs of float32 convolutions by default,
+and those of matmuls if the program allows it (https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices)."""
 
 _ACCUMULATION_ROUNDOFF = 2.0**-24
 
 
 @dataclass
 class Flow:
-    """What one parameter's gradient was summed from.
+    """The terms from which the gradient of one parameter was summed.
 
     Attributes:
         roundoff: the largest unit roundoff of the terms.
-        noise: Euclidean norm up to which the gradient may be rounding; on its device.
+        noise: Euclidean norm up to which the gradient may be rounding error; on its device.
     """
 
     roundoff: float
@@ -57,19 +58,20 @@ class Flow:
 
 
 class Flows:
-    """Watches backward calls.
+    """Observes the gradients that backward calls sum.
 
     Args:
-        contained: calls a function with arguments, and keeps its errors from the program.
+        contain: calls a function with arguments, and keeps its failures from the program.
     """
 
-    def __init__(self, contained: Callable[..., Any]) -> None:
-        self._contained = contained
+    def __init__(self, contain: Callable[..., Any]) -> None:
+        self._contain = contain
         self._found: dict[int, Flow] = {}
         self._handles: list[Any] = []
 
     def watch(self, outputs: Iterable[Any]) -> None:
-        """Hook the operators that give parameters their gradients; called before backward."""
+        """Register hooks on the nodes that compute gradients of parameters, before a backward
+        call."""
         callers: dict[Any, list[Any]] = {}
         leaves = {}
         for node, caller in edges(outputs):
@@ -79,25 +81,25 @@ class Flows:
                 if leaf is not None:
                     leaves[node] = leaf
         for node, leaf in leaves.items():
-            for operator in _operators(node, callers):
-                self._hook(operator, leaf)
+            for summing_node in _summing_nodes(node, callers):
+                self._hook(summing_node, leaf)
 
-    def leave(self) -> None:
-        """Take the hooks off; called after backward."""
+    def remove_hooks(self) -> None:
+        """Remove the hooks, after the backward call."""
         while self._handles:
             self._handles.pop().remove()
 
     def take(self, parameter: torch.Tensor) -> Flow | None:
-        """What was seen of a parameter since it was last taken; ``None``: nothing."""
+        """Return what was observed of a parameter since the last call, ``None`` if nothing was."""
         return self._found.pop(id(parameter), None)
 
     def _hook(self, operator: Any, leaf: torch.Tensor) -> None:
         def hook(terms: Any) -> None:
-            self._contained(self._saw, leaf, terms)
+            self._contain(self._add_terms, leaf, terms)
 
         self._handles.append(operator.register_prehook(hook))
 
-    def _saw(self, leaf: torch.Tensor, terms: Any) -> None:
+    def _add_terms(self, leaf: torch.Tensor, terms: Any) -> None:
         for of_output in terms if isinstance(terms, (tuple, list)) else (terms,):
             if not isinstance(of_output, torch.Tensor) or not of_output.is_floating_point():
                 continue
@@ -120,22 +122,25 @@ class Flows:
 
 
 def is_sum_of_terms(parameter: torch.Tensor) -> bool:
-    """Whether a parameter's gradient is a plain sum of what flows in, as that of a bias or a scale
-    is: at most one of its sides is longer than 1. That of a matrix has factors besides."""
+    """Whether a parameter's gradient is a plain sum of gradients, as that of a bias or a scale.
+
+    This holds if at most one of its dimensions is larger than 1. The terms in the gradient of a
+    matrix are products with activations.
+    """
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-_PASSING = frozenset(
+_VIEWS_AND_CASTS = frozenset(
     (
         *("Alias", "AsStrided", "Permute", "Reshape", "ReshapeAlias", "Squeeze", "T", "ToCopy"),
         *("Transpose", "UnsafeView", "Unsqueeze", "View"),
     )
 )
-"""Operators that view or cast all of their input: what goes through them is summed further on."""
+"""Operators that view or cast their whole input: the sum is computed by a later node."""
 
 
-def _operators(node: Any, callers: dict[Any, list[Any]]) -> set[Any]:
-    """The nodes that sum a leaf's gradient: the next ones that neither view nor cast."""
+def _summing_nodes(node: Any, callers: dict[Any, list[Any]]) -> set[Any]:
+    """Return the nodes that sum the gradient of a leaf: the nearest that neither view nor cast."""
     found, left, seen = set(), list(callers.get(node, ())), set()
     while left:
         operator = left.pop()
@@ -143,7 +148,7 @@ def _operators(node: Any, callers: dict[Any, list[Any]]) -> set[Any]:
             continue
         seen.add(operator)
         name = type(operator).__name__.partition("Backward")[0]
-        if name in _PASSING and operator in callers:
+        if name in _VIEWS_AND_CASTS and operator in callers:
             left += callers[operator]
         else:
             found.add(operator)

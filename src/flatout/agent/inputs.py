@@ -1,7 +1,7 @@
-"""What goes into the program's outermost module calls.
+"""The inputs of the program's outermost module calls.
 
-Those of the first are part of what a proof holds for; the sizes of all tell how much work a step
-is.
+A proof holds for the inputs of the first calls, which are compared here. The sizes of the inputs of
+all calls tell how much work a step is.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ if TYPE_CHECKING:
 
 
 MOST_DESCRIBED = 1000
-"""Tensors of one call; what a program passes beyond them is not held against a proof."""
+"""Tensors of one call that are described; those beyond are not compared with the proof."""
 
 WATCHED_CALLS = 16
-"""Calls of all modules that are looked at. In so many, sizes that differ from batch to batch show;
-few enough to end before an epoch does, whose last batch may be smaller than all others."""
+"""Module calls that are described. In so many calls, sizes that vary from batch to batch do vary,
+and they are too few to reach the end of an epoch, whose last batch may be smaller than all
+others."""
 
 
 class FirstInputs:
     """A forward wrapper for the first calls of the module that is called first.
 
-    It records what goes in, as one word for each tensor, in which sizes that differ from call to
-    call are open. What goes into the first call is held against the proof's.
+    It records the dtype and the shape of each input tensor, with a placeholder for sizes that
+    differ
+    from call to call. If the inputs of the first call differ from those of the proof, it undoes the
+    settings that were proven with other inputs.
 
     Args:
         host: of this process.
@@ -61,11 +64,11 @@ class FirstInputs:
             self._host.forward_wrappers.remove(self)
         if self._module is None:
             self._module = weakref.ref(module)
-            self._record(tuple(described((args, kwargs))))
+            self._record(tuple(describe((args, kwargs))))
             write_modules(self._host.record)
-            self._turn_off()
+            self._undo_unproven()
         elif self._module() is module:
-            both = merged(self._seen, tuple(described((args, kwargs))))
+            both = merged(self._seen, tuple(describe((args, kwargs))))
             if both is not None and both != self._seen:
                 self._record(both)
         return call(module, *args, **kwargs)
@@ -74,18 +77,18 @@ class FirstInputs:
         self._seen = seen
         self._host.record.write(Inputs(seen))
 
-    def _turn_off(self) -> None:
-        """Turn off what was proven otherwise, for this call already."""
+    def _undo_unproven(self) -> None:
+        """Undo the settings that the proof does not cover, before the first call is made."""
         host, proof = self._host, self._host.request.proof
         why = None if proof is None else self._difference(proof)
         if proof is None or why is None:
             return
-        turned_off = [knob for knob in proof.knobs if host.applied.undo(knob)]
-        for knob in turned_off:
+        undone = [knob for knob in proof.knobs if host.applied.undo(knob)]
+        for knob in undone:
             host.events.add("skipped", knob, why)
 
     def _difference(self, proof: Proof) -> str | None:
-        """What shows only now: other inputs, or modules that the proof has not seen."""
+        """Return how the inputs or the imported source files differ from those of the proof."""
         if proof.inputs is not None and not matches(proof.inputs, self._seen):
             return (
                 f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}"
@@ -99,8 +102,8 @@ class FirstInputs:
 
 
 class InputSizes:
-    """A forward wrapper that notes how large the inputs are: the rows of the first tensor, and the
-    elements of all of them.
+    """A forward wrapper that notes the size of the inputs: the first dimension of the first tensor,
+    and the number of elements of all tensors.
 
     Args:
         host: of this process.
@@ -125,13 +128,14 @@ class InputSizes:
         return call(module, *args, **kwargs)
 
 
-def described(value: Any) -> list[str]:
-    """The tensors in nested containers, in the words of ``flatout.signature``."""
-    with torch._C.DisableTorchFunction():  # the program's subclasses and modes are not asked
-        return [_word(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
+def describe(value: Any) -> list[str]:
+    """Return dtype and shape of each tensor in nested containers, as ``wire.signature`` writes
+    them."""
+    with torch._C.DisableTorchFunction():  # calls no __torch_function__ of the program
+        return [_describe_tensor(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
 
 
-def _word(tensor: torch.Tensor) -> str:
+def _describe_tensor(tensor: torch.Tensor) -> str:
     dtype = str(_dtype(tensor)).removeprefix("torch.")
     sizes = VARYING if _is_nested(tensor) else ",".join(map(str, _shape(tensor)))
     return f"{dtype}[{sizes}]"

@@ -1,4 +1,4 @@
-"""A comparison in the real training: what is faster stays on, and the program goes on."""
+"""A comparison in the real training: the settings that are faster stay applied."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from flatout.wire.lines import Learned, LearnedSettings
 from flatout.wire.turns import Turn
 
 GIVEN_UP = 1.5
-"""Times bare's last block that an arm may take: these are steps that someone waits for."""
+"""Step time of an arm, relative to the last block of the baseline, above which the arm is dropped
+at once: the user is waiting for these steps."""
 
 
 class Learner(Switch):
-    """A comparison of single settings with the bare program, each an arm.
+    """A comparison whose first arm is the baseline and whose other arms have one setting each.
 
-    An arm whose block takes far longer than bare's last one leaves at once. In the end those that
-    are faster beyond noise are turned on together, and the record gets a line ``learned``.
+    At the end the settings that are faster beyond noise are applied together, and the record gets a
+    ``learned`` line.
 
     Args:
         host, comparison: see ``Switch``.
@@ -28,37 +29,38 @@ class Learner(Switch):
 
     def at_boundary(self, turn: Turn) -> bool:
         """See ``Switch``."""
-        over = super().at_boundary(turn)
-        if over:
-            self._keep()
-        return over
+        is_over = super().at_boundary(turn)
+        if is_over:
+            self._apply_faster()
+        return is_over
 
-    def _next_turn(self) -> bool:
-        self._give_up()
-        return super()._next_turn()
+    def _begin_block(self) -> bool:
+        self._drop_if_far_slower()
+        return super()._begin_block()
 
-    def _give_up(self) -> None:
-        """Let the arm leave that has just had its turn, if that took far too long."""
-        timed = [block for block in self.found if block.times_ms]
-        bare = [block for block in timed if block.arm == BASELINE]
-        if not bare or timed[-1].arm in self._out or timed[-1].arm == BASELINE:
+    def _drop_if_far_slower(self) -> None:
+        """Drop the arm of the block that is over, if it was far slower than the baseline."""
+        timed = [block for block in self.blocks if block.times_ms]
+        baseline = [block for block in timed if block.arm == BASELINE]
+        if not baseline or timed[-1].arm in self._dropped or timed[-1].arm == BASELINE:
             return
-        factor = median(timed[-1].times_ms) / median(bare[-1].times_ms)
+        factor = median(timed[-1].times_ms) / median(baseline[-1].times_ms)
         if factor > GIVEN_UP:
-            self._leaves(timed[-1].arm, f"a step under it takes {factor:.1f} times as long")
+            self._drop(timed[-1].arm, f"a step with it takes {factor:.1f} times as long")
 
-    def _keep(self) -> None:
-        """Turn on what has won, the fastest first, and write down what has been learned."""
+    def _apply_faster(self) -> None:
+        """Apply the settings that are faster, the fastest first, and write the results."""
         comparison = self._comparison
         timed_steps = comparison.block_steps - comparison.discard_steps
-        blocks = [block for block in self.found if len(block.times_ms) >= timed_steps]
-        found = ratios.arm_ratios(blocks, BASELINE)
+        complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
+        arm_ratios = ratios.arm_ratios(complete, BASELINE)
         settings: dict[str, str] = {}
         learned = []
-        for arm in sorted(found, key=lambda arm: -found[arm].value):
+        for arm in sorted(arm_ratios, key=lambda arm: -arm_ratios[arm].value):
             ((name, setting),) = comparison.arms[arm].items()
-            ratio = found[arm]
-            kept = arm not in self._out and ratio.low > 1 and self._turned(name, setting, settings)
+            ratio = arm_ratios[arm]
+            is_faster = arm not in self._dropped and ratio.low > 1
+            kept = is_faster and self._apply(name, setting, settings)
             if kept:
                 settings[name] = setting
             learned.append(
@@ -66,10 +68,10 @@ class Learner(Switch):
             )
         self._host.record.write(LearnedSettings(tuple(learned)))
 
-    def _turned(self, name: str, setting: str, on: dict[str, str]) -> bool:
-        """Turn it on, unless that fails or does not go with what is on."""
+    def _apply(self, name: str, setting: str, applied: dict[str, str]) -> bool:
+        """Apply a setting; returns false if its knob refuses it or conflicts with those applied."""
         try:
-            knobs.check_claims([*on, name])
+            knobs.check_claims([*applied, name])
             self._host.applied.apply(name, setting)
         except (ConflictError, RefusedError) as refusal:
             self._host.events.add("skipped", name, str(refusal))

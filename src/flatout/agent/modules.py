@@ -1,4 +1,4 @@
-"""The files that the program has been imported from: those that are its own."""
+"""The source files of the program: those of its modules that are not installed packages."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from flatout.wire.writer import RecordWriter
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _GENERATED = "torchinductor_"
-"""Begins the name of the folder of what ``torch.compile`` has written."""
+"""Prefix of the folder that ``torch.compile`` writes generated code to."""
 
 
 def imported_files() -> list[str]:
-    """Files of modules outside of the standard library, installed packages, torch and flatout."""
+    """Return the files of imported modules outside of the standard library, installed packages,
+    torch and flatout, sorted."""
     installed = sysconfig.get_paths()
     folders = {installed["stdlib"], installed["platstdlib"], _folder_of("torch")}
     folders |= {_folder_of("flatout")}
     folders |= {os.path.realpath(folder) for folder in folders}
-    elsewhere = tuple(f"{folder}{os.sep}" for folder in folders)
+    excluded = tuple(f"{folder}{os.sep}" for folder in folders)
     found = set()
     for module in list(sys.modules.values()):
         path = _file_of(module)
-        if path is None or path.startswith(elsewhere) or _PACKAGES.intersection(path.split(os.sep)):
+        if path is None or path.startswith(excluded) or _PACKAGES.intersection(path.split(os.sep)):
             continue
         real = os.path.realpath(path)
         parts = real.split(os.sep)
         is_generated = any(part.startswith(_GENERATED) for part in parts)
-        if not (real.startswith(elsewhere) or _PACKAGES.intersection(parts) or is_generated):
+        if not (real.startswith(excluded) or _PACKAGES.intersection(parts) or is_generated):
             found.add(real)
     return sorted(found)
 
 
 def write_modules(record: RecordWriter) -> None:
-    """Write down what the program has imported of its own by now."""
+    """Record the source files that have been imported so far."""
     record.write(Modules(tuple(imported_files())))
 
 
 def _file_of(module: object) -> str | None:
-    """Where a module is from, without asking the module itself: it may import more when asked."""
+    """Return the file of a module. The module's ``__getattr__``, which may import more, is not
+    called."""
     if not issubclass(type(module), ModuleType):
         return None
     path = object.__getattribute__(module, "__dict__").get("__file__")
@@ -49,7 +51,7 @@ def _file_of(module: object) -> str | None:
 
 
 def _folder_of(package: str) -> str:
-    """Where a package that has been imported lies."""
+    """Return the folder of an imported package."""
     path = _file_of(sys.modules[package])
     assert path is not None
     return os.path.dirname(path)

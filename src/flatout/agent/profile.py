@@ -1,11 +1,11 @@
 """A short profiled window after the timed steps, aggregated in process.
 
-``steps`` turns under torch's profiler; then, if they cause many page faults, some with a
-measurement of what a fault costs in between, at the same speed of the machine; then one under the
-FLOP counter. All is entered and left at step boundaries. The record gets one line; times and counts
-are means over the profiled turns, without the quickest and the slowest (a stall of the machine
-falls into one of few), and the profiler has slowed them down. ``wire/profile.py`` has the fields of
-that line. What could not be profiled is missing; an event says why.
+The window has three parts, which begin and end at step boundaries: ``steps`` steps under torch's
+profiler; if these cause many page faults, some steps with a measurement of the cost of a page fault
+between them; and one step under the FLOP counter. The record gets one line, whose fields are in
+``wire/profile.py``. Its times and counts are means over the profiled steps, without the fastest and
+the slowest quarter, and the profiler has slowed these steps down. Fields that could not be measured
+are missing; an event gives the reason.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ if TYPE_CHECKING:
 
 FEWEST_STEPS = 3
 ENOUGH_SECONDS = 1.0
-"""The window ends after so many steps once it is that long, lest its events fill the memory."""
+"""The window ends once it has so many steps and has taken so long: its events take memory."""
 
 LISTED_OPERATORS = 100
-"""The rest is some thousandths of a step, and in the totals."""
+"""The other operators take some thousandths of a step; the totals include them."""
 
 _SPARE_BYTES = 256 * 2**20
-"""What large activations may need anew in a window; freed at once."""
+"""Memory that large activations may newly need in a window; it is freed at once."""
 
 _FRESH_BYTES = 48 * 2**20
-"""Beyond every size up to which glibc keeps freed memory by itself (mallopt(3): 32 MiB)."""
+"""Larger than any freed memory that glibc keeps (mallopt(3): M_MMAP_THRESHOLD, 32 MiB at most)."""
 _SERIAL_ELEMENTS = 32768
-"""Of operations on so few elements torch makes one thread's work (``at::internal::GRAIN_SIZE``)."""
+"""Torch uses one thread for an operation on so few elements (``at::internal::GRAIN_SIZE``)."""
 _FEWEST_FAULTS = 8
-"""Huge pages make few faults of so much memory; fewer than that, it was at hand already."""
+"""Even with huge pages, ``_FRESH_BYTES`` of fresh memory cause more faults than this. With fewer,
+the memory was not fresh."""
 
-_FAULT_COSTS = 24
-_WEIGHING_SECONDS = 4.0
-"""How often the cost of a page fault is measured, single ones spread by a tenth; after so long they
-are as many as they are."""
+_FAULT_MEASUREMENTS = 24
+_FAULT_SECONDS = 4.0
+"""How often the cost of a page fault is measured (single measurements scatter by a tenth), and the
+time after which no more measurements are made."""
 
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
@@ -63,21 +64,21 @@ _ANNOTATIONS = (
     *(_OPTIMIZER_STEP, "Optimizer.zero_grad#", "ProfilerStep#", "enumerate(DataLoader)#"),
     _BEGIN,
 )
-"""Ranges that only annotate: their own time is Python's, not an operator's."""
+"""Prefixes of the names of annotations: their self time is Python's, not an operator's."""
 
 
 class Profiler:
-    """The window; ``at_boundary`` moves it on.
+    """The stage that profiles a window of steps.
 
     Args:
         host: of this process.
-        steps: turns to profile at most.
+        steps: how many steps to profile at most.
     """
 
     def __init__(self, host: Host, steps: int) -> None:
         self._host = host
         self._steps = steps
-        self._left = 0
+        self._steps_left = 0
         self._boundaries_ns: list[int] = []
         self._faults: tuple[int, int] | None = None
         self._fault_costs_us: list[float] = []
@@ -85,26 +86,27 @@ class Profiler:
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
         self._result = Profile()
-        self._next: Callable[[], bool] = self._start
+        self._next_part: Callable[[], bool] = self._start
 
     def at_boundary(self, turn: Turn) -> bool:
-        """A turn has closed; returns whether the window is over."""
-        if not self._host.counts(turn):
+        """Note a closed step, and go on to the next part if due; returns whether the window is
+        over."""
+        if not self._host.counts_as_step(turn):
             if self._flops is not None:
                 self._flops.restart()
             return False  # an evaluation pass in between
         self._boundaries_ns.append(time.perf_counter_ns())
-        self._left -= 1
+        self._steps_left -= 1
         if self._profiler is not None and self._is_long_enough():
-            self._left = 0
-        return self._left <= 0 and self._next()
+            self._steps_left = 0
+        return self._steps_left <= 0 and self._next_part()
 
     def close(self) -> None:
-        """End what is under way: torch's profiler does not outlive the interpreter."""
+        """Stop torch's profiler or the FLOP counter: neither may outlive the interpreter."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
-        if self._next == self._finish and self._flops is not None:
+        if self._next_part == self._finish and self._flops is not None:
             self._flops.__exit__(None, None, None)
 
     def _is_long_enough(self) -> bool:
@@ -116,12 +118,13 @@ class Profiler:
     def _start(self) -> bool:
         self._host.mark = "profiled"
         if torch.autograd.profiler._is_profiler_enabled:
-            self._host.events.add("skipped", "profile", "the program has a profiler of its own on")
-            return self._count()
-        # Between the profiler's events, large tensors find no room where they had it: an allocator
-        # that keeps its memory then takes fresh one, whose faults, those of huge pages above all,
-        # would count as time of the operators that meet them.
-        with contextlib.suppress(RuntimeError):  # there is no more memory
+            self._host.events.add("skipped", "profile", "the program runs a profiler itself")
+            return self._count_flops()
+        # The profiler's events fragment the memory: large tensors no longer fit where they were,
+        # and an allocator that keeps freed memory then takes fresh memory, whose page faults would
+        # count as time of the operators that cause them. So the allocator gets spare memory
+        # beforehand.
+        with contextlib.suppress(RuntimeError):  # out of memory
             torch.empty(_SPARE_BYTES, dtype=torch.uint8, device="cpu").fill_(0)
         try:
             self._profiler = _new_profiler()
@@ -129,12 +132,12 @@ class Profiler:
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._profiler = None
             self._failed("profile", error)
-            return self._count()
-        self._left = self._steps
-        self._next = self._stop
+            return self._count_flops()
+        self._steps_left = self._steps
+        self._next_part = self._stop
         self._faults = _minor_faults()
         self._boundaries_ns = [time.perf_counter_ns()]
-        with torch.profiler.record_function(_BEGIN):  # tells the profiler's clock from ours
+        with torch.profiler.record_function(_BEGIN):  # relates the profiler's clock to perf_counter
             return False
 
     def _stop(self) -> bool:
@@ -161,20 +164,20 @@ class Profiler:
             )
             if minor_faults >= MANY_FAULTS:
                 self._boundaries_ns = self._boundaries_ns[-1:]
-                return self._weigh_fault()
-        return self._count()
+                return self._measure_fault()
+        return self._count_flops()
 
-    def _weigh_fault(self) -> bool:
+    def _measure_fault(self) -> bool:
         if len(self._boundaries_ns) > 1:
             self._fault_steps_ms.append((self._boundaries_ns[-1] - self._boundaries_ns[-2]) / 1e6)
         cost_us = page_fault_cost_us()
         if cost_us is not None:
             self._fault_costs_us.append(cost_us)
-        weighed = len(self._fault_steps_ms)
+        measured = len(self._fault_steps_ms)
         if (
             cost_us is None
-            or weighed == _FAULT_COSTS
-            or (weighed and self._has_taken(_WEIGHING_SECONDS))
+            or measured == _FAULT_MEASUREMENTS
+            or (measured and self._has_taken(_FAULT_SECONDS))
         ):
             if cost_us is not None:
                 self._result = replace(
@@ -182,22 +185,22 @@ class Profiler:
                     page_fault_us=_middle_mean(self._fault_costs_us),
                     page_fault_step_ms=_middle_mean(self._fault_steps_ms),
                 )
-            return self._count()
-        self._next = self._weigh_fault
-        self._left = 2  # the first finds its caches full of what was filled here
+            return self._count_flops()
+        self._next_part = self._measure_fault
+        self._steps_left = 2  # the first step finds the caches filled by the measurement
         return False
 
-    def _count(self) -> bool:
+    def _count_flops(self) -> bool:
         self._flops = FlopCounter()
         self._flops.__enter__()
-        self._left = 1
-        self._next = self._finish
+        self._steps_left = 1
+        self._next_part = self._finish
         return False
 
     def _finish(self) -> bool:
         assert self._flops is not None
         self._flops.__exit__(None, None, None)
-        self._next = self._start
+        self._next_part = self._start
         self._result = replace(
             self._result,
             flops_by_dtype=dict(self._flops.flops_by_dtype),
@@ -218,24 +221,25 @@ class Profiler:
 
 
 def _middle_mean(values: list[float]) -> float:
-    """Mean without the lowest and the highest quarter: a stall of the machine falls into one."""
+    """Return the mean without the lowest and the highest quarter, which contain stalls."""
     trimmed = len(values) // 4
     return statistics.fmean(sorted(values)[trimmed : len(values) - trimmed])
 
 
 def _new_profiler() -> Any:
-    # Kineto would write of its start and stop to the program's stderr; it reads this when used.
+    # Otherwise Kineto writes to the program's stderr when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
     accelerator = device.accelerator_in_use()
     if accelerator is not None and accelerator.type in ("cuda", "xpu"):
         activities.append(getattr(torch.profiler.ProfilerActivity, accelerator.type.upper()))
-    # Without acc_events torch warns at every start that events of earlier ones are gone.
+    # Without acc_events torch warns at each start that the events of earlier windows are dropped.
     return torch.profiler.profile(activities=activities, acc_events=True)
 
 
 def _minor_faults() -> tuple[int, int] | None:
-    """Minor page faults of the process and of this thread so far, where the system tells."""
+    """Return the minor page faults of the process and of this thread so far, ``None`` if
+    unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -248,13 +252,18 @@ def _minor_faults() -> tuple[int, int] | None:
 
 
 def page_fault_cost_us() -> float | None:
-    """What a minor page fault costs this process now, with its allocator and its huge pages: how
-    much longer fresh memory takes to fill and to hand back than memory at hand, over the faults
-    there. ``None``: the allocator causes no faults, or the system does not tell.
+    """Measure the cost of a minor page fault in this process, with its allocator and huge pages.
+
+    It is the time that fresh memory takes to fill and to free, beyond that of filling it again,
+    divided by the number of page faults.
+
+    Returns:
+        The cost in microseconds; ``None`` if the allocator causes no faults, or if the system does
+        not count them.
     """
     before = _minor_faults()
     times_ns = [time.perf_counter_ns()]
-    memory = torch.empty(_FRESH_BYTES // 8, dtype=torch.float64)  # a few large parts
+    memory = torch.empty(_FRESH_BYTES // 8, dtype=torch.float64)  # in few large mappings
     for value in (1.0, 2.0):
         for part in memory.split(_SERIAL_ELEMENTS):
             part.fill_(value)
@@ -278,11 +287,12 @@ class _Sum:
 
 
 def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
-    """Self times by operator, means over the steps that count.
+    """Aggregate the profiler's events by operator: means over the steps that count.
 
     Args:
-        events: what ``torch.profiler.profile.events()`` gives, in the order of their starts.
-        boundaries_us: where steps end and begin, by the clock of the events; at least two.
+        events: those of ``torch.profiler.profile.events()``, in the order of their starts.
+        boundaries_us: the step boundaries, by the clock of the events; at least two.
+
     """
     durations_us = [b - a for a, b in pairwise(boundaries_us)]
     by_duration = sorted(range(len(durations_us)), key=durations_us.__getitem__)
@@ -291,8 +301,7 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
     steps = len(counting)
     has_device = device.accelerator_in_use() is not None
     sums: dict[tuple[str, str | None, str | None], _Sum] = {}
-    places: dict[int, tuple[str | None, str | None]] = {}
-    attention_nodes: set[int] = set()
+    labels = _EventLabels()
     device_us = 0.0
     for event in events:
         counts = bisect_right(boundaries_us, event.time_range.start) - 1 in counting
@@ -301,24 +310,7 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
                 device_us += event.time_range.elapsed_us()
             continue
         name = event.name
-        parent = event.cpu_parent
-        phase, within = places[id(parent)] if parent is not None else (None, None)
-        node = event.sequence_nr  # of autograd, shared by what made it and what evaluates it
-        if name.startswith(_OPTIMIZER_STEP):
-            phase = "optimizer"
-        elif name.startswith(_BACKWARD_NODE):
-            phase = "backward"
-            if node in attention_nodes:
-                within = "attention"
-        elif phase != "backward":
-            if name.startswith(_UNFUSED_ATTENTION):
-                within = "attention"
-            if within is not None:
-                attention_nodes.add(node)
-            else:  # an operator without a node of its own shows the next one's number
-                attention_nodes.discard(node)
-            attention_nodes.discard(-1)
-        places[id(event)] = (phase, within)
+        phase, within = labels.add(event)
         if not counts or name.startswith(_ANNOTATIONS):
             continue
         total = sums.setdefault((name, phase, within), _Sum())
@@ -351,3 +343,35 @@ def _means(
         for place, total in sums.items()
     ]
     return sorted(operators, key=lambda o: max(o.self_ms, o.device_self_ms or 0.0), reverse=True)
+
+
+class _EventLabels:
+    """Finds the ``phase`` and ``within`` of the profiler's events on the CPU."""
+
+    def __init__(self) -> None:
+        self._labels: dict[int, tuple[str | None, str | None]] = {}
+        self._attention_nodes: set[int] = set()
+
+    def add(self, event: Any) -> tuple[str | None, str | None]:
+        """Return ``phase`` and ``within`` of the next event, which inherits those of its parent."""
+        name, parent = event.name, event.cpu_parent
+        phase, within = self._labels[id(parent)] if parent is not None else (None, None)
+        node = (
+            event.sequence_nr
+        )  # shared by the operator that creates an autograd node and the node
+        if name.startswith(_OPTIMIZER_STEP):
+            phase = "optimizer"
+        elif name.startswith(_BACKWARD_NODE):
+            phase = "backward"
+            if node in self._attention_nodes:
+                within = "attention"
+        elif phase != "backward":
+            if name.startswith(_UNFUSED_ATTENTION):
+                within = "attention"
+            if within is not None:
+                self._attention_nodes.add(node)
+            else:  # an operator that creates no node has the number of the next node
+                self._attention_nodes.discard(node)
+            self._attention_nodes.discard(-1)
+        self._labels[id(event)] = (phase, within)
+        return phase, within

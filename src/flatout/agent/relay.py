@@ -1,8 +1,9 @@
-"""Two runs take turns in blocks of steps: while one makes its steps, the other waits.
+"""Two runs that alternate in blocks of steps: while one makes its steps, the other waits.
 
-They are processes of their own, with their own allocators and caches, and yet a drift of the
-machine's speed meets both alike. The baton is handed on by files in a folder that both know;
-``launch/relay.py`` starts the two and tells the one that waits when the other has ended.
+Each run is a process of its own, with its own allocator and caches, and yet a drift of the
+machine's speed affects both alike. At the end of a block, a process creates a file in a folder that
+both know, for which the other one waits. ``launch/relay.py`` starts the two processes, and creates
+a file when one of them has ended.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
-"""Between two looks for the baton. The one that waits must not take time from the one that runs, so
-it looks about once a step; the step that follows a wait is left out in any case."""
+"""Bounds of the time between two checks for a file. The waiting process must not take time from the
+other one, so it checks about once a step; the step after a wait is discarded in any case."""
 
 
 def wait_to_begin(relay: Relay) -> None:
-    """Called as torch has been imported: the second waits until the first has warmed up.
+    """Have the second process wait until the first has warmed up; called after ``import torch``.
 
-    Two that warm up at the same time would take ten times as long, as each asks for all the cores.
+    Two processes that warm up at the same time take ten times as long, as each uses all cores.
     """
     if relay.place == 1:
         _wait_for(relay, f"ready-{1 - relay.place}", _LONGEST_POLL_S)
 
 
 def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
-    """Wait until the other has made a file, or has ended."""
+    """Wait until the other process has created a file, or has ended."""
     folder = Path(relay.folder)
     file, ended = folder / name, folder / f"ended-{1 - relay.place}"
     while not file.exists() and not ended.exists():
@@ -40,14 +41,14 @@ def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
 
 
 class Runner:
-    """The stage of a host that runs in a relay.
+    """The stage of a process that alternates with another one.
 
-    Steps are marked ``first`` before the first block, and ``switched`` where they follow a wait.
-    If another process of the same job runs already, this one makes its steps without waiting.
+    Steps before the first block are marked ``first``, and steps after a wait ``switched``. If
+    another process of the same job takes part already, this one makes its steps without waiting.
 
     Args:
         host: of this process.
-        relay: which of the two it is, and how long the blocks are.
+        relay: which of the two processes this is, and how long the blocks are.
     """
 
     def __init__(self, host: Host, relay: Relay) -> None:
@@ -61,8 +62,9 @@ class Runner:
         host.mark = "first"
 
     def at_boundary(self, turn: Turn) -> bool:
-        """A turn has closed; returns whether all blocks are over."""
-        if not self._host.counts(turn):
+        """Note a closed step, and wait if its block is over; returns whether all blocks are
+        over."""
+        if not self._host.counts_as_step(turn):
             return False
         relay = self._relay
         self._steps += 1
@@ -71,28 +73,35 @@ class Runner:
             self._poll_s = min(max(step_s, _SHORTEST_POLL_S), _LONGEST_POLL_S)
         if self._steps < relay.warmup_steps:
             return False
-        finished, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
+        blocks_done, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
         if step == relay.discard_steps:
             self._host.mark = None
         elif step == 0:
-            if finished == 0:
-                self._takes_part = self._make(f"ready-{relay.place}")
-                self._wait(f"ready-{1 - relay.place}")
-            else:
-                self._make(f"done-{relay.place}-{finished}")
-            if finished == relay.blocks:
-                if relay.place == 0:  # what it does at its end would slow the other's last block
-                    self._wait(f"done-1-{finished}")
-                self._host.arm = self._host.mark = None
-                return True
-            others_finished = finished + relay.place
-            if others_finished:
-                self._wait(f"done-{1 - relay.place}-{others_finished}")
-            self._host.mark = "switched"
+            return self._end_block(blocks_done)
         return False
 
-    def _make(self, name: str) -> bool:
-        """Make a file; whether it was not there."""
+    def _end_block(self, blocks_done: int) -> bool:
+        """Let the other process run, and wait for this one's next block; returns whether there is
+        none."""
+        relay = self._relay
+        if blocks_done == 0:
+            self._takes_part = self._create(f"ready-{relay.place}")
+            self._wait(f"ready-{1 - relay.place}")
+        else:
+            self._create(f"done-{relay.place}-{blocks_done}")
+        if blocks_done == relay.blocks:
+            if relay.place == 0:  # the rest of the program would slow down the other's last block
+                self._wait(f"done-1-{blocks_done}")
+            self._host.arm = self._host.mark = None
+            return True
+        others_blocks = blocks_done + relay.place
+        if others_blocks:
+            self._wait(f"done-{1 - relay.place}-{others_blocks}")
+        self._host.mark = "switched"
+        return False
+
+    def _create(self, name: str) -> bool:
+        """Create a file; returns whether it did not exist."""
         if not self._takes_part:
             return False
         try:

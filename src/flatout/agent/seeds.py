@@ -1,8 +1,9 @@
-"""Seeds: what the request sets, and what the program sets itself, moved by it.
+"""Seeding the random number generators, and shifting the seeds that the program sets itself.
 
-A program that seeds itself would give the same losses from every seed, and its seed-to-seed spread,
-which is the yardstick of a proof, could not be measured. So its own seeds are moved by the
-request's: all of them alike, in all processes, and not at all by seed 0.
+A program that sets its own seed would give the same losses in every run, and the seed-to-seed
+standard deviation, which a proof compares with, could not be measured. So the program's seeds are
+shifted by a multiple of the request's seed: all by the same amount, in all processes, and not at
+all by seed 0.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from typing import Any
 import torch
 
 STRIDE = 1_000_003
-"""Between the seeds of two runs: a prime, far from the ranks and epochs that programs add."""
+"""Shift between the seeds of two runs: a prime, far above the ranks and epochs that programs
+add."""
+
+_PARAMETERS = ("seed", "a")
+"""Names of the seed parameter: in torch and NumPy, and in ``random``."""
 
 
-def sow(seed: int) -> None:
-    """Seed every generator that a program is likely to draw from, and move its own seeds.
+def set_seeds(seed: int) -> None:
+    """Seed the generators of ``random``, torch and NumPy (if it is imported), and shift the seeds
+    that the program sets later.
 
     Args:
-        seed: the request's; the program's own become ``own + seed * STRIDE``.
+        seed: of the request; each seed of the program becomes ``its_seed + seed * STRIDE``.
     """
     numpy = sys.modules.get("numpy")
     random.seed(seed)
@@ -31,32 +37,28 @@ def sow(seed: int) -> None:
         numpy.random.seed(seed % 2**32)
     if seed == 0:
         return
-    moved = seed * STRIDE
-    _move(torch, "manual_seed", moved)
-    _move(torch.random, "manual_seed", moved)
-    _move(torch.cuda, "manual_seed", moved)
-    _move(torch.cuda, "manual_seed_all", moved)
-    _move(random, "seed", moved)
+    shift = seed * STRIDE
+    _shift_seeds(torch, "manual_seed", shift)
+    _shift_seeds(torch.random, "manual_seed", shift)
+    _shift_seeds(torch.cuda, "manual_seed", shift)
+    _shift_seeds(torch.cuda, "manual_seed_all", shift)
+    _shift_seeds(random, "seed", shift)
     if numpy is not None:
-        _move(numpy.random, "seed", moved)
+        _shift_seeds(numpy.random, "seed", shift)
 
 
-def _move(namespace: Any, name: str, moved: int) -> None:
-    """Have a function add ``moved`` to the seed that it is called with."""
-    own = getattr(namespace, name)
+def _shift_seeds(module: Any, name: str, shift: int) -> None:
+    """Wrap a seeding function of a module, so that ``shift`` is added to the seed."""
+    original = getattr(module, name)
 
-    @functools.wraps(own)
-    def seeded(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original)
+    def set_shifted_seed(*args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], int):
-            args = ((args[0] + moved) % 2**32, *args[1:])
+            args = ((args[0] + shift) % 2**32, *args[1:])
         kwargs = {
-            key: (value + moved) % 2**32 if key in _KEYWORDS and isinstance(value, int) else value
+            key: (value + shift) % 2**32 if key in _PARAMETERS and isinstance(value, int) else value
             for key, value in kwargs.items()
         }
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    setattr(namespace, name, seeded)
-
-
-_KEYWORDS = ("seed", "a")
-"""Names of the parameter, in torch and NumPy, and in ``random``."""
+    setattr(module, name, set_shifted_seed)

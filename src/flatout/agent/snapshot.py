@@ -1,4 +1,4 @@
-"""A copy, in memory, of what training changes: parameters, buffers, the state of optimizers."""
+"""A copy in memory of the tensors that training changes: parameters, buffers, optimizer state."""
 
 from __future__ import annotations
 
@@ -15,41 +15,40 @@ from flatout.machine import system
 
 _autograd: Any = torch.autograd
 
-ROOM = 4
-"""How many times the memory of a copy must be free for it to be made."""
+FREE_MEMORY_FACTOR = 4
+"""A copy is made only if so many times its size is free."""
 
 
 class Snapshot:
     """The last copy of the tensors of some modules and optimizers.
 
-    What is copied is known by weak references: a copy keeps nothing of the program's alive.
+    Only weak references to the tensors are kept, so a copy keeps no object of the program alive.
     """
 
     def __init__(self) -> None:
         self._copies: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
 
     def take(self, roots: Iterable[Any], optimizers: Iterable[Any]) -> str | None:
-        """Copy, in the place of the last copy.
+        """Replace the last copy by a new one.
 
         Args:
-            roots: modules.
-            optimizers: of ``torch.optim``.
+            roots: the root modules.
+            optimizers: the optimizers.
 
         Returns:
-            Why there is not enough memory for that, ``None`` if there is. If not, the last copy
-            stays as it is.
+            The reason if there is not enough memory; the last copy is unchanged then.
         """
         before = {id(ref()): copy for ref, copy in self._copies}
         tensors = _tensors(roots, optimizers)
-        new = [t for t in tensors if not _is_alike(t, before.get(id(t)))]
-        why = _lack_of_room(new)
+        new = [t for t in tensors if not _matches(t, before.get(id(t)))]
+        why = _lack_of_memory(new)
         if why is not None:
             return why
         copies = []
         with torch.no_grad():
             for tensor in tensors:
                 copy = before.get(id(tensor))
-                if copy is None or not _is_alike(tensor, copy):
+                if copy is None or not _matches(tensor, copy):
                     copy = torch.empty_like(tensor, requires_grad=False)
                 copy.copy_(tensor, non_blocking=True)
                 copies.append((weakref.ref(tensor), copy))
@@ -57,16 +56,16 @@ class Snapshot:
         return None
 
     def restore(self) -> bool:
-        """Write the copy back into the tensors it was made of; returns whether there was one."""
+        """Restore the tensors from the copy; returns whether there is a copy."""
         for tensor, copy in self._pairs():
             _write(tensor, copy)
         return bool(self._copies)
 
     def restore_buffers(self, roots: Iterable[Any]) -> int:
-        """Write back the buffers that were finite and are not; returns how many.
+        """Restore the buffers that are not finite and were when they were copied; returns how many.
 
         Args:
-            roots: modules.
+            roots: the root modules.
         """
         buffers = {id(buffer) for root in roots for buffer in objects.buffers(root)}
         restored = 0
@@ -84,23 +83,23 @@ class Snapshot:
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for reference, copy in self._copies:
             tensor = reference()
-            if tensor is not None and _is_alike(tensor, copy):
+            if tensor is not None and _matches(tensor, copy):
                 yield tensor, copy
 
 
 def weights_are_finite(roots: Iterable[Any]) -> bool:
-    """Whether the parameters that are trained are; a frozen one may be a mask of infinities."""
+    """Whether all trainable parameters are finite; a frozen one may be a mask with infinities."""
     trained = {id(p): p for root in roots for p in objects.parameters(root) if p.requires_grad}
     return are_finite([p for p in trained.values() if type(p) in PLAIN])
 
 
 def size_bytes(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
-    """Of all that a copy holds."""
+    """Return the size of a copy."""
     return sum(t.numel() * t.element_size() for t in _tensors(roots, optimizers))
 
 
 def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tensor]:
-    """Each tensor once. Left out: subclasses and sparse ones, and what is no tensor."""
+    """Return the tensors of a copy, each once, without subclasses and sparse tensors."""
     found: list[torch.Tensor] = []
     for root in roots:
         found += objects.parameters(root)
@@ -114,7 +113,7 @@ def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tens
     return list(once.values())
 
 
-def _is_alike(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
+def _matches(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
     return (
         copy is not None
         and tensor.shape == copy.shape
@@ -124,13 +123,13 @@ def _is_alike(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
 
 
 def _write(tensor: torch.Tensor, copy: torch.Tensor) -> None:
-    """In place; a graph that still holds the tensor must not raise an error in the program."""
+    """Write in place, without a new version: a graph that has saved the tensor stays valid."""
     with torch.no_grad(), _autograd._unsafe_preserve_version_counter(tensor):
         tensor.copy_(copy)
 
 
-def _lack_of_room(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Why copies of these tensors would not fit, ``None`` if they do."""
+def _lack_of_memory(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Return why copies of these tensors do not fit into memory, ``None`` if they do."""
     needed: dict[torch.device, int] = {}
     for tensor in tensors:
         tensor_bytes = tensor.numel() * tensor.element_size()
@@ -138,17 +137,17 @@ def _lack_of_room(tensors: Iterable[torch.Tensor]) -> str | None:
     for device, needed_bytes in needed.items():
         free_bytes = _free_bytes(device)
         if free_bytes is None:
-            return f"how much memory {device} has left is not known"
-        if free_bytes < ROOM * needed_bytes:
+            return f"the free memory of {device} is not known"
+        if free_bytes < FREE_MEMORY_FACTOR * needed_bytes:
             return (
-                f"a copy takes {needed_bytes / 2**20:.0f} MiB, {device} has "
-                f"{free_bytes / 2**20:.0f} MiB left"
+                f"a copy takes {needed_bytes / 2**20:.0f} MiB, and only "
+                f"{free_bytes / 2**20:.0f} MiB of {device} are free"
             )
     return None
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Memory that is left, ``None`` where that cannot be known."""
+    """Return the free memory of a device, ``None`` if it is not known."""
     if device.type == "cpu":
         return system.available_bytes()
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)

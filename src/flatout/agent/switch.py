@@ -1,8 +1,9 @@
-"""A comparison inside one process: settings take turns in blocks of steps.
+"""A comparison inside one process, which switches between settings every few steps (an A/B test).
 
-Blocks go through the arms forwards in one round and backwards in the next (A B C, C B A, ...; after
-each such pair of rounds another arm begins), so that a steady drift of the machine's speed cancels
-within each pair of rounds. Arms leave between two pairs, so that those that stay keep this order.
+The arms of the comparison are run in blocks of steps, in order in one round and in reverse order in
+the next (A B C, C B A, ...), and each further pair of rounds starts with another arm. So a steady
+drift of the machine's speed cancels within each pair of rounds. Arms are dropped only between two
+pairs, so that the others keep this order.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ BASELINE = 0
 
 
 def round_order(arms: Sequence[int], number: int) -> list[int]:
-    """The arms in the order of their turns in a round.
+    """Return the order in which the arms are run in a round.
 
     Args:
-        arms: that have not left.
+        arms: those that are not dropped.
         number: of the round, from 0.
     """
     first = number // 2 % len(arms)
@@ -40,7 +41,7 @@ def round_order(arms: Sequence[int], number: int) -> list[int]:
 
 
 def block_order(arms: int, rounds: int) -> Iterator[int]:
-    """The arm of each block, ``arms * rounds`` of them, if none leaves."""
+    """Yield the arm of each block, ``arms * rounds`` in all, if none is dropped."""
     for number in range(rounds):
         yield from round_order(range(arms), number)
 
@@ -48,79 +49,84 @@ def block_order(arms: int, rounds: int) -> Iterator[int]:
 class Switch:
     """Applies and undoes the settings of the arms at step boundaries.
 
-    An arm whose settings can't be applied, or whose steps give a non-finite loss while the baseline
-    never has, is out: a ``failed`` event with the subject ``arm N`` says so. So is one that is not
-    worth more steps (see ``Comparison.decide``): a ``stopped`` event says so. Where settings are
-    compared by stacks of them, a setting that can't be applied, or fails in use, is left out of all
-    arms instead: a ``failed`` event has its knob as the subject.
+    An arm is dropped if its settings cannot be applied or fail in use, or if one of its losses is
+    not finite while those of the baseline have been: a ``failed`` event with the subject ``arm N``
+    gives the reason. An arm that is not worth more steps (see ``Comparison.decide``) is dropped
+    with a ``stopped`` event. In a factorial comparison (``decide="settings"``), a setting that
+    cannot be applied or fails in use is removed from all arms instead, with a ``failed`` event
+    whose subject is its knob.
 
     Args:
         host: of this process; its ``arm`` and ``mark`` label the steps.
-        comparison: what to compare; counted are steps of training, not evaluation passes.
+        comparison: what to compare. Its steps are those of training, not evaluation passes.
 
     Attributes:
-        found: the blocks so far.
+        blocks: those that have been begun so far.
     """
 
     def __init__(self, host: Host, comparison: Comparison) -> None:
         self._host = host
         self._comparison = comparison
         self._arms = [dict(arm) for arm in comparison.arms]
-        self._left = comparison.warmup_steps
-        self._discarded = 0
+        self._steps_left = comparison.warmup_steps
+        self._discarded_steps = 0
         self._arm: int | None = None
-        self._out: set[int] = set()
-        self.found: list[Block] = []
+        self._dropped: set[int] = set()
+        self.blocks: list[Block] = []
         self._diverged: set[int] = set()
         self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
-        self._spoilt = False
+        self._are_weights_damaged = False
         self._sizes = InputSizes(host)
         host.forward_wrappers.append(self._sizes)
-        self._set(BASELINE)
-        self._turns = self._all_turns()
-        if not self._left:
-            self._next_turn()
+        self._switch_to(BASELINE)
+        self._schedule = self._schedule_blocks()
+        if not self._steps_left:
+            self._begin_block()
 
     def at_boundary(self, turn: Turn) -> bool:
-        """A turn has closed; returns whether the comparison is over."""
-        if not self._host.counts(turn):
+        """Note a closed step, and switch if its block is over; returns whether all are over."""
+        if not self._host.counts_as_step(turn):
             return False
         self._read_losses(turn)
-        self._look_for_failed_knobs()
-        self._left -= 1
-        if self._spoilt:
+        self._check_failures()
+        self._steps_left -= 1
+        if self._are_weights_damaged:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
-            self.found[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
-        if self._left <= 0 or self._arm in self._out:
-            return self._next_turn()
+            self.blocks[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
+        if self._steps_left <= 0 or self._arm in self._dropped:
+            return self._begin_block()
         if self._host.mark == "switched":
-            self._discarded += 1
-            if self._discarded >= self._comparison.discard_steps:
+            self._discarded_steps += 1
+            if self._discarded_steps >= self._comparison.discard_steps:
                 self._host.mark = None
         return False
 
-    def _next_turn(self) -> bool:
-        for arm, is_first in self._turns:
-            if arm in self._out:
+    def _begin_block(self) -> bool:
+        """Begin the next block; returns whether there is none."""
+        for arm, is_first in self._schedule:
+            if arm in self._dropped:
                 continue
-            self._host.events.add("applied", f"arm {arm}", "its turn")
-            self._host.record.flush()  # if it ends the process, it must be known which it was
-            if not self._set(arm):
+            self._host.events.add("applied", f"arm {arm}", "its block begins")
+            self._host.record.flush()  # so that the arm is known if it ends the process
+            if not self._switch_to(arm):
                 continue
             comparison = self._comparison
-            self._left = comparison.first_steps if is_first else comparison.block_steps
-            self._discarded = 0
-            self.found.append(Block(arm))
+            self._steps_left = comparison.first_steps if is_first else comparison.block_steps
+            self._discarded_steps = 0
+            self.blocks.append(Block(arm))
             self._host.arm = arm
             mark = "first" if is_first else "switched" if comparison.discard_steps else None
             self._host.mark = mark
             return False
         return self._end()
 
-    def _all_turns(self) -> Iterator[tuple[int, bool]]:
-        """Arms, and whether it is a turn before the rounds; arms that are out may be among them."""
+    def _schedule_blocks(self) -> Iterator[tuple[int, bool]]:
+        """Yield the arm of each block, and whether it is a block before the rounds.
+
+        Arms that have been dropped may be among them.
+        """
         comparison = self._comparison
         for arm in comparison.first_turns:
             yield arm, True
@@ -128,45 +134,46 @@ class Switch:
             if number % 2 == 0:
                 if self._is_decided():
                     return
-                arms = [arm for arm in range(len(comparison.arms)) if arm not in self._out]
+                arms = [arm for arm in range(len(comparison.arms)) if arm not in self._dropped]
             for arm in round_order(arms, number):
-                if len(comparison.arms) > 1 and len(self._out) == len(comparison.arms) - 1:
+                if len(comparison.arms) > 1 and len(self._dropped) == len(comparison.arms) - 1:
                     return
                 yield arm, False
 
     def _is_decided(self) -> bool:
-        """Let arms leave that need no more steps; whether nothing is left to find out."""
+        """Drop arms that need no more steps; returns whether the comparison is decided."""
         comparison = self._comparison
         if comparison.decide is None:
             return False
         timed_steps = comparison.block_steps - comparison.discard_steps
-        found = [block for block in self.found if len(block.times_ms) >= timed_steps]
+        complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
         worthwhile = comparison.worthwhile
         if comparison.decide == "settings":
-            settings = ratios.setting_ratios(found, self._arms)
+            settings = ratios.setting_ratios(complete, self._arms)
             return bool(settings) and all(
                 ratios.is_decided(ratio, worthwhile) for ratio in settings.values()
             )
-        to_baseline = ratios.arm_ratios(found, BASELINE)
+        to_baseline = ratios.arm_ratios(complete, BASELINE)
         for arm, ratio in to_baseline.items():
-            if arm not in self._out and ratio.high < worthwhile:
-                self._leaves(arm, f"it gains less than {worthwhile:.2f}x: {ratio}")
+            if arm not in self._dropped and ratio.high < worthwhile:
+                self._drop(arm, f"it gains less than {worthwhile:.2f}x: {ratio}")
         if comparison.decide == "arms":
             return bool(to_baseline) and all(
-                ratio.low > 1 for arm, ratio in to_baseline.items() if arm not in self._out
+                ratio.low > 1 for arm, ratio in to_baseline.items() if arm not in self._dropped
             )
-        left = [arm for arm in to_baseline if arm not in self._out]
-        if not left:
+        remaining = [arm for arm in to_baseline if arm not in self._dropped]
+        if not remaining:
             return False
-        leader = max(left, key=lambda arm: to_baseline[arm].value)
-        for arm, ratio in ratios.arm_ratios(found, leader).items():
-            if arm in left and ratio.high < 1:
-                left.remove(arm)
-                self._leaves(arm, f"it is slower than arm {leader}: {ratio}")
-        return left == [leader] and to_baseline[leader].low > 1
+        leader = max(remaining, key=lambda arm: to_baseline[arm].value)
+        for arm, ratio in ratios.arm_ratios(complete, leader).items():
+            if arm in remaining and ratio.high < 1:
+                remaining.remove(arm)
+                self._drop(arm, f"it is slower than arm {leader}: {ratio}")
+        return remaining == [leader] and to_baseline[leader].low > 1
 
-    def _leaves(self, arm: int, why: str) -> None:
-        self._out.add(arm)
+    def _drop(self, arm: int, why: str) -> None:
+        """Drop an arm that needs no more steps."""
+        self._dropped.add(arm)
         self._host.events.add("stopped", f"arm {arm}", why)
 
     def _end(self) -> bool:
@@ -176,8 +183,12 @@ class Switch:
         self._host.mark = None
         return True
 
-    def _set(self, arm: int) -> bool:
-        """Bring the process from the settings of the current arm to those of another."""
+    def _switch_to(self, arm: int) -> bool:
+        """Undo the settings of the current arm and apply those of another.
+
+        Returns:
+            Whether that was possible; if not, the arm has been dropped.
+        """
         if arm == self._arm:
             return True
         self._undo()
@@ -195,10 +206,11 @@ class Switch:
             else:
                 continue
             if self._comparison.decide == "settings":
-                self._host.events.add("failed", name, why, trace)  # skipped would say: in part
-                self._leave_out(name, setting)
+                # A "skipped" event of a knob means that part of the program is left to torch.
+                self._host.events.add("failed", name, why, trace)
+                self._remove_setting(name, setting)
             else:
-                self._disqualify(arm, why, trace, what)
+                self._drop_failed(arm, why, trace, what)
                 self._undo()
                 return False
         return True
@@ -209,31 +221,31 @@ class Switch:
                 self._host.applied.undo(name)
         self._arm = None
 
-    def _look_for_failed_knobs(self) -> None:
-        if self._arm is not None and self._arm not in self._out:
+    def _check_failures(self) -> None:
+        """Drop the current arm, or remove the setting, if a knob of the arm has failed in use."""
+        if self._arm is not None and self._arm not in self._dropped:
             for name, setting in list(self._arms[self._arm].items()):
                 if name in self._host.applied.failures:
                     why = self._host.applied.failures.pop(name)
                     if self._comparison.decide == "settings":
-                        self._leave_out(name, setting)
+                        self._remove_setting(name, setting)
                     else:
-                        self._disqualify(self._arm, f"{name} = {setting}: {why}")
+                        self._drop_failed(self._arm, f"{name} = {setting}: {why}")
                     return
 
-    def _leave_out(self, name: str, setting: str) -> None:
-        """No arm turns this on any more."""
+    def _remove_setting(self, name: str, setting: str) -> None:
         for arm in self._arms:
             if arm.get(name) == setting:
                 del arm[name]
 
-    def _disqualify(
+    def _drop_failed(
         self, arm: int, why: str, trace: str | None = None, what: str = "failed"
     ) -> None:
-        self._out.add(arm)
+        self._dropped.add(arm)
         self._host.events.add(what, f"arm {arm}", why, trace)
 
     def _read_losses(self, turn: Turn) -> None:
-        """Look at the losses that have arrived; on an accelerator that may be some steps later."""
+        """Check the losses that have arrived; on an accelerator they arrive some steps later."""
         if self._arm is not None:
             self._unread += ((self._arm, loss) for loss in turn.losses)
         while self._unread:
@@ -243,13 +255,14 @@ class Switch:
                 return
             self._unread.popleft()
             if not math.isfinite(number):
-                self._non_finite(arm)
+                self._note_divergence(arm)
 
-    def _non_finite(self, arm: int) -> None:
+    def _note_divergence(self, arm: int) -> None:
+        """A loss of an arm is not finite."""
         if arm in self._diverged or self._baseline_diverges:
             return
         if self._diverged:
-            self._spoilt = True
+            self._are_weights_damaged = True
             self._host.events.add(
                 "noticed", "comparison", "ended: a failed arm has left non-finite weights behind"
             )
@@ -257,4 +270,4 @@ class Switch:
             self._baseline_diverges = True
         else:
             self._diverged.add(arm)
-            self._disqualify(arm, "a loss is not finite")
+            self._drop_failed(arm, "a loss is not finite")

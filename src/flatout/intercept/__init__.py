@@ -1,5 +1,5 @@
-"""What knobs stand on: how calls of torch are watched, wrapped and replaced in a living process.
+"""Watching, wrapping and overriding torch in a running process, for knobs and the agent.
 
-Everything that touches the user's torch or the user's objects does so from here. Imports the
-standard library, torch and the wire; knows nothing of any knob.
+Only this package and the knobs touch the user's torch and objects. It imports the standard library,
+torch, ``kernels``, ``machine`` and ``wire``, and does not depend on any knob.
 """

@@ -1,17 +1,17 @@
-/* Watching callables from C: no frame of ours in the program's tracebacks, and next to no time.
+/* Watching calls from C, which adds no frame to the program's tracebacks and takes little time.
  *
- * A Watch stands in a namespace in the place of a function: of a special method in a class
- * (Module.__call__, the loader's __next__), or of a function in a module. Called, it calls the
- * original, and notes in its Log when that began and ended. The log packs what it is told into a
- * few bytes (`Events` of wire/lines.py); Python takes them now and then and understands them when
- * the record is read. Only while the log is `told` are the events kept as they are as well, and only
- * while it is `live` is Python called at every one of them.
+ * A Watch replaces a special method in the namespace of a class (Module.__call__, the loader's
+ * __next__) or a function in the namespace of a module. When it is called, it calls the original,
+ * and notes in its Log when the call begins and ends. The log packs each event into a few bytes
+ * (`Events` of wire/lines.py). Python writes them to the record from time to time, and they
+ * are decoded when the record is read. The log also keeps the events unpacked while `keeps_events`
+ * is set, and calls Python at each event while `live` is set.
  *
- * Looked up on the class, a Watch gives the original: Dynamo, inspect and FX see what they would
- * see without it. Pickled by value (cloudpickle does so with classes of __main__), it becomes the
- * original.
+ * Attribute lookup on the class returns the original, so Dynamo, inspect and FX see what they would
+ * see without the watch. A watch that is pickled by value (cloudpickle does so with classes of
+ * __main__) becomes the original.
  *
- * Limited API of CPython 3.10: one binary serves every later version.
+ * The file uses the limited API of CPython 3.10, so one binary works with every later version.
  */
 #include <Python.h>
 #include <structmember.h>
@@ -44,7 +44,7 @@ enum { BEGIN = 0, END = 1, USAGE = 2, NOTE = 3 };
 
 typedef struct {
     int what;  /* BEGIN, END, USAGE or NOTE */
-    int phase; /* NOTE: which */
+    int phase; /* NOTE: which note */
     int flags; /* FORWARD BEGIN: 1 gradients recorded, 2 training mode; BACKWARD BEGIN: 1 a loss */
     int64_t value[3]; /* BEGIN, END: time in ns, FORWARD: module, OPTIMIZER: optimizer; USAGE: minor
                          page faults, major ones, peak resident set in bytes; NOTE: the value */
@@ -52,15 +52,15 @@ typedef struct {
 
 enum { LONGEST = 1 + 3 * 10 }; /* bytes of a packed event */
 
-/* getrusage takes some 15 microseconds between two steps: too much for each of a millisecond. */
+/* getrusage takes some 15 microseconds between two steps, too much for steps of a millisecond. */
 enum { USAGE_PERIOD_NS = 20000000 };
 
-/* Names looked up at every step, made once. */
+/* Names that are looked up at each step, as interned strings. */
 enum { IS_CPU, TRAINING, IS_VIEW, ITEM, NAMES };
-static const char *const spelled[NAMES] = {"is_cpu", "training", "_is_view", "item"};
+static const char *const name_strings[NAMES] = {"is_cpu", "training", "_is_view", "item"};
 
-/* From the DLPack specification, version 1.3: how a tensor lies in memory, and the table of C
- * functions that a tensor type offers as __dlpack_c_exchange_api__ (a capsule of this name). */
+/* From the DLPack specification, version 1.3: the memory layout of a tensor, and the table of C
+ * functions that a tensor type provides in the capsule __dlpack_c_exchange_api__. */
 enum { DLPACK_MAJOR = 1, DL_CPU = 1, DL_FLOAT = 2 };
 static const char exchange_name[] = "dlpack_exchange_api";
 typedef struct {
@@ -81,41 +81,43 @@ typedef struct {
     uint32_t major, minor;
     void *previous;
     void *allocate, *export_managed, *import_managed;
-    Describe describe; /* without synchronising; the memory stays the tensor's; may be NULL */
+    Describe describe; /* does not synchronise; the tensor keeps the memory; may be NULL */
     void *current_stream;
 } Exchange;
 
 typedef struct {
     PyObject_HEAD
-    Event *events; /* what `take` gives, kept while `told` */
+    Event *events; /* what `take` returns; filled while `keeps_events` is set */
     Py_ssize_t count, capacity;
-    unsigned char *packed; /* what `pack` gives */
+    unsigned char *packed; /* what `pack` returns */
     Py_ssize_t packed_bytes, packed_capacity;
-    int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* values packed last */
+    int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* the last packed values */
     int depth[PHASES];
-    unsigned long thread; /* the one whose events are noted */
-    int64_t read_ns, usage_ns; /* when Python was last offered the log; when usage was last noted */
-    char claimed; /* whether that thread has computed anything */
-    char updates; /* whether an optimizer has stepped: usage is then noted at its steps only */
-    char awake, told, live;
-    long long patience_ns;
-    PyObject *reader;          /* called without arguments when the log should be read */
-    PyObject *new_root;        /* called with a module called outermost for the first time -> bool */
-    PyObject *roots;           /* dict: id(module) -> whether it counts as a root */
+    unsigned long thread; /* the thread whose events are noted */
+    int64_t read_ns, usage_ns; /* when `reader` was last called, and when USAGE was last noted */
+    char has_computed; /* whether that thread has computed anything */
+    char has_stepped; /* whether an optimizer has stepped: USAGE is then noted at steps only */
+    char awake, keeps_events, live;
+    long long read_period_ns;
+    PyObject *reader;          /* called without arguments when the log is to be read */
+    PyObject *check_root;      /* called with a module that is called outermost for the first
+                                  times; returns whether it is a root */
+    PyObject *roots;           /* dict: id(module) -> whether it is a root */
     PyObject *is_grad_enabled; /* torch.is_grad_enabled */
     PyObject *tensor_type;     /* torch.Tensor */
     PyObject *script_type;     /* torch.jit.ScriptModule */
-    PyObject *aside;           /* context manager: torch functions do not ask the program's modes */
+    PyObject *disable_modes;   /* torch._C.DisableTorchFunction */
     PyObject *read_loss;       /* called with a loss tensor that is not on the CPU */
-    PyObject *losses;          /* list: what read_loss gave, one for each flagged BACKWARD BEGIN */
-    PyObject *wrap_forward;    /* None, or called as wrap(original, module, args, kwargs) */
-    PyObject *strip;           /* called with a traceback, gives it without frames of ours */
+    PyObject *losses;          /* list: one value or result of read_loss for each flagged
+                                  BACKWARD BEGIN */
+    PyObject *wrap_forward;    /* None, or called with original, module, args, kwargs */
+    PyObject *strip_frames;    /* called with a traceback; returns it without flatout's frames */
     PyObject *before_update, *after_update; /* None, or called with the optimizer */
-    Describe describe; /* torch's way to look into a tensor from C, NULL: there is none */
+    Describe describe; /* reads the layout of a tensor from C; NULL if torch does not provide it */
     PyObject *names[NAMES];
 } Log;
 
-/* How many values an event of this kind has; the same in wire/packing.py. */
+/* The number of values of an event; the same in wire/packing.py. */
 static int value_count(int what, int phase)
 {
     if (what == USAGE)
@@ -123,8 +125,8 @@ static int value_count(int what, int phase)
     return what != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
 }
 
-/* The memory, made larger if need be; NULL with an exception set when there is none. */
-static void *grown(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t size)
+/* Return the memory, enlarged if necessary; NULL with an exception set if that fails. */
+static void *grow(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t size)
 {
     if (needed <= *capacity)
         return memory;
@@ -137,8 +139,8 @@ static void *grown(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t
     return memory;
 }
 
-/* One byte for the kind, then each value as the difference to the last one of its kind, zigzag and
- * in groups of 7 bits (LEB128). */
+/* Append one byte for the kind, and each value as the difference to the last value of its kind, in
+ * zigzag encoding and groups of 7 bits (LEB128). */
 static void pack(Log *log, const Event *e)
 {
     unsigned char *out = log->packed + log->packed_bytes;
@@ -162,12 +164,12 @@ static int log_event(Log *log, int what, int phase, int flags, int64_t first, in
                      int64_t third)
 {
     Event event = {what, phase, flags, {first, second, third}};
-    void *memory = grown(log->packed, &log->packed_capacity, log->packed_bytes + LONGEST, 1);
+    void *memory = grow(log->packed, &log->packed_capacity, log->packed_bytes + LONGEST, 1);
     if (memory == NULL)
         return -1;
     log->packed = memory;
-    if (log->told) {
-        memory = grown(log->events, &log->capacity, log->count + 1, sizeof(Event));
+    if (log->keeps_events) {
+        memory = grow(log->events, &log->capacity, log->count + 1, sizeof(Event));
         if (memory == NULL)
             return -1;
         log->events = memory;
@@ -177,7 +179,7 @@ static int log_event(Log *log, int what, int phase, int flags, int64_t first, in
     return 0;
 }
 
-/* Note what the process has used so far, if the last time is long enough ago. */
+/* Note the resource usage of the process, if USAGE_PERIOD_NS have passed since the last time. */
 static int log_usage(Log *log, int64_t time_ns)
 {
 #ifdef _WIN32
@@ -199,11 +201,11 @@ static int log_usage(Log *log, int64_t time_ns)
 #endif
 }
 
-/* Let Python read the log if it should. -1 with an exception set: one of the program's own signal
- * handlers has raised meanwhile. */
-static int log_offer(Log *log, int64_t time_ns)
+/* Call the reader if it is due. Returns -1 with an exception set if a signal handler of the program
+ * has raised meanwhile. */
+static int log_read(Log *log, int64_t time_ns)
 {
-    if (!log->live && time_ns - log->read_ns < log->patience_ns)
+    if (!log->live && time_ns - log->read_ns < log->read_period_ns)
         return 0;
     log->read_ns = time_ns;
     PyObject *result = PyObject_CallObject(log->reader, NULL);
@@ -211,17 +213,18 @@ static int log_offer(Log *log, int64_t time_ns)
     return result == NULL ? -1 : 0;
 }
 
-/* Only one thread is watched: the first that computes, until then the one that imported torch (a
- * thread that merely prefetches batches is none). */
-static int log_foreign_thread(Log *log, int phase)
+/* Return whether this thread's events are ignored. Only one thread is watched: the first one that
+ * computes (a thread that only prefetches batches does not), and before that the one that imported
+ * torch. */
+static int is_ignored_thread(Log *log, int phase)
 {
     unsigned long thread = PyThread_get_thread_ident();
     int computes = phase == FORWARD || phase == BACKWARD || phase == OPTIMIZER;
-    if (log->thread != thread && !log->claimed && computes)
+    if (log->thread != thread && !log->has_computed && computes)
         log->thread = thread;
     if (log->thread != thread)
         return 1;
-    log->claimed |= computes;
+    log->has_computed |= computes;
     return 0;
 }
 
@@ -264,7 +267,7 @@ static PyObject *log_note(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *log_look_by(PyObject *self, PyObject *capsule)
+static PyObject *log_set_exchange_api(PyObject *self, PyObject *capsule)
 {
     Exchange *exchange = NULL;
     if (PyCapsule_IsValid(capsule, exchange_name))
@@ -282,8 +285,8 @@ static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
     log->last_ns = log->last_note = log->usage_ns = 0;
     memset(log->last_id, 0, sizeof(log->last_id));
     memset(log->last_usage, 0, sizeof(log->last_usage));
-    log->claimed = 0;
-    log->updates = 0;
+    log->has_computed = 0;
+    log->has_stepped = 0;
     log->thread = PyThread_get_thread_ident();
     memset(log->depth, 0, sizeof(log->depth));
     Py_RETURN_NONE;
@@ -296,7 +299,7 @@ static int log_init(PyObject *self, PyObject *args, PyObject *kwargs)
     (void)kwargs;
     for (int i = 0; i < NAMES; i++) {
         Py_XDECREF(log->names[i]);
-        log->names[i] = PyUnicode_InternFromString(spelled[i]);
+        log->names[i] = PyUnicode_InternFromString(name_strings[i]);
         if (log->names[i] == NULL)
             return -1;
     }
@@ -310,16 +313,16 @@ static void log_dealloc(PyObject *self)
     PyMem_Free(log->events);
     PyMem_Free(log->packed);
     Py_XDECREF(log->reader);
-    Py_XDECREF(log->new_root);
+    Py_XDECREF(log->check_root);
     Py_XDECREF(log->roots);
     Py_XDECREF(log->is_grad_enabled);
     Py_XDECREF(log->tensor_type);
     Py_XDECREF(log->script_type);
-    Py_XDECREF(log->aside);
+    Py_XDECREF(log->disable_modes);
     Py_XDECREF(log->read_loss);
     Py_XDECREF(log->losses);
     Py_XDECREF(log->wrap_forward);
-    Py_XDECREF(log->strip);
+    Py_XDECREF(log->strip_frames);
     Py_XDECREF(log->before_update);
     Py_XDECREF(log->after_update);
     for (int i = 0; i < NAMES; i++)
@@ -331,39 +334,40 @@ static void log_dealloc(PyObject *self)
 
 static PyMethodDef log_methods[] = {
     {"take", log_take, METH_NOARGS,
-     "The events since the last time, as tuples, if it was told; they are removed."},
-    {"pack", log_pack, METH_NOARGS, "The events since the last time, packed; they are removed."},
+     "Remove and return the events kept since the last call, as tuples."},
+    {"pack", log_pack, METH_NOARGS, "Remove and return the events since the last call, packed."},
     {"note", log_note, METH_VARARGS, "Note an event: what, phase, flags and up to three values."},
-    {"look_by", log_look_by, METH_O,
-     "Read losses by this DLPack exchange API; False if it is none that can be used."},
-    {"reset", log_reset, METH_NOARGS, "Begin anew, with this thread (at the start, after a fork)."},
+    {"set_exchange_api", log_set_exchange_api, METH_O,
+     "Read losses by this DLPack exchange API; returns False if it cannot be used."},
+    {"reset", log_reset, METH_NOARGS, "Start again with this thread (also after a fork)."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef log_members[] = {
-    {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether anything is noted at all."},
-    {"told", T_BOOL, offsetof(Log, told), 0, "Whether events are kept for `take` as well."},
-    {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at every event."},
-    {"patience_ns", T_LONGLONG, offsetof(Log, patience_ns), 0,
-     "Time after which the reader is called anyway, at the next event."},
+    {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether events are noted."},
+    {"keeps_events", T_BOOL, offsetof(Log, keeps_events), 0,
+     "Whether events are also kept for `take`."},
+    {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at each event."},
+    {"read_period_ns", T_LONGLONG, offsetof(Log, read_period_ns), 0,
+     "Time after which the reader is called at the next event, if not `live`."},
     {"reader", T_OBJECT, offsetof(Log, reader), 0, NULL},
-    {"new_root", T_OBJECT, offsetof(Log, new_root), 0, NULL},
+    {"check_root", T_OBJECT, offsetof(Log, check_root), 0, NULL},
     {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
     {"is_grad_enabled", T_OBJECT, offsetof(Log, is_grad_enabled), 0, NULL},
     {"tensor_type", T_OBJECT, offsetof(Log, tensor_type), 0, NULL},
     {"script_type", T_OBJECT, offsetof(Log, script_type), 0, NULL},
-    {"aside", T_OBJECT, offsetof(Log, aside), 0, NULL},
+    {"disable_modes", T_OBJECT, offsetof(Log, disable_modes), 0, NULL},
     {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
     {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
-    {"strip", T_OBJECT, offsetof(Log, strip), 0, NULL},
+    {"strip_frames", T_OBJECT, offsetof(Log, strip_frames), 0, NULL},
     {"before_update", T_OBJECT, offsetof(Log, before_update), 0, NULL},
     {"after_update", T_OBJECT, offsetof(Log, after_update), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot log_slots[] = {
-    {Py_tp_doc, "Events noted by Watch and Mark objects, until Python reads them."},
+    {Py_tp_doc, "Events noted by Watch and StepHook objects, until Python reads them."},
     {Py_tp_init, log_init},
     {Py_tp_dealloc, log_dealloc},
     {Py_tp_methods, log_methods},
@@ -372,7 +376,7 @@ static PyType_Slot log_slots[] = {
 };
 
 static PyType_Spec log_spec = {
-    .name = "flatout.agent._watch.Log",
+    .name = "flatout.intercept._watch.Log",
     .basicsize = sizeof(Log),
     .flags = Py_TPFLAGS_DEFAULT,
     .slots = log_slots,
@@ -381,22 +385,22 @@ static PyType_Spec log_spec = {
 typedef struct {
     PyObject_HEAD
     Log *log;
-    int phase;      /* of the events it notes; -1: none, it only calls `before` */
-    PyObject *own;  /* the function it stands for, or NULL: what `owner` inherits */
-    PyObject *owner; /* the class in whose namespace it stands, or NULL: a module's */
+    int phase;       /* of the events that it notes; -1: it notes none and only calls `before` */
+    PyObject *original; /* the replaced function; NULL if `owner` inherits it */
+    PyObject *owner; /* the class in whose namespace the watch is; NULL: it is in a module's */
     PyObject *name;
-    PyObject *before; /* None, or called with the instance as the call begins */
+    PyObject *before; /* None, or called with the instance when a call begins */
     PyObject *method_type;
     PyObject *weak_references;
 } Watch;
 
-/* New reference to the function that a call reaches without the watch, as it is now, for instances
- * of `type` (NULL: of the owner). */
-static PyObject *watch_original(Watch *watch, PyObject *type)
+/* Return a new reference to the function that a call would reach now without the watch, for
+ * instances of `type` (NULL: of the owner). */
+static PyObject *find_original(Watch *watch, PyObject *type)
 {
-    if (watch->own != NULL) {
-        Py_INCREF(watch->own);
-        return watch->own;
+    if (watch->original != NULL) {
+        Py_INCREF(watch->original);
+        return watch->original;
     }
     if (watch->owner == NULL) {
         PyErr_SetString(PyExc_ReferenceError, "the class of this method is being freed");
@@ -405,8 +409,9 @@ static PyObject *watch_original(Watch *watch, PyObject *type)
     if (type == NULL || !PyType_Check(type) ||
         !PyType_IsSubtype((PyTypeObject *)type, (PyTypeObject *)watch->owner))
         type = watch->owner;
-    /* What comes behind the owner in the order of this type: with several bases, or once the program
-     * has given a base a method of its own, that is not what it was when the watch was made. */
+    /* Look up the method after the owner in the resolution order of this type. It can differ from
+     * what it was when the watch was created: with several bases, or if the program has set a
+     * method on a base class since. */
     PyObject *rest =
         PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, watch->owner, type, NULL);
     if (rest == NULL)
@@ -432,8 +437,8 @@ static int is_true_attribute(PyObject *object, PyObject *name)
     return result;
 }
 
-/* Whether a module is in training mode, without a call of what its class makes of attributes. What a
- * script module has of them lies in C++. */
+/* Return whether a module is in training mode, without calling attribute access that its class
+ * defines. A script module stores the attribute in C++. */
 static int is_training(Log *log, PyObject *module)
 {
     PyObject *attributes = PyObject_GenericGetDict(module, NULL);
@@ -451,7 +456,7 @@ static int is_training(Log *log, PyObject *module)
     return result;
 }
 
-/* 1: the module counts as a root, 0: it does not, -1: exception set. */
+/* Return 1 if the module is a root, 0 if not, -1 with an exception set. */
 static int is_root(Log *log, PyObject *module)
 {
     PyObject *key = PyLong_FromVoidPtr(module);
@@ -463,7 +468,7 @@ static int is_root(Log *log, PyObject *module)
         return known == Py_True;
     if (PyErr_Occurred())
         return -1;
-    PyObject *result = PyObject_CallFunctionObjArgs(log->new_root, module, NULL);
+    PyObject *result = PyObject_CallFunctionObjArgs(log->check_root, module, NULL);
     if (result == NULL)
         return -1;
     int root = PyObject_IsTrue(result);
@@ -471,7 +476,8 @@ static int is_root(Log *log, PyObject *module)
     return root;
 }
 
-/* Whether the tensor is plainly there in memory: a view may have torch's lazy negative bit. */
+/* Return whether the memory of a tensor holds its value. That of a view may hold the negated value
+ * (torch's lazy negative bit). */
 static int is_plain(Log *log, PyObject *tensor)
 {
     PyObject *is_view = PyObject_CallMethodObjArgs(tensor, log->names[IS_VIEW], NULL);
@@ -480,8 +486,9 @@ static int is_plain(Log *log, PyObject *tensor)
     return is_view == Py_False;
 }
 
-/* New reference to what is kept of a loss that is not plainly there, None if it is no real number. */
-static PyObject *asked_value(Log *log, PyObject *tensor, int on_cpu)
+/* Return a new reference to the value of a loss, read by `item`, or to the result of `read_loss` if
+ * the loss is not on the CPU; None if it is not a real number. */
+static PyObject *item_of_loss(Log *log, PyObject *tensor, int on_cpu)
 {
     if (!on_cpu)
         return PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
@@ -495,24 +502,24 @@ static PyObject *asked_value(Log *log, PyObject *tensor, int on_cpu)
     Py_RETURN_NONE;
 }
 
-/* New reference to what is kept of a loss, None if it is no real number. A scalar on the CPU is read
- * from its memory: `item` goes through torch's dispatcher, 6 microseconds in a cold cache. */
+/* Return the same for any loss. A scalar on the CPU is read from its memory, because `item` goes
+ * through torch's dispatcher, which takes 6 microseconds with a cold cache. */
 static PyObject *loss_value(Log *log, PyObject *tensor)
 {
     DLTensor loss;
     if (log->describe != NULL && log->describe(tensor, &loss) < 0) {
         PyErr_Clear();
-        log->describe = NULL; /* a device that DLPack does not know: failing is slow */
+        log->describe = NULL; /* DLPack does not know the device; failing again is slow */
     }
     int known = log->describe != NULL;
     int bits = known && loss.device.type == DL_CPU && loss.ndim == 0 && loss.data != NULL &&
                        loss.dtype.code == DL_FLOAT && loss.dtype.lanes == 1
                    ? loss.dtype.bits
                    : 0;
-    PyObject *aside = PyObject_CallObject(log->aside, NULL);
-    PyObject *entered = aside == NULL ? NULL : PyObject_CallMethod(aside, "__enter__", NULL);
+    PyObject *disabled = PyObject_CallObject(log->disable_modes, NULL);
+    PyObject *entered = disabled == NULL ? NULL : PyObject_CallMethod(disabled, "__enter__", NULL);
     if (entered == NULL) {
-        Py_XDECREF(aside);
+        Py_XDECREF(disabled);
         return NULL;
     }
     Py_DECREF(entered);
@@ -521,15 +528,15 @@ static PyObject *loss_value(Log *log, PyObject *tensor)
         const char *at = (const char *)loss.data + loss.byte_offset;
         value = PyFloat_FromDouble(bits == 32 ? *(const float *)at : *(const double *)at);
     } else {
-        value = asked_value(log, tensor,
+        value = item_of_loss(log, tensor,
                             known ? loss.device.type == DL_CPU
                                   : is_true_attribute(tensor, log->names[IS_CPU]));
     }
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
     PyObject *left =
-        PyObject_CallMethod(aside, "__exit__", "OOO", Py_None, Py_None, Py_None);
-    Py_DECREF(aside);
+        PyObject_CallMethod(disabled, "__exit__", "OOO", Py_None, Py_None, Py_None);
+    Py_DECREF(disabled);
     if (left == NULL)
         PyErr_Clear();
     Py_XDECREF(left);
@@ -537,7 +544,8 @@ static PyObject *loss_value(Log *log, PyObject *tensor)
     return value;
 }
 
-/* Keep the value of the loss that backward starts from. 1: kept, 0: there is none, -1: error. */
+/* Append the loss that a backward call starts from to `losses`. Returns 1 if there is one, 0 if
+ * not, -1 with an exception set. */
 static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
 {
     /* torch.autograd.backward accumulates into .grad, torch.autograd.grad does not. */
@@ -561,7 +569,7 @@ static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
     return kept;
 }
 
-/* Whether this call is noted. */
+/* Return whether a call is noted. */
 static int is_noted(Watch *watch, PyObject *target)
 {
     Log *log = watch->log;
@@ -581,10 +589,10 @@ static int is_noted(Watch *watch, PyObject *target)
         if (depth[watch->phase])
             return 0;
     }
-    return !log_foreign_thread(log, watch->phase);
+    return !is_ignored_thread(log, watch->phase);
 }
 
-/* Note the end of a call; an exception that is set stays set. -1: exception set. */
+/* Note the end of a call. An exception that is set stays set. Returns -1 if an exception is set. */
 static int end(Watch *watch)
 {
     Log *log = watch->log;
@@ -598,10 +606,10 @@ static int end(Watch *watch)
         PyErr_Restore(type, value, traceback);
         return -1;
     }
-    return failed || (log->live && log_offer(log, time_ns) < 0) ? -1 : 0;
+    return failed || (log->live && log_read(log, time_ns) < 0) ? -1 : 0;
 }
 
-/* Note the beginning of a call. -1: exception set, and the end noted as well. */
+/* Note the beginning of a call. Returns -1 with an exception set; the end is noted then, too. */
 static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwargs)
 {
     Log *log = watch->log;
@@ -618,21 +626,21 @@ static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwarg
             return -1;
     }
     int64_t time_ns = now_ns();
-    if (!log->updates && watch->phase != BACKWARD && log_usage(log, time_ns) < 0)
+    if (!log->has_stepped && watch->phase != BACKWARD && log_usage(log, time_ns) < 0)
         return -1;
     if (log_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
         return -1;
-    return log_offer(log, time_ns) < 0 ? end(watch) : 0;
+    return log_read(log, time_ns) < 0 ? end(watch) : 0;
 }
 
-/* Take the frames of ours out of the traceback of the exception that is set. */
-static void strip(Log *log)
+/* Remove the frames of flatout from the traceback of the exception that is set. */
+static void strip_traceback(Log *log)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
-    if (traceback != NULL && log->strip != NULL) {
-        PyObject *stripped = PyObject_CallFunctionObjArgs(log->strip, traceback, NULL);
+    if (traceback != NULL && log->strip_frames != NULL) {
+        PyObject *stripped = PyObject_CallFunctionObjArgs(log->strip_frames, traceback, NULL);
         if (stripped == NULL) {
             PyErr_Clear();
         } else {
@@ -651,7 +659,7 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
     Log *log = watch->log;
     PyObject *target =
         watch->owner != NULL && PyTuple_Size(args) > 0 ? PyTuple_GetItem(args, 0) : NULL;
-    PyObject *original = watch_original(watch, target == NULL ? NULL : (PyObject *)Py_TYPE(target));
+    PyObject *original = find_original(watch, target == NULL ? NULL : (PyObject *)Py_TYPE(target));
     if (original == NULL)
         return NULL;
     PyObject *result = NULL;
@@ -688,11 +696,11 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
         Py_XDECREF(rest);
         Py_XDECREF(keywords);
         if (result == NULL)
-            strip(log);
+            strip_traceback(log);
     } else {
         result = PyObject_Call(original, args, kwargs);
     }
-    if (log->depth[watch->phase] > 0) /* a fork inside the call has reset it */
+    if (log->depth[watch->phase] > 0) /* a fork inside the call resets it */
         log->depth[watch->phase]--;
     if (end(watch) < 0)
         Py_CLEAR(result);
@@ -701,9 +709,9 @@ finished:
     return result;
 }
 
-/* torch.compile(module) takes module.__call__ as the function to compile, and compiles plain
- * methods only (torch._dynamo.eval_frame.OptimizedModule._initialize). */
-static int asked_by_compile(void)
+/* Return whether torch.compile(module) looks up module.__call__: it compiles plain methods only
+ * (torch._dynamo.eval_frame.OptimizedModule._initialize). */
+static int is_called_by_compile(void)
 {
     PyFrameObject *frame = PyEval_GetFrame(); /* borrowed */
     if (frame == NULL)
@@ -724,12 +732,12 @@ static PyObject *watch_get(PyObject *self, PyObject *instance, PyObject *owner)
 {
     Watch *watch = (Watch *)self;
     if (instance == NULL || instance == Py_None)
-        return watch_original(watch, owner);
+        return find_original(watch, owner);
     PyObject *function = self;
     Py_INCREF(function);
-    if (asked_by_compile()) {
+    if (is_called_by_compile()) {
         Py_DECREF(function);
-        function = watch_original(watch, (PyObject *)Py_TYPE(instance));
+        function = find_original(watch, (PyObject *)Py_TYPE(instance));
         if (function == NULL)
             return NULL;
     }
@@ -744,7 +752,7 @@ static PyObject *watch_getattro(PyObject *self, PyObject *name)
     if (value != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError))
         return value;
     PyErr_Clear();
-    PyObject *original = watch_original((Watch *)self, NULL);
+    PyObject *original = find_original((Watch *)self, NULL);
     if (original == NULL)
         return NULL;
     value = PyObject_GetAttr(original, name);
@@ -754,7 +762,7 @@ static PyObject *watch_getattro(PyObject *self, PyObject *name)
 
 static PyObject *watch_repr(PyObject *self)
 {
-    PyObject *original = watch_original((Watch *)self, NULL);
+    PyObject *original = find_original((Watch *)self, NULL);
     if (original == NULL)
         return NULL;
     PyObject *result = PyObject_Repr(original);
@@ -771,7 +779,7 @@ static PyObject *watch_reduce(PyObject *self, PyObject *Py_UNUSED(ignored))
     Py_DECREF(operators);
     if (first == NULL)
         return NULL;
-    PyObject *original = watch_original((Watch *)self, NULL);
+    PyObject *original = find_original((Watch *)self, NULL);
     if (original == NULL) {
         Py_DECREF(first);
         return NULL;
@@ -781,11 +789,11 @@ static PyObject *watch_reduce(PyObject *self, PyObject *Py_UNUSED(ignored))
 
 static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"log", "phase", "own", "owner", "name", "before", NULL};
+    static char *names[] = {"log", "phase", "original", "owner", "name", "before", NULL};
     Watch *watch = (Watch *)self;
-    PyObject *log, *own, *owner, *name, *before;
+    PyObject *log, *original, *owner, *name, *before;
     int phase;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiOOOO", names, &log, &phase, &own, &owner,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OiOOOO", names, &log, &phase, &original, &owner,
                                      &name, &before))
         return -1;
     PyObject *types = PyImport_ImportModule("types");
@@ -798,9 +806,9 @@ static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
     Py_INCREF(log);
     watch->log = (Log *)log;
     watch->phase = phase;
-    if (own != Py_None) {
-        Py_INCREF(own);
-        watch->own = own;
+    if (original != Py_None) {
+        Py_INCREF(original);
+        watch->original = original;
     }
     if (owner != Py_None) {
         Py_INCREF(owner);
@@ -813,12 +821,12 @@ static int watch_init(PyObject *self, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-/* A class that was made at run time lies in a cycle with the watch in its namespace. */
+/* A class that was created at run time forms a reference cycle with the watch in its namespace. */
 static int watch_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Watch *watch = (Watch *)self;
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(watch->own);
+    Py_VISIT(watch->original);
     Py_VISIT(watch->owner);
     Py_VISIT(watch->before);
     return 0;
@@ -827,7 +835,7 @@ static int watch_traverse(PyObject *self, visitproc visit, void *arg)
 static int watch_clear(PyObject *self)
 {
     Watch *watch = (Watch *)self;
-    Py_CLEAR(watch->own);
+    Py_CLEAR(watch->original);
     Py_CLEAR(watch->owner);
     return 0;
 }
@@ -850,19 +858,19 @@ static void watch_dealloc(PyObject *self)
 }
 
 static PyMethodDef watch_methods[] = {
-    {"__reduce__", watch_reduce, METH_NOARGS, "Pickled, a watch is what it stands for."},
+    {"__reduce__", watch_reduce, METH_NOARGS, "Pickles the original function."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef watch_members[] = {
-    {"own", T_OBJECT, offsetof(Watch, own), READONLY,
-     "The function it stands for; None where the class inherits it."},
+    {"original", T_OBJECT, offsetof(Watch, original), READONLY,
+     "The replaced function; None if the class inherits it."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Watch, weak_references), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot watch_slots[] = {
-    {Py_tp_doc, "Watch(log, phase, own, owner, name, before): stands for a callable, see above."},
+    {Py_tp_doc, "Watch(log, phase, original, owner, name, before): notes the calls of a function."},
     {Py_tp_init, watch_init},
     {Py_tp_traverse, watch_traverse},
     {Py_tp_clear, watch_clear},
@@ -881,44 +889,44 @@ static PyType_Slot watch_slots[] = {
 #endif
 
 static PyType_Spec watch_spec = {
-    .name = "flatout.agent._watch.Watch",
+    .name = "flatout.intercept._watch.Watch",
     .basicsize = sizeof(Watch),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_METHOD_DESCRIPTOR | Py_TPFLAGS_HAVE_GC,
     .slots = watch_slots,
 };
 
-/* What torch's global optimizer hooks call: hook(optimizer, args, kwargs). */
+/* A global optimizer step hook of torch, which is called as hook(optimizer, args, kwargs). */
 typedef struct {
     PyObject_HEAD
     Log *log;
     int end;
-} Mark;
+} StepHook;
 
-static PyObject *mark_call(PyObject *self, PyObject *args, PyObject *kwargs)
+static PyObject *step_hook_call(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    Mark *mark = (Mark *)self;
-    Log *log = mark->log;
+    StepHook *hook = (StepHook *)self;
+    Log *log = hook->log;
     (void)kwargs;
-    if (!log->awake || PyTuple_Size(args) < 1 || log_foreign_thread(log, OPTIMIZER))
+    if (!log->awake || PyTuple_Size(args) < 1 || is_ignored_thread(log, OPTIMIZER))
         Py_RETURN_NONE;
     PyObject *optimizer = PyTuple_GetItem(args, 0);
-    PyObject *callback = mark->end ? log->after_update : log->before_update;
-    if (callback != Py_None && mark->end) { /* the knob's work belongs to the step it changes */
+    PyObject *callback = hook->end ? log->after_update : log->before_update;
+    if (callback != Py_None && hook->end) { /* the time of callbacks belongs to the step */
         PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
         if (done == NULL)
             return NULL;
         Py_DECREF(done);
     }
     int64_t time_ns = now_ns();
-    if (mark->end && log_usage(log, time_ns) < 0)
+    if (hook->end && log_usage(log, time_ns) < 0)
         return NULL;
-    log->updates = 1;
-    if (log_event(log, mark->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
+    log->has_stepped = 1;
+    if (log_event(log, hook->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
                   (int64_t)(intptr_t)optimizer, 0) < 0)
         return NULL;
-    if (log_offer(log, time_ns) < 0)
+    if (log_read(log, time_ns) < 0)
         return NULL;
-    if (callback != Py_None && !mark->end) {
+    if (callback != Py_None && !hook->end) {
         PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
         if (done == NULL)
             return NULL;
@@ -927,7 +935,7 @@ static PyObject *mark_call(PyObject *self, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-static int mark_init(PyObject *self, PyObject *args, PyObject *kwargs)
+static int step_hook_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"log", "end", NULL};
     PyObject *log;
@@ -935,33 +943,33 @@ static int mark_init(PyObject *self, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Op", names, &log, &end))
         return -1;
     Py_INCREF(log);
-    ((Mark *)self)->log = (Log *)log;
-    ((Mark *)self)->end = end;
+    ((StepHook *)self)->log = (Log *)log;
+    ((StepHook *)self)->end = end;
     return 0;
 }
 
-static void mark_dealloc(PyObject *self)
+static void step_hook_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    Py_XDECREF((PyObject *)((Mark *)self)->log);
+    Py_XDECREF((PyObject *)((StepHook *)self)->log);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
 }
 
-static PyType_Slot mark_slots[] = {
-    {Py_tp_doc, "Mark(log, end): a global optimizer step hook that notes the step's begin or end."},
-    {Py_tp_init, mark_init},
-    {Py_tp_dealloc, mark_dealloc},
-    {Py_tp_call, mark_call},
+static PyType_Slot step_hook_slots[] = {
+    {Py_tp_doc, "StepHook(log, end): an optimizer hook that notes the begin or end of a step."},
+    {Py_tp_init, step_hook_init},
+    {Py_tp_dealloc, step_hook_dealloc},
+    {Py_tp_call, step_hook_call},
     {0, NULL},
 };
 
-static PyType_Spec mark_spec = {
-    .name = "flatout.agent._watch.Mark",
-    .basicsize = sizeof(Mark),
+static PyType_Spec step_hook_spec = {
+    .name = "flatout.intercept._watch.StepHook",
+    .basicsize = sizeof(StepHook),
     .flags = Py_TPFLAGS_DEFAULT,
-    .slots = mark_slots,
+    .slots = step_hook_slots,
 };
 
 static int add_type(PyObject *module, PyType_Spec *spec)
@@ -977,7 +985,7 @@ static int add_type(PyObject *module, PyType_Spec *spec)
 static int execute(PyObject *module)
 {
     if (add_type(module, &log_spec) < 0 || add_type(module, &watch_spec) < 0 ||
-        add_type(module, &mark_spec) < 0)
+        add_type(module, &step_hook_spec) < 0)
         return -1;
     return 0;
 }

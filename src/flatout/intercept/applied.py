@@ -1,4 +1,4 @@
-"""The settings that are in place in a process, and how they are undone."""
+"""The settings that are applied in a process, and how they are undone."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import functools
 from collections.abc import Callable, Set
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed, attempt, began_in_torch, report
+from flatout.intercept.containment import OnFailure, attempt, report, was_raised_by_torch
 from flatout.intercept.events import EventLog
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 
 
 class AppliedSettings:
-    """Applies knobs at boundaries between steps, and undoes them there.
+    """Applies and undoes the settings of knobs at step boundaries.
 
     Args:
-        apply: applies a setting of a knob, given both names; returns the undo.
-        events: of the record of this process.
-        ask_for_boundary: asks to be stopped at the next boundary between two steps.
+        apply: applies a setting of a knob, given both names, and returns the undo.
+        events: the event log of this process.
+        ask_for_boundary: requests a call at the next step boundary.
 
     Attributes:
-        failures: why each knob that has failed in use did so.
-        ever: names of all knobs that have been in place.
+        failures: the error of each knob that has failed in use, by the knob's name.
+        ever: names of all knobs that have been applied so far.
     """
 
     def __init__(
@@ -39,75 +39,76 @@ class AppliedSettings:
 
     @property
     def names(self) -> Set[str]:
-        """Knobs that are in place."""
+        """The knobs that are applied now."""
         return self._undos.keys()
 
     def apply(self, knob: str, setting: str) -> None:
-        """Apply a setting; called at a step boundary or before the first step.
+        """Apply a setting. To be called at a step boundary, or before the first step.
 
         Raises:
-            RefusedError: the knob can do nothing here.
+            RefusedError: the knob cannot do anything in this process.
         """
-        dispatch.applying = knob
+        dispatch.knob_being_applied = knob
         try:
             self._undos[knob] = self._apply(knob, setting)
         finally:
-            dispatch.applying = None
+            dispatch.knob_being_applied = None
         self.ever.add(knob)
 
     def undo(self, knob: str) -> bool:
-        """Undo what ``apply`` did; returns whether there was anything to undo."""
+        """Undo ``apply``; returns whether the knob was applied."""
         undo = self._undos.pop(knob, None)
         if undo is not None:
             undo()
         return undo is not None
 
     def withdraw(self, knob: str, error: Exception) -> None:
-        """A knob has failed in use: it is recorded, and undone at the next step boundary.
+        """Record that a knob has failed in use, and undo it at the next step boundary.
 
-        Until then the knob itself leaves everything to the program.
+        Until then, the knob itself passes every call on to the original function.
         """
         if knob in self.failures:
             return
         self.failures[knob] = f"{type(error).__name__}: {error}"
         self._ask_for_boundary()
-        self._events.failed(knob, error, "turned back: ")
+        self._events.add_failure(knob, error, "withdrawn: ")
 
-    def withdraws(self, knob: str) -> Failed:
-        """``withdraw`` of a knob, for ``containment``."""
+    def on_failure_of(self, knob: str) -> OnFailure:
+        """Return the callback that withdraws a knob when it fails, for ``containment``."""
         return functools.partial(self.withdraw, knob)
 
-    def blames(self, knob: str) -> Blame:
-        """Around the program's own pass under a knob: an exception goes through as it is, and if it
-        began in torch, the knob is withdrawn for what follows.
+    def withdraw_on_torch_error(self, knob: str) -> WithdrawOnTorchError:
+        """Return a context for the program's own forward pass with a knob applied.
+
+        An exception leaves the context unchanged. If torch raised it, the knob is withdrawn.
         """
-        return Blame(self.withdraws(knob))
+        return WithdrawOnTorchError(self.on_failure_of(knob))
 
     def undo_withdrawn(self) -> None:
-        """Undo the knobs that have failed; called at a step boundary."""
+        """Undo the knobs that have been withdrawn. To be called at a step boundary."""
         for knob in self.failures:
             if knob in self._undos and attempt(
-                functools.partial(self._not_undone, knob), self.undo, knob
+                functools.partial(self._undo_failed, knob), self.undo, knob
             ):
                 self._events.add("undone", knob, "it has failed")
 
-    def _not_undone(self, knob: str, error: Exception) -> None:
-        self._events.failed(knob, error, "not undone: ")
+    def _undo_failed(self, knob: str, error: Exception) -> None:
+        self._events.add_failure(knob, error, "not undone: ")
 
 
-class Blame:
-    """A context in which a knob is withdrawn where torch fails under it.
+class WithdrawOnTorchError:
+    """A context that reports exceptions raised by torch inside it, and raises them unchanged.
 
     Args:
-        withdraw: told of the error.
+        on_failure: called with such an exception.
     """
 
-    def __init__(self, withdraw: Failed) -> None:
-        self._withdraw = withdraw
+    def __init__(self, on_failure: OnFailure) -> None:
+        self._on_failure = on_failure
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and attempt(self._withdraw, began_in_torch, error):
-            report(self._withdraw, error)
+        if isinstance(error, Exception) and attempt(self._on_failure, was_raised_by_torch, error):
+            report(self._on_failure, error)

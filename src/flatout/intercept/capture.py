@@ -1,4 +1,4 @@
-"""Whether a graph of a device's work (a CUDA graph) is being captured, or a program traced."""
+"""Whether a CUDA graph is being captured, or the program traced."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def is_capturing() -> bool:
-    """Whether what is queued now is recorded into a graph instead of computed.
+    """Whether the work queued now is captured into a graph (a CUDA graph) instead of being run.
 
-    Nothing of ours belongs into the program's graphs, and nothing that is recorded can be read
-    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    Operations of flatout must not become part of the program's graphs, and captured results cannot
+    be read (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
     """
     return any(
         device.is_initialized() and device.is_current_stream_capturing()
@@ -20,8 +20,8 @@ def is_capturing() -> bool:
 
 @functools.cache
 def _capturing_devices() -> tuple[Any, ...]:
-    """Device modules of this torch that have graphs; a build for the CPU alone has none, and no
-    time to lose on the question several times a step."""
+    """Return the device modules of this torch that can capture graphs. The result is cached, as the
+    question is asked several times a step."""
     import torch
 
     devices: tuple[Any, ...] = (torch.cuda, torch.xpu)
@@ -33,8 +33,7 @@ def _capturing_devices() -> tuple[Any, ...]:
 
 
 def is_traced() -> bool:
-    """Whether operators are being written down, to be run elsewhere, instead of run:
-    ``torch.jit.trace``, ``torch.export``, ``make_fx``."""
+    """Whether the program is traced by ``torch.jit.trace``, ``torch.export`` or ``make_fx``."""
     import torch
 
     mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey

@@ -1,9 +1,10 @@
-"""What fails of ours must not reach the program; what the program raises must, and as it is.
+"""Keeping flatout's own failures away from the program, and the program's exceptions unchanged.
 
-Whatever torch or the program calls of ours goes through here: ``contained``, ``around``,
-``attempt``. There, and nowhere else, it is decided whose an exception is. A failure of ours is
-reported, and the program's own way is gone. It is never gone twice: what has returned is returned,
-and what has raised goes through, the same object, without frames of ours.
+Every function of flatout that torch or the program calls is called through ``contain``, ``wrap`` or
+``attempt``. These alone decide whether an exception is a failure of flatout or belongs to the
+program. A failure of flatout is reported, and the call is made as it would be without flatout. The
+program's call is made at most once: if it has returned, its result is used, and if it has raised,
+the same exception object is raised, without frames of flatout in its traceback.
 """
 
 from __future__ import annotations
@@ -21,68 +22,69 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-Failed = Callable[[Exception], None]
-"""Told of a failure of ours."""
+OnFailure = Callable[[Exception], None]
+"""Called with a failure of flatout."""
 
 unreported: list[Exception] = []
-"""Failures that could not be reported, because reporting failed as well; the first few."""
+"""The first failures that could not be reported, because reporting them failed as well."""
 
 _MOST_UNREPORTED = 8
 
 
-# Whose an exception is
+# Who is responsible for an exception
 
 
-def is_ours(error: Exception) -> bool:
-    """Whether an exception that came out of code of ours is a failure of that, or of what it calls
-    in torch, Pillow, NumPy and the standard library.
+def is_flatout_failure(error: Exception) -> bool:
+    """Whether an exception that came out of a function of flatout is a failure of that function, or
+    of what it calls in torch, Pillow, NumPy and the standard library.
 
-    It is not where code of the program lies below ours: a handler for a signal, say, or a function
-    that traces. What has been raised into this thread from another one is of a type of the
-    program's own.
+    It is not if code of the program ran below the innermost frame of flatout (a signal handler, a
+    trace function), or if the exception's type is defined by the program, as with exceptions that
+    another thread raises into this one.
     """
-    kind = type(error).__module__.partition(".")[0]
-    if kind not in _KNOWN and kind not in sys.stdlib_module_names:
+    package = type(error).__module__.partition(".")[0]
+    if package not in _KNOWN_PACKAGES and package not in sys.stdlib_module_names:
         return False
     frames = list(_frames(error))
     below = next(
-        (at for at in reversed(range(len(frames))) if _folder(frames[at]) == _OURS), len(frames)
+        (i for i in reversed(range(len(frames))) if _folder(frames[i]) == _FLATOUT), len(frames)
     )
-    called = frames[below:]
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
-    return all(_folder(frame) is not None and frame.f_code not in handlers for frame in called)
+    handlers = _signal_handler_codes()
+    return all(
+        _folder(frame) is not None and frame.f_code not in handlers for frame in frames[below:]
+    )
 
 
-def arose_in_ours(error: Exception) -> bool:
-    """Whether an exception was raised by a line of ours, or by compiled code that it called: no
-    function of torch or of the program, such as a hook, lies between."""
+def was_raised_by_flatout(error: Exception) -> bool:
+    """Whether an exception was raised by a line of flatout, or by compiled code that this line
+    called, with no function of torch or of the program (such as a module hook) in between."""
     frames = list(_frames(error))
-    return bool(frames) and _folder(frames[-1]) == _OURS and is_ours(error)
+    return bool(frames) and _folder(frames[-1]) == _FLATOUT and is_flatout_failure(error)
 
 
-def began_in_torch(error: Exception) -> bool:
-    """Whether an exception of the program's own pass began in torch: in a function of it, or in
-    compiled code that a line of the program has called without raising anything itself."""
+def was_raised_by_torch(error: Exception) -> bool:
+    """Whether an exception of the program's own forward pass was raised by torch: by a function of
+    torch, or by compiled code that a line of the program called without raising anything itself."""
     link, last = error.__traceback__, None
     while link is not None:
-        last = last if _folder(link.tb_frame) == _OURS else link
+        last = last if _folder(link.tb_frame) == _FLATOUT else link
         link = link.tb_next
     if last is None:
         return False
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
+    handlers = _signal_handler_codes()
     if any(frame.f_code in handlers for frame in _frames(error)):
         return False
     if _folder(last.tb_frame) == _TORCH:
         return True
-    is_of_kind = isinstance(error, (RuntimeError, TypeError))
-    return is_of_kind and not isinstance(error, RecursionError) and not _is_raise(last)
+    is_of_torchs_types = isinstance(error, (RuntimeError, TypeError))
+    return is_of_torchs_types and not isinstance(error, RecursionError) and not _is_at_raise(last)
 
 
-def without_our_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without the frames of ours in it."""
+def strip_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """Return a traceback without the frames of flatout."""
     links: list[types.TracebackType] = []
     while trace is not None:
-        if _folder(trace.tb_frame) != _OURS:
+        if _folder(trace.tb_frame) != _FLATOUT:
             links.append(trace)
         trace = trace.tb_next
     for link in reversed(links):
@@ -95,8 +97,8 @@ def without_our_frames(trace: types.TracebackType | None) -> types.TracebackType
 E = TypeVar("E", bound=BaseException)
 
 
-def _stripped(error: E) -> E:
-    return error.with_traceback(without_our_frames(error.__traceback__))
+def _strip(error: E) -> E:
+    return error.with_traceback(strip_frames(error.__traceback__))
 
 
 def _frames(error: BaseException) -> Iterator[types.FrameType]:
@@ -106,31 +108,37 @@ def _frames(error: BaseException) -> Iterator[types.FrameType]:
         link = link.tb_next
 
 
-def _is_raise(link: types.TracebackType) -> bool:
-    """Whether the frame is at a ``raise`` statement, or at the end of a handler that passes on."""
+def _is_at_raise(link: types.TracebackType) -> bool:
+    """Whether the frame is at a ``raise`` statement, or at the end of a handler that re-raises."""
     opcode = link.tb_frame.f_code.co_code[link.tb_lasti]
     return dis.opname[opcode] in ("RAISE_VARARGS", "RERAISE")
 
 
 def _folder(frame: types.FrameType) -> str | None:
-    """Of these that a frame's code lies in; ``None``: it is the program's."""
+    """Return which of ``_FOLDERS`` holds the code of a frame; ``None`` if it is the program's."""
     file = frame.f_code.co_filename
-    if file not in _folders:
-        _folders[file] = next((at for at in _PLACES if file.startswith(at)), None)
-        if _folders[file] == _STANDARD_LIBRARY and "-packages" + os.sep in file:
-            _folders[file] = None
-    return _folders[file]
+    if file not in _folder_of_file:
+        folder = next((folder for folder in _FOLDERS if file.startswith(folder)), None)
+        if folder == _STANDARD_LIBRARY and "-packages" + os.sep in file:
+            folder = None
+        _folder_of_file[file] = folder
+    return _folder_of_file[file]
 
 
-def _package(name: str) -> str:
-    """The folder of a package, with a separator behind it; one that does not exist, if none is."""
+def _package_folder(name: str) -> str:
+    """Return the folder of a package with a trailing separator, or a path that cannot exist if the
+    package is not installed."""
     spec = importlib.util.find_spec(name) if name not in sys.modules else sys.modules[name].__spec__
     found = list(spec.submodule_search_locations or ()) if spec is not None else []
     return found[0] + os.sep if found else os.devnull + os.sep
 
 
-def _code(handler: Any) -> Any:
-    """The code object of a signal's handler, ``None`` for one that is not in Python."""
+def _signal_handler_codes() -> set[Any]:
+    return {_handler_code(signal.getsignal(number)) for number in signal.valid_signals()}
+
+
+def _handler_code(handler: Any) -> Any:
+    """Return the code object of a signal handler, ``None`` if it is not written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     if callable(handler) and not isinstance(handler, (types.FunctionType, types.MethodType)):
@@ -138,75 +146,84 @@ def _code(handler: Any) -> Any:
     return getattr(handler, "__code__", None)
 
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_TORCH = _package("torch")
+_FLATOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH = _package_folder("torch")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 _LIBRARIES = ("torch", "PIL", "numpy")
-_PLACES = (_OURS, *map(_package, _LIBRARIES), _STANDARD_LIBRARY, "<frozen")
-_KNOWN = frozenset({"builtins", "flatout", *_LIBRARIES})
-_folders: dict[str, str | None] = {}
+_FOLDERS = (_FLATOUT, *map(_package_folder, _LIBRARIES), _STANDARD_LIBRARY, "<frozen")
+_KNOWN_PACKAGES = frozenset({"builtins", "flatout", *_LIBRARIES})
+_folder_of_file: dict[str, str | None] = {}
 
 
-# The borders
+# Containing failures
 
 
-def report(failed: Failed, error: Exception) -> None:
-    """Tell of a failure; where that fails as well, it is kept for the end.
+def report(on_failure: OnFailure, error: Exception) -> None:
+    """Call ``on_failure`` with a failure; if that fails as well, add both to ``unreported``.
 
     Raises:
-        Exception: the failure itself, of one who is told and wants to have it raised.
+        Exception: ``error`` itself, if ``on_failure`` raises it on purpose, or an exception that is
+            no failure of flatout.
     """
     try:
-        failed(error)
+        on_failure(error)
     except Exception as second:
-        if second is error or not is_ours(second):
+        if second is error or not is_flatout_failure(second):
             raise
         if len(unreported) < _MOST_UNREPORTED:
             unreported.extend((error, second))
 
 
-def attempt(failed: Failed, function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
-    """What ``function`` gives; ``None`` where it fails, which is told then.
+def attempt(
+    on_failure: OnFailure, function: Callable[..., T], *args: Any, **kwargs: Any
+) -> T | None:
+    """Call ``function`` and return its result, or report its failure and return ``None``.
 
-    Nothing of the program may be called in there, and nothing that saves tensors for autograd:
-    what is called for that is the program's as well.
+    ``function`` must neither call code of the program nor save tensors for autograd, since that
+    calls the program's saved-tensor hooks.
 
     Raises:
-        BaseException: it is not ours: see ``is_ours``.
+        BaseException: one that is no failure of flatout; see ``is_flatout_failure``.
     """
     try:
         return function(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 - reported, or raised as it is
-        if not is_ours(error):
-            raise _stripped(error)  # noqa: B904 - the same
+    except Exception as error:  # noqa: BLE001 - reported, or raised unchanged
+        if not is_flatout_failure(error):
+            raise _strip(error)  # noqa: B904 - the same exception
         failure = error
     try:
-        report(failed, failure)
+        report(on_failure, failure)
     finally:
-        del failure  # which has this frame
+        del failure  # its traceback refers to this frame: a reference cycle
     return None
 
 
-def contained(failed: Failed, function: Callable[..., T]) -> Callable[..., T | None]:
-    """``function``, which torch or an interpreter calls, as an ``attempt``."""
+def contain(on_failure: OnFailure, function: Callable[..., T]) -> Callable[..., T | None]:
+    """Return a callback for torch or CPython that calls ``function`` by ``attempt``."""
 
-    def border(*args: Any, **kwargs: Any) -> T | None:
-        return attempt(failed, function, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> T | None:
+        return attempt(on_failure, function, *args, **kwargs)
 
-    return border
+    return call
 
 
-class Theirs:
-    """A call that the program makes, given to what of ours lies around it.
+class OriginalCall:
+    """The function that the program calls, as a wrapper around it gets it; it notes how the call
+    ended.
 
     Args:
-        own: what the program calls.
+        original: the function.
+
+    Attributes:
+        was_called: whether the wrapper has called it.
+        result: what it returned.
+        raised: the exception that it raised.
     """
 
-    __slots__ = ("_own", "raised", "result", "was_called")
+    __slots__ = ("_original", "raised", "result", "was_called")
 
-    def __init__(self, own: Callable[..., Any]) -> None:
-        self._own = own
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
         self.was_called = False
         self.result: Any = None
         self.raised: BaseException | None = None
@@ -214,52 +231,63 @@ class Theirs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.was_called = True
         try:
-            self.result = self._own(*args, **kwargs)
+            self.result = self._original(*args, **kwargs)
         except BaseException as error:
             self.raised = error
             raise
         return self.result
 
 
-def around(failed: Failed, ours: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """``ours`` in the place of ``own``, which it gets as its first argument and calls once at most.
+def wrap(
+    on_failure: OnFailure, wrapper: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a function that calls ``wrapper(original, *args, **kwargs)``.
 
-    Where ``ours`` fails, that is told, and the program gets what ``own`` has given, or gives.
+    Args:
+        on_failure: called if ``wrapper`` fails. The result is then that of ``original``, which is
+            called now unless ``wrapper`` has called it already.
+        wrapper: calls ``original`` at most once.
+        original: the function that the program calls.
     """
 
-    def border(*args: Any, **kwargs: Any) -> Any:
-        theirs = Theirs(own)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        original_call = OriginalCall(original)
         failure: BaseException | None = None
         try:
             try:
-                return ours(theirs, *args, **kwargs)
+                return wrapper(original_call, *args, **kwargs)
             except Exception as error:
-                if error is theirs.raised or (theirs.raised is None and not is_ours(error)):
+                if error is original_call.raised or (
+                    original_call.raised is None and not is_flatout_failure(error)
+                ):
                     raise
                 failure = error
-            report(failed, failure)
-            failure = theirs.raised
-        except BaseException as error:  # noqa: BLE001 - raised as it is
-            raise _stripped(error)  # noqa: B904 - the same
+            report(on_failure, failure)
+            failure = original_call.raised
+        except BaseException as error:  # noqa: BLE001 - raised unchanged
+            raise _strip(error)  # noqa: B904 - the same exception
         else:
             if failure is not None:
-                raise _stripped(failure)
-            return theirs.result if theirs.was_called else own(*args, **kwargs)
+                raise _strip(failure)
+            if original_call.was_called:
+                return original_call.result
+            return original(*args, **kwargs)
         finally:
-            del theirs, failure  # an exception has this frame, and must not be had by it
+            # A traceback refers to this frame, so this frame must not refer to the exception.
+            del original_call, failure
 
-    return border
+    return call
 
 
 def call_module(
     call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """As the program does it; to be what ``around`` calls."""
+    """Call a module as the program does; the original function of the forward wrapper."""
     return call(module, *args, **kwargs)
 
 
 def knob_of(callback: Any) -> str | None:
-    """The knob that a callback belongs to; ``None``: to the agent."""
+    """Return the name of the knob that a callback belongs to, ``None`` if it is the agent's."""
     module = getattr(callback, "__module__", None) or type(callback).__module__
     package, folder, name = (*module.split("."), "", "", "")[:3]
     return name if (package, folder) == ("flatout", "knobs") and name else None

@@ -1,9 +1,9 @@
-"""Which accelerator the program can compute on, asked without being the first to touch it.
+"""Which accelerator the program can use, found out without initializing it.
 
-A torch that was built for CUDA names CUDA as its accelerator on machines without a GPU, without a
-driver or with one that is too old, and where ``CUDA_VISIBLE_DEVICES`` hides them all. And a
-question that reaches the driver is not free: a process that has counted its devices by the CUDA
-runtime cannot hand CUDA to its forked children any more
+A torch that was built for CUDA reports CUDA as its accelerator even on machines without a GPU,
+without a driver or with one that is too old, and if ``CUDA_VISIBLE_DEVICES`` hides all GPUs. And
+querying the driver has a side effect: once a process has counted its devices by the CUDA runtime,
+its forked children cannot use CUDA
 (https://docs.pytorch.org/docs/stable/notes/multiprocessing.html#cuda-in-multiprocessing).
 """
 
@@ -18,10 +18,10 @@ import torch
 
 
 def accelerator() -> torch.device | None:
-    """The accelerator that torch was built for, if this machine has one that the program may use.
+    """Return the accelerator that torch was built for, if this machine has one that the program may
+    use, else ``None``.
 
-    ``None``: there is the CPU alone. The answer is not kept: a program may hide devices before it
-    begins to use them.
+    The result is not cached, because a program may hide devices before it begins to use them.
     """
     built_for = torch.accelerator.current_accelerator()
     if built_for is None:
@@ -30,22 +30,23 @@ def accelerator() -> torch.device | None:
     if _is_initialized(backend):
         return built_for
     if getattr(backend, "_is_in_bad_fork", bool)():
-        return None  # the child of a process that has used it
+        return None  # a forked child of a process that has initialized it
     if built_for.type != "cuda":
         return built_for if backend.is_available() else None
-    # By NVML or amdsmi, which leave forked children alone; torch.cuda.is_available() would not.
+    # device_count uses NVML or amdsmi, which do not affect forked children; is_available would.
     is_there = _driver_serves(torch.version.cuda) and torch.cuda.device_count() > 0
     return built_for if is_there else None
 
 
 def has_cuda() -> bool:
-    """Whether the program may compute on CUDA devices (or on ROCm's, which torch calls so)."""
+    """Whether the program may use CUDA devices, or ROCm devices, which torch calls ``cuda`` as
+    well."""
     found = accelerator()
     return found is not None and found.type == "cuda"
 
 
 def accelerator_in_use() -> torch.device | None:
-    """The accelerator, once this process has begun to use it; costs next to nothing."""
+    """Return the accelerator if this process has initialized it, else ``None``. This is cheap."""
     built_for = torch.accelerator.current_accelerator()
     if built_for is None or not _is_initialized(torch.get_device_module(built_for)):
         return None
@@ -53,20 +54,20 @@ def accelerator_in_use() -> torch.device | None:
 
 
 def _is_initialized(backend: Any) -> bool:
-    """Whether a device module has been used; one that does not tell (MPS) is taken to be."""
-    asked = backend.is_initialized if hasattr(backend, "is_initialized") else backend.is_available
-    return bool(asked())
+    """Whether a device has been initialized; one that cannot tell (MPS) counts as initialized."""
+    query = backend.is_initialized if hasattr(backend, "is_initialized") else backend.is_available
+    return bool(query())
 
 
 @functools.cache
 def _driver_serves(built_with: str | None) -> bool:
-    """Whether there is an NVIDIA driver that runs what was built with this version of CUDA.
+    """Whether the NVIDIA driver supports programs built with this version of CUDA.
 
-    Within a major version every driver does
+    Drivers support all minor versions of their major version
     (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 
     Args:
-        built_with: such as ``"13.0"``; ``None`` for a build for ROCm, whose driver is not asked.
+        built_with: such as ``"13.0"``; ``None`` for ROCm, whose driver is not checked.
     """
     if built_with is None:
         return True

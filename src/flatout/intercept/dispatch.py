@@ -1,4 +1,4 @@
-"""Other kernels for operators of torch, compiled ones among them."""
+"""Overriding operators of torch at a dispatch key, for example by compiled kernels."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
 from flatout.intercept.arrays import PLAIN
-from flatout.intercept.containment import Failed, arose_in_ours, attempt, report
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure, attempt, report, was_raised_by_flatout
+from flatout.intercept.patch import Undo
 
 T = TypeVar("T")
 
 
-def compiled(name: str, stays: str) -> ctypes.CDLL:
-    """The library of a kernel that is to stand in for an operator.
+def load_kernel(name: str, fallback: str) -> ctypes.CDLL:
+    """Load the library of a compiled kernel that is to override an operator.
 
     Args:
         name: of the kernel.
-        stays: what is used without it, in words.
+        fallback: what torch uses without it, as the subject of a sentence in the plural.
 
     Raises:
-        RefusedError: it cannot be had, or this torch cannot hand its own kernel over.
+        RefusedError: the kernel cannot be built or loaded, or this version of torch has no
+            ``torch.library.get_kernel``, which gives access to torch's own kernel.
     """
     try:
         library = kernels.load(name)
     except kernels.KernelError as error:
-        raise RefusedError(f"{stays} stay: {error}") from error
+        raise RefusedError(f"{fallback} stay: {error}") from error
     if not hasattr(torch.library, "get_kernel"):
-        raise RefusedError(f"{stays} stay: torch {torch.__version__} cannot hand its kernel over")
+        raise RefusedError(
+            f"{fallback} stay: torch {torch.__version__} has no torch.library.get_kernel"
+        )
     return library
 
 
 def are_plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are dense tensors on the CPU of no other class, outside of what transforms, and
-    nobody looks on who would miss torch's operators: ``jit.trace``, ``make_fx``, a dispatch mode.
+    """Whether all tensors are dense ones on the CPU, of no subclass, and the call is not observed.
+
+    It is observed if a function transform (``torch.func``), forward-mode AD or a dispatch mode is
+    active, or if the program is being traced (``jit.trace``, ``make_fx``): these must see torch's
+    operators.
     """
     return (
         all(
@@ -58,11 +64,11 @@ def are_plain(*tensors: torch.Tensor) -> bool:
     )
 
 
-class Call(NamedTuple):
-    """What a function behind an operator wants to be called in its place.
+class DeferredCall(NamedTuple):
+    """A call that an override returns, to be made in its place.
 
-    That is no part of what the function itself does: it may save tensors, which calls what the
-    program has hung there, and an exception that comes out of it is none of ours.
+    The call is made outside of the override's containment. So it may save tensors, which calls the
+    program's saved-tensor hooks, and an exception that these raise is the program's.
     """
 
     function: Callable[..., Any]
@@ -70,206 +76,217 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
-Function = Callable[..., Any]
-"""Called with what lies below it and the operator's arguments, to which what lies below takes the
-same. It returns what the operator is to return, a ``Call``, or ``None``: what lies below is
-called. It computes past autograd, autocast, and what the program has that looks on."""
+Override = Callable[..., Any]
+"""Called as ``override(below, *args, **kwargs)`` with the arguments of the operator; ``below`` is
+the override underneath or torch's own kernel and takes the same arguments.
+
+It returns the operator's result, a ``DeferredCall``, or ``None``: ``below`` is called then. It runs
+below autograd and autocast, and is not seen by the program's modes."""
 
 
-def layer(functions: Mapping[str, Function], *keys: str, failed: Failed) -> Undo:
-    """Put functions behind operators that other knobs may have replaced, or will; returns the undo.
+def override_operators(
+    overrides: Mapping[str, Override], *keys: str, on_failure: OnFailure
+) -> Undo:
+    """Override operators, on top of the overrides that other knobs have for them.
 
     Args:
-        functions: by the operator's name without ``aten::``.
-        keys: the dispatch keys that they are for.
-        failed: told when one of them has failed; what lies below has done it then.
+        overrides: by the operator's name without ``aten::``.
+        keys: names of the dispatch keys at which the operators are overridden.
+        on_failure: called when an override has failed; ``below`` is called in its place.
+
+    Returns:
+        The undo; it leaves the overrides of other knobs in place.
     """
-    placed = []
-    for (name, function), key in itertools.product(functions.items(), keys):
-        if (name, key) not in _layers:
-            _layers[name, key] = Layers(name, key)
-        entry = (function, failed, applying)
-        placed.append((name, key, entry))
-        _layers[name, key].functions.append(entry)
+    added = []
+    for (name, override), key in itertools.product(overrides.items(), keys):
+        if (name, key) not in _overridden:
+            _overridden[name, key] = OverriddenOperator(name, key)
+        entry = (override, on_failure, knob_being_applied)
+        added.append((name, key, entry))
+        _overridden[name, key].overrides.append(entry)
 
     def undo() -> None:
-        while placed:
-            name, key, entry = placed.pop()
-            layers = _layers[name, key]
-            layers.functions.remove(entry)
-            if not layers.functions:
-                _layers.pop((name, key)).give_back()
+        while added:
+            name, key, entry = added.pop()
+            operator = _overridden[name, key]
+            operator.overrides.remove(entry)
+            if not operator.overrides:
+                _overridden.pop((name, key)).restore()
 
     return undo
 
 
-class Layers:
-    """Functions behind one operator, one upon the other.
+class OverriddenOperator:
+    """The overrides of one operator at one dispatch key, each on top of the ones before it.
 
     Args:
-        name: of the operator.
-        key: the dispatch key.
+        name: of the operator, without ``aten::``.
+        key: name of the dispatch key.
 
     Attributes:
-        functions: with whom to tell of their failures, and the knob whose they are; the topmost is
-            the last one.
-        give_back: puts torch's own kernel back.
+        overrides: each with the callback for its failures and the name of its knob; the last one is
+            called first.
+        restore: registers torch's own kernel again.
     """
 
     def __init__(self, name: str, key: str) -> None:
-        self.functions: list[tuple[Function, Failed, str | None]] = []
-        self._own = _own(name, key)
+        self.overrides: list[tuple[Override, OnFailure, str | None]] = []
+        self._torch_kernel = _torch_kernel(name, key)
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of every replaced kernel
+            warnings.simplefilter("ignore")  # torch warns of every overridden kernel
             library.impl(name, self._call, key, with_keyset=True)
-        self.give_back: Undo = library._destroy
+        self.restore: Undo = library._destroy
 
     def _call(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        below: Callable[..., Any] = functools.partial(self._own, keyset)
-        for function, failed, knob in self.functions:
-            below = functools.partial(_called, failed, knob, function, below)
+        below: Callable[..., Any] = functools.partial(self._torch_kernel, keyset)
+        for override, on_failure, knob in self.overrides:
+            below = functools.partial(_call_override, on_failure, knob, override, below)
         return below(*args, **kwargs)
 
 
-def _own(name: str, key: str) -> Callable[..., Any]:
-    """Torch's own kernel, or what passes on to the next key where it has none."""
+def _torch_kernel(name: str, key: str) -> Callable[..., Any]:
+    """Return torch's kernel for a dispatch key, or a function that redispatches to the next key if
+    there is none."""
     qualified = f"aten::{name}"
-    has_own = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-    if has_own or not key.startswith("Autocast"):
-        own: Callable[..., Any] = torch.library.get_kernel(qualified, key).call_boxed
-        return own
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+    if has_kernel or not key.startswith("Autocast"):
+        kernel: Callable[..., Any] = torch.library.get_kernel(qualified, key).call_boxed
+        return kernel
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-    passed = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def next_one(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(passed):
+    def redispatch(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
             return operator(*args, **kwargs)
 
-    return next_one
+    return redispatch
 
 
-_layers: dict[tuple[str, str], Layers] = {}
+_overridden: dict[tuple[str, str], OverriddenOperator] = {}
 
-applying: str | None = None
-"""The knob that is being applied."""
+knob_being_applied: str | None = None
+"""The knob to which new overrides belong."""
 
 
-def _called(
-    failed: Failed,
+def _call_override(
+    on_failure: OnFailure,
     knob: str | None,
-    function: Function,
+    override: Override,
     below: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    found = attempt_alone(failed, function, below, *args, **kwargs)
-    if found is not None and knob is not None:
+    result = attempt_below_autograd(on_failure, override, below, *args, **kwargs)
+    if result is not None and knob is not None:
         engagement.calls[knob] += 1
-    if type(found) is Call:
+    if type(result) is DeferredCall:
         try:
-            return found.function(*found.args, **found.kwargs)
+            return result.function(*result.args, **result.kwargs)
         except Exception as error:
-            if not arose_in_ours(error):
+            if not was_raised_by_flatout(error):
                 raise
-            report(failed, error)
-            found = None
-    return below(*args, **kwargs) if found is None else found
+            report(on_failure, error)
+            result = None
+    return below(*args, **kwargs) if result is None else result
 
 
-def attempt_alone(
-    failed: Failed, function: Callable[..., T], *args: Any, **kwargs: Any
+def attempt_below_autograd(
+    on_failure: OnFailure, function: Callable[..., T], *args: Any, **kwargs: Any
 ) -> T | None:
-    """``attempt`` where nothing of what the function does is recorded, cast, or looked at."""
-    return attempt(failed, _alone, function, *args, **kwargs)
+    """Call ``function`` by ``attempt``, below autograd, autocast and the program's modes."""
+    return attempt(on_failure, _call_below_autograd, function, *args, **kwargs)
 
 
-def _alone(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_LOOKING_ON):
+def _call_below_autograd(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_KEYS_ABOVE_KERNELS):
         return function(*args, **kwargs)
 
 
 def _key_set(*keys: str) -> Any:
-    found = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, keys[0]))
+    key_set = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, keys[0]))
     for key in keys[1:]:
-        found = found.add(getattr(torch._C.DispatchKey, key))
-    return found
+        key_set = key_set.add(getattr(torch._C.DispatchKey, key))
+    return key_set
 
 
-_LOOKING_ON = _key_set(
+_KEYS_ABOVE_KERNELS = _key_set(
     *("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"),
     *("AutocastCPU", "Python", "PythonTLSSnapshot"),
 )
 
 
-# What autograd records of it
+# Recording an override's result in the autograd graph
 
 
-class Way(Protocol):
-    """How gradients are computed of what a function of ours has given."""
+class GradientRule(Protocol):
+    """How the gradients of an override's result are computed."""
 
     @property
-    def failed(self) -> Failed:
-        """Told when ``gradients`` has failed; ``again`` has done it then."""
+    def on_failure(self) -> OnFailure:
+        """Called when ``gradients`` has failed; ``fallback_gradients`` is called in its place."""
 
     def gradients(self, saved: Any, needed: Sequence[bool], gradient: torch.Tensor) -> Any:
-        """Those of the inputs, by our kernel.
+        """Return the gradient of each input, computed by flatout's kernel.
 
         Args:
-            saved: the tensors kept for it.
-            needed: of each input, whether its gradient is.
-            gradient: of the output, plain.
+            saved: the saved tensors.
+            needed: for each input, whether its gradient is needed.
+            gradient: of the output; plain in the sense of ``are_plain``.
         """
 
-    def again(self, saved: Any, needed: Sequence[bool], gradient: torch.Tensor) -> Any:
-        """The same by operators of torch, of which a graph can be recorded."""
+    def fallback_gradients(self, saved: Any, needed: Sequence[bool], gradient: torch.Tensor) -> Any:
+        """Return the same, computed by differentiable operators of torch."""
 
 
-class Recorded(torch.autograd.Function):
-    """A node of autograd's graph for what has been computed already; see ``recorded``."""
+class RecordedFunction(torch.autograd.Function):
+    """A node of the autograd graph for an output that is computed already; see
+    ``record_in_graph``."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        way: Way,
-        made: tuple[torch.Tensor, Sequence[torch.Tensor | None]],
+        rule: GradientRule,
+        output_and_saved: tuple[torch.Tensor, Sequence[torch.Tensor | None]],
         *inputs: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Args: how gradients are computed, the output and what is saved, the inputs."""
-        output, saved = made
+        """Save the tensors and return the output."""
+        output, saved = output_and_saved
         ctx.save_for_backward(*saved)
-        ctx.way = way
+        ctx.rule = rule
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the inputs."""
-        way, saved, needed = ctx.way, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        found = None
+        """Return the gradients of the inputs."""
+        rule, saved, needed = ctx.rule, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        gradients = None
         if not torch.is_grad_enabled() and are_plain(gradient):
-            found = attempt_alone(way.failed, way.gradients, saved, needed, gradient)
-        if found is None:
-            found = way.again(saved, needed, gradient)
-        return None, None, *found
+            gradients = attempt_below_autograd(
+                rule.on_failure, rule.gradients, saved, needed, gradient
+            )
+        if gradients is None:
+            gradients = rule.fallback_gradients(saved, needed, gradient)
+        return None, None, *gradients
 
 
-def recorded(
-    node: type[Recorded],
-    way: Way,
+def record_in_graph(
+    node: type[RecordedFunction],
+    rule: GradientRule,
     output: torch.Tensor,
     saved: Sequence[torch.Tensor | None],
     *inputs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The ``output`` that was computed past autograd, as a function of ``inputs`` for autograd.
+    """Record in the autograd graph that ``output`` is a function of ``inputs``.
 
     Args:
-        node: the class of the node.
-        way: how gradients are computed.
-        output: of no other use yet.
-        saved: tensors for that, inputs and the output among them.
-        inputs: whose gradients are computed.
+        node: the class of the new node.
+        rule: how its gradients are computed.
+        output: the output, computed below autograd; nothing else may refer to it yet.
+        saved: tensors to save for backward; inputs and the output may be among them.
+        inputs: the tensors whose gradients ``rule`` computes.
     """
-    # As one argument: of a tensor that is one itself, the output would be a view.
-    found: torch.Tensor = node.apply(way, (output, saved), *inputs)
-    return found
+    # The output is passed inside a tuple: autograd would return a view of a tensor argument.
+    recorded: torch.Tensor = node.apply(rule, (output, saved), *inputs)
+    return recorded

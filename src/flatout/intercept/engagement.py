@@ -1,7 +1,8 @@
-"""How often each knob was engaged in this process: how many calls it has taken into its hands.
+"""Counts how many calls each knob has handled in this process.
 
-A knob that waits for calls (an operator, a batch, a clipped gradient) may be in place for a whole
-run and do nothing. Only a count can tell: a time measured with it says nothing about it then.
+A knob that waits for calls (of an operator, for a batch, for a clipped gradient) may be applied for
+a whole run and have no effect. Only this count shows it, and step times measured with such a knob
+say nothing about it.
 """
 
 from __future__ import annotations
@@ -9,4 +10,4 @@ from __future__ import annotations
 from collections import Counter
 
 calls: Counter[str] = Counter()
-"""Calls taken so far, by the name of the knob."""
+"""Calls handled so far, by the name of the knob."""

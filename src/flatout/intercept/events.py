@@ -1,4 +1,4 @@
-"""The event log: what flatout did in a process, and what it left alone, each with its reason."""
+"""The event log: what flatout did in a process and what it left alone, each with the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import time
 import traceback
 
-from flatout.intercept.containment import Failed
+from flatout.intercept.containment import OnFailure
 from flatout.wire.lines import EVENTS, Event
 from flatout.wire.writer import RecordWriter
 
@@ -15,7 +15,7 @@ class EventLog:
     """The ``event`` lines of a record.
 
     Args:
-        record: of this process.
+        record: the record of this process.
     """
 
     def __init__(self, record: RecordWriter) -> None:
@@ -26,25 +26,25 @@ class EventLog:
 
         Args:
             what: one of ``lines.EVENTS``.
-            subject: what it is about (a knob, ``"profile"``, ...).
-            why: one sentence.
-            traceback: for failures.
+            subject: the name of the knob or of the part of flatout that the event is about.
+            why: the reason, in one sentence.
+            traceback: of the exception, if a failure caused the event.
         """
         assert what in EVENTS
         at_s = round(self._record.seconds(time.perf_counter_ns()), 6)
         self._record.write(Event(at_s, what, subject, why, traceback))
 
-    def failed(self, subject: str, error: Exception, what: str = "") -> None:
-        """Add a failure of ours, with its traceback.
+    def add_failure(self, subject: str, error: Exception, prefix: str = "") -> None:
+        """Add a failure of flatout, with its traceback.
 
         Args:
-            subject: what has failed.
-            error: how.
-            what: put before the error.
+            subject: the knob or the part of flatout that has failed.
+            error: the exception that it raised.
+            prefix: text before the error.
         """
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.add("failed", subject, f"{what}{type(error).__name__}: {error}", trace)
+        self.add("failed", subject, f"{prefix}{type(error).__name__}: {error}", trace)
 
-    def fails(self, subject: str) -> Failed:
-        """``failed`` of a subject, for ``containment``."""
-        return functools.partial(self.failed, subject)
+    def on_failure_of(self, subject: str) -> OnFailure:
+        """Return the callback that adds the failures of a subject, for ``containment``."""
+        return functools.partial(self.add_failure, subject)

@@ -1,4 +1,4 @@
-"""Whether tensors are finite, and gradients kept from a step while they are not."""
+"""Checking whether tensors are finite, and hiding gradients from an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ import torch
 
 from flatout import kernels
 from flatout.intercept import arrays
-from flatout.intercept.arrays import are_floats, is_dense
+from flatout.intercept.arrays import are_contiguous_float32, is_dense_float32
 
 SERIAL_BELOW = 65536
-"""Elements below which one thread looks at them."""
+"""Number of elements below which one thread checks them."""
 
-kept_gradient: Any = torch._C.TensorBase.grad
-"""Torch's descriptor of the gradients that it keeps. Under ``gradients=on_demand``, to read
-``Parameter.grad`` is to ask for the gradient; what only looks on reads this."""
+stored_gradient: Any = torch._C.TensorBase.grad
+"""Torch's descriptor of ``Tensor.grad``. With ``gradients=on_demand``, reading ``Parameter.grad``
+computes a deferred gradient; code that only observes uses this descriptor instead."""
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no element is infinite or not a number; waits for tensors on an accelerator.
+    """Whether no element is infinite or NaN; waits for tensors on an accelerator.
 
     Args:
-        tensors: of any shapes, types and devices; they are only read.
+        tensors: of any shape, dtype and device.
     """
     kernel = _kernel()
     if kernel is None:
         return _are_finite_one_by_one(tensors)
-    if not are_floats(tensors):
-        is_plain = list(map(is_dense, tensors))
+    if not are_contiguous_float32(tensors):
+        is_plain = list(map(is_dense_float32, tensors))
         others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
         if not _are_finite_one_by_one(others):
             return False
         tensors = list(itertools.compress(tensors, is_plain))
-    return bool(arrays.call(kernel, tensors, SERIAL_BELOW))
+    return bool(arrays.call_kernel(kernel, tensors, SERIAL_BELOW))
 
 
 def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
@@ -48,32 +48,32 @@ def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
     (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling).
 
     Args:
-        grads: dense or sparse, of any devices and types.
-        factor: by which they are multiplied; 1 leaves every finite element as it is.
+        grads: dense or sparse, of any device and dtype.
+        factor: the multiplier; 1 leaves every finite element unchanged.
 
     Returns:
-        A scalar for each device and type: 1 where some element is not finite, else 0.
+        A scalar tensor for each pair of device and dtype: 1 if some element is not finite, else 0.
     """
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    by_device_and_dtype: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for grad in grads:
         values = values_of(grad)
-        by_kind.setdefault((values.device, values.dtype), []).append(values)
+        by_device_and_dtype.setdefault((values.device, values.dtype), []).append(values)
     flags = []
-    for (device, _), tensors in by_kind.items():
-        found = torch.zeros((), device=device)
-        by = torch.full((), factor, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, by)
-        flags.append(found)
+    for (device, _), tensors in by_device_and_dtype.items():
+        flag = torch.zeros((), device=device)
+        multiplier = torch.full((), factor, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, multiplier)
+        flags.append(flag)
     return flags
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a sparse tensor that are there, any other tensor itself."""
+    """Return the stored elements of a sparse tensor, any other tensor itself."""
     return tensor._values() if tensor.is_sparse else tensor
 
 
 def gradients(optimizer: Any) -> list[torch.Tensor]:
-    """Those that the optimizer would step with."""
+    """Return the gradients that the next step of an optimizer would use."""
     return [
         grad
         for group in optimizer.param_groups
@@ -82,14 +82,14 @@ def gradients(optimizer: Any) -> list[torch.Tensor]:
     ]
 
 
-class Withheld:
-    """Gradients that are hidden from a step: the optimizer then finds nothing to do."""
+class HiddenGradients:
+    """Gradients that are hidden from an optimizer step, so that the step skips their parameters."""
 
     def __init__(self) -> None:
         self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def hide(self, optimizer: Any) -> None:
-        """Hide the gradients of all its parameters."""
+        """Hide the gradients of all parameters of an optimizer."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -97,7 +97,7 @@ class Withheld:
                     parameter.grad = None
 
     def show(self) -> None:
-        """Put back what is hidden, unless there are newer gradients."""
+        """Restore the hidden gradients, except where there are newer ones."""
         for parameter, grad in reversed(self._hidden):
             if parameter.grad is None:
                 parameter.grad = grad
@@ -114,7 +114,7 @@ def _are_finite_one_by_one(tensors: Iterable[torch.Tensor]) -> bool:
 
 @functools.cache
 def _kernel() -> Callable[..., int] | None:
-    """The compiled check, ``None`` where it cannot be had."""
+    """Return the compiled check, ``None`` if it cannot be built or loaded."""
     try:
         check = kernels.load("finite").finite
     except kernels.KernelError:

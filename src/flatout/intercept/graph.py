@@ -1,4 +1,4 @@
-"""The graph that autograd goes through in a backward call."""
+"""Walking the autograd graph of a backward call."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from torch.autograd.graph import get_gradient_edge
 
 
 def edges(outputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """All nodes that a backward call from ``outputs`` reaches, each once for every node that it is
-    reached from.
+    """Yield all edges that a backward call from ``outputs`` follows, as pairs of a node and the
+    node that it is reached from.
 
-    An output is reached from ``None``; the node of one that has none is ``None``.
+    The second is ``None`` for the node of an output, and the first is ``None`` for an output
+    without ``grad_fn``.
     """
-    left = [(getattr(output, "grad_fn", None), None) for output in outputs]
+    pending = [(getattr(output, "grad_fn", None), None) for output in outputs]
     seen = set()
-    while left:
-        yield (edge := left.pop())
+    while pending:
+        yield (edge := pending.pop())
         node = edge[0]
         if node is not None and node not in seen:
             seen.add(node)
-            left += [(following, node) for following, _ in node.next_functions if following]
+            pending += [(following, node) for following, _ in node.next_functions if following]
 
 
 def leaf_of(node: Any) -> torch.Tensor | None:
-    """The leaf whose gradient a node adds to; ``None`` for a node of another kind."""
-    return node.variable if type(node) is _ACCUMULATION else None
+    """Return the leaf whose gradient an ``AccumulateGrad`` node accumulates, ``None`` for other
+    nodes."""
+    return node.variable if type(node) is _ACCUMULATE_GRAD else None
 
 
-_ACCUMULATION: Any = type(get_gradient_edge(torch.zeros((), device="cpu", requires_grad=True)).node)
+_ACCUMULATE_GRAD: Any = type(
+    get_gradient_edge(torch.zeros((), device="cpu", requires_grad=True)).node
+)

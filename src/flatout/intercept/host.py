@@ -1,7 +1,7 @@
 """The process that is being tuned, as knobs and the agent's stages see it.
 
-A knob acts through what stands here: callbacks around the program's calls, the objects that the
-program has made, the settings that are in place, and the event log.
+A knob acts through a host: it adds callbacks around the program's calls, looks at the objects that
+the program has created and at the settings that are applied, and adds events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flatout.intercept.events import EventLog
 from flatout.intercept.hooks import Hooks
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import read_loss
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.wire.request import Request
 from flatout.wire.turns import ARM, MARK, MARKS, Turn, Turns
 from flatout.wire.writer import RecordWriter
@@ -31,19 +31,20 @@ class Host:
 
     Args:
         request: what the controller asks for.
-        record: of this process.
-        apply: how a knob is applied, by its name.
-        turn_closed: called as each turn closes, as long as ``hooks`` tell of them; by default, the
-            knobs that have failed are undone.
-        may_read: called when the log of ``hooks`` may be read.
-        watch_failed: called with a subject and an error when what watches has failed.
+        record: the record of this process.
+        apply: applies a knob, given by its name.
+        step_closed: called at each step boundary while ``hooks.tracks_steps`` is on; by default, it
+            undoes the knobs that have been withdrawn.
+        may_read: called when ``hooks.read`` may be called.
+        watch_failed: called with a subject and an exception when watching has failed; by default,
+            it adds an event.
 
     Attributes:
-        events: of the record, for what a user should know.
-        applied: the settings that are in place.
+        events: the event log.
+        applied: the settings that are applied.
         forward_wrappers: called around each outermost module call, as
-            ``wrapper(call, module, args, kwargs)``; the way for a knob to act on the forward pass.
-        backward_wrappers: called around each backward call; see ``hooks.BackwardWrapper``.
+            ``wrapper(call, module, args, kwargs)``.
+        backward_wrappers: called around each backward call; see ``callbacks.BackwardWrapper``.
         before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
         checked_gradients: optimizers about to step whose gradients a knob has found to be finite.
     """
@@ -53,7 +54,7 @@ class Host:
         request: Request,
         record: RecordWriter,
         apply: Apply,
-        turn_closed: Callable[[Turn], None] | None = None,
+        step_closed: Callable[[Turn], None] | None = None,
         may_read: Callable[[], None] = lambda: None,
         watch_failed: Callable[[str, Exception], None] | None = None,
     ) -> None:
@@ -61,69 +62,71 @@ class Host:
         self.record = record
         self.events = EventLog(record)
         self.hooks = Hooks(
-            lambda optimizer_exists: Turns(self._turn_closed, optimizer_exists),
+            lambda optimizer_exists: Turns(self._close_step, optimizer_exists),
             may_read,
             read_loss,
             on_skip=lambda subject, why: self.events.add("skipped", subject, why),
-            on_failure=watch_failed or self.events.failed,
+            on_failure=watch_failed or self.events.add_failure,
             on_callback_failure=self._callback_failed,
         )
-        self.forward_wrappers = self.hooks.forward_wrappers
-        self.backward_wrappers = self.hooks.backward_wrappers
-        self.before_optimizer_step = self.hooks.before_optimizer_step
-        self.after_optimizer_step = self.hooks.after_optimizer_step
+        callbacks = self.hooks.callbacks
+        self.forward_wrappers = callbacks.forward_wrappers
+        self.backward_wrappers = callbacks.backward_wrappers
+        self.before_optimizer_step = callbacks.before_optimizer_step
+        self.after_optimizer_step = callbacks.after_optimizer_step
         self.applied = AppliedSettings(
             lambda knob, setting: apply(knob, self, setting), self.events, self.ask_for_boundary
         )
         self.checked_gradients: WeakIdentitySet[Any] = WeakIdentitySet()
-        self._tell_turn = turn_closed or self._at_boundary
+        self._step_closed = step_closed or self._undo_withdrawn
         self._kept: dict[tuple[str, str], Any] = {}
         self._arm: int | None = None
         self._mark: str | None = None
 
-    # What the program has made
+    # The program's objects
 
     @property
     def roots(self) -> list[Any]:
-        """Living modules that were called outermost so far."""
-        return self.hooks.roots
+        """The living modules that were called outermost so far."""
+        return self.hooks.root_search.roots
 
     @property
     def optimizers(self) -> list[Any]:
-        """Living optimizers that have stepped so far."""
+        """The living optimizers that were built so far."""
         return list(self.hooks.optimizers)
 
     @property
     def loaders(self) -> list[Any]:
-        """Living data loaders that were iterated over so far."""
+        """The living data loaders that were iterated over so far."""
         return list(self.hooks.loaders)
 
-    def counts(self, turn: Turn) -> bool:
-        """Whether a turn is a step of the program: of its training, or, if none, of inference."""
+    def counts_as_step(self, turn: Turn) -> bool:
+        """Whether a closed turn is a step of training, or of inference in a program that does not
+        train; an evaluation pass of a program that trains is neither."""
         return turn.kind == "step" or not self.hooks.turns.may_train()
 
     def ask_for_boundary(self) -> None:
-        """Stop at the next boundary between two steps, for what is waiting to be done there."""
-        self.hooks.told = self.hooks.live = True
+        """Have ``step_closed`` called at the next step boundary."""
+        self.hooks.tracks_steps = self.hooks.live = True
 
-    def kept(self, knob: str, name: str, make: Callable[[], T]) -> T:
-        """What a knob keeps of this process, under a name, from one time it is applied to the next.
+    def keep(self, knob: str, name: str, make: Callable[[], T]) -> T:
+        """Return what a knob keeps of this process from one time it is applied to the next.
 
         Args:
-            knob: whose it is.
-            name: of what is kept.
-            make: makes it, the first time.
+            knob: the knob's name.
+            name: tells apart what one knob keeps.
+            make: called to make the value if there is none yet.
         """
         if (knob, name) not in self._kept:
             self._kept[knob, name] = make()
-        found: T = self._kept[knob, name]
-        return found
+        value: T = self._kept[knob, name]
+        return value
 
-    # Which steps these are
+    # Labels of steps
 
     @property
     def arm(self) -> int | None:
-        """The arm that the turns closing from now on belong to."""
+        """The arm of the comparison that steps closing from now on belong to."""
         return self._arm
 
     @arm.setter
@@ -133,7 +136,7 @@ class Host:
 
     @property
     def mark(self) -> str | None:
-        """The mark (one of ``turns.MARKS``) of the turns closing from now on."""
+        """The mark (one of ``turns.MARKS``) of the steps closing from now on."""
         return self._mark
 
     @mark.setter
@@ -141,16 +144,18 @@ class Host:
         self._mark = mark
         self.hooks.note(MARK, MARKS.index(mark))
 
-    def _turn_closed(self, turn: Turn) -> None:
-        if self.hooks.searching:
-            self.hooks.turn_closed()
-        self._tell_turn(turn)
+    # Callbacks of the hooks
 
-    def _at_boundary(self, turn: Turn) -> None:
+    def _close_step(self, turn: Turn) -> None:
+        if self.hooks.root_search.is_active:
+            self.hooks.root_search.close_step()
+        self._step_closed(turn)
+
+    def _undo_withdrawn(self, turn: Turn) -> None:
         self.applied.undo_withdrawn()
 
     def _callback_failed(self, callback: Any, error: Exception) -> None:
-        """A wrapper around forward calls, or a callback around optimizer steps, has failed."""
+        """Remove a callback that has failed, and withdraw its knob."""
         for callbacks in (
             self.forward_wrappers,
             self.backward_wrappers,
@@ -163,4 +168,4 @@ class Host:
             self.applied.withdraw(knob, error)
         else:
             subject = getattr(callback, "__qualname__", type(callback).__qualname__)
-            self.events.failed(subject, error)
+            self.events.add_failure(subject, error)

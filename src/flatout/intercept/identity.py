@@ -1,7 +1,7 @@
-"""What is known of the program's objects, for as long as they live.
+"""Weak dictionaries and sets that compare objects by identity.
 
-A ``weakref.WeakKeyDictionary`` asks ``__eq__`` and ``__hash__`` of its keys, which the program may
-have written: of its optimizers two may say that they are equal, and its modules may have no hash.
+A ``weakref.WeakKeyDictionary`` calls ``__eq__`` and ``__hash__`` of its keys, which the program may
+define: two different optimizers may compare equal, and a module may not be hashable.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ V = TypeVar("V")
 
 
 class WeakIdentityDict(Generic[K, V]):
-    """Something about each of some objects, for as long as they live.
+    """A dictionary that keeps an entry as long as its key lives, and compares keys by identity.
 
-    A value must not hold its key.
+    A value must not refer to its key.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class WeakIdentityDict(Generic[K, V]):
         entries[identity] = reference, value
 
     def get(self, key: K, default: V | None = None) -> V | None:
-        """The value, ``default`` where nothing is known of ``key``."""
+        """Return the value of ``key``, ``default`` if there is none."""
         entry = self._entries.get(id(key))
         return entry[1] if entry is not None and entry[0]() is key else default
 
@@ -53,13 +53,13 @@ class WeakIdentityDict(Generic[K, V]):
         return entry is not None and entry[0]() is key
 
     def setdefault(self, key: K, default: V) -> V:
-        """The value, which is ``default`` from now on where nothing was known of ``key``."""
+        """Return the value of ``key``, which is set to ``default`` if there is none."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def pop(self, key: K, default: V | None = None) -> V | None:
-        """The value, taken out; ``default`` where there is none."""
+        """Remove ``key`` and return its value, ``default`` if there is none."""
         if key not in self:
             return default
         return self._entries.pop(id(key))[1]
@@ -70,17 +70,16 @@ class WeakIdentityDict(Generic[K, V]):
         del self._entries[id(key)]
 
     def items(self) -> list[tuple[K, V]]:
-        """The living objects with what is known of them, those first that have been known
-        longest."""
+        """Return the living keys with their values, in the order in which they were added."""
         living = [(reference(), value) for reference, value in list(self._entries.values())]
         return [(key, value) for key, value in living if key is not None]
 
     def keys(self) -> list[K]:
-        """The living objects."""
+        """Return the living keys."""
         return [key for key, _ in self.items()]
 
     def values(self) -> list[V]:
-        """What is known of the living objects."""
+        """Return the values of the living keys."""
         return [value for _, value in self.items()]
 
     def __iter__(self) -> Iterator[K]:
@@ -90,12 +89,12 @@ class WeakIdentityDict(Generic[K, V]):
         return len(self.keys())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._entries.clear()
 
 
 class WeakIdentitySet(Generic[K]):
-    """Some objects, as long as they live, told apart by what they are."""
+    """A set that keeps members as long as they live, and compares them by identity."""
 
     def __init__(self, members: Iterable[K] = ()) -> None:
         self._members: WeakIdentityDict[K, None] = WeakIdentityDict()
@@ -103,11 +102,11 @@ class WeakIdentitySet(Generic[K]):
             self.add(member)
 
     def add(self, member: K) -> None:
-        """Add an object, unless it is there."""
+        """Add an object, if it is no member."""
         self._members.setdefault(member, None)
 
     def discard(self, member: K) -> None:
-        """Take an object out, if it is there."""
+        """Remove an object, if it is a member."""
         self._members.pop(member)
 
     def __contains__(self, member: K) -> bool:

@@ -1,9 +1,8 @@
 """Reading losses without making the program wait.
 
-On the CPU a loss is there as soon as its tensor is (``_watch.c`` reads it). On an accelerator
-``.item()`` would wait for everything queued before it, so the value is copied to pinned memory
-behind the work that computes it, with an event after the copy, and read once the event has come
-to pass.
+On the CPU the value of a loss is available at once, and ``_watch.c`` reads it. On an accelerator
+``.item()`` would wait for all queued work. So the value is copied to pinned memory on the current
+stream, an event is recorded after the copy, and the value is read once the event has completed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ _STREAM_DEVICES = ("cuda", "xpu")
 
 
 _POLLS_BEFORE_WAIT = 64
-"""Steps after which a loss is read from a device without such events: one wait in 64 steps."""
+"""Checks after which a loss on a device without such events is read all the same, so that there is
+one wait in 64 steps."""
 
 
 class _Pending:
-    """A loss on its way from an accelerator to the host."""
+    """A loss that is being copied from an accelerator to the host."""
 
     __slots__ = ("copied", "polls", "value")
 
@@ -35,7 +35,7 @@ class _Pending:
         self.polls = 0
 
     def has_arrived(self) -> bool:
-        """Whether reading it will not make the program wait (or is due all the same)."""
+        """Whether reading the value makes no one wait, or is due all the same."""
         if self.copied is not None:
             return bool(self.copied.query())
         self.polls += 1
@@ -43,18 +43,20 @@ class _Pending:
 
 
 def abandon(unread: object) -> None:
-    """Keep ``unread``, which holds what ``read_loss`` returned, for as long as the process
-    lives: in the child of a fork. There, torch ends the process when an event or pinned memory of
+    """Keep an object that holds results of ``read_loss`` alive until the process ends.
+
+    This is for the child of a fork, where torch ends the process if an event or pinned memory of
     the parent's device is released.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unread))
 
 
 def read_loss(loss: torch.Tensor) -> object:
-    """Take note of the loss on an accelerator that backward is about to start from.
+    """Start copying a loss from an accelerator, before the backward call that starts from it.
 
-    Returns what ``loss_number`` turns into one later, ``None`` if it is no real number, or belongs
-    to a graph that is being captured.
+    Returns:
+        An object for ``loss_number``; ``None`` if the loss is not a real scalar, or if a CUDA graph
+        is being captured.
     """
     import torch
 
@@ -70,13 +72,13 @@ def read_loss(loss: torch.Tensor) -> object:
 
 
 def arrived_losses(losses: list[object], wait: bool) -> list[float]:
-    """The numbers behind the first of ``losses``, up to one that is still on its way.
+    """Return the values of the first losses, up to one that is still being copied.
 
-    They are taken out of the list.
+    These losses are removed from the list.
 
     Args:
-        losses: numbers, and what ``read_loss`` returned.
-        wait: wait for those on their way (at the end of the program).
+        losses: numbers, and results of ``read_loss``.
+        wait: wait for the losses that are still being copied (at the end of the program).
     """
     numbers: list[float] = []
     for loss in losses:
@@ -89,11 +91,11 @@ def arrived_losses(losses: list[object], wait: bool) -> list[float]:
 
 
 def loss_number(loss: object, wait: bool) -> float | None:
-    """The number behind a loss, ``None`` while it is still on its way.
+    """Return the value of a loss, ``None`` while it is still being copied.
 
     Args:
-        loss: a number, or what ``read_loss`` returned.
-        wait: wait for it.
+        loss: a number, or a result of ``read_loss``.
+        wait: wait for the copy.
     """
     if isinstance(loss, float):
         return loss
@@ -106,8 +108,10 @@ def loss_number(loss: object, wait: bool) -> float | None:
 
 
 def peak_device_bytes() -> int | None:
-    """Most memory that torch had allocated on one of the accelerators so far; ``None`` where there
-    is none, none has been used, or torch does not tell (MPS)."""
+    """Return the peak of the memory that torch has allocated on one accelerator so far.
+
+    It is ``None`` if no accelerator has been used, or if torch does not report it (MPS).
+    """
     import torch
 
     from flatout.intercept import device

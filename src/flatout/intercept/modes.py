@@ -1,4 +1,4 @@
-"""Modes of torch that the program may be in while something of ours computes."""
+"""Leaving the program's autocast while flatout computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatout.intercept import device
 
 
 def autocast_devices() -> list[str]:
-    """The device types in use that have autocast."""
+    """Return the device types that are in use and have autocast."""
     accelerator = device.accelerator_in_use()
     types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     return [name for name in types if torch.amp.is_autocast_available(name)]
@@ -19,7 +19,7 @@ def autocast_devices() -> list[str]:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Compute as if the program had not turned autocast on."""
+    """A context in which autocast is disabled on all devices."""
     with contextlib.ExitStack() as stack:
         for name in autocast_devices():
             stack.enter_context(torch.autocast(name, enabled=False))

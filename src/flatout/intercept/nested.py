@@ -1,15 +1,14 @@
-"""Tensors in nested containers.
+"""Walking over the tensors in nested containers.
 
-What a program passes around may be anything: trees that know their parents, dictionaries that
-contain themselves, structures shared so often that a walk along all paths would never end,
-containers that count who reads them or raise. So a walk goes to each container once, to any depth,
-looks at no more than ``LIMIT`` objects, and calls nothing that the program has written: builtin
-containers, subclasses of them too, are read by the builtin's own methods, all others by
-``intercept/objects.py``.
+A program may pass any structure: trees whose nodes refer to their parents, dictionaries that
+contain themselves, structures with so many shared parts that walking along all paths would never
+end, and containers that count reads or raise. So a walk visits each container once, at any depth,
+looks at ``LIMIT`` objects at most, and calls no code of the program: builtin containers and their
+subclasses are read by the methods of the builtin class, all others by ``objects``.
 
 Containers are tuples, lists, dicts, ``UserDict``, ``UserList`` and dataclasses, with all their
-subclasses: so the batches and outputs of Hugging Face are containers, a mapping of another kind,
-which is read by calling it, is none. Nor are modules, and members of enumerations.
+subclasses, among them the batches and outputs of Hugging Face. Other mappings are not, since
+reading them calls code of the program, nor are modules and members of enumerations.
 """
 
 from __future__ import annotations
@@ -25,31 +24,32 @@ import torch
 from flatout.intercept import objects
 
 LIMIT = 100_000
-"""Objects that a walk looks at. For so many it takes some tenths of a second at most; what lies
-beyond is left as it is."""
+"""Number of objects that a walk looks at, which takes some tenths of a second at most. Objects
+beyond are ignored."""
 
 _PLAIN = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
-"""Types (by identity, as a metaclass may define a hash) of most objects that hold no others."""
+"""Identities of frequent types that contain no objects; a metaclass may define a hash."""
 
 _BASETYPE = 1 << 10
-"""Of a type (``Py_TPFLAGS_BASETYPE``): it can have subclasses."""
+"""The flag ``Py_TPFLAGS_BASETYPE`` of a type that can have subclasses."""
 
 _ABSENT = object()
 
 
 def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torch.Tensor]:
-    """The tensors in nested containers, in the order in which they lie.
+    """Yield the tensors in nested containers, in their order.
 
-    A tensor that lies in several places comes several times, a container's content once.
+    A tensor that occurs several times is yielded several times, the content of a container once.
 
     Args:
-        containers: where to add those that are looked into.
+        value: a container, a tensor or any other object.
+        containers: a list to which the visited containers are appended.
     """
-    left = [value]
+    pending = [value]
     room = LIMIT
     seen: dict[int, Any] = {}
-    while left:
-        item = left.pop()
+    while pending:
+        item = pending.pop()
         kind = type(item)
         if id(kind) in _PLAIN:
             continue
@@ -59,17 +59,17 @@ def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torc
             seen[id(item)] = item  # kept, so that its identity is not given to another object
             parts = _parts(item, kind, room)
             room -= len(parts)
-            left += reversed(parts)
+            pending += reversed(parts)
             if parts and containers is not None:
                 containers.append(item)
 
 
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """``value`` with ``function`` applied to every tensor in it, once for each tensor.
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return ``value`` with ``function`` applied to every tensor in it, once for each tensor.
 
-    A container is copied only where a tensor in it changes; others are returned as such. In the
-    copies, what was one object is one object again. A container that cannot be copied without a
-    call of the program's own code is left as it is.
+    Containers in which a tensor changes are copied, others are not. Objects that were shared are
+    shared in the copies too. A container that cannot be copied without calling code of the program
+    is left unchanged.
     """
     if issubclass(type(value), torch.Tensor):
         return function(value)
@@ -77,10 +77,10 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     held_by: dict[int, list[int]] = {}
     results: dict[int, torch.Tensor] = {}
     replaced: dict[int, Any] = {}
-    left = [value]
+    pending = [value]
     room = LIMIT
-    while left:
-        item = left.pop()
+    while pending:
+        item = pending.pop()
         parts = _parts(item, type(item), room)
         room -= len(parts)
         containers[id(item)] = item, parts
@@ -97,7 +97,7 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
                         replaced[identity] = result
             elif identity not in containers:
                 containers[identity] = part, []
-                left.append(part)
+                pending.append(part)
     _copy_holders(containers, held_by, replaced)
     return replaced.get(id(value), value)
 
@@ -109,12 +109,12 @@ def _copy_holders(
 ) -> None:
     """Add to ``replaced`` a copy of each container that holds something replaced, at any depth."""
     changed: dict[int, Any] = {}
-    left = list(replaced)
-    while left:
-        for holder in held_by.get(left.pop(), ()):
+    pending = list(replaced)
+    while pending:
+        for holder in held_by.get(pending.pop(), ()):
             if holder not in changed:
                 changed[holder] = containers[holder][0]
-                left.append(holder)
+                pending.append(holder)
     tuples = {identity for identity, held in changed.items() if issubclass(type(held), tuple)}
     for identity, container in changed.items():
         if identity not in tuples:
@@ -122,23 +122,24 @@ def _copy_holders(
             if empty is not None:
                 replaced[identity] = empty
     begun: set[int] = set()
-    for identity in tuples:  # made of what they hold, so that must be there before
-        left = [identity]
-        while left:
-            begun.add(left[-1])
-            inside = map(id, containers[left[-1]][1])
+    for identity in tuples:  # a tuple is created with its content, so inner tuples come first
+        pending = [identity]
+        while pending:
+            begun.add(pending[-1])
+            inside = map(id, containers[pending[-1]][1])
             inner = [part for part in inside if part in tuples and part not in begun]
             if inner:
-                left += inner
+                pending += inner
             else:
-                replaced.setdefault(left[-1], _new_tuple(changed[left.pop()], replaced))
+                replaced.setdefault(pending[-1], _new_tuple(changed[pending.pop()], replaced))
     for identity, container in changed.items():
         if identity in replaced:
             _fill(replaced[identity], container, replaced)
 
 
 def _parts(container: Any, kind: type, room: int) -> list[Any]:
-    """What a container holds, at most ``room`` objects; nothing where it is no container."""
+    """Return the content of a container, at most ``room`` objects; an empty list for other
+    objects."""
     if issubclass(type(kind), enum.EnumMeta):
         return []
     if issubclass(kind, dict):
@@ -160,13 +161,13 @@ def _parts(container: Any, kind: type, room: int) -> list[Any]:
 
 
 def _empty(container: Any) -> Any:
-    """A new object of the class of a container that is no tuple; ``None`` if none can be made."""
+    """Return a new object of a container's class (no tuple), ``None`` if that is impossible."""
     kind = type(container)
     bases = (OrderedDict, defaultdict, dict, list, object)
     base: Any = next(base for base in bases if issubclass(kind, base))
     try:
         return base.__new__(kind)
-    except TypeError:  # of another type that is written in C
+    except TypeError:  # the class also derives from another type that is written in C
         return None
 
 
@@ -175,12 +176,12 @@ def _new_tuple(container: Any, replaced: dict[int, Any]) -> Any:
     parts = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
     try:
         return tuple.__new__(kind, parts)
-    except TypeError:  # a struct sequence, such as what torch.max returns
+    except TypeError:  # a struct sequence, such as the result of torch.max
         return container if objects.flags(kind) & _BASETYPE else kind(parts)
 
 
 def _fill(copy: Any, container: Any, replaced: dict[int, Any]) -> None:
-    """Give a copy what the container holds, replaced."""
+    """Fill a copy with the content of the container, with objects replaced."""
     if copy is container:
         return
     if issubclass(type(container), OrderedDict):

@@ -1,9 +1,9 @@
-"""What the program's objects hold, read without a call of what the program has written.
+"""Reading the program's objects without calling code of the program.
 
-A class may make of an attribute, of iteration or of equality what it likes: count, raise, compute.
-None of that is meant for us. So classes and instances are read here through the descriptors of
-Python's own types, and modules through the dictionaries in which ``torch.nn.Module`` keeps what is
-registered. Where a program keeps its things elsewhere, they are not seen.
+A class of the program may define attribute access, iteration or equality so that it counts, raises
+or computes. So classes and instances are read here by the descriptors of CPython's types, and
+modules by the dictionaries in which ``torch.nn.Module`` registers parameters, buffers and
+submodules. Objects that a program stores elsewhere are not found.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ from torch.jit._script import OrderedDictWrapper
 _type: dict[str, Any] = cast("dict[str, Any]", vars(type))
 
 mro: Callable[[type], tuple[type, ...]] = _type["__mro__"].__get__
-"""The order in which a class and its bases are searched."""
+"""Returns the method resolution order of a class."""
 
 namespace: Callable[[type], types.MappingProxyType[str, Any]] = _type["__dict__"].__get__
-"""What a class itself defines."""
+"""Returns the namespace of a class, without that of its bases."""
 
 qualified_name: Callable[[type], str] = _type["__qualname__"].__get__
-"""The name of a class."""
+"""Returns the qualified name of a class."""
 
 flags: Callable[[type], int] = _type["__flags__"].__get__
-"""The bits of a type (``Py_TPFLAGS`` in CPython's documentation)."""
+"""Returns the flags of a type (``Py_TPFLAGS`` in the documentation of CPython)."""
 
 _module_attributes: Callable[[Any], dict[str, Any]] = vars(torch.nn.Module)["__dict__"].__get__
 
 _HEAPTYPE = 1 << 9
-"""Of a type (``Py_TPFLAGS_HEAPTYPE``): it was made by a class statement, or could have been."""
+"""The flag ``Py_TPFLAGS_HEAPTYPE`` of a type that was created at run time."""
 
 _ABSENT = object()
 
 
 def class_name(value: object) -> str:
-    """The qualified name of the class of ``value``."""
+    """Return the qualified name of the class of ``value``."""
     return qualified_name(type(value))
 
 
 def inherited(owner: type, name: str, after: bool = False) -> Any:
-    """What ``owner``, or else the first of its bases that has it, defines as ``name``; ``None``
-    if none does.
+    """Return the attribute ``name`` of the first class in the resolution order that defines it.
 
     Args:
         owner: a class.
         name: of the attribute.
-        after: leave ``owner`` itself out.
+        after: skip ``owner`` itself.
+
+    Returns:
+        The attribute without binding, ``None`` if no class defines it.
     """
     for base in mro(owner)[after:]:
         found = namespace(base).get(name, _ABSENT)
@@ -60,7 +62,7 @@ def inherited(owner: type, name: str, after: bool = False) -> Any:
 
 
 def attributes(value: object) -> dict[str, Any]:
-    """The instance dictionary; an empty one where there is none."""
+    """Return the instance dictionary, an empty one if there is none."""
     for base in mro(type(value)):
         descriptor = namespace(base).get("__dict__")
         if type(descriptor) is types.GetSetDescriptorType:
@@ -70,7 +72,7 @@ def attributes(value: object) -> dict[str, Any]:
 
 
 def attribute(value: object, name: str, default: Any = None) -> Any:
-    """What the instance keeps as ``name``, in its dictionary or in a slot."""
+    """Return the attribute ``name`` from the instance dictionary or a slot, else ``default``."""
     found = attributes(value).get(name, _ABSENT)
     if found is not _ABSENT:
         return found
@@ -84,7 +86,7 @@ def attribute(value: object, name: str, default: Any = None) -> Any:
 
 
 def slots(owner: type) -> list[types.MemberDescriptorType]:
-    """The descriptors of what instances keep in slots, and of a ``defaultdict``'s factory."""
+    """Return the descriptors of a class's slots, and of the factory of a ``defaultdict``."""
     found: list[types.MemberDescriptorType] = []
     for base in mro(owner):
         if flags(base) & _HEAPTYPE or base is defaultdict:
@@ -97,7 +99,7 @@ def slots(owner: type) -> list[types.MemberDescriptorType]:
 
 
 def param_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Those that an optimizer keeps."""
+    """Return the parameter groups of an optimizer."""
     return list(attributes(optimizer).get("param_groups", ()))
 
 
@@ -107,23 +109,23 @@ def param_groups(optimizer: Any) -> list[dict[str, Any]]:
 def is_training(module: Any) -> bool:
     """Whether a module is in training mode."""
     if issubclass(type(module), torch.jit.ScriptModule):
-        return bool(module.training)  # in C++
+        return bool(module.training)  # stored in C++
     return _module_attributes(module).get("training") is True
 
 
 def named_modules(root: Any) -> Iterator[tuple[str, Any]]:
-    """``root`` and all modules below it, each once, with its path; in the order of
+    """Yield ``root`` and all its descendants, each once, with their paths, in the order of
     ``torch.nn.Module.named_modules``."""
     seen: set[int] = set()
-    left = [("", root)]
-    while left:
-        path, module = left.pop()
+    pending = [("", root)]
+    while pending:
+        path, module = pending.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
         yield path, module
         prefix = f"{path}." if path else ""
-        left += [
+        pending += [
             (f"{prefix}{name}", child)
             for name, child in reversed(_registered(module, "_modules"))
             if issubclass(type(child), torch.nn.Module)
@@ -131,33 +133,33 @@ def named_modules(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def modules(root: Any) -> Iterator[Any]:
-    """``named_modules`` without the paths."""
+    """Yield the modules of ``named_modules``."""
     return (module for _, module in named_modules(root))
 
 
 def children(module: Any) -> list[Any]:
-    """The modules right below, each once."""
+    """Return the direct submodules, each once."""
     found = (child for _, child in _registered(module, "_modules") if child is not None)
     return list({id(child): child for child in found}.values())
 
 
 def named_parameters(root: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """All parameters, each once, with their paths."""
+    """Yield all parameters, each once, with their paths."""
     return _named_tensors(root, "_parameters")
 
 
 def parameters(root: Any) -> Iterator[torch.nn.Parameter]:
-    """``named_parameters`` without the paths."""
+    """Yield the parameters of ``named_parameters``."""
     return (parameter for _, parameter in _named_tensors(root, "_parameters"))
 
 
 def named_buffers(root: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All buffers, each once, with their paths."""
+    """Yield all buffers, each once, with their paths."""
     return _named_tensors(root, "_buffers")
 
 
 def buffers(root: Any) -> Iterator[torch.Tensor]:
-    """``named_buffers`` without the paths."""
+    """Yield the buffers of ``named_buffers``."""
     return (buffer for _, buffer in _named_tensors(root, "_buffers"))
 
 

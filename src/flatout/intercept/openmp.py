@@ -1,7 +1,7 @@
-"""The threads of OpenMP, which torch computes with.
+"""Releasing the OpenMP threads that torch computes with.
 
-After its part of a computation a thread waits for the next one in a loop, for milliseconds, and has
-its core all to itself. What else is to run there meanwhile runs at half the speed.
+After its part of a computation, an OpenMP thread spins for milliseconds waiting for the next one. A
+thread of another pool on the same core gets half the core meanwhile.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import functools
 from collections.abc import Callable
 
 _SOFT = 1
-"""``omp_pause_soft`` (OpenMP 5.0, section 3.2.44), which keeps what a program has set:
+"""``omp_pause_soft`` (OpenMP 5.0, section 3.2.44), which preserves the settings of the program:
 https://gcc.gnu.org/onlinedocs/libgomp/omp_005fpause_005fresource_005fall.html"""
 
 
-def let_threads_rest() -> None:
-    """Let the threads end that wait for the calling one; it gets others when it computes again.
+def release_threads() -> None:
+    """End the waiting OpenMP threads of the calling thread, which gets new ones when it computes.
 
-    Nothing happens where there are none, or where the runtime of OpenMP does not know of it.
+    This does nothing if there are none, or if the OpenMP runtime has no ``omp_pause_resource_all``.
     """
     _pause()(_SOFT)
 

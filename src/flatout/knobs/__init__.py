@@ -21,7 +21,7 @@ from flatout.text import did_you_mean
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.intercept.place import Undo
+    from flatout.intercept.patch import Undo
     from flatout.wire.request import Request
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def apply(host: Host, setting: str) -> Undo:
     import torch
     from torch.nn.utils import clip_grad
 
-    from flatout.intercept.place import stand_before
+    from flatout.intercept.patch import wrap_function
 
     try:
         clipping = OnePass(kernels.load("clipping"))
@@ -54,10 +54,10 @@ def apply(host: Host, setting: str) -> Undo:
     }
     if not functions.keys() <= vars(clip_grad).keys():
         raise RefusedError(f"torch {torch.__version__} clips in another way")
-    failed = host.applied.withdraws(NAME)
+    on_failure = host.applied.on_failure_of(NAME)
     with contextlib.ExitStack() as undo:
         for name, function in functions.items():
-            undo.callback(stand_before(clip_grad, name, failed, function))
+            undo.callback(wrap_function(clip_grad, name, on_failure, function))
         return undo.pop_all().close
 
 
@@ -96,9 +96,9 @@ class OnePass:
             and not torch.compiler.is_compiling()
             and norm_type == 2
             and tensors
-            and arrays.are_floats(tensors)
+            and arrays.are_contiguous_float32(tensors)
         ):
-            total = arrays.call(self._sum_of_squares, tensors, SERIAL_BELOW)
+            total = arrays.call_kernel(self._sum_of_squares, tensors, SERIAL_BELOW)
             if total > torch.finfo(torch.float32).max:
                 total = math.inf  # as it is for torch, which sums in float32
             if math.isfinite(total) or not error_if_nonfinite:
@@ -125,12 +125,14 @@ class OnePass:
 
         if isinstance(parameters, (list, tuple)) and not torch.compiler.is_compiling():
             grads = [p.grad for p in parameters if p.grad is not None]
-            if arrays.are_floats([*grads, total_norm]) and arrays.are_apart(grads):
+            if arrays.are_contiguous_float32([*grads, total_norm]) and arrays.share_no_memory(
+                grads
+            ):
                 with torch.no_grad():
                     factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
                 torch.autograd.graph.increment_version(grads)
                 if factor != 1.0:
-                    arrays.call(self._scale, grads, SERIAL_BELOW, factor)
+                    arrays.call_kernel(self._scale, grads, SERIAL_BELOW, factor)
                 return
         own(parameters, max_norm, total_norm, foreach)
 

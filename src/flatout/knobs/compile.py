@@ -15,7 +15,7 @@ from flatout.errors import RefusedError
 from flatout.intercept import engagement
 from flatout.intercept.containment import report
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ class Compiled:
         if NAME in host.applied.failures:
             return call(module, *args, **kwargs)
         if module not in self._compiled:
-            if host.hooks.searching:
+            if host.hooks.root_search.is_active:
                 return call(module, *args, **kwargs)  # classes are watched: nothing to trace
             self._compiled[module] = self._compile(module)
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
         engagement.calls[NAME] += 1
-        with falling_back(self._failed), host.applied.blames(NAME):
+        with falling_back(self._failed), host.applied.withdraw_on_torch_error(NAME):
             output = self._run(call, module, args, kwargs)
         if self._has_compiled():
             self._count_call(module)
@@ -135,11 +135,11 @@ class Compiled:
             return call(module, *args, **kwargs)
         import torch
 
-        from flatout.intercept.nested import mapped
+        from flatout.intercept.nested import map_tensors
 
         torch.compiler.cudagraph_mark_step_begin()
         # The next call writes into the same memory.
-        return mapped(torch.Tensor.clone, call(module, *args, **kwargs))
+        return map_tensors(torch.Tensor.clone, call(module, *args, **kwargs))
 
     def _compile(self, root: Any) -> WeakIdentitySet[Any]:
         """Set what is to be compiled; nothing where the program has compiled or scripted."""

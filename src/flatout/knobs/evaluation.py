@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class NoGrad:
     def _watched(self, output: Any, module: Any) -> Any:
         """The output, with a hook that says when a backward pass comes through it."""
         from flatout.intercept import objects
-        from flatout.intercept.nested import mapped
+        from flatout.intercept.nested import map_tensors
 
         reference = weakref.ref(module)
 
@@ -92,12 +92,12 @@ class NoGrad:
                 tensor.register_hook(is_used)
             return tensor
 
-        return mapped(watch, output)
+        return map_tensors(watch, output)
 
 
 def _requires_grad(value: Any) -> bool:
 
-    from flatout.intercept.nested import mapped
+    from flatout.intercept.nested import map_tensors
 
     found = []
 
@@ -106,7 +106,7 @@ def _requires_grad(value: Any) -> bool:
             found.append(tensor)
         return tensor
 
-    mapped(look, value)
+    map_tensors(look, value)
     return bool(found)
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
-    from flatout.intercept.containment import Failed
+    from flatout.intercept.containment import OnFailure
     from flatout.intercept.host import Host
 
 NAME = "fastpath"
@@ -31,7 +31,7 @@ def match(facts: Facts) -> Match:
 
 def apply(host: Host, setting: str) -> Undo:
     """Switch it off for the process, unless the program has done so."""
-    undo = switch_off(NAME, host.applied.withdraws(NAME))
+    undo = switch_off(NAME, host.applied.on_failure_of(NAME))
     if undo is None:
         raise RefusedError("the program has switched the fast path off itself")
     return undo
@@ -43,23 +43,23 @@ _wishes: list[str] = []
 _forwards = contextlib.ExitStack()
 
 
-def switch_off(knob: str, failed: Failed) -> Undo | None:
+def switch_off(knob: str, on_failure: OnFailure) -> Undo | None:
     """Switch it off until the last wish is taken back; ``None``: the program has done so.
 
     Args:
         knob: that wants it.
-        failed: told when that has failed in a pass.
+        on_failure: told when that has failed in a pass.
     """
     import torch
     from torch import nn
 
-    from flatout.intercept.place import stand_before
+    from flatout.intercept.patch import wrap_function
 
     if not _wishes:
         if not torch.backends.mha.get_fastpath_enabled():
             return None
         for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
-            _forwards.callback(stand_before(kind, "forward", failed, _without))
+            _forwards.callback(wrap_function(kind, "forward", on_failure, _without))
     _wishes.append(knob)
 
     def undo() -> None:

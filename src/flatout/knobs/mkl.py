@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def apply(host: Host, setting: str) -> Undo:
     def engaged() -> None:
         engagement.calls[NAME] += 1
 
-    user = functional.User(way, host.applied.withdraws(NAME), leave, engaged)
+    user = functional.User(way, host.applied.on_failure_of(NAME), leave, engaged)
     undo, missing = functional.turn(user)
     for name in missing:
         leave(name, "the function that steps it is not torch's own")

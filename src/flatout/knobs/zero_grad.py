@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ def apply(host: Host, setting: str) -> Undo:
     """Take the place of ``Optimizer.zero_grad``."""
     import torch
 
-    from flatout.intercept.place import stand_before
+    from flatout.intercept.patch import wrap_function
 
     dropping = Dropping()
-    failed = host.applied.withdraws(NAME)
+    on_failure = host.applied.on_failure_of(NAME)
     with contextlib.ExitStack() as undo:
         undo.callback(dropping.fill_all)
         undo.callback(host.before_optimizer_step.append(dropping.before_step))
-        undo.callback(stand_before(torch.optim.Optimizer, "zero_grad", failed, dropping.zero_grad))
+        undo.callback(
+            wrap_function(torch.optim.Optimizer, "zero_grad", on_failure, dropping.zero_grad)
+        )
         return undo.pop_all().close
 
 

@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured once under the job's own interpreter and cached.
+"""The peak rates of this machine, measured once with the job's interpreter and cached.
 
-Nothing here is a datasheet's number: rates are measured by ``machine/probe.py`` in a process of its
-own, which imports torch; this module does not. What could not be measured is ``None``.
+No number is from a data sheet. ``machine/probe.py`` measures the rates in a separate process, which
+imports torch; this module does not. A rate that could not be measured is ``None``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_THREADS = 2**20
 """No machine computes with more threads."""
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""Variables that hide accelerators."""
+"""Environment variables that hide accelerators."""
 
 _FLAGS = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
@@ -44,21 +44,21 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do at most.
+    """The peak rates of the machine.
 
     Attributes:
-        python: the interpreter it was measured with.
+        python: path of the interpreter that they were measured with.
         torch: version of its torch.
-        threads: torch's own choice of intra-op threads there.
-        matmul_flops_per_s: best rate of a matrix product by dtype name, on the accelerator if there
-            is one, else on the CPU.
-        memory_bytes_per_s: best rate of a copy there, bytes read plus bytes written.
-        page_fault_us: time of a first touch of a 4 KiB page.
-        devices: all of this by device type, with what an accelerator reports of itself.
-        measured_at_unix_s: when.
-        fingerprint: what must be the same for the figures to hold.
-        no_accelerator: why torch's accelerator cannot be used; ``None``: it can, or there is none
-            that torch was built for.
+        threads: number of intra-op threads that torch uses by default.
+        matmul_flops_per_s: best rate of a matmul, by dtype name, on the accelerator if there is
+            one, else on the CPU.
+        memory_bytes_per_s: best rate of a copy on the same device, bytes read plus bytes written.
+        page_fault_us: time of the first write to a 4 KiB page.
+        devices: rates and reported properties of each device type.
+        measured_at_unix_s: when they were measured.
+        fingerprint: the properties of the machine for which they hold.
+        no_accelerator: why torch cannot use its accelerator; ``None`` if it can, or if torch was
+            built for none.
     """
 
     python: str
@@ -74,14 +74,14 @@ class Ceilings:
 
 
 def ceilings(python: str, refresh: bool = False) -> Ceilings:
-    """The machine's ceilings for programs run by the interpreter ``python``.
+    """Return the peak rates of the machine for programs that an interpreter runs.
 
     Args:
         python: path of an interpreter that can import torch.
-        refresh: measure even if there are cached figures.
+        refresh: measure even if there are cached rates.
 
     Raises:
-        UserError: that interpreter cannot be run, or it has no torch.
+        UserError: the interpreter cannot be run, has no torch, or cannot measure.
     """
     key = _key(python)
     cached = _read_cache(_cache_file())
@@ -103,7 +103,7 @@ def known_ceilings(python: str) -> Ceilings | None:
 
 
 def fingerprint() -> dict[str, str | int | float]:
-    """What identifies the machine: processor, cores to be had, memory, system."""
+    """Return what identifies the machine: processor, usable cores, memory and system."""
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
@@ -113,29 +113,29 @@ def fingerprint() -> dict[str, str | int | float]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     return system.cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_vendor() -> str | None:
-    """The processor's vendor as it names itself (``GenuineIntel``); ``None``: it does not."""
+    """Return the vendor of the processor, such as ``GenuineIntel``, ``None`` if it is not known."""
     return system.cpu_fields().get("vendor_id")
 
 
 def cpu_flags() -> list[str]:
-    """Those of the processor's instruction sets that matter for speed here."""
+    """Return the instruction sets of the processor that matter for speed."""
     return [flag for flag in _FLAGS if has_cpu_flags({flag})]
 
 
 def has_cpu_flags(flags: Collection[str]) -> bool:
-    """Whether the processor has all of them."""
+    """Whether the processor has all of these instruction sets."""
     fields = system.cpu_fields()
     return set(flags) <= set((fields.get("flags") or fields.get("Features", "")).split())
 
 
 def usable_cores() -> float:
-    """Cores that this process may really use: its affinity mask, which its cpuset is part of, and
-    the CPU quota of its control groups."""
+    """Return how many cores this process may use, by its affinity mask (which reflects its cpuset)
+    and by the CPU quota of its control groups."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
@@ -145,7 +145,8 @@ def usable_cores() -> float:
 
 
 def memory_limit_bytes() -> int:
-    """Memory of the machine, or of this process's control groups where that is less."""
+    """Return the memory of the machine, or the limit of this process's control groups if
+    smaller."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
@@ -154,14 +155,14 @@ def memory_limit_bytes() -> int:
 
 
 def huge_pages() -> str | None:
-    """State of transparent huge pages: ``always``, ``madvise`` or ``never``."""
+    """Return the mode of transparent huge pages: ``always``, ``madvise`` or ``never``."""
     text = system.text(Path("/sys/kernel/mm/transparent_hugepage/enabled")) or ""
     chosen = re.search(r"\[(\w+)\]", text)
     return chosen.group(1) if chosen else None
 
 
 def allocator() -> str:
-    """The C allocator that a job would get, and what steers it."""
+    """Return the C allocator that a job would get, and the variables that configure it."""
     preloaded = os.environ.get("LD_PRELOAD", "")
     for name in ("jemalloc", "tcmalloc", "mimalloc"):
         if name in preloaded:
@@ -170,16 +171,16 @@ def allocator() -> str:
         version = os.confstr("CS_GNU_LIBC_VERSION")
     except (ValueError, OSError, AttributeError):
         version = None
-    steering = [
+    variables = [
         f"{name}={value}"
         for name, value in sorted(os.environ.items())
         if name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name != "MALLOC_CONF")
     ]
-    return " ".join([version or "the system's", *steering])
+    return " ".join([version or "the system's", *variables])
 
 
 def compiler() -> str | None:
-    """A C++ compiler that can build a Python extension, as ``torch.compile`` needs on a CPU."""
+    """Return a C++ compiler that finds ``Python.h``, as ``torch.compile`` needs it on a CPU."""
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if found is None:
         return None
@@ -196,21 +197,21 @@ def compiler() -> str | None:
 
 
 def default_python() -> str:
-    """The interpreter a job would most likely run with: that on PATH or flatout's own.
+    """Return the interpreter that a job would most likely use: the one on PATH, or flatout's.
 
-    It is the first of them that has torch, if one has.
+    It is the first of them that has torch, if any.
     """
     on_path = shutil.which("python") or shutil.which("python3")
     candidates = [on_path, sys.executable] if on_path is not None else [sys.executable]
     for python in candidates:
         with contextlib.suppress(UserError):
-            _torch_stamp(python)
+            _torch_version(python)
             return python
     return candidates[0]
 
 
-def _torch_stamp(python: str) -> str:
-    """Version of an interpreter's torch, without importing it.
+def _torch_version(python: str) -> str:
+    """Return the version of an interpreter's torch, without importing torch.
 
     Raises:
         UserError: the interpreter cannot be run, or it has no torch.
@@ -236,7 +237,7 @@ def _key(python: str) -> dict[str, Any]:
         UserError: the interpreter cannot be run, or it has no torch.
     """
     python = os.path.abspath(shutil.which(python) or python)  # one name for one interpreter
-    key = {**fingerprint(), "python": python, "torch_installed": _torch_stamp(python)}
+    key = {**fingerprint(), "python": python, "torch_installed": _torch_version(python)}
     return key | {name: value for name in _VISIBLE if (value := os.environ.get(name)) is not None}
 
 
@@ -251,7 +252,9 @@ def _cached(entries: list[dict[str, Any]], key: Mapping[str, Any]) -> Ceilings |
 def _measure(python: str) -> Ceilings:
     script = Path(__file__).with_name("probe.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLATOUT_")}
-    environment["PYTHONSAFEPATH"] = "1"  # of Python 3.11 and later; the script sees to earlier ones
+    environment["PYTHONSAFEPATH"] = (
+        "1"  # Python 3.11 and later; the script handles earlier versions
+    )
     try:
         answer = subprocess.run(
             [python, str(script)],
@@ -289,7 +292,7 @@ def _read_cache(file: Path) -> list[dict[str, Any]]:
         if document["version"] != CACHE_VERSION:
             return []
         for entry in document["entries"]:
-            _check(entry)
+            _check_entry(entry)
         return list(document["entries"])
     except FileNotFoundError:
         return []
@@ -297,15 +300,15 @@ def _read_cache(file: Path) -> list[dict[str, Any]]:
         *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
         RecursionError,
     ):
-        print(f"flatout: {file} cannot be read, measuring anew", file=sys.stderr)
+        print(f"flatout: {file} cannot be read: the machine is measured again", file=sys.stderr)
         return []
 
 
-def _check(entry: Any) -> None:
-    """Check an entry of the cache.
+def _check_entry(entry: Any) -> None:
+    """Check that an object is a valid entry of the cache.
 
     Raises:
-        TypeError, ValueError, LookupError, AttributeError, OverflowError: it is none.
+        TypeError, ValueError, LookupError, AttributeError, OverflowError: it is not.
     """
     found = Ceilings(**entry["ceilings"])
     rates = [found.memory_bytes_per_s, found.page_fault_us, found.measured_at_unix_s]
@@ -314,7 +317,7 @@ def _check(entry: Any) -> None:
         rates += [*device["matmul_flops_per_s"].values(), device["memory_bytes_per_s"]]
     for rate in rates:
         if rate is not None and not 0 < float(rate) < float("inf"):
-            raise ValueError(f"{rate} is no rate")
+            raise ValueError(f"{rate} is not a rate")
     tables = (entry["key"], found.fingerprint, *(d["reported"] for d in found.devices.values()))
     words = (found.python, found.torch)
     if type(found.threads) is not int or not (
@@ -322,7 +325,7 @@ def _check(entry: Any) -> None:
         and all(isinstance(word, str) for word in words)
         and all(isinstance(table, dict) for table in tables)
     ):
-        raise TypeError("a figure or a name is of another kind")
+        raise TypeError("a number or a name has a wrong type")
 
 
 def _write_cache(file: Path, entries: list[dict[str, Any]]) -> None:

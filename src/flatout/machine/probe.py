@@ -1,7 +1,7 @@
-"""Measures what the machine can do at most, under the job's own interpreter: run as a script.
+"""Measures the peak rates of the machine; run as a script by the job's interpreter.
 
-Prints one JSON object. A ceiling is a maximum: of several sizes and repetitions the best counts.
-Standard library and torch only.
+It prints one JSON object. Each rate is the best of several sizes and repetitions. The script
+imports the standard library and torch only.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from collections.abc import Callable
 from typing import Any
 
 if __name__ == "__main__" and sys.version_info < (3, 11):
-    del sys.path[0]  # this folder, whose files would hide others of their names
+    del sys.path[0]  # this folder, whose files would shadow other modules
 
 import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 SIZES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024))
-"""Matrix products (m, k, n) that are tried; the last one is a layer on a large batch."""
+"""Matmuls that are measured, of (m, k) by (k, n); the last one is a layer on a large batch."""
 
 ACCELERATOR_SIZES = (*SIZES, (4096, 4096, 4096), (8192, 8192, 8192))
-"""Smaller ones do not fill a large accelerator."""
+"""The larger matmuls are needed to use a large accelerator fully."""
 
-SECONDS_PER_SIZE = 0.4
-SECONDS_PER_PRODUCT = 1.0
-"""A larger matrix that would take longer is left out: the hardware lacks this dtype."""
+SIZE_SECONDS = 0.4
+LONGEST_MATMUL_SECONDS = 1.0
+"""A size is skipped if one matmul would take longer, as on hardware without units for the dtype."""
 
 COPY_BYTES = 256 * 2**20
-"""Beyond every last-level cache of today's machines (up to 256 MiB with its copy)."""
+"""Larger, together with its copy, than the last-level cache of common machines."""
 
 ACCELERATOR_COPY_BYTES = 2**30
-"""So many that the start of the copy does not count."""
-
-Matrix = Any
+"""Large enough that the latency of starting the copy does not matter."""
 
 
 def main() -> None:
+    """Measure all devices and print the rates."""
     accelerator, why_not = usable_accelerator()
     devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
     report = {
@@ -53,10 +52,11 @@ def main() -> None:
 
 
 def usable_accelerator() -> tuple[torch.device | None, str | None]:
-    """The accelerator that torch was built for, after something was computed on it.
+    """Return the accelerator that torch was built for, after computing something on it.
 
-    ``None``: there is none, and why if torch was built for one: no driver, an old one, no visible
-    device, or a device that this torch has no kernels for.
+    Returns:
+        The accelerator, or ``None``; and in that case the reason if torch was built for one: no
+        driver, an old driver, no visible device, or a device for which this torch has no kernels.
     """
     built_for = torch.accelerator.current_accelerator()
     if built_for is None:
@@ -65,14 +65,14 @@ def usable_accelerator() -> tuple[torch.device | None, str | None]:
         return None, f"torch was built for {built_for.type}, and finds no such device"
     try:
         torch.ones(2, device=built_for).sum().item()
-    except (RuntimeError, AssertionError) as error:  # torch.cuda asserts that it was built for it
+    except (RuntimeError, AssertionError) as error:  # torch.cuda raises AssertionError without CUDA
         reason = str(error).strip().partition("\n")[0]
         return None, f"torch cannot compute on {built_for.type}: {reason}"
     return built_for, None
 
 
 def measure(device: torch.device) -> dict[str, Any]:
-    """Rates of one device, and what it reports of itself."""
+    """Return the rates of a device, and the properties that it reports."""
     return {
         "reported": reported(device),
         "matmul_flops_per_s": {
@@ -83,7 +83,7 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 def reported(device: torch.device) -> dict[str, Any]:
-    """What an accelerator says of itself; empty for the CPU."""
+    """Return the properties that an accelerator reports; none for the CPU."""
     if device.type == "cpu":
         return {}
     module = torch.get_device_module(device)
@@ -98,18 +98,20 @@ def reported(device: torch.device) -> dict[str, Any]:
     if hasattr(module, "get_device_capability"):
         facts["capability"] = str(module.get_device_capability())
     if hasattr(module, "is_bf16_supported"):
-        # By default torch says yes to devices that emulate bfloat16, such as the T4.
+        # By default torch returns true for devices that emulate bfloat16, such as the T4.
         facts["bfloat16"] = module.is_bf16_supported(including_emulation=False)
     return facts
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
-def best_seconds(work: Callable[[], object], device: torch.device, limit_s: float) -> float:
-    """Shortest of the repetitions that fit into ``limit_s``, after one that warms up."""
+def best_time_s(work: Callable[[], object], device: torch.device, limit_s: float) -> float:
+    """Return the shortest time of the calls of ``work`` within ``limit_s``, after one to warm
+    up."""
     work()
     synchronize(device)
     best_s = float("inf")
@@ -123,35 +125,37 @@ def best_seconds(work: Callable[[], object], device: torch.device, limit_s: floa
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Best rate of a matrix product, 2mkn operations each; ``None`` if it cannot be computed."""
+    """Return the best rate of a matmul (2mkn operations), ``None`` if the dtype is not
+    supported."""
     best = 0.0
     for m, k, n in SIZES if device.type == "cpu" else ACCELERATOR_SIZES:
-        if best and 2 * m * k * n / best > SECONDS_PER_PRODUCT:
+        if best and 2 * m * k * n / best > LONGEST_MATMUL_SECONDS:
             continue
-        multiply = product(m, k, n, device, dtype)
-        if multiply is None:
+        matmul = prepare_matmul(m, k, n, device, dtype)
+        if matmul is None:
             break
-        seconds = best_seconds(multiply, device, SECONDS_PER_SIZE)
+        seconds = best_time_s(matmul, device, SIZE_SECONDS)
         best = max(best, 2 * m * k * n / seconds)
     return best or None
 
 
-def product(
+def prepare_matmul(
     m: int, k: int, n: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], Matrix] | None:
-    """A matrix product ready to run, ``None`` where torch has no kernel or no memory for it."""
+) -> Callable[[], Any] | None:
+    """Return a function that multiplies two matrices, ``None`` without a kernel or enough
+    memory."""
     try:
         if dtype == torch.int8:
             a = torch.randint(-8, 8, (m, k), device=device, dtype=dtype)
             b = torch.randint(-8, 8, (n, k), device=device, dtype=dtype).t()
 
-            def multiply() -> Matrix:
+            def multiply() -> Any:
                 return torch._int_mm(a, b)
         else:
             x = torch.randn(m, k, device=device).to(dtype)
             y = torch.randn(k, n, device=device).to(dtype)
 
-            def multiply() -> Matrix:
+            def multiply() -> Any:
                 return x @ y
 
         multiply()
@@ -161,19 +165,19 @@ def product(
 
 
 def memory_bytes_per_s(device: torch.device) -> float | None:
-    """Rate of a copy, bytes read and bytes written both counted; ``None`` without the memory."""
+    """Return the rate of a copy, bytes read plus bytes written, ``None`` without enough memory."""
     size_bytes = COPY_BYTES if device.type == "cpu" else ACCELERATOR_COPY_BYTES
     try:
         source = torch.ones(size_bytes // 4, device=device)
         target = torch.empty_like(source)
     except RuntimeError:  # such as torch.OutOfMemoryError
         return None
-    seconds = best_seconds(lambda: target.copy_(source), device, 0.5)
+    seconds = best_time_s(lambda: target.copy_(source), device, 0.5)
     return 2 * size_bytes / seconds
 
 
 def page_fault_us(pages: int = 16384) -> float | None:
-    """Time of a first touch of a 4 KiB page, kernel's zeroing included: best of five."""
+    """Return the time of the first write to a 4 KiB page, which the kernel zeroes; best of five."""
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return None
     best_s = float("inf")

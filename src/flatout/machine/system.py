@@ -1,7 +1,8 @@
-"""What the system says of this machine, and of the part of it that this process may use.
+"""The resources of this machine, and how much of them this process may use, from Linux's files.
 
-Control groups nest: a limit counts wherever it stands on the way up from the process's own group.
-What cannot be read is ``None``. Linux; standard library only: both halves load this.
+Control groups nest, so a limit applies if it is set on the process's group or any group above it.
+A value that cannot be read is ``None``. Controller and agent import this module, which imports the
+standard library only.
 
 Sources: kernel documentation, "Control Group v2", "Memory Resource Controller", "CFS Bandwidth
 Control"; proc_meminfo(5), proc_cpuinfo(5), cgroups(7).
@@ -18,7 +19,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cpu_fields(file: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """What ``/proc/cpuinfo`` says of the first processor; empty where there is none."""
+    """Return the fields of the first processor in ``/proc/cpuinfo``, none if it cannot be read."""
     fields: dict[str, str] = {}
     for line in (text(file) or "").splitlines():
         name, separator, value = line.partition(":")
@@ -29,33 +30,34 @@ def cpu_fields(file: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     return fields
 
 
-def cpu_quota(root: Path = CGROUPS, own: str | None = None) -> float | None:
-    """CPU quota in cores; ``None``: there is no limit.
+def cpu_quota(root: Path = CGROUPS, groups: str | None = None) -> float | None:
+    """Return the CPU quota in cores, ``None`` if there is no limit.
 
     Args:
         root: where the cgroup file systems are mounted.
-        own: content of ``/proc/self/cgroup``.
+        groups: content of ``/proc/self/cgroup``.
     """
-    return _smallest("cpu", _quota_v2, _quota_v1, root, own)
+    return _smallest("cpu", _quota_v2, _quota_v1, root, groups)
 
 
-def memory_limit_bytes(root: Path = CGROUPS, own: str | None = None) -> int | None:
-    """Memory that the control groups allow; ``None``: there is no limit. Arguments: ``cpu_quota``.
+def memory_limit_bytes(root: Path = CGROUPS, groups: str | None = None) -> int | None:
+    """Return the memory that the control groups allow, ``None`` if there is no limit.
 
-    In version 1, no limit is a number that is larger than any memory.
+    In version 1, the limit is larger than any memory if none is set. For the arguments see
+    ``cpu_quota``.
     """
     limit = _smallest(
         "memory",
         lambda folder: _integer(folder / "memory.max"),
         lambda folder: _integer(folder / "memory.limit_in_bytes"),
         root,
-        own,
+        groups,
     )
     return None if limit is None else int(limit)
 
 
-def available_bytes(root: Path = CGROUPS, own: str | None = None) -> int | None:
-    """Memory that can be had without swapping, on this machine and within the control groups."""
+def available_bytes(root: Path = CGROUPS, groups: str | None = None) -> int | None:
+    """Return the memory that is free without swapping, within the limits of the control groups."""
     free = _smallest(
         "memory",
         lambda folder: _free(folder, "memory.max", "memory.current", "inactive_file"),
@@ -63,37 +65,38 @@ def available_bytes(root: Path = CGROUPS, own: str | None = None) -> int | None:
             folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
         ),
         root,
-        own,
+        groups,
     )
-    of_machine_kib = _words(Path("/proc/meminfo")).get("MemAvailable:")
-    of_machine = None if of_machine_kib is None else of_machine_kib * 1024
-    return min((max(int(s), 0) for s in (free, of_machine) if s is not None), default=None)
+    machine_kib = _numbers(Path("/proc/meminfo")).get("MemAvailable:")
+    machine_bytes = None if machine_kib is None else machine_kib * 1024
+    return min((max(int(s), 0) for s in (free, machine_bytes) if s is not None), default=None)
 
 
 def _smallest(
     controller: str,
-    of_v2: Callable[[Path], float | None],
-    of_v1: Callable[[Path], float | None],
+    read_v2: Callable[[Path], float | None],
+    read_v1: Callable[[Path], float | None],
     root: Path,
-    own: str | None,
+    groups: str | None,
 ) -> float | None:
-    """The smallest limit of a controller on the way up from this process's group."""
-    own = text(Path("/proc/self/cgroup")) if own is None else own
+    """Return the smallest limit of a controller in this process's group and the groups above it."""
+    groups = text(Path("/proc/self/cgroup")) if groups is None else groups
     limits = [
         limit
-        for is_v2, folder in _groups(controller, root, own or "")
-        if (limit := (of_v2 if is_v2 else of_v1)(folder)) is not None
+        for is_v2, folder in _groups(controller, root, groups or "")
+        if (limit := (read_v2 if is_v2 else read_v1)(folder)) is not None
     ]
     return min(limits, default=None)
 
 
-def _groups(controller: str, root: Path, own: str) -> Iterator[tuple[bool, Path]]:
-    """The folders of this process's groups, each with all above it: of version 2, and of 1.
+def _groups(controller: str, root: Path, groups: str) -> Iterator[tuple[bool, Path]]:
+    """Yield the folders of this process's groups and of all groups above them, each with whether it
+    is of version 2.
 
-    A container may see the path of its group from outside, where there is nothing on the inside:
-    then what is above counts.
+    In a container, the path may be that of the host, and not exist inside. The folders above it,
+    which exist, are used then.
     """
-    for line in own.splitlines():
+    for line in groups.splitlines():
         _, first, rest = line.partition(":")
         controllers, second, path = rest.partition(":")
         if not first or not second or (controllers and controller not in controllers.split(",")):
@@ -120,15 +123,15 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def _free(folder: Path, limit_file: str, used_file: str, reclaimable: str) -> int | None:
-    """What the limit of a group leaves; cached files make room when they must."""
+    """Return how much memory the limit of a group leaves; cached files count as free."""
     limit, used = _integer(folder / limit_file), _integer(folder / used_file)
     if limit is None or used is None:
         return None
-    return limit - used + _words(folder / "memory.stat").get(reclaimable, 0)
+    return limit - used + _numbers(folder / "memory.stat").get(reclaimable, 0)
 
 
-def _words(file: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+def _numbers(file: Path) -> dict[str, int]:
+    """Return the numbers of a file whose lines are a name and a number."""
     pairs = (line.split()[:2] for line in (text(file) or "").splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
@@ -139,7 +142,7 @@ def _integer(file: Path) -> int | None:
 
 
 def text(file: Path) -> str | None:
-    """What is in a file, ``None`` where it cannot be read."""
+    """Return the content of a file, ``None`` if it cannot be read."""
     try:
         return file.read_text("utf-8", "replace")
     except OSError:

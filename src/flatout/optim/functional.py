@@ -293,12 +293,12 @@ def _step(
     tensors = [column for name, column in zip(lists, columns, strict=True) if name not in numbers]
     singles = [column for name, column in zip(lists, columns, strict=True) if name in numbers]
     written = itertools.chain(*(arguments[name] for name in lists if name != "grads"))
-    if _are_plain(tensors, singles) and arrays.are_apart(list(written), arguments["grads"]):
+    if _are_plain(tensors, singles) and arrays.share_no_memory(list(written), arguments["grads"]):
         done = [True] * len(columns[0])
     else:
         done = _eligible(tensors, singles)
         rows = list(itertools.compress(zip(*columns, strict=True), done))
-        tangled = iter(arrays.entangled(rows, [name != "grads" for name in lists]))
+        tangled = iter(arrays.find_rows_sharing_memory(rows, [name != "grads" for name in lists]))
         done = [is_done and not next(tangled) for is_done in done]
         arguments = {name: _part(value, done) for name, value in arguments.items()}
         has_no_state_yet = [any(x is None for x in row) for row in zip(*columns, strict=True)]
@@ -421,7 +421,7 @@ class Fused:
 def _are_plain(tensors: Sequence[Column], numbers: Sequence[Column]) -> bool:
     """Whether a way may take all of them; columns at once, since this is what a step costs."""
     return (
-        all(map(arrays.are_floats, (*tensors, *numbers)))
+        all(map(arrays.are_contiguous_float32, (*tensors, *numbers)))
         and _have_same_sizes(tensors)
         and all(set(map(torch.Tensor.numel, column)) == {1} for column in numbers)
     )
@@ -435,7 +435,7 @@ def _have_same_sizes(columns: Sequence[Column]) -> bool:
 def _eligible(tensors: Sequence[Column], numbers: Sequence[Column]) -> list[bool]:
     """Of each parameter, whether a way may take what belongs to it."""
     return [
-        _alike(row) and all(arrays.is_dense(x) and x.numel() == 1 for x in single)
+        _alike(row) and all(arrays.is_dense_float32(x) and x.numel() == 1 for x in single)
         for row, single in itertools.zip_longest(
             zip(*tensors, strict=True), zip(*numbers, strict=True), fillvalue=()
         )
@@ -444,7 +444,7 @@ def _eligible(tensors: Sequence[Column], numbers: Sequence[Column]) -> list[bool
 
 def _alike(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether they may be gone through side by side; a momentum that torch makes yet is none."""
-    if not all(map(arrays.is_dense, tensors)):
+    if not all(map(arrays.is_dense_float32, tensors)):
         return False
     first, *others = tensors
     return all(x.numel() == first.numel() for x in others) and (

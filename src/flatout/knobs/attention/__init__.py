@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 from flatout.knobs import fastpath
 from flatout.knobs.attention.sizes import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
@@ -58,13 +58,13 @@ def apply(host: Host, setting: str) -> Undo:
     from flatout.intercept import dispatch
     from flatout.knobs.attention import cpu
 
-    library = dispatch.compiled("attention", "torch's own kernels")
-    failed = host.applied.withdraws(NAME)
+    library = dispatch.load_kernel("attention", "torch's own kernels")
+    on_failure = host.applied.on_failure_of(NAME)
     with contextlib.ExitStack() as undo:
-        switch_on = fastpath.switch_off(NAME, failed)
+        switch_on = fastpath.switch_off(NAME, on_failure)
         if switch_on is not None:
             undo.callback(switch_on)
-        undo.callback(cpu.install(library, is_paired=setting == "paired", failed=failed))
+        undo.callback(cpu.install(library, is_paired=setting == "paired", on_failure=on_failure))
         return undo.pop_all().close
 
 

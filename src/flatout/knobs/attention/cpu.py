@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 from flatout.knobs.attention import blocks, heads
 from flatout.knobs.attention.function import Attending, Attention
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
 
 
-def install(library: ctypes.CDLL, is_paired: bool, failed: Failed) -> Undo:
+def install(library: ctypes.CDLL, is_paired: bool, on_failure: OnFailure) -> Undo:
     """Replace attention on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/attention.c``.
         is_paired: the default generator advances as it would without this.
-        failed: told when it could not be computed; torch's own way has been gone then.
+        on_failure: told when it could not be computed; torch's own way has been gone then.
     """
     kernel = Kernel(library)
 
@@ -42,7 +42,7 @@ def install(library: ctypes.CDLL, is_paired: bool, failed: Failed) -> Undo:
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> dispatch.Call | None:
+    ) -> dispatch.DeferredCall | None:
         keep = round((1.0 - dropout_p) * ALWAYS)
         if (
             not 0 < keep <= ALWAYS
@@ -71,10 +71,12 @@ def install(library: ctypes.CDLL, is_paired: bool, failed: Failed) -> Undo:
 
         scaled = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
         job = Job(scaled, is_causal, keep, drawn, query.shape[1])
-        return dispatch.Call(apply, (query, key, value, attn_mask, job, kernel, failed, torchs_own))
+        return dispatch.DeferredCall(
+            apply, (query, key, value, attn_mask, job, kernel, on_failure, torchs_own)
+        )
 
-    return dispatch.layer(
-        {"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU", failed=failed
+    return dispatch.override_operators(
+        {"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU", on_failure=on_failure
     )
 
 
@@ -90,7 +92,7 @@ def apply(
     mask: torch.Tensor | None,
     job: Job,
     kernel: Kernel,
-    failed: Failed,
+    on_failure: OnFailure,
     otherwise: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """Attention of tensors with the shapes of ``F.scaled_dot_product_attention``, of 4 dimensions.
@@ -103,7 +105,7 @@ def apply(
             numbers to be added to the scores.
         job: what is asked for.
         kernel: the compiled part.
-        failed: told of a failure.
+        on_failure: told of a failure.
         otherwise: what is done then.
     """
     batch, count, rows, _ = query.shape
@@ -121,18 +123,18 @@ def apply(
             x.reshape(batch * count, *x.shape[2:]).contiguous() for x in (query, key, value)
         )
         how = blocks.WAY
-    made = dispatch.attempt_alone(failed, how.outputs, *inputs, bias, job, kernel)
+    made = dispatch.attempt_below_autograd(on_failure, how.outputs, *inputs, bias, job, kernel)
     if made is None:
         return otherwise()
     output, *kept = made
-    way = Attending(job, kernel, how, failed)
+    way = Attending(job, kernel, how, on_failure)
     saved = (*inputs, bias, output, *kept)
     if trains and job.keep < ALWAYS:
         output = output.clone()  # torch's saves none, so the program may write to it
     if how is blocks.WAY:
         shape = batch, count, rows, value.shape[3]
         output = torch.ops.aten._unsafe_view.default(output, shape)  # no view to autograd
-    return dispatch.recorded(Attention, way, output, saved, *inputs)
+    return dispatch.record_in_graph(Attention, way, output, saved, *inputs)
 
 
 def _may_be_written(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
+from flatout.intercept.containment import OnFailure
 from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
 
 
@@ -29,7 +29,7 @@ class Way(NamedTuple):
     gradients: Callable[..., Iterable[torch.Tensor]]
 
 
-class Attention(dispatch.Recorded):
+class Attention(dispatch.RecordedFunction):
     """Softmax of scaled products, dropout, and the product with the values.
 
     Saved for the backward pass: what came in, what went out, one number a row, and, where heads go
@@ -38,19 +38,19 @@ class Attention(dispatch.Recorded):
 
 
 class Attending(NamedTuple):
-    """See ``dispatch.Way``.
+    """See ``dispatch.GradientRule``.
 
     Attributes:
         job: what is asked for.
         kernel: the compiled part.
         how: values are computed.
-        failed: told of a failure.
+        on_failure: told of a failure.
     """
 
     job: Job
     kernel: Kernel
     how: Way
-    failed: Failed
+    on_failure: OnFailure
 
     def gradients(
         self,
@@ -58,14 +58,14 @@ class Attending(NamedTuple):
         needed: Sequence[bool],
         gradient: torch.Tensor,
     ) -> Iterable[torch.Tensor]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         gradient = _of_output(saved, gradient)
         return self.how.gradients(*saved, gradient, self.job, self.kernel)
 
-    def again(
+    def fallback_gradients(
         self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
     ) -> Iterable[torch.Tensor | None]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         *inputs, bias, output = saved[:5]
         create_graph = torch.is_grad_enabled()
         if not create_graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def apply(host: Host, setting: str) -> Undo:
 
     if not hasattr(torch.library, "get_kernel"):
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
-    return cpu.install(host.applied.withdraws(NAME))
+    return cpu.install(host.applied.on_failure_of(NAME))
 
 
 KNOB = Knob(

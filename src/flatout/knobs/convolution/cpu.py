@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 MOST_CHANNELS = 4
 """That a transposed convolution gives, for it to be computed as a plain one: each costs as many
@@ -42,16 +42,16 @@ class How(NamedTuple):
         return cls(*each)
 
     @property
-    def is_dense(self) -> bool:
+    def is_dense_float32(self) -> bool:
         """Whether every channel goes into every other, without gaps."""
         return self.groups == 1 and all(gap == 1 for gap in self.dilation)
 
 
-def install(failed: Failed) -> Undo:
+def install(on_failure: OnFailure) -> Undo:
     """Replace convolutions and their backward pass; returns what puts torch's own back.
 
     Args:
-        failed: told when something here failed; torch's own kernel has done it then.
+        on_failure: told when something here failed; torch's own kernel has done it then.
     """
 
     def convolution(
@@ -81,9 +81,9 @@ def install(failed: Failed) -> Undo:
         rest = below(gradient, images, weight, bias_sizes, *how, left)
         return tuple(r if f is None else f for f, r in zip(found, rest, strict=True))
 
-    functions: dict[str, dispatch.Function]
+    functions: dict[str, dispatch.Override]
     functions = {"convolution": convolution, "convolution_backward": convolution_backward}
-    return dispatch.layer(functions, "CPU", failed=failed)
+    return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
 
 
 def forward(
@@ -160,7 +160,7 @@ def backward(
 def _suits(images: torch.Tensor, weight: torch.Tensor, how: How) -> bool:
     return (
         images.dim() == 4
-        and how.is_dense
+        and how.is_dense_float32
         and images.dtype in DTYPES
         and weight.dtype is images.dtype
         and images.numel() > 0

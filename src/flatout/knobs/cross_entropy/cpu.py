@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 FEWEST_LOGITS = 1 << 18
 """Below, what is saved is not worth the way through Python."""
@@ -49,30 +49,30 @@ class Job(NamedTuple):
     kernel: Callable[..., int]
 
 
-class CrossEntropy(dispatch.Recorded):
+class CrossEntropy(dispatch.RecordedFunction):
     """The loss; its gradient is computed with it, where one will be asked for."""
 
 
 class Loss:
-    """How its gradient is computed; see ``dispatch.Way``.
+    """How its gradient is computed; see ``dispatch.GradientRule``.
 
     Args:
         logits: rows x classes. They are not saved: the program may change them after the loss, as
             with torch's own.
         job: what is asked for.
-        failed: told of a failure.
+        on_failure: told of a failure.
     """
 
-    def __init__(self, logits: torch.Tensor, job: Job, failed: Failed) -> None:
+    def __init__(self, logits: torch.Tensor, job: Job, on_failure: OnFailure) -> None:
         self._logits: torch.Tensor | None = logits
         self._version = logits._version
         self._job = job
-        self.failed = failed
+        self.on_failure = on_failure
 
     def gradients(
         self, saved: Sequence[torch.Tensor], needed: Sequence[bool], outer: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         gradient = saved[1]
         found = _scaled(gradient, outer)
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -80,10 +80,10 @@ class Loss:
         self._logits = None
         return (found,)
 
-    def again(
+    def fallback_gradients(
         self, saved: Sequence[torch.Tensor], needed: Sequence[bool], outer: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         targets, gradient = saved
         logits = self._logits
         if not torch.is_grad_enabled() or logits is None:
@@ -154,20 +154,20 @@ def differentiable(logits: torch.Tensor, targets: torch.Tensor, job: Job) -> tor
     return losses.sum() / counts.sum() if job.reduction == "mean" else losses.sum()
 
 
-def install(library: ctypes.CDLL, failed: Failed) -> Undo:
+def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     """Replace cross entropy on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/cross_entropy.c``.
-        failed: told when it could not be computed; torch's own way has been gone then.
+        on_failure: told when it could not be computed; torch's own way has been gone then.
     """
     kernel = library.cross_entropy
     kernel.restype = ctypes.c_int64
     kernel.argtypes = [ctypes.c_void_p] * 3
 
     def put(dtype: torch.dtype, *keys: str) -> Undo:
-        functions = {"cross_entropy_loss": _function(dtype, kernel, failed)}
-        return dispatch.layer(functions, *keys, failed=failed)
+        functions = {"cross_entropy_loss": _function(dtype, kernel, on_failure)}
+        return dispatch.override_operators(functions, *keys, on_failure=on_failure)
 
     with contextlib.ExitStack() as undo:
         undo.callback(put(torch.float32, "AutogradCPU", "CPU"))
@@ -176,8 +176,8 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
 
 
 def _function(
-    dtype: torch.dtype, kernel: Callable[..., int], failed: Failed
-) -> Callable[..., dispatch.Call | None]:
+    dtype: torch.dtype, kernel: Callable[..., int], on_failure: OnFailure
+) -> Callable[..., dispatch.DeferredCall | None]:
     """What stands behind the operator; it takes logits of one dtype."""
 
     def cross_entropy(
@@ -188,7 +188,7 @@ def _function(
         reduction: int = 1,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-    ) -> dispatch.Call | None:
+    ) -> dispatch.DeferredCall | None:
         if (
             weight is not None
             or not 0.0 <= label_smoothing <= 1.0
@@ -203,7 +203,7 @@ def _function(
             loss, gradient = computed(rows, classes, job, trains)
         except IndexError:
             return None  # torch says it in its own words
-        return dispatch.Call(_recorded, (loss, gradient, logits, classes, job, failed))
+        return dispatch.DeferredCall(_recorded, (loss, gradient, logits, classes, job, on_failure))
 
     return cross_entropy
 
@@ -214,10 +214,10 @@ def _recorded(
     logits: torch.Tensor,
     targets: torch.Tensor,
     job: Job,
-    failed: Failed,
+    on_failure: OnFailure,
 ) -> torch.Tensor:
-    way = Loss(logits, job, failed)
-    return dispatch.recorded(CrossEntropy, way, loss, (targets, gradient), logits)
+    way = Loss(logits, job, on_failure)
+    return dispatch.record_in_graph(CrossEntropy, way, loss, (targets, gradient), logits)
 
 
 def can_take(logits: torch.Tensor, targets: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flatout import machine
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 from flatout.knobs import loader
 
@@ -37,12 +37,12 @@ def apply(host: Host, setting: str) -> Undo:
     except ImportError as error:
         raise RefusedError("the program has no Pillow to decode images with") from error
 
-    on_failure = host.applied.withdraws(NAME)
+    on_failure = host.applied.on_failure_of(NAME)
     # A comparison turns these on and off: each time, they go on from what they know.
     if setting == "keep":
         from flatout.knobs.decode.keep import DecodedImages
 
-        images = host.kept(NAME, setting, lambda: DecodedImages(JpegImageFile, on_failure))
+        images = host.keep(NAME, setting, lambda: DecodedImages(JpegImageFile, on_failure))
         return images.install()
 
     from flatout.knobs.decode.parallel import Decoders
@@ -50,7 +50,7 @@ def apply(host: Host, setting: str) -> Undo:
     cores = _other_cores()
     if not cores:
         raise RefusedError("there is one core, and the program's own thread is on it")
-    decoders = host.kept(NAME, setting, lambda: Decoders(cores, JpegImageFile, on_failure))
+    decoders = host.keep(NAME, setting, lambda: Decoders(cores, JpegImageFile, on_failure))
     return decoders.install()
 
 

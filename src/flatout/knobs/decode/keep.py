@@ -10,7 +10,7 @@ from PIL import ImageFile
 from torch.utils.data import get_worker_info
 
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo, stand_before
+from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.decode.images import finish, identity
 from flatout.knobs.loader.cache import available_bytes
 
@@ -44,7 +44,7 @@ class DecodedImages:
 
     def install(self) -> Undo:
         """Take the place of Pillow's method; returns what ends that."""
-        return stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load)
+        return wrap_function(ImageFile.ImageFile, "load", self._on_failure, self.load)
 
     def load(self, own: Callable[[Any], Any], image: Any) -> Any:
         """Decode an image by Pillow's method ``own``, or take its pixels from memory."""

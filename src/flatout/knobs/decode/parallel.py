@@ -24,8 +24,8 @@ from torch.utils.data import dataloader
 
 from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.openmp import let_threads_rest
-from flatout.intercept.place import Undo, stand_before
+from flatout.intercept.openmp import release_threads
+from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.decode import decoder, images
 from flatout.knobs.decode.foresight import Foresight
 from flatout.knobs.decode.images import finish, identity, is_small, path_of
@@ -253,8 +253,8 @@ class Decoders:
         iterator = dataloader._BaseDataLoaderIter
         with contextlib.ExitStack() as undo:
             undo.callback(self._stop)
-            undo.callback(stand_before(ImageFile.ImageFile, "load", self._on_failure, self.load))
-            undo.callback(stand_before(iterator, "_next_index", self._on_failure, self.next_index))
+            undo.callback(wrap_function(ImageFile.ImageFile, "load", self._on_failure, self.load))
+            undo.callback(wrap_function(iterator, "_next_index", self._on_failure, self.next_index))
             return undo.pop_all().close
 
     def _stop(self) -> None:
@@ -323,7 +323,7 @@ class Decoders:
         self._waiting.extend(jobs)
         while len(self._processes) < min(self._most, len(jobs)):
             self._processes.append(Process())
-        let_threads_rest()
+        release_threads()
         self._hand_out()
 
     def _give_up(self, jobs: Iterable[Job]) -> None:
@@ -386,7 +386,7 @@ class Decoders:
             self._last.opened.append(path)
         if path not in self._by_path:
             return
-        let_threads_rest()  # they may have been called by the last sample
+        release_threads()  # they may have been called by the last sample
         job = self._by_path[path][0]
         if job.process is not None:
             while not job.is_over:

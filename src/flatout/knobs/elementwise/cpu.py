@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 FEWEST = 1 << 15
 """Elements; below, torch computes on one thread, and the way through Python would count."""
@@ -21,12 +21,12 @@ TANH, GELU = range(2)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def install(library: ctypes.CDLL, failed: Failed) -> Undo:
+def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     """Replace the operators; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/elementwise.c``.
-        failed: told when something could not be computed; torch's own kernel has done it then.
+        on_failure: told when something could not be computed; torch's own kernel has done it then.
     """
     activation, magnitude = library.activation, library.magnitude
     address = ctypes.c_void_p
@@ -79,9 +79,9 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
         magnitude(z.data_ptr(), made.data_ptr(), z.numel(), torch.get_num_threads())
         return made
 
-    functions: dict[str, dispatch.Function]
+    functions: dict[str, dispatch.Override]
     functions = {"tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward, "abs": complex_abs}
-    return dispatch.layer(functions, "CPU", failed=failed)
+    return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
 
 
 def _can_take(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 FEWEST = 1 << 15
 """Elements of a table; below, the way through Python takes as long."""
@@ -38,12 +38,12 @@ class Bags(ctypes.Structure):
     )
 
 
-def install(library: ctypes.CDLL, failed: Failed) -> Undo:
+def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     """Replace the operator; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/embedding.c``.
-        failed: told when a gradient could not be computed; torch's own has done it then.
+        on_failure: told when a gradient could not be computed; torch's own has done it then.
     """
     kernel = library.embedding_bags
     kernel.restype = ctypes.c_int
@@ -53,7 +53,7 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
         return _gradient(kernel, *args, **kwargs)
 
     functions = {"_embedding_bag_dense_backward": computed}
-    return dispatch.layer(functions, "CPU", failed=failed)
+    return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
 
 
 def _gradient(

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ def apply(host: Host, setting: str) -> Undo:
     if any(plan.get("precision") == "fp16" for plan in (host.request.settings, *arms)):
         raise RefusedError("what is put off would miss the scale of precision=fp16")
     # A comparison turns this on and off: each time, it goes on from what it knows.
-    on_demand = host.kept(
+    on_demand = host.keep(
         NAME,
         "learned",
         lambda: OnDemand(
             host.backward_wrappers,
             lambda why: host.events.add("skipped", NAME, why),
-            host.applied.withdraws(NAME),
+            host.applied.on_failure_of(NAME),
         ),
     )
     with contextlib.ExitStack() as undo:

@@ -36,8 +36,8 @@ _ALIGNMENT = 64
 def is_of_program(node: Any) -> bool:
     """Whether a node of a graph calls Python that is not ours."""
     forward = getattr(type(node), "_forward_cls", None)
-    is_ours = getattr(forward, "__module__", "").startswith("flatout.")
-    return isinstance(node, BackwardCFunction) and not is_ours
+    is_flatout_failure = getattr(forward, "__module__", "").startswith("flatout.")
+    return isinstance(node, BackwardCFunction) and not is_flatout_failure
 
 
 def is_known(node: Any) -> bool:

@@ -33,11 +33,11 @@ from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from flatout.intercept import engagement, graph, objects
-from flatout.intercept.containment import Failed, around, attempt
-from flatout.intercept.finite import kept_gradient
-from flatout.intercept.hooks import BackwardWrapper, Callbacks
+from flatout.intercept.callbacks import BackwardWrapper, CallbackList
+from flatout.intercept.containment import OnFailure, attempt, wrap
+from flatout.intercept.finite import stored_gradient
 from flatout.intercept.modes import autocast_devices, without_autocast
-from flatout.intercept.place import Undo, add_attribute, stand_before, take_place
+from flatout.intercept.patch import Undo, add_attribute, replace_function, wrap_function
 from flatout.knobs.gradients import surroundings
 from flatout.knobs.gradients.kept import Kept, is_known, is_of_program
 
@@ -141,9 +141,9 @@ class OnDemand:
 
     def __init__(
         self,
-        backward_wrappers: Callbacks[BackwardWrapper],
+        backward_wrappers: CallbackList[BackwardWrapper],
         on_skip: Callable[[str], None],
-        on_failure: Failed,
+        on_failure: OnFailure,
     ) -> None:
         self._backward_wrappers = backward_wrappers
         self._on_skip = on_skip
@@ -385,7 +385,7 @@ class OnDemand:
                     "a gradient that flatout has put off is asked for after all, and cannot be "
                     "computed any more: run without gradients=on_demand"
                 ) from debt.lost
-        return kept_gradient.__get__(leaf)
+        return stored_gradient.__get__(leaf)
 
     def _write(self, own: Callable[[Any, Any], None], leaf: Any, gradient: Any) -> None:
         own(leaf, gradient)
@@ -427,18 +427,18 @@ class OnDemand:
 
     def _take_gradients(self) -> None:
         def written(leaf: Any, gradient: Any) -> None:
-            kept_gradient.__set__(leaf, gradient)
+            stored_gradient.__set__(leaf, gradient)
             self._cancel([leaf])
 
         def deleted(leaf: Any) -> None:
-            kept_gradient.__delete__(leaf)
+            stored_gradient.__delete__(leaf)
             self._cancel([leaf])
 
         taken = property(
-            around(self._has_failed, self._read, self._paid),
-            around(self._has_failed, self._write, written),
-            around(self._has_failed, self._delete, deleted),
-            kept_gradient.__doc__,
+            wrap(self._has_failed, self._read, self._paid),
+            wrap(self._has_failed, self._write, written),
+            wrap(self._has_failed, self._delete, deleted),
+            stored_gradient.__doc__,
         )
         for name in ("grad", "_grad"):
             self._places.callback(add_attribute(torch.nn.Parameter, name, taken))
@@ -450,13 +450,13 @@ class OnDemand:
             self._drop(leaves)
             own(owning, set_to_none=set_to_none)
             for leaf in unmade:
-                if kept_gradient.__get__(leaf) is None:
-                    kept_gradient.__set__(leaf, torch.zeros_like(leaf))
+                if stored_gradient.__get__(leaf) is None:
+                    stored_gradient.__set__(leaf, torch.zeros_like(leaf))
 
-        function = around(self._has_failed, zero_grad, owner.__dict__["zero_grad"])
+        function = wrap(self._has_failed, zero_grad, owner.__dict__["zero_grad"])
         is_optimizer = owner is torch.optim.Optimizer  # whose own dynamo does not look at either
         function = _torch._disable_dynamo(function) if is_optimizer else function
-        self._places.callback(take_place(owner, "zero_grad", function))
+        self._places.callback(replace_function(owner, "zero_grad", function))
 
     def _take_hooks(self) -> None:
         """What hangs on a tensor, or on what is saved for backward, does not show in the graph."""
@@ -490,13 +490,13 @@ class OnDemand:
             self._end("the program has hooks on what is saved for backward, as checkpoints do")
             return own(hooks)
 
-        on_node = around(self._has_failed, register_on_node, _HookMixin._register_hook)
+        on_node = wrap(self._has_failed, register_on_node, _HookMixin._register_hook)
         for undo in (
-            stand_before(tensor, "register_hook", self._has_failed, register),
-            stand_before(tensor, "register_post_accumulate_grad_hook", self._has_failed, register),
+            wrap_function(tensor, "register_hook", self._has_failed, register),
+            wrap_function(tensor, "register_post_accumulate_grad_hook", self._has_failed, register),
             add_attribute(tensor, "retain_grad", retain_grad),
-            take_place(_HookMixin, "_register_hook", staticmethod(on_node)),
-            stand_before(saved_tensors_hooks, "__enter__", self._has_failed, enter),
+            replace_function(_HookMixin, "_register_hook", staticmethod(on_node)),
+            wrap_function(saved_tensors_hooks, "__enter__", self._has_failed, enter),
         ):
             self._places.callback(undo)
 
@@ -508,8 +508,8 @@ class OnDemand:
                 self._end("the program scales its losses")
             return own(scaler, outputs)
 
-        failed = self._has_failed
-        self._places.callback(stand_before(torch.amp.GradScaler, "scale", failed, scale))
+        on_failure = self._has_failed
+        self._places.callback(wrap_function(torch.amp.GradScaler, "scale", on_failure, scale))
 
 
 _everywhere: weakref.WeakSet[OnDemand] = weakref.WeakSet()
@@ -573,7 +573,7 @@ def _on_the_way(edges: Iterable[tuple[Any, Any]], leaves: Leaves) -> set[Any]:
 
 def _can_wait(leaf: Any) -> bool:
     """Whether ``Parameter.grad`` is the only way to the gradient of a leaf."""
-    if kept_gradient.__get__(leaf) is None:
+    if stored_gradient.__get__(leaf) is None:
         return _is_parameter(leaf)
     is_held = _is_sparse(leaf) or _holders(leaf) > _FEWEST_HOLDERS
     return _is_parameter(leaf) and not is_held
@@ -591,14 +591,14 @@ def _is_parameter(leaf: Any) -> bool:
 def _holders(leaf: Any) -> int:
     """How many references there are to the gradient that torch keeps, in Python and in torch, and
     to its memory."""
-    gradient = kept_gradient.__get__(leaf)
+    gradient = stored_gradient.__get__(leaf)
     uses: int = _torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
     return sys.getrefcount(gradient) + int(gradient._use_count()) + uses
 
 
 def _probe() -> Any:
     leaf = torch.zeros(1, device="cpu", requires_grad=True)
-    kept_gradient.__set__(leaf, torch.zeros(1, device="cpu"))
+    stored_gradient.__set__(leaf, torch.zeros(1, device="cpu"))
     return leaf
 
 
@@ -607,5 +607,5 @@ _FEWEST_HOLDERS = _holders(_probe())
 
 
 def _is_sparse(leaf: Any) -> bool:
-    gradient = kept_gradient.__get__(leaf)
+    gradient = stored_gradient.__get__(leaf)
     return gradient is not None and gradient.layout is not torch.strided

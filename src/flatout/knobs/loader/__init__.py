@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -86,12 +86,12 @@ def apply(host: Host, setting: str) -> Undo:
     if setting == "batched":
         from flatout.knobs.loader.batched import BatchedFetch
 
-        return BatchedFetch(host.applied.withdraws(NAME)).install()
+        return BatchedFetch(host.applied.on_failure_of(NAME)).install()
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
         # A comparison turns this on and off: each time, it goes on from what it knows.
-        cache = host.kept(NAME, setting, lambda: SampleCache(say, host.applied.withdraws(NAME)))
+        cache = host.keep(NAME, setting, lambda: SampleCache(say, host.applied.on_failure_of(NAME)))
         return cache.install()
     if not hasattr(os, "fork") or sys.platform == "darwin":
         raise RefusedError("processes cannot be forked here")
@@ -101,7 +101,7 @@ def apply(host: Host, setting: str) -> Undo:
 
     is_many = setting == "workers"
     count = worker_count(machine.usable_cores()) if is_many else 1
-    return Ahead(count, say, host.applied.withdraws(NAME), may_draw=is_many).install()
+    return Ahead(count, say, host.applied.on_failure_of(NAME), may_draw=is_many).install()
 
 
 def worker_count(cores: float) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import _utils, dataloader
 from flatout.intercept import engagement
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.place import Undo, stand_before
+from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.loader.processes import CHANGING, MOST_INDICES, Process, Ticket, state_of
 from flatout.knobs.loader.purity import Account, ImpureError, examine
 
@@ -76,7 +76,7 @@ class Ahead:
         owner = dataloader._SingleProcessDataLoaderIter
         with contextlib.ExitStack() as undo:
             undo.callback(self._stop)
-            undo.callback(stand_before(owner, "_next_data", self._failed, self.next))
+            undo.callback(wrap_function(owner, "_next_data", self._failed, self.next))
             return undo.pop_all().close
 
     def _stop(self) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo, stand_before
+from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.loader.purity import is_torchs_own
 
 
@@ -42,7 +42,7 @@ class BatchedFetch:
 
     def install(self) -> Undo:
         """Take the place of torch's method; returns what ends that."""
-        return stand_before(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
+        return wrap_function(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
 
     def fetch(self, own: Callable[[Any, Any], Any], fetcher: Any, index: Any) -> Any:
         """A batch, as the loader's fetcher would make it by its method ``own``."""

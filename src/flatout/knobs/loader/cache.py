@@ -13,7 +13,7 @@ from torch.utils.data._utils import fetch
 from flatout.intercept import engagement
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.place import Undo, stand_before
+from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.loader.purity import ImpureError, examine
 from flatout.machine import system
 
@@ -51,7 +51,7 @@ class SampleCache:
 
         What is known stays, in case it is wanted again.
         """
-        return stand_before(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
+        return wrap_function(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
 
     def fetch(self, own: Callable[[Any, Any], Any], fetcher: Any, index: Any) -> Any:
         """A batch, as the loader's fetcher would make it by its method ``own``."""

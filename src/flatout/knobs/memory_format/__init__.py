@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.intercept import engagement
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def apply(host: Host, setting: str) -> Undo:
     from torch import nn
     from torch.utils import checkpoint
 
-    from flatout.intercept.place import stand_before
+    from flatout.intercept.patch import wrap_function
     from flatout.knobs.memory_format.gradients import keep_layouts
 
     wrapper = ChannelsLast(host)
-    failed = host.applied.withdraws(NAME)
+    on_failure = host.applied.on_failure_of(NAME)
     places: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (nn.Conv2d, "_conv_forward", wrapper.convolve),
         (nn.ConvTranspose2d, "forward", wrapper.convolve),
@@ -47,10 +47,10 @@ def apply(host: Host, setting: str) -> Undo:
     )
     with contextlib.ExitStack() as undo:
         if hasattr(torch.library, "get_kernel"):
-            undo.callback(keep_layouts(failed))
+            undo.callback(keep_layouts(on_failure))
         undo.callback(host.forward_wrappers.append(wrapper))
         for owner, name, function in places:
-            undo.callback(stand_before(owner, name, failed, function))
+            undo.callback(wrap_function(owner, name, on_failure, function))
         return undo.pop_all().close
 
 
@@ -142,7 +142,7 @@ class ChannelsLast:
             return call(module, *args, **kwargs)
         self._is_on = True
         try:
-            with self._host.applied.blames(NAME):
+            with self._host.applied.withdraw_on_torch_error(NAME):
                 output = call(module, *args, **kwargs)
         finally:
             self._is_on = False
@@ -181,14 +181,14 @@ def as_in_rows(output: Any) -> Any:
     """Tensors in nested sequences and mappings as the module would have returned them."""
     import torch
 
-    from flatout.intercept.nested import mapped
+    from flatout.intercept.nested import map_tensors
 
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
             return tensor.contiguous()
         return tensor
 
-    return mapped(contiguous, output)
+    return map_tensors(contiguous, output)
 
 
 KNOB = Knob(

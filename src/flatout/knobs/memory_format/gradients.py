@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 BACKWARD = (
     *("threshold_backward", "leaky_relu_backward", "hardtanh_backward", "hardswish_backward"),
@@ -27,11 +27,11 @@ BACKWARD = (
 """Operators whose first two arguments are a gradient and the activations that it belongs to."""
 
 
-def keep_layouts(failed: Failed) -> Undo:
+def keep_layouts(on_failure: OnFailure) -> Undo:
     """Let these operators get gradients in the layout of the activations; returns the undo.
 
     Args:
-        failed: told when something here failed; torch's own kernel has got the gradient as it was.
+        on_failure: told when something here failed; torch's own kernel got the gradient as it was.
     """
 
     def in_layout(
@@ -40,13 +40,15 @@ def keep_layouts(failed: Failed) -> Undo:
         activations: torch.Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> dispatch.Call | None:
+    ) -> dispatch.DeferredCall | None:
         found = _like(gradient, activations)
         if found is gradient:
             return None
-        return dispatch.Call(below, (found, activations, *args), kwargs)
+        return dispatch.DeferredCall(below, (found, activations, *args), kwargs)
 
-    return dispatch.layer(dict.fromkeys(BACKWARD, in_layout), "CPU", failed=failed)
+    return dispatch.override_operators(
+        dict.fromkeys(BACKWARD, in_layout), "CPU", on_failure=on_failure
+    )
 
 
 def _like(gradient: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _safe(host: Host) -> Undo:
         raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
     operators = Float32Operators(
         "cpu" if accelerator is None else accelerator.type,
-        host.applied.withdraws(NAME),
+        host.applied.on_failure_of(NAME),
     )
     autocast = SafeAutocast(host, NAME, torch.bfloat16, operators)
     return _installed(host, autocast)

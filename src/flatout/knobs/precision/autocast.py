@@ -19,7 +19,7 @@ from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement, objects
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.nested import mapped
+from flatout.intercept.nested import map_tensors
 from flatout.knobs.precision import packed
 from flatout.knobs.precision.operators import Float32Operators, RoundedOperators
 from flatout.knobs.precision.scout import HALVES, Scout
@@ -143,10 +143,13 @@ class Autocast:
         if known.rounded is not None:
             if not self._can_round(device, module, known.rounded):
                 return call(module, *args, **kwargs)
-            blames = self._host.applied.blames(self._knob)
-            with blames, torch.autocast(device, self._dtype, cache_enabled=False):
+            withdraw_on_torch_error = self._host.applied.withdraw_on_torch_error(self._knob)
+            with withdraw_on_torch_error, torch.autocast(device, self._dtype, cache_enabled=False):
                 return call(module, *args, **kwargs)
-        with self._host.applied.blames(self._knob), torch.autocast(device, self._dtype):
+        with (
+            self._host.applied.withdraw_on_torch_error(self._knob),
+            torch.autocast(device, self._dtype),
+        ):
             output = call(module, *args, **kwargs)
         output = in_float32(output)
         if _widen(known.states):
@@ -165,7 +168,7 @@ class Autocast:
         kwargs: dict[str, Any],
     ) -> Any:
         """The forward pass as it is without autocast; what it shows is known from then on."""
-        scout = Scout((args, kwargs), self._host.applied.withdraws(self._knob))
+        scout = Scout((args, kwargs), self._host.applied.on_failure_of(self._knob))
         with _eager(), scout:
             output = call(module, *args, **kwargs)
         if scout.weight is not None and not scout.makes_data(output):
@@ -181,7 +184,7 @@ class Autocast:
         if device not in self._rounded:
             try:
                 self._rounded[device] = RoundedOperators(
-                    device, self._host.applied.withdraws(self._knob)
+                    device, self._host.applied.on_failure_of(self._knob)
                 )
             except RefusedError as error:
                 self._leave_alone(module, f"{why}, and {error}")
@@ -329,7 +332,7 @@ def in_float32(output: Any) -> Any:
             made[id(tensor)] = tensor.float()
         return made[id(tensor)]
 
-    return mapped(exact, output)
+    return map_tensors(exact, output)
 
 
 def _is_traced() -> bool:

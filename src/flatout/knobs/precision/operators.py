@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from flatout.errors import RefusedError
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.nested import mapped, tensors_in
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.nested import map_tensors, tensors_in
 from flatout.knobs.precision.scout import HALVES, weight_of
 
 FLOAT32 = (
@@ -61,7 +61,7 @@ class Float32Operators:
 
     Args:
         device: the device type.
-        failed: told when one of them has failed; torch's own has done it then.
+        on_failure: told when one of them has failed; torch's own has done it then.
 
     Attributes:
         is_wanted: whether they shall act; otherwise they do what torch does.
@@ -71,7 +71,7 @@ class Float32Operators:
         RuntimeError: this torch cannot hand over the kernels to be replaced.
     """
 
-    def __init__(self, device: str, failed: Failed) -> None:
+    def __init__(self, device: str, on_failure: OnFailure) -> None:
         key = f"Autocast{device.upper()}"
         self.is_wanted = True
         self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -80,21 +80,23 @@ class Float32Operators:
         self._heads: set[tuple[int, torch.Size]] = set()
         functions = {name: self._function(name, lambda args: True) for name in FLOAT32}
         functions |= {name: self._function(name, self._is_of_head) for name in PRODUCTS}
-        self.remove = dispatch.layer(functions, key, failed=failed)
+        self.remove = dispatch.override_operators(functions, key, on_failure=on_failure)
 
     def keep(self, head: tuple[int, torch.Size]) -> None:
         """Compute the products with this weight in float32 from now on."""
         self._heads.add(head)
 
-    def _function(self, name: str, is_kept: Callable[..., bool]) -> dispatch.Function:
+    def _function(self, name: str, is_kept: Callable[..., bool]) -> dispatch.Override:
         operator = operator_of(name)
 
-        def function(below: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Call | None:
+        def function(
+            below: Callable[..., Any], *args: Any, **kwargs: Any
+        ) -> dispatch.DeferredCall | None:
             if not self.is_wanted or not is_kept(args):
                 return None
             covers_all = name == "conv2d" and _covers_all(*args, **kwargs)
             wanted = _one_product if covers_all else operator
-            return dispatch.Call(self._past_autocast, (wanted, args, kwargs))
+            return dispatch.DeferredCall(self._past_autocast, (wanted, args, kwargs))
 
         return function
 
@@ -119,7 +121,7 @@ class RoundedOperators:
 
     Args:
         device: the device type.
-        failed: told when one of them has failed; torch's own has done it then.
+        on_failure: told when one of them has failed; torch's own has done it then.
 
     Attributes:
         is_wanted: whether they shall act; otherwise they do what torch does.
@@ -129,7 +131,7 @@ class RoundedOperators:
         RefusedError: this torch cannot hand over the kernels to be replaced.
     """
 
-    def __init__(self, device: str, failed: Failed) -> None:
+    def __init__(self, device: str, on_failure: OnFailure) -> None:
         if not hasattr(torch.library, "get_kernel"):
             raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
         key = f"Autocast{device.upper()}"
@@ -138,20 +140,22 @@ class RoundedOperators:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         there = (n for n in (*LOWERED, *REFUSED) if has_kernel(f"aten::{n}", key))
         functions = {name: self._function(name) for name in there}
-        self.remove = dispatch.layer(functions, key, failed=failed)
+        self.remove = dispatch.override_operators(functions, key, on_failure=on_failure)
 
-    def _function(self, name: str) -> dispatch.Function:
+    def _function(self, name: str) -> dispatch.Override:
         operator = operator_of(name)
 
-        def function(below: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Call | None:
+        def function(
+            below: Callable[..., Any], *args: Any, **kwargs: Any
+        ) -> dispatch.DeferredCall | None:
             if not self.is_wanted or torch.is_autocast_cache_enabled():
                 return None
             given = list(tensors_in((args, kwargs)))
             if name in REFUSED or any(tensor.layout is not torch.strided for tensor in given):
-                return dispatch.Call(self._past_autocast, (operator, args, kwargs))
+                return dispatch.DeferredCall(self._past_autocast, (operator, args, kwargs))
             if not any(tensor.dtype is torch.float32 for tensor in given):
                 return None  # the program's own half precision
-            return dispatch.Call(_with_float32, (below, args, kwargs))
+            return dispatch.DeferredCall(_with_float32, (below, args, kwargs))
 
         return function
 
@@ -165,7 +169,7 @@ class RoundedOperators:
 def _with_float32(
     operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    return mapped(_widened, operator(*args, **kwargs))
+    return map_tensors(_widened, operator(*args, **kwargs))
 
 
 def operator_of(name: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flatout import kernels
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
+from flatout.intercept.containment import OnFailure
 
 FEWEST_ROWS = 32
 """Of the input; a product with fewer reads its weight once, and looking at it does so again."""
@@ -60,21 +60,21 @@ class PackedLinear:
     """Stands in for ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
 
     Args:
-        failed: told when packing has failed; torch's own way is gone then and from there on.
+        on_failure: told when packing has failed; torch's own way is gone then and from there on.
 
     Raises:
         KernelError: ``kernels/fingerprint.c`` cannot be built.
     """
 
-    def __init__(self, failed: Failed) -> None:
+    def __init__(self, on_failure: OnFailure) -> None:
         self._fingerprint = kernels.load("fingerprint").fingerprint
         self._fingerprint.restype = ctypes.c_uint64
         self._fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        self._failed = failed
+        self._failed = on_failure
         self._has_failed = False
         self._packed: dict[int, Packed] = {}  # by the identity of the weight
-        self._undo = dispatch.layer(
-            {"linear": self._linear}, "AutocastCPU", failed=self._leave_to_torch
+        self._undo = dispatch.override_operators(
+            {"linear": self._linear}, "AutocastCPU", on_failure=self._leave_to_torch
         )
 
     def remove(self) -> None:

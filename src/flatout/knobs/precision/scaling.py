@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.intercept import graph, objects
-from flatout.intercept.containment import around
-from flatout.intercept.finite import Withheld, are_finite, gradients
+from flatout.intercept.containment import wrap
+from flatout.intercept.finite import HiddenGradients, are_finite, gradients
 from flatout.intercept.identity import WeakIdentitySet
-from flatout.intercept.place import Undo, add_attribute, stand_before
+from flatout.intercept.patch import Undo, add_attribute, wrap_function
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -58,18 +58,18 @@ class LossScaling:
         self._good_steps = 0
         self._inspections = 0
         self._unchecked: WeakIdentitySet[Any] = WeakIdentitySet()
-        self._withheld = Withheld()
+        self._withheld = HiddenGradients()
         self._stepping: Any = None
 
     def install(self) -> Undo:
         """Begin."""
         tensor: Any = torch.Tensor
-        retain_grad = around(self._has_failed, self._look_on, tensor.retain_grad)
+        retain_grad = wrap(self._has_failed, self._look_on, tensor.retain_grad)
         with contextlib.ExitStack() as undo:
             undo.callback(self._host.before_optimizer_step.append(self._before))
             undo.callback(self._host.after_optimizer_step.append(self._after))
             undo.callback(self._host.backward_wrappers.append(self._backward, self._has_failed))
-            undo.callback(stand_before(tensor, "register_hook", self._has_failed, self._look_on))
+            undo.callback(wrap_function(tensor, "register_hook", self._has_failed, self._look_on))
             undo.callback(add_attribute(tensor, "retain_grad", retain_grad))
             undo.callback(self._stop)
             return undo.pop_all().close

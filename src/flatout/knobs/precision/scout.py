@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flatout.intercept import objects
-from flatout.intercept.containment import Failed, Theirs, attempt
+from flatout.intercept.containment import OnFailure, OriginalCall, attempt
 from flatout.intercept.nested import tensors_in
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -107,16 +107,16 @@ class Scout(TorchFunctionMode):
 
     Args:
         given: what the module is called with.
-        failed: told when it has failed to look.
+        on_failure: told when it has failed to look.
 
     Attributes:
         why: what would meet them, ``None`` for nothing that has been seen.
         weight: of the last matrix product or convolution with a parameter.
     """
 
-    def __init__(self, given: Any, failed: Failed) -> None:
+    def __init__(self, given: Any, on_failure: OnFailure) -> None:
         super().__init__()
-        self._failed = failed
+        self._failed = on_failure
         self.why: str | None = None
         self.weight: torch.nn.Parameter | None = None
         self._known = _Tensors()
@@ -219,7 +219,7 @@ class Scout(TorchFunctionMode):
             frame = frame.f_back
         looked_for = (*halves, *containers)
         expected.add(id(looked_for))
-        found = (r for r in _referrers(looked_for) if type(r) is not Theirs)
+        found = (r for r in _referrers(looked_for) if type(r) is not OriginalCall)
         if any(id(referrer) not in expected for referrer in found):
             return "results of operators are kept outside of what it returns"
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def apply(host: Host, setting: str) -> Undo:
     from flatout.knobs.random import cpu
 
     return cpu.install(
-        dispatch.compiled("bernoulli", "torch's own numbers"),
+        dispatch.load_kernel("bernoulli", "torch's own numbers"),
         paired=setting == "paired",
-        failed=host.applied.withdraws(NAME),
+        on_failure=host.applied.on_failure_of(NAME),
     )
 
 

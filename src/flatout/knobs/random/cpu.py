@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 ALWAYS = 1 << 16
 """Dropout keeps an element where a half word lies below this times the probability of keeping."""
@@ -23,14 +23,14 @@ SERIAL_BELOW = 32768
 """Elements below which one thread does it: waking the others takes as long."""
 
 
-def install(kernel: ctypes.CDLL, paired: bool, failed: Failed) -> Undo:
+def install(kernel: ctypes.CDLL, paired: bool, on_failure: OnFailure) -> Undo:
     """Replace ``aten::bernoulli_`` and ``aten::dropout`` on the CPU; returns what undoes that.
 
     Args:
         kernel: the library of ``kernels/bernoulli.c``.
         paired: torch's kernel runs as well, on a copy that is thrown away, and leaves the
             generator as it would be without this.
-        failed: told when one could not be computed; torch's own kernel has done it then.
+        on_failure: told when one could not be computed; torch's own kernel has done it then.
     """
     bernoulli = Bernoulli(kernel)
 
@@ -60,7 +60,7 @@ def install(kernel: ctypes.CDLL, paired: bool, failed: Failed) -> Undo:
 
     def dropout(
         below: Callable[..., Any], tensor: torch.Tensor, p: float, train: bool
-    ) -> dispatch.Call | None:
+    ) -> dispatch.DeferredCall | None:
         if not train or not bernoulli.can_drop(tensor, p):
             return None
 
@@ -70,12 +70,22 @@ def install(kernel: ctypes.CDLL, paired: bool, failed: Failed) -> Undo:
         keep, bits = round((1.0 - p) * ALWAYS), bits_of(tensor)
         with drawing(None, paired):
             dropped = bernoulli.drop(tensor, bits, keep, key_for(None, own if paired else None))
-        way = Kept(bernoulli, keep, tensor.stride(), failed)
-        return dispatch.Call(dispatch.recorded, (Dropout, way, dropped, (bits,), tensor))
+        way = Kept(bernoulli, keep, tensor.stride(), on_failure)
+        return dispatch.DeferredCall(
+            dispatch.record_in_graph, (Dropout, way, dropped, (bits,), tensor)
+        )
 
     with contextlib.ExitStack() as undo:
-        undo.callback(dispatch.layer({"bernoulli_.float": bernoulli_}, "CPU", failed=failed))
-        undo.callback(dispatch.layer({"dropout": dropout}, "AutogradCPU", "CPU", failed=failed))
+        undo.callback(
+            dispatch.override_operators(
+                {"bernoulli_.float": bernoulli_}, "CPU", on_failure=on_failure
+            )
+        )
+        undo.callback(
+            dispatch.override_operators(
+                {"dropout": dropout}, "AutogradCPU", "CPU", on_failure=on_failure
+            )
+        )
         return undo.pop_all().close
 
 
@@ -187,7 +197,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
-class Dropout(dispatch.Recorded):
+class Dropout(dispatch.RecordedFunction):
     """Dropout in one pass that keeps a bit an element for the backward pass."""
 
 
@@ -198,34 +208,34 @@ class Kept(NamedTuple):
         bernoulli: computes it.
         keep: the probability of keeping, times ``ALWAYS``.
         stride: in which the bits lie.
-        failed: see ``dispatch.Way``.
+        on_failure: see ``dispatch.GradientRule``.
     """
 
     bernoulli: Bernoulli
     keep: int
     stride: tuple[int, ...]
-    failed: Failed
+    on_failure: OnFailure
 
     def gradients(
         self, saved: Sequence[torch.Tensor], needed: Sequence[bool], gradient: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         (bits,) = saved
         if gradient.stride() != self.stride:
             gradient = gradient.new_empty_strided(gradient.shape, self.stride).copy_(gradient)
         return (self.bernoulli.drop(gradient, bits, self.keep, None),)
 
-    def again(
+    def fallback_gradients(
         self, saved: Sequence[torch.Tensor], needed: Sequence[bool], gradient: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         (bits,) = saved
         if dispatch.are_plain(gradient):
-            found = dispatch.attempt_alone(
-                self.failed, self.gradients, saved, needed, gradient.detach()
+            found = dispatch.attempt_below_autograd(
+                self.on_failure, self.gradients, saved, needed, gradient.detach()
             )
             if found is not None:
-                return (dispatch.recorded(Dropout, self, *found, (bits,), gradient),)
+                return (dispatch.record_in_graph(Dropout, self, *found, (bits,), gradient),)
         kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
         factors = kept.to(gradient.dtype) * (ALWAYS / self.keep)
         return (gradient * factors.as_strided(gradient.shape, self.stride),)

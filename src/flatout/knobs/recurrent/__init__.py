@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatout import kernels
-from flatout.intercept.place import Undo
+from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def apply(host: Host, setting: str) -> Undo:
     from flatout.intercept import dispatch
     from flatout.knobs.recurrent import cpu
 
-    library = dispatch.compiled("gru", "torch's own units")
-    return cpu.install(library, host.applied.withdraws(NAME))
+    library = dispatch.load_kernel("gru", "torch's own units")
+    return cpu.install(library, host.applied.on_failure_of(NAME))
 
 
 KNOB = Knob(

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from flatout.intercept import dispatch
-from flatout.intercept.containment import Failed
-from flatout.intercept.place import Undo
+from flatout.intercept.containment import OnFailure
+from flatout.intercept.patch import Undo
 
 MOST_WIDTH = 512
 """Beyond it the matrix products take the time, and torch's are better."""
@@ -43,34 +43,34 @@ class Kernel:
             function.argtypes = [ctypes.c_void_p] * count
 
 
-class Recurrence(dispatch.Recorded):
+class Recurrence(dispatch.RecordedFunction):
     """One direction of one layer, after the products of its input."""
 
 
 class Job(NamedTuple):
-    """What is asked for, besides the tensors; see ``dispatch.Way``.
+    """What is asked for, besides the tensors; see ``dispatch.GradientRule``.
 
     Attributes:
         is_backwards: from the last step to the first.
         kernel: the compiled part.
-        failed: told of a failure.
+        on_failure: told of a failure.
     """
 
     is_backwards: bool
     kernel: Kernel
-    failed: Failed
+    on_failure: OnFailure
 
     def gradients(
         self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         inputs, first, weight, bias, states, kept = saved
         return _gradients(gradient, inputs, first, weight, bias, states, kept, self)
 
-    def again(
+    def fallback_gradients(
         self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
     ) -> list[torch.Tensor | None]:
-        """See ``dispatch.Way``."""
+        """See ``dispatch.GradientRule``."""
         given = list(saved[:4])
         create_graph = torch.is_grad_enabled()
         if not create_graph:
@@ -101,10 +101,10 @@ def recurrence(
         job: what is asked for.
     """
     given = inputs, first, weight, bias
-    made = dispatch.attempt_alone(job.failed, _states, *given, job)
+    made = dispatch.attempt_below_autograd(job.on_failure, _states, *given, job)
     if made is None:
         return differentiable(*given, job.is_backwards)
-    return dispatch.recorded(Recurrence, job, made[0], (*given, *made), *given)
+    return dispatch.record_in_graph(Recurrence, job, made[0], (*given, *made), *given)
 
 
 def _states(
@@ -205,7 +205,7 @@ def gru(
     params: Sequence[torch.Tensor],
     options: tuple[bool, int, float, bool, bool, bool],
     kernel: Kernel,
-    failed: Failed,
+    on_failure: OnFailure,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All layers and directions.
 
@@ -216,7 +216,7 @@ def gru(
         options: has_biases, num_layers, dropout, train, bidirectional, batch_first, as
             ``aten::gru.input`` gets them.
         kernel: the compiled part.
-        failed: told when a pass failed and was gone in operations of torch.
+        on_failure: told when a pass failed and was gone in operations of torch.
     """
     has_biases, num_layers, dropout, train, bidirectional, batch_first = options
     if batch_first:
@@ -235,7 +235,7 @@ def gru(
                     first[number].contiguous(),
                     of_state.contiguous(),
                     biases[1].clone() if biases else None,  # saved, as torch saves none
-                    Job(direction == 1, kernel, failed),
+                    Job(direction == 1, kernel, on_failure),
                 )
             )
             last.append(outputs[-1][0 if direction else -1])
@@ -249,12 +249,12 @@ def gru(
     return sequence, torch.stack(last)
 
 
-def install(library: ctypes.CDLL, failed: Failed) -> Undo:
+def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     """Replace gated recurrent units on the CPU; returns what puts torch's own back.
 
     Args:
         library: of ``kernels/gru.c``.
-        failed: told when a pass failed and was gone in operations of torch.
+        on_failure: told when a pass failed and was gone in operations of torch.
     """
     kernel = Kernel(library)
 
@@ -264,15 +264,19 @@ def install(library: ctypes.CDLL, failed: Failed) -> Undo:
         first: torch.Tensor,
         params: Sequence[torch.Tensor],
         *options: Any,  # the rest of its arguments
-    ) -> dispatch.Call | None:
+    ) -> dispatch.DeferredCall | None:
         exact = sequence.dtype, first.dtype
         if torch.is_autocast_enabled("cpu"):
             exact = torch.float32, torch.float32
         if not can_take(sequence, first, params, exact):
             return None
-        return dispatch.Call(_exact, (sequence, first, exact, params, options, kernel, failed))
+        return dispatch.DeferredCall(
+            _exact, (sequence, first, exact, params, options, kernel, on_failure)
+        )
 
-    return dispatch.layer({"gru.input": replacement}, "AutogradCPU", "CPU", failed=failed)
+    return dispatch.override_operators(
+        {"gru.input": replacement}, "AutogradCPU", "CPU", on_failure=on_failure
+    )
 
 
 def _exact(

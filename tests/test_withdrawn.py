@@ -1,4 +1,4 @@
-"""A knob that raises in the middle of a run: turned back, recorded, and the run goes on."""
+"""A knob that raises in the middle of a run: withdrawn, recorded, and the run goes on."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_knob_that_breaks_at_once_leaves_the_program_as_it_was(
 
 
 @pytest.mark.parametrize("settings", BREAKAGES)
-def test_a_knob_that_breaks_in_the_middle_is_turned_back(tmp_path: Path, settings: str) -> None:
+def test_a_knob_that_breaks_in_the_middle_is_withdrawn(tmp_path: Path, settings: str) -> None:
     whole, _ = run(tmp_path / "whole", settings, breaks_at=-1)
     losses, process = run(tmp_path / "broken", settings, breaks_at=20)
     name = settings.partition("=")[0]

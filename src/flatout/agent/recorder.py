@@ -1,0 +1,111 @@
+"""What the agent writes into the record of its process, besides single events."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from flatout import knobs
+from flatout.intercept import engagement
+from flatout.intercept.containment import attempt, unreported
+from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
+from flatout.wire.header import ENVIRONMENT_NAMES, Header
+from flatout.wire.lines import End
+from flatout.wire.writer import RecordWriter
+
+if TYPE_CHECKING:
+    from flatout.intercept.host import Host
+
+
+class Recorder:
+    """Writes header, events of torch, losses and the last lines.
+
+    Args:
+        host: of this process.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._record = host.record
+
+    def write_header(self) -> None:
+        """Begin the record."""
+        self._record.begin(_header(self._record))
+
+    def write_events(self, wait: bool) -> list[float]:
+        """Write the events of torch and the losses that have arrived; returns these losses.
+
+        Args:
+            wait: wait for the losses that are still being copied from an accelerator.
+        """
+        hooks = self._host.hooks
+        self._record.write_events(hooks.pack())
+        arrived = attempt(self._losses_failed, arrived_losses, hooks.losses, wait)
+        if arrived:
+            self._record.write_losses(arrived, peak_device_bytes())
+        return arrived or []
+
+    def write_unused(self) -> None:
+        """Add an event for each applied knob that has had no effect because it took no call."""
+        applied = self._host.applied
+        for name in sorted(applied.ever - engagement.calls.keys() - applied.failures.keys()):
+            if knobs.get(name).waits_for_calls:
+                self._host.events.add("unused", name, "no call came that it takes")
+
+    def write_unreported(self) -> None:
+        """Add events for the failures that could not be reported when they occurred."""
+        while unreported:
+            self._host.events.add_failure("agent", unreported.pop(0))
+
+    def write_end(self, reason: str) -> None:
+        """Write the last line of the record."""
+        at_s = round(self._record.seconds(time.perf_counter_ns()), 6)
+        self._record.write(End(at_s, reason, peak_device_bytes()))
+
+    def _losses_failed(self, error: Exception) -> None:
+        """Give up the unread losses: after an error of the device, nothing can be read from it."""
+        hooks = self._host.hooks
+        abandon(hooks.losses)
+        hooks.losses = []
+        self._host.events.add_failure("loss", error)
+
+
+def _header(record: RecordWriter) -> Header:
+    import torch
+
+    from flatout.intercept import device
+
+    accelerator = device.accelerator()
+    return Header(
+        pid=os.getpid(),
+        parent_pid=os.getppid(),
+        rank=_environment_int("RANK"),
+        world_size=_environment_int("WORLD_SIZE"),
+        started_unix_s=round(time.time(), 3),
+        started_ns=record.started_ns,
+        program=_program_name(),
+        executable=sys.executable,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        accelerator=accelerator.type if accelerator is not None else None,
+        environment={name: os.environ[name] for name in ENVIRONMENT_NAMES if name in os.environ},
+    )
+
+
+def _environment_int(name: str) -> int | None:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else None
+
+
+def _program_name() -> str:
+    """Return the name of the script, or of the module after ``-m``, which CPython puts into
+    ``sys.argv`` only once it has found the module."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name == "-m" and "-m" in sys.orig_argv[:-1]:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    return name

@@ -1,0 +1,86 @@
+"""Samples, moments and digests of tensors, as an inspection records them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a distributed tensor that this process holds, any other tensor itself;
+    detached."""
+    to_local = getattr(tensor, "to_local", None)
+    local: torch.Tensor = tensor.detach() if to_local is None else to_local().detach()
+    return local
+
+
+def stored_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the local elements as real numbers; of a sparse tensor, those that are stored."""
+    tensor = local_part(tensor)
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def summation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype to sum in: float64, or float32 on Metal, which has no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def sample(values: torch.Tensor, elements: int) -> torch.Tensor:
+    """Return every n-th element in the order of the indices, at most ``elements`` of them.
+
+    n is coprime to the number of elements, so the sample does not stay within one column.
+    """
+    count = values.numel()
+    stride = max(-(-count // elements), 1)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return values.reshape(-1)[::stride]
+
+
+def moments(values: torch.Tensor) -> tuple[float, float]:
+    """Return mean and root mean square of a tensor that is not empty."""
+    dtype = summation_dtype(values)
+    norm = float(torch.linalg.vector_norm(values, dtype=dtype))
+    return float(values.mean(dtype=dtype)), norm / math.sqrt(values.numel())
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 of dtypes, shapes and local elements, in hexadecimal."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        result.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        on_host = _copy_to_host(local_part(tensor))
+        result.update(_memory_of(on_host))
+    return result.hexdigest()
+
+
+def to_floats(values: torch.Tensor) -> array[float]:
+    """Return the elements of a float32 tensor."""
+    return array("f", bytes(_memory_of(_copy_to_host(values))))
+
+
+def to_ints(values: torch.Tensor) -> array[int]:
+    """Return the elements of an int32 tensor."""
+    return array("i", bytes(_memory_of(_copy_to_host(values))))
+
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in host memory, with its elements in the order of their indices."""
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _memory_of(on_host: torch.Tensor) -> Any:
+    """Return the memory of a contiguous tensor, which must outlive it. NumPy, which could do this,
+    may not be installed."""
+    size_bytes = on_host.numel() * on_host.element_size()
+    return (ctypes.c_char * size_bytes).from_address(on_host.data_ptr()) if size_bytes else b""

@@ -1,0 +1,194 @@
+"""Callbacks of knobs and of the agent around the calls that a step of the training loop makes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from flatout.intercept import _watch
+from flatout.intercept.capture import is_capturing, is_traced
+from flatout.intercept.containment import OnFailure, attempt, call_module, contain, wrap
+from flatout.intercept.patch import Undo, wrap_function
+
+Call = Callable[..., Any]
+
+BackwardWrapper = Call
+"""Called around each call of ``torch.autograd._engine_run_backward``, which starts the autograd
+engine, as ``wrapper(call, outputs, gradients, *args, **kwargs)`` in place of
+``call(outputs, gradients, *args, **kwargs)``."""
+
+
+class ForwardWrapper(Protocol):
+    """Called around an outermost module call, in place of ``call(module, *args, **kwargs)``."""
+
+    def __call__(self, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any: ...
+
+
+OptimizerCallback = Callable[[Any], None]
+"""Called with the optimizer before or after its step."""
+
+C = TypeVar("C")
+
+
+class CallbackList(Generic[C]):
+    """An ordered set of callbacks.
+
+    Args:
+        changed: called whenever callbacks are added or removed.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._callbacks: list[tuple[C, OnFailure | None]] = []
+        self._changed = changed
+
+    def append(self, callback: C, on_failure: OnFailure | None = None) -> Undo:
+        """Add a callback after the others; a wrapper is called around the earlier ones.
+
+        Args:
+            callback: the callback.
+            on_failure: called when it has failed; by default, the knob that the callback belongs to
+                is withdrawn.
+        """
+        self._callbacks.append((callback, on_failure))
+        self._changed()
+        return functools.partial(self.remove, callback)
+
+    def remove(self, callback: C) -> None:
+        """Remove a callback, if it is there."""
+        # This makes a new list, because a callback may remove itself while the list is iterated.
+        self._callbacks = [entry for entry in self._callbacks if entry[0] != callback]
+        self._changed()
+
+    def entries(self) -> list[tuple[C, OnFailure | None]]:
+        """Return the callbacks, each with its ``on_failure``."""
+        return list(self._callbacks)
+
+    def __iter__(self) -> Iterator[C]:
+        return (callback for callback, _ in self._callbacks)
+
+    def __contains__(self, callback: object) -> bool:
+        return any(callback == other for other, _ in self._callbacks)
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+
+class StepCallbacks:
+    """Calls the callbacks around forward calls, backward calls and optimizer steps.
+
+    Nothing of flatout is called around them while there are no callbacks. None is called while a
+    CUDA graph is captured, and no forward wrapper while the program is traced.
+
+    Args:
+        log: of the watches, which call ``wrap_forward``, ``before_update`` and ``after_update``.
+        on_skip: called with a subject and a reason when callbacks are not called.
+        on_watch_failure: called with a failure of this class itself.
+        on_callback_failure: called with a callback and its failure; the program gets the result of
+            the original call.
+    """
+
+    def __init__(
+        self,
+        log: _watch.Log,
+        on_skip: Callable[[str, str], None],
+        on_watch_failure: OnFailure,
+        on_callback_failure: Callable[[Any, Exception], None],
+    ) -> None:
+        self.forward_wrappers: CallbackList[ForwardWrapper] = CallbackList(self.connect)
+        self.backward_wrappers: CallbackList[BackwardWrapper] = CallbackList(self._patch_backward)
+        self.before_optimizer_step: CallbackList[OptimizerCallback] = CallbackList(self.connect)
+        self.after_optimizer_step: CallbackList[OptimizerCallback] = CallbackList(self.connect)
+        self._log = log
+        self._on_skip = on_skip
+        self._on_watch_failure = on_watch_failure
+        self._on_callback_failure = on_callback_failure
+        self._has_reported_capture = False
+        self._unpatch_backward: Undo | None = None
+        self._contained_forward = wrap(on_watch_failure, self._forward, call_module)
+        self._contained_before = contain(on_watch_failure, self._before_update)
+        self._contained_after = contain(on_watch_failure, self._after_update)
+
+    def connect(self) -> None:
+        """Have the log call what there are callbacks for, and nothing else."""
+        log = self._log
+        log.wrap_forward = self._contained_forward if self.forward_wrappers else None
+        log.before_update = self._contained_before if self.before_optimizer_step else None
+        log.after_update = self._contained_after if self.after_optimizer_step else None
+
+    def _patch_backward(self) -> None:
+        """Patch torch's backward function as long as there are backward wrappers."""
+        import torch
+
+        if not self.backward_wrappers:
+            if self._unpatch_backward is not None:
+                self._unpatch_backward()
+            self._unpatch_backward = None
+        elif self._unpatch_backward is None:
+            # The program may have wrapped the patched function for good: the patch then stays, and
+            # this list, which is emptied by the undo, tells it to do nothing.
+            is_active = [True]
+            with contextlib.ExitStack() as undo:
+                function = functools.partial(self._backward, is_active)
+                undo.callback(
+                    wrap_function(
+                        torch.autograd, "_engine_run_backward", self._on_watch_failure, function
+                    )
+                )
+                undo.callback(is_active.clear)
+                self._unpatch_backward = undo.pop_all().close
+
+    def _forward(
+        self, original: Call, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Make an outermost module call.
+
+        Args:
+            original: ``call_module``.
+            call: what the program calls.
+            module, args, kwargs: with which it is called.
+        """
+
+        def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(call, module, args, kwargs)
+
+        if is_traced():
+            return wrapped(module, *args, **kwargs)
+        if not is_capturing():
+            for wrapper in self.forward_wrappers:
+                wrapped = self._wrap_forward(wrapper, wrapped)
+        elif not self._has_reported_capture:
+            self._has_reported_capture = True
+            why = "no setting takes effect inside a CUDA graph that the program captures"
+            self._on_skip("capture", why)
+        return wrapped(module, *args, **kwargs)
+
+    def _wrap_forward(self, wrapper: ForwardWrapper, call: Call) -> Call:
+        def forward(original: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
+            if wrapper not in self.forward_wrappers:
+                return original(module, *args, **kwargs)  # an outer wrapper has just removed it
+            return wrapper(original, module, args, kwargs)
+
+        return wrap(functools.partial(self._on_callback_failure, wrapper), forward, call)
+
+    def _backward(self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any) -> Any:
+        """Make a backward call, for which torch's function is ``original``."""
+        call = original
+        if is_active and not is_capturing():
+            for wrapper, on_failure in self.backward_wrappers.entries():
+                on_failure = on_failure or functools.partial(self._on_callback_failure, wrapper)
+                call = wrap(on_failure, wrapper, call)
+        return call(*args, **kwargs)
+
+    def _before_update(self, optimizer: Any) -> None:
+        self._call(self.before_optimizer_step, optimizer)
+
+    def _after_update(self, optimizer: Any) -> None:
+        self._call(self.after_optimizer_step, optimizer)
+
+    def _call(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
+        if not is_capturing():
+            for callback in callbacks:
+                on_failure = functools.partial(self._on_callback_failure, callback)
+                attempt(on_failure, callback, optimizer)
