@@ -29,7 +29,7 @@ EXACTNESS: Mapping[Exactness, str] = {
 }
 """What each class means."""
 
-PRODUCTS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
+MATMUL_OPERATORS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
 """Parts of the names of operators that multiply matrices or convolve."""
 
 

@@ -1,4 +1,4 @@
-"""Images with their channels side by side in memory, as the kernels for convolutions like them."""
+"""Run convolutions on images in channels_last memory format, for which kernels are faster."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NAME = "memory_format"
 
 
 def match(facts: Facts) -> Match:
-    """Needs convolutions in the step."""
+    """Offer the setting where a step contains convolutions."""
     if facts.lack("convolution"):
-        return Match((), "there are no convolutions in its steps")
+        return Match((), "there are no convolutions in a step")
     return Match(("channels_last",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Turn what goes into convolutions around, from the next outermost module call on."""
+    """Convert the inputs of convolutions, from the next outermost module call on."""
     import torch
     from torch import nn
     from torch.utils import checkpoint
@@ -193,26 +193,28 @@ def as_in_rows(output: Any) -> Any:
 
 KNOB = Knob(
     name=NAME,
-    summary="convolutions on images with their channels side by side",
+    summary="run convolutions on images in channels_last memory format",
     settings=("channels_last",),
     exactness={"channels_last": "resampled"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="In every outermost module call, `Conv2d` and `ConvTranspose2d` get their input in "
-        "the format `torch.channels_last`, and pass it on; what the call returns is contiguous "
-        "again. On the CPU, gradients that reach activations in another layout, in any module, "
-        "are brought into theirs. Parameters, their gradients and the optimizer's state keep their "
-        "layout, so fused optimizers and checkpoints are safe: torch's fused steps are silently "
-        "wrong where the strides of state and parameter differ. Where torch fails on the format "
-        "(a `view` of activations), the program gets the error, and the knob is turned back. Left "
-        "alone: modules most of whose convolutions are grouped. Dropout on images meets the same "
-        "random numbers in another order.",
+        what="The knob converts the inputs of `Conv2d` and `ConvTranspose2d` to the memory format "
+        "`torch.channels_last`, which their outputs and the following operators keep. The output "
+        "of an outermost module call is made contiguous again. On the CPU, gradients are converted "
+        "to the memory format of the activations that they belong to. Parameters, their gradients "
+        "and the optimizer's state keep their memory format, so fused optimizers and checkpoints "
+        "are safe. (Torch's fused optimizer steps are silently wrong where the strides of state "
+        "and parameter differ.) Where torch fails on the format (a `view` of activations), the "
+        "program gets the error, and the knob is withdrawn. Modules in which at least half of the "
+        "convolutions are grouped are left alone. Dropout on images draws the same random numbers, "
+        "but applies them to other elements.",
         helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",
-        hurts="Operators between the convolutions that know rows only: each costs two copies. "
-        "Inputs of a few channels.",
-        by_hand="`model = model.to(memory_format=torch.channels_last)` before the optimizer is "
-        "made, and `images = images.contiguous(memory_format=torch.channels_last)` each step",
+        hurts="Networks with operators between the convolutions that need contiguous inputs, "
+        "because each of them takes two copies; images with few channels.",
+        by_hand="Call `model = model.to(memory_format=torch.channels_last)` before creating the "
+        "optimizer, and `images = images.contiguous(memory_format=torch.channels_last)` at each "
+        "step.",
         sources=(
             "https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html",
             "https://github.com/pytorch/pytorch/issues/34977 (grouped convolutions)",
