@@ -191,11 +191,11 @@ def attention(pairs: int) -> bool:
 def optimizers(pairs: int) -> bool:
     """Steps against torch's own, and against a copy of memory in bytes moved per second."""
     is_as_asked = True
-    user = functional.User(functional.OnePass(kernels.load("optimizers")), _raise)
+    override = functional.Override(functional.OnePass(kernels.load("optimizers")), _raise)
 
     @contextmanager
     def one_pass() -> Iterator[None]:
-        undo, _ = functional.turn(user)
+        undo, _ = functional.override_all(override)
         try:
             yield
         finally:

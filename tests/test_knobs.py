@@ -378,7 +378,7 @@ def test_two_knobs_that_claim_the_same_are_not_turned_together(
     started = tmp_path / "started"
     command = [sys.executable, "-c", f"open({str(started)!r}, 'w')"]
     assert main(["run", "--set", "rival=seldom", "--set", "random=fast", "--", *command]) == 2
-    assert "the knobs rival and random cannot be turned together" in capfd.readouterr().err
+    assert "the knobs rival and random cannot be used together" in capfd.readouterr().err
     assert not started.exists()
 
 
@@ -409,5 +409,5 @@ def test_a_loader_that_nothing_waits_for_is_not_turned() -> None:
     assert offer(Facts("cpu")).settings == ("cache", "prefetch", "workers")
     assert offer(Facts("cpu", data_share=0.3)).settings
     assert offer(Facts("cpu", data_share=0.001)).refusal == (
-        "its steps wait for data 0.1% of their time"
+        "steps wait for data only 0.1% of their time"
     )

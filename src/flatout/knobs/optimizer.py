@@ -45,7 +45,7 @@ def apply(host: Host, setting: str) -> Undo:
     def report_skipped(name: str, why: str) -> None:
         if (name, why) not in reported:
             reported.add((name, why))
-            host.events.add("skipped", NAME, f"torch steps all or part of {name}: {why}")
+            host.events.add("skipped", NAME, f"{name} is stepped by torch, at least in part: {why}")
 
     def count_step() -> None:
         engagement.calls[NAME] += 1

@@ -75,7 +75,7 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UserError("--seconds must be more than 0")
     if arguments.json is not None:
         paths.check_writable(arguments.json)
-    settings = knobs.parsed(arguments.set)
+    settings = knobs.parse_settings(arguments.set)
     progress = _Progress(arguments.steps)
     finished = launch.start(
         arguments.command,
