@@ -98,7 +98,7 @@ def test_precision_is_bfloat16_inside_and_float32_outside(host: Host) -> None:
     undo()
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     (event,) = events(host)
-    assert event["why"] == "operators of Net return float32: it asks for the type of a tensor"
+    assert event["why"] == "operators of Net return float32: it reads the dtype of a tensor"
 
 
 def test_precision_leaves_alone_what_the_program_has_decided(host: Host) -> None:
@@ -138,7 +138,7 @@ def test_operators_return_float32_where_bfloat16_is_not_implemented(host: Host) 
         torch.testing.assert_close(net(x), bare, rtol=0.02, atol=0.02)
     (event,) = events(host)
     assert event["what"] == "noticed"
-    assert "__setitem__ is not known to be the same in half precision" in event["why"]
+    assert "__setitem__ is not known to give the same result in half precision" in event["why"]
 
 
 def test_precision_lets_the_programs_own_errors_through(host: Host) -> None:
