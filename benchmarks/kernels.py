@@ -315,7 +315,7 @@ def clip(pairs: int) -> bool:
 
 def layouts(pairs: int) -> bool:
     """Gradients in rows for activations with their channels side by side."""
-    fast = switched_on(lambda: gradients.keep_layouts(_raise))
+    fast = switched_on(lambda: gradients.convert_gradients(_raise))
     operators = torch.ops.aten
     is_as_asked = True
     for dtype in (torch.float32, torch.bfloat16):

@@ -198,7 +198,7 @@ def test_knobs_that_replace_the_same_operator_come_and_go_in_any_order(
     operator = torch.ops.aten.gelu_backward
     bare = operator(gradient, x, approximate="tanh")
     for first in (0, 1):
-        undos = [make() for make in (fast, lambda: gradients.keep_layouts(raising))]
+        undos = [make() for make in (fast, lambda: gradients.convert_gradients(raising))]
         assert torch.allclose(operator(gradient, x, approximate="tanh"), bare, atol=1e-6)
         undos[order[first]]()
         assert torch.allclose(operator(gradient, x, approximate="tanh"), bare, atol=1e-6)
