@@ -47,7 +47,8 @@ BORDERS = {
     "knobs/gradients/on_demand.py:set_stored": "forgets a deferred gradient as the program sets it",
     "knobs/gradients/on_demand.py:delete_stored": "the same as it deletes one",
     "knobs/gradients/on_demand.py:_forget_deferred": "the same",
-    "knobs/gradients/on_demand.py:_get_computed": "returns a gradient, or raises the error without one",
+    "knobs/gradients/on_demand.py:_get_computed": "returns a gradient, or raises the error without "
+    "one",
     "knobs/gradients/kept.py:_pack": "is called by torch while it hands a saved tensor over",
     "knobs/precision/scout.py:__torch_function__": "the same of what torch calls for a function",
 }
