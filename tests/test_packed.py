@@ -49,7 +49,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         used.append(weight)
         return own(x, weight, bias)
 
-    monkeypatch.setattr(packed, "_product", product)
+    monkeypatch.setattr(packed, "_packed_linear", product)
     return used
 
 
@@ -293,7 +293,7 @@ def test_a_failure_goes_torchs_way_and_leaves_precision_on(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = packed._packed_linear
-    monkeypatch.setattr(packed, "_product", lambda x, *rest: own(x[:, 1:], *rest))
+    monkeypatch.setattr(packed, "_packed_linear", lambda x, *rest: own(x[:, 1:], *rest))
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = net(x).float()
