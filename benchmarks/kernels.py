@@ -191,11 +191,11 @@ def attention(pairs: int) -> bool:
 def optimizers(pairs: int) -> bool:
     """Steps against torch's own, and against a copy of memory in bytes moved per second."""
     is_as_asked = True
-    user = functional.User(functional.OnePass(kernels.load("optimizers")), _raise)
+    override = functional.Override(functional.OnePass(kernels.load("optimizers")), _raise)
 
     @contextmanager
     def one_pass() -> Iterator[None]:
-        undo, _ = functional.turn(user)
+        undo, _ = functional.override_all(override)
         try:
             yield
         finally:
@@ -315,7 +315,7 @@ def clip(pairs: int) -> bool:
 
 def layouts(pairs: int) -> bool:
     """Gradients in rows for activations with their channels side by side."""
-    fast = switched_on(lambda: gradients.keep_layouts(_raise))
+    fast = switched_on(lambda: gradients.convert_gradients(_raise))
     operators = torch.ops.aten
     is_as_asked = True
     for dtype in (torch.float32, torch.bfloat16):

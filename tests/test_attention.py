@@ -60,10 +60,10 @@ def raising(error: Exception) -> None:
     raise error
 
 
-def factors(job: cpu.Job, rows: int, columns: int) -> torch.Tensor:
+def factors(options: cpu.Options, rows: int, columns: int) -> torch.Tensor:
     """What the kernel multiplies the probabilities with."""
     query, key = torch.zeros(6, rows, 1), torch.zeros(6, columns, 1)
-    block = next(job.blocks(slice(0, 6), query, key, None))[0]
+    block = next(options.blocks(slice(0, 6), query, key, None))[0]
     block.rows, block.columns = rows, columns
     made = torch.empty(2, 3, rows, columns)
     kernel().dropout_factors(cpu.ctypes.addressof(block), made.data_ptr())
@@ -75,18 +75,18 @@ def kernel() -> cpu.Kernel:
 
 
 def reference(
-    tensors: Tensors, mask: torch.Tensor | None, job: cpu.Job
+    tensors: Tensors, mask: torch.Tensor | None, options: cpu.Options
 ) -> tuple[torch.Tensor, Tensors]:
     """Output and gradients in float64, of inputs with the same rounding."""
     query, key, value = (x.detach().double().requires_grad_() for x in tensors)
-    scores = query @ key.mT * job.scale
+    scores = query @ key.mT * options.scale
     rows, columns = scores.shape[2:]
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
-    if job.is_causal:
+    if options.is_causal:
         scores = scores.masked_fill(torch.ones(rows, columns, dtype=torch.bool).triu(1), -math.inf)
     probabilities = scores.softmax(-1).nan_to_num(0.0)
-    output = (probabilities * factors(job, rows, columns).double()) @ value
+    output = (probabilities * factors(options, rows, columns).double()) @ value
     return output.detach(), torch.autograd.grad(output.square().sum(), (query, key, value))
 
 
@@ -107,10 +107,10 @@ MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_with_a_mask_as_in_float64(blocks: None, mask: Callable[[], torch.Tensor | None]) -> None:
     tensors, chosen = inputs(37, 45, width=20), mask()
-    job = cpu.Job(0.3, False, 50_000, 77, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(0.3, False, 50_000, 77, 3)
+    output = cpu.apply(*tensors, chosen, options, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
-    expected, expected_gradients = reference(tensors, chosen, job)
+    expected, expected_gradients = reference(tensors, chosen, options)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     for found, right in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-4)
@@ -120,10 +120,10 @@ def test_with_a_mask_as_in_float64(blocks: None, mask: Callable[[], torch.Tensor
 @pytest.mark.parametrize("shape", [(37, 37), (5, 200), (200, 5), (1, 1), (130, 300)])
 def test_causal_as_in_float64(blocks: None, shape: tuple[int, int], keep: int) -> None:
     tensors = inputs(*shape)
-    job = cpu.Job(0.25, True, keep, 5, 3)
-    output = cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(0.25, True, keep, 5, 3)
+    output = cpu.apply(*tensors, None, options, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
-    expected, expected_gradients = reference(tensors, None, job)
+    expected, expected_gradients = reference(tensors, None, options)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     for found, right in zip(gradients, expected_gradients, strict=True):
         largest = right.abs().max().item()
@@ -132,15 +132,17 @@ def test_causal_as_in_float64(blocks: None, shape: tuple[int, int], keep: int) -
 
 def test_in_bfloat16_about_as_close_to_float64_as_torch_is(blocks: None) -> None:
     tensors = inputs(64, 64, torch.bfloat16)
-    job = cpu.Job(0.25, True, cpu.ALWAYS, 5, 3)  # without dropout, to have torch's own beside it
-    expected = reference(tensors, None, job)
+    options = cpu.Options(
+        0.25, True, cpu.ALWAYS, 5, 3
+    )  # without dropout, to have torch's own beside it
+    expected = reference(tensors, None, options)
 
     def errors(output: torch.Tensor) -> list[float]:
         gradients = torch.autograd.grad(output.float().square().sum(), tensors)
         pairs = zip((output, *gradients), (expected[0], *expected[1]), strict=True)
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
-    ours = errors(cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail))
+    ours = errors(cpu.apply(*tensors, None, options, kernel(), raising, pytest.fail))
     torchs = errors(F.scaled_dot_product_attention(*tensors, is_causal=True))
     assert all(a < 1.6 * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
 
@@ -163,10 +165,10 @@ def test_in_bfloat16_as_in_float64(
     causal = mask == "causal"
     chosen = None if causal else MASKS[mask]()
     tensors = inputs(rows, columns, torch.bfloat16, width)
-    job = cpu.Job(0.3, causal, 50_000, 77, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(0.3, causal, 50_000, 77, 3)
+    output = cpu.apply(*tensors, chosen, options, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.float().square().sum(), tensors)
-    expected, expected_gradients = reference(tensors, chosen, job)
+    expected, expected_gradients = reference(tensors, chosen, options)
     for found, right in zip((output, *gradients), (expected, *expected_gradients), strict=True):
         assert (found.double() - right).norm() <= 0.015 * right.norm() + 0.01
 
@@ -179,13 +181,13 @@ def test_widths_and_strides_of_whole_heads(monkeypatch: pytest.MonkeyPatch, widt
     leaves = tuple(torch.randn(2, 21, 3 * width, requires_grad=True) for _ in range(2))
     query, key = (x.view(2, 21, 3, width).transpose(1, 2) for x in leaves)
     last = torch.randn(2, 3, width, 21, requires_grad=True)
-    job = cpu.Job(0.3, False, 40_000, 9, 3)
-    output = cpu.apply(query, key, last.mT, None, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(0.3, False, 40_000, 9, 3)
+    output = cpu.apply(query, key, last.mT, None, options, kernel(), raising, pytest.fail)
     outer = torch.randn(2, 21, 3, width).transpose(1, 2)
     found = torch.autograd.grad(output, (*leaves, last), outer)
     exact = tuple(x.detach().double().requires_grad_() for x in (*leaves, last))
     one, other = (x.view(2, 21, 3, width).transpose(1, 2) for x in exact[:2])
-    probabilities = (one @ other.mT * 0.3).softmax(-1) * factors(job, 21, 21).double()
+    probabilities = (one @ other.mT * 0.3).softmax(-1) * factors(options, 21, 21).double()
     right = probabilities @ exact[2].mT
     torch.testing.assert_close(output.double(), right, atol=1e-5, rtol=1e-5)
     for a, b in zip(found, torch.autograd.grad(right, exact, outer.double()), strict=True):
@@ -198,8 +200,8 @@ def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
 
     def run() -> Tensors:
         mask = torch.arange(37) < torch.arange(37)[:, None] + 3
-        job = cpu.Job(0.3, False, 50_000, 77, 3)
-        output = cpu.apply(*tensors, mask, job, kernel(), raising, pytest.fail)
+        options = cpu.Options(0.3, False, 50_000, 77, 3)
+        output = cpu.apply(*tensors, mask, options, kernel(), raising, pytest.fail)
         return output, *torch.autograd.grad(output.sum(), tensors)
 
     expected = run()
@@ -213,11 +215,11 @@ def test_whatever_the_default_dtype(blocks: None, dtype: torch.dtype) -> None:
 
 def test_large_scores_overflow_nothing() -> None:
     tensors = tuple((x.detach() * 100).requires_grad_() for x in inputs())
-    job = cpu.Job(1.0, True, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(*tensors, None, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(1.0, True, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(*tensors, None, options, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.sum(), tensors)
     assert all(x.isfinite().all() for x in (output, *gradients))
-    expected = reference(tensors, None, job)[0]
+    expected = reference(tensors, None, options)[0]
     torch.testing.assert_close(output.double(), expected, atol=0.1, rtol=0.02)
 
 
@@ -225,10 +227,10 @@ def test_large_scores_overflow_nothing() -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0, 2.0])
 def test_scales_of_all_kinds(blocks: None, scale: float, mask: str) -> None:
     tensors, chosen = inputs(37, 45), MASKS[mask]()
-    job = cpu.Job(scale, False, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(*tensors, chosen, job, kernel(), raising, pytest.fail)
+    options = cpu.Options(scale, False, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(*tensors, chosen, options, kernel(), raising, pytest.fail)
     gradients = torch.autograd.grad(output.square().sum(), tensors)
-    expected, expected_gradients = reference(tensors, chosen, job)
+    expected, expected_gradients = reference(tensors, chosen, options)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     for found, right in zip(gradients, expected_gradients, strict=True):
         largest = right.abs().max().item()
@@ -238,21 +240,23 @@ def test_scales_of_all_kinds(blocks: None, scale: float, mask: str) -> None:
 @pytest.mark.parametrize("size", [1e5, 1e9, 1e15])
 def test_of_enormous_scores_the_largest_is_taken(blocks: None, size: float) -> None:
     query, key, value = (x.detach() for x in inputs())
-    job = cpu.Job(0.3, False, cpu.ALWAYS, 5, 3)
-    output = cpu.apply(query * size, key * size, value, None, job, kernel(), raising, pytest.fail)
-    expected = reference((query * size, key * size, value), None, job)[0]
+    options = cpu.Options(0.3, False, cpu.ALWAYS, 5, 3)
+    output = cpu.apply(
+        query * size, key * size, value, None, options, kernel(), raising, pytest.fail
+    )
+    expected = reference((query * size, key * size, value), None, options)[0]
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> None:
     query, key, value = inputs(dtype=dtype)
-    job = cpu.Job(0.3, True, cpu.ALWAYS, 5, 3)
+    options = cpu.Options(0.3, True, cpu.ALWAYS, 5, 3)
     with torch.no_grad():
         query[0, 1, 20, 3] = math.nan
         query[1, 2, 30] = math.inf  # scores of both signs
-    output = cpu.apply(query, key, value, None, job, kernel(), raising, pytest.fail)
-    expected = reference((query, key, value), None, job)[0]  # 0 where it is not a number
+    output = cpu.apply(query, key, value, None, options, kernel(), raising, pytest.fail)
+    expected = reference((query, key, value), None, options)[0]  # 0 where it is not a number
     row_is_bad = torch.zeros(2, 3, 37, dtype=torch.bool)
     row_is_bad[0, 1, 20] = row_is_bad[1, 2, 30] = True
     assert torch.equal(output.isnan().any(-1), row_is_bad)
@@ -606,7 +610,9 @@ def test_a_failure_is_reported_and_the_result_is_there(
         torch.manual_seed(3)
         if breaks:
             module = heads if is_whole else blocks_of_scores
-            monkeypatch.setattr(module, "WAY", module.WAY._replace(**{breaks: None}))
+            monkeypatch.setattr(
+                module, "IMPLEMENTATION", module.IMPLEMENTATION._replace(**{breaks: None})
+            )
         output = F.scaled_dot_product_attention(*tensors, dropout_p=0.5)
         return torch.autograd.grad(output.square().sum(), tensors)
 

@@ -220,7 +220,7 @@ def test_a_failure_is_told_and_torch_does_it(
     images = torch.randn(5, 8, 1, 1)
     bare = results(module, images)
     undo = knobs.get("convolution").apply(host, "recast")
-    monkeypatch.setattr(cpu, "_order", None)
+    monkeypatch.setattr(cpu, "_memory_order", None)
     assert all(map(torch.equal, results(module, images), bare))
     undo()
     assert list(host.applied.failures) == ["convolution"]

@@ -277,7 +277,7 @@ def test_torch_takes_over_when_it_fails(host: Host, monkeypatch: pytest.MonkeyPa
     logits, targets = made()
     expected = F.cross_entropy(logits, targets)
     undo = knobs.get("cross_entropy").apply(host, "fused")
-    monkeypatch.setattr(cpu, "Asked", None)
+    monkeypatch.setattr(cpu, "KernelArguments", None)
     found = F.cross_entropy(logits, targets)
     undo()
     assert torch.equal(found, expected)

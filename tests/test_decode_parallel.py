@@ -94,7 +94,7 @@ def decoders() -> Iterator[Decoders]:
     made = Decoders(2, JpegImagePlugin.JpegImageFile, raising)
     yield made
     made._is_installed = False
-    made._end()
+    made._end_idle()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
 
 
 def used(decoders: Decoders, dataset: Any) -> tuple[int, int]:
-    known = decoders._known.get(dataset)
+    known = decoders._datasets.get(dataset)
     assert known is not None
     return known.used, known.wasted
 
@@ -169,7 +169,7 @@ def test_it_leaves_no_trace(paths: list[Path], decoders: Decoders) -> None:
     assert (ImageFile.ImageFile.load, dataloader._BaseDataLoaderIter._next_index) == own
     processes = [process._process for process in decoders._processes]
     assert processes
-    decoders._end()
+    decoders._end_idle()
     assert all(process.returncode is not None for process in processes)
 
 
@@ -183,7 +183,7 @@ def test_an_epoch_that_is_left_costs_nothing_later(paths: list[Path], decoders: 
             break
     assert same(epoch(dataset, 1), bare)
     assert not decoders._by_path
-    assert all(len(process.free) == parallel.PLACES for process in decoders._processes)
+    assert all(len(process.free_slots) == parallel.SLOTS for process in decoders._processes)
     undo()
 
 
@@ -228,7 +228,7 @@ def test_what_is_never_of_use_is_given_up(
     dataset = Folder(paths)
     undo = decoders.install()
     epoch(dataset)
-    known = decoders._known.get(dataset)
+    known = decoders._datasets.get(dataset)
     assert known is not None
     known.used, known.wasted = 0, 8
     epoch(dataset)
@@ -318,7 +318,7 @@ def test_a_fork_that_lives_on_does_not_keep_processes(
         os.read(waiting, 1)
         os._exit(0)
     undo()
-    decoders._end()
+    decoders._end_idle()
     assert not decoders._processes
     os.close(told)
     os.close(waiting)
@@ -399,7 +399,7 @@ def test_datasets_are_told_apart_by_what_they_are(paths: list[Path], decoders: D
     found = [epoch(dataset, seed) for seed in range(2) for dataset in (one, other)]
     undo()
     assert all(map(same, found, bare))
-    assert len(decoders._known) == 2
+    assert len(decoders._datasets) == 2
 
 
 def test_a_dataset_is_not_asked_for_its_length(paths: list[Path], decoders: Decoders) -> None:

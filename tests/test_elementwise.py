@@ -198,7 +198,7 @@ def test_knobs_that_replace_the_same_operator_come_and_go_in_any_order(
     operator = torch.ops.aten.gelu_backward
     bare = operator(gradient, x, approximate="tanh")
     for first in (0, 1):
-        undos = [make() for make in (fast, lambda: gradients.keep_layouts(raising))]
+        undos = [make() for make in (fast, lambda: gradients.convert_gradients(raising))]
         assert torch.allclose(operator(gradient, x, approximate="tanh"), bare, atol=1e-6)
         undos[order[first]]()
         assert torch.allclose(operator(gradient, x, approximate="tanh"), bare, atol=1e-6)
@@ -213,7 +213,7 @@ def test_a_failure_is_told_and_torch_does_it(
     x = torch.randn(40_000)
     bare = torch.tanh(x)
     undo = knobs.get("elementwise").apply(host, "fast")
-    monkeypatch.setattr(cpu, "_can_take", None)
+    monkeypatch.setattr(cpu, "_is_supported", None)
     assert torch.equal(torch.tanh(x), bare)
     undo()
     assert list(host.applied.failures) == ["elementwise"]

@@ -44,10 +44,11 @@ BORDERS = {
     "intercept/dispatch.py:forward": "what autograd calls to record what has been computed",
     "intercept/dispatch.py:backward": "what autograd calls for a gradient; it only calls attempt",
     "intercept/identity.py:forget": "what Python calls as an object goes; it takes an entry out",
-    "knobs/gradients/on_demand.py:written": "cancels a debt as the program writes a gradient",
-    "knobs/gradients/on_demand.py:deleted": "the same as it deletes one",
-    "knobs/gradients/on_demand.py:_cancel": "the same",
-    "knobs/gradients/on_demand.py:_paid": "gives the program a gradient, or the error without one",
+    "knobs/gradients/on_demand.py:set_stored": "forgets a deferred gradient as the program sets it",
+    "knobs/gradients/on_demand.py:delete_stored": "the same as it deletes one",
+    "knobs/gradients/on_demand.py:_forget_deferred": "the same",
+    "knobs/gradients/on_demand.py:_get_computed": "returns a gradient, or raises the error without "
+    "one",
     "knobs/gradients/kept.py:_pack": "is called by torch while it hands a saved tensor over",
     "knobs/precision/scout.py:__torch_function__": "the same of what torch calls for a function",
 }

@@ -98,7 +98,7 @@ def test_precision_is_bfloat16_inside_and_float32_outside(host: Host) -> None:
     undo()
     torch.testing.assert_close(net(x), bare, rtol=0, atol=0)
     (event,) = events(host)
-    assert event["why"] == "operators of Net return float32: it asks for the type of a tensor"
+    assert event["why"] == "operators of Net return float32: it reads the dtype of a tensor"
 
 
 def test_precision_leaves_alone_what_the_program_has_decided(host: Host) -> None:
@@ -138,7 +138,7 @@ def test_operators_return_float32_where_bfloat16_is_not_implemented(host: Host) 
         torch.testing.assert_close(net(x), bare, rtol=0.02, atol=0.02)
     (event,) = events(host)
     assert event["what"] == "noticed"
-    assert "__setitem__ is not known to be the same in half precision" in event["why"]
+    assert "__setitem__ is not known to give the same result in half precision" in event["why"]
 
 
 def test_precision_lets_the_programs_own_errors_through(host: Host) -> None:
@@ -378,7 +378,7 @@ def test_two_knobs_that_claim_the_same_are_not_turned_together(
     started = tmp_path / "started"
     command = [sys.executable, "-c", f"open({str(started)!r}, 'w')"]
     assert main(["run", "--set", "rival=seldom", "--set", "random=fast", "--", *command]) == 2
-    assert "the knobs rival and random cannot be turned together" in capfd.readouterr().err
+    assert "the knobs rival and random cannot be used together" in capfd.readouterr().err
     assert not started.exists()
 
 
@@ -409,5 +409,5 @@ def test_a_loader_that_nothing_waits_for_is_not_turned() -> None:
     assert offer(Facts("cpu")).settings == ("cache", "prefetch", "workers")
     assert offer(Facts("cpu", data_share=0.3)).settings
     assert offer(Facts("cpu", data_share=0.001)).refusal == (
-        "its steps wait for data 0.1% of their time"
+        "steps wait for data only 0.1% of their time"
     )

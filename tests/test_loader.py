@@ -155,7 +155,7 @@ def test_the_same_batches_from_memory(said: Said, asked: list[int], kind: str) -
     undo()
     assert equal(cached, bare)
     assert torch.equal(torch.get_rng_state(), state)
-    assert said == [("noticed", "samples of Samples are kept")]
+    assert said == [("noticed", "samples of Samples are kept in memory")]
     assert sorted(asked) == list(range(96))
 
 
@@ -168,7 +168,7 @@ def test_the_same_batches_from_processes(said: Said, kind: str) -> None:
     undo()
     assert equal(found, bare)
     assert torch.equal(torch.get_rng_state(), state)
-    assert said == [("noticed", "batches of Samples are fetched ahead")]
+    assert said == [("noticed", "batches of Samples are prefetched")]
 
 
 def test_tensors_that_do_not_fit_into_shared_memory(
@@ -285,7 +285,9 @@ def test_the_budget_is_kept_and_what_is_over_it_fetched(said: Said, asked: list[
     assert equal(found, bare)
     assert len(store.samples) == 80
     assert len(asked) == 96 + 2 * 16
-    assert said.count(("noticed", "memory for samples is used up by those of Samples")) == 1
+    assert (
+        said.count(("noticed", "the memory for samples is full; not all of Samples are kept")) == 1
+    )
 
 
 def test_memory_is_given_back_with_the_dataset(cache: SampleCache) -> None:
@@ -453,7 +455,7 @@ def test_files_that_change_in_the_middle_of_an_epoch(
                 path.write_text("100")
     undo()
     assert found == [0, 1, 2, 3] + [100] * 8
-    assert said == [("noticed", "batches of Files are fetched ahead")]
+    assert said == [("noticed", "batches of Files are prefetched")]
 
 
 class Shifting(Samples):
@@ -474,7 +476,7 @@ def test_data_that_change_in_every_step_are_left_alone(said: Said) -> None:
     assert found == [10 * number + number for number in range(10)]
     assert said[-1] == (
         "skipped",
-        "Shifting is not fetched from ahead: its data change again and again while it is read",
+        "Shifting is not prefetched: its data change again and again while it is read",
     )
 
 

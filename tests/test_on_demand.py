@@ -777,7 +777,7 @@ def test_a_program_that_drops_nothing_is_left_alone_after_a_while(
 ) -> None:
     net, _ = tuned()
     tune(net, torch.optim.SGD(net.parameters(), lr=0.1), CALLS_WITHOUT_USE)
-    assert said == [f"nothing could be put off in {CALLS_WITHOUT_USE} backward calls"]
+    assert said == [f"nothing could be deferred in {CALLS_WITHOUT_USE} backward calls"]
     assert "grad" not in nn.Parameter.__dict__
 
 

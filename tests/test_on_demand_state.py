@@ -576,9 +576,9 @@ def test_only_what_others_could_write_is_copied() -> None:
         if value.data_ptr() not in (x.data_ptr(), other.data_ptr(), held.data_ptr())
     }
     del node, left
-    books = kept.Kept()
-    books.keep(nodes, ())
-    after = {tensor.data_ptr() for tensor in books._tensors}
+    saved = kept.SavedTensors()
+    saved.take(nodes, ())
+    after = {tensor.data_ptr() for tensor in saved._tensors}
     assert len(before) == 2
     assert before < after
     assert after.isdisjoint({x.data_ptr(), other.data_ptr(), held.data_ptr()})

@@ -194,15 +194,15 @@ def test_the_state_is_torchs_own() -> None:
                     assert state[key].stride() == value.stride()
 
 
-def one_pass(on_failure: Callable[[Exception], None]) -> functional.User:
-    return functional.User(functional.OnePass(kernels.load("optimizers")), on_failure)
+def one_pass(on_failure: Callable[[Exception], None]) -> functional.Override:
+    return functional.Override(functional.OnePass(kernels.load("optimizers")), on_failure)
 
 
 @pytest.fixture
 def stand_ins() -> Iterator[list[Exception]]:
     """All of them in place, as the knob does it; yields what failed."""
     failures: list[Exception] = []
-    undo, missing = functional.turn(one_pass(failures.append))
+    undo, missing = functional.override_all(one_pass(failures.append))
     assert not missing
     yield failures
     undo()
@@ -216,7 +216,7 @@ def refused(*args: Any) -> None:
 def nothing_left_to_torch(
     monkeypatch: pytest.MonkeyPatch, stand_ins: list[Exception]
 ) -> list[Exception]:
-    monkeypatch.setattr(functional, "_leave_rest", refused)
+    monkeypatch.setattr(functional, "_step_rest", refused)
     return stand_ins
 
 
@@ -320,7 +320,7 @@ REST: dict[str, Callable[[], torch.Tensor]] = {
 def test_what_the_kernels_do_not_know_is_torchs(kind: str) -> None:
     expected = REST[kind]()
     failures: list[Exception] = []
-    undo, _ = functional.turn(one_pass(failures.append))
+    undo, _ = functional.override_all(one_pass(failures.append))
     try:
         result = REST[kind]()
     finally:
@@ -673,7 +673,7 @@ def test_a_closure_that_raises_leaves_nothing_behind() -> None:
         with pytest.raises(KeyError, match="mine"):
             optimizer.step(failing)
     assert torch.is_grad_enabled()
-    assert functional._wanted() is None
+    assert functional._override_in_force() is None
     assert stepped_in_float64() == pytest.approx(0.5)
     optimizer.step(quadratic(param, optimizer))
     assert param.tolist() == pytest.approx([0.9] * 3)
@@ -897,7 +897,7 @@ def test_the_knob_is_undone_and_needs_a_compiler(
     from torch.optim import rmsprop
 
     host, knob = host_in(tmp_path), knobs.get("optimizer")
-    monkeypatch.setattr(functional, "_kept", set())  # as where no test has used the library
+    monkeypatch.setattr(functional, "_permanent", set())  # as where no test has used the library
     undo = knob.apply(host, "onepass")
     assert rmsprop._single_tensor_rmsprop is not torchs(rmsprop._single_tensor_rmsprop)
     undo()

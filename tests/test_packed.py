@@ -43,13 +43,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 def packings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What was used in the place of weights."""
     used: list[torch.Tensor] = []
-    own = packed._product
+    own = packed._packed_linear
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         used.append(weight)
         return own(x, weight, bias)
 
-    monkeypatch.setattr(packed, "_product", product)
+    monkeypatch.setattr(packed, "_packed_linear", product)
     return used
 
 
@@ -292,8 +292,8 @@ def test_undone_it_leaves_nothing(tmp_path: Path, packings: list[torch.Tensor]) 
 def test_a_failure_goes_torchs_way_and_leaves_precision_on(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = packed._product
-    monkeypatch.setattr(packed, "_product", lambda x, *rest: own(x[:, 1:], *rest))
+    own = packed._packed_linear
+    monkeypatch.setattr(packed, "_packed_linear", lambda x, *rest: own(x[:, 1:], *rest))
     net, x = nn.Linear(24, 40), torch.randn(ROWS, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = net(x).float()

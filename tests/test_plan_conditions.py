@@ -203,7 +203,7 @@ def test_a_knob_that_does_not_apply_is_named(program: Path) -> None:
     last, said = run(Plan(settings=SETTINGS), program)
     assert last.startswith("bfloat16 ")
     assert said.splitlines()[0] == (
-        "flatout: gc=seldom not applied: the program has decided on garbage collection itself"
+        "flatout: gc=seldom not applied: the program configures garbage collection itself"
     )
 
 

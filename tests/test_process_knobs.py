@@ -100,10 +100,10 @@ def test_what_is_preloaded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("vendor", "flags", "facts", "why"),
     [
         ("AuthenticAMD", mkl.FLAGS, KNOWN, None),
-        ("GenuineIntel", mkl.FLAGS, KNOWN, "MKL uses all of this processor"),
-        (None, mkl.FLAGS, KNOWN, "not known whose"),
+        ("GenuineIntel", mkl.FLAGS, KNOWN, "MKL already uses this processor's full"),
+        (None, mkl.FLAGS, KNOWN, "the vendor is unknown"),
         ("AuthenticAMD", {"avx2"}, KNOWN, "no AVX-512"),
-        ("AuthenticAMD", mkl.FLAGS, Facts("cpu", operators={"aten::relu": 1.0}), "no matrix"),
+        ("AuthenticAMD", mkl.FLAGS, Facts("cpu", operators={"aten::relu": 1.0}), "no matmuls"),
     ],
 )
 def test_mkl_is_offered_where_it_leaves_units_idle(
@@ -197,7 +197,7 @@ def test_an_allocator_that_is_not_installed(host: Host, monkeypatch: pytest.Monk
     monkeypatch.setattr(allocator, "library", lambda name: None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert allocator.variables("jemalloc", {}) == {}
-    with pytest.raises(RefusedError, match="jemalloc is not to be had"):
+    with pytest.raises(RefusedError, match="jemalloc is not available"):
         knobs.get("allocator").apply(host, "jemalloc")
 
 
@@ -247,7 +247,7 @@ def test_threads_of_the_environment_hold(
     host: Host, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with pytest.raises(RefusedError, match="OMP_NUM_THREADS is set: the number stays"):
+    with pytest.raises(RefusedError, match="the environment sets OMP_NUM_THREADS"):
         knobs.get("threads").apply(host, "one")
     assert torch.get_num_threads() == number
 
@@ -382,7 +382,7 @@ def test_kernels_are_built_and_variables_known_before_the_job_starts(
 
 def test_an_allocator_is_tried_whatever_one_process_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_glibc", lambda: allocator.OLDEST_GLIBC)
-    monkeypatch.setattr(allocator, "_chosen", lambda environment: None)
+    monkeypatch.setattr(allocator, "_variable_in_use", lambda environment: None)
     few, many = (
         allocator.KNOB.offer(Facts("cpu", huge_pages="madvise", page_fault_share=share))
         for share in (0.0, 0.2)

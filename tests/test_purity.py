@@ -329,7 +329,7 @@ def test_datasets_that_are_asked_in_another_way(dataset: Any) -> None:
 
 
 def test_a_collate_function_of_the_program() -> None:
-    with pytest.raises(ImpureError, match="put together"):
+    with pytest.raises(ImpureError, match="collate_fn"):
         examine(PURE["rows"], lambda samples: samples)
 
 

@@ -285,7 +285,7 @@ def test_an_arm_that_is_refused_is_out_and_the_others_go_on(tmp_path: Path) -> N
     process = run(tmp_path, LOOP, Comparison(arms=arms, block_steps=4, rounds=4))
     refused = [event for event in process.events if event.what == "skipped"]
     assert [(event.subject, event.why) for event in refused] == [
-        ("arm 1", "OMP_NUM_THREADS is set: the number stays")
+        ("arm 1", "the environment sets OMP_NUM_THREADS")
     ]
     assert {step.arm for step in process.steps} == {None, 0, 2}
 

@@ -1,7 +1,8 @@
-"""What a knob is: what it says of itself, what it is told, and what it does.
+"""The contract of a knob: its description, the facts it is offered by, and how it is applied.
 
-The controller reads a knob to know what can be tried, the agent applies it. So nothing here, and
-nothing at the top of a knob's file, imports torch.
+The controller reads a knob's description to decide what to try, and the agent applies the knob in
+the user's process. The controller has no torch, so neither this file nor the top level of a knob's
+file may import it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from flatout.intercept.patch import Undo
 
 Exactness = Literal["bitwise", "reordered", "reduced", "resampled", "reshuffled"]
-"""What a setting may change, at most. It decides what proof is asked for."""
+"""The most that a setting may change about a program's results. It decides which proof is
+needed."""
 
 EXACTNESS: Mapping[Exactness, str] = {
     "bitwise": "nothing changes",
@@ -27,36 +29,35 @@ EXACTNESS: Mapping[Exactness, str] = {
     "resampled": "other random numbers of the same distribution",
     "reshuffled": "other random numbers, and with them another order of the data",
 }
-"""What each class means."""
+"""The meaning of each class, in words for the user."""
 
-PRODUCTS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
-"""Parts of the names of operators that multiply matrices or convolve."""
+MATMUL_OPERATORS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
+"""Parts of the names of operators that consist of matmuls or convolutions."""
 
 
 @dataclass(frozen=True)
 class Facts:
     """What is known about job and machine before anything is tried.
 
+    A share is a fraction of the step's time, from 0 to 1. ``None`` means that a fact is not known.
+
     Attributes:
-        device: type of the device that the job computes on (``"cpu"``, ``"cuda"``, ...).
-        matmul_flops_per_s: measured matrix product rate of the device for each dtype name; ``None``
-            or missing where it was not measured.
+        device: the type of the device that the job computes on (``"cpu"``, ``"cuda"``, ...).
+        matmul_flops_per_s: the measured matmul rate of the device for each dtype name; ``None`` or
+            missing where it was not measured.
         updates: whether optimizer objects step in the job's loop.
-        optimizers: how many optimizers there are; ``None``: not known.
-        huge_pages: state of transparent huge pages (``always``, ``madvise``, ``never``).
-        threads: how many threads torch takes for an operator.
-        main_dtype: in which most of the arithmetic is done; ``None``: not known.
-        operators: share of the step that each of torch's operators takes, by name; ``None``: not
-            measured.
-        optimizer_share, data_share, page_fault_share: of the step's time, in steps of optimizers,
-            waiting for data, and for page faults; ``None``: not measured.
-        unfused_attention_share: in attention that torch has no fused kernel for; ``None``: not
-            measured.
-        loader_settings: settings of the knob ``loader`` that one of the job's loaders can take;
-            ``None``: not known.
-        opens_images: whether the job's main process has opened an image by Pillow; ``None``: not
-            known.
-        overhead_share: in Python and dispatch around operators; ``None``: not measured.
+        optimizers: how many optimizers there are.
+        huge_pages: the state of transparent huge pages (``always``, ``madvise``, ``never``).
+        threads: the number of torch's intra-op threads.
+        main_dtype: the name of the dtype in which most of the arithmetic is done.
+        operators: the share of each of torch's operators, by name.
+        optimizer_share: the share of optimizer steps.
+        data_share: the share of waiting for data.
+        page_fault_share: the share of page faults.
+        unfused_attention_share: the share of attention for which torch has no fused kernel.
+        overhead_share: the share of Python and dispatch around operators.
+        loader_settings: the settings of the knob ``loader`` that apply to one of the job's loaders.
+        opens_images: whether the job's main process has opened an image with Pillow.
     """
 
     device: str
@@ -76,18 +77,18 @@ class Facts:
     opens_images: bool | None = None
 
     def lack(self, *words: str) -> bool:
-        """Whether it is known that no operator with one of these words in its name is called."""
+        """Whether it is known that a step calls no operator with one of these words in its name."""
         operators = self.operators
         return operators is not None and not any(w in name for name in operators for w in words)
 
     def share(self, *words: str) -> float | None:
-        """Of the step, in operators with one of these words in their name; ``None``: unknown."""
+        """The share of all operators with one of these words in their name; ``None``: unknown."""
         if self.operators is None:
             return None
-        named = (
+        shares = (
             share for name, share in self.operators.items() if any(word in name for word in words)
         )
-        return min(1.0, math.fsum(named))
+        return min(1.0, math.fsum(shares))
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class Card:
     """What a user should know about a knob, in Markdown.
 
     Attributes:
-        what: what it does.
-        helps: when it helps.
-        hurts: when it hurts.
+        what: what the knob does to the program.
+        helps: which programs it makes faster.
+        hurts: which programs it makes slower or worse.
         by_hand: how to do the same in one's own code.
-        sources: documentation, papers, issues.
+        sources: documentation, papers and issues.
     """
 
     what: str
@@ -111,13 +112,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Match:
-    """Which settings are worth a trial.
+    """The settings of a knob that are worth a trial.
 
     Attributes:
         settings: the most promising first.
-        refusal: why there is none.
-        share: of the step, what they can save at most (Amdahl 1967: a gain of 1 / (1 - share));
-            ``None``: not known.
+        refusal: why there is no setting to try, as a clause for the user.
+        share: the largest share of the step's time that the settings can save; ``None``: not known.
     """
 
     settings: tuple[str, ...]
@@ -126,37 +126,39 @@ class Match:
 
     @property
     def bound(self) -> float | None:
-        """The speed-up that cannot be exceeded; ``None``: not known."""
+        """The largest possible speedup, 1 / (1 - share) (Amdahl 1967); ``None``: not known."""
         return None if self.share is None else 1 / max(1 - self.share, 1e-3)
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One thing that can be turned.
+    """One change to how a program runs, with one or more settings.
 
     Attributes:
-        name: as in a plan.
-        summary: one sentence: what it does.
-        settings: from the gentlest to the boldest.
-        exactness: of each setting.
-        hot: whether it can be applied and undone between two steps of a living process.
-        platforms: device types it is for.
+        name: the name in plans and on the command line.
+        summary: what the knob does, as an imperative clause.
+        settings: the names of its settings, from the gentlest to the boldest.
+        exactness: what each setting may change about results.
+        hot: whether the knob can be applied and undone between two steps of a running process.
+        platforms: the device types that it supports.
         card: what a user should know about it.
-        match: which settings to try, given the facts, on a device of its platforms.
-        apply: sets it, in the user's process, at a step boundary or before the first step; returns
-            what undoes it at a later step boundary. Raises ``RefusedError`` where it can do
-            nothing, or where the program has chosen already; what it leaves alone later, it says
-            by a ``skipped`` event.
-        claims: what it takes into its own hands, in words; two knobs of a plan must not claim the
-            same.
-        slow_start: whether the first steps under it take longer than a comparison inside one
-            process does, so that it is tried in processes of its own.
-        kernels: what it needs of ``flatout.kernels``; built before the job starts.
-        waits_for_calls: whether it does nothing until a call comes that it takes; it counts these
-            (``intercept/engagement.py``), and where none came, the record says that it had no
-            effect.
-        variables: of a cold knob: environment variables that the job must start with, given the
-            setting and the environment as it is; none where the user has chosen already.
+        match: returns the settings to try, given the facts, on a device of its platforms.
+        apply: applies a setting in the user's process, at a step boundary or before the first step,
+            and returns a function that undoes it at a later step boundary. It raises
+            ``RefusedError`` where the knob can do nothing or the program has made this choice
+            itself. Parts of the program that it leaves alone are recorded by ``skipped`` events.
+        claims: the things that it changes, in words. Two knobs of a plan must not have a claim in
+            common.
+        slow_start: whether the first steps with the knob take longer than a comparison inside one
+            process; the knob is then tried in fresh processes.
+        kernels: the names of the kernels (``flatout.kernels``) that it needs. They are built before
+            the job starts.
+        waits_for_calls: whether the knob acts only on certain calls. It then counts these calls
+            (``intercept/engagement.py``), and the record says that it had no effect if there were
+            none.
+        variables: for a knob that is not hot: returns the environment variables that the job must
+            start with, given the setting and the present environment. They are empty where the
+            user has made this choice already.
         proof_setting: the setting under which a proof runs in place of one that draws other random
             numbers: it draws them too, and leaves torch's generator as it would be without the
             knob, so that the same data come in the same order. It gains nothing, so no plan has it.
@@ -186,15 +188,15 @@ class Knob:
     hides_gains: bool = False
 
     def offer(self, facts: Facts) -> Match:
-        """Which settings to try, given the facts."""
+        """The settings to try, given the facts; none on a device that is not supported."""
         if facts.device not in self.platforms:
             return Match((), f"it is for {', '.join(self.platforms)}, not for {facts.device}")
         return self.match(facts)
 
 
 class ConflictError(UserError):
-    """Two knobs that take the same thing into their hands."""
+    """Two knobs of a plan change the same thing."""
 
 
 class UnknownSettingError(UserError):
-    """A knob, or a setting of a knob, that does not exist."""
+    """A knob, or a setting of a knob, does not exist."""

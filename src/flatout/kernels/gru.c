@@ -6,9 +6,9 @@
        r = sigmoid(i_r + h_r), z = sigmoid(i_z + h_z), n = tanh(i_n + r h_n),
        state' = (state - n) z + n
 
-   where i are the products of the input, which come from outside, and h those of the state with
-   `weight` plus `bias`. The rows of a batch do not depend on each other, so each thread takes some
-   of them through all steps, without waiting for another. */
+   where i are the matmuls of the input, which the caller has computed, and h the matmuls of the state
+   with `weight`, plus `bias`. The rows of a batch are independent, so each thread takes some of them
+   through all time steps without waiting for the others. */
 
 #include "elementary.h"
 
@@ -19,17 +19,17 @@ typedef struct {
     const float *inputs;   /* steps x batch x 3 width: i_r, i_z, i_n */
     const float *first;    /* batch x width: the state before the first step */
     const float *weight;   /* 3 width x width */
-    const float *turned;   /* its transpose, width x 3 width */
+    const float *transposed; /* the transpose of weight, width x 3 width; for the forward pass */
     const float *bias;     /* 3 width, or null */
     float *states;         /* steps x batch x width */
-    float *kept;           /* steps x batch x 4 width: r, z, n, h_n */
-    int32_t backwards;     /* from the last step to the first */
+    float *kept;           /* steps x batch x 4 width: r, z, n, h_n, for the backward pass */
+    int32_t reverse;       /* whether to go from the last step to the first */
     int32_t threads;
 } Layer;
 
 /* out[rows x columns] += left[rows x depth] * right[depth x columns]; the rows of `out` and `left`
    are `out_stride` and `left_stride` apart. */
-static void add_product(float *restrict out, int64_t out_stride, const float *restrict left,
+static void add_matmul(float *restrict out, int64_t out_stride, const float *restrict left,
                         int64_t left_stride, const float *restrict right, int64_t rows,
                         int64_t depth, int64_t columns) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
@@ -58,14 +58,14 @@ static void add_product(float *restrict out, int64_t out_stride, const float *re
 }
 
 static inline const float *state_before(const Layer *l, int64_t step) {
-    int64_t before = l->backwards ? step + 1 : step - 1;
+    int64_t before = l->reverse ? step + 1 : step - 1;
     return before < 0 || before >= l->steps ? l->first : l->states + before * l->batch * l->width;
 }
 
 static void forward_rows(const Layer *l, int64_t from, int64_t to, float *gates) {
     int64_t width = l->width, all = 3 * width;
     for (int64_t index = 0; index < l->steps; index++) {
-        int64_t step = l->backwards ? l->steps - 1 - index : index;
+        int64_t step = l->reverse ? l->steps - 1 - index : index;
         const float *before = state_before(l, step);
         for (int64_t row = from; row < to; row++) {
             float *g = gates + (row - from) * all;
@@ -74,7 +74,7 @@ static void forward_rows(const Layer *l, int64_t from, int64_t to, float *gates)
             else
                 memset(g, 0, (size_t)all * sizeof *g);
         }
-        add_product(gates, all, before + from * width, width, l->turned, to - from, width, all);
+        add_matmul(gates, all, before + from * width, width, l->transposed, to - from, width, all);
         for (int64_t row = from; row < to; row++) {
             const float *restrict g = gates + (row - from) * all;
             const float *restrict i = l->inputs + (step * l->batch + row) * all;
@@ -96,7 +96,7 @@ static void forward_rows(const Layer *l, int64_t from, int64_t to, float *gates)
     }
 }
 
-/* `scratch`: batch x 3 width. */
+/* Write `states` and `kept`. `scratch` has batch x 3 width elements. */
 void gru_forward(const Layer *layer, float *scratch) {
     const Layer l = *layer;
     int64_t count = l.threads < l.batch ? l.threads : l.batch;
@@ -108,10 +108,10 @@ void gru_forward(const Layer *layer, float *scratch) {
 }
 
 static void backward_rows(const Layer *l, int64_t from, int64_t to, const float *gradients,
-                          float *of_state, float *of_inputs, float *of_products) {
+                          float *of_state, float *of_inputs, float *of_matmuls) {
     int64_t width = l->width, all = 3 * width;
     for (int64_t index = l->steps - 1; index >= 0; index--) {
-        int64_t step = l->backwards ? l->steps - 1 - index : index;
+        int64_t step = l->reverse ? l->steps - 1 - index : index;
         const float *before = state_before(l, step);
         for (int64_t row = from; row < to; row++) {
             int64_t at = step * l->batch + row;
@@ -120,7 +120,7 @@ static void backward_rows(const Layer *l, int64_t from, int64_t to, const float 
             const float *restrict g = gradients + at * width;
             float *restrict s = of_state + row * width;
             float *restrict i = of_inputs + at * all;
-            float *restrict p = of_products + at * all;
+            float *restrict p = of_matmuls + at * all;
             _Pragma("omp simd")
             for (int64_t c = 0; c < width; c++) {
                 float r = kept[c], z = kept[width + c], n = kept[2 * width + c];
@@ -135,20 +135,21 @@ static void backward_rows(const Layer *l, int64_t from, int64_t to, const float 
                 s[c] = d * z;
             }
         }
-        add_product(of_state + from * width, width, of_products + (step * l->batch + from) * all,
+        add_matmul(of_state + from * width, width, of_matmuls + (step * l->batch + from) * all,
                     all, l->weight, to - from, all, width);
     }
 }
 
-/* The gradients of the states and, in `of_state`, of the last of them besides, to those of the
-   inputs, of the products of the state, and, in `of_state`, of the state before the first step. */
+/* Compute the gradients of the inputs and of the matmuls of the state from those of the states.
+   `of_state` holds a further gradient of the last state before the call, and the gradient of the
+   state before the first step after it. */
 void gru_backward(const Layer *layer, const float *gradients, float *of_state, float *of_inputs,
-                  float *of_products) {
+                  float *of_matmuls) {
     const Layer l = *layer;
     int64_t count = l.threads < l.batch ? l.threads : l.batch;
     _Pragma("omp parallel for schedule(static) num_threads(l.threads) if (count > 1)")
     for (int64_t part = 0; part < count; part++) {
         int64_t from = l.batch * part / count, to = l.batch * (part + 1) / count;
-        backward_rows(&l, from, to, gradients, of_state, of_inputs, of_products);
+        backward_rows(&l, from, to, gradients, of_state, of_inputs, of_matmuls);
     }
 }

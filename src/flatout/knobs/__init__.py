@@ -1,7 +1,7 @@
-"""Knobs: one file each, found by looking into this folder.
+"""The registry of knobs: each module or package in this folder is one knob and defines ``KNOB``.
 
-A knob's file defines ``KNOB``, a ``Knob``. The controller reads it to know what can be tried, the
-agent to do it, so no knob imports torch at its top level.
+The controller reads ``KNOB`` to decide what to try, and the agent applies it. The controller has no
+torch, so no knob imports torch at its top level.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def registry() -> Mapping[str, Knob]:
 
 
 def get(name: str) -> Knob:
-    """The knob of this name.
+    """The knob with this name.
 
     Raises:
-        UnknownSettingError: there is none.
+        UnknownSettingError: there is no such knob.
     """
     try:
         return registry()[name]
@@ -47,10 +47,11 @@ def get(name: str) -> Knob:
 
 
 def apply(name: str, host: Host, setting: str) -> Undo:
-    """Apply a knob; returns the undo.
+    """Apply a setting of a knob to a process; returns the undo.
 
     Raises:
-        RefusedError: it can do nothing here.
+        RefusedError: the knob can do nothing in this process.
+        UnknownSettingError: there is no such knob.
     """
     return get(name).apply(host, setting)
 
@@ -59,7 +60,7 @@ def check(name: str, setting: str) -> None:
     """Check that a knob has a setting.
 
     Raises:
-        UnknownSettingError: it has not, or there is no such knob.
+        UnknownSettingError: there is no such setting, or no such knob.
     """
     settings = get(name).settings
     if setting not in settings:
@@ -67,8 +68,8 @@ def check(name: str, setting: str) -> None:
         raise UnknownSettingError(f"knob {name!r} has no setting {setting!r}{hint}")
 
 
-def parsed(words: Iterable[str]) -> dict[str, str]:
-    """Settings by knob, from words as ``--set`` takes them; of two for a knob, the last.
+def parse_settings(words: Iterable[str]) -> dict[str, str]:
+    """Parse ``KNOB=SETTING`` arguments into settings by knob; the last one for a knob counts.
 
     Raises:
         UserError: a word is not ``KNOB=SETTING``, or there is no such knob or setting.
@@ -84,12 +85,12 @@ def parsed(words: Iterable[str]) -> dict[str, str]:
 
 
 def is_bitwise(name: str, setting: str) -> bool:
-    """Whether a setting changes nothing, and so needs no proof of its own."""
+    """Whether a setting leaves all results bit by bit the same, and so needs no proof."""
     return get(name).exactness[setting] == "bitwise"
 
 
 def check_claims(names: Iterable[str]) -> None:
-    """Check that no two knobs of a plan claim the same.
+    """Check that no two knobs of a plan change the same thing.
 
     Raises:
         ConflictError: two do.
@@ -100,32 +101,35 @@ def check_claims(names: Iterable[str]) -> None:
             other = claimed.setdefault(claim, name)
             if other != name:
                 raise ConflictError(
-                    f"the knobs {other} and {name} cannot be turned together: both take {claim} "
-                    "into their hands"
+                    f"the knobs {other} and {name} cannot be used together: both change {claim}"
                 )
 
 
 def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:
-    """Do what must be done before a job starts; returns the variables to add to ``environment``.
+    """Build the kernels that a job needs; returns the variables to add to its environment.
 
-    A kernel that cannot be built is no error: the agent finds that out again, and records it.
+    A kernel that cannot be built is no error here: the agent meets the same error and records it.
+
+    Args:
+        request: the settings of the job, and those that it compares.
+        environment: the environment variables that the job would start with.
 
     Raises:
-        ConflictError: two knobs that would be turned together claim the same.
+        ConflictError: two knobs that would be applied together change the same thing.
     """
     arms = request.comparison.arms if request.comparison is not None else ({},)
     for arm in arms:
         check_claims({**request.settings, **arm})
-    turned = {name for plan in (request.settings, *arms) for name in plan}
-    needed = {kernel for name in turned for kernel in get(name).kernels}
+    used_knobs = {name for plan in (request.settings, *arms) for name in plan}
+    needed_kernels = {kernel for name in used_knobs for kernel in get(name).kernels}
     if request.guard is not None:
-        needed.add("finite")
-    for kernel in sorted(needed):
+        needed_kernels.add("finite")
+    for kernel in sorted(needed_kernels):
         with contextlib.suppress(kernels.KernelError):
             kernels.build(kernel)
     variables: dict[str, str] = {}
     for name, setting in request.settings.items():
-        ask = get(name).variables
-        if ask is not None:
-            variables.update(ask(setting, {**environment, **variables}))
+        variables_of = get(name).variables
+        if variables_of is not None:
+            variables.update(variables_of(setting, {**environment, **variables}))
     return variables

@@ -1,4 +1,4 @@
-"""The C allocator of the job: huge pages, memory that is kept, another allocator."""
+"""Make the job's C allocator use huge pages and keep freed memory, or preload another allocator."""
 
 from __future__ import annotations
 
@@ -23,83 +23,90 @@ TUNABLES = {
     "hugepages": "glibc.malloc.hugetlb=1",
     "keep": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296",
 }
-"""https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html: back the
-heap with transparent huge pages; take large blocks from the heap as well, and give nothing back
-below 4 GiB."""
+"""glibc's tunables for each setting. ``hugepages`` backs the heap with transparent huge pages;
+``keep`` also takes large blocks from the heap and returns no memory below 4 GiB to the system.
+https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html"""
 
 PRELOADED = {"tcmalloc": ("tcmalloc_minimal", "tcmalloc"), "jemalloc": ("jemalloc",)}
+"""For each setting that preloads an allocator, the names of its library, in order of preference."""
 
 JEMALLOC_CONF = "oversize_threshold:1,background_thread:true,metadata_thp:auto"
-"""What ``torch.backends.xeon.run_cpu`` sets."""
+"""The value that ``torch.backends.xeon.run_cpu`` sets."""
 
-STEERING = {
+CONFIGURING = {
     "GLIBC_TUNABLES": ("glibc.malloc",),
     "LD_PRELOAD": ("tcmalloc", "jemalloc", "mimalloc"),
 }
-"""Variables that steer the allocator if one of these words is in them."""
+"""Variables that configure the allocator if their value contains one of these words."""
 
 OLDEST_GLIBC = (2, 35)
-"""The first with ``glibc.malloc.hugetlb``."""
-
+"""The first version with ``glibc.malloc.hugetlb``."""
 
 CHANCE = 0.05
-"""Share of the step's time in page faults below which one process says little of the next: glibc
-gives memory back at each step or never, depending on what happens to lie at the end of its heap."""
+"""Below this share of a step's time, the page faults of one process do not predict those of the
+next: glibc returns memory at each step or never, depending on what lies at the end of its heap."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs glibc 2.35 or later and huge pages for the one, the library for the other."""
-    chosen = _chosen(os.environ)
-    if chosen is not None:
-        return Match((), f"{chosen} is set already")
+    """Offer glibc's settings where it supports them, and the allocators that are installed."""
+    configured_by = _variable_in_use(os.environ)
+    if configured_by is not None:
+        return Match((), f"{configured_by} is set already")
     settings = []
     glibc = _glibc()
     if glibc is None or glibc < OLDEST_GLIBC:
-        why = "there is no glibc of 2.35 or later here"
+        why = "glibc 2.35 or later is needed"
     elif facts.huge_pages not in ("always", "madvise"):
-        why = f"huge pages are switched off here ({facts.huge_pages or 'not known'})"
+        state = facts.huge_pages or "state unknown"
+        why = f"transparent huge pages are off on this machine ({state})"
     else:
         why = None
         settings += ["keep", "hugepages"]
     settings += [name for name in PRELOADED if library(name) is not None]
     share = facts.page_fault_share
-    known = None if share is None or share < CHANCE else share
-    return Match(tuple(settings), None if settings else why, known)
+    if share is not None and share < CHANCE:
+        share = None
+    return Match(tuple(settings), None if settings else why, share)
 
 
 def variables(setting: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a setting; none where the user steers the allocator already."""
-    if _chosen(environment) is not None:
+    """The variables of a setting; none where the user has configured the allocator already."""
+    if _variable_in_use(environment) is not None:
         return {}
     if setting in TUNABLES:
-        return {"GLIBC_TUNABLES": _joined(environment.get("GLIBC_TUNABLES"), TUNABLES[setting])}
-    found = library(setting)
-    if found is None:
+        return {"GLIBC_TUNABLES": _append(environment.get("GLIBC_TUNABLES"), TUNABLES[setting])}
+    path = library(setting)
+    if path is None:
         return {}
     extra = {"MALLOC_CONF": JEMALLOC_CONF} if setting == "jemalloc" else {}
-    return {"LD_PRELOAD": _joined(environment.get("LD_PRELOAD"), found), **extra}
+    return {"LD_PRELOAD": _append(environment.get("LD_PRELOAD"), path), **extra}
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """See whether this process was started as asked; nothing can be done about it now."""
+    """Check that this process was started with the variables; they are read only at the start.
+
+    Raises:
+        RefusedError: it was not.
+    """
     variable = "GLIBC_TUNABLES" if setting in TUNABLES else "LD_PRELOAD"
-    asked = TUNABLES.get(setting, setting)
-    if asked not in os.environ.get(variable, ""):
-        steered = _chosen(os.environ)
-        why = f"{steered} was set already" if steered else f"{setting} is not to be had"
-        raise RefusedError(f"the program was not started with {asked}: {why}")
+    value = TUNABLES.get(setting, setting)
+    if value not in os.environ.get(variable, ""):
+        configured_by = _variable_in_use(os.environ)
+        why = f"{configured_by} was set already" if configured_by else f"{setting} is not available"
+        raise RefusedError(f"the program was not started with {value}: {why}")
     return lambda: None
 
 
 def library(name: str) -> str | None:
-    """The path of an allocator's library, ``None`` if the loader does not know it."""
+    """The path of an allocator's library, ``None`` if the dynamic loader does not find it."""
     installed = _installed_libraries()
     return next((installed[file] for file in PRELOADED[name] if file in installed), None)
 
 
 @functools.cache
 def _installed_libraries() -> dict[str, str]:
-    """Path of each library in the cache of the dynamic loader, by name without ``lib`` and ``.so``.
+    """The path of each library in the dynamic loader's cache, by its name without ``lib`` and
+    ``.so``.
 
     ``ctypes.util.find_library`` would start a compiler, which writes into the temporary folder.
     """
@@ -107,22 +114,22 @@ def _installed_libraries() -> dict[str, str]:
     if ldconfig is None:
         return {}
     listed = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name, path in re.findall(r"^\s*lib(\S+?)\.so\S* .*=> (\S+)$", listed, re.MULTILINE):
-        found.setdefault(name, path)
-    return found
+        paths.setdefault(name, path)
+    return paths
 
 
-def _chosen(environment: Mapping[str, str]) -> str | None:
-    """The variable by which the user steers the allocator, if any."""
+def _variable_in_use(environment: Mapping[str, str]) -> str | None:
+    """The variable by which the user has configured the allocator, if any."""
     for variable, value in sorted(environment.items()):
-        words = STEERING.get(variable, ("",) if variable.startswith("MALLOC_") else ())
+        words = CONFIGURING.get(variable, ("",) if variable.startswith("MALLOC_") else ())
         if any(word in value for word in words):
             return variable
     return None
 
 
-def _joined(present: str | None, added: str) -> str:
+def _append(present: str | None, added: str) -> str:
     return f"{present}:{added}" if present else added
 
 
@@ -136,21 +143,22 @@ def _glibc() -> tuple[int, ...] | None:
 
 KNOB = Knob(
     name=NAME,
-    summary="huge pages and kept memory for the C allocator, or another allocator",
+    summary="make the C allocator use huge pages and keep freed memory, or preload another one",
     settings=("hugepages", "keep", "tcmalloc", "jemalloc"),
     exactness=dict.fromkeys(("hugepages", "keep", "tcmalloc", "jemalloc"), "bitwise"),
     hot=False,
     platforms=("cpu",),
     card=Card(
-        what="Sets the environment in which the program starts. `hugepages`: glibc asks for "
-        "transparent huge pages (`glibc.malloc.hugetlb=1`), so that a large tensor costs one page "
-        "fault for each 2 MiB instead of 512. `keep`: besides, large blocks come from the heap, "
-        "which is not given back below 4 GiB, so that the next step finds its memory where the "
-        "last one left it. `tcmalloc`, `jemalloc`: that allocator is preloaded, if it is "
-        "installed. A program whose environment steers the allocator already is left alone.",
-        helps="Page faults take a good part of the step (`flatout doctor` counts them): large "
-        "activations on the CPU, convolutions above all.",
-        hurts="The program needs more memory. Huge pages must not be switched off "
+        what="The knob sets environment variables of the C allocator before the program starts.\n\n"
+        "- `hugepages`: glibc uses transparent huge pages (`glibc.malloc.hugetlb=1`), so a large "
+        "tensor causes one page fault for each 2 MiB instead of 512.\n"
+        "- `keep`: in addition, glibc takes large blocks from the heap and returns nothing below "
+        "4 GiB to the system, so each step reuses the memory of the last one.\n"
+        "- `tcmalloc`, `jemalloc`: that allocator is preloaded, if it is installed.\n\n"
+        "The knob does nothing where the environment already configures the allocator.",
+        helps="Programs in which page faults take a good part of the step (`flatout doctor` counts "
+        "them): large activations on the CPU, convolutions above all.",
+        hurts="The program needs more memory. `hugepages` and `keep` need huge pages to be enabled "
         "(`/sys/kernel/mm/transparent_hugepage/enabled`).",
         by_hand="`GLIBC_TUNABLES=" + TUNABLES["keep"] + " python train.py`",
         sources=(

@@ -1,4 +1,4 @@
-"""Clipping of gradients by their norm, in one pass over them."""
+"""Clip gradients by their norm in one pass over memory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ NAME = "clipping"
 OPERATORS = ("linalg_vector_norm", "_foreach_norm")
 
 SERIAL_BELOW = 65536
-"""Elements below which one thread does it."""
+"""Below this number of elements, a kernel runs on one thread."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs norms in the step."""
+    """Offer the setting where a step computes norms."""
     if facts.lack(*OPERATORS):
-        return Match((), "its steps do not clip gradients by their norm")
+        return Match((), "no step clips gradients by their norm")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("onepass",), share=facts.share(*OPERATORS, "::mul_"))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Take the place of the two functions that ``torch.nn.utils.clip_grad_norm_`` consists of."""
+    """Replace the two functions that ``torch.nn.utils.clip_grad_norm_`` calls.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch does not have these functions.
+    """
     import torch
     from torch.nn.utils import clip_grad
 
@@ -47,13 +51,13 @@ def apply(host: Host, setting: str) -> Undo:
     try:
         clipping = OnePass(kernels.load("clipping"))
     except kernels.KernelError as error:
-        raise RefusedError(f"torch's own clipping stays: {error}") from error
+        raise RefusedError(f"torch's own clipping is kept: {error}") from error
     functions: dict[str, Callable[..., Any]] = {
         "_get_total_norm": clipping.total_norm,
         "_clip_grads_with_norm_": clipping.clip,
     }
     if not functions.keys() <= vars(clip_grad).keys():
-        raise RefusedError(f"torch {torch.__version__} clips in another way")
+        raise RefusedError(f"torch {torch.__version__} implements clipping differently")
     on_failure = host.applied.on_failure_of(NAME)
     with contextlib.ExitStack() as undo:
         for name, function in functions.items():
@@ -62,10 +66,12 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 class OnePass:
-    """Stands in for torch's functions, for gradients in float32 on the CPU; others are left to it.
+    """Replacements for torch's functions, for float32 gradients on the CPU.
+
+    They call torch's functions for all other gradients.
 
     Args:
-        library: of ``kernels/clipping.c``.
+        library: compiled from ``kernels/clipping.c``.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -79,18 +85,18 @@ class OnePass:
 
     def total_norm(
         self,
-        own: Callable[..., torch.Tensor],
+        original: Callable[..., torch.Tensor],
         tensors: torch.Tensor | Iterable[torch.Tensor],
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> torch.Tensor:
-        """As torch's function: the norm (scalar) of all elements of all tensors."""
+        """Compute the norm (a scalar) of all elements of all tensors, as ``original`` does."""
         import torch
 
         from flatout.intercept import arrays
 
-        # What can be gone through only once is torch's.
+        # An iterator can be read only once, so it is left to torch.
         if (
             isinstance(tensors, (list, tuple))
             and not torch.compiler.is_compiling()
@@ -100,24 +106,24 @@ class OnePass:
         ):
             total = arrays.call_kernel(self._sum_of_squares, tensors, SERIAL_BELOW)
             if total > torch.finfo(torch.float32).max:
-                total = math.inf  # as it is for torch, which sums in float32
+                total = math.inf  # torch sums in float32 and gets infinity, too
             if math.isfinite(total) or not error_if_nonfinite:
                 engagement.calls[NAME] += 1
                 return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
-        return own(tensors, norm_type, error_if_nonfinite, foreach)
+        return original(tensors, norm_type, error_if_nonfinite, foreach)
 
     def clip(
         self,
-        own: Callable[..., None],
+        original: Callable[..., None],
         parameters: torch.Tensor | Iterable[torch.Tensor],
         max_norm: float,
         total_norm: torch.Tensor,
         foreach: bool | None = None,
     ) -> None:
-        """As torch's function: multiply gradients by what brings their norm down to ``max_norm``.
+        """Scale the gradients so that their norm is at most ``max_norm``, as ``original`` does.
 
-        Where that is 1, nothing has to be written. Gradients that share memory are left to torch,
-        which scales what they share twice.
+        Nothing is written where the factor is 1. Gradients that share memory are left to torch,
+        which scales the shared memory twice.
         """
         import torch
 
@@ -134,27 +140,29 @@ class OnePass:
                 if factor != 1.0:
                     arrays.call_kernel(self._scale, grads, SERIAL_BELOW, factor)
                 return
-        own(parameters, max_norm, total_norm, foreach)
+        original(parameters, max_norm, total_norm, foreach)
 
 
 KNOB = Knob(
     name=NAME,
-    summary="clipping of gradients by their norm, in one pass over them",
+    summary="clip gradients by their norm in one pass over memory",
     settings=("onepass",),
     exactness={"onepass": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="`torch.nn.utils.clip_grad_norm_` takes a norm of each gradient, the norm of these, "
-        "and multiplies every gradient by a factor, also where that is 1. `onepass` reads all "
-        "gradients in one call of a kernel, with sums of float64, and writes them only where the "
-        "factor is not 1. What it returns is the same but for rounding. Other norms than the "
-        "second, and gradients that are not contiguous and in float32 on the CPU, are torch's. "
-        "Needs a C compiler.",
-        helps="Training on the CPU that clips gradients each step, as Hugging Face's Trainer does.",
-        hurts="Nothing known.",
-        by_hand="Clip seldom, or not at all where the norm stays below the limit: `norm = "
-        "torch.nn.utils.get_total_norm(p.grad for p in model.parameters())`, and "
+        what="The knob replaces the two halves of `torch.nn.utils.clip_grad_norm_` by a kernel "
+        "compiled for this processor. Torch computes a norm of each gradient, then the norm of "
+        "these norms, and multiplies every gradient by a factor, even if the factor is 1. "
+        "`onepass` reads all gradients in one call, sums in float64, and writes the gradients only "
+        "if the factor is not 1. The result differs by rounding. Norms other than the 2-norm, and "
+        "gradients that are not contiguous float32 tensors on the CPU, are left to torch. The knob "
+        "needs a C compiler.",
+        helps="Training on the CPU that clips gradients at each step, as Hugging Face's Trainer "
+        "does.",
+        hurts="No case is known.",
+        by_hand="Scale the gradients only where the norm exceeds the limit: compute `norm = "
+        "torch.nn.utils.get_total_norm(p.grad for p in model.parameters())`, and call "
         "`torch.nn.utils.clip_grads_with_norm_(...)` only if it is larger.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html",

@@ -1,4 +1,4 @@
-"""Compilation: ``module.compile()`` in place on the outermost modules, or on their blocks."""
+"""Compile the outermost modules, or their repeated blocks, by ``module.compile()`` in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatout.intercept import engagement
 from flatout.intercept.containment import report
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.intercept.patch import Undo
-from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
+from flatout.knob import MATMUL_OPERATORS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -30,29 +30,29 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "max-autotune": {"mode": "max-autotune-no-cudagraphs"},
     "reduce-overhead": {"mode": "reduce-overhead"},
 }
-"""Of ``torch.nn.Module.compile``, for each setting."""
+"""The arguments of ``torch.nn.Module.compile`` for each setting."""
 
-MOST_SAID = 20
-"""Graphs after which no more are spoken of in the record."""
+MOST_EVENTS = 20
+"""The record mentions at most this many calls that compiled a graph."""
 
 MOST_COMPILING_CALLS = 8
-"""Calls of one module that had to compile something after which it is left uncompiled. The first
-one, a shape that turns out to vary, evaluation and its shapes make four or five; and Dynamo gives a
-piece of code up after as many (``torch._dynamo.config.recompile_limit``), but goes on to check all
-its guards."""
+"""After this many calls of one module that compiled something, nothing stays compiled. The first
+call, a shape that turns out to vary, and evaluation with its shapes cause four or five such calls.
+Dynamo stops compiling a piece of code after as many (``torch._dynamo.config.recompile_limit``), but
+keeps checking all its guards."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs a compiler, and something in the step besides matrix products."""
+    """Offer the default setting where there is a compiler; matmuls are not expected to gain."""
     why = missing() if facts.device == "cpu" else None
     if why is not None:
         return Match((), why)
-    products = facts.share(*PRODUCTS)
-    return Match(("default",), share=None if products is None else max(0.0, 1 - products))
+    matmul_share = facts.share(*MATMUL_OPERATORS)
+    return Match(("default",), share=None if matmul_share is None else max(0.0, 1 - matmul_share))
 
 
 def missing() -> str | None:
-    """What Inductor lacks for the CPU on this machine, or ``None``."""
+    """What Inductor needs to compile for the CPU and this machine lacks; ``None`` if nothing."""
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "there is no C++ compiler (g++ or clang++)"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -62,11 +62,15 @@ def missing() -> str | None:
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Compile each outermost module at its next call after the search for them is over."""
+    """Compile each outermost module at its first call after flatout's search for them is over.
+
+    Raises:
+        RefusedError: ``reduce-overhead`` without CUDA, or no compiler.
+    """
     from flatout.intercept import device
 
     if setting == "reduce-overhead" and not device.has_cuda():
-        raise RefusedError("reduce-overhead is for CUDA, and there is no CUDA device")
+        raise RefusedError("reduce-overhead needs CUDA, and there is no CUDA device")
     if device.accelerator() is None and (why := missing()):
         raise RefusedError(why)
     wrapper = Compiled(host, setting, OPTIONS[setting])
@@ -77,23 +81,23 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 class Compiled:
-    """The forward wrapper.
+    """The forward wrapper that compiles modules.
 
     Args:
-        host: of this process.
-        setting: of this knob.
-        options: of ``torch.nn.Module.compile``.
+        host: the process that is tuned.
+        setting: one of this knob's settings.
+        options: arguments of ``torch.nn.Module.compile``.
     """
 
     def __init__(self, host: Host, setting: str, options: Mapping[str, Any]) -> None:
         self._host = host
         self._is_regional = setting == "regional"
-        self._has_graphs_of_cuda = setting == "reduce-overhead"
+        self._uses_cuda_graphs = setting == "reduce-overhead"
         self._options = options
         self._compiled: WeakIdentityDict[Any, WeakIdentitySet[Any]] = WeakIdentityDict()
         self._compiling_calls: WeakIdentityDict[Any, int] = WeakIdentityDict()
-        self._counted = (0, 0)
-        self._said = 0
+        self._graphs_and_breaks = (0, 0)
+        self._event_count = 0
 
     def __call__(
         self,
@@ -102,25 +106,25 @@ class Compiled:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Around an outermost module call."""
+        """Run an outermost module call; compile the module first, if it is not compiled yet."""
         host = self._host
         if NAME in host.applied.failures:
             return call(module, *args, **kwargs)
         if module not in self._compiled:
             if host.hooks.root_search.is_active:
-                return call(module, *args, **kwargs)  # classes are watched: nothing to trace
+                return call(module, *args, **kwargs)  # flatout's hooks would be traced as well
             self._compiled[module] = self._compile(module)
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
         engagement.calls[NAME] += 1
-        with falling_back(self._failed), host.applied.withdraw_on_torch_error(NAME):
+        with falling_back(self._withdraw), host.applied.withdraw_on_torch_error(NAME):
             output = self._run(call, module, args, kwargs)
-        if self._has_compiled():
-            self._count_call(module)
+        if self._record_new_graphs():
+            self._count_compiling_call(module)
         return output
 
-    def _failed(self, error: Exception) -> None:
+    def _withdraw(self, error: Exception) -> None:
         self.restore()
         self._host.applied.withdraw(NAME, error)
 
@@ -131,18 +135,21 @@ class Compiled:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if not self._has_graphs_of_cuda:
+        if not self._uses_cuda_graphs:
             return call(module, *args, **kwargs)
         import torch
 
         from flatout.intercept.nested import map_tensors
 
         torch.compiler.cudagraph_mark_step_begin()
-        # The next call writes into the same memory.
+        # The next call writes its outputs into the same memory.
         return map_tensors(torch.Tensor.clone, call(module, *args, **kwargs))
 
     def _compile(self, root: Any) -> WeakIdentitySet[Any]:
-        """Set what is to be compiled; nothing where the program has compiled or scripted."""
+        """Mark the modules in ``root`` to be compiled, and return them.
+
+        The set is empty where the program compiles or scripts ``root`` itself.
+        """
         import torch
 
         from flatout.intercept import objects
@@ -163,27 +170,28 @@ class Compiled:
             module.compile(**self._options)
         return WeakIdentitySet(chosen)
 
-    def _has_compiled(self) -> bool:
-        """Whether there are more graphs than before the call; they are spoken of."""
+    def _record_new_graphs(self) -> bool:
+        """Record the number of graphs if the last call has compiled some; returns whether it
+        has."""
         from torch._dynamo.utils import counters
 
         graphs = counters["stats"]["unique_graphs"]
-        if graphs == self._counted[0]:
+        if graphs == self._graphs_and_breaks[0]:
             return False
-        broken: Counter[str] = counters["graph_break"]
-        breaks = sum(broken.values())
-        why = f"{graphs} graphs compiled, {breaks} breaks"
-        if breaks > self._counted[1]:
-            first = next(iter(broken.most_common(1)))[0].strip().splitlines()[0]
-            why += f", most often: {first}"
-        self._counted = graphs, breaks
-        self._said += 1
-        if self._said <= MOST_SAID:
-            self._host.events.add("noticed", NAME, why)
+        reasons: Counter[str] = counters["graph_break"]
+        breaks = sum(reasons.values())
+        message = f"{graphs} graphs compiled, {breaks} breaks"
+        if breaks > self._graphs_and_breaks[1]:
+            first_line = next(iter(reasons.most_common(1)))[0].strip().splitlines()[0]
+            message += f", most often: {first_line}"
+        self._graphs_and_breaks = graphs, breaks
+        self._event_count += 1
+        if self._event_count <= MOST_EVENTS:
+            self._host.events.add("noticed", NAME, message)
         return True
 
-    def _count_call(self, module: Any) -> None:
-        """Give up when a module compiles again and again."""
+    def _count_compiling_call(self, module: Any) -> None:
+        """Withdraw the knob when a module compiles again and again."""
         calls = self._compiling_calls[module] = (self._compiling_calls.get(module) or 0) + 1
         if calls >= MOST_COMPILING_CALLS:
             self.restore()
@@ -191,7 +199,7 @@ class Compiled:
             self._host.applied.withdraw(NAME, RuntimeError(why))
 
     def restore(self) -> None:
-        """Let everything run as before."""
+        """Let all modules run uncompiled again."""
         for modules in self._compiled.values():
             for module in modules:
                 module.__dict__.pop("_compiled_call_impl", None)
@@ -200,44 +208,44 @@ class Compiled:
 
 @contextlib.contextmanager
 def falling_back(failed: Callable[[Exception], None]) -> Iterator[None]:
-    """Let Dynamo run a piece of code as it is where compiling it fails, before any of it has run.
+    """Let Dynamo run code uncompiled where compiling it fails, which it finds out before it runs.
 
-    Torch would say so on the program's stderr; it is told here instead.
+    Torch logs such failures to the program's stderr; here they are passed to ``failed`` instead.
 
     Args:
-        failed: told of each such failure.
+        on_failure: called with the exception of each such failure.
     """
     from torch._dynamo import config
 
-    def is_said(record: logging.LogRecord) -> bool:
+    def intercept_failure(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if record.levelno < logging.WARNING or not isinstance(error, Exception):
             return True
         report(failed, error)
         return False
 
-    if config.fail_on_recompile_limit_hit:  # torch refuses both at once
+    if config.fail_on_recompile_limit_hit:  # torch refuses to suppress errors with this option
         yield
         return
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(is_said)
+        logger.addFilter(intercept_failure)
     try:
         with config.patch(suppress_errors=True):
             yield
     finally:
         for logger in loggers:
-            logger.removeFilter(is_said)
+            logger.removeFilter(intercept_failure)
 
 
 _LOGGERS = ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor")
-"""That tell what cannot be compiled."""
+"""The loggers to which torch reports code that it cannot compile."""
 
 
 def blocks(root: Any) -> list[Any]:
-    """The modules of the class that occurs most often within one list of modules, twice at least.
+    """The modules of the class that occurs most often within one list of modules, at least twice.
 
-    Only the outermost of nested lists count.
+    Of nested lists, only the outermost is searched.
     """
     from torch import nn
 
@@ -265,30 +273,33 @@ def blocks(root: Any) -> list[Any]:
 
 KNOB = Knob(
     name=NAME,
-    summary="torch.compile in place on the outermost modules, or on their repeated blocks",
+    summary="compile the outermost modules, or their repeated blocks, in place with torch.compile",
     settings=tuple(OPTIONS),
     exactness=dict.fromkeys(OPTIONS, "reshuffled"),
     hot=True,
     slow_start=True,
     platforms=("cpu", "cuda", "xpu"),
     card=Card(
-        what="`module.compile()` on each outermost module, in place: its class, its `state_dict` "
-        "and its parameters stay what they are. `regional` compiles the blocks that a module "
-        "repeats in a list, once for all of them, which takes a fraction of the time; `dynamic` "
-        "compiles for any shapes at once; `max-autotune` measures several kernels for each "
-        "operation; `reduce-overhead` replays whole graphs of CUDA kernels, and copies what comes "
-        "out. Graphs and breaks are counted in the record. Where something cannot be compiled, "
-        "Dynamo runs it as it is; then, and when a module compiles again and again, all modules "
-        "run as before, and the knob is turned back. Dropout in "
-        "compiled regions has a generator of its own, so `random` and `attention` do nothing "
-        "there. LSTM and GRU stay on oneDNN and cuDNN. Left alone: modules that the program "
-        "compiles or scripts itself.",
-        helps="Many small operations between the matrix products; overhead of Python and of "
-        "launches. CPU, CUDA, ROCm, XPU.",
-        hurts="Shapes that change (`dynamic` may help), short runs: compiling takes a minute. "
-        "Modules that break the graph often.",
-        by_hand="`model.compile()`, or `for block in model.blocks: block.compile()`, before the "
-        "first step",
+        what="The knob calls `module.compile()` on each outermost module. This works in place: the "
+        "module's class, `state_dict` and parameters do not change.\n\n"
+        "- `default`: compile with torch's defaults.\n"
+        "- `regional`: compile only the blocks that a module repeats in a list. They share their "
+        "compiled code, so this takes a fraction of the time.\n"
+        "- `dynamic`: compile for any shapes from the start.\n"
+        "- `max-autotune`: time several kernels for each operation and keep the fastest.\n"
+        "- `reduce-overhead`: replay whole CUDA graphs, and copy their outputs.\n\n"
+        "The record counts graphs and graph breaks. Code that cannot be compiled runs uncompiled. "
+        "In that case, and when a module is recompiled again and again, all modules run uncompiled "
+        "from then on, and the knob is withdrawn. Dropout in compiled regions draws from "
+        "Inductor's own generator, so the knobs `random` and `attention` have no effect there. "
+        "LSTM and GRU stay on oneDNN and cuDNN. Modules that the program compiles or scripts "
+        "itself are left alone.",
+        helps="Programs with many small operations between the matmuls, or with much overhead from "
+        "Python and kernel launches, on CPU, CUDA, ROCm and XPU.",
+        hurts="Shapes that change (`dynamic` may help); short runs, because compiling takes a "
+        "minute; modules with many graph breaks.",
+        by_hand="Call `model.compile()`, or `for block in model.blocks: block.compile()`, before "
+        "the first step.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.compile.html",
             "https://docs.pytorch.org/tutorials/recipes/regional_compilation.html",

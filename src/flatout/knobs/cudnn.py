@@ -1,4 +1,4 @@
-"""cuDNN's choice of kernels for convolutions: by measuring instead of by a rule."""
+"""Let cuDNN choose its convolution kernels by timing them instead of by a heuristic."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 def match(facts: Facts) -> Match:
-    """Needs convolutions in the step."""
+    """Offer the setting where a step contains convolutions."""
     if facts.lack("convolution"):
-        return Match((), "there are no convolutions in its steps")
+        return Match((), "there are no convolutions in a step")
     return Match(("benchmark",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Set the flag, which counts from the next convolution on."""
+    """Set the flag; it takes effect from the next convolution on.
+
+    Raises:
+        RefusedError: there is no cuDNN, or the program has made this choice itself.
+    """
     import torch
 
     from flatout.intercept import device
@@ -42,18 +46,18 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name="cudnn",
-    summary="cuDNN measures its kernels for each shape and takes the fastest",
+    summary="let cuDNN time its kernels for each shape and keep the fastest",
     settings=("benchmark",),
     exactness={"benchmark": "reordered"},
     hot=True,
     platforms=("cuda",),
     card=Card(
-        what="Sets `torch.backends.cudnn.benchmark`: the first convolution of each shape tries "
-        "several kernels and keeps the fastest (on ROCm, MIOpen's). Left alone where the program "
-        "has set it, or asks for deterministic algorithms.",
+        what="The knob sets `torch.backends.cudnn.benchmark`: the first convolution of each shape "
+        "times several kernels, and later ones use the fastest (on ROCm, MIOpen does the same). It "
+        "does nothing where the program has set the flag or asks for deterministic algorithms.",
         helps="Convolutions whose shapes stay the same.",
-        hurts="Shapes that change: each new one is measured again. The choice, and with it the "
-        "rounding, may differ from run to run.",
+        hurts="Shapes that change, because each new one is timed again. The choice of kernel, and "
+        "with it the rounding, may differ from run to run.",
         by_hand="`torch.backends.cudnn.benchmark = True`",
         sources=(
             "https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cudnn.benchmark",

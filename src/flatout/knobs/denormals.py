@@ -1,4 +1,4 @@
-"""Denormal numbers: taken for zero, as the processor does it without a detour."""
+"""Flush denormal numbers to zero, because some processors compute with them very slowly."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ NAME = "denormals"
 
 
 def match(facts: Facts) -> Match:
-    """By hand only: without denormal numbers there is nothing to gain, and doctor sees them."""
-    return Match((), "for programs in which 'flatout doctor' finds denormal numbers")
+    """Never offered: only ``flatout doctor`` knows whether the program has denormal numbers."""
+    return Match((), "applied by hand only, where 'flatout doctor' finds denormal numbers")
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Set the mode of this thread, which threads made later take over."""
+    """Set the mode of this thread; threads that it starts later inherit it.
+
+    Raises:
+        RefusedError: the processor has no such mode.
+    """
     import torch
 
     if not torch.set_flush_denormal(True):
-        raise RefusedError("this processor has no such mode")
+        raise RefusedError("this processor cannot flush denormal numbers to zero")
 
     def undo() -> None:
         torch.set_flush_denormal(False)
@@ -34,19 +38,19 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="denormal numbers (below 1.2e-38 in float32) taken for zero",
+    summary="flush denormal numbers (below 1.2e-38 in float32) to zero",
     settings=("flush",),
     exactness={"flush": "reduced"},
     hot=False,
     platforms=("cpu",),
     card=Card(
-        what="`torch.set_flush_denormal(True)` before the program's own code runs. The mode "
-        "belongs to a thread; those that torch starts later take it over, so it is set at the "
-        "start or not at all.",
-        helps="Weights, gradients or moments that decay towards zero without reaching it: an "
-        "operation on a denormal number takes some processors a hundred times as long.",
-        hurts="A program that needs numbers below 1.2e-38.",
-        by_hand="`torch.set_flush_denormal(True)`, first thing",
+        what="The knob calls `torch.set_flush_denormal(True)` before the program's own code runs. "
+        "The mode belongs to a thread, and the threads that torch starts later inherit it; so it "
+        "is set at the start or not at all.",
+        helps="Weights, gradients or moments that decay towards zero without reaching it: on some "
+        "processors an operation on a denormal number takes a hundred times as long.",
+        hurts="Programs that need numbers below 1.2e-38.",
+        by_hand="Call `torch.set_flush_denormal(True)` before anything else.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.set_flush_denormal.html",
             "https://github.com/pytorch/pytorch/issues/19651",

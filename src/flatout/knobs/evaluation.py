@@ -1,4 +1,4 @@
-"""Evaluation passes without a graph, where the program forgot to say so."""
+"""Run evaluation passes under ``torch.no_grad()`` where the program does not."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ if TYPE_CHECKING:
 NAME = "evaluation"
 
 OBSERVED = 2
-"""Passes of each module in evaluation mode that are left as they are and looked at."""
+"""How many evaluation-mode calls of each module run unchanged, to see whether backward follows."""
 
 
 def match(facts: Facts) -> Match:
-    """By hand only: losses by a fixed network, and adversarial code, look like evaluation."""
-    return Match((), "for programs in which 'flatout doctor' finds gradients in evaluation")
+    """Never offered: a frozen network used as a loss, or adversarial code, looks like
+    evaluation."""
+    return Match(
+        (), "applied by hand only, where 'flatout doctor' finds that evaluation records gradients"
+    )
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Wrap the outermost module calls."""
+    """Wrap outermost module calls in ``torch.no_grad()``."""
     return host.forward_wrappers.append(NoGrad(host))
 
 
 class NoGrad:
-    """A forward wrapper.
+    """A forward wrapper that turns gradients off for modules in evaluation mode.
 
     Args:
-        host: of this process.
+        host: the process that is tuned.
     """
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._observed: WeakIdentityDict[Any, int] = WeakIdentityDict()
-        self._used: WeakIdentitySet[Any] = WeakIdentitySet()
+        self._observed_calls: WeakIdentityDict[Any, int] = WeakIdentityDict()
+        self._reached_by_backward: WeakIdentitySet[Any] = WeakIdentitySet()
 
     def __call__(
         self,
@@ -52,7 +55,7 @@ class NoGrad:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Around an outermost module call."""
+        """Run an outermost module call, without gradients if backward never reaches the module."""
         import torch
 
         from flatout.intercept import objects
@@ -60,43 +63,42 @@ class NoGrad:
         if (
             objects.is_training(module)
             or not torch.is_grad_enabled()
-            or module in self._used
+            or module in self._reached_by_backward
             or _requires_grad((args, kwargs))
         ):
             return call(module, *args, **kwargs)
-        count = self._observed.get(module) or 0
+        count = self._observed_calls.get(module) or 0
         if count < OBSERVED:
-            self._observed[module] = count + 1
-            return self._watched(call(module, *args, **kwargs), module)
+            self._observed_calls[module] = count + 1
+            return self._watch_output(call(module, *args, **kwargs), module)
         engagement.calls[NAME] += 1
         with torch.no_grad():
             return call(module, *args, **kwargs)
 
-    def _watched(self, output: Any, module: Any) -> Any:
-        """The output, with a hook that says when a backward pass comes through it."""
+    def _watch_output(self, output: Any, module: Any) -> Any:
+        """Hook the output's tensors to find out whether a backward pass reaches them."""
         from flatout.intercept import objects
         from flatout.intercept.nested import map_tensors
 
         reference = weakref.ref(module)
 
-        def is_used(gradient: Any) -> None:
-            used = reference()
-            if used is not None and used not in self._used:
-                self._used.add(used)
-                name = objects.class_name(used)
+        def note_backward(gradient: Any) -> None:
+            reached = reference()
+            if reached is not None and reached not in self._reached_by_backward:
+                self._reached_by_backward.add(reached)
+                name = objects.class_name(reached)
                 why = f"{name} is left alone: a backward pass goes through it in evaluation mode"
                 self._host.events.add("skipped", NAME, why)
 
         def watch(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.requires_grad:
-                tensor.register_hook(is_used)
+                tensor.register_hook(note_backward)
             return tensor
 
         return map_tensors(watch, output)
 
 
 def _requires_grad(value: Any) -> bool:
-
     from flatout.intercept.nested import map_tensors
 
     found = []
@@ -112,22 +114,23 @@ def _requires_grad(value: Any) -> bool:
 
 KNOB = Knob(
     name=NAME,
-    summary="evaluation passes under no_grad, where the program forgot it",
+    summary="run evaluation passes under no_grad where the program does not",
     settings=("no_grad",),
     exactness={"no_grad": "reordered"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="Calls of an outermost module in evaluation mode run under `torch.no_grad()`, from "
-        f"its third such call on: the first {OBSERVED} show whether a backward pass goes through "
-        "it. A module through which one does, and calls whose inputs require gradients, are left "
-        "alone. Without gradients torch's transformer layers, attention modules and LSTM take "
-        "other kernels, so that their outputs are rounded in another order.",
-        helps="Evaluation and inference loops that record a graph which nobody uses: it costs "
-        "memory and the time to make it.",
-        hurts="A module in evaluation mode whose output is only trained through later (a loss by "
-        "a fixed network that begins after some epochs): the backward pass then fails. Hence only "
-        "by hand.",
+        what="The knob runs calls of an outermost module in evaluation mode under "
+        f"`torch.no_grad()`. It leaves the first {OBSERVED} such calls of each module unchanged "
+        "and watches whether a backward pass reaches their outputs; if one does, it leaves that "
+        "module alone. Calls whose inputs require gradients are left alone, too. Without "
+        "gradients, torch's transformer layers, attention modules and LSTM use other kernels, so "
+        "their outputs differ by rounding.",
+        helps="Evaluation and inference loops that record an autograd graph nobody uses. Recording "
+        "it takes time, and keeping it takes memory.",
+        hurts="Programs that train through a module in evaluation mode only later, such as a "
+        "perceptual loss that starts after some epochs: their backward pass then fails. That is "
+        "why `flatout tune` never tries this knob.",
         by_hand="`with torch.inference_mode(): ...` around the evaluation",
         sources=(
             "https://docs.pytorch.org/docs/stable/notes/autograd.html"

@@ -1,4 +1,4 @@
-"""The fast path of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in inference."""
+"""Switch off the inference fast path of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -19,63 +19,74 @@ NAME = "fastpath"
 
 OPERATORS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 ATTENTION = ("_masked_softmax", "::_softmax", "::bmm", *OPERATORS)
-"""Operators of the attention that the fast path computes in its own way."""
+"""Operators of which the fast path's attention consists."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs the fast path in its steps."""
+    """Offer the setting where a step uses the fast path."""
     if facts.lack(*OPERATORS):
-        return Match((), "its steps do not take the fast path of torch's transformer layers")
+        return Match((), "no step uses the fast path of torch's transformer layers")
     return Match(("off",), share=facts.share(*ATTENTION))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Switch it off for the process, unless the program has done so."""
+    """Switch the fast path off in this process.
+
+    Raises:
+        RefusedError: the program has switched it off already.
+    """
     undo = switch_off(NAME, host.applied.on_failure_of(NAME))
     if undo is None:
         raise RefusedError("the program has switched the fast path off itself")
     return undo
 
 
-_wishes: list[str] = []
-"""The knobs that want it to be off."""
+_users: list[str] = []
+"""Names of the knobs for which the fast path is off."""
 
-_forwards = contextlib.ExitStack()
+_replaced_forwards = contextlib.ExitStack()
+"""Puts back the ``forward`` methods of torch's classes."""
 
 
 def switch_off(knob: str, on_failure: OnFailure) -> Undo | None:
-    """Switch it off until the last wish is taken back; ``None``: the program has done so.
+    """Switch the fast path off until each knob that has called this has undone it.
 
     Args:
-        knob: that wants it.
-        on_failure: told when that has failed in a pass.
+        knob: name of the knob that needs it to be off.
+        on_failure: called with the exception if the replacement of a ``forward`` method fails.
+
+    Returns:
+        The undo, or ``None`` if the program has switched the fast path off already.
     """
     import torch
     from torch import nn
 
     from flatout.intercept.patch import wrap_function
 
-    if not _wishes:
+    if not _users:
         if not torch.backends.mha.get_fastpath_enabled():
             return None
         for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
-            _forwards.callback(wrap_function(kind, "forward", on_failure, _without))
-    _wishes.append(knob)
+            undo_forward = wrap_function(kind, "forward", on_failure, _forward_without_fastpath)
+            _replaced_forwards.callback(undo_forward)
+    _users.append(knob)
 
     def undo() -> None:
-        _wishes.remove(knob)
-        if not _wishes:
-            _forwards.close()
+        _users.remove(knob)
+        if not _users:
+            _replaced_forwards.close()
 
     return undo
 
 
-def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    """A module's pass forward without the fast path.
+def _forward_without_fastpath(
+    forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a module's forward pass without the fast path.
 
-    ``nn.TransformerEncoder`` makes nested tensors of padded batches where the fast path is on, and
-    zeros of the padding. That is left to it, and so are the layers that then get nested tensors,
-    which only the fast path can take.
+    Where the fast path is on, ``nn.TransformerEncoder`` turns padded batches into nested tensors,
+    and padding into zeros. It and the layers that it then calls with nested tensors keep the fast
+    path, because only the fast path supports nested tensors.
     """
     import torch
 
@@ -87,7 +98,7 @@ def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
         or any(isinstance(x, torch.Tensor) and x.is_nested for x in (*args, *kwargs.values()))
     ):
         return forward(module, *args, **kwargs)
-    engagement.calls.update(_wishes)
+    engagement.calls.update(_users)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         return forward(module, *args, **kwargs)
@@ -97,24 +108,25 @@ def _without(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
 
 KNOB = Knob(
     name=NAME,
-    summary="transformer layers in inference by scaled_dot_product_attention, not their fast path",
+    summary="run transformer layers in inference without torch's fast path",
     settings=("off",),
     exactness={"off": "reordered"},
     hot=True,
     platforms=("cpu", "cuda"),
     card=Card(
-        what="In inference, torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` take "
-        "a fast path of their own, `_transformer_encoder_layer_fwd`. With a padding mask, it "
-        "computes the softmax on the CPU by a kernel that is not vectorised, and autocast does "
-        "not reach its products. `off` switches it off within these modules "
-        "(`torch.backends.mha.set_fastpath_enabled(False)`): attention goes through "
-        "`F.scaled_dot_product_attention`, and lower precision works. Where "
-        "`nn.TransformerEncoder` makes nested tensors of a padded batch (`enable_nested_tensor`), "
-        "nothing changes: only the fast path takes these.",
+        what="The knob switches off the inference fast path of `nn.TransformerEncoderLayer` and "
+        "`nn.MultiheadAttention` while these modules run "
+        "(`torch.backends.mha.set_fastpath_enabled(False)`), so attention goes through "
+        "`F.scaled_dot_product_attention`. With a padding mask on the CPU, the fast path "
+        "(`_transformer_encoder_layer_fwd`) computes the softmax in a kernel that is not "
+        "vectorised, and autocast does not apply to its matmuls. Where `nn.TransformerEncoder` "
+        "turns a padded batch into nested tensors (`enable_nested_tensor`), nothing changes, "
+        "because only the fast path supports them.",
         helps="Inference with `nn.TransformerEncoder` and a padding mask on the CPU: `python "
-        "benchmarks/kernels.py fastpath` gave 1.17 (1.13 to 1.20, 12 pairs) in float32 on a Zen 5. "
-        "With lower precision, which the fast path keeps out, it brings more.",
-        hurts="Where its fused kernels on CUDA are faster.",
+        "benchmarks/kernels.py fastpath` measured a speedup of 1.17 (1.13 to 1.20, 12 pairs) in "
+        "float32 on a Zen 5. The gain is larger together with lower precision, which the fast path "
+        "prevents.",
+        hurts="Programs for which the fast path's fused kernels on CUDA are faster.",
         by_hand="`torch.backends.mha.set_fastpath_enabled(False)`",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html",

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collection: seldom instead of every few hundred objects."""
+"""Run Python's cyclic garbage collector rarely instead of every few hundred new objects."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ if TYPE_CHECKING:
 NAME = "gc"
 
 THRESHOLDS = (50_000, 20, 100)
-"""Objects made since the last collection of the young, and collections of one generation to one of
-the next. CPython's own are 700 (2,000 from 3.13 on), 10, 10."""
-
+"""The arguments of ``gc.set_threshold``: new objects until a collection of the youngest generation,
+and collections of a generation until one of the next. CPython's defaults are 700 (2,000 from 3.13
+on), 10 and 10."""
 
 FEWEST_FROZEN = 10_000
-"""Objects that a program which freezes them freezes at least: torch's import alone makes a hundred
-thousand. CPython 3.12 starts with some hundred (3.12.1: 375)."""
+"""From this many frozen objects on, the program is taken to have called ``gc.freeze()`` itself:
+importing torch alone creates a hundred thousand objects, while CPython 3.12 starts with a few
+hundred frozen ones (3.12.1: 375)."""
 
 
 def match(facts: Facts) -> Match:
-    """Worth a trial anywhere."""
+    """Offer the setting for every program."""
     return Match(("seldom",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Put what is alive out of the collector's sight, and let it come seldom."""
+    """Freeze the objects that exist, and raise the thresholds of the collector.
+
+    Raises:
+        RefusedError: the program has disabled the collector, frozen objects or set higher
+            thresholds itself.
+    """
     before = gc.get_threshold()
     if not gc.isenabled() or gc.get_freeze_count() >= FEWEST_FROZEN or before[0] > THRESHOLDS[0]:
-        raise RefusedError("the program has decided on garbage collection itself")
+        raise RefusedError("the program configures garbage collection itself")
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
 
@@ -47,20 +53,21 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="Python's cyclic garbage collection seldom, and past what was imported",
+    summary="run Python's cyclic garbage collector rarely, and not over objects that exist already",
     settings=("seldom",),
     exactness={"seldom": "bitwise"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="`gc.freeze()` once, so that the hundred thousands of objects which torch's import "
-        "makes are not gone through again, and thresholds of "
+        what="The knob calls `gc.freeze()` once, so that the collector no longer visits the "
+        "hundreds of thousands of objects that importing torch creates, and sets the collector's "
+        "thresholds to "
         + ", ".join(map(str, THRESHOLDS))
-        + ". Objects without cycles are freed at once, as ever.",
-        helps="Short steps that make many Python objects; ranks that wait for the one which "
-        "collects.",
-        hurts="Tensors in reference cycles live longer: a program that makes them needs more "
-        "memory.",
+        + ". Objects outside of reference cycles are freed at once, as always.",
+        helps="Short steps that create many Python objects; distributed training, where all ranks "
+        "wait for the one that collects.",
+        hurts="Programs that put tensors into reference cycles: the tensors live longer, so the "
+        "program needs more memory.",
         by_hand="`gc.freeze(); gc.set_threshold(" + ", ".join(map(str, THRESHOLDS)) + ")`",
         sources=(
             "https://docs.python.org/3/library/gc.html",

@@ -1,4 +1,4 @@
-"""The optimizer's step: one pass over memory in place of one operation after the other."""
+"""Run an optimizer's step in one pass over memory instead of one operation after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "optimizer"
 
 
 def match(facts: Facts) -> Match:
-    """Needs an optimizer object that steps."""
+    """Offer the settings where an optimizer object steps."""
     if not facts.updates:
         return Match((), "no optimizer object steps in this program")
     settings = ("onepass", "fused") if kernels.find_compiler() is not None else ("fused",)
@@ -25,59 +25,68 @@ def match(facts: Facts) -> Match:
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Let every optimizer step in one pass, or by torch's fused functions, from now on."""
+    """Let every optimizer step in one pass, or by torch's fused functions, from now on.
+
+    Raises:
+        RefusedError: the kernel cannot be built.
+    """
     from flatout.optim import functional
 
     if setting == "fused":
-        way: functional.Way = functional.Fused()
+        stepper: functional.Stepper = functional.Fused()
     else:
         try:
             library = kernels.load("optimizers")
         except kernels.KernelError as error:
-            raise RefusedError(f"torch's own steps stay: {error}") from error
-        way = functional.OnePass(library)
-    said: set[tuple[str, str]] = set()
+            raise RefusedError(f"torch's own optimizer steps are kept: {error}") from error
+        stepper = functional.OnePass(library)
+    reported: set[tuple[str, str]] = set()
 
-    def leave(name: str, why: str) -> None:
-        if (name, why) not in said:
-            said.add((name, why))
-            host.events.add("skipped", NAME, f"{name} is left to torch, at least in part: {why}")
+    def report_skipped(name: str, why: str) -> None:
+        if (name, why) not in reported:
+            reported.add((name, why))
+            host.events.add("skipped", NAME, f"{name} is stepped by torch, at least in part: {why}")
 
-    def engaged() -> None:
+    def count_step() -> None:
         engagement.calls[NAME] += 1
 
-    user = functional.User(way, host.applied.on_failure_of(NAME), leave, engaged)
-    undo, missing = functional.turn(user)
+    override = functional.Override(
+        stepper, host.applied.on_failure_of(NAME), report_skipped, count_step
+    )
+    undo, missing = functional.override_all(override)
     for name in missing:
-        leave(name, "the function that steps it is not torch's own")
+        report_skipped(name, "the program has replaced torch's function for this optimizer")
     return undo
 
 
 KNOB = Knob(
     name=NAME,
-    summary="steps of optimizers in one pass over memory",
+    summary="run optimizer steps in one pass over memory",
     settings=("fused", "onepass"),
     exactness={"fused": "reordered", "onepass": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="`onepass`: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam, "
-        "with all their options, step through kernels compiled for this processor, all parameters "
-        "of a group in one call, with the operations of torch's steps, in their order. Needs a C "
-        "compiler. `flatout.optim` has the same as classes.\n\n"
-        "`fused`: Adam, AdamW, SGD and Adagrad step by the function that torch has for "
-        "`fused=True`, but with `amsgrad`, where it forgets what is not a number. Nobody is told: "
-        "hooks, closures, schedulers and checkpoints see the parameter groups of the program.\n\n"
-        "State and checkpoints are torch's own. Parameters that are not float32 or that share "
-        "memory, sparse gradients, and tensors laid out unlike their parameters are stepped by "
-        "torch as ever (its fused kernels would compute wrong updates, silently, after "
-        "`model.to(memory_format=torch.channels_last)` in the middle of training); so are programs "
-        "that choose `foreach=True` or `fused=True` themselves.",
-        helps="Many parameter tensors, or an optimizer that takes a good part of the step: on the "
-        "CPU torch otherwise goes through the parameters one by one.",
-        hurts="Hardly ever; a few small tensors gain nothing. Not for accelerators: there torch "
-        "keeps the step counters of fused optimizers on the device, which would change what a "
-        "checkpoint holds.",
+        what="The knob replaces the functions by which torch's optimizers update one tensor after "
+        "the other.\n\n"
+        "- `onepass`: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam, with "
+        "all their options, update all parameters of a group in one call of a kernel compiled for "
+        "this processor. It does the operations of torch's steps in the same order. It needs a C "
+        "compiler. `flatout.optim` has the same optimizers as classes.\n"
+        "- `fused`: Adam, AdamW, SGD and Adagrad use the function that torch has for `fused=True`, "
+        "except with `amsgrad`, where that function loses NaNs. The parameter groups that hooks, "
+        "closures, schedulers and checkpoints see are those of the program; none is marked as "
+        "fused.\n\n"
+        "State and checkpoints are torch's own. Torch still steps parameters that are not float32 "
+        "or that share memory, sparse gradients, tensors laid out unlike their parameters, and "
+        "programs that choose `foreach=True` or `fused=True` themselves. (After "
+        "`model.to(memory_format=torch.channels_last)` in the middle of training, torch's fused "
+        "kernels silently compute wrong updates.)",
+        helps="Programs with many parameter tensors, or whose optimizer takes a good part of the "
+        "step: on the CPU, torch otherwise updates the parameters one by one.",
+        hurts="Programs with only a few small tensors gain nothing. The knob is not for "
+        "accelerators: there, torch keeps the step counters of fused optimizers on the device, "
+        "which would change the contents of a checkpoint.",
         by_hand="`flatout.optim.AdamW(parameters)`, or `torch.optim.AdamW(parameters, fused=True)`",
         sources=("https://docs.pytorch.org/docs/stable/optim.html",),
     ),

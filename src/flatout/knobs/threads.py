@@ -1,4 +1,4 @@
-"""How many threads an operator of torch takes."""
+"""Set how many threads torch uses inside an operator."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def match(facts: Facts) -> Match:
-    """Each number that is another one than torch's now."""
+    """Offer each setting that means another number of threads than torch uses now."""
     cores = usable_cores()
     settings: dict[int, str] = {}
     for setting in ("one", "all", "half"):
         settings.setdefault(number(setting, cores), setting)
     settings.pop(facts.threads or 0, None)
     offered = tuple(name for name in ("all", "half", "one") if name in settings.values())
-    return Match(offered, None if offered else "there is one core to be had, and one thread")
+    return Match(offered, None if offered else "one core is available, and torch uses one thread")
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Set the number, unless the environment does; what the program sets later holds."""
+    """Set the number of threads; a number that the program sets later stays.
+
+    Raises:
+        RefusedError: the environment sets the number.
+    """
     import torch
 
-    chosen = [name for name in VARIABLES if name in os.environ]
-    if chosen:
-        raise RefusedError(f"{' and '.join(chosen)} is set: the number stays")
+    set_by_user = [name for name in VARIABLES if name in os.environ]
+    if set_by_user:
+        raise RefusedError(f"the environment sets {' and '.join(set_by_user)}")
     before = torch.get_num_threads()
     wanted = number(setting, usable_cores())
     torch.set_num_threads(wanted)
@@ -47,34 +51,35 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 def number(setting: str, cores: int) -> int:
-    """How many threads a setting means."""
+    """The number of threads that a setting means on a machine with ``cores`` cores."""
     return {"one": 1, "half": max(cores // 2, 1), "all": cores}[setting]
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, in whole numbers."""
-    from flatout.machine import usable_cores as measured
+    """The whole cores that this process may run on, at least 1."""
+    from flatout import machine
 
-    return max(math.floor(measured()), 1)
+    return max(math.floor(machine.usable_cores()), 1)
 
 
 KNOB = Knob(
     name=NAME,
-    summary="as many threads for an operator as there are cores to be had, or fewer",
+    summary="set the number of intra-op threads to all available cores, to half of them, or to one",
     settings=("one", "half", "all"),
     exactness={"one": "reordered", "half": "reordered", "all": "reordered"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="Sets torch's number of intra-op threads to all cores that the process may use "
-        "(affinity and cgroup quota), to half of them, or to one. A number that the environment "
-        "sets (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`) or that the program sets itself holds.",
-        helps="`all`: torch takes one thread for each core of the machine where a container may "
-        "use fewer, and they wait for each other. `half`: two threads of one core share its "
-        "arithmetic units. `one`: small operators, where handing out the work takes longer than "
-        "doing it, or several processes on one machine.",
-        hurts="Too few threads leave cores idle. Sums are split differently, so results differ in "
-        "their rounding.",
+        what="The knob sets torch's number of intra-op threads to the number of cores that the "
+        "process may use (by affinity and cgroup quota), to half of it, or to one. It does nothing "
+        "where `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set, and a number that the program sets "
+        "later stays.",
+        helps="`all`: containers that may use fewer cores than the machine has, where torch starts "
+        "one thread for each core of the machine. `half`: processors on which two hyper-threads "
+        "share one core's arithmetic units. `one`: small operators, where distributing the work "
+        "takes longer than doing it, or several processes on one machine.",
+        hurts="Too few threads leave cores idle. Sums are split differently, so results differ by "
+        "rounding.",
         by_hand="`torch.set_num_threads(n)`, or `OMP_NUM_THREADS=n python train.py`",
         sources=(
             "https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html",

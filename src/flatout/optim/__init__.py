@@ -1,15 +1,16 @@
-"""Torch's optimizers with one pass over memory a step: a library for those who write it themselves.
+"""Torch's optimizers with steps that take one pass over memory, to be used in one's own code.
 
-Each class has the arguments, the behaviour and the ``state_dict`` of the class of the same name in
-``torch.optim``, and is one of its subclasses: checkpoints go both ways. In the formulas g is the
-gradient (negated with ``maximize``; plus weight decay times the parameter, where that is not
-decoupled), p the parameter, t the step, counted from 1, and every operation is elementwise.
+Each class is a subclass of the class of the same name in ``torch.optim``, with the same arguments,
+behaviour and ``state_dict``, so checkpoints can be exchanged in both directions. In the formulas, g
+is the gradient (negated with ``maximize``; plus weight decay times the parameter, unless the weight
+decay is decoupled), p is the parameter, t is the step, counted from 1, and every operation is
+elementwise.
 
-On a CPU, float32 parameters are stepped by ``kernels/optimizers.c``, which needs a C compiler at
-its first use: without one, torch steps them, and a warning says so once. Everything else (other
-dtypes, sparse gradients, gradients laid out unlike their parameters, parameters that share
-memory, ``foreach=True`` or ``fused=True`` chosen by the caller) is stepped by torch. On
-accelerators torch's fused step is the default, for the classes that have one.
+On a CPU, ``kernels/optimizers.c`` steps float32 parameters. It needs a C compiler at its first use;
+without one, torch steps the parameters, and a warning is issued once. Torch also steps everything
+else: other dtypes, sparse gradients, gradients laid out unlike their parameters, parameters that
+share memory, and optimizers created with ``foreach=True`` or ``fused=True``. On accelerators, the
+default is torch's fused step, for the classes that have one.
 """
 
 from __future__ import annotations
@@ -39,18 +40,19 @@ __all__ = [
 
 
 @functools.cache
-def _user() -> functional.User | None:
-    """Of the kernels; ``None`` where they cannot be had, which is said once.
+def _kernel_override() -> functional.Override | None:
+    """The override that steps with the kernels; ``None``, with one warning, if they cannot be
+    built.
 
     Raises:
-        flatout.kernels.KernelError: they lack a function.
+        flatout.kernels.KernelError: the library lacks a function.
     """
     try:
         library = kernels.load("optimizers")
     except kernels.KernelError as error:
         warnings.warn(f"flatout.optim steps as torch.optim does: {error}", stacklevel=4)
         return None
-    return functional.User(functional.OnePass(library), _raise)
+    return functional.Override(functional.OnePass(library), _raise)
 
 
 def _raise(error: Exception) -> None:
@@ -58,7 +60,7 @@ def _raise(error: Exception) -> None:
 
 
 class _OnePass(torch.optim.Optimizer):
-    """What the classes have in common."""
+    """The base class of all optimizers in this module."""
 
     _form: str
     _torch_step: Callable[..., Any]
@@ -66,20 +68,20 @@ class _OnePass(torch.optim.Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim"))
-        # without its decorators: hooks and profiling are done around the step of this class
+        # Unwrapped, because hooks and the profiler already wrap this class's own step.
         cls._torch_step = inspect.unwrap(base.step)
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        fusible = "fused" in inspect.signature(super().__init__).parameters
-        if not isinstance(params, torch.Tensor):  # of which torch says that it must be a list
+        can_fuse = "fused" in inspect.signature(super().__init__).parameters
+        if not isinstance(params, torch.Tensor):  # for a single tensor, torch raises its own error
             params = list(params)
-            fusible = fusible and _all_on_accelerator(params)
-        if fusible and not kwargs.keys() & {"fused", "foreach", "differentiable", "capturable"}:
+            can_fuse = can_fuse and _all_on_accelerator(params)
+        if can_fuse and not kwargs.keys() & {"fused", "foreach", "differentiable", "capturable"}:
             kwargs["fused"] = True
         super().__init__(params, *args, **kwargs)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what ``closure`` returned.
+        """Do one step; returns what ``closure`` returns, or ``None`` without a closure.
 
         Args:
             closure: evaluates the model again and returns the loss. It may step other optimizers.
@@ -89,18 +91,18 @@ class _OnePass(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            user = None if torch.compiler.is_compiling() else _user()
-            if user is None:
+            override = None if torch.compiler.is_compiling() else _kernel_override()
+            if override is None:
                 self._torch_step()
             else:
-                with functional.stepping(self._form, user):
+                with functional.override_context(self._form, override):
                     self._torch_step()
         return loss
 
 
 def _all_on_accelerator(params: list[Any]) -> bool:
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    tensors = [t for group in groups for t in _listed(group["params"])]
+    tensors = [t for group in groups for t in _as_list(group["params"])]
     return bool(tensors) and all(
         isinstance(t, torch.Tensor)
         and t.device.type in ("cuda", "mps", "xpu")
@@ -109,14 +111,14 @@ def _all_on_accelerator(params: list[Any]) -> bool:
     )
 
 
-def _listed(params: Any) -> list[Any]:
+def _as_list(params: Any) -> list[Any]:
     if isinstance(params, torch.Tensor):
         return [params]
     return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 class SGD(_OnePass, torch.optim.SGD):
-    """Gradient descent, with momentum and Nesterov's variant.
+    """Stochastic gradient descent, with momentum and Nesterov momentum.
 
     m = momentum * m + (1 - dampening) * g (m = g at the first step); p -= lr * m, or, Nesterov,
     p -= lr * (g + momentum * m); without momentum p -= lr * g.
@@ -128,14 +130,15 @@ class SGD(_OnePass, torch.optim.SGD):
 
 
 class Adam(_OnePass, torch.optim.Adam):
-    """Adaptive moments.
+    """Adaptive moment estimation.
 
-    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g^2. Both start at 0 and are
-    therefore too small at first, by 1 - beta1^t and 1 - beta2^t, which the bias correction divides
-    by; without it the first step would be (1 - beta1) / sqrt(1 - beta2) times as long, 3.2 times
-    with the defaults:
+    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g^2;
     p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps). With ``amsgrad``, the largest v
-    so far stands for v.
+    so far is used instead of v.
+
+    The moments start at 0 and are therefore too small at first, by factors of 1 - beta1^t and
+    1 - beta2^t. The bias correction divides by these; without it, the first step would be
+    (1 - beta1) / sqrt(1 - beta2) times as long, which is 3.2 with the defaults.
 
     Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015, arXiv:1412.6980;
     Reddi et al., On the convergence of Adam and beyond, ICLR 2018 (AMSGrad).
@@ -154,7 +157,7 @@ class AdamW(_OnePass, torch.optim.AdamW):
 
 
 class RMSprop(_OnePass, torch.optim.RMSprop):
-    """Division by a running root mean square.
+    """Steps divided by a running root mean square of the gradients.
 
     v = alpha * v + (1 - alpha) * g^2; p -= lr * g / (sqrt(v) + eps). Centered: sqrt(v - u^2), with
     u = alpha * u + (1 - alpha) * g. With momentum: m = momentum * m + g / (sqrt(..) + eps);
@@ -168,7 +171,7 @@ class RMSprop(_OnePass, torch.optim.RMSprop):
 
 
 class Adagrad(_OnePass, torch.optim.Adagrad):
-    """Division by the root of the sum of all squares so far.
+    """Steps divided by the root of the sum of all squared gradients so far.
 
     s += g^2; p -= lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps).
 
@@ -179,7 +182,7 @@ class Adagrad(_OnePass, torch.optim.Adagrad):
 
 
 class Adadelta(_OnePass, torch.optim.Adadelta):
-    """Steps in the unit of the parameter.
+    """Steps that have the unit of the parameter.
 
     v = rho * v + (1 - rho) * g^2; d = sqrt(u + eps) / sqrt(v + eps) * g;
     u = rho * u + (1 - rho) * d^2; p -= lr * d.
@@ -191,7 +194,7 @@ class Adadelta(_OnePass, torch.optim.Adadelta):
 
 
 class Adamax(_OnePass, torch.optim.Adamax):
-    """Adam with the infinity norm.
+    """Adam with the infinity norm instead of the second moment.
 
     m as in Adam; u = max(beta2 * u, abs(g) + eps); p -= lr / (1 - beta1^t) * m / u.
 
@@ -215,7 +218,7 @@ class NAdam(_OnePass, torch.optim.NAdam):
 
 
 class RAdam(_OnePass, torch.optim.RAdam):
-    """Adam whose adaptive part waits until its variance is tractable.
+    """Rectified Adam, which is not adaptive until the variance of its step size is tractable.
 
     m, v as in Adam; R = 2 / (1 - beta2) - 1; r_t = R - 2 * t * beta2^t / (1 - beta2^t). While
     r_t <= 5: p -= lr * m / (1 - beta1^t). Then: p -= lr * m / (1 - beta1^t)

@@ -1,4 +1,4 @@
-"""Writes a knob's card as Markdown, for the terminal and for the pages under ``docs/knobs/``."""
+"""Render a knob's card as Markdown, for the terminal and for the pages under ``docs/knobs/``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from flatout.knob import EXACTNESS, Knob
 
 
 def markdown(knob: Knob) -> str:
-    """The card of a knob as a page."""
+    """Render the page of a knob."""
     card = knob.card
     settings = "\n".join(
         f"- `{knob.name}={setting}`: {knob.exactness[setting]} "
         f"({EXACTNESS[knob.exactness[setting]]})"
         for setting in knob.settings
     )
-    when = (
-        "between two steps of a running process" if knob.hot else "when a process starts, only then"
-    )
+    when = "between two steps of a running process" if knob.hot else "only when a process starts"
     sources = "\n".join(f"- {source}" for source in card.sources)
     return f"""# {knob.name}
 
@@ -26,7 +24,7 @@ def markdown(knob: Knob) -> str:
 
 {settings}
 
-It is turned {when}. Devices: {", ".join(knob.platforms)}.
+The knob can be applied {when}. Devices: {", ".join(knob.platforms)}.
 
 ## What it does
 
@@ -51,7 +49,7 @@ It is turned {when}. Devices: {", ".join(knob.platforms)}.
 
 
 def write_pages(folder: Path) -> None:
-    """Write one page for each knob, and remove the pages of knobs that no longer exist."""
+    """Write one page for each knob, and remove pages of knobs that no longer exist."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {f"{name}.md": markdown(knob) for name, knob in knobs.registry().items()}
     for page in folder.glob("*.md"):

@@ -65,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None:
         paths.check_writable(arguments.json)
-    settings = knobs.parsed(arguments.set)
+    settings = knobs.parse_settings(arguments.set)
     line = LiveLine(sys.stderr)
     finished = launch.start(
         arguments.command,

@@ -89,7 +89,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.set:
         from flatout import knobs
 
-        by_hand = knobs.parsed(arguments.set)
+        by_hand = knobs.parse_settings(arguments.set)
         settings |= by_hand
         if proof is not None:
             proof = replace(proof, knobs=tuple(k for k in proof.knobs if k not in by_hand))

@@ -1,4 +1,4 @@
-"""Attention: on the CPU by a kernel of our own, on CUDA by the backend that is asked for."""
+"""Run attention in flatout's own kernel on the CPU, and in a chosen backend on CUDA."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
     "efficient": "EFFICIENT_ATTENTION",
 }
-"""Settings for CUDA, and the names of ``torch.nn.attention.SDPBackend``."""
-
+"""The settings for CUDA, with the names of ``torch.nn.attention.SDPBackend``."""
 
 FUSED = ("flash_attention_for_cpu",)
-"""Torch's own kernel on the CPU, forward and backward; it takes attention without dropout."""
+"""Torch's own fused kernel on the CPU, forward and backward; it supports no dropout."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs attention in the step."""
+    """Offer the settings for the device where a step computes attention."""
     if facts.lack("scaled_dot_product", *(fastpath.OPERATORS if facts.device == "cpu" else ())):
-        return Match((), "its steps do not call scaled_dot_product_attention")
+        return Match((), "no step calls scaled_dot_product_attention")
     if facts.device == "cuda":
         return Match(tuple(BACKENDS), share=facts.share("attention"))
     if kernels.find_compiler() is None:
@@ -46,14 +45,17 @@ def match(facts: Facts) -> Match:
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operator on the CPU, or prefer a backend in every outermost module call."""
+    """Replace the operator on the CPU, or prefer a backend in every outermost module call.
+
+    Raises:
+        RefusedError: there is no CUDA device, or the kernel cannot be built.
+    """
     if setting in BACKENDS:
         from flatout.intercept import device
 
         if not device.has_cuda():
-            raise RefusedError(f"{setting} is for CUDA, and there is no CUDA device")
-        prefer = Preference(BACKENDS[setting])
-        return host.forward_wrappers.append(prefer)
+            raise RefusedError(f"{setting} needs CUDA, and there is no CUDA device")
+        return host.forward_wrappers.append(Preference(BACKENDS[setting]))
 
     from flatout.intercept import dispatch
     from flatout.knobs.attention import cpu
@@ -69,10 +71,15 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 class Preference:
-    """Tries one backend before the others; a mask or dtype it cannot take goes to the next.
+    """A forward wrapper that makes torch try one backend before the others.
+
+    Attention that this backend does not support is computed by the next one in ``order``.
 
     Args:
-        name: of ``torch.nn.attention.SDPBackend``.
+        name: a member of ``torch.nn.attention.SDPBackend``.
+
+    Attributes:
+        order: all backends, in the order in which torch tries them.
     """
 
     def __init__(self, name: str) -> None:
@@ -83,7 +90,7 @@ class Preference:
         self.order = [first, *(getattr(SDPBackend, other) for other in others if other != name)]
 
     def __call__(self, call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
-        """Around an outermost module call."""
+        """Run an outermost module call with this order of backends."""
         from torch.nn.attention import sdpa_kernel
 
         engagement.calls[NAME] += 1
@@ -93,39 +100,40 @@ class Preference:
 
 KNOB = Knob(
     name=NAME,
-    summary="attention on the CPU by a kernel that stores no matrix; on CUDA, the backend",
+    summary="run attention on the CPU in a kernel that stores no score matrix; choose CUDA's "
+    "backend",
     settings=("paired", "fast", *BACKENDS),
     exactness={"paired": "resampled", "fast": "reshuffled", **dict.fromkeys(BACKENDS, "reordered")},
-    proof_setting="paired",
     hot=True,
     platforms=("cpu", "cuda"),
     card=Card(
-        what="On the CPU, `F.scaled_dot_product_attention` with dropout computes the whole matrix "
-        "of probabilities in float32, draws a random number for each by a serial generator, and "
-        "keeps both for the backward pass. `fast` goes through the matrix block by block, forward "
-        "and backward, with scores and softmax in float32 and a counter-based generator "
-        "(Philox4x32-7), and keeps one number a row. Where the processor has AVX-512, whole heads "
-        "go through in one call, products and all, with a bit kept for each probability that may "
-        "be dropped, and so does attention without dropout: heads "
-        f"of at most {MOST_WIDTH} numbers a row, in training of at most {MOST_TRAINED} "
-        f"rows and columns, in inference of at most {MOST_COLUMNS} columns. Columns at the "
-        "end that a padding mask hides from all rows are left out. In inference, the fast path of "
-        "transformer layers, which has an attention of its own, is switched off as by "
-        "`fastpath=off`.\n\n"
-        "Each call with dropout draws one key from torch's default "
-        "generator, so seeds and saved random states keep their meaning; the masks, and what the "
-        "program draws afterwards, are others. The probability of keeping is exact to 2^-17, and "
-        "the rescaling fits it. `paired` leaves the generator as torch's own attention does, at no "
-        "gain; it is there for proofs. Left to torch: grouped queries, masks that require "
+        what="On the CPU, `fast` replaces `F.scaled_dot_product_attention` by a kernel compiled "
+        "for this processor. With dropout, torch computes the whole matrix of probabilities in "
+        "float32, draws a random number for each of them with a serial generator, and keeps both "
+        "for the backward pass. `fast` processes the matrix block by block, forward and backward. "
+        "It computes scores and softmax in float32, draws with a counter-based generator "
+        "(Philox4x32-7), and keeps one number per row.\n\n"
+        "On processors with AVX-512, one call of the kernel computes whole heads, including their "
+        "matmuls, and keeps one bit for each probability that may be dropped. These heads are also "
+        f"computed without dropout. Their rows have at most {MOST_WIDTH} elements; in training "
+        f"there are at most {MOST_TRAINED} queries and keys, in inference at most {MOST_COLUMNS} "
+        "keys. Keys at the end that a padding mask hides from all queries are skipped. In "
+        "inference, the fast path of transformer layers is switched off, as by `fastpath=off`.\n\n"
+        "Each call with dropout draws one key from torch's default generator, so seeds and saved "
+        "random states keep their meaning. The dropout masks differ from torch's, and so do the "
+        "numbers that the program draws afterwards. The probability of keeping an element is exact "
+        "to 2^-17, and elements are rescaled by exactly that probability. `paired` leaves the "
+        "generator in the state in which torch's own attention leaves it; it is no faster than "
+        "torch and is used for proofs. Torch computes grouped queries, masks that require "
         "gradients, compiled regions, `torch.func`, and attention without dropout where the "
-        "program has switched the flash backend off. Needs a C compiler.\n\n"
-        "On CUDA, `flash`, `cudnn` and `efficient` are tried before torch's other backends in "
-        "every outermost module call.",
-        helps="Transformers on the CPU, above all with dropout in their attention, a causal mask "
-        "or padding (`python benchmarks/kernels.py attention`); on CUDA, "
-        "shapes for which torch's order of backends is not the best.",
-        hurts="Where results must be repeated number by number from a run without it.",
-        by_hand="Train without dropout in the attention, which keeps torch on its flash path; on "
+        "program has switched the flash backend off. The settings for the CPU need a C "
+        "compiler.\n\n"
+        "On CUDA, `flash`, `cudnn` and `efficient` make torch try that backend before the others.",
+        helps="Transformers on the CPU, above all with dropout in the attention, a causal mask or "
+        "padding (`python benchmarks/kernels.py attention`); on CUDA, shapes for which torch's "
+        "order of backends is not the best.",
+        hurts="Programs whose results must equal those of a run without the knob bit by bit.",
+        by_hand="Train without dropout in the attention, so that torch uses its flash kernel; on "
         "CUDA, `with torch.nn.attention.sdpa_kernel([...], set_priority=True): model(input)`.",
         sources=(
             "https://arxiv.org/abs/2205.14135 (FlashAttention)",
@@ -136,6 +144,7 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
+    proof_setting="paired",
     claims=("scaled dot product attention",),
     kernels=("attention",),
 )

@@ -1,4 +1,4 @@
-"""Attention as one function of autograd, whichever way its values are computed."""
+"""Attention as one node of the autograd graph, independent of how its values are computed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 
 from flatout.intercept import dispatch
 from flatout.intercept.containment import OnFailure
-from flatout.knobs.attention.kernel import ALWAYS, Job, Kernel
+from flatout.knobs.attention.kernel import ALWAYS, Kernel, Options
 
 
-class Way(NamedTuple):
-    """How values are computed.
+class Implementation(NamedTuple):
+    """A way to compute the values and gradients of attention.
 
     Attributes:
-        outputs: of query, key, value, ``Job.blocks``' bias, job and kernel: the output, the
-            logarithm of the sum of each row of scores, and whatever else ``gradients`` wants.
-        gradients: of query, key and value, given these, the bias, what ``outputs`` gave, the
-            gradient of the output, job and kernel.
+        outputs: takes query, key, value, bias (see ``Options.blocks``), options and kernel, and
+            returns the output, the logarithm of the sum of each row of exponentials, and further
+            tensors that ``gradients`` needs.
+        gradients: takes query, key, value, bias, what ``outputs`` returned, the gradient of the
+            output, options and kernel, and returns the gradients of query, key and value.
     """
 
     outputs: Callable[..., tuple[torch.Tensor, ...]]
@@ -30,26 +31,26 @@ class Way(NamedTuple):
 
 
 class Attention(dispatch.RecordedFunction):
-    """Softmax of scaled products, dropout, and the product with the values.
+    """Softmax of the scaled scores, dropout, and the matmul with the values.
 
-    Saved for the backward pass: what came in, what went out, one number a row, and, where heads go
-    through as a whole, a bit for each probability that may be dropped.
+    It saves its inputs, its output, one number per row, and, where heads are computed as a whole,
+    one bit for each probability that may be dropped.
     """
 
 
-class Attending(NamedTuple):
-    """See ``dispatch.GradientRule``.
+class AttentionBackward(NamedTuple):
+    """Computes the gradients of attention; see ``dispatch.GradientRule``.
 
     Attributes:
-        job: what is asked for.
-        kernel: the compiled part.
-        how: values are computed.
-        on_failure: told of a failure.
+        options: the options of the attention.
+        kernel: the compiled kernel.
+        implementation: how values and gradients are computed.
+        on_failure: called with the exception if ``gradients`` fails.
     """
 
-    job: Job
+    options: Options
     kernel: Kernel
-    how: Way
+    implementation: Implementation
     on_failure: OnFailure
 
     def gradients(
@@ -59,8 +60,8 @@ class Attending(NamedTuple):
         gradient: torch.Tensor,
     ) -> Iterable[torch.Tensor]:
         """See ``dispatch.GradientRule``."""
-        gradient = _of_output(saved, gradient)
-        return self.how.gradients(*saved, gradient, self.job, self.kernel)
+        gradient = _reshape_like_output(saved, gradient)
+        return self.implementation.gradients(*saved, gradient, self.options, self.kernel)
 
     def fallback_gradients(
         self, saved: Sequence[Any], needed: Sequence[bool], gradient: torch.Tensor
@@ -72,46 +73,58 @@ class Attending(NamedTuple):
             inputs = [x.detach().requires_grad_() for x in inputs]
         with torch.autocast("cpu", enabled=False), torch.enable_grad():
             query, key, value = (x.flatten(0, -3) for x in inputs)
-            again = differentiable(query, key, value, bias, self.job, self.kernel)
-            found = torch.autograd.grad(
-                again.view(output.shape),
+            recomputed = compute_with_torch(query, key, value, bias, self.options, self.kernel)
+            gradients = torch.autograd.grad(
+                recomputed.view(output.shape),
                 list(itertools.compress(inputs, needed)),
-                _of_output(saved, gradient),
+                _reshape_like_output(saved, gradient),
                 create_graph=create_graph,
             )
-        each = iter(found)
-        return [next(each) if is_needed else None for is_needed in needed]
+        remaining = iter(gradients)
+        return [next(remaining) if is_needed else None for is_needed in needed]
 
 
-def _of_output(saved: Sequence[Any], gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient, in the shape that the output has to the way."""
+def _reshape_like_output(saved: Sequence[Any], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient in the shape in which the implementation returned the output."""
     output: torch.Tensor = saved[4]
     return gradient.reshape(output.shape)
 
 
-def differentiable(
+def compute_with_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
-    job: Job,
+    options: Options,
     kernel: Kernel,
 ) -> torch.Tensor:
-    """The same in operations of torch, with the same random numbers; the matrix is stored."""
-    scores = query @ key.mT * job.scale
+    """Compute attention with torch's operators, so that autograd can record them.
+
+    The random numbers are those of the kernel. The whole matrix of probabilities is stored.
+
+    Args:
+        query: heads x rows x width.
+        key: heads x columns x width.
+        value: heads x columns x another width.
+        bias: see ``Options.blocks``.
+        options: the options of the attention.
+        kernel: the compiled kernel, for its random numbers.
+    """
+    scores = query @ key.mT * options.scale
     heads, rows, columns = scores.shape
     if bias is not None:
-        batch = heads // job.heads_per_batch
-        full = bias.expand(batch, job.heads_per_batch, rows, columns)
+        batch = heads // options.heads_per_batch
+        full = bias.expand(batch, options.heads_per_batch, rows, columns)
         scores = scores + full.reshape(heads, rows, columns)
-    if job.is_causal:
+    if options.is_causal:
         unseen = torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
         scores = scores.masked_fill(unseen, -math.inf)
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    if job.keep < ALWAYS:
+    is_all_masked = (scores == -math.inf).all(-1, keepdim=True)
+    probabilities = scores.masked_fill(is_all_masked, 0.0).softmax(-1)
+    probabilities = probabilities.masked_fill(is_all_masked, 0.0)
+    if options.keep < ALWAYS:
         factors = torch.empty(heads, rows, columns, dtype=torch.float32, device="cpu")
-        block = next(job.blocks(slice(0, heads), query, key, None))[0]
+        block = next(options.blocks(slice(0, heads), query, key, None))[0]
         block.rows, block.columns = rows, columns
         kernel.dropout_factors(ctypes.addressof(block), factors.data_ptr())
         probabilities = probabilities * factors

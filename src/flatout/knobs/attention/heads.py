@@ -1,4 +1,4 @@
-"""Attention on the CPU of whole heads: all in one call of the kernel."""
+"""Compute attention on the CPU with whole heads in one call of the kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from flatout.knobs.attention.function import Way
-from flatout.knobs.attention.kernel import ALWAYS, MASK, Block, Job, Kernel
+from flatout.knobs.attention.function import Implementation
+from flatout.knobs.attention.kernel import ALWAYS, MASK, Block, Kernel, Options
 from flatout.knobs.attention.sizes import MOST_COLUMNS, MOST_TRAINED, MOST_WIDTH
 
 
 class Rows(ctypes.Structure):
-    """``Rows`` of ``kernels/attention.c``."""
+    """The same as ``Rows`` in ``kernels/attention.c``."""
 
     _fields_ = (
         ("at", ctypes.c_void_p),
@@ -23,7 +23,7 @@ class Rows(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """``Heads`` of ``kernels/attention.c``."""
+    """The same as ``Heads`` in ``kernels/attention.c``."""
 
     _fields_ = (
         ("block", Block),
@@ -36,12 +36,16 @@ class Heads(ctypes.Structure):
 
 @functools.cache
 def _is_fast() -> bool:
-    """Whether the processor has the registers that the kernel's products are made for."""
+    """Whether the processor has the registers for which the kernel's matmuls are written."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def can_take(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether heads, batch x heads x rows x width each, are small enough."""
+def is_supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the heads are small enough to be computed as a whole.
+
+    Args:
+        query, key, value: batch x heads x rows (or columns) x width.
+    """
     rows, columns = query.shape[2], key.shape[2]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return (
@@ -56,21 +60,22 @@ def _outputs(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
-    job: Job,
+    options: Options,
     kernel: Kernel,
 ) -> tuple[torch.Tensor, ...]:
-    # Torch's attention gives its output the query's layout, with dropout rows in order.
-    if job.keep == ALWAYS and value.shape[3] == query.shape[3]:
+    # Torch's attention gives its output the strides of the query, with dropout contiguous rows.
+    if options.keep == ALWAYS and value.shape[3] == query.shape[3]:
         output = torch.empty_like(query)
     else:
         output = query.new_empty(*query.shape[:3], value.shape[3])
     sums = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
-    kept = []
-    if job.keep < ALWAYS:
-        masks = -(-key.shape[2] // MASK)
-        kept = [torch.empty(*query.shape[:3], masks, dtype=torch.int16, device="cpu")]
-    _call(_asked(query, key, value, bias, output, sums, job, *kept), kernel, backwards=False)
-    return output, sums, *kept
+    masks = []
+    if options.keep < ALWAYS:
+        masks_per_row = -(-key.shape[2] // MASK)
+        masks = [torch.empty(*query.shape[:3], masks_per_row, dtype=torch.int16, device="cpu")]
+    arguments = _arguments(query, key, value, bias, output, sums, options, *masks)
+    _call(arguments, kernel, is_backward=False)
+    return output, sums, *masks
 
 
 def _gradients(
@@ -82,37 +87,37 @@ def _gradients(
     sums: torch.Tensor,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    *kept, gradient, job, kernel = rest
-    found = [torch.empty_like(x) for x in (query, key, value)]
-    asked = _asked(query, key, value, bias, output, sums, job, *kept)
-    gradient = with_rows(gradient)
-    asked.of_output = _rows(gradient)
-    asked.of_query, asked.of_key, asked.of_value = map(_rows, found)
-    _call(asked, kernel, backwards=True)
-    return found
+    *masks, gradient, options, kernel = rest
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    arguments = _arguments(query, key, value, bias, output, sums, options, *masks)
+    gradient = make_rows_contiguous(gradient)
+    arguments.of_output = _rows(gradient)
+    arguments.of_query, arguments.of_key, arguments.of_value = map(_rows, gradients)
+    _call(arguments, kernel, is_backward=True)
+    return gradients
 
 
-def _call(asked: Heads, kernel: Kernel, backwards: bool) -> None:
-    at = ctypes.addressof(asked)
-    count = asked.block.threads * kernel.heads_scratch(at, backwards)
+def _call(arguments: Heads, kernel: Kernel, is_backward: bool) -> None:
+    address = ctypes.addressof(arguments)
+    count = arguments.block.threads * kernel.heads_scratch(address, is_backward)
     scratch = torch.empty(count, dtype=torch.float32, device="cpu")
-    asked.scratch = scratch.data_ptr()
-    kernel.heads(at, backwards)
+    arguments.scratch = scratch.data_ptr()
+    kernel.heads(address, is_backward)
 
 
-def _asked(
+def _arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
     output: torch.Tensor,
     sums: torch.Tensor,
-    job: Job,
-    kept: torch.Tensor | None = None,
+    options: Options,
+    masks: torch.Tensor | None = None,
 ) -> Heads:
-    block = job.whole(query, key.shape[2], bias)
-    if kept is not None:
-        block.kept = kept.data_ptr()
+    block = options.whole(query, key.shape[2], bias)
+    if masks is not None:
+        block.kept = masks.data_ptr()
     return Heads(
         block=block,
         query=_rows(query),
@@ -128,10 +133,11 @@ def _rows(tensor: torch.Tensor) -> Rows:
     return Rows(tensor.data_ptr(), batch, head, row, tensor.shape[3])
 
 
-def with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """One whose rows lie in one piece each."""
+def make_rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it, such that the elements of each row are adjacent."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-WAY = Way(_outputs, _gradients)
-"""Of batch x heads x rows x width, batch x heads x columns x width (twice), ``with_rows``."""
+IMPLEMENTATION = Implementation(_outputs, _gradients)
+"""Takes queries of batch x heads x rows x width, and keys and values of batch x heads x columns x
+width, all with contiguous rows."""

@@ -1,4 +1,4 @@
-"""What ``kernels/attention.c`` is asked for."""
+"""The functions of ``kernels/attention.c`` and their arguments."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any, NamedTuple
 import torch
 
 BLOCK_BYTES = 1 << 21
-"""Size of a block of scores, about, so that it stays in a cache."""
+"""The approximate size of a block of scores; it should fit into the cache."""
 
 MASK = 16
-"""Columns whose bits, kept or not, lie in a half word."""
+"""How many columns share a 16-bit mask, which has a set bit for each probability that is kept."""
 
 BLOCK_ROWS = 128
-"""Most rows of a block: under a causal mask, what lies right of a block's last row is left out."""
+"""The most rows of a block. Under a causal mask, a block has no columns beyond its last row, so a
+smaller block saves more."""
 
 ALWAYS = 1 << 16
-"""The kernel keeps a probability when a half word lies below this times that of keeping."""
+"""The kernel keeps a probability if 16 random bits are below this number times the probability of
+keeping."""
 
 
 class Kernel:
-    """``kernels/attention.c``.
+    """The functions of ``kernels/attention.c``, without the prefix ``attention_``.
 
     Args:
-        library: of it.
+        library: compiled from that source.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -55,7 +57,7 @@ class Kernel:
 
 
 class Block(ctypes.Structure):
-    """Scores of some rows of some heads, as ``Block`` of ``kernels/attention.c``."""
+    """Scores of some rows of some heads; the same as ``Block`` in ``kernels/attention.c``."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "rows", "columns")),
@@ -71,15 +73,15 @@ class Block(ctypes.Structure):
     )
 
 
-class Job(NamedTuple):
-    """What is asked for, besides the tensors.
+class Options(NamedTuple):
+    """The arguments of attention other than tensors.
 
     Attributes:
-        scale: of the scores.
-        is_causal: whether row ``r`` sees columns 0 to ``r``.
-        keep: probability of keeping a probability, times ``ALWAYS``.
-        key: of the random numbers.
-        heads_per_batch: how many heads share a row of the bias's first dimension.
+        scale: the factor of the scores.
+        is_causal: whether row ``r`` sees only columns 0 to ``r``.
+        keep: the probability of keeping a probability, times ``ALWAYS``.
+        key: the key of the random numbers.
+        heads_per_batch: the number of heads of each element of the batch.
     """
 
     scale: float
@@ -89,17 +91,17 @@ class Job(NamedTuple):
     heads_per_batch: int
 
     def groups(self, heads: int, rows: int, columns: int) -> Iterator[slice]:
-        """Heads that are worked on together."""
-        depth = max(1, BLOCK_BYTES // (4 * _height(rows) * columns))
+        """Split the heads into groups that are computed together."""
+        depth = max(1, BLOCK_BYTES // (4 * _block_rows(rows) * columns))
         for first in range(0, heads, depth):
             yield slice(first, min(first + depth, heads))
 
     def whole(self, query: torch.Tensor, columns: int, bias: torch.Tensor | None) -> Block:
-        """All rows and columns of all heads.
+        """The block of all rows and columns of all heads.
 
         Args:
             query: batch x heads x rows x width.
-            columns: of a row.
+            columns: the number of columns.
             bias: see ``blocks``.
         """
         batch, heads, rows, _ = query.shape
@@ -107,9 +109,9 @@ class Job(NamedTuple):
         block.all_rows, block.all_columns = rows, columns
         return block
 
-    def _block(self, bias: torch.Tensor | None, dtype: torch.dtype, **places: int) -> Block:
+    def _block(self, bias: torch.Tensor | None, dtype: torch.dtype, **extent: int) -> Block:
         block = Block(
-            **places,
+            **extent,
             heads_per_batch=self.heads_per_batch,
             key=self.key,
             scale=self.scale,
@@ -126,13 +128,14 @@ class Job(NamedTuple):
     def blocks(
         self, heads: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
     ) -> Iterator[tuple[Block, slice, slice]]:
-        """The blocks of some heads, with the rows and columns that they are made of.
+        """Split some heads into blocks; yields each block with its rows and columns.
 
         Args:
-            heads: of all of them.
+            heads: the heads to split, as a range of all heads.
             query: all heads x rows x width.
             key: all heads x columns x width.
-            bias: batch x heads per batch x rows x columns, or what broadcasts to it by strides.
+            bias: added to the scores; batch x heads per batch x rows x columns, expanded by strides
+                of 0.
         """
         rows, columns = query.shape[1], key.shape[1]
         block = self._block(
@@ -143,12 +146,12 @@ class Job(NamedTuple):
             all_rows=rows,
             all_columns=columns,
         )
-        for first in range(0, rows, _height(rows)):
-            last = min(first + _height(rows), rows)
+        for first in range(0, rows, _block_rows(rows)):
+            last = min(first + _block_rows(rows), rows)
             block.first_row, block.rows = first, last - first
             block.columns = min(columns, last) if self.is_causal else columns
             yield block, slice(first, last), slice(0, block.columns)
 
 
-def _height(rows: int) -> int:
+def _block_rows(rows: int) -> int:
     return max(1, min(rows, BLOCK_ROWS))

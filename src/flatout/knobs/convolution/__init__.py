@@ -1,4 +1,4 @@
-"""Convolutions that are matrix products, or have few channels to give, in another form."""
+"""Run some convolutions as an equivalent matmul or a smaller convolution."""
 
 from __future__ import annotations
 
@@ -15,44 +15,52 @@ NAME = "convolution"
 
 
 def match(facts: Facts) -> Match:
-    """Needs transposed convolutions in the step."""
+    """Offer the setting where a step contains transposed convolutions."""
     if facts.lack("conv_transpose"):
-        return Match((), "there are no transposed convolutions in its steps")
+        return Match((), "there are no transposed convolutions in a step")
     return Match(("recast",), share=facts.share("conv"))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operators, for every thread of this process."""
+    """Replace the operators, for every thread of this process.
+
+    Raises:
+        RefusedError: this torch is too old to replace operators.
+    """
     import torch
 
     from flatout.knobs.convolution import cpu
 
     if not hasattr(torch.library, "get_kernel"):
-        raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
+        raise RefusedError(f"torch {torch.__version__} has no torch.library.get_kernel")
     return cpu.install(host.applied.on_failure_of(NAME))
 
 
 KNOB = Knob(
     name=NAME,
-    summary="some convolutions as the matrix products, or as the smaller ones, that they are",
+    summary="run some convolutions as an equivalent matmul or a smaller convolution",
     settings=("recast",),
     exactness={"recast": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="On the CPU, some convolutions take many times as long as their arithmetic. `recast` "
-        "computes them in another form: as the matrix product that it is, forward and backward, a "
-        "transposed convolution of images of one pixel, with which generators begin, and a plain "
-        "one whose kernel is as large as its images, with which discriminators end; as a plain "
-        "convolution to the pixels of each block (Shi et al. 2016) a transposed one that gives "
-        "four channels or fewer, with which generators and decoders end, where kernel, stride and "
-        "padding allow it (4, 2, 1 does). The gradient of a plain convolution with a stride for "
-        "images of so few channels is the same computation. All others are torch's.",
+        what="The knob computes three kinds of convolutions on the CPU in an equivalent form, "
+        "because torch's kernels take many times as long for them as their arithmetic:\n\n"
+        "- A transposed convolution of images of one pixel, with which generators begin, and a "
+        "convolution whose kernel is as large as its images, with which discriminators end, become "
+        "a matmul, forward and backward.\n"
+        "- A transposed convolution with at most four output channels, with which generators and "
+        "decoders end, becomes a convolution followed by a pixel shuffle (Shi et al. 2016), where "
+        "kernel, stride and padding allow it (4, 2, 1 do).\n"
+        "- The gradient with respect to the images of a strided convolution with at most four "
+        "input channels is the same computation and is done in the same way.\n\n"
+        "Torch computes all other convolutions.",
         helps="Generators and decoders: GANs, variational autoencoders, U-Nets.",
-        hurts="Each convolution takes the way through Python, some microseconds.",
-        by_hand="`nn.Linear(inputs, channels * 7 * 7)` and `nn.Unflatten(1, (channels, 7, 7))` "
-        "for the first, `nn.Conv2d(inputs, 4 * channels, 3, padding=1)` and `nn.PixelShuffle(2)` "
-        "for the last.",
+        hurts="Programs with many small convolutions: each convolution takes some microseconds "
+        "more, because the operator is replaced by a Python function.",
+        by_hand="Write the first layer as `nn.Linear(inputs, channels * 7 * 7)` and "
+        "`nn.Unflatten(1, (channels, 7, 7))`, the last one as `nn.Conv2d(inputs, 4 * channels, 3, "
+        "padding=1)` and `nn.PixelShuffle(2)`.",
         sources=(
             "https://arxiv.org/abs/1609.05158 (sub-pixel convolution)",
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html",

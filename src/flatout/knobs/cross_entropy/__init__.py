@@ -1,4 +1,4 @@
-"""Cross entropy over many classes: loss and gradient in one pass."""
+"""Compute cross entropy over many classes, loss and gradient, in one pass over the logits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ OPERATORS = ("log_softmax", "nll_loss")
 
 
 def match(facts: Facts) -> Match:
-    """Needs such a loss in the step."""
+    """Offer the setting where a step computes cross entropy."""
     if facts.lack(*OPERATORS):
-        return Match((), "there is no cross entropy in its steps")
+        return Match((), "there is no cross entropy in a step")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("fused",), share=facts.share(*OPERATORS))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operator, for every thread of this process."""
+    """Replace the operator, for every thread of this process.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+    """
     from flatout.intercept import dispatch
     from flatout.knobs.cross_entropy import cpu
 
@@ -36,24 +40,25 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="cross entropy over many classes, loss and gradient in one pass",
+    summary="compute cross entropy over many classes, loss and gradient, in one pass",
     settings=("fused",),
     exactness={"fused": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="`F.cross_entropy` on the CPU writes the logarithms of all probabilities, picks those "
-        "of the targets, and in the backward pass writes a matrix of zeros and one of gradients; "
-        "under autocast it copies the logits to float32 before. `fused` reads a row of logits "
-        "while it is in the cache and writes its gradient at once, in the dtype of the logits; "
-        "the arithmetic is float32, sums of a row are kept in float64. Taken are matrices of "
-        "262,144 logits or more with classes as targets, ignored ones and label smoothing among "
-        "them. Left to torch: class weights, probabilities as targets, smaller matrices, compiled "
-        "regions, `torch.func`. Needs a C compiler.",
+        what="The knob replaces `F.cross_entropy` on the CPU by a kernel compiled for this "
+        "processor. Torch writes the logarithms of all probabilities, picks those of the targets, "
+        "and in the backward pass writes a matrix of zeros and one of gradients; under autocast it "
+        "first copies the logits to float32. `fused` reads each row of logits while it is in the "
+        "cache and writes its gradient at once, in the dtype of the logits. The arithmetic is "
+        "float32, and sums over a row are float64. It handles matrices of at least 262,144 logits "
+        "whose targets are class indices, with `ignore_index` and label smoothing. Torch computes "
+        "smaller matrices, class weights, probabilities as targets, compiled regions and "
+        "`torch.func`. The knob needs a C compiler.",
         helps="Language models with a vocabulary of thousands.",
-        hurts="A gradient that is scaled before the backward pass (`(loss / n).backward()`) costs "
-        "one more pass over the matrix.",
-        by_hand="Nothing in torch does this on the CPU; on CUDA, Liger's fused cross entropy does.",
+        hurts="Losses that are scaled before the backward pass (`(loss / n).backward()`): scaling "
+        "the gradient takes one more pass over the matrix.",
+        by_hand="Torch has no equivalent on the CPU; on CUDA, use Liger's fused cross entropy.",
         sources=(
             "https://arxiv.org/abs/2410.10989 (Liger Kernel)",
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html",

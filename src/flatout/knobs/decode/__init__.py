@@ -1,4 +1,4 @@
-"""The decoding of JPEG images: by all cores at once, or once and for all."""
+"""Decode JPEG images on all cores at once, or keep decoded images in memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAME = "decode"
 
 
 def match(facts: Facts) -> Match:
-    """Needs a program that opens images while its steps wait."""
+    """Offer the settings where the program opens images with Pillow and steps wait for data."""
     if facts.opens_images is False:
-        return Match((), "it opens no images by Pillow in its main process")
+        return Match((), "the program's main process opens no images with Pillow")
     if (why := loader.refusal(facts)) is not None:
         return Match((), why)
     settings = ("keep", "parallel") if _other_cores() else ("keep",)
@@ -29,16 +29,20 @@ def match(facts: Facts) -> Match:
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Take the place of the method by which Pillow decodes, for JPEG files."""
+    """Replace the method by which Pillow decodes JPEG files.
+
+    Raises:
+        RefusedError: the program does not use Pillow, or there is no core to decode on.
+    """
     if host.request.learn and "PIL.JpegImagePlugin" not in sys.modules:
-        raise RefusedError("the program has opened no image by Pillow")
+        raise RefusedError("the program has opened no image with Pillow")
     try:
         from PIL.JpegImagePlugin import JpegImageFile
     except ImportError as error:
-        raise RefusedError("the program has no Pillow to decode images with") from error
+        raise RefusedError("Pillow is not installed") from error
 
     on_failure = host.applied.on_failure_of(NAME)
-    # A comparison turns these on and off: each time, they go on from what they know.
+    # A comparison applies and undoes these repeatedly; what they have learned is kept.
     if setting == "keep":
         from flatout.knobs.decode.keep import DecodedImages
 
@@ -49,49 +53,51 @@ def apply(host: Host, setting: str) -> Undo:
 
     cores = _other_cores()
     if not cores:
-        raise RefusedError("there is one core, and the program's own thread is on it")
+        raise RefusedError("there is only one core, and the program itself needs it")
     decoders = host.keep(NAME, setting, lambda: Decoders(cores, JpegImageFile, on_failure))
     return decoders.install()
 
 
 def _other_cores() -> int:
-    """Cores besides the one of the program's own thread, for each of its ranks here."""
+    """The cores that each rank on this machine has besides the one that its main thread uses."""
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(0, int(machine.usable_cores() / ranks) - 1)
 
 
 KNOB = Knob(
     name=NAME,
-    summary="JPEG images decoded by all cores at once, or kept in memory once they are decoded",
+    summary="decode JPEG images on all cores at once, or keep decoded images in memory",
     settings=("parallel", "keep"),
     exactness=dict.fromkeys(("parallel", "keep"), "bitwise"),
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="For JPEG files that are opened by Pillow (`PIL.Image.open`, which `torchvision`'s "
-        "`ImageFolder` uses). Random crops and flips are the program's, and as random as before. "
-        "Other formats, and files within archives, are decoded as ever.\n\n"
+        what="The knob speeds up the decoding of JPEG files that the program opens with Pillow "
+        "(`PIL.Image.open`, which `torchvision`'s `ImageFolder` uses). Random crops and flips stay "
+        "as random as before. Pillow itself decodes other formats, and files inside of "
+        "archives.\n\n"
         "`parallel`: when a loader without workers fetches a batch, other processes decode the "
-        "files that its samples will open, one process for each core besides the program's own; "
-        "the program opens them as ever, one after the other, and finds them decoded. Which files "
-        "these are is read from the dataset, where it has a list of paths, or remembered from the "
-        "last epoch. A process knows nothing but Pillow and the images that it has decoded, and is "
-        "at most three of them ahead.\n\n"
-        "`keep`: what a file was decoded to is kept in memory, four bytes a pixel, up to a quarter "
-        "of what is available; when the same file is loaded again, in the next epoch, its pixels "
-        "are a copy of those. Each worker of a loader keeps what it has decoded itself, in its "
-        "share of the memory, as long as it lives.\n\n"
-        "For both, a file is the same while its inode, size and times of last change are (one that "
-        "has changed within two seconds is decoded as ever); for `keep`, an image in memory "
-        "(`io.BytesIO`) while its bytes are.",
+        "files that its samples will open. There is one process for each core that the program's "
+        "main thread does not use. The program opens the files one after the other as before, and "
+        "finds them already decoded. The knob finds these files in the dataset's list of paths, "
+        "if it has one, or remembers them from the last epoch. The processes have imported only "
+        "Pillow, and each of them decodes at most three images ahead.\n\n"
+        "`keep`: decoded images are kept in memory, four bytes per pixel, up to a quarter of the "
+        "memory that is available. When the same file is loaded again in the next epoch, its "
+        "pixels are copied from there. Each worker of a loader keeps the images that it has "
+        "decoded itself, in its share of the memory, as long as it lives.\n\n"
+        "A file counts as unchanged while its inode, size and times of last change are the same; "
+        "one that was changed in the last two seconds is decoded by Pillow. For `keep`, an image "
+        "in memory (`io.BytesIO`) counts as unchanged while its bytes are the same.",
         helps="Steps that wait for a loader which decodes images: `parallel` with any number of "
-        "files, `keep` from the second epoch on, if they fit into memory once they are decoded.",
-        hurts="`parallel`: a program whose other threads have the cores already; small images. "
-        "`keep`: larger sets of images, as those that do not fit are decoded as ever, at the cost "
-        "of looking them up; workers that end with each epoch (without `persistent_workers`).",
-        by_hand="`DataLoader(..., num_workers=N)`, with other random numbers and N copies of the "
-        "program; or decode all files once before the training, and keep the images in a list, or "
-        "store them decoded (`numpy.save`) at the size that the training needs.",
+        "files, `keep` from the second epoch on, if the decoded images fit into memory.",
+        hurts="`parallel`: programs whose other threads already use the cores; small images. "
+        "`keep`: data sets that do not fit into memory, because looking up an image that is not "
+        "kept takes time; workers that end with each epoch (without `persistent_workers`).",
+        by_hand="Use `DataLoader(..., num_workers=N)`, which draws other random numbers and needs "
+        "N copies of the program; or decode all files once before the training, and keep the "
+        "images in a list or store them decoded (`numpy.save`) at the size that the training "
+        "needs.",
         sources=(
             "https://pillow.readthedocs.io/en/stable/reference/ImageFile.html",
             "https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.ImageFolder.html",

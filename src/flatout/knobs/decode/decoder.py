@@ -1,8 +1,9 @@
-"""A process that decodes JPEG files into memory which it shares with the program.
+"""A process that decodes JPEG files into memory that it shares with the program.
 
-Started as a script, without flatout and torch. A line that it is sent names a job, a place in the
-memory, a file and whether files may end early; a line that it sends says of the job what is there
-now. It ends when the program does, or hangs up.
+It is started as a script, without flatout and torch. It reads requests from a socket, one JSON line
+each: the number of the request, a slot in the shared memory, the path of a file, and whether
+truncated files are allowed. It answers each with a line: the number, and what is now in the slot.
+It ends when the program closes the socket or ends.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import sys
 from typing import Any
 
 MAPPED = {"RGB": "RGBX", "L": "L", "CMYK": "CMYK"}
-"""Modes of JPEG images, and those of the same layout that Pillow can have in foreign memory."""
+"""For each mode of JPEG images, the mode of the same layout for which Pillow can use shared
+memory."""
 
 
-def main(line: int, memory: int, place_bytes: int, settled_s: float, *folders: str) -> None:
-    """Decode what is asked for.
+def main(line: int, memory: int, slot_bytes: int, settled_s: float, *folders: str) -> None:
+    """Answer requests until the program closes the socket.
 
     Args:
-        line: descriptor of a socket to the program.
-        memory: descriptor of the shared memory.
-        place_bytes: of each place in it.
+        line: the file descriptor of a socket to the program.
+        memory: the file descriptor of the shared memory.
+        slot_bytes: the size of each slot in it.
         settled_s: see ``images.SETTLED_S``.
-        folders: of ``images.py`` and of Pillow.
+        folders: the folders that contain ``images.py`` and Pillow.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program decides what ends it
     sys.path[:0] = folders
@@ -34,22 +36,25 @@ def main(line: int, memory: int, place_bytes: int, settled_s: float, *folders: s
     from PIL import ImageFile
 
     images.SETTLED_S = settled_s
-    places = memoryview(mmap.mmap(memory, 0))
-    # Not one file for both: a text file forgets what it has read ahead when it is written to.
+    slots = memoryview(mmap.mmap(memory, 0))
+    # Two files, because one text file would lose what it has read ahead when it is written to.
     connection = socket.socket(fileno=line)
     with connection, connection.makefile("r") as lines, connection.makefile("w") as answers:
-        for asked in lines:
-            number, place, path, may_end_early = json.loads(asked)
-            ImageFile.LOAD_TRUNCATED_IMAGES = may_end_early
+        for line_read in lines:
+            number, slot, path, allow_truncated = json.loads(line_read)
+            ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             try:
-                made = _decoded(path, places[place * place_bytes : (place + 1) * place_bytes])
-            except Exception:  # noqa: BLE001 - the program meets it when it opens the file itself
-                made = None
-            print(json.dumps((number, made)), file=answers, flush=True)
+                result = _decode(path, slots[slot * slot_bytes : (slot + 1) * slot_bytes])
+            except Exception:  # noqa: BLE001 - the program gets it when it opens the file itself
+                result = None
+            print(json.dumps((number, result)), file=answers, flush=True)
 
 
-def _decoded(path: str, place: memoryview) -> tuple[str, str, Any] | None:
-    """Decode a file; its identity, its mode and its size, ``None``: not here."""
+def _decode(path: str, slot: memoryview) -> tuple[str, str, Any] | None:
+    """Decode a file into a slot; returns its identity, mode and size.
+
+    ``None`` means that the file cannot be decoded into a slot.
+    """
     from images import identity, is_small
     from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
@@ -58,14 +63,14 @@ def _decoded(path: str, place: memoryview) -> tuple[str, str, Any] | None:
         image = JpegImageFile(file)
         key = identity(image)
         mapped = MAPPED.get(image.mode)
-        if key is None or mapped is None or not is_small(image, len(place)):
+        if key is None or mapped is None or not is_small(image, len(slot)):
             return None
-        target = Image.frombuffer(mapped, image.size, place, "raw", mapped, 0, 1).im  # type: ignore[arg-type]
+        target = Image.frombuffer(mapped, image.size, slot, "raw", mapped, 0, 1).im  # type: ignore[arg-type]
         image.load_prepare = lambda: setattr(image, "im", target)  # type: ignore[method-assign]
         image.load()
         return repr(key), image.mode, image.size
 
 
 if __name__ == "__main__":
-    to_program, shared, each, settled, *others = sys.argv[1:]
-    main(int(to_program), int(shared), int(each), float(settled), *others)
+    socket_fd, memory_fd, size, settled, *paths = sys.argv[1:]
+    main(int(socket_fd), int(memory_fd), int(size), float(settled), *paths)

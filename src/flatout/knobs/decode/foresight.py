@@ -1,9 +1,9 @@
-"""Which files a dataset will open for the samples that a loader asks it for.
+"""Predict which files a dataset will open for the samples of a batch.
 
-Most datasets of images have a list with an entry for each sample, and in the entry the file's path,
-as ``torchvision.datasets.ImageFolder`` has. Where that is, the first batch shows. Of other datasets
-it is remembered which files each sample has opened, for the next epoch. A wrong guess costs the
-time for a file that no one asks for, nothing else.
+Most image datasets have a list with an entry for each sample that contains the path of its file, as
+``torchvision.datasets.ImageFolder`` does. The first batch shows where this list is. For other
+datasets, the files that each sample has opened are remembered for the next epoch. A wrong
+prediction costs the time of decoding a file in vain, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any, NamedTuple
 from torch.utils import data
 
 MOST_REMEMBERED = 100_000
-"""Samples whose files are remembered one by one."""
+"""The most samples whose files are remembered one by one."""
 
 DEEPEST = 3
-"""Datasets within datasets that are looked into."""
+"""How deeply nested datasets are searched for the list."""
 
 MOST_TRIES = 3
-"""Batches in which such a list is looked for."""
+"""The number of batches after which the list is searched for; then its search is given up."""
 
 
 class Rule(NamedTuple):
-    """Where in a dataset the path of a sample's file is written.
+    """Where a dataset stores the path of a sample's file.
 
     Attributes:
-        entries: the list that has an entry for each sample.
-        key: of the path within an entry; ``None``: the entry is the path.
-        folder: what comes before it.
+        entries: the list with an entry for each sample.
+        key: the key or index of the path in an entry; ``None``: the entry itself is the path.
+        folder: the prefix that has to be added to the path.
     """
 
     entries: Sequence[Any]
@@ -40,22 +40,22 @@ class Rule(NamedTuple):
     folder: str
 
     def path(self, index: int) -> str | None:
-        """Of the file of a sample; ``None``: there is none by this rule."""
+        """The path of the file of a sample; ``None`` if this rule gives none."""
         try:
-            found = dict(_paths(self.entries[index])).get(self.key)
-        except IndexError:  # the sampler's numbers are not places in the list
+            path = dict(_paths(self.entries[index])).get(self.key)
+        except IndexError:  # the sampler's numbers are no indices of the list
             return None
-        return None if found is None else self.folder + found
+        return None if path is None else self.folder + path
 
 
 class Foresight:
-    """What is known of one dataset.
+    """Predicts the files of one dataset.
 
     Args:
-        dataset: map-style; it is not kept alive.
+        dataset: a map-style dataset; it is not kept alive.
 
     Raises:
-        TypeError: it is a list, or another type that knows no weak references.
+        TypeError: it is a list, or has another type that does not support weak references.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -69,41 +69,53 @@ class Foresight:
         self._remembered: dict[int, tuple[str, ...]] = {}
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        """The paths of the files that these samples will open, in that order, as far as known."""
-        found: list[str] = []
-        for index in self._inner(indices):
+        """The paths of the files that these samples are expected to open, in order."""
+        files: list[str] = []
+        for index in self._resolve_subsets(indices):
             if self._rules:
-                found += filter(None, (rule.path(index) for rule in self._rules))
+                files += filter(None, (rule.path(index) for rule in self._rules))
             else:
-                found += self._remembered.get(index, ())
-        return found
+                files += self._remembered.get(index, ())
+        return files
 
     def learn(self, indices: Sequence[int], opened: Sequence[str]) -> None:
-        """These samples have opened these files, one after the other, all the same number."""
-        each, rest = divmod(len(opened), max(len(indices), 1))
-        if self._rules or not indices or not each or rest:
+        """Learn from a batch, if all of its samples have opened the same number of files.
+
+        Args:
+            indices: the indices of the samples.
+            opened: the paths of the files that they have opened one after the other.
+        """
+        files_per_sample, rest = divmod(len(opened), max(len(indices), 1))
+        if self._rules or not indices or not files_per_sample or rest:
             return
-        inner = self._inner(indices)
-        of = [tuple(opened[at : at + each]) for at in range(0, len(opened), each)]
+        indices = self._resolve_subsets(indices)
+        files = [
+            tuple(opened[at : at + files_per_sample])
+            for at in range(0, len(opened), files_per_sample)
+        ]
         if self._tries < MOST_TRIES:
             self._tries += 1
-            found = [self._rule(inner, [paths[place] for paths in of]) for place in range(each)]
-            rules = [rule for rule in found if rule is not None]
-            if len(rules) == each:
+            candidates = [
+                self._find_rule(indices, [paths[number] for paths in files])
+                for number in range(files_per_sample)
+            ]
+            rules = [rule for rule in candidates if rule is not None]
+            if len(rules) == files_per_sample:
                 self._rules = rules
                 self._remembered.clear()
                 return
         if len(self._remembered) < MOST_REMEMBERED:
-            self._remembered.update(zip(inner, of, strict=True))
+            self._remembered.update(zip(indices, files, strict=True))
 
-    def _inner(self, indices: Sequence[int]) -> Sequence[int]:
-        """Their indices in the dataset that all subsets are of."""
-        for chosen in self._subsets:
-            indices = [chosen[index] for index in indices]
+    def _resolve_subsets(self, indices: Sequence[int]) -> Sequence[int]:
+        """Convert indices of the outermost subset to indices of the dataset inside of all
+        subsets."""
+        for subset_indices in self._subsets:
+            indices = [subset_indices[index] for index in indices]
         return indices
 
-    def _rule(self, indices: Sequence[int], opened: Sequence[str]) -> Rule | None:
-        """One by which these samples have opened these files."""
+    def _find_rule(self, indices: Sequence[int], opened: Sequence[str]) -> Rule | None:
+        """A rule that gives exactly these files for these samples; ``None`` if there is none."""
         if min(indices) < 0:
             return None
         for entries in _lists(self._dataset(), max(indices) + 1, DEEPEST):
@@ -116,7 +128,7 @@ class Foresight:
 
 
 def _lists(dataset: Any, least: int, depth: int) -> Iterator[Sequence[Any]]:
-    """The lists of at least so many entries that a dataset has, or one that it has."""
+    """The lists with at least ``least`` entries in a dataset, or in datasets inside of it."""
     values = list(getattr(dataset, "__dict__", {}).values())
     for value in values:
         if type(value) in (list, tuple) and len(value) >= least:
@@ -127,17 +139,17 @@ def _lists(dataset: Any, least: int, depth: int) -> Iterator[Sequence[Any]]:
 
 
 def _paths(entry: Any) -> Iterator[tuple[Any, str]]:
-    """What may be a path in an entry, by its key."""
+    """The values in an entry that may be paths, with their keys or indices."""
     if type(entry) is dict:
-        parts: Iterable[tuple[Any, Any]] = entry.items()
+        items: Iterable[tuple[Any, Any]] = entry.items()
     elif isinstance(entry, (list, tuple)) and type(entry).__iter__ in _ITERATIONS:
-        parts = enumerate(entry)
+        items = enumerate(entry)
     else:
-        parts = [(None, entry)]
-    for key, part in parts:
-        if type(part) in (str, PosixPath):
-            yield key, os.fspath(part)
+        items = [(None, entry)]
+    for key, value in items:
+        if type(value) in (str, PosixPath):
+            yield key, os.fspath(value)
 
 
 _ITERATIONS = (list.__iter__, tuple.__iter__)
-"""What a program has written to iterate by is not called: it may do more."""
+"""Only these are called; an ``__iter__`` of the program may have side effects."""

@@ -1,4 +1,4 @@
-"""Images of Pillow that are not decoded yet: what they will be made of."""
+"""Identify Pillow images that are not decoded yet, and finish them with decoded pixels."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from typing import Any
 from PIL import Image, ImageFile
 
 SETTLED_S = 2.0
-"""Age of the last change from which on a file's times tell another change from it: file systems
-note them in steps of up to two seconds."""
+"""Once a file's last change is older than this, a later change is sure to change its times: file
+systems record times in steps of up to two seconds."""
 
 
 def identity(image: Any) -> Hashable:
-    """What an image that is not decoded yet will be made of; ``None``: not known."""
+    """A key of what an image will be decoded to: its content and how Pillow decodes it.
+
+    ``None`` means that this is not known.
+    """
     if not {"load_prepare", "load_read", "load_end"}.isdisjoint(vars(image)):
-        return None  # the program has its own for this image
-    how = (
+        return None  # the program has replaced these methods for this image
+    decoding = (
         *(image.mode, image.size, tuple(map(tuple, image.tile)), tuple(image.decoderconfig)),
         ImageFile.LOAD_TRUNCATED_IMAGES,
     )
     if type(image.fp) is io.BytesIO:
         with image.fp.getbuffer() as content:
-            return (hashlib.blake2b(content, digest_size=16).digest(), how)
+            return (hashlib.blake2b(content, digest_size=16).digest(), decoding)
     if type(image.fp) is not io.BufferedReader or type(image.fp.raw) is not io.FileIO:
         return None
     status = os.fstat(image.fp.fileno())
@@ -35,11 +38,11 @@ def identity(image: Any) -> Hashable:
     if not stat.S_ISREG(status.st_mode) or not is_settled:
         return None
     changed_ns = (status.st_mtime_ns, status.st_ctime_ns)
-    return (status.st_dev, status.st_ino, status.st_size, changed_ns, how)
+    return (status.st_dev, status.st_ino, status.st_size, changed_ns, decoding)
 
 
 def finish(image: Any, pixels: Any) -> None:
-    """Leave an image as Pillow does after it has decoded it."""
+    """Give an image its decoded pixels, and leave it as Pillow does after decoding."""
     image.im = pixels
     image.tile = []
     image.readonly = 0
@@ -49,13 +52,15 @@ def finish(image: Any, pixels: Any) -> None:
 
 
 def path_of(image: Any) -> str | None:
-    """Of the file that an image is read from; ``None``: it is none, or its path is not known."""
+    """The path of the file that an image is read from; ``None`` if it is no file or not known."""
     path = getattr(image.fp, "name", None)
     return path if isinstance(path, str) else None
 
 
 def is_small(image: Any, most_bytes: int) -> bool:
-    """Whether its pixels, of four bytes, take no more than that, and Pillow would open it."""
+    """Whether the pixels, of four bytes each, fit into ``most_bytes``, and Pillow allows the
+    size."""
     width, height = image.size
-    most = Image.MAX_IMAGE_PIXELS
-    return 4 * width * height <= most_bytes and (most is None or width * height <= most)
+    most_pixels = Image.MAX_IMAGE_PIXELS
+    is_allowed = most_pixels is None or width * height <= most_pixels
+    return 4 * width * height <= most_bytes and is_allowed

@@ -1,4 +1,4 @@
-"""Functions of single elements for which torch takes many times as long as memory does."""
+"""Compute elementwise functions for which torch has slow CPU kernels with vectorised ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ OPERATORS = ("::tanh", "::gelu", "::abs")
 
 
 def match(facts: Facts) -> Match:
-    """Needs such a function in the step."""
+    """Offer the setting where a step calls one of these functions."""
     if facts.lack(*OPERATORS):
-        return Match((), "its steps take no hyperbolic tangents, GELUs or complex magnitudes")
+        return Match((), "no step calls tanh, GELU or abs")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("fast",), share=facts.share(*OPERATORS))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operators, for every thread of this process."""
+    """Replace the operators, for every thread of this process.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+    """
     from flatout.intercept import dispatch
     from flatout.knobs.elementwise import cpu
 
@@ -36,22 +40,25 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="tanh, the GELU made of it, and magnitudes of complex numbers, vectorised",
+    summary="compute tanh, the tanh-based GELU and complex magnitudes with vectorised kernels",
     settings=("fast",),
     exactness={"fast": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="On the CPU, torch computes few functions of single elements far slower than memory "
-        'allows: `tanh`, `gelu(approximate="tanh")` with its derivative, and `abs` of complex '
-        "numbers, which a spectrogram is made of. `fast` has kernels for them, compiled for this "
-        "processor: `tanh` and magnitudes to two units in the last place, the GELU to sixteen. "
-        "Taken are dense tensors of 32,768 elements or more in float32 and bfloat16 (complex: of "
-        "float32). Needs a C compiler.",
+        what="The knob replaces the CPU kernels of a few elementwise functions that torch computes "
+        'far slower than memory bandwidth allows: `tanh`, `gelu(approximate="tanh")` and its '
+        "gradient, and `abs` of complex numbers, from which spectrograms are computed. `fast` has "
+        "kernels for them that are compiled for this processor. Their error is at most two units "
+        "in the last place for `tanh` and `abs`, and sixteen for GELU. They handle dense tensors "
+        "of at least 32,768 elements in float32 and bfloat16 (`abs`: in complex64). The knob needs "
+        "a C compiler.",
         helps="Language models with the GELU of GPT-2, networks with `tanh`, spectrograms.",
-        hurts="Many calls on small tensors: each of these operators takes the way through Python, "
-        "some microseconds. In compiled regions it does nothing.",
-        by_hand="`torch.compile` the module; `torch.view_as_real(z).norm(dim=-1)` for magnitudes.",
+        hurts="Programs that call these functions on many small tensors: each call takes some "
+        "microseconds more, because the operator is replaced by a Python function. In compiled "
+        "regions the knob has no effect.",
+        by_hand="Compile the module with `torch.compile`; for complex magnitudes, use "
+        "`torch.view_as_real(z).norm(dim=-1)`.",
         sources=(
             "https://arxiv.org/abs/1606.08415 (GELU)",
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.GELU.html",

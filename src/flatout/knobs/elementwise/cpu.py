@@ -1,4 +1,4 @@
-"""The operators of the knob ``elementwise`` on the CPU, by ``kernels/elementwise.c``."""
+"""Replace elementwise operators on the CPU by ``kernels/elementwise.c``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from flatout.intercept.containment import OnFailure
 from flatout.intercept.patch import Undo
 
 FEWEST = 1 << 15
-"""Elements; below, torch computes on one thread, and the way through Python would count."""
+"""Tensors with fewer elements are left to torch: the call through Python takes too long for
+them."""
 
 TANH, GELU = range(2)
-"""As in ``kernels/elementwise.c``."""
+"""The functions, numbered as in ``kernels/elementwise.c``."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
-    """Replace the operators; returns what puts torch's own back.
+    """Replace the operators; returns the undo.
 
     Args:
-        library: of ``kernels/elementwise.c``.
-        on_failure: told when something could not be computed; torch's own kernel has done it then.
+        library: compiled from ``kernels/elementwise.c``.
+        on_failure: called with the exception if a kernel fails; torch's kernel is then used.
     """
     activation, magnitude = library.activation, library.magnitude
     address = ctypes.c_void_p
@@ -34,12 +35,13 @@ def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     activation.argtypes = [ctypes.c_int, *[address] * 3, ctypes.c_int64, *[ctypes.c_int] * 2]
     magnitude.argtypes = [address, address, ctypes.c_int64, ctypes.c_int]
 
-    def computed(
+    def compute(
         function: int, x: torch.Tensor, gradient: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        if not _can_take(x, DTYPES):
+        """The function of each element, or its derivative times ``gradient``."""
+        if not _is_supported(x, DTYPES):
             return None
-        made = torch.empty_like(x)
+        result = torch.empty_like(x)
         if gradient is not None:
             if (
                 gradient.dtype is not x.dtype
@@ -49,43 +51,44 @@ def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
                 return None
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
-        outer = None if gradient is None else gradient.data_ptr()
-        is_bf16 = x.dtype is torch.bfloat16
-        threads = torch.get_num_threads()
-        activation(function, x.data_ptr(), outer, made.data_ptr(), x.numel(), is_bf16, threads)
-        return made
+        gradient_address = None if gradient is None else gradient.data_ptr()
+        activation(
+            *(function, x.data_ptr(), gradient_address, result.data_ptr(), x.numel()),
+            *(x.dtype is torch.bfloat16, torch.get_num_threads()),
+        )
+        return result
 
-    def tanh(below: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
-        return computed(TANH, x)
+    def tanh(torch_kernel: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
+        return compute(TANH, x)
 
     def gelu(
-        below: Callable[..., Any], x: torch.Tensor, *, approximate: str = "none"
+        torch_kernel: Callable[..., Any], x: torch.Tensor, *, approximate: str = "none"
     ) -> torch.Tensor | None:
-        return computed(GELU, x) if approximate == "tanh" else None
+        return compute(GELU, x) if approximate == "tanh" else None
 
     def gelu_backward(
-        below: Callable[..., Any],
+        torch_kernel: Callable[..., Any],
         gradient: torch.Tensor,
         x: torch.Tensor,
         *,
         approximate: str = "none",
     ) -> torch.Tensor | None:
-        return computed(GELU, x, gradient) if approximate == "tanh" else None
+        return compute(GELU, x, gradient) if approximate == "tanh" else None
 
-    def complex_abs(below: Callable[..., Any], z: torch.Tensor) -> torch.Tensor | None:
-        if z.is_conj() or not _can_take(z, (torch.complex64,)):
+    def complex_abs(torch_kernel: Callable[..., Any], z: torch.Tensor) -> torch.Tensor | None:
+        if z.is_conj() or not _is_supported(z, (torch.complex64,)):
             return None
-        made = torch.empty_like(z, dtype=torch.float32)
-        magnitude(z.data_ptr(), made.data_ptr(), z.numel(), torch.get_num_threads())
-        return made
+        result = torch.empty_like(z, dtype=torch.float32)
+        magnitude(z.data_ptr(), result.data_ptr(), z.numel(), torch.get_num_threads())
+        return result
 
     functions: dict[str, dispatch.Override]
     functions = {"tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward, "abs": complex_abs}
     return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
 
 
-def _can_take(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether it is a plain tensor of one of these types whose elements lie side by side."""
+def _is_supported(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether ``x`` is a large, dense, plain tensor of one of these dtypes."""
     return (
         x.dtype in dtypes
         and x.numel() >= FEWEST

@@ -1,4 +1,4 @@
-"""Gradients of the tables of embedding bags, without sorting what was looked up."""
+"""Compute the weight gradients of embedding bags without sorting the indices."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ NAME = "embedding"
 OPERATOR = "_embedding_bag_dense_backward"
 
 PARTS = ("::sort", "::fill_", "::zero_")
-"""Operators that torch's own is made of, among others."""
+"""Operators that torch's kernel calls, and other operators as well."""
 
 
 def match(facts: Facts) -> Match:
-    """Needs such a gradient in the step."""
+    """Offer the setting where a step computes such a gradient."""
     if facts.lack(OPERATOR):
-        return Match((), "its steps take no dense gradients of embedding bags")
+        return Match((), "no step computes dense gradients of embedding bags")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("direct",), share=facts.share(OPERATOR, *PARTS))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operator, for every thread of this process."""
+    """Replace the operator, for every thread of this process.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+    """
     from flatout.intercept import dispatch
     from flatout.knobs.embedding import cpu
 
@@ -39,23 +43,24 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="gradients of embedding bags without sorting what was looked up",
+    summary="compute gradients of embedding bags without sorting the indices",
     settings=("direct",),
     exactness={"direct": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="For the gradient of `nn.EmbeddingBag`'s table, torch sorts on the CPU what was "
-        "looked up, counts for every row of the table how often it was, and clears the table on "
-        "one thread. `direct` clears it on all threads, then adds the gradient of each bag where "
-        "it belongs, each thread to rows of its own, in the order of the lookups. Taken are sums "
-        "and means in float32 for tables of 32,768 elements or more; maxima, sparse gradients "
-        "and `scale_grad_by_freq` are torch's. Needs a C compiler.",
-        helps="Recommenders and click models on the CPU, with tables of which a batch touches "
-        "little.",
-        hurts="Nothing known.",
-        by_hand="`nn.EmbeddingBag(..., sparse=True)` with `torch.optim.SparseAdam`, which steps "
-        "the rows that were looked up only: another algorithm than Adam's.",
+        what="The knob replaces the kernel that computes the gradient of `nn.EmbeddingBag`'s "
+        "weight on the CPU. Torch sorts the indices, counts how often each row of the weight was "
+        "looked up, and zeroes the gradient on one thread. `direct` zeroes it on all threads and "
+        "then adds the gradient of each bag to the rows that the bag looked up, where each thread "
+        "writes its own rows in the order of the indices. It handles the modes `sum` and `mean` in "
+        "float32 for weights of at least 32,768 elements. Torch computes the mode `max`, sparse "
+        "gradients and `scale_grad_by_freq`. The knob needs a C compiler.",
+        helps="Recommenders and click models on the CPU in which a batch looks up few rows of the "
+        "weight.",
+        hurts="No case is known.",
+        by_hand="Use `nn.EmbeddingBag(..., sparse=True)` with `torch.optim.SparseAdam`. It updates "
+        "only the rows that were looked up, so it is a different algorithm from Adam.",
         sources=("https://docs.pytorch.org/docs/stable/generated/torch.nn.EmbeddingBag.html",),
     ),
     match=match,

@@ -1,9 +1,9 @@
-"""Gradients of embedding bags on the CPU, by ``kernels/embedding.c``.
+"""Replace the gradients of embedding bags on the CPU by ``kernels/embedding.c``.
 
-For 5,088 lookups, torch's own takes 6.8 times as long with a table of 20,000 x 32 (6.2 to 7.5, 10
-pairs), 2.4 times with one of 100,000 x 32 (1.7 to 3.4), 0.97 times with one of 100,000 x 128 (0.96
-to 0.98), where fresh memory takes most of it (``python benchmarks/kernels.py embedding --pairs
-10``, on a Zen 5).
+With 5,088 lookups, the speedup over torch's kernel is 6.8 for a weight of 20,000 x 32 (6.2 to 7.5,
+10 pairs), 2.4 for 100,000 x 32 (1.7 to 3.4), and 0.97 for 100,000 x 128 (0.96 to 0.98), where most
+of the time goes into fresh memory (``python benchmarks/kernels.py embedding --pairs 10``, on a Zen
+5).
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ from flatout.intercept.containment import OnFailure
 from flatout.intercept.patch import Undo
 
 FEWEST = 1 << 15
-"""Elements of a table; below, the way through Python takes as long."""
+"""Weights with fewer elements are left to torch: the call through Python takes as long."""
 
 SUM, MEAN = range(2)
-"""Modes, by torch's numbers."""
+"""The modes, by their numbers in torch."""
 
 
 class Bags(ctypes.Structure):
-    """``Bags`` of ``kernels/embedding.c``."""
+    """The same as ``Bags`` in ``kernels/embedding.c``."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "width")),
-        ("table", ctypes.c_void_p),
+        ("weight_gradient", ctypes.c_void_p),
         ("lookups", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("looked_up", "bags", "counts", "factors")),
+        *((name, ctypes.c_void_p) for name in ("indices", "bags", "counts", "factors")),
         ("gradient", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("bag_count", "left_out", "threads")),
+        *((name, ctypes.c_int64) for name in ("bag_count", "padding_idx", "threads")),
     )
 
 
 def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
-    """Replace the operator; returns what puts torch's own back.
+    """Replace the operator; returns the undo.
 
     Args:
-        library: of ``kernels/embedding.c``.
-        on_failure: told when a gradient could not be computed; torch's own has done it then.
+        library: compiled from ``kernels/embedding.c``.
+        on_failure: called with the exception if the kernel fails; torch's kernel is then used.
     """
     kernel = library.embedding_bags
     kernel.restype = ctypes.c_int
     kernel.argtypes = [ctypes.c_void_p]
 
-    def computed(below: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    def backward(
+        torch_kernel: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor | None:
         return _gradient(kernel, *args, **kwargs)
 
-    functions = {"_embedding_bag_dense_backward": computed}
+    functions = {"_embedding_bag_dense_backward": backward}
     return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
 
 
@@ -69,19 +71,20 @@ def _gradient(
     factors: torch.Tensor | None,
     padding_idx: int = -1,
 ) -> torch.Tensor | None:
-    """The gradient of a table, rows x width; ``None`` for one that is left to torch.
+    """Compute the gradient of a weight, rows x width; ``None`` if it is left to torch.
 
     Args:
-        kernel: the compiled part.
-        gradient: bags x width.
-        indices, bags: the row and the bag of each lookup.
-        counts: of the lookups of each bag.
-        maximum_indices: of maxima.
-        rows: of the table.
+        kernel: the compiled kernel.
+        gradient: the gradient of the output; bags x width.
+        indices: the row of the weight of each lookup.
+        bags: the bag of each lookup.
+        counts: the number of lookups of each bag.
+        maximum_indices: used only by the mode ``max``, which is left to torch.
+        rows: the number of rows of the weight.
         scale_grad_by_freq: whether a row's gradient is divided by the number of its lookups.
-        mode: ``SUM``, ``MEAN``, or another.
-        factors: of each lookup.
-        padding_idx: a row that counts nothing.
+        mode: ``SUM``, ``MEAN``, or the number of another mode.
+        factors: the factor of each lookup (``per_sample_weights``), or ``None``.
+        padding_idx: a row that is ignored, or -1.
     """
     floats = [gradient] if factors is None else [gradient, factors]
     integers = [indices, bags, counts]
@@ -101,11 +104,12 @@ def _gradient(
     gradient, indices, bags, counts = (x.contiguous() for x in (gradient, *integers))
     factors = None if factors is None else factors.contiguous()
     width = gradient.shape[1]
-    table = torch.empty(rows, width, dtype=torch.float32, device="cpu")
-    asked = Bags(
-        *(rows, width, table.data_ptr(), indices.numel(), indices.data_ptr(), bags.data_ptr()),
+    weight_gradient = torch.empty(rows, width, dtype=torch.float32, device="cpu")
+    arguments = Bags(
+        *(rows, width, weight_gradient.data_ptr()),
+        *(indices.numel(), indices.data_ptr(), bags.data_ptr()),
         counts.data_ptr() if mode == MEAN else None,
         None if factors is None else factors.data_ptr(),
         *(gradient.data_ptr(), gradient.shape[0], padding_idx, torch.get_num_threads()),
     )
-    return None if kernel(ctypes.addressof(asked)) else table
+    return None if kernel(ctypes.addressof(arguments)) else weight_gradient

@@ -1,4 +1,4 @@
-"""Gradients that the program throws away, computed only if it asks for them."""
+"""Compute gradients that the program usually discards only if it reads them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ NAME = "gradients"
 
 
 def match(facts: Facts) -> Match:
-    """Needs parameters that a backward call may reach and the next step leaves alone."""
+    """Offer the setting where there may be parameters that the next optimizer step does not use."""
     if not facts.updates or facts.optimizers == 0:
-        return Match((), "no optimizer steps in it")
+        return Match((), "no optimizer steps in this program")
     if facts.optimizers == 1:
-        return Match(
-            (), "it has one optimizer: the gradients of another's parameters are not at stake"
-        )
+        return Match((), "the program has one optimizer, so it discards no gradients unread")
     return Match(("on_demand",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Take the place of the way into backward, of ``zero_grad``, and of ``Parameter.grad``."""
+    """Replace the entry into backward, ``zero_grad``, and ``Parameter.grad``.
+
+    Raises:
+        RefusedError: training is distributed, or ``precision=fp16`` scales the losses.
+    """
     from flatout.knobs.gradients.on_demand import OnDemand, is_distributed
 
     if is_distributed():
-        raise RefusedError("other processes wait for the gradients of this one")
+        raise RefusedError("training is distributed: other processes wait for these gradients")
     comparison = host.request.comparison
     arms = comparison.arms if comparison is not None else ()
     if any(plan.get("precision") == "fp16" for plan in (host.request.settings, *arms)):
-        raise RefusedError("what is put off would miss the scale of precision=fp16")
-    # A comparison turns this on and off: each time, it goes on from what it knows.
+        raise RefusedError("deferred gradients would miss the loss scale of precision=fp16")
+    # A comparison applies and undoes the knob repeatedly; what it has learned is kept.
     on_demand = host.keep(
         NAME,
         "learned",
@@ -54,31 +56,34 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="gradients that the program throws away, computed only if it asks for them",
+    summary="compute gradients that the program discards only if it reads them",
     settings=("on_demand",),
     exactness={"on_demand": "bitwise"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The loss of a GAN's generator also gives gradients to the discriminator, that of an "
-        "actor to the critic, and the next `zero_grad` drops them unread. `on_demand` sees twice "
-        "which gradients of a backward call are dropped, and puts these off from then on: the "
-        "call computes the others only, as `backward(inputs=...)` does. Where one is asked for "
-        "after all (by an optimizer, by `parameter.grad`, by clipping), it is computed then, from "
-        "what backward would have read: saved tensors that anything else refers to (weights, "
-        "running statistics, inputs) are copied when the call puts something off, and torch's "
-        "settings are for that moment those of the call. Left alone are gradients with hooks or "
-        "checkpoints on their way, of graphs with `autograd.Function`s of the program or nodes "
-        "that do not show what they read, of scaled losses, of backward calls that keep or create "
-        "a graph, under anomaly detection, of distributed training, of parameters that nobody "
-        "zeroes, and sparse ones.",
-        helps="GANs; actor-critic methods (SAC, TD3, DDPG): all with more than one optimizer.",
-        hurts="What backward needs for the gradients put off, and copies of the weights that it "
-        "reads, live until they are dropped: more memory. Code in C++ that reads gradients finds "
-        "none.",
-        by_hand="`for p in discriminator.parameters(): p.requires_grad_(False)` before the "
-        "generator's forward pass, and back after its backward; or `loss.backward(inputs=list("
-        "generator.parameters()))`",
+        what="The knob defers gradients that the program discards. For example, the loss of a "
+        "GAN's generator also computes gradients of the discriminator, and the loss of an actor "
+        "those of the critic; the next `zero_grad` discards them unread. Once `on_demand` has seen "
+        "a backward call's gradients being discarded twice, it makes the call compute only the "
+        "other gradients, as `backward(inputs=...)` does.\n\n"
+        "If the program reads a deferred gradient after all (by an optimizer, by "
+        "`parameter.grad`, by clipping), it is computed at that moment from the same values that "
+        "backward would have read. To this end, saved tensors that anything else refers to "
+        "(weights, running statistics, inputs) are copied when gradients are deferred, and torch's "
+        "settings are restored while they are computed.\n\n"
+        "These gradients are never deferred: those of distributed training, of scaled losses, of "
+        "backward calls that keep or create a graph or run under anomaly detection; those whose "
+        "graph contains hooks, activation checkpoints, the program's own `autograd.Function`s, or "
+        "nodes that do not show which tensors they read; those of parameters that are never "
+        "zeroed; and sparse ones.",
+        helps="Programs with more than one optimizer: GANs, actor-critic methods (SAC, TD3, DDPG).",
+        hurts="Programs short of memory: the saved tensors of deferred gradients, and copies of "
+        "the weights that they need, live until the gradients are discarded. C++ code that reads "
+        "gradients does not see deferred ones.",
+        by_hand="Call `requires_grad_(False)` on the discriminator's parameters before the "
+        "generator's forward pass, and `requires_grad_(True)` after its backward pass; or "
+        "`loss.backward(inputs=list(generator.parameters()))`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.autograd.backward.html",
             "https://docs.pytorch.org/docs/stable/notes/autograd.html",

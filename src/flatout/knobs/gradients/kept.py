@@ -1,10 +1,10 @@
-"""What a backward call reads, kept as it is.
+"""Keep the saved tensors of a deferred backward call unchanged.
 
-Autograd counts how often a tensor was written, and refuses to read one that was written since it
-was saved. But it does not see what goes past its counters: running statistics of a batch norm,
-``parameter.data``, memory shared with NumPy or another process. And what has to be computed later
-must not fail there either. So what is saved for a call that waits is taken out of the graph's
-hands, and copied where anybody else could write to it. Nobody else has most of it, the activations.
+Autograd counts the writes to a tensor, and raises an error for one that was written after it was
+saved. A deferred call must not fail in this way. Moreover, autograd does not count some writes:
+running statistics of a batch norm, ``parameter.data``, memory shared with NumPy or another process.
+So the tensors that a deferred call will read are taken out of the graph, and those that anything
+else refers to are copied. Most of them, the activations, need no copy.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ _SECOND_TIME = (
     ".backward() or autograd.grad(). Specify retain_graph=True if you need to backward through the "
     "graph a second time or if you need to access saved tensors after calling backward."
 )
-"""In torch's own words (``ERR_BACKWARD_TWICE`` in ``torch/csrc/autograd/saved_variable.cpp``)."""
+"""Torch's message (``ERR_BACKWARD_TWICE`` in ``torch/csrc/autograd/saved_variable.cpp``)."""
 
 _ALIGNMENT = 64
-"""Bytes. Where memory begins within them, products and sums may depend on in their last bits."""
+"""Copies keep a tensor's address modulo this many bytes, because the rounding of matmuls and sums
+may depend on it."""
 
 
 def is_of_program(node: Any) -> bool:
-    """Whether a node of a graph calls Python that is not ours."""
+    """Whether a node of the autograd graph is an ``autograd.Function`` of the program."""
     forward = getattr(type(node), "_forward_cls", None)
-    is_flatout_failure = getattr(forward, "__module__", "").startswith("flatout.")
-    return isinstance(node, BackwardCFunction) and not is_flatout_failure
+    is_ours = getattr(forward, "__module__", "").startswith("flatout.")
+    return isinstance(node, BackwardCFunction) and not is_ours
 
 
 def is_known(node: Any) -> bool:
-    """Whether a node reads its saved tensors only, and all of these are to be seen: it is one of
-    torch's generated formulas, or one of ours."""
+    """Whether a node reads only saved tensors that can be accessed from Python.
+
+    This holds for torch's generated formulas and for flatout's own nodes.
+    """
     if isinstance(node, BackwardCFunction):
         return not is_of_program(node)
     return graph.leaf_of(node) is not None or _is_generated(type(node).__name__)
@@ -53,16 +56,16 @@ def _is_generated(name: str) -> bool:
     return bool(re.fullmatch(r"\w+Backward\d+", name)) and hasattr(torch._C._functions, name)
 
 
-class Kept:
-    """The saved tensors of a graph that one more call will read, and nobody else."""
+class SavedTensors:
+    """The saved tensors of a graph, which only a deferred backward call can read."""
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
         self._is_readable = False
 
     @staticmethod
-    def can_be_read(node: Any) -> bool:
-        """Whether what a node has saved is there, and was not written since."""
+    def are_readable(node: Any) -> bool:
+        """Whether a node's saved tensors have neither been freed nor written since."""
         try:
             for _ in _saved(node):
                 pass
@@ -70,54 +73,55 @@ class Kept:
             return False
         return True
 
-    def keep(self, late: Iterable[Any], others: Iterable[Any]) -> bool:
-        """Keep what ``late`` nodes have saved, and let go what ``others`` have, as torch does
-        with all of them after backward.
+    def take(self, deferred: Iterable[Any], others: Iterable[Any]) -> bool:
+        """Take the saved tensors of ``deferred`` nodes, and free those of ``others``.
+
+        Torch frees all of them after backward without ``retain_graph``. Always returns ``True``.
 
         Raises:
-            RuntimeError: the program has hooks on what a node has saved.
+            RuntimeError: the program has hooks on a saved tensor.
         """
         for node in others:
-            if is_known(node) and self.can_be_read(node):
-                self._take(node)
+            if is_known(node) and self.are_readable(node):
+                self._take_from(node)
         self._tensors.clear()
-        for node in late:
-            self._take(node)
+        for node in deferred:
+            self._take_from(node)
         copy_where_shared(self._tensors)
         return True
 
     def release(self) -> None:
-        """Let go all of it; to read it then is an error, as after any backward call."""
+        """Free the tensors; reading them is then an error, as after any backward call."""
         self._tensors.clear()
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:
-        """While what has waited is computed."""
+        """A context in which the deferred call is computed and may read the tensors."""
         self._is_readable = True
         try:
             yield
         finally:
             self._is_readable = False
 
-    def _take(self, node: Any) -> None:
-        for slot in [slot for slot, _ in _saved(node)]:
-            slot.register_hooks(self._pack, self._unpack)
+    def _take_from(self, node: Any) -> None:
+        for handle in [handle for handle, _ in _saved(node)]:
+            handle.register_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> int:
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
-    def _unpack(self, place: int) -> torch.Tensor:
+    def _unpack(self, index: int) -> torch.Tensor:
         if not (self._is_readable and self._tensors):
             raise RuntimeError(_SECOND_TIME)
-        return self._tensors[place]
+        return self._tensors[index]
 
 
 def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
-    """What a node has saved: torch's handles, and the tensors.
+    """The saved tensors of a node, each with torch's handle of it.
 
     Raises:
-        RuntimeError: one was written since, or is not there any more.
+        RuntimeError: a tensor was written since it was saved, or has been freed.
     """
     if isinstance(node, BackwardCFunction):
         pairs = [(node._raw_saved_tensors, node.saved_tensors)]
@@ -138,14 +142,16 @@ def _saved(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 @functools.cache
 def _names(kind: type) -> tuple[str, ...]:
-    """Of the tensors that a kind of node saves."""
+    """The names of the tensors that a type of node saves."""
     prefix = "_raw_saved_"
     return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
 
 
 def copy_where_shared(tensors: list[torch.Tensor]) -> None:
-    """Put copies in the place of those whose memory anything but these tensors refers to, or that
-    torch did not allocate."""
+    """Replace tensors by copies, in place, if anything else may write to their memory.
+
+    That is memory to which anything but these tensors refers, or which torch did not allocate.
+    """
     plain = [tensor for tensor in tensors if _is_plain(tensor)]
     uses = Counter(tensor.untyped_storage()._cdata for tensor in plain)
     shared = {
@@ -156,14 +162,14 @@ def copy_where_shared(tensors: list[torch.Tensor]) -> None:
         or storage.is_shared()
     }
     copies: dict[Any, torch.Tensor] = {}
-    for place, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         if not _is_plain(tensor):
-            tensors[place] = tensor.clone()
-        elif (at := tensor.untyped_storage()._cdata) in shared:
+            tensors[index] = tensor.clone()
+        elif (address := tensor.untyped_storage()._cdata) in shared:
             layout = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
-            if (at, layout) not in copies:
-                copies[at, layout] = _copy(tensor)
-            tensors[place] = copies[at, layout]
+            if (address, layout) not in copies:
+                copies[address, layout] = _copy(tensor)
+            tensors[index] = copies[address, layout]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -175,7 +181,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """One with the same strides that begins at the same place within ``_ALIGNMENT``."""
+    """Copy a tensor; the copy has the same strides and the same address modulo ``_ALIGNMENT``."""
     if not tensor.numel():
         return tensor
     pairs = zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""The state of torch, beside its tensors, that the kernels of a backward pass look at."""
+"""Save and restore the settings of torch that the kernels of a backward pass depend on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 _c: Any = torch._C
 
 
-class State(NamedTuple):
-    """One of the settings, read and written."""
+class Setting(NamedTuple):
+    """The functions that read and write one of torch's settings."""
 
     get: Callable[[], Any]
     set: Callable[[Any], object]
 
 
-def _deterministic() -> tuple[bool, bool]:
+def _get_deterministic() -> tuple[bool, bool]:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -31,51 +31,54 @@ def _set_deterministic(state: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(is_on, warn_only=warns_only)
 
 
-def _flushes_denormals() -> bool:
+def _get_flush_denormal() -> bool:
     half = 0.5
     return sys.float_info.min * half == 0.0
 
 
-def _product_precision() -> str | None:
+def _get_matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program has set each backend's
+    except RuntimeError:  # the program has set the precision of each backend
         return None
 
 
-def _set_product_precision(precision: str | None) -> None:
+def _set_matmul_precision(precision: str | None) -> None:
     if precision is not None:
         torch.set_float32_matmul_precision(precision)
 
 
-def _of_c(name: str) -> list[State]:
-    """A setting that torch has a pair of functions for, unless this torch has not."""
+def _c_setting(name: str) -> list[Setting]:
+    """The setting ``name`` of ``torch._C``; an empty list if this torch does not have it."""
     get, put = getattr(_c, f"_get_{name}", None), getattr(_c, f"_set_{name}", None)
-    return [State(get, put)] if get and put else []
+    return [Setting(get, put)] if get and put else []
 
 
-def _precision(backend: str, operation: str) -> State:
-    """Of products in float32 (https://docs.pytorch.org/docs/stable/notes/cuda.html)."""
-    return State(
+def _float32_precision(backend: str, operation: str) -> Setting:
+    """The internal precision of float32 operations of a backend.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html
+    """
+    return Setting(
         lambda: _c._get_fp32_precision_getter(backend, operation),
         lambda precision: _c._set_fp32_precision_setter(backend, operation, precision),
     )
 
 
-_STATES = (
-    State(torch.get_num_threads, torch.set_num_threads),
-    State(torch.get_default_dtype, torch.set_default_dtype),
-    State(_deterministic, _set_deterministic),
-    State(_flushes_denormals, torch.set_flush_denormal),
-    State(_product_precision, _set_product_precision),
-    *_of_c("mkldnn_enabled"),
-    *_of_c("mkldnn_deterministic"),
-    *_of_c("cudnn_enabled"),
-    *_of_c("cudnn_benchmark"),
-    *_of_c("cudnn_deterministic"),
+_SETTINGS = (
+    Setting(torch.get_num_threads, torch.set_num_threads),
+    Setting(torch.get_default_dtype, torch.set_default_dtype),
+    Setting(_get_deterministic, _set_deterministic),
+    Setting(_get_flush_denormal, torch.set_flush_denormal),
+    Setting(_get_matmul_precision, _set_matmul_precision),
+    *_c_setting("mkldnn_enabled"),
+    *_c_setting("mkldnn_deterministic"),
+    *_c_setting("cudnn_enabled"),
+    *_c_setting("cudnn_benchmark"),
+    *_c_setting("cudnn_deterministic"),
     *(
         [
-            _precision(backend, operation)
+            _float32_precision(backend, operation)
             for backend in ("cuda", "mkldnn")
             for operation in ("matmul", "conv", "rnn")
         ]
@@ -85,23 +88,23 @@ _STATES = (
 )
 
 
-def now() -> tuple[Any, ...]:
-    """As it is."""
-    return tuple(state.get() for state in _STATES)
+def save() -> tuple[Any, ...]:
+    """The present values of all settings."""
+    return tuple(setting.get() for setting in _SETTINGS)
 
 
 @contextlib.contextmanager
-def like(then: tuple[Any, ...]) -> Iterator[None]:
-    """As it was, for a while."""
+def restored(saved: tuple[Any, ...]) -> Iterator[None]:
+    """A context in which the settings have the values that ``save`` returned."""
     changed = [
-        (state, there, here)
-        for state, there, here in zip(_STATES, then, now(), strict=True)
-        if there != here
+        (setting, before, present)
+        for setting, before, present in zip(_SETTINGS, saved, save(), strict=True)
+        if before != present
     ]
-    for state, there, _ in changed:
-        state.set(there)
+    for setting, before, _ in changed:
+        setting.set(before)
     try:
         yield
     finally:
-        for state, _, here in changed:
-            state.set(here)
+        for setting, _, present in changed:
+            setting.set(present)

@@ -1,4 +1,4 @@
-"""The data loader: whole batches, samples from memory, a thread ahead, worker processes."""
+"""Fetch whole batches at once, keep samples in memory, or prefetch batches in other processes."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ if TYPE_CHECKING:
 NAME = "loader"
 
 MOST_WORKERS = 8
-"""Beyond this a loader's own process, which collects from all of them, seldom keeps up."""
-
+"""With more workers than this, the program's main process seldom keeps up with collecting."""
 
 WORTH_SHARE = 0.02
-"""Of the step's time, waiting for data, below which there is nothing to gain."""
+"""If steps wait for data for less than this share of their time, there is nothing to gain."""
 
 PROMISING = ("batched", "cache", "prefetch", "workers")
-"""Settings, those that save most first."""
+"""The settings, those that save most first."""
 
 SAMPLEWISE = PROMISING[1:]
-"""Those for any dataset."""
+"""The settings that do not depend on the class of the dataset."""
 
 
 def refusal(facts: Facts) -> str | None:
-    """Why nothing can be gained from data that come sooner; ``None``: something may."""
+    """Why faster loading would gain nothing; ``None`` if it may gain something."""
     if facts.data_share is None or facts.data_share >= WORTH_SHARE:
         return None
-    return f"its steps wait for data {facts.data_share:.1%} of their time"
+    return f"steps wait for data only {facts.data_share:.1%} of their time"
 
 
 def match(facts: Facts) -> Match:
-    """Needs steps that wait for their data."""
+    """Offer the settings that fit a loader of the program, where steps wait for data."""
     if (why := refusal(facts)) is not None:
         return Match((), why)
     known = facts.loader_settings
     settings = tuple(s for s in PROMISING if (s in SAMPLEWISE if known is None else s in known))
     if not settings:
-        return Match((), "its loaders have workers, or samples that may not be fetched otherwise")
+        return Match((), "its loaders have workers, or samples that only the program may fetch")
     return Match(settings, share=facts.data_share)
 
 
 def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
-    """The settings under which the batches of a loader can come from elsewhere; its attributes."""
+    """The settings that can be applied to a data loader.
+
+    Args:
+        loader: the attributes of the loader, by name.
+    """
     from torch.utils.data import IterableDataset
 
     from flatout.knobs.loader.ahead import batches_drawn_early
@@ -72,16 +75,20 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
             found.add("cache")
         batches_drawn_early(loader["batch_sampler"])
         found |= {"workers"} if account.draws else {"workers", "prefetch"}
-    except ImpureError:  # the knob says so where it is turned
+    except ImpureError:  # the knob records the reason when it is applied
         pass
     return tuple(setting for setting in PROMISING if setting in found)
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Take the place of a method of torch's loaders, living ones too."""
+    """Replace a method of torch's loaders, including those that exist already.
 
-    def say(what: str, why: str) -> None:
-        host.events.add(what, NAME, why)
+    Raises:
+        RefusedError: the setting needs forked processes, which this system does not support.
+    """
+
+    def add_event(kind: str, why: str) -> None:
+        host.events.add(kind, NAME, why)
 
     if setting == "batched":
         from flatout.knobs.loader.batched import BatchedFetch
@@ -90,67 +97,70 @@ def apply(host: Host, setting: str) -> Undo:
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
-        # A comparison turns this on and off: each time, it goes on from what it knows.
-        cache = host.keep(NAME, setting, lambda: SampleCache(say, host.applied.on_failure_of(NAME)))
+        # A comparison applies and undoes the knob repeatedly; the samples are kept.
+        cache = host.keep(
+            NAME, setting, lambda: SampleCache(add_event, host.applied.on_failure_of(NAME))
+        )
         return cache.install()
     if not hasattr(os, "fork") or sys.platform == "darwin":
-        raise RefusedError("processes cannot be forked here")
+        raise RefusedError("processes cannot be forked on this system")
 
     from flatout import machine
     from flatout.knobs.loader.ahead import Ahead
 
     is_many = setting == "workers"
     count = worker_count(machine.usable_cores()) if is_many else 1
-    return Ahead(count, say, host.applied.on_failure_of(NAME), may_draw=is_many).install()
+    return Ahead(count, add_event, host.applied.on_failure_of(NAME), may_draw=is_many).install()
 
 
 def worker_count(cores: float) -> int:
-    """How many workers a loader gets: one core is left to the program itself."""
+    """How many workers a loader gets; one core is left for the program itself."""
     return max(1, min(MOST_WORKERS, int(cores) - 1))
 
 
 KNOB = Knob(
     name=NAME,
-    summary="whole batches at once, samples from memory, or fetched ahead by processes",
+    summary="fetch whole batches at once, keep samples in memory, or prefetch in other processes",
     settings=("batched", "cache", "prefetch", "workers"),
     exactness={
         **dict.fromkeys(("batched", "cache"), "bitwise"),
         "prefetch": "reordered",
         "workers": "reshuffled",
     },
-    worker_settings=("workers",),
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="For loaders without workers; what has workers of its own is left alone.\n\n"
-        "`batched`: a batch of a `TensorDataset`, or of subsets of one, is one `index_select` "
-        "of each of its tensors, instead of one index operation for each sample and a stack.\n\n"
-        "`cache`: a sample is kept in memory, up to a quarter of what is available, with a digest "
-        "of what it is made of, and taken from there while that is the same.\n\n"
-        "`prefetch`: a process, a fork of the program, fetches the next two batches while the step "
-        "computes. A batch is handed out if its samples would be made of the same data at that "
-        "moment; otherwise the program fetches it itself. Unlike the program, the process computes "
-        "with one thread.\n\n"
-        "`workers`: the same, with as many processes as there are cores, less one (at most "
-        f"{MOST_WORKERS}), and also for datasets that draw random numbers, which are then those of "
-        "the processes.\n\n"
-        "For `cache`, `prefetch` and `workers`, a sample has to be a function of its index and of "
-        "data that can be compared. The bytecode of `__getitem__` and of all that it calls is "
-        "read for that: code that writes anything but its own local variables, or calls what is "
-        "not known to be harmless, is left alone, and so are samplers that decide during the "
-        "epoch, a `collate_fn`, `__getitems__`, models, generators, connections, open files, and "
-        "data of more than 1 MiB that are read otherwise than by `self.data[index]`. The record "
-        "says what is left alone, and why. For each batch, the data that it reads (for `prefetch` "
-        "and `workers`, also the times of the files) are compared again.",
-        helps="The step waits for the loader: small samples that are in memory already "
-        "(`batched`), transforms of them that are the same every epoch (`cache`), reading, "
-        "decoding and transforming in Python on machines with cores to spare (`prefetch`, "
-        "`workers`).",
-        hurts="Datasets that do next to nothing: comparing takes up to 1 ms a batch. `prefetch` "
-        "and `workers` on few cores, where they take the time of the step; a program that changes "
-        "its data in each step (it is left alone when more than one batch in five was in vain).",
-        by_hand="`for rows in torch.randperm(len(x)).split(64): step(x[rows], y[rows])`; a list of "
-        "the samples, made once; `DataLoader(..., num_workers=3, "
+        what="The knob changes how data loaders without workers fetch their batches. Loaders with "
+        "workers are left alone.\n\n"
+        "`batched`: a batch of a `TensorDataset`, or of a subset of one, is fetched by one "
+        "`index_select` on each tensor, instead of by indexing each sample and stacking them.\n\n"
+        "`cache`: samples are kept in memory, up to a quarter of the memory that is available. "
+        "Each is stored with a digest of the data and code that it was computed from, and reused "
+        "while the digest is the same.\n\n"
+        "`prefetch`: a forked process fetches the next two batches while the step computes. The "
+        "program gets such a batch only if the data it was computed from are still the same; "
+        "otherwise the program fetches the batch itself. The process computes with one thread.\n\n"
+        "`workers`: as `prefetch`, with one process for each core but one (at most "
+        f"{MOST_WORKERS}). It also handles datasets that draw random numbers; these then come from "
+        "the generators of the processes.\n\n"
+        "For `cache`, `prefetch` and `workers`, a sample must be a function of its index and of "
+        "data that can be compared. The knob finds this out from the bytecode of `__getitem__` and "
+        "of everything that it calls. It leaves a dataset alone if this code writes anything but "
+        "its own local variables, calls functions that are not known to be free of side effects, "
+        "uses `__getitems__`, models, generators, connections or open files, or reads more than "
+        "1 MiB of data in any other way than `self.data[index]`. It also leaves loaders alone that "
+        "have a `collate_fn`, or a sampler that decides on the order during the epoch. The record "
+        "says what is left alone, and why. For each batch, the data that it reads are compared "
+        "again; for `prefetch` and `workers`, also the times of files.",
+        helps="Steps that wait for the loader: `batched` for small samples that are in memory "
+        "already; `cache` for transforms that give the same result in every epoch; `prefetch` and "
+        "`workers` for reading, decoding and transforming in Python on machines with spare cores.",
+        hurts="Datasets that do very little, because comparing their data takes up to 1 ms per "
+        "batch. `prefetch` and `workers` on few cores, where they slow down the step. Programs "
+        "that change their data at each step; the knob leaves a dataset alone when more than one "
+        "batch in five was fetched in vain.",
+        by_hand="Fetch whole batches: `for rows in torch.randperm(len(x)).split(64): step(x[rows], "
+        "y[rows])`; build a list of the samples once; or use `DataLoader(..., num_workers=3, "
         "persistent_workers=True, prefetch_factor=4, pin_memory=True)`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/data.html",
@@ -161,5 +171,6 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
+    worker_settings=("workers",),
     claims=("the fetching of loaders",),
 )

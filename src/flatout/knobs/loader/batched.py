@@ -1,4 +1,4 @@
-"""Whole batches of tensors by one index operation each, not sample by sample."""
+"""Fetch whole batches of tensors by one index operation per tensor instead of sample by sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatout.knobs.loader.purity import is_torchs_own
 
 
 def is_of_tensors(dataset: Any, collate_fn: Any) -> bool:
-    """Whether samples are rows of tensors, got and put together as torch does it."""
+    """Whether samples are rows of tensors that torch itself fetches and collates."""
     while type(dataset) is data.Subset and "__getitems__" not in vars(dataset):
         dataset = dataset.dataset
     return (
@@ -28,41 +28,41 @@ def is_of_tensors(dataset: Any, collate_fn: Any) -> bool:
 
 
 class BatchedFetch:
-    """Stands in for ``_MapDatasetFetcher.fetch``, through which loaders get their batches.
+    """Replaces ``_MapDatasetFetcher.fetch``, by which loaders fetch their batches.
 
-    It knows ``TensorDataset`` and subsets of it, put together by torch's own ``default_collate``:
-    rows of a tensor, stacked, are ``index_select`` of it. All else is fetched as ever.
+    It handles ``TensorDataset`` and subsets of it with torch's ``default_collate``: rows of a
+    tensor that are stacked are the same as one ``index_select``. Torch fetches all other datasets.
 
     Args:
-        on_failure: called when something here failed; the batch is fetched as ever.
+        on_failure: called with the exception if this fails; torch then fetches the batch.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
 
     def install(self) -> Undo:
-        """Take the place of torch's method; returns what ends that."""
+        """Replace torch's method; returns the undo."""
         return wrap_function(fetch._MapDatasetFetcher, "fetch", self._on_failure, self.fetch)
 
-    def fetch(self, own: Callable[[Any, Any], Any], fetcher: Any, index: Any) -> Any:
-        """A batch, as the loader's fetcher would make it by its method ``own``."""
+    def fetch(self, original: Callable[[Any, Any], Any], fetcher: Any, index: Any) -> Any:
+        """Fetch a batch at once, or with the fetcher's method ``original``."""
         batch = None
         if fetcher.auto_collation and is_of_tensors(fetcher.dataset, fetcher.collate_fn):
-            batch = rows(fetcher.dataset, index)
+            batch = select_rows(fetcher.dataset, index)
         if batch is None:
-            return own(fetcher, index)
+            return original(fetcher, index)
         engagement.calls["loader"] += 1
         return batch
 
 
-def rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:
-    """The samples at ``indices`` put together; ``None``: sample by sample, it must be."""
+def select_rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:
+    """The collated samples at ``indices``; ``None`` if they must be fetched one by one."""
     if data.get_worker_info() is not None:
-        return None  # there, torch puts samples together in memory that it can share
+        return None  # in a worker, torch collates into shared memory
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        return None  # a mode of the program looks at each operation
+        return None  # a mode of the program observes each operator
     while type(dataset) is data.Subset:
-        indices = _chosen(dataset.indices, indices)
+        indices = _select(dataset.indices, indices)
         if indices is None:
             return None
         dataset = dataset.dataset
@@ -75,15 +75,15 @@ def rows(dataset: Any, indices: Any) -> list[torch.Tensor] | None:
     return [tensor.index_select(0, wanted) for tensor in dataset.tensors]
 
 
-def _chosen(of: Any, indices: Any) -> list[int] | None:
-    """What a subset's indices are in the set that it chooses from."""
-    if type(of) is not list or not _are_within(indices, len(of)):
+def _select(subset_indices: Any, indices: Any) -> list[int] | None:
+    """Convert indices of a subset to indices of the dataset that it is a subset of."""
+    if type(subset_indices) is not list or not _are_within(indices, len(subset_indices)):
         return None
-    return [of[index] for index in indices]
+    return [subset_indices[index] for index in indices]
 
 
 def _are_within(indices: Any, length: int) -> bool:
-    """Whether these are indices of samples that exist, counted from the front."""
+    """Whether this is a list of integers from 0 to ``length - 1`` that is not empty."""
     return (
         type(indices) is list
         and bool(indices)
@@ -94,7 +94,7 @@ def _are_within(indices: Any, length: int) -> bool:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether rows of a tensor, stacked, are the same as its ``index_select``."""
+    """Whether stacking rows of a tensor gives the same as its ``index_select``."""
     return (
         type(tensor) is torch.Tensor
         and tensor.is_cpu

@@ -1,4 +1,5 @@
-"""What code may do, call and ask for without changing anything: all else is taken to change it."""
+"""Instructions, functions and attributes without side effects; all others are assumed to have
+some."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ WITHOUT_EFFECT = _words(
     "CACHE EXTENDED_ARG NOP RESUME PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN PUSH_NULL KW_NAMES "
     "GEN_START LOAD_CLOSURE"
 )
-"""Instructions that are passed over."""
+"""Instructions that are ignored."""
 
 HARMLESS_INSTRUCTIONS = _words(
     "LOAD_FAST STORE_FAST DELETE_FAST STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST LOAD_DEREF "
@@ -38,7 +39,7 @@ HARMLESS_INSTRUCTIONS = _words(
     "RAISE_VARARGS RERAISE SETUP_FINALLY SETUP_WITH BEFORE_WITH WITH_EXCEPT_START POP_BLOCK "
     "POP_EXCEPT PUSH_EXC_INFO CHECK_EXC_MATCH LOAD_SPECIAL"
 )
-"""Of CPython 3.10 to 3.14; what is not among them speaks against a function."""
+"""Instructions without side effects, of CPython 3.10 to 3.14."""
 
 REASONS = {
     "STORE_ATTR": "sets an attribute",
@@ -53,9 +54,10 @@ REASONS = {
     "DICT_MERGE": "passes on keyword arguments",
     "BINARY_MATRIX_MULTIPLY": "multiplies matrices",
 }
+"""Why instructions that are not harmless are rejected, in words for the record."""
 
 KEYWORDS = frozenset(("out", "inplace", "mmap_mode", "allow_pickle"))
-"""Keywords of arguments by which functions that are harmless otherwise change something."""
+"""Names of arguments that give harmless functions side effects."""
 
 
 _FUNCTIONS = {
@@ -107,11 +109,11 @@ ATTRIBUTES = _words(
     "step from_iterable group groups match search fullmatch findall "
     # of images
     "convert crop resize rotate mode width height getbands filter getpixel "
-    # of generators that the sample has made itself
+    # of generators that the sample has created itself
     "manual_seed normal random integers uniform standard_normal permutation choice"
 )
-"""Attributes and methods of values that are not known, by which none of the types that may be among
-them is changed: tensors, arrays, strings, paths, containers, images."""
+"""Attributes and methods that may be used on a value of unknown type, because they have no side
+effects on any type that it may have: tensors, arrays, strings, paths, containers, images."""
 
 READING_ATTRIBUTES = frozenset(("read_bytes", "read_text"))
 
@@ -120,24 +122,24 @@ LIFE = _words(
     "__setstate__ __dir__ __sizeof__ __init_subclass__ __class_getitem__ __copy__ "
     "__deepcopy__"
 )
-"""Methods that no operation of a sample calls."""
+"""Special methods that code fetching a sample does not call implicitly."""
 
 BASES = frozenset(("torch.utils.data.dataset", "typing", "abc"))
-"""Modules of base classes that have no part in a sample."""
+"""Modules whose base classes do nothing when a sample is fetched."""
 
 
 TEXTS = frozenset(("__repr__", "__str__", "__format__"))
-"""Methods that are called by code which makes text."""
+"""Special methods that are called when an object is converted to text."""
 
 MAKE_TEXT = frozenset(("str", "repr", "format"))
-"""Names of functions and methods of such code."""
+"""Names of functions and methods that convert objects to text."""
 
 
 class Harmless(NamedTuple):
     """A function or class that may be called.
 
     Attributes:
-        name: with that of its module.
+        name: its name, with the name of its module.
         draws: whether it may draw random numbers.
         opens: whether it reads files.
     """
@@ -148,33 +150,35 @@ class Harmless(NamedTuple):
 
 
 _by_identity: dict[int, tuple[Any, Harmless]] = {}
-"""Functions and classes that may be called, of the modules that are imported: as they were when
-their module was first met, as a program may put others in their place."""
+"""The functions and classes that may be called, by identity. They are looked up when their module
+is first found to be imported, because the program may replace them later."""
 
-_met: set[tuple[str, bool, bool]] = set()
+_registered: set[tuple[str, bool, bool]] = set()
 
 
-def meet_modules() -> None:
-    """Note what the modules that have been imported meanwhile have."""
+def register_modules() -> None:
+    """Look up the harmless functions of all modules that have been imported since the last call."""
     for table, draws, opens in (
         (_FUNCTIONS, False, False),
         (_DRAWING, True, False),
         (_READING, False, True),
     ):
         for module, names in table.items():
-            if module not in sys.modules or (module, draws, opens) in _met:
+            if module not in sys.modules or (module, draws, opens) in _registered:
                 continue
-            _met.add((module, draws, opens))
+            _registered.add((module, draws, opens))
             for name in names.split():
                 value = vars(sys.modules[module]).get(name)
                 owner = getattr(value, "__module__", None) or module
                 is_own = owner.partition(".")[0] == module.partition(".")[0]
                 if value is not None and (is_own or type(value) is not types.FunctionType):
-                    found = Harmless(f"{module}.{name}", draws, opens)
-                    _by_identity[id(value)] = value, found
+                    _by_identity[id(value)] = (
+                        value,
+                        Harmless(f"{module}.{name}", draws, opens),
+                    )
 
 
 def known_function(value: Any) -> Harmless | None:
-    """What is known of a value, if it is a function or class that may be called."""
-    found = _by_identity.get(id(value))
-    return None if found is None else found[1]
+    """The entry of a function or class that may be called; ``None`` for any other value."""
+    entry = _by_identity.get(id(value))
+    return None if entry is None else entry[1]

@@ -1,4 +1,4 @@
-"""Processes that fetch batches: forks of the program, which know of its data what it knew then."""
+"""Processes that fetch batches: forks of the program with its data as they were at the fork."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ import torch
 from flatout.knobs.loader.purity import Account
 
 SLOTS = 2
-"""Batches of a process that are being fetched, are to be, or wait for the program."""
+"""How many batches each process may have at a time, being fetched or waiting for the program."""
 
 SLOT_BYTES = 1 << 26
-"""Shared memory for the tensors of one batch, of which it takes what it needs; tensors beyond it
-go through a pipe."""
+"""The shared address space for the tensors of one batch; memory is used only as needed, and tensors
+that do not fit are sent through a pipe."""
 
 MOST_INDICES = 4096
-"""Of a batch: all that is asked of a process fits into its pipe, so that no one waits for it."""
+"""The most samples of a batch; all requests to a process then fit into its pipe, so sending them
+never blocks."""
 
 STALLED_S = 60.0
-"""After which a process that owes an answer is given up."""
+"""A process that does not answer for this long is given up."""
 
 SETTLED_S = 2.0
-"""Age of the last change from which on a file's times tell another change from it: file systems
-note them in steps of up to two seconds."""
+"""Once a file's last change is older than this, a later change is sure to change its times: file
+systems record times in steps of up to two seconds."""
 
 WATCH_S = 1.0
-"""How often a process without work looks whether the program is still there."""
+"""How often a process without work checks that the program is still running."""
 
 File = tuple[str, tuple[int, ...]]
-"""A file, and what tells it from what it may be later."""
+"""The path of a file, and what ``state_of`` returned for it."""
 
-
-CHANGING = "it opens files that have changed just now"
-"""What a process says of a batch that could be other files' without their times telling."""
+CHANGING = "it opens files that have just been changed"
+"""Why a process returns no batch: the times of its files could not show a further change."""
 
 
 class Answer(NamedTuple):
-    """What a process says of a batch.
+    """A process's answer to the request for a batch.
 
     Attributes:
-        digest: of what its samples were made of; ``None``: there is no batch.
-        files: that were read.
-        packed: the batch, see ``packed``.
-        why: there is none.
+        digest: the digest of the data that its samples depend on; ``None``: there is no batch.
+        files: the files that were read.
+        packed: the batch, see ``pack``.
+        why: why there is no batch.
     """
 
     digest: bytes | None
@@ -67,7 +67,13 @@ class Answer(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """A batch that a process was asked for."""
+    """A request for a batch.
+
+    Attributes:
+        process: the process that fetches it.
+        number: the number of the request.
+        slot: the slot in the shared memory for its tensors.
+    """
 
     process: Process
     number: int
@@ -75,98 +81,104 @@ class Ticket(NamedTuple):
 
 
 class Process:
-    """A fork of the program, though no child of it: what waits for all children waits for none.
+    """A fork of the program that fetches batches.
+
+    It is forked twice, so that it is no child of the program and the program never waits for it.
 
     Args:
-        fetcher: torch's, of a loader.
-        account: of its samples, as they are now.
-        seed: of its random numbers.
+        fetcher: the fetcher of torch's loader.
+        account: what its samples depend on now.
+        seed: the seed of the process's random number generators.
+
+    Attributes:
+        free_slots: the slots of its shared memory that are not in use.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be forked.
     """
 
     def __init__(self, fetcher: Any, account: Account, seed: int) -> None:
         self._number = 0
         self._memory = mmap.mmap(-1, SLOTS * SLOT_BYTES)
-        self.free = list(range(SLOTS))
-        self._connection, theirs = Pipe()
-        self._line = os.fstat(self._connection.fileno())
-        program = os.getpid()
-        between = os.fork()
-        if between == 0:
+        self.free_slots = list(range(SLOTS))
+        self._connection, other_end = Pipe()
+        self._pipe_status = os.fstat(self._connection.fileno())
+        program_pid = os.getpid()
+        child_pid = os.fork()
+        if child_pid == 0:
             try:
                 if os.fork() == 0:
                     self._connection.close()
-                    for other in list(_all):
+                    for other in list(_processes):
                         other._connection.close()
-                    _serve(theirs, self._memory, fetcher, account, seed, program)
+                    _serve(other_end, self._memory, fetcher, account, seed, program_pid)
             finally:
                 os._exit(0)
-        theirs.close()
-        _all.add(self)
-        with contextlib.suppress(ChildProcessError):  # the program waits for all that end
-            os.waitpid(between, 0)
+        other_end.close()
+        _processes.add(self)
+        with contextlib.suppress(ChildProcessError):  # the program may have waited for it already
+            os.waitpid(child_pid, 0)
 
-    def ask(self, indices: Sequence[int]) -> Ticket:
-        """Let it fetch a batch into a slot that is free.
+    def request(self, indices: Sequence[int]) -> Ticket:
+        """Let the process fetch a batch into a free slot.
 
         Raises:
-            OSError: it has ended.
+            OSError: the process has ended.
         """
         self._number += 1
-        ticket = Ticket(self, self._number, self.free.pop())
-        self._check_line()
+        ticket = Ticket(self, self._number, self.free_slots.pop())
+        self._check_connection()
         self._connection.send((ticket.number, ticket.slot, list(indices)))
         return ticket
 
-    def take(self, ticket: Ticket) -> Answer:
-        """What it says of a batch, which it is waited for.
+    def receive(self, ticket: Ticket) -> Answer:
+        """Wait for the answer to a request.
 
         Raises:
-            EOFError, OSError: it has ended.
+            EOFError, OSError: the process has ended.
             TimeoutError: it does not answer.
         """
         while True:
-            self._check_line()
+            self._check_connection()
             if not self._connection.poll(STALLED_S):
                 raise TimeoutError(f"a process has not answered for {STALLED_S} s")
             number, answer = self._connection.recv()
-            if number == ticket.number:  # those before it, no one asks for any more
+            if number == ticket.number:  # answers to earlier requests have been given up
                 return Answer(*answer)
 
-    def taken(self, ticket: Ticket, answer: Answer) -> Any:
-        """The batch of an answer; its slot is free again."""
-        at = ticket.slot * SLOT_BYTES
-        batch = _Unpacker(answer.packed, memoryview(self._memory)[at : at + SLOT_BYTES]).load()
-        self.free.append(ticket.slot)
+    def unpack(self, ticket: Ticket, answer: Answer) -> Any:
+        """The batch of an answer; this frees its slot."""
+        begin = ticket.slot * SLOT_BYTES
+        memory = memoryview(self._memory)[begin : begin + SLOT_BYTES]
+        batch = _Unpacker(answer.packed, memory).load()
+        self.free_slots.append(ticket.slot)
         return batch
 
-    def forget(self) -> None:
-        """No one asks for what it owes any more: it does that before anything else."""
-        self.free = list(range(SLOTS))
+    def forget_requests(self) -> None:
+        """Give up all requests; the process still answers them before later ones."""
+        self.free_slots = list(range(SLOTS))
 
     def end(self) -> None:
-        """Hang up: it ends with what it is at."""
-        _all.discard(self)
+        """Close the connection; the process ends when it has finished its present batch."""
+        _processes.discard(self)
         try:
-            self._check_line()
+            self._check_connection()
             self._connection.close()
         except OSError:
-            self._connection._handle = None  # type: ignore[attr-defined]  # not ours to close
+            self._connection._handle = None  # type: ignore[attr-defined]  # closed by the program
 
-    def _check_line(self) -> None:
-        """A program may close what it has not opened, and open something else in its place.
+    def _check_connection(self) -> None:
+        """Check that the connection's file descriptor still belongs to its pipe.
 
         Raises:
-            OSError: it has.
+            OSError: the program has closed the descriptor, and perhaps opened another file there.
         """
-        if not os.path.samestat(self._line, os.fstat(self._connection.fileno())):
-            raise OSError("the program has closed the line to a process")
+        if not os.path.samestat(self._pipe_status, os.fstat(self._connection.fileno())):
+            raise OSError("the program has closed the connection to a process")
 
 
-_all: weakref.WeakSet[Process] = weakref.WeakSet()
-"""A fork has the connections to the others too, and would keep them open."""
+_processes: weakref.WeakSet[Process] = weakref.WeakSet()
+"""All processes; a fork inherits the connections to the others, and must close them."""
 
 
 def _serve(
@@ -175,50 +187,52 @@ def _serve(
     fetcher: Any,
     account: Account,
     seed: int,
-    program: int,
+    program_pid: int,
 ) -> None:
-    """Fetch what is asked for, until the program hangs up.
+    """Answer requests until the program closes the connection.
 
     Raises:
-        ProcessLookupError: the program has ended, and a fork of it has the line.
+        ProcessLookupError: the program has ended, but a fork of it still has the connection.
     """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program decides what ends it
     signal.set_wakeup_fd(-1)
-    gc.freeze()  # what the program has left to collect is not ended a second time here
-    torch.set_num_threads(1)  # those of OpenMP are not there after a fork
+    gc.freeze()  # finalisers of the program's garbage must not run here as well
+    torch.set_num_threads(1)  # OpenMP's threads do not exist after a fork
     torch.manual_seed(seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % (1 << 32))
-    warnings.simplefilter("error")  # the program's process warns itself
+    warnings.simplefilter("error")  # the program then fetches the batch, and gets the warning
     opened: list[File | None] = []
-    sys.addaudithook(lambda event, args: opened.append(_file(*args)) if event == "open" else None)
+    sys.addaudithook(
+        lambda event, args: opened.append(_opened_file(*args)) if event == "open" else None
+    )
     while True:
         while not connection.poll(WATCH_S):
-            os.kill(program, 0)
+            os.kill(program_pid, 0)
         try:
             number, slot, indices = connection.recv()
         except EOFError:
             return
         opened.clear()
-        signal.alarm(2 * int(STALLED_S))  # ends it
+        signal.alarm(2 * int(STALLED_S))  # ends this process
         try:
             digest = account.digest(indices)
             batch = fetcher.fetch(indices)
-            part = memoryview(memory)[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
-            answer = Answer(digest, [file for file in opened if file], packed(batch, part))
+            slot_memory = memoryview(memory)[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
+            answer = Answer(digest, [file for file in opened if file], pack(batch, slot_memory))
             if None in opened:
                 answer = Answer(None, why=CHANGING)
-        except Exception as error:  # noqa: BLE001 - the program meets it when it fetches the batch
+        except Exception as error:  # noqa: BLE001 - the program gets it when it fetches the batch
             answer = Answer(None, why=f"{type(error).__name__}: {error}")
         signal.alarm(0)
         connection.send((number, tuple(answer)))
 
 
-def _file(path: Any, mode: Any, flags: int) -> File | None:
-    """A file that is opened; ``None``: what is read from it is not known."""
+def _opened_file(path: Any, mode: Any, flags: int) -> File | None:
+    """The file of an ``open`` audit event; ``None`` if its content could change unnoticed."""
     if not isinstance(path, str) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
         return None
     path = os.path.abspath(path)
@@ -228,7 +242,7 @@ def _file(path: Any, mode: Any, flags: int) -> File | None:
 
 
 def state_of(path: str) -> tuple[int, ...] | None:
-    """Device, inode, size and times of last change (ns) of a file; ``None``: it is not there."""
+    """Device, inode, size in bytes and times of last change in ns; ``None``: there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -237,14 +251,14 @@ def state_of(path: str) -> tuple[int, ...] | None:
     return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
-# A batch on its way
+# Sending a batch
 
 
-def packed(batch: Any, memory: memoryview) -> bytes:
-    """A batch, pickled; its tensors lie in ``memory``, as far as they fit.
+def pack(batch: Any, memory: memoryview) -> bytes:
+    """Pickle a batch, and copy its tensors to ``memory`` as far as they fit.
 
     Raises:
-        Exception: it has something in it that cannot be pickled.
+        Exception: the batch contains something that cannot be pickled.
     """
     packer = _Packer(memory)
     packer.dump(batch)
@@ -262,7 +276,7 @@ class _Packer(pickle.Pickler):
         if not isinstance(value, torch.Tensor):
             return None
         if type(value) is not torch.Tensor or value.requires_grad or not value.is_cpu:
-            raise TypeError("a batch has a tensor that belongs to this process")
+            raise TypeError("a batch contains a tensor that cannot be sent to another process")
         value = value.detach().resolve_conj().resolve_neg()
         size, stride = tuple(value.shape), value.stride()
         elements = 1 + sum((s - 1) * step for s, step in zip(size, stride, strict=True))
@@ -282,12 +296,12 @@ class _Unpacker(pickle.Unpickler):
         super().__init__(io.BytesIO(content))
         self._memory = memory
 
-    def persistent_load(self, found: Any) -> torch.Tensor:
-        kind, *how = found
+    def persistent_load(self, persistent_id: Any) -> torch.Tensor:
+        kind, *arguments = persistent_id
         if kind == "saved":
-            loaded: torch.Tensor = torch.load(io.BytesIO(how[0]))
+            loaded: torch.Tensor = torch.load(io.BytesIO(arguments[0]))
             return loaded
-        dtype, begin, elements, size, stride = how
+        dtype, begin, elements, size, stride = arguments
         return torch.empty_strided(size, stride, dtype=dtype, device="cpu").copy_(
             _in_memory(self._memory, dtype, begin, elements, size, stride)
         )

@@ -1,4 +1,4 @@
-"""Images with their channels side by side in memory, as the kernels for convolutions like them."""
+"""Run convolutions on images in channels_last memory format, for which kernels are faster."""
 
 from __future__ import annotations
 
@@ -22,112 +22,121 @@ NAME = "memory_format"
 
 
 def match(facts: Facts) -> Match:
-    """Needs convolutions in the step."""
+    """Offer the setting where a step contains convolutions."""
     if facts.lack("convolution"):
-        return Match((), "there are no convolutions in its steps")
+        return Match((), "there are no convolutions in a step")
     return Match(("channels_last",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Turn what goes into convolutions around, from the next outermost module call on."""
+    """Convert the inputs of convolutions, from the next outermost module call on."""
     import torch
     from torch import nn
     from torch.utils import checkpoint
 
     from flatout.intercept.patch import wrap_function
-    from flatout.knobs.memory_format.gradients import keep_layouts
+    from flatout.knobs.memory_format.gradients import convert_gradients
 
     wrapper = ChannelsLast(host)
     on_failure = host.applied.on_failure_of(NAME)
-    places: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (nn.Conv2d, "_conv_forward", wrapper.convolve),
         (nn.ConvTranspose2d, "forward", wrapper.convolve),
-        (checkpoint, _checkpointed(checkpoint), wrapper.checkpointed),
-        (checkpoint.CheckpointFunction, "forward", wrapper.checkpointed_by_reentrance),
+        (checkpoint, _checkpoint_generator_name(checkpoint), wrapper.checkpoint),
+        (checkpoint.CheckpointFunction, "forward", wrapper.reentrant_checkpoint),
     )
     with contextlib.ExitStack() as undo:
         if hasattr(torch.library, "get_kernel"):
-            undo.callback(keep_layouts(on_failure))
+            undo.callback(convert_gradients(on_failure))
         undo.callback(host.forward_wrappers.append(wrapper))
-        for owner, name, function in places:
+        for owner, name, function in replacements:
             undo.callback(wrap_function(owner, name, on_failure, function))
         return undo.pop_all().close
 
 
-def _checkpointed(checkpoint: ModuleType) -> str:
-    """The function of torch that gets what a checkpoint without reentrance computes again."""
+def _checkpoint_generator_name(checkpoint: ModuleType) -> str:
+    """The name of torch's function that is given the function of a non-reentrant checkpoint."""
     name = "_checkpoint_without_reentrant_generator"
-    of_2_14 = f"{name}_impl"  # which the other one calls there
-    return of_2_14 if hasattr(checkpoint, of_2_14) else name
+    name_in_2_14 = f"{name}_impl"  # there, the function ``name`` calls this one
+    return name_in_2_14 if hasattr(checkpoint, name_in_2_14) else name
 
 
 class ChannelsLast:
-    """A forward wrapper: convolutions inside get and give channels last, the caller does not.
+    """A forward wrapper inside of which convolutions have channels_last inputs and outputs.
 
-    Parameters stay as they are: torch takes the format of its input for all of a convolution, so
-    neither optimizers nor checkpoints ever see another one.
+    Parameters keep their memory format, so neither optimizers nor checkpoints ever see another one:
+    for a convolution, torch uses the memory format of its input.
 
     Args:
-        host: of this process.
+        host: the process that is tuned.
     """
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._suits: WeakIdentityDict[Any, bool] = WeakIdentityDict()
-        self._is_on = False
-        self._is_left = False
+        self._suitable: WeakIdentityDict[Any, bool] = WeakIdentityDict()
+        self._is_converting = False
+        self._is_kept_off = False
 
     def convolve(
-        self, own: Callable[..., Any], module: Any, input: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., Any],
+        module: Any,
+        input: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """In the place of a method ``own`` of convolutions, whose input it turns around.
+        """Replaces a method of convolutions, and converts its input.
 
         Args:
-            own: torch's method.
+            original: torch's method.
             module: the convolution.
             input: batch x channels x height x width.
-            args, kwargs: what the method gets besides.
+            args, kwargs: the other arguments of the method.
         """
         import torch
 
-        is_on = self._is_on and not torch.compiler.is_compiling()
-        if is_on and module.groups == 1 and input.dim() == 4:
+        is_converting = self._is_converting and not torch.compiler.is_compiling()
+        if is_converting and module.groups == 1 and input.dim() == 4:
             engagement.calls[NAME] += 1
             input = channels_last(input)
-        return own(module, input, *args, **kwargs)
+        return original(module, input, *args, **kwargs)
 
-    def checkpointed(
-        self, own: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    def checkpoint(
+        self, original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """In the place of the function ``own`` of torch that gets what a checkpoint computes again.
+        """Replaces torch's function for non-reentrant activation checkpoints.
 
-        That happens in backward, where calls of modules are not seen, and is held against the
-        first time, whose random numbers it draws. So the layouts are those of the time when the
-        checkpoint began, in both passes.
+        A checkpoint is recomputed in backward, outside of this wrapper. Its tensors must match
+        those of the first pass, and it draws the same random numbers. So both passes convert, or do
+        not convert, as was the case when the checkpoint began.
         """
-        again = functools.partial(self._within, self._is_on, function)
-        return self._first(self._is_on, own(again, *args, **kwargs))
+        recompute = functools.partial(self._run, self._is_converting, function)
+        return self._run_first(self._is_converting, original(recompute, *args, **kwargs))
 
-    def checkpointed_by_reentrance(
-        self, own: Callable[..., Any], ctx: Any, function: Callable[..., Any], *args: Any
+    def reentrant_checkpoint(
+        self, original: Callable[..., Any], ctx: Any, function: Callable[..., Any], *args: Any
     ) -> Any:
-        """The same for the forward pass of torch's older way, which keeps what it calls."""
-        return own(ctx, functools.partial(self._within, self._is_on, function), *args)
+        """Replaces the forward pass of torch's reentrant activation checkpoints."""
+        return original(ctx, functools.partial(self._run, self._is_converting, function), *args)
 
-    def _first(self, is_on: bool, passes: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        before, self._is_left = self._is_left, not is_on
+    def _run_first(
+        self, is_converting: bool, passes: Generator[Any, Any, Any]
+    ) -> Generator[Any, Any, Any]:
+        before, self._is_kept_off = self._is_kept_off, not is_converting
         try:
             return (yield from passes)
         finally:
-            self._is_left = before
+            self._is_kept_off = before
 
-    def _within(self, is_on: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = self._is_on, self._is_left
-        self._is_on, self._is_left = is_on, not is_on
+    def _run(
+        self, is_converting: bool, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        before = self._is_converting, self._is_kept_off
+        self._is_converting, self._is_kept_off = is_converting, not is_converting
         try:
             return function(*args, **kwargs)
         finally:
-            self._is_on, self._is_left = before
+            self._is_converting, self._is_kept_off = before
 
     def __call__(
         self,
@@ -136,49 +145,50 @@ class ChannelsLast:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Around an outermost module call."""
-        is_decided = self._is_on or self._is_left
-        if is_decided or NAME in self._host.applied.failures or not self._is_for(module):
+        """Run an outermost module call, converting the inputs of its convolutions."""
+        is_decided = self._is_converting or self._is_kept_off
+        if is_decided or NAME in self._host.applied.failures or not self._is_suitable(module):
             return call(module, *args, **kwargs)
-        self._is_on = True
+        self._is_converting = True
         try:
             with self._host.applied.withdraw_on_torch_error(NAME):
                 output = call(module, *args, **kwargs)
         finally:
-            self._is_on = False
-        return as_in_rows(output)
+            self._is_converting = False
+        return make_contiguous(output)
 
-    def _is_for(self, module: Any) -> bool:
-        """Whether most of a module's convolutions are neither grouped nor of other dimensions."""
-        if module not in self._suits:
+    def _is_suitable(self, module: Any) -> bool:
+        """Whether more than half of a module's two-dimensional convolutions are not grouped."""
+        if module not in self._suitable:
             from torch import nn
 
             from flatout.intercept import objects
 
             kinds = (nn.Conv2d, nn.ConvTranspose2d)
-            found = [m for m in objects.modules(module) if issubclass(type(m), kinds)]
-            plain = sum(convolution.groups == 1 for convolution in found)
-            self._suits[module] = plain > len(found) / 2
-            if not self._suits[module]:
-                why = "grouped convolutions" if found else "no two-dimensional convolutions"
+            convolutions = [m for m in objects.modules(module) if issubclass(type(m), kinds)]
+            ungrouped = sum(convolution.groups == 1 for convolution in convolutions)
+            self._suitable[module] = ungrouped > len(convolutions) / 2
+            if not self._suitable[module]:
+                why = "grouped convolutions" if convolutions else "no two-dimensional convolutions"
                 name = objects.class_name(module)
                 self._host.events.add("skipped", NAME, f"{name} is left alone: it has {why}")
-        return self._suits[module]
+        return self._suitable[module]
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """The same values with the channels side by side; ``images`` itself where they are."""
+    """The images in channels_last memory format; ``images`` itself if they have it already."""
     import torch
 
     batch, channels, height, width = images.shape
     if channels > 1 and height * width > 1:
         return images.contiguous(memory_format=torch.channels_last)
-    # Of one channel or one pixel every layout is both; only the strides tell torch which is meant.
+    # With one channel or one pixel, both memory formats are the same order in memory, and torch
+    # tells them apart only by the strides.
     return images.contiguous().view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def as_in_rows(output: Any) -> Any:
-    """Tensors in nested sequences and mappings as the module would have returned them."""
+def make_contiguous(output: Any) -> Any:
+    """Make channels_last tensors in nested sequences and mappings contiguous."""
     import torch
 
     from flatout.intercept.nested import map_tensors
@@ -193,26 +203,28 @@ def as_in_rows(output: Any) -> Any:
 
 KNOB = Knob(
     name=NAME,
-    summary="convolutions on images with their channels side by side",
+    summary="run convolutions on images in channels_last memory format",
     settings=("channels_last",),
     exactness={"channels_last": "resampled"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="In every outermost module call, `Conv2d` and `ConvTranspose2d` get their input in "
-        "the format `torch.channels_last`, and pass it on; what the call returns is contiguous "
-        "again. On the CPU, gradients that reach activations in another layout, in any module, "
-        "are brought into theirs. Parameters, their gradients and the optimizer's state keep their "
-        "layout, so fused optimizers and checkpoints are safe: torch's fused steps are silently "
-        "wrong where the strides of state and parameter differ. Where torch fails on the format "
-        "(a `view` of activations), the program gets the error, and the knob is turned back. Left "
-        "alone: modules most of whose convolutions are grouped. Dropout on images meets the same "
-        "random numbers in another order.",
+        what="The knob converts the inputs of `Conv2d` and `ConvTranspose2d` to the memory format "
+        "`torch.channels_last`, which their outputs and the following operators keep. The output "
+        "of an outermost module call is made contiguous again. On the CPU, gradients are converted "
+        "to the memory format of the activations that they belong to. Parameters, their gradients "
+        "and the optimizer's state keep their memory format, so fused optimizers and checkpoints "
+        "are safe. (Torch's fused optimizer steps are silently wrong where the strides of state "
+        "and parameter differ.) Where torch fails on the format (a `view` of activations), the "
+        "program gets the error, and the knob is withdrawn. Modules in which at least half of the "
+        "convolutions are grouped are left alone. Dropout on images draws the same random numbers, "
+        "but applies them to other elements.",
         helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",
-        hurts="Operators between the convolutions that know rows only: each costs two copies. "
-        "Inputs of a few channels.",
-        by_hand="`model = model.to(memory_format=torch.channels_last)` before the optimizer is "
-        "made, and `images = images.contiguous(memory_format=torch.channels_last)` each step",
+        hurts="Networks with operators between the convolutions that need contiguous inputs, "
+        "because each of them takes two copies; images with few channels.",
+        by_hand="Call `model = model.to(memory_format=torch.channels_last)` before creating the "
+        "optimizer, and `images = images.contiguous(memory_format=torch.channels_last)` at each "
+        "step.",
         sources=(
             "https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html",
             "https://github.com/pytorch/pytorch/issues/34977 (grouped convolutions)",

@@ -1,11 +1,11 @@
-"""Gradients in the layout of the activations that they belong to.
+"""Convert gradients to the memory format of the activations that they belong to.
 
-A model that ends in ``flatten`` hands gradients in rows back to activations with their channels
-side by side; other gaps are the other way round. On the CPU, torch's backward kernels walk through
-two layouts element by element. With a copy of the gradient beforehand, and that included, that of a
-ReLU is 6.9 (5.1 to 9.3, 8 pairs) times as fast in float32, 9.4 (8.9 to 9.9, 8 pairs) in bfloat16
-(``python benchmarks/kernels.py layouts --pairs 8``, on a Zen 5). One copy, at the first such
-operator, is all it takes: what comes out of that is in the layout of the activations again.
+A model that ends in ``flatten`` passes contiguous gradients back to channels_last activations;
+elsewhere it is the other way round. On the CPU, torch's backward kernels then process one element
+after the other. Converting the gradient first makes the backward pass of a ReLU 6.9 times as fast
+(5.1 to 9.3, 8 pairs) in float32 and 9.4 times (8.9 to 9.9, 8 pairs) in bfloat16, the conversion
+included (``python benchmarks/kernels.py layouts --pairs 8``, on a Zen 5). One conversion at the
+first such operator is enough, because its result has the memory format of the activations again.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ BACKWARD = (
 """Operators whose first two arguments are a gradient and the activations that it belongs to."""
 
 
-def keep_layouts(on_failure: OnFailure) -> Undo:
-    """Let these operators get gradients in the layout of the activations; returns the undo.
+def convert_gradients(on_failure: OnFailure) -> Undo:
+    """Convert the gradients that these operators get; returns the undo.
 
     Args:
-        on_failure: told when something here failed; torch's own kernel got the gradient as it was.
+        on_failure: called with the exception if a conversion fails; torch's kernel then gets the
+            gradient unconverted.
     """
 
-    def in_layout(
-        below: Callable[..., Any],
+    def convert(
+        torch_kernel: Callable[..., Any],
         gradient: torch.Tensor,
         activations: torch.Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> dispatch.DeferredCall | None:
-        found = _like(gradient, activations)
-        if found is gradient:
+        converted = _to_format_of(activations, gradient)
+        if converted is gradient:
             return None
-        return dispatch.DeferredCall(below, (found, activations, *args), kwargs)
+        return dispatch.DeferredCall(torch_kernel, (converted, activations, *args), kwargs)
 
     return dispatch.override_operators(
-        dict.fromkeys(BACKWARD, in_layout), "CPU", on_failure=on_failure
+        dict.fromkeys(BACKWARD, convert), "CPU", on_failure=on_failure
     )
 
 
-def _like(gradient: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+def _to_format_of(activations: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     if gradient.dim() != 4 or gradient.stride() == activations.stride():
         return gradient
-    for layout in (torch.contiguous_format, torch.channels_last):
-        if activations.is_contiguous(memory_format=layout):
-            return gradient.contiguous(memory_format=layout)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if activations.is_contiguous(memory_format=memory_format):
+            return gradient.contiguous(memory_format=memory_format)
     return gradient

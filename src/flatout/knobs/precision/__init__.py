@@ -1,4 +1,4 @@
-"""Lower precision of matrix products and convolutions: inside their kernels, or by autocast."""
+"""Run matmuls and convolutions in lower precision, inside their kernels or by autocast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.errors import RefusedError
 from flatout.intercept import engagement
 from flatout.intercept.patch import Undo
-from flatout.knob import PRODUCTS, Card, Facts, Knob, Match
+from flatout.knob import MATMUL_OPERATORS, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 NAME = "precision"
 
 PLAIN_AUTOCAST = ("bf16", "fp16")
+"""The settings that keep no operators in float32 beyond those of ``torch.autocast``."""
 
 FASTER = 1.2
-"""How many times the rate of bfloat16 that of float16 must be for loss scaling to be worth it."""
+"""``fp16`` is offered where float16 is at least this many times as fast as bfloat16 and float32;
+otherwise it is not worth its loss scaling."""
 
 
 def match(facts: Facts) -> Match:
-    """Refuses only where half precision was measured to be slower than float32.
+    """Offer the settings unless half precision was measured to be slower than float32.
 
-    Where a loss is made of probabilities, plain autocast is not offered: it rounds those next to 1,
-    which shows in the losses when the model has become sure of itself, long after a proof may have
-    ended. On CUDA, autocast refuses such a loss itself
+    Plain autocast is not offered where a loss takes probabilities. It rounds probabilities close to
+    1, which shows in the losses only when the model has become confident, and a proof may end long
+    before that. On CUDA, autocast itself refuses such a loss
     (https://docs.pytorch.org/docs/stable/amp.html, "Prefer binary_cross_entropy_with_logits").
     """
     rates = facts.matmul_flops_per_s
@@ -39,22 +41,32 @@ def match(facts: Facts) -> Match:
     if fp16 is not None and fp16 > FASTER * max(bf16 or 0.0, float32):
         settings += ("fp16",)
     why = (
-        f"this machine multiplies bfloat16 matrices at {(bf16 or 0) / 1e9:.3g} GFLOP/s, float32 at "
-        f"{float32 / 1e9:.3g} GFLOP/s"
+        f"bfloat16 is slower than float32 on this machine ({(bf16 or 0) / 1e9:.3g} GFLOP/s against "
+        f"{float32 / 1e9:.3g} GFLOP/s)"
     )
     losses = (name for name in facts.operators or () if "binary_cross_entropy" in name)
     if settings and any("logits" not in name for name in losses):
         settings = tuple(setting for setting in settings if setting not in PLAIN_AUTOCAST)
-        why = "its loss is made of probabilities, which plain autocast rounds next to 1"
-    return Match(settings, None if settings else why, facts.share(*PRODUCTS))
+        why = "its loss takes probabilities, which plain autocast rounds close to 1"
+    return Match(settings, None if settings else why, facts.share(*MATMUL_OPERATORS))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Turn autocast on around the outermost modules, or let float32 products round inside."""
-    return {"medium": _medium, "bf16": _bf16, "safe": _safe, "fp16": _fp16}[setting](host)
+    """Run outermost modules under autocast, or let float32 matmuls round their inputs.
+
+    Raises:
+        RefusedError: the program has chosen a precision itself, or this torch is too old.
+    """
+    functions = {
+        "medium": _apply_medium,
+        "bf16": _apply_bf16,
+        "safe": _apply_safe,
+        "fp16": _apply_fp16,
+    }
+    return functions[setting](host)
 
 
-def _medium(host: Host) -> Undo:
+def _apply_medium(host: Host) -> Undo:
     import torch
 
     mkldnn: Any = torch.backends.mkldnn
@@ -62,10 +74,10 @@ def _medium(host: Host) -> Undo:
         before = torch.get_float32_matmul_precision()
         convolutions = mkldnn.conv.fp32_precision
     except (RuntimeError, AttributeError) as error:  # set through the newer, finer switches
-        raise RefusedError(f"the precision of float32 products cannot be read: {error}") from error
+        raise RefusedError(f"the precision of float32 matmuls cannot be read: {error}") from error
     if before != "highest" or convolutions not in ("none", "ieee"):
-        raise RefusedError("the program has chosen the precision of float32 products")
-    engagement.calls[NAME] += 1  # of all products from now on
+        raise RefusedError("the program has chosen the precision of float32 matmuls")
+    engagement.calls[NAME] += 1  # counted once: it acts on all matmuls from now on
     torch.set_float32_matmul_precision("medium")
     mkldnn.conv.fp32_precision = "bf16"
 
@@ -76,16 +88,16 @@ def _medium(host: Host) -> Undo:
     return undo
 
 
-def _bf16(host: Host) -> Undo:
+def _apply_bf16(host: Host) -> Undo:
     import torch
 
     from flatout.knobs.precision.autocast import PackingAutocast
 
     autocast = PackingAutocast(host, NAME, torch.bfloat16)
-    return _installed(host, autocast)
+    return _install(host, autocast)
 
 
-def _safe(host: Host) -> Undo:
+def _apply_safe(host: Host) -> Undo:
     import torch
 
     from flatout.intercept import device
@@ -94,16 +106,16 @@ def _safe(host: Host) -> Undo:
 
     accelerator = device.accelerator()
     if not hasattr(torch.library, "get_kernel"):
-        raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
+        raise RefusedError(f"torch {torch.__version__} has no torch.library.get_kernel")
     operators = Float32Operators(
         "cpu" if accelerator is None else accelerator.type,
         host.applied.on_failure_of(NAME),
     )
     autocast = SafeAutocast(host, NAME, torch.bfloat16, operators)
-    return _installed(host, autocast)
+    return _install(host, autocast)
 
 
-def _fp16(host: Host) -> Undo:
+def _apply_fp16(host: Host) -> Undo:
     import torch
 
     from flatout.knobs.precision.autocast import ScaledAutocast
@@ -113,12 +125,12 @@ def _fp16(host: Host) -> Undo:
     autocast = ScaledAutocast(host, NAME, torch.float16, scaling)
     with contextlib.ExitStack() as undo:
         undo.callback(scaling.install())
-        undo.callback(_installed(host, autocast))
+        undo.callback(_install(host, autocast))
         return undo.pop_all().close
 
 
-def _installed(host: Host, autocast: Autocast) -> Undo:
-    """An autocast around the outermost modules."""
+def _install(host: Host, autocast: Autocast) -> Undo:
+    """Wrap the outermost modules in an autocast."""
     with contextlib.ExitStack() as undo:
         undo.callback(autocast.close)
         undo.callback(host.forward_wrappers.append(autocast))
@@ -127,47 +139,47 @@ def _installed(host: Host, autocast: Autocast) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="matrix products and convolutions in half precision",
+    summary="run matmuls and convolutions in half precision",
     settings=("medium", "safe", "bf16", "fp16"),
     exactness=dict.fromkeys(("medium", "safe", "bf16", "fp16"), "reduced"),
-    hides_gains=True,
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="`medium`: tensors stay in float32, and the factors of matrix products and "
-        "convolutions are rounded to bfloat16 (on CUDA to TF32) inside the kernels that can do "
-        "so, in training and evaluation, until the program sets a precision itself.\n\n"
-        "`bf16`: each outermost module call that records gradients runs under `torch.autocast`, "
-        "and so does each call of a program that only infers; "
-        "what it returns comes back in float32, so losses outside the module are computed as "
-        "before. Parameters, gradients and optimizer state stay in float32. The first pass of each "
-        "module, and its 8th, 64th and so on, is in float32 and looked at: if anything but torch's "
-        "own operators would meet half precision (hooks, attributes and lists in which tensors are "
-        "kept, custom autograd functions, NumPy), its products round what they are given and "
-        "return float32, which is slower and shows the program the types that it has without. "
-        "Evaluation passes, programs that use autocast themselves, what is traced or exported, and "
-        "modules that are checkpointed outside of any other's forward, are left as they are. On "
-        "the CPU, a "
-        "program that only infers keeps copies of the weights of its linear layers, in bfloat16 "
-        "and in the order that oneDNN wants them in, which takes half of these weights' memory "
-        "again, and a C compiler; before each use a weight's memory is looked at, and if it has "
-        "changed, it is packed again.\n\n"
-        "`safe`: the same, but what is known to suffer runs in float32: sigmoid, softmax, "
-        "logarithms, powers and norms (batch norm takes its statistics in float32 anyway), and "
-        "the last matrix product or convolution of each outermost module, unless its hyperbolic "
-        "tangent is what the module returns, as of those that make images.\n\n"
+        what="The knob computes matmuls and convolutions in half precision. Parameters, gradients "
+        "and optimizer state stay in float32 under all settings.\n\n"
+        "`medium`: all tensors stay in float32. The kernels of matmuls and convolutions round "
+        "their inputs to bfloat16 (on CUDA to TF32), where they support that. This holds in "
+        "training and evaluation, until the program sets a precision itself.\n\n"
+        "`bf16`: each outermost module call runs under `torch.autocast` in bfloat16 if it records "
+        "gradients, or if the program only infers. Its outputs are cast back to float32, so losses "
+        "outside the module are computed as before. The 1st, 8th, 64th, ... pass of each module "
+        "runs in float32 and is inspected. If anything other than torch's operators would see "
+        "half-precision tensors (hooks, attributes and lists that hold tensors, custom autograd "
+        "functions, NumPy), the module's matmuls cast their inputs and return float32 from then "
+        "on; this is slower, but the program sees the same dtypes as without the knob. Left alone "
+        "are evaluation passes of programs that train, programs that use autocast themselves, "
+        "modules that are being traced or exported, and modules called directly by an activation "
+        "checkpoint. On the CPU, a program that only infers keeps the weights of its linear layers "
+        "packed in bfloat16 for oneDNN. This takes half as much memory again as these weights, and "
+        "needs a C compiler. A weight's fingerprint is checked before each use, and if the weight "
+        "has changed, it is packed again.\n\n"
+        "`safe`: as `bf16`, but operators that are known to lose accuracy run in float32: sigmoid, "
+        "softmax, logarithms, powers and norms (batch norm computes its statistics in float32 in "
+        "any case), and the last matmul or convolution of each outermost module. That last one "
+        "runs in half precision only if the module returns its hyperbolic tangent, as image "
+        "generators do.\n\n"
         "`fp16`: autocast to float16 with the loss scaling of `torch.amp.GradScaler`, for devices "
-        "that multiply float16 faster than bfloat16. Gradients are divided by the scale before "
-        "they are added to anything, so hooks of parameters, clipping and accumulation see what "
-        "they would see without; a step whose gradients are not finite is left out. It is turned "
-        "back where the program looks at gradients on their way: hooks of other tensors and of "
-        "modules, autograd functions of its own.",
-        helps="Matrix products and convolutions dominate, and the device multiplies bfloat16 "
-        "faster than float32 (AMX, AVX512-BF16, tensor cores).",
-        hurts="`bf16`: a probability computed inside the module (Sigmoid before `BCELoss`) rounds "
-        "to exactly 1, which destroys the training; `safe` keeps it, and is tried alone where "
-        "that loss is used. Small shapes, where the casts "
-        "cost more than they save. `fp16`: values beyond 65504.",
+        "on which float16 is faster than bfloat16. Gradients are divided by the scale before they "
+        "are accumulated, so parameter hooks, clipping and accumulation see unscaled gradients. A "
+        "step whose gradients are not finite is skipped. The knob is withdrawn where the program "
+        "sees gradients inside the graph, by hooks of other tensors or of modules, or by its own "
+        "autograd functions.",
+        helps="Programs in which matmuls and convolutions dominate, on devices that compute them "
+        "faster in bfloat16 than in float32 (AMX, AVX512-BF16, tensor cores).",
+        hurts="`bf16`: programs that compute a probability inside the module (Sigmoid before "
+        "`BCELoss`). It rounds to exactly 1, which ruins the training; `safe` keeps it in float32, "
+        "and is the only autocast that `flatout tune` tries with that loss. `fp16`: values above "
+        "65504. All settings: small shapes, for which the casts take longer than they save.",
         by_hand='`torch.set_float32_matmul_precision("medium")` and '
         '`torch.backends.mkldnn.conv.fp32_precision = "bf16"`; or '
         "`with torch.autocast(device_type, torch.bfloat16): output = model(input)`, and "
@@ -181,6 +193,7 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
+    hides_gains=True,
     claims=("autocast",),
     kernels=("fingerprint",),
 )

@@ -1,4 +1,4 @@
-"""Autocast around the outermost modules, as a forward wrapper."""
+"""Forward wrappers that run the outermost modules under autocast."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from flatout.knobs.precision.scaling import LossScaling
 
 SCOUTED = frozenset(8**power for power in range(12))
-"""Which passes of a module, of each kind, are computed in float32 and looked at. Later ones as
-well, since a program may begin to keep something later; they cost less and less."""
+"""The passes of a module, counted for each kind of pass, that run in float32 and are inspected.
+Later passes are inspected as well, because a program may begin to keep tensors later; they are ever
+rarer, so they cost less and less."""
 
-MOST_LOOKED_AT = 64
-"""Items of a list or a dict on a module that are looked at, from the end."""
+MOST_INSPECTED = 64
+"""How many items of a list or dict of a module are inspected, from the end."""
 
 HOOKED = "it has hooks"
 
@@ -44,44 +45,44 @@ _WITHOUT_AUTOCAST = tuple(
         *("fx/experimental/proxy_tensor.py", "utils/checkpoint.py"),
     )
 )
-"""Files of torch. What they call is written down as a program of its own, or, if it is called
-outermost, computed again in backward, where it is not seen."""
+"""Files of torch whose callees are left alone: they are traced or exported, or, under an outermost
+activation checkpoint, recomputed in backward, where the wrapper is not called."""
 
 
-class Known:
-    """What is known of a module; it holds whatever the setting, and as often as it is turned on.
+class Inspected:
+    """What inspected passes have shown about a module, for all settings of the knob.
 
     Attributes:
-        passes: so far, by their kind.
-        rounded: why its operators return float32, ``None`` if they need not.
-        head: the identity and shape of the weight of its head.
-        handles: registered so far in this process when its hooks were looked at last.
-        states: namespaces of the modules in it that are not torch's own.
+        passes: how many passes there were, by their kind.
+        float32_reason: why its operators must return float32, ``None`` if they need not.
+        head: the identity and shape of the weight of its last matmul or convolution.
+        hook_count: how many hooks had been registered in this process when its hooks were last
+            inspected.
+        states: the namespaces of its submodules that are not torch's own.
     """
 
     def __init__(self) -> None:
         self.passes: dict[Any, int] = {}
-        self.rounded: str | None = None
+        self.float32_reason: str | None = None
         self.head: tuple[int, torch.Size] | None = None
-        self.handles = -1
+        self.hook_count = -1
         self.states: list[MutableMapping[str, Any]] = []
 
 
-_known: WeakIdentityDict[Any, Known] = WeakIdentityDict()
+_inspected: WeakIdentityDict[Any, Inspected] = WeakIdentityDict()
 
 
 class Autocast:
-    """The forward wrapper. Evaluation passes of a program that trains are left as they are.
+    """The forward wrapper; it leaves evaluation passes of a program that trains alone.
 
-    The first pass of a module is as it would be without it, and shows whether anything but
-    operators of torch would meet results in half precision. If so, its operators return float32;
-    otherwise what is in half precision stays so from operator to operator.
+    The first pass of a module runs without autocast and shows whether anything other than torch's
+    operators would see half-precision tensors. If so, the module's operators return float32;
+    otherwise half-precision tensors are passed from operator to operator.
 
     Args:
-        host: of this process.
-        knob: name under which it speaks in the record.
-        dtype: of matrix products and convolutions.
-
+        host: the process that is tuned.
+        knob: the name of the knob, for the record.
+        dtype: the dtype of matmuls and convolutions.
     """
 
     def __init__(self, host: Host, knob: str, dtype: torch.dtype) -> None:
@@ -90,11 +91,11 @@ class Autocast:
         self._dtype = dtype
         self._devices: WeakIdentityDict[Any, str | None] = WeakIdentityDict()
         self._rounded: dict[str, RoundedOperators] = {}
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._trains = False
 
     def close(self) -> None:
-        """Put torch's own operators back."""
+        """Put torch's operators back."""
         while self._rounded:
             self._rounded.popitem()[1].remove()
 
@@ -108,7 +109,7 @@ class Autocast:
         if _is_traced():
             return call(module, *args, **kwargs)
         if torch.is_grad_enabled():
-            self._see_training()
+            self._note_training()
         elif self._trains or self._host.hooks.optimizer_exists:
             return call(module, *args, **kwargs)
         if self._knob in self._host.applied.failures:
@@ -116,11 +117,11 @@ class Autocast:
         device = self._device(module)
         if device is None or torch.is_autocast_enabled(device):
             if device is not None:
-                self._under_another(module)
+                self._note_programs_autocast(module)
             return call(module, *args, **kwargs)
-        return self._under(device, call, module, args, kwargs)
+        return self._run(device, call, module, args, kwargs)
 
-    def _under(
+    def _run(
         self,
         device: str,
         call: Callable[..., Any],
@@ -128,23 +129,24 @@ class Autocast:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The forward pass, under autocast if that is known not to be seen."""
-        known = _known.setdefault(module, Known())
-        if known.rounded is None and known.handles != RemovableHandle.next_id:
-            known.handles = RemovableHandle.next_id
-            known.rounded = _hooks(module)
+        """Run a forward pass under autocast, or without it if the pass is to be inspected."""
+        inspected = _inspected.setdefault(module, Inspected())
+        if inspected.float32_reason is None and inspected.hook_count != RemovableHandle.next_id:
+            inspected.hook_count = RemovableHandle.next_id
+            inspected.float32_reason = _find_hooks(module)
         kind = _kind(module, args, kwargs)
-        passes = known.passes[kind] = known.passes.get(kind, 0) + 1
-        # A head is known after the first pass; a module whose operators round has nothing to hide.
-        if passes in SCOUTED and (known.rounded is None or passes == 1):
-            return self._scouted(known, call, module, args, kwargs)
-        self._begin(known)
+        passes = inspected.passes[kind] = inspected.passes.get(kind, 0) + 1
+        # The first pass is needed to find the head. Later ones would show nothing new about a
+        # module whose operators return float32 already.
+        if passes in SCOUTED and (inspected.float32_reason is None or passes == 1):
+            return self._inspect(inspected, call, module, args, kwargs)
+        self._before_autocast(inspected)
         engagement.calls[self._knob] += 1
-        if known.rounded is not None:
-            if not self._can_round(device, module, known.rounded):
+        if inspected.float32_reason is not None:
+            if not self._can_return_float32(device, module, inspected.float32_reason):
                 return call(module, *args, **kwargs)
-            withdraw_on_torch_error = self._host.applied.withdraw_on_torch_error(self._knob)
-            with withdraw_on_torch_error, torch.autocast(device, self._dtype, cache_enabled=False):
+            blames = self._host.applied.withdraw_on_torch_error(self._knob)
+            with blames, torch.autocast(device, self._dtype, cache_enabled=False):
                 return call(module, *args, **kwargs)
         with (
             self._host.applied.withdraw_on_torch_error(self._knob),
@@ -152,35 +154,36 @@ class Autocast:
         ):
             output = call(module, *args, **kwargs)
         output = in_float32(output)
-        if _widen(known.states):
-            known.rounded = "it has begun to keep results of operators"
+        if _cast_kept_tensors(inspected.states):
+            inspected.float32_reason = "it has begun to keep results of operators"
         return output
 
-    def _begin(self, known: Known) -> None:
-        """A pass of a module under autocast begins."""
+    def _before_autocast(self, inspected: Inspected) -> None:
+        """Called before each pass of a module under autocast."""
 
-    def _scouted(
+    def _inspect(
         self,
-        known: Known,
+        inspected: Inspected,
         call: Callable[..., Any],
         module: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The forward pass as it is without autocast; what it shows is known from then on."""
+        """Run a forward pass without autocast, and note what it shows about the module."""
         scout = Scout((args, kwargs), self._host.applied.on_failure_of(self._knob))
         with _eager(), scout:
             output = call(module, *args, **kwargs)
-        if scout.weight is not None and not scout.makes_data(output):
-            known.head = id(scout.weight), scout.weight.shape
-        if known.rounded is None:
-            known.states = list(_states(module))
-            known.rounded = scout.why or scout.kept(output)
-            if any(_halves_in(state) for state in known.states):
-                known.rounded = "it keeps tensors in half precision itself"
+        if scout.weight is not None and not scout.returned_tanh(output):
+            inspected.head = id(scout.weight), scout.weight.shape
+        if inspected.float32_reason is None:
+            inspected.states = list(_find_states(module))
+            inspected.float32_reason = scout.why or scout.find_kept(output)
+            if any(_find_halves(state) for state in inspected.states):
+                inspected.float32_reason = "it keeps tensors in half precision itself"
         return output
 
-    def _can_round(self, device: str, module: Any, why: str) -> bool:
+    def _can_return_float32(self, device: str, module: Any, why: str) -> bool:
+        """Replace the operators of a device type by ones that return float32; whether they act."""
         if device not in self._rounded:
             try:
                 self._rounded[device] = RoundedOperators(
@@ -190,24 +193,24 @@ class Autocast:
                 self._leave_alone(module, f"{why}, and {error}")
                 return False
         name = objects.class_name(module)
-        if name + why not in self._said:
-            self._said.add(name + why)
-            said = f"operators of {name} return float32: {why}"
-            self._host.events.add("noticed", self._knob, said)
-        return self._rounded[device].is_wanted
+        if name + why not in self._reported:
+            self._reported.add(name + why)
+            message = f"operators of {name} return float32: {why}"
+            self._host.events.add("noticed", self._knob, message)
+        return self._rounded[device].is_active
 
-    def _see_training(self) -> None:
-        """A pass records gradients: those that do not are evaluation from now on."""
+    def _note_training(self) -> None:
+        """Note that a pass records gradients; passes that do not are evaluation from now on."""
         self._trains = True
 
-    def _under_another(self, module: Any) -> None:
-        """The program has turned autocast on itself."""
+    def _note_programs_autocast(self, module: Any) -> None:
+        """Note that the program itself has entered autocast, and stop changing its operators."""
         for operators in self._rounded.values():
-            operators.is_wanted = False
+            operators.is_active = False
         self._leave_alone(module, "the program uses autocast already")
 
     def _device(self, module: Any) -> str | None:
-        """The device type to autocast on, ``None`` to leave the module alone."""
+        """The device type on which a module runs under autocast, ``None`` to leave it alone."""
         if module not in self._devices:
             self._devices[module] = self._find_device(module)
         return self._devices[module]
@@ -230,56 +233,56 @@ class Autocast:
 
     def _leave_alone(self, module: Any, why: str) -> None:
         name = objects.class_name(module)
-        if name + why not in self._said:
-            self._said.add(name + why)
+        if name + why not in self._reported:
+            self._reported.add(name + why)
             self._host.events.add("skipped", self._knob, f"{name} is left alone: {why}")
 
 
 class PackingAutocast(Autocast):
-    """With packed weights in programs that only infer on the CPU, see ``packed.py``."""
+    """Autocast with packed weights in programs that only infer on the CPU; see ``packed.py``."""
 
     def __init__(self, host: Host, knob: str, dtype: torch.dtype) -> None:
         super().__init__(host, knob, dtype)
-        self._remove: Callable[[], None] | None = None
+        self._uninstall: Callable[[], None] | None = None
 
-    def _see_training(self) -> None:
-        super()._see_training()
-        self._let_go()
+    def _note_training(self) -> None:
+        super()._note_training()
+        self._release_weights()
 
-    def _begin(self, known: Known) -> None:
-        super()._begin(known)
-        if self._remove is None and not torch.is_grad_enabled():
-            self._remove = self._install()
+    def _before_autocast(self, inspected: Inspected) -> None:
+        super()._before_autocast(inspected)
+        if self._uninstall is None and not torch.is_grad_enabled():
+            self._uninstall = self._install()
 
     def _install(self) -> Callable[[], None]:
         if not packed.is_available():
             return lambda: None
         try:
-            return packed.PackedLinear(self._has_failed).remove
+            return packed.PackedLinear(self._report_failure).remove
         except kernels.KernelError as error:
             self._host.events.add("skipped", self._knob, f"weights are cast in each call: {error}")
             return lambda: None
 
-    def _has_failed(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         why = f"weights are cast in each call: {type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error))
         self._host.events.add("skipped", self._knob, why, trace)
 
     def close(self) -> None:
         super().close()
-        self._let_go()
+        self._release_weights()
 
-    def _let_go(self) -> None:
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
+    def _release_weights(self) -> None:
+        if self._uninstall is not None:
+            self._uninstall()
+            self._uninstall = None
 
 
 class SafeAutocast(Autocast):
-    """With operators that keep float32, and heads.
+    """Autocast with operators and heads that run in float32.
 
     Args:
-        operators: to be told of the heads.
+        operators: the replaced operators; they are given the heads.
     """
 
     def __init__(
@@ -288,14 +291,14 @@ class SafeAutocast(Autocast):
         super().__init__(host, knob, dtype)
         self._operators = operators
 
-    def _begin(self, known: Known) -> None:
-        super()._begin(known)
-        if known.head is not None:
-            self._operators.keep(known.head)
+    def _before_autocast(self, inspected: Inspected) -> None:
+        super()._before_autocast(inspected)
+        if inspected.head is not None:
+            self._operators.add_head(inspected.head)
 
-    def _under_another(self, module: Any) -> None:
-        self._operators.is_wanted = False
-        super()._under_another(module)
+    def _note_programs_autocast(self, module: Any) -> None:
+        self._operators.is_active = False
+        super()._note_programs_autocast(module)
 
     def close(self) -> None:
         super().close()
@@ -303,40 +306,40 @@ class SafeAutocast(Autocast):
 
 
 class ScaledAutocast(Autocast):
-    """With loss scaling, from the first pass under autocast on.
+    """Autocast with loss scaling, from the first pass under autocast on.
 
     Args:
-        scaling: to be switched on.
+        scaling: the loss scaling; it is switched on by the first such pass.
     """
 
     def __init__(self, host: Host, knob: str, dtype: torch.dtype, scaling: LossScaling) -> None:
         super().__init__(host, knob, dtype)
         self._scaling = scaling
 
-    def _begin(self, known: Known) -> None:
-        super()._begin(known)
-        if known.rounded == HOOKED:
-            self._scaling.refuse("hooks of the program see gradients on their way")
+    def _before_autocast(self, inspected: Inspected) -> None:
+        super()._before_autocast(inspected)
+        if inspected.float32_reason == HOOKED:
+            self._scaling.refuse("hooks of the program see scaled gradients inside the graph")
         else:
             self._scaling.is_wanted = True
 
 
 def in_float32(output: Any) -> Any:
-    """``output`` with every bfloat16 or float16 tensor in it as float32, the same one for each."""
-    made: dict[int, torch.Tensor] = {}
+    """Cast every bfloat16 or float16 tensor in ``output`` to float32, each distinct tensor once."""
+    casts: dict[int, torch.Tensor] = {}
 
-    def exact(tensor: torch.Tensor) -> torch.Tensor:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype not in HALVES:
             return tensor
-        if id(tensor) not in made:
-            made[id(tensor)] = tensor.float()
-        return made[id(tensor)]
+        if id(tensor) not in casts:
+            casts[id(tensor)] = tensor.float()
+        return casts[id(tensor)]
 
-    return map_tensors(exact, output)
+    return map_tensors(cast, output)
 
 
 def _is_traced() -> bool:
-    """Whether something writes down or transforms what the module computes."""
+    """Whether the module's computation is being traced, exported, transformed or recomputed."""
     if (
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
@@ -353,79 +356,79 @@ def _is_traced() -> bool:
 
 
 def _kind(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a forward pass may depend on otherwise than by the values of tensors and numbers."""
+    """What decides which code a forward pass runs: modes, booleans, and the types of arguments."""
     return (
         torch.is_grad_enabled(),
         objects.is_training(module),
-        tuple(map(_switch, args)),
-        tuple((name, _switch(value)) for name, value in kwargs.items()),
+        tuple(map(_bool_or_type, args)),
+        tuple((name, _bool_or_type(value)) for name, value in kwargs.items()),
     )
 
 
-def _switch(value: Any) -> Any:
+def _bool_or_type(value: Any) -> Any:
     return value if type(value) is bool else objects.class_name(value)
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Where nothing is compiled, and what is runs operator by operator."""
+    """A context in which compiled modules run eagerly, operator by operator."""
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing can have been compiled, and the import takes a second
+        return nullcontext()  # nothing has been compiled, and importing dynamo takes a second
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
-def _hooks(module: Any) -> str | None:
-    """Why hooks of the program would see half precision, ``None`` if there are none."""
-    everywhere = (
+def _find_hooks(module: Any) -> str | None:
+    """``HOOKED`` if hooks of the program would see half-precision tensors, else ``None``."""
+    global_hooks = (
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
         nn_module._global_backward_hooks,
         nn_module._global_backward_pre_hooks,
     )
-    own = (
+    module_hooks = (
         hooks
-        for part in objects.modules(module)
+        for submodule in objects.modules(module)
         for hooks in (
-            part._forward_hooks,
-            part._forward_pre_hooks,
-            part._backward_hooks,
-            part._backward_pre_hooks,
+            submodule._forward_hooks,
+            submodule._forward_pre_hooks,
+            submodule._backward_hooks,
+            submodule._backward_pre_hooks,
         )
     )
-    for hooks in itertools.chain(everywhere, own):
+    for hooks in itertools.chain(global_hooks, module_hooks):
         for hook in hooks.values():
             if not str(getattr(hook, "__module__", "")).startswith("torch."):
                 return HOOKED
     return None
 
 
-def _states(module: Any) -> Iterator[MutableMapping[str, Any]]:
-    """Where the modules in it that are not torch's own may keep something."""
-    for part in objects.modules(module):
-        if not type(part).__module__.startswith("torch."):
-            yield (held := objects.attributes(part))
-            yield held["_buffers"]
+def _find_states(module: Any) -> Iterator[MutableMapping[str, Any]]:
+    """The attributes and buffers of each submodule that is not torch's own."""
+    for submodule in objects.modules(module):
+        if not type(submodule).__module__.startswith("torch."):
+            yield (attributes := objects.attributes(submodule))
+            yield attributes["_buffers"]
 
 
-def _halves_in(value: Any) -> list[tuple[Any, torch.Tensor]]:
-    """The tensors in half precision in a namespace, or in a list or dict in it, with their keys."""
+def _find_halves(value: Any) -> list[tuple[Any, torch.Tensor]]:
+    """The half-precision tensors in a dict or list, with their keys or indices."""
     items: Any
     if isinstance(value, dict):
-        items = itertools.islice(reversed(value.items()), MOST_LOOKED_AT)
+        items = itertools.islice(reversed(value.items()), MOST_INSPECTED)
     else:
-        first = max(0, len(value) - MOST_LOOKED_AT)
+        first = max(0, len(value) - MOST_INSPECTED)
         items = zip(itertools.count(first), itertools.islice(value, first, None), strict=False)
     return [(k, v) for k, v in items if isinstance(v, torch.Tensor) and v.dtype in HALVES]
 
 
-def _widen(states: list[MutableMapping[str, Any]]) -> bool:
-    """Put float32 where modules keep something in half precision; whether there was anything."""
-    places: list[Any] = [*states]
+def _cast_kept_tensors(states: list[MutableMapping[str, Any]]) -> bool:
+    """Cast half-precision tensors that modules keep to float32; returns whether there were any."""
+    containers: list[Any] = [*states]
     for state in states:
-        places += [v for v in state.values() if type(v) in (dict, list, deque) and v]
+        containers += [v for v in state.values() if type(v) in (dict, list, deque) and v]
     is_found = False
-    for place in places:
-        for key, tensor in _halves_in(place):
-            place[key] = tensor.float()
+    for container in containers:
+        for key, tensor in _find_halves(container):
+            container[key] = tensor.float()
             is_found = True
     return is_found

@@ -1,10 +1,11 @@
-"""What loses too much in half precision, kept in float32 under autocast.
+"""Replacements for operators under autocast, which run in float32 or return float32.
 
-``torch.autocast`` knows such operators on CUDA (its float32 list), few on the CPU, and on neither
-the sigmoid: in bfloat16 it is exactly 1 from 6.2 on, and ``log(1 - p)`` of ``BCELoss`` is cut off
-there. The kernels registered here for the autocast dispatch key fill that gap. The last matrix
-product or convolution of each module (the head, whose outputs go into the loss) is kept in float32
-as well, unless it ends in a hyperbolic tangent: then it makes data, such as images.
+Some operators lose too much accuracy in half precision. ``torch.autocast`` runs many of them in
+float32 on CUDA, few on the CPU, and the sigmoid on neither: in bfloat16 it is exactly 1 from 6.2
+on, where ``log(1 - p)`` in ``BCELoss`` is clamped. The kernels registered here for the autocast
+dispatch key close that gap. The last matmul or convolution of each module (its head, whose output
+goes into the loss) runs in float32 as well, unless the module returns its hyperbolic tangent; such
+a module generates data, such as images.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ FLOAT32 = (
     *("exp", "log", "log2", "log10", "log1p", "pow.Tensor_Scalar", "cumsum", "norm.Scalar"),
     *("layer_norm", "group_norm", "rms_norm"),
 )
-"""The float32 list of autocast on CUDA, as far as it matters in training, and what it lacks: the
-sigmoids and the norms. https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
+"""Operators that run in float32: those that autocast runs in float32 on CUDA, as far as they matter
+in training, and in addition sigmoids and norms.
+https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
-Not batch norm: its kernels take means and variances in float32 whatever its input, and its output,
-rounded once, goes into a product that would round it."""
+Batch norm is not among them: its kernels compute means and variances in float32 for any input, and
+its output is rounded only once, for a matmul that would round it anyway."""
 
-PRODUCTS = (
+HEADS = (
     *("linear", "conv1d", "conv2d", "conv3d", "addmm"),
     *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
 )
-"""Operators that a head may be, with their weight as the second or third argument."""
+"""Operators that can be a module's head; the weight is their second or third argument."""
 
 LOWERED = (
-    *PRODUCTS,
+    *HEADS,
     *("conv1d.padding", "conv2d.padding", "conv3d.padding", "conv_tbc", "_convolution"),
     *("convolution", "cudnn_convolution", "cudnn_convolution_transpose"),
     *("mm", "mv", "bmm", "matmul", "einsum", "addmv", "addr", "addbmm", "baddbmm", "prelu"),
@@ -49,137 +51,138 @@ LOWERED = (
     *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention"),
     "_native_multi_head_attention",
 )
-"""Operators that autocast runs in half precision on some device, those of heads among them.
+"""Operators that autocast runs in half precision on some device, including those of heads.
 https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference"""
 
 REFUSED = ("binary_cross_entropy",)
-"""Operators that autocast refuses on CUDA, as their input would be in half precision."""
+"""Operators for which autocast on CUDA raises an error, because their input would be in half
+precision."""
 
 
 class Float32Operators:
-    """Kernels for the autocast key of a device type.
+    """Autocast kernels that run inaccurate operators and heads in float32.
 
     Args:
-        device: the device type.
-        on_failure: told when one of them has failed; torch's own has done it then.
+        device: the device type whose autocast is changed.
+        on_failure: called with the exception if a replacement fails; torch's kernel is then used.
 
     Attributes:
-        is_wanted: whether they shall act; otherwise they do what torch does.
-        remove: puts torch's own kernels back.
+        is_active: whether the replacements act; otherwise they call torch's kernels.
+        remove: puts torch's kernels back.
 
     Raises:
-        RuntimeError: this torch cannot hand over the kernels to be replaced.
+        RuntimeError: this torch is too old to replace operators.
     """
 
     def __init__(self, device: str, on_failure: OnFailure) -> None:
         key = f"Autocast{device.upper()}"
-        self.is_wanted = True
-        self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        # By identity: a weak reference would keep torch from exchanging a weight
-        # (``torch.utils.swap_tensors``), and a later weight that is taken for one loses nothing.
+        self.is_active = True
+        self._autocast_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        # By identity, because a weak reference would make ``torch.utils.swap_tensors`` fail. If a
+        # later weight has the same identity, it only runs in higher precision than necessary.
         self._heads: set[tuple[int, torch.Size]] = set()
-        functions = {name: self._function(name, lambda args: True) for name in FLOAT32}
-        functions |= {name: self._function(name, self._is_of_head) for name in PRODUCTS}
+        functions = {name: self._make_operator(name, lambda args: True) for name in FLOAT32}
+        functions |= {name: self._make_operator(name, self._is_head) for name in HEADS}
         self.remove = dispatch.override_operators(functions, key, on_failure=on_failure)
 
-    def keep(self, head: tuple[int, torch.Size]) -> None:
-        """Compute the products with this weight in float32 from now on."""
+    def add_head(self, head: tuple[int, torch.Size]) -> None:
+        """Run matmuls and convolutions with this weight in float32 from now on."""
         self._heads.add(head)
 
-    def _function(self, name: str, is_kept: Callable[..., bool]) -> dispatch.Override:
+    def _make_operator(self, name: str, runs_in_float32: Callable[..., bool]) -> dispatch.Override:
         operator = operator_of(name)
 
-        def function(
-            below: Callable[..., Any], *args: Any, **kwargs: Any
+        def replacement(
+            torch_kernel: Callable[..., Any], *args: Any, **kwargs: Any
         ) -> dispatch.DeferredCall | None:
-            if not self.is_wanted or not is_kept(args):
+            if not self.is_active or not runs_in_float32(args):
                 return None
-            covers_all = name == "conv2d" and _covers_all(*args, **kwargs)
-            wanted = _one_product if covers_all else operator
-            return dispatch.DeferredCall(self._past_autocast, (wanted, args, kwargs))
+            is_matmul = name == "conv2d" and _kernel_covers_images(*args, **kwargs)
+            function = _convolve_as_matmul if is_matmul else operator
+            return dispatch.DeferredCall(self._run_without_autocast, (function, args, kwargs))
 
-        return function
+        return replacement
 
-    def _past_autocast(
+    def _run_without_autocast(
         self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(self._excluded):
-            return operator(*map(_widened, args), **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(self._autocast_key):
+            return operator(*map(_to_float32, args), **kwargs)
 
-    def _is_of_head(self, args: tuple[Any, ...]) -> bool:
-        """Whether a product is one of a head; autocast may have the others."""
+    def _is_head(self, args: tuple[Any, ...]) -> bool:
+        """Whether a matmul or convolution with these arguments is a head."""
         weight = weight_of(args)
         return weight is not None and (id(weight), weight.shape) in self._heads
 
 
 class RoundedOperators:
-    """Autocast whose operators round what they are given, and return float32.
+    """Autocast kernels that cast their inputs to half precision and return float32.
 
-    It takes the place of torch's own under ``torch.autocast(..., cache_enabled=False)``: what
-    recomputes a part of a forward pass restores that state with the rest of autocast's, and so
-    finds the same operators. It is slower than torch's own, as results are stored twice and wider.
+    They act only under ``torch.autocast(..., cache_enabled=False)``. Activation checkpoints restore
+    this flag together with the rest of autocast's state, so a recomputation uses the same kernels.
+    They are slower than torch's, because results are stored twice and in float32.
 
     Args:
-        device: the device type.
-        on_failure: told when one of them has failed; torch's own has done it then.
+        device: the device type whose autocast is changed.
+        on_failure: called with the exception if a replacement fails; torch's kernel is then used.
 
     Attributes:
-        is_wanted: whether they shall act; otherwise they do what torch does.
-        remove: puts torch's own kernels back.
+        is_active: whether the replacements act; otherwise they call torch's kernels.
+        remove: puts torch's kernels back.
 
     Raises:
-        RefusedError: this torch cannot hand over the kernels to be replaced.
+        RefusedError: this torch is too old to replace operators.
     """
 
     def __init__(self, device: str, on_failure: OnFailure) -> None:
         if not hasattr(torch.library, "get_kernel"):
-            raise RefusedError(f"torch {torch.__version__} cannot hand its kernels over")
+            raise RefusedError(f"torch {torch.__version__} has no torch.library.get_kernel")
         key = f"Autocast{device.upper()}"
-        self.is_wanted = True
-        self._excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        self.is_active = True
+        self._autocast_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        there = (n for n in (*LOWERED, *REFUSED) if has_kernel(f"aten::{n}", key))
-        functions = {name: self._function(name) for name in there}
+        names = (n for n in (*LOWERED, *REFUSED) if has_kernel(f"aten::{n}", key))
+        functions = {name: self._make_operator(name) for name in names}
         self.remove = dispatch.override_operators(functions, key, on_failure=on_failure)
 
-    def _function(self, name: str) -> dispatch.Override:
+    def _make_operator(self, name: str) -> dispatch.Override:
         operator = operator_of(name)
 
-        def function(
-            below: Callable[..., Any], *args: Any, **kwargs: Any
+        def replacement(
+            torch_kernel: Callable[..., Any], *args: Any, **kwargs: Any
         ) -> dispatch.DeferredCall | None:
-            if not self.is_wanted or torch.is_autocast_cache_enabled():
+            if not self.is_active or torch.is_autocast_cache_enabled():
                 return None
             given = list(tensors_in((args, kwargs)))
             if name in REFUSED or any(tensor.layout is not torch.strided for tensor in given):
-                return dispatch.DeferredCall(self._past_autocast, (operator, args, kwargs))
+                return dispatch.DeferredCall(self._run_without_autocast, (operator, args, kwargs))
             if not any(tensor.dtype is torch.float32 for tensor in given):
-                return None  # the program's own half precision
-            return dispatch.DeferredCall(_with_float32, (below, args, kwargs))
+                return None  # the program uses half precision itself
+            return dispatch.DeferredCall(_return_float32, (torch_kernel, args, kwargs))
 
-        return function
+        return replacement
 
-    def _past_autocast(
+    def _run_without_autocast(
         self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(self._excluded):
+        with torch._C._ExcludeDispatchKeyGuard(self._autocast_key):
             return operator(*args, **kwargs)
 
 
-def _with_float32(
+def _return_float32(
     operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    return map_tensors(_widened, operator(*args, **kwargs))
+    return map_tensors(_to_float32, operator(*args, **kwargs))
 
 
 def operator_of(name: str) -> Callable[..., Any]:
-    """The operator of a name without ``aten::``."""
+    """The operator with a name such as ``pow.Tensor_Scalar``, without ``aten::``."""
     packet, _, overload = name.partition(".")
-    found: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload or "default")
-    return found
+    operator: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    return operator
 
 
-def _covers_all(
+def _kernel_covers_images(
     images: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -188,7 +191,7 @@ def _covers_all(
     dilation: Any = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether a convolution's kernel is as large as its images, in rows, and meets them once."""
+    """Whether the kernel is as large as the images, so that the output has one pixel."""
     return (
         images.dim() == 4
         and images.is_contiguous()
@@ -198,12 +201,12 @@ def _covers_all(
     )
 
 
-def _one_product(
+def _convolve_as_matmul(
     images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest: Any
 ) -> torch.Tensor:
-    """Such a convolution as a matrix product, whose backward pass takes a sixth of the time."""
+    """Compute such a convolution as a matmul, whose backward pass takes a sixth of the time."""
     return functional.linear(images.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
 
-def _widened(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALVES else value

@@ -1,9 +1,9 @@
-"""Linear layers of inference: weights kept in bfloat16, in the order that products want them in.
+"""Keep the weights of linear layers packed for bfloat16 matmuls in inference.
 
-Autocast casts a weight in each call of the model, and oneDNN brings it into its own order in each
-product. Both are kept here until the weight has changed. No counter of torch tells that for
-certain (what is written through ``weight.data`` leaves none behind), so its memory is looked at
-each time, which takes less than the cast.
+Without this, autocast casts a weight in each call of the model, and oneDNN reorders it in each
+matmul. The packed weight is kept here until the weight changes. Torch's version counters do not
+show every change (writing through ``weight.data`` increments none), so a fingerprint of the
+weight's memory is computed before each use, which takes less time than the cast.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from flatout.intercept import dispatch
 from flatout.intercept.containment import OnFailure
 
 FEWEST_ROWS = 32
-"""Of the input; a product with fewer reads its weight once, and looking at it does so again."""
+"""With fewer rows of input, a matmul is bound by reading its weight once, and the fingerprint reads
+it once as well; it is left to torch."""
 
 SERIAL_BELOW = 1 << 17
-"""Bytes below which one thread looks at them: waking the others takes as long."""
+"""Fingerprints of fewer bytes are computed on one thread: waking the others takes as long."""
 
 MOST_CHANGES = 8
-"""A weight that has changed more often is left to torch."""
+"""A weight that has changed more often than this is left to torch."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class State(NamedTuple):
-    """What decides a packed weight; two of the same state are packed to the same."""
+    """What a packed weight depends on; two weights with equal states have the same packed form."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -40,14 +41,14 @@ class State(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight as it was.
+    """A packed weight.
 
     Attributes:
-        state: of the weight.
-        storage: tells whether the weight's memory is there still. A weak reference to the weight
-            itself would keep torch from exchanging it (``torch.utils.swap_tensors``).
-        weight: in bfloat16, in oneDNN's order; ``None``: it is left to torch.
-        changes: how often it has changed so far.
+        state: the state of the weight when it was packed.
+        storage: tells whether the weight's memory still exists. A weak reference to the weight
+            itself would make ``torch.utils.swap_tensors`` fail.
+        weight: the packed weight, in bfloat16 and oneDNN's order; ``None``: it is left to torch.
+        changes: how often the weight has changed so far.
     """
 
     state: State
@@ -57,10 +58,10 @@ class Packed(NamedTuple):
 
 
 class PackedLinear:
-    """Stands in for ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
+    """Replaces ``linear`` under autocast to bfloat16 on the CPU, where no graph is recorded.
 
     Args:
-        on_failure: told when packing has failed; torch's own way is gone then and from there on.
+        on_failure: called with the exception if packing fails; torch's kernel is used from then on.
 
     Raises:
         KernelError: ``kernels/fingerprint.c`` cannot be built.
@@ -78,7 +79,7 @@ class PackedLinear:
         )
 
     def remove(self) -> None:
-        """Put torch's own back, and let go of the weights."""
+        """Put torch's kernel back, and release the packed weights."""
         self._undo()
         self._packed.clear()
 
@@ -88,29 +89,34 @@ class PackedLinear:
 
     def _linear(
         self,
-        below: Callable[..., torch.Tensor],
+        torch_kernel: Callable[..., torch.Tensor],
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        if self._has_failed or not _can_take(x, weight, bias):
+        if self._has_failed or not _is_supported(x, weight, bias):
             return None
         packed = self._pack(weight, x.numel() // x.shape[-1])
-        return None if packed is None else _product(x, packed, bias)
+        return None if packed is None else _packed_linear(x, packed, bias)
 
     def _pack(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
-        """The weight as it is now, packed; ``None``: it changes all the time."""
-        known = self._packed.get(id(weight))
-        if known is not None and known.weight is None:
+        """The packed form of a weight as it is now; ``None`` if it changes too often.
+
+        Args:
+            weight: outputs x inputs.
+            rows: the number of rows of the input, for which oneDNN chooses its order.
+        """
+        present = self._packed.get(id(weight))
+        if present is not None and present.weight is None:
             return None
         size = weight.numel() * weight.element_size()
         threads = torch.get_num_threads() if size >= SERIAL_BELOW else 1
         fingerprint = self._fingerprint(weight.data_ptr(), size, threads)
         state = State(weight.shape, weight.dtype, fingerprint)
-        if known is not None and known.state == state:
-            return known.weight
+        if present is not None and present.state == state:
+            return present.weight
         self._packed = {k: p for k, p in self._packed.items() if not p.storage.expired()}
-        changes = 0 if known is None else known.changes + 1
+        changes = 0 if present is None else present.changes + 1
         packed = None
         if changes <= MOST_CHANGES:
             in_bf16 = weight.detach().to(torch.bfloat16)
@@ -121,7 +127,7 @@ class PackedLinear:
 
 
 def is_available() -> bool:
-    """Whether torch multiplies bfloat16 by oneDNN here, and can hand its own kernel over."""
+    """Whether oneDNN computes bfloat16 matmuls here, and this torch can replace operators."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -129,10 +135,10 @@ def is_available() -> bool:
     )
 
 
-def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _is_supported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        # What records or counts operators shall find torch's own, and no weights that are apart.
+        # Tracing and dispatch modes must see torch's operators and the program's weights.
         torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch.is_grad_enabled()
@@ -151,9 +157,11 @@ def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     )
 
 
-def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    in_bf16 = None if bias is None else bias.to(torch.bfloat16)
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.to(torch.bfloat16), packed, in_bf16, "none", [], ""
+def _packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    bf16_bias = None if bias is None else bias.to(torch.bfloat16)
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.to(torch.bfloat16), packed, bf16_bias, "none", [], ""
     )
-    return product
+    return output

@@ -1,9 +1,9 @@
-"""What a program can see of a forward pass, found out in one that is computed as it is bare.
+"""Find out from a pass without autocast which tensors of it the program itself can see.
 
-Under autocast, results of matrix products and convolutions, and what is computed from them, are in
-half precision. That is faster as long as they go from operator to operator, and changes the program
-where something else meets them: an attribute in which the program keeps them, a list that it
-fills, a hook, a custom ``autograd.Function``, ``numpy()``, an operator that has no kernel for half
+Under autocast, the results of matmuls and convolutions, and what is computed from them, are in half
+precision. This is harmless as long as they are passed from operator to operator, but it changes the
+program where something else sees them: an attribute or a list in which the program keeps them, a
+hook, a custom ``autograd.Function``, ``numpy()``, or an operator without a kernel for half
 precision.
 """
 
@@ -35,7 +35,7 @@ _HEAD_FUNCTIONS = {
 
 _TANH_FUNCTIONS = {torch.tanh, torch.tanh_, torch.Tensor.tanh, torch.Tensor.tanh_, functional.tanh}
 
-_PRODUCTS = frozenset(
+_LOWERED = frozenset(
     (
         *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"),
         *("conv_transpose3d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm"),
@@ -45,12 +45,12 @@ _PRODUCTS = frozenset(
         *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
     )
 )
-"""Functions whose results are in half precision under autocast, and which take their arguments in
-either."""
+"""Functions whose results are in half precision under autocast, and whose arguments may be in any
+precision."""
 
 _PASSED_ON = frozenset(
     (
-        # arithmetic and comparisons, which promote
+        # arithmetic and comparisons, which promote their arguments
         *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "true_divide", "neg"),
         *("__radd__", "__rsub__", "__rmul__", "__rtruediv__", "__rdiv__", "__rpow__", "pow"),
         *("square", "sqrt", "rsqrt", "reciprocal", "abs", "exp", "log", "log1p", "sin", "cos"),
@@ -60,7 +60,7 @@ _PASSED_ON = frozenset(
         # reductions
         *("sum", "mean", "var", "std", "amax", "amin", "max", "min", "argmax", "argmin", "norm"),
         *("logsumexp", "all", "any", "topk", "sort", "argsort"),
-        # shapes, which look at no element
+        # views and shapes, which read no element
         *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "t"),
         *("permute", "movedim", "contiguous", "expand", "expand_as", "view_as", "reshape_as"),
         *("chunk", "split", "unbind", "__getitem__", "select", "narrow", "index_select", "repeat"),
@@ -68,7 +68,7 @@ _PASSED_ON = frozenset(
         *("stack", "size", "dim", "numel", "stride", "__len__", "is_contiguous"),
         *("is_floating_point", "is_complex", "ndimension", "swapaxes", "swapdims", "adjoint"),
         *("broadcast_to", "unfold", "gather", "pixel_shuffle"),
-        # attributes, as far as they are those of float32
+        # attributes that do not depend on the precision
         *("shape", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_mps", "is_xpu"),
         *("is_sparse", "is_nested", "is_quantized", "is_leaf", "layout", "T", "mT", "data"),
         *("_version", "is_meta"),
@@ -90,28 +90,28 @@ _PASSED_ON = frozenset(
         # losses, and weights from others
         *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss"),
         *("binary_cross_entropy_with_logits", "_weight_norm"),
-        # ways that torch takes in evaluation, and not under autocast
+        # fast paths of torch in evaluation, which it does not use under autocast
         *("_nested_tensor_from_mask_left_aligned", "_nested_tensor_from_mask", "to_padded_tensor"),
     )
 )
-"""Functions with kernels for half precision, that promote what they are given, and whose results
-are in half precision if what they are given is. Anything else is not known to be one."""
+"""Functions that have kernels for half precision, promote their arguments, and return half
+precision if their arguments are. Functions in neither list are assumed to see a difference."""
 
 MOST_BY_SCAN = 24
-"""Tensors up to which the interpreter looks for what refers to them: it takes each reference and
-compares it with each of them."""
+"""For up to this many tensors, ``gc.get_referrers`` is used; it compares each reference with each
+of the tensors, which takes too long for more."""
 
 
 class Scout(TorchFunctionMode):
-    """Sees what becomes of the tensors that would be in half precision under autocast.
+    """Follows the tensors of a pass that would be in half precision under autocast.
 
     Args:
-        given: what the module is called with.
-        on_failure: told when it has failed to look.
+        given: the arguments of the module.
+        on_failure: called with the exception if following the tensors fails.
 
     Attributes:
-        why: what would meet them, ``None`` for nothing that has been seen.
-        weight: of the last matrix product or convolution with a parameter.
+        why: what would see such a tensor; ``None`` if nothing has so far.
+        weight: the weight of the last matmul or convolution with a parameter.
     """
 
     def __init__(self, given: Any, on_failure: OnFailure) -> None:
@@ -119,26 +119,26 @@ class Scout(TorchFunctionMode):
         self._failed = on_failure
         self.why: str | None = None
         self.weight: torch.nn.Parameter | None = None
-        self._known = _Tensors()
+        self._seen = _Tensors()
         self._halves = _Tensors()
-        self._tangent: weakref.ref[Any] | None = None
+        self._last_tanh: weakref.ref[Any] | None = None
         self._nesting = _autocast_nesting()
         for tensor in tensors_in(given):
-            self._known.add(tensor)
+            self._seen.add(tensor)
 
-    def makes_data(self, output: Any) -> bool:
-        """Whether the module returns a hyperbolic tangent."""
-        return self._tangent is not None and output is not None and self._tangent() is output
+    def returned_tanh(self, output: Any) -> bool:
+        """Whether the output of the module is the result of its last hyperbolic tangent."""
+        return self._last_tanh is not None and output is not None and self._last_tanh() is output
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        attempt(self._failed, self._see, function, args, kwargs, result, sys._getframe(1))
+        attempt(self._failed, self._follow, function, args, kwargs, result, sys._getframe(1))
         return result
 
-    def _see(
+    def _follow(
         self,
         function: Any,
         args: tuple[Any, ...],
@@ -150,11 +150,11 @@ class Scout(TorchFunctionMode):
             weight = weight_of((*args, *kwargs.values()))
             self.weight = self.weight if weight is None else weight
         if function in _TANH_FUNCTIONS and isinstance(result, torch.Tensor):
-            self._tangent = weakref.ref(result)
+            self._last_tanh = weakref.ref(result)
         if self.why is None:
-            self.why = self._met(function, args, kwargs, result, caller)
+            self.why = self._find_observer(function, args, kwargs, result, caller)
 
-    def _met(
+    def _find_observer(
         self,
         function: Any,
         args: tuple[Any, ...],
@@ -162,45 +162,47 @@ class Scout(TorchFunctionMode):
         result: Any,
         caller: FrameType,
     ) -> str | None:
-        """Note which results would be in half precision; what would meet them, if anything."""
+        """Note which results would be in half precision; returns why this call would see one."""
         name = getattr(function, "__name__", "")
         if name == "__get__":
             name = getattr(function.__self__, "__name__", "")
         given = list(tensors_in((args, kwargs)))
         results = list(tensors_in(result))
-        if any(t.grad_fn is not None and t not in self._known for t in given):
-            return "it computes with what no operator of torch has made"
+        if any(t.grad_fn is not None and t not in self._seen for t in given):
+            return "it uses a tensor that does not come from torch's operators"
         if any(tensor.dtype in HALVES for tensor in results):
             return "it uses half precision itself"
         if _autocast_nesting() != self._nesting:
             return "it turns autocast on or off itself"
-        meets = any(tensor in self._halves for tensor in given)
-        if meets:
+        has_half_inputs = any(tensor in self._halves for tensor in given)
+        if has_half_inputs:
             if name == "dtype":
                 if not _is_installed(caller.f_code.co_filename):
-                    return "it asks for the type of a tensor"
-            elif name not in _PASSED_ON and name not in _PRODUCTS:
-                return f"{name or function} is not known to be the same in half precision"
+                    return "it reads the dtype of a tensor"
+            elif name not in _PASSED_ON and name not in _LOWERED:
+                return f"{name or function} is not known to give the same result in half precision"
             elif isinstance(kwargs.get("out"), torch.Tensor):
-                return f"{name} writes into a tensor of the program's"
-        if (meets or name in _PRODUCTS) and any(t.layout is not torch.strided for t in given):
+                return f"{name} writes into a tensor of the program"
+        is_sparse = any(t.layout is not torch.strided for t in given)
+        if (has_half_inputs or name in _LOWERED) and is_sparse:
             return f"{name} of a sparse tensor may not work in half precision"
+        returns_half = has_half_inputs
         if name not in _PASSED_ON:
-            meets = any(tensor.dtype is torch.float32 for tensor in given)
-        changed = {id(tensor) for tensor in given}
+            returns_half = any(tensor.dtype is torch.float32 for tensor in given)
+        given_ids = {id(tensor) for tensor in given}
         for tensor in results:
-            self._known.add(tensor)
-            if meets and tensor.dtype is torch.float32 and id(tensor) not in changed:
+            self._seen.add(tensor)
+            if returns_half and tensor.dtype is torch.float32 and id(tensor) not in given_ids:
                 self._halves.add(tensor)
         return None
 
-    def kept(self, output: Any) -> str | None:
-        """Why the program still holds some of them after the pass, but for what it has returned.
+    def find_kept(self, output: Any) -> str | None:
+        """Why the program can still see such a tensor after the pass; ``None`` if it cannot.
 
-        What only autograd holds does not count.
+        Tensors that the module has returned, and tensors that only autograd holds, do not count.
 
         Args:
-            output: what the module has returned; those of ours who have called it hold that too.
+            output: the output of the module, to which the calling frames of flatout refer, too.
         """
         halves = self._halves.living()
         if not halves:
@@ -210,23 +212,23 @@ class Scout(TorchFunctionMode):
         memory = [t.untyped_storage()._cdata for t in returned.values() if t in self._halves]
         if len(set(memory)) < len(memory):
             return "it returns tensors that share memory"
-        expected = {id(own) for own in (halves, containers, returned)}
-        for holder in containers:
-            expected |= {id(holder), id(objects.attributes(holder))}
+        expected = {id(local) for local in (halves, containers, returned)}
+        for container in containers:
+            expected |= {id(container), id(objects.attributes(container))}
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             expected.add(id(frame))
             frame = frame.f_back
-        looked_for = (*halves, *containers)
-        expected.add(id(looked_for))
-        found = (r for r in _referrers(looked_for) if type(r) is not OriginalCall)
-        if any(id(referrer) not in expected for referrer in found):
-            return "results of operators are kept outside of what it returns"
+        targets = (*halves, *containers)
+        expected.add(id(targets))
+        referrers = (r for r in _find_referrers(targets) if type(r) is not OriginalCall)
+        if any(id(referrer) not in expected for referrer in referrers):
+            return "the program keeps results of operators other than its output"
         return None
 
 
 class _Tensors:
-    """A set of tensors that does not keep them alive, by identity."""
+    """A set of tensors, compared by identity, that does not keep them alive."""
 
     def __init__(self) -> None:
         self._references: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -243,12 +245,12 @@ class _Tensors:
 
 
 def weight_of(args: tuple[Any, ...]) -> torch.nn.Parameter | None:
-    """The weight of a matrix product or a convolution with these arguments, if it has one."""
+    """The weight of a matmul or a convolution with these arguments, if it has one."""
     return next((a for a in args[1:3] if isinstance(a, torch.nn.Parameter)), None)
 
 
-def _referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
-    """What refers to some of these."""
+def _find_referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
+    """All objects that refer to one of the targets."""
     if len(targets) <= MOST_BY_SCAN:
         yield from gc.get_referrers(*targets)
         return
@@ -259,11 +261,11 @@ def _referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _autocast_nesting() -> int:
-    """How many autocasts are entered; they can be counted only by entering and leaving one more."""
+    """How many autocasts are entered; torch counts them only as one more is entered and left."""
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
 
 
 def _is_installed(file: str) -> bool:
-    """Whether code is a library's, which is made to work under autocast."""
+    """Whether a file belongs to a library; libraries are assumed to work under autocast."""
     return "-packages" in file or file.startswith(sysconfig.get_paths()["stdlib"])

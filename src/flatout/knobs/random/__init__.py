@@ -1,4 +1,4 @@
-"""Random numbers: a parallel generator behind dropout and ``aten::bernoulli_``."""
+"""Draw the random numbers of dropout and ``aten::bernoulli_`` with a parallel generator."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ NAME = "random"
 
 
 def match(facts: Facts) -> Match:
-    """Needs random numbers in the step."""
+    """Offer the faster setting where a step draws Bernoulli numbers."""
     if facts.lack("bernoulli"):
-        return Match((), "its steps draw no random numbers to speak of")
+        return Match((), "no step draws Bernoulli random numbers")
     return Match(("fast",), share=facts.share("bernoulli"))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Put the generator behind the operators, for every thread of this process."""
+    """Replace the operators, for every thread of this process.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+    """
     from flatout.intercept import dispatch
     from flatout.knobs.random import cpu
 
@@ -34,29 +38,30 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="dropout's random numbers from a parallel, vectorised generator",
+    summary="draw dropout's random numbers with a parallel, vectorised generator",
     settings=("paired", "fast"),
     exactness={"paired": "resampled", "fast": "reshuffled"},
-    proof_setting="paired",
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="Puts a counter-based generator (Philox4x32-7), compiled for this processor, behind "
-        "`aten::bernoulli_`, which every dropout on the CPU goes through. Each call draws one key "
-        "from the generator it was given, so `torch.manual_seed`, generators and saved random "
-        "states keep their meaning, and the result is the same for any number of threads. "
-        "Dropout of 32,768 elements or more is one pass, forward and backward, and keeps a bit an "
-        "element; its probability is exact to 2^-17, and the rescaling fits it. "
-        "Torch's own kernel draws one number an element, so from the first dropout on the default "
-        "generator is elsewhere than without the knob, and with it the order of a shuffled loader. "
-        "`paired` lets torch's kernel run as well and leaves the generator as that does: the same "
-        "data in the same order, at no gain; it is there for proofs. Needs a C compiler.",
+        what="The knob replaces `aten::bernoulli_`, which every dropout on the CPU calls, by a "
+        "counter-based generator (Philox4x32-7) compiled for this processor. Each call draws one "
+        "key from the generator that it was given, so `torch.manual_seed`, generators and saved "
+        "random states keep their meaning. The result does not depend on the number of threads. "
+        "Dropout of at least 32,768 elements takes one pass, forward and backward, and keeps one "
+        "bit per element; its probability is exact to 2^-17, and elements are rescaled by exactly "
+        "that probability.\n\n"
+        "Torch's own kernel draws one number per element. With `fast`, the state of the default "
+        "generator therefore differs from the first dropout on, and with it the order of a "
+        "shuffled loader. `paired` runs torch's kernel as well, so the state of the generator and "
+        "the order of the data are the same as without the knob; it is no faster than torch and is "
+        "used for proofs. The knob needs a C compiler.",
         helps="Dropout on many elements: torch's generator on the CPU is serial, and takes up to a "
         "third of a step of a small GPT.",
-        hurts="Where results must be repeated number by number from a run without it. In compiled "
-        "regions it does nothing: Inductor has a generator of its own.",
-        by_hand="Leave dropout out (`p=0`), or `torch.compile` the module, whose generator is fast "
-        "as well.",
+        hurts="Programs whose results must equal those of a run without the knob bit by bit. In "
+        "compiled regions the knob has no effect, because Inductor uses its own generator.",
+        by_hand="Train without dropout (`p=0`), or compile the module with `torch.compile`, whose "
+        "generator is fast as well.",
         sources=(
             "https://doi.org/10.1145/2063384.2063405 (Philox)",
             "https://docs.pytorch.org/docs/stable/library.html",
@@ -65,6 +70,7 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
+    proof_setting="paired",
     claims=("the CPU kernel of aten::bernoulli_", "dropout on the CPU"),
     kernels=("bernoulli",),
 )

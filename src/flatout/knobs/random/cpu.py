@@ -1,4 +1,4 @@
-"""Bernoulli numbers and dropout on the CPU from ``kernels/bernoulli.c``."""
+"""Replace ``aten::bernoulli_`` and dropout on the CPU by ``kernels/bernoulli.c``."""
 
 from __future__ import annotations
 
@@ -14,65 +14,71 @@ from flatout.intercept.containment import OnFailure
 from flatout.intercept.patch import Undo
 
 ALWAYS = 1 << 16
-"""Dropout keeps an element where a half word lies below this times the probability of keeping."""
+"""Dropout keeps an element if 16 random bits are below this number times the probability of
+keeping."""
 
 SPAN = 128
-"""Elements whose bits are drawn at once."""
+"""How many elements' bits the kernel draws at once."""
 
 SERIAL_BELOW = 32768
-"""Elements below which one thread does it: waking the others takes as long."""
+"""Smaller tensors are filled on one thread: waking the others takes as long."""
 
 
 def install(kernel: ctypes.CDLL, paired: bool, on_failure: OnFailure) -> Undo:
-    """Replace ``aten::bernoulli_`` and ``aten::dropout`` on the CPU; returns what undoes that.
+    """Replace ``aten::bernoulli_`` and ``aten::dropout`` on the CPU; returns the undo.
 
     Args:
-        kernel: the library of ``kernels/bernoulli.c``.
-        paired: torch's kernel runs as well, on a copy that is thrown away, and leaves the
-            generator as it would be without this.
-        on_failure: told when one could not be computed; torch's own kernel has done it then.
+        kernel: the library compiled from ``kernels/bernoulli.c``.
+        paired: whether to run torch's kernel as well, on a copy that is thrown away, so that the
+            generator advances as it does without the replacement.
+        on_failure: called with the exception if a replacement fails; torch's kernel is then used.
     """
     bernoulli = Bernoulli(kernel)
 
-    def key_for(generator: torch.Generator | None, own: Callable[[], object] | None) -> int:
-        """A key; of one that is paired, the generator goes on as after torch's own kernel."""
-        if own is None:
+    def draw_key(generator: torch.Generator | None, run_torchs: Callable[[], object] | None) -> int:
+        """Draw a key; with ``run_torchs``, leave the generator as torch's kernel leaves it."""
+        if run_torchs is None:
             return bernoulli.key(generator)
-        drawn_from = torch.default_generator if generator is None else generator
-        before = drawn_from.get_state()
+        source = torch.default_generator if generator is None else generator
+        state = source.get_state()
         key = bernoulli.key(generator)
-        drawn_from.set_state(before)
-        own()
+        source.set_state(state)
+        run_torchs()
         return key
 
     def bernoulli_(
-        below: Callable[..., Any], tensor: torch.Tensor, p: float = 0.5, *, generator: Any = None
+        torch_kernel: Callable[..., Any],
+        tensor: torch.Tensor,
+        p: float = 0.5,
+        *,
+        generator: Any = None,
     ) -> torch.Tensor | None:
         if not bernoulli.can_fill(tensor, p):
             return None
 
-        def own() -> None:
-            below(torch.empty_like(tensor), p, generator=generator)
+        def run_torchs() -> None:
+            torch_kernel(torch.empty_like(tensor), p, generator=generator)
 
-        with drawing(generator, paired):
-            bernoulli.fill(tensor, p, key_for(generator, own if paired else None))
+        with restoring_on_error(generator, paired):
+            bernoulli.fill(tensor, p, draw_key(generator, run_torchs if paired else None))
         return tensor
 
     def dropout(
-        below: Callable[..., Any], tensor: torch.Tensor, p: float, train: bool
+        torch_kernel: Callable[..., Any], tensor: torch.Tensor, p: float, train: bool
     ) -> dispatch.DeferredCall | None:
         if not train or not bernoulli.can_drop(tensor, p):
             return None
 
-        def own() -> None:
-            below(tensor.detach(), p, train)
+        def run_torchs() -> None:
+            torch_kernel(tensor.detach(), p, train)
 
-        keep, bits = round((1.0 - p) * ALWAYS), bits_of(tensor)
-        with drawing(None, paired):
-            dropped = bernoulli.drop(tensor, bits, keep, key_for(None, own if paired else None))
-        way = Kept(bernoulli, keep, tensor.stride(), on_failure)
+        keep, bits = round((1.0 - p) * ALWAYS), empty_bits(tensor)
+        with restoring_on_error(None, paired):
+            key = draw_key(None, run_torchs if paired else None)
+            dropped = bernoulli.drop(tensor, bits, keep, key)
+        backward = DropoutBackward(bernoulli, keep, tensor.stride(), on_failure)
         return dispatch.DeferredCall(
-            dispatch.record_in_graph, (Dropout, way, dropped, (bits,), tensor)
+            dispatch.record_in_graph, (Dropout, backward, dropped, (bits,), tensor)
         )
 
     with contextlib.ExitStack() as undo:
@@ -90,23 +96,26 @@ def install(kernel: ctypes.CDLL, paired: bool, on_failure: OnFailure) -> Undo:
 
 
 @contextlib.contextmanager
-def drawing(generator: torch.Generator | None, is_kept: bool) -> Iterator[None]:
-    """Bring a generator back to where it was if something fails, which ``paired`` promises."""
-    drawn_from = torch.default_generator if generator is None else generator
-    state = drawn_from.get_state() if is_kept else None
+def restoring_on_error(generator: torch.Generator | None, paired: bool) -> Iterator[None]:
+    """With ``paired``, restore a generator's state if an exception is raised.
+
+    Torch's kernel, which is then used, must find the generator as it would be without the knob.
+    """
+    source = torch.default_generator if generator is None else generator
+    state = source.get_state() if paired else None
     try:
         yield
     except BaseException:
         if state is not None:
-            drawn_from.set_state(state)
+            source.set_state(state)
         raise
 
 
 class Bernoulli:
-    """Fills tensors with the compiled kernel.
+    """Calls the compiled kernel.
 
     Args:
-        kernel: the library of ``kernels/bernoulli.c``.
+        kernel: the library compiled from ``kernels/bernoulli.c``.
     """
 
     def __init__(self, kernel: ctypes.CDLL) -> None:
@@ -145,11 +154,11 @@ class Bernoulli:
         }
 
     def can_fill(self, tensor: torch.Tensor, p: float) -> bool:
-        """Whether it is a plain dense tensor, and ``p`` a probability."""
+        """Whether ``tensor`` is dense and of a supported dtype, and ``p`` is a probability."""
         return tensor.dtype in self._fills and 0.0 <= p <= 1.0 and _is_dense(tensor)
 
     def can_drop(self, tensor: torch.Tensor, p: float) -> bool:
-        """Whether it is a large dense tensor, outside of anything that transforms."""
+        """Whether ``tensor`` is large, dense and of a supported dtype, and not transformed."""
         return (
             tensor.numel() >= SERIAL_BELOW
             and 0 < round((1.0 - p) * ALWAYS) < ALWAYS
@@ -159,13 +168,13 @@ class Bernoulli:
         )
 
     def key(self, generator: torch.Generator | None) -> int:
-        """A key of 63 bits, drawn from the generator."""
+        """Draw a key of 63 bits from the generator."""
         return int(
             torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator).item()
         )
 
     def fill(self, tensor: torch.Tensor, p: float, key: int) -> None:
-        """Fill with ones, each with probability ``p`` (to 2**-32), and zeros."""
+        """Fill a tensor in place with ones, each with probability ``p`` (to 2^-32), and zeros."""
         fill, one = self._fills[tensor.dtype]
         count = tensor.numel()
         threads = torch.get_num_threads() if count >= SERIAL_BELOW else 1
@@ -174,13 +183,14 @@ class Bernoulli:
     def drop(
         self, tensor: torch.Tensor, bits: torch.Tensor, keep: int, key: int | None
     ) -> torch.Tensor:
-        """A tensor like this, of its elements scaled up, or 0 times them.
+        """Apply dropout: returns the elements multiplied by 0, or by 1 / the probability of
+        keeping.
 
         Args:
             tensor: dense.
-            bits: what is kept, a bit an element in the order of memory (``bits_of``).
+            bits: one bit per element in the order of memory, set if it is kept (``empty_bits``).
             keep: the probability of keeping, times ``ALWAYS``.
-            key: by which ``bits`` are drawn; ``None``: they are there.
+            key: the key with which ``bits`` are drawn; ``None``: ``bits`` are used as they are.
         """
         dropped = torch.empty_like(tensor)
         self._dropout(
@@ -191,24 +201,24 @@ class Bernoulli:
         return dropped
 
 
-def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Room for a bit an element."""
+def empty_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Allocate one bit for each element of a tensor."""
     count = -(-tensor.numel() // SPAN) * SPAN // 8
     return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 class Dropout(dispatch.RecordedFunction):
-    """Dropout in one pass that keeps a bit an element for the backward pass."""
+    """The autograd node of dropout, which saves one bit per element."""
 
 
-class Kept(NamedTuple):
-    """The gradient of dropout, which is dropout with the same bits.
+class DropoutBackward(NamedTuple):
+    """Computes the gradient of dropout: dropout with the same bits; see ``dispatch.GradientRule``.
 
     Attributes:
-        bernoulli: computes it.
+        bernoulli: calls the kernel.
         keep: the probability of keeping, times ``ALWAYS``.
-        stride: in which the bits lie.
-        on_failure: see ``dispatch.GradientRule``.
+        stride: the strides of the tensor whose order in memory the bits have.
+        on_failure: called with the exception if ``gradients`` fails.
     """
 
     bernoulli: Bernoulli
@@ -231,18 +241,18 @@ class Kept(NamedTuple):
         """See ``dispatch.GradientRule``."""
         (bits,) = saved
         if dispatch.are_plain(gradient):
-            found = dispatch.attempt_below_autograd(
+            gradients = dispatch.attempt_below_autograd(
                 self.on_failure, self.gradients, saved, needed, gradient.detach()
             )
-            if found is not None:
-                return (dispatch.record_in_graph(Dropout, self, *found, (bits,), gradient),)
-        kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
-        factors = kept.to(gradient.dtype) * (ALWAYS / self.keep)
+            if gradients is not None:
+                return (dispatch.record_in_graph(Dropout, self, *gradients, (bits,), gradient),)
+        is_kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
+        factors = is_kept.to(gradient.dtype) * (ALWAYS / self.keep)
         return (gradient * factors.as_strided(gradient.shape, self.stride),)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie without gaps or overlaps, in whatever order."""
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order."""
     if tensor.is_contiguous():
         return True
     elements = 1

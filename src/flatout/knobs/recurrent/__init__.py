@@ -1,4 +1,4 @@
-"""Gated recurrent units: all time steps of a layer in one call."""
+"""Run all time steps of a GRU layer in one call."""
 
 from __future__ import annotations
 
@@ -15,42 +15,47 @@ NAME = "recurrent"
 
 
 def match(facts: Facts) -> Match:
-    """Needs such a unit in the step."""
+    """Offer the setting where a step contains a GRU."""
     if facts.lack("aten::gru"):
-        return Match((), "there is no GRU in its steps")
+        return Match((), "there is no GRU in a step")
     if kernels.find_compiler() is None:
         return Match((), "there is no C compiler")
     return Match(("fused",))
 
 
 def apply(host: Host, setting: str) -> Undo:
-    """Replace the operator, for every thread of this process."""
+    """Replace the operator, for every thread of this process.
+
+    Raises:
+        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+    """
     from flatout.intercept import dispatch
     from flatout.knobs.recurrent import cpu
 
-    library = dispatch.load_kernel("gru", "torch's own units")
+    library = dispatch.load_kernel("gru", "torch's own GRU operators")
     return cpu.install(library, host.applied.on_failure_of(NAME))
 
 
 KNOB = Knob(
     name=NAME,
-    summary="GRU layers whose time steps are one call, forward and backward",
+    summary="run all time steps of a GRU layer in one call, forward and backward",
     settings=("fused",),
     exactness={"fused": "reordered"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="`torch.nn.GRU` on the CPU makes ten operations of each time step, and autograd as "
-        "many again. `fused` computes the products of the input at once, as torch does, and then "
-        "all steps of a layer and direction in one call of a compiled kernel, in which each thread "
-        "takes some rows of the batch through all steps; backward likewise. In float32, under "
-        "autocast too. Left to torch: packed sequences, units wider than 512, `torch.func`, "
-        "compiled regions; LSTM, which oneDNN computes. Needs a C compiler.",
-        helps="Training and inference with GRU layers on the CPU, as in speech: narrow units, "
-        "long sequences.",
-        hurts="Batches of fewer rows than cores use one core for each row.",
-        by_hand="There is nothing as fast in torch; convolutions or attention in place of the "
-        "recurrence.",
+        what="The knob replaces `torch.nn.GRU` on the CPU by a kernel compiled for this processor. "
+        "Torch runs ten operators for each time step, and autograd as many again. `fused` computes "
+        "the input matmuls of all steps at once, as torch does, and then all steps of a layer and "
+        "direction in one call, in which each thread takes some rows of the batch through all "
+        "steps; the backward pass works in the same way. It computes in float32, under autocast, "
+        "too. Torch computes packed sequences, hidden sizes above 512, `torch.func`, compiled "
+        "regions, and LSTM, for which it uses oneDNN. The knob needs a C compiler.",
+        helps="Training and inference with GRU layers on the CPU that have small hidden sizes and "
+        "long sequences, as in speech.",
+        hurts="Batches with fewer rows than there are cores, because they use only one core per "
+        "row.",
+        by_hand="Torch has no equivalent; use convolutions or attention instead of the recurrence.",
         sources=(
             "https://arxiv.org/abs/1406.1078 (GRU)",
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html",
