@@ -263,10 +263,10 @@ def test_grey_images_and_others(paths: list[Path], decoders: Decoders) -> None:
     assert used(decoders, dataset) == (2 * 7, 0)
 
 
-def test_images_that_are_too_large_for_a_place(
+def test_images_that_are_too_large_for_a_slot(
     paths: list[Path], decoders: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "PLACE_BYTES", 4096)
+    monkeypatch.setattr(parallel, "SLOT_BYTES", 4096)
     dataset = Folder(paths)
     bare = epoch(dataset)
     undo = decoders.install()

@@ -1,13 +1,14 @@
-"""C kernels behind hot operators: compiled on first use for this processor, then cached.
+"""Build and load C kernels; they are compiled for this processor at their first use and cached.
 
-A kernel is one ``NAME.c`` in this folder with a plain C interface; no header of torch is needed.
-The shared library lies in the cache under a name made of everything that it depends on: source,
-compiler, flags and processor. Several processes may build the same one at once: each builds its
-own file, and the last rename wins, with the same content.
+A kernel is a file ``NAME.c`` in this folder with a plain C interface that needs none of torch's
+headers. The name of its shared library in the cache contains a hash of everything that it depends
+on: sources, compiler, flags and processor. Several processes may build the same kernel at once:
+each builds its own file, and the last one that renames it wins, with the same content.
 
-The kernels use OpenMP, but are not linked to it: its symbols come from the runtime that torch has
-loaded into the global scope, so that there is one pool of threads in the process. Standard library
-only.
+The kernels use OpenMP, but are not linked to it. The symbols come from the OpenMP runtime that
+torch has loaded into the global scope, so the process has only one thread pool.
+
+This module uses only the standard library.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from flatout.machine import system
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall")
 FLAGS_OF = {"optimizers": ("-ffp-contract=off",)}
-"""Besides, of a kernel: an optimizer's step rounds each operation where torch does."""
+"""Further flags of single kernels. An optimizer's step must round each operation where torch does,
+so multiplications and additions must not be contracted."""
 
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 COMPILE_SECONDS = 120
 
 
 class KernelError(RuntimeError):
-    """A kernel that cannot be had here: no compiler, or what it made cannot be loaded or used."""
+    """A kernel is not available: there is no compiler, or it cannot be built, loaded or used."""
 
 
 class Library(ctypes.CDLL):
-    """A kernel's functions, as attributes.
+    """A loaded kernel with its functions as attributes.
 
     Raises:
-        KernelError: there is none of this name.
+        KernelError: an attribute is looked up that is no function of the kernel.
     """
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
@@ -57,12 +59,12 @@ class Library(ctypes.CDLL):
 
 @functools.cache
 def load(name: str) -> Library:
-    """The library of a kernel, built if it is not in the cache.
+    """Load a kernel; it is built first if it is not in the cache.
 
     Its functions release the global interpreter lock while they run.
 
     Args:
-        name: of the source file, without ``.c``.
+        name: the name of the source file, without ``.c``.
 
     Raises:
         KernelError: it cannot be built or loaded; the message is one sentence.
@@ -74,7 +76,10 @@ def load(name: str) -> Library:
 
 
 def build(name: str) -> Path:
-    """The path of a kernel's shared library, built if it is not in the cache.
+    """Build a kernel if it is not in the cache; returns the path of its shared library.
+
+    Args:
+        name: the name of the source file, without ``.c``.
 
     Raises:
         KernelError: there is no compiler, or it fails.
@@ -84,13 +89,13 @@ def build(name: str) -> Path:
     if compiler is None:
         raise KernelError("there is no C compiler (CC, cc, gcc or clang)")
     command = [*compiler, *FLAGS, *FLAGS_OF.get(name, ()), *OPENMP]
-    key = hashlib.sha256()
+    digest = hashlib.sha256()
     sources = [source, *sorted(source.parent.glob("*.h"))]
     parts = [file.read_bytes() for file in sources]
     for part in (*parts, "\0".join(command).encode(), _processor().encode()):
-        key.update(hashlib.sha256(part).digest())
+        digest.update(hashlib.sha256(part).digest())
     folder = paths.cache_directory() / "kernels"
-    library = folder / f"{name}-{key.hexdigest()[:24]}.so"
+    library = folder / f"{name}-{digest.hexdigest()[:24]}.so"
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +106,9 @@ def build(name: str) -> Path:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of the C compiler: ``CC`` if it is set, else the first of cc, gcc and clang."""
-    chosen = shlex.split(os.environ.get("CC", ""))
-    for words in (chosen, ["cc"], ["gcc"], ["clang"]):
+    """The command of the C compiler: the first available of ``CC``, cc, gcc and clang."""
+    users_choice = shlex.split(os.environ.get("CC", ""))
+    for words in (users_choice, ["cc"], ["gcc"], ["clang"]):
         program = shutil.which(words[0]) if words else None
         if program is not None:
             return [program, *words[1:]]
@@ -111,17 +116,17 @@ def find_compiler() -> list[str] | None:
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
-    """Compile with OpenMP, link without: see the top of this file."""
+    """Compile with OpenMP and link without it; see the module's docstring."""
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        made = Path(name)
-        object_file, partial = made / "kernel.o", made / "kernel.so"
-        compiling = [*command, "-c", str(source), "-o", str(object_file)]
-        linking = [command[0], "-shared", str(object_file), "-o", str(partial), "-lm"]
+        folder = Path(name)
+        object_file, partial = folder / "kernel.o", folder / "kernel.so"
+        compile_command = [*command, "-c", str(source), "-o", str(object_file)]
+        link_command = [command[0], "-shared", str(object_file), "-o", str(partial), "-lm"]
         if sys.platform == "darwin":
-            linking += ["-undefined", "dynamic_lookup"]
-        for step in (compiling, linking):
+            link_command += ["-undefined", "dynamic_lookup"]
+        for step in (compile_command, link_command):
             try:
-                done = subprocess.run(
+                completed = subprocess.run(
                     step,
                     capture_output=True,
                     text=True,
@@ -133,16 +138,17 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
                 )
             except subprocess.TimeoutExpired:
                 raise KernelError(f"{command[0]} took over {COMPILE_SECONDS} s") from None
-            if done.returncode != 0:
-                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                raise KernelError(f"{command[0]} cannot build {source.name}: {said[0]}")
+            if completed.returncode != 0:
+                errors = completed.stderr.strip().splitlines()
+                error = errors[0] if errors else f"exit status {completed.returncode}"
+                raise KernelError(f"{command[0]} cannot build {source.name}: {error}")
         partial.replace(library)
 
 
 @functools.cache
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """A description of the processor that determines the meaning of ``-march=native``."""
     fields = system.cpu_fields()
-    kept = ("model name", "flags", "Features", "CPU part", "vendor_id", "cpu family", "model")
-    said = [f"{name}: {fields[name]}" for name in kept if name in fields]
-    return "\n".join(said) or f"{platform.machine()} {platform.processor()}"
+    names = ("model name", "flags", "Features", "CPU part", "vendor_id", "cpu family", "model")
+    lines = [f"{name}: {fields[name]}" for name in names if name in fields]
+    return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"

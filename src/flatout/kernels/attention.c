@@ -1,19 +1,19 @@
-/* What lies between the matrix products of attention: mask, softmax and dropout of a block of
-   scores, forward and backward; and whole heads that fit into the cache, products and all.
+/* Attention, forward and backward, in two forms. The first computes mask, softmax and dropout of a
+   block of scores, while torch computes the matmuls. The second computes whole heads that fit into
+   the cache, including their matmuls.
 
-   The backward pass computes the probabilities again from the scores and the logarithm of each
-   row's sum, so they are never stored:
-   T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Re: FlashAttention. NeurIPS 2022,
-   https://arxiv.org/abs/2205.14135, algorithms 2 and 4.
+   The probabilities are never stored. The backward pass recomputes them from the scores and the
+   logarithm of each row's sum of exponentials: T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Re:
+   FlashAttention. NeurIPS 2022, https://arxiv.org/abs/2205.14135, algorithms 2 and 4.
 
-   Each element is kept with probability keep / 2^16; the half word that decides it is a function of
-   the key and of its place in the whole matrix alone. Of whole heads, which elements were kept is
-   stored, a bit each: drawing takes longer than reading. */
+   Dropout keeps each element with probability keep / 2^16. The 16 random bits that decide depend
+   only on the key and on the position of the element in the whole matrix. For whole heads, one bit
+   per element is stored for the backward pass, because drawing takes longer than reading. */
 
 #include "elementary.h"
 #include "half.h"
 #include "kept.h"
-#include "products.h"
+#include "matmul.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,30 +22,34 @@ static inline int thread_number(void) { return omp_get_thread_num(); }
 static inline int thread_number(void) { return 0; }
 #endif
 
+/* `keep` = ALWAYS means no dropout. Scores of whole heads are computed for PIECE rows at a time,
+   and matmuls for PART rows, so that under a causal mask columns that no row sees can be
+   skipped. */
 enum { ALWAYS = 1 << 16, PART = 16, PIECE = 64 };
 
 typedef struct {
     int64_t heads, rows, columns;    /* of this block */
-    int64_t first_head, first_row;   /* its place in the whole */
+    int64_t first_head, first_row;   /* the position of the block in the whole tensor */
     int64_t all_rows, all_columns;   /* of one head */
     int64_t heads_per_batch;
-    const float *bias;               /* added to the scaled scores, or null */
-    int64_t bias_batch, bias_head, bias_row, bias_column; /* its strides */
-    uint64_t key;
-    uint16_t *kept;                  /* bits of all rows; null: they are drawn row by row */
-    float scale;                     /* of the scores */
-    uint32_t keep;
-    int32_t causal;                  /* row r sees columns 0 to r */
-    int32_t is_bf16;                 /* what is not a score is bfloat16, else float32 */
+    const float *bias;               /* added to the scaled scores; may be null */
+    int64_t bias_batch, bias_head, bias_row, bias_column; /* the strides of bias */
+    uint64_t key;                    /* of the random numbers */
+    uint16_t *kept;                  /* masks of all rows; null: they are drawn row by row */
+    float scale;                     /* factor of the scores */
+    uint32_t keep;                   /* probability of keeping, times ALWAYS */
+    int32_t causal;                  /* whether row r sees only columns 0 to r */
+    int32_t is_bf16;                 /* whether all but the scores is bfloat16, else float32 */
     int32_t threads;
 } Block;
 
+/* How many columns a row sees. */
 static inline int64_t seen(const Block *b, int64_t row) {
     int64_t last = b->first_row + row + 1;
     return b->causal && last < b->columns ? last : b->columns;
 }
 
-/* scores = scores * scale + bias, of `count` columns of a row. */
+/* scores = scores * scale + bias, for `count` columns of a row. */
 static inline void scale_row(const Block *b, float *scores, int64_t head, int64_t row,
                              int64_t count) {
     for (int64_t i = 0; i < count; i++) scores[i] *= b->scale;
@@ -60,7 +64,7 @@ static inline void scale_row(const Block *b, float *scores, int64_t head, int64_
 
 static inline int64_t masks_in(const Block *b) { return (b->all_columns + MASK - 1) / MASK; }
 
-/* `count` masks of the whole matrix, from number `first` on. */
+/* Draw `count` masks of the whole matrix, from mask `first` on. */
 static inline void draw(const Block *b, int64_t first, int64_t count, uint16_t *masks) {
     for (int64_t span = first / MASKS; span * MASKS < first + count; span++) {
         uint32_t bits[SPAN / 32];
@@ -74,15 +78,15 @@ static inline void draw(const Block *b, int64_t first, int64_t count, uint16_t *
     }
 }
 
-/* What `width` columns from `column` on, SPAN at most, are multiplied with: 0, or 1 / the
-   probability of keeping. */
+/* Write the dropout factors of at most SPAN columns from `column` on: 0, or 1 / the probability of
+   keeping. */
 static inline void dropout_span(const Block *b, float *factors, int64_t head, int64_t row,
                                 int64_t column, int64_t width) {
     uint16_t drawn[MASKS];
     const uint16_t *masks = drawn;
     float kept = (float)ALWAYS / (float)b->keep;
-    int64_t place = (b->first_head + head) * b->all_rows + b->first_row + row;
-    int64_t first = place * masks_in(b) + column / MASK, count = (width + MASK - 1) / MASK;
+    int64_t position = (b->first_head + head) * b->all_rows + b->first_row + row;
+    int64_t first = position * masks_in(b) + column / MASK, count = (width + MASK - 1) / MASK;
     if (b->kept) masks = b->kept + first;
     else draw(b, first, count, drawn);
     factors_of(masks, count, kept, factors);
@@ -90,16 +94,17 @@ static inline void dropout_span(const Block *b, float *factors, int64_t head, in
 
 static inline int64_t padded(int64_t width) { return (width + TILE - 1) / TILE * TILE; }
 
-static inline void fill_rest(float *row, int64_t from, int64_t to, float with) {
-    for (int64_t i = from; i < to; i++) row[i] = with;
+static inline void fill_rest(float *row, int64_t from, int64_t to, float value) {
+    for (int64_t i = from; i < to; i++) row[i] = value;
 }
 
-/* Where to end with a row of scores that has room for `width`: whole TILEs, for the sake of speed. */
+/* The column at which loops over a row of scores end: `count` rounded up to whole TILEs, which is
+   faster, but at most `width`, the memory of the row. */
 static inline int64_t end_of(int64_t count, int64_t width) {
     return padded(count) < width ? padded(count) : width;
 }
 
-/* The sum of the numbers in a lane, half upon half. */
+/* The sum of the numbers in a lane, by adding halves. */
 static inline float total(Lane x) {
     typedef float Half __attribute__((vector_size(2 * TILE)));
     typedef float Quarter __attribute__((vector_size(TILE)));
@@ -112,18 +117,21 @@ static inline float total(Lane x) {
     return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
-/* Rows of scores, `width` numbers each, to what is their dropped probabilities times the sum of the
-   exponentials; what is not seen becomes 0. `inverses` gets 1 / the sums, `logarithms` theirs,
-   infinity where nothing is seen. Each loop over rows does what the next rows need not wait for. */
+/* Replace rows of scores, `width` numbers each, by their exponentials after dropout; columns that a
+   row does not see become 0. `inverses` gets 1 / the sum of each row's exponentials, and
+   `logarithms` the logarithm of that sum, infinity for a row that sees nothing. There are several
+   loops over the rows, because the processor can then work on several rows at once. */
 static void to_exponentials(const Block *b, float *restrict scores, int64_t width, int64_t head,
                             int64_t first, int64_t rows, float *restrict logarithms,
                             float *restrict inverses) {
-    const int is_apart = b->bias || b->scale <= 0.0f; /* else scaling does not change the order */
-    float tops[PIECE], sums[PIECE], scale = is_apart ? 1.0f : b->scale;
+    /* Without a bias, a positive scale does not change which score is largest, so it can be applied
+       later, together with the subtraction of the largest score. */
+    const int scales_first = b->bias || b->scale <= 0.0f;
+    float tops[PIECE], sums[PIECE], scale = scales_first ? 1.0f : b->scale;
     for (int64_t row = 0; row < rows; row++) {
         float *s = scores + row * width, most = -INFINITY;
         int64_t count = seen(b, first + row), end = end_of(count, width);
-        if (is_apart) scale_row(b, s, head, first + row, count);
+        if (scales_first) scale_row(b, s, head, first + row, count);
         fill_rest(s, count, end, -INFINITY);
         _Pragma("omp simd reduction(max:most)")
         for (int64_t i = 0; i < end; i++) most = s[i] > most ? s[i] : most;
@@ -155,9 +163,10 @@ static void to_exponentials(const Block *b, float *restrict scores, int64_t widt
         }
 }
 
-/* A row of scores, with room for `width`, to its dropped probabilities, and the gradients of these to
-   those of the scores, by what the forward pass has returned and the product of the output with its
-   gradient. What is not seen becomes 0. */
+/* Replace a row of scores, with memory for `width` numbers, by its probabilities after dropout, and
+   the gradients of these by the gradients of the scores. `logarithm` is that of the forward pass,
+   and `product` the dot product of the row's output with its gradient. Columns that the row does
+   not see become 0. */
 static inline void to_gradients(const Block *b, float *restrict s, float *restrict gradients,
                                 int64_t width, int64_t head, int64_t row, float logarithm,
                                 float product) {
@@ -182,8 +191,8 @@ static inline void to_gradients(const Block *b, float *restrict s, float *restri
     fill_rest(gradients, count, width, 0.0f);
 }
 
-/* Scores to dropped probabilities; `scores` is overwritten. `sums` gets the logarithm of the sum
-   of each row, infinity where nothing is seen. */
+/* Write the probabilities after dropout to `dropped`, and the logarithm of the sum of each row's
+   exponentials to `sums`, infinity for a row that sees nothing. `scores` is overwritten. */
 void attention_forward(const Block *block, float *scores, void *dropped, float *sums) {
     const Block b = *block;
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
@@ -196,23 +205,25 @@ void attention_forward(const Block *block, float *scores, void *dropped, float *
     }
 }
 
-/* Scores, the `sums` of the forward pass, the gradient of the dropped probabilities and `means`,
-   for each row the product of the output and its gradient, to the dropped probabilities and the
-   gradient of the scores. `scores` and `gradients` are overwritten. */
-void attention_backward(const Block *block, float *scores, const float *sums, const float *means,
-                        float *gradients, void *dropped, void *score_gradients) {
+/* Write the probabilities after dropout to `dropped`, and the gradients of the scores to
+   `score_gradients`. `sums` is that of the forward pass, `products` the dot product of each row's
+   output with its gradient, and `gradients` the gradients of the probabilities after dropout.
+   `scores` and `gradients` are overwritten. */
+void attention_backward(const Block *block, float *scores, const float *sums,
+                        const float *products, float *gradients, void *dropped,
+                        void *score_gradients) {
     const Block b = *block;
     _Pragma("omp parallel for schedule(static, 8) num_threads(b.threads) if (b.threads > 1)")
     for (int64_t index = 0; index < b.heads * b.rows; index++) {
         int64_t at = index * b.columns;
         to_gradients(&b, scores + at, gradients + at, b.columns, index / b.rows, index % b.rows,
-                     sums[index], means[index]);
+                     sums[index], products[index]);
         store_span(dropped, at, scores + at, b.columns, b.is_bf16);
         store_span(score_gradients, at, gradients + at, b.columns, b.is_bf16);
     }
 }
 
-/* sums[r] = the product of row r of a and of b, `width` wide. */
+/* sums[r] = the dot product of row r of a and row r of b, which have `width` elements. */
 void row_products(const void *a, const void *b, float *sums, int64_t rows, int64_t width,
                   int is_bf16, int threads) {
     _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
@@ -229,7 +240,7 @@ void row_products(const void *a, const void *b, float *sums, int64_t rows, int64
     }
 }
 
-/* What each element of `heads` * `rows` * `columns` is multiplied with. */
+/* Write the dropout factors of all heads x rows x columns elements of a block. */
 void dropout_factors(const Block *block, float *factors) {
     const Block b = *block;
     for (int64_t index = 0; index < b.heads * b.rows; index++)
@@ -241,14 +252,15 @@ void dropout_factors(const Block *block, float *factors) {
         }
 }
 
-/* Whole heads. Rows are of a multiple of TILE numbers, with zeros at the end. All is float32 in here,
-   but the factors of products where tensors are bfloat16 and the processor multiplies that. */
+/* Whole heads. In scratch memory, rows are padded with zeros to a multiple of TILE numbers.
+   Everything there is float32, except the inputs of matmuls if the tensors are bfloat16 and the
+   processor has AVX512-BF16. */
 
-/* Rows of a matrix for each head; what lies in a row is adjacent. */
+/* A matrix for each head, whose rows are contiguous. */
 typedef struct {
     void *at;
-    int64_t batch, head, row; /* its strides, in elements */
-    int64_t width;
+    int64_t batch, head, row; /* strides, in elements */
+    int64_t width;            /* elements of a row */
 } Rows;
 
 typedef struct {
@@ -262,7 +274,8 @@ static inline int64_t start_of(const Block *b, const Rows *r, int64_t head) {
     return head / b->heads_per_batch * r->batch + head % b->heads_per_batch * r->head;
 }
 
-/* Whether what would be multiplied with a probability or a gradient of 0 stays 0. */
+/* Whether rows `first` to `last` are finite, so that multiplying them with a probability or a
+   gradient of 0 gives 0. */
 static int are_finite(const Block *b, const Rows *r, int64_t head, int64_t first, int64_t last) {
     float sum = 0.0f;
     for (int64_t row = first; row < last; row++) {
@@ -274,8 +287,8 @@ static int are_finite(const Block *b, const Rows *r, int64_t head, int64_t first
     return sum == 0.0f;
 }
 
-/* The block as it is for one head, without columns at the end that no row sees, padding, and without
-   a bias that does nothing else. */
+/* The block for one head, without columns at the end that the bias hides from all rows (padding),
+   and without a bias that does nothing else. */
 static Block seen_by(const Heads *h, int64_t head) {
     const Block *b = &h->block;
     Block own = *b;
@@ -300,7 +313,7 @@ static void scale_rows(float *rows, int64_t count, int64_t width, const float *f
         for (int64_t i = 0; i < width; i++) rows[row * width + i] *= factors[row];
 }
 
-/* Draw which probabilities of a head are kept. */
+/* Draw the masks of a head. */
 static void draw_head(const Block *b, int64_t head) {
     int64_t count = b->all_rows * masks_in(b);
     if (b->kept) draw(b, head * count, count, b->kept + head * count);
@@ -324,7 +337,7 @@ static void store_rows(const Block *b, const Rows *r, int64_t head, int64_t firs
                    b->is_bf16);
 }
 
-/* `to` = the transpose of `from`[rows x width], which is padded; its own rows are as well. */
+/* `to` = the transpose of `from`[rows x width]; the rows of both are padded. */
 static void transpose(const float *from, int64_t rows, int64_t width, float *to) {
     int64_t stride = padded(rows), from_stride = padded(width);
     for (int64_t column = 0; column < width; column++) {
@@ -334,31 +347,32 @@ static void transpose(const float *from, int64_t rows, int64_t width, float *to)
     }
 }
 
-/* How many floats, or pairs, a thread needs: no less than what each of the functions below takes.
-   Forward, scores are there for PIECE rows at a time. */
-int64_t heads_scratch(const Heads *h, int backwards) {
+/* How many floats (or pairs, which have the same size) of scratch memory a thread needs: at least
+   as many as each of the functions below allocates. */
+int64_t heads_scratch(const Heads *h, int is_backward) {
     int64_t n = h->block.rows, m = h->block.columns;
     int64_t wide = padded(h->query.width), tall = padded(h->value.width), across = padded(m);
-    if (!backwards)
+    if (!is_backward)
         return (m + 1) * (wide + tall) + wide * across + PIECE * (wide + tall + 2 * across);
     return 2 * (n + m + 1) * (wide + tall) + (wide + tall + 3 * n + 1) * across;
 }
 
-static float *taken(float **memory, int64_t count) {
+/* Allocate `count` floats from scratch memory. */
+static float *allocate(float **memory, int64_t count) {
     float *here = *memory;
     *memory += count;
     return here;
 }
 
-/* Rows `first` to `first + rows` of left turned, as far as they see columns; `depth` is the width of
-   `left`, which begins with row `first`, as does `out`. */
-static void seen_products(const Block *b, float *out, const float *left, int64_t left_stride,
-                          const float *turned, int64_t depth, int64_t first, int64_t rows) {
+/* out = left times transposed, for rows `first` to `first + rows` and the columns that they see.
+   `left` and `out` begin with row `first`, and `depth` is the width of `left`. */
+static void matmul_seen(const Block *b, float *out, const float *left, int64_t left_stride,
+                        const float *transposed, int64_t depth, int64_t first, int64_t rows) {
     int64_t across = padded(b->columns);
     for (int64_t row = 0; row < rows; row += PART) {
         int64_t part = rows - row < PART ? rows - row : PART;
-        float_product(out + row * across, across, left + row * left_stride, left_stride, 1, turned,
-                      across, part, depth, padded(seen(b, first + row + part - 1)));
+        float_matmul(out + row * across, across, left + row * left_stride, left_stride, 1,
+                     transposed, across, part, depth, padded(seen(b, first + row + part - 1)));
     }
 }
 
@@ -366,21 +380,21 @@ static void head_forward(const Heads *h, int64_t head, float *memory) {
     const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
-    float *key = taken(&memory, m * wide), *value = taken(&memory, m * tall);
-    float *turned = taken(&memory, wide * across), *query = taken(&memory, PIECE * wide);
-    float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    float *key = allocate(&memory, m * wide), *value = allocate(&memory, m * tall);
+    float *transposed = allocate(&memory, wide * across), *query = allocate(&memory, PIECE * wide);
+    float *scores = allocate(&memory, PIECE * across), *output = allocate(&memory, PIECE * tall);
     float inverses[PIECE];
     load_rows(b, &h->key, head, 0, m, key);
     load_rows(b, &h->value, head, 0, m, value);
-    transpose(key, m, h->key.width, turned);
+    transpose(key, m, h->key.width, transposed);
     for (int64_t first = 0; first < n; first += PIECE) {
         int64_t rows = n - first < PIECE ? n - first : PIECE;
         load_rows(b, &h->query, head, first, rows, query);
-        seen_products(b, scores, query, wide, turned, h->key.width, first, rows);
+        matmul_seen(b, scores, query, wide, transposed, h->key.width, first, rows);
         to_exponentials(b, scores, across, head, first, rows, h->sums + head * n + first, inverses);
         for (int64_t row = 0; row < rows; row += PART) {
             int64_t part = rows - row < PART ? rows - row : PART;
-            float_product(output + row * tall, tall, scores + row * across, across, 1, value, tall,
+            float_matmul(output + row * tall, tall, scores + row * across, across, 1, value, tall,
                           part, seen(b, first + row + part - 1), tall);
         }
         scale_rows(output, rows, tall, inverses);
@@ -392,35 +406,35 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
     const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
-    float *query = taken(&memory, n * wide), *key = taken(&memory, m * wide);
-    float *value = taken(&memory, m * tall), *turned = taken(&memory, wide * across);
-    float *turned_value = taken(&memory, tall * across);
-    float *output = taken(&memory, n * tall), *of_output = taken(&memory, n * tall);
-    float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
-    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, all * wide);
-    float *of_value = taken(&memory, all * tall);
+    float *query = allocate(&memory, n * wide), *key = allocate(&memory, m * wide);
+    float *value = allocate(&memory, m * tall), *transposed = allocate(&memory, wide * across);
+    float *transposed_value = allocate(&memory, tall * across);
+    float *output = allocate(&memory, n * tall), *of_output = allocate(&memory, n * tall);
+    float *scores = allocate(&memory, n * across), *gradients = allocate(&memory, n * across);
+    float *of_query = allocate(&memory, n * wide), *of_key = allocate(&memory, all * wide);
+    float *of_value = allocate(&memory, all * tall);
     load_rows(b, &h->query, head, 0, n, query);
     load_rows(b, &h->key, head, 0, m, key);
     load_rows(b, &h->value, head, 0, m, value);
     load_rows(b, &h->output, head, 0, n, output);
     load_rows(b, &h->of_output, head, 0, n, of_output);
-    transpose(key, m, h->key.width, turned);
-    transpose(value, m, h->value.width, turned_value);
-    seen_products(b, scores, query, wide, turned, h->key.width, 0, n);
-    seen_products(b, gradients, of_output, tall, turned_value, h->value.width, 0, n);
+    transpose(key, m, h->key.width, transposed);
+    transpose(value, m, h->value.width, transposed_value);
+    matmul_seen(b, scores, query, wide, transposed, h->key.width, 0, n);
+    matmul_seen(b, gradients, of_output, tall, transposed_value, h->value.width, 0, n);
     for (int64_t row = 0; row < n; row++) {
-        float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
+        float *s = scores + row * across, *g = gradients + row * across, product = 0.0f;
         for (int64_t i = 0; i < tall; i++)
-            together += output[row * tall + i] * of_output[row * tall + i];
-        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], together);
+            product += output[row * tall + i] * of_output[row * tall + i];
+        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], product);
     }
-    float_product(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
+    float_matmul(of_value, tall, scores, 1, across, of_output, tall, m, n, tall);
     for (int64_t row = 0; row < n; row += PART) {
         int64_t rows = n - row < PART ? n - row : PART;
-        float_product(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide,
+        float_matmul(of_query + row * wide, wide, gradients + row * across, across, 1, key, wide,
                       rows, seen(b, row + rows - 1), wide);
     }
-    float_product(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
+    float_matmul(of_key, wide, gradients, 1, across, query, wide, m, n, wide);
     fill_rest(of_key, m * wide, all * wide, 0.0f);
     fill_rest(of_value, m * tall, all * tall, 0.0f);
     store_rows(b, &h->of_query, head, 0, n, of_query);
@@ -430,11 +444,12 @@ static void head_backward(const Heads *h, int64_t head, float *memory) {
 
 #ifdef __AVX512BF16__
 
-/* Matrices of pairs: words of two bfloat16 that are neighbours in a row, or in a column. */
+/* Matrices of pairs: words of two bfloat16 that are adjacent in a row ("row pairs") or in a column
+   ("column pairs"). */
 
 static inline int64_t pairs_in(int64_t count) { return (count + 1) / 2; }
 
-/* `count` numbers, without a call for each row. */
+/* Copy `count` numbers; inline, because a call of memcpy for each row is slower. */
 static inline void copy_halves(uint16_t *restrict to, const uint16_t *restrict from,
                                int64_t count) {
     for (int64_t i = 0; i < count; i += 2 * TILE) {
@@ -443,7 +458,7 @@ static inline void copy_halves(uint16_t *restrict to, const uint16_t *restrict f
     }
 }
 
-/* `rows` rows from `first` on, pairs of neighbours in a row. */
+/* Load `rows` rows from `first` on as row pairs. */
 static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t first,
                            int64_t rows, Pair *to) {
     const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head) + first * r->row;
@@ -454,7 +469,7 @@ static void load_row_pairs(const Block *b, const Rows *r, int64_t head, int64_t 
     }
 }
 
-/* Words of numbers of one row and those below them, of which there may be none. */
+/* Combine the numbers of one row with those of the row below it, which may be null. */
 static inline void to_pairs(Pair *restrict to, const uint16_t *restrict low,
                             const uint16_t *restrict high, int64_t width) {
     for (int64_t i = 0; i < padded(width); i += TILE) {
@@ -468,7 +483,7 @@ static inline void to_pairs(Pair *restrict to, const uint16_t *restrict low,
     }
 }
 
-/* All `rows` rows, pairs of neighbours in a column. */
+/* Load all `rows` rows as column pairs. */
 static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64_t rows,
                               Pair *to) {
     const uint16_t *from = (const uint16_t *)r->at + start_of(b, r, head);
@@ -479,7 +494,7 @@ static void load_column_pairs(const Block *b, const Rows *r, int64_t head, int64
     }
 }
 
-/* `to`[pairs x columns] of `from`[columns x pairs]; its rows are padded. */
+/* `to`[pairs x columns] = the transpose of `from`[columns x pairs]; the rows of `to` are padded. */
 static void transpose_pairs(const Pair *from, int64_t columns, int64_t pairs, Pair *to) {
     int64_t stride = padded(columns);
     for (int64_t pair = 0; pair < pairs; pair++) {
@@ -489,15 +504,15 @@ static void transpose_pairs(const Pair *from, int64_t columns, int64_t pairs, Pa
     }
 }
 
-/* Rows of float32, of a multiple of TILE numbers, to pairs of neighbours in a row. Subnormal numbers
-   become 0, as the processor takes them in products anyway. */
+/* Convert padded rows of float32 to row pairs. Subnormal numbers become 0, as they do in the
+   processor's bfloat16 matmul instruction in any case. */
 static void to_row_pairs(const float *from, int64_t rows, int64_t columns, Pair *to) {
     for (int64_t i = 0; i < rows * columns; i += TILE)
         _mm256_storeu_si256((__m256i *)(to + i / 2),
                             (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 }
 
-/* The same, to pairs of neighbours in a column. */
+/* Convert padded rows of float32 to column pairs. */
 static void to_column_pairs(const float *from, int64_t rows, int64_t columns, Pair *to) {
     for (int64_t row = 0; row < rows; row += 2) {
         const float *low = from + row * columns, *high = low + columns;
@@ -516,12 +531,12 @@ static void to_column_pairs(const float *from, int64_t rows, int64_t columns, Pa
     }
 }
 
-static void seen_pairs(const Block *b, float *out, const Pair *left, int64_t pairs,
-                       const Pair *turned, int64_t first, int64_t rows) {
+static void matmul_seen_pairs(const Block *b, float *out, const Pair *left, int64_t pairs,
+                       const Pair *transposed, int64_t first, int64_t rows) {
     int64_t across = padded(b->columns);
     for (int64_t row = 0; row < rows; row += PART) {
         int64_t part = rows - row < PART ? rows - row : PART;
-        pairs_product(out + row * across, across, left + row * pairs, pairs, 1, turned, across,
+        pairs_matmul(out + row * across, across, left + row * pairs, pairs, 1, transposed, across,
                       part, pairs, padded(seen(b, first + row + part - 1)));
     }
 }
@@ -530,25 +545,25 @@ static void head_forward_pairs(const Heads *h, int64_t head, float *memory) {
     const Block own = seen_by(h, head), *b = &own;
     int64_t n = b->rows, m = b->columns, across = padded(m);
     int64_t wide = pairs_in(h->query.width), tall = padded(h->value.width);
-    Pair *key = (Pair *)taken(&memory, m * wide);
-    Pair *turned = (Pair *)taken(&memory, wide * across);
-    Pair *value = (Pair *)taken(&memory, pairs_in(m) * tall);
-    Pair *query = (Pair *)taken(&memory, PIECE * wide);
-    Pair *dropped = (Pair *)taken(&memory, PIECE * across / 2);
-    float *scores = taken(&memory, PIECE * across), *output = taken(&memory, PIECE * tall);
+    Pair *key = (Pair *)allocate(&memory, m * wide);
+    Pair *transposed = (Pair *)allocate(&memory, wide * across);
+    Pair *value = (Pair *)allocate(&memory, pairs_in(m) * tall);
+    Pair *query = (Pair *)allocate(&memory, PIECE * wide);
+    Pair *dropped = (Pair *)allocate(&memory, PIECE * across / 2);
+    float *scores = allocate(&memory, PIECE * across), *output = allocate(&memory, PIECE * tall);
     float inverses[PIECE];
     load_row_pairs(b, &h->key, head, 0, m, key);
     load_column_pairs(b, &h->value, head, m, value);
-    transpose_pairs(key, m, wide, turned);
+    transpose_pairs(key, m, wide, transposed);
     for (int64_t first = 0; first < n; first += PIECE) {
         int64_t rows = n - first < PIECE ? n - first : PIECE;
         load_row_pairs(b, &h->query, head, first, rows, query);
-        seen_pairs(b, scores, query, wide, turned, first, rows);
+        matmul_seen_pairs(b, scores, query, wide, transposed, first, rows);
         to_exponentials(b, scores, across, head, first, rows, h->sums + head * n + first, inverses);
         to_row_pairs(scores, rows, across, dropped);
         for (int64_t row = 0; row < rows; row += PART) {
             int64_t part = rows - row < PART ? rows - row : PART;
-            pairs_product(output + row * tall, tall, dropped + row * across / 2, across / 2, 1,
+            pairs_matmul(output + row * tall, tall, dropped + row * across / 2, across / 2, 1,
                           value, tall, part, pairs_in(seen(b, first + row + part - 1)), tall);
         }
         scale_rows(output, rows, tall, inverses);
@@ -561,42 +576,42 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
     int64_t n = b->rows, m = b->columns, all = h->block.columns, across = padded(m);
     int64_t wide = padded(h->query.width), tall = padded(h->value.width);
     int64_t wide_pairs = pairs_in(h->query.width), tall_pairs = pairs_in(h->value.width);
-    float *scores = taken(&memory, n * across), *gradients = taken(&memory, n * across);
-    float *of_query = taken(&memory, n * wide), *of_key = taken(&memory, all * wide);
-    float *of_value = taken(&memory, all * tall);
-    Pair *rows = (Pair *)taken(&memory, (n > m ? n : m) * (wide + tall) / 2);
-    Pair *turned = (Pair *)taken(&memory, (wide + tall) / 2 * across);
-    Pair *columns = (Pair *)taken(&memory, pairs_in(n > m ? n : m) * (wide + tall));
-    Pair *turned_value = turned + wide_pairs * across;
+    float *scores = allocate(&memory, n * across), *gradients = allocate(&memory, n * across);
+    float *of_query = allocate(&memory, n * wide), *of_key = allocate(&memory, all * wide);
+    float *of_value = allocate(&memory, all * tall);
+    Pair *rows = (Pair *)allocate(&memory, (n > m ? n : m) * (wide + tall) / 2);
+    Pair *transposed = (Pair *)allocate(&memory, (wide + tall) / 2 * across);
+    Pair *columns = (Pair *)allocate(&memory, pairs_in(n > m ? n : m) * (wide + tall));
+    Pair *transposed_value = transposed + wide_pairs * across;
     Pair *of_output = rows + n * wide_pairs;
     load_row_pairs(b, &h->key, head, 0, m, rows);
-    transpose_pairs(rows, m, wide_pairs, turned);
+    transpose_pairs(rows, m, wide_pairs, transposed);
     load_row_pairs(b, &h->value, head, 0, m, rows);
-    transpose_pairs(rows, m, tall_pairs, turned_value);
+    transpose_pairs(rows, m, tall_pairs, transposed_value);
     load_row_pairs(b, &h->query, head, 0, n, rows);
     load_row_pairs(b, &h->of_output, head, 0, n, of_output);
-    seen_pairs(b, scores, rows, wide_pairs, turned, 0, n);
-    seen_pairs(b, gradients, of_output, tall_pairs, turned_value, 0, n);
-    float *output = taken(&memory, tall), *exact = taken(&memory, tall);
+    matmul_seen_pairs(b, scores, rows, wide_pairs, transposed, 0, n);
+    matmul_seen_pairs(b, gradients, of_output, tall_pairs, transposed_value, 0, n);
+    float *output = allocate(&memory, tall), *exact = allocate(&memory, tall);
     for (int64_t row = 0; row < n; row++) {
-        float *s = scores + row * across, *g = gradients + row * across, together = 0.0f;
+        float *s = scores + row * across, *g = gradients + row * across, product = 0.0f;
         load_rows(b, &h->output, head, row, 1, output);
         load_rows(b, &h->of_output, head, row, 1, exact);
-        for (int64_t i = 0; i < h->value.width; i++) together += output[i] * exact[i];
-        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], together);
+        for (int64_t i = 0; i < h->value.width; i++) product += output[i] * exact[i];
+        to_gradients(b, s, g, across, head, row, h->sums[head * n + row], product);
     }
-    Pair *left = (Pair *)taken(&memory, pairs_in(n) * across);
+    Pair *left = (Pair *)allocate(&memory, pairs_in(n) * across);
     to_column_pairs(scores, n, across, left);
     load_column_pairs(b, &h->of_output, head, n, columns);
-    pairs_product(of_value, tall, left, 1, across, columns, tall, m, pairs_in(n), tall);
+    pairs_matmul(of_value, tall, left, 1, across, columns, tall, m, pairs_in(n), tall);
     to_column_pairs(gradients, n, across, left);
     load_column_pairs(b, &h->query, head, n, columns);
-    pairs_product(of_key, wide, left, 1, across, columns, wide, m, pairs_in(n), wide);
+    pairs_matmul(of_key, wide, left, 1, across, columns, wide, m, pairs_in(n), wide);
     to_row_pairs(gradients, n, across, left);
     load_column_pairs(b, &h->key, head, m, columns);
     for (int64_t row = 0; row < n; row += PART) {
         int64_t part = n - row < PART ? n - row : PART;
-        pairs_product(of_query + row * wide, wide, left + row * across / 2, across / 2, 1, columns,
+        pairs_matmul(of_query + row * wide, wide, left + row * across / 2, across / 2, 1, columns,
                       wide, part, pairs_in(seen(b, row + part - 1)), wide);
     }
     fill_rest(of_key, m * wide, all * wide, 0.0f);
@@ -611,16 +626,16 @@ static void head_backward_pairs(const Heads *h, int64_t head, float *memory) {
 #define head_backward_pairs head_backward
 #endif
 
-/* All heads, forward or backward. */
-void attention_heads(const Heads *heads, int backwards) {
+/* Compute all heads, forward or backward. */
+void attention_heads(const Heads *heads, int is_backward) {
     const Heads h = *heads;
-    int64_t each = heads_scratch(&h, backwards);
+    int64_t each = heads_scratch(&h, is_backward);
     _Pragma("omp parallel num_threads(h.block.threads) if (h.block.threads > 1)")
     {
         float *memory = h.scratch + thread_number() * each;
         _Pragma("omp for schedule(static)")
         for (int64_t head = 0; head < h.block.heads; head++) {
-            if (backwards) {
+            if (is_backward) {
                 (h.block.is_bf16 ? head_backward_pairs : head_backward)(&h, head, memory);
             } else {
                 draw_head(&h.block, head);

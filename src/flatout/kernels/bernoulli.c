@@ -1,12 +1,12 @@
-/* Bernoulli numbers from a counter-based generator.
+/* Bernoulli numbers and dropout with a counter-based generator.
 
-   Element i of a call is a function of the key and of i alone, so the result does not depend on
-   the number of threads. */
+   Element i of a call depends only on the key and on i, so the result does not depend on the number
+   of threads. */
 
 #include "half.h"
 #include "kept.h"
 
-/* The words of the first `blocks` blocks, for tests of the generator itself. */
+/* Write the words of the first `blocks` blocks; used by tests of the generator. */
 void philox_words(uint32_t *out, uint64_t blocks, uint64_t key) {
     for (uint64_t block = 0; block < blocks; block++)
         philox(key, block, out + block * BLOCK);
@@ -40,7 +40,7 @@ BERNOULLI(16)
 BERNOULLI(32)
 BERNOULLI(64)
 
-/* `to[i] = from[i]` times `scale` or 0, by its bit; float32 or bfloat16. */
+/* `to[i] = from[i]` times `scale` if its bit is set, else times 0; float32 or bfloat16. */
 static inline void scale_kept(const void *from, void *to, int64_t at, int64_t width,
                               const uint32_t *bits, float scale, int is_bf16) {
     float span[SPAN] = {0}, factors[SPAN];
@@ -52,8 +52,9 @@ static inline void scale_kept(const void *from, void *to, int64_t at, int64_t wi
     store_span(to, at, span, width, is_bf16);
 }
 
-/* Dropout that keeps each element with probability limit / 2^16, 0 < limit < 2^16. `bits` gets
-   what was kept, SPAN elements in four words. If `draw` is 0, they are taken as they are. */
+/* Dropout that keeps each element with probability limit / 2^16, where 0 < limit < 2^16. `bits` has
+   a bit for each element, set if it is kept, in four words for SPAN elements. The bits are drawn if
+   `draw` is not 0, and otherwise used as they are. */
 void dropout(const void *from, void *to, uint32_t *bits, int64_t count, uint32_t limit,
              float scale, uint64_t key, int draw, int is_bf16, int threads) {
     int64_t spans = (count + SPAN - 1) / SPAN;

@@ -1,8 +1,8 @@
-/* The norm of gradients, and gradients scaled: what clipping by the norm is made of. */
+/* Clipping of gradients by their norm: the sum of squares of all gradients, and their scaling. */
 
 #include "shares.h"
 
-enum { CHUNK = 4096 }; /* so many squares are summed in float32, the sums of them in float64 */
+enum { CHUNK = 4096 }; /* this many squares are summed in float32, and the chunks in float64 */
 
 static void add_squares(void *array, int64_t count, void *sum) {
     const float *x = array;
@@ -34,7 +34,7 @@ double sum_of_squares(void *const *arrays, const int64_t *sizes, int64_t count, 
     return sum;
 }
 
-/* Multiply all elements, in place. */
+/* Multiply all elements by `factor`, in place. */
 void scale(void *const *arrays, const int64_t *sizes, int64_t count, int threads, float factor) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; part++)

@@ -1,6 +1,5 @@
-/* Cross entropy of rows of logits with a class each, and its gradient, without a matrix of
-   probabilities between them: a row is read while it is in the cache, and its gradient written at
-   once.
+/* Cross entropy of rows of logits with class indices as targets, and its gradient. No matrix of
+   probabilities is stored: the gradient of a row is written while the row is in the cache.
 
    With label smoothing e (C. Szegedy et al.: Rethinking the inception architecture. CVPR 2016,
    https://arxiv.org/abs/1512.00567) the loss of a row x with target t is
@@ -18,9 +17,10 @@ typedef struct {
     int64_t rows, classes;
     const void *logits;      /* rows x classes */
     const int64_t *targets;
-    int64_t ignored;         /* a target whose row has no loss and no gradient */
-    float smoothing, scale;  /* of the gradient */
-    int32_t is_bf16;         /* logits and gradient are bfloat16, else float32 */
+    int64_t ignored;         /* rows with this target have no loss and no gradient */
+    float smoothing;         /* label smoothing */
+    float scale;             /* factor of the gradient */
+    int32_t is_bf16;         /* whether logits and gradient are bfloat16, else float32 */
     int32_t threads;
 } CrossEntropy;
 
@@ -28,8 +28,8 @@ static inline int64_t width_at(const CrossEntropy *c, int64_t column) {
     return c->classes - column < SPAN ? c->classes - column : SPAN;
 }
 
-/* The largest logit of a row, and the logarithm of the sum of e^(x - most). They stay apart: their
-   sum would be rounded at the size of the logits. */
+/* The largest logit of a row, and the logarithm of the sum of e^(x - most). They are kept apart,
+   because their sum would lose digits when the logits are large. */
 typedef struct { float most, log_sum; } Normaliser;
 
 static float row_loss(const CrossEntropy *c, int64_t row, int64_t target, Normaliser *by) {
@@ -76,10 +76,10 @@ static void row_gradient(const CrossEntropy *c, int64_t row, int64_t target, Nor
     }
 }
 
-/* The loss of each row, and, unless `gradient` is null, `scale` times its derivatives. Returns how
-   many targets are neither a class nor ignored; then nothing else is of use. */
-int64_t cross_entropy(const CrossEntropy *asked, float *losses, void *gradient) {
-    const CrossEntropy c = *asked;
+/* Write the loss of each row, and, unless `gradient` is null, `scale` times its gradient. Returns
+   how many targets are neither a class nor ignored; if there are any, the results are invalid. */
+int64_t cross_entropy(const CrossEntropy *arguments, float *losses, void *gradient) {
+    const CrossEntropy c = *arguments;
     int64_t wrong = 0;
     _Pragma("omp parallel for schedule(static, 8) num_threads(c.threads) if (c.threads > 1) reduction(+:wrong)")
     for (int64_t row = 0; row < c.rows; row++) {

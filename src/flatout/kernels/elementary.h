@@ -1,4 +1,4 @@
-/* Functions of float32 in a form that compilers vectorise. */
+/* Elementary functions of float32, written so that compilers vectorise them. */
 
 #ifndef FLATOUT_ELEMENTARY_H
 #define FLATOUT_ELEMENTARY_H
@@ -7,8 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
-/* e^x to 2 units in the last place for x <= 0, if it is a normal number, else that or 0. The
-   polynomial is Taylor's, on [-ln(2)/2, ln(2)/2]. */
+/* e^x for x <= 0, with an error of at most 2 units in the last place if the result is a normal
+   number; below that, the result is the smallest normal number or 0. The polynomial is Taylor's, on
+   [-ln(2)/2, ln(2)/2]. */
 static inline float exponential(float x) {
     float clamped = x < -88.0f ? -88.0f : x;
     float n = rintf(clamped * 1.44269504f);
@@ -28,13 +29,13 @@ static inline float exponential(float x) {
     return y * power;
 }
 
-/* ln x to 2 units in the last place, for normal numbers and what is no number. The polynomial is that
-   of logf in S. L. Moshier's Cephes, https://www.netlib.org/cephes/, for mantissas from the root of
-   1/2 on. */
+/* ln x for normal numbers and NaN, with an error of at most 2 units in the last place. The
+   polynomial is that of logf in S. L. Moshier's Cephes, https://www.netlib.org/cephes/, for
+   mantissas from sqrt(1/2) on. */
 static inline float logarithm(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    int32_t exponent = (bits - 0x3F3504F3) >> 23; /* of the number over that root */
+    int32_t exponent = (bits - 0x3F3504F3) >> 23; /* of x / sqrt(1/2) */
     bits -= exponent << 23;
     float m, n = (float)exponent;
     memcpy(&m, &bits, sizeof m);
@@ -49,7 +50,7 @@ static inline float logarithm(float x) {
     y = y * m - 2.4999993993e-1f;
     y = y * m + 3.3333331174e-1f;
     y = y * m * m * m + n * -2.12194440e-4f - 0.5f * m * m;
-    return m + y + n * 0.693359375f + (x - x); /* not a number stays one */
+    return m + y + n * 0.693359375f + (x - x); /* NaN stays NaN */
 }
 
 static inline float sigmoid(float x) {
@@ -57,7 +58,7 @@ static inline float sigmoid(float x) {
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-/* Near 0, where the quotient would cancel, Taylor's series. */
+/* tanh x: close to 0, where the quotient would lose digits, by Taylor's series. */
 static inline float hyperbolic_tangent(float x) {
     float size = x < 0.0f ? -x : x, square = x * x;
     float e = exponential(-2.0f * size);
@@ -66,7 +67,7 @@ static inline float hyperbolic_tangent(float x) {
     series = series * square - 17.0f / 315;
     series = series * square + 2.0f / 15;
     series = series * square - 1.0f / 3;
-    series = x * (1.0f + square * series); /* the sign of 0 stays */
+    series = x * (1.0f + square * series); /* keeps the sign of 0 */
     return size < 0.3f ? series : x < 0.0f ? -quotient : quotient;
 }
 

@@ -1,10 +1,10 @@
-/* Functions of single elements: the hyperbolic tangent, the GELU that is made of it and its
-   derivative, magnitudes of complex numbers. Read once, written once; the arithmetic is float32. */
+/* Elementwise functions: tanh, the tanh-based GELU and its derivative, and magnitudes of complex
+   numbers. Each element is read once and written once; the arithmetic is float32. */
 
 #include "elementary.h"
 #include "half.h"
 
-enum { SPAN = 512, GRAIN = 64 }; /* elements at a time, spans that one thread does in a row */
+enum { SPAN = 512, GRAIN = 64 }; /* elements in a span, and consecutive spans of one thread */
 
 enum { TANH, GELU };
 
@@ -18,8 +18,9 @@ static void apply(float *x, int64_t count, int function) {
         for (int64_t i = 0; i < count; i++) x[i] *= sigmoid(2.0f * inner(x[i]));
 }
 
-/* With s the sigmoid, s' = s (1 - s) is 0 before the slope of what it is taken of overflows: this
-   order of products keeps the derivative finite as long as torch's is. */
+/* Multiply the derivative by the gradient. With s = sigmoid(2 u), its derivative s (1 - s) becomes
+   0 before the derivative of 2 u overflows, so this order of multiplications keeps the result
+   finite wherever torch's is. */
 static void derive_gelu(float *x, const float *gradient, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         float s = sigmoid(2.0f * inner(x[i])), square = x[i] * x[i];
@@ -28,7 +29,8 @@ static void derive_gelu(float *x, const float *gradient, int64_t count) {
     }
 }
 
-/* The function of each element; of the GELU, unless `gradient` is null, the derivative times it. */
+/* Write the function of each element, or, if `gradient` is not null, its derivative times
+   `gradient`, which is supported for GELU only. */
 void activation(int function, const void *x, const void *gradient, void *to, int64_t count,
                 int is_bf16, int threads) {
     _Pragma("omp parallel for schedule(static, GRAIN) num_threads(threads) if (threads > 1)")
@@ -46,8 +48,9 @@ void activation(int function, const void *x, const void *gradient, void *to, int
     }
 }
 
-/* Magnitudes of complex numbers, pairs of float32. Squares in float64 neither overflow nor vanish.
-   Where one part is infinite, so is the magnitude, whatever the other one is (C11, annex F.10.4.3). */
+/* Magnitudes of complex numbers, given as pairs of float32. Squares in float64 neither overflow nor
+   underflow. If one part is infinite, the magnitude is infinite, even if the other part is NaN
+   (C11, annex F.10.4.3). */
 void magnitude(const float *pairs, float *to, int64_t count, int threads) {
     _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
     for (int64_t i = 0; i < count; i++) {

@@ -1,7 +1,7 @@
-/* The gradient of the weight of an embedding bag. It starts from zeros, and the gradient of each bag
-   is added to the rows that the bag has looked up. Nothing is sorted: each thread zeroes a share of
-   the rows, and then adds only to its own rows, in the order of the lookups, so the sums do not
-   depend on the number of threads. */
+/* The gradient of the weight of an embedding bag. It starts from zeros, and the gradient of each
+   bag is added to the rows that the bag has looked up. Nothing is sorted: each thread zeroes a
+   share of the rows, and then adds only to its own rows, in the order of the lookups, so the sums
+   do not depend on the number of threads. */
 
 #include <omp.h>
 #include <stdint.h>
@@ -33,7 +33,8 @@ static void add_rows(const Bags *b, int64_t thread, int64_t threads) {
     }
 }
 
-/* Compute the gradient. Returns 0, or -1, with nothing written, if a row or a bag does not exist. */
+/* Compute the gradient. Returns 0, or -1, with nothing written, if a row or a bag does not
+   exist. */
 int embedding_bags(const Bags *b) {
     for (int64_t i = 0; i < b->lookups; i++)
         if ((uint64_t)b->indices[i] >= (uint64_t)b->rows ||

@@ -1,8 +1,9 @@
-/* Whether arrays of float32 are finite, in one pass that only reads. */
+/* Check that arrays of float32 are finite, in one pass that only reads. */
 
 #include "shares.h"
 
-enum { INFINITE = 0x7f800000 }; /* IEEE 754: no larger number is finite, sign apart */
+/* IEEE 754: without its sign bit, a number is infinite or NaN if its bits are at least this. */
+enum { INFINITE = 0x7f800000 };
 
 static void find_largest(void *array, int64_t count, void *found) {
     const uint32_t *bits = array;
@@ -14,7 +15,7 @@ static void find_largest(void *array, int64_t count, void *found) {
     *(uint32_t *)found = largest;
 }
 
-/* 1 if all `count` arrays, of these numbers of elements, are finite, else 0. */
+/* Return 1 if all elements of all `count` arrays are finite, else 0. */
 int finite(void *const *arrays, const int64_t *sizes, int64_t count, int threads) {
     int bad = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(| : bad)

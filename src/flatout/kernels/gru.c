@@ -6,9 +6,9 @@
        r = sigmoid(i_r + h_r), z = sigmoid(i_z + h_z), n = tanh(i_n + r h_n),
        state' = (state - n) z + n
 
-   where i are the matmuls of the input, which the caller has computed, and h the matmuls of the state
-   with `weight`, plus `bias`. The rows of a batch are independent, so each thread takes some of them
-   through all time steps without waiting for the others. */
+   where i are the matmuls of the input, which the caller has computed, and h the matmuls of the
+   state with `weight`, plus `bias`. The rows of a batch are independent, so each thread takes some
+   of them through all time steps without waiting for the others. */
 
 #include "elementary.h"
 
@@ -16,22 +16,22 @@ enum { ROWS = 4, COLUMNS = 64 };
 
 typedef struct {
     int64_t steps, batch, width;
-    const float *inputs;   /* steps x batch x 3 width: i_r, i_z, i_n */
-    const float *first;    /* batch x width: the state before the first step */
-    const float *weight;   /* 3 width x width */
+    const float *inputs;     /* steps x batch x 3 width: i_r, i_z, i_n */
+    const float *first;      /* batch x width: the state before the first step */
+    const float *weight;     /* 3 width x width */
     const float *transposed; /* the transpose of weight, width x 3 width; for the forward pass */
-    const float *bias;     /* 3 width, or null */
-    float *states;         /* steps x batch x width */
-    float *kept;           /* steps x batch x 4 width: r, z, n, h_n, for the backward pass */
-    int32_t reverse;       /* whether to go from the last step to the first */
+    const float *bias;       /* 3 width, or null */
+    float *states;           /* steps x batch x width */
+    float *kept;             /* steps x batch x 4 width: r, z, n, h_n, for the backward pass */
+    int32_t reverse;         /* whether to go from the last step to the first */
     int32_t threads;
 } Layer;
 
 /* out[rows x columns] += left[rows x depth] * right[depth x columns]; the rows of `out` and `left`
    are `out_stride` and `left_stride` apart. */
 static void add_matmul(float *restrict out, int64_t out_stride, const float *restrict left,
-                        int64_t left_stride, const float *restrict right, int64_t rows,
-                        int64_t depth, int64_t columns) {
+                       int64_t left_stride, const float *restrict right, int64_t rows,
+                       int64_t depth, int64_t columns) {
     for (int64_t column = 0; column < columns; column += COLUMNS) {
         int64_t width = columns - column < COLUMNS ? columns - column : COLUMNS;
         for (int64_t row = 0; row < rows; row += ROWS) {

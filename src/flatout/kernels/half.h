@@ -1,4 +1,4 @@
-/* Spans of float32 or bfloat16, as float32. */
+/* Read and write spans of float32 or bfloat16 as float32. */
 
 #ifndef FLATOUT_HALF_H
 #define FLATOUT_HALF_H
@@ -13,8 +13,8 @@ static inline float from_bf16(uint16_t half) {
     return x;
 }
 
-/* To the nearest, ties to even. Not by the processor's instruction, which makes zeros of subnormal
-   numbers. */
+/* Round to the nearest bfloat16, ties to even. The processor's instruction is not used, because it
+   flushes subnormal numbers to zero. */
 static inline uint16_t to_bf16(float x) {
     uint32_t word;
     memcpy(&word, &x, sizeof x);

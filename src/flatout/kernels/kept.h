@@ -1,4 +1,4 @@
-/* Which elements are kept, a bit each: those whose half word of a key's stream lies below a limit. */
+/* Draw which elements dropout keeps, one bit each: those whose 16 random bits are below a limit. */
 
 #ifndef FLATOUT_KEPT_H
 #define FLATOUT_KEPT_H
@@ -7,10 +7,11 @@
 
 #include "philox.h"
 
-/* A block of the stream decides about SPAN elements, whose bits are in masks of MASK each. */
+/* A block of random words decides about SPAN elements. Their bits are stored in masks of MASK
+   bits. */
 enum { SPAN = 2 * BLOCK, MASK = 16, MASKS = SPAN / MASK };
 
-/* Bit i of `bits` is set where element i of SPAN is kept: with probability limit / 2^16. */
+/* Set bit i of `bits` if element i of SPAN is kept, which it is with probability limit / 2^16. */
 static inline void kept_bits(uint64_t key, uint64_t block, uint32_t limit, uint32_t *bits) {
     uint16_t halves[SPAN];
     uint32_t words[BLOCK];
@@ -28,7 +29,7 @@ static inline void kept_bits(uint64_t key, uint64_t block, uint32_t limit, uint3
 #endif
 }
 
-/* `factor` for each bit of `count` masks that is set, 0 for the others. */
+/* Write `factor` for each set bit of `count` masks, and 0 for the others. */
 static inline void factors_of(const uint16_t *masks, int64_t count, float factor, float *factors) {
     for (int64_t m = 0; m < count; m++) {
 #ifdef __AVX512F__

@@ -1,14 +1,14 @@
-/* Optimizer steps: one pass over memory for all the tensors of a parameter group.
+/* Optimizer steps that take one pass over memory for all tensors of a parameter group.
 
-   Each function takes `count` tensors as rows of SLOTS addresses (parameter, gradient, up to three
-   tensors of state, step counter), their numbers of elements, and the options of the group. No two
-   of the tensors may share memory. A step counter is a float32 that is counted up here; what follows
-   from it is computed in double precision, as torch does in Python. The formulas are those of
-   torch.optim, whose pages name the papers.
+   Each function takes `count` rows of SLOTS addresses (parameter, gradient, up to three state
+   tensors, step counter), the number of elements of each row's tensors, and the options of the
+   group. No two tensors may share memory. A step counter is a float32, which is incremented here;
+   coefficients that depend on it are computed in double precision, as torch does in Python. The
+   formulas are those of torch.optim, whose documentation cites the papers.
 
-   The operations are those of torch's functions for single tensors, in their order, and each is
-   rounded where torch rounds it (this file is compiled without contraction): so infinities, what is
-   no number and zeros come out with the same sign in the same places. In particular, a decay of 0 is
+   The operations are those of torch's functions for single tensors, in the same order, and each is
+   rounded where torch rounds it (this file is compiled without contraction). So infinities, NaNs
+   and zeros have the same signs and occur in the same places. In particular, a weight decay of 0 is
    not multiplied with a parameter, which may be infinite. */
 
 #include <math.h>
@@ -17,16 +17,16 @@
 
 enum { SLOTS = 6, STEP = 5, CHUNK = 16384, COEFFICIENTS = 11, NUMBERS = 2 };
 
-enum { DONE = 0, NO_MEMORY = -1, LEFT = 1 }; /* what the functions for Python return */
+enum { DONE = 0, NO_MEMORY = -1, NOT_FINITE = 1 }; /* return values of the functions for Python */
 
 typedef struct {
     float *restrict param;
     const float *restrict grad;
     float *restrict a, *restrict b, *restrict c; /* state */
-    struct { float *at, value; } numbers[NUMBERS]; /* step counter and the like: what they will be */
-    int decays;        /* whether decay is added to the gradient */
-    int from_grad;     /* whether means are interpolated from the gradient's side */
-    int is_left;       /* whether a coefficient is not finite */
+    struct { float *at, value; } numbers[NUMBERS]; /* new values of step counters and the like */
+    int decays;        /* whether weight decay is added to the gradient */
+    int from_grad;     /* whether means are interpolated starting from the gradient */
+    int is_not_finite; /* whether a coefficient is not finite */
     float k[COEFFICIENTS];
 } Tensor;
 
@@ -34,7 +34,7 @@ typedef struct { int64_t tensor, from; } Part;
 
 typedef void (*Kernel)(const Tensor *tensor, int64_t from, int64_t to);
 
-/* x * y + z, rounded once where the processor can, as in torch's vectorised kernels. */
+/* x * y + z, rounded once if the processor supports that, as in torch's vectorised kernels. */
 static inline float multiply_add(float x, float y, float z) {
 #ifdef FP_FAST_FMAF
     return fmaf(x, y, z);
@@ -53,18 +53,18 @@ static double step_of(const Tensor *t) { return t->numbers[0].value; }
 
 static void set(Tensor *t, int coefficient, double value) {
     t->k[coefficient] = (float)value;
-    if (!isfinite(t->k[coefficient])) t->is_left = 1;
+    if (!isfinite(t->k[coefficient])) t->is_not_finite = 1;
 }
 
-/* What divides a running mean that started at 0. */
+/* The bias correction of a running mean that started at 0; the mean is divided by it. */
 static double correction(Tensor *t, double beta) {
     double power = pow(beta, step_of(t));
-    if (!isfinite(power)) t->is_left = 1;
+    if (!isfinite(power)) t->is_not_finite = 1;
     return 1 - power;
 }
 
-/* Work is handed out in chunks of elements, so that one large tensor and many small ones are both
-   shared among the threads. */
+/* Run a kernel on all tensors. The work is divided into chunks of elements, so that both one large
+   tensor and many small ones are spread over all threads. */
 static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int64_t count,
                 Part *parts, int threads) {
     if (threads <= 1) {
@@ -82,9 +82,10 @@ static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int6
     }
 }
 
-/* A function for Python: prepares every tensor's coefficients k from the options o, then runs what
-   `choose` gives. Returns DONE, NO_MEMORY, or LEFT where a coefficient is not finite (torch raises
-   an error of its own for most of them); nothing has been written then. */
+/* Define a function for Python. It computes the coefficients k of each tensor from the options o,
+   and runs the kernel that `choose` selects. It returns DONE, NO_MEMORY, or NOT_FINITE if a
+   coefficient is not finite (for most of these, torch raises an error of its own). If it does not
+   return DONE, nothing has been written. */
 #define OPTIMIZER(name, choose)                                                                   \
     int name(void *const *rows, const int64_t *sizes, int64_t count, const double *o,             \
              int threads) {                                                                       \
@@ -92,41 +93,43 @@ static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int6
         for (int64_t i = 0; i < count; i++) chunks += (sizes[i] + CHUNK - 1) / CHUNK;             \
         Tensor *tensors = malloc((size_t)(count + 1) * sizeof *tensors);                          \
         Part *parts = malloc((size_t)chunks * sizeof *parts);                                     \
-        int left = tensors && parts ? DONE : NO_MEMORY;                                           \
-        for (int64_t i = 0; i < count && left == DONE; i++) {                                     \
+        int status = tensors && parts ? DONE : NO_MEMORY;                                         \
+        for (int64_t i = 0; i < count && status == DONE; i++) {                                   \
             tensors[i] = tensor_of(rows + i * SLOTS);                                             \
             prepare(tensors + i, o);                                                              \
             name##_prepare(tensors + i, o);                                                       \
-            if (tensors[i].is_left) left = LEFT;                                                  \
+            if (tensors[i].is_not_finite) status = NOT_FINITE;                                    \
         }                                                                                         \
-        for (int64_t i = 0; i < count && left == DONE; i++)                                       \
+        for (int64_t i = 0; i < count && status == DONE; i++)                                     \
             for (int n = 0; n < NUMBERS; n++)                                                     \
                 if (tensors[i].numbers[n].at)                                                     \
                     *tensors[i].numbers[n].at = tensors[i].numbers[n].value;                      \
-        if (left == DONE) run(choose, tensors, sizes, count, parts, threads);                     \
+        if (status == DONE) run(choose, tensors, sizes, count, parts, threads);                   \
         free(parts);                                                                              \
         free(tensors);                                                                            \
-        return left;                                                                              \
+        return status;                                                                            \
     }
 
-/* What all of them have in common. Options: 0 learning rate, 1 weight decay, 2 whether it is
-   decoupled, 3 maximize. Coefficients: 0 turns the gradient around, 1 adds weight decay to it, 2
-   shrinks the parameter. */
+/* The coefficients that all optimizers have. Options: 0 learning rate, 1 weight decay, 2 whether it
+   is decoupled, 3 maximize. Coefficients: 0 sign of the gradient, 1 weight decay added to the
+   gradient, 2 factor of the parameter by decoupled weight decay. */
 static void prepare(Tensor *t, const double *o) {
-    t->is_left = !(step_of(t) >= 1);
+    t->is_not_finite = !(step_of(t) >= 1);
     t->decays = !o[2] && o[1] != 0;
     set(t, 0, o[3] ? -1 : 1);
     set(t, 1, t->decays ? o[1] : 0);
     set(t, 2, o[2] ? 1 - o[0] * o[1] : 1);
 }
 
-/* Coefficient 3 of those that keep a mean: its weight, or that less 1, as torch.lerp has it. */
+/* Coefficient 3 of optimizers with a running mean: the weight of the gradient, or that weight - 1,
+   as in torch.lerp. */
 static void prepare_mean(Tensor *t, double weight) {
     t->from_grad = !(fabsf((float)weight) < 0.5f);
     set(t, 3, t->from_grad ? (float)weight - 1 : (float)weight);
 }
 
-/* For each element: p is the parameter, g the gradient, a, b and c the state. */
+/* Define a kernel from its operations on one element: p is the parameter, g the gradient, and a, b
+   and c are the state. */
 #define LOOP(name, ...)                                                                           \
     static void name(const Tensor *t, int64_t from, int64_t to) {                                 \
         float *restrict param = t->param, *restrict a = t->a, *restrict b = t->b,                 \
@@ -147,10 +150,10 @@ static void prepare_mean(Tensor *t, double weight) {
         }                                                                                         \
     }
 
-/* The mean a with g, by k3. */
+/* Update of the running mean a by g, with coefficient k3. */
 #define MEAN(a) multiply_add(k3, g - (a), from_grad ? g : (a))
 
-/* The square b with that of g, by k4 and k5. */
+/* Update of the running mean of squares b by g^2, with coefficients k4 and k5. */
 #define SQUARE(b) multiply_add(k5 * g, g, (b) * k4)
 
 /* torch.maximum: a NaN wins. */
@@ -265,8 +268,9 @@ LOOP(adamax_plain,
      p -= k6 * m / u;)
 OPTIMIZER(adamax, adamax_plain)
 
-/* NAdam. Options: 4 beta1, 5 beta2, 6 epsilon, 7 decay of the momentum. State: mean, square, and a
-   single float32, the product of the momenta, which is written when all have been prepared. */
+/* NAdam. Options: 4 beta1, 5 beta2, 6 epsilon, 7 momentum decay. State: mean, square, and the
+   product of the momenta, a single float32, which is written when all tensors have been
+   prepared. */
 static void nadam_prepare(Tensor *t, const double *o) {
     double step = step_of(t);
     double mu = o[4] * (1 - 0.5 * pow(0.96, step * o[7]));
@@ -290,8 +294,8 @@ LOOP(nadam_plain,
      p -= k9 * m / root;)
 OPTIMIZER(nadam, nadam_plain)
 
-/* RAdam. Options: 4 beta1, 5 beta2, 6 epsilon. State: mean, square. While the variance is not
-   tractable, the step is one of momentum alone. */
+/* RAdam. Options: 4 beta1, 5 beta2, 6 epsilon. State: mean, square. While the variance of the step
+   size is not tractable, the step uses momentum only. */
 static double radam_rectification(double beta2, double step) {
     double power = pow(beta2, step), limit = 2 / (1 - beta2) - 1;
     double rho = limit - 2 * step * power / (1 - power);

@@ -1,12 +1,12 @@
 /* A counter-based generator of random words: Philox4x32-7.
 
    J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw: Parallel random numbers: as easy as 1, 2, 3.
-   SC 2011, https://doi.org/10.1145/2063384.2063405. Multipliers and Weyl constants are theirs. Seven
-   rounds are the fewest that pass all tests of TestU01's BigCrush; ten, their usual choice, leave a
-   margin that which element is dropped has no need of.
+   SC 2011, https://doi.org/10.1145/2063384.2063405. Multipliers and Weyl constants are from this
+   paper. Seven rounds are the fewest that pass all tests of TestU01's BigCrush; the usual ten leave
+   a margin that dropout does not need.
 
-   A block is what LANES counters give, four words each; word j of lane l of block b is word
-   4 * LANES * b + LANES * j + l of a key's stream. */
+   A block consists of the words of LANES counters, four words each. Word j of lane l of block b is
+   word 4 * LANES * b + LANES * j + l of a key's stream. */
 
 #ifndef FLATOUT_PHILOX_H
 #define FLATOUT_PHILOX_H
@@ -19,14 +19,14 @@
 
 enum { LANES = 16, BLOCK = 4 * LANES, ROUNDS = 7 };
 
-/* `Lanes` holds LANES words of 32 bits. The compilers at hand do not find the instruction that
-   multiplies 32 by 32 bits to 64, hence the intrinsics. */
+/* `Lanes` holds LANES words of 32 bits. Intrinsics are used because gcc and clang do not find the
+   instruction that multiplies 32 by 32 bits to 64. */
 #if defined(__AVX512F__)
 
 typedef __m512i Lanes;
 
 static inline Lanes all(uint32_t x) { return _mm512_set1_epi32((int)x); }
-static inline Lanes either(Lanes x, Lanes y, Lanes z) {
+static inline Lanes xor(Lanes x, Lanes y, Lanes z) {
     return _mm512_ternarylogic_epi32(x, y, z, 0x96);
 }
 static inline Lanes load(const uint32_t *from) { return _mm512_loadu_si512(from); }
@@ -45,7 +45,7 @@ static inline Lanes all(uint32_t x) {
     __m256i half = _mm256_set1_epi32((int)x);
     return (Lanes){{half, half}};
 }
-static inline Lanes either(Lanes x, Lanes y, Lanes z) {
+static inline Lanes xor(Lanes x, Lanes y, Lanes z) {
     for (int h = 0; h < 2; h++)
         x.half[h] = _mm256_xor_si256(_mm256_xor_si256(x.half[h], y.half[h]), z.half[h]);
     return x;
@@ -72,18 +72,18 @@ static inline void multiply(Lanes x, Lanes by, Lanes *high, Lanes *low) {
 typedef struct { uint32_t lane[LANES]; } Lanes;
 
 static inline Lanes all(uint32_t x) {
-    Lanes made;
-    for (int l = 0; l < LANES; l++) made.lane[l] = x;
-    return made;
+    Lanes lanes;
+    for (int l = 0; l < LANES; l++) lanes.lane[l] = x;
+    return lanes;
 }
-static inline Lanes either(Lanes x, Lanes y, Lanes z) {
+static inline Lanes xor(Lanes x, Lanes y, Lanes z) {
     for (int l = 0; l < LANES; l++) x.lane[l] ^= y.lane[l] ^ z.lane[l];
     return x;
 }
 static inline Lanes load(const uint32_t *from) {
-    Lanes made;
-    for (int l = 0; l < LANES; l++) made.lane[l] = from[l];
-    return made;
+    Lanes lanes;
+    for (int l = 0; l < LANES; l++) lanes.lane[l] = from[l];
+    return lanes;
 }
 static inline void store(uint32_t *to, Lanes x) {
     for (int l = 0; l < LANES; l++) to[l] = x.lane[l];
@@ -98,6 +98,7 @@ static inline void multiply(Lanes x, Lanes by, Lanes *high, Lanes *low) {
 
 #endif
 
+/* Write the words of a block of a key's stream. */
 static inline void philox(uint64_t key, uint64_t block, uint32_t *restrict words) {
     uint32_t low[LANES], high[LANES];
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -112,8 +113,8 @@ static inline void philox(uint64_t key, uint64_t block, uint32_t *restrict words
         Lanes high_a, low_a, high_c, low_c;
         multiply(a, by_a, &high_a, &low_a);
         multiply(c, by_c, &high_c, &low_c);
-        a = either(high_c, b, all(k0));
-        c = either(high_a, d, all(k1));
+        a = xor(high_c, b, all(k0));
+        c = xor(high_a, d, all(k1));
         b = low_c;
         d = low_a;
         k0 += 0x9E3779B9u;

@@ -1,4 +1,4 @@
-/* Equal shares of the elements of many arrays, whatever array they are in: one for each thread. */
+/* Split the elements of many arrays into equal shares, one for each thread. */
 
 #ifndef FLATOUT_SHARES_H
 #define FLATOUT_SHARES_H
@@ -11,7 +11,8 @@ static inline int64_t elements_of(const int64_t *sizes, int64_t count) {
     return total;
 }
 
-/* Call `visit` with each stretch of 32-bit elements that belongs to share `part` of `parts`. */
+/* Call `visit` for each contiguous run of 32-bit elements that belongs to share `part` of
+   `parts`. */
 static inline void visit_share(void *const *arrays, const int64_t *sizes, int64_t count, int part,
                                int parts, void (*visit)(void *, int64_t, void *), void *with) {
     int64_t total = elements_of(sizes, count);

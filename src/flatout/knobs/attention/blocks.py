@@ -83,28 +83,18 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value."""
     gradient = gradient.contiguous()
-    row_products = torch.empty_like(sums)
-    kernel.row_products(
-        output.data_ptr(),
-        gradient.data_ptr(),
-        row_products.data_ptr(),
-        row_products.numel(),
-        output.shape[2],
-        output.dtype is torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    row_products = _row_products(output, gradient, kernel)
     heads, rows, _ = query.shape
     columns = key.shape[1]
     query_gradient, key_gradient, value_gradient = (
         torch.empty_like(x) for x in (query, key, value)
     )
-    query_memory, key_memory, value_memory, gradient_memory = (
-        Scratch(torch.float32) for _ in range(4)
+    query_memory, key_memory, value_memory, gradient_memory, scores_memory = (
+        Scratch(torch.float32) for _ in range(5)
     )
-    scores_memory, sums_memory, row_products_memory, dropped_gradient_memory = (
-        Scratch(torch.float32) for _ in range(4)
+    sums_memory, products_memory, dropped_gradient_memory, key_sum_memory, value_sum_memory = (
+        Scratch(torch.float32) for _ in range(5)
     )
-    key_sum_memory, value_sum_memory = Scratch(torch.float32), Scratch(torch.float32)
     dropped_memory, score_gradient_memory, matmul_memory = (Scratch(query.dtype) for _ in range(3))
 
     def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -133,7 +123,7 @@ def _gradients(
                 ctypes.addressof(block),
                 scores.data_ptr(),
                 sums_memory.copy_of(sums[group, block_rows]).data_ptr(),
-                row_products_memory.copy_of(row_products[group, block_rows]).data_ptr(),
+                products_memory.copy_of(row_products[group, block_rows]).data_ptr(),
                 *(x.data_ptr() for x in (dropped_gradient, dropped, score_gradient)),
             )
             query_gradient[group, block_rows] = matmul(score_gradient, key[group, block_columns])
@@ -141,6 +131,17 @@ def _gradients(
             value_sum[:, block_columns] += matmul(dropped.mT, gradient[group, block_rows])
         key_gradient[group], value_gradient[group] = key_sum, value_sum
     return query_gradient, key_gradient, value_gradient
+
+
+def _row_products(output: torch.Tensor, gradient: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+    """The dot product of each row of the output with its gradient, in float32."""
+    products = torch.empty(output.shape[:2], dtype=torch.float32, device="cpu")
+    kernel.row_products(
+        *(x.data_ptr() for x in (output, gradient, products)),
+        *(products.numel(), output.shape[2]),
+        *(output.dtype is torch.bfloat16, torch.get_num_threads()),
+    )
+    return products
 
 
 IMPLEMENTATION = Implementation(_outputs, _gradients)

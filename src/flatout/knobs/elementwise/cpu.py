@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,28 +36,7 @@ def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     activation.argtypes = [ctypes.c_int, *[address] * 3, ctypes.c_int64, *[ctypes.c_int] * 2]
     magnitude.argtypes = [address, address, ctypes.c_int64, ctypes.c_int]
 
-    def compute(
-        function: int, x: torch.Tensor, gradient: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """The function of each element, or its derivative times ``gradient``."""
-        if not _is_supported(x, DTYPES):
-            return None
-        result = torch.empty_like(x)
-        if gradient is not None:
-            if (
-                gradient.dtype is not x.dtype
-                or gradient.shape != x.shape
-                or not dispatch.are_plain(gradient)
-            ):
-                return None
-            if gradient.stride() != x.stride():
-                gradient = torch.empty_like(x).copy_(gradient)
-        gradient_address = None if gradient is None else gradient.data_ptr()
-        activation(
-            *(function, x.data_ptr(), gradient_address, result.data_ptr(), x.numel()),
-            *(x.dtype is torch.bfloat16, torch.get_num_threads()),
-        )
-        return result
+    compute = functools.partial(_compute, activation)
 
     def tanh(torch_kernel: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
         return compute(TANH, x)
@@ -85,6 +65,40 @@ def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
     functions: dict[str, dispatch.Override]
     functions = {"tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward, "abs": complex_abs}
     return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
+
+
+def _compute(
+    activation: Callable[..., None],
+    function: int,
+    x: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The function of each element, or its derivative times ``gradient``; ``None``: not supported.
+
+    Args:
+        activation: the kernel.
+        function: ``TANH`` or ``GELU``.
+        x: the argument of the function.
+        gradient: the gradient of the function's values.
+    """
+    if not _is_supported(x, DTYPES):
+        return None
+    result = torch.empty_like(x)
+    if gradient is not None:
+        if (
+            gradient.dtype is not x.dtype
+            or gradient.shape != x.shape
+            or not dispatch.are_plain(gradient)
+        ):
+            return None
+        if gradient.stride() != x.stride():
+            gradient = torch.empty_like(x).copy_(gradient)
+    gradient_address = None if gradient is None else gradient.data_ptr()
+    activation(
+        *(function, x.data_ptr(), gradient_address, result.data_ptr(), x.numel()),
+        *(x.dtype is torch.bfloat16, torch.get_num_threads()),
+    )
+    return result
 
 
 def _is_supported(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -60,7 +60,8 @@ CALLS_WITHOUT_USE = 256
 """Nothing is deferred any more after this many backward calls in a row without a deferred one."""
 
 MOST_FORCED = 2
-"""Calls of a kind are no longer deferred once this many of them had to be computed unread."""
+"""Calls of a kind are no longer deferred after this many of them were computed without being
+read."""
 
 Leaves = dict[int, Any]
 """Leaves by identity, because tensors compare by their elements."""
@@ -73,7 +74,7 @@ class History:
     Attributes:
         times_discarded: how often the gradient of a leaf was discarded unread, by its identity.
         read: the identities of the leaves whose gradients have been read.
-        times_forced: how often a deferred call had to be computed although nothing read it.
+        times_forced: how often a deferred call was computed although nothing read its gradients.
     """
 
     times_discarded: Counter[int] = field(default_factory=Counter)

@@ -1,13 +1,13 @@
-/* Products of small matrices that lie in the cache, by one thread: of float32, and, where the
-   processor multiplies bfloat16 (AVX512-BF16), of pairs of bfloat16, two numbers in a word.
+/* Matmuls of small matrices that fit into the cache, on one thread: float_matmul for float32, and,
+   on processors with AVX512-BF16, pairs_matmul for pairs of bfloat16 that share a 32-bit word.
 
-   out[rows x columns] = left[rows x depth] right[depth x columns], columns a multiple of TILE.
-   The elements of `left` are `row_step` and `depth_step` apart, so that it may be a transpose. Of
-   pairs, `depth` counts the pairs: a word of `left` holds two neighbours along the depth, and so
-   does a word of `right`, whose rows are pairs of rows. Sums are float32. */
+   out[rows x columns] = left[rows x depth] right[depth x columns], where columns is a multiple of
+   TILE. `row_step` and `depth_step` are the strides of `left`, which may thus be transposed. With
+   pairs, `depth` counts pairs: a word of `left` or `right` holds two elements that are adjacent
+   along the depth. Sums are float32. */
 
-#ifndef FLATOUT_PRODUCTS_H
-#define FLATOUT_PRODUCTS_H
+#ifndef FLATOUT_MATMUL_H
+#define FLATOUT_MATMUL_H
 
 #include <stdint.h>
 
@@ -15,10 +15,10 @@ enum { TILE = 16 };
 
 typedef float Lane __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
 
-/* Two bfloat16; what is read as such may have been written number by number. */
+/* Two bfloat16. `may_alias`, because they may have been written as single numbers. */
 typedef uint32_t Pair __attribute__((may_alias));
 
-/* TALL rows and WIDE lanes of columns. */
+/* Compute TALL rows and WIDE lanes of columns. */
 #define TILE_OF(KIND, Element, ADD, TALL, WIDE)                                                  \
     static inline void KIND##_tile_##TALL##_##WIDE(                                              \
         float *out, int64_t out_stride, const Element *left, int64_t row_step,                   \
@@ -37,7 +37,7 @@ typedef uint32_t Pair __attribute__((may_alias));
             for (int c = 0; c < WIDE; c++) ((Lane *)(out + r * out_stride))[c] = sums[r][c];     \
     }
 
-/* WIDE lanes of columns, all rows. */
+/* Compute all rows of WIDE lanes of columns. */
 #define STRIPE_OF(KIND, Element, TALL, WIDE)                                                     \
     static inline void KIND##_stripe_##WIDE(                                                     \
         float *out, int64_t out_stride, const Element *left, int64_t row_step,                   \
@@ -53,7 +53,7 @@ typedef uint32_t Pair __attribute__((may_alias));
                                  row_step, depth_step, right, right_stride, depth);              \
     }
 
-#define PRODUCT_OF(KIND, Element, ADD)                                                           \
+#define MATMUL_OF(KIND, Element, ADD)                                                           \
     TILE_OF(KIND, Element, ADD, 4, 4)                                                            \
     TILE_OF(KIND, Element, ADD, 1, 4)                                                            \
     TILE_OF(KIND, Element, ADD, 8, 2)                                                            \
@@ -63,10 +63,10 @@ typedef uint32_t Pair __attribute__((may_alias));
     STRIPE_OF(KIND, Element, 4, 4)                                                               \
     STRIPE_OF(KIND, Element, 8, 2)                                                               \
     STRIPE_OF(KIND, Element, 8, 1)                                                               \
-    static void KIND##_product(float *out, int64_t out_stride, const Element *left,              \
-                               int64_t row_step, int64_t depth_step, const Element *right,       \
-                               int64_t right_stride, int64_t rows, int64_t depth,                \
-                               int64_t columns) {                                                \
+    static void KIND##_matmul(float *out, int64_t out_stride, const Element *left,               \
+                              int64_t row_step, int64_t depth_step, const Element *right,        \
+                              int64_t right_stride, int64_t rows, int64_t depth,                 \
+                              int64_t columns) {                                                 \
         int64_t at = 0;                                                                          \
         for (; at + 4 * TILE <= columns; at += 4 * TILE)                                         \
             KIND##_stripe_4(out + at, out_stride, left, row_step, depth_step, right + at,        \
@@ -80,14 +80,14 @@ typedef uint32_t Pair __attribute__((may_alias));
     }
 
 #define ADD_FLOATS(sum, x, lane) (sum) += *(const Lane *)(lane) * (x)
-PRODUCT_OF(float, float, ADD_FLOATS)
+MATMUL_OF(float, float, ADD_FLOATS)
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #define ADD_PAIRS(sum, x, lane)                                                                  \
     (sum) = (Lane)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_epi32((int)(x)),         \
                                    (__m512bh)_mm512_loadu_si512(lane))
-PRODUCT_OF(pairs, Pair, ADD_PAIRS)
+MATMUL_OF(pairs, Pair, ADD_PAIRS)
 #endif
 
 #endif
