@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import engagement, objects
+from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.nested import map_tensors
 from flatout.knobs.precision import packed
@@ -153,10 +155,25 @@ class Autocast:
             torch.autocast(device, self._dtype),
         ):
             output = call(module, *args, **kwargs)
-        output = in_float32(output)
-        if _cast_kept_tensors(inspected.states):
+        output = self._cast(output)
+        on_failure = self._host.applied.on_failure_of(self._knob)
+        if attempt(on_failure, _cast_kept_tensors, inspected.states):
             inspected.float32_reason = "it has begun to keep results of operators"
         return output
+
+    def _cast(self, output: Any) -> Any:
+        """Cast the half-precision tensors of an output to float32.
+
+        The program must not see them in any case. Where ``in_float32`` fails, torch's own walk does
+        it, which knows the usual containers.
+        """
+        on_failure = self._host.applied.on_failure_of(self._knob)
+        cast = attempt(on_failure, lambda: (in_float32(output),))
+        if cast is not None:
+            return cast[0]
+        return tree_map(
+            lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x, output
+        )
 
     def _before_autocast(self, inspected: Inspected) -> None:
         """Called before each pass of a module under autocast."""
