@@ -199,7 +199,7 @@ class Machine:
     def flush(self) -> None:
         pass
 
-    def counts(self, turn: Turn) -> bool:
+    def counts_as_step(self, turn: Turn) -> bool:
         return True
 
     def apply(self, knob: str, setting: str) -> None:

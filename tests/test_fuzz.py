@@ -432,7 +432,7 @@ def test_measured_ceilings(
     """What cannot be read is measured anew, and it is said."""
     measured = machine.Ceilings("python", "2.9", 2, {"float32": 1.0}, 2.0, None, {}, 3.0, {})
     monkeypatch.setenv("FLATOUT_HOME", str(folder / "home"))
-    monkeypatch.setattr(machine, "_torch_stamp", lambda _: "2.9")
+    monkeypatch.setattr(machine, "_torch_version", lambda _: "2.9")
     monkeypatch.setattr(machine, "_measure", lambda _: measured)
     machine.ceilings("python")
     path = folder / "home" / "cache" / "machine.json"

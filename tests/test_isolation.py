@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flatout import cli
-from flatout.cli.verbs import doctor, tune  # noqa: F401
+from flatout.cli.verbs import doctor, tune
 from flatout.launch import isolation
 from flatout.tune import prover, statistics
 
@@ -134,8 +134,8 @@ def test_a_verb_leaves_every_file_as_it_was(
     monkeypatch.setenv("TMPDIR", str(world / "temporary"))
     monkeypatch.setenv("FLATOUT_HOME", str(world / "own"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(cli.tune, "ceilings", lambda python: None)
-    monkeypatch.setattr(cli.doctor, "_ceilings", lambda python: None)
+    monkeypatch.setattr(tune, "ceilings", lambda python: None)
+    monkeypatch.setattr(doctor, "_ceilings", lambda python: None)
     monkeypatch.setattr(statistics, "MINIMUM_PAIRS", 2)
     monkeypatch.setattr(prover, "MAXIMUM_PAIRS", 2)
     found = world / "found.json"
