@@ -229,7 +229,7 @@ class Machine:
             turn.end_ns = now_ns
             is_over = switch.at_boundary(turn)
         size = comparison.block_steps - comparison.discard_steps
-        return [block for block in switch.found if len(block.times_ms) >= size]
+        return [block for block in switch.blocks if len(block.times_ms) >= size]
 
     def _advance(self) -> None:
         """Go on to the next step, now and then to that of another piece."""

@@ -44,6 +44,7 @@ BORDERS = {
     "intercept/dispatch.py:forward": "what autograd calls to record what has been computed",
     "intercept/dispatch.py:backward": "what autograd calls for a gradient; it only calls attempt",
     "intercept/identity.py:forget": "what Python calls as an object goes; it takes an entry out",
+    "intercept/objects.py:_named_tensors": "a generator, which Python enters as it closes it",
     "knobs/gradients/on_demand.py:set_stored": "forgets a deferred gradient as the program sets it",
     "knobs/gradients/on_demand.py:delete_stored": "the same as it deletes one",
     "knobs/gradients/on_demand.py:_forget_deferred": "the same",

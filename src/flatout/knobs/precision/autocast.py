@@ -150,30 +150,25 @@ class Autocast:
             blames = self._host.applied.withdraw_on_torch_error(self._knob)
             with blames, torch.autocast(device, self._dtype, cache_enabled=False):
                 return call(module, *args, **kwargs)
+        on_failure = self._host.applied.on_failure_of(self._knob)
         with (
             self._host.applied.withdraw_on_torch_error(self._knob),
             torch.autocast(device, self._dtype),
         ):
             output = call(module, *args, **kwargs)
-        output = self._cast(output)
-        on_failure = self._host.applied.on_failure_of(self._knob)
+        # The program must not see half precision in any case: where our walk over the output fails,
+        # torch's own does it, which knows the usual containers.
+        cast = attempt(on_failure, lambda: (in_float32(output),))
+        if cast is not None:
+            (output,) = cast
+        else:
+            halves = HALVES  # a lambda, so that nothing of this package can fail here
+            output = tree_map(
+                lambda x: x.float() if getattr(x, "dtype", 0) in halves else x, output
+            )
         if attempt(on_failure, _cast_kept_tensors, inspected.states):
             inspected.float32_reason = "it has begun to keep results of operators"
         return output
-
-    def _cast(self, output: Any) -> Any:
-        """Cast the half-precision tensors of an output to float32.
-
-        The program must not see them in any case. Where ``in_float32`` fails, torch's own walk does
-        it, which knows the usual containers.
-        """
-        on_failure = self._host.applied.on_failure_of(self._knob)
-        cast = attempt(on_failure, lambda: (in_float32(output),))
-        if cast is not None:
-            return cast[0]
-        return tree_map(
-            lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x, output
-        )
 
     def _before_autocast(self, inspected: Inspected) -> None:
         """Called before each pass of a module under autocast."""
