@@ -162,9 +162,9 @@ class Autocast:
         if cast is not None:
             (output,) = cast
         else:
-            halves = HALVES  # a lambda, so that nothing of this package can fail here
             output = tree_map(
-                lambda x: x.float() if getattr(x, "dtype", 0) in halves else x, output
+                lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x,
+                output,
             )
         if attempt(on_failure, _cast_kept_tensors, inspected.states):
             inspected.float32_reason = "it has begun to keep results of operators"
