@@ -31,7 +31,9 @@ EXACTNESS: Mapping[Exactness, str] = {
 }
 """The meaning of each class, in words for the user."""
 
-MATMUL_OPERATORS = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "rnn")
+MATMUL_OPERATORS = (
+    *("mm", "::linear", "mkldnn_linear", "matmul", "conv", "attention", "lstm", "gru", "rnn"),
+)
 """Parts of the names of operators that consist of matmuls or convolutions."""
 
 

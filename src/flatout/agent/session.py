@@ -242,13 +242,14 @@ class Session:
             self._begin_record()
         if self._guard is not None:
             self._guard.at_boundary()
-        if self.host.applied.failures:
-            self.host.applied.undo_withdrawn()
+        applied = self.host.applied
+        if applied.has_withdrawn:
+            applied.undo_withdrawn(turn)
         if self._stages.pending:
             self._stages.run(turn)
-        has_stages = bool(self._stages.pending)
-        self.hooks.live = has_stages
-        self.hooks.tracks_steps = self.hooks.root_search.is_active or has_stages
+        is_live = bool(self._stages.pending) or applied.has_withdrawn
+        self.hooks.live = is_live
+        self.hooks.tracks_steps = self.hooks.root_search.is_active or is_live
 
 
 def _is_child_of_multiprocessing() -> bool:

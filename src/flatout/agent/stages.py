@@ -70,7 +70,7 @@ class Stages:
         """Run the first stage, and after it those that begin at the same boundary.
 
         A stage that fails is over, with an event. The time limit of the request counts from the end
-        of the first step on, since start-up and first step may compile; it ends ``time_step``.
+        of the first step on, since start-up and first step may compile; it ends only ``time_step``.
         """
         limit_s = self._host.request.stop_seconds
         if self._timed_from_ns is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Set
 
 from flatout.intercept import dispatch
 from flatout.intercept.containment import OnFailure, attempt, report, was_raised_by_torch
 from flatout.intercept.events import EventLog
 from flatout.intercept.patch import Undo
+from flatout.wire.turns import Turn
 
 
 class AppliedSettings:
@@ -28,7 +30,7 @@ class AppliedSettings:
         self,
         apply: Callable[[str, str], Undo],
         events: EventLog,
-        ask_for_boundary: Callable[[], None],
+        ask_for_boundary: Callable[[], bool],
     ) -> None:
         self.failures: dict[str, str] = {}
         self.ever: set[str] = set()
@@ -36,6 +38,8 @@ class AppliedSettings:
         self._events = events
         self._ask_for_boundary = ask_for_boundary
         self._undos: dict[str, Undo] = {}
+        self._withdrawn_ns = 0
+        self._awaits_whole_step = False
 
     @property
     def names(self) -> Set[str]:
@@ -63,14 +67,15 @@ class AppliedSettings:
         return undo is not None
 
     def withdraw(self, knob: str, error: Exception) -> None:
-        """Record that a knob has failed in use, and undo it at the next step boundary.
+        """Record that a knob has failed in use, and undo it at a later step boundary.
 
-        Until then, the knob itself passes every call on to the original function.
+        Until then it stays in place; where it fails again, the original function is called.
         """
         if knob in self.failures:
             return
         self.failures[knob] = f"{type(error).__name__}: {error}"
-        self._ask_for_boundary()
+        self._withdrawn_ns = time.perf_counter_ns()
+        self._awaits_whole_step |= self._ask_for_boundary()
         self._events.add_failure(knob, error, "withdrawn: ")
 
     def on_failure_of(self, knob: str) -> OnFailure:
@@ -84,9 +89,27 @@ class AppliedSettings:
         """
         return WithdrawOnTorchError(self.on_failure_of(knob))
 
-    def undo_withdrawn(self) -> None:
-        """Undo the knobs that have been withdrawn. To be called at a step boundary."""
-        for knob in self.failures:
+    @property
+    def has_withdrawn(self) -> bool:
+        """Whether a knob that has been withdrawn is still in place."""
+        return not self.failures.keys().isdisjoint(self._undos)
+
+    def undo_withdrawn(self, step: Turn) -> None:
+        """Undo the knobs that have been withdrawn, if this is a boundary between two steps.
+
+        Boundaries may be told late, so one that lies before the withdrawal is none any more. And
+        where steps are followed only since then, the first one may begin and end in the middle of
+        a step of the program, between its two optimizers say, so the second one is waited for.
+
+        Args:
+            step: the step that has closed.
+        """
+        if step.end_ns < self._withdrawn_ns:
+            return
+        if self._awaits_whole_step:
+            self._awaits_whole_step = False
+            return
+        for knob in list(self.failures):
             if knob in self._undos and attempt(
                 functools.partial(self._undo_failed, knob), self.undo, knob
             ):

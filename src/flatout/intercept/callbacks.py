@@ -78,7 +78,7 @@ class CallbackList(Generic[C]):
 class StepCallbacks:
     """Calls the callbacks around forward calls, backward calls and optimizer steps.
 
-    Nothing of flatout is called around them while there are no callbacks. None is called while a
+    Without callbacks, the original is called directly. None is called while a
     CUDA graph is captured, and no forward wrapper while the program is traced.
 
     Args:
@@ -156,29 +156,34 @@ class StepCallbacks:
         if is_traced():
             return wrapped(module, *args, **kwargs)
         if not is_capturing():
-            for wrapper in self.forward_wrappers:
-                wrapped = self._wrap_forward(wrapper, wrapped)
+            for wrapper, on_failure in self.forward_wrappers.entries():
+                wrapped = self._wrap_forward(
+                    wrapper, self._choose_on_failure(wrapper, on_failure), wrapped
+                )
         elif not self._has_reported_capture:
             self._has_reported_capture = True
             why = "no setting takes effect inside a CUDA graph that the program captures"
             self._on_skip("capture", why)
         return wrapped(module, *args, **kwargs)
 
-    def _wrap_forward(self, wrapper: ForwardWrapper, call: Call) -> Call:
+    def _wrap_forward(self, wrapper: ForwardWrapper, on_failure: OnFailure, call: Call) -> Call:
         def forward(original: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
             if wrapper not in self.forward_wrappers:
                 return original(module, *args, **kwargs)  # an outer wrapper has just removed it
             return wrapper(original, module, args, kwargs)
 
-        return wrap(functools.partial(self._on_callback_failure, wrapper), forward, call)
+        return wrap(on_failure, forward, call)
+
+    def _choose_on_failure(self, callback: Any, on_failure: OnFailure | None) -> OnFailure:
+        """Return what is called when a callback has failed."""
+        return on_failure or functools.partial(self._on_callback_failure, callback)
 
     def _backward(self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any) -> Any:
         """Make a backward call, for which torch's function is ``original``."""
         call = original
         if is_active and not is_capturing():
             for wrapper, on_failure in self.backward_wrappers.entries():
-                on_failure = on_failure or functools.partial(self._on_callback_failure, wrapper)
-                call = wrap(on_failure, wrapper, call)
+                call = wrap(self._choose_on_failure(wrapper, on_failure), wrapper, call)
         return call(*args, **kwargs)
 
     def _before_update(self, optimizer: Any) -> None:
@@ -189,6 +194,5 @@ class StepCallbacks:
 
     def _call(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
         if not is_capturing():
-            for callback in callbacks:
-                on_failure = functools.partial(self._on_callback_failure, callback)
-                attempt(on_failure, callback, optimizer)
+            for callback, on_failure in callbacks.entries():
+                attempt(self._choose_on_failure(callback, on_failure), callback, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -97,13 +98,7 @@ def override_operators(
     Returns:
         The undo; it leaves the overrides of other knobs in place.
     """
-    added = []
-    for (name, override), key in itertools.product(overrides.items(), keys):
-        if (name, key) not in _overridden:
-            _overridden[name, key] = OverriddenOperator(name, key)
-        entry = (override, on_failure, knob_being_applied)
-        added.append((name, key, entry))
-        _overridden[name, key].overrides.append(entry)
+    added: list[tuple[str, str, Any]] = []
 
     def undo() -> None:
         while added:
@@ -113,6 +108,15 @@ def override_operators(
             if not operator.overrides:
                 _overridden.pop((name, key)).restore()
 
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(undo)
+        for (name, override), key in itertools.product(overrides.items(), keys):
+            if (name, key) not in _overridden:
+                _overridden[name, key] = OverriddenOperator(name, key)
+            entry = (override, on_failure, knob_being_applied)
+            added.append((name, key, entry))
+            _overridden[name, key].overrides.append(entry)
+        on_error.pop_all()
     return undo
 
 

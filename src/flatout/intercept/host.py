@@ -105,9 +105,15 @@ class Host:
         train; an evaluation pass of a program that trains is neither."""
         return turn.kind == "step" or not self.hooks.turns.may_train()
 
-    def ask_for_boundary(self) -> None:
-        """Have ``step_closed`` called at the next step boundary."""
+    def ask_for_boundary(self) -> bool:
+        """Have ``step_closed`` called at the next step boundary.
+
+        Returns:
+            Whether steps are followed only from now on, so that the first one may be no whole step.
+        """
+        begins_now = not self.hooks.tracks_steps
         self.hooks.tracks_steps = self.hooks.live = True
+        return begins_now
 
     def keep(self, knob: str, name: str, make: Callable[[], T]) -> T:
         """Return what a knob keeps of this process from one time it is applied to the next.
@@ -152,7 +158,7 @@ class Host:
         self._step_closed(turn)
 
     def _undo_withdrawn(self, turn: Turn) -> None:
-        self.applied.undo_withdrawn()
+        self.applied.undo_withdrawn(turn)
 
     def _callback_failed(self, callback: Any, error: Exception) -> None:
         """Remove a callback that has failed, and withdraw its knob."""

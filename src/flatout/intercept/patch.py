@@ -20,7 +20,9 @@ def replace_function(owner: type | ModuleType, name: str, function: Callable[...
     ``pickle``) sees the original function.
 
     Returns:
-        The undo. It does nothing if the program has put another function there meanwhile.
+        The undo. It does nothing if another function has been put there meanwhile, by the program
+        or by another patch. So two knobs that patch one function need a claim in common
+        (``knob.Knob.claims``).
     """
     original = owner.__dict__[name]
     replacement = function

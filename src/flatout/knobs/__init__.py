@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def registry() -> Mapping[str, Knob]:
     """All knobs by name, in alphabetical order."""
     names = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    # The name of a module tells the knob that a failure belongs to (``containment.knob_of``).
     modules = (importlib.import_module(f"{__name__}.{name}") for name in names)
     return MappingProxyType({module.KNOB.name: module.KNOB for module in modules})
 

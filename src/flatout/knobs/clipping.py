@@ -161,9 +161,9 @@ KNOB = Knob(
         helps="Training on the CPU that clips gradients at each step, as Hugging Face's Trainer "
         "does.",
         hurts="No case is known.",
-        by_hand="Scale the gradients only where the norm exceeds the limit: compute `norm = "
-        "torch.nn.utils.get_total_norm(p.grad for p in model.parameters())`, and call "
-        "`torch.nn.utils.clip_grads_with_norm_(...)` only if it is larger.",
+        by_hand="Clip less often, or only where the norm is above the limit: `norm = "
+        "torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "
+        "None])`, and `torch.nn.utils.clip_grads_with_norm_(...)` only if it is larger.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html",
         ),

@@ -137,13 +137,12 @@ class Tuner:
             if attempt.refusal is None:
                 self._decide(settings, attempt)
                 return
-            if attempt.pairs.interrupted:
+            if attempt.pairs.interrupted or number == MAXIMUM_PROOFS - 1:
                 return
             gentler = self._replace_culprits(
                 settings, prover.find_culprits(settings, attempt), attempt.refusal, survey
             )
-            is_last = number == MAXIMUM_PROOFS - 1
-            if _hid_gains(settings.keys() - gentler.keys()) and not is_last:
+            if _hid_gains(settings.keys() - gentler.keys()):
                 useless = [one for one in cold if self._ledger.has_no_gain(one.settings)]
                 gentler = cold_trials.extend(gentler, useless, again=True)
             settings = gentler

@@ -39,7 +39,7 @@ def match(facts: Facts) -> Match:
     if bf16 is not None and bf16 < float32:
         settings = ()
     if fp16 is not None and fp16 > FASTER * max(bf16 or 0.0, float32):
-        settings += ("fp16",)
+        settings = ("fp16", *settings)
     why = (
         f"bfloat16 is slower than float32 on this machine ({(bf16 or 0) / 1e9:.3g} GFLOP/s against "
         f"{float32 / 1e9:.3g} GFLOP/s)"
@@ -78,12 +78,17 @@ def _apply_medium(host: Host) -> Undo:
     if before != "highest" or convolutions not in ("none", "ieee"):
         raise RefusedError("the program has chosen the precision of float32 matmuls")
     engagement.calls[NAME] += 1  # counted once: it acts on all matmuls from now on
+    matmuls = [(b.matmul, b.matmul.fp32_precision) for b in (mkldnn, torch.backends.cuda)]
     torch.set_float32_matmul_precision("medium")
     mkldnn.conv.fp32_precision = "bf16"
 
     def undo() -> None:
-        torch.set_float32_matmul_precision(before)
-        mkldnn.conv.fp32_precision = convolutions
+        if torch.get_float32_matmul_precision() == "medium":  # else the program has set another
+            torch.set_float32_matmul_precision(before)
+            for backend, precision in matmuls:
+                backend.fp32_precision = precision
+        if mkldnn.conv.fp32_precision == "bf16":
+            mkldnn.conv.fp32_precision = convolutions
 
     return undo
 
