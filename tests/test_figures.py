@@ -194,7 +194,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_word_for_a_ratio_is_that_of_its_interval(low: float, high: float, said: str) -> None:
     ratio = Ratio(math.sqrt(low * high), low, high, 5)
-    assert figures.verdict(ratio) == said
+    assert figures.faster_or_slower(ratio) == said
     claimed = dataclasses.replace(_document(), claim=ratio)
     assert words.claim_line(claimed).startswith(f"{said}: {ratio.value:.2f}x ({low:.2f} to ")
 
@@ -207,7 +207,7 @@ def _document() -> Document:
 @given(st.floats(0, 4e5), st.floats(0, 4e5))
 def test_a_difference_of_durations_is_that_of_what_is_printed(one: float, other: float) -> None:
     shown = [figures.shown_duration(seconds) for seconds in (one, other)]
-    told = figures.longer(figures.shown_duration, one, other)
+    told = figures.seconds_change(figures.shown_duration, one, other)
     assert float(told.split()[0]) == pytest.approx(shown[1].value - shown[0].value, abs=0.0501)
     for (text, value), seconds in zip(shown, (one, other), strict=True):
         assert (

@@ -119,8 +119,8 @@ def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: 
     """Autocast spares the program work, so it wins, and breaks a sigmoid before BCE loss."""
     work = "for _ in range(8): torch.ones(400, 400) @ torch.ones(400, 400)"
     outcome = tune(write(tmp_path, MANY_TENSORS, work), None, steps=40)
-    assert outcome.alone("precision") is not None
-    assert outcome.alone("optimizer") is not None
+    assert outcome.find_ratio_alone("precision") is not None
+    assert outcome.find_ratio_alone("optimizer") is not None
     assert set(outcome.settings) <= {"optimizer", "precision"}
     assert outcome.settings.get("precision") != "bf16"
     if outcome.evidence is None:
@@ -168,8 +168,8 @@ def test_an_arm_that_ends_a_short_program_is_dropped_with_its_reason(tmp_path: P
     command = write(tmp_path, MANY_TENSORS, "return torch.sigmoid(z)\n        sys.exit(3)", 80)
     outcome = tune(command, None, steps=80)
     assert "exit code 3" in said_of(outcome, "precision")
-    assert outcome.alone("precision") is None
-    assert outcome.alone("optimizer") is not None
+    assert outcome.find_ratio_alone("precision") is None
+    assert outcome.find_ratio_alone("optimizer") is not None
 
 
 def flatout(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -366,7 +366,7 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
         pairs.baseline_runs = pairs.variant_runs = [None] * count  # type: ignore[list-item]
         asked = SimpleNamespace(
             _judge_losses=lambda _: SimpleNamespace(undecided=undecided),
-            _is_reordered=lambda _: reordered,
+            _has_other_data_order=lambda _: reordered,
             _ledger=SimpleNamespace(say=said.append),
         )
         return Prover._is_overtime_over(asked, pairs)  # type: ignore[arg-type]

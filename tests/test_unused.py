@@ -14,7 +14,7 @@ from test_figures import trial
 
 from flatout import knobs
 from flatout.knob import Facts
-from flatout.tune.ledger import Ledger, Outcome, TriedArm
+from flatout.tune.ledger import Ledger, LedgerArm, Outcome
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import ProofAttempt
@@ -93,7 +93,7 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
         verdict = Verdict(True, "", "bitwise", 30, True, ())
         made = Pairs({}, settings, [slow] * 3, [plan] * 3)
         ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
-        outcome = ledger.outcome = Outcome(arms=[TriedArm({k: s}) for k, s in settings.items()])
+        outcome = ledger.outcome = Outcome(arms=[LedgerArm({k: s}) for k, s in settings.items()])
         accepted: list[dict[str, str]] = []
         asked = SimpleNamespace(
             _ledger=ledger,
@@ -109,8 +109,7 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
     assert found["one"][2] == ["left out", "not tried"]
     assert found["slower in a few steps"][0] == []
     assert (
-        "1.25x (1.25 to 1.25, 3 pairs) but for a few steps, and 0."
-        in found["slower in a few steps"][1]
+        "1.25x (1.25 to 1.25, 3 pairs) in a usual step, but 0." in found["slower in a few steps"][1]
     )
 
 

@@ -114,10 +114,15 @@ def add_verbose(parser: argparse.ArgumentParser, extra: str) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help=f"also print {extra}")
 
 
-def add_proof(parser: argparse.ArgumentParser) -> None:
+def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
     """What tune and verify share: ``--seed``, ``--memory``, ``--resume``, ``--quiet``."""
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the first pair (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the first baseline/plan pair of runs; later pairs use S+1, S+2, ... "
+        "(default: 0)",
     )
     parser.add_argument(
         "--memory",
@@ -130,7 +135,7 @@ def add_proof(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the last one of this command that was interrupted",
+        help=f"continue the last interrupted {verb} of this command",
     )
     parser.add_argument("--quiet", action="store_true", help="print the result only, no progress")
 

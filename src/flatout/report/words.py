@@ -71,13 +71,19 @@ def break_even(document: Document) -> str | None:
 
 def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     """The rows of a table: what is compared, the bare program, the plan, and the change."""
-    rows: list[tuple[str, figures.Kind, Callable[..., str], float | None, float | None]] = [
+    rows: list[tuple[str, figures.Formatter, Callable[..., str], float | None, float | None]] = [
         ("step", figures.shown_milliseconds, figures.change, bare.step_ms, plan.step_ms),
-        ("start-up", figures.shown_duration, figures.longer, bare.startup_s, plan.startup_s),
+        (
+            "start-up",
+            figures.shown_duration,
+            figures.seconds_change,
+            bare.startup_s,
+            plan.startup_s,
+        ),
         (
             "compilation, first steps",
             figures.shown_duration,
-            figures.longer,
+            figures.seconds_change,
             bare.warmup_s,
             plan.warmup_s,
         ),
@@ -93,12 +99,12 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
     if device_peak != (None, None):
         rows.append(("peak device memory", figures.shown_memory, figures.change, *device_peak))
-    for name, kind, changed, of_bare, of_plan in rows:
+    for name, formatter, changed, of_bare, of_plan in rows:
         yield (
             name,
-            figures.text(kind, of_bare),
-            figures.text(kind, of_plan),
-            changed(kind, of_bare, of_plan),
+            figures.text(formatter, of_bare),
+            figures.text(formatter, of_plan),
+            changed(formatter, of_bare, of_plan),
         )
 
 
@@ -174,8 +180,8 @@ def claim_line(document: Document) -> str:
             "the plan, "
         )
     return (
-        f"{figures.verdict(claim)}: {claim.value:.2f}x ({claim.low:.2f} to {claim.high:.2f} with "
-        f"95 % confidence), {times}{claim.pairs} pairs of fresh processes"
+        f"{figures.faster_or_slower(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
+        f"{claim.high:.2f} with 95 % confidence), {times}{claim.pairs} pairs of fresh processes"
     )
 
 

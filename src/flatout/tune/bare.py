@@ -20,16 +20,24 @@ from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Request
 
-USUAL_STEPS, USUAL_S, MAXIMUM_STEPS = 200, 2.0, 2000
-"""A proof covers the first number of steps, or as many fast steps as take the second time, but
-never more than the third number; ``Options.steps`` overrides this."""
+USUAL_STEPS = 200
+"""Steps that a proof covers, unless they are fast (``USUAL_S``) or ``Options.steps`` says
+otherwise."""
+
+USUAL_S = 2.0
+"""A proof covers more than ``USUAL_STEPS`` if so many steps take less than this time, in seconds:
+then as many as fit into it."""
+
+MAXIMUM_STEPS = 2000
+"""Most steps of the first run, and so of a proof, unless ``Options.steps`` says otherwise."""
 
 FIRST_RUN_SHARE = 1 / 36
-"""Share of the budget that the steps of the first run may take. Each run of a pair has at most as
-many steps."""
+"""Share of the budget that the steps of the first run may take. A proof covers no more steps than
+the first run has timed, except that it covers at least ``pairs.MINIMUM_STEPS``."""
 
 LEAST_LIMIT_S = 120.0
-"""Seconds that the first run may take at least before it counts as hung."""
+"""The first run counts as hung after this many seconds, or after twice the budget if that is
+longer."""
 
 PROFILE_STEPS = 5
 """Steps that the first run makes under the profiler, after those that are timed."""
@@ -51,7 +59,7 @@ class BareRun:
         phases_ms: the parts of a step; ``None``: not measured.
         proof_steps: length of each run of a proof, in steps.
         job_steps: length of the whole job, in steps; ``None``: the run was stopped before its end.
-        can_relay: whether two of these programs can exist at the same time and alternate.
+        can_relay: whether baseline and plan can both stay alive and alternate (a relay).
     """
 
     process: ProcessRecord
@@ -64,7 +72,7 @@ class BareRun:
     can_relay: bool
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
-        """Whether two of these programs can alternate when one has these settings."""
+        """Whether the bare program and one with these settings can alternate in a relay."""
         return self.can_relay and not any(
             setting in knobs.get(name).worker_settings for name, setting in settings.items()
         )
@@ -76,7 +84,7 @@ def run(
     """Run the bare program for as long as its share of the budget allows.
 
     Args:
-        command: the job.
+        command: command line of the user's program.
         options: what the user asks for.
         trials: runs the program.
         say: is called with each line of progress.
@@ -145,7 +153,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
 
 
 def _can_relay(process: ProcessRecord) -> bool:
-    """Whether two of these programs can exist at the same time.
+    """Whether two copies of this program can stay alive at the same time, as a relay needs.
 
     The ranks of a distributed job would ask for the same port, the workers of a loader go on
     while their run waits, and how much memory of an accelerator is free is not known.

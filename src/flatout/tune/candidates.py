@@ -15,15 +15,15 @@ from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
 
 HOPELESS_SHARE = 0.01
-"""A knob is not tried if what it speeds up takes less than this share of a step: a dozen pairs can
-tell only ten times as much from the drift of a shared machine."""
+"""A knob is not tried if what it speeds up takes less than this share of a step: given the drift of
+a shared machine, even a dozen pairs resolve no gain below ten times this."""
 
 ALTERNATIVES_SHARE = 0.1
 """A knob's second setting is tried as well if what it speeds up takes at least this share of a
 step."""
 
 UNKNOWN_SHARE = 0.05
-"""Share of a step by which a knob is ordered whose share is not known."""
+"""Share of a step that is assumed, for sorting, for a knob whose share is unknown."""
 
 SECOND_LOOKS = 3
 """Most settings that are compared once more on top of the stack."""
@@ -43,7 +43,8 @@ class Candidate:
 
     Attributes:
         knob, setting: names of the knob and its setting.
-        is_hot: whether it is compared inside one process.
+        is_hot: whether it is compared inside one process: it can be applied and undone between two
+            steps, and its first steps are not slow.
         bound: the speedup that it cannot exceed, ``None``: not known.
     """
 
@@ -104,7 +105,7 @@ def survey(
 
 
 def collect_facts(case: Case) -> Facts:
-    """What the first run has shown, as the knobs are told it.
+    """The first run's measurements, in the form that ``Knob.offer`` takes.
 
     Args:
         case: the first run; without ceilings, the matmul rates count as not measured.
@@ -175,14 +176,15 @@ def find(
 def find_second_looks(
     ratios: Mapping[Candidate, Ratio | None], settings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Find settings that showed no effect, and may bring more on top of the others.
+    """Find settings without a clear gain on bare that may gain more on top of the others.
 
     What they speed up was a small part of the bare step, and is a larger part of a step that the
-    other settings have made shorter.
+    other settings have made shorter. Settings of a knob that is in the stack, or that claims the
+    same part of the program as one in it (``Knob.claims``), are left out: they exclude each other.
 
     Args:
         ratios: the measured ratio of each candidate among the others.
-        settings: the settings that were faster.
+        settings: the settings that were faster, which form the stack.
 
     Returns the settings, the most promising first.
     """

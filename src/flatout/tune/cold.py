@@ -22,8 +22,8 @@ SLOW_START_S = 120.0
 later ones find most of it in the cache."""
 
 COLD_SHARE = 0.3
-"""Share of the budget that any one cold candidate may take. It may take more if the proof leaves
-it."""
+"""Share of the budget that any one cold candidate may take, or more if that much time remains
+beyond the proof's."""
 
 
 class ColdTrials:
@@ -86,7 +86,7 @@ class ColdTrials:
         return False
 
     def _try(self, candidate: Candidate, stack: dict[str, str]) -> bool:
-        """Try a candidate on top of the stack; whether it makes it faster."""
+        """Try a candidate on top of the stack. Returns whether it makes the stack faster."""
         self._ledger.start([candidate], "fresh processes")
         tried = Pairs(
             dict(stack),
@@ -116,7 +116,7 @@ class ColdTrials:
         return self._judge(candidate, tried)
 
     def _judge(self, candidate: Candidate, tried: Pairs) -> bool:
-        """Enter what came of a candidate; whether it is accepted."""
+        """Enter what came of a candidate. Returns whether it is accepted into the stack."""
         settings = candidate.settings
         if tried.failure is not None:
             self._ledger.fail(settings, tried.failure)
@@ -125,7 +125,7 @@ class ColdTrials:
         if candidate.knob in without_effect:
             self._ledger.reject_without_effect(settings, without_effect[candidate.knob])
             return False
-        self._ledger.measure(candidate, tried.ratio)
+        self._ledger.note_ratio(candidate, tried.ratio)
         is_faster = statistics.is_mostly_faster(tried.log_ratios)
         faster = sum(log > 0 for log in tried.log_ratios)
         self._ledger.say(

@@ -1,6 +1,7 @@
 """The evidence of a plan: how it is made from a proof, and merged with that of a later proof.
 
-The functions are pure. Evidence is added to or replaced by stronger evidence, never by weaker.
+The functions are pure. A weaker proof is added beside the old one; only one that covers it replaces
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from flatout.tune.proof import Verdict
 from flatout.wire.ratios import Ratio
 
 
-def gather(
-    settings: Mapping[str, str], pairs: Pairs, verdict: Verdict, alone: Mapping[str, Ratio | None]
+def make_evidence(
+    settings: Mapping[str, str],
+    pairs: Pairs,
+    verdict: Verdict,
+    ratio_alone: Mapping[str, Ratio | None],
 ) -> Evidence:
     """Make the evidence of a plan that is proven.
 
@@ -23,7 +27,7 @@ def gather(
         settings: settings of the plan.
         pairs: its pairs with the bare program, at least two.
         verdict: the verdict on them.
-        alone: for each knob, its ratio alone inside one process; ``None``: not measured.
+        ratio_alone: for each knob, its ratio alone inside one process; ``None``: not measured.
     """
     ratio = pairs.ratio
     bare, plan = pairs.costs
@@ -40,7 +44,7 @@ def gather(
         seeds=ratio.pairs if is_by_seeds else 1,
         bare_repeats=verdict.bare_repeats is True,
         verdict=verdict.kind,
-        in_process={name: r.value for name, r in alone.items() if r is not None},
+        in_process={name: r.value for name, r in ratio_alone.items() if r is not None},
         losses=verdict.losses,
         checks=verdict.checks,
     )

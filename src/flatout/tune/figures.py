@@ -26,19 +26,19 @@ class Shown(NamedTuple):
     value: float
 
 
-Kind = Callable[[float], Shown]
+Formatter = Callable[[float], Shown]
 """A function that turns milliseconds, seconds or bytes into what is printed."""
 
 
 def shown_milliseconds(ms: float) -> Shown:
-    """A short time, to three digits."""
+    """A short time, to three digits; from 1,000 to 9,999 ms, to a whole one."""
     unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
     number = _three_digits(ms / size)
     return Shown(f"{number} {unit}", _number(number) * size)
 
 
 def shown_duration(seconds: float) -> Shown:
-    """A time of any length, in its two largest units."""
+    """A time of any length: to a tenth of a second below 99.95 s, else in its two largest units."""
     if abs(seconds) < 99.95:
         return Shown(f"{seconds:.1f} s", round(seconds, 1))
     whole = round(seconds)
@@ -60,9 +60,9 @@ def shown_memory(size_bytes: float) -> Shown:
     return Shown(f"{number} MiB", _number(number) * 2**20)
 
 
-def text(kind: Kind, value: float | None) -> str:
+def text(formatter: Formatter, value: float | None) -> str:
     """The text of a figure; a figure that is not known is ``NOT_MEASURED``."""
-    return kind(value).text if _is_known(value) else NOT_MEASURED
+    return formatter(value).text if _is_known(value) else NOT_MEASURED
 
 
 def milliseconds(ms: float | None) -> str:
@@ -80,22 +80,22 @@ def memory(size_bytes: float | None) -> str:
     return text(shown_memory, size_bytes)
 
 
-def change(kind: Kind, bare: float | None, plan: float | None) -> str:
+def change(formatter: Formatter, bare: float | None, plan: float | None) -> str:
     """How much more or less the plan takes than bare, in percent; empty where it is not known."""
-    if not (_is_known(bare) and _is_known(plan) and (of := kind(bare).value)):
+    if not (_is_known(bare) and _is_known(plan) and (of := formatter(bare).value)):
         return ""
-    return _unsigned_zero(f"{kind(plan).value / of - 1:+.0%}")
+    return _unsigned_zero(f"{formatter(plan).value / of - 1:+.0%}")
 
 
-def longer(kind: Kind, bare_s: float | None, plan_s: float | None) -> str:
+def seconds_change(formatter: Formatter, bare_s: float | None, plan_s: float | None) -> str:
     """How many seconds more or less the plan takes; empty where it is not known."""
     if not (_is_known(bare_s) and _is_known(plan_s)):
         return ""
-    return _unsigned_zero(f"{kind(plan_s).value - kind(bare_s).value:+.1f} s")
+    return _unsigned_zero(f"{formatter(plan_s).value - formatter(bare_s).value:+.1f} s")
 
 
-def verdict(ratio: Ratio) -> str:
-    """What a ratio says, in a word or two: the only place that tells faster from slower."""
+def faster_or_slower(ratio: Ratio) -> str:
+    """What a ratio says, in a word or two; it is a gain where ``statistics.is_gain`` says so."""
     if ratio.low > 1:
         return "faster"
     return "slower" if ratio.high < 1 else "no measurable gain"

@@ -32,7 +32,7 @@ class Options:
         budget_seconds: how long the tune may take, roughly.
         steps: steps that the proof covers; ``None``: as many as the budget allows, see
             ``bare.USUAL_STEPS``.
-        seed: seed of the first pair; each later pair has the next one.
+        seed: seed of the first pair of runs; each later pair has the next one.
         isolate: whether every trial runs in a copy-on-write view of the file system.
         knobs: names of the knobs to try; ``None``: all.
         exactness: classes of the settings that may be tried; ``None``: all.
@@ -49,8 +49,8 @@ class Options:
 
 
 @dataclass
-class TriedArm:
-    """Settings that are candidates, and what has become of them; see ``document.Arm``."""
+class LedgerArm:
+    """An arm: settings that are tried as one, and what has become of them; see ``document.Arm``."""
 
     settings: Mapping[str, str]
     stage: Stage = "inside one process"
@@ -69,8 +69,8 @@ class Outcome:
         why: one sentence: why this plan, or why none.
         evidence: evidence for the plan, ``None`` when there is none.
         arms: what was tried or might have been, in the order in which it was found.
-        without: for each knob of a stack of settings, how many times faster the stack is with it
-            than without it.
+        gain_on_top: for each knob of a stack of settings, how many times faster the stack is with
+            it than without it.
         refused: knobs that are no candidates, with the reason.
         findings: what limits the bare program.
         pairs: the pairs behind the plan, ``None`` when there is no plan.
@@ -91,8 +91,8 @@ class Outcome:
     settings: dict[str, str] = field(default_factory=dict)
     why: str = ""
     evidence: Evidence | None = None
-    arms: list[TriedArm] = field(default_factory=list)
-    without: dict[str, Ratio] = field(default_factory=dict)
+    arms: list[LedgerArm] = field(default_factory=list)
+    gain_on_top: dict[str, Ratio] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     pairs: Pairs | None = None
@@ -108,13 +108,13 @@ class Outcome:
     seconds: float = 0.0
     phase: Phase | None = None
 
-    def alone(self, knob: str) -> Ratio | None:
+    def find_ratio_alone(self, knob: str) -> Ratio | None:
         """The ratio of a knob alone inside one process, ``None``: not measured."""
         return self._ratio(knob, "inside one process")
 
-    def on_top(self, knob: str) -> Ratio | None:
+    def find_gain_on_top(self, knob: str) -> Ratio | None:
         """How many times faster the stack is with a knob than without, ``None``: not measured."""
-        return self.without.get(knob) or self._ratio(knob, "fresh processes")
+        return self.gain_on_top.get(knob) or self._ratio(knob, "fresh processes")
 
     def _ratio(self, knob: str, stage: Stage) -> Ratio | None:
         for arm in self.arms:
@@ -130,8 +130,8 @@ class Ledger:
         budget_s: how long the tune may take, in seconds.
         read_spent_s: returns how long it has taken so far, in seconds.
         say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left in its phase, whenever an arm
-            or the phase has changed.
+        show: is called with the outcome so far and the seconds left in its phase, whenever the
+            phase or an arm has changed.
 
     Attributes:
         outcome: what has been found so far.
@@ -156,8 +156,8 @@ class Ledger:
         """Seconds of the budget that are left; negative when more has been spent."""
         return self._budget_s - self._read_spent_s()
 
-    def find(self, settings: Mapping[str, str]) -> TriedArm:
-        """The arm of some settings, to be read.
+    def find(self, settings: Mapping[str, str]) -> LedgerArm:
+        """Find the arm of some settings; only the methods of this class change it.
 
         Raises:
             KeyError: these settings were never entered.
@@ -174,7 +174,7 @@ class Ledger:
     def enter(self, candidates: Iterable[Candidate]) -> None:
         """Enter what may be tried."""
         self.outcome.arms += [
-            TriedArm(candidate.settings, bound=candidate.bound) for candidate in candidates
+            LedgerArm(candidate.settings, bound=candidate.bound) for candidate in candidates
         ]
         self.tell()
 
@@ -185,8 +185,8 @@ class Ledger:
             arm.stage, arm.state = stage, "running"
         self.tell()
 
-    def measure(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
-        """Note the ratio of a candidate, and what is to be said of it; it is judged later."""
+    def note_ratio(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
+        """Note a candidate's measured ratio, and what is to be said of it; it is judged later."""
         arm = self.find(candidate.settings)
         arm.ratio, arm.why = ratio, why
 
@@ -234,11 +234,14 @@ class Ledger:
 
     def note_on_top(self, knob: str, ratio: Ratio) -> None:
         """Note how many times faster the stack is with a knob than without it."""
-        self.outcome.without[knob] = ratio
+        self.outcome.gain_on_top[knob] = ratio
         self.say(f"{knob} on top of the others: {ratio} inside one process")
 
     def note_runs(self, pairs: Pairs) -> None:
-        """Note what runs were given and have imported; the plan names what they share."""
+        """Note what runs were given and have imported.
+
+        The plan names the inputs that all runs have in common, and the files that any has imported.
+        """
         outcome = self.outcome
         for done in (*pairs.baseline_runs, *pairs.variant_runs):
             outcome.inputs = _merge_inputs(outcome.inputs, done.process.inputs)
@@ -266,7 +269,7 @@ class Ledger:
     def follow_pairs(
         self, what: str, expected: int, pair_s: float, is_enough: Callable[[Pairs], bool]
     ) -> Callable[[Pairs], bool]:
-        """``is_enough``, with a phase that begins anew for each pair that is still to be made.
+        """Wrap ``is_enough``: it also updates the shown phase before each pair.
 
         Args:
             what: what the pairs are for.

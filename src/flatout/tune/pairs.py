@@ -1,8 +1,8 @@
 """Pairs of fresh processes: they give the claimed ratio, and the losses for the proof.
 
-The two runs of a pair have the same seed. Where two of the programs fit into memory, they run at
-the same time and alternate in blocks of steps (a relay); otherwise one runs after the other, as
-baseline, variant, variant, baseline, and so on, so that a steady drift of the machine cancels.
+The two runs of a pair have the same seed. Where two copies of the program fit into memory, they
+run at the same time and alternate in blocks of steps (a relay); otherwise one runs after the other,
+as baseline, variant, variant, baseline, and so on, so that a steady drift of the machine cancels.
 """
 
 from __future__ import annotations
@@ -25,17 +25,28 @@ from flatout.wire.turns import PHASES
 MINIMUM_STEPS = 20
 """Fewest steps of a run whose mean time and loss are worth looking at."""
 
-LIMIT_FACTOR, LIMIT_EXTRA_S = 4.0, 30.0
+LIMIT_FACTOR = 4.0
 """A trial counts as hung when it takes more than this many times what the bare program needs, plus
-this many seconds."""
+``LIMIT_EXTRA_S``."""
+
+LIMIT_EXTRA_S = 30.0
+"""Seconds that every trial may take in addition, see ``LIMIT_FACTOR``."""
 
 PROOF_INSPECTION = Inspection(state=True, outputs=8)
 """What a proof needs to see of a run, besides its losses."""
 
-RELAY_BLOCK_STEPS, RELAY_BLOCK_S, FEWEST_RELAY_BLOCKS = 5, 0.1, 8
-"""A block of a relay has at least the first number of steps and lasts about the second, as long as
-each run still has the third number of blocks. A fifth of each block is not timed, and the rest must
-outlast the caches that have gone cold while the other run had the machine."""
+RELAY_BLOCK_STEPS = 5
+"""Fewest steps of a block of a relay."""
+
+RELAY_BLOCK_S = 0.1
+"""Seconds that a block of a relay lasts, unless that leaves fewer than ``FEWEST_RELAY_BLOCKS``. It
+must outlast the caches that have gone cold while the other run had the machine."""
+
+FEWEST_RELAY_BLOCKS = 8
+"""Blocks that each run of a relay has at least, unless it is too short for them."""
+
+RELAY_DISCARD_SHARE = 1 / 5
+"""Share of the steps of a block, those at its start, that is not timed."""
 
 
 @dataclass
@@ -61,7 +72,7 @@ class Pace:
 
 @dataclass
 class Pairs:
-    """Pairs of runs of a baseline and a variant that have ended.
+    """Finished runs of a baseline and a variant, in pairs.
 
     Attributes:
         baseline, variant: settings of the two sides.
@@ -111,8 +122,8 @@ class Pairs:
 
     @property
     def whole_ratio(self) -> float:
-        """The ratio over all steps, with those that ``paired_ms`` leaves out as outliers. If the
-        plan itself makes these steps slow, they show here."""
+        """The ratio over all steps, including the steps that ``paired_ms`` leaves out as outliers.
+        If the plan itself makes these steps slow, they show here."""
         both = zip(self.baseline_runs, self.variant_runs, strict=False)
         return geometric_mean(step_ms(one.process) / step_ms(other.process) for one, other in both)
 
@@ -145,7 +156,7 @@ class Pairs:
 
 
 def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
-    """The step times of the two runs of a pair, in ms. All that is said of a pair rests on them.
+    """The step times of the two runs of a pair, in ms.
 
     See ``statistics.paired_means_ms``; each run's evaluation passes between the steps are added.
     """
@@ -195,12 +206,12 @@ class Cost:
         return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
 
 
-def _cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
+def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
     """What the runs of one side take.
 
     Args:
         trials: the runs, at least one.
-        of_step_ms: their step time, see ``Pairs.costs``.
+        mean_step_ms: their step time, see ``Pairs.costs``.
     """
     startups, warmups = [], []
     for done in trials:
@@ -209,15 +220,15 @@ def _cost(trials: Sequence[Trial], of_step_ms: float) -> Cost:
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
         startups.append(steps[0].at_s)
         warmups.append(max(first_s - usual_s, 0.0))
-    return Cost(median(startups), median(warmups), of_step_ms)
+    return Cost(median(startups), median(warmups), mean_step_ms)
 
 
-def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str, float | None]:
+def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[str, float | None]:
     """The parts of a step in ms (``document.PARTS``), which sum to it; ``None``: not measured.
 
     Args:
         processes: the runs of one side, at least one.
-        of_step_ms: their step time, which is split by the mean shares of the parts in the runs.
+        mean_step_ms: their step time, which is split by the mean shares of the parts in the runs.
     """
     shares: dict[str, list[float]] = {}
     for process in processes:
@@ -233,7 +244,7 @@ def phases_ms(processes: Sequence[ProcessRecord], of_step_ms: float) -> dict[str
             shares.setdefault("evaluation", []).append(part)
     found: dict[str, float | None] = dict.fromkeys(PHASES)
     for name, of_runs in shares.items():
-        found[name] = of_step_ms * sum(of_runs) / len(processes)
+        found[name] = mean_step_ms * sum(of_runs) / len(processes)
     return found
 
 
@@ -271,7 +282,7 @@ def run(
         pairs: what the runs are added to.
         pace: pace of the bare program.
         steps: length of each run.
-        seed: seed of the first pair; each later pair has the next one.
+        seed: seed of the first pair of runs; each later pair has the next one.
         is_enough: is asked before each pair whether to stop.
         say: is called with a line for each pair.
 
@@ -314,7 +325,9 @@ def run(
 
 
 def size_relay(steps: int, step_s: float) -> Relay:
-    """How two runs of this many steps alternate; the first steps, which fill no block, warm up.
+    """How two runs of this many steps alternate.
+
+    Steps left over after whole blocks come first, as warm-up.
 
     Args:
         steps: length of each run.
@@ -328,7 +341,7 @@ def size_relay(steps: int, step_s: float) -> Relay:
         folder="",
         place=0,
         block_steps=block_steps,
-        discard_steps=block_steps // RELAY_BLOCK_STEPS,
+        discard_steps=int(block_steps * RELAY_DISCARD_SHARE),
         warmup_steps=steps - blocks * block_steps,
         blocks=blocks,
     )

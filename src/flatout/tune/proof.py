@@ -8,14 +8,15 @@ are made depends on what the settings may change (``knob.EXACTNESS``).
     and over their last quarter: the upper confidence limit (Student's t over the seeds) of the mean
     of plan minus bare must be at most one seed-to-seed standard deviation of bare. A plan that
     lowers the loss passes, unless it lowers it by far more than seeds do: it then trains something
-    else. A program that seeds itself gives the same losses from every seed. The yardstick is then
-    the scatter from batch to batch: the standard error that it gives the mean over a window is the
-    least that any other data order would change.
+    else. A program that seeds itself gives the same losses from every seed. The margin is then the
+    standard error of the mean of the last quarter, from the scatter from batch to batch: another
+    data order would change the mean by at least that.
     A loss that has not fallen by more than this margin since the first steps proves little: a plan
     under which nothing is learned would pass as well. The check is then open, and the proof
     ``inconclusive``.
 ``spikes``
-    Each loss is finite, and above bare's by no more than bare's own losses scatter.
+    Each loss is finite, and exceeds bare's by at most twice the largest excess of bare's own losses
+    over their mean, or six of their standard deviations, whichever is more.
 ``identity``
     Required of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs
     from one seed are not identical either, this check is open, and the other checks decide.
@@ -68,8 +69,8 @@ SITES_LIMIT = 8
 CONFIDENCE = 0.95
 """Confidence of the upper limit on the mean difference of losses."""
 
-BEGINNING = 20
-"""The first one in this many steps shows what the loss was before anything was learned."""
+BEGINNING_SHARE = 1 / 20
+"""The first twentieth of the steps shows what the loss was before anything was learned."""
 
 FALL_DEVIATIONS = 3.0
 """A loss has fallen only if its fall exceeds this many standard errors of the mean of its first
@@ -85,35 +86,47 @@ LOWER_MARGINS = 6.0
 """A plan that lowers the loss by more than this many margins must be training something else."""
 
 SPIKE_DEVIATIONS = 6.0
-"""A single loss is no spike within this many standard deviations of bare's spread."""
+"""A spike exceeds bare's loss by more than this many of bare's standard deviations."""
 
 SPIKE_FACTOR = 2.0
-"""A spike is further above bare's mean than bare's own losses ever are, by this factor."""
+"""A spike exceeds bare's largest excess over its mean by more than this factor."""
 
 ROUNDING = 1e-6
 """Differences below this fraction of a value do not count: some units in the last place of float32
 (2**-23 = 1.2e-7)."""
 
-FIGURE_MARGINS = 6.0
+MOMENT_MARGINS = 6.0
 """No mean or RMS of a tensor may move by more than this many seed-to-seed standard deviations."""
 
-FIGURE_CHANGE = 0.1
-"""``FIGURE_MARGINS`` applies only to changes above this fraction of the tensor's RMS."""
+MOMENT_CHANGE = 0.1
+"""``MOMENT_MARGINS`` applies only to changes above this fraction of the tensor's RMS."""
 
-LEAST_SPREAD, UNKNOWN_SPREAD = 0.01, 0.05
-"""Smallest seed-to-seed standard deviation that is assumed, as a fraction of the tensor's RMS:
-where seeds change the figure, and where they do not. Few seeds may show too small a one."""
+LEAST_SPREAD = 0.01
+"""Smallest seed-to-seed standard deviation of a mean or RMS that is assumed, as a fraction of the
+tensor's RMS: where seeds change it, as few seeds may show too small a deviation."""
 
-OUTPUT_ERRORS = {False: 1e-3, True: 2.0**-4}
-"""Largest relative error of outputs, without and with ``reduced`` settings. One rounding to
-bfloat16 is an error of up to 2**-9; a deep network adds up hundreds of them, as a random walk."""
+UNKNOWN_SPREAD = 0.05
+"""The same where seeds do not change it."""
+
+OUTPUT_ERROR = 1e-3
+"""Largest relative error of outputs, without ``reduced`` settings."""
+
+REDUCED_OUTPUT_ERROR = 2.0**-4
+"""Largest relative error of outputs with ``reduced`` settings. One rounding to bfloat16 is an error
+of up to 2**-9; a deep network adds up hundreds of them, as a random walk."""
 
 TOP1_AGREEMENT = 0.99
-"""Share of the clear rows whose largest element must be the same under the plan. A row is clear if
-its largest element leads by more than the error that was found."""
+"""Share of clear rows (``CLEAR_LEAD``) whose largest element must be the same under the plan."""
 
-CURVE_POINTS, PLAN_CURVE_POINTS = 100, 20
-"""Points of the loss curves in a verdict, and of those in a plan's file."""
+CLEAR_LEAD = 4.0
+"""A row is clear if its largest element leads by more than this many times the root mean square
+error of the output's elements."""
+
+CURVE_POINTS = 100
+"""Points of the loss curves in a verdict."""
+
+PLAN_CURVE_POINTS = 20
+"""Points of the loss curves in a plan's file."""
 
 
 @dataclass(frozen=True)
@@ -260,14 +273,14 @@ def judge(
     checks += _judge_evaluation(bare, plan)
     checks.append(_judge_state(bare, plan))
     checks += _judge_probabilities(bare, plan)
-    still = next((c for c in checks if c.name == "losses" and c.result == "open"), None)
+    open_losses = next((c for c in checks if c.name == "losses" and c.result == "open"), None)
     if same or any(c.name == "losses" and c.result == "passed" for c in checks):
-        still = None
-    why = "all losses agree" if still is None else still.why
+        open_losses = None
+    why = "all losses agree" if open_losses is None else open_losses.why
     return Verdict(
         passed=all(check.result != "failed" for check in checks),
         why=next((c.why for c in checks if c.result == "failed"), why),
-        kind="bitwise" if same else "non-inferior" if still is None else "inconclusive",
+        kind="bitwise" if same else "non-inferior" if open_losses is None else "inconclusive",
         steps=steps,
         bare_repeats=is_repeated,
         losses=losses,
@@ -299,12 +312,12 @@ def have_same_data(one: Run, other: Run) -> bool:
     How hard a batch is shows in the losses of both runs, whatever else is random. Differences of
     successive steps remove the trend, which all runs share.
     """
-    for mine, others in zip(one.curves, other.curves, strict=False):
-        jumps = [[after - before for before, after in pairwise(curve)] for curve in (mine, others)]
+    for curves in zip(one.curves, other.curves, strict=False):
+        jumps = [[after - before for before, after in pairwise(curve)] for curve in curves]
         length = min(map(len, jumps))
-        ours, theirs = (jump[length // 4 : length] for jump in jumps)
-        if len(ours) > 2 and stdev(ours) > 0 and stdev(theirs) > 0:
-            return correlation(ours, theirs) > SAME_DATA
+        of_one, of_other = (jump[length // 4 : length] for jump in jumps)
+        if len(of_one) > 2 and stdev(of_one) > 0 and stdev(of_other) > 0:
+            return correlation(of_one, of_other) > SAME_DATA
     return True
 
 
@@ -314,19 +327,21 @@ def _are_identical(one: Run, other: Run) -> bool:
     if len(one.curves) != len(other.curves):
         return False
     shared = min((len(c) for run in (one, other) for c in run.curves), default=0)
-    for mine, others in zip(one.curves, other.curves, strict=True):
-        if mine[:shared] != others[:shared]:
+    for of_one, of_other in zip(one.curves, other.curves, strict=True):
+        if of_one[:shared] != of_other[:shared]:
             return False
     digests = [None if run.state is None else [r.digest for r in run.state] for run in (one, other)]
     return None in digests or one.steps != other.steps or digests[0] == digests[1]
 
 
-def _judge_identity(bare: Sequence[Run], plan: Sequence[Run], same: bool, repeats: bool) -> Check:
+def _judge_identity(
+    bare: Sequence[Run], plan: Sequence[Run], same: bool, is_repeated: bool
+) -> Check:
     if same:
         weighed = all(run.state is not None for run in (*bare, *plan))
         what = "losses and weights are" if weighed else "all losses are"
         return Check("identity", "passed", f"{what} identical to the bit")
-    if not repeats:
+    if not is_repeated:
         return Check(
             "identity",
             "open",
@@ -373,7 +388,7 @@ def _judge_sites(
 
 
 def _judge_site(
-    name: str, bare: Sequence[Curve], plan: Sequence[Curve], repeat: Sequence[Curve]
+    name: str, bare: Sequence[Curve], plan: Sequence[Curve], repeats: Sequence[Curve]
 ) -> tuple[LossEvidence | None, list[Check]]:
     """Judge one backward call: its evidence, unless a loss is not finite, and its checks."""
     for whose, runs in (("bare", bare), ("the plan", plan)):
@@ -382,9 +397,9 @@ def _judge_site(
                 if not math.isfinite(value):
                     why = f"{name} is not finite at step {number} under {whose}"
                     return None, [Check("spikes", "failed", why)]
-    by_seeds = _seeds_matter(bare, repeat)
-    again = [curve for curve in repeat if _distance(curve, bare[0]) > 0]
-    evidence, check = _judge_losses("losses", name, bare, plan, by_seeds, again)
+    by_seeds = _seeds_matter(bare, repeats)
+    differing_repeats = [curve for curve in repeats if _distance(curve, bare[0]) > 0]
+    evidence, check = _judge_losses("losses", name, bare, plan, by_seeds, differing_repeats)
     if check.result == "passed" and not _has_fallen(bare, evidence.margin):
         begun, ended = _level(bare, _beginning(bare)), evidence.bare_final
         why = (
@@ -392,11 +407,11 @@ def _judge_site(
             "so losses as good as bare's prove little"
         )
         check = Check("losses", "open", why, {**check.figures, "fall": begun - ended})
-    return evidence, [_judge_spikes(name, bare, plan, by_seeds, again), check]
+    return evidence, [_judge_spikes(name, bare, plan, by_seeds, differing_repeats), check]
 
 
 def _beginning(curves: Sequence[Curve]) -> range:
-    return range(max(len(curves[0]) // BEGINNING, 1))
+    return range(max(int(len(curves[0]) * BEGINNING_SHARE), 1))
 
 
 def _level(curves: Sequence[Curve], part: range) -> float:
@@ -418,7 +433,7 @@ def _judge_losses(
     bare: Sequence[Curve],
     plan: Sequence[Curve],
     by_seeds: bool,
-    again: Sequence[Curve] = (),
+    differing_repeats: Sequence[Curve] = (),
 ) -> tuple[LossEvidence, Check]:
     """Judge one series of losses by paired non-inferiority.
 
@@ -427,7 +442,8 @@ def _judge_losses(
         name: name of the losses, in words.
         bare, plan: one curve for each seed, all of one length.
         by_seeds: whether seeds change bare's losses.
-        again: curves of more bare runs from the first seed, if bare does not repeat itself.
+        differing_repeats: curves of additional bare runs from the first seed that differ from its
+            first one: bare does not repeat itself.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -435,7 +451,7 @@ def _judge_losses(
     yardstick, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
     if by_seeds:
         yardstick, margin = "seeds", _spread(bare, windows)
-    elif again and (between := _spread([*bare, *again], windows)) > margin:
+    elif differing_repeats and (between := _spread([*bare, *differing_repeats], windows)) > margin:
         yardstick, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
     margin += ROUNDING * abs(bare_final)
@@ -458,8 +474,8 @@ def _judge_losses(
         )
         # Where bare does not repeat itself there are no pairs: both means scatter as those of
         # few runs do.
-        is_open = difference < (2 * margin if yardstick == "runs" else margin)
-        return evidence, Check(check, "failed", why, figures, undecided=is_open)
+        is_undecided = difference < (2 * margin if yardstick == "runs" else margin)
+        return evidence, Check(check, "failed", why, figures, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
             f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
@@ -480,18 +496,20 @@ def _judge_spikes(
     bare: Sequence[Curve],
     plan: Sequence[Curve],
     by_seeds: bool,
-    again: Sequence[Curve] = (),
+    differing_repeats: Sequence[Curve] = (),
 ) -> Check:
     """Check that no single loss stands out.
 
     A loss stands out if it exceeds bare's loss of its seed, and the mean of all seeds, by more than
-    bare's own losses do anywhere in this quarter of the steps. Where bare does not repeat itself
-    (``again``, see ``_judge_losses``), it stands out if it exceeds the highest loss of bare's runs
-    in this quarter, and the plan's own losses before it, by more than that highest loss exceeds the
-    mean.
+    ``SPIKE_FACTOR`` times the largest excess of bare's own losses over that mean in this quarter of
+    the steps, and by more than ``SPIKE_DEVIATIONS`` of their standard deviations. Where seeds do
+    not change bare's losses, their jumps from step to step are taken for both. Where bare does not
+    repeat itself (``differing_repeats``, see ``_judge_losses``), a loss stands out if it exceeds
+    the highest loss of bare's runs in this quarter, and the plan's own losses before it, by more
+    than all this and by more than that highest loss exceeds the mean.
     """
     steps, count = len(bare[0]), len(bare)
-    own = [*bare, *again] if again else bare
+    bare_runs = [*bare, *differing_repeats]
     if by_seeds:
         centre = [fmean(values) for values in zip(*bare, strict=True)]
         left_out = count / (count - 1)  # by this factor, the mean of the others is further away
@@ -510,30 +528,31 @@ def _judge_spikes(
         deviation = math.sqrt(fmean(value**2 for value in scatter[part]))
         allowed = max(SPIKE_FACTOR * max(above[part]), SPIKE_DEVIATIONS * deviation)
         highest = -math.inf
-        if again:
-            highest = max(max(curve[part], default=highest) for curve in own)
-            allowed = max(allowed, highest - fmean(fmean(c[part]) for c in own if c[part]))
+        if differing_repeats:
+            highest = max(max(curve[part], default=highest) for curve in bare_runs)
+            allowed = max(allowed, highest - fmean(fmean(c[part]) for c in bare_runs if c[part]))
         for number in range(steps)[part]:
-            for mine, other in zip(plan, bare, strict=True):
-                expected = max(other[number], centre[number], highest)
-                if again:  # each run begins at another point of the training
-                    expected = max(expected, fmean(mine[max(number - quarter, 0) : number + 1]))
-                if mine[number] - expected > allowed + ROUNDING * abs(expected):
+            for of_bare, of_plan in zip(bare, plan, strict=True):
+                expected = max(of_bare[number], centre[number], highest)
+                if differing_repeats:  # each run begins at another point of the training
+                    recent = of_plan[max(number - quarter, 0) : number + 1]
+                    expected = max(expected, fmean(recent))
+                if of_plan[number] - expected > allowed + ROUNDING * abs(expected):
                     why = (
-                        f"{name} stands out at step {number}: {mine[number]:.4g} under the plan, "
-                        f"{other[number]:.4g} bare"
+                        f"{name} stands out at step {number}: {of_plan[number]:.4g} under the "
+                        f"plan, {of_bare[number]:.4g} bare"
                     )
-                    figures = {"plan": mine[number], "bare": other[number], "allowed": allowed}
-                    return Check("spikes", "failed", why, figures)
+                    values = {"plan": of_plan[number], "bare": of_bare[number]}
+                    return Check("spikes", "failed", why, {**values, "allowed": allowed})
     return Check("spikes", "passed", f"no single value of {name} stands out")
 
 
-def _seeds_matter(bare: Sequence[Curve], repeat: Sequence[Curve]) -> bool:
+def _seeds_matter(bare: Sequence[Curve], repeats: Sequence[Curve]) -> bool:
     """Whether another seed changes bare's losses by more than repeating one seed does."""
     if len(bare) < 2:
         return False
     first = bare[0]
-    noise = max((_distance(first, curve) for curve in repeat), default=0.0)
+    noise = max((_distance(first, curve) for curve in repeats), default=0.0)
     return min(_distance(first, curve) for curve in bare[1:]) > 4 * noise
 
 
@@ -558,7 +577,8 @@ def _upper_limit(bare: Sequence[Curve], plan: Sequence[Curve], part: range) -> t
     from scipy import stats  # type: ignore[import-untyped]
 
     differences = [
-        mine - other for mine, other in zip(_means(plan, part), _means(bare, part), strict=True)
+        of_plan - of_bare
+        for of_bare, of_plan in zip(_means(bare, part), _means(plan, part), strict=True)
     ]
     centre = fmean(differences)
     count = len(differences)
@@ -594,17 +614,17 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
     if not calls:
         return []
     checks: list[Check] = []
-    of_bare, of_plan = ([_scalars(run.outputs[:calls]) for run in runs] for runs in (bare, plan))
-    for name, curve in of_bare[0].items():
-        ours, theirs = ([run.get(name, ()) for run in runs] for runs in (of_bare, of_plan))
-        if len({len(run) for run in (*ours, *theirs)}) != 1:
+    scalars = [[_scalars(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
+    for name, curve in scalars[0][0].items():
+        of_bare, of_plan = ([run.get(name, ()) for run in runs] for runs in scalars)
+        if len({len(run) for run in (*of_bare, *of_plan)}) != 1:
             continue  # the passes branch on what they compute
-        if not all(math.isfinite(value) for run in (*ours, *theirs) for value in run):
+        if not all(math.isfinite(value) for run in (*of_bare, *of_plan) for value in run):
             why = f"{name} is not finite in an evaluation pass"
             checks.append(Check("evaluation", "failed", why))
             continue
-        by_seeds = len(ours) > 1 and any(run != curve for run in ours)
-        checks.append(_judge_losses("evaluation", name, ours, theirs, by_seeds)[1])
+        by_seeds = len(of_bare) > 1 and any(run != curve for run in of_bare)
+        checks.append(_judge_losses("evaluation", name, of_bare, of_plan, by_seeds)[1])
     moments = [[_output_moments(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
     if any(moments[0]):
         checks.append(_judge_moments("evaluation", "outputs of evaluation passes", *moments))
@@ -665,10 +685,10 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
     shares: list[float] = []
     for runs in (bare, plan):
         roots = [root for run in runs for root in run.state or ()]
-        seen = sum(root.probabilities for root in roots)
-        if not seen:
+        count = sum(root.probabilities for root in roots)
+        if not count:
             return []
-        shares.append(sum(root.ones for root in roots) / seen)
+        shares.append(sum(root.ones for root in roots) / count)
     added = shares[1] - shares[0]
     why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
     if added > MORE_ONES:
@@ -681,16 +701,16 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
 def _judge_moments(
     check: str, what: str, bare: Sequence[Moments], plan: Sequence[Moments]
 ) -> Check:
-    """Judge many figures at once, by how far they move.
+    """Judge the means and RMS of many tensors at once, by how far they move.
 
-    The mean paired difference of each figure is taken in units of bare's seed-to-seed standard
-    deviation. The root mean square over all figures, less what the scatter of so few seeds adds,
+    The mean paired difference of each of them is taken in units of bare's seed-to-seed standard
+    deviation. The root mean square over all of them, less what the scatter of so few seeds adds,
     may be at most 1.
 
     Args:
         check: name of the check.
-        what: name of the figures, in words.
-        bare, plan: the figures of each run, in the same order of seeds.
+        what: name of the tensors, in words.
+        bare, plan: the moments of each run, in the same order of seeds.
     """
     shifts: list[float] = []
     noises: list[float] = []
@@ -698,24 +718,24 @@ def _judge_moments(
         if not all(name in run for run in (*bare, *plan)):
             continue
         for place, moment in enumerate(("mean", "RMS")):
-            ours, theirs = ([run[name][place] for run in runs] for runs in (bare, plan))
-            if not all(map(math.isfinite, ours)):
+            of_bare, of_plan = ([run[name][place] for run in runs] for runs in (bare, plan))
+            if not all(map(math.isfinite, of_bare)):
                 continue
-            if not all(map(math.isfinite, theirs)):
+            if not all(map(math.isfinite, of_plan)):
                 return Check(check, "failed", f"the {moment} of {name} is not finite in the plan")
             size = max(run[name][1] for run in bare)
-            seeds = len(ours)
-            spread = stdev(ours) if seeds > 1 else 0.0
+            seeds = len(of_bare)
+            spread = stdev(of_bare) if seeds > 1 else 0.0
             is_known = spread > ROUNDING * size
             spread = max(spread, (LEAST_SPREAD if is_known else UNKNOWN_SPREAD) * size, ROUNDING)
-            differences = [mine - other for mine, other in zip(theirs, ours, strict=True)]
+            differences = [b - a for a, b in zip(of_bare, of_plan, strict=True)]
             shift = fmean(differences)
             noise = stdev(differences) / math.sqrt(seeds) if seeds > 1 else 0.0
             shifts.append(shift / spread)
             noises.append(noise / spread)
-            is_beyond = abs(shift) - 3 * noise > FIGURE_MARGINS * spread
-            if is_beyond and abs(shift) > FIGURE_CHANGE * size:
-                means = {"bare": fmean(ours), "plan": fmean(theirs)}
+            is_beyond = abs(shift) - 3 * noise > MOMENT_MARGINS * spread
+            if is_beyond and abs(shift) > MOMENT_CHANGE * size:
+                means = {"bare": fmean(of_bare), "plan": fmean(of_plan)}
                 why = (
                     f"the {moment} of {name} goes from {means['bare']:.4g} to {means['plan']:.4g} "
                     "under the plan"
@@ -739,8 +759,8 @@ def _judge_inference(
     repeats: Sequence[Run],
     exactness: Collection[Exactness],
 ) -> Verdict:
-    seen = [run for run in repeats if run.outputs]
-    is_repeated = all(_same_outputs([bare[0]], [run]) for run in seen) if seen else None
+    recorded = [run for run in repeats if run.outputs]
+    is_repeated = all(_same_outputs([bare[0]], [run]) for run in recorded) if recorded else None
     same = _same_outputs(bare, plan)
     check, calls = _judge_outputs(bare, plan, exactness)
     checks = [check]
@@ -785,22 +805,22 @@ def _judge_outputs(
     """
     import numpy as np
 
-    limit = OUTPUT_ERRORS["reduced" in exactness]
+    limit = REDUCED_OUTPUT_ERROR if "reduced" in exactness else OUTPUT_ERROR
     calls = rows = agreeing = clear = clear_agreeing = 0
     worst = 0.0
-    for one, other in zip(bare, plan, strict=True):
-        for ours, theirs in zip(one.outputs, other.outputs, strict=False):
-            if ours.inputs is None or ours.inputs != theirs.inputs:
+    for bare_run, plan_run in zip(bare, plan, strict=True):
+        for of_bare, of_plan in zip(bare_run.outputs, plan_run.outputs, strict=False):
+            if of_bare.inputs is None or of_bare.inputs != of_plan.inputs:
                 continue
-            shapes = [[tensor.shape for tensor in o.tensors] for o in (ours, theirs)]
+            shapes = [[tensor.shape for tensor in o.tensors] for o in (of_bare, of_plan)]
             if shapes[0] != shapes[1]:
-                why = f"the outputs of {ours.root} have other sizes under the plan"
+                why = f"the outputs of {of_bare.root} have other sizes under the plan"
                 return Check("outputs", "failed", why), calls
-            if not ours.tensors and ours.digest != theirs.digest:
-                why = f"{ours.root} returns no floating tensors, and others under the plan"
+            if not of_bare.tensors and of_bare.digest != of_plan.digest:
+                why = f"{of_bare.root} returns no floating tensors, and others under the plan"
                 return Check("outputs", "failed", why), calls
             calls += 1
-            for a, b in zip(ours.tensors, theirs.tensors, strict=True):
+            for a, b in zip(of_bare.tensors, of_plan.tensors, strict=True):
                 if a.sample is None or b.sample is None:
                     continue
                 x, y = (np.asarray(t.sample, dtype=np.float64) for t in (a, b))
@@ -809,13 +829,13 @@ def _judge_outputs(
                 difference = float(np.linalg.norm(y - x))
                 size = float(np.linalg.norm(x))
                 if not math.isfinite(difference):
-                    why = f"an output of {ours.root} is not finite under the plan"
+                    why = f"an output of {of_bare.root} is not finite under the plan"
                     return Check("outputs", "failed", why), calls
                 error = difference / size if size else float(difference > 0)
                 worst = max(worst, error)
                 if a.top1 is not None and b.top1 is not None and a.lead is not None:
                     agree = np.asarray(a.top1) == np.asarray(b.top1)
-                    leads = np.asarray(a.lead) > 4 * difference / math.sqrt(len(x))
+                    leads = np.asarray(a.lead) > CLEAR_LEAD * difference / math.sqrt(len(x))
                     rows += len(agree)
                     agreeing += int(agree.sum())
                     clear += int(leads.sum())

@@ -25,20 +25,29 @@ from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Inspection
 
-GRADIENT_SEEDS, GRADIENT_STEPS = 2, 4
-"""Seeds and updates for which gradients are compared, unless more seeds are asked for. Several
-updates, as some settings leave the first step as it is."""
+PROOF_PHASE = "proving the plan"
+GRADIENTS_PHASE = f"{PROOF_PHASE}: comparing its gradients with the bare program's"
 
-USUAL_PAIRS, MAXIMUM_PAIRS = 8, 24
-"""Pairs behind a claim: time for the first number is reserved, the second is a hard maximum."""
+GRADIENT_SEEDS = 2
+"""Seeds for which gradients are compared, unless another number of pairs is asked for."""
+
+GRADIENT_STEPS = 4
+"""Updates of each run whose gradients are compared: several, as some settings leave the first step
+as it is."""
+
+USUAL_PAIRS = 8
+"""Pairs behind a claim for which time is reserved."""
+
+MAXIMUM_PAIRS = 24
+"""Most pairs behind a claim."""
 
 REPEATS = 2
-"""Additional bare runs from one seed before a plan is refused for not being identical. Threads
-that meet in another order change some programs only in some of their runs."""
+"""Additional bare runs from one seed before a plan is refused for not being identical. With thread
+races, a program may differ from itself in only some runs."""
 
 COARSE_DTYPES = ("bfloat16", "float16")
-"""Dtypes of a program's own arithmetic in which another order of operations changes as much as
-lower precision does."""
+"""Dtypes of a program's own arithmetic that are so coarse that mere reordering causes errors as
+large as lower precision would."""
 
 COARSE_SHARE = 0.01
 """Share of a program's operations in ``COARSE_DTYPES`` above which its arithmetic is coarse."""
@@ -52,7 +61,8 @@ class ProofAttempt:
         pairs: its pairs with the bare program; none, if its gradients were refused.
         refusal: why the plan cannot be used, one clause; ``None``: it is proven.
         verdict: the verdict on its losses; ``None``: it did not come to one.
-        part_passes: tells whether a part of the settings passes what the plan has failed.
+        part_passes: returns whether a subset of the settings passes the check that the whole plan
+            failed.
     """
 
     pairs: Pairs
@@ -109,7 +119,7 @@ class Prover:
             steps=steps,
             seed=self._options.seed,
             is_enough=self._ledger.follow_pairs(
-                "proving the plan",
+                PROOF_PHASE,
                 statistics.MINIMUM_PAIRS if count is None else count,
                 2 * self._bare.pace.seconds(steps),
                 is_enough,
@@ -124,8 +134,8 @@ class Prover:
     def find_culprits(self, settings: Mapping[str, str], attempt: ProofAttempt) -> dict[str, str]:
         """Find the settings of a plan that made its proof fail.
 
-        Where the losses could not decide, no part of the plan would fail with certainty, so the
-        most invasive settings are taken for it.
+        If the losses are inconclusive, no subset fails clearly; the most invasive settings are then
+        blamed.
 
         Args:
             settings: settings of the plan.
@@ -151,7 +161,7 @@ class Prover:
         """
         if not self._bare.process.trains:
             return None
-        self._ledger.begin("proving the plan: comparing its gradients with the bare program's")
+        self._ledger.begin(GRADIENTS_PHASE)
         settings = search.use_proof_settings(settings)
         while len(self._bare_gradients) < seeds:
             number = len(self._bare_gradients)
@@ -182,7 +192,7 @@ class Prover:
             if _is_not_identical(verdict) and len(self._repeats) == 1 and not made.interrupted:
                 self._repeat_bare()
                 verdict = self._judge_losses(made)
-            if verdict.undecided and self._is_reordered(made) and not made.interrupted:
+            if verdict.undecided and self._has_other_data_order(made) and not made.interrupted:
                 verdict = self._judge_with_same_data(made) or verdict
         except KeyboardInterrupt:
             made.interrupted = True
@@ -210,18 +220,18 @@ class Prover:
             return self._is_overtime_over(made)
         if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
             return False
-        if made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+        if made.count >= MAXIMUM_PAIRS or self._has_other_data_order(made):
             return True
         return not self._judge_losses(made).undecided
 
     def _is_overtime_over(self, made: Pairs) -> bool:
         """Whether pairs beyond the budget are of no use any more.
 
-        Where the losses do not decide, as many more pairs are made as the next plan would need,
-        which has less to gain.
+        If the losses are inconclusive, up to ``MINIMUM_PAIRS`` more pairs are made: the cost of
+        trying a gentler plan, which would gain less.
         """
         is_decided = not self._judge_losses(made).undecided
-        if is_decided or made.count >= MAXIMUM_PAIRS or self._is_reordered(made):
+        if is_decided or made.count >= MAXIMUM_PAIRS or self._has_other_data_order(made):
             return True
         if made.overtime_from is None:
             made.overtime_from = made.count
@@ -250,7 +260,7 @@ class Prover:
         """Whether a part of a plan has the bare program's gradients."""
         return self._compare_gradients(part, GRADIENT_SEEDS) is None
 
-    def _is_reordered(self, made: Pairs) -> bool:
+    def _has_other_data_order(self, made: Pairs) -> bool:
         """Whether the plan saw its data in another order, since it draws other random numbers."""
         if search.use_proof_settings(made.variant) == dict(made.variant):
             return False

@@ -11,7 +11,7 @@ from flatout import knobs, machine
 from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
 from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
-from flatout.tune.ledger import Outcome, TriedArm
+from flatout.tune.ledger import LedgerArm, Outcome
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
@@ -64,8 +64,8 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
                 summary=knobs.get(name).summary,
                 exactness=EXACTNESS[knobs.get(name).exactness[setting]],
                 by_hand=knobs.get(name).card.by_hand,
-                alone=outcome.alone(name),
-                without_it=outcome.on_top(name),
+                alone=outcome.find_ratio_alone(name),
+                without_it=outcome.find_gain_on_top(name),
             )
             for name, setting in outcome.settings.items()
         ),
@@ -75,7 +75,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     )
 
 
-def arms(tried: Sequence[TriedArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
+def arms(tried: Sequence[LedgerArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
     """List what was tried, and what was not, for the table and the document.
 
     Args:

@@ -2,9 +2,9 @@
 
 The program switches between combinations of settings every few steps, a factorial A/B test
 (``design.py``), so that every step tells something about every candidate. The winners form a
-stack. The stack is compared with itself less each knob, and loses what it does not need. Last,
-candidates whose part of the bare step was too small to tell anything get a second comparison on
-top of the stack, where that part is larger.
+stack. The stack is compared with copies that each lack one knob, and loses what it does not need.
+Last, candidates whose part of the bare step was too small to tell anything get a second comparison
+on top of the stack, where that part is larger.
 
 Screening claims nothing: the claim comes from fresh processes (``prover.py``).
 """
@@ -23,13 +23,18 @@ from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.trial import Trial, TrialFailedError, Trials
-from flatout.wire.ratios import MINIMUM_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.ratios import MINIMUM_DEGREES_OF_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
-BLOCK_STEPS, MINIMUM_BLOCK_STEPS, DISCARD_STEPS = 4, 3, 1
-"""Steps of a block: usually, in a program that has few steps, and those at the start of a block
-that are not timed."""
+BLOCK_STEPS = 4
+"""Steps of a block, unless it would be shorter than ``BLOCK_S``."""
+
+MINIMUM_BLOCK_STEPS = 3
+"""Fewest steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
+
+DISCARD_STEPS = 1
+"""Fewest steps at the start of a block that are not timed."""
 
 BLOCK_S = 0.02
 """Seconds that a block lasts at least; a quarter of it is not timed. In a shorter block, what the
@@ -44,11 +49,13 @@ COMPARISON_SHARE = 0.15
 MAXIMUM_CANDIDATES = 11
 """Most candidates that are compared in one process: they need 24 arms (``design.build_stacks``)."""
 
-FEW_CANDIDATES, MANY_ARMS = 3, 16
-"""A program that is too short for two full comparisons of the second number of arms compares the
-first number of candidates at a time."""
+MANY_ARMS = 16
+"""A program is short if it has too few steps for two comparisons of this many arms."""
 
-Decide = Literal["arms", "settings"] | None
+FEW_CANDIDATES = 3
+"""Most candidates that are compared at a time in a short program, see ``MANY_ARMS``."""
+
+StopRule = Literal["arms", "settings"] | None
 """What ends a comparison early, see ``Comparison.decide``."""
 
 
@@ -84,8 +91,8 @@ class Screening:
         """Find the best setting of each hot knob that is faster, the fastest knob first.
 
         The candidates are compared in combinations, which shows what each gains among the others.
-        Only where a combination ends the program is each compared alone, which shows which
-        candidate does it.
+        If the program crashes under a combination, each candidate is compared alone, to find which
+        causes it.
         """
         try:
             self._compare_combined(hot)
@@ -141,7 +148,7 @@ class Screening:
                     why = "the program has too few steps to tell it from the others"
                     self._ledger.skip(candidate.settings, "inside one process", why)
                 else:
-                    self._ledger.measure(candidate, ratio, skips.get(candidate.knob, ""))
+                    self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
 
     def _compare_alone(self, hot: Sequence[Candidate]) -> None:
         """Measure each candidate alone, if it has not been measured; those that fail are dropped.
@@ -179,7 +186,7 @@ class Screening:
             elif candidate.knob in unused:
                 self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
             else:
-                self._ledger.measure(candidate, ratios.get(number))
+                self._ledger.note_ratio(candidate, ratios.get(number))
 
     def _reduce(self, winners: dict[str, str]) -> dict[str, str]:
         """Remove from the stack of winners what gains nothing on top of the others."""
@@ -190,18 +197,18 @@ class Screening:
             *({k: s for k, s in winners.items() if k != left_out} for left_out in winners),
         )
         found = self._compare_with_first(stacks, "arms", "the stack, and the stack less each knob")
-        without = {knob: found[n] for n, knob in enumerate(winners, 1) if n in found}
-        for knob, ratio in without.items():
+        stack_less_knob = {knob: found[n] for n, knob in enumerate(winners, 1) if n in found}
+        for knob, ratio in stack_less_knob.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
             self._ledger.note_on_top(knob, gain)
         kept = dict(winners)
-        for knob in statistics.find_redundant(without)[: len(winners) - 1]:
+        for knob in statistics.find_redundant(stack_less_knob)[: len(winners) - 1]:
             why = "the other settings are as fast without it"
             self._ledger.leave_out({knob: kept.pop(knob)}, why)
         return kept
 
     def _look_again(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
-        """Add to the stack what gains something on top of it, but not enough in the bare step.
+        """Add to the stack what gains on it although its gain on bare was too small to see.
 
         Args:
             stack: the winners.
@@ -226,7 +233,7 @@ class Screening:
         return grown
 
     def _compare_with_first(
-        self, arms: Sequence[Mapping[str, str]], decide: Decide, what: str
+        self, arms: Sequence[Mapping[str, str]], decide: StopRule, what: str
     ) -> dict[int, Ratio]:
         """Measure arms against the first of them, by their numbers; none if the program fails."""
         try:
@@ -251,7 +258,7 @@ class Screening:
     def _compare(
         self,
         arms: Sequence[Mapping[str, str]],
-        decide: Decide,
+        decide: StopRule,
         share: float,
         compared: Sequence[Candidate] | str,
     ) -> tuple[Trial, Comparison]:
@@ -294,7 +301,7 @@ class Screening:
 
 def size_comparison(
     arms: Sequence[Mapping[str, str]],
-    decide: Decide,
+    decide: StopRule,
     *,
     limit_s: float,
     step_s: float,
@@ -337,14 +344,14 @@ def size_comparison(
         needed = job_steps - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
         raise UserError(
             f"this program ends after {job_steps} steps; to compare {len(arms)} combinations of "
-            f"settings tune needs at least {needed}; --knobs makes them fewer"
+            f"settings tune needs at least {needed}; try fewer knobs with --knobs"
         )
     return dataclasses.replace(comparison, rounds=rounds, block_steps=block_steps)
 
 
 def count_fewest_rounds(arms: int) -> int:
     """The least even number of rounds whose blocks give an interval (``ratios.arm_ratios``)."""
-    blocks = arms + 1 + MINIMUM_FREEDOM
+    blocks = arms + 1 + MINIMUM_DEGREES_OF_FREEDOM
     return 2 * math.ceil(blocks / arms / 2)
 
 

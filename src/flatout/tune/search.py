@@ -10,7 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from flatout import knobs
 from flatout.knob import Exactness
 
-SUSPECTS: tuple[Exactness, ...] = ("reshuffled", "resampled", "reduced", "reordered", "bitwise")
+MOST_INVASIVE_FIRST: tuple[Exactness, ...] = (
+    "reshuffled",
+    "resampled",
+    "reduced",
+    "reordered",
+    "bitwise",
+)
 """Exactness classes, from the one that changes most to the one that changes nothing."""
 
 
@@ -51,20 +57,20 @@ def find_gentler(name: str, setting: str, offered: Collection[str] | None = None
 
 
 def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the most invasive exactness class among them, see ``SUSPECTS``.
+    """The settings of the most invasive exactness class among them, see ``MOST_INVASIVE_FIRST``.
 
     Raises:
         UnknownSettingError: there is no such knob.
     """
     kinds = {name: knobs.get(name).exactness[setting] for name, setting in settings.items()}
-    most = min(kinds.values(), key=SUSPECTS.index)
+    most = min(kinds.values(), key=MOST_INVASIVE_FIRST.index)
     return {name: setting for name, setting in settings.items() if kinds[name] == most}
 
 
 def find_culprits(
     settings: Mapping[str, str], passes: Callable[[Mapping[str, str]], bool]
 ) -> dict[str, str]:
-    """A smallest part of the settings that fails: it passes without any one of them.
+    """Find a failing part of the settings that passes as soon as any single setting is removed.
 
     This is the delta debugging of Zeller and Hildebrandt (Simplifying and isolating
     failure-inducing input, IEEE Transactions on Software Engineering 28, 2002): it tries halves,

@@ -2,7 +2,11 @@
 
 The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
 ``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
-the logarithm of its ratio (``pair_log_ratio``), and intervals are taken over pairs.
+the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``,
+which adds evaluation passes to the step times that ``paired_means_ms`` gives.
+
+An arm is a combination of settings that a comparison inside one process switches to; a stack is the
+settings that have been chosen so far, applied together.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ MINIMUM_PAIRS = 5
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.
 
-An independent measurement with a half-width of 4 % then agrees to 5 %, and the interval of a gain
-of 5 % lies above 1 in nine of ten cases.
+An independent measurement with a half-width of 4 % then agrees to 5 % (``sqrt(3**2 + 4**2)``), and
+the interval of a gain of 5 % lies above 1 in nine of ten cases.
 """
 
 WORTHWHILE = 1.02
@@ -32,14 +36,20 @@ WORTHWHILE = 1.02
 RANKING_CONFIDENCE = 0.8
 """Confidence of the intervals by which settings are ranked; claims have ``CONFIDENCE``."""
 
-RANKING_PAIRS, MOST_RANKING_PAIRS = 3, 5
-"""Pairs of fresh processes that only rank: the first number, or up to the second if they do not
-agree."""
+RANKING_PAIRS = 3
+"""Pairs of fresh processes that only rank, if they agree on which side is faster."""
 
-WILD, USUAL_SPREAD, MOST_WILD = 3.0, 0.05, 0.1
-"""The ratio of a step and its counterpart is an outlier beyond the first number of standard
-deviations, which are at least the second number. If more than the third share of the steps are
-outliers, they are no accident, and none is left out."""
+MOST_RANKING_PAIRS = 5
+"""Most pairs of fresh processes that only rank, if they do not agree."""
+
+OUTLIER_DEVIATIONS = 3.0
+"""The ratio of a step and its counterpart is an outlier beyond this many standard deviations."""
+
+LEAST_SPREAD = 0.05
+"""Smallest standard deviation of the logarithms of these ratios that is assumed."""
+
+MOST_OUTLIERS = 0.1
+"""If more than this share of the steps are outliers, they are no accident, and none is left out."""
 
 A = TypeVar("A")
 
@@ -66,6 +76,8 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
 
 def pair_log_ratio(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> float:
     """The logarithm of bare's step time over the plan's in one pair; see ``paired_means_ms``.
+
+    Evaluation passes do not count, unlike in ``Pairs.log_ratios``.
 
     Raises:
         ValueError: there are no steps.
@@ -95,9 +107,9 @@ def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple
     logs = [math.log(bare / plan) for bare, plan in both]
     centre = median(logs)
     spread = median(abs(log - centre) for log in logs) / NormalDist().inv_cdf(0.75)
-    limit = WILD * max(spread, USUAL_SPREAD)
+    limit = OUTLIER_DEVIATIONS * max(spread, LEAST_SPREAD)
     kept = [pair for pair, log in zip(both, logs, strict=True) if abs(log - centre) <= limit]
-    if len(kept) < (1 - MOST_WILD) * len(both):
+    if len(kept) < (1 - MOST_OUTLIERS) * len(both):
         kept = both
     return fmean(bare for bare, _ in kept), fmean(plan for _, plan in kept)
 
@@ -163,16 +175,16 @@ def pick_winners(ratios: Mapping[A, Ratio]) -> list[A]:
     return sorted(faster, key=lambda one: ratios[one].value, reverse=True)
 
 
-def find_redundant(without: Mapping[A, Ratio]) -> list[A]:
+def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
     """Find the parts of the stack that it does not need, in the order in which to leave them out.
 
     Args:
-        without: for each part, how many times faster the stack is without that part.
+        stack_less_part: for each part, how many times faster the stack is without that part.
 
-    Returns the parts without which the stack is, beyond noise, at most ``WORTHWHILE`` slower.
+    Returns the parts whose removal surely slows the stack by less than 2 % (``WORTHWHILE``).
     """
-    spare = [one for one, ratio in without.items() if ratio.low > 1 / WORTHWHILE]
-    return sorted(spare, key=lambda one: without[one].value, reverse=True)
+    spare = [one for one, ratio in stack_less_part.items() if ratio.low > 1 / WORTHWHILE]
+    return sorted(spare, key=lambda one: stack_less_part[one].value, reverse=True)
 
 
 # From steps to blocks

@@ -4,8 +4,9 @@
    whether the program trains at all (``bare.py``).
 2. The candidates are the settings that fit this profile and have something to gain
    (``candidates.py``).
-3. Hot candidates are compared inside one process, and the winners become a stack (``screen.py``).
-4. Cold candidates are tried on top of the stack, in fresh processes (``cold.py``).
+3. Hot candidates can be applied and undone between two steps. They are compared inside one process,
+   and the winners become a stack: settings that are applied together (``screen.py``).
+4. Cold candidates need a fresh process. Each is tried on top of the stack (``cold.py``).
 5. The plan is put to the proof: bare and plan run in pairs of fresh processes, one pair for each
    seed. The pairs give the claimed ratio, and the losses for the proof (``prover.py``).
 6. If the proof fails, its culprit is found and replaced by a gentler setting or dropped, and step 5
@@ -33,9 +34,6 @@ from flatout.tune.prover import ProofAttempt, Prover
 from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
-GRADIENTS_PHASE = "proving the plan: comparing its gradients with the bare program's"
-PROOF_PHASE = "proving the plan"
-
 MAXIMUM_PROOFS = 4
 """Most plans that are put to the proof one after the other, each gentler than the one before."""
 
@@ -44,14 +42,15 @@ class Tuner:
     """One tune of one job.
 
     Args:
-        command: the job.
+        command: command line of the user's program.
         options: what the user asks for.
         journal: journal of this tune.
         say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left in its phase, whenever an arm
-            or the phase has changed, and twice a second while a trial runs.
-        measure_ceilings: returns what the machine can do at most for an interpreter, ``None``: not
-            known.
+        show: is called with the outcome so far and the seconds left in its phase, whenever the
+            phase or what is known of a candidate has changed, and twice a second while a trial
+            runs.
+        measure_ceilings: given the path of the Python interpreter, returns the machine's peak
+            rates; ``None``: they are not known.
     """
 
     def __init__(
@@ -222,7 +221,7 @@ class Tuner:
         if not settings:
             outcome.why = f"{format_settings(proven)} has no effect on this program"
             return
-        no_gain = _find_no_gain(attempt.pairs, outcome.job_steps)
+        no_gain = _explain_no_gain(attempt.pairs, outcome.job_steps)
         if no_gain is None:
             self._accept(settings, attempt)
         else:
@@ -235,28 +234,27 @@ class Tuner:
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
         outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
-        alone = {name: outcome.alone(name) for name in settings}
-        outcome.evidence = evidence.gather(settings, attempt.pairs, verdict, alone)
+        ratio_alone = {name: outcome.find_ratio_alone(name) for name in settings}
+        outcome.evidence = evidence.make_evidence(settings, attempt.pairs, verdict, ratio_alone)
 
 
 def _hid_gains(dropped: Collection[str]) -> bool:
     return any(knobs.get(name).hides_gains for name in dropped)
 
 
-def _find_no_gain(made: Pairs, job_steps: int | None) -> str | None:
+def _explain_no_gain(made: Pairs, job_steps: int | None) -> str | None:
     """Why the plan of these pairs saves no time, one clause that begins with its ratio; ``None``:
-    it does.
+    it saves time.
 
     Args:
         made: pairs of the bare program and the plan.
         job_steps: length of the job in steps, ``None``: not known.
     """
     if not statistics.is_gain(made.ratio):
-        return f"{made.ratio} in fresh processes: {figures.verdict(made.ratio)}"
+        return f"{made.ratio} in fresh processes: {figures.faster_or_slower(made.ratio)}"
     if made.whole_ratio <= 1:
         return (
-            f"{made.ratio} but for a few steps, and {made.whole_ratio:.2f}x with all of them: no "
-            "gain"
+            f"{made.ratio} in a usual step, but {made.whole_ratio:.2f}x once every step is counted"
         )
     bare_cost, plan_cost = made.costs
     if job_steps is not None and plan_cost.job_s(job_steps) >= bare_cost.job_s(job_steps):

@@ -48,7 +48,7 @@ autoregressive term can describe: on recorded step times, 95 % intervals without
 _LEAST_SIZE_VARIANCE = 1e-4
 """Least variance of a covariate that gets a term: that of steps that differ in size by 1 %."""
 
-MINIMUM_FREEDOM = 5
+MINIMUM_DEGREES_OF_FREEDOM = 5
 """There is no interval with fewer degrees of freedom."""
 
 
@@ -187,7 +187,7 @@ def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> 
     ]
     wide = width + len(covariates)
     freedom = len(rows) - wide - 1
-    if freedom < MINIMUM_FREEDOM or width < 2:
+    if freedom < MINIMUM_DEGREES_OF_FREEDOM or width < 2:
         return []
     fits = [_fit(rows, logs, wide, phi) for phi in PHIS]
     known = [fit for fit in fits if fit is not None]

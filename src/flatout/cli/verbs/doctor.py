@@ -40,16 +40,26 @@ _BAR_WIDTH = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout doctor``."""
     options.add_steps(
-        parser, DEFAULT_STEPS, f"steps to time; some more are profiled (default: {DEFAULT_STEPS})"
+        parser,
+        DEFAULT_STEPS,
+        "time this many steps, or steps until --budget is over, whichever comes first; some more "
+        f"are profiled (default: {DEFAULT_STEPS})",
     )
-    options.add_budget(parser, DEFAULT_BUDGET_S, "time steps for this long, from the first one on")
+    options.add_budget(
+        parser,
+        DEFAULT_BUDGET_S,
+        "time steps for this long, from the first one on, or until --steps are made, whichever "
+        "comes first",
+    )
     parser.add_argument(  # its name in flatout 0.1
         "--seconds", type=options.duration_s, dest="budget", help=argparse.SUPPRESS
     )
     options.add_set(parser, "diagnose the program with this setting applied")
     options.add_json(parser)
     parser.add_argument(
-        "--quiet", action="store_true", help="write the program's output to a file instead"
+        "--quiet",
+        action="store_true",
+        help="write the program's output to output.txt in the folder of the run's record instead",
     )
     options.add_verbose(parser, "the evidence for every finding, and more operators")
     options.add_in_place(parser)

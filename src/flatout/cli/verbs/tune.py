@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_exactness,
         metavar="CLASS,...",
         help="try only settings of these classes: bitwise, reordered, reduced, resampled, "
-        "reshuffled (default: all)",
+        "reshuffled; 'flatout knobs KNOB' explains those of a knob (default: all)",
     )
-    options.add_proof(parser)
+    options.add_proof(parser, "tune")
     options.add_json(parser)
     options.add_verbose(parser, "every trial, every check, and why each other setting was not used")
     options.add_in_place(parser)

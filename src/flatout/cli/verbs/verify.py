@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"how many pairs of runs are made, each with its own seed (default: {DEFAULT_SEEDS})",
     )
-    options.add_proof(parser)
+    options.add_proof(parser, "verify")
     options.add_verbose(parser, "every run and every check")
     options.add_in_place(parser)
 
