@@ -320,14 +320,14 @@ def run(job: dict[str, Any]) -> None:
 
 
 def outcome(job: dict[str, Any]) -> str:
-    """Run a job; returns what a user would see of a failure."""
-    said = io.StringIO()
+    """Run a job; returns what a user would see of a failure, besides what torch says of itself."""
+    said, failure = io.StringIO(), ""
     with contextlib.redirect_stderr(said):
         try:
             run(job)
         except BaseException:  # noqa: BLE001 - it is the outcome
-            said.write(traceback.format_exc())
-    return said.getvalue()
+            failure = traceback.format_exc()
+    return failure + "".join(line for line in said.getvalue().splitlines() if "flatout:" in line)
 
 
 def forked(job: dict[str, Any]) -> str:
