@@ -14,6 +14,10 @@ _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _GENERATED = "torchinductor_"
 """Prefix of the folder that ``torch.compile`` writes generated code to."""
 
+_REMOTE_MODULE = "_remote_module_"
+"""The prefix of the modules that torch 2.9 generates into a temporary folder when it is imported
+(``torch.distributed.nn.jit.instantiator``)."""
+
 
 def imported_files() -> list[str]:
     """Return the files of imported modules outside of the standard library, installed packages,
@@ -31,6 +35,7 @@ def imported_files() -> list[str]:
         real = os.path.realpath(path)
         parts = real.split(os.sep)
         is_generated = any(part.startswith(_GENERATED) for part in parts)
+        is_generated |= parts[-1].startswith(_REMOTE_MODULE)
         if not (real.startswith(excluded) or _PACKAGES.intersection(parts) or is_generated):
             found.add(real)
     return sorted(found)
