@@ -64,12 +64,17 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 def to_floats(values: torch.Tensor) -> array[float]:
     """Return the elements of a float32 tensor."""
-    return array("f", bytes(_memory_of(_copy_to_host(values))))
+    return array("f", _copy_bytes(values))
 
 
 def to_ints(values: torch.Tensor) -> array[int]:
     """Return the elements of an int32 tensor."""
-    return array("i", bytes(_memory_of(_copy_to_host(values))))
+    return array("i", _copy_bytes(values))
+
+
+def _copy_bytes(values: torch.Tensor) -> bytes:
+    on_host = _copy_to_host(values)  # must outlive its memory
+    return bytes(_memory_of(on_host))
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
