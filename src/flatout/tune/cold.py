@@ -11,6 +11,7 @@ from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import MINIMUM_STEPS, Pairs
+from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trials
 
 SHORT_STEPS, SHORT_S = 25, 1.0
@@ -26,21 +27,11 @@ COLD_SHARE = 0.3
 beyond the proof's."""
 
 
-class ColdTrials:
-    """The trials of cold candidates of one tune.
-
-    Args:
-        trials: runs the program.
-        ledger: the ledger of this tune.
-        bare: the first run.
-        options: what the user asks for.
-    """
+class ColdTrials(TuneStage):
+    """The trials of cold candidates of one tune."""
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
-        self._trials = trials
-        self._ledger = ledger
-        self._bare = bare
-        self._options = options
+        super().__init__(trials, ledger, bare, options)
         shortest = max(SHORT_STEPS, round(SHORT_S / bare.pace.step_s))
         self._steps = max(min(bare.proof_steps, shortest), MINIMUM_STEPS)
         self._pair_s = 2 * bare.pace.seconds(self._steps)

@@ -20,6 +20,7 @@ from flatout.tune.bare import BareRun
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
+from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
@@ -71,21 +72,11 @@ class ProofAttempt:
     part_passes: Callable[[Mapping[str, str]], bool]
 
 
-class Prover:
-    """Proves plans of one job.
-
-    Args:
-        trials: runs the program.
-        ledger: the ledger of this tune.
-        bare: the first run.
-        options: what the user asks for.
-    """
+class Prover(TuneStage):
+    """Proves plans of one job."""
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
-        self._trials = trials
-        self._ledger = ledger
-        self._bare = bare
-        self._options = options
+        super().__init__(trials, ledger, bare, options)
         self._repeats = [Run.of(bare.process)]
         self._bare_gradients: list[Mapping[str, Sequence[Gradient]]] = []
         self._gradients = Check("gradients", "open", "no gradients were recorded")

@@ -22,6 +22,7 @@ from flatout.tune import candidates, design, figures, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
+from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import MINIMUM_DEGREES_OF_FREEDOM, Ratio, arm_ratios, setting_ratios
 from flatout.wire.record import WARMUP_STEPS
@@ -59,21 +60,11 @@ StopRule = Literal["arms", "settings"] | None
 """What ends a comparison early, see ``Comparison.decide``."""
 
 
-class Screening:
-    """The screening of one tune.
-
-    Args:
-        trials: runs the program.
-        ledger: the ledger of this tune.
-        bare: the first run.
-        options: what the user asks for.
-    """
+class Screening(TuneStage):
+    """The screening of one tune."""
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
-        self._trials = trials
-        self._ledger = ledger
-        self._bare = bare
-        self._options = options
+        super().__init__(trials, ledger, bare, options)
         self._job_steps = bare.job_steps
 
     def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
