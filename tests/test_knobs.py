@@ -19,7 +19,7 @@ from torch import nn
 from flatout import knobs
 from flatout.cli import main
 from flatout.intercept.host import Host
-from flatout.knob import Facts, UnknownSettingError
+from flatout.knob import MATMUL_OPERATORS, Facts, UnknownSettingError
 from flatout.knobs.precision.autocast import in_float32
 from tests.hosts import host_in
 
@@ -182,6 +182,10 @@ def test_precision_is_not_tried_where_the_machine_multiplies_bfloat16_slower() -
     match = knobs.get("precision").match
     assert match(Facts("cpu")).settings[0] == "bf16"
     assert match(Facts("cpu", {"bfloat16": 2e12, "float32": 1e12})).settings[0] == "bf16"
+    half = match(Facts("cuda", {"float16": 3e12, "bfloat16": 1e12, "float32": 1e11}))
+    assert half.settings[0] == "fp16"  # only the first two are tried
+    upsampling = Facts("cpu", operators={"aten::upsample_bilinear2d": 0.9})
+    assert upsampling.share(*MATMUL_OPERATORS) == 0
     slow = match(Facts("cpu", {"bfloat16": 1e10, "float32": 2e11}))
     assert slow.settings == ()
     assert slow.refusal is not None

@@ -355,6 +355,23 @@ def test_medium_stays_within_bfloat16_and_is_undone(host: Host) -> None:
     assert torch.equal(convolution(x), bare_map)
 
 
+def test_medium_leaves_no_trace_and_no_choice_of_the_program_undone(host: Host) -> None:
+    backends: Any = torch.backends
+    switches = (backends.mkldnn.matmul, backends.cuda.matmul, backends.mkldnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    knobs.get("precision").apply(host, "medium")()
+    assert [switch.fp32_precision for switch in switches] == before
+    undo = knobs.get("precision").apply(host, "medium")
+    torch.set_float32_matmul_precision("high")
+    try:
+        undo()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
 def test_medium_leaves_a_choice_of_the_program_alone(host: Host) -> None:
     torch.set_float32_matmul_precision("high")
     try:
