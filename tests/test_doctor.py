@@ -375,6 +375,14 @@ def test_oversubscribed_threads(
     assert ("oversubscribed-threads" in kinds_found(diagnosis)) == found
 
 
+def test_threads_are_those_that_the_program_has_set(recorded: Any) -> None:
+    """After torch was imported, when the header was written."""
+    window = profile(PRODUCTS, facts={"threads": 1})
+    diagnosis = recorded(header={"threads": 8}, usable_cores=2.0, profiled=window)
+    assert "oversubscribed-threads" not in kinds_found(diagnosis)
+    assert candidates.collect_facts(diagnosis.case).threads == 1
+
+
 def test_gradients_in_evaluation(recorded: Any) -> None:
     forward = {"forward": 9.0, "other": 1.0}
     training = [turn(n, BALANCED) for n in range(20)]

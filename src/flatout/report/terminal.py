@@ -146,10 +146,9 @@ def _figures(case: Case) -> Padding:
     for name, value in peak:
         if value is not None:
             table.add_row(name, f"{value / 2**20:,.0f} MiB at the peak")
-    threads = case.process.header.threads
-    if threads is not None:
+    if case.process.threads is not None:
         cores = "" if case.usable_cores is None else f" on {case.usable_cores:g} cores"
-        table.add_row("threads", f"{threads}{cores}")
+        table.add_row("threads", f"{case.process.threads}{cores}")
     return Padding(table, (0, 0, 1, 2), expand=False)
 
 

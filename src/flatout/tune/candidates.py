@@ -123,7 +123,7 @@ def collect_facts(case: Case) -> Facts:
         updates=any(step.updates for step in case.steps),
         optimizers=None if optimizers is None else len(optimizers),
         huge_pages=machine.huge_pages(),
-        threads=case.process.header.threads,
+        threads=case.process.threads,
         main_dtype=case.main_dtype if is_profiled else None,
         operators=operators,
         optimizer_share=case.phase_share("optimizer") if phases else None,

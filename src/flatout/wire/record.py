@@ -160,6 +160,13 @@ class ProcessRecord(_Loops[list[Step]]):
         return self.header.rank or 0
 
     @property
+    def threads(self) -> int | None:
+        """Torch's intra-op threads in the profiled steps, or else as torch was imported: a program
+        may set another number after that. ``None``: not known."""
+        facts = None if self.profile is None else self.profile.facts
+        return (None if facts is None else facts.threads) or self.header.threads
+
+    @property
     def timed_steps(self) -> list[Step]:
         """The steps of the program that are neither profiled nor next to a switch of settings."""
         return [step for step in self.turns if step.mark is None]

@@ -7,11 +7,10 @@ from flatout.doctor.findings import Finding
 
 
 def find(case: Case) -> Finding | None:
-    header = case.process.header
-    threads = header.threads
+    threads = case.process.threads
     if threads is None or case.usable_cores is None or case.on_accelerator:
         return None
-    ranks = int(header.environment.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = int(case.process.header.environment.get("LOCAL_WORLD_SIZE") or 1)
     cores = max(1.0, case.usable_cores)
     if threads * ranks <= cores or threads == 1:
         return None
