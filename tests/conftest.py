@@ -1,11 +1,16 @@
 """For all tests."""
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+# Two processes of tests on two cores would wait for each other's OpenMP threads, which spin. Set
+# before torch is imported, and for all programs that the tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell that starts the tests in the background has them ignore SIGINT, and so every child; nohup
 # has them ignore SIGHUP.

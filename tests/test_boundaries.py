@@ -1,4 +1,4 @@
-"""Steps and phases of real torch programs, each run unedited under ``flatout run``.
+"""Steps and phases of real torch programs, each run unedited, and recorded.
 
 Every program prints what it really did (``json`` on its last line); the record must say the same.
 """
@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 
+from flatout.launch.environment import job_environment
 from flatout.wire.record import ProcessRecord, Step, read_run
+from flatout.wire.request import Request
 
 PREAMBLE = """
 import json, os, sys
@@ -40,23 +43,17 @@ losses = []
 
 
 def run(tmp_path: Path, program: str) -> tuple[dict[str, object], ProcessRecord]:
-    """Run a program under ``flatout run``: what it printed last, and the record of its process.
+    """Run a program that is recorded: what it printed last, and the record of its process.
 
     There is one record, for a worker leaves none.
     """
     script = tmp_path / "program.py"
     script.write_text(PREAMBLE + program)
-    home = tmp_path / "flatout-home"
-    completed = subprocess.run(
-        [sys.executable, "-m", "flatout", "run", "--", sys.executable, str(script)],
-        env={**os.environ, "FLATOUT_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    Request().write(run_directory)
+    completed = forking.run([sys.executable, script], env=job_environment(run_directory, {}))
     assert completed.returncode == 0, completed.stderr
-    (run_directory,) = (home / "runs").iterdir()
     (process,) = read_run(run_directory).processes
     assert not [event for event in process.events if event.what == "failed"]
     return json.loads(completed.stdout.splitlines()[-1]), process

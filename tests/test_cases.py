@@ -2,7 +2,9 @@
 
 Each file in ``cases/`` is a program. Its comments that begin with ``# flatout run`` say how it is
 run, one line a run: ``# flatout run --set KNOB=SETTING | ARGUMENTS`` (both may be empty). What it
-prints, its exit status and the files that it leaves must be those of the bare program.
+prints, its exit status and the files that it leaves must be those of the bare program. The bare
+program runs in a fork of a process that has imported torch, unless a line ``# bare in a process of
+its own`` says that the program could tell.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import forking
 import pytest
 
 CASES = Path(__file__).parent / "cases"
 MARK = "# flatout run"
+OWN_PROCESS = "# bare in a process of its own"
 
 
 class Outcome(NamedTuple):
@@ -35,19 +39,25 @@ class Outcome(NamedTuple):
 
 def outcome(flatout: tuple[str, ...], program: Path, arguments: tuple[str, ...]) -> Outcome:
     """Run a program in an empty folder of its own, with ``flatout`` in front of it."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
-        done = subprocess.run(
-            [*flatout, sys.executable, str(program), *arguments],
-            cwd=folder,
-            env={**os.environ, "FLATOUT_HOME": home, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as home:
+        folder = Path(name)
+        command = [*flatout, sys.executable, str(program), *arguments]
+        environment = {**os.environ, "FLATOUT_HOME": home, "OMP_NUM_THREADS": "1"}
+        if flatout or OWN_PROCESS in program.read_text():
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+        else:
+            done = forking.run(command, cwd=folder, env=environment)
         files = {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(Path(folder).rglob("*"))
+            for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
     own = [line for line in done.stderr.splitlines() if not line.startswith("flatout:")]

@@ -14,6 +14,7 @@ import wave
 from pathlib import Path
 from types import ModuleType
 
+import forking
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -29,12 +30,11 @@ def run(
     example: str, program: str, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of an example in its folder, on one thread."""
-    return subprocess.run(
-        [sys.executable, program, *map(str, arguments)],
+    return forking.run(
+        [sys.executable, program, *arguments],
         cwd=EXAMPLES / example,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
+        timeout_s=1800,
     )
 
 

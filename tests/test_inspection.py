@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 
@@ -81,14 +81,7 @@ def run(
         request.write(folder)
     script = folder / "program.py"
     script.write_text(begin + program + END)
-    completed = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    completed = forking.run([sys.executable, script], env=environment)
     assert completed.returncode == 0, completed.stderr
     assert completed.stderr == ""
     shown = [(name, value) for name, value in json.loads(completed.stdout.splitlines()[-1])]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forking
 import hypothesis
 import pytest
 import torch
@@ -869,14 +870,11 @@ def losses(tmp_path: Path, optimizer: str, settings: dict[str, str]) -> tuple[li
     folder = tmp_path / "-".join([optimizer, *settings.values()])
     folder.mkdir()
     Request(settings=settings).write(folder)
-    completed = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("OPTIMIZER", optimizer)],
-        env={**os.environ, RUN_VARIABLE: str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    script = folder / "program.py"
+    script.write_text(PROGRAM.replace("OPTIMIZER", optimizer))
+    environment = {**os.environ, RUN_VARIABLE: str(folder), "OMP_NUM_THREADS": "1"}
+    completed = forking.run([sys.executable, script], env=environment)
+    assert completed.returncode == 0, completed.stderr
     process = read_run(folder).main
     assert process is not None
     return [float(line) for line in completed.stdout.split()], process.events

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forking
 import pytest
 
 from flatout import launch
@@ -387,13 +388,10 @@ for _ in range({steps}):
 print("over")
 """
     Request(stop_steps=6, profile_steps=3).write(tmp_path)
-    completed = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, RUN_VARIABLE: str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    completed = forking.run(
+        [sys.executable, script], env={**os.environ, RUN_VARIABLE: str(tmp_path)}
     )
     assert (completed.returncode, completed.stderr) == (0, "")
     assert completed.stdout in ("over\n", "")

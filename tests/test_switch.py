@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import random
-import subprocess
 import sys
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import cast
+
+import forking
 
 from flatout.agent.switch import Switch, block_order
 from flatout.errors import RefusedError
@@ -52,13 +53,9 @@ def run(tmp_path: Path, program: str, comparison: Comparison) -> ProcessRecord:
     Request(comparison=comparison).write(tmp_path)
     script = tmp_path / "program.py"
     script.write_text(PREAMBLE + program)
-    completed = subprocess.run(
-        [sys.executable, str(script)],
+    completed = forking.run(
+        [sys.executable, script],
         env={**os.environ, RUN_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     assert completed.returncode == 0, completed.stderr
     process = read_run(tmp_path).main

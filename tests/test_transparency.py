@@ -338,6 +338,7 @@ PROGRAMS = {
 """,
     "compiled with inductor": """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath("../inductor")  # outlives this run
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes, which import torch
     from torch._dynamo.utils import counters
     compiled = torch.compile(net)
     train(compiled, sgd(net))

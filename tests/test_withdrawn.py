@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import forking
 import pytest
 
 from flatout.wire.record import ProcessRecord, read_run
@@ -60,13 +60,9 @@ def run(
     script = tmp_path / "program.py"
     program = PROGRAM.replace("{breakage}", BREAKAGES[settings]).replace("BREAKS", str(breaks_at))
     script.write_text(program)
-    completed = subprocess.run(
-        [sys.executable, str(script)],
+    completed = forking.run(
+        [sys.executable, script],
         env={**os.environ, RUN_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     assert completed.returncode == 0, completed.stderr
     assert completed.stderr == ""
@@ -78,18 +74,10 @@ def run(
 def bare(tmp_path: Path) -> list[float]:
     script = tmp_path / "bare.py"
     script.write_text(PROGRAM.replace("{breakage}", "pass").replace("BREAKS", "-1"))
-    return [
-        float(line)
-        for line in subprocess.run(
-            [sys.executable, str(script)],
-            env={k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
-            | {"FLATOUT_DISABLE": "1", RUN_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout.split()
-    ]
+    environment = {"FLATOUT_DISABLE": "1", RUN_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"}
+    completed = forking.run([sys.executable, script], env={**os.environ, **environment})
+    assert completed.returncode == 0, completed.stderr
+    return [float(line) for line in completed.stdout.split()]
 
 
 @pytest.mark.parametrize("settings", BREAKAGES)
@@ -198,13 +186,8 @@ def test_an_error_of_a_signal_handler_in_a_forward_pass_is_the_programs(
     Request(settings={name: setting}).write(tmp_path)
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(program))
-    completed = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, RUN_VARIABLE: str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    completed = forking.run(
+        [sys.executable, script], env={**os.environ, RUN_VARIABLE: str(tmp_path)}
     )
     assert (completed.returncode, completed.stdout) == (0, "4\n"), completed.stderr
     process = read_run(tmp_path).main

@@ -4,6 +4,7 @@
 # flatout run | failing
 # flatout run | threads
 # flatout run | by_hand
+# bare in a process of its own: it looks for torch before it imports it
 
 import importlib
 import importlib.metadata

@@ -4,6 +4,7 @@ optimizers, loaders and datasets, each as early as without flatout."""
 # flatout run --set precision=bf16
 # flatout run --set gradients=on_demand
 # flatout run --set memory_format=channels_last --set random=fast --set optimizer=onepass
+# bare in a process of its own: when objects are collected depends on how many there are
 
 import gc
 import weakref
