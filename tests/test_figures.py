@@ -217,3 +217,10 @@ def test_a_difference_of_durations_is_that_of_what_is_printed(one: float, other:
                 "s" if text.count(" ") == 1 else text.split()[1][0]
             ]
         )
+
+
+def test_a_refused_plan_shows_from_how_many_seeds_it_was_run() -> None:
+    refused = Verdict(False, "the loss differs", "non-inferior", 20, True, (), seeds=5)
+    document = result.made(("python", "x.py"), Path("plan.toml"), Outcome(verdict=refused))
+    assert document.proof is not None
+    assert document.proof.seeds == 5

@@ -194,6 +194,7 @@ class Verdict:
         losses: figures for each backward call of the step.
         checks: all checks; of those that failed, the first is decisive.
         curves: loss curves for each backward call of the step.
+        seeds: number of seeds from which bare and plan were run.
     """
 
     passed: bool
@@ -204,6 +205,7 @@ class Verdict:
     losses: tuple[LossEvidence, ...]
     checks: tuple[Check, ...] = ()
     curves: tuple[LossCurves, ...] = ()
+    seeds: int = 1
 
     @property
     def undecided(self) -> bool:
@@ -261,7 +263,14 @@ def judge(
     why = _find_mismatch(bare, plan, steps)
     if why is not None:
         return Verdict(
-            False, why, "non-inferior", steps, is_repeated, (), (Check("losses", "failed", why),)
+            passed=False,
+            why=why,
+            kind="non-inferior",
+            steps=steps,
+            bare_repeats=is_repeated,
+            losses=(),
+            checks=(Check("losses", "failed", why),),
+            seeds=len(bare),
         )
     same = all(_are_identical(one, other) for one, other in zip(bare, plan, strict=True))
     losses, checks = _judge_sites(bare, plan, repeats, steps)
@@ -293,6 +302,7 @@ def judge(
             )
             for site in range(len(bare[0].curves))
         ),
+        seeds=len(bare),
     )
 
 
@@ -784,6 +794,7 @@ def _judge_inference(
         bare_repeats=is_repeated,
         losses=(),
         checks=tuple(checks),
+        seeds=len(bare),
     )
 
 

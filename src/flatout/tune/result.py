@@ -69,7 +69,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
             )
             for name, setting in outcome.settings.items()
         ),
-        proof=None if outcome.verdict is None else _proof(outcome.verdict, outcome),
+        proof=None if outcome.verdict is None else _proof(outcome.verdict),
         findings=tuple(outcome.findings),
         next_command=None if following is None else f"{following} -- {shlex.join(command)}",
     )
@@ -122,13 +122,13 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
     )
 
 
-def _proof(verdict: Verdict, outcome: Outcome) -> Proof:
+def _proof(verdict: Verdict) -> Proof:
     return Proof(
         passed=None if verdict.passed and verdict.kind == "inconclusive" else verdict.passed,
         kind="bitwise" if verdict.kind == "bitwise" else "non-inferior",
         why=verdict.why,
         steps=verdict.steps,
-        seeds=outcome.pairs.count if outcome.pairs is not None else 1,
+        seeds=verdict.seeds,
         bare_repeats=verdict.bare_repeats,
         checks=tuple(
             Check(
