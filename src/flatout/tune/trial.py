@@ -18,8 +18,8 @@ from flatout.wire.request import Relay, Request
 _TAIL_LINES = 12
 """Lines of a failed program's output that are kept."""
 
-_ENDED = f"killed by signal {int(signal.SIGTERM)}"
-"""How the failure of a run ends whose partner in a relay has failed."""
+_TERMINATED = f"killed by signal {int(signal.SIGTERM)}"
+"""The end of the failure message of a run that was stopped because its relay partner failed."""
 
 
 class TrialFailedError(Exception):
@@ -148,14 +148,17 @@ class Trials:
 
         entries = self._obtain(asked, start, timeout_seconds)
         done: list[Trial] = []
+        terminated: list[RelayFailedError] = []
         for place, entry in enumerate(entries):
             try:
                 done.append(self._read(entry))
             except TrialFailedError as failure:
-                if entry.failure is None or not entry.failure.endswith(_ENDED):
-                    raise RelayFailedError(place, failure) from failure
-        if len(done) < 2:
-            raise RelayFailedError(0, TrialFailedError("both were ended", None, ""))
+                failed = RelayFailedError(place, failure)
+                if entry.failure is None or not entry.failure.endswith(_TERMINATED):
+                    raise failed from failure
+                terminated.append(failed)
+        if terminated:  # neither run failed by itself: something else has stopped them
+            raise terminated[0]
         return done[0], done[1]
 
     def _obtain(
