@@ -384,6 +384,13 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     assert is_over(decided_late, 10, undecided=False)
 
 
+def test_a_proof_that_was_interrupted_does_not_blame_the_time() -> None:
+    """Only Ctrl-C ends a proof before its second pair: the budget never does."""
+    interrupted = Pairs({}, {"gc": "seldom"}, interrupted=True)
+    why = Prover._find_refusal(SimpleNamespace(), interrupted, None)  # type: ignore[arg-type]
+    assert why == "it was interrupted before two pairs were complete"
+
+
 def test_too_short_a_budget_is_said_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,11 +193,11 @@ class Prover(TuneStage):
         return verdict
 
     def _find_refusal(self, made: Pairs, verdict: Verdict | None) -> str | None:
-        """Why the plan of these pairs cannot be used, ``None``: it can."""
+        """Return the reason why the plan of these pairs cannot be used; ``None`` if it can."""
         if made.failure is not None:
             return f"it fails in a fresh process: {made.failure}"
         if verdict is None:
-            return "there was no time for two pairs"
+            return "it was interrupted before two pairs were complete"
         if not verdict.passed:
             return verdict.why
         bare, plan = made.steps(made.baseline_runs), made.steps(made.variant_runs)
