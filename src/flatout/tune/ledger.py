@@ -171,6 +171,11 @@ class Ledger:
         """Whether these settings were tried, and gained nothing."""
         return any(arm.settings == settings and arm.state == "no gain" for arm in self.outcome.arms)
 
+    def is_settled(self, settings: Mapping[str, str]) -> bool:
+        """Return whether these settings have a ratio, or a reason why they have none."""
+        entry = self.find(settings)
+        return entry.ratio is not None or (entry.state != "running" and bool(entry.why))
+
     def enter(self, candidates: Iterable[Candidate]) -> None:
         """Enter what may be tried."""
         self.outcome.arms += [

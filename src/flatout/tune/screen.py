@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
@@ -56,6 +56,9 @@ MANY_ARMS = 16
 FEW_CANDIDATES = 3
 """Most candidates that are compared at a time in a short program, see ``MANY_ARMS``."""
 
+TOO_FEW_STEPS = "the program has too few steps to tell it from the others"
+"""The reason for a candidate of which a comparison gives no ratio."""
+
 StopRule = Literal["arms", "settings"] | None
 """What ends a comparison early, see ``Comparison.decide``."""
 
@@ -66,6 +69,14 @@ class Screening(TuneStage):
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
         self._job_steps = bare.job_steps
+
+    @property
+    def _is_short_job(self) -> bool:
+        """Whether the job has ended within the first run or a comparison.
+
+        There are then too few steps to compare stacks, whose ratios are close to 1.
+        """
+        return self._job_steps is not None
 
     def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
         """Find the hot settings that make the program faster together.
@@ -136,19 +147,18 @@ class Screening(TuneStage):
                 elif candidate.knob in unused:
                     self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
                 elif ratio is None:
-                    why = "the program has too few steps to tell it from the others"
-                    self._ledger.skip(candidate.settings, "inside one process", why)
+                    self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
                 else:
                     self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
 
     def _compare_alone(self, hot: Sequence[Candidate]) -> None:
-        """Measure each candidate alone, if it has not been measured; those that fail are dropped.
+        """Measure alone each candidate that is not settled yet; those that fail are dropped.
 
         Raises:
             UserError: the program fails without any of them.
         """
         for group in self._divide(hot):
-            left = [c for c in group if self._ledger.find(c.settings).ratio is None]
+            left = [c for c in group if not self._ledger.is_settled(c.settings)]
             while left:
                 arms = ({}, *(candidate.settings for candidate in left))
                 try:
@@ -176,27 +186,57 @@ class Screening(TuneStage):
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
             elif candidate.knob in unused:
                 self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
+            elif number in ratios:
+                self._ledger.note_ratio(candidate, ratios[number])
             else:
-                self._ledger.note_ratio(candidate, ratios.get(number))
+                self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
 
     def _reduce(self, winners: dict[str, str]) -> dict[str, str]:
-        """Remove from the stack of winners what gains nothing on top of the others."""
-        if len(winners) < 2 or self._job_steps is not None:
+        """Remove from the stack of winners the settings that gain nothing on top of the others."""
+        if len(winners) < 2 or self._is_short_job:
             return winners
-        stacks = (
-            winners,
-            *({k: s for k, s in winners.items() if k != left_out} for left_out in winners),
+        found = self._compare_with_first(
+            (winners, *(_remove(winners, [knob]) for knob in winners)),
+            "arms",
+            "the chosen settings, and the same without each knob in turn",
         )
-        found = self._compare_with_first(stacks, "arms", "the stack, and the stack less each knob")
         stack_less_knob = {knob: found[n] for n, knob in enumerate(winners, 1) if n in found}
         for knob, ratio in stack_less_knob.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
             self._ledger.note_on_top(knob, gain)
-        kept = dict(winners)
-        for knob in statistics.find_redundant(stack_less_knob)[: len(winners) - 1]:
+        redundant = statistics.find_redundant(stack_less_knob)[: len(winners) - 1]
+        for knob in self._find_removable(winners, redundant):
             why = "the other settings are as fast without it"
-            self._ledger.leave_out({knob: kept.pop(knob)}, why)
-        return kept
+            self._ledger.leave_out({knob: winners[knob]}, why)
+            winners = _remove(winners, [knob])
+        return winners
+
+    def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
+        """Find the redundant knobs that the stack does not need even if all of them are removed.
+
+        Two knobs may speed up the same work: the stack then needs neither as long as it has the
+        other. The knobs are therefore also removed one after the other, until the stack gets
+        slower.
+
+        Args:
+            winners: the stack.
+            redundant: knobs that the stack does not need if only one of them is removed, in the
+                order in which to remove them.
+        """
+        if len(redundant) < 2:
+            return redundant
+        prefixes = [redundant[:count] for count in range(1, len(redundant) + 1)]
+        found = self._compare_with_first(
+            (winners, *(_remove(winners, prefix) for prefix in prefixes[1:])),
+            "arms",
+            f"the chosen settings, and the same without several of {', '.join(redundant)}",
+        )
+        removable = prefixes[0]
+        for number, prefix in enumerate(prefixes[1:], 1):
+            if number not in found or not statistics.find_redundant({number: found[number]}):
+                break
+            removable = prefix
+        return removable
 
     def _look_again(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
         """Add to the stack what gains on it although its gain on bare was too small to see.
@@ -208,7 +248,7 @@ class Screening(TuneStage):
         arms = {candidate: self._ledger.find(candidate.settings) for candidate in hot}
         ratios = {c: arm.ratio for c, arm in arms.items() if arm.state != "left out"}
         again = candidates.find_second_looks(ratios, stack)
-        if not again or self._job_steps is not None:
+        if not again or self._is_short_job:
             return stack
         stacks = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
         found = self._compare_with_first(
@@ -363,6 +403,11 @@ def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
         else:
             factors.append((claims, [setting]))
     return [settings for _, settings in factors]
+
+
+def _remove(stack: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
+    """Return the stack without the settings of some knobs."""
+    return {knob: setting for knob, setting in stack.items() if knob not in left_out}
 
 
 def _find_last_arm(failure: TrialFailedError) -> int | None:
