@@ -132,7 +132,7 @@ def test_a_run_that_was_terminated_from_outside_is_the_one_that_failed(
     """Its partner came to its end, so the message must name this run and its own failure."""
     sides = {"one": None, "other": "it was killed by signal 15"}
     entries = tuple(Entry(run, 1.0, True, failure, "", 1.0) for run, failure in sides.items())
-    opened = SimpleNamespace(runs=tmp_path, recorded=lambda *_: entries)
+    opened = SimpleNamespace(runs=tmp_path, take_next=lambda *_: entries)
     trials = Trials(["python"], opened, isolate=False)  # type: ignore[arg-type]
     process = ProcessRecord(tmp_path, Header())
     record = SimpleNamespace(main=process, modules=())

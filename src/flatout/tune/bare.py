@@ -13,7 +13,7 @@ from flatout import knobs
 from flatout.doctor.case import Case
 from flatout.errors import UserError
 from flatout.plan.program import Program, observed
-from flatout.tune import figures, pairs
+from flatout.tune import formatting, pairs
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
@@ -79,7 +79,7 @@ class BareRun:
 
 
 def run(
-    command: Sequence[str], options: Options, trials: Trials, say: Callable[[str], None]
+    command: Sequence[str], options: Options, trials: Trials, print_line: Callable[[str], None]
 ) -> BareRun:
     """Run the bare program for as long as its share of the budget allows.
 
@@ -87,12 +87,12 @@ def run(
         command: command line of the user's program.
         options: what the user asks for.
         trials: runs the program.
-        say: is called with each line of progress.
+        print_line: is called with each line of progress.
 
     Raises:
         UserError: the program fails, never trains, or takes too few steps.
     """
-    say("running the bare program to see how it trains")
+    print_line("running the bare program to see how it trains")
     limit_s = options.budget_seconds * FIRST_RUN_SHARE
     first = _run_first(options, trials, limit_s)
     timed = _find_timed_steps(first, options, limit_s)
@@ -101,8 +101,8 @@ def run(
     in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
     startup_s = max(first.seconds - in_steps_s, 0)
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
-    say(
-        f"bare: {figures.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
+    print_line(
+        f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
         f"{startup_s:.1f} s of start-up"
     )
     return BareRun(
@@ -145,7 +145,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
     timed = first.process.timed_steps
     if len(timed) <= WARMUP_STEPS:
         raise UserError(
-            f"the budget is too short: only {figures.count(len(timed), 'step')} fit into the "
+            f"the budget is too short: only {formatting.count(len(timed), 'step')} fit into the "
             f"{limit_s:.1f} s of the first run, and {WARMUP_STEPS + 1} are needed; "
             "give tune a longer --budget, or --steps"
         )

@@ -84,7 +84,7 @@ class ColdTrials(TuneStage):
             stack | candidate.settings,
             in_relay=self._bare.can_relay_under(stack),
         )
-        self._ledger.say(
+        self._ledger.print_line(
             f"{candidate} on top of {format_settings(stack) or 'bare'}, in fresh processes"
         )
         pairs.run(
@@ -99,7 +99,7 @@ class ColdTrials(TuneStage):
                 self._pair_s,
                 self._is_ranked,
             ),
-            say=self._ledger.say,
+            print_line=self._ledger.print_line,
         )
         self._ledger.note_runs(tried)
         if tried.interrupted:
@@ -119,7 +119,7 @@ class ColdTrials(TuneStage):
         self._ledger.note_ratio(candidate, tried.ratio)
         is_faster = statistics.is_mostly_faster(tried.log_ratios)
         faster = sum(log > 0 for log in tried.log_ratios)
-        self._ledger.say(
+        self._ledger.print_line(
             f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"
             f"{'' if is_faster else '; slower' if tried.ratio.high < 1 else '; no measurable gain'}"
         )

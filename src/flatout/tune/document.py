@@ -66,7 +66,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Arm:
+class TriedSettings:
     """Settings that were compared with the bare program, or might have been.
 
     Attributes:
@@ -119,13 +119,15 @@ class Check:
         name: what is checked, in a few words.
         passed: the verdict; ``None``: the check could not be made.
         why: the verdict in one sentence.
-        figures: the figures that it was judged by.
+        measurements: the measured values and limits by which it was judged, by name.
     """
 
     name: str
     passed: bool | None
     why: str
-    figures: Mapping[str, Fact | None] = dataclasses.field(default_factory=dict)
+    measurements: Mapping[str, Fact | None] = dataclasses.field(
+        default_factory=dict, metadata=codec.stored_as("figures")
+    )
 
 
 class CurvePoint(NamedTuple):
@@ -195,7 +197,7 @@ class Document:
         baseline, with_plan: the program without and with the plan.
         claim: bare step time over the plan's, from fresh processes in alternation.
         break_even_steps: steps after which the plan has made up for the tune and its longer start.
-        arms: everything that was compared, or left out with a reason.
+        tried: all settings that were compared, or left out with a reason.
         knobs: the knobs of the plan.
         proof: the proof of the plan, or of the last plan that was refused.
         findings: what limits the bare program, largest share first.
@@ -215,7 +217,7 @@ class Document:
     with_plan: Side | None
     claim: Ratio | None
     break_even_steps: int | None
-    arms: tuple[Arm, ...]
+    tried: tuple[TriedSettings, ...] = dataclasses.field(metadata=codec.stored_as("arms"))
     knobs: tuple[KnobResult, ...]
     proof: Proof | None
     findings: tuple[Finding, ...]

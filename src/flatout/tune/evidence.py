@@ -31,7 +31,7 @@ def make_evidence(
     """
     ratio = pairs.ratio
     bare, plan = pairs.costs
-    is_by_seeds = any(loss.yardstick == "seeds" for loss in verdict.losses)
+    is_by_seeds = any(loss.margin_source == "seeds" for loss in verdict.losses)
     return Evidence(
         settings=dict(settings),
         ratio=ratio.value,
@@ -50,7 +50,7 @@ def make_evidence(
     )
 
 
-def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
+def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
     """Merge the evidence of two proofs of the same settings; also say in one clause how.
 
     A proof replaces another that it covers: it has at least as many steps and seeds, all the checks
@@ -63,7 +63,7 @@ def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str
         first_seed: first seed of the new proof.
     """
     timed = old if old.pairs > new.pairs else new
-    figures = {
+    timing = {
         key: getattr(timed, key)
         for key in ("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms")
     }
@@ -71,10 +71,10 @@ def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str
     added = Verified(new.steps, new.seeds, new.verdict, first_seed, _passed(new))
     further = tuple(one for one in old.verified if not _is_within(one, added))
     if _covers(new, old):
-        evidence = dataclasses.replace(new, **figures, in_process=in_process, verified=further)
+        evidence = dataclasses.replace(new, **timing, in_process=in_process, verified=further)
         return evidence, f"in the place of its proof over {_extent(old)}, which it covers"
     verified = (*further, added)
-    evidence = dataclasses.replace(old, **figures, in_process=in_process, verified=verified)
+    evidence = dataclasses.replace(old, **timing, in_process=in_process, verified=verified)
     return evidence, f"beside its proof over {_extent(old)}, which stays"
 
 

@@ -103,7 +103,7 @@ def judge(
     worst = max(intervals, key=lambda name: abs(intervals[name][0]) - intervals[name][1])
     centre, half_width = intervals[worst]
     detectable_factor = math.exp(tolerance + median(width for _, width in intervals.values()))
-    figures = {
+    measurements = {
         "parameters": float(len(log_ratios) - (MEDIAN in log_ratios)),
         "factor_seen": detectable_factor,
         "factor": math.exp(centre),
@@ -116,23 +116,23 @@ def judge(
             f"{subject} {math.exp(centre):.3g} times bare's "
             f"({math.exp(centre - half_width):.3g} to {math.exp(centre + half_width):.3g})"
         )
-        return Check("gradients", "failed", why, figures)
+        return Check("gradients", "failed", why, measurements)
     why = (
-        f"gradient norms of {figures['parameters']:.0f} parameters match the baseline; for half of "
-        f"them a scale error of {detectable_factor:.3g}x would have been detected"
+        f"gradient norms of {measurements['parameters']:.0f} parameters match the baseline; for "
+        f"half of them a scale error of {detectable_factor:.3g}x would have been detected"
     )
     errors = {} if is_random else dict(_errors(bare, plan, bounds.floor))
     if errors:
         worst = max(errors, key=lambda name: errors[name])
-        figures |= {"error": errors[worst], "error_limit": bounds.error}
+        measurements |= {"error": errors[worst], "error_limit": bounds.error}
         if errors[worst] > bounds.error:
             why = (
                 f"the first gradient of {worst} is off by {errors[worst]:.2g} of its norm "
                 f"(limit {bounds.error:g})"
             )
-            return Check("gradients", "failed", why, figures)
+            return Check("gradients", "failed", why, measurements)
         why += f"; each gradient is off by at most {errors[worst]:.2g} of its norm"
-    return Check("gradients", "passed", why, figures)
+    return Check("gradients", "passed", why, measurements)
 
 
 def are_coarse(recorded: Sequence[Recorded]) -> bool:

@@ -79,7 +79,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _TrialLine:
     """A line of trials that ended at the same time, without their requests."""
 
     entries: tuple[Entry, ...]
@@ -99,9 +99,9 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / JOURNAL_FILE
-        self._descriptor = _locked(self.path)
+        self._descriptor = _open_and_lock(self.path)
         try:
-            lines, whole_bytes = _whole_lines(self.path)
+            lines, whole_bytes = _read_whole_lines(self.path)
         except JournalError:
             os.close(self._descriptor)
             raise
@@ -111,11 +111,11 @@ class Journal:
         self._program_end = 0
         for line, end in lines:
             if line.get("kind") == "program":
-                self._program, self._program_end = _program(line), end
+                self._program, self._program_end = _decode_program(line), end
         self._recorded = [(line, end) for line, end in lines if line.get("kind") == "trial"]
         self._at_byte = lines[0][1] if lines else 0
         self._next = 0
-        self._sat_down_s = time.monotonic()
+        self._session_began_s = time.monotonic()
         self._spent_before_s = 0.0
 
     @property
@@ -126,9 +126,9 @@ class Journal:
     @property
     def spent_s(self) -> float:
         """How long the tune has taken; while trials come from the journal, how long it had then."""
-        return self._spent_before_s + (time.monotonic() - self._sat_down_s)
+        return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
-    def recorded(self, *requests: Request) -> tuple[Entry, ...] | None:
+    def take_next(self, *requests: Request) -> tuple[Entry, ...] | None:
         """Return the next trials if the journal has them for the same requests.
 
         If the journal has other requests here, the rest of it is dropped: flatout or its options
@@ -141,7 +141,7 @@ class Journal:
             return None
         line, end = self._recorded[self._next]
         try:
-            entries = codec.decode(_Trial, line).entries
+            entries = codec.decode(_TrialLine, line).entries
         except codec.MismatchError as mismatch:
             why = one_line(mismatch)
             raise JournalError(f"{self.path} holds a trial that is none: {why}") from mismatch
@@ -156,7 +156,7 @@ class Journal:
         self._next += 1
         self._at_byte = end
         self._spent_before_s = entries[-1].spent_s
-        self._sat_down_s = time.monotonic()
+        self._session_began_s = time.monotonic()
         return entries
 
     def add(self, requests: Sequence[Request], entries: Sequence[Entry]) -> None:
@@ -172,7 +172,7 @@ class Journal:
         }
         _append(self._descriptor, self.path, document)
 
-    def hold(self, program: Program) -> None:
+    def record_or_check_program(self, program: Program) -> None:
         """Write down what the program is, or compare it with what it was before.
 
         Raises:
@@ -212,21 +212,21 @@ class Journal:
         os.close(self._descriptor)
 
 
-def opened(
+def open_journal(
     verb: str,
     command: Sequence[str],
     options: Any,
     resumes: bool,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> Journal:
     """Open the journal of a verb that runs trials.
 
     Args:
         verb: name of the verb.
         command: the job.
-        options: a dataclass of what the user asks for; on resuming, ``say`` tells what differs.
+        options: a dataclass of what the user asks for; on resuming, ``print_line`` tells what differs.
         resumes: whether to resume the last tune of this job that has not come to its end.
-        say: called with a line.
+        print_line: called with a line.
 
     Raises:
         JournalError: there is no place for it, or nothing to go on with.
@@ -234,9 +234,9 @@ def opened(
     if not resumes:
         return begin(verb, command, options)
     found = resume(verb, command)
-    differing = _differing(found.job.get("options"), _plain_options(options))
+    differing = _describe_changed_options(found.job.get("options"), _plain_options(options))
     if differing:
-        say(
+        print_line(
             f"going on under other options: {'; '.join(differing)}; trials that were asked for "
             "otherwise are run again"
         )
@@ -244,7 +244,7 @@ def opened(
 
 
 def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
-    """Create the journal of a new tune; see ``opened``.
+    """Create the journal of a new tune; see ``open_journal``.
 
     Raises:
         JournalError: it cannot be written.
@@ -263,7 +263,7 @@ def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
             "FLATOUT_HOME can name another place"
         ) from error
     try:
-        job = {"kind": "job", **_job(verb, command), "options": _plain_options(options)}
+        job = {"kind": "job", **_describe_job(verb, command), "options": _plain_options(options)}
         _append(descriptor, path, job)
     finally:
         os.close(descriptor)
@@ -282,7 +282,7 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
             lines = read(path)
             if not lines or lines[0].get("verb") != verb or lines[-1].get("kind") == "end":
                 continue
-            difference = _difference(lines[0], verb, command)
+            difference = _explain_no_resume(lines[0], verb, command)
             if difference is None:
                 return Journal(path.parent)
         except BlockingIOError:
@@ -299,9 +299,9 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     )
 
 
-def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
+def _explain_no_resume(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
     """Why a tune of that job cannot be resumed as a tune of this one; ``None``: it can."""
-    now = _job(verb, command)
+    now = _describe_job(verb, command)
     if job.get("folder") != now["folder"]:
         return f"it was started in {job.get('folder')}"
     if job.get("command") != now["command"]:
@@ -319,7 +319,7 @@ def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str |
     return "; ".join(changed) or None
 
 
-def _differing(before: Any, now: dict[str, Any]) -> list[str]:
+def _describe_changed_options(before: Any, now: dict[str, Any]) -> list[str]:
     """A clause for each option that differs, as far as the old options are known."""
     if not isinstance(before, dict):
         return []
@@ -344,11 +344,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         JournalError: it cannot be read, or a line other than a torn last one is no JSON object.
     """
-    return [line for line, _ in _whole_lines(path)[0]]
+    return [line for line, _ in _read_whole_lines(path)[0]]
 
 
-def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a tune to be resumed, beside its program (``Journal.hold``)."""
+def _describe_job(verb: str, command: Sequence[str]) -> dict[str, Any]:
+    """Describe what must be the same for a tune to be resumed, besides its program."""
     return {
         "version": JOURNAL_VERSION,
         "flatout": __version__,
@@ -358,7 +358,7 @@ def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _program(line: dict[str, Any]) -> Program | None:
+def _decode_program(line: dict[str, Any]) -> Program | None:
     """The program of a journal's line; ``None``: it cannot be read."""
     try:
         return codec.decode(Program, line)
@@ -366,7 +366,7 @@ def _program(line: dict[str, Any]) -> Program | None:
         return None
 
 
-def _locked(path: Path) -> int:
+def _open_and_lock(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except OSError as error:
@@ -382,7 +382,7 @@ def _locked(path: Path) -> int:
 def _is_locked(folder: Path) -> bool:
     """Whether any process runs a tune in this folder."""
     try:
-        os.close(_locked(folder / JOURNAL_FILE))
+        os.close(_open_and_lock(folder / JOURNAL_FILE))
     except BlockingIOError:
         return True
     except JournalError:
@@ -390,7 +390,7 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def _whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
+def _read_whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
     """The objects of the whole lines, each with the offset of its end, and the end of the last."""
     try:
         data = path.read_bytes()

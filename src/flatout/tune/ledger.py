@@ -17,7 +17,7 @@ from flatout.tune import memory
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.pairs import Pace, Pairs
-from flatout.tune.progress import Phase
+from flatout.tune.progress import Activity
 from flatout.tune.proof import Verdict
 from flatout.wire import signature
 from flatout.wire.header import Header
@@ -49,7 +49,7 @@ class Options:
 
 
 @dataclass
-class LedgerArm:
+class LedgerEntry:
     """An arm: settings that are tried as one, and what has become of them; see ``document.Arm``."""
 
     settings: Mapping[str, str]
@@ -91,7 +91,7 @@ class Outcome:
     settings: dict[str, str] = field(default_factory=dict)
     why: str = ""
     evidence: Evidence | None = None
-    arms: list[LedgerArm] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
     gain_on_top: dict[str, Ratio] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Outcome:
     job_steps: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
-    phase: Phase | None = None
+    activity: Activity | None = None
 
     def find_ratio_alone(self, knob: str) -> Ratio | None:
         """The ratio of a knob alone inside one process, ``None``: not measured."""
@@ -117,9 +117,9 @@ class Outcome:
         return self.gain_on_top.get(knob) or self._ratio(knob, "fresh processes")
 
     def _ratio(self, knob: str, stage: Stage) -> Ratio | None:
-        for arm in self.arms:
-            if set(arm.settings) == {knob} and arm.stage == stage and arm.ratio is not None:
-                return arm.ratio
+        for entry in self.entries:
+            if set(entry.settings) == {knob} and entry.stage == stage and entry.ratio is not None:
+                return entry.ratio
         return None
 
 
@@ -129,47 +129,50 @@ class Ledger:
     Args:
         budget_s: how long the tune may take, in seconds.
         read_spent_s: returns how long it has taken so far, in seconds.
-        say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left in its phase, whenever the
+        print_line: is called with each line of progress.
+        refresh: is called with the outcome so far and the seconds left in its phase, whenever the
             phase or an arm has changed.
 
     Attributes:
         outcome: what has been found so far.
-        say: see above.
+        print_line: see above.
     """
 
     def __init__(
         self,
         budget_s: float,
         read_spent_s: Callable[[], float],
-        say: Callable[[str], None],
-        show: Callable[[Outcome, float], None],
+        print_line: Callable[[str], None],
+        refresh: Callable[[Outcome, float], None],
     ) -> None:
         self.outcome = Outcome()
-        self.say = say
+        self.print_line = print_line
         self._budget_s = budget_s
         self._read_spent_s = read_spent_s
-        self._show = show
+        self._refresh = refresh
 
     @property
     def left_s(self) -> float:
         """Seconds of the budget that are left; negative when more has been spent."""
         return self._budget_s - self._read_spent_s()
 
-    def find(self, settings: Mapping[str, str]) -> LedgerArm:
+    def find(self, settings: Mapping[str, str]) -> LedgerEntry:
         """Find the arm of some settings; only the methods of this class change it.
 
         Raises:
             KeyError: these settings were never entered.
         """
-        for arm in self.outcome.arms:
-            if arm.settings == settings:
-                return arm
+        for entry in self.outcome.entries:
+            if entry.settings == settings:
+                return entry
         raise KeyError(dict(settings))
 
     def has_no_gain(self, settings: Mapping[str, str]) -> bool:
         """Whether these settings were tried, and gained nothing."""
-        return any(arm.settings == settings and arm.state == "no gain" for arm in self.outcome.arms)
+        return any(
+            entry.settings == settings and entry.state == "no gain"
+            for entry in self.outcome.entries
+        )
 
     def is_settled(self, settings: Mapping[str, str]) -> bool:
         """Return whether these settings have a ratio, or a reason why they have none."""
@@ -178,69 +181,69 @@ class Ledger:
 
     def enter(self, candidates: Iterable[Candidate]) -> None:
         """Enter what may be tried."""
-        self.outcome.arms += [
-            LedgerArm(candidate.settings, bound=candidate.bound) for candidate in candidates
+        self.outcome.entries += [
+            LedgerEntry(candidate.settings, bound=candidate.bound) for candidate in candidates
         ]
-        self.tell()
+        self.notify()
 
     def start(self, candidates: Iterable[Candidate], stage: Stage) -> None:
         """Note that candidates are being tried."""
         for candidate in candidates:
-            arm = self.find(candidate.settings)
-            arm.stage, arm.state = stage, "running"
-        self.tell()
+            entry = self.find(candidate.settings)
+            entry.stage, entry.state = stage, "running"
+        self.notify()
 
     def note_ratio(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
         """Note a candidate's measured ratio, and what is to be said of it; it is judged later."""
-        arm = self.find(candidate.settings)
-        arm.ratio, arm.why = ratio, why
+        entry = self.find(candidate.settings)
+        entry.ratio, entry.why = ratio, why
 
     def accept(self, settings: Mapping[str, str], why: str = "") -> None:
         """Note that settings are faster; without a reason, what was said of them stays."""
-        arm = self.find(settings)
-        arm.state, arm.why = "won", why or arm.why
-        self.tell()
+        entry = self.find(settings)
+        entry.state, entry.why = "won", why or entry.why
+        self.notify()
 
     def reject(self, settings: Mapping[str, str], why: str = "") -> None:
         """Note that settings gain nothing, and the reason if it is another than the ratio."""
-        arm = self.find(settings)
-        arm.state, arm.why = "no gain", why
-        self.tell()
+        entry = self.find(settings)
+        entry.state, entry.why = "no gain", why
+        self.notify()
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
         """Reject settings that did nothing, whatever their ratio is: it is noise."""
-        self.say(f"{format_settings(settings)} has no effect: {why}")
+        self.print_line(f"{format_settings(settings)} has no effect: {why}")
         self.reject(settings, f"it has no effect: {why}")
 
     def fail(self, settings: Mapping[str, str], why: str) -> None:
         """Note that settings cannot be used: they or the program fail."""
-        arm = self.find(settings)
-        arm.state, arm.why = "failed", why
-        self.say(f"{format_settings(settings)} is dropped: {why}")
-        self.tell()
+        entry = self.find(settings)
+        entry.state, entry.why = "failed", why
+        self.print_line(f"{format_settings(settings)} is dropped: {why}")
+        self.notify()
 
     def skip(self, settings: Mapping[str, str], stage: Stage, why: str) -> None:
         """Note that settings are not tried, or not judged, and in which stage."""
-        arm = self.find(settings)
-        arm.stage, arm.state, arm.why = stage, "not tried", why
-        self.say(f"{format_settings(settings)} is not tried: {why}")
-        self.tell()
+        entry = self.find(settings)
+        entry.stage, entry.state, entry.why = stage, "not tried", why
+        self.print_line(f"{format_settings(settings)} is not tried: {why}")
+        self.notify()
 
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
         """Note that settings do not become part of the plan although they may be faster.
 
         They need not have been entered: a gentler setting of a knob may not have been.
         """
-        self.say(f"{format_settings(settings)} is left out: {why}")
-        for arm in self.outcome.arms:
-            if arm.settings == settings:
-                arm.state, arm.why = "left out", why
-        self.tell()
+        self.print_line(f"{format_settings(settings)} is left out: {why}")
+        for entry in self.outcome.entries:
+            if entry.settings == settings:
+                entry.state, entry.why = "left out", why
+        self.notify()
 
     def note_on_top(self, knob: str, ratio: Ratio) -> None:
         """Note how many times faster the stack is with a knob than without it."""
         self.outcome.gain_on_top[knob] = ratio
-        self.say(f"{knob} on top of the others: {ratio} inside one process")
+        self.print_line(f"{knob} on top of the others: {ratio} inside one process")
 
     def note_runs(self, pairs: Pairs) -> None:
         """Note what runs were given and have imported.
@@ -259,7 +262,7 @@ class Ledger:
         pairs: int | None = None,
         lasts_s: float | None = None,
     ) -> None:
-        """Note that a phase begins; see ``Phase``.
+        """Note that a phase begins; see ``Activity``.
 
         Args:
             what: what is being done.
@@ -268,8 +271,8 @@ class Ledger:
             lasts_s: how long it should take; ``None``: it may take the rest of the budget.
         """
         ends_s = self._budget_s if lasts_s is None else self._read_spent_s() + lasts_s
-        self.outcome.phase = Phase(what, pair, pairs, ends_s)
-        self.tell()
+        self.outcome.activity = Activity(what, pair, pairs, ends_s)
+        self.notify()
 
     def follow_pairs(
         self, what: str, expected: int, pair_s: float, is_enough: Callable[[Pairs], bool]
@@ -295,11 +298,11 @@ class Ledger:
 
         return is_over
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Show what has been found so far."""
-        phase = self.outcome.phase
-        ends_s = self._budget_s if phase is None else phase.ends_s
-        self._show(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
+        activity = self.outcome.activity
+        ends_s = self._budget_s if activity is None else activity.ends_s
+        self._refresh(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
 
 
 def format_settings(settings: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
-from flatout.tune import figures
+from flatout.tune import formatting
 from flatout.wire.record import Step
 
 ALLOWED = 1.1
@@ -42,7 +42,7 @@ def refusal(
     if plan_peak > allowed * bare_peak:
         return (
             f"its peak memory is {plan_peak / bare_peak:.2f} times bare's "
-            f"({figures.memory(plan_peak)} against {figures.memory(bare_peak)}; "
+            f"({formatting.memory(plan_peak)} against {formatting.memory(bare_peak)}; "
             f"--memory {math.ceil(10 * plan_peak / bare_peak) / 10:.1f} would allow it)"
         )
     growth_bytes = _measure_growth(plan, read_peak) - _measure_growth(bare, read_peak)

@@ -15,11 +15,11 @@ from typing import Any
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import figures, statistics, trial
+from flatout.tune import formatting, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
-from flatout.wire.request import Envelope, Inspection, Relay, Request
+from flatout.wire.request import GuardRequest, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 MINIMUM_STEPS = 20
@@ -273,7 +273,7 @@ def run(
     steps: int,
     seed: int,
     is_enough: Callable[[Pairs], bool],
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> None:
     """Run pairs until there are enough, and add them to ``pairs``.
 
@@ -284,7 +284,7 @@ def run(
         steps: length of each run.
         seed: seed of the first pair of runs; each later pair has the next one.
         is_enough: is asked before each pair whether to stop.
-        say: is called with a line for each pair.
+        print_line: is called with a line for each pair.
 
     Raises:
         UserError: the baseline cannot run.
@@ -312,14 +312,16 @@ def run(
                     failed
                 )
             else:
-                say(f"two runs at the same time fail ({failed}): from now on they run one by one")
+                print_line(
+                    f"two runs at the same time fail ({failed}): from now on they run one by one"
+                )
                 pairs.in_relay = False
                 continue
         if pairs.failure is not None:
             return
         one, other = pairs.times_ms[-1]
-        say(
-            f"pair {number + 1}: {figures.milliseconds(one)}, {figures.milliseconds(other)}, "
+        print_line(
+            f"pair {number + 1}: {formatting.milliseconds(one)}, {formatting.milliseconds(other)}, "
             f"{one / other:.2f}x"
         )
 
@@ -397,7 +399,7 @@ def _request(settings: Mapping[str, str], **asked: Any) -> Request:
     """The request of a run under some settings. Unless these are bitwise, it includes the guard,
     as ``flatout run`` would: its time is part of what the settings cost."""
     is_bitwise = all(knobs.is_bitwise(name, setting) for name, setting in settings.items())
-    guard = None if is_bitwise else Envelope()
+    guard = None if is_bitwise else GuardRequest()
     return Request(settings=dict(settings), guard=guard, **asked)
 
 

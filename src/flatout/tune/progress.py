@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Phase:
+class Activity:
     """A phase of a tune.
 
     Attributes:

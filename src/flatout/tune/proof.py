@@ -416,7 +416,7 @@ def _judge_site(
             f"{name} did not fall within {len(bare[0])} steps (from {begun:.4g} to {ended:.4g}), "
             "so losses as good as bare's prove little"
         )
-        check = Check("losses", "open", why, {**check.figures, "fall": begun - ended})
+        check = Check("losses", "open", why, {**check.measurements, "fall": begun - ended})
     return evidence, [_judge_spikes(name, bare, plan, by_seeds, differing_repeats), check]
 
 
@@ -458,11 +458,11 @@ def _judge_losses(
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
     windows = [range(steps // 2, steps), range(steps - quarter, steps)]
-    yardstick, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
+    margin_source, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
     if by_seeds:
-        yardstick, margin = "seeds", _spread(bare, windows)
+        margin_source, margin = "seeds", _spread(bare, windows)
     elif differing_repeats and (between := _spread([*bare, *differing_repeats], windows)) > margin:
-        yardstick, margin = "runs", between
+        margin_source, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
@@ -472,11 +472,11 @@ def _judge_losses(
         plan_final=plan_final,
         difference=difference,
         margin=margin,
-        yardstick=yardstick,
+        margin_source=margin_source,
         bare_curve=points.bare,
         plan_curve=points.plan,
     )
-    figures = {"difference": difference, "limit": limit, "margin": margin}
+    measurements = {"difference": difference, "limit": limit, "margin": margin}
     if limit > margin:
         why = (
             f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
@@ -484,16 +484,16 @@ def _judge_losses(
         )
         # Where bare does not repeat itself there are no pairs: both means scatter as those of
         # few runs do.
-        is_undecided = difference < (2 * margin if yardstick == "runs" else margin)
-        return evidence, Check(check, "failed", why, figures, undecided=is_undecided)
+        is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
+        return evidence, Check(check, "failed", why, measurements, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
             f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
             f"{margin:.3g}: the plan appears to be training something else"
         )
-        return evidence, Check(check, "failed", why, figures)
+        return evidence, Check(check, "failed", why, measurements)
     why = f"{name} is at most {limit:+.3g} from bare's, within its own spread of {margin:.3g}"
-    return evidence, Check(check, "passed", why, figures)
+    return evidence, Check(check, "passed", why, measurements)
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
@@ -756,8 +756,8 @@ def _judge_moments(
     power = fmean(value**2 for value in shifts) - fmean(value**2 for value in noises)
     moved = math.sqrt(max(power, 0.0))
     why = f"the {what} move by {moved:.2g} of bare's own deviations between seeds"
-    figures = {"deviations": moved, "figures": float(len(shifts))}
-    return Check(check, "passed" if moved <= 1 else "failed", why, figures)
+    measurements = {"deviations": moved, "compared": float(len(shifts))}
+    return Check(check, "passed" if moved <= 1 else "failed", why, measurements)
 
 
 # Inference
@@ -854,14 +854,14 @@ def _judge_outputs(
     if not calls:
         why = "no call had identical inputs on both sides"
         return Check("outputs", "failed", why), 0
-    figures = {"relative_error": worst, "limit": limit, "calls": float(calls)}
+    measurements = {"relative_error": worst, "limit": limit, "calls": float(calls)}
     why = f"on identical inputs the outputs of {calls} calls differ by at most {worst:.2g}"
     passed = worst <= limit
     why += f" of their size (limit {limit:.2g})"
     if rows:
-        figures |= {"top1_agreement": agreeing / rows, "top1_rows": float(rows)}
+        measurements |= {"top1_agreement": agreeing / rows, "top1_rows": float(rows)}
         why += f"; the first choice agrees in {agreeing / rows:.2%} of {rows} rows"
         if clear and clear_agreeing / clear < TOP1_AGREEMENT:
             passed = False
             why += f", {clear_agreeing / clear:.2%} of those where it is clear"
-    return Check("outputs", "passed" if passed else "failed", why, figures), calls
+    return Check("outputs", "passed" if passed else "failed", why, measurements), calls

@@ -26,8 +26,8 @@ from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Inspection
 
-PROOF_PHASE = "proving the plan"
-GRADIENTS_PHASE = f"{PROOF_PHASE}: comparing its gradients with the bare program's"
+PROOF_ACTIVITY = "proving the plan"
+GRADIENTS_ACTIVITY = f"{PROOF_ACTIVITY}: comparing its gradients with the bare program's"
 
 GRADIENT_SEEDS = 2
 """Seeds for which gradients are compared, unless another number of pairs is asked for."""
@@ -99,7 +99,7 @@ class Prover(TuneStage):
         if refusal is not None:
             return ProofAttempt(made, refusal, None, self._gradients_pass)
         steps = self._bare.proof_steps
-        self._ledger.say(
+        self._ledger.print_line(
             f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
         is_enough = self._is_enough if count is None else lambda made: made.count >= count
@@ -110,12 +110,12 @@ class Prover(TuneStage):
             steps=steps,
             seed=self._options.seed,
             is_enough=self._ledger.follow_pairs(
-                PROOF_PHASE,
+                PROOF_ACTIVITY,
                 statistics.MINIMUM_PAIRS if count is None else count,
                 2 * self._bare.pace.seconds(steps),
                 is_enough,
             ),
-            say=self._ledger.say,
+            print_line=self._ledger.print_line,
         )
         self._ledger.note_runs(made)
         verdict = self._judge_pairs(made)
@@ -135,7 +135,7 @@ class Prover(TuneStage):
         if attempt.verdict is not None and attempt.verdict.undecided:
             return search.find_most_invasive(settings)
         self._ledger.begin("looking for the setting that makes the proof fail")
-        self._ledger.say("looking for the setting that makes the proof fail")
+        self._ledger.print_line("looking for the setting that makes the proof fail")
         return search.find_culprits(settings, attempt.part_passes)
 
     def _compare_gradients(self, settings: Mapping[str, str], seeds: int) -> str | None:
@@ -152,7 +152,7 @@ class Prover(TuneStage):
         """
         if not self._bare.process.trains:
             return None
-        self._ledger.begin(GRADIENTS_PHASE)
+        self._ledger.begin(GRADIENTS_ACTIVITY)
         settings = search.use_proof_settings(settings)
         while len(self._bare_gradients) < seeds:
             number = len(self._bare_gradients)
@@ -168,7 +168,7 @@ class Prover(TuneStage):
         check = self._gradients = gradients.judge(
             self._bare_gradients[:seeds], plan, proof.collect_exactness(settings)
         )
-        self._ledger.say(f"first gradients of {format_settings(settings)}: {check.why}")
+        self._ledger.print_line(f"first gradients of {format_settings(settings)}: {check.why}")
         return check.why if check.result == "failed" else None
 
     def _judge_pairs(self, made: Pairs) -> Verdict | None:
@@ -226,7 +226,7 @@ class Prover(TuneStage):
             return True
         if made.overtime_from is None:
             made.overtime_from = made.count
-            self._ledger.say(
+            self._ledger.print_line(
                 "the budget is spent, and the loss comparison is still inconclusive: at most "
                 f"{statistics.MINIMUM_PAIRS} more pairs"
             )
@@ -274,7 +274,7 @@ class Prover(TuneStage):
         settings = search.use_proof_settings(made.variant)
         if settings == dict(made.variant):
             return None
-        self._ledger.say(
+        self._ledger.print_line(
             "loss comparison inconclusive: this plan changes the order of the data; checking again "
             f"with the same order ({format_settings(settings)})"
         )
@@ -283,7 +283,7 @@ class Prover(TuneStage):
         except TrialFailedError:
             return None
         verdict = self._judge(settings, made.baseline_runs, runs)
-        self._ledger.say(verdict.why)
+        self._ledger.print_line(verdict.why)
         return verdict
 
     def _judge(
@@ -305,7 +305,7 @@ class Prover(TuneStage):
 
     def _repeat_bare(self) -> None:
         """Find out whether bare repeats itself, before a plan is blamed for not being identical."""
-        self._ledger.say(
+        self._ledger.print_line(
             "the plan is not identical to bare; running bare again, to see whether it repeats "
             "itself"
         )

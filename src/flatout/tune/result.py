@@ -10,14 +10,23 @@ from pathlib import Path
 from flatout import knobs, machine
 from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
-from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
-from flatout.tune.ledger import LedgerArm, Outcome
+from flatout.tune.document import (
+    Check,
+    CurvePoint,
+    Curves,
+    Document,
+    KnobResult,
+    Proof,
+    Side,
+    TriedSettings,
+)
+from flatout.tune.ledger import LedgerEntry, Outcome
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
 
 
-def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
+def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     """Make the document of an outcome.
 
     Args:
@@ -56,7 +65,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
         with_plan=with_plan,
         claim=found.ratio if has_plan and found is not None else None,
         break_even_steps=break_even,
-        arms=arms(outcome.arms, outcome.refused),
+        tried=list_tried(outcome.entries, outcome.refused),
         knobs=tuple(
             KnobResult(
                 knob=name,
@@ -75,28 +84,30 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     )
 
 
-def arms(tried: Sequence[LedgerArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
-    """List what was tried, and what was not, for the table and the document.
+def list_tried(
+    tried: Sequence[LedgerEntry], refused: Mapping[str, str]
+) -> tuple[TriedSettings, ...]:
+    """List the settings that were tried, and those that were not, for the document.
 
     Args:
-        tried: the arms that were compared, or left out.
-        refused: name of a knob -> why it was not tried.
+        tried: the settings that were compared or left out.
+        refused: for each knob that was not tried, the reason.
     """
     return (
         *(
-            Arm(
-                settings=dict(arm.settings),
-                label=", ".join(f"{name}={setting}" for name, setting in arm.settings.items()),
-                stage=arm.stage,
-                ratio=arm.ratio,
-                state=arm.state,
-                why=arm.why,
-                bound=arm.bound,
+            TriedSettings(
+                settings=dict(entry.settings),
+                label=", ".join(f"{name}={setting}" for name, setting in entry.settings.items()),
+                stage=entry.stage,
+                ratio=entry.ratio,
+                state=entry.state,
+                why=entry.why,
+                bound=entry.bound,
             )
-            for arm in tried
+            for entry in tried
         ),
         *(
-            Arm(
+            TriedSettings(
                 settings={},
                 label=name,
                 stage="inside one process",
@@ -135,7 +146,7 @@ def _proof(verdict: Verdict) -> Proof:
                 name=check.name,
                 passed={"passed": True, "failed": False}.get(check.result),
                 why=check.why,
-                figures=dict(check.figures),
+                measurements=dict(check.measurements),
             )
             for check in verdict.checks
         ),

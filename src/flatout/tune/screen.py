@@ -18,7 +18,7 @@ from typing import Literal
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import candidates, design, figures, pairs, statistics, trial
+from flatout.tune import candidates, design, formatting, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
@@ -99,7 +99,7 @@ class Screening(TuneStage):
         try:
             self._compare_combined(hot)
         except TrialFailedError as failure:
-            self._ledger.say(
+            self._ledger.print_line(
                 f"the program fails under a combination of settings, so each is tried alone: "
                 f"{failure}"
             )
@@ -109,7 +109,7 @@ class Screening(TuneStage):
             arm = self._ledger.find(candidate.settings)
             if arm.ratio is None:
                 continue
-            self._ledger.say(f"{candidate}: {arm.ratio} inside one process")
+            self._ledger.print_line(f"{candidate}: {arm.ratio} inside one process")
             if statistics.pick_winners({str(candidate): arm.ratio}):
                 self._ledger.accept(candidate.settings)
                 setting = (arm.ratio.value, candidate.setting)
@@ -270,7 +270,7 @@ class Screening(TuneStage):
         try:
             done, comparison = self._compare(arms, decide, COMPARISON_SHARE / 2, what)
         except TrialFailedError as failure:
-            self._ledger.say(f"{what}: not measured, the program fails: {failure}")
+            self._ledger.print_line(f"{what}: not measured, the program fails: {failure}")
             return {}
         return arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
 
@@ -313,13 +313,13 @@ class Screening(TuneStage):
             job_steps=self._job_steps,
         )
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
-        self._ledger.say(
+        self._ledger.print_line(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
         )
         self._ledger.begin(
             f"measuring {compared}"
             if isinstance(compared, str)
-            else f"comparing {figures.count(len(compared), 'setting')} inside one process"
+            else f"comparing {formatting.count(len(compared), 'setting')} inside one process"
         )
         self._ledger.start(() if isinstance(compared, str) else compared, "inside one process")
         request = Request(comparison=comparison, seed=self._options.seed)

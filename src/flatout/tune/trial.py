@@ -173,7 +173,7 @@ class Trials:
         once more, and the journal gets only the second attempt: the first says little about the
         program.
         """
-        entries = self._journal.recorded(*requests)
+        entries = self._journal.take_next(*requests)
         if entries is None:
             interruption.check()
             finished = start()

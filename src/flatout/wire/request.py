@@ -59,7 +59,7 @@ class Comparison:
     worthwhile: float = 1.02
 
     @property
-    def first_turns(self) -> list[int]:
+    def arms_with_first_steps(self) -> list[int]:
         """The arms that make some steps before the rounds begin."""
         seen = set(self.arms[0].items())
         turns = []
@@ -72,7 +72,7 @@ class Comparison:
     @property
     def longest_steps(self) -> int:
         """Steps that the comparison takes when nothing ends it early."""
-        first = self.first_steps * len(self.first_turns)
+        first = self.first_steps * len(self.arms_with_first_steps)
         return self.warmup_steps + first + len(self.arms) * self.rounds * self.block_steps
 
 
@@ -146,7 +146,7 @@ class ProvenLoss:
 
 
 @dataclass(frozen=True)
-class Envelope:
+class GuardRequest:
     """What the guard compares losses with.
 
     Attributes:
@@ -190,7 +190,7 @@ class Request:
     seed: int | None = None
     proof: Proof | None = None
     inspection: Inspection | None = None
-    guard: Envelope | None = None
+    guard: GuardRequest | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""

@@ -90,16 +90,16 @@ def _tune(arguments: argparse.Namespace) -> int:
         exactness=arguments.exactness,
         memory=arguments.memory,
     )
-    opened = journal.opened("tune", arguments.command, wanted, arguments.resume, say)
+    opened = journal.open_journal("tune", arguments.command, wanted, arguments.resume, say)
     try:
         with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
             def show(so_far: Outcome, left_s: float) -> None:
-                progress.show(so_far.phase, left_s)
+                progress.show(so_far.activity, left_s)
 
             tuner = Tuner(arguments.command, wanted, opened, progress.say, show, ceilings)
             outcome = tuner.run()
-        document = result.made(arguments.command, arguments.plan, outcome)
+        document = result.make_document(arguments.command, arguments.plan, outcome)
         for line in words.lines(document, arguments.verbose):  # first: a disk may be full by now
             say(line)
         if outcome.evidence is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 NOT_MEASURED = "not measured"
 
 
-class Shown(NamedTuple):
+class Formatted(NamedTuple):
     """A figure as it is printed.
 
     Attributes:
@@ -26,38 +26,38 @@ class Shown(NamedTuple):
     value: float
 
 
-Formatter = Callable[[float], Shown]
+Formatter = Callable[[float], Formatted]
 """A function that turns milliseconds, seconds or bytes into what is printed."""
 
 
-def shown_milliseconds(ms: float) -> Shown:
+def format_milliseconds(ms: float) -> Formatted:
     """A short time, to three digits; from 1,000 to 9,999 ms, to a whole one."""
     unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
     number = _three_digits(ms / size)
-    return Shown(f"{number} {unit}", _number(number) * size)
+    return Formatted(f"{number} {unit}", _number(number) * size)
 
 
-def shown_duration(seconds: float) -> Shown:
+def format_duration(seconds: float) -> Formatted:
     """A time of any length: to a tenth of a second below 99.95 s, else in its two largest units."""
     if abs(seconds) < 99.95:
-        return Shown(f"{seconds:.1f} s", round(seconds, 1))
+        return Formatted(f"{seconds:.1f} s", round(seconds, 1))
     whole = round(seconds)
     if whole < 3600:
-        return Shown(f"{whole // 60} min {whole % 60} s", float(whole))
+        return Formatted(f"{whole // 60} min {whole % 60} s", float(whole))
     minutes = round(seconds / 60)
     if minutes < 48 * 60:
-        return Shown(f"{minutes // 60} h {minutes % 60} min", 60.0 * minutes)
+        return Formatted(f"{minutes // 60} h {minutes % 60} min", 60.0 * minutes)
     hours = round(seconds / 3600)
-    return Shown(f"{hours // 24} d {hours % 24} h", 3600.0 * hours)
+    return Formatted(f"{hours // 24} d {hours % 24} h", 3600.0 * hours)
 
 
-def shown_memory(size_bytes: float) -> Shown:
+def format_memory(size_bytes: float) -> Formatted:
     """An amount of memory."""
     if size_bytes >= 10 * 2**30:
         number = _three_digits(size_bytes / 2**30)
-        return Shown(f"{number} GiB", _number(number) * 2**30)
+        return Formatted(f"{number} GiB", _number(number) * 2**30)
     number = f"{size_bytes / 2**20:,.0f}"
-    return Shown(f"{number} MiB", _number(number) * 2**20)
+    return Formatted(f"{number} MiB", _number(number) * 2**20)
 
 
 def text(formatter: Formatter, value: float | None) -> str:
@@ -67,17 +67,17 @@ def text(formatter: Formatter, value: float | None) -> str:
 
 def milliseconds(ms: float | None) -> str:
     """The text of a short time."""
-    return text(shown_milliseconds, ms)
+    return text(format_milliseconds, ms)
 
 
 def duration(seconds: float | None) -> str:
     """The text of a time of any length."""
-    return text(shown_duration, seconds)
+    return text(format_duration, seconds)
 
 
 def memory(size_bytes: float | None) -> str:
     """The text of an amount of memory."""
-    return text(shown_memory, size_bytes)
+    return text(format_memory, size_bytes)
 
 
 def change(formatter: Formatter, bare: float | None, plan: float | None) -> str:
