@@ -194,7 +194,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_word_for_a_ratio_is_that_of_its_interval(low: float, high: float, said: str) -> None:
     ratio = Ratio(math.sqrt(low * high), low, high, 5)
-    assert formatting.faster_or_slower(ratio) == said
+    assert formatting.describe_ratio(ratio) == said
     claimed = dataclasses.replace(_document(), claim=ratio)
     assert words.claim_line(claimed).startswith(f"{said}: {ratio.value:.2f}x ({low:.2f} to ")
 

@@ -338,3 +338,14 @@ def test_updates_that_a_setting_leaves_as_they_are_do_not_hide_a_factor() -> Non
     check = judge(bare, plan, "reduced")
     assert check.why.startswith("the gradient of b is 1.25 times bare's")
     assert judge(bare, bare, "reduced").result == "passed"
+
+
+def test_a_parameter_that_the_first_seed_does_not_use_is_judged_as_well() -> None:
+    """Programs that draw which of their blocks they run give other parameters to other seeds."""
+    used = [Gradient(1.0, 4, None)] * UPDATES
+    wrong = [Gradient(2.0, 4, None)] * UPDATES
+    bare = [{"always": used}, {"always": used, "sometimes": used}]
+    plan = [{"always": used}, {"always": used, "sometimes": wrong}]
+    check = judge(bare, plan, "reduced")
+    assert check.result == "failed"
+    assert check.why.startswith("the gradient of sometimes is 2 times bare's")

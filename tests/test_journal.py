@@ -191,7 +191,7 @@ def test_a_spoilt_trial_is_one_sentence(wrong: dict[str, object]) -> None:
     spoilt["entries"][0].update(wrong)
     path.write_text(f"{job}\n{json.dumps(spoilt)}\n")
     again = journal.resume("tune", COMMAND)
-    with pytest.raises(JournalError, match="holds a trial that is none"):
+    with pytest.raises(JournalError, match="holds an invalid trial"):
         again.take_next(ASKED)
     again.close()
 

@@ -188,7 +188,7 @@ def claim_line(document: Document) -> str:
             f"{formatting.milliseconds(plan_ms)} with the plan, "
         )
     return (
-        f"{formatting.faster_or_slower(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
+        f"{formatting.describe_ratio(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
         f"{claim.high:.2f} with 95 % confidence), {times}{claim.pairs} pairs of fresh processes"
     )
 

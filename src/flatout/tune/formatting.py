@@ -1,4 +1,4 @@
-"""How figures are printed, in the terminal and on the page alike."""
+"""Formats numbers for the terminal and for the page alike."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NOT_MEASURED = "not measured"
 
 
 class Formatted(NamedTuple):
-    """A figure as it is printed.
+    """A number as it is printed.
 
     Attributes:
-        text: the figure with its unit.
-        value: the figure as rounded in the text, in its own unit. Differences and changes of
-            figures that are printed side by side are computed from it, so that a reader who
-            computes them again finds the same.
+        text: the number with its unit.
+        value: the number as rounded in the text, in the unit of the number that was formatted.
+            Differences of numbers that are printed side by side are computed from it, so that a
+            reader who computes them again finds the same.
     """
 
     text: str
@@ -27,18 +27,21 @@ class Formatted(NamedTuple):
 
 
 Formatter = Callable[[float], Formatted]
-"""A function that turns milliseconds, seconds or bytes into what is printed."""
+"""A function that formats milliseconds, seconds or bytes."""
 
 
 def format_milliseconds(ms: float) -> Formatted:
-    """A short time, to three digits; from 1,000 to 9,999 ms, to a whole one."""
+    """Format a short time to three digits; from 1,000 to 9,999 ms, to a whole millisecond."""
     unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
     number = _three_digits(ms / size)
     return Formatted(f"{number} {unit}", _number(number) * size)
 
 
 def format_duration(seconds: float) -> Formatted:
-    """A time of any length: to a tenth of a second below 99.95 s, else in its two largest units."""
+    """Format a time of any length.
+
+    It is given to a tenth of a second below 99.95 s, and in its two largest units above.
+    """
     if abs(seconds) < 99.95:
         return Formatted(f"{seconds:.1f} s", round(seconds, 1))
     whole = round(seconds)
@@ -52,7 +55,7 @@ def format_duration(seconds: float) -> Formatted:
 
 
 def format_memory(size_bytes: float) -> Formatted:
-    """An amount of memory."""
+    """Format an amount of memory, in MiB or GiB."""
     if size_bytes >= 10 * 2**30:
         number = _three_digits(size_bytes / 2**30)
         return Formatted(f"{number} GiB", _number(number) * 2**30)
@@ -61,58 +64,58 @@ def format_memory(size_bytes: float) -> Formatted:
 
 
 def text(formatter: Formatter, value: float | None) -> str:
-    """The text of a figure; a figure that is not known is ``NOT_MEASURED``."""
+    """Return the text of a number, or ``NOT_MEASURED`` if it is not known."""
     return formatter(value).text if _is_known(value) else NOT_MEASURED
 
 
 def milliseconds(ms: float | None) -> str:
-    """The text of a short time."""
+    """Return the text of a short time."""
     return text(format_milliseconds, ms)
 
 
 def duration(seconds: float | None) -> str:
-    """The text of a time of any length."""
+    """Return the text of a time of any length."""
     return text(format_duration, seconds)
 
 
 def memory(size_bytes: float | None) -> str:
-    """The text of an amount of memory."""
+    """Return the text of an amount of memory."""
     return text(format_memory, size_bytes)
 
 
 def change(formatter: Formatter, bare: float | None, plan: float | None) -> str:
-    """How much more or less the plan takes than bare, in percent; empty where it is not known."""
+    """Return how much more or less the plan takes than bare, in percent; empty if not known."""
     if not (_is_known(bare) and _is_known(plan) and (of := formatter(bare).value)):
         return ""
     return _unsigned_zero(f"{formatter(plan).value / of - 1:+.0%}")
 
 
 def seconds_change(formatter: Formatter, bare_s: float | None, plan_s: float | None) -> str:
-    """How many seconds more or less the plan takes; empty where it is not known."""
+    """Return how many seconds more or less the plan takes than bare; empty if not known."""
     if not (_is_known(bare_s) and _is_known(plan_s)):
         return ""
     return _unsigned_zero(f"{formatter(plan_s).value - formatter(bare_s).value:+.1f} s")
 
 
-def faster_or_slower(ratio: Ratio) -> str:
-    """What a ratio says, in a word or two; it is a gain where ``statistics.is_gain`` says so."""
+def describe_ratio(ratio: Ratio) -> str:
+    """Return whether a ratio is "faster", "slower", or neither; see ``statistics.is_gain``."""
     if ratio.low > 1:
         return "faster"
     return "slower" if ratio.high < 1 else "no measurable gain"
 
 
 def loss(value: float) -> str:
-    """The text of a loss, to six digits; in words if it has diverged."""
+    """Return the text of a loss, to six digits; in words if it has diverged."""
     return f"{value:.6g}" if math.isfinite(value) else "not finite"
 
 
 def signed(value: float) -> str:
-    """The text of a difference, to two digits; in words if it is not finite."""
+    """Return the text of a difference, to two digits; in words if it is not finite."""
     return f"{value:+.2g}" if math.isfinite(value) else "not finite"
 
 
 def count(number: int, one: str) -> str:
-    """The text of a number of things: ``1 step``, ``2 steps``."""
+    """Return the text of a number of things: ``1 step``, ``2 steps``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
@@ -129,5 +132,5 @@ def _number(text: str) -> float:
 
 
 def _unsigned_zero(text: str) -> str:
-    """``text`` without the sign of a number that is printed as zero."""
+    """Remove the sign of a number that is printed as zero."""
     return text if any(c in "123456789" for c in text) else text.lstrip("+-")

@@ -46,7 +46,7 @@ def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Docum
     elif outcome.pace is not None:
         baseline = Side(
             step_ms=outcome.pace.step_s * 1e3,
-            startup_s=outcome.pace.startup_s,
+            startup_s=outcome.startup_s,
             phases_ms=outcome.phases_ms,
         )
     resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None

@@ -1,7 +1,9 @@
 """Makes a proven plan for a working program, or finds the reason why there is none.
 
 *Bare* is the program without any setting. Each *trial* runs the program once, for some steps, with
-flatout's code inside its process: the *agent*, which applies settings and records steps.
+flatout's code inside its process: the *agent*, which applies settings and records steps. The
+``turns`` of a recorded process are the steps of its training loop, or of its inference loop if it
+does not train.
 
 1. One bare run shows how many steps there are, how long they take, what takes the time, and
    whether the program trains at all (``bare.py``).
@@ -26,7 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
 from flatout.machine import Ceilings
-from flatout.tune import bare, candidates, evidence, formatting, search, statistics
+from flatout.tune import bare, candidates, evidence, formatting, pairs, search, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
@@ -168,6 +170,7 @@ class Tuner:
         outcome.header, outcome.inputs = first.process.header, first.process.inputs
         outcome.program, outcome.modules = first.program, first.modules
         outcome.pace, outcome.phases_ms = first.pace, first.phases_ms
+        outcome.startup_s = pairs.startup_s(first.process)
         outcome.job_steps = first.job_steps
         return first
 
@@ -264,7 +267,7 @@ def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None
     """
     ratio = finished_pairs.ratio
     if not statistics.is_gain(ratio):
-        return f"{ratio} in fresh processes: {formatting.faster_or_slower(ratio)}"
+        return f"{ratio} in fresh processes: {formatting.describe_ratio(ratio)}"
     if finished_pairs.whole_ratio <= 1:
         return (
             f"{ratio} in a usual step, but {finished_pairs.whole_ratio:.2f}x once every step is "

@@ -59,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its own exit status."""
     if arguments.tune:
         from flatout.tune import learning
-    request = learning.request(arguments) if arguments.tune else _request(arguments)
+    request = learning.make_request(arguments) if arguments.tune else _request(arguments)
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)

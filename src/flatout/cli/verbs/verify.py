@@ -143,7 +143,7 @@ def _write(arguments: argparse.Namespace, proven: Plan, outcome: Outcome) -> str
         assert outcome.evidence is not None
         assert proven.evidence is not None
         outcome.evidence, how = evidence.merge(proven.evidence, outcome.evidence, arguments.seed)
-        said += f" {how}"
+        said += f": {how}"
     tune.write_plan(arguments.plan, arguments.command, outcome)
     return said
 
