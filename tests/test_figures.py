@@ -182,7 +182,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
         steps=40,
         seed=0,
         is_enough=lambda made: made.count >= 3,
-        say=said.append,
+        print_line=said.append,
     )
     assert said == [f"pair {n}: 10 ms, 9.8 ms, 1.02x" for n in (1, 2, 3)]
     assert f"{made.ratio.value:.2f}x" == "1.02x"

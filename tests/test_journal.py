@@ -143,7 +143,8 @@ def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
     net.write_text("def forward(x):  # the same\n    return x\n")
     held(journal.resume("tune", COMMAND))
     net.write_text("def forward(x):\n    return -x\n")
-    with pytest.raises(JournalError, match=r"changed since: net.py: forward has changed; leave"):
+    why = r"changed since the tune began: net.py: forward has changed; leave"
+    with pytest.raises(JournalError, match=why):
         held(journal.resume("tune", COMMAND))
     again = journal.resume("tune", COMMAND)
     assert again.take_next(Request(seed=99)) is None  # nothing of before is used

@@ -374,7 +374,7 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     made = Pairs({}, {"precision": "safe"})
     assert [is_over(made, count) for count in range(9, 15)] == [False] * 5 + [True]
     assert said == [
-        "the budget is spent, and the loss comparison is still inconclusive: at most 5 more pairs"
+        "the budget is spent, and the loss comparison is still undecided: at most 5 more pairs"
     ]
     assert is_over(Pairs({}, {}), 9, undecided=False)
     assert is_over(Pairs({}, {}), 9, reordered=True)

@@ -30,8 +30,8 @@ def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Docum
     """Make the document of an outcome.
 
     Args:
-        command: the job.
-        plan: path of the plan, if one is written.
+        command: the command line of the job.
+        plan: the path of the plan, if one is written.
         outcome: the outcome of the tune.
     """
     found, header = outcome.pairs, outcome.header
