@@ -104,8 +104,8 @@ def add_in_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="run on your real files instead of a copy-on-write view; the program is stopped "
-        "midway, so checkpoints may be overwritten",
+        help="run on your real files instead of a copy-on-write view; the program stops midway and "
+        "writes to your real files, so it may overwrite checkpoints",
     )
 
 

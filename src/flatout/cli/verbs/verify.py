@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout verify``."""
     options.add_plan(
         parser,
-        "the plan; if it passes, the new proof is added to the one in the file, or replaces it "
-        "where that covers less",
+        "the file of the plan; a proof that passes replaces the one in the file if it covers it, "
+        "and is stored beside it otherwise",
     )
     options.add_steps(
         parser, None, "prove the plan over this many steps (default: as in its last proof, or 200)"
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=DEFAULT_SEEDS,
         metavar="K",
-        help=f"how many pairs of runs are made, each with its own seed (default: {DEFAULT_SEEDS})",
+        help="number of baseline/plan pairs of runs, each with its own seed "
+        f"(default: {DEFAULT_SEEDS})",
     )
     options.add_proof(parser, "verify")
     options.add_verbose(parser, "every run and every check")
