@@ -159,7 +159,7 @@ class Evidence:
         bare_repeats: whether bare gave identical losses twice.
         verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"`` (no loss has fallen, and
             all other checks passed).
-        in_process: knob -> ratio of that knob alone, compared inside one process.
+        in_process: the ratio of each knob inside one process, see ``document.KnobResult.alone``.
         losses: one entry for each backward call of the step.
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.
