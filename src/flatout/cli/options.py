@@ -129,7 +129,7 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         type=memory_ratio,
         default=memory.ALLOWED,
         metavar="X",
-        help="largest peak memory of the plan, as a multiple of the bare program's "
+        help="peak memory that the plan may have, as a multiple of the bare program's "
         f"(default: {memory.ALLOWED:g})",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Run evaluation passes under ``torch.no_grad()`` where the program does not."""
+"""Run evaluation passes under ``torch.no_grad()`` if the program does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "evaluation"
 
 OBSERVED = 2
-"""How many evaluation-mode calls of each module run unchanged, to see whether backward follows."""
+"""Number of calls of each module in evaluation mode that run unchanged and are only observed."""
 
 
 def match(facts: Facts) -> Match:

@@ -1,4 +1,4 @@
-"""Set gradients to ``None`` instead of zero, where the program asks for zeros."""
+"""Set gradients to ``None`` instead of zero if the program asks for zeros."""
 
 from __future__ import annotations
 

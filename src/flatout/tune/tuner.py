@@ -48,7 +48,7 @@ class Tuner:
 
     Args:
         command: command line of the user's program.
-        options: what the user asks for.
+        options: the options that the user gave.
         journal: journal of this tune.
         print_line: prints a line of progress.
         refresh: shows the outcome so far and the seconds left in the current activity. It is called

@@ -114,7 +114,7 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 def worker_count(cores: float) -> int:
-    """How many workers a loader gets; one core is left for the program itself."""
+    """Return the number of workers of a loader; one core is left for the program itself."""
     return max(1, min(MOST_WORKERS, int(cores) - 1))
 
 
