@@ -31,7 +31,7 @@ from model import GPT, Config
 
 from flatout.agent import guard as guards
 from flatout.agent.snapshot import Snapshot, size_bytes
-from flatout.wire.request import Envelope, Request
+from flatout.wire.request import GuardRequest, Request
 from tests.hosts import host_in
 
 ALLOWED_SHARE = 0.02
@@ -48,7 +48,7 @@ def main() -> int:
     host.hooks.install(live=False)
     for name, setting in SETTINGS.items():
         host.applied.apply(name, setting)
-    guard = guards.Guard(host, Envelope())
+    guard = guards.Guard(host, GuardRequest())
     guard.install()
 
     def watch(on: bool) -> None:

@@ -263,8 +263,8 @@ class Machine:
             self.steps += 2 * RUN_STEPS
             bare, plan = self._two_runs()
         difference = self._draw.gauss(0, PROCESS_SPREAD)
-        measured = statistics.pair_log_ratio(bare, plan)
-        return measured + math.log(self._gain(settings)) + difference
+        bare_ms, plan_ms = statistics.paired_means_ms(bare, plan)
+        return math.log(bare_ms / plan_ms * self._gain(settings)) + difference
 
     def _two_in_turns(self) -> list[list[float]]:
         """Bare and plan, each the first to begin in half of the cases."""
@@ -347,7 +347,7 @@ def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) ->
     pair_steps = 2 * (RELAY_STEPS if in_relay else RUN_STEPS)
     most = max((most_steps - machine.steps) // pair_steps, statistics.MINIMUM_PAIRS)
     logs: list[float] = []
-    while len(logs) < most and not statistics.enough_pairs(logs, most):
+    while len(logs) < most and not statistics.has_enough_pairs(logs, most):
         logs.append(machine.pair(settings, in_relay))
     ratio = statistics.estimate_ratio(logs)
     return Outcome(settings, ratio, statistics.is_gain(ratio), in_process)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatout.tune import proof, trial
-from flatout.tune.statistics import estimate_ratio, typical_step_ms
+from flatout.tune.statistics import estimate_ratio
 from flatout.wire.request import Request
 
 HERE = Path(__file__).parent
@@ -78,7 +78,8 @@ def compare(name: str, case: Case, pairs: int) -> bool:
             for event in done.process.events:
                 if event.what in ("skipped", "failed") and event.subject in case.settings:
                     print(f"  {event.subject} {event.what}: {event.why}")
-            times_ms[is_set].append(typical_step_ms(done.process.steps, WARMUP_STEPS))
+            steps = done.process.steps[WARMUP_STEPS:]
+            times_ms[is_set].append(statistics.median(step.step_ms for step in steps))
             losses[is_set].append(
                 [
                     statistics.fmean(curve[-(len(curve) // 4) :])

@@ -38,7 +38,7 @@ from flatout.knobs.cross_entropy import cpu as cross_entropy
 from flatout.knobs.elementwise import cpu as elementwise
 from flatout.knobs.embedding import cpu as embedding
 from flatout.knobs.random import cpu as random
-from flatout.wire.request import Envelope, Request
+from flatout.wire.request import GuardRequest, Request
 
 PACKAGE = Path(knobs.__file__).parents[1]
 FOLDERS = tuple(f"{PACKAGE / name}{os.sep}" for name in ("agent", "intercept", "knobs"))
@@ -126,7 +126,7 @@ def program(folder: str, say: Callable[..., None]) -> list[torch.Tensor]:
 
 def start(settings: Mapping[str, str], folder: str) -> None:
     """As the agent does, with a guard whose look at the losses is over within the run."""
-    request = Request(settings=settings, guard=Envelope(steps=4, losses=()))
+    request = Request(settings=settings, guard=GuardRequest(steps=4, losses=()))
     session.Session(request, Path(folder)).start()
 
 

@@ -40,28 +40,28 @@ def proven(
 
 
 def test_a_shorter_proof_stands_beside_the_longer_one_and_its_pairs_count() -> None:
-    made, how = evidence.merged(proven(2000, 5), proven(40, 9), first_seed=3)
+    made, how = evidence.merge(proven(2000, 5), proven(40, 9), first_seed=3)
     assert (made.steps, made.seeds) == (2000, 5)
-    assert how == "beside its proof over 2,000 steps and 5 seeds, which stays"
+    assert how == "the new proof is stored beside the old one over 2,000 steps and 5 seeds"
     (further,) = made.verified
     assert (further.steps, further.seeds, further.first_seed) == (40, 9, 3)
     assert (made.ratio, made.pairs) == (1.004, 9)
-    again, _ = evidence.merged(made, proven(60, 9), first_seed=3)
+    again, _ = evidence.merge(made, proven(60, 9), first_seed=3)
     assert [one.steps for one in again.verified] == [60], "it covers what was added before"
-    again, _ = evidence.merged(made, proven(30, 9), first_seed=100)
+    again, _ = evidence.merge(made, proven(30, 9), first_seed=100)
     assert [one.first_seed for one in again.verified] == [3, 100]
 
 
 def test_a_proof_that_covers_another_takes_its_place() -> None:
-    made, how = evidence.merged(proven(200, 5), proven(400, 5), first_seed=0)
+    made, how = evidence.merge(proven(200, 5), proven(400, 5), first_seed=0)
     assert (made.steps, made.verified) == (400, ())
-    assert how == "in the place of its proof over 200 steps and 5 seeds, which it covers"
+    assert how == "the new proof replaces the old one over 200 steps and 5 seeds"
     assert made.in_process == {"gc": 1.1}
     for weaker in (
         proven(400, 5, names=("losses", "spikes", "state")),  # it never looked at gradients
         proven(400, 5, verdict="inconclusive"),
     ):
-        made, _ = evidence.merged(proven(200, 5), weaker, first_seed=0)
+        made, _ = evidence.merge(proven(200, 5), weaker, first_seed=0)
         assert (made.steps, made.verdict) == (200, "non-inferior")
         assert made.verified[0].steps == 400
 
@@ -82,7 +82,7 @@ def test_nothing_that_was_proven_is_lost(
     made = first
     for new, seed in later:
         before = made
-        made, _ = evidence.merged(made, new, seed)
+        made, _ = evidence.merge(made, new, seed)
         assert made.pairs == max(before.pairs, new.pairs)
         for steps, seeds, checks in [
             (e.steps, e.seeds, {c.name for c in e.checks}) for e in (before, new)
@@ -97,7 +97,7 @@ def test_nothing_that_was_proven_is_lost(
 
 
 def test_what_was_added_is_in_the_plans_file(tmp_path: Path) -> None:
-    made, _ = evidence.merged(proven(2000, 5), proven(40, 9), first_seed=3)
+    made, _ = evidence.merge(proven(2000, 5), proven(40, 9), first_seed=3)
     path = tmp_path / "plan.toml"
     Plan({"gc": "seldom"}, evidence=made).write(path)
     assert plan.read(path).evidence == made

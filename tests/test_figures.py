@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flatout.plan import Evidence
 from flatout.report import words
-from flatout.tune import figures, memory, pairs, result
+from flatout.tune import formatting, memory, pairs, result
 from flatout.tune.document import PARTS, Document
 from flatout.tune.ledger import Outcome
 from flatout.tune.pairs import Pairs
@@ -112,7 +112,7 @@ TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 def test_a_report_can_be_reckoned_again(runs: list[tuple[object, object]]) -> None:
     found = outcome([(trial(one), trial(other)) for one, other in runs])  # type: ignore[arg-type]
     assert found.pairs is not None
-    document = result.made(("python", "x.py"), Path("plan.toml"), found)
+    document = result.make_document(("python", "x.py"), Path("plan.toml"), found)
     said = words.lines(document)
     claim = document.claim
     assert claim is not None
@@ -182,7 +182,7 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
         steps=40,
         seed=0,
         is_enough=lambda made: made.count >= 3,
-        say=said.append,
+        print_line=said.append,
     )
     assert said == [f"pair {n}: 10 ms, 9.8 ms, 1.02x" for n in (1, 2, 3)]
     assert f"{made.ratio.value:.2f}x" == "1.02x"
@@ -194,20 +194,20 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_word_for_a_ratio_is_that_of_its_interval(low: float, high: float, said: str) -> None:
     ratio = Ratio(math.sqrt(low * high), low, high, 5)
-    assert figures.faster_or_slower(ratio) == said
+    assert formatting.describe_ratio(ratio) == said
     claimed = dataclasses.replace(_document(), claim=ratio)
     assert words.claim_line(claimed).startswith(f"{said}: {ratio.value:.2f}x ({low:.2f} to ")
 
 
 def _document() -> Document:
     run = (10.0, [1.0] * 30, [], 1.0, 1e8)
-    return result.made(("x",), Path("p"), outcome([(trial(run), trial(run))] * 2))  # type: ignore[arg-type]
+    return result.make_document(("x",), Path("p"), outcome([(trial(run), trial(run))] * 2))  # type: ignore[arg-type]
 
 
 @given(st.floats(0, 4e5), st.floats(0, 4e5))
 def test_a_difference_of_durations_is_that_of_what_is_printed(one: float, other: float) -> None:
-    shown = [figures.shown_duration(seconds) for seconds in (one, other)]
-    told = figures.seconds_change(figures.shown_duration, one, other)
+    shown = [formatting.format_duration(seconds) for seconds in (one, other)]
+    told = formatting.seconds_change(formatting.format_duration, one, other)
     assert float(told.split()[0]) == pytest.approx(shown[1].value - shown[0].value, abs=0.0501)
     for (text, value), seconds in zip(shown, (one, other), strict=True):
         assert (
@@ -217,3 +217,10 @@ def test_a_difference_of_durations_is_that_of_what_is_printed(one: float, other:
                 "s" if text.count(" ") == 1 else text.split()[1][0]
             ]
         )
+
+
+def test_a_refused_plan_shows_from_how_many_seeds_it_was_run() -> None:
+    refused = Verdict(False, "the loss differs", "non-inferior", 20, True, (), seeds=5)
+    document = result.make_document(("python", "x.py"), Path("plan.toml"), Outcome(verdict=refused))
+    assert document.proof is not None
+    assert document.proof.seeds == 5

@@ -29,7 +29,7 @@ from flatout.wire.lines import Learned
 from flatout.wire.record import RecordError, read_run, read_step_times
 from flatout.wire.request import (
     Comparison,
-    Envelope,
+    GuardRequest,
     Inspection,
     Proof,
     ProvenLoss,
@@ -364,7 +364,7 @@ REQUEST = Request(
     relay=Relay("x", 0),
     proof=Proof(("gc",), "2.9", ("float32[2]",), ("x.py",)),
     inspection=Inspection(1, True, 2),
-    guard=Envelope(3, (ProvenLoss(1.0, 0.1),)),
+    guard=GuardRequest(3, (ProvenLoss(1.0, 0.1),)),
 )
 
 
@@ -380,8 +380,8 @@ def _read_request(path: Path) -> None:
 def _read_journal(path: Path) -> None:
     opened = journal.Journal(path.parent)  # which is locked until it is closed
     try:
-        opened.recorded(Request())
-        opened.hold(Program({"x.py": {"bytes": "0"}}))
+        opened.take_next(Request())
+        opened.record_or_check_program(Program({"x.py": {"bytes": "0"}}))
     finally:
         opened.close()
 

@@ -123,13 +123,13 @@ def test_bfloat16_passes_and_a_wrong_factor_in_one_gradient_does_not(name: str) 
     bare, bf16 = runs(name), runs(name, bf16=True)
     honest = judge(bare, bf16, "reduced")
     assert honest.result == "passed", honest.why
-    assert honest.figures["parameters"] == len(bare[0])
+    assert honest.measurements["parameters"] == len(bare[0])
     assert judge(bare, bf16, "reordered").result == "failed"
     for factor in (1.25, 0.8):
         check = judge(bare, scaled(bf16, SMALL[name], factor), "reduced")
         assert check.result == "failed"
         assert check.why.startswith(f"the gradient of {SMALL[name]} is ")
-        assert check.figures["factor"] == pytest.approx(factor, rel=0.1)
+        assert check.measurements["factor"] == pytest.approx(factor, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt"])
@@ -177,7 +177,7 @@ def test_a_gradient_that_points_elsewhere_is_refused_in_whichever_update_it_begi
         ]
         check = judge(same, other, "reduced")
         assert check.why.startswith("the first gradient of a is off by 1.")
-    assert judge(same, same, "reordered").figures["error"] == 0.0
+    assert judge(same, same, "reordered").measurements["error"] == 0.0
 
 
 def test_gradients_that_are_missing_or_not_finite_are_named() -> None:
@@ -338,3 +338,14 @@ def test_updates_that_a_setting_leaves_as_they_are_do_not_hide_a_factor() -> Non
     check = judge(bare, plan, "reduced")
     assert check.why.startswith("the gradient of b is 1.25 times bare's")
     assert judge(bare, bare, "reduced").result == "passed"
+
+
+def test_a_parameter_that_the_first_seed_does_not_use_is_judged_as_well() -> None:
+    """Programs that draw which of their blocks they run give other parameters to other seeds."""
+    used = [Gradient(1.0, 4, None)] * UPDATES
+    wrong = [Gradient(2.0, 4, None)] * UPDATES
+    bare = [{"always": used}, {"always": used, "sometimes": used}]
+    plan = [{"always": used}, {"always": used, "sometimes": wrong}]
+    check = judge(bare, plan, "reduced")
+    assert check.result == "failed"
+    assert check.why.startswith("the gradient of sometimes is 2 times bare's")

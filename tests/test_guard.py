@@ -24,7 +24,7 @@ from flatout.intercept import finite, hooks, losses
 from flatout.intercept.host import Host
 from flatout.plan import Evidence, LossEvidence, Plan
 from flatout.plan.program import observed
-from flatout.wire.request import Envelope, ProvenLoss, Request
+from flatout.wire.request import GuardRequest, ProvenLoss, Request
 
 Start = Callable[..., Host]
 
@@ -44,7 +44,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         for name, setting in settings.items():
             host.applied.apply(name, setting)
         if guarded:
-            session._guard = Guard(host, Envelope())
+            session._guard = Guard(host, GuardRequest())
             session._guard.install()
         started.append((host, session._guard))
         return host
@@ -477,8 +477,8 @@ def test_not_finite(
 # Losses
 
 
-def envelope(*finals: float) -> Envelope:
-    return Envelope(8, tuple(ProvenLoss(final, margin=0.1) for final in finals))
+def envelope(*finals: float) -> GuardRequest:
+    return GuardRequest(8, tuple(ProvenLoss(final, margin=0.1) for final in finals))
 
 
 def test_losses_within_the_envelope_are_no_news() -> None:
@@ -498,7 +498,7 @@ def test_losses_far_above_the_proven_ones_are_said_once(last: float) -> None:
 
 
 def test_without_a_proof_losses_are_not_compared() -> None:
-    assert LossWatch(Envelope()).add([float("nan")]) is None
+    assert LossWatch(GuardRequest()).add([float("nan")]) is None
 
 
 # As a user sees it

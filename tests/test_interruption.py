@@ -236,7 +236,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial.Trials, "run", run)
     monkeypatch.setattr(trial.Trials, "run_two", run_two)
     monkeypatch.setattr(tune, "ceilings", lambda python: None)
-    monkeypatch.setattr(statistics, "enough_pairs", lambda logs, most: len(logs) >= 12)
+    monkeypatch.setattr(statistics, "has_enough_pairs", lambda logs, most: len(logs) >= 12)
     Path("train.py").write_text("pass")
 
 

@@ -41,12 +41,12 @@ def test_a_tune_that_goes_on_is_given_its_trials_again() -> None:
     arms = Request(comparison=Comparison(arms=({}, {"gc": "seldom"})))
     begun(ASKED, arms)
     again = journal.resume("tune", COMMAND)
-    first, second = again.recorded(ASKED), again.recorded(arms)
+    first, second = again.take_next(ASKED), again.take_next(arms)
     assert first is not None
     assert [(one.run, one.seconds) for one in first] == [("run-1", 2.5)]
     assert second is not None
     assert 14.0 <= again.spent_s < 15.0
-    assert again.recorded(ASKED) is None
+    assert again.take_next(ASKED) is None
     again.close()
 
 
@@ -56,8 +56,8 @@ def test_a_torn_last_line_is_cut_off_and_its_trial_run_again() -> None:
     path.write_bytes(whole + b'{"kind": "trial", "requ')
     assert len(journal.read(path)) == 2
     again = journal.resume("tune", COMMAND)
-    assert again.recorded(ASKED) is not None
-    assert again.recorded(ASKED) is None
+    assert again.take_next(ASKED) is not None
+    assert again.take_next(ASKED) is None
     again.add([ASKED], [entry(again, "run-2")])
     again.close()
     assert [line["kind"] for line in journal.read(path)] == ["job", "trial", "trial"]
@@ -67,9 +67,9 @@ def test_a_torn_last_line_is_cut_off_and_its_trial_run_again() -> None:
 def test_what_follows_another_request_is_dropped() -> None:
     path = begun(ASKED, ASKED)
     again = journal.resume("tune", COMMAND)
-    assert again.recorded(ASKED) is not None
-    assert again.recorded(Request(seed=99)) is None
-    assert again.recorded(ASKED) is None
+    assert again.take_next(ASKED) is not None
+    assert again.take_next(Request(seed=99)) is None
+    assert again.take_next(ASKED) is None
     again.close()
     assert len(journal.read(path)) == 2
 
@@ -77,7 +77,7 @@ def test_what_follows_another_request_is_dropped() -> None:
 def test_a_trial_whose_record_is_gone_is_run_again() -> None:
     path = begun(ASKED)
     (path.parent / journal.RUNS_FOLDER / "run-1").rmdir()
-    assert journal.resume("tune", COMMAND).recorded(ASKED) is None
+    assert journal.resume("tune", COMMAND).take_next(ASKED) is None
 
 
 def test_without_an_interrupted_tune_there_is_nothing_to_resume() -> None:
@@ -117,11 +117,11 @@ def test_a_tune_of_another_job_says_what_differs(
 
 def test_other_options_are_said(tmp_path: Path) -> None:
     options = Options(budget_seconds=60, steps=30)
-    journal.opened("tune", COMMAND, options, False, pytest.fail).close()
-    journal.opened("tune", COMMAND, options, True, pytest.fail).close()
+    journal.open_journal("tune", COMMAND, options, False, pytest.fail).close()
+    journal.open_journal("tune", COMMAND, options, True, pytest.fail).close()
     said: list[str] = []
     other = Options(budget_seconds=90, steps=30, knobs=("gc",))
-    journal.opened("tune", COMMAND, other, True, said.append).close()
+    journal.open_journal("tune", COMMAND, other, True, said.append).close()
     (line,) = said
     assert "--budget was 60, is 90; --knobs was None, is ['gc']" in line
 
@@ -133,8 +133,8 @@ def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
 
     def held(again: Journal) -> None:
         try:
-            again.recorded(ASKED)
-            again.hold(observed(COMMAND, [str(net)]))
+            again.take_next(ASKED)
+            again.record_or_check_program(observed(COMMAND, [str(net)]))
         finally:
             again.close()
 
@@ -143,11 +143,12 @@ def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
     net.write_text("def forward(x):  # the same\n    return x\n")
     held(journal.resume("tune", COMMAND))
     net.write_text("def forward(x):\n    return -x\n")
-    with pytest.raises(JournalError, match=r"changed since: net.py: forward has changed; leave"):
+    why = r"changed since the tune began: net.py: forward has changed; leave"
+    with pytest.raises(JournalError, match=why):
         held(journal.resume("tune", COMMAND))
     again = journal.resume("tune", COMMAND)
-    assert again.recorded(Request(seed=99)) is None  # nothing of before is used
-    again.hold(observed(COMMAND, [str(net)]))
+    assert again.take_next(Request(seed=99)) is None  # nothing of before is used
+    again.record_or_check_program(observed(COMMAND, [str(net)]))
     again.close()
     kinds = [line["kind"] for line in journal.read(path)]
     assert kinds == ["job", "program"]
@@ -191,8 +192,8 @@ def test_a_spoilt_trial_is_one_sentence(wrong: dict[str, object]) -> None:
     spoilt["entries"][0].update(wrong)
     path.write_text(f"{job}\n{json.dumps(spoilt)}\n")
     again = journal.resume("tune", COMMAND)
-    with pytest.raises(JournalError, match="holds a trial that is none"):
-        again.recorded(ASKED)
+    with pytest.raises(JournalError, match="holds an invalid trial"):
+        again.take_next(ASKED)
     again.close()
 
 
@@ -202,11 +203,11 @@ def test_two_trials_of_a_relay_are_one_entry() -> None:
     opened.add(both, [entry(opened, "run-1"), entry(opened, "run-2")])
     opened.close()
     again = journal.resume("tune", COMMAND)
-    found = again.recorded(*both)
+    found = again.take_next(*both)
     assert found is not None
     assert [one.run for one in found] == ["run-1", "run-2"]
     again.close()
     (opened.runs / "run-2").rmdir()
     again = journal.resume("tune", COMMAND)
-    assert again.recorded(*both) is None
+    assert again.take_next(*both) is None
     again.close()

@@ -71,3 +71,19 @@ def test_on_an_accelerator_its_memory_counts() -> None:
     on_device = [replace(step, peak_device_bytes=100 * MIB) for step in FLAT]
     more = [replace(step, peak_device_bytes=120 * MIB) for step in FLAT]
     assert "1.20 times" in str(memory.refusal([on_device], [more], 1.1))
+
+
+def test_on_an_accelerator_the_growth_of_its_memory_counts() -> None:
+    """The host's memory may grow by more than the accelerator's small peak."""
+    on_device = [replace(step, peak_device_bytes=10 * MIB) for step in FLAT]
+    host_grows = [
+        replace(step, peak_rss_bytes=round((400 + 0.01 * number) * MIB))
+        for number, step in enumerate(on_device)
+    ]
+    assert memory.refusal([on_device], [host_grows], 1.1) is None
+    device_grows = [
+        replace(step, peak_device_bytes=round((10 + 0.01 * number) * MIB))
+        for number, step in enumerate(on_device)
+    ]
+    why = memory.refusal([on_device], [device_grows], 1.1)
+    assert why == "its memory grows by 10 KiB a step and does not stop"

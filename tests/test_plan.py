@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_left_out_of_the_file(tmp_path: Path) -> None:
     dataclasses.replace(PLAN, evidence=evidence).write(tmp_path / "flatout.toml")
     read = plan.read(tmp_path / "flatout.toml").evidence
     assert read is not None
-    assert read.checks[0].figures == {"error": 0.5}
+    assert read.checks[0].measurements == {"error": 0.5}
     assert read.losses[0].bare_curve == (2.0, 1.0)
 
 

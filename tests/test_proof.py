@@ -84,7 +84,7 @@ def test_identical_losses_are_bitwise(self_seeded: bool) -> None:
     assert verdict.bare_repeats
     assert verdict.steps == STEPS
     (evidence,) = verdict.losses
-    assert evidence.yardstick == ("batches" if self_seeded else "seeds")
+    assert evidence.margin_source == ("batches" if self_seeded else "seeds")
     assert evidence.difference == 0.0
     assert evidence.margin > 0
 
@@ -225,7 +225,7 @@ def test_a_program_that_does_not_repeat_itself_is_measured_by_batches() -> None:
     plan = [shifted(curve, lambda number: draw.gauss(0, 1e-3)) for curve in bare]
     verdict = judge_runs([(c,) for c in bare], [(c,) for c in plan], (one,), bitwise=True)
     assert not verdict.bare_repeats
-    assert verdict.losses[0].yardstick == "batches"
+    assert verdict.losses[0].margin_source == "batches"
     assert check(verdict, "identity").result == "open"
     assert "cannot be proven" in check(verdict, "identity").why
     assert verdict.passed, "the other checks are all there is"
@@ -337,7 +337,7 @@ def test_outputs_of_inference_on_identical_inputs() -> None:
     assert verdict.passed
     assert verdict.kind == "non-inferior"
     assert verdict.steps == 6
-    figures = check(verdict, "outputs").figures
+    figures = check(verdict, "outputs").measurements
     assert figures["relative_error"] == pytest.approx(0.01, rel=1e-3)
     assert figures["top1_agreement"] == 1.0
     assert "100.00% of 18 rows" in verdict.why
@@ -360,7 +360,7 @@ def test_a_first_choice_is_held_against_the_plan_only_where_it_is_clear() -> Non
         clear = dataclasses.replace(tensor, lead=array("f", [lead] * 100))
         bare = [dataclasses.replace(one, tensors=(clear,))]
         verdict = infer([output([4.95, 4.96, 0.0] * 100, shape=(100, 3))], {"reduced"}, bare)
-        assert check(verdict, "outputs").figures["top1_agreement"] == 0.0
+        assert check(verdict, "outputs").measurements["top1_agreement"] == 0.0
         assert verdict.passed == passed
 
 
@@ -518,7 +518,7 @@ def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -
     assert "that the model returns are exactly 1, 0.0" in check(verdict, "probabilities").why
     verdict = proof.judge(bare, fused, [bare[0]], proof.collect_exactness(FUSED))
     assert verdict.passed, verdict.why
-    assert check(verdict, "gradients").figures["error"] < 1e-5
+    assert check(verdict, "gradients").measurements["error"] < 1e-5
     assert check(verdict, "state").result == "passed"
     assert check(verdict, "probabilities").result == "passed"
 
@@ -539,7 +539,9 @@ def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:
     assert not verdict.passed
     found = check(verdict, "gradients")
     assert found.why.startswith("the gradient of Net.second.weight is 1.25 times bare's")
-    assert abs(check(verdict, "losses").figures["difference"]) < 0.02, "Adam hides it from the loss"
+    assert abs(check(verdict, "losses").measurements["difference"]) < 0.02, (
+        "Adam hides it from the loss"
+    )
 
     verdict = proof.judge(bare, late, [bare[0]], exactness)
     assert not verdict.passed

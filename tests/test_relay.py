@@ -11,7 +11,12 @@ import pytest
 
 from flatout import launch
 from flatout.agent import relay as agent_relay
+from flatout.tune import trial
+from flatout.tune.journal import Entry
 from flatout.tune.pairs import size_relay
+from flatout.tune.trial import RelayFailedError, Trials
+from flatout.wire.header import Header
+from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Relay, Request
 
 PROGRAM = """
@@ -119,3 +124,19 @@ def test_turns_outlast_what_has_gone_cold(
     assert relay.warmup_steps + relay.blocks * relay.block_steps == steps
     assert 3 <= relay.warmup_steps < 3 + block_steps
     assert relay.blocks >= min(8, (steps - 3) // 5)
+
+
+def test_a_run_that_was_terminated_from_outside_is_the_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partner came to its end, so the message must name this run and its own failure."""
+    sides = {"one": None, "other": "it was killed by signal 15"}
+    entries = tuple(Entry(run, 1.0, True, failure, "", 1.0) for run, failure in sides.items())
+    opened = SimpleNamespace(runs=tmp_path, take_next=lambda *_: entries)
+    trials = Trials(["python"], opened, isolate=False)  # type: ignore[arg-type]
+    process = ProcessRecord(tmp_path, Header())
+    record = SimpleNamespace(main=process, modules=())
+    monkeypatch.setattr(trial, "read_run", lambda _: record)
+    with pytest.raises(RelayFailedError, match="killed by signal 15") as caught:
+        trials.run_two((Request(), Request()), RELAY, 10.0)
+    assert caught.value.place == 1

@@ -22,9 +22,9 @@ from flatout.cli import main
 from flatout.errors import UserError
 from flatout.report import charts, page, words
 from flatout.report.live import LiveLine, Progress
-from flatout.tune import figures
-from flatout.tune.document import Arm, CurvePoint, Curves, Document
-from flatout.tune.progress import Phase
+from flatout.tune import formatting
+from flatout.tune.document import CurvePoint, Curves, Document, TriedSettings
+from flatout.tune.progress import Activity
 from flatout.wire.ratios import Ratio
 
 HOSTILE = "python </title><script>document.title='owned'</script> \"&lt;' \x1b[31m\u202e\udcff"
@@ -38,7 +38,7 @@ def hostile() -> Document:
         plan=HOSTILE,
         why=HOSTILE,
         machine={HOSTILE: HOSTILE},
-        arms=(*(dataclasses.replace(arm, label=HOSTILE, why=HOSTILE) for arm in ARMS),),
+        tried=(*(dataclasses.replace(arm, label=HOSTILE, why=HOSTILE) for arm in ARMS),),
         knobs=(dataclasses.replace(faster().knobs[0], by_hand=HOSTILE, summary=HOSTILE),),
         next_command=HOSTILE,
     )
@@ -46,7 +46,7 @@ def hostile() -> Document:
 
 def forty_arms() -> Document:
     arms = tuple(
-        Arm(
+        TriedSettings(
             {"knob": str(n)},
             f"knob{n}=on",
             "inside one process",
@@ -55,7 +55,7 @@ def forty_arms() -> Document:
         )
         for n in range(40)
     )
-    return dataclasses.replace(faster(), arms=arms)
+    return dataclasses.replace(faster(), tried=arms)
 
 
 def huge_names() -> Document:
@@ -65,7 +65,7 @@ def huge_names() -> Document:
         command=("python", name),
         program=name,
         plan=name,
-        arms=tuple(dataclasses.replace(arm, label=name, why=name) for arm in ARMS),
+        tried=tuple(dataclasses.replace(arm, label=name, why=name) for arm in ARMS),
         machine={"x" * 300: name},
         next_command=f"flatout run --plan {name} -- python {name}",
     )
@@ -433,8 +433,10 @@ def test_words_when_nothing_helps() -> None:
 
 def test_a_setting_that_a_larger_budget_would_try_is_named() -> None:
     why = "trying it takes about 400 s, which wants a --budget of 23m"
-    arm = Arm({"compile": "whole"}, "compile=whole", "fresh processes", None, "not tried", why)
-    said = words.lines(dataclasses.replace(nothing_helps(), arms=(arm,)))
+    arm = TriedSettings(
+        {"compile": "whole"}, "compile=whole", "fresh processes", None, "not tried", why
+    )
+    said = words.lines(dataclasses.replace(nothing_helps(), tried=(arm,)))
     assert f"  compile=whole: not tried: {why}" in said
 
 
@@ -464,7 +466,7 @@ def test_a_command_of_several_lines_stays_one() -> None:
     ],
 )
 def test_durations(seconds: float | None, said: str) -> None:
-    assert figures.duration(seconds) == said
+    assert formatting.duration(seconds) == said
 
 
 class Terminal(io.StringIO):
@@ -490,13 +492,13 @@ def shown(file: Terminal) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue().replace("\r", "\n")).splitlines()
 
 
-PROOF = Phase("proving the plan", 3, 5, 0.0)
+PROOF = Activity("proving the plan", 3, 5, 0.0)
 
 
 def test_a_live_line_shows_pair_and_time_left(terminal: Callable[[int, int], Terminal]) -> None:
     file = terminal(100, 30)
     with Progress(file=file) as progress:
-        progress.show(Phase("running the bare program", None, None, 0.0), 73.2)
+        progress.show(Activity("running the bare program", None, None, 0.0), 73.2)
         progress.show(PROOF, 130.0)
         progress.show(dataclasses.replace(PROOF, pair=6, pairs=None), 0.0)
     said = shown(file)

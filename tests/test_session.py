@@ -19,7 +19,7 @@ from flatout.agent.session import Session
 from flatout.agent.switch import Switch
 from flatout.intercept import callbacks, hooks, losses
 from flatout.wire.record import read_process
-from flatout.wire.request import Comparison, Envelope, Request
+from flatout.wire.request import Comparison, GuardRequest, Request
 from flatout.wire.turns import Turn
 
 
@@ -28,7 +28,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session
     monkeypatch.setattr(hooks, "FLUSH_SECONDS", 0.0)
     session = Session(Request(), tmp_path)
     session.hooks.install(live=False)
-    session._guard = Guard(session.host, Envelope())
+    session._guard = Guard(session.host, GuardRequest())
     session._guard.install()
     yield session
     session._guard.remove()

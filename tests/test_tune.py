@@ -110,7 +110,7 @@ def said_of(outcome: Outcome, knob: str) -> str:
     """Why a knob is not in the plan."""
     if knob in outcome.refused:
         return outcome.refused[knob]
-    return " ".join(arm.why for arm in outcome.arms if knob in arm.settings)
+    return " ".join(entry.why for entry in outcome.entries if knob in entry.settings)
 
 
 @pytest.mark.tunes
@@ -127,7 +127,7 @@ def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: 
         assert "no measurable gain" in outcome.why
     else:
         assert outcome.evidence.ratio_low > 1
-        assert outcome.evidence.losses[0].yardstick == "seeds"
+        assert outcome.evidence.losses[0].margin_source == "seeds"
         assert {check.name for check in outcome.evidence.checks} >= {"gradients", "losses", "state"}
 
 
@@ -207,8 +207,8 @@ def test_a_program_that_only_infers_is_proven_by_its_outputs(tmp_path: Path) -> 
     assert outcome.verdict is not None
     assert outcome.verdict.passed, outcome.verdict.why
     outputs = next(check for check in outcome.verdict.checks if check.name == "outputs")
-    assert 0 < outputs.figures["relative_error"] < outputs.figures["limit"]
-    assert outputs.figures["top1_agreement"] > 0.9
+    assert 0 < outputs.measurements["relative_error"] < outputs.measurements["limit"]
+    assert outputs.measurements["top1_agreement"] > 0.9
     if outcome.evidence is None:
         assert "no measurable gain" in outcome.why
     else:
@@ -367,14 +367,14 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
         asked = SimpleNamespace(
             _judge_losses=lambda _: SimpleNamespace(undecided=undecided),
             _has_other_data_order=lambda _: reordered,
-            _ledger=SimpleNamespace(say=said.append),
+            _ledger=SimpleNamespace(print_line=said.append),
         )
         return Prover._is_overtime_over(asked, pairs)  # type: ignore[arg-type]
 
     made = Pairs({}, {"precision": "safe"})
     assert [is_over(made, count) for count in range(9, 15)] == [False] * 5 + [True]
     assert said == [
-        "the budget is spent, and the loss comparison is still inconclusive: at most 5 more pairs"
+        "the budget is spent, and the loss comparison is still undecided: at most 5 more pairs"
     ]
     assert is_over(Pairs({}, {}), 9, undecided=False)
     assert is_over(Pairs({}, {}), 9, reordered=True)
@@ -382,6 +382,13 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     decided_late = Pairs({}, {})
     assert not is_over(decided_late, 9)
     assert is_over(decided_late, 10, undecided=False)
+
+
+def test_a_proof_that_was_interrupted_does_not_blame_the_time() -> None:
+    """Only Ctrl-C ends a proof before its second pair: the budget never does."""
+    interrupted = Pairs({}, {"gc": "seldom"}, interrupted=True)
+    why = Prover._find_refusal(SimpleNamespace(), interrupted, None)  # type: ignore[arg-type]
+    assert why == "it was interrupted before two pairs were complete"
 
 
 def test_too_short_a_budget_is_said_in_one_sentence(

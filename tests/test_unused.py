@@ -14,7 +14,7 @@ from test_figures import trial
 
 from flatout import knobs
 from flatout.knob import Facts
-from flatout.tune.ledger import Ledger, LedgerArm, Outcome
+from flatout.tune.ledger import Ledger, LedgerEntry, Outcome
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import ProofAttempt
@@ -93,7 +93,9 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
         verdict = Verdict(True, "", "bitwise", 30, True, ())
         made = Pairs({}, settings, [slow] * 3, [plan] * 3)
         ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
-        outcome = ledger.outcome = Outcome(arms=[LedgerArm({k: s}) for k, s in settings.items()])
+        outcome = ledger.outcome = Outcome(
+            entries=[LedgerEntry({k: s}) for k, s in settings.items()]
+        )
         accepted: list[dict[str, str]] = []
         asked = SimpleNamespace(
             _ledger=ledger,
@@ -101,7 +103,7 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
         )
         attempt = ProofAttempt(made, None, verdict, lambda _: True)
         Tuner._decide(asked, settings, attempt)  # type: ignore[arg-type]
-        found[name] = (accepted, outcome.why, [arm.state for arm in outcome.arms])
+        found[name] = (accepted, outcome.why, [entry.state for entry in outcome.entries])
     assert found["both"][0] == []
     assert found["both"][1] == ("convolution=recast, recurrent=fused has no effect on this program")
     assert found["both"][2] == ["left out", "left out"]

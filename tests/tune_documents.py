@@ -7,7 +7,16 @@ import math
 from flatout.doctor.findings import Finding
 from flatout.knob import EXACTNESS
 from flatout.plan import LossEvidence
-from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
+from flatout.tune.document import (
+    Check,
+    CurvePoint,
+    Curves,
+    Document,
+    KnobResult,
+    Proof,
+    Side,
+    TriedSettings,
+)
 from flatout.wire.ratios import Ratio
 
 COMMAND = ("python", "train.py", "--data", "speech & <noise>", "--epochs", "300")
@@ -24,7 +33,7 @@ def curve(offset: float, steps: int = 200) -> tuple[CurvePoint, ...]:
 
 
 ARMS = (
-    Arm(
+    TriedSettings(
         {"precision": "bf16"},
         "precision=bf16",
         "inside one process",
@@ -32,7 +41,7 @@ ARMS = (
         "won",
         bound=1.9,
     ),
-    Arm(
+    TriedSettings(
         {"random": "fast"},
         "random=fast",
         "inside one process",
@@ -40,7 +49,7 @@ ARMS = (
         "won",
         bound=1.54,
     ),
-    Arm(
+    TriedSettings(
         {"optimizer": "onepass"},
         "optimizer=onepass",
         "inside one process",
@@ -48,7 +57,7 @@ ARMS = (
         "won",
         bound=1.11,
     ),
-    Arm(
+    TriedSettings(
         {"gc": "frozen"},
         "gc=frozen",
         "inside one process",
@@ -57,7 +66,7 @@ ARMS = (
         "its interval holds 1 after 26 pairs",
         bound=1.02,
     ),
-    Arm(
+    TriedSettings(
         {"threads": "cores"},
         "threads=cores",
         "inside one process",
@@ -65,7 +74,7 @@ ARMS = (
         "no gain",
         "eliminated in round 8",
     ),
-    Arm(
+    TriedSettings(
         {"precision": "bf16", "random": "fast", "allocator": "keep"},
         "precision=bf16, random=fast, allocator=keep",
         "fresh processes",
@@ -73,7 +82,7 @@ ARMS = (
         "no gain",
         "1.01x over the same without allocator=keep",
     ),
-    Arm(
+    TriedSettings(
         {"compile": "blocks"},
         "compile=blocks",
         "inside one process",
@@ -82,7 +91,7 @@ ARMS = (
         "the compiler stops at data-dependent control flow in model.py, line 118",
         bound=1.35,
     ),
-    Arm(
+    TriedSettings(
         {"loader": "workers"},
         "loader=workers",
         "inside one process",
@@ -91,7 +100,7 @@ ARMS = (
         "the step waits for data 0.4% of its time",
         bound=1.004,
     ),
-    Arm(
+    TriedSettings(
         {"cudnn": "benchmark"},
         "cudnn=benchmark",
         "inside one process",
@@ -155,7 +164,7 @@ def faster() -> Document:
         ),
         claim=Ratio(2.38, 2.31, 2.46, 8),
         break_even_steps=415,
-        arms=ARMS,
+        tried=ARMS,
         knobs=(
             KnobResult(
                 "precision",
@@ -252,7 +261,7 @@ def nothing_helps() -> Document:
         with_plan=None,
         claim=None,
         break_even_steps=None,
-        arms=tuple(arm for arm in ARMS if arm.state != "won"),
+        tried=tuple(arm for arm in ARMS if arm.state != "won"),
         knobs=(),
         proof=None,
         findings=(),
@@ -276,7 +285,9 @@ def unknown() -> Document:
         with_plan=Side(phases_ms={"forward": None}),
         claim=None,
         break_even_steps=None,
-        arms=(Arm({"gc": "frozen"}, "gc=frozen", "inside one process", None, "running"),),
+        tried=(
+            TriedSettings({"gc": "frozen"}, "gc=frozen", "inside one process", None, "running"),
+        ),
         knobs=(KnobResult("gc", "frozen", "", EXACTNESS["bitwise"], ""),),
         proof=None,
         findings=(),

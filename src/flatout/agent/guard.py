@@ -35,7 +35,7 @@ from flatout.intercept.losses import abandon, loss_number, read_loss
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.wire.request import Envelope
+    from flatout.wire.request import GuardRequest
 
 HOST_DEVICES = ("cpu",)
 """Device types whose results are computed when the operation returns."""
@@ -52,7 +52,7 @@ class Guard:
         envelope: the losses of the proof.
     """
 
-    def __init__(self, host: Host, envelope: Envelope) -> None:
+    def __init__(self, host: Host, envelope: GuardRequest) -> None:
         self._host = host
         self._hidden = HiddenGradients()
         self._responder = Responder(host, self._hidden.show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flatout.wire.request import Envelope
+from flatout.wire.request import GuardRequest
 
 TOLERATED_DEVIATIONS = 10.0
 """Standard deviations by which a loss may exceed that of the proof without a warning. With a
@@ -19,7 +19,7 @@ class LossWatch:
         envelope: how many steps the proof has, and its losses.
     """
 
-    def __init__(self, envelope: Envelope) -> None:
+    def __init__(self, envelope: GuardRequest) -> None:
         self._steps = envelope.steps
         self._proven = envelope.losses
         self._first_step = envelope.steps - max(envelope.steps // 4, 1)  # as in the proof

@@ -128,7 +128,7 @@ class Switch:
         Arms that have been dropped may be among them.
         """
         comparison = self._comparison
-        for arm in comparison.first_turns:
+        for arm in comparison.arms_with_first_steps:
             yield arm, True
         for number in range(comparison.rounds):
             if number % 2 == 0:

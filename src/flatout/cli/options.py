@@ -104,8 +104,8 @@ def add_in_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="run on your real files instead of a copy-on-write view; the program is stopped "
-        "midway, so checkpoints may be overwritten",
+        help="run on your real files instead of a copy-on-write view; the program stops midway and "
+        "writes to your real files, so it may overwrite checkpoints",
     )
 
 
@@ -129,7 +129,7 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         type=memory_ratio,
         default=memory.ALLOWED,
         metavar="X",
-        help="largest peak memory of the plan, as a multiple of the bare program's "
+        help="peak memory that the plan may have, as a multiple of the bare program's "
         f"(default: {memory.ALLOWED:g})",
     )
     parser.add_argument(

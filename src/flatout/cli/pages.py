@@ -41,8 +41,9 @@ def list_knobs() -> str:
         [
             "# Knobs",
             "",
-            "A knob is one thing that flatout can change. `flatout tune` tries what may help, and",
-            "`flatout run --set KNOB=SETTING` applies one by hand.",
+            "A knob is one aspect of a program that flatout can change, such as the precision of",
+            "its matmuls. `flatout tune` tries the settings that may help, and",
+            "`flatout run --set KNOB=SETTING` applies one that you choose.",
             "",
             *head,
             *rows,

@@ -108,7 +108,7 @@ def build_parser() -> Parser:
                 "command",
                 nargs="*",
                 metavar="COMMAND",
-                help="the command as you would type it without flatout; -- before it is optional",
+                help="the command as you would type it without flatout; you may put -- before it",
             )
         parser.verbs[name].set_defaults(verb=name, execute=verb.execute, takes_job=verb.TAKES_JOB)
     return parser

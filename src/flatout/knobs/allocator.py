@@ -143,24 +143,29 @@ def _glibc() -> tuple[int, ...] | None:
 
 KNOB = Knob(
     name=NAME,
-    summary="make the C allocator use huge pages and keep freed memory, or preload another one",
+    summary="make the C allocator use huge pages and keep freed memory, or replace the allocator",
     settings=("hugepages", "keep", "tcmalloc", "jemalloc"),
     exactness=dict.fromkeys(("hugepages", "keep", "tcmalloc", "jemalloc"), "bitwise"),
     hot=False,
     platforms=("cpu",),
     card=Card(
         what="The knob sets environment variables of the C allocator before the program starts.\n\n"
-        "- `hugepages`: glibc uses transparent huge pages (`glibc.malloc.hugetlb=1`), so a large "
-        "tensor causes one page fault for each 2 MiB instead of 512.\n"
-        "- `keep`: in addition, glibc takes large blocks from the heap and returns nothing below "
-        "4 GiB to the system, so each step reuses the memory of the last one.\n"
-        "- `tcmalloc`, `jemalloc`: that allocator is preloaded, if it is installed.\n\n"
-        "The knob does nothing where the environment already configures the allocator.",
-        helps="Programs in which page faults take a good part of the step (`flatout doctor` counts "
-        "them): large activations on the CPU, convolutions above all.",
-        hurts="The program needs more memory. `hugepages` and `keep` need huge pages to be enabled "
-        "(`/sys/kernel/mm/transparent_hugepage/enabled`).",
-        by_hand="`GLIBC_TUNABLES=" + TUNABLES["keep"] + " python train.py`",
+        "- `hugepages`: glibc uses transparent huge pages (`glibc.malloc.hugetlb=1`), so "
+        "a large tensor causes one page fault for each 2 MiB instead of 512.\n"
+        "- `keep`: in addition, glibc takes large blocks from the heap and returns "
+        "nothing below 4 GiB to the system, so each step reuses the memory of the "
+        "previous step.\n"
+        "- `tcmalloc`, `jemalloc`: the allocator of that name is preloaded, if it is "
+        "installed.\n\n"
+        "The knob does nothing if the environment already configures the allocator.",
+        helps="The knob helps programs in which page faults take a large part of the step "
+        "(`flatout doctor` counts them). These have large activations on the CPU, often "
+        "in convolutions.",
+        hurts="The program needs more memory. `hugepages` and `keep` require that huge pages "
+        "are enabled (`/sys/kernel/mm/transparent_hugepage/enabled`).",
+        by_hand="Start the program with "
+        "`GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+        "glibc.malloc.trim_threshold=4294967296 python train.py`.",
         sources=(
             "https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html",
             "https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html",

@@ -152,14 +152,14 @@ KNOB = Knob(
     platforms=("cpu",),
     card=Card(
         what="The knob replaces the two halves of `torch.nn.utils.clip_grad_norm_` by a kernel "
-        "compiled for this processor. Torch computes a norm of each gradient, then the norm of "
-        "these norms, and multiplies every gradient by a factor, even if the factor is 1. "
-        "`onepass` reads all gradients in one call, sums in float64, and writes the gradients only "
-        "if the factor is not 1. The result differs by rounding. Norms other than the 2-norm, and "
-        "gradients that are not contiguous float32 tensors on the CPU, are left to torch. The knob "
-        "needs a C compiler.",
-        helps="Training on the CPU that clips gradients at each step, as Hugging Face's Trainer "
-        "does.",
+        "that is compiled for this processor. Torch computes a norm of each gradient, "
+        "then the norm of these norms, and multiplies every gradient by a factor, even if "
+        "the factor is 1. `onepass` reads all gradients in one call, sums in float64, and "
+        "writes the gradients only if the factor is not 1. The result differs by rounding "
+        "errors. Torch still computes norms other than the 2-norm, and clips gradients "
+        "that are not contiguous float32 tensors on the CPU. The knob needs a C compiler.",
+        helps="The knob helps training on the CPU that clips gradients at each step, as Hugging "
+        "Face's Trainer does.",
         hurts="No case is known.",
         by_hand="Clip less often, or only where the norm is above the limit: `norm = "
         "torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "

@@ -280,24 +280,25 @@ KNOB = Knob(
     slow_start=True,
     platforms=("cpu", "cuda", "xpu"),
     card=Card(
-        what="The knob calls `module.compile()` on each outermost module. This works in place: the "
-        "module's class, `state_dict` and parameters do not change.\n\n"
+        what="The knob calls `module.compile()` on each outermost module. This works in place: "
+        "the module's class, `state_dict` and parameters do not change.\n\n"
         "- `default`: compile with torch's defaults.\n"
-        "- `regional`: compile only the blocks that a module repeats in a list. They share their "
-        "compiled code, so this takes a fraction of the time.\n"
+        "- `regional`: compile only the blocks that a module repeats in a list. They "
+        "share their compiled code, so compiling takes a fraction of the time.\n"
         "- `dynamic`: compile for any shapes from the start.\n"
         "- `max-autotune`: time several kernels for each operation and keep the fastest.\n"
         "- `reduce-overhead`: replay whole CUDA graphs, and copy their outputs.\n\n"
-        "The record counts graphs and graph breaks. Code that cannot be compiled runs uncompiled. "
-        "In that case, and when a module is recompiled again and again, all modules run uncompiled "
-        "from then on, and the knob is withdrawn. Dropout in compiled regions draws from "
-        "Inductor's own generator, so the knobs `random` and `attention` have no effect there. "
-        "LSTM and GRU stay on oneDNN and cuDNN. Modules that the program compiles or scripts "
-        "itself are left alone.",
-        helps="Programs with many small operations between the matmuls, or with much overhead from "
-        "Python and kernel launches, on CPU, CUDA, ROCm and XPU.",
-        hurts="Shapes that change (`dynamic` may help); short runs, because compiling takes a "
-        "minute; modules with many graph breaks.",
+        "The record that flatout writes of each run counts graphs and graph breaks. If "
+        "code cannot be compiled, or if a module is recompiled again and again, flatout "
+        "turns the knob off, and all modules run uncompiled from then on. Dropout in "
+        "compiled regions draws from Inductor's own generator, so the knobs `random` and "
+        "`attention` have no effect there. LSTM and GRU stay on oneDNN and cuDNN. The "
+        "knob does not change modules that the program compiles or scripts itself.",
+        helps="The knob helps programs with many small operations between the matmuls, or with "
+        "much overhead from Python and kernel launches, on CPU, CUDA, ROCm and XPU.",
+        hurts="Shapes that change cause recompilation (`dynamic` may help). In short runs, "
+        "compiling may take longer than it saves, because it takes about a minute. "
+        "Modules with many graph breaks gain little.",
         by_hand="Call `model.compile()`, or `for block in model.blocks: block.compile()`, before "
         "the first step.",
         sources=(

@@ -57,13 +57,14 @@ KNOB = Knob(
     platforms=("cuda",),
     card=Card(
         what=f"The knob starts the program with `{VARIABLE}={EXPANDABLE}`, unless the user has "
-        "configured the allocator. The allocator then maps more memory to the end of a segment "
-        "when it needs some, so blocks of varying sizes leave fewer gaps.",
-        helps="Programs that run out of memory because of fragmentation: shapes that change, "
-        "batches close to the limit. The speed stays about the same.",
-        hurts="Programs that share CUDA memory between processes, and some set-ups with CUDA "
-        "graphs or under WSL, where expandable segments are not supported.",
-        by_hand=f"`{VARIABLE}={EXPANDABLE} python train.py`",
+        "configured the allocator. If the allocator needs more memory, it then maps it to "
+        "the end of an existing segment, so blocks of varying sizes leave fewer gaps.",
+        helps="The knob helps programs that run out of memory because of fragmentation: their "
+        "shapes change, or their batches nearly fill the memory. The speed stays about "
+        "the same.",
+        hurts="Expandable segments are not supported in programs that share CUDA memory between "
+        "processes, in some programs with CUDA graphs, and under WSL.",
+        by_hand=f"Start the program with `{VARIABLE}={EXPANDABLE} python train.py`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-"
             "pytorch-cuda-alloc-conf",

@@ -52,13 +52,14 @@ KNOB = Knob(
     hot=True,
     platforms=("cuda",),
     card=Card(
-        what="The knob sets `torch.backends.cudnn.benchmark`: the first convolution of each shape "
-        "times several kernels, and later ones use the fastest (on ROCm, MIOpen does the same). It "
-        "does nothing where the program has set the flag or asks for deterministic algorithms.",
-        helps="Convolutions whose shapes stay the same.",
-        hurts="Shapes that change, because each new one is timed again. The choice of kernel, and "
-        "with it the rounding, may differ from run to run.",
-        by_hand="`torch.backends.cudnn.benchmark = True`",
+        what="The knob sets `torch.backends.cudnn.benchmark`: the first convolution of each "
+        "shape times several kernels, and later convolutions of that shape use the "
+        "fastest (on ROCm, MIOpen does the same). The knob does nothing if the program "
+        "has set the flag or asks for deterministic algorithms.",
+        helps="The knob helps convolutions whose shapes stay the same.",
+        hurts="If shapes change, each new shape is timed again. The choice of kernel, and with "
+        "it the rounding errors, may differ from run to run.",
+        by_hand="Set `torch.backends.cudnn.benchmark = True`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cudnn.benchmark",
             "https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html",

@@ -44,12 +44,13 @@ KNOB = Knob(
     hot=False,
     platforms=("cpu",),
     card=Card(
-        what="The knob calls `torch.set_flush_denormal(True)` before the program's own code runs. "
-        "The mode belongs to a thread, and the threads that torch starts later inherit it; so it "
-        "is set at the start or not at all.",
-        helps="Weights, gradients or moments that decay towards zero without reaching it: on some "
-        "processors an operation on a denormal number takes a hundred times as long.",
-        hurts="Programs that need numbers below 1.2e-38.",
+        what="The knob calls `torch.set_flush_denormal(True)` before the program's own code "
+        "runs. The mode belongs to a thread, and the threads that torch starts later "
+        "inherit it; so it is set at the start or not at all.",
+        helps="The knob helps if weights, gradients or the optimizer's moments decay towards "
+        "zero without reaching it. On some processors, an operation on a denormal number "
+        "takes a hundred times as long.",
+        hurts="The knob must not be used for programs that need numbers below 1.2e-38.",
         by_hand="Call `torch.set_flush_denormal(True)` before anything else.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.set_flush_denormal.html",

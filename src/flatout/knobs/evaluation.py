@@ -1,4 +1,4 @@
-"""Run evaluation passes under ``torch.no_grad()`` where the program does not."""
+"""Run evaluation passes under ``torch.no_grad()`` if the program does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "evaluation"
 
 OBSERVED = 2
-"""How many evaluation-mode calls of each module run unchanged, to see whether backward follows."""
+"""Number of calls of each module in evaluation mode that run unchanged and are only observed."""
 
 
 def match(facts: Facts) -> Match:
@@ -114,24 +114,24 @@ def _requires_grad(value: Any) -> bool:
 
 KNOB = Knob(
     name=NAME,
-    summary="run evaluation passes under no_grad where the program does not",
+    summary="run evaluation passes under no_grad if the program does not",
     settings=("no_grad",),
     exactness={"no_grad": "reordered"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
         what="The knob runs calls of an outermost module in evaluation mode under "
-        f"`torch.no_grad()`. It leaves the first {OBSERVED} such calls of each module unchanged "
-        "and watches whether a backward pass reaches their outputs; if one does, it leaves that "
-        "module alone. Calls whose inputs require gradients are left alone, too. Without "
-        "gradients, torch's transformer layers, attention modules and LSTM use other kernels, so "
-        "their outputs differ by rounding.",
-        helps="Evaluation and inference loops that record an autograd graph nobody uses. Recording "
-        "it takes time, and keeping it takes memory.",
-        hurts="Programs that train through a module in evaluation mode only later, such as a "
-        "perceptual loss that starts after some epochs: their backward pass then fails. That is "
-        "why `flatout tune` never tries this knob.",
-        by_hand="`with torch.inference_mode(): ...` around the evaluation",
+        f"`torch.no_grad()`. It does not change the first {OBSERVED} such calls of each "
+        "module, and observes whether a backward pass reaches their outputs; if one does, "
+        "it does not change that module at all. Nor does it change calls whose inputs "
+        "require gradients. Without gradients, torch's transformer layers, attention "
+        "modules and LSTM use other kernels, so their outputs differ by rounding errors.",
+        helps="The knob helps evaluation and inference loops that record an autograd graph "
+        "which nobody uses. Recording the graph takes time, and keeping it takes memory.",
+        hurts="Some programs train through a module in evaluation mode only later, for example "
+        "with a perceptual loss that starts after some epochs. Their backward pass then "
+        "fails. That is why `flatout tune` never tries this knob.",
+        by_hand="Put `with torch.inference_mode(): ...` around the evaluation.",
         sources=(
             "https://docs.pytorch.org/docs/stable/notes/autograd.html"
             "#locally-disabling-gradient-computation",

@@ -114,20 +114,21 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu", "cuda"),
     card=Card(
-        what="The knob switches off the inference fast path of `nn.TransformerEncoderLayer` and "
-        "`nn.MultiheadAttention` while these modules run "
+        what="The knob switches off the inference fast path of `nn.TransformerEncoderLayer` "
+        "and `nn.MultiheadAttention` while these modules run "
         "(`torch.backends.mha.set_fastpath_enabled(False)`), so attention goes through "
         "`F.scaled_dot_product_attention`. With a padding mask on the CPU, the fast path "
         "(`_transformer_encoder_layer_fwd`) computes the softmax in a kernel that is not "
-        "vectorised, and autocast does not apply to its matmuls. Where `nn.TransformerEncoder` "
-        "turns a padded batch into nested tensors (`enable_nested_tensor`), nothing changes, "
-        "because only the fast path supports them.",
-        helps="Inference with `nn.TransformerEncoder` and a padding mask on the CPU: `python "
-        "benchmarks/kernels.py fastpath` measured a speedup of 1.17 (1.13 to 1.20, 12 pairs) in "
-        "float32 on a Zen 5. The gain is larger together with lower precision, which the fast path "
-        "prevents.",
-        hurts="Programs for which the fast path's fused kernels on CUDA are faster.",
-        by_hand="`torch.backends.mha.set_fastpath_enabled(False)`",
+        "vectorised, and autocast does not apply to its matmuls. If "
+        "`nn.TransformerEncoder` turns a padded batch into nested tensors "
+        "(`enable_nested_tensor`), the knob changes nothing, because only the fast path "
+        "supports them.",
+        helps="The knob helps inference with `nn.TransformerEncoder` and a padding mask on the "
+        "CPU: `python benchmarks/kernels.py fastpath` measured a speedup of 1.17 (1.13 to "
+        "1.20, 12 pairs) in float32 on a Zen 5. The gain is larger together with lower "
+        "precision, which the fast path prevents.",
+        hurts="On CUDA, some programs are faster with the fused kernels of the fast path.",
+        by_hand="Call `torch.backends.mha.set_fastpath_enabled(False)`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html",
             "https://docs.pytorch.org/docs/stable/backends.html",

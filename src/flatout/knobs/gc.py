@@ -53,22 +53,21 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="run Python's cyclic garbage collector rarely, and not over objects that exist already",
+    summary="run Python's cyclic garbage collector rarely, and only over new objects",
     settings=("seldom",),
     exactness={"seldom": "bitwise"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob calls `gc.freeze()` once, so that the collector no longer visits the "
-        "hundreds of thousands of objects that importing torch creates, and sets the collector's "
-        "thresholds to "
-        + ", ".join(map(str, THRESHOLDS))
-        + ". Objects outside of reference cycles are freed at once, as always.",
-        helps="Short steps that create many Python objects; distributed training, where all ranks "
-        "wait for the one that collects.",
-        hurts="Programs that put tensors into reference cycles: the tensors live longer, so the "
+        what="The knob calls `gc.freeze()` once, so the collector no longer visits the "
+        "hundreds of thousands of objects that importing torch creates. It also sets the "
+        "collector's thresholds to 50000, 20, 100. Python still frees objects outside "
+        "reference cycles at once.",
+        helps="The knob helps short steps that create many Python objects, and distributed "
+        "training, where all ranks wait for a rank that collects garbage.",
+        hurts="If a program puts tensors into reference cycles, the tensors live longer, so the "
         "program needs more memory.",
-        by_hand="`gc.freeze(); gc.set_threshold(" + ", ".join(map(str, THRESHOLDS)) + ")`",
+        by_hand="Call `gc.freeze(); gc.set_threshold(50000, 20, 100)`.",
         sources=(
             "https://docs.python.org/3/library/gc.html",
             "https://github.com/pytorch/torchtitan/pull/148",

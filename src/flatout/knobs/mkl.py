@@ -117,19 +117,21 @@ KNOB = Knob(
     platforms=("cpu",),
     card=Card(
         what="The knob preloads a small library that makes MKL believe it runs on an Intel "
-        "processor. On x86, torch computes float32 and float64 matmuls with MKL, which uses "
-        "AVX-512 only if Intel made the processor. The library replaces the function by which MKL "
-        "checks the vendor, and nothing else. The arithmetic is the same; sums are taken in "
-        "another order. It needs Linux, a C compiler, and a torch that contains MKL, as the wheels "
-        "on PyPI do.",
-        helps="Linear layers, attention and other matmuls in float32 on AMD's Zen 4 and Zen 5: "
-        "`flatout tune --knobs mkl -- python examples/language/train.py` measured a speedup of "
-        "1.58 (1.53 to 1.64, 5 pairs) on a Zen 5. Convolutions and bfloat16 are computed by "
-        "oneDNN, which does not check the vendor.",
-        hurts="No case is known. Programs that the program starts inherit `LD_PRELOAD`; the "
-        "library has no effect in them unless they use MKL.",
-        by_hand="`int mkl_serv_intel_cpu_true(void) { return 1; }` in `mkl.c`, `cc -shared -fPIC "
-        "-o libmkl.so mkl.c`, `LD_PRELOAD=./libmkl.so python train.py`",
+        "processor. On x86, torch computes float32 and float64 matmuls with MKL, which "
+        "uses AVX-512 only if Intel made the processor. The library replaces the function "
+        "by which MKL checks the vendor, and nothing else. The arithmetic is the same; "
+        "sums are taken in another order. The knob needs Linux, a C compiler, and a torch "
+        "that contains MKL, as the wheels on PyPI do.",
+        helps="The knob helps linear layers, attention and other matmuls in float32 on AMD's "
+        "Zen 4 and Zen 5: `flatout tune --knobs mkl -- python examples/language/train.py` "
+        "measured a speedup of 1.58 (1.53 to 1.64, 5 pairs) on a Zen 5. It does not "
+        "affect convolutions and bfloat16, which oneDNN computes without checking the "
+        "vendor.",
+        hurts="No case is known. Other programs that the program starts inherit `LD_PRELOAD`; "
+        "the library has no effect in them unless they use MKL.",
+        by_hand="Write `int mkl_serv_intel_cpu_true(void) { return 1; }` into `mkl.c`, compile it "
+        "by `cc -shared -fPIC -o libmkl.so mkl.c`, and run `LD_PRELOAD=./libmkl.so python "
+        "train.py`.",
         sources=(
             "https://github.com/pytorch/builder/pull/1245",
             "https://github.com/pytorch/builder/issues/504",

@@ -67,27 +67,31 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob replaces the functions by which torch's optimizers update one tensor after "
-        "the other.\n\n"
-        "- `onepass`: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam, with "
-        "all their options, update all parameters of a group in one call of a kernel compiled for "
-        "this processor. It does the operations of torch's steps in the same order. It needs a C "
-        "compiler. `flatout.optim` has the same optimizers as classes.\n"
-        "- `fused`: Adam, AdamW, SGD and Adagrad use the function that torch has for `fused=True`, "
-        "except with `amsgrad`, where that function loses NaNs. The parameter groups that hooks, "
-        "closures, schedulers and checkpoints see are those of the program; none is marked as "
-        "fused.\n\n"
-        "State and checkpoints are torch's own. Torch still steps parameters that are not float32 "
-        "or that share memory, sparse gradients, tensors laid out unlike their parameters, and "
-        "programs that choose `foreach=True` or `fused=True` themselves. (After "
-        "`model.to(memory_format=torch.channels_last)` in the middle of training, torch's fused "
-        "kernels silently compute wrong updates.)",
-        helps="Programs with many parameter tensors, or whose optimizer takes a good part of the "
-        "step: on the CPU, torch otherwise updates the parameters one by one.",
-        hurts="Programs with only a few small tensors gain nothing. The knob is not for "
-        "accelerators: there, torch keeps the step counters of fused optimizers on the device, "
-        "which would change the contents of a checkpoint.",
-        by_hand="`flatout.optim.AdamW(parameters)`, or `torch.optim.AdamW(parameters, fused=True)`",
+        what="The knob replaces the functions by which torch's optimizers update one tensor "
+        "after the other.\n\n"
+        "- `onepass`: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and "
+        "RAdam, with all their options, update all parameters of a group in one call of a "
+        "kernel that is compiled for this processor. The kernel does the operations of "
+        "torch's steps in the same order. It needs a C compiler. `flatout.optim` has the "
+        "same optimizers as classes.\n"
+        "- `fused`: Adam, AdamW, SGD and Adagrad use the function that torch has for "
+        "`fused=True`, except with `amsgrad`, where that function loses NaNs. Hooks, "
+        "closures, schedulers and checkpoints see the program's own parameter groups; "
+        "none is marked as fused.\n\n"
+        "State and checkpoints are torch's own. Torch still updates parameters that are "
+        "not float32 or that share memory, parameters with sparse gradients, and "
+        "parameters whose state or gradient has another memory layout. It also updates "
+        "all parameters if the program chooses `foreach=True` or `fused=True` itself. "
+        "(After `model.to(memory_format=torch.channels_last)` in the middle of training, "
+        "torch's fused kernels silently compute wrong updates.)",
+        helps="The knob helps programs with many parameter tensors, or whose optimizer takes a "
+        "large part of the step. On the CPU, torch otherwise updates the parameters one "
+        "by one.",
+        hurts="Programs with only a few small tensors gain nothing. The knob does not support "
+        "accelerators: there, torch keeps the step counters of fused optimizers on the "
+        "device, which would change the contents of a checkpoint.",
+        by_hand="Use `flatout.optim.AdamW(parameters)`, or `torch.optim.AdamW(parameters, "
+        "fused=True)`.",
         sources=("https://docs.pytorch.org/docs/stable/optim.html",),
     ),
     match=match,

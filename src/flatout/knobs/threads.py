@@ -71,16 +71,17 @@ KNOB = Knob(
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
         what="The knob sets torch's number of intra-op threads to the number of cores that the "
-        "process may use (by affinity and cgroup quota), to half of it, or to one. It does nothing "
-        "where `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set, and a number that the program sets "
-        "later stays.",
-        helps="`all`: containers that may use fewer cores than the machine has, where torch starts "
-        "one thread for each core of the machine. `half`: processors on which two hyper-threads "
-        "share one core's arithmetic units. `one`: small operators, where distributing the work "
-        "takes longer than doing it, or several processes on one machine.",
-        hurts="Too few threads leave cores idle. Sums are split differently, so results differ by "
-        "rounding.",
-        by_hand="`torch.set_num_threads(n)`, or `OMP_NUM_THREADS=n python train.py`",
+        "process may use (by affinity and cgroup quota), to half of it, or to one. It "
+        "does nothing if `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set. If the program "
+        "sets a number later, that number is used.",
+        helps="`all` helps in containers that may use fewer cores than the machine has, because "
+        "torch starts one thread for each core of the machine. `half` helps on processors "
+        "on which two hyper-threads share one core's arithmetic units. `one` helps with "
+        "small operators, for which distributing the work takes longer than doing it, or "
+        "if several processes run on one machine.",
+        hurts="Too few threads leave cores idle. Sums are divided differently among the "
+        "threads, so results differ by rounding errors.",
+        by_hand="Call `torch.set_num_threads(n)`, or run `OMP_NUM_THREADS=n python train.py`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html",
         ),

@@ -1,4 +1,4 @@
-"""Set gradients to ``None`` instead of zero, where the program asks for zeros."""
+"""Set gradients to ``None`` instead of zero if the program asks for zeros."""
 
 from __future__ import annotations
 
@@ -75,18 +75,21 @@ class GradientsToNone:
 
 KNOB = Knob(
     name=NAME,
-    summary="set gradients to None where the program asks for zeros",
+    summary="set gradients to None instead of zeros",
     settings=("none",),
     exactness={"none": "bitwise"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob makes `optimizer.zero_grad(set_to_none=False)` set the gradients to `None`, "
-        "as torch's default does. The backward pass then writes the gradients instead of adding "
-        "them to zeros. A parameter that gets no gradient before the optimizer's step is given "
-        "zeros just before it, so weight decay and momentum act as they do without the knob.",
-        helps="Programs that ask for zeros and have many parameters for little computation.",
-        hurts="Code that reads `.grad` between `zero_grad` and the backward pass: it finds `None`.",
+        what="The knob makes `optimizer.zero_grad(set_to_none=False)` set the gradients to "
+        "`None`, as torch's default does. The backward pass then writes the gradients "
+        "instead of adding them to zeros. If a parameter gets no gradient before the "
+        "optimizer's step, it is given zeros just before the step, so weight decay and "
+        "momentum act as they do without the knob.",
+        helps="The knob helps programs that ask for zeros and have many parameters for little "
+        "computation.",
+        hurts="The knob breaks code that reads `.grad` between `zero_grad` and the backward "
+        "pass, because it finds `None`.",
         by_hand="Call `optimizer.zero_grad()` without `set_to_none=False`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.zero_grad.html",

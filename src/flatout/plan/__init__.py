@@ -66,6 +66,7 @@ from flatout.wire.codec import (
     Positive,
     decode,
     encode,
+    stored_as,
 )
 
 PLAN_VERSION = 2
@@ -87,9 +88,9 @@ class LossEvidence:
         bare_final, plan_final: mean over the last quarter of the steps and over all seeds.
         difference: mean paired difference, plan minus bare, where it is largest.
         margin: largest mean difference that passes: one standard deviation of bare.
-        yardstick: what that standard deviation is taken over: ``"seeds"``, ``"batches"`` (steps,
-            where the program sets its own seed), or ``"runs"`` (where the program does not repeat
-            itself).
+        margin_source: what that standard deviation is taken over: ``"seeds"``, ``"batches"``
+            (steps, if the program sets its own seed), or ``"runs"`` (if the program does not
+            repeat itself).
         bare_curve, plan_curve: the losses from the first step to the last; each point is a mean
             over some steps and over all seeds.
     """
@@ -98,7 +99,7 @@ class LossEvidence:
     plan_final: float
     difference: float
     margin: NotNegative
-    yardstick: str
+    margin_source: str = field(metadata=stored_as("yardstick"))
     bare_curve: tuple[float, ...] = ()
     plan_curve: tuple[float, ...] = ()
 
@@ -115,14 +116,14 @@ class Check:
         name: what was compared.
         result: whether it passed.
         why: the reason with its figures, one clause.
-        figures: name -> figure.
+        measurements: the measured values and limits by which the check was judged, by name.
         undecided: whether it failed only for lack of certainty.
     """
 
     name: str
     result: Result
     why: str
-    figures: Mapping[str, float] = field(default_factory=dict)
+    measurements: Mapping[str, float] = field(default_factory=dict, metadata=stored_as("figures"))
     undecided: bool = False
 
 
@@ -158,7 +159,7 @@ class Evidence:
         bare_repeats: whether bare gave identical losses twice.
         verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"`` (no loss has fallen, and
             all other checks passed).
-        in_process: knob -> ratio of that knob alone, compared inside one process.
+        in_process: the ratio of each knob inside one process, see ``document.KnobResult.alone``.
         losses: one entry for each backward call of the step.
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.

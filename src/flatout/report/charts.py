@@ -9,7 +9,7 @@ from itertools import groupby
 from statistics import fmean
 
 from flatout.report.markup import Markup, element, join
-from flatout.tune import figures
+from flatout.tune import formatting
 from flatout.tune.document import PARTS, CurvePoint, Curves
 from flatout.wire.ratios import Ratio
 
@@ -138,14 +138,14 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
                 )
             )
             left += width
-        told = ", ".join(f"{p} {figures.milliseconds(ms)}" for p, ms in measured.items())
+        told = ", ".join(f"{p} {formatting.milliseconds(ms)}" for p, ms in measured.items())
         drawn.append(
             element(
                 "div",
                 element(
                     "p",
                     element("span", name),
-                    element("strong", figures.milliseconds(total_ms)),
+                    element("strong", formatting.milliseconds(total_ms)),
                     class_="bar-label",
                 ),
                 element(

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import TextIO
 
 from flatout.text import printable
-from flatout.tune import figures
-from flatout.tune.progress import Phase
+from flatout.tune import formatting
+from flatout.tune.progress import Activity
 
 _ERASE = "\r\x1b[K"
 """Moves the cursor to the start of the line and erases the line (ECMA-48, EL)."""
@@ -105,19 +105,19 @@ class Progress:
         if self._verbose and not self._quiet:
             self._print(line)
 
-    def show(self, phase: Phase | None, left_s: float | None) -> None:
+    def show(self, activity: Activity | None, left_s: float | None) -> None:
         """Show the current phase. It may be called several times a second.
 
         Args:
             phase: what the tune is doing.
             left_s: seconds until the phase should be over; ``None``: not known.
         """
-        if phase is None or self._quiet:
+        if activity is None or self._quiet:
             return
-        text = f"{phase.what}{_pair(phase)}{_left(phase, left_s)}"
-        if phase.what != self._what:
+        text = f"{activity.what}{_pair(activity)}{_left(activity, left_s)}"
+        if activity.what != self._what:
             self._finish()
-            self._what, self._began_s = phase.what, time.monotonic()
+            self._what, self._began_s = activity.what, time.monotonic()
             if not self._line.is_live and not self._verbose:
                 self._print(text)
         self._line.show(f"flatout: {text}")
@@ -125,7 +125,7 @@ class Progress:
     def _finish(self) -> None:
         """Print a line about the phase that is over."""
         if self._line.is_live and self._what and not self._verbose:
-            took = figures.duration(time.monotonic() - self._began_s)
+            took = formatting.duration(time.monotonic() - self._began_s)
             self._print(f"{self._what} ({took})")
         self._what = ""
 
@@ -135,19 +135,19 @@ class Progress:
             print(f"flatout: {printable(line)}", file=self._file, flush=True)
 
 
-def _pair(phase: Phase) -> str:
-    if phase.pair is None:
+def _pair(activity: Activity) -> str:
+    if activity.pair is None:
         return ""
-    of_pairs = "" if phase.pairs is None else f" of {phase.pairs}"
-    return f": pair {phase.pair}{of_pairs}"
+    of_pairs = "" if activity.pairs is None else f" of {activity.pairs}"
+    return f": pair {activity.pair}{of_pairs}"
 
 
-def _left(phase: Phase, seconds: float | None) -> str:
+def _left(activity: Activity, seconds: float | None) -> str:
     """The time left, as the end of a line: an estimate if the number of pairs is known, or else the
     rest of the budget."""
     if not seconds:
         return ""
-    about = "up to" if phase.pairs is None else "about"
+    about = "up to" if activity.pairs is None else "about"
     if seconds <= 90:
         return f", {about} {_ROUNDING_S * math.ceil(seconds / _ROUNDING_S)} s left"
     return f", {about} {math.ceil(seconds / 60)} min left"

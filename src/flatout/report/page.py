@@ -13,8 +13,8 @@ from flatout.plan import Fact
 from flatout.report import charts, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, join, with_code
-from flatout.tune import figures
-from flatout.tune.document import PARTS, Arm, Document, KnobResult, Proof, Side
+from flatout.tune import formatting
+from flatout.tune.document import PARTS, Document, KnobResult, Proof, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -41,7 +41,7 @@ _FIGURE_NAMES = {
     "factor_low": "at least",
     "factor_seen": "smallest scale that would be detected",
     "fall": "fall of the loss",
-    "figures": "figures compared",
+    "compared": "values compared",
     "limit": "upper limit",
     "margin": "allowed",
     "non_finite": "values that are not finite",
@@ -49,7 +49,7 @@ _FIGURE_NAMES = {
     "top1_agreement": "share of rows with the same largest output",
     "top1_rows": "rows compared",
 }
-"""Names of the figures of a check, by key; other keys are words that a reader knows."""
+"""Names of the measurements of a check, by key; other keys are words that a reader knows."""
 
 _FACT_NAMES = {
     "accelerator": "Accelerator",
@@ -100,7 +100,7 @@ def _header(document: Document) -> Markup:
         title = f"{document.program} runs {_times(claim.value)} as fast"
         lead = (
             f"{_times(claim.low)} to {_times(claim.high)} with 95 % confidence, from "
-            f"{figures.count(claim.pairs, 'pair')} of fresh processes in alternation, the bare "
+            f"{formatting.count(claim.pairs, 'pair')} of fresh processes in alternation, the bare "
             "program against the whole plan."
         )
     return element(
@@ -116,39 +116,44 @@ def _key_figures(document: Document) -> list[Markup]:
     bare, plan = document.baseline, document.with_plan
     if document.plan is None or plan is None:
         facts = [
-            ("Step", figures.milliseconds(bare.step_ms), "mean, bare"),
-            ("Start-up", figures.duration(bare.startup_s), "bare"),
-            ("Peak memory", figures.memory(bare.peak_rss_bytes), "bare"),
-            ("Compared", figures.count(sum(a.ratio is not None for a in document.arms), "arm"), ""),
+            ("Step", formatting.milliseconds(bare.step_ms), "mean, bare"),
+            ("Start-up", formatting.duration(bare.startup_s), "bare"),
+            ("Peak memory", formatting.memory(bare.peak_rss_bytes), "bare"),
+            (
+                "Compared",
+                formatting.count(sum(one.ratio is not None for one in document.tried), "arm"),
+                "",
+            ),
         ]
     else:
         proof = document.proof
-        verdict = figures.NOT_MEASURED
+        verdict = formatting.NOT_MEASURED
         if proof is not None:
             verdict = proof.kind if proof.passed else words.verdict(proof)
         facts = [
             (
                 "Step",
-                figures.milliseconds(plan.step_ms),
-                f"mean; bare: {figures.milliseconds(bare.step_ms)}",
+                formatting.milliseconds(plan.step_ms),
+                f"mean; bare: {formatting.milliseconds(bare.step_ms)}",
             ),
             (
                 "Peak memory",
-                figures.memory(plan.peak_rss_bytes),
-                f"bare: {figures.memory(bare.peak_rss_bytes)}",
+                formatting.memory(plan.peak_rss_bytes),
+                f"bare: {formatting.memory(bare.peak_rss_bytes)}",
             ),
             (
                 "Proof",
                 verdict,
                 ""
                 if proof is None
-                else f"{figures.count(proof.steps, 'step')}, {figures.count(proof.seeds, 'seed')}",
+                else f"{formatting.count(proof.steps, 'step')}, "
+                f"{formatting.count(proof.seeds, 'seed')}",
             ),
         ]
         even = words.break_even(document)
         if even is not None:
-            job = f"bare: {figures.duration(bare.job_s)}; break-even {even}"
-            facts.insert(2, ("Whole job, projected", figures.duration(plan.job_s), job))
+            job = f"bare: {formatting.duration(bare.job_s)}; break-even {even}"
+            facts.insert(2, ("Whole job, projected", formatting.duration(plan.job_s), job))
     return [
         element(
             "div",
@@ -205,7 +210,7 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
 def _ratio_cell(ratio: Ratio | None) -> Markup:
     if ratio is None:
         return join(_UNKNOWN)
-    interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {figures.count(ratio.pairs, 'pair')}"
+    interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {formatting.count(ratio.pairs, 'pair')}"
     return element("span", _times(ratio.value), element("small", interval))
 
 
@@ -246,7 +251,7 @@ def _phases(document: Document) -> Markup:
         sides.append(("With the plan", document.with_plan))
     bars = [(name, side.phases_ms) for name, side in sides if any(side.phases_ms.values())]
     if not bars:
-        return _section("Phases of a step", element("p", _sentence(figures.NOT_MEASURED)))
+        return _section("Phases of a step", element("p", _sentence(formatting.NOT_MEASURED)))
     entered = [
         phase for phase in PARTS if any(side.phases_ms.get(phase) is not None for _, side in sides)
     ]
@@ -254,9 +259,9 @@ def _phases(document: Document) -> Markup:
     rows = []
     for phase in entered:
         values = [side.phases_ms.get(phase) for _, side in sides]
-        cells = [_or_dash(figures.milliseconds(ms)) for ms in values]
+        cells = [_or_dash(formatting.milliseconds(ms)) for ms in values]
         if len(values) == 2:
-            cells.append(_with_minus(figures.change(figures.shown_milliseconds, *values)))
+            cells.append(_with_minus(formatting.change(formatting.format_milliseconds, *values)))
         rows.append(
             _row(
                 "td",
@@ -300,8 +305,8 @@ def _proof(document: Document) -> Markup | None:
             "p",
             element("span", _capital(words.verdict(proof)), class_=_verdict(proof.passed)),
             f", {proof.kind}" if proof.passed is not None else None,
-            f", over the first {figures.count(proof.steps, 'step')} with "
-            f"{figures.count(proof.seeds, 'seed')}. {_sentence(proof.why)}",
+            f", over the first {formatting.count(proof.steps, 'step')} with "
+            f"{formatting.count(proof.seeds, 'seed')}. {_sentence(proof.why)}",
         ),
         *(element("p", _sentence(said)) for said in (words.what_passed(proof), note) if said),
         _checks(proof),
@@ -321,7 +326,7 @@ def _checks(proof: Proof) -> Markup | None:
         verdict = {True: "passed", False: "not passed", None: "open"}[check.passed]
         told = ", ".join(
             f"{_FIGURE_NAMES.get(key, key.replace('_', ' '))}: {_fact(value)}"
-            for key, value in check.figures.items()
+            for key, value in check.measurements.items()
         )
         rows.append(
             element(
@@ -371,9 +376,9 @@ def _losses(proof: Proof) -> Markup | None:
                 "td",
                 (
                     proof.curves[n].site if len(proof.curves) == len(proof.losses) else f"{n + 1}",
-                    figures.loss(loss.bare_final),
-                    figures.loss(loss.plan_final),
-                    _with_minus(figures.signed(loss.difference)),
+                    formatting.loss(loss.bare_final),
+                    formatting.loss(loss.plan_final),
+                    _with_minus(formatting.signed(loss.difference)),
                     f"\N{PLUS-MINUS SIGN}{loss.margin:.2g}",
                 ),
                 heading,
@@ -381,13 +386,16 @@ def _losses(proof: Proof) -> Markup | None:
             )
             for n, loss in enumerate(proof.losses)
         ]
-        spreads = {words.YARDSTICKS.get(loss.yardstick, loss.yardstick) for loss in proof.losses}
+        spreads = {
+            words.MARGIN_SOURCES.get(loss.margin_source, loss.margin_source)
+            for loss in proof.losses
+        }
         shown.append(
             element(
                 "table",
                 element(
                     "caption",
-                    f"Mean loss over the last quarter of {figures.count(proof.steps, 'step')}. "
+                    f"Mean loss over the last quarter of {formatting.count(proof.steps, 'step')}. "
                     "Allowed is one standard deviation of the bare program's own spread "
                     f"{' or '.join(sorted(spreads))}.",
                 ),
@@ -400,12 +408,14 @@ def _losses(proof: Proof) -> Markup | None:
 
 
 def _arms(document: Document) -> Markup | None:
-    compared = [(arm, arm.ratio) for arm in document.arms if arm.ratio is not None]
+    compared = [(entry, entry.ratio) for entry in document.tried if entry.ratio is not None]
     if document.claim is not None and not any(
-        arm.stage == "fresh processes" and dict(arm.settings) == dict(document.settings)
-        for arm, _ in compared
+        entry.stage == "fresh processes" and dict(entry.settings) == dict(document.settings)
+        for entry, _ in compared
     ):
-        plan = Arm(document.settings, "the whole plan", "fresh processes", document.claim, "won")
+        plan = TriedSettings(
+            document.settings, "the whole plan", "fresh processes", document.claim, "won"
+        )
         compared.append((plan, document.claim))
     if not compared:
         return None
@@ -416,13 +426,13 @@ def _arms(document: Document) -> Markup | None:
         ("fresh processes", "what is claimed"),
         ("inside one process", "in alternating blocks of steps, only to rank the settings"),
     ):
-        arms = [(arm, ratio) for arm, ratio in compared if arm.stage == stage]
-        if arms:
-            arms.sort(
+        entries = [(entry, ratio) for entry, ratio in compared if entry.stage == stage]
+        if entries:
+            entries.sort(
                 key=lambda pair: (_COMPARED_ORDER.index(words.state(pair[0])), -pair[1].value)
             )
             title = element("th", stage.capitalize(), element("small", note), colspan="5")
-            rows = [_forest_row(axis, arm, ratio, heading) for arm, ratio in arms]
+            rows = [_forest_row(axis, entry, ratio, heading) for entry, ratio in entries]
             groups.append(element("tbody", element("tr", title), *rows))
     return _section(
         "What was tried",
@@ -449,7 +459,9 @@ def _arms(document: Document) -> Markup | None:
     )
 
 
-def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str]) -> Markup:
+def _forest_row(
+    axis: RatioAxis, entry: TriedSettings, ratio: Ratio, heading: Sequence[str]
+) -> Markup:
     figures_shown = (
         _times(ratio.value),
         f"{ratio.low:.2f} to {ratio.high:.2f}",
@@ -457,8 +469,8 @@ def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str])
     )
     return element(
         "tr",
-        element("th", arm.label, _state(arm), scope="row"),
-        element("td", axis.interval(ratio, arm.state.replace(" ", "-")), class_="plot"),
+        element("th", entry.label, _state(entry), scope="row"),
+        element("td", axis.interval(ratio, entry.state.replace(" ", "-")), class_="plot"),
         *(
             element("td", value, class_="number", data_label=name)
             for value, name in zip(figures_shown, heading[2:], strict=True)
@@ -466,37 +478,37 @@ def _forest_row(axis: RatioAxis, arm: Arm, ratio: Ratio, heading: Sequence[str])
     )
 
 
-def _state(arm: Arm) -> Markup:
-    return element("small", _state_word(arm), f": {arm.why}" if arm.why else None)
+def _state(entry: TriedSettings) -> Markup:
+    return element("small", _state_word(entry), f": {entry.why}" if entry.why else None)
 
 
-def _state_word(arm: Arm) -> Markup:
-    state = words.state(arm)
+def _state_word(entry: TriedSettings) -> Markup:
+    state = words.state(entry)
     return element("span", state, class_=f"state {_STATE_CLASSES.get(state, '')}".strip())
 
 
 def _not_compared(document: Document) -> Markup | None:
-    arms = sorted(
-        (arm for arm in document.arms if arm.ratio is None),
-        key=lambda arm: (_COMPARED_ORDER.index(arm.state), -(arm.bound or 0.0)),
+    entries = sorted(
+        (entry for entry in document.tried if entry.ratio is None),
+        key=lambda entry: (_COMPARED_ORDER.index(entry.state), -(entry.bound or 0.0)),
     )
-    if not arms:
+    if not entries:
         return None
     heading = ("Settings", "State", "Why", "At most")
     rows = [
         element(
             "tr",
-            element("th", arm.label, scope="row"),
-            element("td", _state_word(arm)),
-            element("td", arm.why),
+            element("th", entry.label, scope="row"),
+            element("td", _state_word(entry)),
+            element("td", entry.why),
             element(
                 "td",
-                _UNKNOWN if arm.bound is None else _times(arm.bound),
+                _UNKNOWN if entry.bound is None else _times(entry.bound),
                 class_="number",
                 data_label=heading[3],
             ),
         )
-        for arm in arms
+        for entry in entries
     ]
     return _section(
         "Failed or not tried",
@@ -510,7 +522,7 @@ def _not_compared(document: Document) -> Markup | None:
             element("tbody", *rows),
             class_="stacked states",
         ),
-        _unknown_note(arm.bound is None for arm in arms),
+        _unknown_note(entry.bound is None for entry in entries),
     )
 
 
@@ -568,7 +580,7 @@ def _machine(document: Document) -> Markup:
 def _footer(document: Document) -> Markup:
     said = []
     if document.seconds is not None:
-        said.append(f"Tuned in {figures.duration(document.seconds)}.")
+        said.append(f"Tuned in {formatting.duration(document.seconds)}.")
     if document.finished_unix_s is not None:
         finished = time.gmtime(document.finished_unix_s)
         said.append(time.strftime("Finished %Y-%m-%d %H:%M UTC.", finished))
@@ -609,14 +621,14 @@ def _with_minus(number: str) -> str:
 
 def _fact(value: object) -> str:
     if value is None:
-        return figures.NOT_MEASURED
+        return formatting.NOT_MEASURED
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _with_minus(f"{value:.6g}") if isinstance(value, float) else str(value)
 
 
 def _or_dash(figure: str) -> str:
-    return _UNKNOWN if figure == figures.NOT_MEASURED else figure
+    return _UNKNOWN if figure == formatting.NOT_MEASURED else figure
 
 
 def _unknown_note(unknown: Iterable[bool]) -> Markup | None:
@@ -628,7 +640,7 @@ def _with_unit(name: str, fact: Fact | None) -> str:
     """The value of a fact about the machine, amounts of memory in their usual unit."""
     if isinstance(fact, (int, float)):
         if name.endswith("_bytes"):
-            return figures.memory(fact)
+            return formatting.memory(fact)
         if name.endswith("_gib"):
             return f"{fact:g} GiB"
     return _fact(fact)

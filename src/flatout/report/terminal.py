@@ -12,7 +12,7 @@ from rich.text import Text
 from flatout.doctor import Diagnosis
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
-from flatout.tune.figures import milliseconds
+from flatout.tune.formatting import milliseconds
 from flatout.wire.turns import PHASES
 
 OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20

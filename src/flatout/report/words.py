@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
 from flatout.text import printable
-from flatout.tune import figures
-from flatout.tune.document import Arm, Document, KnobResult, Proof, Side
+from flatout.tune import formatting
+from flatout.tune.document import Document, KnobResult, Proof, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
-YARDSTICKS = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
+MARGIN_SOURCES = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
 
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
@@ -30,7 +30,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
     said: list[str] = []
     if document.plan is None:
         said.append(f"no plan written: {document.why}")
-        said.append(f"bare: {figures.milliseconds(document.baseline.step_ms)} a step")
+        said.append(f"bare: {formatting.milliseconds(document.baseline.step_ms)} a step")
     else:
         said.append(claim_line(document))
     if document.proof is not None:
@@ -42,17 +42,17 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
         said += _sides(document.baseline, document.with_plan or Side())
         even = break_even(document)
         said += [] if even is None else [f"break-even: {even}"]
-    said += _not_in_plan(document.arms, verbose)
+    said += _not_in_plan(document.tried, verbose)
     said = [" ".join(line.splitlines()) for line in said]
     if document.next_command is not None:
         said.append(f"next: {document.next_command}")  # line ends in it are part of the command
     return [printable(line) for line in said]
 
 
-def state(arm: Arm) -> str:
-    """What became of an arm, in a word or two."""
-    is_slower = arm.state == "no gain" and arm.ratio is not None and arm.ratio.high < 1
-    return "slower" if is_slower else arm.state
+def state(entry: TriedSettings) -> str:
+    """What became of an entry, in a word or two."""
+    is_slower = entry.state == "no gain" and entry.ratio is not None and entry.ratio.high < 1
+    return "slower" if is_slower else entry.state
 
 
 def break_even(document: Document) -> str | None:
@@ -65,45 +65,53 @@ def break_even(document: Document) -> str | None:
         return None
     in_steps_s = bare.job_s - (bare.startup_s or 0.0) - (bare.warmup_s or 0.0)
     job_steps = round(in_steps_s * 1e3 / bare.step_ms)
-    said = f"after {figures.count(steps, 'step')} of {job_steps:,}, with the time of the tune"
+    said = f"after {formatting.count(steps, 'step')} of {job_steps:,}, with the time of the tune"
     return said if steps <= job_steps else f"{said}: only if this job runs more than once"
 
 
 def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
     """The rows of a table: what is compared, the bare program, the plan, and the change."""
-    rows: list[tuple[str, figures.Formatter, Callable[..., str], float | None, float | None]] = [
-        ("step", figures.shown_milliseconds, figures.change, bare.step_ms, plan.step_ms),
+    rows: list[tuple[str, formatting.Formatter, Callable[..., str], float | None, float | None]] = [
+        ("step", formatting.format_milliseconds, formatting.change, bare.step_ms, plan.step_ms),
         (
             "start-up",
-            figures.shown_duration,
-            figures.seconds_change,
+            formatting.format_duration,
+            formatting.seconds_change,
             bare.startup_s,
             plan.startup_s,
         ),
         (
             "compilation, first steps",
-            figures.shown_duration,
-            figures.seconds_change,
+            formatting.format_duration,
+            formatting.seconds_change,
             bare.warmup_s,
             plan.warmup_s,
         ),
-        ("whole job (projected)", figures.shown_duration, figures.change, bare.job_s, plan.job_s),
+        (
+            "whole job (projected)",
+            formatting.format_duration,
+            formatting.change,
+            bare.job_s,
+            plan.job_s,
+        ),
         (
             "peak memory",
-            figures.shown_memory,
-            figures.change,
+            formatting.format_memory,
+            formatting.change,
             bare.peak_rss_bytes,
             plan.peak_rss_bytes,
         ),
     ]
     device_peak = (bare.peak_device_bytes, plan.peak_device_bytes)
     if device_peak != (None, None):
-        rows.append(("peak device memory", figures.shown_memory, figures.change, *device_peak))
+        rows.append(
+            ("peak device memory", formatting.format_memory, formatting.change, *device_peak)
+        )
     for name, formatter, changed, of_bare, of_plan in rows:
         yield (
             name,
-            figures.text(formatter, of_bare),
-            figures.text(formatter, of_plan),
+            formatting.text(formatter, of_bare),
+            formatting.text(formatter, of_plan),
             changed(formatter, of_bare, of_plan),
         )
 
@@ -126,8 +134,8 @@ def _proof_headline(proof: Proof) -> str:
     kind = f" ({proof.kind})" if proof.passed is not None else ""
     only = what_passed(proof)
     return (
-        f"{verdict(proof)}{kind} over {figures.count(proof.steps, 'step')}, "
-        f"{figures.count(proof.seeds, 'seed')}: {proof.why}{f'; {only}' if only else ''}"
+        f"{verdict(proof)}{kind} over {formatting.count(proof.steps, 'step')}, "
+        f"{formatting.count(proof.seeds, 'seed')}: {proof.why}{f'; {only}' if only else ''}"
     )
 
 
@@ -143,18 +151,18 @@ def _loss(loss: LossEvidence, proof: Proof) -> str:
     compared = (
         ", identical at every step"
         if proof.kind == "bitwise" and proof.passed
-        else f" (difference {figures.signed(loss.difference)}; bare's own spread "
-        f"{YARDSTICKS.get(loss.yardstick, loss.yardstick)} allows {loss.margin:.2g})"
+        else f" (difference {formatting.signed(loss.difference)}; bare's own spread "
+        f"{MARGIN_SOURCES.get(loss.margin_source, loss.margin_source)} allows {loss.margin:.2g})"
     )
     return (
-        f"{figures.loss(loss.bare_final)} bare, {figures.loss(loss.plan_final)} with the plan"
+        f"{formatting.loss(loss.bare_final)} bare, {formatting.loss(loss.plan_final)} with the plan"
         f"{compared}"
     )
 
 
 def _ratio(measured: Ratio | None) -> str:
     """A ratio with its interval and number of pairs."""
-    return figures.NOT_MEASURED if measured is None else str(measured)
+    return formatting.NOT_MEASURED if measured is None else str(measured)
 
 
 def _knob(knob: KnobResult, verbose: bool) -> list[str]:
@@ -170,23 +178,23 @@ def claim_line(document: Document) -> str:
     """The claimed speedup, in a line."""
     claim = document.claim
     if claim is None:
-        return f"faster: {figures.NOT_MEASURED}"
+        return f"faster: {formatting.NOT_MEASURED}"
     bare_ms = document.baseline.step_ms
     plan_ms = None if document.with_plan is None else document.with_plan.step_ms
     times = ""
     if bare_ms is not None and plan_ms is not None:
         times = (
-            f"{figures.milliseconds(bare_ms)} a step bare, {figures.milliseconds(plan_ms)} with "
-            "the plan, "
+            f"{formatting.milliseconds(bare_ms)} a step bare, "
+            f"{formatting.milliseconds(plan_ms)} with the plan, "
         )
     return (
-        f"{figures.faster_or_slower(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
+        f"{formatting.describe_ratio(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
         f"{claim.high:.2f} with 95 % confidence), {times}{claim.pairs} pairs of fresh processes"
     )
 
 
 def _sides(baseline: Side, with_plan: Side) -> list[str]:
-    unknown = (figures.NOT_MEASURED, figures.NOT_MEASURED)
+    unknown = (formatting.NOT_MEASURED, formatting.NOT_MEASURED)
     measured = [row for row in sides(baseline, with_plan) if row[1:3] != unknown]
     rows = [("", "bare", "with the plan", ""), *measured]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -212,12 +220,12 @@ def proof_lines(proof: Proof, verbose: bool = False) -> list[str]:
     return said if note is None else [*said, f"note: {note}"]
 
 
-def _not_in_plan(arms: Sequence[Arm], verbose: bool) -> list[str]:
+def _not_in_plan(entries: Sequence[TriedSettings], verbose: bool) -> list[str]:
     """Count the settings that are not in the plan; if ``verbose``, list them with their reasons.
 
     Settings that need a larger budget to be tried are always listed.
     """
-    counts = Counter(map(state, arms))
+    counts = Counter(map(state, entries))
     counted = ", ".join(f"{counts[name]} {name}" for name in _NOT_IN_PLAN if counts[name])
     if not counted:
         return []
@@ -225,16 +233,16 @@ def _not_in_plan(arms: Sequence[Arm], verbose: bool) -> list[str]:
     if not verbose:
         said[0] += " (-v lists them with their reasons, so does 'flatout report')"
     for name in _NOT_IN_PLAN:
-        for arm in arms:
-            wants_budget = arm.state == "not tried" and arm.stage == "fresh processes"
-            if state(arm) == name and (verbose or wants_budget):
-                said.append(f"  {arm.label}: {_outcome(arm)}")
+        for entry in entries:
+            wants_budget = entry.state == "not tried" and entry.stage == "fresh processes"
+            if state(entry) == name and (verbose or wants_budget):
+                said.append(f"  {entry.label}: {_outcome(entry)}")
     return said
 
 
-def _outcome(arm: Arm) -> str:
-    """What became of an arm: ratio, state, reason, and the most that the profile allows."""
-    figure = "" if arm.ratio is None else f"{arm.ratio} {_STAGES[arm.stage]}, "
-    why = f": {arm.why}" if arm.why else ""
-    bound = "" if arm.bound is None else f" (at most {arm.bound:.2f}x)"
-    return f"{figure}{state(arm)}{why}{bound}"
+def _outcome(entry: TriedSettings) -> str:
+    """What became of an entry: ratio, state, reason, and the most that the profile allows."""
+    figure = "" if entry.ratio is None else f"{entry.ratio} {_STAGES[entry.stage]}, "
+    why = f": {entry.why}" if entry.why else ""
+    bound = "" if entry.bound is None else f" (at most {entry.bound:.2f}x)"
+    return f"{figure}{state(entry)}{why}{bound}"

@@ -1,7 +1,7 @@
-"""The first run: the bare program, without any setting, and what it shows.
+"""Runs the bare program, without any setting, and measures what later stages need to know.
 
-It tells how long a start and a step take, what the time goes into, whether the program trains at
-all, and how many steps it has. Every later stage is given this as one ``BareRun``.
+The run shows how long a start and a step take, what the time of a step goes into, whether the
+program trains at all, and how many steps it has. Every later stage gets this as one ``BareRun``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flatout import knobs
 from flatout.doctor.case import Case
 from flatout.errors import UserError
 from flatout.plan.program import Program, observed
-from flatout.tune import figures, pairs
+from flatout.tune import formatting, pairs
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
@@ -21,30 +21,31 @@ from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Request
 
 USUAL_STEPS = 200
-"""Steps that a proof covers, unless they are fast (``USUAL_S``) or ``Options.steps`` says
-otherwise."""
+"""Number of steps that a proof covers, unless the steps are fast (``USUAL_S``) or ``Options.steps``
+gives another number."""
 
 USUAL_S = 2.0
-"""A proof covers more than ``USUAL_STEPS`` if so many steps take less than this time, in seconds:
-then as many as fit into it."""
+"""If ``USUAL_STEPS`` steps take less than this many seconds, a proof covers as many steps as fit
+into that time."""
 
 MAXIMUM_STEPS = 2000
-"""Most steps of the first run, and so of a proof, unless ``Options.steps`` says otherwise."""
+"""Maximum number of steps of the first run, and therefore of a proof, unless ``Options.steps``
+gives another number."""
 
 FIRST_RUN_SHARE = 1 / 36
 """Share of the budget that the steps of the first run may take. A proof covers no more steps than
-the first run has timed, except that it covers at least ``pairs.MINIMUM_STEPS``."""
+the first run has timed, but at least ``pairs.MINIMUM_STEPS``."""
 
 LEAST_LIMIT_S = 120.0
 """The first run counts as hung after this many seconds, or after twice the budget if that is
 longer."""
 
 PROFILE_STEPS = 5
-"""Steps that the first run makes under the profiler, after those that are timed."""
+"""Number of steps that the first run makes under the profiler, after the steps that are timed."""
 
 RELAY_MEMORY_FACTOR = 3
-"""Two runs exist at the same time only if the available memory is this many times the bare
-program's peak: the second one may need more than the first."""
+"""Two runs exist at the same time only if the available memory is at least this many times the bare
+program's peak, because a run with settings may need more than a bare one."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class BareRun:
 
     Attributes:
         process: the record of the process that trained.
-        modules: files that the run has imported.
-        program: files and variables that the program was made of.
-        pace: how long a start and a step take.
-        phases_ms: the parts of a step; ``None``: not measured.
-        proof_steps: length of each run of a proof, in steps.
-        job_steps: length of the whole job, in steps; ``None``: the run was stopped before its end.
-        can_relay: whether baseline and plan can both stay alive and alternate (a relay).
+        modules: the files that the run has imported.
+        program: the files and variables that the program consists of.
+        pace: the time that a run and a step take.
+        phases_ms: the time of each phase of a step; ``None`` if it was not measured.
+        proof_steps: the number of steps of each run of a proof.
+        job_steps: the number of steps of the whole job; ``None`` if it is not known, because the
+            run was stopped before the job's end.
+        can_relay: whether two runs can stay alive at the same time and alternate (a relay).
     """
 
     process: ProcessRecord
@@ -72,44 +74,43 @@ class BareRun:
     can_relay: bool
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
-        """Whether the bare program and one with these settings can alternate in a relay."""
+        """Return whether a bare run and a run with these settings can alternate in a relay."""
         return self.can_relay and not any(
             setting in knobs.get(name).worker_settings for name, setting in settings.items()
         )
 
 
 def run(
-    command: Sequence[str], options: Options, trials: Trials, say: Callable[[str], None]
+    command: Sequence[str], options: Options, trials: Trials, print_line: Callable[[str], None]
 ) -> BareRun:
     """Run the bare program for as long as its share of the budget allows.
 
     Args:
-        command: command line of the user's program.
-        options: what the user asks for.
-        trials: runs the program.
-        say: is called with each line of progress.
+        command: the command line of the user's program.
+        options: the options that the user gave.
+        trials: the runner of trials.
+        print_line: prints a line of progress.
 
     Raises:
-        UserError: the program fails, never trains, or takes too few steps.
+        UserError: the program fails, never calls a model, or makes too few steps.
     """
-    say("running the bare program to see how it trains")
+    print_line("running the bare program to see how it trains")
     limit_s = options.budget_seconds * FIRST_RUN_SHARE
     first = _run_first(options, trials, limit_s)
     timed = _find_timed_steps(first, options, limit_s)
     process = first.process
     step_s = pairs.step_ms(process) / 1e3
     in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
-    startup_s = max(first.seconds - in_steps_s, 0)
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
-    say(
-        f"bare: {figures.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
-        f"{startup_s:.1f} s of start-up"
+    print_line(
+        f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
+        f"{pairs.startup_s(process):.1f} s of start-up"
     )
     return BareRun(
         process=process,
         modules=first.modules,
         program=observed(command, first.modules),
-        pace=Pace(startup_s, step_s),
+        pace=Pace(max(first.seconds - in_steps_s, 0), step_s),
         phases_ms=pairs.phases_ms([process], step_s * 1e3),
         proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),
         job_steps=len(process.turns) if first.ended else None,
@@ -131,7 +132,7 @@ def _run_first(options: Options, trials: Trials, limit_s: float) -> Trial:
 
 
 def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[Step]:
-    """The steps before the profiled ones.
+    """Return the steps before the profiled ones.
 
     Raises:
         UserError: there are too few of them.
@@ -145,7 +146,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
     timed = first.process.timed_steps
     if len(timed) <= WARMUP_STEPS:
         raise UserError(
-            f"the budget is too short: only {figures.count(len(timed), 'step')} fit into the "
+            f"the budget is too short: only {formatting.count(len(timed), 'step')} fit into the "
             f"{limit_s:.1f} s of the first run, and {WARMUP_STEPS + 1} are needed; "
             "give tune a longer --budget, or --steps"
         )
@@ -153,10 +154,11 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
 
 
 def _can_relay(process: ProcessRecord) -> bool:
-    """Whether two copies of this program can stay alive at the same time, as a relay needs.
+    """Return whether two copies of this program can stay alive at the same time, as a relay needs.
 
-    The ranks of a distributed job would ask for the same port, the workers of a loader go on
-    while their run waits, and how much memory of an accelerator is free is not known.
+    The result is false for distributed jobs, because both copies would use the same port; for
+    loaders with workers, because the workers keep running while their run waits; and on
+    accelerators, because it is not known how much of their memory is free.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""The candidates: settings that fit the profile, by the gain that they can bring."""
+"""Finds the candidates: the settings that fit the profile, sorted by their possible gain."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
 
 HOPELESS_SHARE = 0.01
-"""A knob is not tried if what it speeds up takes less than this share of a step: given the drift of
-a shared machine, even a dozen pairs resolve no gain below ten times this."""
+"""A knob is not tried if what it speeds up takes less than this share of a step. Its speedup would
+be at most 1.01, less than ``statistics.WORTHWHILE``, and too small to be measured."""
 
 ALTERNATIVES_SHARE = 0.1
 """A knob's second setting is tried as well if what it speeds up takes at least this share of a
 step."""
 
 UNKNOWN_SHARE = 0.05
-"""Share of a step that is assumed, for sorting, for a knob whose share is unknown."""
+"""Share of a step by which a knob is sorted if its share is unknown."""
 
 SECOND_LOOKS = 3
-"""Most settings that are compared once more on top of the stack."""
+"""Maximum number of settings that are compared once more on top of the stack."""
 
 SECOND_LOOK_SPEEDUP = 1.1
-"""Settings are compared once more only if the stack is at least this many times as fast as bare:
-otherwise the bare step has shown what they can bring."""
+"""Settings are compared once more only if the stack is at least this many times as fast as bare.
+With a smaller speedup, what these settings speed up takes about the same share of the step as
+before, so the first comparison is good enough."""
 
 SECOND_LOOK_SHARE = 0.02
-"""A setting is compared once more only if it could save this share of the stack's step: a
-comparison of some dozen blocks can tell as much."""
+"""A setting is compared once more only if it could save at least this share of the stack's step. A
+comparison of some dozen blocks can measure no smaller gain."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Candidate:
     """A setting that is worth a trial.
 
     Attributes:
-        knob, setting: names of the knob and its setting.
-        is_hot: whether it is compared inside one process: it can be applied and undone between two
-            steps, and its first steps are not slow.
-        bound: the speedup that it cannot exceed, ``None``: not known.
+        knob, setting: the names of the knob and its setting.
+        is_hot: whether it is compared inside one process. It then can be applied and undone between
+            two steps, and its first steps are not slow.
+        bound: the speedup that it cannot exceed; ``None`` if that is not known.
     """
 
     knob: str
@@ -64,13 +65,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is worth a trial on a program, and what is not.
+    """The settings that are worth a trial on a program, and the knobs that are not.
 
     Attributes:
         candidates: the candidates, the one with the largest bound first.
-        refused: the other knobs, with the reason.
+        refused: the knobs without candidates, each with the reason.
         offered: for each knob, the settings that make sense for the program.
-        findings: what limits the bare program.
+        findings: the findings about what limits the bare program.
     """
 
     candidates: tuple[Candidate, ...]
@@ -85,13 +86,13 @@ def survey(
     wanted: Collection[str] | None,
     exactness: Collection[Exactness] | None,
 ) -> Survey:
-    """Find out what is worth a trial.
+    """Find the settings that are worth a trial.
 
     Args:
         process: the record of a bare run.
-        ceilings: what the machine can do at most, ``None``: not measured.
-        wanted: names of the knobs that may be tried; ``None``: all.
-        exactness: classes of the settings that may be tried; ``None``: all.
+        ceilings: the machine's peak rates; ``None`` if they were not measured.
+        wanted: the names of the knobs that may be tried; ``None`` for all.
+        exactness: the classes of the settings that may be tried; ``None`` for all.
     """
     case = Case(process, ceilings, machine.usable_cores())
     facts = collect_facts(case)
@@ -105,10 +106,10 @@ def survey(
 
 
 def collect_facts(case: Case) -> Facts:
-    """The first run's measurements, in the form that ``Knob.offer`` takes.
+    """Collect the first run's measurements in the form that ``Knob.offer`` takes.
 
     Args:
-        case: the first run; without ceilings, the matmul rates count as not measured.
+        case: the first run. Without ceilings, the matmul rates count as not measured.
     """
     is_profiled = bool(case.operators)
     phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
@@ -141,13 +142,15 @@ def collect_facts(case: Case) -> Facts:
 def find(
     known: Facts, wanted: Collection[str] | None, exactness: Collection[Exactness] | None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Find the candidates, the one with the largest bound first; also say why each other knob has
-    none.
+    """Find the candidates, and the knobs that have none.
 
     Args:
-        known: facts about the job.
-        wanted: names of the knobs that may be tried; ``None``: all.
-        exactness: classes of the settings that may be tried; ``None``: all.
+        known: the facts about the job.
+        wanted: the names of the knobs that may be tried; ``None`` for all.
+        exactness: the classes of the settings that may be tried; ``None`` for all.
+
+    Returns the candidates, the one with the largest bound first; and for each other knob the reason
+    why it has none.
     """
     shares: dict[Candidate, float] = {}
     refused: dict[str, str] = {}
@@ -178,9 +181,9 @@ def find_second_looks(
 ) -> dict[str, str]:
     """Find settings without a clear gain on bare that may gain more on top of the others.
 
-    What they speed up was a small part of the bare step, and is a larger part of a step that the
-    other settings have made shorter. Settings of a knob that is in the stack, or that claims the
-    same part of the program as one in it (``Knob.claims``), are left out: they exclude each other.
+    What such a setting speeds up was a small part of the bare step. It is a larger part of a step
+    that the other settings have made shorter. Two knobs that claim the same part of the program
+    (``Knob.claims``) exclude each other, so settings that exclude one in the stack are left out.
 
     Args:
         ratios: the measured ratio of each candidate among the others.

@@ -1,4 +1,4 @@
-"""Cold candidates: each is tried on top of the stack, in a few pairs of fresh processes."""
+"""Tries each cold candidate on top of the stack, in a few pairs of fresh processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trials
 
 SHORT_STEPS, SHORT_S = 25, 1.0
-"""Runs that only rank make at least this many steps and last about this many seconds, unless the
-proof needs fewer."""
+"""Runs that serve only to rank candidates make at least ``SHORT_STEPS`` steps and last at least
+about ``SHORT_S`` seconds, unless the runs of a proof are shorter."""
 
 SLOW_START_S = 120.0
-"""Seconds that compiling takes in all runs of a candidate together: the first run compiles, and
-later ones find most of it in the cache."""
+"""Time that compiling takes in all runs of a candidate together, in seconds. The first run
+compiles, and later ones find most of the compiled code in the cache."""
 
 COLD_SHARE = 0.3
-"""Share of the budget that any one cold candidate may take, or more if that much time remains
-beyond the proof's."""
+"""Each cold candidate may take this share of the budget, or all the time that the proof does not
+need, whichever is more."""
 
 
 class ColdTrials(TuneStage):
@@ -43,9 +43,9 @@ class ColdTrials(TuneStage):
 
         Args:
             stack: the settings so far.
-            cold: the candidates, entered in the ledger.
-            again: whether they have been tried on another stack; they then get only the time that
-                the proof leaves.
+            cold: the candidates, which the ledger has.
+            again: whether the candidates have been tried on another stack. They then get only the
+                time that the proof does not need.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.
@@ -60,7 +60,11 @@ class ColdTrials(TuneStage):
         return settings
 
     def _is_affordable(self, candidate: Candidate, again: bool) -> bool:
-        """Whether there is time for a candidate; if not, the ledger gets the reason."""
+        """Return whether there is time for a candidate.
+
+        If there is none for a first trial, the reason is entered in the ledger. A candidate that
+        was tried before keeps what the ledger says of that trial.
+        """
         needed_s = statistics.RANKING_PAIRS * self._pair_s
         if knobs.get(candidate.knob).slow_start:
             needed_s += SLOW_START_S
@@ -77,14 +81,14 @@ class ColdTrials(TuneStage):
         return False
 
     def _try(self, candidate: Candidate, stack: dict[str, str]) -> bool:
-        """Try a candidate on top of the stack. Returns whether it makes the stack faster."""
+        """Try a candidate on top of the stack; return whether it makes the stack faster."""
         self._ledger.start([candidate], "fresh processes")
         tried = Pairs(
             dict(stack),
             stack | candidate.settings,
             in_relay=self._bare.can_relay_under(stack),
         )
-        self._ledger.say(
+        self._ledger.print_line(
             f"{candidate} on top of {format_settings(stack) or 'bare'}, in fresh processes"
         )
         pairs.run(
@@ -99,7 +103,7 @@ class ColdTrials(TuneStage):
                 self._pair_s,
                 self._is_ranked,
             ),
-            say=self._ledger.say,
+            print_line=self._ledger.print_line,
         )
         self._ledger.note_runs(tried)
         if tried.interrupted:
@@ -107,7 +111,7 @@ class ColdTrials(TuneStage):
         return self._judge(candidate, tried)
 
     def _judge(self, candidate: Candidate, tried: Pairs) -> bool:
-        """Enter what came of a candidate. Returns whether it is accepted into the stack."""
+        """Enter the result of a candidate; return whether it is accepted into the stack."""
         settings = candidate.settings
         if tried.failure is not None:
             self._ledger.fail(settings, tried.failure)
@@ -119,7 +123,7 @@ class ColdTrials(TuneStage):
         self._ledger.note_ratio(candidate, tried.ratio)
         is_faster = statistics.is_mostly_faster(tried.log_ratios)
         faster = sum(log > 0 for log in tried.log_ratios)
-        self._ledger.say(
+        self._ledger.print_line(
             f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"
             f"{'' if is_faster else '; slower' if tried.ratio.high < 1 else '; no measurable gain'}"
         )
@@ -136,11 +140,11 @@ class ColdTrials(TuneStage):
         return is_faster
 
     def _is_ranked(self, tried: Pairs) -> bool:
-        """Whether a candidate has been tried often enough, or its time is over."""
+        """Return whether a candidate has been tried often enough, or its time is over."""
         if statistics.is_ranked(tried.log_ratios):
             return True
         return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s()
 
     def _spare_s(self) -> float:
-        """Seconds of the budget beyond those that the proof needs."""
+        """Return the time of the budget that the proof does not need, in seconds."""
         return self._ledger.left_s - prover.estimate_s(self._bare)

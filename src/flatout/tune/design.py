@@ -1,10 +1,11 @@
-"""The factorial design: combinations of settings in which every step tells about every setting.
+"""Builds factorial designs: combinations of settings in which every step tells about every setting.
 
-If each arm had one setting, a step would tell about one setting. In a factorial design each setting
-is on in half of the arms and off in the other half, in every combination with the others, so that
-with 20 settings a gain is known from a tenth of the steps (Plackett and Burman 1946, The design of
-optimum multifactorial experiments). Each arm is accompanied by its opposite, so that what two
-settings do only together does not look like the effect of a third (Box and Wilson 1951: fold-over).
+An *arm* is a combination of settings that is applied for some steps. If each arm had one setting, a
+step would tell about one setting. In a factorial design each setting is on in half of the arms and
+off in the other half, in every combination with the others. With 20 settings, the same precision
+then takes about a tenth of the steps that one-setting arms would need (Plackett and Burman 1946,
+The design of optimum multifactorial experiments). Each arm is accompanied by its opposite, so that
+two-factor interactions do not bias main effects (Box and Wilson 1951: fold-over).
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ import random
 from collections.abc import Mapping, Sequence
 
 _ORDERS = (4, 8, 12, 20, 24, 32, 44, 48)
-"""Sizes of Hadamard matrices by Paley's construction: one more than a prime that is 3 modulo 4."""
+"""Orders of Hadamard matrices by Paley's construction: one more than a prime that is 3 modulo 4."""
 
 MAXIMUM_FACTORS = _ORDERS[-1] - 1
-"""Most factors of a design."""
+"""Maximum number of factors of a design."""
 
 _ATTEMPTS = 32
-"""Number of random assignments that are tried where factors have several settings; the best is
-taken."""
+"""Number of random assignments that are tried if factors have several settings; the best is
+used."""
 
 _SINGULAR = 1e-9
-"""A pivot below this, in a matrix of whole numbers, is rounding."""
+"""A pivot below this counts as zero: in a matrix of whole numbers, it is a rounding error."""
 
 
 def build_stacks(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
     """Build the arms of a comparison; the first is empty.
 
     Args:
-        factors: settings (knob, setting) that exclude each other, as those of one knob and those of
-            knobs that claim the same; at most ``MAXIMUM_FACTORS``.
+        factors: a list of at most ``MAXIMUM_FACTORS`` factors. Each factor is the list of the
+            settings (knob, setting) that exclude each other.
 
-    Returns twice as many arms as the rows of the smallest Hadamard matrix that is larger than the
-    number of factors; more arms where those could not tell all settings apart.
+    Returns 2n arms. The number n is the smallest Hadamard order above the number of factors, or the
+    next order with which all effects can be estimated.
 
     Raises:
         ValueError: too many factors.
@@ -52,7 +53,7 @@ def build_stacks(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str
 
 
 def _build_half(order: int) -> list[list[bool]]:
-    """Which factors are on in each arm of one half; the other half has the opposite arms."""
+    """Return for each arm of one half which factors are on; the other half is the opposite."""
     prime = order - 1
     squares = {number * number % prime for number in range(1, prime)}
     return [[False] * prime] + [
@@ -70,24 +71,28 @@ def _assign(
 
     The assignment is random: in a fixed order, settings of two factors could always go together.
     """
-    hands = []
+    settings_left = []
     for options in factors:
-        hand = [options[number % len(options)] for number in range(len(rows))]
-        generator.shuffle(hand)
-        hands.append(hand)
+        settings = [options[number % len(options)] for number in range(len(rows))]
+        generator.shuffle(settings)
+        settings_left.append(settings)
     return tuple(
-        dict(hand.pop() for number, hand in enumerate(hands) if row[number] != opposite)
+        dict(
+            settings.pop()
+            for number, settings in enumerate(settings_left)
+            if row[number] != opposite
+        )
         for row in rows
         for opposite in (False, True)
     )
 
 
 def _log_determinant(arms: Sequence[Mapping[str, str]]) -> float:
-    """The log determinant of the information matrix of equally many steps of each arm.
+    """Return the log determinant of the design's information matrix.
 
-    The larger it is, the smaller is the region in which the baseline's speed and all effects are
-    known to lie (D-optimality, Wald 1943). It is minus infinity if some effects cannot be told
-    apart.
+    Each arm gets the same number of steps. The larger the determinant, the smaller is the region in
+    which the baseline's speed and all effects are known to lie (D-optimality, Wald 1943). The
+    result is minus infinity if some effects cannot be told apart.
     """
     settings = sorted({item for arm in arms for item in arm.items()})
     rows = [[1.0, *(float(arm.get(knob) == s) for knob, s in settings)] for arm in arms]

@@ -1,8 +1,8 @@
-"""What a tune found, as one JSON document: for programs, for ``flatout report`` and its page.
+"""The result of a tune as one JSON document, which programs and ``flatout report`` can read.
 
-Null means "not measured"; 0 never does. A number that is not finite (a loss that has diverged) is
-one of the strings that ``wire/codec.py`` names, since JSON has no such numbers. Unknown keys are
-ignored.
+Null means "not measured"; 0 never does. A number that is not finite, such as a loss that has
+diverged, is one of the strings that ``wire/codec.py`` names, since JSON has no such numbers.
+Unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
 
 PARTS = (*PHASES, "evaluation")
-"""The parts of a step in a document: its phases, and its share of the evaluation passes between the
-steps."""
+"""The parts of a step in a document: its phases, such as data, forward and backward, and its share
+of the evaluation passes between the steps."""
 
 Stage = Literal["inside one process", "fresh processes"]
 State = Literal["won", "no gain", "failed", "not tried", "left out", "running"]
 
 
 class DocumentError(UserError):
-    """A file holds no result of a tune; the message names the file and the place in it."""
+    """A file does not hold the result of a tune; the message names the file and the place in it."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ class Side:
     """The bare program, or the program with the plan.
 
     Attributes:
-        step_ms: time of a step, the only statistic of step times in a document. It is the mean
+        step_ms: the time of a step, the only statistic of step times in a document. It is the mean
             over a run after its warm-up, with the step's share of the evaluation passes between
-            the steps. Over several runs it is the geometric mean, so that bare over plan is the
-            claimed ratio. See ``tune.pairs.paired_ms``.
-        startup_s: time from the start of the process to the first step.
-        warmup_s: what compilation and the first steps took beyond as many later steps.
-        peak_rss_bytes: most memory of the main process, median of the runs, as in
+            the steps. Over several runs it is the geometric mean, so the bare program's step time
+            over the plan's is the claimed ratio. See ``tune.pairs.paired_ms``.
+        startup_s: the time from the import of torch to the first step.
+        warmup_s: the extra time of the first steps: their total minus that of the same number of
+            later steps. It includes compilation.
+        peak_rss_bytes: the peak memory of the main process, the median of the runs, as in
             ``tune.memory.refusal``.
-        peak_device_bytes: most memory that torch had allocated on the accelerator, median of the
-            runs.
-        job_s: projected time of the whole job: start-up, compilation, steps, evaluation.
-        phases_ms: time of each of ``PARTS`` in a step; they sum to ``step_ms``.
+        peak_device_bytes: the peak of the memory that torch had allocated on the accelerator, the
+            median of the runs.
+        job_s: the projected time of the whole job: start-up, compilation, steps, evaluation.
+        phases_ms: the time of each of ``PARTS`` in a step; they sum to ``step_ms``.
     """
 
     step_ms: float | None = None
@@ -66,18 +67,20 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Arm:
+class TriedSettings:
     """Settings that were compared with the bare program, or might have been.
 
     Attributes:
-        settings: ``knob -> setting``.
+        settings: the setting of each knob; empty for a knob of which no setting was tried.
         label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
-        stage: how they were compared.
-        ratio: bare step time over theirs.
-        state: the outcome.
-        why: the reason of the state, one sentence; may be empty.
-        bound: largest ratio that the profile allows: ``1 / (1 - share)``, with the share of a step
-            that they speed up (Amdahl 1967).
+        stage: how the settings were compared.
+        ratio: the step time without the settings over the step time with them. Inside one process
+            it is that of a factorial comparison, or of a comparison of the settings alone with the
+            bare program if a combination crashed; in fresh processes it is on top of the stack.
+        state: the result.
+        why: the reason of the state, in one sentence; it may be empty.
+        bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is
+            that part of a step which the settings speed up (Amdahl 1967).
     """
 
     settings: Mapping[str, str]
@@ -94,12 +97,14 @@ class KnobResult:
     """A knob of the plan.
 
     Attributes:
-        knob, setting: as in the plan.
-        summary: what the knob does, one sentence.
+        knob, setting: the names of the knob and its setting.
+        summary: what the knob does, in one sentence.
         by_hand: how to do the same in one's own code, in Markdown.
         exactness: what the setting may change, in the words of ``EXACTNESS``.
-        alone: bare step time over the step time with this knob alone.
-        without_it: step time of the plan without this knob over that of the whole plan.
+        alone: the ratio of this setting inside one process, see ``TriedSettings.ratio``. A
+            factorial comparison gives the mean effect of the setting over all combinations with the
+            others.
+        without_it: the step time of the plan without this knob over that of the whole plan.
     """
 
     knob: str
@@ -116,20 +121,22 @@ class Check:
     """One check of the proof.
 
     Attributes:
-        name: what is checked, in a few words.
-        passed: the verdict; ``None``: the check could not be made.
+        name: the property that is checked, in a few words.
+        passed: whether the check passed; ``None`` if it could not be made.
         why: the verdict in one sentence.
-        figures: the figures that it was judged by.
+        measurements: the measured values and limits by which it was judged, by name.
     """
 
     name: str
     passed: bool | None
     why: str
-    figures: Mapping[str, Fact | None] = dataclasses.field(default_factory=dict)
+    measurements: Mapping[str, Fact | None] = dataclasses.field(
+        default_factory=dict, metadata=codec.stored_as("figures")
+    )
 
 
 class CurvePoint(NamedTuple):
-    """A point of a loss curve: the mean over the seeds, and the mean less and plus their spread."""
+    """A point of a loss curve: the mean over the seeds, and that mean minus and plus its spread."""
 
     step: int
     mean: float | None
@@ -142,8 +149,8 @@ class Curves:
     """The losses of one backward call of the step.
 
     Attributes:
-        site: names the backward call, such as ``loss 1``.
-        bare, plan: points of both curves, in order of steps.
+        site: the name of the backward call, such as ``loss 1``.
+        bare, plan: the points of both curves, in the order of the steps.
     """
 
     site: str
@@ -156,15 +163,16 @@ class Proof:
     """Whether the plan computes the same.
 
     Attributes:
-        passed: the verdict; ``None``: inconclusive, since no loss has fallen over these steps and
-            only the other checks have passed.
+        passed: whether the proof passed; ``None`` if it is inconclusive, because no loss has fallen
+            over these steps and only the other checks have passed.
         kind: the claim that was checked.
         why: the verdict in one sentence.
-        steps: how many steps from the start the proof covers.
-        seeds: how many seeds it was repeated with.
-        bare_repeats: whether bare gave identical losses twice; ``None``: not tried.
-        checks: the checks that it consists of.
-        curves, losses: one entry for each backward call of the step.
+        steps: the number of steps from the start that the proof covers.
+        seeds: the number of seeds with which it was repeated.
+        bare_repeats: whether the bare program gave identical losses twice; ``None`` if it was not
+            tried.
+        checks: the checks of which the proof consists.
+        curves, losses: the loss curves, and their evidence, of each backward call of the step.
     """
 
     passed: bool | None
@@ -183,23 +191,24 @@ class Document:
     """A finished tune.
 
     Attributes:
-        command: the job.
-        program: base name of its script.
-        torch: version of torch.
+        command: the command line of the job.
+        program: the base name of its script.
+        torch: the version of torch.
         machine: facts about the machine.
-        seconds: how long the whole tune took.
-        finished_unix_s: when the tune ended.
-        plan: file of the plan; ``None``: none was written.
-        settings: ``knob -> setting`` of the plan.
-        why: why this plan was chosen, or why there is none, one sentence.
+        seconds: the time that the whole tune took.
+        finished_unix_s: the time at which the tune ended.
+        plan: the path of the plan's file; ``None`` if none was written.
+        settings: the setting of each knob of the plan.
+        why: the reason why this plan was chosen, or why there is none, in one sentence.
         baseline, with_plan: the program without and with the plan.
-        claim: bare step time over the plan's, from fresh processes in alternation.
-        break_even_steps: steps after which the plan has made up for the tune and its longer start.
-        arms: everything that was compared, or left out with a reason.
+        claim: the bare program's step time over the plan's, from fresh processes in alternation.
+        break_even_steps: the number of steps after which the plan has made up for the time of the
+            tune and for its longer start.
+        tried: all settings that were compared, or left out with a reason.
         knobs: the knobs of the plan.
         proof: the proof of the plan, or of the last plan that was refused.
-        findings: what limits the bare program, largest share first.
-        next_command: what to run now, ready for a shell.
+        findings: the findings about what limits the bare program, the largest share first.
+        next_command: the command to run next, ready for a shell.
     """
 
     command: tuple[str, ...]
@@ -215,7 +224,7 @@ class Document:
     with_plan: Side | None
     claim: Ratio | None
     break_even_steps: int | None
-    arms: tuple[Arm, ...]
+    tried: tuple[TriedSettings, ...] = dataclasses.field(metadata=codec.stored_as("arms"))
     knobs: tuple[KnobResult, ...]
     proof: Proof | None
     findings: tuple[Finding, ...]
@@ -250,15 +259,15 @@ class Document:
             raise DocumentError(f"{path} is not a result of flatout tune: {why}") from mismatch
 
     def check(self) -> None:
-        """Raise ``MismatchError`` for a time that no calendar knows."""
+        """Raise ``MismatchError`` if the time lies before 1970 or after the year 9999."""
         if self.finished_unix_s is not None and not 0 <= self.finished_unix_s < _YEAR_10000_UNIX_S:
-            raise codec.MismatchError("is no time of this age", "finished_unix_s")
+            raise codec.MismatchError("is not a valid date", "finished_unix_s")
 
     def to_json(self) -> str:
-        """The document as it is kept in a file."""
+        """Return the document as it is kept in a file."""
         plain = codec.encode(self, non_finite_as_strings=True)
         return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
 _YEAR_10000_UNIX_S = 253402300800
-"""Begin of the year 10000, from which on ``datetime`` has no dates."""
+"""The beginning of the year 10000, from which on ``datetime`` has no dates."""

@@ -1,7 +1,7 @@
-"""The evidence of a plan: how it is made from a proof, and merged with that of a later proof.
+"""Makes the evidence of a plan from a proof, and merges it with the evidence of a later proof.
 
-The functions are pure. A weaker proof is added beside the old one; only one that covers it replaces
-it.
+A new proof replaces the old one only if it covers it; otherwise it is stored beside it. The
+functions are pure.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ def make_evidence(
     """Make the evidence of a plan that is proven.
 
     Args:
-        settings: settings of the plan.
+        settings: the settings of the plan.
         pairs: its pairs with the bare program, at least two.
-        verdict: the verdict on them.
-        ratio_alone: for each knob, its ratio alone inside one process; ``None``: not measured.
+        verdict: the verdict on these pairs.
+        ratio_alone: for each knob, its ratio inside one process, see
+            ``document.KnobResult.alone``; ``None`` if it was not measured.
     """
     ratio = pairs.ratio
     bare, plan = pairs.costs
-    is_by_seeds = any(loss.yardstick == "seeds" for loss in verdict.losses)
+    is_by_seeds = any(loss.margin_source == "seeds" for loss in verdict.losses)
     return Evidence(
         settings=dict(settings),
         ratio=ratio.value,
@@ -50,20 +51,24 @@ def make_evidence(
     )
 
 
-def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
-    """Merge the evidence of two proofs of the same settings; also say in one clause how.
+def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
+    """Merge the evidence of two proofs of the same settings.
 
-    A proof replaces another that it covers: it has at least as many steps and seeds, all the checks
-    that passed there, and a loss that has fallen if it had there. Otherwise the old proof stays,
-    and the new one stands beside it. Of the two ratios, the one with more pairs is kept.
+    The new proof covers the old one if it has at least as many steps and seeds, if it passed all
+    the checks that the old one passed, and if it is conclusive or the old one is not. It then
+    replaces the old one; otherwise it is stored beside it. Of the two ratios, the one with more
+    pairs is kept.
 
     Args:
         old: the evidence in the plan.
         new: the evidence of the proof that has just passed.
-        first_seed: first seed of the new proof.
+        first_seed: the first seed of the new proof.
+
+    Returns the merged evidence, and how it was merged, as a clause that begins with "the new
+    proof".
     """
     timed = old if old.pairs > new.pairs else new
-    figures = {
+    timing = {
         key: getattr(timed, key)
         for key in ("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms")
     }
@@ -71,15 +76,15 @@ def merged(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str
     added = Verified(new.steps, new.seeds, new.verdict, first_seed, _passed(new))
     further = tuple(one for one in old.verified if not _is_within(one, added))
     if _covers(new, old):
-        evidence = dataclasses.replace(new, **figures, in_process=in_process, verified=further)
-        return evidence, f"in the place of its proof over {_extent(old)}, which it covers"
+        evidence = dataclasses.replace(new, **timing, in_process=in_process, verified=further)
+        return evidence, f"the new proof replaces the old one over {_extent(old)}"
     verified = (*further, added)
-    evidence = dataclasses.replace(old, **figures, in_process=in_process, verified=verified)
-    return evidence, f"beside its proof over {_extent(old)}, which stays"
+    evidence = dataclasses.replace(old, **timing, in_process=in_process, verified=verified)
+    return evidence, f"the new proof is stored beside the old one over {_extent(old)}"
 
 
 def _passed(evidence: Evidence) -> tuple[str, ...]:
-    """The names of the checks that passed."""
+    """Return the names of the checks that passed."""
     return tuple(dict.fromkeys(c.name for c in evidence.checks if c.result == "passed"))
 
 
@@ -93,7 +98,7 @@ def _covers(new: Evidence, old: Evidence) -> bool:
 
 
 def _is_within(one: Verified, other: Verified) -> bool:
-    """Whether the other proof has all seeds, steps and checks of the first."""
+    """Return whether the other proof has all seeds, steps and checks of the first."""
     first, last = one.first_seed, one.first_seed + one.seeds
     return (
         other.first_seed <= first

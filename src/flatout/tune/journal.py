@@ -1,4 +1,5 @@
-"""The journal of a tune: every trial is on disk when it ends, so that a tune can be resumed.
+"""Keeps the journal of a tune: every trial is written to disk when it ends, so a tune can be
+resumed.
 
 A tune has a folder of its own below ``paths.tunes_directory()``::
 
@@ -6,12 +7,15 @@ A tune has a folder of its own below ``paths.tunes_directory()``::
     runs/            the run directories of its trials
     result.json      the result, written at the end
 
-What tune does next depends only on the results of its trials and the time that they took. A tune
-that is resumed therefore begins anew, and takes each trial that it asks for from the journal as
-long as the journal has it. A trial that was running when tune was killed is run again.
+A tune that is resumed begins anew, and takes each trial that it asks for from the journal as long
+as the journal has it. This works because the next trial of a tune depends mostly on the results of
+its trials and the time that they took. It also depends on the free memory, the machine's measured
+peak rates and the cores that may be used. If any of these has changed so much that the tune asks
+for another trial than the journal has next, the rest of the journal is dropped. A trial that was
+running when the tune was killed is run again.
 
-Each line is written at once and whole. The torn last line of a tune that was killed while it wrote
-is ignored and cut off. The file is locked while its tune runs.
+Each line is written by one call. If a tune was killed while it wrote a line, the incomplete line is
+cut off. The file is locked while its tune runs.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ RUNS_FOLDER = "runs"
 
 KEPT_TUNES = 20
 KEPT_BYTES = 512 * 2**20
-"""Most old tunes that are kept, and most bytes of them; the oldest are deleted first."""
+"""Maximum number of old tunes that are kept, and their maximum size; the oldest are deleted
+first."""
 
 
 class JournalError(UserError):
@@ -59,15 +64,15 @@ def _is_folder_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """One trial, as it ended.
+    """The result of one trial.
 
     Attributes:
-        run: name of its run directory.
-        seconds: wall time of its command.
+        run: the name of its run directory.
+        seconds: the wall time of its command.
         ended: whether the program came to its end by itself.
-        failure: why it gave no usable record; ``None``: it gave one.
+        failure: the reason why it gave no usable record; ``None`` if it gave one.
         tail: the last lines of the program's output if the trial failed, otherwise empty.
-        spent_s: time that the tune had taken by then, resumed ones included.
+        spent_s: the total time of the tune so far, including the time before a resume.
     """
 
     run: Annotated[str, codec.Check(_is_folder_name, "the name of a folder")]
@@ -79,8 +84,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """A line of trials that ended at the same time, without their requests."""
+class _TrialLine:
+    """One line of the journal: the results of trials that ran together."""
 
     entries: tuple[Entry, ...]
 
@@ -93,15 +98,15 @@ class Journal:
 
     Raises:
         JournalError: the journal cannot be read or written.
-        BlockingIOError: another process has it.
+        BlockingIOError: another process has locked the journal.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / JOURNAL_FILE
-        self._descriptor = _locked(self.path)
+        self._descriptor = _open_and_lock(self.path)
         try:
-            lines, whole_bytes = _whole_lines(self.path)
+            lines, whole_bytes = _read_whole_lines(self.path)
         except JournalError:
             os.close(self._descriptor)
             raise
@@ -111,11 +116,11 @@ class Journal:
         self._program_end = 0
         for line, end in lines:
             if line.get("kind") == "program":
-                self._program, self._program_end = _program(line), end
+                self._program, self._program_end = _decode_program(line), end
         self._recorded = [(line, end) for line, end in lines if line.get("kind") == "trial"]
         self._at_byte = lines[0][1] if lines else 0
         self._next = 0
-        self._sat_down_s = time.monotonic()
+        self._session_began_s = time.monotonic()
         self._spent_before_s = 0.0
 
     @property
@@ -125,26 +130,29 @@ class Journal:
 
     @property
     def spent_s(self) -> float:
-        """How long the tune has taken; while trials come from the journal, how long it had then."""
-        return self._spent_before_s + (time.monotonic() - self._sat_down_s)
+        """The time that the tune has taken so far, in seconds.
 
-    def recorded(self, *requests: Request) -> tuple[Entry, ...] | None:
-        """Return the next trials if the journal has them for the same requests.
+        While trials come from the journal, it is the time that the tune had taken after them.
+        """
+        return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
-        If the journal has other requests here, the rest of it is dropped: flatout or its options
-        have changed.
+    def take_next(self, *requests: Request) -> tuple[Entry, ...] | None:
+        """Return the next trials if the journal has them for the same requests, otherwise ``None``.
+
+        If the journal has other requests here, the tune has decided differently this time, and the
+        rest of the journal is dropped.
 
         Raises:
-            JournalError: the journal holds something else than trials here.
+            JournalError: the journal holds an invalid trial here.
         """
         if self._next == len(self._recorded):
             return None
         line, end = self._recorded[self._next]
         try:
-            entries = codec.decode(_Trial, line).entries
+            entries = codec.decode(_TrialLine, line).entries
         except codec.MismatchError as mismatch:
             why = one_line(mismatch)
-            raise JournalError(f"{self.path} holds a trial that is none: {why}") from mismatch
+            raise JournalError(f"{self.path} holds an invalid trial: {why}") from mismatch
         are_there = all((self.runs / entry.run).is_dir() for entry in entries)
         is_same = line.get("requests") == codec.encode(requests) and len(entries) == len(requests)
         if not is_same or not are_there:
@@ -156,14 +164,14 @@ class Journal:
         self._next += 1
         self._at_byte = end
         self._spent_before_s = entries[-1].spent_s
-        self._sat_down_s = time.monotonic()
+        self._session_began_s = time.monotonic()
         return entries
 
     def add(self, requests: Sequence[Request], entries: Sequence[Entry]) -> None:
-        """Write down trials that ended at the same time.
+        """Write the results of trials that ran together.
 
         Raises:
-            JournalError: it cannot be written.
+            JournalError: the journal cannot be written.
         """
         document = {
             "kind": "trial",
@@ -172,8 +180,8 @@ class Journal:
         }
         _append(self._descriptor, self.path, document)
 
-    def hold(self, program: Program) -> None:
-        """Write down what the program is, or compare it with what it was before.
+    def record_or_check_program(self, program: Program) -> None:
+        """Record the program; on resuming, check that it is still the program of the journal.
 
         Raises:
             JournalError: the program has changed, or the journal cannot be written.
@@ -186,12 +194,13 @@ class Journal:
         changes = changes_between(self._program, program)
         if changes:
             raise JournalError(
-                f"the program has changed since: {summed_up(changes)}; leave --resume out"
+                f"the program has changed since the tune began: {summed_up(changes)}; "
+                "leave --resume out"
             )
         self._at_byte = max(self._at_byte, self._program_end)
 
     def finish(self, result: str | None = None) -> None:
-        """Write down the result, if there is one; the tune cannot be resumed from now on.
+        """Write the result, if there is one, and the end; the tune can no longer be resumed.
 
         Raises:
             JournalError: the journal or the result cannot be written.
@@ -212,42 +221,43 @@ class Journal:
         os.close(self._descriptor)
 
 
-def opened(
+def open_journal(
     verb: str,
     command: Sequence[str],
     options: Any,
     resumes: bool,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> Journal:
     """Open the journal of a verb that runs trials.
 
     Args:
-        verb: name of the verb.
-        command: the job.
-        options: a dataclass of what the user asks for; on resuming, ``say`` tells what differs.
+        verb: the name of the verb.
+        command: the command line of the job.
+        options: the user's options, as a dataclass. On resuming, the options that differ from those
+            of the journal are printed.
         resumes: whether to resume the last tune of this job that has not come to its end.
-        say: called with a line.
+        print_line: prints a line of progress.
 
     Raises:
-        JournalError: there is no place for it, or nothing to go on with.
+        JournalError: the journal cannot be written, or there is no tune to resume.
     """
     if not resumes:
         return begin(verb, command, options)
     found = resume(verb, command)
-    differing = _differing(found.job.get("options"), _plain_options(options))
+    differing = _describe_changed_options(found.job.get("options"), _plain_options(options))
     if differing:
-        say(
-            f"going on under other options: {'; '.join(differing)}; trials that were asked for "
-            "otherwise are run again"
+        print_line(
+            f"resuming with different options: {'; '.join(differing)}; trials whose request has "
+            "changed run again"
         )
     return found
 
 
 def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
-    """Create the journal of a new tune; see ``opened``.
+    """Create the journal of a new tune; see ``open_journal``.
 
     Raises:
-        JournalError: it cannot be written.
+        JournalError: the journal cannot be written.
     """
     tunes = paths.tunes_directory()
     try:
@@ -263,7 +273,7 @@ def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
             "FLATOUT_HOME can name another place"
         ) from error
     try:
-        job = {"kind": "job", **_job(verb, command), "options": _plain_options(options)}
+        job = {"kind": "job", **_describe_job(verb, command), "options": _plain_options(options)}
         _append(descriptor, path, job)
     finally:
         os.close(descriptor)
@@ -274,7 +284,8 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     """Open the journal of the last tune of this job that has not come to its end.
 
     Raises:
-        JournalError: there is none, or it belongs to another flatout or a running tune.
+        JournalError: there is no such tune, or it belongs to another version of flatout, or it is
+            still running.
     """
     why: list[str] = []
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):
@@ -282,7 +293,7 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
             lines = read(path)
             if not lines or lines[0].get("verb") != verb or lines[-1].get("kind") == "end":
                 continue
-            difference = _difference(lines[0], verb, command)
+            difference = _explain_no_resume(lines[0], verb, command)
             if difference is None:
                 return Journal(path.parent)
         except BlockingIOError:
@@ -299,9 +310,17 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     )
 
 
-def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
-    """Why a tune of that job cannot be resumed as a tune of this one; ``None``: it can."""
-    now = _job(verb, command)
+def _explain_no_resume(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
+    """Return the reason why the tune of a job cannot be resumed for this command, as a clause.
+
+    The result is ``None`` if it can be resumed.
+
+    Args:
+        job: the journal's line about the job.
+        verb: the name of the verb that resumes.
+        command: its command.
+    """
+    now = _describe_job(verb, command)
     if job.get("folder") != now["folder"]:
         return f"it was started in {job.get('folder')}"
     if job.get("command") != now["command"]:
@@ -319,8 +338,8 @@ def _difference(job: dict[str, Any], verb: str, command: Sequence[str]) -> str |
     return "; ".join(changed) or None
 
 
-def _differing(before: Any, now: dict[str, Any]) -> list[str]:
-    """A clause for each option that differs, as far as the old options are known."""
+def _describe_changed_options(before: Any, now: dict[str, Any]) -> list[str]:
+    """Return a clause for each option that has changed, as far as the old options are known."""
     if not isinstance(before, dict):
         return []
     return [
@@ -331,7 +350,7 @@ def _differing(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 def _plain_options(options: Any) -> dict[str, Any]:
-    """The options of a verb by their names on the command line."""
+    """Return the options of a verb by their names on the command line."""
     if options is None:
         return {}
     plain: dict[str, Any] = json.loads(json.dumps(codec.encode(options), default=sorted))
@@ -339,16 +358,16 @@ def _plain_options(options: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a journal.
+    """Read the complete lines of a journal.
 
     Raises:
-        JournalError: it cannot be read, or a line other than a torn last one is no JSON object.
+        JournalError: the journal cannot be read, or one of its complete lines is not a JSON object.
     """
-    return [line for line, _ in _whole_lines(path)[0]]
+    return [line for line, _ in _read_whole_lines(path)[0]]
 
 
-def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a tune to be resumed, beside its program (``Journal.hold``)."""
+def _describe_job(verb: str, command: Sequence[str]) -> dict[str, Any]:
+    """Describe what must be the same for a tune to be resumed, besides its program."""
     return {
         "version": JOURNAL_VERSION,
         "flatout": __version__,
@@ -358,15 +377,15 @@ def _job(verb: str, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _program(line: dict[str, Any]) -> Program | None:
-    """The program of a journal's line; ``None``: it cannot be read."""
+def _decode_program(line: dict[str, Any]) -> Program | None:
+    """Decode the program of a journal's line; ``None`` if it cannot be decoded."""
     try:
         return codec.decode(Program, line)
     except codec.MismatchError:
         return None
 
 
-def _locked(path: Path) -> int:
+def _open_and_lock(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except OSError as error:
@@ -380,9 +399,9 @@ def _locked(path: Path) -> int:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether any process runs a tune in this folder."""
+    """Return whether any process runs a tune in this folder."""
     try:
-        os.close(_locked(folder / JOURNAL_FILE))
+        os.close(_open_and_lock(folder / JOURNAL_FILE))
     except BlockingIOError:
         return True
     except JournalError:
@@ -390,8 +409,11 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def _whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
-    """The objects of the whole lines, each with the offset of its end, and the end of the last."""
+def _read_whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
+    """Read the objects of the complete lines, each with the byte offset of its end.
+
+    The second result is the end of the last complete line.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:

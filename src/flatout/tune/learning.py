@@ -1,4 +1,4 @@
-"""``flatout run --tune``: what is compared in the real training, and the plan that comes of it."""
+"""Chooses settings during a whole run (``flatout run --tune``), and writes them as a plan."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Comparison, Request
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
-"""Classes of the settings that may be compared without a proof: they keep the program's
-arithmetic."""
+"""Exactness classes of the settings that may be compared without a proof, because they keep the
+program's arithmetic."""
 
 BLOCK_STEPS, DISCARD_STEPS, WARMUP_STEPS, ROUNDS = 6, 2, 5, 8
-"""Steps of a block, those at its start that are not timed, steps before the first block, and most
-blocks of each setting. See ``Comparison``."""
+"""The number of steps of a block, of the steps at its start that are not timed, and of the steps
+before the first block; and the maximum number of blocks of each setting. See ``Comparison``."""
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""Candidates for all of these are compared, since what the job computes on shows only when it runs;
-settings that have nothing to do there refuse."""
+"""Candidates for all of these devices are compared, because the job's device is known only once it
+runs. Settings that do not apply to it report so."""
 
 
-def request(arguments: argparse.Namespace) -> Request:
-    """What the agent shall do: compare each hot candidate alone, then keep what is faster.
+def make_request(arguments: argparse.Namespace) -> Request:
+    """Make the request for the agent, flatout's code inside the job.
+
+    The agent compares each hot candidate alone with the baseline, and keeps the settings that are
+    faster.
 
     Args:
-        arguments: arguments of ``flatout run``.
+        arguments: the arguments of ``flatout run``.
 
     Raises:
         UserError: the plan's file cannot be written, or holds a plan that was not learned; or the
@@ -68,11 +71,11 @@ def request(arguments: argparse.Namespace) -> Request:
 
 
 def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
-    """Write a plan of what was learned; returns what to tell the user, a line each.
+    """Write a plan of the settings that were kept; return the lines to print.
 
     Args:
-        arguments: arguments of ``flatout run``.
-        run_directory: directory of the run that has ended.
+        arguments: the arguments of ``flatout run``.
+        run_directory: the directory of the run that has ended.
     """
     try:
         times = read_step_times(run_directory)

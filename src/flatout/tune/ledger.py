@@ -1,7 +1,7 @@
-"""What a tune was asked for, what it has tried, and what came of each setting.
+"""Keeps what a tune was asked for, which settings it has tried, and what came of each.
 
-The ledger is the one object that all stages of a tune share and write to. It tells whoever watches
-the tune of every change.
+The ledger is the one object that all stages of a tune share and write to. It reports every change
+to the observer of the tune.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flatout.tune import memory
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.pairs import Pace, Pairs
-from flatout.tune.progress import Phase
+from flatout.tune.progress import Activity
 from flatout.tune.proof import Verdict
 from flatout.wire import signature
 from flatout.wire.header import Header
@@ -26,17 +26,17 @@ from flatout.wire.ratios import Ratio
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for.
+    """The options of a tune that the user gave.
 
     Attributes:
-        budget_seconds: how long the tune may take, roughly.
-        steps: steps that the proof covers; ``None``: as many as the budget allows, see
-            ``bare.USUAL_STEPS``.
-        seed: seed of the first pair of runs; each later pair has the next one.
+        budget_seconds: the time that the tune may take, roughly.
+        steps: the number of steps that the proof covers; ``None`` for as many as the first run has
+            timed, within the limits of ``bare.USUAL_STEPS`` and ``bare.USUAL_S``.
+        seed: the seed of the first pair of runs; each later pair has the next one.
         isolate: whether every trial runs in a copy-on-write view of the file system.
-        knobs: names of the knobs to try; ``None``: all.
-        exactness: classes of the settings that may be tried; ``None``: all.
-        memory: peak memory that is allowed, as a multiple of the bare program's.
+        knobs: the names of the knobs to try; ``None`` for all.
+        exactness: the classes of the settings that may be tried; ``None`` for all.
+        memory: the peak memory that is allowed, as a multiple of the bare program's.
     """
 
     budget_seconds: float = 300.0
@@ -49,8 +49,11 @@ class Options:
 
 
 @dataclass
-class LedgerArm:
-    """An arm: settings that are tried as one, and what has become of them; see ``document.Arm``."""
+class LedgerEntry:
+    """Settings that are tried together, and their result so far.
+
+    See ``document.TriedSettings`` for the attributes.
+    """
 
     settings: Mapping[str, str]
     stage: Stage = "inside one process"
@@ -65,39 +68,43 @@ class Outcome:
     """What a tune has found so far, and in the end.
 
     Attributes:
-        settings: settings of the plan; empty when nothing helps.
-        why: one sentence: why this plan, or why none.
-        evidence: evidence for the plan, ``None`` when there is none.
-        arms: what was tried or might have been, in the order in which it was found.
-        gain_on_top: for each knob of a stack of settings, how many times faster the stack is with
-            it than without it.
-        refused: knobs that are no candidates, with the reason.
-        findings: what limits the bare program.
-        pairs: the pairs behind the plan, ``None`` when there is no plan.
+        settings: the settings of the plan; empty if nothing helps.
+        why: the reason why this plan was chosen, or why there is none, in one sentence.
+        evidence: the evidence for the plan; ``None`` if there is no plan.
+        entries: the settings that were tried or might have been, in the order in which they were
+            found.
+        gain_on_top: for each knob of the stack, the step time without it over that with it.
+        refused: the knobs without candidates, each with the reason.
+        findings: the findings about what limits the bare program.
+        pairs: the pairs behind the plan; ``None`` if there is no plan.
         verdict: the verdict of the last proof.
-        pace: pace of the bare program.
-        phases_ms: the parts of a step of the bare program; ``None``: not measured.
-        header: header of the first run's record: interpreter, torch and so on.
-        inputs: what went into the first outermost module call of every run, see
-            ``wire.signature``; ``None`` if all runs have nothing in common.
-        program: files and variables of the program at its first run; ``None``: it has not run.
-        modules: files that the runs have imported.
-        job_steps: how many steps the whole job has, ``None``: not known.
+        pace: the pace of the bare program.
+        startup_s: the time of the bare program from the import of torch to the first step.
+        phases_ms: the time of each phase of a step of the bare program; ``None`` if it was not
+            measured.
+        header: the header of the first run's record: interpreter, torch and so on.
+        inputs: the inputs of the first outermost module call that all runs have in common, see
+            ``wire.signature``; ``None`` if they have none in common.
+        program: the files and variables of the program at its first run; ``None`` if it has not
+            run.
+        modules: the files that the runs have imported.
+        job_steps: the number of steps of the whole job; ``None`` if it is not known.
         interrupted: whether the user has ended the tune.
-        seconds: how long the tune took.
-        phase: what is being done now; ``None``: nothing has begun.
+        seconds: the time that the tune took.
+        activity: what the tune does now; ``None`` if it has not begun.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
     why: str = ""
     evidence: Evidence | None = None
-    arms: list[LedgerArm] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
     gain_on_top: dict[str, Ratio] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     pairs: Pairs | None = None
     verdict: Verdict | None = None
     pace: Pace | None = None
+    startup_s: float | None = None
     phases_ms: Mapping[str, float | None] = field(default_factory=dict)
     header: Header = field(default_factory=Header)
     inputs: tuple[str, ...] | None = None
@@ -106,139 +113,152 @@ class Outcome:
     job_steps: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
-    phase: Phase | None = None
+    activity: Activity | None = None
 
     def find_ratio_alone(self, knob: str) -> Ratio | None:
-        """The ratio of a knob alone inside one process, ``None``: not measured."""
+        """Return a knob's ratio inside one process, see ``document.KnobResult.alone``.
+
+        The result is ``None`` if it was not measured.
+        """
         return self._ratio(knob, "inside one process")
 
     def find_gain_on_top(self, knob: str) -> Ratio | None:
-        """How many times faster the stack is with a knob than without, ``None``: not measured."""
+        """Return the step time of the stack without a knob over that with it.
+
+        The result is ``None`` if it was not measured.
+        """
         return self.gain_on_top.get(knob) or self._ratio(knob, "fresh processes")
 
     def _ratio(self, knob: str, stage: Stage) -> Ratio | None:
-        for arm in self.arms:
-            if set(arm.settings) == {knob} and arm.stage == stage and arm.ratio is not None:
-                return arm.ratio
+        for entry in self.entries:
+            if set(entry.settings) == {knob} and entry.stage == stage and entry.ratio is not None:
+                return entry.ratio
         return None
 
 
 class Ledger:
-    """The record of one tune while it goes on.
+    """The record of one tune while it runs.
 
     Args:
-        budget_s: how long the tune may take, in seconds.
-        read_spent_s: returns how long it has taken so far, in seconds.
-        say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left in its phase, whenever the
-            phase or an arm has changed.
+        budget_s: the time that the tune may take, in seconds.
+        read_spent_s: returns the time that it has taken so far, in seconds.
+        print_line: prints a line of progress.
+        refresh: shows the outcome so far and the seconds left in the current activity.
 
     Attributes:
-        outcome: what has been found so far.
-        say: see above.
+        outcome: the outcome so far.
+        print_line: see above.
     """
 
     def __init__(
         self,
         budget_s: float,
         read_spent_s: Callable[[], float],
-        say: Callable[[str], None],
-        show: Callable[[Outcome, float], None],
+        print_line: Callable[[str], None],
+        refresh: Callable[[Outcome, float], None],
     ) -> None:
         self.outcome = Outcome()
-        self.say = say
+        self.print_line = print_line
         self._budget_s = budget_s
         self._read_spent_s = read_spent_s
-        self._show = show
+        self._refresh = refresh
 
     @property
     def left_s(self) -> float:
-        """Seconds of the budget that are left; negative when more has been spent."""
+        """The time of the budget that is left, in seconds; negative if more has been spent."""
         return self._budget_s - self._read_spent_s()
 
-    def find(self, settings: Mapping[str, str]) -> LedgerArm:
-        """Find the arm of some settings; only the methods of this class change it.
+    def find(self, settings: Mapping[str, str]) -> LedgerEntry:
+        """Find the entry of some settings; only the methods of this class may change it.
 
         Raises:
             KeyError: these settings were never entered.
         """
-        for arm in self.outcome.arms:
-            if arm.settings == settings:
-                return arm
+        for entry in self.outcome.entries:
+            if entry.settings == settings:
+                return entry
         raise KeyError(dict(settings))
 
     def has_no_gain(self, settings: Mapping[str, str]) -> bool:
-        """Whether these settings were tried, and gained nothing."""
-        return any(arm.settings == settings and arm.state == "no gain" for arm in self.outcome.arms)
+        """Return whether these settings were tried, and gained nothing."""
+        return any(
+            entry.settings == settings and entry.state == "no gain"
+            for entry in self.outcome.entries
+        )
+
+    def is_settled(self, settings: Mapping[str, str]) -> bool:
+        """Return whether these settings have a ratio, or a reason why they have none."""
+        entry = self.find(settings)
+        return entry.ratio is not None or (entry.state != "running" and bool(entry.why))
 
     def enter(self, candidates: Iterable[Candidate]) -> None:
-        """Enter what may be tried."""
-        self.outcome.arms += [
-            LedgerArm(candidate.settings, bound=candidate.bound) for candidate in candidates
+        """Add an entry for each candidate."""
+        self.outcome.entries += [
+            LedgerEntry(candidate.settings, bound=candidate.bound) for candidate in candidates
         ]
-        self.tell()
+        self.notify()
 
     def start(self, candidates: Iterable[Candidate], stage: Stage) -> None:
-        """Note that candidates are being tried."""
+        """Mark candidates as being tried."""
         for candidate in candidates:
-            arm = self.find(candidate.settings)
-            arm.stage, arm.state = stage, "running"
-        self.tell()
+            entry = self.find(candidate.settings)
+            entry.stage, entry.state = stage, "running"
+        self.notify()
 
     def note_ratio(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
-        """Note a candidate's measured ratio, and what is to be said of it; it is judged later."""
-        arm = self.find(candidate.settings)
-        arm.ratio, arm.why = ratio, why
+        """Enter a candidate's measured ratio, and a remark on it; it is judged later."""
+        entry = self.find(candidate.settings)
+        entry.ratio, entry.why = ratio, why
 
     def accept(self, settings: Mapping[str, str], why: str = "") -> None:
-        """Note that settings are faster; without a reason, what was said of them stays."""
-        arm = self.find(settings)
-        arm.state, arm.why = "won", why or arm.why
-        self.tell()
+        """Mark settings as faster. If ``why`` is empty, the earlier reason is kept."""
+        entry = self.find(settings)
+        entry.state, entry.why = "won", why or entry.why
+        self.notify()
 
     def reject(self, settings: Mapping[str, str], why: str = "") -> None:
-        """Note that settings gain nothing, and the reason if it is another than the ratio."""
-        arm = self.find(settings)
-        arm.state, arm.why = "no gain", why
-        self.tell()
+        """Mark settings as without gain; ``why`` gives the reason if it is not the ratio."""
+        entry = self.find(settings)
+        entry.state, entry.why = "no gain", why
+        self.notify()
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
-        """Reject settings that did nothing, whatever their ratio is: it is noise."""
-        self.say(f"{format_settings(settings)} has no effect: {why}")
+        """Reject settings that did nothing, whatever their ratio is, because it is noise."""
+        self.print_line(f"{format_settings(settings)} has no effect: {why}")
         self.reject(settings, f"it has no effect: {why}")
 
     def fail(self, settings: Mapping[str, str], why: str) -> None:
-        """Note that settings cannot be used: they or the program fail."""
-        arm = self.find(settings)
-        arm.state, arm.why = "failed", why
-        self.say(f"{format_settings(settings)} is dropped: {why}")
-        self.tell()
+        """Mark settings as unusable, because they or the program fail."""
+        entry = self.find(settings)
+        entry.state, entry.why = "failed", why
+        self.print_line(f"{format_settings(settings)} is dropped: {why}")
+        self.notify()
 
     def skip(self, settings: Mapping[str, str], stage: Stage, why: str) -> None:
-        """Note that settings are not tried, or not judged, and in which stage."""
-        arm = self.find(settings)
-        arm.stage, arm.state, arm.why = stage, "not tried", why
-        self.say(f"{format_settings(settings)} is not tried: {why}")
-        self.tell()
+        """Mark settings as not tried, or not judged, in a stage."""
+        entry = self.find(settings)
+        entry.stage, entry.state, entry.why = stage, "not tried", why
+        self.print_line(f"{format_settings(settings)} is not tried: {why}")
+        self.notify()
 
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
-        """Note that settings do not become part of the plan although they may be faster.
+        """Mark settings as left out of the plan although they may be faster.
 
-        They need not have been entered: a gentler setting of a knob may not have been.
+        They need not have an entry: the gentler setting of a knob may never have been tried.
         """
-        self.say(f"{format_settings(settings)} is left out: {why}")
-        for arm in self.outcome.arms:
-            if arm.settings == settings:
-                arm.state, arm.why = "left out", why
-        self.tell()
+        self.print_line(f"{format_settings(settings)} is left out: {why}")
+        for entry in self.outcome.entries:
+            if entry.settings == settings:
+                entry.state, entry.why = "left out", why
+        self.notify()
 
     def note_on_top(self, knob: str, ratio: Ratio) -> None:
-        """Note how many times faster the stack is with a knob than without it."""
+        """Enter the step time of the stack without a knob over that with it."""
         self.outcome.gain_on_top[knob] = ratio
-        self.say(f"{knob} on top of the others: {ratio} inside one process")
+        self.print_line(f"{knob} on top of the others: {ratio} inside one process")
 
     def note_runs(self, pairs: Pairs) -> None:
-        """Note what runs were given and have imported.
+        """Enter the inputs and the imported files of runs.
 
         The plan names the inputs that all runs have in common, and the files that any has imported.
         """
@@ -254,51 +274,51 @@ class Ledger:
         pairs: int | None = None,
         lasts_s: float | None = None,
     ) -> None:
-        """Note that a phase begins; see ``Phase``.
+        """Begin an activity; see ``Activity``.
 
         Args:
-            what: what is being done.
-            pair: which pair of runs is being made; ``None``: it makes no pairs.
-            pairs: how many pairs it will make; ``None``: not known.
-            lasts_s: how long it should take; ``None``: it may take the rest of the budget.
+            what: the activity in words.
+            pair: the number of the pair of runs that is being made; ``None`` if it makes no pairs.
+            pairs: the number of pairs that it will make; ``None`` if that is not known.
+            lasts_s: the time that it should take, in seconds; ``None`` for the rest of the budget.
         """
         ends_s = self._budget_s if lasts_s is None else self._read_spent_s() + lasts_s
-        self.outcome.phase = Phase(what, pair, pairs, ends_s)
-        self.tell()
+        self.outcome.activity = Activity(what, pair, pairs, ends_s)
+        self.notify()
 
     def follow_pairs(
         self, what: str, expected: int, pair_s: float, is_enough: Callable[[Pairs], bool]
     ) -> Callable[[Pairs], bool]:
-        """Wrap ``is_enough``: it also updates the shown phase before each pair.
+        """Wrap ``is_enough`` so that it also updates the activity before each pair.
 
         Args:
-            what: what the pairs are for.
-            expected: how many it should take, as far as that is known before.
-            pair_s: how long one of them takes, in seconds.
-            is_enough: is asked before each pair.
+            what: the activity in words.
+            expected: the number of pairs that it should take, as far as that is known before.
+            pair_s: the time of one pair, in seconds.
+            is_enough: tells before each pair whether there are enough.
         """
 
-        def is_over(made: Pairs) -> bool:
-            if is_enough(made):
+        def is_over(finished_pairs: Pairs) -> bool:
+            if is_enough(finished_pairs):
                 return True
-            left = expected - made.count
-            if left > 0:
-                self.begin(what, made.count + 1, expected, left * pair_s)
+            number = finished_pairs.count + 1
+            if number <= expected:
+                self.begin(what, number, expected, (expected - number + 1) * pair_s)
             else:
-                self.begin(what, made.count + 1)
+                self.begin(what, number)
             return False
 
         return is_over
 
-    def tell(self) -> None:
-        """Show what has been found so far."""
-        phase = self.outcome.phase
-        ends_s = self._budget_s if phase is None else phase.ends_s
-        self._show(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
+    def notify(self) -> None:
+        """Show the outcome so far to the observer of the tune."""
+        activity = self.outcome.activity
+        ends_s = self._budget_s if activity is None else activity.ends_s
+        self._refresh(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
 
 
 def format_settings(settings: Mapping[str, str]) -> str:
-    """Settings as they are written on the command line, separated by commas."""
+    """Return settings as they are written on the command line, separated by commas."""
     return ", ".join(f"{name}={setting}" for name, setting in settings.items())
 
 

@@ -1,60 +1,69 @@
-"""Whether a plan needs too much memory. The functions are pure functions of recorded steps."""
+"""Checks whether a plan needs too much memory, from the recorded steps of its runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
-from flatout.tune import figures
+from flatout.tune import formatting
 from flatout.wire.record import Step
 
 ALLOWED = 1.1
-"""Peak memory that a plan may have, as a multiple of the bare program's, by default."""
+"""By default, the peak memory that a plan may have, as a multiple of the bare program's."""
 
 LEAK_STEPS = 2000
-"""Steps after which memory that keeps growing must still be within what is allowed."""
+"""Number of steps after which memory that keeps growing must still be within what is allowed."""
 
 FEWEST_STEPS = 16
-"""Fewest steps of a run whose growth is looked at."""
+"""Growth is measured only in runs with at least this many steps."""
 
 
 def refusal(
     bare: Sequence[Sequence[Step]], plan: Sequence[Sequence[Step]], allowed: float
 ) -> str | None:
-    """Why a plan needs too much memory, one clause; ``None``: it does not, or it was not measured.
+    """Return the reason why a plan needs too much memory, as a clause.
 
+    The result is ``None`` if the plan needs no more than is allowed, or if memory was not measured.
     If the program uses an accelerator, the accelerator's memory counts, else that of the main
-    process.
+    process. Memory that keeps growing is judged by the same of the two.
 
     Args:
-        bare, plan: steps of each run.
-        allowed: peak memory that the plan may have, as a multiple of bare's.
+        bare, plan: the steps of each run of the bare program and of the plan.
+        allowed: the peak memory that the plan may have, as a multiple of bare's.
     """
+    read_peak = _read_device_peak
     bare_peak, plan_peak = peak_device_bytes(bare), peak_device_bytes(plan)
     if bare_peak is None or plan_peak is None:
+        read_peak = _read_rss_peak
         bare_peak, plan_peak = peak_rss_bytes(bare), peak_rss_bytes(plan)
     if bare_peak is None or plan_peak is None:
         return None
     if plan_peak > allowed * bare_peak:
         return (
             f"its peak memory is {plan_peak / bare_peak:.2f} times bare's "
-            f"({figures.memory(plan_peak)} against {figures.memory(bare_peak)}; "
+            f"({formatting.memory(plan_peak)} against {formatting.memory(bare_peak)}; "
             f"--memory {math.ceil(10 * plan_peak / bare_peak) / 10:.1f} would allow it)"
         )
-    growth = _growth_bytes(plan) - _growth_bytes(bare)
-    if bare_peak + growth * LEAK_STEPS > allowed * bare_peak and growth > 0:
-        return f"its memory grows by {growth / 1024:.0f} KiB a step and does not stop"
+    growth_bytes = _measure_growth(plan, read_peak) - _measure_growth(bare, read_peak)
+    if bare_peak + growth_bytes * LEAK_STEPS > allowed * bare_peak and growth_bytes > 0:
+        return f"its memory grows by {growth_bytes / 1024:.0f} KiB a step and does not stop"
     return None
 
 
 def peak_rss_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """The peak of the main process, the median of the runs; ``None``: not measured."""
+    """Return the peak memory of the main process, the median of the runs.
+
+    The result is ``None`` if it was not measured.
+    """
     return _median(steps[-1].peak_rss_bytes for steps in runs if steps)
 
 
 def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """The peak on the accelerator, the median of the runs; ``None``: none is used or measured."""
+    """Return the peak memory on the accelerator, the median of the runs.
+
+    The result is ``None`` if the program uses no accelerator, or if its memory was not measured.
+    """
     return _median(
         max((step.peak_device_bytes or 0 for step in steps), default=0) for steps in runs
     )
@@ -65,13 +74,24 @@ def _median(peaks: Iterable[int | None]) -> int | None:
     return round(median(known)) if known else None
 
 
-def _growth_bytes(runs: Sequence[Sequence[Step]]) -> float:
-    """The growth per step that lasted through the third and the last quarter of a run, the median
-    of the runs."""
+def _read_rss_peak(step: Step) -> int | None:
+    return step.peak_rss_bytes
+
+
+def _read_device_peak(step: Step) -> int | None:
+    return step.peak_device_bytes
+
+
+def _measure_growth(
+    runs: Sequence[Sequence[Step]], read_peak: Callable[[Step], int | None]
+) -> float:
+    """Measure by how many bytes per step the peak memory keeps growing; the median of the runs.
+
+    For each run, this is the smaller of the growths per step in the third and in the last quarter.
+    """
     found = []
     for steps in runs:
-        peaks = [step.peak_rss_bytes for step in steps]
-        known = [peak for peak in peaks if peak is not None]
+        known = [peak for step in steps if (peak := read_peak(step)) is not None]
         if len(known) < FEWEST_STEPS:
             continue
         quarter = len(known) // 4

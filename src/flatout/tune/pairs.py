@@ -1,4 +1,4 @@
-"""Pairs of fresh processes: they give the claimed ratio, and the losses for the proof.
+"""Runs pairs of fresh processes, which give the claimed ratio, and the losses for the proof.
 
 The two runs of a pair have the same seed. Where two copies of the program fit into memory, they
 run at the same time and alternate in blocks of steps (a relay); otherwise one runs after the other,
@@ -15,59 +15,61 @@ from typing import Any
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import figures, statistics, trial
+from flatout.tune import formatting, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
-from flatout.wire.request import Envelope, Inspection, Relay, Request
+from flatout.wire.request import GuardRequest, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 MINIMUM_STEPS = 20
-"""Fewest steps of a run whose mean time and loss are worth looking at."""
+"""Minimum number of steps of a run; with fewer, its mean time and loss tell too little."""
 
 LIMIT_FACTOR = 4.0
-"""A trial counts as hung when it takes more than this many times what the bare program needs, plus
-``LIMIT_EXTRA_S``."""
+"""A trial counts as hung if it takes more than this many times the time that the bare program
+needs, plus ``LIMIT_EXTRA_S``."""
 
 LIMIT_EXTRA_S = 30.0
-"""Seconds that every trial may take in addition, see ``LIMIT_FACTOR``."""
+"""Time that every trial may take in addition, in seconds; see ``LIMIT_FACTOR``."""
 
 PROOF_INSPECTION = Inspection(state=True, outputs=8)
-"""What a proof needs to see of a run, besides its losses."""
+"""What a proof has recorded of a run, besides its losses."""
 
 RELAY_BLOCK_STEPS = 5
-"""Fewest steps of a block of a relay."""
+"""Minimum number of steps of a block of a relay."""
 
 RELAY_BLOCK_S = 0.1
-"""Seconds that a block of a relay lasts, unless that leaves fewer than ``FEWEST_RELAY_BLOCKS``. It
-must outlast the caches that have gone cold while the other run had the machine."""
+"""Minimum duration of a block of a relay, in seconds, unless that leaves fewer than
+``FEWEST_RELAY_BLOCKS`` blocks. A block must be long enough to refill the caches that the other run
+has emptied."""
 
 FEWEST_RELAY_BLOCKS = 8
-"""Blocks that each run of a relay has at least, unless it is too short for them."""
+"""Minimum number of blocks of each run of a relay, unless the run is too short for them."""
 
 RELAY_DISCARD_SHARE = 1 / 5
-"""Share of the steps of a block, those at its start, that is not timed."""
+"""Share of a block's steps, at its start, that are not timed."""
 
 
 @dataclass
 class Pace:
-    """How fast the bare program is.
+    """The times from which the duration of a trial is estimated.
 
     Attributes:
-        startup_s: seconds from the start of the process to its first step.
-        step_s: seconds of one step.
+        outside_steps_s: the wall time of the bare run outside its steps, in seconds: the start of
+            Python, imports, everything up to the first step, and the end.
+        step_s: the time of a step of the bare program, in seconds.
     """
 
-    startup_s: float
+    outside_steps_s: float
     step_s: float
 
     def limit_s(self, steps: int) -> float:
-        """The time limit of a trial of this many steps, in seconds."""
+        """Return the time limit of a trial of this many steps, in seconds."""
         return LIMIT_EXTRA_S + LIMIT_FACTOR * self.seconds(steps)
 
     def seconds(self, steps: int) -> float:
-        """The expected time of a trial of this many steps, in seconds."""
-        return self.startup_s + steps * self.step_s
+        """Return the expected time of a trial of this many steps, in seconds."""
+        return self.outside_steps_s + steps * self.step_s
 
 
 @dataclass
@@ -75,13 +77,13 @@ class Pairs:
     """Finished runs of a baseline and a variant, in pairs.
 
     Attributes:
-        baseline, variant: settings of the two sides.
-        baseline_runs, variant_runs: trials of the two sides, one of each for each pair.
+        baseline, variant: the settings of the two sides.
+        baseline_runs, variant_runs: the trials of the two sides, one of each for each pair.
         in_relay: whether both runs of a pair exist at the same time and alternate in blocks of
             steps.
-        failure: why the variant cannot run, ``None`` if it can.
+        failure: the reason why the variant cannot run; ``None`` if it can.
         interrupted: whether the user has ended the tune early.
-        overtime_from: how many pairs there were when the budget was spent, ``None`` before that.
+        overtime_from: the number of pairs when the budget was spent; ``None`` before that.
     """
 
     baseline: Mapping[str, str]
@@ -123,13 +125,15 @@ class Pairs:
     @property
     def whole_ratio(self) -> float:
         """The ratio over all steps, including the steps that ``paired_ms`` leaves out as outliers.
-        If the plan itself makes these steps slow, they show here."""
+
+        If the plan itself makes some steps slow, this ratio shows it.
+        """
         both = zip(self.baseline_runs, self.variant_runs, strict=False)
         return geometric_mean(step_ms(one.process) / step_ms(other.process) for one, other in both)
 
     @property
     def costs(self) -> tuple[Cost, Cost]:
-        """What baseline and variant take; the ratio of their step times is ``ratio``."""
+        """The costs of baseline and variant; the ratio of their step times is ``ratio``."""
         baseline, variant = (
             _cost(runs[: self.count], geometric_mean(column))
             for runs, column in zip(
@@ -141,7 +145,7 @@ class Pairs:
         return baseline, variant
 
     def steps(self, side: list[Trial]) -> list[list[Step]]:
-        """The steps of each run of one side that is part of a complete pair.
+        """Return the steps of each run of one side that is part of a complete pair.
 
         Args:
             side: ``baseline_runs`` or ``variant_runs``.
@@ -149,16 +153,17 @@ class Pairs:
         return [done.process.turns for done in side[: self.count]]
 
     def without_effect(self) -> dict[str, str]:
-        """The knobs of the variant that did nothing in any of its runs, each with the reason."""
+        """Return the knobs of the variant that did nothing in any of its runs, with the reason."""
         unused = [trial.collect_reasons(done.process, "unused") for done in self.variant_runs]
         first = unused[0] if unused else {}
         return {name: why for name, why in first.items() if all(name in one for one in unused)}
 
 
 def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
-    """The step times of the two runs of a pair, in ms.
+    """Return the step times of the two runs of a pair, in ms.
 
-    See ``statistics.paired_means_ms``; each run's evaluation passes between the steps are added.
+    They are those of ``statistics.paired_means_ms``, plus each run's evaluation passes between the
+    steps.
     """
     in_steps = statistics.paired_means_ms(
         [step.step_ms for step in one.steady_steps], [step.step_ms for step in other.steady_steps]
@@ -171,10 +176,11 @@ def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
 
 
 def step_ms(process: ProcessRecord) -> float:
-    """The mean time of a step after the warm-up, with its share of the evaluation passes, in ms.
+    """Return the mean time of a step after the warm-up, in ms.
 
-    A median would scatter less, but it would leave out the evaluation passes and whatever happens
-    only at every tenth step, for which the user waits as well.
+    It includes the step's share of the evaluation passes. A median would scatter less, but it would
+    leave out the evaluation passes and whatever happens only at every tenth step, for which the
+    user waits as well.
 
     Raises:
         ValueError: the run has no steps after the warm-up.
@@ -186,15 +192,21 @@ def step_ms(process: ProcessRecord) -> float:
     return sum(step.step_ms for step in (*timed, *between)) / len(timed)
 
 
+def startup_s(process: ProcessRecord) -> float:
+    """Return the time from the import of torch, when the record begins, to the first step, in s."""
+    return process.turns[0].at_s
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What the runs of one side take.
+    """The times that the runs of one side take.
 
     Attributes:
-        startup_s: from the import of torch to the first step, the median of the runs.
-        warmup_s: how much longer the first steps take than later ones (compilation, first calls),
-            the median of the runs.
-        step_ms: one step after the warm-up, the geometric mean of the runs.
+        startup_s: the time from the import of torch to the first step, in seconds; the median of
+            the runs.
+        warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
+            number of later steps; the median of the runs. It includes compilation.
+        step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
     """
 
     startup_s: float
@@ -202,12 +214,12 @@ class Cost:
     step_ms: float
 
     def job_s(self, steps: int) -> float:
-        """The projected time of a job of this many steps, in seconds."""
+        """Return the projected time of a job of this many steps, in seconds."""
         return self.startup_s + self.warmup_s + steps * self.step_ms / 1e3
 
 
 def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
-    """What the runs of one side take.
+    """Compute the times that the runs of one side take.
 
     Args:
         trials: the runs, at least one.
@@ -218,13 +230,15 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
         steps = done.process.turns
         first_s = sum(step.step_ms for step in steps[:WARMUP_STEPS]) / 1e3
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
-        startups.append(steps[0].at_s)
+        startups.append(startup_s(done.process))
         warmups.append(max(first_s - usual_s, 0.0))
     return Cost(median(startups), median(warmups), mean_step_ms)
 
 
 def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[str, float | None]:
-    """The parts of a step in ms (``document.PARTS``), which sum to it; ``None``: not measured.
+    """Split the step time into the times of its parts (``document.PARTS``), in ms.
+
+    A part that was not measured is ``None``; the others sum to the step time.
 
     Args:
         processes: the runs of one side, at least one.
@@ -249,11 +263,13 @@ def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[s
 
 
 def break_even_steps(bare: Cost, plan: Cost, tune_s: float) -> int | None:
-    """Steps after which the plan has made up for the tune and its longer start; ``None``: never.
+    """Return after how many steps the plan has made up for the tune and its longer start.
+
+    The result is ``None`` if it never does.
 
     Args:
-        bare, plan: what the two sides take.
-        tune_s: what the tune took.
+        bare, plan: the costs of the two sides.
+        tune_s: the time that the tune took, in seconds.
     """
     gain_s = (bare.step_ms - plan.step_ms) / 1e3
     longer_s = tune_s + plan.startup_s + plan.warmup_s - bare.startup_s - bare.warmup_s
@@ -273,18 +289,18 @@ def run(
     steps: int,
     seed: int,
     is_enough: Callable[[Pairs], bool],
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> None:
     """Run pairs until there are enough, and add them to ``pairs``.
 
     Args:
-        trials: runs the program.
-        pairs: what the runs are added to.
-        pace: pace of the bare program.
-        steps: length of each run.
-        seed: seed of the first pair of runs; each later pair has the next one.
-        is_enough: is asked before each pair whether to stop.
-        say: is called with a line for each pair.
+        trials: the runner of trials.
+        pairs: the pairs to which the runs are added.
+        pace: the pace of the bare program.
+        steps: the number of steps of each run.
+        seed: the seed of the first pair of runs; each later pair has the next one.
+        is_enough: tells before each pair whether there are enough.
+        print_line: prints a line of progress for each pair.
 
     Raises:
         UserError: the baseline cannot run.
@@ -312,26 +328,28 @@ def run(
                     failed
                 )
             else:
-                say(f"two runs at the same time fail ({failed}): from now on they run one by one")
+                print_line(
+                    f"two runs at the same time fail ({failed}): from now on they run one by one"
+                )
                 pairs.in_relay = False
                 continue
         if pairs.failure is not None:
             return
         one, other = pairs.times_ms[-1]
-        say(
-            f"pair {number + 1}: {figures.milliseconds(one)}, {figures.milliseconds(other)}, "
+        print_line(
+            f"pair {number + 1}: {formatting.milliseconds(one)}, {formatting.milliseconds(other)}, "
             f"{one / other:.2f}x"
         )
 
 
 def size_relay(steps: int, step_s: float) -> Relay:
-    """How two runs of this many steps alternate.
+    """Divide two runs of this many steps into the blocks in which they alternate.
 
-    Steps left over after whole blocks come first, as warm-up.
+    The steps that are left over after whole blocks come first, as warm-up.
 
     Args:
-        steps: length of each run.
-        step_s: seconds of one step.
+        steps: the number of steps of each run.
+        step_s: the time of one step, in seconds.
     """
     usable = steps - WARMUP_STEPS
     longest = usable // FEWEST_RELAY_BLOCKS
@@ -394,10 +412,14 @@ def run_once(
 
 
 def _request(settings: Mapping[str, str], **asked: Any) -> Request:
-    """The request of a run under some settings. Unless these are bitwise, it includes the guard,
-    as ``flatout run`` would: its time is part of what the settings cost."""
+    """Make the request of a run under some settings.
+
+    Unless all of these are bitwise, the request turns on the guard, which watches gradients and
+    weights for infinities and NaN (``agent/guard.py``). ``flatout run`` would do so as well, and
+    the guard's time is part of what the settings cost.
+    """
     is_bitwise = all(knobs.is_bitwise(name, setting) for name, setting in settings.items())
-    guard = None if is_bitwise else Envelope()
+    guard = None if is_bitwise else GuardRequest()
     return Request(settings=dict(settings), guard=guard, **asked)
 
 
@@ -410,10 +432,11 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
     for name, why in trial.collect_reasons(done.process, "failed").items():
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
-    if len(done.process.turns) < min(MINIMUM_STEPS, steps):
+    needed = min(MINIMUM_STEPS, steps)
+    if len(done.process.turns) < needed:
         raise TrialFailedError(
             f"with seed {seed} this program ends after {len(done.process.turns)} steps, tune "
-            f"needs at least {MINIMUM_STEPS}",
+            f"needs at least {needed}",
             done.process,
             "",
         )
@@ -422,7 +445,7 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
 def _run_side(
     trials: Trials, pairs: Pairs, is_variant: bool, *, pace: Pace, steps: int, seed: int
 ) -> None:
-    """Run one side of a pair alone; a failure of the variant is noted in ``pairs``.
+    """Run one side of a pair alone. If the variant fails, the reason is entered in ``pairs``.
 
     Raises:
         UserError: the baseline fails.

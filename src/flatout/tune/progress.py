@@ -1,4 +1,4 @@
-"""What a tune is doing now, for whoever waits for it."""
+"""Describes what a tune is doing now, for its progress line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A phase of a tune.
+class Activity:
+    """Something that a tune does for a while, such as comparing settings.
 
     Attributes:
-        what: what is being done, in words that begin a line.
-        pair: which pair of runs is being made, counted from 1; ``None``: it makes no pairs.
-        pairs: how many pairs it will make; ``None``: the results decide that.
-        ends_s: when it should be over, on the clock of ``Trials.spent_s``.
+        what: the activity in words, which begin a line.
+        pair: the number of the pair of runs that is being made, counted from 1; ``None`` if the
+            activity makes no pairs.
+        pairs: the number of pairs that it will make; ``None`` if the results decide that.
+        ends_s: the time at which it should be over, on the clock of ``Journal.spent_s``.
     """
 
     what: str

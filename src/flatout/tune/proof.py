@@ -1,44 +1,48 @@
-"""Whether a plan computes the same as bare: runs of both from the same seeds are compared.
+"""Checks whether a plan computes the same as the bare program, from runs of both with the same
+seeds.
 
-The functions are pure functions of records. Each seed has a bare run and a plan run; which checks
-are made depends on what the settings may change (``knob.EXACTNESS``).
+Each seed has a bare run and a plan run. The exactness classes of the settings (``knob.EXACTNESS``)
+tell which checks are made. The functions are pure functions of records.
 
 ``losses``
-    Paired non-inferiority, for each backward call of the step, over the second half of the steps
-    and over their last quarter: the upper confidence limit (Student's t over the seeds) of the mean
-    of plan minus bare must be at most one seed-to-seed standard deviation of bare. A plan that
-    lowers the loss passes, unless it lowers it by far more than seeds do: it then trains something
-    else. A program that seeds itself gives the same losses from every seed. The margin is then the
-    standard error of the mean of the last quarter, from the scatter from batch to batch: another
-    data order would change the mean by at least that.
-    A loss that has not fallen by more than this margin since the first steps proves little: a plan
-    under which nothing is learned would pass as well. The check is then open, and the proof
-    ``inconclusive``.
+    This check is paired non-inferiority, for each backward call of the step, over the second half
+    of the steps and over their last quarter. The upper confidence limit (Student's t over the
+    seeds) of the mean of plan minus bare must be at most the margin, one seed-to-seed standard
+    deviation of bare. A plan that lowers the loss passes, unless it lowers it by far more than
+    seeds do, because it then trains something else.
+    A program that sets its own seed gives the same losses from every seed. The margin is then the
+    standard error of the mean of the last quarter, computed from the scatter from batch to batch,
+    because another data order would change the mean by at least that.
+    If the loss has not fallen by more than the margin since the first steps, the check proves
+    little: a plan under which nothing is learned would pass as well. The check is then open, and
+    the proof ``inconclusive``.
 ``spikes``
-    Each loss is finite, and exceeds bare's by at most twice the largest excess of bare's own losses
-    over their mean, or six of their standard deviations, whichever is more.
+    Each loss must be finite. It may exceed bare's by at most twice the largest excess of a bare
+    loss over the mean of the seeds, or six times bare's standard deviation, whichever is more.
 ``identity``
-    Required of ``bitwise`` settings: the same losses and weights, to the bit. Where two bare runs
-    from one seed are not identical either, this check is open, and the other checks decide.
-
-Where bare does not repeat itself (several processes on one set of weights, atomic additions), a
-step has no counterpart in another run. A loss is then compared with the highest that bare's runs
-have in that quarter of the steps, and the margin is at least the spread between these runs.
-
+    Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
+    runs from one seed are not identical either, this check is open, and the other checks decide.
 ``gradients``
-    The gradients of the first updates, for each parameter, since the loss hardly shows a wrong
-    constant factor in one gradient under an optimizer like Adam. See ``gradients.judge``.
+    The gradients of the first updates are compared for each parameter, since the loss hardly shows
+    a wrong constant factor in one gradient under an optimizer like Adam. See ``gradients.judge``.
 ``evaluation``, ``state``
-    Losses and outputs of passes that do not train; buffers (statistics of batch norm) at the end.
+    The losses and outputs of passes that do not train are compared, and the buffers at the end
+    (statistics of batch norm).
 ``probabilities``
-    Probabilities that an outermost module returns: a precision that rounds those near 1 to exactly
-    1 cuts off a loss made of them (``log(1 - p)``), and their gradients become 0.
+    If a precision rounds probabilities near 1 to exactly 1, a loss made of them is cut off
+    (``log(1 - p)``), and their gradients become 0. The share of probabilities that an outermost
+    module returns as exactly 1 must therefore not grow.
 ``outputs``
-    The outputs for identical inputs, of a program that only infers.
+    If the program only infers, its outputs for identical inputs are compared.
 
-More seeds make the limits narrower: where settings reorder the data, the difference of two means
-over n seeds scatters by ``sqrt(2 / n)`` of the margin. A check that fails only because its limit is
-wide is ``undecided``.
+Bare may not repeat itself, because several processes train one set of weights, or because of atomic
+additions. A step then has no counterpart in another run. For spikes, the steps are then divided
+into quarters, and a loss is compared with bare's highest loss in the same quarter. For losses, the
+margin is then at least the spread between bare's runs.
+
+More seeds make the limits narrower. If settings reorder the data, the difference of two means over
+n seeds has a standard deviation of ``sqrt(2 / n)`` margins. A check that fails only because its
+limit is wide is ``undecided``.
 """
 
 from __future__ import annotations
@@ -64,20 +68,21 @@ Moments = Mapping[str, tuple[float, float]]
 """The mean and the root mean square of tensors, by their names."""
 
 SITES_LIMIT = 8
-"""Most backward calls of a step that are judged one by one; of more, the mean loss is judged."""
+"""Up to this many backward calls of a step (sites) are judged separately; above it, only their mean
+loss is judged."""
 
 CONFIDENCE = 0.95
 """Confidence of the upper limit on the mean difference of losses."""
 
 BEGINNING_SHARE = 1 / 20
-"""The first twentieth of the steps shows what the loss was before anything was learned."""
+"""Share of the steps, at the start, that shows the loss before anything was learned."""
 
 FALL_DEVIATIONS = 3.0
 """A loss has fallen only if its fall exceeds this many standard errors of the mean of its first
-values, as given by the scatter from batch to batch."""
+values, which are computed from the scatter from batch to batch."""
 
 SAME_DATA = 0.5
-"""Two runs whose losses have at least this correlation are taken to have the same batches."""
+"""Two runs count as having the same batches if their losses have more than this correlation."""
 
 MORE_ONES = 0.002
 """Share of a model's probabilities that may become exactly 1 under the plan."""
@@ -92,8 +97,8 @@ SPIKE_FACTOR = 2.0
 """A spike exceeds bare's largest excess over its mean by more than this factor."""
 
 ROUNDING = 1e-6
-"""Differences below this fraction of a value do not count: some units in the last place of float32
-(2**-23 = 1.2e-7)."""
+"""Differences below this fraction of a value do not count. It is some units in the last place of
+float32 (2**-23 = 1.2e-7)."""
 
 MOMENT_MARGINS = 6.0
 """No mean or RMS of a tensor may move by more than this many seed-to-seed standard deviations."""
@@ -102,21 +107,23 @@ MOMENT_CHANGE = 0.1
 """``MOMENT_MARGINS`` applies only to changes above this fraction of the tensor's RMS."""
 
 LEAST_SPREAD = 0.01
-"""Smallest seed-to-seed standard deviation of a mean or RMS that is assumed, as a fraction of the
-tensor's RMS: where seeds change it, as few seeds may show too small a deviation."""
+"""Lower bound on the seed-to-seed standard deviation of a mean or RMS, as a fraction of the
+tensor's RMS, because a few seeds can underestimate it. It is used if seeds change the mean or
+RMS."""
 
 UNKNOWN_SPREAD = 0.05
-"""The same where seeds do not change it."""
+"""Lower bound on the same standard deviation if seeds do not change the mean or RMS."""
 
 OUTPUT_ERROR = 1e-3
 """Largest relative error of outputs, without ``reduced`` settings."""
 
 REDUCED_OUTPUT_ERROR = 2.0**-4
-"""Largest relative error of outputs with ``reduced`` settings. One rounding to bfloat16 is an error
-of up to 2**-9; a deep network adds up hundreds of them, as a random walk."""
+"""Largest relative error of outputs with ``reduced`` settings. One rounding to bfloat16 is a
+relative error of up to 2**-8; a deep network adds up hundreds of them, as a random walk."""
 
 TOP1_AGREEMENT = 0.99
-"""Share of clear rows (``CLEAR_LEAD``) whose largest element must be the same under the plan."""
+"""Share of the clear rows (``CLEAR_LEAD``) whose largest element must be at the same place under
+the plan."""
 
 CLEAR_LEAD = 4.0
 """A row is clear if its largest element leads by more than this many times the root mean square
@@ -131,15 +138,16 @@ PLAN_CURVE_POINTS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """What one run shows of what the program computes.
+    """The values that one run computed, as far as they were recorded.
 
     Attributes:
-        curves: loss curves, see ``extract_curves``.
-        steps: number of steps that the run made.
+        curves: the loss curves, see ``extract_curves``.
+        steps: the number of steps that the run made.
         trains: whether the program trains.
-        gradients: gradients of the first updates of each parameter; empty if not recorded.
-        outputs: outputs of the calls that do not train; empty if not recorded.
-        state: state of its modules at the end; ``None`` if not recorded.
+        gradients: the gradients of the first updates of each parameter; empty if they were not
+            recorded.
+        outputs: the outputs of the calls that do not train; empty if they were not recorded.
+        state: the state of the modules at the end; ``None`` if it was not recorded.
     """
 
     curves: tuple[Curve, ...]
@@ -151,7 +159,7 @@ class Run:
 
     @classmethod
     def of(cls, process: ProcessRecord) -> Run:
-        """Make it from the record of a process."""
+        """Make a run from the record of its process."""
         return cls(
             extract_curves([step for step in process.steps if step.mark != "profiled"]),
             len(process.turns),
@@ -164,12 +172,12 @@ class Run:
 
 @dataclass(frozen=True)
 class LossCurves:
-    """The losses of one backward call, means over all seeds and over the steps of each point.
+    """The losses of one backward call, averaged over all seeds and over the steps of each point.
 
     Attributes:
         steps: the first step of each point.
         bare, plan: the losses of both sides.
-        bare_spread, plan_spread: their seed-to-seed standard deviations.
+        bare_spread, plan_spread: the seed-to-seed standard deviations of these losses.
     """
 
     steps: tuple[int, ...]
@@ -185,15 +193,17 @@ class Verdict:
 
     Attributes:
         passed: whether the plan computes the same within the margins: no check failed.
-        why: the reason, one clause.
+        why: the reason, as a clause.
         kind: ``"bitwise"`` if all that was compared is identical; ``"inconclusive"`` if no loss has
-            fallen, so that only the other checks passed; else ``"non-inferior"``.
-        steps: number of steps from the start that were compared; of a program that only infers,
-            number of calls.
-        bare_repeats: whether bare gave identical results twice from one seed; ``None``: not tried.
-        losses: figures for each backward call of the step.
-        checks: all checks; of those that failed, the first is decisive.
-        curves: loss curves for each backward call of the step.
+            fallen, so only the other checks passed; otherwise ``"non-inferior"``.
+        steps: the number of steps from the start that were compared; for a program that only
+            infers, the number of calls.
+        bare_repeats: whether bare gave identical results twice from one seed; ``None`` if it was
+            not tried.
+        losses: the evidence for each backward call of the step.
+        checks: all checks; the first that failed is decisive.
+        curves: the loss curves of each backward call of the step.
+        seeds: the number of seeds from which bare and plan were run.
     """
 
     passed: bool
@@ -204,10 +214,11 @@ class Verdict:
     losses: tuple[LossEvidence, ...]
     checks: tuple[Check, ...] = ()
     curves: tuple[LossCurves, ...] = ()
+    seeds: int = 1
 
     @property
     def undecided(self) -> bool:
-        """Whether the plan failed only because its limits are wide: more seeds may tell."""
+        """Whether the plan failed only because its limits are wide, so more seeds may decide."""
         failed = [check for check in self.checks if check.result == "failed"]
         return bool(failed) and all(check.undecided for check in failed)
 
@@ -215,8 +226,8 @@ class Verdict:
 def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
     """Extract the loss curves of a run, one for each backward call of the step.
 
-    Steps whose number of backward calls is unusual are left out, and so are calls whose loss could
-    not be read in every step.
+    A step is left out if its number of backward calls is not the most common one, and a call is
+    left out if its loss could not be read in every step.
     """
     common = Counter(len(step.losses) for step in steps).most_common(1)
     sites = common[0][0] if common else 0
@@ -232,7 +243,7 @@ def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
 
 
 def collect_exactness(settings: Mapping[str, str]) -> frozenset[Exactness]:
-    """Collect the exactness classes of settings: what they may change.
+    """Collect the exactness classes of settings, which tell what they may change.
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -250,9 +261,8 @@ def judge(
 
     Args:
         bare, plan: one run for each seed, in the same order of seeds, at least one.
-        repeats: additional bare runs from the first seed, which may have another length; may be
-            empty.
-        exactness: what the plan's settings may change, see ``collect_exactness``.
+        repeats: additional bare runs from the first seed, if any; they may have another length.
+        exactness: the exactness classes of the plan's settings, see ``collect_exactness``.
     """
     if not any(run.trains for run in bare):
         return _judge_inference(bare, plan, repeats, exactness)
@@ -261,13 +271,20 @@ def judge(
     why = _find_mismatch(bare, plan, steps)
     if why is not None:
         return Verdict(
-            False, why, "non-inferior", steps, is_repeated, (), (Check("losses", "failed", why),)
+            passed=False,
+            why=why,
+            kind="non-inferior",
+            steps=steps,
+            bare_repeats=is_repeated,
+            losses=(),
+            checks=(Check("losses", "failed", why),),
+            seeds=len(bare),
         )
     same = all(_are_identical(one, other) for one, other in zip(bare, plan, strict=True))
     losses, checks = _judge_sites(bare, plan, repeats, steps)
     if set(exactness) <= {"bitwise"}:
         checks.append(_judge_identity(bare, plan, same, is_repeated))
-    else:
+    elif any(run.gradients for run in bare):
         of_bare, of_plan = ([run.gradients for run in runs] for runs in (bare, plan))
         checks.append(gradients.judge(of_bare, of_plan, exactness))
     checks += _judge_evaluation(bare, plan)
@@ -293,11 +310,12 @@ def judge(
             )
             for site in range(len(bare[0].curves))
         ),
+        seeds=len(bare),
     )
 
 
 def _find_mismatch(bare: Sequence[Run], plan: Sequence[Run], steps: int) -> str | None:
-    """Why the losses of runs cannot be compared, one clause; ``None``: they can."""
+    """Return the reason why the losses of runs cannot be compared, as a clause, if any."""
     sites = len(bare[0].curves)
     if not sites or not steps:
         return "no loss could be read"
@@ -307,10 +325,10 @@ def _find_mismatch(bare: Sequence[Run], plan: Sequence[Run], steps: int) -> str 
 
 
 def have_same_data(one: Run, other: Run) -> bool:
-    """Whether the losses of two runs rise and fall together from step to step.
+    """Return whether the losses of two runs rise and fall together from step to step.
 
-    How hard a batch is shows in the losses of both runs, whatever else is random. Differences of
-    successive steps remove the trend, which all runs share.
+    A hard batch raises the losses of both runs, whatever else is random. Differences of successive
+    steps remove the trend, which all runs share.
     """
     for curves in zip(one.curves, other.curves, strict=False):
         jumps = [[after - before for before, after in pairwise(curve)] for curve in curves]
@@ -322,8 +340,10 @@ def have_same_data(one: Run, other: Run) -> bool:
 
 
 def _are_identical(one: Run, other: Run) -> bool:
-    """Whether two runs have the same losses in the steps that both have and, if both have equally
-    many steps, the same weights."""
+    """Return whether two runs have the same losses in the steps that both have.
+
+    If they have equally many steps, their weights must be the same as well.
+    """
     if len(one.curves) != len(other.curves):
         return False
     shared = min((len(c) for run in (one, other) for c in run.curves), default=0)
@@ -337,6 +357,13 @@ def _are_identical(one: Run, other: Run) -> bool:
 def _judge_identity(
     bare: Sequence[Run], plan: Sequence[Run], same: bool, is_repeated: bool
 ) -> Check:
+    """Judge whether losses and weights are bitwise identical.
+
+    Args:
+        bare, plan: see ``judge``.
+        same: whether they are.
+        is_repeated: whether bare gave identical losses twice from one seed.
+    """
     if same:
         weighed = all(run.state is not None for run in (*bare, *plan))
         what = "losses and weights are" if weighed else "all losses are"
@@ -345,7 +372,8 @@ def _judge_identity(
         return Check(
             "identity",
             "open",
-            "the losses are not identical, nor are those of two bare runs: it cannot be proven",
+            "the losses are not identical: identity cannot be proven, because bare does not repeat "
+            "itself",
         )
     by_losses = all(
         _are_identical(_without_state(one), _without_state(other))
@@ -368,8 +396,8 @@ def _judge_sites(
     """Judge the losses of each backward call of the step, over the first steps of each run.
 
     Args:
-        bare, plan, repeats: see ``judge``; bare and plan have as many curves.
-        steps: how many steps all runs have.
+        bare, plan, repeats: see ``judge``; all bare and plan runs have the same number of curves.
+        steps: the number of steps that all runs have.
     """
     sites = len(bare[0].curves)
     losses: list[LossEvidence] = []
@@ -390,7 +418,10 @@ def _judge_sites(
 def _judge_site(
     name: str, bare: Sequence[Curve], plan: Sequence[Curve], repeats: Sequence[Curve]
 ) -> tuple[LossEvidence | None, list[Check]]:
-    """Judge one backward call: its evidence, unless a loss is not finite, and its checks."""
+    """Judge one backward call.
+
+    Returns its evidence and its checks. There is no evidence if a loss is not finite.
+    """
     for whose, runs in (("bare", bare), ("the plan", plan)):
         for run in runs:
             for number, value in enumerate(run):
@@ -406,7 +437,7 @@ def _judge_site(
             f"{name} did not fall within {len(bare[0])} steps (from {begun:.4g} to {ended:.4g}), "
             "so losses as good as bare's prove little"
         )
-        check = Check("losses", "open", why, {**check.figures, "fall": begun - ended})
+        check = Check("losses", "open", why, {**check.measurements, "fall": begun - ended})
     return evidence, [_judge_spikes(name, bare, plan, by_seeds, differing_repeats), check]
 
 
@@ -419,8 +450,10 @@ def _level(curves: Sequence[Curve], part: range) -> float:
 
 
 def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
-    """Whether the loss falls by more than the margin, and by more than the scatter of its first
-    steps explains: a plan under which it stays as it begins would then be refused."""
+    """Return whether bare's loss falls by more than the margin and than the scatter of its start.
+
+    A plan under which the loss stays as it begins would then be refused.
+    """
     steps, beginning = len(bare[0]), _beginning(bare)
     fall = _level(bare, beginning) - _level(bare, range(steps - max(steps // 4, 1), steps))
     noise = _batch_scatter(bare[0]) / math.sqrt(len(beginning) * len(bare))
@@ -438,21 +471,21 @@ def _judge_losses(
     """Judge one series of losses by paired non-inferiority.
 
     Args:
-        check: name of the check.
-        name: name of the losses, in words.
+        check: the name of the check.
+        name: the name of the losses, in words.
         bare, plan: one curve for each seed, all of one length.
         by_seeds: whether seeds change bare's losses.
-        differing_repeats: curves of additional bare runs from the first seed that differ from its
-            first one: bare does not repeat itself.
+        differing_repeats: the curves of additional bare runs from the first seed, as far as they
+            differ from the first run of that seed. If there are any, bare does not repeat itself.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
     windows = [range(steps // 2, steps), range(steps - quarter, steps)]
-    yardstick, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
+    margin_source, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
     if by_seeds:
-        yardstick, margin = "seeds", _spread(bare, windows)
+        margin_source, margin = "seeds", _spread(bare, windows)
     elif differing_repeats and (between := _spread([*bare, *differing_repeats], windows)) > margin:
-        yardstick, margin = "runs", between
+        margin_source, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
@@ -462,32 +495,32 @@ def _judge_losses(
         plan_final=plan_final,
         difference=difference,
         margin=margin,
-        yardstick=yardstick,
+        margin_source=margin_source,
         bare_curve=points.bare,
         plan_curve=points.plan,
     )
-    figures = {"difference": difference, "limit": limit, "margin": margin}
+    measurements = {"difference": difference, "limit": limit, "margin": margin}
     if limit > margin:
         why = (
             f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
             f"{CONFIDENCE:.0%} confidence), more than bare's own spread of {margin:.3g}"
         )
-        # Where bare does not repeat itself there are no pairs: both means scatter as those of
-        # few runs do.
-        is_undecided = difference < (2 * margin if yardstick == "runs" else margin)
-        return evidence, Check(check, "failed", why, figures, undecided=is_undecided)
+        # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
+        # hence the wider range.
+        is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
+        return evidence, Check(check, "failed", why, measurements, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
             f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
             f"{margin:.3g}: the plan appears to be training something else"
         )
-        return evidence, Check(check, "failed", why, figures)
-    why = f"{name} is at most {limit:+.3g} from bare's, within its own spread of {margin:.3g}"
-    return evidence, Check(check, "passed", why, figures)
+        return evidence, Check(check, "failed", why, measurements)
+    why = f"{name} is at most {limit:+.3g} from bare's, within bare's own spread of {margin:.3g}"
+    return evidence, Check(check, "passed", why, measurements)
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
-    """The standard deviation between runs of their means over windows."""
+    """Return the standard deviation between runs of their means, pooled over windows of steps."""
     return math.sqrt(fmean(stdev(_means(curves, part)) ** 2 for part in windows))
 
 
@@ -500,44 +533,43 @@ def _judge_spikes(
 ) -> Check:
     """Check that no single loss stands out.
 
-    A loss stands out if it exceeds bare's loss of its seed, and the mean of all seeds, by more than
-    ``SPIKE_FACTOR`` times the largest excess of bare's own losses over that mean in this quarter of
-    the steps, and by more than ``SPIKE_DEVIATIONS`` of their standard deviations. Where seeds do
-    not change bare's losses, their jumps from step to step are taken for both. Where bare does not
-    repeat itself (``differing_repeats``, see ``_judge_losses``), a loss stands out if it exceeds
-    the highest loss of bare's runs in this quarter, and the plan's own losses before it, by more
-    than all this and by more than that highest loss exceeds the mean.
+    A loss stands out if it exceeds its reference by more than the allowance of its quarter of the
+    steps. Both depend on how bare's losses behave:
+
+    - If seeds change them, the reference is bare's loss of the same seed or the mean of all seeds,
+      whichever is higher. The allowance is ``SPIKE_FACTOR`` times the largest excess of a bare loss
+      over the mean of the other seeds, or ``SPIKE_DEVIATIONS`` times their standard deviation,
+      whichever is more.
+    - If seeds do not change them, the reference is bare's loss of the step. The allowance is
+      computed in the same way from bare's jumps from step to step.
+    - If bare does not repeat itself, the reference is at least bare's highest loss in the quarter,
+      and the mean of the plan's own losses up to this step, because each run begins at another
+      point of the training. The allowance is at least the excess of bare's highest loss over the
+      mean of the quarter.
+
+    Args:
+        name: the name of the losses, in words.
+        bare, plan, by_seeds, differing_repeats: see ``_judge_losses``.
     """
-    steps, count = len(bare[0]), len(bare)
+    steps = len(bare[0])
+    mean, excess, deviation = _describe_scatter(bare, by_seeds)
     bare_runs = [*bare, *differing_repeats]
-    if by_seeds:
-        centre = [fmean(values) for values in zip(*bare, strict=True)]
-        left_out = count / (count - 1)  # by this factor, the mean of the others is further away
-        above = [
-            max(left_out * (run[number] - centre[number]) for run in bare)
-            for number in range(steps)
-        ]
-        scatter = [stdev(values) for values in zip(*bare, strict=True)]
-    else:
-        centre = list(bare[0])
-        jumps = [abs(after - before) / math.sqrt(2) for before, after in pairwise(bare[0])]
-        above = scatter = [*jumps, *jumps[-1:]] or [0.0]
     quarter = max(-(-steps // 4), 1)
     for start in range(0, steps, quarter):
         part = slice(start, start + quarter)
-        deviation = math.sqrt(fmean(value**2 for value in scatter[part]))
-        allowed = max(SPIKE_FACTOR * max(above[part]), SPIKE_DEVIATIONS * deviation)
+        pooled_deviation = math.sqrt(fmean(value**2 for value in deviation[part]))
+        allowed = max(SPIKE_FACTOR * max(excess[part]), SPIKE_DEVIATIONS * pooled_deviation)
         highest = -math.inf
         if differing_repeats:
             highest = max(max(curve[part], default=highest) for curve in bare_runs)
             allowed = max(allowed, highest - fmean(fmean(c[part]) for c in bare_runs if c[part]))
         for number in range(steps)[part]:
             for of_bare, of_plan in zip(bare, plan, strict=True):
-                expected = max(of_bare[number], centre[number], highest)
-                if differing_repeats:  # each run begins at another point of the training
+                reference = max(of_bare[number], mean[number], highest)
+                if differing_repeats:
                     recent = of_plan[max(number - quarter, 0) : number + 1]
-                    expected = max(expected, fmean(recent))
-                if of_plan[number] - expected > allowed + ROUNDING * abs(expected):
+                    reference = max(reference, fmean(recent))
+                if of_plan[number] - reference > allowed + ROUNDING * abs(reference):
                     why = (
                         f"{name} stands out at step {number}: {of_plan[number]:.4g} under the "
                         f"plan, {of_bare[number]:.4g} bare"
@@ -547,8 +579,34 @@ def _judge_spikes(
     return Check("spikes", "passed", f"no single value of {name} stands out")
 
 
+def _describe_scatter(
+    bare: Sequence[Curve], by_seeds: bool
+) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+    """Describe how bare's losses scatter in each step, as ``_judge_spikes`` needs it.
+
+    Args:
+        bare: one curve for each seed, all of one length.
+        by_seeds: whether seeds change them; there are then at least two.
+
+    Returns, for each step, the mean, the largest excess over the mean, and the standard deviation.
+    """
+    if not by_seeds:
+        jumps = [abs(after - before) / math.sqrt(2) for before, after in pairwise(bare[0])]
+        jumps = [*jumps, *jumps[-1:]] or [0.0]
+        return bare[0], jumps, jumps
+    by_step = list(zip(*bare, strict=True))
+    # A loss is further from the mean of the other seeds than from that of all seeds.
+    leave_one_out_factor = len(bare) / (len(bare) - 1)
+    means = [fmean(values) for values in by_step]
+    excesses = [
+        leave_one_out_factor * max(value - mean for value in values)
+        for values, mean in zip(by_step, means, strict=True)
+    ]
+    return means, excesses, [stdev(values) for values in by_step]
+
+
 def _seeds_matter(bare: Sequence[Curve], repeats: Sequence[Curve]) -> bool:
-    """Whether another seed changes bare's losses by more than repeating one seed does."""
+    """Return whether another seed changes bare's losses by more than repeating one seed does."""
     if len(bare) < 2:
         return False
     first = bare[0]
@@ -557,13 +615,16 @@ def _seeds_matter(bare: Sequence[Curve], repeats: Sequence[Curve]) -> bool:
 
 
 def _distance(one: Curve, other: Curve) -> float:
-    """The root mean square difference over the steps that both curves have."""
+    """Return the root mean square difference over the steps that both curves have."""
     squares = [(a - b) ** 2 for a, b in zip(one, other, strict=False)]
     return math.sqrt(fmean(squares)) if squares else 0.0
 
 
 def _batch_scatter(curve: Curve) -> float:
-    """The standard deviation of a loss around its trend, from differences of successive steps."""
+    """Return the standard deviation of a loss around its trend.
+
+    It is computed from the differences of successive steps.
+    """
     jumps = [after - before for before, after in pairwise(curve)]
     return stdev(jumps) / math.sqrt(2) if len(jumps) > 1 else 0.0
 
@@ -573,19 +634,19 @@ def _means(runs: Sequence[Curve], part: range) -> list[float]:
 
 
 def _upper_limit(bare: Sequence[Curve], plan: Sequence[Curve], part: range) -> tuple[float, float]:
-    """The one-sided upper limit of the mean paired difference over a window, and that mean."""
+    """Return the one-sided upper limit of the mean paired difference in a window, and that mean."""
     from scipy import stats  # type: ignore[import-untyped]
 
     differences = [
         of_plan - of_bare
         for of_bare, of_plan in zip(_means(bare, part), _means(plan, part), strict=True)
     ]
-    centre = fmean(differences)
+    mean = fmean(differences)
     count = len(differences)
     if count < 2:
-        return centre, centre
+        return mean, mean
     quantile = float(stats.t.ppf(CONFIDENCE, count - 1))
-    return centre + quantile * stdev(differences) / math.sqrt(count), centre
+    return mean + quantile * stdev(differences) / math.sqrt(count), mean
 
 
 def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> LossCurves:
@@ -632,7 +693,7 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
 
 
 def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
-    """The scalars that calls return, by module and place."""
+    """Collect the scalars that calls return, by module and place among its outputs."""
     found: dict[str, list[float]] = {}
     for output in outputs:
         for place, tensor in enumerate(output.tensors):
@@ -642,7 +703,7 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
 
 
 def _output_moments(outputs: Sequence[Output]) -> Moments:
-    """The mean and RMS of each larger output, means over the second half of the calls."""
+    """Average the mean and RMS of each larger output over the second half of the calls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):
@@ -659,7 +720,8 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
     if any(run.state is None for run in (*bare, *plan)):
         return Check("state", "open", "the weights at the end were not recorded")
     non_finite = [
-        sum(root.non_finite for run in runs for root in run.state or ()) for runs in (bare, plan)
+        sum(module.non_finite for run in runs for module in run.state or ())
+        for runs in (bare, plan)
     ]
     if non_finite[1] and not non_finite[0]:
         why = f"{non_finite[1]} elements of weights and buffers are not finite under the plan"
@@ -667,9 +729,9 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
     moments = [
         [
             {
-                f"{root.root}.{buffer.name}": (buffer.mean, buffer.rms)
-                for root in run.state or ()
-                for buffer in root.buffers
+                f"{module.root}.{buffer.name}": (buffer.mean, buffer.rms)
+                for module in run.state or ()
+                for buffer in module.buffers
             }
             for run in runs
         ]
@@ -681,14 +743,14 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
 
 
 def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
-    """Judge how many probabilities are exactly 1; no check where no module returns any."""
+    """Judge how many probabilities are exactly 1; there is no check if no module returns any."""
     shares: list[float] = []
     for runs in (bare, plan):
-        roots = [root for run in runs for root in run.state or ()]
-        count = sum(root.probabilities for root in roots)
+        modules = [module for run in runs for module in run.state or ()]
+        count = sum(module.probabilities for module in modules)
         if not count:
             return []
-        shares.append(sum(root.ones for root in roots) / count)
+        shares.append(sum(module.ones for module in modules) / count)
     added = shares[1] - shares[0]
     why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
     if added > MORE_ONES:
@@ -703,13 +765,13 @@ def _judge_moments(
 ) -> Check:
     """Judge the means and RMS of many tensors at once, by how far they move.
 
-    The mean paired difference of each of them is taken in units of bare's seed-to-seed standard
-    deviation. The root mean square over all of them, less what the scatter of so few seeds adds,
-    may be at most 1.
+    The mean paired difference of each mean and RMS is divided by bare's seed-to-seed standard
+    deviation. The root mean square of these quotients, minus what the scatter of so few seeds adds
+    to it, may be at most 1.
 
     Args:
-        check: name of the check.
-        what: name of the tensors, in words.
+        check: the name of the check.
+        what: the name of the tensors, in words.
         bare, plan: the moments of each run, in the same order of seeds.
     """
     shifts: list[float] = []
@@ -745,9 +807,9 @@ def _judge_moments(
         return Check(check, "open", f"bare and plan have no {what} in common")
     power = fmean(value**2 for value in shifts) - fmean(value**2 for value in noises)
     moved = math.sqrt(max(power, 0.0))
-    why = f"the {what} move by {moved:.2g} of bare's own deviations between seeds"
-    figures = {"deviations": moved, "figures": float(len(shifts))}
-    return Check(check, "passed" if moved <= 1 else "failed", why, figures)
+    why = f"the {what} shift by {moved:.2g} seed-to-seed standard deviations of bare (RMS)"
+    measurements = {"deviations": moved, "compared": float(len(shifts))}
+    return Check(check, "passed" if moved <= 1 else "failed", why, measurements)
 
 
 # Inference
@@ -770,10 +832,12 @@ def _judge_inference(
         elif is_repeated:
             checks.insert(0, Check("identity", "failed", "the outputs are not identical"))
         else:
-            known = (
-                "as those of two bare runs do" if is_repeated is False else "as those of bare may"
+            reason = (
+                "because bare does not repeat itself"
+                if is_repeated is False
+                else "because it was not tested whether bare repeats itself"
             )
-            why = f"outputs differ, {known}: identity cannot be proven"
+            why = f"the outputs differ: identity cannot be proven, {reason}"
             checks.append(Check("identity", "open", why))
     failed = next((c.why for c in checks if c.result == "failed"), None)
     return Verdict(
@@ -784,11 +848,12 @@ def _judge_inference(
         bare_repeats=is_repeated,
         losses=(),
         checks=tuple(checks),
+        seeds=len(bare),
     )
 
 
 def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Whether both sides have outputs in full detail, equally many, and all identical."""
+    """Return whether both sides have equally many outputs in full detail, and all are identical."""
     sides = [
         [(o.inputs, o.digest) for run in runs for o in run.outputs if o.digest is not None]
         for runs in (one, other)
@@ -799,9 +864,11 @@ def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
 def _judge_outputs(
     bare: Sequence[Run], plan: Sequence[Run], exactness: Collection[Exactness]
 ) -> tuple[Check, int]:
-    """Judge relative error and top-1 agreement for identical inputs; also the number of such calls.
+    """Judge the relative error and the top-1 agreement of outputs for identical inputs.
 
     The relative error is that of the sampled elements, in the Euclidean norm.
+
+    Returns the check, and the number of calls with identical inputs.
     """
     import numpy as np
 
@@ -817,7 +884,7 @@ def _judge_outputs(
                 why = f"the outputs of {of_bare.root} have other sizes under the plan"
                 return Check("outputs", "failed", why), calls
             if not of_bare.tensors and of_bare.digest != of_plan.digest:
-                why = f"{of_bare.root} returns no floating tensors, and others under the plan"
+                why = f"the non-floating outputs of {of_bare.root} differ under the plan"
                 return Check("outputs", "failed", why), calls
             calls += 1
             for a, b in zip(of_bare.tensors, of_plan.tensors, strict=True):
@@ -843,14 +910,14 @@ def _judge_outputs(
     if not calls:
         why = "no call had identical inputs on both sides"
         return Check("outputs", "failed", why), 0
-    figures = {"relative_error": worst, "limit": limit, "calls": float(calls)}
+    measurements = {"relative_error": worst, "limit": limit, "calls": float(calls)}
     why = f"on identical inputs the outputs of {calls} calls differ by at most {worst:.2g}"
     passed = worst <= limit
     why += f" of their size (limit {limit:.2g})"
     if rows:
-        figures |= {"top1_agreement": agreeing / rows, "top1_rows": float(rows)}
+        measurements |= {"top1_agreement": agreeing / rows, "top1_rows": float(rows)}
         why += f"; the first choice agrees in {agreeing / rows:.2%} of {rows} rows"
         if clear and clear_agreeing / clear < TOP1_AGREEMENT:
             passed = False
             why += f", {clear_agreeing / clear:.2%} of those where it is clear"
-    return Check("outputs", "passed" if passed else "failed", why, figures), calls
+    return Check("outputs", "passed" if passed else "failed", why, measurements), calls

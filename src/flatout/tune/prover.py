@@ -1,9 +1,9 @@
-"""The prover: it proves every plan, for tune, for verify and in the search for a culprit.
+"""Proves plans, for ``flatout tune``, for ``flatout verify`` and in the search for a culprit.
 
-A plan is put to the proof in two parts. First its gradients of the first updates are compared with
-the bare program's, in short runs. Then bare and plan run in pairs of fresh processes, which give
-the claimed ratio and the losses that are compared. ``proof.py``, ``gradients.py`` and ``memory.py``
-check the records; the prover makes the runs that they need, and puts their verdicts together.
+The proof of a plan has two parts. First, the gradients of its first updates are compared with the
+bare program's, in short runs. Then bare and plan run in pairs of fresh processes, which give the
+claimed ratio and the losses that are compared. ``proof.py``, ``gradients.py`` and ``memory.py``
+check the records; the prover makes the runs that they need, and combines their verdicts.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Inspection
 
-PROOF_PHASE = "proving the plan"
-GRADIENTS_PHASE = f"{PROOF_PHASE}: comparing its gradients with the bare program's"
+PROOF_ACTIVITY = "proving the plan"
+GRADIENTS_ACTIVITY = f"{PROOF_ACTIVITY}: comparing its gradients with the bare program's"
 
 GRADIENT_SEEDS = 2
-"""Seeds for which gradients are compared, unless another number of pairs is asked for."""
+"""Number of seeds for which gradients are compared, unless the user gives a number of pairs."""
 
 GRADIENT_STEPS = 4
-"""Updates of each run whose gradients are compared: several, as some settings leave the first step
-as it is."""
+"""Number of updates of each run whose gradients are compared. There are several, because some
+settings do not affect the first step."""
 
 USUAL_PAIRS = 8
-"""Pairs behind a claim for which time is reserved."""
+"""Number of pairs behind a claim for which time is reserved."""
 
 MAXIMUM_PAIRS = 24
-"""Most pairs behind a claim."""
+"""Maximum number of pairs behind a claim."""
 
 REPEATS = 2
-"""Additional bare runs from one seed before a plan is refused for not being identical. With thread
-races, a program may differ from itself in only some runs."""
+"""Number of additional bare runs from one seed before a plan is refused for not being identical.
+With thread races, a program may differ from itself in only some runs."""
 
 COARSE_DTYPES = ("bfloat16", "float16")
 """Dtypes of a program's own arithmetic that are so coarse that mere reordering causes errors as
@@ -56,12 +56,13 @@ COARSE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class ProofAttempt:
-    """What came of putting a plan to the proof.
+    """The result of one proof of a plan.
 
     Attributes:
-        pairs: its pairs with the bare program; none, if its gradients were refused.
-        refusal: why the plan cannot be used, one clause; ``None``: it is proven.
-        verdict: the verdict on its losses; ``None``: it did not come to one.
+        pairs: the pairs of the plan and the bare program; there are none if the plan's gradients
+            were refused.
+        refusal: the reason why the plan cannot be used, as a clause; ``None`` if it is proven.
+        verdict: the verdict on the pairs; ``None`` if there is none.
         part_passes: returns whether a subset of the settings passes the check that the whole plan
             failed.
     """
@@ -85,74 +86,75 @@ class Prover(TuneStage):
         """Put a plan to the proof.
 
         Args:
-            settings: settings of the plan.
-            count: number of pairs, each with a seed of its own; ``None``: as many as the claim
-                needs and the budget allows.
+            settings: the settings of the plan.
+            count: the number of pairs, each with a seed of its own; ``None`` for as many as the
+                claim needs and the budget allows.
 
         Raises:
             KeyboardInterrupt: the user ends the tune before there are pairs.
             UserError: the program fails without any settings.
         """
         in_relay = self._bare.can_relay_under(settings)
-        made = Pairs({}, dict(settings), in_relay=in_relay)
+        finished = Pairs({}, dict(settings), in_relay=in_relay)
         refusal = self._compare_gradients(settings, count or GRADIENT_SEEDS)
         if refusal is not None:
-            return ProofAttempt(made, refusal, None, self._gradients_pass)
+            return ProofAttempt(finished, refusal, None, self._gradients_pass)
         steps = self._bare.proof_steps
-        self._ledger.say(
+        self._ledger.print_line(
             f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
-        is_enough = self._is_enough if count is None else lambda made: made.count >= count
+        is_enough = self._is_enough if count is None else lambda done: done.count >= count
         pairs.run(
             self._trials,
-            made,
+            finished,
             pace=self._bare.pace,
             steps=steps,
             seed=self._options.seed,
             is_enough=self._ledger.follow_pairs(
-                PROOF_PHASE,
+                PROOF_ACTIVITY,
                 statistics.MINIMUM_PAIRS if count is None else count,
                 2 * self._bare.pace.seconds(steps),
                 is_enough,
             ),
-            say=self._ledger.say,
+            print_line=self._ledger.print_line,
         )
-        self._ledger.note_runs(made)
-        verdict = self._judge_pairs(made)
-        refusal = self._find_refusal(made, verdict)
-        return ProofAttempt(made, refusal, verdict, functools.partial(self._passes, made))
+        self._ledger.note_runs(finished)
+        verdict = self._judge_pairs(finished)
+        refusal = self._find_refusal(finished, verdict)
+        part_passes = functools.partial(self._passes, finished)
+        return ProofAttempt(finished, refusal, verdict, part_passes)
 
     def find_culprits(self, settings: Mapping[str, str], attempt: ProofAttempt) -> dict[str, str]:
         """Find the settings of a plan that made its proof fail.
 
-        If the losses are inconclusive, no subset fails clearly; the most invasive settings are then
-        blamed.
+        If the verdict is undecided, no subset fails clearly. The most invasive settings are then
+        taken as the culprits.
 
         Args:
-            settings: settings of the plan.
-            attempt: what came of its proof.
+            settings: the settings of the plan.
+            attempt: the result of its proof.
         """
         if attempt.verdict is not None and attempt.verdict.undecided:
             return search.find_most_invasive(settings)
         self._ledger.begin("looking for the setting that makes the proof fail")
-        self._ledger.say("looking for the setting that makes the proof fail")
+        self._ledger.print_line("looking for the setting that makes the proof fail")
         return search.find_culprits(settings, attempt.part_passes)
 
     def _compare_gradients(self, settings: Mapping[str, str], seeds: int) -> str | None:
         """Compare the gradients of the first updates with the bare program's.
 
         Args:
-            settings: settings of the plan.
-            seeds: number of seeds.
+            settings: the settings of the plan.
+            seeds: the number of seeds.
 
-        Returns why they are not the same; ``None``: they are, or there are none.
+        Returns the reason why they are not the same; ``None`` if they are, or if there are none.
 
         Raises:
             UserError: the program fails without any settings.
         """
         if not self._bare.process.trains:
             return None
-        self._ledger.begin(GRADIENTS_PHASE)
+        self._ledger.begin(GRADIENTS_ACTIVITY)
         settings = search.use_proof_settings(settings)
         while len(self._bare_gradients) < seeds:
             number = len(self._bare_gradients)
@@ -168,73 +170,75 @@ class Prover(TuneStage):
         check = self._gradients = gradients.judge(
             self._bare_gradients[:seeds], plan, proof.collect_exactness(settings)
         )
-        self._ledger.say(f"first gradients of {format_settings(settings)}: {check.why}")
+        self._ledger.print_line(f"first gradients of {format_settings(settings)}: {check.why}")
         return check.why if check.result == "failed" else None
 
-    def _judge_pairs(self, made: Pairs) -> Verdict | None:
-        """The verdict on a plan from its pairs and its gradients, which must have been compared.
+    def _judge_pairs(self, finished: Pairs) -> Verdict | None:
+        """Judge a plan by its pairs and by its gradients, which must have been compared.
 
-        Runs that the verdict turns out to need are made. ``None``: there are too few pairs.
+        If the verdict turns out to need more runs, they are made. The result is ``None`` if there
+        are too few pairs.
         """
-        if made.failure is not None or made.count < 2:
+        if finished.failure is not None or finished.count < 2:
             return None
-        verdict = self._judge_losses(made)
+        verdict = self._judge_losses(finished)
         try:
-            if _is_not_identical(verdict) and len(self._repeats) == 1 and not made.interrupted:
+            if _is_not_identical(verdict) and len(self._repeats) == 1 and not finished.interrupted:
                 self._repeat_bare()
-                verdict = self._judge_losses(made)
-            if verdict.undecided and self._has_other_data_order(made) and not made.interrupted:
-                verdict = self._judge_with_same_data(made) or verdict
+                verdict = self._judge_losses(finished)
+            is_undecided = verdict.undecided and not finished.interrupted
+            if is_undecided and self._has_other_data_order(finished):
+                verdict = self._judge_with_same_data(finished) or verdict
         except KeyboardInterrupt:
-            made.interrupted = True
+            finished.interrupted = True
         if self._bare.process.trains:
-            others = (c for c in verdict.checks if c.name != self._gradients.name)
-            verdict = dataclasses.replace(verdict, checks=(self._gradients, *others))
+            verdict = dataclasses.replace(verdict, checks=(self._gradients, *verdict.checks))
         return verdict
 
-    def _find_refusal(self, made: Pairs, verdict: Verdict | None) -> str | None:
-        """Why the plan of these pairs cannot be used, ``None``: it can."""
-        if made.failure is not None:
-            return f"it fails in a fresh process: {made.failure}"
+    def _find_refusal(self, finished: Pairs, verdict: Verdict | None) -> str | None:
+        """Return the reason why the plan of these pairs cannot be used; ``None`` if it can."""
+        if finished.failure is not None:
+            return f"it fails in a fresh process: {finished.failure}"
         if verdict is None:
-            return "there was no time for two pairs"
+            return "it was interrupted before two pairs were complete"
         if not verdict.passed:
             return verdict.why
-        bare, plan = made.steps(made.baseline_runs), made.steps(made.variant_runs)
+        bare = finished.steps(finished.baseline_runs)
+        plan = finished.steps(finished.variant_runs)
         return memory.refusal(bare, plan, self._options.memory)
 
-    def _is_enough(self, made: Pairs) -> bool:
-        """Whether the claim is precise enough, or the budget is spent."""
-        if made.count < statistics.MINIMUM_PAIRS:
+    def _is_enough(self, finished: Pairs) -> bool:
+        """Return whether the claim is precise enough, or the budget is spent."""
+        if finished.count < statistics.MINIMUM_PAIRS:
             return False
         if 2 * self._bare.pace.seconds(self._bare.proof_steps) > self._ledger.left_s:
-            return self._is_overtime_over(made)
-        if not statistics.enough_pairs(made.log_ratios, MAXIMUM_PAIRS):
+            return self._is_overtime_over(finished)
+        if not statistics.has_enough_pairs(finished.log_ratios, MAXIMUM_PAIRS):
             return False
-        if made.count >= MAXIMUM_PAIRS or self._has_other_data_order(made):
+        if finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
             return True
-        return not self._judge_losses(made).undecided
+        return not self._judge_losses(finished).undecided
 
-    def _is_overtime_over(self, made: Pairs) -> bool:
-        """Whether pairs beyond the budget are of no use any more.
+    def _is_overtime_over(self, finished: Pairs) -> bool:
+        """Return whether pairs beyond the budget are of no more use.
 
-        If the losses are inconclusive, up to ``MINIMUM_PAIRS`` more pairs are made: the cost of
-        trying a gentler plan, which would gain less.
+        If the verdict is undecided, up to ``MINIMUM_PAIRS`` more pairs are made, because trying a
+        gentler plan instead would cost as much and gain less.
         """
-        is_decided = not self._judge_losses(made).undecided
-        if is_decided or made.count >= MAXIMUM_PAIRS or self._has_other_data_order(made):
+        is_decided = not self._judge_losses(finished).undecided
+        if is_decided or finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
             return True
-        if made.overtime_from is None:
-            made.overtime_from = made.count
-            self._ledger.say(
-                "the budget is spent, and the loss comparison is still inconclusive: at most "
+        if finished.overtime_from is None:
+            finished.overtime_from = finished.count
+            self._ledger.print_line(
+                "the budget is spent, and the loss comparison is still undecided: at most "
                 f"{statistics.MINIMUM_PAIRS} more pairs"
             )
-        return made.count >= made.overtime_from + statistics.MINIMUM_PAIRS
+        return finished.count >= finished.overtime_from + statistics.MINIMUM_PAIRS
 
-    def _passes(self, made: Pairs, part: Mapping[str, str]) -> bool:
-        """Whether a part of a plan passes, compared with the bare runs of the plan's pairs."""
-        bare = made.baseline_runs[: statistics.MINIMUM_PAIRS]
+    def _passes(self, finished: Pairs, part: Mapping[str, str]) -> bool:
+        """Return whether a part of a plan passes against the bare runs of the plan's pairs."""
+        bare = finished.baseline_runs[: statistics.MINIMUM_PAIRS]
         try:
             runs = [self._run(part, number) for number in range(len(bare))]
         except TrialFailedError:
@@ -248,42 +252,45 @@ class Prover(TuneStage):
         return (verdict.passed or verdict.undecided) and excess is None
 
     def _gradients_pass(self, part: Mapping[str, str]) -> bool:
-        """Whether a part of a plan has the bare program's gradients."""
+        """Return whether a part of a plan has the bare program's gradients."""
         return self._compare_gradients(part, GRADIENT_SEEDS) is None
 
-    def _has_other_data_order(self, made: Pairs) -> bool:
-        """Whether the plan saw its data in another order, since it draws other random numbers."""
-        if search.use_proof_settings(made.variant) == dict(made.variant):
+    def _has_other_data_order(self, finished: Pairs) -> bool:
+        """Return whether the plan saw its data in another order than bare.
+
+        This happens if it draws other random numbers.
+        """
+        if search.use_proof_settings(finished.variant) == dict(finished.variant):
             return False
         return not all(
             proof.have_same_data(Run.of(one.process), Run.of(other.process))
-            for one, other in zip(made.baseline_runs, made.variant_runs, strict=True)
+            for one, other in zip(finished.baseline_runs, finished.variant_runs, strict=True)
         )
 
-    def _judge_losses(self, made: Pairs) -> Verdict:
-        """The verdict on the pairs, gradients apart."""
-        return self._judge(made.variant, made.baseline_runs, made.variant_runs)
+    def _judge_losses(self, finished: Pairs) -> Verdict:
+        """Judge the pairs without the gradients."""
+        return self._judge(finished.variant, finished.baseline_runs, finished.variant_runs)
 
-    def _judge_with_same_data(self, made: Pairs) -> Verdict | None:
-        """The verdict on a plan under its knobs' ``proof_setting``, with the data in bare's order.
+    def _judge_with_same_data(self, finished: Pairs) -> Verdict | None:
+        """Judge a plan under its knobs' ``proof_setting``, with the data in bare's order.
 
-        Where a plan draws other random numbers, its data come in another order, and the losses of
-        a pair differ as much as those of two seeds, so that it takes many seeds to decide.
-        ``None``: the plan has no such settings, or it fails under them.
+        If a plan draws other random numbers, its data come in another order. The losses of a pair
+        then differ as much as those of two seeds, so a decision takes many seeds. The result is
+        ``None`` if no knob of the plan has such a setting, or if the program fails under them.
         """
-        settings = search.use_proof_settings(made.variant)
-        if settings == dict(made.variant):
+        settings = search.use_proof_settings(finished.variant)
+        if settings == dict(finished.variant):
             return None
-        self._ledger.say(
-            "loss comparison inconclusive: this plan changes the order of the data; checking again "
+        self._ledger.print_line(
+            "loss comparison undecided: this plan changes the order of the data; checking again "
             f"with the same order ({format_settings(settings)})"
         )
         try:
-            runs = [self._run(settings, number) for number in range(made.count)]
+            runs = [self._run(settings, number) for number in range(finished.count)]
         except TrialFailedError:
             return None
-        verdict = self._judge(settings, made.baseline_runs, runs)
-        self._ledger.say(verdict.why)
+        verdict = self._judge(settings, finished.baseline_runs, runs)
+        self._ledger.print_line(verdict.why)
         return verdict
 
     def _judge(
@@ -297,15 +304,18 @@ class Prover(TuneStage):
         )
 
     def _collect_exactness(self, settings: Mapping[str, str]) -> frozenset[Exactness]:
-        """What the settings may change, given the precision of the program's own arithmetic."""
+        """Collect the exactness classes of settings, given the program's own precision.
+
+        If that is half precision, mere reordering changes results as much as ``reduced`` would.
+        """
         found = proof.collect_exactness(settings)
         if found <= {"bitwise"} or not _is_coarse(self._bare.process):
             return found
         return found | {"reduced"}
 
     def _repeat_bare(self) -> None:
-        """Find out whether bare repeats itself, before a plan is blamed for not being identical."""
-        self._ledger.say(
+        """Run bare again, to find out whether it repeats itself."""
+        self._ledger.print_line(
             "the plan is not identical to bare; running bare again, to see whether it repeats "
             "itself"
         )
@@ -317,10 +327,10 @@ class Prover(TuneStage):
                 raise pairs.to_user_error(message, failure) from failure
 
     def _run(self, settings: Mapping[str, str], number: int) -> Trial:
-        """Run the program once for as long as a proof, with the seed of a pair.
+        """Run the program for the steps of a proof, with the seed of a pair.
 
         Raises:
-            TrialFailedError: it fails.
+            TrialFailedError: the program fails.
         """
         return pairs.run_once(
             self._trials,
@@ -336,7 +346,7 @@ class Prover(TuneStage):
         """Record the gradients of one short run, with the seed of a pair.
 
         Raises:
-            TrialFailedError: it fails.
+            TrialFailedError: the program fails.
         """
         done = pairs.run_once(
             self._trials,
@@ -350,7 +360,7 @@ class Prover(TuneStage):
 
 
 def estimate_s(bare: BareRun) -> float:
-    """The time that the proof of a plan usually takes, in seconds."""
+    """Return the time that the proof of a plan usually takes, in seconds."""
     claim_s = 2 * USUAL_PAIRS * bare.pace.seconds(bare.proof_steps)
     gradients_s = 2 * GRADIENT_SEEDS * bare.pace.seconds(GRADIENT_STEPS + 1)
     return claim_s + gradients_s
@@ -361,7 +371,7 @@ def _is_not_identical(verdict: Verdict) -> bool:
 
 
 def _is_coarse(process: ProcessRecord) -> bool:
-    """Whether a good part of the program's own arithmetic is in half precision."""
+    """Return whether the share of half precision in the arithmetic exceeds ``COARSE_SHARE``."""
     by_dtype = (None if process.profile is None else process.profile.flops_by_dtype) or {}
     coarse = sum(by_dtype.get(name, 0) for name in COARSE_DTYPES)
     return bool(coarse > COARSE_SHARE * sum(by_dtype.values()))

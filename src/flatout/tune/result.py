@@ -10,19 +10,28 @@ from pathlib import Path
 from flatout import knobs, machine
 from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
-from flatout.tune.document import Arm, Check, CurvePoint, Curves, Document, KnobResult, Proof, Side
-from flatout.tune.ledger import LedgerArm, Outcome
+from flatout.tune.document import (
+    Check,
+    CurvePoint,
+    Curves,
+    Document,
+    KnobResult,
+    Proof,
+    Side,
+    TriedSettings,
+)
+from flatout.tune.ledger import LedgerEntry, Outcome
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
 
 
-def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
+def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     """Make the document of an outcome.
 
     Args:
-        command: the job.
-        plan: path of the plan, if one is written.
+        command: the command line of the job.
+        plan: the path of the plan, if one is written.
         outcome: the outcome of the tune.
     """
     found, header = outcome.pairs, outcome.header
@@ -37,7 +46,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
     elif outcome.pace is not None:
         baseline = Side(
             step_ms=outcome.pace.step_s * 1e3,
-            startup_s=outcome.pace.startup_s,
+            startup_s=outcome.startup_s,
             phases_ms=outcome.phases_ms,
         )
     resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None
@@ -56,7 +65,7 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
         with_plan=with_plan,
         claim=found.ratio if has_plan and found is not None else None,
         break_even_steps=break_even,
-        arms=arms(outcome.arms, outcome.refused),
+        tried=list_tried(outcome.entries, outcome.refused),
         knobs=tuple(
             KnobResult(
                 knob=name,
@@ -69,34 +78,36 @@ def made(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
             )
             for name, setting in outcome.settings.items()
         ),
-        proof=None if outcome.verdict is None else _proof(outcome.verdict, outcome),
+        proof=None if outcome.verdict is None else _proof(outcome.verdict),
         findings=tuple(outcome.findings),
         next_command=None if following is None else f"{following} -- {shlex.join(command)}",
     )
 
 
-def arms(tried: Sequence[LedgerArm], refused: Mapping[str, str]) -> tuple[Arm, ...]:
-    """List what was tried, and what was not, for the table and the document.
+def list_tried(
+    tried: Sequence[LedgerEntry], refused: Mapping[str, str]
+) -> tuple[TriedSettings, ...]:
+    """List the settings that were tried, and those that were not, for the document.
 
     Args:
-        tried: the arms that were compared, or left out.
-        refused: name of a knob -> why it was not tried.
+        tried: the settings that were compared or left out.
+        refused: for each knob that was not tried, the reason.
     """
     return (
         *(
-            Arm(
-                settings=dict(arm.settings),
-                label=", ".join(f"{name}={setting}" for name, setting in arm.settings.items()),
-                stage=arm.stage,
-                ratio=arm.ratio,
-                state=arm.state,
-                why=arm.why,
-                bound=arm.bound,
+            TriedSettings(
+                settings=dict(entry.settings),
+                label=", ".join(f"{name}={setting}" for name, setting in entry.settings.items()),
+                stage=entry.stage,
+                ratio=entry.ratio,
+                state=entry.state,
+                why=entry.why,
+                bound=entry.bound,
             )
-            for arm in tried
+            for entry in tried
         ),
         *(
-            Arm(
+            TriedSettings(
                 settings={},
                 label=name,
                 stage="inside one process",
@@ -122,20 +133,20 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
     )
 
 
-def _proof(verdict: Verdict, outcome: Outcome) -> Proof:
+def _proof(verdict: Verdict) -> Proof:
     return Proof(
         passed=None if verdict.passed and verdict.kind == "inconclusive" else verdict.passed,
         kind="bitwise" if verdict.kind == "bitwise" else "non-inferior",
         why=verdict.why,
         steps=verdict.steps,
-        seeds=outcome.pairs.count if outcome.pairs is not None else 1,
+        seeds=verdict.seeds,
         bare_repeats=verdict.bare_repeats,
         checks=tuple(
             Check(
                 name=check.name,
                 passed={"passed": True, "failed": False}.get(check.result),
                 why=check.why,
-                figures=dict(check.figures),
+                measurements=dict(check.measurements),
             )
             for check in verdict.checks
         ),

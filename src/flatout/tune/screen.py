@@ -1,10 +1,11 @@
-"""Screening: hot candidates are compared inside one process, which ranks them.
+"""Ranks hot candidates by comparing them inside one process.
 
 The program switches between combinations of settings every few steps, a factorial A/B test
-(``design.py``), so that every step tells something about every candidate. The winners form a
-stack. The stack is compared with copies that each lack one knob, and loses what it does not need.
-Last, candidates whose part of the bare step was too small to tell anything get a second comparison
-on top of the stack, where that part is larger.
+(``design.py``), so every step tells something about every candidate. The winners form a *stack*,
+the settings that are applied together. The stack is then compared with copies that each lack one
+knob, and settings that it does not need are removed. Last, candidates that affect so small a part
+of the bare step that no gain was measurable are compared once more on top of the stack, where that
+part is larger.
 
 Screening claims nothing: the claim comes from fresh processes (``prover.py``).
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import candidates, design, figures, pairs, statistics, trial
+from flatout.tune import candidates, design, formatting, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
@@ -29,35 +30,42 @@ from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
 BLOCK_STEPS = 4
-"""Steps of a block, unless it would be shorter than ``BLOCK_S``."""
+"""Number of steps of a block, unless the block would be shorter than ``BLOCK_S``."""
 
 MINIMUM_BLOCK_STEPS = 3
-"""Fewest steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
+"""Minimum number of steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
 
 DISCARD_STEPS = 1
-"""Fewest steps at the start of a block that are not timed."""
+"""Minimum number of steps at the start of a block that are not timed."""
 
 BLOCK_S = 0.02
-"""Seconds that a block lasts at least; a quarter of it is not timed. In a shorter block, what the
-switch leaves behind in caches would count."""
+"""Minimum duration of a block, in seconds; a quarter of it is not timed. In a shorter block, the
+state of the caches after the switch would affect the times."""
 
 MAXIMUM_ROUNDS = 40
-"""Most blocks of one arm in a comparison."""
+"""Maximum number of blocks of one arm in a comparison."""
 
 COMPARISON_SHARE = 0.15
-"""Share of the budget that all comparisons inside one process may take."""
+"""Share of the budget that the factorial comparison of all candidates may take. If the program
+crashes in it, each comparison of single candidates may take as much. Each comparison of stacks may
+take half as much (there are up to three)."""
 
 MAXIMUM_CANDIDATES = 11
-"""Most candidates that are compared in one process: they need 24 arms (``design.build_stacks``)."""
+"""Maximum number of candidates that are compared in one process; they need 24 arms
+(``design.build_stacks``)."""
 
 MANY_ARMS = 16
-"""A program is short if it has too few steps for two comparisons of this many arms."""
+"""Candidates are compared few at a time if the program ends before two comparisons of this many
+arms are complete."""
 
 FEW_CANDIDATES = 3
-"""Most candidates that are compared at a time in a short program, see ``MANY_ARMS``."""
+"""Maximum number of candidates that are then compared at a time, see ``MANY_ARMS``."""
+
+TOO_FEW_STEPS = "the program has too few steps to tell it from the others"
+"""The reason for a candidate of which a comparison gives no ratio."""
 
 StopRule = Literal["arms", "settings"] | None
-"""What ends a comparison early, see ``Comparison.decide``."""
+"""The rule that ends a comparison early, see ``Comparison.decide``."""
 
 
 class Screening(TuneStage):
@@ -67,11 +75,19 @@ class Screening(TuneStage):
         super().__init__(trials, ledger, bare, options)
         self._job_steps = bare.job_steps
 
+    @property
+    def _is_short_job(self) -> bool:
+        """Whether the job has ended within the first run or a comparison.
+
+        There are then too few steps to compare stacks, whose ratios are close to 1.
+        """
+        return self._job_steps is not None
+
     def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
         """Find the hot settings that make the program faster together.
 
         Args:
-            hot: the candidates, entered in the ledger.
+            hot: the candidates, which the ledger has.
 
         Raises:
             UserError: the program ends too early to compare anything, or fails when it runs again.
@@ -82,13 +98,13 @@ class Screening(TuneStage):
         """Find the best setting of each hot knob that is faster, the fastest knob first.
 
         The candidates are compared in combinations, which shows what each gains among the others.
-        If the program crashes under a combination, each candidate is compared alone, to find which
-        causes it.
+        If the program crashes under a combination, each candidate is compared alone, to find the
+        one that causes the crash.
         """
         try:
             self._compare_combined(hot)
         except TrialFailedError as failure:
-            self._ledger.say(
+            self._ledger.print_line(
                 f"the program fails under a combination of settings, so each is tried alone: "
                 f"{failure}"
             )
@@ -98,7 +114,7 @@ class Screening(TuneStage):
             arm = self._ledger.find(candidate.settings)
             if arm.ratio is None:
                 continue
-            self._ledger.say(f"{candidate}: {arm.ratio} inside one process")
+            self._ledger.print_line(f"{candidate}: {arm.ratio} inside one process")
             if statistics.pick_winners({str(candidate): arm.ratio}):
                 self._ledger.accept(candidate.settings)
                 setting = (arm.ratio.value, candidate.setting)
@@ -125,7 +141,7 @@ class Screening(TuneStage):
                 for stack in stacks
             ]
             ratios = setting_ratios(
-                statistics.complete_blocks(done.process.turns, comparison), applied
+                statistics.find_complete_blocks(done.process.turns, comparison), applied
             )
             skips = trial.collect_reasons(done.process, "skipped")
             unused = trial.collect_reasons(done.process, "unused")
@@ -136,19 +152,18 @@ class Screening(TuneStage):
                 elif candidate.knob in unused:
                     self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
                 elif ratio is None:
-                    why = "the program has too few steps to tell it from the others"
-                    self._ledger.skip(candidate.settings, "inside one process", why)
+                    self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
                 else:
                     self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
 
     def _compare_alone(self, hot: Sequence[Candidate]) -> None:
-        """Measure each candidate alone, if it has not been measured; those that fail are dropped.
+        """Measure alone each candidate that is not settled yet; those that fail are dropped.
 
         Raises:
             UserError: the program fails without any of them.
         """
         for group in self._divide(hot):
-            left = [c for c in group if self._ledger.find(c.settings).ratio is None]
+            left = [c for c in group if not self._ledger.is_settled(c.settings)]
             while left:
                 arms = ({}, *(candidate.settings for candidate in left))
                 try:
@@ -167,52 +182,83 @@ class Screening(TuneStage):
     def _note_alone(
         self, compared: Sequence[Candidate], done: Trial, comparison: Comparison
     ) -> None:
-        """Enter what came of a comparison in which each candidate was an arm of its own."""
+        """Enter the results of a comparison in which each candidate was an arm of its own."""
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
-        ratios = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        ratios = arm_ratios(statistics.find_complete_blocks(done.process.turns, comparison))
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
             elif candidate.knob in unused:
                 self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
+            elif number in ratios:
+                self._ledger.note_ratio(candidate, ratios[number])
             else:
-                self._ledger.note_ratio(candidate, ratios.get(number))
+                self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
 
     def _reduce(self, winners: dict[str, str]) -> dict[str, str]:
-        """Remove from the stack of winners what gains nothing on top of the others."""
-        if len(winners) < 2 or self._job_steps is not None:
+        """Remove from the stack of winners the settings that gain nothing on top of the others."""
+        if len(winners) < 2 or self._is_short_job:
             return winners
-        stacks = (
-            winners,
-            *({k: s for k, s in winners.items() if k != left_out} for left_out in winners),
+        found = self._compare_with_first(
+            (winners, *(_remove(winners, [knob]) for knob in winners)),
+            "arms",
+            "the chosen settings, and the same without each knob in turn",
         )
-        found = self._compare_with_first(stacks, "arms", "the stack, and the stack less each knob")
         stack_less_knob = {knob: found[n] for n, knob in enumerate(winners, 1) if n in found}
         for knob, ratio in stack_less_knob.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
             self._ledger.note_on_top(knob, gain)
-        kept = dict(winners)
-        for knob in statistics.find_redundant(stack_less_knob)[: len(winners) - 1]:
+        redundant = statistics.find_redundant(stack_less_knob)[: len(winners) - 1]
+        for knob in self._find_removable(winners, redundant):
             why = "the other settings are as fast without it"
-            self._ledger.leave_out({knob: kept.pop(knob)}, why)
-        return kept
+            self._ledger.leave_out({knob: winners[knob]}, why)
+            winners = _remove(winners, [knob])
+        return winners
+
+    def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
+        """Find the redundant knobs that the stack does not need even if all of them are removed.
+
+        Two knobs may speed up the same work: the stack then needs neither as long as it has the
+        other. The knobs are therefore also removed one after the other, until the stack gets
+        slower.
+
+        Args:
+            winners: the stack.
+            redundant: knobs that the stack does not need if only one of them is removed, in the
+                order in which to remove them.
+        """
+        if len(redundant) < 2:
+            return redundant
+        prefixes = [redundant[:count] for count in range(1, len(redundant) + 1)]
+        found = self._compare_with_first(
+            (winners, *(_remove(winners, prefix) for prefix in prefixes[1:])),
+            "arms",
+            f"the chosen settings, and the same without several of {', '.join(redundant)}",
+        )
+        removable = prefixes[0]
+        for number, prefix in enumerate(prefixes[1:], 1):
+            if number not in found or not statistics.find_redundant({number: found[number]}):
+                break
+            removable = prefix
+        return removable
 
     def _look_again(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
-        """Add to the stack what gains on it although its gain on bare was too small to see.
+        """Add settings that speed up the stack although their gain on bare was too small to
+        measure.
 
         Args:
             stack: the winners.
             hot: all candidates that were compared.
         """
-        arms = {candidate: self._ledger.find(candidate.settings) for candidate in hot}
-        ratios = {c: arm.ratio for c, arm in arms.items() if arm.state != "left out"}
+        entries = {candidate: self._ledger.find(candidate.settings) for candidate in hot}
+        ratios = {c: entry.ratio for c, entry in entries.items() if entry.state != "left out"}
         again = candidates.find_second_looks(ratios, stack)
-        if not again or self._job_steps is not None:
+        if not again or self._is_short_job:
             return stack
         stacks = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
         found = self._compare_with_first(
-            stacks, None, f"once more {format_settings(again)}, on top of the stack"
+            stacks, None, f"once more {format_settings(again)}, on top of the chosen settings"
         )
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
@@ -224,15 +270,24 @@ class Screening(TuneStage):
         return grown
 
     def _compare_with_first(
-        self, arms: Sequence[Mapping[str, str]], decide: StopRule, what: str
+        self, arms: Sequence[Mapping[str, str]], stop_rule: StopRule, what: str
     ) -> dict[int, Ratio]:
-        """Measure arms against the first of them, by their numbers; none if the program fails."""
+        """Compare arms with the first of them.
+
+        Args:
+            arms: the arms.
+            stop_rule: the rule that ends the comparison early.
+            what: a description of the arms for the progress line.
+
+        Returns the ratio of each arm to the first, by the number of the arm; empty if the program
+        fails.
+        """
         try:
-            done, comparison = self._compare(arms, decide, COMPARISON_SHARE / 2, what)
+            done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)
         except TrialFailedError as failure:
-            self._ledger.say(f"{what}: not measured, the program fails: {failure}")
+            self._ledger.print_line(f"{what}: not measured, the program fails: {failure}")
             return {}
-        return arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        return arm_ratios(statistics.find_complete_blocks(done.process.turns, comparison))
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide the candidates into as few groups as a program of this length can compare."""
@@ -249,17 +304,17 @@ class Screening(TuneStage):
     def _compare(
         self,
         arms: Sequence[Mapping[str, str]],
-        decide: StopRule,
+        stop_rule: StopRule,
         share: float,
         compared: Sequence[Candidate] | str,
     ) -> tuple[Trial, Comparison]:
-        """Let arms alternate inside one process.
+        """Compare arms that alternate inside one process.
 
         Args:
             arms: the arms; the others are compared with the first.
-            decide: what ends the comparison early, see ``Comparison``.
-            share: share of the budget that it may take.
-            compared: the candidates that it is about, or words for it.
+            stop_rule: the rule that ends the comparison early.
+            share: the share of the budget that the comparison may take.
+            compared: the candidates, or a description of the arms for the progress line.
 
         Raises:
             TrialFailedError: the program fails under one of the arms.
@@ -267,32 +322,32 @@ class Screening(TuneStage):
         """
         comparison = size_comparison(
             arms,
-            decide,
+            stop_rule,
             limit_s=self._options.budget_seconds * share,
             step_s=self._bare.pace.step_s,
             job_steps=self._job_steps,
         )
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
-        self._ledger.say(
+        self._ledger.print_line(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
         )
         self._ledger.begin(
             f"measuring {compared}"
             if isinstance(compared, str)
-            else f"comparing {figures.count(len(compared), 'setting')} inside one process"
+            else f"comparing {formatting.count(len(compared), 'setting')} inside one process"
         )
         self._ledger.start(() if isinstance(compared, str) else compared, "inside one process")
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.turns)
-            return self._compare(arms, decide, share, compared)
+            return self._compare(arms, stop_rule, share, compared)
         return done, comparison
 
 
 def size_comparison(
     arms: Sequence[Mapping[str, str]],
-    decide: StopRule,
+    stop_rule: StopRule,
     *,
     limit_s: float,
     step_s: float,
@@ -301,11 +356,12 @@ def size_comparison(
     """Make a comparison as long as its time and the program allow.
 
     Args:
-        arms: its arms.
-        decide: what ends it early, see ``Comparison``.
-        limit_s: seconds that it may take.
-        step_s: seconds of a step of the bare program.
-        job_steps: length of the job in steps, ``None``: longer than was looked at.
+        arms: the arms.
+        stop_rule: the rule that ends the comparison early.
+        limit_s: the time that it may take, in seconds.
+        step_s: the time of a step of the bare program, in seconds.
+        job_steps: the number of steps of the job; ``None`` if the job has not come to its end in
+            any run so far.
 
     Raises:
         UserError: the program ends too early to compare anything.
@@ -320,7 +376,7 @@ def size_comparison(
             discard_steps=max(DISCARD_STEPS, block_steps // 4),
             warmup_steps=WARMUP_STEPS,
             rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
-            decide=decide,
+            decide=stop_rule,
         )
 
     comparison = fill_time(max(BLOCK_STEPS, round(BLOCK_S / step_s)))
@@ -341,15 +397,19 @@ def size_comparison(
 
 
 def count_fewest_rounds(arms: int) -> int:
-    """The least even number of rounds whose blocks give an interval (``ratios.arm_ratios``)."""
+    """Return the least even number of rounds whose blocks give an interval.
+
+    See ``ratios.arm_ratios``.
+    """
     blocks = arms + 1 + MINIMUM_DEGREES_OF_FREEDOM
     return 2 * math.ceil(blocks / arms / 2)
 
 
 def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
-    """Group settings that exclude each other: those of one knob, or of knobs that claim the same.
+    """Group settings that exclude each other.
 
-    Each group is one factor of the factorial design.
+    These are the settings of one knob, or of knobs that claim the same part of the program
+    (``Knob.claims``). Each group is one factor of the factorial design.
     """
     factors: list[tuple[set[str], list[tuple[str, str]]]] = []
     for candidate in hot:
@@ -365,8 +425,13 @@ def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
     return [settings for _, settings in factors]
 
 
+def _remove(stack: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:
+    """Return the stack without the settings of some knobs."""
+    return {knob: setting for knob, setting in stack.items() if knob not in left_out}
+
+
 def _find_last_arm(failure: TrialFailedError) -> int | None:
-    """The number of the arm that was applied when the process ended, ``None``: not known."""
+    """Return the number of the arm that was applied when the process ended; ``None`` if unknown."""
     if failure.process is None:
         return None
     arms = [e.subject for e in failure.process.events if e.subject.startswith("arm ")]

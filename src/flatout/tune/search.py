@@ -1,6 +1,6 @@
-"""Which settings of a plan make its proof fail, and which settings take their place.
+"""Finds the settings of a plan that make its proof fail, and the settings that take their place.
 
-The functions are pure. They are told by a callback whether a part of a plan passes.
+The functions are pure. A callback tells them whether a part of a plan passes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def use_proof_settings(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_gentler(name: str, setting: str, offered: Collection[str] | None = None) -> str | None:
-    """The next setting of a knob towards its gentlest, ``None`` if there is none.
+    """Return the next gentler setting of a knob; ``None`` if there is none.
+
+    ``Knob.settings`` is ordered from the gentlest to the strongest setting.
 
     Args:
-        name: of the knob.
-        setting: the current one.
-        offered: settings that make sense for this program (see ``Match``); ``None``: all.
+        name: the name of the knob.
+        setting: its current setting.
+        offered: the settings that make sense for this program (see ``Match``); ``None`` for all.
 
     Raises:
         UnknownSettingError: there is no such knob, or setting.
@@ -57,7 +59,9 @@ def find_gentler(name: str, setting: str, offered: Collection[str] | None = None
 
 
 def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the most invasive exactness class among them, see ``MOST_INVASIVE_FIRST``.
+    """Find the settings that belong to the most invasive exactness class of any of the settings.
+
+    The order of the classes is ``MOST_INVASIVE_FIRST``.
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -78,8 +82,8 @@ def find_culprits(
     ``2 log2(n)`` trials, and no part is tried twice.
 
     Args:
-        settings: settings that fail together; the bare program is assumed to pass.
-        passes: tells whether a part of them passes; it is called with at least one knob.
+        settings: the settings that fail together; the bare program is assumed to pass.
+        passes: tells whether a part of the settings passes; it is called with at least one knob.
     """
     tried: dict[frozenset[str], bool] = {}
 

@@ -1,4 +1,4 @@
-"""What the stages of a tune after its first run have in common."""
+"""The base class of the stages of a tune after its first run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class TuneStage:
     """A stage of one tune.
 
     Args:
-        trials: runs the program.
+        trials: the runner of trials.
         ledger: the ledger of this tune.
-        bare: the first run.
-        options: what the user asks for.
+        bare: the results of the first run.
+        options: the options that the user gave.
     """
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:

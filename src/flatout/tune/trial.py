@@ -1,4 +1,4 @@
-"""A trial: one run of the job that is asked to stop after some steps."""
+"""Runs trials: single runs of the job, each of which the request stops after some steps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
 
 _TAIL_LINES = 12
-"""Lines of a failed program's output that are kept."""
+"""Number of lines of a failed program's output that are kept."""
 
-_ENDED = f"killed by signal {int(signal.SIGTERM)}"
-"""How the failure of a run ends whose partner in a relay has failed."""
+_TERMINATED = f"killed by signal {int(signal.SIGTERM)}"
+"""The end of the failure message of a run that was stopped because its relay partner failed."""
 
 
 class TrialFailedError(Exception):
     """A trial gave no usable record; the message says why.
 
     Attributes:
-        process: what was recorded nevertheless, ``None`` if nothing was.
+        process: the record of the process that trained, as far as it got; ``None`` if there is
+            none.
         tail: the last lines of the program's output.
     """
 
@@ -40,7 +41,7 @@ class RelayFailedError(Exception):
     """One of two trials that alternate has failed.
 
     Attributes:
-        place: which of the two, 0 or 1.
+        place: the place of the failed trial among the two, 0 or 1.
         failure: its failure.
     """
 
@@ -52,13 +53,13 @@ class RelayFailedError(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial left behind.
+    """The result of a trial.
 
     Attributes:
         process: the record of the process that trained.
-        seconds: wall time of the whole command.
+        seconds: the wall time of the whole command.
         ended: whether the program came to its end by itself.
-        modules: files that its processes have imported, see ``wire.record``.
+        modules: the files that its processes have imported, see ``wire.record``.
     """
 
     process: ProcessRecord
@@ -71,8 +72,8 @@ class Trials:
     """Runs the trials of one tune, each once, and writes each into the journal when it has ended.
 
     Args:
-        command: the job.
-        journal: journal of the tune.
+        command: the command line of the job.
+        journal: the journal of the tune.
         isolate: whether trials run in a copy-on-write view of the file system.
         tick: is called twice a second while a trial runs.
     """
@@ -93,8 +94,9 @@ class Trials:
         """Run the job once, or take its result from the journal.
 
         Args:
-            request: what the agent shall do; it should stop the program.
-            timeout_seconds: time limit for the whole command.
+            request: the request for the agent, flatout's code inside the job. It should include a
+                stop condition.
+            timeout_seconds: the time limit for the whole command.
 
         Raises:
             KeyboardInterrupt: the user ends the tune; the journal gets nothing of this trial.
@@ -122,9 +124,9 @@ class Trials:
         """Run the job twice at the same time, the two runs alternating (``agent/relay.py``).
 
         Args:
-            requests: what the two agents shall do.
-            relay: how the runs alternate.
-            timeout_seconds: time limit for both.
+            requests: the requests for the agents of the two runs.
+            relay: the blocks in which the runs alternate.
+            timeout_seconds: the time limit for both.
 
         Raises:
             RelayFailedError: one of the runs failed, hung, or recorded nothing.
@@ -148,14 +150,17 @@ class Trials:
 
         entries = self._obtain(asked, start, timeout_seconds)
         done: list[Trial] = []
+        terminated: list[RelayFailedError] = []
         for place, entry in enumerate(entries):
             try:
                 done.append(self._read(entry))
             except TrialFailedError as failure:
-                if entry.failure is None or not entry.failure.endswith(_ENDED):
-                    raise RelayFailedError(place, failure) from failure
-        if len(done) < 2:
-            raise RelayFailedError(0, TrialFailedError("both were ended", None, ""))
+                failed = RelayFailedError(place, failure)
+                if entry.failure is None or not entry.failure.endswith(_TERMINATED):
+                    raise failed from failure
+                terminated.append(failed)
+        if terminated:  # neither run failed by itself: something else has stopped them
+            raise terminated[0]
         return done[0], done[1]
 
     def _obtain(
@@ -170,7 +175,7 @@ class Trials:
         once more, and the journal gets only the second attempt: the first says little about the
         program.
         """
-        entries = self._journal.recorded(*requests)
+        entries = self._journal.take_next(*requests)
         if entries is None:
             interruption.check()
             finished = start()
@@ -234,10 +239,10 @@ def _to_trial(entry: Entry, record: RunRecord) -> Trial:
 
 
 def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
-    """Collect the reasons of events, of each subject (a knob, or ``arm N``) that of the last one.
+    """Collect for each subject the reason of its last event of some kinds.
 
     Args:
-        process: the record whose events are looked at.
-        what: kinds of events, such as ``"failed"`` and ``"skipped"``.
+        process: the record with the events. The subject of an event is a knob, or ``arm N``.
+        what: the kinds of events, such as ``"failed"`` and ``"skipped"``.
     """
     return {event.subject: event.why for event in process.events if event.what in what}

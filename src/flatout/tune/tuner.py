@@ -1,4 +1,9 @@
-"""From a working program to a proven plan, or to the sentence that says why there is none.
+"""Makes a proven plan for a working program, or finds the reason why there is none.
+
+*Bare* is the program without any setting. Each *trial* runs the program once, for some steps, with
+flatout's code inside its process: the *agent*, which applies settings and records steps. The
+``turns`` of a recorded process are the steps of its training loop, or of its inference loop if it
+does not train.
 
 1. One bare run shows how many steps there are, how long they take, what takes the time, and
    whether the program trains at all (``bare.py``).
@@ -9,12 +14,12 @@
 4. Cold candidates need a fresh process. Each is tried on top of the stack (``cold.py``).
 5. The plan is put to the proof: bare and plan run in pairs of fresh processes, one pair for each
    seed. The pairs give the claimed ratio, and the losses for the proof (``prover.py``).
-6. If the proof fails, its culprit is found and replaced by a gentler setting or dropped, and step 5
-   is repeated.
+6. If the proof fails, the setting that makes it fail is found, and replaced by a gentler one or
+   dropped. Step 5 is then repeated.
 
-What is tried is entered in the ledger (``ledger.py``). Everything that is decided depends on the
-trials' results and on the time they took, and both are in the journal, so a tune that was killed
-can resume (``journal.py``).
+The ledger holds the settings that were tried and what came of them (``ledger.py``). The journal
+keeps the results of the trials and the time that they took, so that a tune that was killed can be
+resumed (``journal.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
 from flatout.machine import Ceilings
-from flatout.tune import bare, candidates, evidence, figures, search, statistics
+from flatout.tune import bare, candidates, evidence, formatting, pairs, search, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
@@ -35,7 +40,7 @@ from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
 MAXIMUM_PROOFS = 4
-"""Most plans that are put to the proof one after the other, each gentler than the one before."""
+"""Maximum number of plans that are put to the proof, each gentler than the one before."""
 
 
 class Tuner:
@@ -43,14 +48,13 @@ class Tuner:
 
     Args:
         command: command line of the user's program.
-        options: what the user asks for.
+        options: the options that the user gave.
         journal: journal of this tune.
-        say: is called with each line of progress.
-        show: is called with the outcome so far and the seconds left in its phase, whenever the
-            phase or what is known of a candidate has changed, and twice a second while a trial
-            runs.
-        measure_ceilings: given the path of the Python interpreter, returns the machine's peak
-            rates; ``None``: they are not known.
+        print_line: prints a line of progress.
+        refresh: shows the outcome so far and the seconds left in the current activity. It is called
+            whenever either of them changes, and twice a second while a trial runs.
+        measure_ceilings: returns the machine's peak rates, given the path of the Python
+            interpreter; ``None`` if they are not known.
     """
 
     def __init__(
@@ -58,22 +62,24 @@ class Tuner:
         command: Sequence[str],
         options: Options,
         journal: Journal,
-        say: Callable[[str], None],
-        show: Callable[[Outcome, float], None],
+        print_line: Callable[[str], None],
+        refresh: Callable[[Outcome, float], None],
         measure_ceilings: Callable[[str], Ceilings | None],
     ) -> None:
         self._command = command
         self._options = options
         self._journal = journal
-        self._ledger = Ledger(options.budget_seconds, lambda: journal.spent_s, say, show)
-        self._trials = Trials(command, journal, options.isolate, tick=self._ledger.tell)
+        self._ledger = Ledger(options.budget_seconds, lambda: journal.spent_s, print_line, refresh)
+        self._trials = Trials(command, journal, options.isolate, tick=self._ledger.notify)
         self._measure_ceilings = measure_ceilings
 
     def run(self) -> Outcome:
-        """Tune; after an interruption, the outcome is what was proven until then.
+        """Tune the job.
+
+        Returns the outcome; after an interruption, the outcome so far.
 
         Raises:
-            UserError: the program fails, never trains, or takes too few steps.
+            UserError: the program fails, never calls a model, or makes too few steps.
         """
         outcome = self._ledger.outcome
         try:
@@ -86,14 +92,16 @@ class Tuner:
         return outcome
 
     def verify(self, settings: Mapping[str, str], count: int) -> Outcome:
-        """Put a plan to the proof; the outcome has evidence if it passes, however fast it is.
+        """Put a plan to the proof.
 
         Args:
-            settings: settings of the plan.
-            count: number of pairs, each with a seed of its own.
+            settings: the settings of the plan.
+            count: the number of pairs, each with a seed of its own.
+
+        Returns the outcome, which has evidence if the plan passes, whether or not it is faster.
 
         Raises:
-            UserError: the program fails, never trains, or takes too few steps.
+            UserError: the program fails, never calls a model, or makes too few steps.
         """
         outcome = self._ledger.outcome
         try:
@@ -103,7 +111,7 @@ class Tuner:
             outcome.interrupted = attempt.pairs.interrupted
             outcome.verdict = attempt.verdict
             for name, why in attempt.pairs.without_effect().items():
-                self._ledger.say(f"{name}={settings[name]} has no effect: {why}")
+                self._ledger.print_line(f"{name}={settings[name]} has no effect: {why}")
             if attempt.refusal is None:
                 self._accept(settings, attempt)
             else:
@@ -115,7 +123,7 @@ class Tuner:
         return outcome
 
     def _tune(self) -> None:
-        """Go through the stages, and fill in the outcome.
+        """Run the stages in order, and fill in the outcome.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.
@@ -141,7 +149,7 @@ class Tuner:
             gentler = self._replace_culprits(
                 settings, prover.find_culprits(settings, attempt), attempt.refusal, survey
             )
-            if _hid_gains(settings.keys() - gentler.keys()):
+            if _may_have_hidden_gains(settings.keys() - gentler.keys()):
                 useless = [one for one in cold if self._ledger.has_no_gain(one.settings)]
                 gentler = cold_trials.extend(gentler, useless, again=True)
             settings = gentler
@@ -149,19 +157,20 @@ class Tuner:
                 return
 
     def _run_bare(self) -> BareRun:
-        """Run the bare program, and fill in what that shows.
+        """Run the bare program, and enter in the outcome what the run shows.
 
         Raises:
             JournalError: the program has changed since this tune began.
             UserError: see ``run``.
         """
         self._ledger.begin("running the bare program")
-        first = bare.run(self._command, self._options, self._trials, self._ledger.say)
-        self._journal.hold(first.program)
+        first = bare.run(self._command, self._options, self._trials, self._ledger.print_line)
+        self._journal.record_or_check_program(first.program)
         outcome = self._ledger.outcome
         outcome.header, outcome.inputs = first.process.header, first.process.inputs
         outcome.program, outcome.modules = first.program, first.modules
         outcome.pace, outcome.phases_ms = first.pace, first.phases_ms
+        outcome.startup_s = pairs.startup_s(first.process)
         outcome.job_steps = first.job_steps
         return first
 
@@ -176,18 +185,18 @@ class Tuner:
         outcome = self._ledger.outcome
         outcome.findings, outcome.refused = found.findings, found.refused
         for name, why in found.refused.items():
-            self._ledger.say(f"{name} is not tried: {why}")
+            self._ledger.print_line(f"{name} is not tried: {why}")
         self._ledger.enter(found.candidates)
         return found
 
     def _prove(self, prover: Prover, settings: Mapping[str, str]) -> ProofAttempt:
-        """Put settings to the proof; if they are refused, say why."""
+        """Put settings to the proof. If they are refused, enter the reason in the outcome."""
         outcome = self._ledger.outcome
         outcome.verdict = None
         attempt = prover.prove(settings)
         outcome.verdict, outcome.interrupted = attempt.verdict, attempt.pairs.interrupted
         if attempt.refusal is not None:
-            self._ledger.say(f"{format_settings(settings)}: {attempt.refusal}")
+            self._ledger.print_line(f"{format_settings(settings)}: {attempt.refusal}")
             outcome.why = f"{format_settings(settings)} is not proven: {attempt.refusal}"
         return attempt
 
@@ -197,10 +206,10 @@ class Tuner:
         """Replace each culprit by a gentler setting of its knob, or drop it.
 
         Args:
-            settings: settings that were not proven.
-            culprits: those among them that made the proof fail.
-            why: the reason, one clause.
-            survey: tells which settings make sense for this program.
+            settings: the settings that were not proven.
+            culprits: the settings among them that made the proof fail.
+            why: the reason why it failed, as a clause.
+            survey: the survey that tells which settings make sense for this program.
         """
         left = dict(settings)
         for name, setting in culprits.items():
@@ -210,11 +219,11 @@ class Tuner:
                 del left[name]
             else:
                 left[name] = gentler
-                self._ledger.say(f"{name}={gentler} takes its place")
+                self._ledger.print_line(f"{name}={gentler} takes its place")
         return left
 
     def _decide(self, proven: Mapping[str, str], attempt: ProofAttempt) -> None:
-        """Decide whether a proven plan is written: only if it saves time; else say why not."""
+        """Accept a proven plan if it saves time. Otherwise enter the reason in the outcome."""
         settings, outcome = dict(proven), self._ledger.outcome
         for name, why in attempt.pairs.without_effect().items():
             self._ledger.leave_out({name: settings.pop(name)}, f"it has no effect: {why}")
@@ -228,7 +237,7 @@ class Tuner:
             outcome.why = f"{format_settings(settings)} gives {no_gain}"
 
     def _accept(self, settings: Mapping[str, str], attempt: ProofAttempt) -> None:
-        """Fill in a plan that is proven, with its evidence."""
+        """Enter a proven plan and its evidence in the outcome."""
         outcome, verdict = self._ledger.outcome, attempt.verdict
         assert verdict is not None  # there is no proof without one
         outcome.settings = dict(settings)
@@ -238,28 +247,36 @@ class Tuner:
         outcome.evidence = evidence.make_evidence(settings, attempt.pairs, verdict, ratio_alone)
 
 
-def _hid_gains(dropped: Collection[str]) -> bool:
+def _may_have_hidden_gains(dropped: Collection[str]) -> bool:
+    """Return whether any of the dropped knobs may have hidden the gains of others.
+
+    A setting that made a part of the step short leaves little for others to gain there. Without
+    it, settings that were rejected deserve another trial.
+    """
     return any(knobs.get(name).hides_gains for name in dropped)
 
 
-def _explain_no_gain(made: Pairs, job_steps: int | None) -> str | None:
-    """Why the plan of these pairs saves no time, one clause that begins with its ratio; ``None``:
-    it saves time.
+def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None:
+    """Return the reason why a plan saves no time, as a clause that begins with its ratio.
+
+    The result is ``None`` if the plan saves time.
 
     Args:
-        made: pairs of the bare program and the plan.
-        job_steps: length of the job in steps, ``None``: not known.
+        finished_pairs: the pairs of the bare program and the plan.
+        job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
-    if not statistics.is_gain(made.ratio):
-        return f"{made.ratio} in fresh processes: {figures.faster_or_slower(made.ratio)}"
-    if made.whole_ratio <= 1:
+    ratio = finished_pairs.ratio
+    if not statistics.is_gain(ratio):
+        return f"{ratio} in fresh processes: {formatting.describe_ratio(ratio)}"
+    if finished_pairs.whole_ratio <= 1:
         return (
-            f"{made.ratio} in a usual step, but {made.whole_ratio:.2f}x once every step is counted"
+            f"{ratio} in a usual step, but {finished_pairs.whole_ratio:.2f}x once every step is "
+            "counted"
         )
-    bare_cost, plan_cost = made.costs
+    bare_cost, plan_cost = finished_pairs.costs
     if job_steps is not None and plan_cost.job_s(job_steps) >= bare_cost.job_s(job_steps):
         return (
-            f"{made.ratio} a step, but the whole job has only {job_steps}: "
+            f"{ratio} a step, but the whole job has only {job_steps}: "
             f"{plan_cost.job_s(job_steps):.1f} s against {bare_cost.job_s(job_steps):.1f} s"
         )
     return None

@@ -8,7 +8,8 @@ A type hint may be ``str``, ``int``, ``float``, ``bool``, ``Any``, ``bytes``, a 
 dataclass, a ``NamedTuple``, ``tuple[X, ...]``, ``list[X]``, ``Mapping[K, V]``, ``X | None``, a
 union of scalars, or any of these in ``Annotated`` with a ``Check`` or a ``Packed``. In the file,
 
-- a key is the name of its field, without a trailing underscore (``class_`` is ``class``);
+- a key is the name of its field, without a trailing underscore (``class_`` is ``class``), unless
+  the field's metadata names another (``stored_as``);
 - a field that is missing has its default;
 - bytes and arrays are base64, arrays little-endian;
 - a number that is not finite may also be one of ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, as
@@ -39,6 +40,11 @@ T = TypeVar("T")
 
 OMIT_NONE: Mapping[str, bool] = {"omit_none": True}
 """Metadata of a dataclass field that is left out of the file while it is ``None``."""
+
+
+def stored_as(key: str) -> Mapping[str, str]:
+    """Return the metadata of a dataclass field whose key in the file is not its name."""
+    return {"key": key}
 
 
 class MismatchError(ValueError):
@@ -186,9 +192,14 @@ def encode(value: object, non_finite_as_strings: bool = False) -> Any:
 def _written_fields(kind: type) -> tuple[tuple[str, str, bool], ...]:
     """Name, key, and whether ``None`` is left out, of each field of a dataclass."""
     return tuple(
-        (field.name, field.name.rstrip("_"), "omit_none" in field.metadata)
+        (field.name, _key(field), "omit_none" in field.metadata)
         for field in dataclasses.fields(kind)
     )
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    key: str = field.metadata.get("key", field.name.rstrip("_"))
+    return key
 
 
 def _little_endian(values: array[Any]) -> array[Any]:
@@ -411,7 +422,7 @@ def _dataclass(kind: Any) -> _Decoder:
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = [
         (
-            *(field.name, field.name.rstrip("_"), _decoder(hints[field.name])),
+            *(field.name, _key(field), _decoder(hints[field.name])),
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
         )
         for field in dataclasses.fields(kind)

@@ -38,7 +38,7 @@ class Comparison:
         warmup_steps: steps before the first block, under the baseline.
         first_steps: steps that an arm makes before the rounds begin, if it has a setting that no
             arm before it has; allocation and compilation belong to no ratio.
-        rounds: most blocks that each arm gets.
+        rounds: the maximum number of blocks of each arm.
         decide: what ends the comparison before all ``rounds``; it is looked at after every second
             round. ``None``: nothing does. ``"arms"``: an arm that gains less than ``worthwhile``,
             beyond noise, leaves; the comparison ends when all others are faster than the baseline,
@@ -59,20 +59,20 @@ class Comparison:
     worthwhile: float = 1.02
 
     @property
-    def first_turns(self) -> list[int]:
-        """The arms that make some steps before the rounds begin."""
+    def arms_with_first_steps(self) -> list[int]:
+        """The numbers of the arms that make some steps before the rounds begin."""
         seen = set(self.arms[0].items())
-        turns = []
+        numbers = []
         for number, arm in enumerate(self.arms):
             if self.first_steps and not seen.issuperset(arm.items()):
-                turns.append(number)
+                numbers.append(number)
                 seen.update(arm.items())
-        return turns
+        return numbers
 
     @property
     def longest_steps(self) -> int:
         """Steps that the comparison takes when nothing ends it early."""
-        first = self.first_steps * len(self.first_turns)
+        first = self.first_steps * len(self.arms_with_first_steps)
         return self.warmup_steps + first + len(self.arms) * self.rounds * self.block_steps
 
 
@@ -146,8 +146,8 @@ class ProvenLoss:
 
 
 @dataclass(frozen=True)
-class Envelope:
-    """What the guard compares losses with.
+class GuardRequest:
+    """Turns on the guard, and gives the losses that it compares those of the run with.
 
     Attributes:
         steps: how many steps from the start of the program the proof covers; 0: there is no proof.
@@ -177,7 +177,7 @@ class Request:
             it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
         proof: the conditions under which some of the settings apply.
         inspection: what to record beside times and losses.
-        guard: what the guard compares losses with; ``None``: there is no guard.
+        guard: turns on the guard; ``None``: there is no guard.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class Request:
     seed: int | None = None
     proof: Proof | None = None
     inspection: Inspection | None = None
-    guard: Envelope | None = None
+    guard: GuardRequest | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""

@@ -17,7 +17,7 @@ from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
-from flatout.wire.request import Envelope, Proof, ProvenLoss, Request
+from flatout.wire.request import GuardRequest, Proof, ProvenLoss, Request
 from flatout.wire.writer import write_failure
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its own exit status."""
     if arguments.tune:
         from flatout.tune import learning
-    request = learning.request(arguments) if arguments.tune else _request(arguments)
+    request = learning.make_request(arguments) if arguments.tune else _request(arguments)
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
@@ -96,7 +96,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(settings=settings, proof=proof, guard=guard)
 
 
-def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> Envelope | None:
+def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> GuardRequest | None:
     """What the guard must know; ``None`` if no setting can change results.
 
     The losses of the proof hold for its arguments only: another learning rate, or another number of
@@ -109,12 +109,12 @@ def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> E
         return None
     is_same = plan.argument_changes(command) == ArgumentChanges()
     if plan.evidence is None or not plan.proven or not is_same:
-        return Envelope()
+        return GuardRequest()
     losses = tuple(
         ProvenLoss(max(loss.bare_final, loss.plan_final), loss.margin)
         for loss in plan.evidence.losses
     )
-    return Envelope(plan.evidence.steps, losses)
+    return GuardRequest(plan.evidence.steps, losses)
 
 
 def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:

@@ -31,10 +31,13 @@ DEFAULT_BUDGET_S = 300.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout tune``."""
-    options.add_budget(parser, DEFAULT_BUDGET_S, "how long the tune may take, roughly")
-    options.add_plan(parser, "where the plan is written")
+    options.add_budget(parser, DEFAULT_BUDGET_S, "the time that the tune may take, roughly")
+    options.add_plan(parser, "the file that the plan is written to")
     options.add_steps(
-        parser, None, "prove the plan over this many steps (default: as many as the budget allows)"
+        parser,
+        None,
+        "prove the plan over this many steps (default: 200, or as many as fit into 2 s, whichever "
+        "is more; fewer if they take longer than 1/36 of the budget)",
     )
     parser.add_argument(
         "--knobs",
@@ -46,12 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exactness",
         type=_exactness,
         metavar="CLASS,...",
-        help="try only settings of these classes: bitwise, reordered, reduced, resampled, "
-        "reshuffled; 'flatout knobs KNOB' explains those of a knob (default: all)",
+        help="try only settings of these classes, which tell how far results may differ: "
+        "bitwise (identical), reordered (other summation order), reduced (lower precision), "
+        "resampled (other random numbers), reshuffled (other data order); default: all",
     )
     options.add_proof(parser, "tune")
     options.add_json(parser)
-    options.add_verbose(parser, "every trial, every check, and why each other setting was not used")
+    options.add_verbose(
+        parser, "every trial, every check, and the reason for every setting that was not used"
+    )
     options.add_in_place(parser)
 
 
@@ -90,16 +96,16 @@ def _tune(arguments: argparse.Namespace) -> int:
         exactness=arguments.exactness,
         memory=arguments.memory,
     )
-    opened = journal.opened("tune", arguments.command, wanted, arguments.resume, say)
+    opened = journal.open_journal("tune", arguments.command, wanted, arguments.resume, say)
     try:
         with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
             def show(so_far: Outcome, left_s: float) -> None:
-                progress.show(so_far.phase, left_s)
+                progress.show(so_far.activity, left_s)
 
             tuner = Tuner(arguments.command, wanted, opened, progress.say, show, ceilings)
             outcome = tuner.run()
-        document = result.made(arguments.command, arguments.plan, outcome)
+        document = result.make_document(arguments.command, arguments.plan, outcome)
         for line in words.lines(document, arguments.verbose):  # first: a disk may be full by now
             say(line)
         if outcome.evidence is not None:

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout verify``."""
     options.add_plan(
         parser,
-        "the plan; if it passes, the new proof is added to the one in the file, or replaces it "
-        "where that covers less",
+        "the file of the plan; a proof that passes replaces the one in the file if it covers it, "
+        "and is stored beside it otherwise",
     )
     options.add_steps(
         parser, None, "prove the plan over this many steps (default: as in its last proof, or 200)"
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=DEFAULT_SEEDS,
         metavar="K",
-        help=f"how many pairs of runs are made, each with its own seed (default: {DEFAULT_SEEDS})",
+        help="number of baseline/plan pairs of runs, each with its own seed "
+        f"(default: {DEFAULT_SEEDS})",
     )
     options.add_proof(parser, "verify")
     options.add_verbose(parser, "every run and every check")
@@ -66,7 +67,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     paths.check_writable(arguments.plan)
     check_program(arguments.command[0])
     wanted = _options(arguments, proven)
-    opened = journal.opened("verify", arguments.command, wanted, arguments.resume, say)
+    opened = journal.open_journal("verify", arguments.command, wanted, arguments.resume, say)
     try:
         outcome = _prove(arguments, wanted, opened, proven)
         if outcome.interrupted:
@@ -126,8 +127,8 @@ def _prove(
     with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
 
         def show(so_far: Outcome, left_s: float) -> None:
-            is_proof = so_far.phase is not None and so_far.phase.pairs is not None
-            progress.show(so_far.phase, left_s if is_proof else None)
+            is_proof = so_far.activity is not None and so_far.activity.pairs is not None
+            progress.show(so_far.activity, left_s if is_proof else None)
 
         tuner = Tuner(arguments.command, wanted, opened, progress.say, show, tune.ceilings)
         return tuner.verify(proven.settings, arguments.seeds)
@@ -142,8 +143,8 @@ def _write(arguments: argparse.Namespace, proven: Plan, outcome: Outcome) -> str
     if _is_of_these_conditions(proven, arguments.command):
         assert outcome.evidence is not None
         assert proven.evidence is not None
-        outcome.evidence, how = evidence.merged(proven.evidence, outcome.evidence, arguments.seed)
-        said += f" {how}"
+        outcome.evidence, how = evidence.merge(proven.evidence, outcome.evidence, arguments.seed)
+        said += f": {how}"
     tune.write_plan(arguments.plan, arguments.command, outcome)
     return said
 
@@ -152,7 +153,7 @@ def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> None:
     from flatout.report import words
     from flatout.tune import result
 
-    document = result.made(arguments.command, arguments.plan, outcome)
+    document = result.make_document(arguments.command, arguments.plan, outcome)
     if document.claim is not None:
         say(words.claim_line(document))
     if document.proof is not None:

@@ -100,44 +100,51 @@ class Preference:
 
 KNOB = Knob(
     name=NAME,
-    summary="run attention on the CPU in a kernel that stores no score matrix; choose CUDA's "
-    "backend",
+    summary="on the CPU, use an attention kernel that stores no score matrix; on CUDA, choose the "
+    "attention backend",
     settings=("paired", "fast", *BACKENDS),
     exactness={"paired": "resampled", "fast": "reshuffled", **dict.fromkeys(BACKENDS, "reordered")},
     hot=True,
     platforms=("cpu", "cuda"),
     card=Card(
-        what="On the CPU, `fast` replaces `F.scaled_dot_product_attention` by a kernel compiled "
-        "for this processor. With dropout, torch computes the whole matrix of probabilities in "
-        "float32, draws a random number for each of them with a serial generator, and keeps both "
-        "for the backward pass. `fast` processes the matrix block by block, forward and backward. "
-        "It computes scores and softmax in float32, draws with a counter-based generator "
-        "(Philox4x32-7), and keeps one number per row. `paired` is for proofs only: it computes as "
-        "`fast` does and is no faster than torch.\n\n"
-        "On processors with AVX-512, one call of the kernel computes whole heads, including their "
-        "matmuls, and keeps one bit for each probability that may be dropped. This kernel is also "
-        f"used when there is no dropout. The head dimension is at most {MOST_WIDTH}, the sequence "
-        f"length in training at most {MOST_TRAINED}, and in inference there are at most "
-        f"{MOST_COLUMNS} keys; larger heads are processed block by block. Keys at the end that a "
-        "padding mask hides from all queries are skipped. In inference, the fast path of "
-        "transformer layers is switched off, as by `fastpath=off`.\n\n"
-        "Each call with dropout draws one Philox key (seed) from torch's default generator, so "
-        "seeds and saved random states keep their meaning. The dropout masks differ from torch's, "
-        "and so do the numbers that the program draws afterwards. The probability of keeping an "
-        "element is exact to 2^-17, and elements are rescaled by exactly that probability. "
-        "`paired` leaves the generator in the state in which torch's own attention leaves it.\n\n"
-        "These cases fall back to torch: grouped queries, dtypes other than float32 and bfloat16, "
-        "masks that require gradients, compiled regions, `torch.func`, and attention without "
-        "dropout where the heads are larger than stated above, the processor has no AVX-512, or "
-        "the program has switched the flash backend off. The settings for the CPU need a C "
-        "compiler.\n\n"
-        "On CUDA, `flash`, `cudnn` and `efficient` make torch try that backend before the others.",
-        helps="Transformers on the CPU, above all with dropout in the attention, a causal mask or "
-        "padding (to measure: `python benchmarks/kernels.py attention`); on CUDA, shapes for which "
-        "torch's order of backends is not the best.",
-        hurts="Programs whose results must equal those of a run without the knob bit by bit.",
+        what="On the CPU, `fast` replaces `F.scaled_dot_product_attention` by a kernel that is "
+        "compiled for this processor. With dropout, torch computes the whole matrix of "
+        "probabilities in float32, draws a random number for each of them with a serial "
+        "generator, and keeps both for the backward pass. `fast` processes the matrix "
+        "block by block, forward and backward. It computes scores and softmax in float32, "
+        "draws random numbers with a counter-based generator (Philox4x32-7), and keeps "
+        "one number per row. `paired` is for proofs only: it computes as `fast` does and "
+        "is no faster than torch.\n\n"
+        "On processors with AVX-512, one call of the kernel computes whole heads, "
+        "including their matmuls, and keeps one bit for each probability that may be "
+        "dropped. This kernel is also used if there is no dropout. The head dimension may "
+        f"be at most {MOST_WIDTH}, the sequence length in training at most {MOST_TRAINED}, "
+        f"and the number of keys in inference at most {MOST_COLUMNS}; larger heads are "
+        "processed block by block. Keys at the end of a sequence that a padding mask "
+        "hides from all queries are skipped. In inference, the fast path of transformer "
+        "layers is switched off, as by `fastpath=off`.\n\n"
+        "Each call with dropout draws one Philox key (seed) from torch's default "
+        "generator, so seeds and saved random states keep their meaning. The dropout "
+        "masks differ from torch's, and so do the numbers that the program draws "
+        "afterwards. The probability of keeping an element is exact to 2^-17, and "
+        "elements are rescaled by exactly that probability. `paired` leaves the generator "
+        "in the state in which torch's own attention leaves it.\n\n"
+        "The knob calls torch's own attention for grouped queries, dtypes other than "
+        "float32 and bfloat16, masks that require gradients, compiled regions and "
+        "`torch.func`. Without dropout, it also does so if the heads are larger than "
+        "stated above, if the processor has no AVX-512, or if the program has switched "
+        "the flash backend off. The settings for the CPU need a C compiler.\n\n"
+        "On CUDA, `flash`, `cudnn` and `efficient` make torch try the backend of that "
+        "name before the others.",
+        helps="On the CPU, the knob helps transformers, especially with dropout in the "
+        "attention, a causal mask or padding (`python benchmarks/kernels.py attention` "
+        "measures the gain). On CUDA, it helps with shapes for which torch's order of "
+        "backends is not the best.",
+        hurts="The knob must not be used for programs whose results must be bitwise identical "
+        "to those of a run without it.",
         by_hand="Train without dropout in the attention, so that torch uses its flash kernel; on "
-        "CUDA, `with torch.nn.attention.sdpa_kernel([...], set_priority=True): model(input)`.",
+        "CUDA, use `with torch.nn.attention.sdpa_kernel([...], set_priority=True): "
+        "model(input)`.",
         sources=(
             "https://arxiv.org/abs/2205.14135 (FlashAttention)",
             "https://doi.org/10.1145/2063384.2063405 (Philox)",

@@ -12,11 +12,12 @@ BLOCK_BYTES = 1 << 21
 """The approximate size of a block of scores; it should fit into the cache."""
 
 MASK = 16
-"""How many columns share a 16-bit mask, which has a set bit for each probability that is kept."""
+"""Number of columns that share a 16-bit mask, which has a set bit for each probability that is
+kept."""
 
 BLOCK_ROWS = 128
-"""The most rows of a block. Under a causal mask, a block has no columns beyond its last row, so a
-smaller block saves more."""
+"""Maximum number of rows of a block. Under a causal mask, a block has no columns beyond its last
+row, so a smaller block saves more."""
 
 ALWAYS = 1 << 16
 """The kernel keeps a probability if 16 random bits are below this number times the probability of

@@ -45,19 +45,20 @@ KNOB = Knob(
     platforms=("cpu",),
     card=Card(
         what="The knob computes three kinds of convolutions on the CPU in an equivalent form, "
-        "because torch's kernels take many times as long for them as their arithmetic:\n\n"
-        "- A transposed convolution of images of one pixel, with which generators begin, and a "
-        "convolution whose kernel is as large as its images, with which discriminators end, become "
-        "a matmul, forward and backward.\n"
-        "- A transposed convolution with at most four output channels, with which generators and "
-        "decoders end, becomes a convolution followed by a pixel shuffle (Shi et al. 2016), where "
-        "kernel, stride and padding allow it (4, 2, 1 do).\n"
-        "- The gradient with respect to the images of a strided convolution with at most four "
-        "input channels is the same computation and is done in the same way.\n\n"
+        "because torch's kernels take many times longer for them than their arithmetic "
+        "needs:\n\n"
+        "- A transposed convolution of images of one pixel (the first layer of many "
+        "generators) and a convolution whose kernel is as large as its images (the last "
+        "layer of many discriminators) become a matmul, forward and backward.\n"
+        "- A transposed convolution with at most four output channels (the last layer of "
+        "generators and decoders) becomes a convolution followed by a pixel shuffle (Shi "
+        "et al. 2016), if kernel, stride and padding allow it. The values 4, 2 and 1 do.\n"
+        "- The gradient with respect to the images of a strided convolution with at most "
+        "four input channels is the same computation, and is done in the same way.\n\n"
         "Torch computes all other convolutions.",
-        helps="Generators and decoders: GANs, variational autoencoders, U-Nets.",
-        hurts="Programs with many small convolutions: each convolution takes some microseconds "
-        "more, because the operator is replaced by a Python function.",
+        helps="The knob helps generators and decoders: GANs, variational autoencoders, U-Nets.",
+        hurts="Programs with many small convolutions become slower: each convolution takes some "
+        "microseconds more, because the operator is replaced by a Python function.",
         by_hand="Write the first layer as `nn.Linear(inputs, channels * 7 * 7)` and "
         "`nn.Unflatten(1, (channels, 7, 7))`, the last one as `nn.Conv2d(inputs, 4 * channels, 3, "
         "padding=1)` and `nn.PixelShuffle(2)`.",

@@ -18,8 +18,8 @@ from flatout.intercept.containment import OnFailure
 from flatout.intercept.patch import Undo
 
 MOST_CHANNELS = 4
-"""The most output channels of a transposed convolution that is computed as a plain convolution:
-each of them needs as many channels of the plain convolution as a block has pixels."""
+"""Maximum number of output channels of a transposed convolution that is computed as a plain
+convolution: each of them needs as many channels of the plain convolution as a block has pixels."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -46,18 +46,20 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob replaces `F.cross_entropy` on the CPU by a kernel compiled for this "
-        "processor. Torch writes the logarithms of all probabilities, picks those of the targets, "
-        "and in the backward pass writes a matrix of zeros and one of gradients; under autocast it "
-        "first copies the logits to float32. `fused` reads each row of logits while it is in the "
-        "cache and writes its gradient at once, in the dtype of the logits. The arithmetic is "
-        "float32, and sums over a row are float64. It handles matrices of at least 262,144 logits "
-        "whose targets are class indices, with `ignore_index` and label smoothing. Torch computes "
-        "smaller matrices, class weights, probabilities as targets, compiled regions and "
+        what="The knob replaces `F.cross_entropy` on the CPU by a kernel that is compiled for "
+        "this processor. Torch writes the logarithms of all probabilities, picks those of "
+        "the targets, and in the backward pass writes a matrix of zeros and one of "
+        "gradients. Under autocast, it first copies the logits to float32. `fused` reads "
+        "each row of logits while it is in the cache and writes its gradient at once, in "
+        "the dtype of the logits. It computes in float32, and sums over a row in float64.\n\n"
+        "The kernel handles matrices of at least 262,144 logits whose targets are class "
+        "indices, with `ignore_index` and label smoothing. Torch computes smaller "
+        "matrices, class weights, probabilities as targets, compiled regions and "
         "`torch.func`. The knob needs a C compiler.",
-        helps="Language models with a vocabulary of thousands.",
-        hurts="Losses that are scaled before the backward pass (`(loss / n).backward()`): scaling "
-        "the gradient takes one more pass over the matrix.",
+        helps="The knob helps language models with a vocabulary of thousands of tokens.",
+        hurts="The knob gains less if the loss is scaled before the backward pass (`(loss / "
+        "n).backward()`), because scaling the gradient takes one more pass over the "
+        "matrix.",
         by_hand="Torch has no equivalent on the CPU; on CUDA, use Liger's fused cross entropy.",
         sources=(
             "https://arxiv.org/abs/2410.10989 (Liger Kernel)",

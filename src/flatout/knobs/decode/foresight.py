@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from torch.utils import data
 
 MOST_REMEMBERED = 100_000
-"""The most samples whose files are remembered one by one."""
+"""Maximum number of samples whose files are remembered one by one."""
 
 DEEPEST = 3
-"""How deeply nested datasets are searched for the list."""
+"""Depth to which nested datasets are searched for the list."""
 
 MOST_TRIES = 3
 """The number of batches after which the list is searched for; then its search is given up."""

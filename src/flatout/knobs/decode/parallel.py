@@ -33,7 +33,7 @@ from flatout.knobs.decode.images import finish, identity, is_small, path_of
 MOST_PROCESSES = 16
 
 SLOTS = 3
-"""How many images each process may have at a time, being decoded or waiting for the program."""
+"""Maximum number of images that each process decodes or keeps ready for the program."""
 
 SLOT_BYTES = 1 << 25
 """The address space for one image, 8 million pixels of four bytes; memory is used only as
@@ -44,7 +44,7 @@ BATCHES_KEPT = 4
 prefetches requests some."""
 
 MOST_OPENED = 4096
-"""The most files of a batch from which it is learned which files its samples open."""
+"""Maximum number of files of a batch from which it is learned which files its samples open."""
 
 JUDGED_AFTER = 256
 """Once this many files of a dataset have been decoded in advance, most of them must have been

@@ -46,17 +46,19 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob replaces the CPU kernels of a few elementwise functions that torch computes "
-        'far slower than memory bandwidth allows: `tanh`, `gelu(approximate="tanh")` and its '
-        "gradient, and `abs` of complex numbers, from which spectrograms are computed. `fast` has "
-        "kernels for them that are compiled for this processor. Their error is at most two units "
-        "in the last place for `tanh` and `abs`, and sixteen for GELU. They handle dense tensors "
-        "of at least 32,768 elements in float32 and bfloat16 (`abs`: in complex64). The knob needs "
-        "a C compiler.",
-        helps="Language models with the GELU of GPT-2, networks with `tanh`, spectrograms.",
-        hurts="Programs that call these functions on many small tensors: each call takes some "
-        "microseconds more, because the operator is replaced by a Python function. In compiled "
-        "regions the knob has no effect.",
+        what="The knob replaces the CPU kernels of a few elementwise functions that torch "
+        "computes far slower than memory bandwidth allows: `tanh`, "
+        '`gelu(approximate="tanh")` and its gradient, and `abs` of complex numbers, from '
+        "which spectrograms are computed. The kernels of `fast` are compiled for this "
+        "processor. Their error is at most two units in the last place for `tanh` and "
+        "`abs`, and sixteen for GELU. They handle dense tensors of at least 32,768 "
+        "elements in float32 and bfloat16 (`abs`: in complex64). The knob needs a C "
+        "compiler.",
+        helps="The knob helps language models with the GELU of GPT-2, networks with `tanh`, and "
+        "programs that compute spectrograms.",
+        hurts="Programs that call these functions on many small tensors become slower: each "
+        "call takes some microseconds more, because the operator is replaced by a Python "
+        "function. In compiled regions the knob has no effect.",
         by_hand="Compile the module with `torch.compile`; for complex magnitudes, use "
         "`torch.view_as_real(z).norm(dim=-1)`.",
         sources=(

@@ -50,14 +50,15 @@ KNOB = Knob(
     platforms=("cpu",),
     card=Card(
         what="The knob replaces the kernel that computes the gradient of `nn.EmbeddingBag`'s "
-        "weight on the CPU. Torch sorts the indices, counts how often each row of the weight was "
-        "looked up, and zeroes the gradient on one thread. `direct` zeroes it on all threads and "
-        "then adds the gradient of each bag to the rows that the bag looked up, where each thread "
-        "writes its own rows in the order of the indices. It handles the modes `sum` and `mean` in "
-        "float32 for weights of at least 32,768 elements. Torch computes the mode `max`, sparse "
-        "gradients and `scale_grad_by_freq`. The knob needs a C compiler.",
-        helps="Recommenders and click models on the CPU in which a batch looks up few rows of the "
-        "weight.",
+        "weight on the CPU. Torch sorts the indices, counts how often each row of the "
+        "weight was looked up, and zeroes the gradient on one thread. `direct` zeroes the "
+        "gradient on all threads, and then adds the gradient of each bag to the rows that "
+        "the bag looked up. Each thread writes its own rows, in the order of the indices. "
+        "The kernel handles the modes `sum` and `mean` in float32 for weights of at least "
+        "32,768 elements. Torch computes the mode `max`, sparse gradients and "
+        "`scale_grad_by_freq`. The knob needs a C compiler.",
+        helps="The knob helps recommenders and click models on the CPU in which a batch looks "
+        "up few rows of the weight.",
         hurts="No case is known.",
         by_hand="Use `nn.EmbeddingBag(..., sparse=True)` with `torch.optim.SparseAdam`. It updates "
         "only the rows that were looked up, so it is a different algorithm from Adam.",

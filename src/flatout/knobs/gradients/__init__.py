@@ -56,31 +56,36 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="compute gradients that the program discards only if it reads them",
+    summary="postpone gradients that the program usually discards; compute them only if it reads "
+    "them",
     settings=("on_demand",),
     exactness={"on_demand": "bitwise"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
         what="The knob defers gradients that the program discards. For example, the loss of a "
-        "GAN's generator also computes gradients of the discriminator, and the loss of an actor "
-        "those of the critic; the next `zero_grad` discards them unread. Once `on_demand` has seen "
-        "a backward call's gradients being discarded twice, it makes the call compute only the "
-        "other gradients, as `backward(inputs=...)` does.\n\n"
+        "GAN's generator also computes gradients of the discriminator, and the loss of an "
+        "actor computes gradients of the critic. The program discards them unread by the "
+        "next `zero_grad`. Once `on_demand` has seen that the gradients of a backward "
+        "call were discarded twice, it makes the call compute only the other gradients, "
+        "as `backward(inputs=...)` does.\n\n"
         "If the program reads a deferred gradient after all (by an optimizer, by "
-        "`parameter.grad`, by clipping), it is computed at that moment from the same values that "
-        "backward would have read. To this end, saved tensors that anything else refers to "
-        "(weights, running statistics, inputs) are copied when gradients are deferred, and torch's "
-        "settings are restored while they are computed.\n\n"
-        "These gradients are never deferred: those of distributed training, of scaled losses, of "
-        "backward calls that keep or create a graph or run under anomaly detection; those whose "
-        "graph contains hooks, activation checkpoints, the program's own `autograd.Function`s, or "
-        "nodes that do not show which tensors they read; those of parameters that are never "
-        "zeroed; and sparse ones.",
-        helps="Programs with more than one optimizer: GANs, actor-critic methods (SAC, TD3, DDPG).",
-        hurts="Programs short of memory: the saved tensors of deferred gradients, and copies of "
-        "the weights that they need, live until the gradients are discarded. C++ code that reads "
-        "gradients does not see deferred ones.",
+        "`parameter.grad`, by clipping), flatout computes it at that moment from the same "
+        "values that backward would have read. To make this possible, it copies saved "
+        "tensors that anything else refers to (weights, running statistics, inputs) when "
+        "gradients are deferred, and restores torch's settings while it computes them.\n\n"
+        "The knob never defers\n\n"
+        "- gradients of distributed training and of scaled losses,\n"
+        "- gradients of backward calls that keep or create a graph or run under anomaly "
+        "detection,\n"
+        "- gradients whose graph contains hooks, activation checkpoints, the program's "
+        "own `autograd.Function`s, or nodes that do not show which tensors they read,\n"
+        "- gradients of parameters that are never zeroed, and sparse gradients.",
+        helps="The knob helps programs with more than one optimizer: GANs, actor-critic methods "
+        "(SAC, TD3, DDPG).",
+        hurts="The program needs more memory: the saved tensors of deferred gradients, and "
+        "copies of the weights that they need, live until the gradients are discarded. "
+        "C++ code that reads gradients does not see deferred ones.",
         by_hand="Call `requires_grad_(False)` on the discriminator's parameters before the "
         "generator's forward pass, and `requires_grad_(True)` after its backward pass; or "
         "`loss.backward(inputs=list(generator.parameters()))`.",

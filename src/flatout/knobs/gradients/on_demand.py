@@ -48,7 +48,7 @@ TIMES_DISCARDED = 2
 """A gradient that was never read is deferred once it has been discarded this often."""
 
 MOST_PENDING = 2
-"""The most deferred backward calls at a time; each of them keeps its graph alive."""
+"""Maximum number of deferred backward calls at a time; each of them keeps its graph alive."""
 
 OLDEST = 8
 """A deferred call is computed after this many later backward calls, so that its graph is freed."""

@@ -114,7 +114,7 @@ def apply(host: Host, setting: str) -> Undo:
 
 
 def worker_count(cores: float) -> int:
-    """How many workers a loader gets; one core is left for the program itself."""
+    """Return the number of workers of a loader; one core is left for the program itself."""
     return max(1, min(MOST_WORKERS, int(cores) - 1))
 
 
@@ -130,46 +130,56 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob changes how data loaders without workers fetch their batches. Loaders with "
-        "workers are left alone, and so are datasets that are a list, a tuple, a dict or "
-        "iterable-style.\n\n"
-        "`batched`: a batch of a `TensorDataset`, or of a subset of one, is fetched by one "
-        "`index_select` on each tensor, instead of by indexing each sample and stacking them.\n\n"
-        "`cache`: samples are kept in memory, up to a quarter of the memory that is available. "
-        "Each is stored with a digest of the data and code that it was computed from, and reused "
-        "while the digest is the same. Datasets that draw random numbers or read files are left "
-        "alone.\n\n"
-        "`prefetch`: a forked process fetches the next two batches while the step computes. The "
-        "program gets such a batch only if the data it was computed from are still the same; "
-        "otherwise the program fetches the batch itself. Datasets that draw random numbers are "
-        "left alone. The process computes with one thread, which may change the order in which a "
-        "transform adds up numbers: the setting is therefore of the class reordered.\n\n"
+        what="The knob changes how data loaders without workers fetch their batches. It does "
+        "not change loaders with workers, nor datasets that are a list, a tuple, a dict "
+        "or iterable-style.\n\n"
+        "`batched`: a batch of a `TensorDataset`, or of a subset of one, is fetched by "
+        "one `index_select` on each tensor, instead of by indexing each sample and "
+        "stacking the samples.\n\n"
+        "`cache`: samples are kept in memory, up to a quarter of the memory that is "
+        "available. Each sample is stored with a digest of the data and code that it was "
+        "computed from, and is reused as long as the digest is the same. Datasets that "
+        "draw random numbers or read files are not cached.\n\n"
+        "`prefetch`: a forked process fetches the next two batches while the step "
+        "computes. The program gets such a batch only if the data that it was computed "
+        "from have not changed; otherwise the program fetches the batch itself. Datasets "
+        "that draw random numbers are not prefetched. The process computes with one "
+        "thread, which may change the order in which a transform adds up numbers. The "
+        "setting therefore belongs to the class reordered.\n\n"
         "`workers`: as `prefetch`, with one process for each core but one (at most "
-        f"{MOST_WORKERS}). It also handles datasets that draw random numbers; these then come from "
-        "the generators of the processes.\n\n"
-        "For `cache`, `prefetch` and `workers`, a sample must be a function of its index and of "
-        "data that can be compared. The knob finds this out from the bytecode of `__getitem__` and "
-        "of everything that it calls. It leaves a dataset alone if this code writes anything but "
-        "its own local variables, calls functions that are not known to be free of side effects, "
-        "uses `__getitems__`, models, generators, connections or open files, or reads more than "
-        "1 MiB of data in any other way than `self.data[index]`. It also leaves loaders alone "
-        "that have a `collate_fn`. For `prefetch` and `workers`, the sampler must be torch's "
-        "`SequentialSampler`, `RandomSampler`, `WeightedRandomSampler` or `DistributedSampler` in "
-        "a plain `BatchSampler`, unchanged, and must fix the order of an epoch as it begins: it "
-        "may not draw with replacement from a generator of the program's. `cache` takes any "
-        "sampler that returns integers. The record says what is left alone, and why. For each "
-        "batch, the data that it reads are compared again; for `prefetch` and `workers`, also the "
-        "times of files.",
-        helps="Steps that wait for the loader: `batched` for small samples that are in memory "
-        "already; `cache` for transforms that give the same result in every epoch; `prefetch` and "
-        "`workers` for reading, decoding and transforming in Python on machines with spare cores.",
-        hurts="Datasets that do very little, because comparing their data takes up to 1 ms per "
-        "batch. `prefetch` and `workers` on few cores, where they slow down the step. Programs "
-        "that change their data at each step; the knob leaves a dataset alone when more than one "
-        "batch in five was fetched in vain.",
-        by_hand="Fetch whole batches: `for rows in torch.randperm(len(x)).split(64): step(x[rows], "
-        "y[rows])`; build a list of the samples once; or use `DataLoader(..., num_workers=3, "
-        "persistent_workers=True, prefetch_factor=4, pin_memory=True)`.",
+        f"{MOST_WORKERS}). Datasets that draw random numbers are allowed. The numbers are "
+        "then drawn from the random generators of the worker processes.\n\n"
+        "For `cache`, `prefetch` and `workers`, a sample must be a function of its index "
+        "and of data that can be compared. The knob checks this in the bytecode of "
+        "`__getitem__` and of everything that it calls. It does not change a dataset if "
+        "this code\n\n"
+        "- writes anything but its own local variables,\n"
+        "- calls functions that are not known to be free of side effects,\n"
+        "- uses `__getitems__`, models, generators, connections or open files, or\n"
+        "- reads more than 1 MiB of data in any other way than `self.data[index]`.\n\n"
+        "Nor does it change loaders that have a `collate_fn`. The record that flatout "
+        "writes of each run lists what was left alone, and why.\n\n"
+        "For `prefetch` and `workers`, the sampler must be an unmodified "
+        "`SequentialSampler`, `RandomSampler`, `WeightedRandomSampler` or "
+        "`DistributedSampler` of torch, in a plain `BatchSampler`. The sampler must also "
+        "fix its order at the start of the epoch. This excludes sampling with replacement "
+        "from a generator that the program passed in. `cache` accepts any sampler that "
+        "returns integers.\n\n"
+        "For each batch, the knob checks that the data it was computed from have not "
+        "changed; for `prefetch` and `workers` it also checks the modification times of "
+        "the files.",
+        helps="The knob helps steps that wait for the loader. `batched` helps with small "
+        "samples that are in memory already; `cache` with transforms that give the same "
+        "result in every epoch; `prefetch` and `workers` with reading, decoding and "
+        "transforming in Python, on machines with spare cores.",
+        hurts="Datasets that do very little become slower, because comparing their data takes "
+        "up to 1 ms per batch. On few cores, `prefetch` and `workers` slow down the step. "
+        "If a program changes its data at each step, batches are fetched in vain; if that "
+        "happens to more than one batch in five, the knob stops prefetching that dataset.",
+        by_hand="Fetch whole batches: `for rows in torch.randperm(len(x)).split(64): "
+        "step(x[rows], y[rows])`; build a list of the samples once; or use "
+        "`DataLoader(..., num_workers=3, persistent_workers=True, prefetch_factor=4, "
+        "pin_memory=True)`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/data.html",
             "https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html",

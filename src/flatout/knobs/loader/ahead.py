@@ -24,10 +24,10 @@ MOST_MISSES = 3
 """A dataset is judged by ``USEFUL`` once this many batches have been prefetched in vain."""
 
 USEFUL = 4
-"""How many prefetched batches must be used for each one that is not."""
+"""Minimum number of prefetched batches that must be used for each one that is not."""
 
 MOST_POOLS = 2
-"""How many datasets may have processes at the same time: one for training, one for evaluation."""
+"""Maximum number of datasets with processes: one for training, one for evaluation."""
 
 _SAMPLERS: dict[Any, Any] = {
     kind: kind.__iter__
@@ -377,7 +377,7 @@ class _Pool:
 
 
 def batches_drawn_early(sampler: Any) -> int:
-    """How many batches of indices may be drawn early from a loader's batch sampler.
+    """Return how many batches of indices may be drawn early from a loader's batch sampler.
 
     Raises:
         ImpureError: none, because drawing them later could give others.

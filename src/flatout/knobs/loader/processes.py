@@ -23,15 +23,15 @@ import torch
 from flatout.knobs.loader.purity import Account
 
 SLOTS = 2
-"""How many batches each process may have at a time, being fetched or waiting for the program."""
+"""Maximum number of batches that each process fetches or keeps ready for the program."""
 
 SLOT_BYTES = 1 << 26
 """The shared address space for the tensors of one batch; memory is used only as needed, and tensors
 that do not fit are sent through a pipe."""
 
 MOST_INDICES = 4096
-"""The most samples of a batch; all requests to a process then fit into its pipe, so sending them
-never blocks."""
+"""Maximum number of samples of a batch; all requests to a process then fit into its pipe, so
+sending them never blocks."""
 
 STALLED_S = 60.0
 """A process that does not answer for this long is given up."""
@@ -41,7 +41,7 @@ SETTLED_S = 2.0
 systems record times in steps of up to two seconds."""
 
 WATCH_S = 1.0
-"""How often a process without work checks that the program is still running."""
+"""Interval at which a process without work checks that the program is still running."""
 
 File = tuple[str, tuple[int, ...]]
 """The path of a file, and what ``state_of`` returned for it."""

@@ -47,10 +47,11 @@ from flatout.knobs.loader.harmless import (
 )
 
 MOST_BYTES = 1 << 20
-"""The most data that may be read other than at the sample's index; digesting them takes 1 ms."""
+"""Maximum size of the data that may be read other than at the sample's index; digesting them takes
+1 ms."""
 
 MOST_VALUES = 2_000
-"""The most Python objects among these data; visiting them takes about 1 ms."""
+"""Maximum number of Python objects among these data; visiting them takes about 1 ms."""
 
 Row = tuple[tuple["MapIndices", ...], Any]
 """Data that are read at a sample's index, and the functions that map the index before."""

@@ -209,19 +209,23 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob converts the inputs of `Conv2d` and `ConvTranspose2d` to the memory format "
-        "`torch.channels_last`, which their outputs and the following operators keep. The output "
-        "of an outermost module call is made contiguous again. On the CPU, gradients are converted "
-        "to the memory format of the activations that they belong to. Parameters, their gradients "
-        "and the optimizer's state keep their memory format, so fused optimizers and checkpoints "
-        "are safe. (Torch's fused optimizer steps are silently wrong where the strides of state "
-        "and parameter differ.) Where torch fails on the format (a `view` of activations), the "
-        "program gets the error, and the knob is withdrawn. Modules in which at least half of the "
-        "convolutions are grouped are left alone. Dropout on images draws the same random numbers, "
-        "but applies them to other elements.",
-        helps="Convolutional networks on the CPU (oneDNN) and, under autocast, on tensor cores.",
-        hurts="Networks with operators between the convolutions that need contiguous inputs, "
-        "because each of them takes two copies; images with few channels.",
+        what="The knob converts the inputs of `Conv2d` and `ConvTranspose2d` to the memory "
+        "format `torch.channels_last`, which their outputs and the following operators "
+        "keep. The output of an outermost module call is made contiguous again. On the "
+        "CPU, gradients are converted to the memory format of the activations that they "
+        "belong to.\n\n"
+        "Parameters, their gradients and the optimizer's state keep their memory format, "
+        "so fused optimizers and checkpoints are safe. (Torch's fused optimizer steps "
+        "silently compute wrong results if the strides of state and parameter differ.)\n\n"
+        "If torch fails on the format, as for a `view` of activations, the program gets "
+        "the error, and flatout turns the knob off. The knob does not change modules in "
+        "which at least half of the convolutions are grouped. Dropout on images draws the "
+        "same random numbers, but applies them to other elements.",
+        helps="The knob helps convolutional networks on the CPU (oneDNN) and, under autocast, "
+        "on tensor cores.",
+        hurts="Networks become slower if operators between the convolutions need contiguous "
+        "inputs, because each of them takes two copies. Images with few channels gain "
+        "nothing.",
         by_hand="Call `model = model.to(memory_format=torch.channels_last)` before creating the "
         "optimizer, and `images = images.contiguous(memory_format=torch.channels_last)` at each "
         "step.",

@@ -144,51 +144,57 @@ def _install(host: Host, autocast: Autocast) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="run matmuls and convolutions in half precision",
+    summary="run matmuls and convolutions in lower precision: TF32, bfloat16 or float16",
     settings=("medium", "safe", "bf16", "fp16"),
     exactness=dict.fromkeys(("medium", "safe", "bf16", "fp16"), "reduced"),
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob computes matmuls and convolutions in half precision. Parameters, gradients "
-        "and optimizer state stay in float32 under all settings.\n\n"
-        "`medium`: all tensors stay in float32. The kernels of matmuls and convolutions round "
-        "their inputs to bfloat16 (on CUDA to TF32), where they support that. This holds in "
-        "training and evaluation, until the program sets a precision itself.\n\n"
-        "`bf16`: each outermost module call runs under `torch.autocast` in bfloat16 if it records "
-        "gradients, or if the program only infers. Its outputs are cast back to float32, so losses "
-        "outside the module are computed as before. The 1st, 8th, 64th, ... pass of each module "
-        "runs in float32 and is inspected. If anything other than torch's operators would see "
-        "half-precision tensors (hooks, attributes and lists that hold tensors, custom autograd "
-        "functions, NumPy), the module's matmuls cast their inputs and return float32 from then "
-        "on; this is slower, but the program sees the same dtypes as without the knob. The knob "
-        "leaves alone evaluation passes of programs that train, programs that use autocast "
-        "themselves, modules that are being traced or exported, and modules called directly by an "
-        "activation checkpoint. On the CPU, a program that only infers keeps the weights of its "
-        "linear layers packed in bfloat16 for oneDNN. This takes half as much memory again as "
-        "these weights, and needs a C compiler. A weight's fingerprint is checked before each use, "
-        "and if the weight has changed, it is packed again.\n\n"
-        "`safe`: as `bf16`, but operators that are known to lose accuracy run in float32: sigmoid, "
-        "softmax, logarithms, powers and norms (batch norm computes its statistics in float32 in "
-        "any case), and the last matmul or convolution of each outermost module. That last one "
-        "runs in half precision only if the module returns its hyperbolic tangent, as image "
-        "generators do.\n\n"
-        "`fp16`: autocast to float16 with the loss scaling of `torch.amp.GradScaler`, for devices "
-        "on which float16 is faster than bfloat16. Gradients are divided by the scale before they "
-        "are accumulated, so parameter hooks, clipping and accumulation see unscaled gradients. A "
-        "step whose gradients are not finite is skipped. The knob is withdrawn where the program "
-        "sees gradients inside the graph, by hooks of other tensors or of modules, or by its own "
-        "autograd functions.",
-        helps="Programs in which matmuls and convolutions dominate, on devices that compute them "
-        "faster in bfloat16 than in float32 (AMX, AVX512-BF16, tensor cores).",
-        hurts="`bf16`: programs that compute a probability inside the module (Sigmoid before "
-        "`BCELoss`). It rounds to exactly 1, which ruins the training; `safe` keeps it in float32, "
-        "and is the only autocast that `flatout tune` tries with that loss. `fp16`: values above "
-        "65504. All settings: small shapes, for which the casts take longer than they save.",
-        by_hand='`torch.set_float32_matmul_precision("medium")` and '
-        '`torch.backends.mkldnn.conv.fp32_precision = "bf16"`; or '
-        "`with torch.autocast(device_type, torch.bfloat16): output = model(input)`, and "
-        "the loss outside, on `output.float()`; for float16 with `torch.amp.GradScaler`",
+        what="The knob runs matmuls and convolutions in lower precision: TF32, bfloat16 or "
+        "float16. Parameters, gradients and optimizer state stay in float32 under all "
+        "settings.\n\n"
+        "`medium`: all tensors stay in float32. The kernels of matmuls and convolutions "
+        "round their inputs to bfloat16 (on CUDA to TF32) if they support that. This "
+        "holds in training and evaluation, until the program sets a precision itself.\n\n"
+        "`bf16`: each outermost module call runs under `torch.autocast` in bfloat16 if it "
+        "records gradients, or if the program only infers. Its outputs are cast back to "
+        "float32, so losses outside the module are computed as before.\n\n"
+        "The 1st, 8th, 64th, ... pass of each module runs in float32, and flatout "
+        "inspects its tensors. If hooks, attributes, lists, custom autograd functions or "
+        "NumPy would see half-precision tensors, flatout replaces autocast for that "
+        "module: each matmul casts its own inputs and returns float32. This is slower, "
+        "but the program sees the same dtypes as without the knob.\n\n"
+        "`bf16` does not change (a) evaluation passes of programs that train, (b) "
+        "programs that use autocast themselves, (c) modules that are being traced or "
+        "exported, and (d) modules that an activation checkpoint calls directly.\n\n"
+        "On the CPU, if a program only infers, flatout keeps a copy of the weights of its "
+        "linear layers, packed in bfloat16 for oneDNN. The packed copy takes additional "
+        "memory, half the size of these weights, and needs a C compiler. Before each use, "
+        "flatout checks a fingerprint of the weight, and packs it again if it has changed.\n\n"
+        "`safe`: as `bf16`, but operators that are known to lose accuracy run in float32: "
+        "sigmoid, softmax, logarithms, powers and norms (batch norm computes its "
+        "statistics in float32 in any case), and the last matmul or convolution of each "
+        "outermost module. The latter runs in half precision only if the module applies "
+        "tanh to that result and returns it, as image generators do.\n\n"
+        "`fp16`: autocast to float16 with the loss scaling of `torch.amp.GradScaler`, for "
+        "devices on which float16 is faster than bfloat16. Gradients are divided by the "
+        "scale before they are accumulated, so parameter hooks, clipping and accumulation "
+        "see unscaled gradients. A step whose gradients are not finite is skipped. "
+        "Flatout turns the knob off if the program observes scaled gradients during "
+        "backward: by hooks on non-parameter tensors or modules, or in custom autograd "
+        "functions.",
+        helps="The knob helps programs in which matmuls and convolutions dominate, on devices "
+        "that compute them faster in bfloat16 than in float32 (AMX, AVX512-BF16, tensor "
+        "cores).",
+        hurts="`bf16` harms programs that compute a probability inside the module (Sigmoid "
+        "before `BCELoss`), because the probability rounds to exactly 1, which ruins the "
+        "training. `safe` keeps it in float32, and is the only autocast setting that "
+        "`flatout tune` tries with that loss. `fp16` cannot represent values above 65504. "
+        "With small shapes, the casts of all settings take longer than they save.",
+        by_hand='Set `torch.set_float32_matmul_precision("medium")` and '
+        '`torch.backends.mkldnn.conv.fp32_precision = "bf16"`; or use `with '
+        "torch.autocast(device_type, torch.bfloat16): output = model(input)`, and compute "
+        "the loss outside, from `output.float()`. For float16, add `torch.amp.GradScaler`.",
         sources=(
             "https://docs.pytorch.org/docs/stable/amp.html",
             "https://docs.pytorch.org/docs/stable/notes/mkldnn.html",

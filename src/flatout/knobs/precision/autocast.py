@@ -36,7 +36,7 @@ Later passes are inspected as well, because a program may begin to keep tensors 
 rarer, so they cost less and less."""
 
 MOST_INSPECTED = 64
-"""How many items of a list or dict of a module are inspected, from the end."""
+"""Number of items of a list or dict of a module that are inspected, from the end."""
 
 HOOKED = "it has hooks"
 

@@ -261,7 +261,10 @@ def _find_referrers(targets: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _autocast_nesting() -> int:
-    """How many autocasts are entered; torch counts them only as one more is entered and left."""
+    """Return the number of autocasts that are entered.
+
+    Torch returns this count only when one more is entered and left.
+    """
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
 

@@ -45,21 +45,23 @@ KNOB = Knob(
     platforms=("cpu",),
     card=Card(
         what="The knob replaces `aten::bernoulli_`, which every dropout on the CPU calls, by a "
-        "counter-based generator (Philox4x32-7) compiled for this processor. Each call draws one "
-        "key from the generator that it was given, so `torch.manual_seed`, generators and saved "
-        "random states keep their meaning. The result does not depend on the number of threads. "
-        "Dropout of at least 32,768 elements takes one pass, forward and backward, and keeps one "
-        "bit per element; its probability is exact to 2^-17, and elements are rescaled by exactly "
-        "that probability.\n\n"
-        "Torch's own kernel draws one number per element. With `fast`, the state of the default "
-        "generator therefore differs from the first dropout on, and with it the order of a "
-        "shuffled loader. `paired` runs torch's kernel as well, so the state of the generator and "
-        "the order of the data are the same as without the knob; it is no faster than torch and is "
-        "used for proofs. The knob needs a C compiler.",
-        helps="Dropout on many elements: torch's generator on the CPU is serial, and takes up to a "
-        "third of a step of a small GPT.",
-        hurts="Programs whose results must equal those of a run without the knob bit by bit. In "
-        "compiled regions the knob has no effect, because Inductor uses its own generator.",
+        "counter-based generator (Philox4x32-7) that is compiled for this processor. Each "
+        "call draws one key from the generator that it was given, so `torch.manual_seed`, "
+        "generators and saved random states keep their meaning. The result does not "
+        "depend on the number of threads. Dropout of at least 32,768 elements takes one "
+        "pass over memory, forward and backward, and keeps one bit per element. The "
+        "probability of keeping an element is exact to 2^-17, and elements are rescaled "
+        "by exactly that probability.\n\n"
+        "Torch's own kernel draws one number per element. With `fast`, the state of the "
+        "default generator therefore differs from the first dropout on, and with it the "
+        "order of a shuffled loader. `paired` runs torch's kernel as well, so the state "
+        "of the generator and the order of the data are the same as without the knob. It "
+        "is no faster than torch and is used for proofs. The knob needs a C compiler.",
+        helps="The knob helps programs with dropout on many elements: torch's generator on the "
+        "CPU is serial, and takes up to a third of a step of a small GPT.",
+        hurts="The knob must not be used for programs whose results must be bitwise identical "
+        "to those of a run without it. In compiled regions the knob has no effect, "
+        "because Inductor uses its own generator.",
         by_hand="Train without dropout (`p=0`), or compile the module with `torch.compile`, whose "
         "generator is fast as well.",
         sources=(

@@ -18,7 +18,7 @@ ALWAYS = 1 << 16
 keeping."""
 
 SPAN = 128
-"""How many elements' bits the kernel draws at once."""
+"""Number of elements whose bits the kernel draws at once."""
 
 SERIAL_BELOW = 32768
 """Smaller tensors are filled on one thread: waking the others takes as long."""

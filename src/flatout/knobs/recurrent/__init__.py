@@ -44,17 +44,19 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob replaces `torch.nn.GRU` on the CPU by a kernel compiled for this processor. "
-        "Torch runs ten operators for each time step, and autograd as many again. `fused` computes "
-        "the input matmuls of all steps at once, as torch does, and then all steps of a layer and "
-        "direction in one call, in which each thread takes some rows of the batch through all "
-        "steps; the backward pass works in the same way. It computes in float32, under autocast, "
-        "too. Torch computes packed sequences, hidden sizes above 512, `torch.func`, compiled "
-        "regions, and LSTM, for which it uses oneDNN. The knob needs a C compiler.",
-        helps="Training and inference with GRU layers on the CPU that have small hidden sizes and "
-        "long sequences, as in speech.",
-        hurts="Batches with fewer rows than there are cores, because they use only one core per "
-        "row.",
+        what="The knob replaces `torch.nn.GRU` on the CPU by a kernel that is compiled for "
+        "this processor. Torch runs ten operators for each time step, and autograd as "
+        "many again. `fused` computes the input matmuls of all time steps at once, as "
+        "torch does, and then all time steps of a layer and direction in one call. In "
+        "this call, each thread takes some rows of the batch through all time steps; the "
+        "backward pass works in the same way. The kernel computes in float32, even under "
+        "autocast. Torch computes packed sequences, hidden sizes above 512, `torch.func`, "
+        "compiled regions, and LSTM, for which it uses oneDNN. The knob needs a C "
+        "compiler.",
+        helps="The knob helps training and inference with GRU layers on the CPU that have small "
+        "hidden sizes and long sequences, as in speech.",
+        hurts="Batches with fewer rows than there are cores become slower, because each row "
+        "uses only one core.",
         by_hand="Torch has no equivalent; use convolutions or attention instead of the recurrence.",
         sources=(
             "https://arxiv.org/abs/1406.1078 (GRU)",

@@ -1,0 +1,119 @@
+"""Screening on made-up comparisons: what it settles, and what it removes from the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flatout.tune.candidates import Candidate
+from flatout.tune.document import State
+from flatout.tune.ledger import Ledger, Options
+from flatout.tune.screen import Screening, StopRule
+from flatout.tune.trial import Trial, TrialFailedError
+from flatout.wire.header import Header
+from flatout.wire.lines import Event
+from flatout.wire.ratios import Ratio
+from flatout.wire.record import ProcessRecord
+from flatout.wire.request import Comparison
+
+HOT = [
+    Candidate(knob, setting, is_hot=True, bound=None)
+    for knob, setting in {"optimizer": "onepass", "random": "fast", "gc": "seldom"}.items()
+]
+STACK = {"optimizer": "onepass", "random": "fast", "gc": "seldom"}
+
+
+class ModelledScreening(Screening):
+    """A screening whose comparisons of stacks are computed from made-up step times."""
+
+    def __init__(self, step_ms: Mapping[frozenset[str], float]) -> None:
+        ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+        ledger.enter(HOT)
+        bare: Any = SimpleNamespace(job_steps=None)
+        super().__init__(SimpleNamespace(), ledger, bare, Options())  # type: ignore[arg-type]
+        self.ledger = ledger
+        self.step_ms = step_ms
+
+    def _compare_with_first(
+        self, arms: Sequence[Mapping[str, str]], stop_rule: StopRule, what: str
+    ) -> dict[int, Ratio]:
+        first, *others = (self.step_ms[frozenset(arm)] for arm in arms)
+        return {
+            number: Ratio(first / ms, 0.99 * first / ms, 1.01 * first / ms, 40)
+            for number, ms in enumerate(others, 1)
+        }
+
+
+def model(needed: Sequence[frozenset[str]]) -> dict[frozenset[str], float]:
+    """Step times of all subsets: each need that none of its knobs meets adds 20 % to a step."""
+    names = list(STACK)
+    subsets = [
+        frozenset(name for bit, name in enumerate(names) if mask >> bit & 1)
+        for mask in range(2 ** len(names))
+    ]
+    return {part: 10.0 * 1.2 ** sum(not need & part for need in needed) for part in subsets}
+
+
+@pytest.mark.parametrize(
+    ("needed", "kept"),
+    [
+        ([{"optimizer"}, {"random"}, {"gc"}], 3),
+        ([{"optimizer"}], 1),
+        ([{"optimizer"}, {"random", "gc"}], 2),
+        ([{"optimizer", "random", "gc"}], 1),
+    ],
+)
+def test_of_settings_that_make_up_for_each_other_one_stays(
+    needed: list[set[str]], kept: int
+) -> None:
+    step_ms = model([frozenset(need) for need in needed])
+    stack = ModelledScreening(step_ms)._reduce(dict(STACK))
+    assert len(stack) == kept
+    assert step_ms[frozenset(stack)] == step_ms[frozenset(STACK)], "a gain was lost"
+
+
+def finished(*events: Event) -> Trial:
+    return Trial(ProcessRecord(Path(), Header(), events=list(events)), 1.0, ended=False)
+
+
+class FailingScreening(ModelledScreening):
+    """A screening whose first group fails in part, and whose second group crashes."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.compared: list[list[str]] = []
+
+    def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
+        return [list(hot[:2]), list(hot[2:])]
+
+    def _compare(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        stop_rule: StopRule,
+        share: float,
+        compared: Sequence[Candidate] | str,
+    ) -> tuple[Trial, Comparison]:
+        assert not isinstance(compared, str)
+        self.ledger.start(compared, "inside one process")
+        self.compared.append([candidate.knob for candidate in compared])
+        if stop_rule == "settings" and compared[0].knob == "gc":
+            raise TrialFailedError("it failed with exit code 1", None, "")
+        return finished(
+            Event(0.0, "failed", "optimizer", "no kernel", None),
+            Event(0.0, "unused", "random", "no dropout was called", None),
+        ), Comparison(arms=tuple(map(dict, arms)))
+
+
+def test_what_is_settled_is_not_compared_again_and_nothing_stays_running() -> None:
+    screening = FailingScreening()
+    assert screening._rank(HOT) == {}
+    assert screening.compared == [["optimizer", "random"], ["gc"], ["gc"]]
+    states: dict[str, State] = {
+        candidate.knob: screening.ledger.find(candidate.settings).state for candidate in HOT
+    }
+    assert states == {"optimizer": "failed", "random": "no gain", "gc": "not tried"}
+    assert "too few steps" in screening.ledger.find({"gc": "seldom"}).why
