@@ -12,7 +12,7 @@ from torch import nn
 
 from flatout.agent.modules import imported_files
 from flatout.agent.tensors import to_floats, to_ints
-from flatout.intercept import dispatch
+from flatout.intercept import dispatch, engagement
 from flatout.intercept.applied import AppliedSettings
 from flatout.intercept.events import EventLog
 from flatout.intercept.patch import Undo
@@ -93,6 +93,27 @@ def test_where_one_operator_is_refused_the_others_are_as_before() -> None:
         dispatch.override_operators(overrides, "CPU", on_failure=pytest.fail)
     assert torch.relu(torch.ones(1)).item() == 1.0
     assert ("relu", "CPU") not in dispatch._overridden
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_counts_as_handled_unless_torch_has_to_make_it(fails: bool) -> None:
+    wrong: Any = functools.partial(int, "not a number")
+    failures: list[Exception] = []
+
+    def override(below: Any, x: torch.Tensor) -> dispatch.DeferredCall:
+        return dispatch.DeferredCall(wrong if fails else below, (x,) if not fails else ())
+
+    dispatch.knob_being_applied = "deferring"
+    try:
+        undo = dispatch.override_operators({"relu": override}, "CPU", on_failure=failures.append)
+    finally:
+        dispatch.knob_being_applied = None
+    try:
+        assert torch.relu(torch.ones(1)).item() == 1.0
+    finally:
+        undo()
+    handled = engagement.calls.pop("deferring", 0)
+    assert (handled, len(failures)) == ((0, 1) if fails else (1, 0))
 
 
 def test_whoever_adds_a_callback_is_told_of_its_failure(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from flatout.intercept import _watch
 from flatout.wire.header import RECORD_VERSION, Header
 from flatout.wire.lines import End, Event
-from flatout.wire.record import RecordError, read_process, read_run
+from flatout.wire.record import RecordError, StepCounter, read_process, read_run
 from flatout.wire.request import Comparison, Inspection, Request, RequestError
 from flatout.wire.turns import (
     ARM,
@@ -171,6 +171,25 @@ def test_what_is_no_record_is_said_in_one_sentence(
     record_path(tmp_path, 1).write_text(content)
     with pytest.raises(RecordError, match=reason):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("1\n", "not a JSON object"),
+        (json.dumps(HEADER) + "\n[]\n", "not a JSON object"),
+        (json.dumps(HEADER) + "\n" + "[" * 100_000 + "\n", "line 2"),
+        (json.dumps({**HEADER, "version": 99}) + "\n", "version 99"),
+        ('{"kind": "events", "packed": ""}\n', "no header"),
+        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "*"}\n', "cannot be unpacked"),
+    ],
+)
+def test_steps_are_not_counted_in_what_is_no_record(
+    tmp_path: Path, content: str, reason: str
+) -> None:
+    record_path(tmp_path, 1).write_text(content)
+    with pytest.raises(RecordError, match=reason):
+        StepCounter(tmp_path).count()
 
 
 def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:

@@ -183,17 +183,20 @@ def _call_override(
     **kwargs: Any,
 ) -> Any:
     result = attempt_below_autograd(on_failure, override, below, *args, **kwargs)
-    if result is not None and knob is not None:
-        engagement.calls[knob] += 1
+    is_handled = result is not None
     if type(result) is DeferredCall:
         try:
-            return result.function(*result.args, **result.kwargs)
+            result = result.function(*result.args, **result.kwargs)
         except Exception as error:
             if not was_raised_by_flatout(error):
                 raise
             report(on_failure, error)
-            result = None
-    return below(*args, **kwargs) if result is None else result
+            is_handled = False
+    if not is_handled:
+        return below(*args, **kwargs)
+    if knob is not None:
+        engagement.calls[knob] += 1
+    return result
 
 
 def attempt_below_autograd(

@@ -280,7 +280,7 @@ class StepCounter:
         """The steps so far of the process that has made most of them.
 
         Raises:
-            RecordError: the directory is missing, or a file in it holds no record.
+            RecordError: the directory is missing, or a file in it is not a record of this version.
         """
         for path in _record_paths(self._run_directory):
             self._files.setdefault(path, _StepsOfFile(path)).read()
@@ -311,13 +311,14 @@ class _StepsOfFile:
             raise RecordError(f"{self._path} cannot be read: {error.strerror}") from error
         whole = new[: new.rfind(b"\n") + 1]
         self._read_bytes += len(whole)
-        for line in whole.splitlines():
+        for line in whole.decode("utf-8", "replace").split("\n")[:-1]:
             self._read_lines += 1
+            document = _parse_object(self._path, self._read_lines, line)
+            _check_header(self._path, self._read_lines, document, is_first=self._read_lines == 1)
             with _naming(self._path, self._read_lines):
-                document = json.loads(line)
-                if document["kind"] == Header.kind:
+                if document.get("kind") == Header.kind:
                     self._begin()
-                elif document["kind"] == Events.kind:
+                elif document.get("kind") == Events.kind:
                     events = self._unpacker.events(decode(Events, document).packed)
                     self._turns.tell(events, repeat(None))
 
@@ -522,14 +523,7 @@ def _decoded(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
     is_empty = True
     for number, document in _objects(path):
         kind = document.get("kind")
-        if kind == Header.kind:
-            if document.get("version") != RECORD_VERSION:
-                raise RecordError(
-                    f"{path} has record version {one_line(document.get('version'))}, this flatout "
-                    f"{RECORD_VERSION}"
-                )
-        elif is_empty:
-            raise RecordError(f"{path} line {number}: no header comes before it")
+        _check_header(path, number, document, is_first=is_empty)
         is_empty = False
         if isinstance(kind, str) and kind in by_kind:
             with _naming(path, number):
@@ -537,6 +531,18 @@ def _decoded(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
             yield number, line
     if is_empty:
         raise RecordError(f"{path} is empty")
+
+
+def _check_header(path: Path, number: int, document: dict[str, Any], is_first: bool) -> None:
+    """Raise ``RecordError`` if a line is a header of another version, or the first but no header."""
+    if document.get("kind") == Header.kind:
+        if document.get("version") != RECORD_VERSION:
+            raise RecordError(
+                f"{path} has record version {one_line(document.get('version'))}, this flatout "
+                f"{RECORD_VERSION}"
+            )
+    elif is_first:
+        raise RecordError(f"{path} line {number}: no header comes before it")
 
 
 @contextlib.contextmanager
@@ -562,23 +568,32 @@ _UNPRINTABLE = re.compile(r"[^\x20-\x7e\n]|\\[ubfr]")
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines of a file with their numbers, every string in them printable."""
+    """Yield the whole lines of a file with their numbers; every string in them is printable."""
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith("\n"):
                     return  # torn
-                try:
-                    document = json.loads(line)
-                    if _UNPRINTABLE.search(line):
-                        document = with_printable(document)
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
-                except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
-                    why = one_line(error)
-                    raise RecordError(f"{path} line {number} cannot be read: {why}") from error
-                if not isinstance(document, dict):
-                    raise RecordError(f"{path} line {number} is not a JSON object")
-                yield number, document
+                yield number, _parse_object(path, number, line)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return the JSON object of one line, with every string in it printable.
+
+    Raises:
+        RecordError: the line is not a JSON object.
+    """
+    try:
+        document = json.loads(line)
+        if _UNPRINTABLE.search(line):
+            document = with_printable(document)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+        why = one_line(error)
+        raise RecordError(f"{path} line {number} cannot be read: {why}") from error
+    if not isinstance(document, dict):
+        raise RecordError(f"{path} line {number} is not a JSON object")
+    return document
