@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from flatout.intercept import _watch
@@ -32,47 +32,66 @@ OptimizerCallback = Callable[[Any], None]
 C = TypeVar("C")
 
 
-class CallbackList(Generic[C]):
-    """An ordered set of callbacks.
+class Entry(Generic[C]):
+    """A callback in a ``CallbackList``. One callback may have several entries.
 
-    Args:
-        changed: called whenever callbacks are added or removed.
+    Attributes:
+        callback: the callback.
+        on_failure: called when the callback has failed; ``None``: the knob that the callback
+            belongs to is withdrawn.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
-        self._callbacks: list[tuple[C, OnFailure | None]] = []
-        self._changed = changed
+    def __init__(self, callback: C, on_failure: OnFailure | None) -> None:
+        self.callback = callback
+        self.on_failure = on_failure
+
+
+class CallbackList(Generic[C]):
+    """An ordered list of callbacks.
+
+    Args:
+        on_change: called whenever callbacks are added or removed.
+
+    Attributes:
+        entries: the callbacks, in the order in which they were added.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.entries: tuple[Entry[C], ...] = ()
+        self._on_change = on_change
 
     def append(self, callback: C, on_failure: OnFailure | None = None) -> Undo:
         """Add a callback after the others; a wrapper is called around the earlier ones.
 
         Args:
             callback: the callback.
-            on_failure: called when it has failed; by default, the knob that the callback belongs to
-                is withdrawn.
+            on_failure: called when the callback has failed; by default, the knob that the callback
+                belongs to is withdrawn.
+
+        Returns:
+            The undo. It removes this entry only, even if the callback was added several times.
         """
-        self._callbacks.append((callback, on_failure))
-        self._changed()
-        return functools.partial(self.remove, callback)
+        entry = Entry(callback, on_failure)
+        self._set((*self.entries, entry))
+
+        def undo() -> None:
+            self._set(tuple(other for other in self.entries if other is not entry))
+
+        return undo
 
     def remove(self, callback: C) -> None:
-        """Remove a callback, if it is there."""
-        # This makes a new list, because a callback may remove itself while the list is iterated.
-        self._callbacks = [entry for entry in self._callbacks if entry[0] != callback]
-        self._changed()
+        """Remove all entries of a callback."""
+        self._set(tuple(entry for entry in self.entries if entry.callback != callback))
 
-    def entries(self) -> list[tuple[C, OnFailure | None]]:
-        """Return the callbacks, each with its ``on_failure``."""
-        return list(self._callbacks)
-
-    def __iter__(self) -> Iterator[C]:
-        return (callback for callback, _ in self._callbacks)
+    def _set(self, entries: tuple[Entry[C], ...]) -> None:
+        self.entries = entries
+        self._on_change()
 
     def __contains__(self, callback: object) -> bool:
-        return any(callback == other for other, _ in self._callbacks)
+        return any(callback == entry.callback for entry in self.entries)
 
     def __len__(self) -> int:
-        return len(self._callbacks)
+        return len(self.entries)
 
 
 class StepCallbacks:
@@ -156,34 +175,40 @@ class StepCallbacks:
         if is_traced():
             return wrapped(module, *args, **kwargs)
         if not is_capturing():
-            for wrapper, on_failure in self.forward_wrappers.entries():
-                wrapped = self._wrap_forward(
-                    wrapper, self._choose_on_failure(wrapper, on_failure), wrapped
-                )
+            for entry in self.forward_wrappers.entries:
+                wrapped = self._wrap_forward(entry, wrapped)
         elif not self._has_reported_capture:
             self._has_reported_capture = True
             why = "no setting takes effect inside a CUDA graph that the program captures"
             self._on_skip("capture", why)
         return wrapped(module, *args, **kwargs)
 
-    def _wrap_forward(self, wrapper: ForwardWrapper, on_failure: OnFailure, call: Call) -> Call:
+    def _wrap_forward(self, entry: Entry[ForwardWrapper], call: Call) -> Call:
         def forward(original: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
-            if wrapper not in self.forward_wrappers:
+            if entry not in self.forward_wrappers.entries:
                 return original(module, *args, **kwargs)  # an outer wrapper has just removed it
-            return wrapper(original, module, args, kwargs)
+            return entry.callback(original, module, args, kwargs)
 
-        return wrap(on_failure, forward, call)
+        return wrap(self._choose_on_failure(entry), forward, call)
 
-    def _choose_on_failure(self, callback: Any, on_failure: OnFailure | None) -> OnFailure:
-        """Return what is called when a callback has failed."""
-        return on_failure or functools.partial(self._on_callback_failure, callback)
+    def _wrap_backward(self, entry: Entry[BackwardWrapper], call: Call) -> Call:
+        def backward(original: Call, *args: Any, **kwargs: Any) -> Any:
+            if entry not in self.backward_wrappers.entries:
+                return original(*args, **kwargs)  # an outer wrapper has just removed it
+            return entry.callback(original, *args, **kwargs)
+
+        return wrap(self._choose_on_failure(entry), backward, call)
+
+    def _choose_on_failure(self, entry: Entry[Any]) -> OnFailure:
+        """Return the function to call when the callback of an entry has failed."""
+        return entry.on_failure or functools.partial(self._on_callback_failure, entry.callback)
 
     def _backward(self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any) -> Any:
         """Make a backward call, for which torch's function is ``original``."""
         call = original
         if is_active and not is_capturing():
-            for wrapper, on_failure in self.backward_wrappers.entries():
-                call = wrap(self._choose_on_failure(wrapper, on_failure), wrapper, call)
+            for entry in self.backward_wrappers.entries:
+                call = self._wrap_backward(entry, call)
         return call(*args, **kwargs)
 
     def _before_update(self, optimizer: Any) -> None:
@@ -194,5 +219,5 @@ class StepCallbacks:
 
     def _call(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
         if not is_capturing():
-            for callback, on_failure in callbacks.entries():
-                attempt(self._choose_on_failure(callback, on_failure), callback, optimizer)
+            for entry in callbacks.entries:
+                attempt(self._choose_on_failure(entry), entry.callback, optimizer)

@@ -325,9 +325,13 @@ def _one_of_scalars(kinds: tuple[Any, ...]) -> _Decoder:
     meaning = f"{', '.join(named[:-1])}, or {named[-1]}"
 
     def decode(value: Any, format: Format) -> Any:
-        if not isinstance(value, kinds):
+        # A bool is an int for Python, not for a file. The value may be of a subclass (tomlkit's).
+        kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+        if kind is int and int not in kinds:
+            kind = float
+        if kind not in kinds:
             raise MismatchError(f"must be {meaning}")
-        return value
+        return _SCALARS[kind](value, format)
 
     return decode
 
