@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from flatout.agent.modules import imported_files
+from flatout.agent.imported_files import imported_files
 from flatout.agent.tensors import to_floats, to_ints
-from flatout.intercept import dispatch, engagement
+from flatout.intercept import dispatch, handled_calls
 from flatout.intercept.applied import AppliedSettings
 from flatout.intercept.callbacks import CallbackList
 from flatout.intercept.events import EventLog
@@ -114,7 +114,7 @@ def test_a_call_counts_as_handled_unless_torch_has_to_make_it(fails: bool) -> No
         assert torch.relu(torch.ones(1)).item() == 1.0
     finally:
         undo()
-    handled = engagement.calls.pop("deferring", 0)
+    handled = handled_calls.counts.pop("deferring", 0)
     assert (handled, len(failures)) == ((0, 1) if fails else (1, 0))
 
 

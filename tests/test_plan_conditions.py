@@ -158,8 +158,8 @@ def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
     Request().write(directory)
     subprocess.run(command, env=environment.job_environment(directory, {}), check=True)
     record = read_run(directory)
-    assert record.modules == {str(program), str(net)}
-    made = dataclasses.replace(proven(program), program=observed(command, record.modules))
+    assert record.imported_files == {str(program), str(net)}
+    made = dataclasses.replace(proven(program), program=observed(command, record.imported_files))
     net.write_text("def scale(x):\n    # as it is\n    return x\n")
     last, said = run(made, program)
     assert (last, len(said.splitlines())) == (WHOLE, 1)

@@ -47,7 +47,7 @@ class Facts:
         device: the type of the device that the job computes on (``"cpu"``, ``"cuda"``, ...).
         matmul_flops_per_s: the measured matmul rate of the device for each dtype name; ``None`` or
             missing where it was not measured.
-        updates: whether optimizer objects step in the job's loop.
+        has_optimizer_steps: whether optimizer objects step in the job's loop.
         optimizers: how many optimizers there are.
         huge_pages: the state of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: the number of torch's intra-op threads.
@@ -64,7 +64,7 @@ class Facts:
 
     device: str
     matmul_flops_per_s: Mapping[str, float | None] = field(default_factory=dict)
-    updates: bool = True
+    has_optimizer_steps: bool = True
     optimizers: int | None = None
     huge_pages: str | None = None
     threads: int | None = None
@@ -156,8 +156,8 @@ class Knob:
         kernels: the names of the kernels (``flatout.kernels``) that it needs. They are built before
             the job starts.
         waits_for_calls: whether the knob acts only on certain calls. It then counts these calls
-            (``intercept/engagement.py``), and the record says that it had no effect if there were
-            none.
+            (``intercept/handled_calls.py``), and the record says that it had no effect if there
+            were none.
         variables: for a knob that is not hot: returns the environment variables that the job must
             start with, given the setting and the present environment. They are empty where the
             user has made this choice already.
@@ -165,8 +165,8 @@ class Knob:
             numbers: it draws them too, and leaves torch's generator as it would be without the
             knob, so that the same data come in the same order. It gains nothing, so no plan has it.
             ``None``: the knob has no such setting.
-        worker_settings: settings that start processes which keep working while the program waits,
-            so that two runs under them cannot alternate.
+        background_settings: settings that start processes which keep working while the program
+            waits, so that two runs under them cannot alternate.
         hides_gains: whether it makes the step so much shorter, or so different, that settings which
             gain nothing beside it may gain without it. They are tried again when it is dropped.
     """
@@ -186,7 +186,7 @@ class Knob:
     waits_for_calls: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
     proof_setting: str | None = None
-    worker_settings: tuple[str, ...] = ()
+    background_settings: tuple[str, ...] = ()
     hides_gains: bool = False
 
     def offer(self, facts: Facts) -> Match:

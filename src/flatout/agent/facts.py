@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Subset
 
 from flatout.intercept import objects
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.knobs import loader as loader_knob
 from flatout.wire.facts import (
     LoaderFacts,

@@ -16,7 +16,7 @@ import torch
 from flatout.agent.flows import Flows, is_sum_of_terms
 from flatout.agent.tensors import sample, stored_values, summation_dtype, to_floats
 from flatout.intercept import objects
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.wire.lines import Gradients, NamedGradient
 
 if TYPE_CHECKING:

@@ -29,9 +29,10 @@ from flatout.agent.loss_watch import LossWatch
 from flatout.agent.responder import Responder
 from flatout.agent.weight_guard import WeightGuard
 from flatout.intercept import objects
-from flatout.intercept.finite import HiddenGradients, are_finite, gradients, unscale, values_of
+from flatout.intercept.finite import are_finite, unscale, values_of
+from flatout.intercept.gradients import HiddenGradients, collect_gradients
 from flatout.intercept.identity import WeakIdentitySet
-from flatout.intercept.losses import abandon, loss_number, read_loss
+from flatout.intercept.losses import abandon, loss_value, start_loss_copy
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -134,11 +135,11 @@ class Guard:
             return
         if getattr(optimizer, "found_inf", None) is not None:
             return  # the program's GradScaler gates this step
-        checked = self._host.checked_gradients
+        checked = self._host.optimizers_with_finite_gradients
         if optimizer in checked:
             checked.discard(optimizer)
             return
-        grads = gradients(optimizer)
+        grads = collect_gradients(optimizer)
         if not _can_check(grads):
             return
         what = f"gradients of {type(optimizer).__qualname__} were not finite"
@@ -153,7 +154,7 @@ class Guard:
             self._gated = optimizer
         else:
             _zero_where(flag, grads)
-        self._flags.append((read_loss(flag), what, suspects))
+        self._flags.append((start_loss_copy(flag), what, suspects))
 
     def _check_after_backward(self) -> None:
         stepping = self._stepping()
@@ -182,13 +183,13 @@ class Guard:
             return
         flag = _join_flags(unscale(grads, 1.0))
         _zero_where(flag, grads)
-        self._flags.append((read_loss(flag), what, suspects))
+        self._flags.append((start_loss_copy(flag), what, suspects))
 
     def _read_flags(self, wait: bool) -> None:
         """Respond to the flags that have arrived from the device."""
         while self._flags:
             flag, what, suspects = self._flags[0]
-            number = loss_number(flag, wait)
+            number = loss_value(flag, wait)
             if number is None:
                 return
             self._flags.popleft()

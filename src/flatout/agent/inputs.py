@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent.modules import imported_files, write_modules
+from flatout.agent.imported_files import imported_files, write_imported_files
 from flatout.intercept.nested import tensors_in
 from flatout.wire.lines import Inputs
 from flatout.wire.signature import VARYING, matches, merged
@@ -22,7 +22,7 @@ from flatout.wire.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.wire.request import Proof
+    from flatout.wire.request import ProvenConditions
 
 
 MOST_DESCRIBED = 1000
@@ -65,7 +65,7 @@ class FirstInputs:
         if self._module is None:
             self._module = weakref.ref(module)
             self._record(tuple(describe((args, kwargs))))
-            write_modules(self._host.record)
+            write_imported_files(self._host.record)
             self._undo_unproven()
         elif self._module() is module:
             both = merged(self._seen, tuple(describe((args, kwargs))))
@@ -87,7 +87,7 @@ class FirstInputs:
         for knob in undone:
             host.events.add("skipped", knob, why)
 
-    def _difference(self, proof: Proof) -> str | None:
+    def _difference(self, proof: ProvenConditions) -> str | None:
         """Return how the inputs or the imported source files differ from those of the proof."""
         if proof.inputs is not None and not matches(proof.inputs, self._seen):
             return (

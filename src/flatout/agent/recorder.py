@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 from flatout import knobs
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt, unreported
-from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
+from flatout.intercept.device import peak_device_bytes
+from flatout.intercept.losses import abandon, arrived_losses
 from flatout.wire.header import ENVIRONMENT_NAMES, Header
 from flatout.wire.lines import End
 from flatout.wire.writer import RecordWriter
@@ -42,7 +43,7 @@ class Recorder:
             wait: wait for the losses that are still being copied from an accelerator.
         """
         hooks = self._host.hooks
-        self._record.write_events(hooks.pack())
+        self._record.write_events(hooks.take_packed())
         arrived = attempt(self._losses_failed, arrived_losses, hooks.losses, wait)
         if arrived:
             self._record.write_losses(arrived, peak_device_bytes())
@@ -51,7 +52,9 @@ class Recorder:
     def write_unused(self) -> None:
         """Add an event for each applied knob that has had no effect because it took no call."""
         applied = self._host.applied
-        for name in sorted(applied.ever - engagement.calls.keys() - applied.failures.keys()):
+        for name in sorted(
+            applied.ever_applied - handled_calls.counts.keys() - applied.failures.keys()
+        ):
             if knobs.get(name).waits_for_calls:
                 self._host.events.add("unused", name, "no call came that it takes")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout import knobs
+from flatout.agent.imported_files import write_imported_files
 from flatout.agent.inputs import FirstInputs
-from flatout.agent.modules import write_modules
 from flatout.agent.recorder import Recorder
 from flatout.agent.stages import Stages
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt, contain
 from flatout.intercept.host import Host
@@ -58,9 +58,9 @@ class Session:
             request,
             self.record,
             knobs.apply,
-            step_closed=self._step_closed,
-            may_read=self._read,
-            watch_failed=self._watch_failed,
+            on_step=self._step_closed,
+            on_readable=self._read,
+            on_watch_failure=self._watch_failed,
         )
         self.hooks = self.host.hooks
         self._recorder = Recorder(self.host)
@@ -135,7 +135,7 @@ class Session:
             yield "knobs", self._recorder.write_unused
             yield "record", functools.partial(self._write_events, wait=True)
             yield "record", self._recorder.write_unreported
-            yield "record", functools.partial(write_modules, self.record)
+            yield "record", functools.partial(write_imported_files, self.record)
             yield "record", functools.partial(self._recorder.write_end, reason)
             yield "record", self.record.close
 
@@ -168,7 +168,7 @@ class Session:
         self._stages.pending.clear()
         self._stages.forget_profiler()
         self.record.restart(os.getpid())
-        engagement.calls.clear()
+        handled_calls.counts.clear()
         self.hooks.restart()
         if self._guard is not None:
             self._guard.restart()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flatout.intercept import objects
-from flatout.intercept.arrays import PLAIN
+from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.finite import are_finite
 from flatout.machine import system
 
@@ -90,7 +90,7 @@ class Snapshot:
 def weights_are_finite(roots: Iterable[Any]) -> bool:
     """Whether all trainable parameters are finite; a frozen one may be a mask with infinities."""
     trained = {id(p): p for root in roots for p in objects.parameters(root) if p.requires_grad}
-    return are_finite([p for p in trained.values() if type(p) in PLAIN])
+    return are_finite([p for p in trained.values() if type(p) in EXACT_TENSOR_TYPES])
 
 
 def size_bytes(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
@@ -109,7 +109,7 @@ def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tens
             found += group["params"]
         for state in objects.attributes(optimizer).get("state", {}).values():
             found += state.values() if isinstance(state, dict) else ()
-    once = {id(t): t for t in found if type(t) in PLAIN and t.layout is torch.strided}
+    once = {id(t): t for t in found if type(t) in EXACT_TENSOR_TYPES and t.layout is torch.strided}
     return list(once.values())
 
 

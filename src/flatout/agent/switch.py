@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from flatout.agent.inputs import InputSizes
 from flatout.errors import RefusedError
-from flatout.intercept.losses import loss_number
+from flatout.intercept.losses import loss_value
 from flatout.wire import ratios
 from flatout.wire.ratios import Block, Size
 from flatout.wire.request import Comparison
@@ -250,7 +250,7 @@ class Switch:
             self._unread += ((self._arm, loss) for loss in turn.losses)
         while self._unread:
             arm, loss = self._unread[0]
-            number = loss_number(loss, wait=False)
+            number = loss_value(loss, wait=False)
             if number is None:
                 return
             self._unread.popleft()

@@ -97,15 +97,21 @@ class CallbackList(Generic[C]):
 class StepCallbacks:
     """Calls the callbacks around forward calls, backward calls and optimizer steps.
 
-    Without callbacks, the original is called directly. None is called while a
-    CUDA graph is captured, and no forward wrapper while the program is traced.
+    If there are no callbacks, the original is called directly. No callback is called while a CUDA
+    graph is captured, and no forward wrapper while the program is traced.
 
     Args:
-        log: of the watches, which call ``wrap_forward``, ``before_update`` and ``after_update``.
-        on_skip: called with a subject and a reason when callbacks are not called.
-        on_watch_failure: called with a failure of this class itself.
-        on_callback_failure: called with a callback and its failure; the program gets the result of
-            the original call.
+        log: the event log that the watches write to. The watches call the functions that this class
+            installs in it.
+        on_skip: called with a subject and a reason when callbacks are left out.
+        on_watch_failure: called with the exception when this class itself has failed.
+        on_callback_failure: called with a callback and its exception when the callback has failed;
+            the program gets the result of the original call.
+
+    Attributes:
+        forward_wrappers: the wrappers around outermost module calls.
+        backward_wrappers: the wrappers around backward calls.
+        before_optimizer_step, after_optimizer_step: the callbacks around optimizer steps.
     """
 
     def __init__(
@@ -125,16 +131,17 @@ class StepCallbacks:
         self._on_callback_failure = on_callback_failure
         self._has_reported_capture = False
         self._unpatch_backward: Undo | None = None
-        self._contained_forward = wrap(on_watch_failure, self._forward, call_module)
-        self._contained_before = contain(on_watch_failure, self._before_update)
-        self._contained_after = contain(on_watch_failure, self._after_update)
+        self._contained_forward = wrap(on_watch_failure, self._call_forward, call_module)
+        self._contained_before = contain(on_watch_failure, self._call_before_optimizer_step)
+        self._contained_after = contain(on_watch_failure, self._call_after_optimizer_step)
 
     def connect(self) -> None:
-        """Have the log call what there are callbacks for, and nothing else."""
+        """Install an entry point in the log for each kind of callback that is registered, and clear
+        the others."""
         log = self._log
         log.wrap_forward = self._contained_forward if self.forward_wrappers else None
-        log.before_update = self._contained_before if self.before_optimizer_step else None
-        log.after_update = self._contained_after if self.after_optimizer_step else None
+        log.before_optimizer_step = self._contained_before if self.before_optimizer_step else None
+        log.after_optimizer_step = self._contained_after if self.after_optimizer_step else None
 
     def _patch_backward(self) -> None:
         """Patch torch's backward function as long as there are backward wrappers."""
@@ -145,11 +152,11 @@ class StepCallbacks:
                 self._unpatch_backward()
             self._unpatch_backward = None
         elif self._unpatch_backward is None:
-            # The program may have wrapped the patched function for good: the patch then stays, and
-            # this list, which is emptied by the undo, tells it to do nothing.
+            # The program may keep its own wrapper around the patched function, so the patch cannot
+            # be removed. `is_active` is emptied on undo; the patch then only forwards the call.
             is_active = [True]
             with contextlib.ExitStack() as undo:
-                function = functools.partial(self._backward, is_active)
+                function = functools.partial(self._call_backward, is_active)
                 undo.callback(
                     wrap_function(
                         torch.autograd, "_engine_run_backward", self._on_watch_failure, function
@@ -158,15 +165,15 @@ class StepCallbacks:
                 undo.callback(is_active.clear)
                 self._unpatch_backward = undo.pop_all().close
 
-    def _forward(
+    def _call_forward(
         self, original: Call, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """Make an outermost module call.
 
         Args:
-            original: ``call_module``.
-            call: what the program calls.
-            module, args, kwargs: with which it is called.
+            original: ``containment.call_module``.
+            call: the function that the program calls, ``__call__`` of the module's class.
+            module, args, kwargs: the arguments of the program's call.
         """
 
         def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,21 +210,23 @@ class StepCallbacks:
         """Return the function to call when the callback of an entry has failed."""
         return entry.on_failure or functools.partial(self._on_callback_failure, entry.callback)
 
-    def _backward(self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any) -> Any:
-        """Make a backward call, for which torch's function is ``original``."""
+    def _call_backward(
+        self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Make a backward call; ``original`` is torch's function."""
         call = original
         if is_active and not is_capturing():
             for entry in self.backward_wrappers.entries:
                 call = self._wrap_backward(entry, call)
         return call(*args, **kwargs)
 
-    def _before_update(self, optimizer: Any) -> None:
-        self._call(self.before_optimizer_step, optimizer)
+    def _call_before_optimizer_step(self, optimizer: Any) -> None:
+        self._call_each(self.before_optimizer_step, optimizer)
 
-    def _after_update(self, optimizer: Any) -> None:
-        self._call(self.after_optimizer_step, optimizer)
+    def _call_after_optimizer_step(self, optimizer: Any) -> None:
+        self._call_each(self.after_optimizer_step, optimizer)
 
-    def _call(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
+    def _call_each(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
         if not is_capturing():
             for entry in callbacks.entries:
                 attempt(self._choose_on_failure(entry), entry.callback, optimizer)

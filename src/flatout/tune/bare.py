@@ -74,7 +74,7 @@ class BareRun:
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
         """Whether the bare program and one with these settings can alternate in a relay."""
         return self.can_relay and not any(
-            setting in knobs.get(name).worker_settings for name, setting in settings.items()
+            setting in knobs.get(name).background_settings for name, setting in settings.items()
         )
 
 
@@ -98,7 +98,7 @@ def run(
     timed = _find_timed_steps(first, options, limit_s)
     process = first.process
     step_s = pairs.step_ms(process) / 1e3
-    in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
+    in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
     startup_s = max(first.seconds - in_steps_s, 0)
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
     say(
@@ -112,7 +112,7 @@ def run(
         pace=Pace(startup_s, step_s),
         phases_ms=pairs.phases_ms([process], step_s * 1e3),
         proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),
-        job_steps=len(process.turns) if first.ended else None,
+        job_steps=len(process.loop_steps) if first.ended else None,
         can_relay=_can_relay(process),
     )
 
@@ -136,7 +136,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
     Raises:
         UserError: there are too few of them.
     """
-    steps = first.process.turns
+    steps = first.process.loop_steps
     if not steps:
         raise UserError("this program never calls a model or backward: there is no step")
     needed = max(MINIMUM_STEPS, options.steps or 0)

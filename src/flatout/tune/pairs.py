@@ -146,7 +146,7 @@ class Pairs:
         Args:
             side: ``baseline_runs`` or ``variant_runs``.
         """
-        return [done.process.turns for done in side[: self.count]]
+        return [done.process.loop_steps for done in side[: self.count]]
 
     def without_effect(self) -> dict[str, str]:
         """The knobs of the variant that did nothing in any of its runs, each with the reason."""
@@ -181,7 +181,9 @@ def step_ms(process: ProcessRecord) -> float:
     """
     timed = process.steady_steps
     if not timed:
-        raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
+        raise ValueError(
+            f"{len(process.loop_steps)} steps leave none after a warm-up of {WARMUP_STEPS}"
+        )
     between = process.evaluations_between(timed)
     return sum(step.step_ms for step in (*timed, *between)) / len(timed)
 
@@ -215,7 +217,7 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
     """
     startups, warmups = [], []
     for done in trials:
-        steps = done.process.turns
+        steps = done.process.loop_steps
         first_s = sum(step.step_ms for step in steps[:WARMUP_STEPS]) / 1e3
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
         startups.append(steps[0].at_s)
@@ -410,9 +412,9 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
     for name, why in trial.collect_reasons(done.process, "failed").items():
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
-    if len(done.process.turns) < min(MINIMUM_STEPS, steps):
+    if len(done.process.loop_steps) < min(MINIMUM_STEPS, steps):
         raise TrialFailedError(
-            f"with seed {seed} this program ends after {len(done.process.turns)} steps, tune "
+            f"with seed {seed} this program ends after {len(done.process.loop_steps)} steps, tune "
             f"needs at least {MINIMUM_STEPS}",
             done.process,
             "",

@@ -154,7 +154,7 @@ class Run:
         """Make it from the record of a process."""
         return cls(
             extract_curves([step for step in process.steps if step.mark != "profiled"]),
-            len(process.turns),
+            len(process.loop_steps),
             process.trains,
             process.gradients,
             process.outputs,

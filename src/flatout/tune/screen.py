@@ -125,7 +125,7 @@ class Screening(TuneStage):
                 for stack in stacks
             ]
             ratios = setting_ratios(
-                statistics.complete_blocks(done.process.turns, comparison), applied
+                statistics.complete_blocks(done.process.loop_steps, comparison), applied
             )
             skips = trial.collect_reasons(done.process, "skipped")
             unused = trial.collect_reasons(done.process, "unused")
@@ -170,7 +170,7 @@ class Screening(TuneStage):
         """Enter what came of a comparison in which each candidate was an arm of its own."""
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
-        ratios = arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        ratios = arm_ratios(statistics.complete_blocks(done.process.loop_steps, comparison))
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
@@ -232,7 +232,7 @@ class Screening(TuneStage):
         except TrialFailedError as failure:
             self._ledger.say(f"{what}: not measured, the program fails: {failure}")
             return {}
-        return arm_ratios(statistics.complete_blocks(done.process.turns, comparison))
+        return arm_ratios(statistics.complete_blocks(done.process.loop_steps, comparison))
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide the candidates into as few groups as a program of this length can compare."""
@@ -285,7 +285,7 @@ class Screening(TuneStage):
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
-            self._job_steps = len(done.process.turns)
+            self._job_steps = len(done.process.loop_steps)
             return self._compare(arms, decide, share, compared)
         return done, comparison
 

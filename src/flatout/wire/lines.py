@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 
 from flatout.wire.codec import Doubles, Floats, Ints
 
-EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
+AGENT_EVENT_KINDS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
 
 
 class Line(Protocol):
@@ -21,7 +21,7 @@ class Line(Protocol):
 
 
 @dataclass(frozen=True)
-class Events:
+class PackedTrace:
     """What torch did since the line before.
 
     Attributes:
@@ -31,7 +31,7 @@ class Events:
             notes; all start from 0 at a header), zigzag-encoded and in LEB128.
     """
 
-    kind: ClassVar[str] = "events"
+    kind: ClassVar[str] = "trace"
 
     packed: bytes
 
@@ -67,25 +67,25 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Modules:
+class ImportedFiles:
     """The files that the program has imported by the first outermost module call, and by the end.
 
     Attributes:
         files: their paths, without those of the standard library and of installed packages.
     """
 
-    kind: ClassVar[str] = "modules"
+    kind: ClassVar[str] = "imported_files"
 
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Event:
+class AgentEvent:
     """What the agent did, skipped or failed to do.
 
     Attributes:
         at_s: seconds since the header was written.
-        what: one of ``EVENTS``.
+        what: one of ``AGENT_EVENT_KINDS``.
         subject: what it is about: a knob, ``profile``, and so on.
         why: one sentence.
         traceback: of a failure.

@@ -24,7 +24,7 @@ class Unpacker:
         """Yield the next events.
 
         Args:
-            packed: their packed form, see ``lines.Events``.
+            packed: their packed form, see ``lines.PackedTrace``.
 
         Raises:
             ValueError: a value has more than 64 bits.

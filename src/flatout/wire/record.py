@@ -33,17 +33,17 @@ from flatout.text import one_line, with_printable
 from flatout.wire.codec import MismatchError, decode
 from flatout.wire.header import RECORD_VERSION, Header
 from flatout.wire.lines import (
+    AgentEvent,
     End,
-    Event,
-    Events,
     Gradient,
     Gradients,
+    ImportedFiles,
     Inputs,
     Learned,
     LearnedSettings,
     Losses,
-    Modules,
     Output,
+    PackedTrace,
     RootState,
     State,
 )
@@ -118,7 +118,7 @@ class _Loops(Generic[S]):
         return bool(len(self.steps))
 
     @property
-    def turns(self) -> S:
+    def loop_steps(self) -> S:
         """The steps of the program: of its training loop or else of its inference loop."""
         return self.steps if self.trains else self.evaluations
 
@@ -133,7 +133,7 @@ class ProcessRecord(_Loops[list[Step]]):
         steps, evaluations: steps of training, and forward passes that no backward call followed.
         events: what the agent did, skipped or failed to do.
         inputs: of the first outermost module call; ``None``: there was none.
-        modules: files that the program has imported, see ``lines.Modules``.
+        imported_files: files that the program has imported, see ``lines.ImportedFiles``.
         profile: the profiled window; ``None``: there was none.
         gradients: name of a parameter -> the gradients of its first updates.
         outputs: the forward passes that do not train.
@@ -145,9 +145,9 @@ class ProcessRecord(_Loops[list[Step]]):
     header: Header
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Step] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[AgentEvent] = field(default_factory=list)
     inputs: tuple[str, ...] | None = None
-    modules: set[str] = field(default_factory=set)
+    imported_files: set[str] = field(default_factory=set)
     profile: Profile | None = None
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
@@ -169,7 +169,7 @@ class ProcessRecord(_Loops[list[Step]]):
     @property
     def timed_steps(self) -> list[Step]:
         """The steps of the program that are neither profiled nor next to a switch of settings."""
-        return [step for step in self.turns if step.mark is None]
+        return [step for step in self.loop_steps if step.mark is None]
 
     @property
     def steady_steps(self) -> list[Step]:
@@ -177,7 +177,7 @@ class ProcessRecord(_Loops[list[Step]]):
 
         These tell how long a step usually takes. There may be none.
         """
-        return [step for step in self.turns[WARMUP_STEPS:] if step.mark is None]
+        return [step for step in self.loop_steps[WARMUP_STEPS:] if step.mark is None]
 
     def evaluations_between(self, steps: Sequence[Step]) -> list[Step]:
         """The timed evaluation passes from the first to the last of some steps of training.
@@ -208,9 +208,9 @@ class RunRecord:
         return self.processes[0] if self.processes else None
 
     @property
-    def modules(self) -> set[str]:
-        """Files that any of its processes has imported, see ``lines.Modules``."""
-        return set().union(*(process.modules for process in self.processes))
+    def imported_files(self) -> set[str]:
+        """Files that any of its processes has imported, see ``lines.ImportedFiles``."""
+        return set().union(*(process.imported_files for process in self.processes))
 
 
 @dataclass
@@ -221,16 +221,16 @@ class StepTimes(_Loops["array[float]"]):
         header: its first header.
         steps, evaluations, events, inputs: as in ``ProcessRecord``, steps as their length alone.
         learned: what a comparison has shown; ``None``: no comparison came to its end.
-        modules: files that any process of the run has imported.
+        imported_files: files that any process of the run has imported.
     """
 
     header: Header
     steps: array[float] = field(default_factory=lambda: array("d"))
     evaluations: array[float] = field(default_factory=lambda: array("d"))
-    events: list[Event] = field(default_factory=list)
+    events: list[AgentEvent] = field(default_factory=list)
     learned: tuple[Learned, ...] | None = None
     inputs: tuple[str, ...] | None = None
-    modules: set[str] = field(default_factory=set)
+    imported_files: set[str] = field(default_factory=set)
 
 
 # Reading
@@ -261,7 +261,7 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
     processes = [_process_step_times(path) for path in _record_paths(run_directory)]
     main = max(processes, key=_importance, default=None)
     if main is not None:
-        main.modules = set().union(*(process.modules for process in processes))
+        main.imported_files = set().union(*(process.imported_files for process in processes))
     return main
 
 
@@ -318,8 +318,8 @@ class _StepsOfFile:
             with _naming(self._path, self._read_lines):
                 if document.get("kind") == Header.kind:
                     self._begin()
-                elif document.get("kind") == Events.kind:
-                    events = self._unpacker.events(decode(Events, document).packed)
+                elif document.get("kind") == PackedTrace.kind:
+                    events = self._unpacker.events(decode(PackedTrace, document).packed)
                     self._turns.tell(events, repeat(None))
 
     def _begin(self) -> None:
@@ -354,17 +354,17 @@ def read_process(path: Path) -> ProcessRecord:
 def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
     """Add a line to a process."""
     match line:
-        case Events():
+        case PackedTrace():
             replay.tell(line.packed)
         case Losses():
             replay.losses += line.packed
             replay.peak_device_bytes += [line.peak_device_bytes] * len(line.packed)
-        case Event():
+        case AgentEvent():
             process.events.append(line)
         case Inputs():
             process.inputs = line.tensors
-        case Modules():
-            process.modules.update(line.files)
+        case ImportedFiles():
+            process.imported_files.update(line.files)
         case Profile():
             process.profile = line
         case Gradients():
@@ -395,14 +395,14 @@ def _process_step_times(path: Path) -> StepTimes:
                 case Header():
                     turns.finish()
                     turns, unpacker = Turns(keep), Unpacker()
-                case Events():
+                case PackedTrace():
                     turns.tell(unpacker.events(line.packed), repeat(None))
-                case Event():
+                case AgentEvent():
                     times.events.append(line)
                 case Inputs():
                     times.inputs = line.tensors
-                case Modules():
-                    times.modules.update(line.files)
+                case ImportedFiles():
+                    times.imported_files.update(line.files)
                 case LearnedSettings():
                     times.learned = line.settings
     with _naming(path, number):
@@ -410,9 +410,28 @@ def _process_step_times(path: Path) -> StepTimes:
     return times
 
 
-_LINES_OF_STEP_TIMES: tuple[type, ...] = (Header, Events, Event, Inputs, Modules, LearnedSettings)
+_LINES_OF_STEP_TIMES: tuple[type, ...] = (
+    Header,
+    PackedTrace,
+    AgentEvent,
+    Inputs,
+    ImportedFiles,
+    LearnedSettings,
+)
 _LINES_OF_PROCESS: tuple[type, ...] = (
-    *(Header, Events, Losses, Event, Inputs, Modules, Profile, Gradients, Output, State, End),
+    *(
+        Header,
+        PackedTrace,
+        Losses,
+        AgentEvent,
+        Inputs,
+        ImportedFiles,
+        Profile,
+        Gradients,
+        Output,
+        State,
+        End,
+    ),
 )
 
 
@@ -534,7 +553,8 @@ def _decoded(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
 
 
 def _check_header(path: Path, number: int, document: dict[str, Any], is_first: bool) -> None:
-    """Raise ``RecordError`` if a line is a header of another version, or the first but no header."""
+    """Raise ``RecordError`` if a line is a header of another version, or the first but no
+    header."""
     if document.get("kind") == Header.kind:
         if document.get("version") != RECORD_VERSION:
             raise RecordError(

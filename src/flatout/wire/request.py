@@ -99,7 +99,7 @@ class Relay:
 
 
 @dataclass(frozen=True)
-class Proof:
+class ProvenConditions:
     """The conditions under which some settings were proven; elsewhere they are not applied.
 
     Attributes:
@@ -188,7 +188,7 @@ class Request:
     learn: bool = False
     relay: Relay | None = None
     seed: int | None = None
-    proof: Proof | None = None
+    proof: ProvenConditions | None = None
     inspection: Inspection | None = None
     guard: Envelope | None = None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from flatout.wire import codec
 from flatout.wire.header import Header
-from flatout.wire.lines import Events, Line, Losses
+from flatout.wire.lines import Line, Losses, PackedTrace
 
 FLUSH_SECONDS = 0.25
 
@@ -31,7 +31,7 @@ class RecordWriter:
     The file is created with the first flush, so a process that records nothing leaves nothing. An
     existing file (a process that replaced itself by ``exec`` keeps its pid) is appended to, with a
     header of its own. When writing fails (full disk, read-only folder), nothing more is written,
-    and ``write_failure`` of the run tells why.
+    and ``reason_record_incomplete`` of the run tells why.
 
     Args:
         run_directory: the directory of the run.
@@ -62,7 +62,7 @@ class RecordWriter:
     def write_events(self, packed: bytes) -> None:
         """Queue the events that the log has packed, if there are any."""
         if packed:
-            self.write(Events(packed))
+            self.write(PackedTrace(packed))
 
     def write_losses(self, losses: list[float], peak_device_bytes: int | None) -> None:
         """Queue the losses that have arrived."""
@@ -98,7 +98,7 @@ class RecordWriter:
             self._leave_note(error)
 
     def _leave_note(self, error: OSError) -> None:
-        """Leave an empty file for ``write_failure``; a full disk still takes one."""
+        """Leave an empty file for ``reason_record_incomplete``; a full disk still takes one."""
         note = self.path.with_name(f"{_INCOMPLETE}-{self._pid}-{error.errno}")
         try:
             os.close(os.open(note, os.O_WRONLY | os.O_CREAT, 0o644))
@@ -116,7 +116,7 @@ def record_path(run_directory: Path, pid: int) -> Path:
     return run_directory / f"record-{pid}.jsonl"
 
 
-def write_failure(run_directory: Path) -> str | None:
+def reason_record_incomplete(run_directory: Path) -> str | None:
     """Why a process could not write its record to the end; ``None``: all could."""
     for note in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
         number = note.name.rpartition("-")[2]

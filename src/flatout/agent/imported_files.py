@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from types import ModuleType
 
-from flatout.wire.lines import Modules
+from flatout.wire.lines import ImportedFiles
 from flatout.wire.writer import RecordWriter
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
@@ -41,9 +41,9 @@ def imported_files() -> list[str]:
     return sorted(found)
 
 
-def write_modules(record: RecordWriter) -> None:
+def write_imported_files(record: RecordWriter) -> None:
     """Record the source files that have been imported so far."""
-    record.write(Modules(tuple(imported_files())))
+    record.write(ImportedFiles(tuple(imported_files())))
 
 
 def _file_of(module: object) -> str | None:
