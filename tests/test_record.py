@@ -83,7 +83,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     record.write_events(program.log.take_packed())
     record.write_losses([float("nan"), 0.125], 4096)
     record.write(End(at_s=3.0, reason="exit"))
-    record.close()
+    record.flush()
 
     process = read_run(tmp_path).main
     assert process is not None
@@ -127,7 +127,7 @@ def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: P
         program.step()
         record.write_events(program.log.take_packed())
         record.write_losses([value], None)
-        record.close()
+        record.flush()
     assert [step.losses for step in read_process(record_path(tmp_path, 1)).steps] == [
         (1.0,),
         (2.0,),
@@ -145,7 +145,7 @@ def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     for _ in range(3):
         program.step()
     record.write_events(program.log.take_packed())
-    record.close()
+    record.flush()
     path = record_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [step.index for step in read_process(path).steps] == [0]
@@ -200,7 +200,7 @@ def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
         for _ in range(steps):
             program.step()
         record.write_events(program.log.take_packed())
-        record.close()
+        record.flush()
     assert [process.header.pid for process in read_run(tmp_path).processes] == [2, 3, 1]
 
 
@@ -213,7 +213,7 @@ def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: P
     for _ in range(3):
         record.write(Header(pid=1, started_ns=7))
         record.flush()
-    record.close()
+    record.flush()
     assert reason_record_incomplete(tmp_path) == os.strerror(errno.ENOSPC)
 
 

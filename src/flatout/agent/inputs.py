@@ -17,7 +17,7 @@ import torch
 from flatout.agent.imported_files import imported_files, write_imported_files
 from flatout.intercept.nested import tensors_in
 from flatout.wire.lines import Inputs
-from flatout.wire.signature import VARYING, matches, merged
+from flatout.wire.signature import VARYING, matches, merge
 from flatout.wire.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class FirstInputs:
             write_imported_files(self._host.record)
             self._undo_unproven()
         elif self._module() is module:
-            both = merged(self._seen, tuple(describe((args, kwargs))))
+            both = merge(self._seen, tuple(describe((args, kwargs))))
             if both is not None and both != self._seen:
                 self._record(both)
         return call(module, *args, **kwargs)

@@ -189,7 +189,7 @@ class _Probabilities:
         self._is_over = self._passes <= CERTAIN_PASSES and bool(self._outside)
 
     def counts(self) -> tuple[int, int]:
-        """Return the fields ``probabilities`` and ``ones`` of ``lines.RootState``."""
+        """Return ``probability_count`` and ``saturated_count`` of ``lines.RootState``."""
         if self._ones is None or self._outside is None or bool(self._outside):
             return 0, 0
         return self._elements, int(self._ones)
@@ -214,7 +214,9 @@ def _describe(tensor: torch.Tensor, detailed: bool) -> OutputTensor:
     return OutputTensor(tuple(values.shape), *moments(values), sampled, top1, lead)
 
 
-def _describe_state(name: str, root: Any, probabilities: int, ones: int) -> RootState:
+def _describe_state(
+    name: str, root: Any, probability_count: int, saturated_count: int
+) -> RootState:
     buffers = [
         (n, b) for n, b in objects.named_buffers(root) if b.is_floating_point() and b.numel()
     ]
@@ -226,6 +228,6 @@ def _describe_state(name: str, root: Any, probabilities: int, ones: int) -> Root
             int((~torch.isfinite(stored_values(t))).sum()) for t in tensors if t.is_floating_point()
         ),
         buffers=tuple(BufferState(n, *moments(local_part(b))) for n, b in buffers),
-        probabilities=probabilities,
-        ones=ones,
+        probability_count=probability_count,
+        saturated_count=saturated_count,
     )

@@ -53,7 +53,7 @@ class Learner(Switch):
         comparison = self._comparison
         timed_steps = comparison.block_steps - comparison.discard_steps
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
-        arm_ratios = ratios.arm_ratios(complete, BASELINE)
+        arm_ratios = ratios.estimate_arm_ratios(complete, BASELINE)
         settings: dict[str, str] = {}
         learned = []
         for arm in sorted(arm_ratios, key=lambda arm: -arm_ratios[arm].value):

@@ -137,7 +137,7 @@ class Session:
             yield "record", self._recorder.write_unreported
             yield "record", functools.partial(write_imported_files, self.record)
             yield "record", functools.partial(self._recorder.write_end, reason)
-            yield "record", self.record.close
+            yield "record", self.record.flush
 
     def _stop(self, turn: Turn) -> bool:
         """End the process (the last stage)."""

@@ -149,11 +149,11 @@ class Switch:
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
         worthwhile = comparison.worthwhile
         if comparison.decide == "settings":
-            settings = ratios.setting_ratios(complete, self._arms)
+            settings = ratios.estimate_setting_ratios(complete, self._arms)
             return bool(settings) and all(
                 ratios.is_decided(ratio, worthwhile) for ratio in settings.values()
             )
-        to_baseline = ratios.arm_ratios(complete, BASELINE)
+        to_baseline = ratios.estimate_arm_ratios(complete, BASELINE)
         for arm, ratio in to_baseline.items():
             if arm not in self._dropped and ratio.high < worthwhile:
                 self._drop(arm, f"it gains less than {worthwhile:.2f}x: {ratio}")
@@ -165,7 +165,7 @@ class Switch:
         if not remaining:
             return False
         leader = max(remaining, key=lambda arm: to_baseline[arm].value)
-        for arm, ratio in ratios.arm_ratios(complete, leader).items():
+        for arm, ratio in ratios.estimate_arm_ratios(complete, leader).items():
             if arm in remaining and ratio.high < 1:
                 remaining.remove(arm)
                 self._drop(arm, f"it is slower than arm {leader}: {ratio}")

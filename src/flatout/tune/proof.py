@@ -685,10 +685,10 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
     shares: list[float] = []
     for runs in (bare, plan):
         roots = [root for run in runs for root in run.state or ()]
-        count = sum(root.probabilities for root in roots)
+        count = sum(root.probability_count for root in roots)
         if not count:
             return []
-        shares.append(sum(root.ones for root in roots) / count)
+        shares.append(sum(root.saturated_count for root in roots) / count)
     added = shares[1] - shares[0]
     why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
     if added > MORE_ONES:

@@ -24,7 +24,12 @@ from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
-from flatout.wire.ratios import MINIMUM_DEGREES_OF_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.ratios import (
+    MINIMUM_DEGREES_OF_FREEDOM,
+    Ratio,
+    estimate_arm_ratios,
+    estimate_setting_ratios,
+)
 from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
@@ -124,7 +129,7 @@ class Screening(TuneStage):
                 {knob: setting for knob, setting in stack.items() if knob not in failures}
                 for stack in stacks
             ]
-            ratios = setting_ratios(
+            ratios = estimate_setting_ratios(
                 statistics.complete_blocks(done.process.loop_steps, comparison), applied
             )
             skips = trial.collect_reasons(done.process, "skipped")
@@ -170,7 +175,9 @@ class Screening(TuneStage):
         """Enter what came of a comparison in which each candidate was an arm of its own."""
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
-        ratios = arm_ratios(statistics.complete_blocks(done.process.loop_steps, comparison))
+        ratios = estimate_arm_ratios(
+            statistics.complete_blocks(done.process.loop_steps, comparison)
+        )
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
@@ -232,7 +239,7 @@ class Screening(TuneStage):
         except TrialFailedError as failure:
             self._ledger.say(f"{what}: not measured, the program fails: {failure}")
             return {}
-        return arm_ratios(statistics.complete_blocks(done.process.loop_steps, comparison))
+        return estimate_arm_ratios(statistics.complete_blocks(done.process.loop_steps, comparison))
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide the candidates into as few groups as a program of this length can compare."""
