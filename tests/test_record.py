@@ -213,7 +213,6 @@ def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: P
     for _ in range(3):
         record.write(Header(pid=1, started_ns=7))
         record.flush()
-    record.flush()
     assert reason_record_incomplete(tmp_path) == os.strerror(errno.ENOSPC)
 
 
@@ -229,7 +228,7 @@ def test_a_run_directory_that_is_gone_is_said_once(
 
 
 def test_a_record_that_nobody_wrote_to_leaves_no_file(tmp_path: Path) -> None:
-    RecordWriter(tmp_path, 1).close()
+    RecordWriter(tmp_path, 1).flush()
     assert list(tmp_path.iterdir()) == []
 
 

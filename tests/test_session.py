@@ -64,7 +64,7 @@ def test_the_child_of_a_fork_releases_nothing_of_the_parents_device(session: Ses
     child = os.fork()
     if child == 0:
         try:
-            session._forked()
+            session._restart_after_fork()
             session.hooks.read()
             session._guard.finish()
             gc.collect()

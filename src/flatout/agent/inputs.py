@@ -1,7 +1,7 @@
-"""The inputs of the program's outermost module calls.
+"""Recording the inputs of the program's outermost module calls.
 
-A proof holds for the inputs of the first calls, which are compared here. The sizes of the inputs of
-all calls tell how much work a step is.
+A proof holds for the inputs of the first calls, so these are compared with the inputs in the proof.
+The sizes of the inputs of all calls show how much work a step has.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 MOST_DESCRIBED = 1000
-"""Tensors of one call that are described; those beyond are not compared with the proof."""
+"""The largest number of tensors of one call that are described. Further tensors are not compared
+with the proof."""
 
 WATCHED_CALLS = 16
-"""Module calls that are described. In so many calls, sizes that vary from batch to batch do vary,
-and they are too few to reach the end of an epoch, whose last batch may be smaller than all
+"""The number of module calls that are described. These are enough calls for sizes that vary from
+batch to batch, and too few to reach the last batch of an epoch, which may be smaller than all
 others."""
 
 
@@ -38,12 +39,11 @@ class FirstInputs:
     """A forward wrapper for the first calls of the module that is called first.
 
     It records the dtype and the shape of each input tensor, with a placeholder for sizes that
-    differ
-    from call to call. If the inputs of the first call differ from those of the proof, it undoes the
-    settings that were proven with other inputs.
+    differ from call to call. If the inputs of the first call differ from those of the proof, it
+    undoes the settings that were proven with other inputs.
 
     Args:
-        host: of this process.
+        host: the host of this process.
     """
 
     def __init__(self, host: Host) -> None:
@@ -78,17 +78,19 @@ class FirstInputs:
         self._host.record.write(Inputs(seen))
 
     def _undo_unproven(self) -> None:
-        """Undo the settings that the proof does not cover, before the first call is made."""
+        """Undo the settings that were proven under other conditions, before the first call is
+        made."""
         host, proof = self._host, self._host.request.proof
-        why = None if proof is None else self._difference(proof)
+        why = None if proof is None else self._describe_difference(proof)
         if proof is None or why is None:
             return
         undone = [knob for knob in proof.knobs if host.applied.undo(knob)]
         for knob in undone:
             host.events.add("skipped", knob, why)
 
-    def _difference(self, proof: ProvenConditions) -> str | None:
-        """Return how the inputs or the imported source files differ from those of the proof."""
+    def _describe_difference(self, proof: ProvenConditions) -> str | None:
+        """Return a clause about how the inputs or the imported files differ from those of the
+        proof; ``None`` if they do not differ."""
         if proof.inputs is not None and not matches(proof.inputs, self._seen):
             return (
                 f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}"
@@ -102,11 +104,11 @@ class FirstInputs:
 
 
 class InputSizes:
-    """A forward wrapper that notes the size of the inputs: the first dimension of the first tensor,
-    and the number of elements of all tensors.
+    """A forward wrapper that records the size of the inputs: the first dimension of the first
+    tensor, and the number of elements of all tensors.
 
     Args:
-        host: of this process.
+        host: the host of this process.
     """
 
     def __init__(self, host: Host) -> None:
@@ -129,9 +131,8 @@ class InputSizes:
 
 
 def describe(value: Any) -> list[str]:
-    """Return dtype and shape of each tensor in nested containers, as ``wire.signature`` writes
-    them."""
-    with torch._C.DisableTorchFunction():  # calls no __torch_function__ of the program
+    """Return the word of ``wire.signature`` for each tensor in nested containers."""
+    with torch._C.DisableTorchFunction():  # no __torch_function__ of the program is called
         return [_describe_tensor(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
 
 
