@@ -125,8 +125,8 @@ class InputSizes:
             found = [t for t in tensors_in((args, kwargs)) if not _is_nested(t)]
             shapes = [shape for tensor in found if (shape := _shape(tensor))]
         if shapes:
-            self._host.hooks.note(ROWS, shapes[0][0])
-            self._host.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
+            self._host.hooks.append_note(ROWS, shapes[0][0])
+            self._host.hooks.append_note(ELEMENTS, sum(shape.numel() for shape in shapes))
         return call(module, *args, **kwargs)
 
 

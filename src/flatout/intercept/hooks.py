@@ -195,7 +195,7 @@ class Hooks:
         if self.optimizer_exists:
             self._log.append(NOTE, OPTIMIZER_BUILT, 0, 0)
 
-    def note(self, which: int, value: int) -> None:
+    def append_note(self, which: int, value: int) -> None:
         """Append an event of the kind ``NOTE`` (see ``wire.turns.TorchEvent``).
 
         Args:
@@ -223,7 +223,7 @@ class Hooks:
     def _add_optimizer(self, optimizer: Any) -> None:
         if not self.optimizer_exists:
             self.optimizer_exists = True
-            self.note(OPTIMIZER_BUILT, 0)
+            self.append_note(OPTIMIZER_BUILT, 0)
         self.optimizers.add(optimizer)
 
     def _add_loader(self, loader: Any) -> None:

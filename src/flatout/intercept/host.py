@@ -141,7 +141,7 @@ class Host:
     @arm.setter
     def arm(self, arm: int | None) -> None:
         self._arm = arm
-        self.hooks.note(ARM, -1 if arm is None else arm)
+        self.hooks.append_note(ARM, -1 if arm is None else arm)
 
     @property
     def mark(self) -> str | None:
@@ -151,7 +151,7 @@ class Host:
     @mark.setter
     def mark(self, mark: str | None) -> None:
         self._mark = mark
-        self.hooks.note(MARK, MARKS.index(mark))
+        self.hooks.append_note(MARK, MARKS.index(mark))
 
     # Callbacks of the hooks
 

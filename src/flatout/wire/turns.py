@@ -171,9 +171,9 @@ class Turns:
         """
         for kind, phase, flags, first, second, third in events:
             if kind == USAGE:
-                self.usage(first, second, third)
+                self.store_usage(first, second, third)
             elif kind == NOTE:
-                self.note(phase, first)
+                self.process_note(phase, first)
             elif phase == FORWARD:
                 if kind == BEGIN:
                     self.forward_begins(first, second, bool(flags & 1), bool(flags & 2))
@@ -199,12 +199,12 @@ class Turns:
             else:
                 self.transfer_ends(first)
 
-    def usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
+    def store_usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
         """Store the cumulative resource usage; it arrives just before the event recorded at the
         same time."""
         self._usage = (minor_faults, major_faults, peak_rss_bytes)
 
-    def note(self, which: int, value: int) -> None:
+    def process_note(self, which: int, value: int) -> None:
         """Process a note of the agent; ``which`` is the note, such as ``ARM``."""
         if which == OPTIMIZER_BUILT:
             self._optimizer_exists = True
