@@ -38,7 +38,7 @@ from flatout.agent.switch import Switch
 from flatout.intercept.host import Host
 from flatout.tune import design, statistics
 from flatout.tune.pairs import RELAY_BLOCK_STEPS
-from flatout.wire.ratios import Block, Ratio, Size, arm_ratios, setting_ratios
+from flatout.wire.ratios import Block, Ratio, Size, estimate_arm_ratios, estimate_setting_ratios
 from flatout.wire.request import Comparison, Relay
 from flatout.wire.turns import Turn
 
@@ -319,7 +319,7 @@ def drop(machine: Machine, settings: dict[str, str]) -> dict[str, str]:
             rounds=DROP_ROUNDS,
         )
     )
-    ratios = {parts[arm - 1]: ratio for arm, ratio in arm_ratios(found).items()}
+    ratios = {parts[arm - 1]: ratio for arm, ratio in estimate_arm_ratios(found).items()}
     spare = statistics.find_redundant(ratios)[: len(parts) - 1]
     return {knob: setting for knob, setting in settings.items() if knob not in spare}
 
@@ -338,7 +338,7 @@ def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) ->
             worthwhile=statistics.WORTHWHILE,
         )
     )
-    in_process = setting_ratios(found, arms)
+    in_process = estimate_setting_ratios(found, arms)
     settings = dict(statistics.pick_winners(in_process))
     if not settings:
         return Outcome({}, None, False, in_process)

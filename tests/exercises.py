@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils import data
 
 from flatout.agent.session import Session
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.knobs.decode import images
 from flatout.wire.request import Request
 
@@ -315,7 +315,7 @@ def run(job: dict[str, Any]) -> None:
     session.start()
     made = train(EXERCISES[job["knob"]], job["resumed"], folder.parent / "pictures")
     session.finish("exit")
-    made["engaged"] = engagement.calls[job["knob"]]
+    made["engaged"] = handled_calls.counts[job["knob"]]
     torch.save(made, folder / "saved.pt")
 
 

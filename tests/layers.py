@@ -1,4 +1,4 @@
-"""The parts of the package, from the ground up, and what each imports of the others.
+"""The packages of flatout, from the ground up, and what each imports of the others.
 
 ``python -m tests.layers`` writes the picture of it into ARCHITECTURE.md.
 """
@@ -63,7 +63,7 @@ def part(module: str) -> str:
 
 
 def stands_on() -> dict[str, set[str]]:
-    """The other parts that each part imports."""
+    """The other packages that each package imports."""
     found: dict[str, set[str]] = {name: set() for name in HEIGHTS}
     for module in MODULES:
         found[part(module)] |= {part(other) for other in imported(module)}
@@ -71,9 +71,9 @@ def stands_on() -> dict[str, set[str]]:
 
 
 def picture() -> str:
-    """One row for each layer, the highest first: its parts, what they are, what they import."""
+    """One row for each layer, the highest first: its packages, what they are, what they import."""
     imports = stands_on()
-    rows = ["| part | what it is | imports |", "| --- | --- | --- |"]
+    rows = ["| package | what it is | imports |", "| --- | --- | --- |"]
     for name in sorted(HEIGHTS, key=lambda name: (-HEIGHTS[name], name)):
         docstring = ast.get_docstring(ast.parse(MODULES[name].read_text("utf-8"))) or ""
         what = " ".join(docstring.split("\n\n")[0].split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from flatout.agent.modules import imported_files
+from flatout.agent.imported_files import imported_files
 from flatout.agent.tensors import to_floats, to_ints
-from flatout.intercept import dispatch
+from flatout.intercept import dispatch, handled_calls
 from flatout.intercept.applied import AppliedSettings
+from flatout.intercept.callbacks import CallbackList
 from flatout.intercept.events import EventLog
 from flatout.intercept.patch import Undo
 from flatout.wire.turns import Turn
@@ -95,6 +97,27 @@ def test_where_one_operator_is_refused_the_others_are_as_before() -> None:
     assert ("relu", "CPU") not in dispatch._overridden
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_counts_as_handled_unless_torch_has_to_make_it(fails: bool) -> None:
+    wrong: Any = functools.partial(int, "not a number")
+    failures: list[Exception] = []
+
+    def override(below: Any, x: torch.Tensor) -> dispatch.DeferredCall:
+        return dispatch.DeferredCall(wrong if fails else below, (x,) if not fails else ())
+
+    dispatch.knob_being_applied = "deferring"
+    try:
+        undo = dispatch.override_operators({"relu": override}, "CPU", on_failure=failures.append)
+    finally:
+        dispatch.knob_being_applied = None
+    try:
+        assert torch.relu(torch.ones(1)).item() == 1.0
+    finally:
+        undo()
+    handled = handled_calls.counts.pop("deferring", 0)
+    assert (handled, len(failures)) == ((0, 1) if fails else (1, 0))
+
+
 def test_whoever_adds_a_callback_is_told_of_its_failure(tmp_path: Path) -> None:
     host = host_in(tmp_path)
     host.hooks.install(live=False)
@@ -119,6 +142,56 @@ def test_whoever_adds_a_callback_is_told_of_its_failure(tmp_path: Path) -> None:
             callbacks.remove(wrong)
         host.hooks.remove()
     assert failed == ["forward", "backward", "before", "after"]
+
+
+def test_an_undo_removes_the_callback_that_it_belongs_to_and_no_equal_one() -> None:
+    changes: list[int] = []
+    callbacks: CallbackList[Callable[[], None]] = CallbackList(lambda: changes.append(1))
+
+    def callback() -> None:
+        pass
+
+    undo = callbacks.append(callback)
+    callbacks.append(callback)
+    undo()
+    undo()
+    assert len(callbacks) == 1
+    assert callback in callbacks
+    callbacks.append(callback)
+    callbacks.remove(callback)
+    assert callback not in callbacks
+    assert len(changes) == 6
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_a_wrapper_that_an_outer_one_removes_is_not_called(tmp_path: Path, kind: str) -> None:
+    host = host_in(tmp_path)
+    host.hooks.install(live=False)
+    called: list[str] = []
+
+    def inner(original: Any, *args: Any) -> Any:
+        called.append("inner")
+        return original(args[0], *args[1], **args[2])
+
+    def outer_forward(original: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        undo()
+        return original(module, *args, **kwargs)
+
+    def outer_backward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        undo()
+        return original(*args, **kwargs)
+
+    try:
+        if kind == "forward":
+            undo = host.forward_wrappers.append(inner)
+            host.forward_wrappers.append(outer_forward)
+        else:
+            undo = host.backward_wrappers.append(inner)
+            host.backward_wrappers.append(outer_backward)
+        nn.Linear(2, 1)(torch.ones(1, 2)).sum().backward()
+    finally:
+        host.hooks.remove()
+    assert not called
 
 
 def test_a_copy_in_host_memory_lives_as_long_as_it_is_read() -> None:

@@ -321,7 +321,7 @@ def test_inference_steps_are_root_forwards(name: str, mode: str, tmp_path: Path)
     program = f"net = Net().eval()\n{mode}\n{body}\nprint(json.dumps({{}}))"
     _, process = run(tmp_path, program)
     assert not process.trains
-    assert counts(process.turns) == [(1, 0, 0)] * 6
+    assert counts(process.loop_steps) == [(1, 0, 0)] * 6
     check_times(process)
 
 
@@ -348,4 +348,4 @@ if __name__ == "__main__":
     (run_directory,) = (home / "runs").iterdir()
     *children, parent = read_run(run_directory).processes
     assert [counts(child.steps) for child in children] == [[(1, 1, 0)] * 3] * 2
-    assert not parent.turns
+    assert not parent.loop_steps

@@ -48,6 +48,7 @@ class Whole:
     is_on: bool = False
     kind: Literal["a", "b"] = "a"
     fact: str | int | float | bool = 0
+    word_or_count: str | int = 0
     words: tuple[str, ...] = ()
     inner: Inner | None = None
     inners: Mapping[str, tuple[Inner, ...]] = field(default_factory=dict)
@@ -87,6 +88,8 @@ def test_a_number_that_is_not_finite_is_written_as_asked() -> None:
     assert decode(Whole, strict) == whole
     with pytest.raises(MismatchError, match="share must be a finite number"):
         decode(Whole, strict, TOML)
+    with pytest.raises(MismatchError, match="fact must be a finite number"):
+        decode(Whole, {"class": "Net", "fact": math.nan}, TOML)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -98,6 +101,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"share": 10**400}, "share is larger than any number"),
     "none of them": ({"kind": "c"}, "kind must be one of: a, b"),
     "no scalar": ({"fact": None}, "fact must be a string, a number, or true or false"),
+    "truth for a word or count": (
+        {"word_or_count": True},
+        "word_or_count must be a string, or an integer",
+    ),
+    "number for a word or count": (
+        {"word_or_count": 0.5},
+        "word_or_count must be a string, or an integer",
+    ),
     "no list": ({"words": "xy"}, "words must be a list"),
     "an item": ({"words": ["x", 1]}, "words must be a list, and its item 1 must be a string"),
     "no object": ({"inner": []}, "inner must be an object"),

@@ -31,13 +31,13 @@ from flatout.wire.request import (
     Comparison,
     GuardRequest,
     Inspection,
-    Proof,
+    ProvenConditions,
     ProvenLoss,
     Relay,
     Request,
     RequestError,
 )
-from flatout.wire.writer import write_failure
+from flatout.wire.writer import reason_record_incomplete
 from tests.tune_documents import nothing_helps
 
 Mutation = tuple[int, int, int, int]
@@ -319,7 +319,7 @@ def record(folder: Path) -> list[Any]:
     documents.insert(-1, {"kind": "learned", "settings": [LEARNED.__dict__]})
     kinds = {document["kind"] for document in documents}
     assert kinds >= {
-        *("header", "events", "losses", "inputs", "modules", "gradients", "outputs", "state"),
+        *("header", "trace", "losses", "inputs", "imported_files", "gradients", "outputs", "state"),
         *("learned", "event", "end", "profile"),
     }
     return documents
@@ -355,14 +355,14 @@ def test_records_that_are_deep_or_long(folder: Path) -> None:
                 is_one_sentence(error)
     (run / "incomplete-1-x").touch()
     (run / "incomplete-2-999999999999999999999").touch()
-    assert write_failure(run) is None
+    assert reason_record_incomplete(run) is None
 
 
 REQUEST = Request(
     settings={"gc": "seldom"},
     comparison=Comparison(({}, {"gc": "seldom"})),
     relay=Relay("x", 0),
-    proof=Proof(("gc",), "2.9", ("float32[2]",), ("x.py",)),
+    proof=ProvenConditions(("gc",), "2.9", ("float32[2]",), ("x.py",)),
     inspection=Inspection(1, True, 2),
     guard=GuardRequest(3, (ProvenLoss(1.0, 0.1),)),
 )

@@ -158,7 +158,9 @@ def test_probabilities_are_told_from_other_outputs_and_those_that_are_1_counted(
     for settings, ones in (({}, 6), ({"precision": "bf16"}, 11)):
         _, process = inspected(tmp_path / str(ones), DISCRIMINATOR, settings=settings)
         assert process.state is not None
-        found = {root.root: (root.probabilities, root.ones) for root in process.state}
+        found = {
+            root.root: (root.probability_count, root.saturated_count) for root in process.state
+        }
         assert found == {"Sequential": (24, ones), "Linear": (0, 0)}
 
 

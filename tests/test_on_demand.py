@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
 from flatout.errors import RefusedError
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.host import Host
 from flatout.knob import Facts
 from flatout.knobs import gradients
@@ -787,7 +787,7 @@ def test_a_program_that_drops_nothing_is_left_alone_after_a_while(
         (Facts("cpu", optimizers=2), True),
         (Facts("cpu"), True),
         (Facts("cpu", optimizers=1), False),
-        (Facts("cpu", updates=False), False),
+        (Facts("cpu", has_optimizer_steps=False), False),
     ],
 )
 def test_it_is_offered_where_gradients_may_be_dropped(facts: Facts, is_offered: bool) -> None:

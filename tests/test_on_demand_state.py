@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from flatout import knobs
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.host import Host
 from tests.hosts import host_in
 

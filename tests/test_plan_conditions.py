@@ -158,8 +158,8 @@ def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
     Request().write(directory)
     subprocess.run(command, env=environment.job_environment(directory, {}), check=True)
     record = read_run(directory)
-    assert record.modules == {str(program), str(net)}
-    made = dataclasses.replace(proven(program), program=observed(command, record.modules))
+    assert record.imported_files == {str(program), str(net)}
+    made = dataclasses.replace(proven(program), program=observed(command, record.imported_files))
     net.write_text("def scale(x):\n    # as it is\n    return x\n")
     last, said = run(made, program)
     assert (last, len(said.splitlines())) == (WHOLE, 1)
@@ -208,10 +208,10 @@ def test_a_knob_that_does_not_apply_is_named(program: Path) -> None:
 
 
 def test_signatures() -> None:
-    assert signature.merged(("float32[8,3]",), ("float32[8,5]",)) == ("float32[8,*]",)
-    assert signature.merged(("float32[8,3]",), ("int64[8,3]",)) is None
-    assert signature.merged(("float32[8]",), ("float32[8,3]",)) is None
-    assert signature.merged(("float32[]",), ("float32[]",)) == ("float32[]",)
+    assert signature.merge(("float32[8,3]",), ("float32[8,5]",)) == ("float32[8,*]",)
+    assert signature.merge(("float32[8,3]",), ("int64[8,3]",)) is None
+    assert signature.merge(("float32[8]",), ("float32[8,3]",)) is None
+    assert signature.merge(("float32[]",), ("float32[]",)) == ("float32[]",)
     assert signature.matches(("float32[*,3]", "int64[]"), ("float32[9,3]", "int64[]"))
     assert not signature.matches(("float32[*,3]",), ("float32[9,4]",))
     assert not signature.matches(("float32[9,3]",), ("float32[*,3]",))

@@ -13,8 +13,8 @@ import pytest
 
 from flatout.intercept import _watch
 from flatout.wire.header import RECORD_VERSION, Header
-from flatout.wire.lines import End, Event
-from flatout.wire.record import RecordError, read_process, read_run
+from flatout.wire.lines import AgentEvent, End
+from flatout.wire.record import RecordError, StepCounter, read_process, read_run
 from flatout.wire.request import Comparison, Inspection, Request, RequestError
 from flatout.wire.turns import (
     ARM,
@@ -30,7 +30,7 @@ from flatout.wire.turns import (
     PHASES,
     USAGE,
 )
-from flatout.wire.writer import RecordWriter, record_path, write_failure
+from flatout.wire.writer import RecordWriter, reason_record_incomplete, record_path
 
 HEADER = {"kind": "header", "version": RECORD_VERSION, "pid": 1, "rank": None, "started_ns": 7}
 NET, OPTIMIZER_ID = 2**46 + 16, 2**47 - 8
@@ -46,9 +46,9 @@ class Program:
         self.faults = 0
 
     def phase(self, phase: int, ms: int, flags: int = 0, identity: int = 0) -> None:
-        self.log.note(BEGIN, phase, flags, self.now_ns, identity)
+        self.log.append(BEGIN, phase, flags, self.now_ns, identity)
         self.now_ns += ms * MS
-        self.log.note(END, phase, 0, self.now_ns, identity)
+        self.log.append(END, phase, 0, self.now_ns, identity)
 
     def step(self, fetches: bool = True) -> None:
         if fetches:
@@ -56,7 +56,7 @@ class Program:
         self.phase(FORWARD, 4, flags=3, identity=NET)
         self.phase(BACKWARD, 3, flags=1)
         self.faults += 5
-        self.log.note(USAGE, 0, 0, self.faults, 0, 2**30)
+        self.log.append(USAGE, 0, 0, self.faults, 0, 2**30)
         self.phase(OPTIMIZER, 1, identity=OPTIMIZER_ID)
 
     def evaluation(self) -> None:
@@ -68,22 +68,22 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     record = RecordWriter(tmp_path, 1)
     record.write(Header(pid=1, started_ns=program.now_ns - 2_000_000_000))
     program.step()
-    record.write_events(program.log.pack())
+    record.write_events(program.log.take_packed())
     record.write_losses([0.25], None)
-    record.write(Event(at_s=1.5, what="skipped", subject="a", why="b"))
+    record.write(AgentEvent(at_s=1.5, what="skipped", subject="a", why="b"))
     program.phase(DATA, 1)
-    program.log.note(NOTE, ARM, 0, 1)
-    program.log.note(NOTE, MARK, 0, MARKS.index("switched"))
+    program.log.append(NOTE, ARM, 0, 1)
+    program.log.append(NOTE, MARK, 0, MARKS.index("switched"))
     program.step(fetches=False)
     program.step()
-    program.log.note(NOTE, ARM, 0, -1)
-    program.log.note(NOTE, MARK, 0, 0)
+    program.log.append(NOTE, ARM, 0, -1)
+    program.log.append(NOTE, MARK, 0, 0)
     program.evaluation()
     program.step()
-    record.write_events(program.log.pack())
+    record.write_events(program.log.take_packed())
     record.write_losses([float("nan"), 0.125], 4096)
     record.write(End(at_s=3.0, reason="exit"))
-    record.close()
+    record.flush()
 
     process = read_run(tmp_path).main
     assert process is not None
@@ -125,9 +125,9 @@ def test_a_process_that_replaced_itself_begins_anew_in_the_same_file(tmp_path: P
         record = RecordWriter(tmp_path, 1)
         record.write(Header(pid=1, started_ns=7))
         program.step()
-        record.write_events(program.log.pack())
+        record.write_events(program.log.take_packed())
         record.write_losses([value], None)
-        record.close()
+        record.flush()
     assert [step.losses for step in read_process(record_path(tmp_path, 1)).steps] == [
         (1.0,),
         (2.0,),
@@ -140,12 +140,12 @@ def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     record = RecordWriter(tmp_path, 1)
     record.write(Header(pid=1, started_ns=7))
     program.step()
-    record.write_events(program.log.pack())
+    record.write_events(program.log.take_packed())
     record.flush()
     for _ in range(3):
         program.step()
-    record.write_events(program.log.pack())
-    record.close()
+    record.write_events(program.log.take_packed())
+    record.flush()
     path = record_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [step.index for step in read_process(path).steps] == [0]
@@ -155,13 +155,13 @@ def test_a_torn_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     ("content", "reason"),
     [
         ("", "is empty"),
-        ('{"kind": "events", "packed": ""}\n', "no header"),
+        ('{"kind": "trace", "packed": ""}\n', "no header"),
         (json.dumps({**HEADER, "version": 99}) + "\n", "version 99"),
         ("not json\n", "not JSON"),
         ("[1]\n", "not a JSON object"),
-        (json.dumps(HEADER) + '\n{"kind": "events"}\n', "cannot be unpacked"),
-        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "/w=="}\n', "cannot be unpacked"),
-        (json.dumps(HEADER) + '\n{"kind": "events", "packed": "*"}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "trace"}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "trace", "packed": "/w=="}\n', "cannot be unpacked"),
+        (json.dumps(HEADER) + '\n{"kind": "trace", "packed": "*"}\n', "cannot be unpacked"),
         (json.dumps(HEADER) + '\n{"kind": "losses", "packed": "AAAA"}\n', "cannot be unpacked"),
     ],
 )
@@ -173,6 +173,25 @@ def test_what_is_no_record_is_said_in_one_sentence(
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("1\n", "not a JSON object"),
+        (json.dumps(HEADER) + "\n[]\n", "not a JSON object"),
+        (json.dumps(HEADER) + "\n" + "[" * 100_000 + "\n", "line 2"),
+        (json.dumps({**HEADER, "version": 99}) + "\n", "version 99"),
+        ('{"kind": "trace", "packed": ""}\n', "no header"),
+        (json.dumps(HEADER) + '\n{"kind": "trace", "packed": "*"}\n', "cannot be unpacked"),
+    ],
+)
+def test_steps_are_not_counted_in_what_is_no_record(
+    tmp_path: Path, content: str, reason: str
+) -> None:
+    record_path(tmp_path, 1).write_text(content)
+    with pytest.raises(RecordError, match=reason):
+        StepCounter(tmp_path).count()
+
+
 def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
     for pid, steps in ((1, 0), (2, 3), (3, 1)):
         record = RecordWriter(tmp_path, pid)
@@ -180,8 +199,8 @@ def test_the_main_process_is_the_one_that_trained_most(tmp_path: Path) -> None:
         program = Program()
         for _ in range(steps):
             program.step()
-        record.write_events(program.log.pack())
-        record.close()
+        record.write_events(program.log.take_packed())
+        record.flush()
     assert [process.header.pid for process in read_run(tmp_path).processes] == [2, 3, 1]
 
 
@@ -190,12 +209,11 @@ def test_a_full_disk_is_said_in_the_run_directory_and_nothing_raises(tmp_path: P
         pytest.skip("needs /dev/full")
     record_path(tmp_path, 5).symlink_to("/dev/full")
     record = RecordWriter(tmp_path, 5)
-    assert write_failure(tmp_path) is None
+    assert reason_record_incomplete(tmp_path) is None
     for _ in range(3):
         record.write(Header(pid=1, started_ns=7))
         record.flush()
-    record.close()
-    assert write_failure(tmp_path) == os.strerror(errno.ENOSPC)
+    assert reason_record_incomplete(tmp_path) == os.strerror(errno.ENOSPC)
 
 
 def test_a_run_directory_that_is_gone_is_said_once(
@@ -210,7 +228,7 @@ def test_a_run_directory_that_is_gone_is_said_once(
 
 
 def test_a_record_that_nobody_wrote_to_leaves_no_file(tmp_path: Path) -> None:
-    RecordWriter(tmp_path, 1).close()
+    RecordWriter(tmp_path, 1).flush()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -63,6 +63,6 @@ def test_paired_settings_draw_from_the_generator_as_torch_does() -> None:
 
 def test_what_knobs_say_of_their_settings_is_about_settings_that_they_have() -> None:
     for knob in knobs.registry().values():
-        assert set(knob.worker_settings) <= set(knob.settings)
+        assert set(knob.background_settings) <= set(knob.settings)
         if knob.proof_setting is not None:
             assert knob.exactness[knob.proof_setting] == "resampled"

@@ -64,7 +64,7 @@ def test_the_child_of_a_fork_releases_nothing_of_the_parents_device(session: Ses
     child = os.fork()
     if child == 0:
         try:
-            session._forked()
+            session._restart_after_fork()
             session.hooks.read()
             session._guard.finish()
             gc.collect()
@@ -105,7 +105,7 @@ def test_nothing_of_ours_gets_into_a_graph_that_the_program_captures(
         monkeypatch.setattr(module, "is_capturing", lambda: True)
     step()
     assert done == []
-    assert losses.read_loss(torch.tensor(1.0)) is None
+    assert losses.start_loss_copy(torch.tensor(1.0)) is None
 
 
 def test_nothing_is_asked_of_a_device_while_the_program_captures(
@@ -155,7 +155,7 @@ def test_memory_of_a_device_is_known_without_any_loss(
         for _ in range(4):
             model(torch.ones(1, 2))
     session.finish("exit")
-    assert read_process(session.record.path).turns[-1].peak_device_bytes == 2**30
+    assert read_process(session.record.path).loop_steps[-1].peak_device_bytes == 2**30
 
 
 def test_the_time_to_stop_counts_from_the_first_step_on(tmp_path: Path) -> None:

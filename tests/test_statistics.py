@@ -10,7 +10,14 @@ import pytest
 
 from flatout.agent.switch import block_order
 from flatout.tune import design, statistics
-from flatout.wire.ratios import Block, Ratio, Size, arm_ratios, setting_ratios, t_quantile
+from flatout.wire.ratios import (
+    Block,
+    Ratio,
+    Size,
+    estimate_arm_ratios,
+    estimate_setting_ratios,
+    t_quantile,
+)
 from flatout.wire.record import Step
 from flatout.wire.request import Comparison
 from flatout.wire.turns import PHASES
@@ -66,7 +73,7 @@ def compared(slowness: list[float], step_ms: list[float], carry_over: float = 0.
 
 def ratios(steps: list[Step]) -> dict[int, Ratio]:
     asked = Comparison(arms=(), block_steps=BLOCK, discard_steps=DISCARD)
-    return arm_ratios(statistics.find_complete_blocks(steps, asked))
+    return estimate_arm_ratios(statistics.find_complete_blocks(steps, asked))
 
 
 def screened(
@@ -78,14 +85,14 @@ def screened(
     for arm in block_order(len(arms), rounds):
         gain = math.prod(gains[setting] for setting in arms[arm].items())
         found.append(Block(arm, [10.0 / gain * next(times) for _ in range(4)]))
-    return setting_ratios(found, arms)
+    return estimate_setting_ratios(found, arms)
 
 
 def test_a_pair_alone_gives_no_interval() -> None:
     with pytest.raises(ValueError, match="two pairs"):
         statistics.estimate_ratio([0.1])
-    assert arm_ratios([Block(0, [1.0]), Block(1, [1.0])]) == {}
-    assert arm_ratios([]) == {}
+    assert estimate_arm_ratios([Block(0, [1.0]), Block(1, [1.0])]) == {}
+    assert estimate_arm_ratios([]) == {}
 
 
 def test_the_interval_of_four_pairs_is_that_of_the_textbook() -> None:
@@ -126,7 +133,7 @@ def test_steps_of_many_sizes_are_told_apart_from_what_an_arm_does() -> None:
                 found[False][-1].add(step_ms, None)
                 found[True][-1].add(step_ms, Size(rows, rows * length))
         for is_known, blocks in found.items():
-            ratio = arm_ratios(blocks)[1]
+            ratio = estimate_arm_ratios(blocks)[1]
             widths[is_known].append(math.log(ratio.high / ratio.low))
         covered += ratio.low <= 1.05 <= ratio.high
     assert covered >= 36
@@ -139,7 +146,7 @@ def test_one_size_for_all_steps_changes_nothing() -> None:
     for arm in block_order(2, 12):
         plain.append(Block(arm, [next(slowness) for _ in range(3)]))
         sized.append(Block(arm, plain[-1].times_ms, [Size(8, 64)] * 3))
-    assert arm_ratios(plain) == arm_ratios(sized)
+    assert estimate_arm_ratios(plain) == estimate_arm_ratios(sized)
 
 
 def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
@@ -154,7 +161,7 @@ def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
             arms = list(block_order(2, 24))
             arms = arms if take_turns else sorted(arms)
             found = [Block(arm, [math.exp(log)]) for arm, log in zip(arms, logs, strict=True)]
-            ratio = arm_ratios(found)[1]
+            ratio = estimate_arm_ratios(found)[1]
             widths[take_turns].append(math.log(ratio.high / ratio.low))
     assert fmean(widths[False]) > 2 * fmean(widths[True])
 
@@ -287,7 +294,7 @@ def test_alternatives_can_be_told_apart(options: tuple[int, ...]) -> None:
     for arm in block_order(len(arms), 12):
         gain = math.prod(gains[setting] for setting in arms[arm].items())
         found.append(Block(arm, [10.0 / gain * noise.gauss(1.0, 0.001) for _ in range(4)]))
-    ratios = setting_ratios(found, arms)
+    ratios = estimate_setting_ratios(found, arms)
     assert {s: r.value for s, r in ratios.items()} == pytest.approx(gains, rel=0.01)
 
 

@@ -208,9 +208,9 @@ def test_an_optimizer_step_left_by_an_exception_does_not_spoil_the_next() -> Non
 
 def test_page_faults_of_short_turns_are_spread_over_them():
     program = Program()
-    program.turns.usage(100, 0, 2**20)
+    program.turns.store_usage(100, 0, 2**20)
     program.play("DFBO DFBO DFBO")
-    program.turns.usage(160, 3, 2**21)
+    program.turns.store_usage(160, 3, 2**21)
     program.play("DFBO D")
     assert [turn.minor_faults for turn in program.closed] == [None, None, 30, None]
     assert [turn.major_faults for turn in program.closed] == [None, None, 1.5, None]

@@ -20,7 +20,7 @@ from flatout.tune.proof import Verdict
 from flatout.tune.prover import ProofAttempt
 from flatout.tune.trial import Trial
 from flatout.tune.tuner import Tuner
-from flatout.wire.lines import Event
+from flatout.wire.lines import AgentEvent
 
 PROGRAM = """
 import torch
@@ -70,7 +70,7 @@ def test_a_run_says_which_settings_had_no_effect(tmp_path: Path) -> None:
 
 
 def unused(run: Trial, *names: str) -> Trial:
-    events = [Event(0.0, "unused", name, "none was called", None) for name in names]
+    events = [AgentEvent(0.0, "unused", name, "none was called", None) for name in names]
     return Trial(dataclasses.replace(run.process, events=events), 1.0, False)
 
 

@@ -38,8 +38,8 @@ class Watched:
         self.failures: list[BaseException] = []
         self.hooks = Hooks(
             lambda optimizer_exists: Turns(self.closed.append, optimizer_exists),
-            may_read=lambda: self.hooks.read(),
-            read_loss=lambda loss: None,
+            on_readable=lambda: self.hooks.read(),
+            start_loss_copy=lambda loss: None,
             on_skip=lambda subject, why: pytest.fail(why),
             on_failure=lambda subject, error: self.failures.append(error),
             on_callback_failure=lambda callback, error: self.failures.append(error),
@@ -332,6 +332,19 @@ def test_a_call_reaches_what_it_would_reach_without_a_watch(watched: Watched) ->
         del Net.__call__
     assert torch.is_tensor(net(torch.ones(1, 4)))
     assert Left.__call__ is original
+
+
+def test_only_torchs_own_initialize_gets_the_original(watched: Watched) -> None:
+    """A program may have a function of that name, which looks up what it calls."""
+    net = Net()
+    train(net, 1)
+
+    def _initialize(module: Any) -> Any:
+        return module.__call__
+
+    assert isinstance(_initialize(net).__func__, _watch.Watch)
+    compiled = torch.compile(net, backend="eager")
+    assert compiled.forward._torchdynamo_orig_callable.__func__ is torch.nn.Module.__call__
 
 
 def test_what_is_no_method_is_left_where_it_is() -> None:

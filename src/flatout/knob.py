@@ -1,8 +1,9 @@
-"""The contract of a knob: its description, the facts it is offered by, and how it is applied.
+"""A knob's interface: its description, the facts that decide whether it is tried, and how it is
+applied.
 
-The controller reads a knob's description to decide what to try, and the agent applies the knob in
-the user's process. The controller has no torch, so neither this file nor the top level of a knob's
-file may import it.
+The controller reads a knob's description to decide which settings to try, and the agent applies the
+knob in the user's process. The controller has no torch, so neither this file nor the top level of a
+knob's file may import torch.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from flatout.intercept.patch import Undo
 
 Exactness = Literal["bitwise", "reordered", "reduced", "resampled", "reshuffled"]
-"""The most that a setting may change about a program's results. It decides which proof is
-needed."""
+"""The class of a setting: the most that it may change about a program's results. The class decides
+which proof is needed."""
 
 EXACTNESS: Mapping[Exactness, str] = {
     "bitwise": "nothing changes",
@@ -29,42 +30,52 @@ EXACTNESS: Mapping[Exactness, str] = {
     "resampled": "other random numbers of the same distribution",
     "reshuffled": "other random numbers, and with them another order of the data",
 }
-"""The meaning of each class, in words for the user."""
+"""The meaning of each class, as a phrase for the user."""
 
 MATMUL_OPERATORS = (
-    *("mm", "::linear", "mkldnn_linear", "matmul", "conv", "attention", "lstm", "gru", "rnn"),
+    "mm",
+    "::linear",
+    "mkldnn_linear",
+    "matmul",
+    "conv",
+    "attention",
+    "lstm",
+    "gru",
+    "rnn",
 )
-"""Parts of the names of operators that consist of matmuls or convolutions."""
+"""Substrings of the names of operators that consist of matmuls or convolutions."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about job and machine before anything is tried.
+    """The facts about job and machine that are known before any setting is tried.
 
-    A share is a fraction of the step's time, from 0 to 1. ``None`` means that a fact is not known.
+    A share is a fraction of the step time, from 0 to 1. ``None`` means that a fact is not known.
 
     Attributes:
         device: the type of the device that the job computes on (``"cpu"``, ``"cuda"``, ...).
-        matmul_flops_per_s: the measured matmul rate of the device for each dtype name; ``None`` or
-            missing where it was not measured.
-        updates: whether optimizer objects step in the job's loop.
-        optimizers: how many optimizers there are.
-        huge_pages: the state of transparent huge pages (``always``, ``madvise``, ``never``).
+        matmul_flops_per_s: a map from the name of a dtype to the measured matmul rate of the
+            device; a rate that was not measured is ``None`` or missing.
+        has_optimizer_steps: whether the steps of the job's loop contain steps of optimizer objects.
+        optimizers: the number of optimizers.
+        huge_pages: the setting of transparent huge pages (``always``, ``madvise``, ``never``).
         threads: the number of torch's intra-op threads.
         main_dtype: the name of the dtype in which most of the arithmetic is done.
-        operators: the share of each of torch's operators, by name.
+        operators: a map from the name of each of torch's operators to its share.
         optimizer_share: the share of optimizer steps.
         data_share: the share of waiting for data.
         page_fault_share: the share of page faults.
         unfused_attention_share: the share of attention for which torch has no fused kernel.
         overhead_share: the share of Python and dispatch around operators.
-        loader_settings: the settings of the knob ``loader`` that apply to one of the job's loaders.
-        opens_images: whether the job's main process has opened an image with Pillow.
+        loader_settings: the settings of the knob ``loader`` that apply to at least one of the job's
+            loaders.
+        opens_images: whether the job's main process has imported Pillow's JPEG plugin, as opening
+            an image with Pillow does.
     """
 
     device: str
     matmul_flops_per_s: Mapping[str, float | None] = field(default_factory=dict)
-    updates: bool = True
+    has_optimizer_steps: bool = True
     optimizers: int | None = None
     huge_pages: str | None = None
     threads: int | None = None
@@ -79,12 +90,13 @@ class Facts:
     opens_images: bool | None = None
 
     def lack(self, *words: str) -> bool:
-        """Whether it is known that a step calls no operator with one of these words in its name."""
+        """Whether it is known that a step calls no operator with any of these words in its name."""
         operators = self.operators
         return operators is not None and not any(w in name for name in operators for w in words)
 
     def share(self, *words: str) -> float | None:
-        """The share of all operators with one of these words in their name; ``None``: unknown."""
+        """Return the share of all operators with any of these words in their name; ``None``:
+        unknown."""
         if self.operators is None:
             return None
         shares = (
@@ -95,14 +107,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Card:
-    """What a user should know about a knob, in Markdown.
+    """The documentation of a knob for users, in Markdown.
 
     Attributes:
         what: what the knob does to the program.
-        helps: which programs it makes faster.
-        hurts: which programs it makes slower or worse.
-        by_hand: how to do the same in one's own code.
-        sources: documentation, papers and issues.
+        helps: which programs the knob makes faster.
+        hurts: which programs the knob makes slower or worse.
+        by_hand: how to do the same without flatout, in the program's code.
+        sources: the documentation, papers and issues that this is based on.
     """
 
     what: str
@@ -117,9 +129,9 @@ class Match:
     """The settings of a knob that are worth a trial.
 
     Attributes:
-        settings: the most promising first.
-        refusal: why there is no setting to try, as a clause for the user.
-        share: the largest share of the step's time that the settings can save; ``None``: not known.
+        settings: the settings, the most promising first.
+        refusal: the reason why there is no setting to try, as a clause for the user.
+        share: the largest share of the step time that the settings can save; ``None``: not known.
     """
 
     settings: tuple[str, ...]
@@ -137,38 +149,40 @@ class Knob:
     """One change to how a program runs, with one or more settings.
 
     Attributes:
-        name: the name in plans and on the command line.
-        summary: what the knob does, as an imperative clause.
-        settings: the names of its settings, from the gentlest to the boldest.
-        exactness: what each setting may change about results.
+        name: the name of the knob in plans and on the command line.
+        summary: an imperative clause that says what the knob does.
+        settings: the names of the knob's settings, from the gentlest to the boldest.
+        exactness: a map from each setting to its class.
         hot: whether the knob can be applied and undone between two steps of a running process.
-        platforms: the device types that it supports.
-        card: what a user should know about it.
-        match: returns the settings to try, given the facts, on a device of its platforms.
+        platforms: the device types that the knob supports.
+        card: the documentation for users.
+        match: returns the settings to try, given the facts; called only if the device is one of
+            ``platforms``.
         apply: applies a setting in the user's process, at a step boundary or before the first step,
-            and returns a function that undoes it at a later step boundary. It raises
-            ``RefusedError`` where the knob can do nothing or the program has made this choice
-            itself. Parts of the program that it leaves alone are recorded by ``skipped`` events.
-        claims: the things that it changes, in words. Two knobs of a plan must not have a claim in
-            common.
+            and returns a function that undoes this at a later step boundary. It raises
+            ``RefusedError`` if the knob can do nothing, or if the program has made this choice
+            itself. It adds ``skipped`` events for parts of the program that it leaves alone.
+        claims: names for the things that the knob changes. Two knobs with a common claim are never
+            combined in one plan.
         slow_start: whether the first steps with the knob take longer than a comparison inside one
             process; the knob is then tried in fresh processes.
-        kernels: the names of the kernels (``flatout.kernels``) that it needs. They are built before
-            the job starts.
-        waits_for_calls: whether the knob acts only on certain calls. It then counts these calls
-            (``intercept/engagement.py``), and the record says that it had no effect if there were
-            none.
-        variables: for a knob that is not hot: returns the environment variables that the job must
-            start with, given the setting and the present environment. They are empty where the
-            user has made this choice already.
-        proof_setting: the setting under which a proof runs in place of one that draws other random
-            numbers: it draws them too, and leaves torch's generator as it would be without the
-            knob, so that the same data come in the same order. It gains nothing, so no plan has it.
-            ``None``: the knob has no such setting.
-        worker_settings: settings that start processes which keep working while the program waits,
-            so that two runs under them cannot alternate.
-        hides_gains: whether it makes the step so much shorter, or so different, that settings which
-            gain nothing beside it may gain without it. They are tried again when it is dropped.
+        kernels: the names of the kernels (``flatout.kernels``) that the knob needs. They are built
+            before the job starts.
+        waits_for_calls: whether the knob acts only on certain calls. It then counts the calls that
+            it handles (``intercept/handled_calls.py``). If it handles none, the record says that it
+            had no effect.
+        variables: only for a knob that is not hot: returns the environment variables that the job
+            must start with, given the setting and the present environment. The result is empty if
+            the user has made this choice already.
+        proof_setting: for a setting of class ``resampled``: a slower stand-in used only in proofs.
+            It draws the same other random numbers, but advances torch's generator exactly as the
+            original would, so the data order stays equal to the baseline's. ``None``: the knob has
+            no such setting.
+        background_settings: the settings that start background processes. These keep using cores
+            while the run is paused, so such runs cannot be interleaved with others.
+        hides_gains: whether the knob makes the step so much shorter, or so different, that settings
+            which gain nothing beside it may gain without it. They are tried again if the knob is
+            dropped.
     """
 
     name: str
@@ -186,11 +200,11 @@ class Knob:
     waits_for_calls: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
     proof_setting: str | None = None
-    worker_settings: tuple[str, ...] = ()
+    background_settings: tuple[str, ...] = ()
     hides_gains: bool = False
 
     def offer(self, facts: Facts) -> Match:
-        """The settings to try, given the facts; none on a device that is not supported."""
+        """Return the settings to try, given the facts; none on a device that is not supported."""
         if facts.device not in self.platforms:
             return Match((), f"it is for {', '.join(self.platforms)}, not for {facts.device}")
         return self.match(facts)

@@ -82,9 +82,9 @@ def test_it_prints_the_same(name: str, device: str, template: Path, tmp_path: Pa
     own, record = compare([PYTHON, *command.split()], template, tmp_path, Path(PYTHON), bare_runs=1)
     assert own.returncode == 0, own.stderr
     assert record.main is not None
-    assert len(record.main.steps if record.main.trains else record.main.turns) == count
+    assert len(record.main.steps if record.main.trains else record.main.loop_steps) == count
     assert not [event for event in record.main.events if event.what == "failed"]
-    assert device == "mps" or record.main.turns[-1].peak_device_bytes
+    assert device == "mps" or record.main.loop_steps[-1].peak_device_bytes
 
 
 def test_a_step_that_is_captured_whole(device: str, template: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The half of flatout that runs inside the user's process. ``activate`` starts it.
 
-It imports the standard library, the user's torch, and the parts of the package that are below it
-(``intercept``, ``knobs``, ``kernels``, ``wire``, ``machine``), nothing else.
+It imports only the standard library, the user's torch, and the packages of flatout below it
+(``knobs``, ``knob``, ``intercept``, ``wire``, ``machine``, ``errors``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _session: object | None = None
 
 
 def activate() -> None:
-    """Start the agent in this process; called once, right after torch has been imported.
+    """Start the agent in this process. Called once, right after torch has been imported.
 
-    It never raises. If the agent cannot start, one line on stderr says so and the program goes on.
+    This never raises. If the agent cannot start, one line on stderr says so, and the program goes
+    on.
     """
     global _session
     if _session is not None or sys.version_info < (3, 10):
@@ -44,7 +45,8 @@ def activate() -> None:
 
 
 def _write_to_stderr(text: str) -> None:
-    """Write to stderr, past the buffer of ``sys.stderr``, which would keep text on an error."""
+    """Write to stderr without the buffer of ``sys.stderr``, which would keep the text after an
+    error."""
     if sys.__stderr__ is not None:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno(), text.encode("utf-8", "backslashreplace"))

@@ -1,6 +1,6 @@
-"""Facts about the program: its modules, optimizers, loaders and global settings of torch.
+"""Collecting facts about the program: its modules, optimizers, loaders and switches of torch.
 
-They are collected once, after the timed steps, so the cost of a pass over all parameters does not
+Facts are collected once, after the timed steps, so the cost of a pass over all parameters does not
 matter.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Subset
 
 from flatout.intercept import objects
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.knobs import loader as loader_knob
 from flatout.wire.facts import (
     LoaderFacts,
@@ -35,7 +35,7 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def collect(host: Host) -> ProgramFacts:
-    """Return all facts."""
+    """Return all facts about the program."""
     return ProgramFacts(
         optimizers=tuple(
             _describe_optimizer(o) for o in host.optimizers if objects.param_groups(o)
@@ -58,7 +58,7 @@ def collect(host: Host) -> ProgramFacts:
 def _float32_matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program has set the precision of single backends
+    except RuntimeError:  # the program has set different precisions for single backends
         return None
 
 
@@ -102,7 +102,7 @@ def _describe_parameters(
     groups = (group for o in optimizers for group in objects.param_groups(o))
     optimized = {id(p) for group in groups for p in group["params"]}
     denormal = total = unoptimized = 0
-    for parameter in _initialized(roots):
+    for parameter in _find_initialized_parameters(roots):
         elements[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
         devices[parameter.device.type] += parameter.numel()
         if id(parameter) not in optimized and stored_gradient.__get__(parameter) is not None:
@@ -119,9 +119,8 @@ def _describe_parameters(
     )
 
 
-def _initialized(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """Return the parameters of all roots, each once, without those that are uninitialized
-    (lazy)."""
+def _find_initialized_parameters(roots: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Return the parameters of all roots, each once, except uninitialized (lazy) parameters."""
     found = {id(p): p for root in roots for p in objects.parameters(root)}
     return [p for p in found.values() if not torch.nn.parameter.is_lazy(p)]
 
@@ -141,7 +140,7 @@ def _class_name(value: object) -> str:
 
 
 def source(dataset: Any) -> Any:
-    """Return the dataset that a (nested) ``Subset`` selects from, any other dataset itself."""
+    """Return the dataset from which a (nested) ``Subset`` selects, or any other dataset itself."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset
@@ -150,8 +149,8 @@ def source(dataset: Any) -> Any:
 def _describe_loader(loader: Any) -> LoaderFacts:
     held = objects.attributes(loader)
     return LoaderFacts(
-        workers=_count(held.get("num_workers")),
-        batch_size=_count(held.get("batch_size")),
+        workers=_to_int(held.get("num_workers")),
+        batch_size=_to_int(held.get("batch_size")),
         dataset=_class_name(source(held.get("dataset"))),
         pin_memory=bool(held.get("pin_memory")),
         persistent_workers=bool(held.get("persistent_workers")),
@@ -159,8 +158,9 @@ def _describe_loader(loader: Any) -> LoaderFacts:
     )
 
 
-def _count(value: Any) -> int | None:
-    """A number that the program may have given as one of NumPy's; ``None``: it is no number."""
+def _to_int(value: Any) -> int | None:
+    """Return an integer, which may be an integer of NumPy, as an int; ``None`` for any other
+    value."""
     try:
         return operator.index(value)
     except TypeError:

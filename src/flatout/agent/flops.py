@@ -1,7 +1,7 @@
 """Counting the floating point operations of a step, by dtype.
 
-The formulas are those of ``torch.utils.flop_counter``, and ``_FORMULAS`` for operators that torch
-counts as zero or wrongly. A multiply and an add count as two operations.
+The formulas are those of ``torch.utils.flop_counter``, and those in ``_FORMULAS`` for operators
+that torch counts as zero or wrongly. A multiplication and an addition count as two operations.
 """
 
 from __future__ import annotations
@@ -18,87 +18,95 @@ aten = torch.ops.aten
 Formula = Callable[..., int]
 
 
-def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _count_sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _sdpa_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Two matmuls for each one of the forward pass. Torch's formula also counts the recomputation
-    of the scores, which is not part of the model."""
-    return 2 * _sdpa(query, key, value)
+def _count_sdpa_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Count two matmuls for each matmul of the forward pass. Torch's formula also counts the
+    recomputation of the scores, which is not part of the model."""
+    return 2 * _count_sdpa(query, key, value)
 
 
-def _rnn_layer(sequence: Any, input_weight: Any, hidden_weight: Any, *_: Any, **__: Any) -> int:
-    """One layer in one direction: each time step multiplies its input and its state by the weights
-    of all gates. ``sequence`` is (time, batch, features)."""
+def _count_rnn_layer(
+    sequence: Any, input_weight: Any, hidden_weight: Any, *_: Any, **__: Any
+) -> int:
+    """Count one layer in one direction: each time step multiplies its input and its state by the
+    weights of all gates. The shape of ``sequence`` is (time, batch, features)."""
     weights = int(input_weight.numel()) + int(hidden_weight.numel())
     return 2 * int(sequence.shape[0]) * int(sequence.shape[1]) * weights
 
 
-def _rnn_layer_backward(*args: Any, **kwargs: Any) -> int:
-    """Gradients of inputs and of weights: as many matmuls each as the forward pass."""
-    return 2 * _rnn_layer(*args, **kwargs)
+def _count_rnn_layer_backward(*args: Any, **kwargs: Any) -> int:
+    """Count the gradients of the inputs and of the weights, with as many matmuls each as the
+    forward pass."""
+    return 2 * _count_rnn_layer(*args, **kwargs)
 
 
-def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """``weight`` is (outputs, inputs), even if oneDNN has packed it."""
+def _count_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Count a linear layer. The shape of ``weight`` is (outputs, inputs), even if oneDNN has packed
+    it."""
     return 2 * int(x.numel()) * int(weight.shape[0])
 
 
-def _matrix_vector(matrix: Any, *_: Any, **__: Any) -> int:
+def _count_matrix_vector(matrix: Any, *_: Any, **__: Any) -> int:
     return 2 * int(matrix.numel())
 
 
-def _added_matrix_vector(_: Any, matrix: Any, *__: Any, **___: Any) -> int:
+def _count_added_matrix_vector(_: Any, matrix: Any, *__: Any, **___: Any) -> int:
     return 2 * int(matrix.numel())
 
 
-def _encoder_layer(source: Any, width: int, _: int, *args: Any, **__: Any) -> int:
-    """The fast path of ``nn.TransformerEncoderLayer``; ``source`` is (batch, time, features)."""
+def _count_encoder_layer(source: Any, width: int, _: int, *args: Any, **__: Any) -> int:
+    """Count the fast path of ``nn.TransformerEncoderLayer``. The shape of ``source`` is (batch,
+    time, features)."""
     weights = sum(int(args[index].numel()) for index in (0, 2, 11, 13))
-    return 2 * (int(source.numel()) // width * weights + _pairs(source))
+    return 2 * (int(source.numel()) // width * weights + _count_pairs(source))
 
 
-def _self_attention(query: Any, key: Any, _: Any, width: int, *args: Any, **__: Any) -> int:
-    """The fast path of ``nn.MultiheadAttention``, shapes as above."""
+def _count_self_attention(query: Any, key: Any, _: Any, width: int, *args: Any, **__: Any) -> int:
+    """Count the fast path of ``nn.MultiheadAttention``. The shape of ``query`` is (batch, time,
+    features)."""
     if query.shape != key.shape:
         raise ValueError("query and key differ in shape: cross-attention")
     weights = int(args[1].numel()) + int(args[3].numel())
-    return 2 * (int(query.numel()) // width * weights + _pairs(query))
+    return 2 * (int(query.numel()) // width * weights + _count_pairs(query))
 
 
-def _pairs(tokens: Any) -> int:
-    """Multiplications for the scores, and for the products of scores and values."""
+def _count_pairs(tokens: Any) -> int:
+    """Count the multiplications for the scores, and for the products of scores and values."""
     return 2 * int(tokens.numel()) * int(tokens.shape[1])
 
 
 _FORMULAS: dict[str, Formula] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_backward,
-    "aten::_scaled_dot_product_flash_attention_backward": _sdpa_backward,
-    "aten::_scaled_dot_product_efficient_attention_backward": _sdpa_backward,
-    "aten::_scaled_dot_product_cudnn_attention_backward": _sdpa_backward,
-    "aten::_transformer_encoder_layer_fwd": _encoder_layer,
-    "aten::_native_multi_head_attention": _self_attention,
-    "aten::mkldnn_rnn_layer": _rnn_layer,
-    "aten::mkldnn_rnn_layer_backward": _rnn_layer_backward,
-    "aten::mkldnn_linear": _linear,
-    "mkldnn::_linear_pointwise": _linear,
-    "mkl::_mkl_linear": _linear,
-    "aten::mv": _matrix_vector,
-    "aten::dot": _matrix_vector,
-    "aten::vdot": _matrix_vector,
-    "aten::addmv": _added_matrix_vector,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _count_sdpa,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _count_sdpa_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": _count_sdpa_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _count_sdpa_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": _count_sdpa_backward,
+    "aten::_transformer_encoder_layer_fwd": _count_encoder_layer,
+    "aten::_native_multi_head_attention": _count_self_attention,
+    "aten::mkldnn_rnn_layer": _count_rnn_layer,
+    "aten::mkldnn_rnn_layer_backward": _count_rnn_layer_backward,
+    "aten::mkldnn_linear": _count_linear,
+    "mkldnn::_linear_pointwise": _count_linear,
+    "mkl::_mkl_linear": _count_linear,
+    "aten::mv": _count_matrix_vector,
+    "aten::dot": _count_matrix_vector,
+    "aten::vdot": _count_matrix_vector,
+    "aten::addmv": _count_added_matrix_vector,
 }
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the operations of the operators that are called while it is entered.
+    """Counts the floating-point operations of the operators that are called in this mode.
 
     Attributes:
-        flops_by_dtype: operations by the name of the dtype of the operator's first tensor.
-        counted: calls of the operators that have a formula, by the operator's name in the profiler.
-        uncountable: the error of a formula that failed, by the operator's name.
+        flops_by_dtype: a map from the name of a dtype to the operations of the operators whose
+            first tensor has that dtype.
+        counted: a map from the name of an operator in the profiler to the number of its calls, for
+            operators that have a formula.
+        uncountable: a map from the name of an operator to the error of its formula.
     """
 
     supports_higher_order_operators = True
@@ -117,7 +125,7 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", None)
-        if packet is None:  # a higher-order operator, whose inner operators are counted themselves
+        if packet is None:  # a higher-order operator; its inner operators are counted separately
             return func(*args, **kwargs)
         name = str(packet).replace(".", "::", 1)
         from_torch = flop_counter.flop_registry.get(packet)

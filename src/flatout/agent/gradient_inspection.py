@@ -1,7 +1,7 @@
 """Recording the first gradients of each parameter, for a proof.
 
-Gradients are read at the end of the last backward call before an update, so neither clipping nor
-anything that a gradient scaler does between backward and the step is visible in them.
+Gradients are read at the end of the last backward call before an optimizer step, so they do not
+show clipping, or what a gradient scaler does between backward and the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from flatout.agent.flows import Flows, is_sum_of_terms
 from flatout.agent.tensors import sample, stored_values, summation_dtype, to_floats
 from flatout.intercept import objects
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.wire.lines import Gradients, NamedGradient
 
 if TYPE_CHECKING:
@@ -25,20 +25,26 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 SAMPLE_BYTES = 4 * 2**20
-"""Size of all samples of gradients of a process, together."""
+"""The total size of all samples of gradients of a process."""
 
 SAMPLE_ELEMENTS, LEAST_ELEMENTS = 2048, 16
-"""Largest and smallest sample of one gradient. If the limit of the process allows only a smaller
-one, no sample is recorded, only the norm."""
+"""The largest and the smallest sample of one gradient. If the limit of the process allows only a
+smaller sample, only the norm is recorded."""
 
 IDLE_BACKWARDS = 32
-"""Backward calls for each requested gradient of a parameter, after which parameters that have no
-gradient are not waited for any longer."""
+"""After this many backward calls for each requested gradient of a parameter, the inspection ends
+even if some parameters have had no gradient."""
 
 
 @dataclass(frozen=True)
 class _ReadGradient:
-    """A gradient as backward has left it, still on its device."""
+    """A gradient at the end of backward, still on its device.
+
+    Attributes:
+        norm: the Euclidean norm, as a scalar tensor.
+        elements: the number of elements.
+        sample: the values of some elements; ``None``: not recorded.
+    """
 
     norm: torch.Tensor
     elements: int
@@ -46,18 +52,18 @@ class _ReadGradient:
 
 
 class GradientInspector:
-    """Records the gradients that the first updates of each parameter use.
+    """Records the gradients that the first optimizer steps of each parameter use.
 
     Args:
-        host: of this process.
-        updates: how many updates of each parameter are recorded.
-        roots: the root modules, which give parameters their names.
-        contain: calls a function with arguments; it returns ``None`` and ends the inspection if the
-            function fails.
+        host: the host of this process.
+        updates: the number of optimizer steps of each parameter that are recorded.
+        roots: the root modules, in which the names of parameters are looked up.
+        contain: calls a function with arguments; if the function fails, returns ``None`` and ends
+            the inspection.
         on_failure: called when the backward wrapper itself has failed.
 
     Attributes:
-        backwards: how many outermost backward calls that accumulate gradients have ended.
+        backwards: the number of outermost backward calls so far that accumulated gradients.
     """
 
     def __init__(
@@ -84,16 +90,16 @@ class GradientInspector:
         self._is_active = updates > 0
         if self._is_active:
             host.backward_wrappers.append(self._backward, on_failure)
-            host.before_optimizer_step.append(self._step_begins)
-            host.after_optimizer_step.append(self._step_ends)
+            host.before_optimizer_step.append(self._before_step)
+            host.after_optimizer_step.append(self._after_step)
 
     def stop(self) -> None:
         """Remove the callbacks, and release the parameters."""
         if self._is_active:
             self._is_active = False
             self._host.backward_wrappers.remove(self._backward)
-            self._host.before_optimizer_step.remove(self._step_begins)
-            self._host.after_optimizer_step.remove(self._step_ends)
+            self._host.before_optimizer_step.remove(self._before_step)
+            self._host.after_optimizer_step.remove(self._after_step)
         self._names.clear()
         self._read.clear()
 
@@ -111,20 +117,20 @@ class GradientInspector:
             if self._backward_depth == 0:
                 self._flows.remove_hooks()
         if self._backward_depth == 0 and accumulates and self._is_active:
-            self._contain(self._backward_ends)
+            self._contain(self._end_backward)
         return result
 
-    def _step_begins(self, optimizer: Any) -> None:
-        self._contain(self._before_step, optimizer)
+    def _before_step(self, optimizer: Any) -> None:
+        self._contain(self._begin_step, optimizer)
 
-    def _step_ends(self, optimizer: Any) -> None:
+    def _after_step(self, optimizer: Any) -> None:
         self._stepping = None
 
     # Reading and writing
 
-    def _backward_ends(self) -> None:
+    def _end_backward(self) -> None:
         self.backwards += 1
-        parameters = self._trainable()
+        parameters = self._find_trainable()
         if self.backwards > IDLE_BACKWARDS * self._wanted_updates or all(
             self._updates[id(p)] >= self._wanted_updates for p in parameters
         ):
@@ -137,7 +143,7 @@ class GradientInspector:
             self._write_gradients(_parameters_of(self._stepping))
             self._stepping = None
 
-    def _before_step(self, optimizer: Any) -> None:
+    def _begin_step(self, optimizer: Any) -> None:
         parameters = _parameters_of(optimizer)
         if self._backward_depth:  # the optimizer steps in a hook, while backward runs
             self._read_gradients(parameters)
@@ -145,14 +151,14 @@ class GradientInspector:
             self._stepping = optimizer
         self._write_gradients(parameters)
 
-    def _trainable(self) -> list[torch.Tensor]:
-        """Return all parameters of optimizers and roots that may get a gradient."""
+    def _find_trainable(self) -> list[torch.Tensor]:
+        """Return all parameters of optimizers and roots that require a gradient."""
         found = [p for optimizer in self._host.optimizers for p in _parameters_of(optimizer)]
         found += [p for _, root in self._roots for p in objects.parameters(root)]
         return list({id(p): p for p in found if p.requires_grad}.values())
 
     def _read_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Read the gradients that there are, of those parameters of which more are wanted."""
+        """Read the gradients of those parameters that have one and of which more are wanted."""
         for parameter in parameters:
             grad = stored_gradient.__get__(parameter)
             if grad is None or self._updates[id(parameter)] >= self._wanted_updates:
@@ -172,7 +178,7 @@ class GradientInspector:
 
     def _affordable_elements(self) -> int:
         """Return the size of each sample, in elements of four bytes."""
-        count = len(self._trainable())
+        count = len(self._find_trainable())
         elements = SAMPLE_BYTES // (4 * max(count, 1) * self._wanted_updates)
         if elements < LEAST_ELEMENTS:
             why = f"of the gradients of {count} parameters only the norms are recorded"
@@ -180,7 +186,7 @@ class GradientInspector:
         return min(elements, SAMPLE_ELEMENTS)
 
     def _write_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Record the gradients that have been read of the parameters of one update."""
+        """Record the gradients that have been read, for the parameters of one optimizer step."""
         entries = []
         for parameter in parameters:
             read = self._read.pop(id(parameter), None)
@@ -202,7 +208,7 @@ class GradientInspector:
             self._host.record.write(Gradients(tuple(entries)))
 
     def _parameter_name(self, parameter: torch.Tensor) -> str:
-        """Return the name in the first root that has the parameter, else a number."""
+        """Return the name of a parameter in the first root that has it, or else a numbered name."""
         names = self._names
         if id(parameter) not in names:
             known = {name for name, _ in names.values()}

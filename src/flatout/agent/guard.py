@@ -1,17 +1,17 @@
-"""The guard of a run with a plan: it keeps gradients that are infinite or NaN from the weights.
+"""The guard of a run with a plan, which keeps infinite and NaN gradients away from the weights.
 
-All gradients are checked before each optimizer step. If some are not finite, they are hidden from
-the step, and the knobs that may be the cause are withdrawn, those of reduced precision first. If
-gradients are not finite although all such knobs are undone, the program itself computes them so: an
-event says this, and the guard is switched off.
+All gradients are checked before each optimizer step. If some gradients are not finite, all
+gradients of the optimizer are hidden from the step, and the knobs that may be the cause are
+withdrawn, those of reduced precision first. If gradients are not finite although all such knobs are
+undone, the program itself is the cause: an event says so, and the guard is switched off.
 
-On an accelerator the host does not wait for the check. A flag on the device tells whether gradients
-are finite and gates the update there, as in ``torch.amp.GradScaler``
-(https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling); the host reads it some steps
+On an accelerator the host does not wait for the check. A flag on the device says whether gradients
+are finite, and gates the optimizer step there, as in ``torch.amp.GradScaler``
+(https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling). The host reads the flag some steps
 later.
 
-A program without an optimizer object updates weights by hand, and this cannot be prevented. There,
-gradients that are not finite are set to zero as backward ends. Gradients that
+A program without an optimizer object updates its weights itself, which cannot be prevented. In such
+a program, gradients that are not finite are set to zero when backward ends. Gradients that
 ``torch.autograd.grad`` returns are not checked.
 """
 
@@ -29,18 +29,19 @@ from flatout.agent.loss_watch import LossWatch
 from flatout.agent.responder import Responder
 from flatout.agent.weight_guard import WeightGuard
 from flatout.intercept import objects
-from flatout.intercept.finite import HiddenGradients, are_finite, gradients, unscale, values_of
+from flatout.intercept.finite import are_finite, unscale, values_of
+from flatout.intercept.gradients import HiddenGradients, collect_gradients
 from flatout.intercept.identity import WeakIdentitySet
-from flatout.intercept.losses import abandon, loss_number, read_loss
+from flatout.intercept.losses import abandon, loss_value, start_loss_copy
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
     from flatout.wire.request import GuardRequest
 
 HOST_DEVICES = ("cpu",)
-"""Device types whose results are computed when the operation returns."""
+"""The device types on which an operation has been computed when it returns."""
 
-_PLAIN = frozenset({torch.Tensor})
+_CHECKED_TYPES = frozenset({torch.Tensor})
 _device = operator.attrgetter("device")
 
 
@@ -48,7 +49,7 @@ class Guard:
     """Watches the optimizer steps of one process.
 
     Args:
-        host: of this process, its settings applied.
+        host: the host of this process; its settings have been applied.
         envelope: the losses of the proof.
     """
 
@@ -76,7 +77,7 @@ class Guard:
         self._host.backward_wrappers.remove(self._backward)
 
     def restart(self) -> None:
-        """Drop the unread flags in the child of a fork: they belong to the parent."""
+        """Drop the unread flags in the child of a fork, because they belong to the parent."""
         abandon(self._flags)
         self._flags = deque()
 
@@ -85,12 +86,13 @@ class Guard:
         if not self._responder.is_off:
             self._responder.attempt(lambda: self._read_flags(wait=True))
 
-    def losses_arrived(self, losses: Sequence[float]) -> None:
-        """Compare the losses that have been read since the last call with those of the proof."""
+    def add_losses(self, losses: Sequence[float]) -> None:
+        """Compare the losses that have been read since the last call with the losses of the
+        proof."""
         why = self._losses.add(losses)
         if why is not None:
             self._responder.say("noticed", why)
-        self._weights.losses_arrived(losses)
+        self._weights.add_losses(losses)
 
     def at_boundary(self) -> None:
         """Check and copy the weights between two steps, if either is due."""
@@ -113,7 +115,7 @@ class Guard:
     # Gradients
 
     def _enter_step(self, optimizer: Any) -> None:
-        self._leave_step()  # of a step that an exception has ended
+        self._leave_step()  # an exception may have ended the previous step
         if self._responder.is_off:
             return
         self._stepping = weakref.ref(optimizer)
@@ -129,16 +131,16 @@ class Guard:
             self._gated = None
 
     def _check_step(self, optimizer: Any) -> None:
-        """Hide gradients that are not finite from a step."""
+        """Hide the gradients from a step if some are not finite."""
         if not self._responder.is_needed():
             return
         if getattr(optimizer, "found_inf", None) is not None:
             return  # the program's GradScaler gates this step
-        checked = self._host.checked_gradients
+        checked = self._host.optimizers_with_finite_gradients
         if optimizer in checked:
             checked.discard(optimizer)
             return
-        grads = gradients(optimizer)
+        grads = collect_gradients(optimizer)
         if not _can_check(grads):
             return
         what = f"gradients of {type(optimizer).__qualname__} were not finite"
@@ -153,18 +155,18 @@ class Guard:
             self._gated = optimizer
         else:
             _zero_where(flag, grads)
-        self._flags.append((read_loss(flag), what, suspects))
+        self._flags.append((start_loss_copy(flag), what, suspects))
 
     def _check_after_backward(self) -> None:
         stepping = self._stepping()
-        if stepping is not None:  # backward was called in the closure of a step: the update follows
+        if stepping is not None:  # backward was called in the closure of a step
             self._stepped_in_backward.add(stepping)
             self._check_step(stepping)
         elif not self._host.hooks.optimizer_exists:
             self._check_before_manual_update()
 
     def _check_before_manual_update(self) -> None:
-        """Set the gradients to zero if some are not finite."""
+        """Set all gradients to zero if some are not finite."""
         self._read_flags(wait=False)
         if not self._responder.is_needed():
             return
@@ -182,13 +184,13 @@ class Guard:
             return
         flag = _join_flags(unscale(grads, 1.0))
         _zero_where(flag, grads)
-        self._flags.append((read_loss(flag), what, suspects))
+        self._flags.append((start_loss_copy(flag), what, suspects))
 
     def _read_flags(self, wait: bool) -> None:
         """Respond to the flags that have arrived from the device."""
         while self._flags:
             flag, what, suspects = self._flags[0]
-            number = loss_number(flag, wait)
+            number = loss_value(flag, wait)
             if number is None:
                 return
             self._flags.popleft()
@@ -197,9 +199,9 @@ class Guard:
 
 
 def _can_check(grads: Sequence[torch.Tensor]) -> bool:
-    """Whether there are gradients, all of them plain tensors: each process would decide differently
-    about its shards of a distributed tensor."""
-    return bool(grads) and _PLAIN.issuperset(map(type, grads))
+    """Whether there are gradients, and none is of a subclass. The processes of a job could decide
+    differently about their shards of a distributed tensor."""
+    return bool(grads) and _CHECKED_TYPES.issuperset(map(type, grads))
 
 
 def _are_on_host(tensors: Iterable[torch.Tensor]) -> bool:
@@ -207,7 +209,7 @@ def _are_on_host(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def _join_flags(flags: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return one flag on the device of the first: 1 where one of them is."""
+    """Return one flag on the device of the first flag. It is 1 if any flag is 1."""
     joined, *others = flags
     for flag in others:
         joined = torch.maximum(joined, flag.to(joined.device, non_blocking=True))
@@ -215,7 +217,7 @@ def _join_flags(flags: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _zero_where(flag: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-    """Set all gradients to zero where the flag is 1, without waiting for the device."""
+    """Set all gradients to zero if the flag is 1, without waiting for the device."""
     with torch.no_grad():
         for grad in grads:
             values = values_of(grad)

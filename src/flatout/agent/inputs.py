@@ -1,7 +1,7 @@
-"""The inputs of the program's outermost module calls.
+"""Recording the inputs of the program's outermost module calls.
 
-A proof holds for the inputs of the first calls, which are compared here. The sizes of the inputs of
-all calls tell how much work a step is.
+A proof holds for the inputs of the first calls, so these are compared with the inputs in the proof.
+The sizes of the inputs of all calls show how much work a step has.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatout.agent.modules import imported_files, write_modules
+from flatout.agent.imported_files import imported_files, write_imported_files
 from flatout.intercept.nested import tensors_in
 from flatout.wire.lines import Inputs
-from flatout.wire.signature import VARYING, matches, merged
+from flatout.wire.signature import VARYING, matches, merge
 from flatout.wire.turns import ELEMENTS, ROWS
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.wire.request import Proof
+    from flatout.wire.request import ProvenConditions
 
 
 MOST_DESCRIBED = 1000
-"""Tensors of one call that are described; those beyond are not compared with the proof."""
+"""The largest number of tensors of one call that are described. Further tensors are not compared
+with the proof."""
 
 WATCHED_CALLS = 16
-"""Module calls that are described. In so many calls, sizes that vary from batch to batch do vary,
-and they are too few to reach the end of an epoch, whose last batch may be smaller than all
+"""The number of module calls that are described. These are enough calls for sizes that vary from
+batch to batch, and too few to reach the last batch of an epoch, which may be smaller than all
 others."""
 
 
@@ -38,12 +39,11 @@ class FirstInputs:
     """A forward wrapper for the first calls of the module that is called first.
 
     It records the dtype and the shape of each input tensor, with a placeholder for sizes that
-    differ
-    from call to call. If the inputs of the first call differ from those of the proof, it undoes the
-    settings that were proven with other inputs.
+    differ from call to call. If the inputs of the first call differ from those of the proof, it
+    undoes the settings that were proven with other inputs.
 
     Args:
-        host: of this process.
+        host: the host of this process.
     """
 
     def __init__(self, host: Host) -> None:
@@ -65,10 +65,10 @@ class FirstInputs:
         if self._module is None:
             self._module = weakref.ref(module)
             self._record(tuple(describe((args, kwargs))))
-            write_modules(self._host.record)
+            write_imported_files(self._host.record)
             self._undo_unproven()
         elif self._module() is module:
-            both = merged(self._seen, tuple(describe((args, kwargs))))
+            both = merge(self._seen, tuple(describe((args, kwargs))))
             if both is not None and both != self._seen:
                 self._record(both)
         return call(module, *args, **kwargs)
@@ -78,17 +78,19 @@ class FirstInputs:
         self._host.record.write(Inputs(seen))
 
     def _undo_unproven(self) -> None:
-        """Undo the settings that the proof does not cover, before the first call is made."""
+        """Undo the settings that were proven under other conditions, before the first call is
+        made."""
         host, proof = self._host, self._host.request.proof
-        why = None if proof is None else self._difference(proof)
+        why = None if proof is None else self._describe_difference(proof)
         if proof is None or why is None:
             return
         undone = [knob for knob in proof.knobs if host.applied.undo(knob)]
         for knob in undone:
             host.events.add("skipped", knob, why)
 
-    def _difference(self, proof: Proof) -> str | None:
-        """Return how the inputs or the imported source files differ from those of the proof."""
+    def _describe_difference(self, proof: ProvenConditions) -> str | None:
+        """Return a clause about how the inputs or the imported files differ from those of the
+        proof; ``None`` if they do not differ."""
         if proof.inputs is not None and not matches(proof.inputs, self._seen):
             return (
                 f"proven with inputs {', '.join(proof.inputs)}, these are {', '.join(self._seen)}"
@@ -102,11 +104,11 @@ class FirstInputs:
 
 
 class InputSizes:
-    """A forward wrapper that notes the size of the inputs: the first dimension of the first tensor,
-    and the number of elements of all tensors.
+    """A forward wrapper that records the size of the inputs: the first dimension of the first
+    tensor, and the number of elements of all tensors.
 
     Args:
-        host: of this process.
+        host: the host of this process.
     """
 
     def __init__(self, host: Host) -> None:
@@ -123,15 +125,14 @@ class InputSizes:
             found = [t for t in tensors_in((args, kwargs)) if not _is_nested(t)]
             shapes = [shape for tensor in found if (shape := _shape(tensor))]
         if shapes:
-            self._host.hooks.note(ROWS, shapes[0][0])
-            self._host.hooks.note(ELEMENTS, sum(shape.numel() for shape in shapes))
+            self._host.hooks.append_note(ROWS, shapes[0][0])
+            self._host.hooks.append_note(ELEMENTS, sum(shape.numel() for shape in shapes))
         return call(module, *args, **kwargs)
 
 
 def describe(value: Any) -> list[str]:
-    """Return dtype and shape of each tensor in nested containers, as ``wire.signature`` writes
-    them."""
-    with torch._C.DisableTorchFunction():  # calls no __torch_function__ of the program
+    """Return the word of ``wire.signature`` for each tensor in nested containers."""
+    with torch._C.DisableTorchFunction():  # no __torch_function__ of the program is called
         return [_describe_tensor(tensor) for tensor in islice(tensors_in(value), MOST_DESCRIBED)]
 
 

@@ -1,7 +1,9 @@
-"""Recording what the program computes, for a proof: early gradients, evaluation outputs, the end.
+"""Recording results of the program for a proof: the first gradients, evaluation outputs, final
+state.
 
 The inspection changes nothing: it draws no random numbers, records no autograd graph, and runs
-outside of autocast. The traceback of an exception that backward raises has one more frame.
+outside of autocast. The only trace is one more frame in the traceback of an exception that backward
+raises.
 """
 
 from __future__ import annotations
@@ -41,27 +43,29 @@ if TYPE_CHECKING:
     from flatout.wire.request import Inspection
 
 TOP1_ROWS = 2048
-"""Rows of an output of which the largest element is recorded."""
+"""The largest number of rows of an output whose largest element is recorded."""
 
 OUTPUT_TENSORS = 4
-"""Tensors of one output that are recorded."""
+"""The largest number of tensors of one output that are recorded."""
 
 OUTPUT_LIMIT = 2000
-"""Forward passes after which no more outputs are recorded."""
+"""The largest number of forward calls whose outputs are recorded."""
 
 CERTAIN_PASSES = 3
-"""Passes after which outputs that are within 0 and 1 are taken for probabilities."""
+"""The number of forward calls of a module after each of which the host checks whether the outputs
+lie in [0, 1]. If they do in all of these calls, further outputs are checked without waiting."""
 
 
 class Inspector:
-    """Records what the request asks for.
+    """Records the results that the request asks for.
 
     A failure of the inspection is recorded with its traceback and ends the inspection, not the
     program.
 
     Args:
-        host: of this process. Its settings are applied already, so that the callbacks of the
-            inspection are called around those of the knobs, and see what the program sees.
+        host: the host of this process. Its settings have been applied, so that the callbacks of the
+            inspection are called around those of the knobs, and get the same results as the
+            program.
         inspection: what to record.
     """
 
@@ -74,11 +78,11 @@ class Inspector:
         self._is_active = True
         host.forward_wrappers.append(self._forward)
         self._gradients = GradientInspector(
-            host, inspection.gradient_steps, self._roots, self._contain, self._has_failed
+            host, inspection.gradient_steps, self._roots, self._contain, self._on_failure
         )
 
     def close(self) -> None:
-        """Record the state of the modules, if asked for, and stop."""
+        """Record the state of the modules if the request asks for it, and stop."""
         if self._is_active and self._inspection.state:
             self._contain(self._write_state)
         self.stop()
@@ -92,10 +96,11 @@ class Inspector:
         self._roots.clear()
 
     def _contain(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call ``function`` without autograd graph and autocast; returns ``None`` if it fails."""
-        return attempt(self._has_failed, _call_unobserved, function, *args)
+        """Call a function without autograd graph and autocast, and return its result; ``None`` if
+        it fails."""
+        return attempt(self._on_failure, _call_unobserved, function, *args)
 
-    def _has_failed(self, error: Exception) -> None:
+    def _on_failure(self, error: Exception) -> None:
         why = f"ended: {type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         self._host.events.add("failed", "inspection", why, trace)
@@ -114,7 +119,7 @@ class Inspector:
         if not self._wants_output(module):
             output = call(module, *args, **kwargs)
             if self._inspection.state and torch.is_grad_enabled() and module in self._roots:
-                self._contain(self._count_ones, module, output)
+                self._contain(self._count_saturated, module, output)
             return output
         is_detailed = self._outputs < self._inspection.outputs
         inputs = self._contain(digest, tensors_in((args, kwargs))) if is_detailed else None
@@ -146,15 +151,15 @@ class Inspector:
             )
         )
 
-    def _count_ones(self, module: Any, output: Any) -> None:
-        """Count the ones in the first floating-point tensor of an output."""
+    def _count_saturated(self, module: Any, output: Any) -> None:
+        """Count the elements that are exactly 1 in the first floating-point tensor of an output."""
         probabilities = self._probabilities.setdefault(id(module), _Probabilities())
         for tensor in tensors_in(output):
             if tensor.is_floating_point() and tensor.dim() and tensor.numel():
                 probabilities.add(local_part(tensor))
                 return
 
-    # The end
+    # The final state
 
     def _write_state(self) -> None:
         nothing = _Probabilities()
@@ -166,33 +171,34 @@ class Inspector:
 
 
 class _Probabilities:
-    """Finds out whether outputs are probabilities, and how many of them are exactly 1."""
+    """Finds out whether outputs look like probabilities, and counts the elements that are exactly
+    1."""
 
     def __init__(self) -> None:
         self._elements = 0
         self._passes = 0
-        self._ones: torch.Tensor | None = None
+        self._saturated: torch.Tensor | None = None
         self._outside: torch.Tensor | None = None
-        self._is_over = False
+        self._is_ruled_out = False
 
     def add(self, values: torch.Tensor) -> None:
-        """Add an output. The host waits for an accelerator at the first ones only."""
-        if self._is_over:
+        """Add an output. The host waits for an accelerator at the first ``CERTAIN_PASSES`` only."""
+        if self._is_ruled_out:
             return
         sampled = sample(values, SAMPLE_ELEMENTS)
         outside = ((sampled < 0) | (sampled > 1)).any()
-        ones = (sampled == 1).sum()
+        saturated = (sampled == 1).sum()
         self._outside = outside if self._outside is None else self._outside | outside
-        self._ones = ones if self._ones is None else self._ones + ones
+        self._saturated = saturated if self._saturated is None else self._saturated + saturated
         self._elements += sampled.numel()
         self._passes += 1
-        self._is_over = self._passes <= CERTAIN_PASSES and bool(self._outside)
+        self._is_ruled_out = self._passes <= CERTAIN_PASSES and bool(self._outside)
 
     def counts(self) -> tuple[int, int]:
-        """Return the fields ``probabilities`` and ``ones`` of ``lines.RootState``."""
-        if self._ones is None or self._outside is None or bool(self._outside):
+        """Return ``probability_count`` and ``saturated_count`` of ``lines.RootState``."""
+        if self._saturated is None or self._outside is None or bool(self._outside):
             return 0, 0
-        return self._elements, int(self._ones)
+        return self._elements, int(self._saturated)
 
 
 def _call_unobserved(function: Callable[..., Any], *args: Any) -> Any:
@@ -214,7 +220,9 @@ def _describe(tensor: torch.Tensor, detailed: bool) -> OutputTensor:
     return OutputTensor(tuple(values.shape), *moments(values), sampled, top1, lead)
 
 
-def _describe_state(name: str, root: Any, probabilities: int, ones: int) -> RootState:
+def _describe_state(
+    name: str, root: Any, probability_count: int, saturated_count: int
+) -> RootState:
     buffers = [
         (n, b) for n, b in objects.named_buffers(root) if b.is_floating_point() and b.numel()
     ]
@@ -226,6 +234,6 @@ def _describe_state(name: str, root: Any, probabilities: int, ones: int) -> Root
             int((~torch.isfinite(stored_values(t))).sum()) for t in tensors if t.is_floating_point()
         ),
         buffers=tuple(BufferState(n, *moments(local_part(b))) for n, b in buffers),
-        probabilities=probabilities,
-        ones=ones,
+        probability_count=probability_count,
+        saturated_count=saturated_count,
     )

@@ -1,4 +1,4 @@
-"""A comparison in the real training: the settings that are faster stay applied."""
+"""A comparison during the real training, after which the settings that are faster stay applied."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from flatout.wire.lines import Learned, LearnedSettings
 from flatout.wire.turns import Turn
 
 GIVEN_UP = 1.5
-"""Step time of an arm, relative to the last block of the baseline, above which the arm is dropped
-at once: the user is waiting for these steps."""
+"""An arm is dropped at once if its step time, relative to the last block of the baseline, is larger
+than this, because the user is waiting for these steps."""
 
 
 class Learner(Switch):
     """A comparison whose first arm is the baseline and whose other arms have one setting each.
 
     At the end the settings that are faster beyond noise are applied together, and the record gets a
-    ``learned`` line.
-
-    Args:
-        host, comparison: see ``Switch``.
+    ``learned`` line. The arguments are those of ``Switch``.
     """
 
     def at_boundary(self, turn: Turn) -> bool:
-        """See ``Switch``."""
+        """Do the same as ``Switch``, and apply the faster settings at the end."""
         is_over = super().at_boundary(turn)
         if is_over:
             self._apply_faster()
@@ -39,7 +36,7 @@ class Learner(Switch):
         return super()._begin_block()
 
     def _drop_if_far_slower(self) -> None:
-        """Drop the arm of the block that is over, if it was far slower than the baseline."""
+        """Drop the arm of the block that has ended, if it was far slower than the baseline."""
         timed = [block for block in self.blocks if block.times_ms]
         baseline = [block for block in timed if block.arm == BASELINE]
         if not baseline or timed[-1].arm in self._dropped or timed[-1].arm == BASELINE:
@@ -53,7 +50,7 @@ class Learner(Switch):
         comparison = self._comparison
         timed_steps = comparison.block_steps - comparison.discard_steps
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
-        arm_ratios = ratios.arm_ratios(complete, BASELINE)
+        arm_ratios = ratios.estimate_arm_ratios(complete, BASELINE)
         settings: dict[str, str] = {}
         learned = []
         for arm in sorted(arm_ratios, key=lambda arm: -arm_ratios[arm].value):
@@ -69,7 +66,8 @@ class Learner(Switch):
         self._host.record.write(LearnedSettings(tuple(learned)))
 
     def _apply(self, name: str, setting: str, applied: dict[str, str]) -> bool:
-        """Apply a setting; returns false if its knob refuses it or conflicts with those applied."""
+        """Apply a setting; return false if its knob refuses it, or conflicts with an applied
+        knob."""
         try:
             knobs.check_claims([*applied, name])
             self._host.applied.apply(name, setting)

@@ -1,4 +1,4 @@
-"""Comparing the losses of a run with those of the proof of its plan."""
+"""Comparing the losses of a run with the losses in the proof of its plan."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from flatout.wire.request import GuardRequest
 
 TOLERATED_DEVIATIONS = 10.0
-"""Standard deviations by which a loss may exceed that of the proof without a warning. With a
-standard deviation taken from four seeds, chance alone exceeds it in one run of a thousand
-(one-sided t distribution with 3 degrees of freedom: 10.2)."""
+"""The number of standard deviations by which a loss may exceed that of the proof without a warning.
+With a standard deviation estimated from four seeds, a loss exceeds this limit by chance in one run
+of a thousand (one-sided t distribution with 3 degrees of freedom: 10.2)."""
 
 
 class LossWatch:
-    """Compares the mean loss over the last quarter of the proof's steps with the proof's, once.
+    """Compares the mean loss over the last quarter of the proof's steps with that in the proof,
+    once.
 
     Args:
-        envelope: how many steps the proof has, and its losses.
+        envelope: the number of steps of the proof, and its losses.
     """
 
     def __init__(self, envelope: GuardRequest) -> None:
@@ -27,10 +28,14 @@ class LossWatch:
         self._sums = [0.0] * len(envelope.losses)
 
     def add(self, losses: Sequence[float]) -> str | None:
-        """Add the next losses; returns a warning if they complete the comparison and exceed it.
+        """Add the next losses.
 
         Args:
-            losses: in the order of the backward calls; each step has as many as the proof's steps.
+            losses: the losses in the order of the backward calls; each step has as many losses as a
+                step of the proof.
+
+        Returns:
+            A warning, if these losses complete the comparison and the mean is too large.
         """
         why = None
         for loss in losses:

@@ -1,11 +1,11 @@
-"""A short profiled window after the timed steps, aggregated in process.
+"""Profiling a short window of steps after the timed steps, with the results aggregated in process.
 
-The window has three parts, which begin and end at step boundaries: ``steps`` steps under torch's
-profiler; if these cause many page faults, some steps with a measurement of the cost of a page fault
-between them; and one step under the FLOP counter. The record gets one line, whose fields are in
+The window has three parts, which begin and end at step boundaries: some steps under torch's
+profiler; if these cause many page faults, some steps between which the cost of a page fault is
+measured; and one step under the FLOP counter. The record gets one line, whose fields are in
 ``wire/profile.py``. Its times and counts are means over the profiled steps, without the fastest and
-the slowest quarter, and the profiler has slowed these steps down. Fields that could not be measured
-are missing; an event gives the reason.
+the slowest quarter; the profiler slows these steps down. A field that could not be measured is
+missing, and an event gives the reason.
 """
 
 from __future__ import annotations
@@ -35,44 +35,52 @@ if TYPE_CHECKING:
 
 FEWEST_STEPS = 3
 ENOUGH_SECONDS = 1.0
-"""The window ends once it has so many steps and has taken so long: its events take memory."""
+"""The profiler is stopped once it has run for this many steps and this time, because its events
+take memory."""
 
 LISTED_OPERATORS = 100
-"""The other operators take some thousandths of a step; the totals include them."""
+"""The number of operators that are listed. The other operators take some thousandths of a step; the
+totals include them."""
 
 _SPARE_BYTES = 256 * 2**20
-"""Memory that large activations may newly need in a window; it is freed at once."""
+"""The size of the memory that is allocated and freed before the profiler starts, so that large
+activations find memory; see ``Profiler._start``."""
 
 _FRESH_BYTES = 48 * 2**20
-"""Larger than any freed memory that glibc keeps (mallopt(3): M_MMAP_THRESHOLD, 32 MiB at most)."""
+"""The size of the memory for measuring the cost of a page fault. It is larger than any freed memory
+that glibc keeps (mallopt(3): M_MMAP_THRESHOLD, 32 MiB at most)."""
 _SERIAL_ELEMENTS = 32768
-"""Torch uses one thread for an operation on so few elements (``at::internal::GRAIN_SIZE``)."""
+"""Torch uses one thread for an operation on this many elements (``at::internal::GRAIN_SIZE``)."""
 _FEWEST_FAULTS = 8
-"""Even with huge pages, ``_FRESH_BYTES`` of fresh memory cause more faults than this. With fewer,
-the memory was not fresh."""
+"""Even with huge pages, ``_FRESH_BYTES`` of fresh memory cause more faults than this. If there are
+fewer faults, the memory was not fresh."""
 
 _FAULT_MEASUREMENTS = 24
 _FAULT_SECONDS = 4.0
-"""How often the cost of a page fault is measured (single measurements scatter by a tenth), and the
-time after which no more measurements are made."""
+"""The largest number of measurements of the cost of a page fault (single measurements scatter by a
+tenth), and the time after which no further measurement begins."""
 
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
 _UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
 _BEGIN = "flatout::begin"
 _ANNOTATIONS = (
-    *(_OPTIMIZER_STEP, "Optimizer.zero_grad#", "ProfilerStep#", "enumerate(DataLoader)#"),
+    _OPTIMIZER_STEP,
+    "Optimizer.zero_grad#",
+    "ProfilerStep#",
+    "enumerate(DataLoader)#",
     _BEGIN,
 )
-"""Prefixes of the names of annotations: their self time is Python's, not an operator's."""
+"""The prefixes of the names of annotations. The self time of an annotation is spent in Python, not
+in an operator."""
 
 
 class Profiler:
     """The stage that profiles a window of steps.
 
     Args:
-        host: of this process.
-        steps: how many steps to profile at most.
+        host: the host of this process.
+        steps: the largest number of steps to profile.
     """
 
     def __init__(self, host: Host, steps: int) -> None:
@@ -89,12 +97,15 @@ class Profiler:
         self._next_part: Callable[[], bool] = self._start
 
     def at_boundary(self, turn: Turn) -> bool:
-        """Note a closed step, and go on to the next part if due; returns whether the window is
-        over."""
+        """Count a step that has ended, and begin the next part of the window if it is due.
+
+        Returns:
+            Whether the window is over.
+        """
         if not self._host.counts_as_step(turn):
             if self._flops is not None:
                 self._flops.restart()
-            return False  # an evaluation pass in between
+            return False  # an evaluation pass between two steps
         self._boundaries_ns.append(time.perf_counter_ns())
         self._steps_left -= 1
         if self._profiler is not None and self._is_long_enough():
@@ -102,7 +113,7 @@ class Profiler:
         return self._steps_left <= 0 and self._next_part()
 
     def close(self) -> None:
-        """Stop torch's profiler or the FLOP counter: neither may outlive the interpreter."""
+        """Stop torch's profiler or the FLOP counter, which must not outlive the interpreter."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
@@ -131,7 +142,7 @@ class Profiler:
             self._profiler.start()
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._profiler = None
-            self._failed("profile", error)
+            self._add_failure("profile", error)
             return self._count_flops()
         self._steps_left = self._steps
         self._next_part = self._stop
@@ -152,7 +163,7 @@ class Profiler:
             ]
             self._result = aggregate(events, boundaries_us)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
-            self._failed("profile", error)
+            self._add_failure("profile", error)
         self._profiler = None
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
@@ -211,11 +222,11 @@ class Profiler:
         try:
             self._result = replace(self._result, facts=facts.collect(self._host))
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
-            self._failed("facts", error)
+            self._add_failure("facts", error)
         self._host.record.write(self._result)
         return True
 
-    def _failed(self, subject: str, error: Exception) -> None:
+    def _add_failure(self, subject: str, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"
         self._host.events.add("failed", subject, why, traceback.format_exc())
 
@@ -238,7 +249,7 @@ def _new_profiler() -> Any:
 
 
 def _minor_faults() -> tuple[int, int] | None:
-    """Return the minor page faults of the process and of this thread so far, ``None`` if
+    """Return the numbers of minor page faults of the process and of this thread so far; ``None`` if
     unknown."""
     try:
         import resource
@@ -254,8 +265,8 @@ def _minor_faults() -> tuple[int, int] | None:
 def page_fault_cost_us() -> float | None:
     """Measure the cost of a minor page fault in this process, with its allocator and huge pages.
 
-    It is the time that fresh memory takes to fill and to free, beyond that of filling it again,
-    divided by the number of page faults.
+    The cost is the time for filling fresh memory and freeing it, minus the time for filling the
+    same memory again, divided by the number of page faults.
 
     Returns:
         The cost in microseconds; ``None`` if the allocator causes no faults, or if the system does
@@ -279,7 +290,13 @@ def page_fault_cost_us() -> float | None:
 
 @dataclass
 class _Sum:
-    """What the calls of an operator add up to, over all steps that count."""
+    """The sums over all calls of an operator in the steps that count.
+
+    Attributes:
+        calls: the number of calls.
+        self_us: the self time on the host.
+        device_self_us: the self time on the accelerator.
+    """
 
     calls: int = 0
     self_us: float = 0.0
@@ -287,12 +304,11 @@ class _Sum:
 
 
 def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
-    """Aggregate the profiler's events by operator: means over the steps that count.
+    """Aggregate the profiler's events by operator, as means over the steps that count.
 
     Args:
-        events: those of ``torch.profiler.profile.events()``, in the order of their starts.
+        events: the result of ``torch.profiler.profile.events()``, in the order of their starts.
         boundaries_us: the step boundaries, by the clock of the events; at least two.
-
     """
     durations_us = [b - a for a, b in pairwise(boundaries_us)]
     by_duration = sorted(range(len(durations_us)), key=durations_us.__getitem__)
@@ -318,7 +334,7 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
         total.self_us += event.self_cpu_time_total
         if has_device:
             total.device_self_us += event.self_device_time_total
-    operators = _means(sums, steps, has_device)
+    operators = _compute_means(sums, steps, has_device)
     return Profile(
         steps=steps,
         step_ms=sum(durations_us[step] for step in counting) / 1e3 / steps,
@@ -329,10 +345,10 @@ def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
     )
 
 
-def _means(
+def _compute_means(
     sums: Mapping[tuple[str, str | None, str | None], _Sum], steps: int, has_device: bool
 ) -> list[OperatorTimes]:
-    """Means over some steps, the largest operator first."""
+    """Return means per step, the largest operator first."""
     operators = [
         OperatorTimes(
             *place,
@@ -346,19 +362,20 @@ def _means(
 
 
 class _EventLabels:
-    """Finds the ``phase`` and ``within`` of the profiler's events on the CPU."""
+    """Determines ``phase`` and ``within`` (see ``OperatorTimes``) of the profiler's events on the
+    CPU."""
 
     def __init__(self) -> None:
         self._labels: dict[int, tuple[str | None, str | None]] = {}
         self._attention_nodes: set[int] = set()
 
     def add(self, event: Any) -> tuple[str | None, str | None]:
-        """Return ``phase`` and ``within`` of the next event, which inherits those of its parent."""
+        """Return ``phase`` and ``within`` of the next event, which are inherited from its
+        parent."""
         name, parent = event.name, event.cpu_parent
         phase, within = self._labels[id(parent)] if parent is not None else (None, None)
-        node = (
-            event.sequence_nr
-        )  # shared by the operator that creates an autograd node and the node
+        # An autograd node has the same number as the operator that creates it.
+        node = event.sequence_nr
         if name.startswith(_OPTIMIZER_STEP):
             phase = "optimizer"
         elif name.startswith(_BACKWARD_NODE):

@@ -1,4 +1,4 @@
-"""What the agent writes into the record of its process, besides single events."""
+"""Writing the record of a process, except its agent events."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 from flatout import knobs
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt, unreported
-from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
+from flatout.intercept.device import peak_device_bytes
+from flatout.intercept.losses import abandon, arrived_losses
 from flatout.wire.header import ENVIRONMENT_NAMES, Header
 from flatout.wire.lines import End
 from flatout.wire.writer import RecordWriter
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Writes header, events of torch, losses and the last lines.
+    """Writes the header, the events of torch, the losses and the last lines of a record.
 
     Args:
-        host: of this process.
+        host: the host of this process.
     """
 
     def __init__(self, host: Host) -> None:
@@ -32,28 +33,33 @@ class Recorder:
         self._record = host.record
 
     def write_header(self) -> None:
-        """Begin the record."""
-        self._record.begin(_header(self._record))
+        """Write the first line of the record."""
+        self._record.begin(_make_header(self._record))
 
     def write_events(self, wait: bool) -> list[float]:
-        """Write the events of torch and the losses that have arrived; returns these losses.
+        """Write the events of torch and the losses that have been copied to the host.
 
         Args:
-            wait: wait for the losses that are still being copied from an accelerator.
+            wait: whether to wait for the losses that are still being copied from an accelerator.
+
+        Returns:
+            The losses that were written.
         """
         hooks = self._host.hooks
-        self._record.write_events(hooks.pack())
-        arrived = attempt(self._losses_failed, arrived_losses, hooks.losses, wait)
+        self._record.write_events(hooks.take_packed())
+        arrived = attempt(self._drop_losses, arrived_losses, hooks.losses, wait)
         if arrived:
             self._record.write_losses(arrived, peak_device_bytes())
         return arrived or []
 
     def write_unused(self) -> None:
-        """Add an event for each applied knob that has had no effect because it took no call."""
+        """Add an event for each applied knob that has had no effect because it handled no call."""
         applied = self._host.applied
-        for name in sorted(applied.ever - engagement.calls.keys() - applied.failures.keys()):
+        for name in sorted(
+            applied.ever_applied - handled_calls.counts.keys() - applied.failures.keys()
+        ):
             if knobs.get(name).waits_for_calls:
-                self._host.events.add("unused", name, "no call came that it takes")
+                self._host.events.add("unused", name, "the program made no call that it handles")
 
     def write_unreported(self) -> None:
         """Add events for the failures that could not be reported when they occurred."""
@@ -65,15 +71,16 @@ class Recorder:
         at_s = round(self._record.seconds(time.perf_counter_ns()), 6)
         self._record.write(End(at_s, reason, peak_device_bytes()))
 
-    def _losses_failed(self, error: Exception) -> None:
-        """Give up the unread losses: after an error of the device, nothing can be read from it."""
+    def _drop_losses(self, error: Exception) -> None:
+        """Drop the unread losses, because nothing can be read from a device after an error of
+        it."""
         hooks = self._host.hooks
         abandon(hooks.losses)
         hooks.losses = []
         self._host.events.add_failure("loss", error)
 
 
-def _header(record: RecordWriter) -> Header:
+def _make_header(record: RecordWriter) -> Header:
     import torch
 
     from flatout.intercept import device
@@ -82,8 +89,8 @@ def _header(record: RecordWriter) -> Header:
     return Header(
         pid=os.getpid(),
         parent_pid=os.getppid(),
-        rank=_environment_int("RANK"),
-        world_size=_environment_int("WORLD_SIZE"),
+        rank=_read_environment_int("RANK"),
+        world_size=_read_environment_int("WORLD_SIZE"),
         started_unix_s=round(time.time(), 3),
         started_ns=record.started_ns,
         program=_program_name(),
@@ -97,14 +104,14 @@ def _header(record: RecordWriter) -> Header:
     )
 
 
-def _environment_int(name: str) -> int | None:
+def _read_environment_int(name: str) -> int | None:
     value = os.environ.get(name, "")
     return int(value) if value.isdigit() else None
 
 
 def _program_name() -> str:
-    """Return the name of the script, or of the module after ``-m``, which CPython puts into
-    ``sys.argv`` only once it has found the module."""
+    """Return the base name of the script, or the name of the module after ``-m``. CPython puts the
+    path of the module into ``sys.argv`` only once it has found the module."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     if name == "-m" and "-m" in sys.orig_argv[:-1]:
         return sys.orig_argv[sys.orig_argv.index("-m") + 1]

@@ -1,9 +1,9 @@
-"""Two runs that alternate in blocks of steps: while one makes its steps, the other waits.
+"""Alternating two runs in blocks of steps: while one run makes its steps, the other run waits.
 
-Each run is a process of its own, with its own allocator and caches, and yet a drift of the
-machine's speed affects both alike. At the end of a block, a process creates a file in a folder that
-both know, for which the other one waits. ``launch/relay.py`` starts the two processes, and creates
-a file when one of them has ended.
+Each run is a process of its own, with its own allocator and caches; nevertheless a drift of the
+machine's speed affects both alike. At the end of a block, a process creates a file in a common
+folder, and the other process waits for this file. ``launch/relay.py`` starts the two processes, and
+creates a file when one of them has ended.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
-"""Bounds of the time between two checks for a file. The waiting process must not take time from the
-other one, so it checks about once a step; the step after a wait is discarded in any case."""
+"""The bounds of the time between two checks for a file. The waiting process must not take time from
+the other process, so it checks about once per step; the step after a wait is discarded in any
+case."""
 
 
 def wait_to_begin(relay: Relay) -> None:
-    """Have the second process wait until the first has warmed up; called after ``import torch``.
+    """Wait until the first process has warmed up, if this is the second process.
 
-    Two processes that warm up at the same time take ten times as long, as each uses all cores.
+    This is called after ``import torch``. Two processes that warm up at the same time take ten
+    times as long, because each uses all cores.
     """
     if relay.place == 1:
         _wait_for(relay, f"ready-{1 - relay.place}", _LONGEST_POLL_S)
 
 
 def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
-    """Wait until the other process has created a file, or has ended."""
+    """Wait until the other process has created a file or has ended."""
     folder = Path(relay.folder)
     file, ended = folder / name, folder / f"ended-{1 - relay.place}"
     while not file.exists() and not ended.exists():
@@ -41,14 +43,15 @@ def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
 
 
 class Runner:
-    """The stage of a process that alternates with another one.
+    """The stage of a process that alternates with another process.
 
     Steps before the first block are marked ``first``, and steps after a wait ``switched``. If
-    another process of the same job takes part already, this one makes its steps without waiting.
+    another process of the same job takes part already, this process makes its steps without
+    waiting.
 
     Args:
-        host: of this process.
-        relay: which of the two processes this is, and how long the blocks are.
+        host: the host of this process.
+        relay: the part of this process in the relay, and the lengths of the blocks.
     """
 
     def __init__(self, host: Host, relay: Relay) -> None:
@@ -62,8 +65,11 @@ class Runner:
         host.mark = "first"
 
     def at_boundary(self, turn: Turn) -> bool:
-        """Note a closed step, and wait if its block is over; returns whether all blocks are
-        over."""
+        """Count a step that has ended, and wait if its block is over.
+
+        Returns:
+            Whether all blocks are over.
+        """
         if not self._host.counts_as_step(turn):
             return False
         relay = self._relay
@@ -81,8 +87,11 @@ class Runner:
         return False
 
     def _end_block(self, blocks_done: int) -> bool:
-        """Let the other process run, and wait for this one's next block; returns whether there is
-        none."""
+        """Let the other process run, and wait for the next block of this process.
+
+        Returns:
+            Whether there is no next block.
+        """
         relay = self._relay
         if blocks_done == 0:
             self._takes_part = self._create(f"ready-{relay.place}")
@@ -90,18 +99,18 @@ class Runner:
         else:
             self._create(f"done-{relay.place}-{blocks_done}")
         if blocks_done == relay.blocks:
-            if relay.place == 0:  # the rest of the program would slow down the other's last block
+            if relay.place == 0:  # the rest of this program would slow down the other process
                 self._wait(f"done-1-{blocks_done}")
             self._host.arm = self._host.mark = None
             return True
-        others_blocks = blocks_done + relay.place
-        if others_blocks:
-            self._wait(f"done-{1 - relay.place}-{others_blocks}")
+        blocks_of_other = blocks_done + relay.place
+        if blocks_of_other:
+            self._wait(f"done-{1 - relay.place}-{blocks_of_other}")
         self._host.mark = "switched"
         return False
 
     def _create(self, name: str) -> bool:
-        """Create a file; returns whether it did not exist."""
+        """Create a file; return whether the file is new."""
         if not self._takes_part:
             return False
         try:

@@ -1,4 +1,4 @@
-"""The root modules of a program, kept until its end under names of their own."""
+"""Naming the root modules of a program, which are kept alive until the program ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 from flatout.intercept import objects
 
 LIMIT = 16
-"""Modules that are kept; of a program with more root modules, the first ones."""
+"""The largest number of modules that are kept. If there are more root modules, the first ones are
+kept."""
 
 
 class RootNames:
-    """The root modules that were called so far, each named by its class, and a number if there are
-    several of the class."""
+    """The root modules that were called so far. The name of a module is that of its class, followed
+    by a number if it is not the first module of the class."""
 
     def __init__(self) -> None:
         self._roots: dict[int, tuple[str, Any]] = {}
         self._classes: Counter[str] = Counter()
 
     def add(self, module: Any) -> None:
-        """Keep a module and give it a name, unless it is known or there are too many."""
+        """Keep a module and give it a name, unless it is known or ``LIMIT`` is reached."""
         if id(module) not in self._roots and len(self._roots) < LIMIT:
             name = objects.class_name(module)
             self._classes[name] += 1

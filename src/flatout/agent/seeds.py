@@ -1,9 +1,8 @@
 """Seeding the random number generators, and shifting the seeds that the program sets itself.
 
 A program that sets its own seed would give the same losses in every run, and the seed-to-seed
-standard deviation, which a proof compares with, could not be measured. So the program's seeds are
-shifted by a multiple of the request's seed: all by the same amount, in all processes, and not at
-all by seed 0.
+standard deviation, which a proof needs, could not be measured. So a multiple of the run's seed is
+added to every seed that the program sets: the same amount in all processes, and 0 for seed 0.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 
 STRIDE = 1_000_003
-"""Shift between the seeds of two runs: a prime, far above the ranks and epochs that programs
-add."""
+"""The difference between the seeds of the program in two runs with consecutive seeds. It is a
+prime, far larger than the ranks and epochs that programs add to their seeds."""
 
 _PARAMETERS = ("seed", "a")
-"""Names of the seed parameter: in torch and NumPy, and in ``random``."""
+"""The names of the seed parameter: ``seed`` in torch and NumPy, ``a`` in ``random``."""
 
 
 def set_seeds(seed: int) -> None:
@@ -28,7 +27,7 @@ def set_seeds(seed: int) -> None:
     that the program sets later.
 
     Args:
-        seed: of the request; each seed of the program becomes ``its_seed + seed * STRIDE``.
+        seed: the seed of the request; ``seed * STRIDE`` is added to each seed of the program.
     """
     numpy = sys.modules.get("numpy")
     random.seed(seed)

@@ -1,8 +1,8 @@
-"""The agent of one process: it reads the request, watches torch, writes the record, and applies and
-measures settings.
+"""The agent of one process, which watches torch, writes the record, and applies and measures
+settings.
 
-A failure of the agent is written to the record with its traceback, and the user's program goes on
-as if flatout were not there.
+A failure of the agent is written to the record with its traceback, and the user's program continues
+as it would without flatout.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatout import knobs
+from flatout.agent.imported_files import write_imported_files
 from flatout.agent.inputs import FirstInputs
-from flatout.agent.modules import write_modules
 from flatout.agent.recorder import Recorder
 from flatout.agent.stages import Stages
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt, contain
 from flatout.intercept.host import Host
@@ -38,17 +38,20 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One process under flatout, from ``import torch`` to its end.
+    """The agent of one process, from ``import torch`` to the end of the process.
 
-    A child process that is forked, or started by ``multiprocessing``, leaves no record before its
-    first step, so the worker processes of data loaders leave none at all.
+    A child process that is forked, or started by ``multiprocessing``, writes no record before its
+    first step, so the worker processes of data loaders write no record at all.
 
     Args:
-        request: what the controller asks for.
-        run_directory: where the record is written.
+        request: the controller's request.
+        run_directory: the directory to which the record is written.
 
     Attributes:
-        host: what knobs and stages use of this process.
+        request: the controller's request.
+        record: the record of this process.
+        host: the interface of knobs and stages to this process.
+        hooks: the hooks of ``host``.
     """
 
     def __init__(self, request: Request, run_directory: Path) -> None:
@@ -58,9 +61,9 @@ class Session:
             request,
             self.record,
             knobs.apply,
-            step_closed=self._step_closed,
-            may_read=self._read,
-            watch_failed=self._watch_failed,
+            on_step=self._end_step,
+            on_readable=self._read,
+            on_watch_failure=self._end_after_watch_failure,
         )
         self.hooks = self.host.hooks
         self._recorder = Recorder(self.host)
@@ -105,13 +108,17 @@ class Session:
     def _register_process_hooks(self) -> None:
         on_failure_of = self.host.events.on_failure_of
         atexit.register(contain(on_failure_of("exit"), self.finish), "exit")
-        os.register_at_fork(after_in_child=contain(on_failure_of("fork"), self._forked))
+        os.register_at_fork(after_in_child=contain(on_failure_of("fork"), self._restart_after_fork))
         multiprocessing.util.register_after_fork(
             self, contain(on_failure_of("fork"), _finish_with_multiprocessing)
         )
 
     def finish(self, reason: str) -> None:
-        """Write the rest of the record; called when the program exits or is stopped."""
+        """Write the rest of the record when the program exits or is stopped.
+
+        Args:
+            reason: ``exit`` or ``stopped``, see ``lines.End``.
+        """
         if self._is_over:
             return
         self._stages.pending.clear()
@@ -120,7 +127,8 @@ class Session:
         self._is_over = True
 
     def _last_parts(self, reason: str) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Yield what is done at the end, each with its subject; a failed part stops no other."""
+        """Yield the functions to call at the end, each with the subject for its failures. If one
+        fails, the others are still called."""
         if reason == "exit":
             yield "profile", self._stages.close_profiler
         yield "watch", self.hooks.read
@@ -135,12 +143,12 @@ class Session:
             yield "knobs", self._recorder.write_unused
             yield "record", functools.partial(self._write_events, wait=True)
             yield "record", self._recorder.write_unreported
-            yield "record", functools.partial(write_modules, self.record)
+            yield "record", functools.partial(write_imported_files, self.record)
             yield "record", functools.partial(self._recorder.write_end, reason)
-            yield "record", self.record.close
+            yield "record", self.record.flush
 
     def _stop(self, turn: Turn) -> bool:
-        """End the process (the last stage)."""
+        """End the process. This is the last stage."""
         self.host.events.add("stopped", "program", "all the steps asked for have been recorded")
         self.finish("stopped")
         for stream in (sys.stdout, sys.stderr):
@@ -161,21 +169,21 @@ class Session:
             self._guard.remove()
         self.hooks.remove()
 
-    def _forked(self) -> None:
-        """Start again, in the child of a fork."""
+    def _restart_after_fork(self) -> None:
+        """Start the agent of a new process, the child of a fork."""
         # Stages and the state machine may hold losses that only the parent may release.
         abandon((tuple(self._stages.pending), self.hooks.turns))
         self._stages.pending.clear()
         self._stages.forget_profiler()
         self.record.restart(os.getpid())
-        engagement.calls.clear()
+        handled_calls.counts.clear()
         self.hooks.restart()
         if self._guard is not None:
             self._guard.restart()
         self._waits_for_step = True
 
-    def _watch_failed(self, subject: str, error: Exception) -> None:
-        """Record that watching has failed, and leave the program alone from now on."""
+    def _end_after_watch_failure(self, subject: str, error: Exception) -> None:
+        """Record that watching has failed, and stop watching."""
         self.host.events.add_failure(subject, error)
         if self._waits_for_step:
             self._begin_record()
@@ -201,7 +209,7 @@ class Session:
                 self.host.events.add("applied", name, f"set to {setting} by the plan")
 
     def _apply_setting(self, name: str, setting: str) -> bool:
-        """Apply a setting of the plan; returns false if the knob refuses it."""
+        """Apply a setting of the plan; return false if the knob refuses it."""
         try:
             self.host.applied.apply(name, setting)
         except RefusedError as refusal:
@@ -216,7 +224,7 @@ class Session:
         self._recorder.write_header()
 
     def _read(self) -> None:
-        """Read the log of the hooks, and write it to the record when that is due."""
+        """Read the log of the hooks, and write it to the record if that is due."""
         if is_capturing():
             return  # losses must not be read during a capture; the log keeps its events
         self.hooks.read()
@@ -228,11 +236,11 @@ class Session:
     def _write_events(self, wait: bool) -> None:
         losses = self._recorder.write_events(wait)
         if self._guard is not None:
-            self._guard.losses_arrived(losses)
+            self._guard.add_losses(losses)
 
     # Step boundaries
 
-    def _step_closed(self, turn: Turn) -> None:
+    def _end_step(self, turn: Turn) -> None:
         if self._is_over:
             return
         if self._waits_for_step:
@@ -253,14 +261,15 @@ class Session:
 
 
 def _is_child_of_multiprocessing() -> bool:
-    """Whether ``multiprocessing`` started this process, even if it is still importing modules."""
+    """Whether ``multiprocessing`` started this process, which may still be importing modules."""
     return multiprocessing.parent_process() is not None or getattr(
         multiprocessing.current_process(), "_inheriting", False
     )
 
 
 def _finish_with_multiprocessing(session: Session) -> None:
-    """Finish at the end of a child of ``multiprocessing``, which may end without ``atexit``."""
+    """Call ``finish`` at the end of a child of ``multiprocessing``, which may end without
+    ``atexit``."""
     multiprocessing.util.Finalize(None, session.finish, ("exit",), exitpriority=-1)
 
 

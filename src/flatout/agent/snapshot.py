@@ -1,4 +1,4 @@
-"""A copy in memory of the tensors that training changes: parameters, buffers, optimizer state."""
+"""Copying the tensors that training changes: parameters, buffers and optimizer state."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from typing import Any
 import torch
 
 from flatout.intercept import objects
-from flatout.intercept.arrays import PLAIN
+from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.finite import are_finite
 from flatout.machine import system
 
 _autograd: Any = torch.autograd
 
 FREE_MEMORY_FACTOR = 4
-"""A copy is made only if so many times its size is free."""
+"""A copy is made only if the free memory is at least this many times the size of the copy."""
 
 
 class Snapshot:
     """The last copy of the tensors of some modules and optimizers.
 
-    Only weak references to the tensors are kept, so a copy keeps no object of the program alive.
+    The tensors of the program are referred to weakly only.
     """
 
     def __init__(self) -> None:
         self._copies: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
 
     def take(self, roots: Iterable[Any], optimizers: Iterable[Any]) -> str | None:
-        """Replace the last copy by a new one.
+        """Replace the last copy by a new copy.
 
         Args:
             roots: the root modules.
             optimizers: the optimizers.
 
         Returns:
-            The reason if there is not enough memory; the last copy is unchanged then.
+            The reason if there is not enough memory; the last copy is then unchanged. ``None`` if
+            there is a new copy.
         """
         before = {id(ref()): copy for ref, copy in self._copies}
         tensors = _tensors(roots, optimizers)
         new = [t for t in tensors if not _matches(t, before.get(id(t)))]
-        why = _lack_of_memory(new)
+        why = _explain_lack_of_memory(new)
         if why is not None:
             return why
         copies = []
@@ -56,16 +57,19 @@ class Snapshot:
         return None
 
     def restore(self) -> bool:
-        """Restore the tensors from the copy; returns whether there is a copy."""
+        """Restore the tensors from the copy; return whether there is a copy."""
         for tensor, copy in self._pairs():
             _write(tensor, copy)
         return bool(self._copies)
 
     def restore_buffers(self, roots: Iterable[Any]) -> int:
-        """Restore the buffers that are not finite and were when they were copied; returns how many.
+        """Restore the buffers that are not finite and whose copies are finite.
 
         Args:
             roots: the root modules.
+
+        Returns:
+            The number of restored buffers.
         """
         buffers = {id(buffer) for root in roots for buffer in objects.buffers(root)}
         restored = 0
@@ -88,18 +92,19 @@ class Snapshot:
 
 
 def weights_are_finite(roots: Iterable[Any]) -> bool:
-    """Whether all trainable parameters are finite; a frozen one may be a mask with infinities."""
+    """Whether all trainable parameters are finite. Frozen parameters may be masks with
+    infinities."""
     trained = {id(p): p for root in roots for p in objects.parameters(root) if p.requires_grad}
-    return are_finite([p for p in trained.values() if type(p) in PLAIN])
+    return are_finite([p for p in trained.values() if type(p) in EXACT_TENSOR_TYPES])
 
 
 def size_bytes(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
-    """Return the size of a copy."""
+    """Return the size of a copy in bytes."""
     return sum(t.numel() * t.element_size() for t in _tensors(roots, optimizers))
 
 
 def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tensor]:
-    """Return the tensors of a copy, each once, without subclasses and sparse tensors."""
+    """Return the tensors to copy, each once, except tensor subclasses and sparse tensors."""
     found: list[torch.Tensor] = []
     for root in roots:
         found += objects.parameters(root)
@@ -109,7 +114,7 @@ def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tens
             found += group["params"]
         for state in objects.attributes(optimizer).get("state", {}).values():
             found += state.values() if isinstance(state, dict) else ()
-    once = {id(t): t for t in found if type(t) in PLAIN and t.layout is torch.strided}
+    once = {id(t): t for t in found if type(t) in EXACT_TENSOR_TYPES and t.layout is torch.strided}
     return list(once.values())
 
 
@@ -123,13 +128,14 @@ def _matches(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
 
 
 def _write(tensor: torch.Tensor, copy: torch.Tensor) -> None:
-    """Write in place, without a new version: a graph that has saved the tensor stays valid."""
+    """Write a tensor in place without a new version, so that a graph that has saved the tensor
+    stays valid."""
     with torch.no_grad(), _autograd._unsafe_preserve_version_counter(tensor):
         tensor.copy_(copy)
 
 
-def _lack_of_memory(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Return why copies of these tensors do not fit into memory, ``None`` if they do."""
+def _explain_lack_of_memory(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Return the reason why copies of these tensors do not fit into memory; ``None`` if they do."""
     needed: dict[torch.device, int] = {}
     for tensor in tensors:
         tensor_bytes = tensor.numel() * tensor.element_size()
@@ -147,7 +153,7 @@ def _lack_of_memory(tensors: Iterable[torch.Tensor]) -> str | None:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, ``None`` if it is not known."""
+    """Return the free memory of a device; ``None`` if it is not known."""
     if device.type == "cpu":
         return system.available_bytes()
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)

@@ -1,4 +1,4 @@
-"""The stages of a run: what is done at step boundaries, one stage after the other."""
+"""Running the stages of a run, one after the other, at step boundaries."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 Stage = Callable[[Turn], bool]
-"""Called at each step boundary with the step that has closed, until it returns true."""
+"""Called at each step boundary with the turn that has closed, until it returns true."""
 
 
 class Stages:
-    """The stages that a request asks for, in their order: timing, a comparison inside the process
-    or with another one, and the profile.
+    """The stages that a request asks for, in order: timing, a comparison inside the process or
+    alternation with another process, and the profile.
 
     Args:
-        host: of this process, whose request decides about the stages.
+        host: the host of this process; its request decides which stages there are.
         stop: the last stage, which ends the process.
 
     Attributes:
-        pending: the stages that are not over; the first one is running.
+        pending: the stages that are not over; the first stage is running.
     """
 
     def __init__(self, host: Host, stop: Stage) -> None:
@@ -37,7 +37,7 @@ class Stages:
         self.pending: list[Stage] = []
 
     def add_requested(self) -> None:
-        """Add the stages that the request asks for. Some note their arm and mark at once."""
+        """Add the stages that the request asks for. Some set the host's arm and mark at once."""
         host, request = self._host, self._host.request
         if request.comparison is not None:
             from flatout.agent.learning import Learner
@@ -60,17 +60,18 @@ class Stages:
             self.pending.append(self._stop)
 
     def time_step(self, turn: Turn) -> bool:
-        """Count a step; returns whether all steps that the request asks for have been timed."""
+        """Count a step; return whether all steps that the request asks for have been timed."""
         if self._host.counts_as_step(turn):
             self._steps_timed += 1
         limit = self._host.request.stop_steps
         return limit is not None and self._steps_timed >= limit
 
     def run(self, turn: Turn) -> None:
-        """Run the first stage, and after it those that begin at the same boundary.
+        """Run the first stage and, if it ends, the stages that begin at the same boundary.
 
-        A stage that fails is over, with an event. The time limit of the request counts from the end
-        of the first step on, since start-up and first step may compile; it ends only ``time_step``.
+        If a stage fails, it is over, and an event is added. The time limit of the request counts
+        from the end of the first step, since start-up and first step may include compilation. The
+        limit ends only ``time_step``.
         """
         limit_s = self._host.request.stop_seconds
         if self._timed_from_ns is None:
@@ -86,10 +87,10 @@ class Stages:
             self.pending.pop(0)
 
     def close_profiler(self) -> None:
-        """Stop torch's profiler, if it runs: it must not outlive the interpreter."""
+        """Stop torch's profiler if it runs, because it must not outlive the interpreter."""
         if self._profiler is not None:
             self._profiler.close()
 
     def forget_profiler(self) -> None:
-        """Leave the profiler to the parent, in the child of a fork."""
+        """Drop the profiler in the child of a fork, because it belongs to the parent."""
         self._profiler = None

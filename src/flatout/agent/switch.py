@@ -1,9 +1,9 @@
-"""A comparison inside one process, which switches between settings every few steps (an A/B test).
+"""Comparing settings inside one process by switching between them every few steps (an A/B test).
 
 The arms of the comparison are run in blocks of steps, in order in one round and in reverse order in
-the next (A B C, C B A, ...), and each further pair of rounds starts with another arm. So a steady
-drift of the machine's speed cancels within each pair of rounds. Arms are dropped only between two
-pairs, so that the others keep this order.
+the next round (A B C, C B A, ...), and each further pair of rounds starts with another arm. So a
+steady drift of the machine's speed cancels within each pair of rounds. Arms are dropped only
+between two pairs, so that the remaining arms keep this order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from flatout.agent.inputs import InputSizes
 from flatout.errors import RefusedError
-from flatout.intercept.losses import loss_number
+from flatout.intercept.losses import loss_value
 from flatout.wire import ratios
 from flatout.wire.ratios import Block, Size
 from flatout.wire.request import Comparison
@@ -32,8 +32,8 @@ def round_order(arms: Sequence[int], number: int) -> list[int]:
     """Return the order in which the arms are run in a round.
 
     Args:
-        arms: those that are not dropped.
-        number: of the round, from 0.
+        arms: the arms that are not dropped.
+        number: the number of the round, from 0.
     """
     first = number // 2 % len(arms)
     order = [*arms[first:], *arms[:first]]
@@ -41,7 +41,7 @@ def round_order(arms: Sequence[int], number: int) -> list[int]:
 
 
 def block_order(arms: int, rounds: int) -> Iterator[int]:
-    """Yield the arm of each block, ``arms * rounds`` in all, if none is dropped."""
+    """Yield the arm of each block if no arm is dropped, ``arms * rounds`` in all."""
     for number in range(rounds):
         yield from round_order(range(arms), number)
 
@@ -57,11 +57,12 @@ class Switch:
     whose subject is its knob.
 
     Args:
-        host: of this process; its ``arm`` and ``mark`` label the steps.
-        comparison: what to compare. Its steps are those of training, not evaluation passes.
+        host: the host of this process; its ``arm`` and ``mark`` label the steps.
+        comparison: the arms, and the lengths of the blocks. Evaluation passes of a program that
+            trains do not count as steps.
 
     Attributes:
-        blocks: those that have been begun so far.
+        blocks: the blocks that have begun so far.
     """
 
     def __init__(self, host: Host, comparison: Comparison) -> None:
@@ -85,7 +86,11 @@ class Switch:
             self._begin_block()
 
     def at_boundary(self, turn: Turn) -> bool:
-        """Note a closed step, and switch if its block is over; returns whether all are over."""
+        """Count a step that has ended, and switch to the next arm if its block is over.
+
+        Returns:
+            Whether the comparison is over.
+        """
         if not self._host.counts_as_step(turn):
             return False
         self._read_losses(turn)
@@ -104,12 +109,12 @@ class Switch:
         return False
 
     def _begin_block(self) -> bool:
-        """Begin the next block; returns whether there is none."""
+        """Begin the next block; return whether there is none."""
         for arm, is_first in self._schedule:
             if arm in self._dropped:
                 continue
             self._host.events.add("applied", f"arm {arm}", "its block begins")
-            self._host.record.flush()  # so that the arm is known if it ends the process
+            self._host.record.flush()  # so that the arm is known if its settings end the process
             if not self._switch_to(arm):
                 continue
             comparison = self._comparison
@@ -123,16 +128,16 @@ class Switch:
         return self._end()
 
     def _schedule_blocks(self) -> Iterator[tuple[int, bool]]:
-        """Yield the arm of each block, and whether it is a block before the rounds.
+        """Yield the arm of each block, and whether the block is one of those before the rounds.
 
-        Arms that have been dropped may be among them.
+        An arm that has been dropped may be yielded.
         """
         comparison = self._comparison
         for arm in comparison.arms_with_first_steps:
             yield arm, True
         for number in range(comparison.rounds):
             if number % 2 == 0:
-                if self._is_decided():
+                if self._decide():
                     return
                 arms = [arm for arm in range(len(comparison.arms)) if arm not in self._dropped]
             for arm in round_order(arms, number):
@@ -140,8 +145,8 @@ class Switch:
                     return
                 yield arm, False
 
-    def _is_decided(self) -> bool:
-        """Drop arms that need no more steps; returns whether the comparison is decided."""
+    def _decide(self) -> bool:
+        """Drop arms that need no more steps; return whether the comparison is decided."""
         comparison = self._comparison
         if comparison.decide is None:
             return False
@@ -149,11 +154,11 @@ class Switch:
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
         worthwhile = comparison.worthwhile
         if comparison.decide == "settings":
-            settings = ratios.setting_ratios(complete, self._arms)
+            settings = ratios.estimate_setting_ratios(complete, self._arms)
             return bool(settings) and all(
                 ratios.is_decided(ratio, worthwhile) for ratio in settings.values()
             )
-        to_baseline = ratios.arm_ratios(complete, BASELINE)
+        to_baseline = ratios.estimate_arm_ratios(complete, BASELINE)
         for arm, ratio in to_baseline.items():
             if arm not in self._dropped and ratio.high < worthwhile:
                 self._drop(arm, f"it gains less than {worthwhile:.2f}x: {ratio}")
@@ -165,7 +170,7 @@ class Switch:
         if not remaining:
             return False
         leader = max(remaining, key=lambda arm: to_baseline[arm].value)
-        for arm, ratio in ratios.arm_ratios(complete, leader).items():
+        for arm, ratio in ratios.estimate_arm_ratios(complete, leader).items():
             if arm in remaining and ratio.high < 1:
                 remaining.remove(arm)
                 self._drop(arm, f"it is slower than arm {leader}: {ratio}")
@@ -187,7 +192,7 @@ class Switch:
         """Undo the settings of the current arm and apply those of another.
 
         Returns:
-            Whether that was possible; if not, the arm has been dropped.
+            Whether that was possible. If not, the arm has been dropped.
         """
         if arm == self._arm:
             return True
@@ -245,20 +250,22 @@ class Switch:
         self._host.events.add(what, f"arm {arm}", why, trace)
 
     def _read_losses(self, turn: Turn) -> None:
-        """Check the losses that have arrived; on an accelerator they arrive some steps later."""
+        """Check the losses that have been copied to the host. Losses on an accelerator are checked
+        some steps later."""
         if self._arm is not None:
             self._unread += ((self._arm, loss) for loss in turn.losses)
         while self._unread:
             arm, loss = self._unread[0]
-            number = loss_number(loss, wait=False)
+            number = loss_value(loss, wait=False)
             if number is None:
                 return
             self._unread.popleft()
             if not math.isfinite(number):
-                self._note_divergence(arm)
+                self._handle_divergence(arm)
 
-    def _note_divergence(self, arm: int) -> None:
-        """A loss of an arm is not finite."""
+    def _handle_divergence(self, arm: int) -> None:
+        """Drop an arm after a loss that is not finite, or end the comparison if the weights must be
+        damaged."""
         if arm in self._diverged or self._baseline_diverges:
             return
         if self._diverged:

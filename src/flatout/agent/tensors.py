@@ -1,4 +1,4 @@
-"""Samples, moments and digests of tensors, as an inspection records them."""
+"""Computing samples, moments and digests of tensors for an inspection."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a distributed tensor that this process holds, any other tensor itself;
-    detached."""
+    """Return the part of a distributed tensor that this process holds, or any other tensor itself.
+    The result is detached."""
     to_local = getattr(tensor, "to_local", None)
     local: torch.Tensor = tensor.detach() if to_local is None else to_local().detach()
     return local
 
 
 def stored_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the local elements as real numbers; of a sparse tensor, those that are stored."""
+    """Return the local elements of a tensor as real numbers; only the stored elements of a sparse
+    tensor."""
     tensor = local_part(tensor)
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
@@ -29,7 +30,7 @@ def stored_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def summation_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype to sum in: float64, or float32 on Metal, which has no float64."""
+    """Return the dtype for sums: float64, or float32 on Metal, which has no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -73,7 +74,7 @@ def to_ints(values: torch.Tensor) -> array[int]:
 
 
 def _copy_bytes(values: torch.Tensor) -> bytes:
-    on_host = _copy_to_host(values)  # must outlive its memory
+    on_host = _copy_to_host(values)  # the variable keeps the memory alive
     return bytes(_memory_of(on_host))
 
 
@@ -85,7 +86,7 @@ def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _memory_of(on_host: torch.Tensor) -> Any:
-    """Return the memory of a contiguous tensor, which must outlive it. NumPy, which could do this,
-    may not be installed."""
+    """Return a view of the memory of a contiguous tensor, which must outlive the view. NumPy has a
+    function for this, but may not be installed."""
     size_bytes = on_host.numel() * on_host.element_size()
     return (ctypes.c_char * size_bytes).from_address(on_host.data_ptr()) if size_bytes else b""

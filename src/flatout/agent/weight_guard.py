@@ -1,4 +1,5 @@
-"""The part of the guard that checks the weights between two steps, and keeps a copy of them."""
+"""The part of the guard that checks the weights between two steps, and restores them from a
+copy."""
 
 from __future__ import annotations
 
@@ -17,23 +18,23 @@ if TYPE_CHECKING:
 
 SNAPSHOT_PERIOD_S = 30.0
 SNAPSHOT_SHARE = 0.005
-"""Running time between two copies of the weights, longer where copying would take more than this
-share of the running time."""
+"""The running time between two copies of the weights. It is longer if copying would take more than
+this share of the running time."""
 
 PAUSE_S = 1.0
-"""The program counts as paused (stopped, or the machine suspended) during a gap between two signs
-of life that is longer than this and more than twice as long as the gap before. What exceeds both
-limits does not count as running time."""
+"""A gap between two calls of ``RunningTime.add_sign_of_life`` counts as a pause (the program was
+stopped, or the machine suspended) if it is longer than this and more than twice as long as the gap
+before. The part that exceeds both limits does not count as running time."""
 
 BYTES_PER_S = 1e9
-"""Assumed rate of the first copy: slow, for any memory."""
+"""The assumed rate of the first copy, which is slow for any memory."""
 
 
 class RunningTime:
-    """How long the program has run, without its pauses.
+    """Measures how long the program has run, without its pauses.
 
     Attributes:
-        s: seconds so far.
+        s: the running time so far, in seconds.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class RunningTime:
         self._gap_s = 0.0
 
     def add_sign_of_life(self, now_s: float) -> None:
-        """Note that the program runs at this time of ``time.monotonic``."""
+        """Record that the program runs at a time of ``time.monotonic``."""
         self._gap_s = min(now_s - self._last_sign_s, max(PAUSE_S, 2 * self._gap_s))
         self._last_sign_s = now_s
         self.s += self._gap_s
@@ -51,11 +52,11 @@ class RunningTime:
 class WeightGuard:
     """Restores weights and buffers that have become infinite or NaN.
 
-    That happens in spite of the checks of gradients if the program updates weights by hand, or if
-    an update overflows.
+    Although gradients are checked, weights may become so if the program updates them itself, or if
+    an optimizer step overflows.
 
     Args:
-        host: of this process.
+        host: the host of this process.
         responder: withdraws knobs.
     """
 
@@ -69,11 +70,11 @@ class WeightGuard:
         self._takes_snapshot = False
         self._reasons_given: set[str] = set()
 
-    def losses_arrived(self, losses: Sequence[float]) -> None:
-        """Decide whether the weights are to be checked or copied at the next step boundary.
+    def add_losses(self, losses: Sequence[float]) -> None:
+        """Decide whether the weights are checked or copied at the next step boundary.
 
         Args:
-            losses: those that have been read since the last call; it is called some times a second.
+            losses: the losses that have been read since the last call, a fraction of a second ago.
         """
         self._running.add_sign_of_life(time.monotonic())
         responder = self._responder
@@ -87,7 +88,7 @@ class WeightGuard:
             self._host.ask_for_boundary()
 
     def at_boundary(self) -> None:
-        """Check and copy the weights, between two steps, if either is due."""
+        """Check and copy the weights between two steps, if either is due."""
         responder = self._responder
         if not responder.is_off and (responder.suspects_weights or self._takes_snapshot):
             responder.attempt(self._check_weights)

@@ -136,7 +136,7 @@ class TimedSteps:
     def warmup_steps(self) -> list[Step]:
         """The first steps, which are left out."""
         first = self.steps[0].at_s if self.steps else float("inf")
-        return [step for step in self.process.turns if step.at_s < first]
+        return [step for step in self.process.loop_steps if step.at_s < first]
 
     @cached_property
     def evaluations(self) -> list[Step]:
@@ -175,7 +175,10 @@ class TimedSteps:
     @property
     def peak_device_bytes(self) -> int | None:
         """The most memory allocated on the accelerator; ``None``: not measured, or none is used."""
-        return max((step.peak_device_bytes or 0 for step in self.process.turns), default=0) or None
+        return (
+            max((step.peak_device_bytes or 0 for step in self.process.loop_steps), default=0)
+            or None
+        )
 
 
 @dataclass(frozen=True)

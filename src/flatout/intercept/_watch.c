@@ -2,10 +2,10 @@
  *
  * A Watch replaces a special method in the namespace of a class (Module.__call__, the loader's
  * __next__) or a function in the namespace of a module. When it is called, it calls the original,
- * and notes in its Log when the call begins and ends. The log packs each event into a few bytes
- * (`Events` of wire/lines.py). Python writes them to the record from time to time, and they
- * are decoded when the record is read. The log also keeps the events unpacked while `keeps_events`
- * is set, and calls Python at each event while `live` is set.
+ * and its Log records when the call begins and ends. The log packs each event into a few bytes
+ * (`PackedTrace` of wire/lines.py). Python writes these bytes to the record from time to time, and
+ * they are decoded when the record is read. The log also keeps the events unpacked while
+ * `keeps_events` is set, and calls Python at each event while `live` is set.
  *
  * Attribute lookup on the class returns the original, so Dynamo, inspect and FX see what they would
  * see without the watch. A watch that is pickled by value (cloudpickle does so with classes of
@@ -38,29 +38,33 @@ static int64_t now_ns(void) /* the clock behind time.perf_counter_ns */
 }
 #endif
 
-/* Phases and kinds of event as in wire/turns.py. */
+/* The phases and the kinds of events are those of wire/turns.py. */
 enum { DATA = 0, TRANSFER = 1, FORWARD = 2, BACKWARD = 4, OPTIMIZER = 5, PHASES = 7 };
 enum { BEGIN = 0, END = 1, USAGE = 2, NOTE = 3 };
 
 typedef struct {
-    int what;  /* BEGIN, END, USAGE or NOTE */
-    int phase; /* NOTE: which note */
-    int flags; /* FORWARD BEGIN: 1 gradients recorded, 2 training mode; BACKWARD BEGIN: 1 a loss */
-    int64_t value[3]; /* BEGIN, END: time in ns, FORWARD: module, OPTIMIZER: optimizer; USAGE: minor
-                         page faults, major ones, peak resident set in bytes; NOTE: the value */
+    int kind;  /* BEGIN, END, USAGE or NOTE */
+    int phase; /* for NOTE: which note */
+    int flags; /* for FORWARD BEGIN: 1 gradients are recorded, 2 the module is in training mode; for
+                  BACKWARD BEGIN: 1 a loss was appended to `losses` */
+    int64_t value[3]; /* for BEGIN and END: the time in ns, then the address of the module (FORWARD)
+                         or of the optimizer (OPTIMIZER); for USAGE: minor page faults, major page
+                         faults, peak resident set in bytes; for NOTE: the value of the note */
 } Event;
 
-enum { LONGEST = 1 + 3 * 10 }; /* bytes of a packed event */
+enum { MAX_PACKED_BYTES = 1 + 3 * 10 }; /* the size of the longest packed event */
 
-/* getrusage takes some 15 microseconds between two steps, too much for steps of a millisecond. */
+/* The least time between two calls of getrusage. A call between two steps takes some 15
+ * microseconds, which is too much for steps of a millisecond. */
 enum { USAGE_PERIOD_NS = 20000000 };
 
-/* Names that are looked up at each step, as interned strings. */
+/* The names of attributes that are looked up at each step. A log keeps them as interned strings. */
 enum { IS_CPU, TRAINING, IS_VIEW, ITEM, NAMES };
 static const char *const name_strings[NAMES] = {"is_cpu", "training", "_is_view", "item"};
 
-/* From the DLPack specification, version 1.3: the memory layout of a tensor, and the table of C
- * functions that a tensor type provides in the capsule __dlpack_c_exchange_api__. */
+/* These structures come from the DLPack specification, version 1.3: the memory layout of a tensor,
+ * and the table of C functions that a tensor type provides in the capsule
+ * __dlpack_c_exchange_api__. */
 enum { DLPACK_MAJOR = 1, DL_CPU = 1, DL_FLOAT = 2 };
 static const char exchange_name[] = "dlpack_exchange_api";
 typedef struct {
@@ -81,51 +85,52 @@ typedef struct {
     uint32_t major, minor;
     void *previous;
     void *allocate, *export_managed, *import_managed;
-    Describe describe; /* does not synchronise; the tensor keeps the memory; may be NULL */
+    Describe describe; /* may be NULL; does not synchronise; the tensor still owns the memory */
     void *current_stream;
 } Exchange;
 
 typedef struct {
     PyObject_HEAD
-    Event *events; /* what `take` returns; filled while `keeps_events` is set */
+    Event *events; /* returned by `take_events`; appended to while `keeps_events` is set */
     Py_ssize_t count, capacity;
-    unsigned char *packed; /* what `pack` returns */
+    unsigned char *packed; /* returned by `take_packed` */
     Py_ssize_t packed_bytes, packed_capacity;
-    int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* the last packed values */
+    int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* for delta encoding */
     int depth[PHASES];
-    unsigned long thread; /* the thread whose events are noted */
-    int64_t read_ns, usage_ns; /* when `reader` was last called, and when USAGE was last noted */
-    char has_computed; /* whether that thread has computed anything */
-    char has_stepped; /* whether an optimizer has stepped: USAGE is then noted at steps only */
+    unsigned long thread; /* the thread whose events are recorded */
+    int64_t read_ns;   /* when `reader` was last called */
+    int64_t usage_ns;  /* when USAGE was last recorded */
+    char has_computed; /* whether `thread` has made a forward, backward or optimizer call */
+    char has_stepped;  /* whether an optimizer has stepped; USAGE is then recorded at steps only */
     char awake, keeps_events, live;
     long long read_period_ns;
     PyObject *reader;          /* called without arguments when the log is to be read */
-    PyObject *check_root;      /* called with a module that is called outermost for the first
-                                  times; returns whether it is a root */
-    PyObject *roots;           /* dict: id(module) -> whether it is a root */
+    PyObject *check_root;      /* called with a module at its first few outermost calls; returns
+                                  whether it is a root */
+    PyObject *roots;           /* dict from id(module) to whether it is a root */
     PyObject *is_grad_enabled; /* torch.is_grad_enabled */
     PyObject *tensor_type;     /* torch.Tensor */
     PyObject *script_type;     /* torch.jit.ScriptModule */
     PyObject *disable_modes;   /* torch._C.DisableTorchFunction */
-    PyObject *read_loss;       /* called with a loss tensor that is not on the CPU */
-    PyObject *losses;          /* list: one value or result of read_loss for each flagged
-                                  BACKWARD BEGIN */
+    PyObject *start_loss_copy; /* called with a loss tensor that is not on the CPU */
+    PyObject *losses;          /* list with one float or result of start_loss_copy for each
+                                  BACKWARD BEGIN that has the flag 1 */
     PyObject *wrap_forward;    /* None, or called with original, module, args, kwargs */
     PyObject *strip_frames;    /* called with a traceback; returns it without flatout's frames */
-    PyObject *before_update, *after_update; /* None, or called with the optimizer */
-    Describe describe; /* reads the layout of a tensor from C; NULL if torch does not provide it */
+    PyObject *before_optimizer_step, *after_optimizer_step; /* None, or called with the optimizer */
+    Describe describe; /* returns the layout of a tensor; NULL if torch does not provide it */
     PyObject *names[NAMES];
 } Log;
 
-/* The number of values of an event; the same in wire/packing.py. */
-static int value_count(int what, int phase)
+/* Return the number of values of an event, as wire/packing.py does. */
+static int value_count(int kind, int phase)
 {
-    if (what == USAGE)
+    if (kind == USAGE)
         return 3;
-    return what != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
+    return kind != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
 }
 
-/* Return the memory, enlarged if necessary; NULL with an exception set if that fails. */
+/* Return a block of memory, enlarged if necessary, or NULL with an exception set. */
 static void *grow(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t size)
 {
     if (needed <= *capacity)
@@ -139,15 +144,15 @@ static void *grow(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t 
     return memory;
 }
 
-/* Append one byte for the kind, and each value as the difference to the last value of its kind, in
- * zigzag encoding and groups of 7 bits (LEB128). */
-static void pack(Log *log, const Event *e)
+/* Append a packed event: one byte for kind, phase and flags, then each value as the difference to
+ * the last value of its kind, in zigzag encoding and groups of 7 bits (LEB128). */
+static void append_packed(Log *log, const Event *e)
 {
     unsigned char *out = log->packed + log->packed_bytes;
-    *out++ = (unsigned char)(e->what | e->phase << 2 | e->flags << 5);
-    for (int i = 0; i < value_count(e->what, e->phase); i++) {
-        int64_t *last = e->what == NOTE    ? &log->last_note
-                        : e->what == USAGE ? &log->last_usage[i]
+    *out++ = (unsigned char)(e->kind | e->phase << 2 | e->flags << 5);
+    for (int i = 0; i < value_count(e->kind, e->phase); i++) {
+        int64_t *last = e->kind == NOTE    ? &log->last_note
+                        : e->kind == USAGE ? &log->last_usage[i]
                         : i == 0           ? &log->last_ns
                                            : &log->last_id[e->phase];
         uint64_t change = (uint64_t)e->value[i] - (uint64_t)*last;
@@ -160,11 +165,12 @@ static void pack(Log *log, const Event *e)
     log->packed_bytes = out - log->packed;
 }
 
-static int log_event(Log *log, int what, int phase, int flags, int64_t first, int64_t second,
-                     int64_t third)
+static int append_event(Log *log, int kind, int phase, int flags, int64_t first, int64_t second,
+                        int64_t third)
 {
-    Event event = {what, phase, flags, {first, second, third}};
-    void *memory = grow(log->packed, &log->packed_capacity, log->packed_bytes + LONGEST, 1);
+    Event event = {kind, phase, flags, {first, second, third}};
+    Py_ssize_t needed = log->packed_bytes + MAX_PACKED_BYTES;
+    void *memory = grow(log->packed, &log->packed_capacity, needed, 1);
     if (memory == NULL)
         return -1;
     log->packed = memory;
@@ -175,12 +181,12 @@ static int log_event(Log *log, int what, int phase, int flags, int64_t first, in
         log->events = memory;
         log->events[log->count++] = event;
     }
-    pack(log, &event);
+    append_packed(log, &event);
     return 0;
 }
 
-/* Note the resource usage of the process, if USAGE_PERIOD_NS have passed since the last time. */
-static int log_usage(Log *log, int64_t time_ns)
+/* Record the resource usage of the process, if USAGE_PERIOD_NS have passed since the last time. */
+static int append_usage(Log *log, int64_t time_ns)
 {
 #ifdef _WIN32
     (void)log;
@@ -197,13 +203,13 @@ static int log_usage(Log *log, int64_t time_ns)
 #else
     const int64_t unit = 1024;
 #endif
-    return log_event(log, USAGE, 0, 0, usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss * unit);
+    return append_event(log, USAGE, 0, 0, usage.ru_minflt, usage.ru_majflt, usage.ru_maxrss * unit);
 #endif
 }
 
-/* Call the reader if it is due. Returns -1 with an exception set if a signal handler of the program
- * has raised meanwhile. */
-static int log_read(Log *log, int64_t time_ns)
+/* Call the reader if it is due. Return -1 with an exception set if a signal handler of the program
+ * raised during the call, else 0. */
+static int call_reader_if_due(Log *log, int64_t time_ns)
 {
     if (!log->live && time_ns - log->read_ns < log->read_period_ns)
         return 0;
@@ -213,9 +219,9 @@ static int log_read(Log *log, int64_t time_ns)
     return result == NULL ? -1 : 0;
 }
 
-/* Return whether this thread's events are ignored. Only one thread is watched: the first one that
- * computes (a thread that only prefetches batches does not), and before that the one that imported
- * torch. */
+/* Return whether the events of the calling thread are ignored. Only one thread is watched: at first
+ * the thread that imported torch, then the first thread that makes a forward call, a backward call
+ * or an optimizer step (a thread that only prefetches batches makes none). */
 static int is_ignored_thread(Log *log, int phase)
 {
     unsigned long thread = PyThread_get_thread_ident();
@@ -228,7 +234,7 @@ static int is_ignored_thread(Log *log, int phase)
     return 0;
 }
 
-static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
+static PyObject *log_take_events(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     Log *log = (Log *)self;
     PyObject *list = PyList_New(log->count);
@@ -236,7 +242,7 @@ static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
         return NULL;
     for (Py_ssize_t i = 0; i < log->count; i++) {
         Event *e = &log->events[i];
-        PyObject *item = Py_BuildValue("(iiiLLL)", e->what, e->phase, e->flags,
+        PyObject *item = Py_BuildValue("(iiiLLL)", e->kind, e->phase, e->flags,
                                        (long long)e->value[0], (long long)e->value[1],
                                        (long long)e->value[2]);
         if (item == NULL || PyList_SetItem(list, i, item) < 0) {
@@ -248,7 +254,7 @@ static PyObject *log_take(PyObject *self, PyObject *Py_UNUSED(ignored))
     return list;
 }
 
-static PyObject *log_pack(PyObject *self, PyObject *Py_UNUSED(ignored))
+static PyObject *log_take_packed(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     Log *log = (Log *)self;
     PyObject *bytes = PyBytes_FromStringAndSize((const char *)log->packed, log->packed_bytes);
@@ -257,12 +263,12 @@ static PyObject *log_pack(PyObject *self, PyObject *Py_UNUSED(ignored))
     return bytes;
 }
 
-static PyObject *log_note(PyObject *self, PyObject *args)
+static PyObject *log_append(PyObject *self, PyObject *args)
 {
-    int what, phase, flags;
+    int kind, phase, flags;
     long long first, second = 0, third = 0;
-    if (!PyArg_ParseTuple(args, "iiiL|LL", &what, &phase, &flags, &first, &second, &third) ||
-        log_event((Log *)self, what, phase, flags, first, second, third) < 0)
+    if (!PyArg_ParseTuple(args, "iiiL|LL", &kind, &phase, &flags, &first, &second, &third) ||
+        append_event((Log *)self, kind, phase, flags, first, second, third) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -319,12 +325,12 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->tensor_type);
     Py_XDECREF(log->script_type);
     Py_XDECREF(log->disable_modes);
-    Py_XDECREF(log->read_loss);
+    Py_XDECREF(log->start_loss_copy);
     Py_XDECREF(log->losses);
     Py_XDECREF(log->wrap_forward);
     Py_XDECREF(log->strip_frames);
-    Py_XDECREF(log->before_update);
-    Py_XDECREF(log->after_update);
+    Py_XDECREF(log->before_optimizer_step);
+    Py_XDECREF(log->after_optimizer_step);
     for (int i = 0; i < NAMES; i++)
         Py_XDECREF(log->names[i]);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -333,23 +339,25 @@ static void log_dealloc(PyObject *self)
 }
 
 static PyMethodDef log_methods[] = {
-    {"take", log_take, METH_NOARGS,
+    {"take_events", log_take_events, METH_NOARGS,
      "Remove and return the events kept since the last call, as tuples."},
-    {"pack", log_pack, METH_NOARGS, "Remove and return the events since the last call, packed."},
-    {"note", log_note, METH_VARARGS, "Note an event: what, phase, flags and up to three values."},
+    {"take_packed", log_take_packed, METH_NOARGS,
+     "Remove and return the events since the last call, packed."},
+    {"append", log_append, METH_VARARGS,
+     "Append an event: kind, phase, flags and up to three values."},
     {"set_exchange_api", log_set_exchange_api, METH_O,
-     "Read losses by this DLPack exchange API; returns False if it cannot be used."},
+     "Use a DLPack exchange API to read losses; returns False if it cannot be used."},
     {"reset", log_reset, METH_NOARGS, "Start again with this thread (also after a fork)."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef log_members[] = {
-    {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether events are noted."},
+    {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether calls are recorded."},
     {"keeps_events", T_BOOL, offsetof(Log, keeps_events), 0,
-     "Whether events are also kept for `take`."},
+     "Whether events are also kept for `take_events`."},
     {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at each event."},
     {"read_period_ns", T_LONGLONG, offsetof(Log, read_period_ns), 0,
-     "Time after which the reader is called at the next event, if not `live`."},
+     "The least time between two calls of the reader while `live` is not set."},
     {"reader", T_OBJECT, offsetof(Log, reader), 0, NULL},
     {"check_root", T_OBJECT, offsetof(Log, check_root), 0, NULL},
     {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
@@ -357,17 +365,17 @@ static PyMemberDef log_members[] = {
     {"tensor_type", T_OBJECT, offsetof(Log, tensor_type), 0, NULL},
     {"script_type", T_OBJECT, offsetof(Log, script_type), 0, NULL},
     {"disable_modes", T_OBJECT, offsetof(Log, disable_modes), 0, NULL},
-    {"read_loss", T_OBJECT, offsetof(Log, read_loss), 0, NULL},
+    {"start_loss_copy", T_OBJECT, offsetof(Log, start_loss_copy), 0, NULL},
     {"losses", T_OBJECT, offsetof(Log, losses), 0, NULL},
     {"wrap_forward", T_OBJECT, offsetof(Log, wrap_forward), 0, NULL},
     {"strip_frames", T_OBJECT, offsetof(Log, strip_frames), 0, NULL},
-    {"before_update", T_OBJECT, offsetof(Log, before_update), 0, NULL},
-    {"after_update", T_OBJECT, offsetof(Log, after_update), 0, NULL},
+    {"before_optimizer_step", T_OBJECT, offsetof(Log, before_optimizer_step), 0, NULL},
+    {"after_optimizer_step", T_OBJECT, offsetof(Log, after_optimizer_step), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot log_slots[] = {
-    {Py_tp_doc, "Events noted by Watch and StepHook objects, until Python reads them."},
+    {Py_tp_doc, "The events that Watch and StepHook objects record, until Python takes them."},
     {Py_tp_init, log_init},
     {Py_tp_dealloc, log_dealloc},
     {Py_tp_methods, log_methods},
@@ -385,9 +393,9 @@ static PyType_Spec log_spec = {
 typedef struct {
     PyObject_HEAD
     Log *log;
-    int phase;       /* of the events that it notes; -1: it notes none and only calls `before` */
-    PyObject *original; /* the replaced function; NULL if `owner` inherits it */
-    PyObject *owner; /* the class in whose namespace the watch is; NULL: it is in a module's */
+    int phase; /* the phase of the recorded events; -1: only `before` is called */
+    PyObject *original; /* the replaced function; NULL if `owner` inherits the function */
+    PyObject *owner; /* the class that has the watch in its namespace; NULL for a Python module */
     PyObject *name;
     PyObject *before; /* None, or called with the instance when a call begins */
     PyObject *method_type;
@@ -409,9 +417,9 @@ static PyObject *find_original(Watch *watch, PyObject *type)
     if (type == NULL || !PyType_Check(type) ||
         !PyType_IsSubtype((PyTypeObject *)type, (PyTypeObject *)watch->owner))
         type = watch->owner;
-    /* Look up the method after the owner in the resolution order of this type. It can differ from
-     * what it was when the watch was created: with several bases, or if the program has set a
-     * method on a base class since. */
+    /* Look up the method after the owner in the resolution order of `type`. The method may have
+     * changed since the watch was created: a subclass may have several bases, or the program may
+     * have set a method on a base class. */
     PyObject *rest =
         PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, watch->owner, type, NULL);
     if (rest == NULL)
@@ -476,9 +484,9 @@ static int is_root(Log *log, PyObject *module)
     return root;
 }
 
-/* Return whether the memory of a tensor holds its value. That of a view may hold the negated value
- * (torch's lazy negative bit). */
-static int is_plain(Log *log, PyObject *tensor)
+/* Return whether a tensor is no view. The memory of a view may hold the negated value (torch's lazy
+ * negative bit). */
+static int is_not_view(Log *log, PyObject *tensor)
 {
     PyObject *is_view = PyObject_CallMethodObjArgs(tensor, log->names[IS_VIEW], NULL);
     PyErr_Clear();
@@ -486,12 +494,12 @@ static int is_plain(Log *log, PyObject *tensor)
     return is_view == Py_False;
 }
 
-/* Return a new reference to the value of a loss, read by `item`, or to the result of `read_loss` if
- * the loss is not on the CPU; None if it is not a real number. */
-static PyObject *item_of_loss(Log *log, PyObject *tensor, int on_cpu)
+/* Return a new reference: to the result of `start_loss_copy` for a loss that is not on the CPU, else
+ * to the float that `item` returns, or to None if `item` returns no real number. */
+static PyObject *read_loss_by_call(Log *log, PyObject *tensor, int on_cpu)
 {
     if (!on_cpu)
-        return PyObject_CallFunctionObjArgs(log->read_loss, tensor, NULL);
+        return PyObject_CallFunctionObjArgs(log->start_loss_copy, tensor, NULL);
     PyObject *value = PyObject_CallMethodObjArgs(tensor, log->names[ITEM], NULL);
     int is_none = value == NULL ? PyErr_ExceptionMatches(PyExc_RuntimeError) /* several elements */
                                 : !PyFloat_Check(value);                     /* complex */
@@ -502,14 +510,15 @@ static PyObject *item_of_loss(Log *log, PyObject *tensor, int on_cpu)
     Py_RETURN_NONE;
 }
 
-/* Return the same for any loss. A scalar on the CPU is read from its memory, because `item` goes
- * through torch's dispatcher, which takes 6 microseconds with a cold cache. */
-static PyObject *loss_value(Log *log, PyObject *tensor)
+/* Return a new reference to the value of a loss: a float, the result of `start_loss_copy` for a
+ * tensor that is not on the CPU, or None. A scalar on the CPU is read from its memory, because
+ * `item` goes through torch's dispatcher, which takes 6 microseconds with a cold cache. */
+static PyObject *read_loss(Log *log, PyObject *tensor)
 {
     DLTensor loss;
     if (log->describe != NULL && log->describe(tensor, &loss) < 0) {
         PyErr_Clear();
-        log->describe = NULL; /* DLPack does not know the device; failing again is slow */
+        log->describe = NULL; /* DLPack does not support the device, and failing again is slow */
     }
     int known = log->describe != NULL;
     int bits = known && loss.device.type == DL_CPU && loss.ndim == 0 && loss.data != NULL &&
@@ -524,11 +533,11 @@ static PyObject *loss_value(Log *log, PyObject *tensor)
     }
     Py_DECREF(entered);
     PyObject *value;
-    if ((bits == 32 || bits == 64) && is_plain(log, tensor)) {
+    if ((bits == 32 || bits == 64) && is_not_view(log, tensor)) {
         const char *at = (const char *)loss.data + loss.byte_offset;
         value = PyFloat_FromDouble(bits == 32 ? *(const float *)at : *(const double *)at);
     } else {
-        value = item_of_loss(log, tensor,
+        value = read_loss_by_call(log, tensor,
                             known ? loss.device.type == DL_CPU
                                   : is_true_attribute(tensor, log->names[IS_CPU]));
     }
@@ -544,9 +553,9 @@ static PyObject *loss_value(Log *log, PyObject *tensor)
     return value;
 }
 
-/* Append the loss that a backward call starts from to `losses`. Returns 1 if there is one, 0 if
- * not, -1 with an exception set. */
-static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
+/* Append the loss that a backward call starts from to `losses`. Return 1 if there is one, 0 if
+ * there is none, or -1 with an exception set. */
+static int append_loss(Log *log, PyObject *args, PyObject *kwargs)
 {
     /* torch.autograd.backward accumulates into .grad, torch.autograd.grad does not. */
     PyObject *accumulates =
@@ -558,19 +567,19 @@ static int keep_loss(Log *log, PyObject *args, PyObject *kwargs)
         return 0;
     PyObject *tensor = PyTuple_GetItem(tensors, 0);
     if ((PyObject *)Py_TYPE(tensor) != log->tensor_type)
-        return 0; /* distributed, fake and other subclasses: reading one may do anything */
-    PyObject *value = loss_value(log, tensor);
+        return 0; /* reading a tensor subclass (distributed, fake, ...) may have side effects */
+    PyObject *value = read_loss(log, tensor);
     if (value == NULL)
         return -1;
-    int kept = 0;
+    int appended = 0;
     if (value != Py_None)
-        kept = PyList_Append(log->losses, value) < 0 ? -1 : 1;
+        appended = PyList_Append(log->losses, value) < 0 ? -1 : 1;
     Py_DECREF(value);
-    return kept;
+    return appended;
 }
 
-/* Return whether a call is noted. */
-static int is_noted(Watch *watch, PyObject *target)
+/* Return whether a call is to be recorded. */
+static int is_recorded(Watch *watch, PyObject *target)
 {
     Log *log = watch->log;
     const int *depth = log->depth;
@@ -592,25 +601,27 @@ static int is_noted(Watch *watch, PyObject *target)
     return !is_ignored_thread(log, watch->phase);
 }
 
-/* Note the end of a call. An exception that is set stays set. Returns -1 if an exception is set. */
-static int end(Watch *watch)
+/* Record the end of a call. An exception that is set already stays set. Return -1 if an exception
+ * is set, else 0. */
+static int record_end(Watch *watch)
 {
     Log *log = watch->log;
     int64_t time_ns = now_ns();
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    int failed = log_event(log, END, watch->phase, 0, time_ns, 0, 0);
+    int failed = append_event(log, END, watch->phase, 0, time_ns, 0, 0);
     if (type != NULL) {
         if (failed)
             PyErr_Clear();
         PyErr_Restore(type, value, traceback);
         return -1;
     }
-    return failed || (log->live && log_read(log, time_ns) < 0) ? -1 : 0;
+    return failed || (log->live && call_reader_if_due(log, time_ns) < 0) ? -1 : 0;
 }
 
-/* Note the beginning of a call. Returns -1 with an exception set; the end is noted then, too. */
-static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwargs)
+/* Record the beginning of a call. Return 0, or -1 with an exception set. If the beginning was
+ * recorded before the exception, the end is recorded too. */
+static int record_begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwargs)
 {
     Log *log = watch->log;
     int flags = 0;
@@ -621,16 +632,16 @@ static int begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwarg
         flags = (grad == Py_True) | (is_training(log, target) << 1);
         Py_DECREF(grad);
     } else if (watch->phase == BACKWARD) {
-        flags = keep_loss(log, args, kwargs);
+        flags = append_loss(log, args, kwargs);
         if (flags < 0)
             return -1;
     }
     int64_t time_ns = now_ns();
-    if (!log->has_stepped && watch->phase != BACKWARD && log_usage(log, time_ns) < 0)
+    if (!log->has_stepped && watch->phase != BACKWARD && append_usage(log, time_ns) < 0)
         return -1;
-    if (log_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
+    if (append_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
         return -1;
-    return log_read(log, time_ns) < 0 ? end(watch) : 0;
+    return call_reader_if_due(log, time_ns) < 0 ? record_end(watch) : 0;
 }
 
 /* Remove the frames of flatout from the traceback of the exception that is set. */
@@ -670,17 +681,17 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
             goto finished;
         Py_DECREF(done);
     }
-    int noted = is_noted(watch, target);
-    if (noted && watch->phase == FORWARD) {
-        noted = is_root(log, target);
-        if (noted < 0)
+    int recorded = is_recorded(watch, target);
+    if (recorded && watch->phase == FORWARD) {
+        recorded = is_root(log, target);
+        if (recorded < 0)
             goto finished;
     }
-    if (!noted) {
+    if (!recorded) {
         result = PyObject_Call(original, args, kwargs);
         goto finished;
     }
-    if (begin(watch, target, args, kwargs) < 0)
+    if (record_begin(watch, target, args, kwargs) < 0)
         goto finished;
     log->depth[watch->phase]++;
     if (watch->phase == FORWARD && log->wrap_forward != Py_None) {
@@ -700,31 +711,49 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
     } else {
         result = PyObject_Call(original, args, kwargs);
     }
-    if (log->depth[watch->phase] > 0) /* a fork inside the call resets it */
+    if (log->depth[watch->phase] > 0) /* a fork inside the call resets the depth */
         log->depth[watch->phase]--;
-    if (end(watch) < 0)
+    if (record_end(watch) < 0)
         Py_CLEAR(result);
 finished:
     Py_DECREF(original);
     return result;
 }
 
-/* Return whether torch.compile(module) looks up module.__call__: it compiles plain methods only
- * (torch._dynamo.eval_frame.OptimizedModule._initialize). */
+/* Return whether a code object has a name, and a file whose path ends with `file`. */
+static int is_code_of(PyObject *code, const char *name, const char *file)
+{
+    int result = 0;
+    PyObject *code_name = PyObject_GetAttrString(code, "co_name");
+    PyObject *code_file = PyObject_GetAttrString(code, "co_filename");
+    PyObject *suffix = PyUnicode_FromString(file);
+    if (code_name != NULL && code_file != NULL && suffix != NULL &&
+        PyUnicode_CompareWithASCIIString(code_name, name) == 0)
+        result = PyUnicode_Tailmatch(code_file, suffix, 0, PY_SSIZE_T_MAX, 1) == 1;
+    Py_XDECREF(code_name);
+    Py_XDECREF(code_file);
+    Py_XDECREF(suffix);
+    PyErr_Clear();
+    return result;
+}
+
+#ifdef _WIN32
+static const char eval_frame_file[] = "torch\\_dynamo\\eval_frame.py";
+#else
+static const char eval_frame_file[] = "torch/_dynamo/eval_frame.py";
+#endif
+
+/* Return whether the attribute lookup comes from OptimizedModule._initialize of torch._dynamo.
+ * torch.compile needs the original method there, because it compiles only methods written in
+ * Python. */
 static int is_called_by_compile(void)
 {
     PyFrameObject *frame = PyEval_GetFrame(); /* borrowed */
     if (frame == NULL)
         return 0;
     PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-    PyObject *name = PyObject_GetAttrString(code, "co_name");
+    int result = is_code_of(code, "_initialize", eval_frame_file);
     Py_DECREF(code);
-    if (name == NULL) {
-        PyErr_Clear();
-        return 0;
-    }
-    int result = PyUnicode_CompareWithASCIIString(name, "_initialize") == 0;
-    Py_DECREF(name);
     return result;
 }
 
@@ -864,13 +893,13 @@ static PyMethodDef watch_methods[] = {
 
 static PyMemberDef watch_members[] = {
     {"original", T_OBJECT, offsetof(Watch, original), READONLY,
-     "The replaced function; None if the class inherits it."},
+     "The replaced function; None if the class inherits the function."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Watch, weak_references), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot watch_slots[] = {
-    {Py_tp_doc, "Watch(log, phase, original, owner, name, before): notes the calls of a function."},
+    {Py_tp_doc, "Watch(log, phase, original, owner, name, before): records calls of a function."},
     {Py_tp_init, watch_init},
     {Py_tp_traverse, watch_traverse},
     {Py_tp_clear, watch_clear},
@@ -910,7 +939,7 @@ static PyObject *step_hook_call(PyObject *self, PyObject *args, PyObject *kwargs
     if (!log->awake || PyTuple_Size(args) < 1 || is_ignored_thread(log, OPTIMIZER))
         Py_RETURN_NONE;
     PyObject *optimizer = PyTuple_GetItem(args, 0);
-    PyObject *callback = hook->end ? log->after_update : log->before_update;
+    PyObject *callback = hook->end ? log->after_optimizer_step : log->before_optimizer_step;
     if (callback != Py_None && hook->end) { /* the time of callbacks belongs to the step */
         PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
         if (done == NULL)
@@ -918,13 +947,13 @@ static PyObject *step_hook_call(PyObject *self, PyObject *args, PyObject *kwargs
         Py_DECREF(done);
     }
     int64_t time_ns = now_ns();
-    if (hook->end && log_usage(log, time_ns) < 0)
+    if (hook->end && append_usage(log, time_ns) < 0)
         return NULL;
     log->has_stepped = 1;
-    if (log_event(log, hook->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
+    if (append_event(log, hook->end ? END : BEGIN, OPTIMIZER, 0, time_ns,
                   (int64_t)(intptr_t)optimizer, 0) < 0)
         return NULL;
-    if (log_read(log, time_ns) < 0)
+    if (call_reader_if_due(log, time_ns) < 0)
         return NULL;
     if (callback != Py_None && !hook->end) {
         PyObject *done = PyObject_CallFunctionObjArgs(callback, optimizer, NULL);
@@ -958,7 +987,7 @@ static void step_hook_dealloc(PyObject *self)
 }
 
 static PyType_Slot step_hook_slots[] = {
-    {Py_tp_doc, "StepHook(log, end): an optimizer hook that notes the begin or end of a step."},
+    {Py_tp_doc, "StepHook(log, end): an optimizer hook that records begin or end of a step."},
     {Py_tp_init, step_hook_init},
     {Py_tp_dealloc, step_hook_dealloc},
     {Py_tp_call, step_hook_call},

@@ -14,16 +14,16 @@ class Log:
     tensor_type: type
     script_type: type
     disable_modes: Callable[[], Any]
-    read_loss: Callable[[Any], object]
+    start_loss_copy: Callable[[Any], object]
     losses: list[object]
     wrap_forward: Callable[..., Any] | None
     strip_frames: Callable[[TracebackType | None], TracebackType | None]
-    before_update: Callable[[Any], None] | None
-    after_update: Callable[[Any], None] | None
-    def take(self) -> list[tuple[int, int, int, int, int, int]]: ...
-    def pack(self) -> bytes: ...
-    def note(
-        self, what: int, phase: int, flags: int, first: int, second: int = 0, third: int = 0
+    before_optimizer_step: Callable[[Any], None] | None
+    after_optimizer_step: Callable[[Any], None] | None
+    def take_events(self) -> list[tuple[int, int, int, int, int, int]]: ...
+    def take_packed(self) -> bytes: ...
+    def append(
+        self, kind: int, phase: int, flags: int, first: int, second: int = 0, third: int = 0
     ) -> None: ...
     def set_exchange_api(self, exchange_api: object) -> bool: ...
     def reset(self) -> None: ...

@@ -19,11 +19,12 @@ class AppliedSettings:
     Args:
         apply: applies a setting of a knob, given both names, and returns the undo.
         events: the event log of this process.
-        ask_for_boundary: requests a call at the next step boundary.
+        ask_for_boundary: requests a call of ``undo_withdrawn`` at the next step boundary; returns
+            whether steps are tracked only from now on.
 
     Attributes:
-        failures: the error of each knob that has failed in use, by the knob's name.
-        ever: names of all knobs that have been applied so far.
+        failures: a map from the name of each knob that has failed in use to its error.
+        ever_applied: the names of all knobs that have been applied so far.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class AppliedSettings:
         ask_for_boundary: Callable[[], bool],
     ) -> None:
         self.failures: dict[str, str] = {}
-        self.ever: set[str] = set()
+        self.ever_applied: set[str] = set()
         self._apply = apply
         self._events = events
         self._ask_for_boundary = ask_for_boundary
@@ -43,7 +44,7 @@ class AppliedSettings:
 
     @property
     def names(self) -> Set[str]:
-        """The knobs that are applied now."""
+        """The names of the knobs that are applied now."""
         return self._undos.keys()
 
     def apply(self, knob: str, setting: str) -> None:
@@ -57,7 +58,7 @@ class AppliedSettings:
             self._undos[knob] = self._apply(knob, setting)
         finally:
             dispatch.knob_being_applied = None
-        self.ever.add(knob)
+        self.ever_applied.add(knob)
 
     def undo(self, knob: str) -> bool:
         """Undo ``apply``; returns whether the knob was applied."""
@@ -67,9 +68,9 @@ class AppliedSettings:
         return undo is not None
 
     def withdraw(self, knob: str, error: Exception) -> None:
-        """Record that a knob has failed in use, and undo it at a later step boundary.
+        """Record that a knob has failed in use, and request that it is undone at a step boundary.
 
-        Until then it stays in place; where it fails again, the original function is called.
+        Until then the knob stays applied. If it fails again, the original function is called.
         """
         if knob in self.failures:
             return
@@ -91,18 +92,19 @@ class AppliedSettings:
 
     @property
     def has_withdrawn(self) -> bool:
-        """Whether a knob that has been withdrawn is still in place."""
+        """Whether a knob that has been withdrawn is still applied."""
         return not self.failures.keys().isdisjoint(self._undos)
 
     def undo_withdrawn(self, step: Turn) -> None:
-        """Undo the knobs that have been withdrawn, if this is a boundary between two steps.
+        """Undo the knobs that have been withdrawn, if the program is between two steps now.
 
-        Boundaries may be told late, so one that lies before the withdrawal is none any more. And
-        where steps are followed only since then, the first one may begin and end in the middle of
-        a step of the program, between its two optimizers say, so the second one is waited for.
+        A boundary may be reported late. One that lies before the withdrawal is ignored. If step
+        tracking only started at the withdrawal, the first detected step may be a fragment (for
+        example the part of an iteration between the two optimizers of a GAN). The undo then waits
+        for the second step.
 
         Args:
-            step: the step that has closed.
+            step: the step that has ended.
         """
         if step.end_ns < self._withdrawn_ns:
             return
@@ -120,7 +122,7 @@ class AppliedSettings:
 
 
 class WithdrawOnTorchError:
-    """A context that reports exceptions raised by torch inside it, and raises them unchanged.
+    """A context that reports the exceptions that torch raises inside it, and re-raises them.
 
     Args:
         on_failure: called with such an exception.

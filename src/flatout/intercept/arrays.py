@@ -9,34 +9,34 @@ from typing import Any
 
 import torch
 
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-"""Types whose elements are stored at ``data_ptr``; a subclass may store them elsewhere."""
+EXACT_TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+"""The types that store their elements at ``data_ptr``. A subclass may store them elsewhere."""
 
 _SUPPORTED = frozenset({(torch.float32, True, torch.strided)})
 _dtype_device_layout = operator.attrgetter("dtype", "is_cpu", "layout")
 
 
 def are_contiguous_float32(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all tensors are contiguous, of float32, on the CPU, and plain memory."""
-    return _are_plain_memory(tensors) and all(map(torch.Tensor.is_contiguous, tensors))
+    """Whether all tensors are contiguous, of float32, on the CPU, and addressable by a kernel."""
+    return _are_kernel_addressable(tensors) and all(map(torch.Tensor.is_contiguous, tensors))
 
 
 def is_dense_float32(tensor: torch.Tensor) -> bool:
     """Whether a tensor is dense (without gaps or overlaps, in any order of dimensions), of float32,
-    on the CPU, and plain memory."""
-    return _are_plain_memory((tensor,)) and (
+    on the CPU, and addressable by a kernel."""
+    return _are_kernel_addressable((tensor,)) and (
         tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
     )
 
 
-def _are_plain_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the memory of all tensors holds their elements, and a kernel may write it.
+def _are_kernel_addressable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a kernel may read and write the elements of all tensors at their addresses.
 
     The memory of a tensor with the lazy negative bit (``z.conj().imag``) holds the negated
     elements. An inference tensor has no version counter that could be incremented after a write.
     """
     return (
-        PLAIN.issuperset(map(type, tensors))
+        EXACT_TENSOR_TYPES.issuperset(map(type, tensors))
         and _SUPPORTED.issuperset(map(_dtype_device_layout, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
         and not any(map(torch.Tensor.is_inference, tensors))
@@ -48,17 +48,17 @@ def share_no_memory(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor
 
     Args:
         written: dense tensors of float32.
-        read: dense tensors of float32 that are only read; they may be the same memory, as the
-            gradients of a sum are.
+        read: dense tensors of float32 that are only read. They may share memory: both inputs of an
+            addition can receive the same gradient tensor.
     """
-    end_of = dict(sorted(_spans(read)))  # the longest of those at one address
-    apart = len(end_of)
+    end_of = dict(sorted(_spans(read)))  # for each start address, the largest end
+    distinct_count = len(end_of)
     for start, end in _spans(written):
         end_of[start] = end
-        apart += 1
+        distinct_count += 1
     ordered = sorted(end_of)
     ends = map(end_of.__getitem__, ordered)
-    return len(end_of) == apart and all(map(operator.le, ends, ordered[1:]))
+    return len(end_of) == distinct_count and all(map(operator.le, ends, ordered[1:]))
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
@@ -72,14 +72,16 @@ def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
 def find_rows_sharing_memory(
     rows: Sequence[Sequence[torch.Tensor]], is_written: Sequence[bool]
 ) -> list[bool]:
-    """Find the rows in which a tensor overlaps another one, of any row, of which one is written.
+    """Find the rows that contain a tensor overlapping some other tensor (in any row), if at least
+    one of the two is written.
 
     Args:
-        rows: dense tensors of float32; all rows have the same length.
-        is_written: for each position in a row, whether the tensor there is written.
+        rows: dense tensors of float32. Each row holds the tensors of one parameter; all rows have
+            the same length.
+        is_written: for each position in a row, whether the tensor at that position is written.
 
     Returns:
-        For each row, whether it is one of them.
+        For each row, whether it contains such a tensor.
     """
     spans = sorted(
         (start := tensor.data_ptr(), start + 4 * tensor.numel(), index, written)
@@ -88,13 +90,15 @@ def find_rows_sharing_memory(
         if tensor.numel()
     )
     found = [False] * len(rows)
-    # End and row of the earlier spans that may still overlap the current one.
+    # The ends and the rows of the earlier spans that may overlap the current one. Two tensors that
+    # are only read may overlap, so a read is checked only against writes; this also avoids
+    # quadratic time when many reads share one address.
     open_written: list[tuple[int, int]] = []
     open_read: list[tuple[int, int]] = []
     for start, end, index, written in spans:
         open_written = [other for other in open_written if other[0] > start]
         overlapping = list(open_written)
-        if written:  # checked only then, because many that are read may begin at one address
+        if written:
             open_read = [other for other in open_read if other[0] > start]
             overlapping += open_read
         for _, other_index in overlapping:
@@ -109,16 +113,16 @@ def call_kernel(
     """Call a kernel with the addresses of tensors, and return its result.
 
     Args:
-        kernel: called with an array of addresses, an array of numbers of elements, the length of
-            both, the number of threads to use, and ``rest``.
+        kernel: called with an array of addresses, an array of element counts, the length of both
+            arrays, the number of threads to use, and ``rest``.
         tensors: dense tensors.
-        serial_below: total number of elements below which one thread is used, because waking the
-            others would take as long.
+        serial_below: the total number of elements below which one thread is used, because waking
+            the other threads would take as long as the work.
         rest: further arguments of the kernel.
     """
     addresses = array("Q", map(torch.Tensor.data_ptr, tensors))
     sizes = array("q", map(torch.Tensor.numel, tensors))
     threads = torch.get_num_threads() if sum(sizes) >= serial_below else 1
-    return kernel(
-        *(addresses.buffer_info()[0], sizes.buffer_info()[0], len(addresses), threads, *rest)
-    )
+    address_of_addresses, count = addresses.buffer_info()
+    address_of_sizes, _ = sizes.buffer_info()
+    return kernel(address_of_addresses, address_of_sizes, count, threads, *rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from flatout.intercept import _watch
@@ -32,61 +32,86 @@ OptimizerCallback = Callable[[Any], None]
 C = TypeVar("C")
 
 
-class CallbackList(Generic[C]):
-    """An ordered set of callbacks.
+class Entry(Generic[C]):
+    """A callback in a ``CallbackList``. One callback may have several entries.
 
-    Args:
-        changed: called whenever callbacks are added or removed.
+    Attributes:
+        callback: the callback.
+        on_failure: called when the callback has failed; ``None``: the knob that the callback
+            belongs to is withdrawn.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
-        self._callbacks: list[tuple[C, OnFailure | None]] = []
-        self._changed = changed
+    def __init__(self, callback: C, on_failure: OnFailure | None) -> None:
+        self.callback = callback
+        self.on_failure = on_failure
+
+
+class CallbackList(Generic[C]):
+    """An ordered list of callbacks.
+
+    Args:
+        on_change: called whenever callbacks are added or removed.
+
+    Attributes:
+        entries: the callbacks, in the order in which they were added.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.entries: tuple[Entry[C], ...] = ()
+        self._on_change = on_change
 
     def append(self, callback: C, on_failure: OnFailure | None = None) -> Undo:
         """Add a callback after the others; a wrapper is called around the earlier ones.
 
         Args:
             callback: the callback.
-            on_failure: called when it has failed; by default, the knob that the callback belongs to
-                is withdrawn.
+            on_failure: called when the callback has failed; by default, the knob that the callback
+                belongs to is withdrawn.
+
+        Returns:
+            The undo. It removes this entry only, even if the callback was added several times.
         """
-        self._callbacks.append((callback, on_failure))
-        self._changed()
-        return functools.partial(self.remove, callback)
+        entry = Entry(callback, on_failure)
+        self._set((*self.entries, entry))
+
+        def undo() -> None:
+            self._set(tuple(other for other in self.entries if other is not entry))
+
+        return undo
 
     def remove(self, callback: C) -> None:
-        """Remove a callback, if it is there."""
-        # This makes a new list, because a callback may remove itself while the list is iterated.
-        self._callbacks = [entry for entry in self._callbacks if entry[0] != callback]
-        self._changed()
+        """Remove all entries of a callback."""
+        self._set(tuple(entry for entry in self.entries if entry.callback != callback))
 
-    def entries(self) -> list[tuple[C, OnFailure | None]]:
-        """Return the callbacks, each with its ``on_failure``."""
-        return list(self._callbacks)
-
-    def __iter__(self) -> Iterator[C]:
-        return (callback for callback, _ in self._callbacks)
+    def _set(self, entries: tuple[Entry[C], ...]) -> None:
+        self.entries = entries
+        self._on_change()
 
     def __contains__(self, callback: object) -> bool:
-        return any(callback == other for other, _ in self._callbacks)
+        return any(callback == entry.callback for entry in self.entries)
 
     def __len__(self) -> int:
-        return len(self._callbacks)
+        return len(self.entries)
 
 
 class StepCallbacks:
     """Calls the callbacks around forward calls, backward calls and optimizer steps.
 
-    Without callbacks, the original is called directly. None is called while a
-    CUDA graph is captured, and no forward wrapper while the program is traced.
+    If there are no callbacks, the original is called directly. No callback is called while a CUDA
+    graph is captured, and no forward wrapper while the program is traced.
 
     Args:
-        log: of the watches, which call ``wrap_forward``, ``before_update`` and ``after_update``.
-        on_skip: called with a subject and a reason when callbacks are not called.
-        on_watch_failure: called with a failure of this class itself.
-        on_callback_failure: called with a callback and its failure; the program gets the result of
-            the original call.
+        log: the event log that the watches write to. The watches call the functions that this class
+            installs in it.
+        on_skip: called with a subject and a reason when callbacks are left out.
+        on_watch_failure: called with the exception when this class itself has failed.
+        on_callback_failure: called with a callback and its exception when the callback has failed;
+            the program gets the result of the original call.
+
+    Attributes:
+        forward_wrappers: the wrappers around outermost module calls.
+        backward_wrappers: the wrappers around backward calls.
+        before_optimizer_step, after_optimizer_step: the callbacks around optimizer steps.
     """
 
     def __init__(
@@ -106,16 +131,17 @@ class StepCallbacks:
         self._on_callback_failure = on_callback_failure
         self._has_reported_capture = False
         self._unpatch_backward: Undo | None = None
-        self._contained_forward = wrap(on_watch_failure, self._forward, call_module)
-        self._contained_before = contain(on_watch_failure, self._before_update)
-        self._contained_after = contain(on_watch_failure, self._after_update)
+        self._contained_forward = wrap(on_watch_failure, self._call_forward, call_module)
+        self._contained_before = contain(on_watch_failure, self._call_before_optimizer_step)
+        self._contained_after = contain(on_watch_failure, self._call_after_optimizer_step)
 
     def connect(self) -> None:
-        """Have the log call what there are callbacks for, and nothing else."""
+        """Install an entry point in the log for each kind of callback that is registered, and clear
+        the others."""
         log = self._log
         log.wrap_forward = self._contained_forward if self.forward_wrappers else None
-        log.before_update = self._contained_before if self.before_optimizer_step else None
-        log.after_update = self._contained_after if self.after_optimizer_step else None
+        log.before_optimizer_step = self._contained_before if self.before_optimizer_step else None
+        log.after_optimizer_step = self._contained_after if self.after_optimizer_step else None
 
     def _patch_backward(self) -> None:
         """Patch torch's backward function as long as there are backward wrappers."""
@@ -126,11 +152,11 @@ class StepCallbacks:
                 self._unpatch_backward()
             self._unpatch_backward = None
         elif self._unpatch_backward is None:
-            # The program may have wrapped the patched function for good: the patch then stays, and
-            # this list, which is emptied by the undo, tells it to do nothing.
+            # The program may keep its own wrapper around the patched function, so the patch cannot
+            # be removed. `is_active` is emptied on undo; the patch then only forwards the call.
             is_active = [True]
             with contextlib.ExitStack() as undo:
-                function = functools.partial(self._backward, is_active)
+                function = functools.partial(self._call_backward, is_active)
                 undo.callback(
                     wrap_function(
                         torch.autograd, "_engine_run_backward", self._on_watch_failure, function
@@ -139,15 +165,15 @@ class StepCallbacks:
                 undo.callback(is_active.clear)
                 self._unpatch_backward = undo.pop_all().close
 
-    def _forward(
+    def _call_forward(
         self, original: Call, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """Make an outermost module call.
 
         Args:
-            original: ``call_module``.
-            call: what the program calls.
-            module, args, kwargs: with which it is called.
+            original: ``containment.call_module``.
+            call: the function that the program calls, ``__call__`` of the module's class.
+            module, args, kwargs: the arguments of the program's call.
         """
 
         def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,43 +182,51 @@ class StepCallbacks:
         if is_traced():
             return wrapped(module, *args, **kwargs)
         if not is_capturing():
-            for wrapper, on_failure in self.forward_wrappers.entries():
-                wrapped = self._wrap_forward(
-                    wrapper, self._choose_on_failure(wrapper, on_failure), wrapped
-                )
+            for entry in self.forward_wrappers.entries:
+                wrapped = self._wrap_forward(entry, wrapped)
         elif not self._has_reported_capture:
             self._has_reported_capture = True
             why = "no setting takes effect inside a CUDA graph that the program captures"
             self._on_skip("capture", why)
         return wrapped(module, *args, **kwargs)
 
-    def _wrap_forward(self, wrapper: ForwardWrapper, on_failure: OnFailure, call: Call) -> Call:
+    def _wrap_forward(self, entry: Entry[ForwardWrapper], call: Call) -> Call:
         def forward(original: Call, module: Any, *args: Any, **kwargs: Any) -> Any:
-            if wrapper not in self.forward_wrappers:
+            if entry not in self.forward_wrappers.entries:
                 return original(module, *args, **kwargs)  # an outer wrapper has just removed it
-            return wrapper(original, module, args, kwargs)
+            return entry.callback(original, module, args, kwargs)
 
-        return wrap(on_failure, forward, call)
+        return wrap(self._choose_on_failure(entry), forward, call)
 
-    def _choose_on_failure(self, callback: Any, on_failure: OnFailure | None) -> OnFailure:
-        """Return what is called when a callback has failed."""
-        return on_failure or functools.partial(self._on_callback_failure, callback)
+    def _wrap_backward(self, entry: Entry[BackwardWrapper], call: Call) -> Call:
+        def backward(original: Call, *args: Any, **kwargs: Any) -> Any:
+            if entry not in self.backward_wrappers.entries:
+                return original(*args, **kwargs)  # an outer wrapper has just removed it
+            return entry.callback(original, *args, **kwargs)
 
-    def _backward(self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any) -> Any:
-        """Make a backward call, for which torch's function is ``original``."""
+        return wrap(self._choose_on_failure(entry), backward, call)
+
+    def _choose_on_failure(self, entry: Entry[Any]) -> OnFailure:
+        """Return the function to call when the callback of an entry has failed."""
+        return entry.on_failure or functools.partial(self._on_callback_failure, entry.callback)
+
+    def _call_backward(
+        self, is_active: list[bool], original: Call, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Make a backward call; ``original`` is torch's function."""
         call = original
         if is_active and not is_capturing():
-            for wrapper, on_failure in self.backward_wrappers.entries():
-                call = wrap(self._choose_on_failure(wrapper, on_failure), wrapper, call)
+            for entry in self.backward_wrappers.entries:
+                call = self._wrap_backward(entry, call)
         return call(*args, **kwargs)
 
-    def _before_update(self, optimizer: Any) -> None:
-        self._call(self.before_optimizer_step, optimizer)
+    def _call_before_optimizer_step(self, optimizer: Any) -> None:
+        self._call_each(self.before_optimizer_step, optimizer)
 
-    def _after_update(self, optimizer: Any) -> None:
-        self._call(self.after_optimizer_step, optimizer)
+    def _call_after_optimizer_step(self, optimizer: Any) -> None:
+        self._call_each(self.after_optimizer_step, optimizer)
 
-    def _call(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
+    def _call_each(self, callbacks: CallbackList[OptimizerCallback], optimizer: Any) -> None:
         if not is_capturing():
-            for callback, on_failure in callbacks.entries():
-                attempt(self._choose_on_failure(callback, on_failure), callback, optimizer)
+            for entry in callbacks.entries:
+                attempt(self._choose_on_failure(entry), entry.callback, optimizer)

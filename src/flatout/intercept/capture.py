@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured, or the program traced."""
+"""Detecting that a CUDA graph is being captured, or that the program is being traced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_capturing() -> bool:
-    """Whether the work queued now is captured into a graph (a CUDA graph) instead of being run.
+    """Whether work that is queued now is captured into a graph (a CUDA graph) and not run.
 
     Operations of flatout must not become part of the program's graphs, and captured results cannot
     be read (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
@@ -20,8 +20,8 @@ def is_capturing() -> bool:
 
 @functools.cache
 def _capturing_devices() -> tuple[Any, ...]:
-    """Return the device modules of this torch that can capture graphs. The result is cached, as the
-    question is asked several times a step."""
+    """Return torch's device modules that can capture graphs. The result is cached, because
+    ``is_capturing`` is called several times in each step."""
     import torch
 
     devices: tuple[Any, ...] = (torch.cuda, torch.xpu)

@@ -4,7 +4,9 @@ Every function of flatout that torch or the program calls is called through ``co
 ``attempt``. These alone decide whether an exception is a failure of flatout or belongs to the
 program. A failure of flatout is reported, and the call is made as it would be without flatout. The
 program's call is made at most once: if it has returned, its result is used, and if it has raised,
-the same exception object is raised, without frames of flatout in its traceback.
+the same exception object is raised. The frames of flatout inside the call are removed from its
+traceback. Frames of flatout around the call are added again as the exception passes them;
+``_watch.c`` removes these too for forward calls.
 """
 
 from __future__ import annotations
@@ -38,33 +40,35 @@ def is_flatout_failure(error: Exception) -> bool:
     """Whether an exception that came out of a function of flatout is a failure of that function, or
     of what it calls in torch, Pillow, NumPy and the standard library.
 
-    It is not if code of the program ran below the innermost frame of flatout (a signal handler, a
-    trace function), or if the exception's type is defined by the program, as with exceptions that
-    another thread raises into this one.
+    The exception belongs to the program if the program's code ran inside flatout's innermost frame
+    (in a signal handler or a trace function), or if the program defines the exception's type, as it
+    may with an exception that another thread raises into this one.
     """
     package = type(error).__module__.partition(".")[0]
     if package not in _KNOWN_PACKAGES and package not in sys.stdlib_module_names:
         return False
     frames = list(_frames(error))
-    below = next(
+    innermost_flatout = next(
         (i for i in reversed(range(len(frames))) if _folder(frames[i]) == _FLATOUT), len(frames)
     )
     handlers = _signal_handler_codes()
     return all(
-        _folder(frame) is not None and frame.f_code not in handlers for frame in frames[below:]
+        _folder(frame) is not None and frame.f_code not in handlers
+        for frame in frames[innermost_flatout:]
     )
 
 
 def was_raised_by_flatout(error: Exception) -> bool:
-    """Whether an exception was raised by a line of flatout, or by compiled code that this line
-    called, with no function of torch or of the program (such as a module hook) in between."""
+    """Whether an exception was raised by a line of flatout, or by C code that was called from that
+    line, with no Python function of torch or of the program (such as a module hook) in between."""
     frames = list(_frames(error))
     return bool(frames) and _folder(frames[-1]) == _FLATOUT and is_flatout_failure(error)
 
 
 def was_raised_by_torch(error: Exception) -> bool:
-    """Whether an exception of the program's own forward pass was raised by torch: by a function of
-    torch, or by compiled code that a line of the program called without raising anything itself."""
+    """Whether an exception of the program's own forward pass was raised by torch: by a Python
+    function of torch, or by C code called from a line of the program that is not a ``raise``
+    statement."""
     link, last = error.__traceback__, None
     while link is not None:
         last = last if _folder(link.tb_frame) == _FLATOUT else link
@@ -76,8 +80,8 @@ def was_raised_by_torch(error: Exception) -> bool:
         return False
     if _folder(last.tb_frame) == _TORCH:
         return True
-    is_of_torchs_types = isinstance(error, (RuntimeError, TypeError))
-    return is_of_torchs_types and not isinstance(error, RecursionError) and not _is_at_raise(last)
+    has_type_of_torch = isinstance(error, (RuntimeError, TypeError))
+    return has_type_of_torch and not isinstance(error, RecursionError) and not _is_at_raise(last)
 
 
 def strip_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
@@ -98,6 +102,8 @@ E = TypeVar("E", bound=BaseException)
 
 
 def _strip(error: E) -> E:
+    """Remove the frames of flatout from the traceback of an exception. ``raise`` adds the current
+    frame again."""
     return error.with_traceback(strip_frames(error.__traceback__))
 
 
@@ -115,7 +121,8 @@ def _is_at_raise(link: types.TracebackType) -> bool:
 
 
 def _folder(frame: types.FrameType) -> str | None:
-    """Return which of ``_FOLDERS`` holds the code of a frame; ``None`` if it is the program's."""
+    """Return the folder of ``_FOLDERS`` that holds the code of a frame; ``None`` if the code is the
+    program's."""
     file = frame.f_code.co_filename
     if file not in _folder_of_file:
         folder = next((folder for folder in _FOLDERS if file.startswith(folder)), None)
@@ -208,16 +215,16 @@ def contain(on_failure: OnFailure, function: Callable[..., T]) -> Callable[..., 
 
 
 class OriginalCall:
-    """The function that the program calls, as a wrapper around it gets it; it notes how the call
-    ended.
+    """Proxy for the original function that is passed to a wrapper. It records whether the call
+    returned or raised.
 
     Args:
-        original: the function.
+        original: the original function.
 
     Attributes:
-        was_called: whether the wrapper has called it.
-        result: what it returned.
-        raised: the exception that it raised.
+        was_called: whether the wrapper has called the proxy.
+        result: the value that the original function returned.
+        raised: the exception that the original function raised; ``None`` if it has raised none.
     """
 
     __slots__ = ("_original", "raised", "result", "was_called")
@@ -252,7 +259,8 @@ def wrap(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         original_call = OriginalCall(original)
-        failure: BaseException | None = None
+        failure: Exception | None = None
+        program_error: BaseException | None = None
         try:
             try:
                 return wrapper(original_call, *args, **kwargs)
@@ -263,18 +271,18 @@ def wrap(
                     raise
                 failure = error
             report(on_failure, failure)
-            failure = original_call.raised
+            program_error = original_call.raised
         except BaseException as error:  # noqa: BLE001 - raised unchanged
             raise _strip(error)  # noqa: B904 - the same exception
         else:
-            if failure is not None:
-                raise _strip(failure)
+            if program_error is not None:
+                raise _strip(program_error)
             if original_call.was_called:
                 return original_call.result
             return original(*args, **kwargs)
         finally:
             # A traceback refers to this frame, so this frame must not refer to the exception.
-            del original_call, failure
+            del original_call, failure, program_error
 
     return call
 
@@ -282,7 +290,8 @@ def wrap(
 def call_module(
     call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call a module as the program does; the original function of the forward wrapper."""
+    """Call the module unchanged. ``StepCallbacks`` passes this as ``original`` when it wraps
+    forward calls."""
     return call(module, *args, **kwargs)
 
 

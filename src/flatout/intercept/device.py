@@ -1,4 +1,4 @@
-"""Which accelerator the program can use, found out without initializing it.
+"""Finding the accelerator that the program can use, without initializing it.
 
 A torch that was built for CUDA reports CUDA as its accelerator even on machines without a GPU,
 without a driver or with one that is too old, and if ``CUDA_VISIBLE_DEVICES`` hides all GPUs. And
@@ -29,8 +29,8 @@ def accelerator() -> torch.device | None:
     backend = torch.get_device_module(built_for)
     if _is_initialized(backend):
         return built_for
-    if getattr(backend, "_is_in_bad_fork", bool)():
-        return None  # a forked child of a process that has initialized it
+    if getattr(backend, "_is_in_bad_fork", lambda: False)():
+        return None  # this process is a forked child of one that has initialized the accelerator
     if built_for.type != "cuda":
         return built_for if backend.is_available() else None
     # device_count uses NVML or amdsmi, which do not affect forked children; is_available would.
@@ -53,8 +53,24 @@ def accelerator_in_use() -> torch.device | None:
     return built_for
 
 
+def peak_device_bytes() -> int | None:
+    """Return the largest amount of memory that torch has had allocated on one accelerator so far.
+
+    It is ``None`` if no accelerator has been used, or if torch does not report the amount (MPS).
+    """
+    accelerator = accelerator_in_use()
+    if accelerator is None:
+        return None
+    backend = torch.get_device_module(accelerator)
+    if not hasattr(backend, "max_memory_allocated"):
+        return None
+    numbers = range(torch.accelerator.device_count())
+    return max(int(backend.max_memory_allocated(number)) for number in numbers) or None
+
+
 def _is_initialized(backend: Any) -> bool:
-    """Whether a device has been initialized; one that cannot tell (MPS) counts as initialized."""
+    """Whether a backend has been initialized. A backend without ``is_initialized`` (MPS) counts as
+    initialized if it is available."""
     query = backend.is_initialized if hasattr(backend, "is_initialized") else backend.is_available
     return bool(query())
 
@@ -67,7 +83,8 @@ def _driver_serves(built_with: str | None) -> bool:
     (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 
     Args:
-        built_with: such as ``"13.0"``; ``None`` for ROCm, whose driver is not checked.
+        built_with: the version of CUDA that torch was built with, such as ``"13.0"``; ``None`` for
+            ROCm, whose driver is not checked.
     """
     if built_with is None:
         return True

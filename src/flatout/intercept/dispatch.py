@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
-from flatout.intercept.arrays import PLAIN
+from flatout.intercept import handled_calls
+from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.containment import OnFailure, attempt, report, was_raised_by_flatout
 from flatout.intercept.patch import Undo
 
@@ -28,8 +28,9 @@ def load_kernel(name: str, fallback: str) -> ctypes.CDLL:
     """Load the library of a compiled kernel that is to override an operator.
 
     Args:
-        name: of the kernel.
-        fallback: what torch uses without it, as the subject of a sentence in the plural.
+        name: the name of the kernel.
+        fallback: the code that torch uses without the kernel: a plural noun phrase for the message,
+            such as "torch's own kernels", which is inserted before "stay: ...".
 
     Raises:
         RefusedError: the kernel cannot be built or loaded, or this version of torch has no
@@ -46,16 +47,19 @@ def load_kernel(name: str, fallback: str) -> ctypes.CDLL:
     return library
 
 
-def are_plain(*tensors: torch.Tensor) -> bool:
-    """Whether all tensors are dense ones on the CPU, of no subclass, and the call is not observed.
+def may_use_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel may compute a call in place of torch's operator.
 
-    It is observed if a function transform (``torch.func``), forward-mode AD or a dispatch mode is
-    active, or if the program is being traced (``jit.trace``, ``make_fx``): these must see torch's
-    operators.
+    All tensors must be strided tensors on the CPU, of no subclass. And the call must not be
+    observed by a function transform (``torch.func``), forward-mode AD, a dispatch mode or a tracer
+    (``jit.trace``, ``make_fx``), because these must see torch's operators.
     """
     return (
         all(
-            type(x) in PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_nested
+            type(x) in EXACT_TENSOR_TYPES
+            and x.is_cpu
+            and x.layout is torch.strided
+            and not x.is_nested
             for x in tensors
         )
         and not torch._C._are_functorch_transforms_active()
@@ -66,10 +70,14 @@ def are_plain(*tensors: torch.Tensor) -> bool:
 
 
 class DeferredCall(NamedTuple):
-    """A call that an override returns, to be made in its place.
+    """Returned by an override to say: make this call instead, outside containment.
 
-    The call is made outside of the override's containment. So it may save tensors, which calls the
-    program's saved-tensor hooks, and an exception that these raise is the program's.
+    The call may save tensors for autograd, which calls the program's saved-tensor hooks. An
+    exception that such a hook raises is the program's.
+
+    Attributes:
+        function: the function to call.
+        args, kwargs: its arguments.
     """
 
     function: Callable[..., Any]
@@ -79,10 +87,10 @@ class DeferredCall(NamedTuple):
 
 Override = Callable[..., Any]
 """Called as ``override(below, *args, **kwargs)`` with the arguments of the operator; ``below`` is
-the override underneath or torch's own kernel and takes the same arguments.
+the next override or torch's own kernel, and takes the same arguments.
 
-It returns the operator's result, a ``DeferredCall``, or ``None``: ``below`` is called then. It runs
-below autograd and autocast, and is not seen by the program's modes."""
+An override returns the operator's result, a ``DeferredCall``, or ``None``, in which case ``below``
+is called. It runs below autograd and autocast, and the program's modes do not see it."""
 
 
 def override_operators(
@@ -91,12 +99,12 @@ def override_operators(
     """Override operators, on top of the overrides that other knobs have for them.
 
     Args:
-        overrides: by the operator's name without ``aten::``.
-        keys: names of the dispatch keys at which the operators are overridden.
-        on_failure: called when an override has failed; ``below`` is called in its place.
+        overrides: a map from the name of an operator, without ``aten::``, to its override.
+        keys: the names of the dispatch keys at which the operators are overridden.
+        on_failure: called when an override has failed; ``below`` is then called instead.
 
     Returns:
-        The undo; it leaves the overrides of other knobs in place.
+        The undo. It leaves the overrides of other knobs in place.
     """
     added: list[tuple[str, str, Any]] = []
 
@@ -124,12 +132,12 @@ class OverriddenOperator:
     """The overrides of one operator at one dispatch key, each on top of the ones before it.
 
     Args:
-        name: of the operator, without ``aten::``.
-        key: name of the dispatch key.
+        name: the name of the operator, without ``aten::``.
+        key: the name of the dispatch key.
 
     Attributes:
-        overrides: each with the callback for its failures and the name of its knob; the last one is
-            called first.
+        overrides: the overrides, each with the callback for its failures and the name of its knob.
+            The last override is called first.
         restore: registers torch's own kernel again.
     """
 
@@ -138,7 +146,7 @@ class OverriddenOperator:
         self._torch_kernel = _torch_kernel(name, key)
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of every overridden kernel
+            warnings.simplefilter("ignore")  # torch warns about every overridden kernel
             library.impl(name, self._call, key, with_keyset=True)
         self.restore: Undo = library._destroy
 
@@ -183,23 +191,27 @@ def _call_override(
     **kwargs: Any,
 ) -> Any:
     result = attempt_below_autograd(on_failure, override, below, *args, **kwargs)
-    if result is not None and knob is not None:
-        engagement.calls[knob] += 1
+    is_handled = result is not None
     if type(result) is DeferredCall:
         try:
-            return result.function(*result.args, **result.kwargs)
+            result = result.function(*result.args, **result.kwargs)
         except Exception as error:
             if not was_raised_by_flatout(error):
                 raise
             report(on_failure, error)
-            result = None
-    return below(*args, **kwargs) if result is None else result
+            is_handled = False
+    if not is_handled:
+        return below(*args, **kwargs)
+    if knob is not None:
+        handled_calls.counts[knob] += 1
+    return result
 
 
 def attempt_below_autograd(
     on_failure: OnFailure, function: Callable[..., T], *args: Any, **kwargs: Any
 ) -> T | None:
-    """Call ``function`` by ``attempt``, below autograd, autocast and the program's modes."""
+    """Call ``attempt`` for a function that runs below autograd, autocast and the program's
+    modes."""
     return attempt(on_failure, _call_below_autograd, function, *args, **kwargs)
 
 
@@ -215,37 +227,39 @@ def _key_set(*keys: str) -> Any:
     return key_set
 
 
+# fmt: off
 _KEYS_ABOVE_KERNELS = _key_set(
-    *("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"),
-    *("AutocastCPU", "Python", "PythonTLSSnapshot"),
+    "AutogradFunctionality", "AutogradOther", "AutogradNestedTensor",
+    "AutocastCPU", "Python", "PythonTLSSnapshot",
 )
+# fmt: on
 
 
 # Recording an override's result in the autograd graph
 
 
 class GradientRule(Protocol):
-    """How the gradients of an override's result are computed."""
+    """Computes the gradients of an override's result."""
 
     @property
     def on_failure(self) -> OnFailure:
-        """Called when ``gradients`` has failed; ``fallback_gradients`` is called in its place."""
+        """Called when ``gradients`` has failed; ``fallback_gradients`` is then called instead."""
 
     def gradients(self, saved: Any, needed: Sequence[bool], gradient: torch.Tensor) -> Any:
         """Return the gradient of each input, computed by flatout's kernel.
 
         Args:
-            saved: the saved tensors.
+            saved: the tensors that were saved for backward.
             needed: for each input, whether its gradient is needed.
-            gradient: of the output; plain in the sense of ``are_plain``.
+            gradient: the gradient of the output; ``may_use_kernel`` is true for it.
         """
 
     def fallback_gradients(self, saved: Any, needed: Sequence[bool], gradient: torch.Tensor) -> Any:
-        """Return the same, computed by differentiable operators of torch."""
+        """Return the gradient of each input, computed by differentiable operators of torch."""
 
 
 class RecordedFunction(torch.autograd.Function):
-    """A node of the autograd graph for an output that is computed already; see
+    """A node of the autograd graph for an output that has been computed already; see
     ``record_in_graph``."""
 
     @staticmethod
@@ -266,7 +280,7 @@ class RecordedFunction(torch.autograd.Function):
         """Return the gradients of the inputs."""
         rule, saved, needed = ctx.rule, ctx.saved_tensors, ctx.needs_input_grad[2:]
         gradients = None
-        if not torch.is_grad_enabled() and are_plain(gradient):
+        if not torch.is_grad_enabled() and may_use_kernel(gradient):
             gradients = attempt_below_autograd(
                 rule.on_failure, rule.gradients, saved, needed, gradient
             )
@@ -286,9 +300,9 @@ def record_in_graph(
 
     Args:
         node: the class of the new node.
-        rule: how its gradients are computed.
+        rule: computes the gradients of ``inputs``.
         output: the output, computed below autograd; nothing else may refer to it yet.
-        saved: tensors to save for backward; inputs and the output may be among them.
+        saved: the tensors to save for backward; inputs and the output may be among them.
         inputs: the tensors whose gradients ``rule`` computes.
     """
     # The output is passed inside a tuple: autograd would return a view of a tensor argument.

@@ -1,4 +1,4 @@
-"""The event log: what flatout did in a process and what it left alone, each with the reason."""
+"""The event log: each thing that flatout did or left alone in a process, with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import traceback
 
 from flatout.intercept.containment import OnFailure
-from flatout.wire.lines import EVENTS, Event
+from flatout.wire.lines import AGENT_EVENT_KINDS, AgentEvent
 from flatout.wire.writer import RecordWriter
 
 
@@ -25,14 +25,14 @@ class EventLog:
         """Add an event.
 
         Args:
-            what: one of ``lines.EVENTS``.
+            what: one of ``lines.AGENT_EVENT_KINDS``.
             subject: the name of the knob or of the part of flatout that the event is about.
             why: the reason, in one sentence.
-            traceback: of the exception, if a failure caused the event.
+            traceback: the traceback of the exception, if a failure caused the event.
         """
-        assert what in EVENTS
+        assert what in AGENT_EVENT_KINDS
         at_s = round(self._record.seconds(time.perf_counter_ns()), 6)
-        self._record.write(Event(at_s, what, subject, why, traceback))
+        self._record.write(AgentEvent(at_s, what, subject, why, traceback))
 
     def add_failure(self, subject: str, error: Exception, prefix: str = "") -> None:
         """Add a failure of flatout, with its traceback.

@@ -1,4 +1,4 @@
-"""Checking whether tensors are finite, and hiding gradients from an optimizer step."""
+"""Checking whether tensors are finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 
@@ -16,28 +15,24 @@ from flatout.intercept import arrays
 from flatout.intercept.arrays import are_contiguous_float32, is_dense_float32
 
 SERIAL_BELOW = 65536
-"""Number of elements below which one thread checks them."""
-
-stored_gradient: Any = torch._C.TensorBase.grad
-"""Torch's descriptor of ``Tensor.grad``. With ``gradients=on_demand``, reading ``Parameter.grad``
-computes a deferred gradient; code that only observes uses this descriptor instead."""
+"""The number of elements below which one thread checks them."""
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no element is infinite or NaN; waits for tensors on an accelerator.
+    """Whether no element is infinite or NaN. The call waits for tensors on an accelerator.
 
     Args:
-        tensors: of any shape, dtype and device.
+        tensors: tensors of any shape, dtype and device.
     """
     kernel = _kernel()
     if kernel is None:
         return _are_finite_one_by_one(tensors)
     if not are_contiguous_float32(tensors):
-        is_plain = list(map(is_dense_float32, tensors))
-        others = list(itertools.compress(tensors, map(operator.not_, is_plain)))
+        is_dense = list(map(is_dense_float32, tensors))
+        others = list(itertools.compress(tensors, map(operator.not_, is_dense)))
         if not _are_finite_one_by_one(others):
             return False
-        tensors = list(itertools.compress(tensors, is_plain))
+        tensors = list(itertools.compress(tensors, is_dense))
     return bool(arrays.call_kernel(kernel, tensors, SERIAL_BELOW))
 
 
@@ -48,7 +43,7 @@ def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
     (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling).
 
     Args:
-        grads: dense or sparse, of any device and dtype.
+        grads: dense or sparse gradients, of any device and dtype.
         factor: the multiplier; 1 leaves every finite element unchanged.
 
     Returns:
@@ -68,40 +63,8 @@ def unscale(grads: Iterable[torch.Tensor], factor: float) -> list[torch.Tensor]:
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the stored elements of a sparse tensor, any other tensor itself."""
+    """Return the stored elements of a sparse tensor; return any other tensor itself."""
     return tensor._values() if tensor.is_sparse else tensor
-
-
-def gradients(optimizer: Any) -> list[torch.Tensor]:
-    """Return the gradients that the next step of an optimizer would use."""
-    return [
-        grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if (grad := parameter.grad) is not None
-    ]
-
-
-class HiddenGradients:
-    """Gradients that are hidden from an optimizer step, so that the step skips their parameters."""
-
-    def __init__(self) -> None:
-        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def hide(self, optimizer: Any) -> None:
-        """Hide the gradients of all parameters of an optimizer."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._hidden.append((parameter, parameter.grad))
-                    parameter.grad = None
-
-    def show(self) -> None:
-        """Restore the hidden gradients, except where there are newer ones."""
-        for parameter, grad in reversed(self._hidden):
-            if parameter.grad is None:
-                parameter.grad = grad
-        self._hidden.clear()
 
 
 def _are_finite_one_by_one(tensors: Iterable[torch.Tensor]) -> bool:
@@ -114,7 +77,7 @@ def _are_finite_one_by_one(tensors: Iterable[torch.Tensor]) -> bool:
 
 @functools.cache
 def _kernel() -> Callable[..., int] | None:
-    """Return the compiled check, ``None`` if it cannot be built or loaded."""
+    """Return the compiled check; ``None`` if it cannot be built or loaded."""
     try:
         check = kernels.load("finite").finite
     except kernels.KernelError:

@@ -10,11 +10,10 @@ from torch.autograd.graph import get_gradient_edge
 
 
 def edges(outputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield all edges that a backward call from ``outputs`` follows, as pairs of a node and the
-    node that it is reached from.
+    """Yield all edges that a backward call from ``outputs`` follows.
 
-    The second is ``None`` for the node of an output, and the first is ``None`` for an output
-    without ``grad_fn``.
+    Each edge is a pair of a node and the node from which it is reached. The latter is ``None`` for
+    the node of an output; the former is ``None`` for an output without ``grad_fn``.
     """
     pending = [(getattr(output, "grad_fn", None), None) for output in outputs]
     seen = set()
@@ -27,8 +26,8 @@ def edges(outputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def leaf_of(node: Any) -> torch.Tensor | None:
-    """Return the leaf whose gradient an ``AccumulateGrad`` node accumulates, ``None`` for other
-    nodes."""
+    """Return the leaf whose gradient an ``AccumulateGrad`` node accumulates; ``None`` for any other
+    node."""
     return node.variable if type(node) is _ACCUMULATE_GRAD else None
 
 

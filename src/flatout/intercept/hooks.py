@@ -1,9 +1,10 @@
 """Watching torch: data fetches, outermost forward calls, backward calls and optimizer steps.
 
-Classes and modules get watches (``_watch.c``), which note each call in a log, and optimizers get
-torch's global step hooks. No attribute is set on any module, optimizer or loader object.
-``nn.Module`` itself is not watched and no global forward hook is registered, because both slow down
-the call of every submodule. No object and no class of the program is kept alive.
+Watches (``_watch.c``) on classes and Python modules record each call in a log; optimizer steps are
+recorded by torch's global step hooks. No attribute is set on any module, optimizer or loader
+object. ``nn.Module`` itself is not watched and no global forward hook is registered, because both
+slow down the call of every submodule. Objects and classes of the program are referred to weakly
+only.
 """
 
 from __future__ import annotations
@@ -26,35 +27,38 @@ if TYPE_CHECKING:
     import torch
 
 _NO_PHASE = -1
-"""The phase of a watch that notes no events."""
+"""The phase of a watch that records no events."""
 
 
 class Hooks:
     """Installs and removes everything that watches torch in this process.
 
     Args:
-        new_turns: makes the state machine that finds the steps in the events; called with whether
-            the program has built an optimizer already.
-        may_read: called when the log may be read by ``read``.
-        read_loss: called with a loss tensor that is not on the CPU; returns what ``losses`` keeps.
+        new_turns: returns a new state machine that finds the steps in the events; called with
+            whether the program has built an optimizer already.
+        on_readable: called when ``read`` may be called.
+        start_loss_copy: called with a loss tensor that is not on the CPU; the result is appended to
+            ``losses``.
         on_skip: called with a subject and a reason when something cannot be watched.
         on_failure: called with a subject and the exception when watching has failed.
-        on_callback_failure: called with a callback (see ``callbacks``) and its exception.
+        on_callback_failure: called with a callback of ``callbacks`` and its exception when the
+            callback has failed.
 
     Attributes:
         turns: the state machine; it gets no events while ``tracks_steps`` is off.
-        losses: those read since the record last took them.
-        callbacks: what is called around the program's calls.
+        losses: the losses read since they were last written to the record.
+        callbacks: the callbacks of knobs and of the agent around the program's calls.
         root_search: finds the modules that are called outermost.
-        optimizers, loaders: the living ones that were built or iterated over so far.
+        optimizers: the optimizers that were built so far and are still alive.
+        loaders: the data loaders that were iterated over so far and are still alive.
         optimizer_exists: whether the program has built an optimizer.
     """
 
     def __init__(
         self,
         new_turns: Callable[[bool], Turns],
-        may_read: Callable[[], None],
-        read_loss: Callable[[torch.Tensor], object],
+        on_readable: Callable[[], None],
+        start_loss_copy: Callable[[torch.Tensor], object],
         on_skip: Callable[[str, str], None],
         on_failure: Callable[[str, Exception], None],
         on_callback_failure: Callable[[Any, Exception], None],
@@ -67,8 +71,8 @@ class Hooks:
         self._new_turns = new_turns
         self._on_watch_failure = functools.partial(on_failure, "watch")
         self._contain = functools.partial(contain, self._on_watch_failure)
-        self._may_read = self._contain(may_read)
-        self._read_loss = contain(functools.partial(on_failure, "loss"), read_loss)
+        self._on_readable = self._contain(on_readable)
+        self._start_loss_copy = contain(functools.partial(on_failure, "loss"), start_loss_copy)
         self._watches: list[ClassWatch | FunctionWatch] = []
         self._handles: list[Any] = []
         self._log = _watch.Log()
@@ -82,8 +86,8 @@ class Hooks:
         """Start watching. torch must be imported.
 
         Args:
-            live: pass every event to ``turns`` at once, so that callbacks for a closed step run
-                exactly at the step boundary; else in batches.
+            live: whether every event is passed to ``turns`` at once, so that callbacks for a closed
+                turn run exactly at the step boundary. Otherwise events are passed in batches.
         """
         self._prepare_log(live)
         self._watches = self._new_watches()
@@ -100,7 +104,7 @@ class Hooks:
         log.live = live
         log.keeps_events = True  # the search for roots needs the steps
         log.read_period_ns = round(FLUSH_SECONDS * 1e9)
-        log.reader = self._may_read
+        log.reader = self._on_readable
         self.root_search.prepare()
         log.is_grad_enabled = torch.is_grad_enabled
         log.tensor_type = torch.Tensor
@@ -109,7 +113,7 @@ class Hooks:
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
         )  # torch 2.10 or later
         log.disable_modes = torch._C.DisableTorchFunction
-        log.read_loss = self._read_loss
+        log.start_loss_copy = self._start_loss_copy
         log.losses = []
         log.strip_frames = strip_frames
         self.callbacks.connect()
@@ -123,12 +127,12 @@ class Hooks:
         log = self._log
         module, optimizer = torch.nn.Module, torch.optim.Optimizer
         iterator: type = dataloader._BaseDataLoaderIter
-        loader_begins = self._contain(self._loader_begins)
-        restored = self._contain(self.root_search.module_restored)
-        built = self._contain(self._optimizer_built)
+        iterated = self._contain(self._add_loader)
+        restored = self._contain(self.root_search.add_restored_module)
+        built = self._contain(self._add_optimizer)
         watches: list[ClassWatch | FunctionWatch] = [
             ClassWatch(log, iterator, "__next__", DATA),
-            ClassWatch(log, dataloader.DataLoader, "__iter__", DATA, loader_begins),
+            ClassWatch(log, dataloader.DataLoader, "__iter__", DATA, iterated),
             ClassWatch(log, module, "__setstate__", _NO_PHASE, restored),
             ClassWatch(log, optimizer, "__init__", _NO_PHASE, built),
             ClassWatch(log, optimizer, "__setstate__", _NO_PHASE, built),
@@ -142,7 +146,7 @@ class Hooks:
         from torch.nn.modules import module as nn_module
         from torch.optim import optimizer as torch_optimizer
 
-        registered = self._contain(self.root_search.child_registered)
+        registered = self._contain(self.root_search.add_parent)
         self._handles = [
             nn_module.register_module_module_registration_hook(registered),
             nn_module.register_module_parameter_registration_hook(registered),
@@ -181,7 +185,7 @@ class Hooks:
         self._log.live = live
 
     def restart(self) -> None:
-        """Start again in the child of a fork, without the events and losses of the parent."""
+        """Discard the events and losses of the parent, in the child of a fork."""
         self._log.reset()
         abandon((self._log.losses, self.losses))
         self._log.losses = []
@@ -189,15 +193,20 @@ class Hooks:
         self._log.keeps_events = False
         self.tracks_steps = True
         if self.optimizer_exists:
-            self._log.note(NOTE, OPTIMIZER_BUILT, 0, 0)
+            self._log.append(NOTE, OPTIMIZER_BUILT, 0, 0)
 
-    def note(self, which: int, value: int) -> None:
-        """Add a note of the agent (see ``wire.turns.TorchEvent``) to the events."""
-        self._log.note(NOTE, which, 0, value)
+    def append_note(self, which: int, value: int) -> None:
+        """Append an event of the kind ``NOTE`` (see ``wire.turns.TorchEvent``).
 
-    def pack(self) -> bytes:
+        Args:
+            which: the note, such as ``turns.ARM``.
+            value: the value of the note.
+        """
+        self._log.append(NOTE, which, 0, value)
+
+    def take_packed(self) -> bytes:
         """Return the events since the last call, packed for the record."""
-        return self._log.pack()
+        return self._log.take_packed()
 
     def read(self) -> None:
         """Collect the losses read since the last call, and pass the events to ``turns`` if
@@ -206,17 +215,17 @@ class Hooks:
         losses, log.losses = log.losses, []
         self.losses += losses
         if log.keeps_events:
-            self.turns.tell(log.take(), iter(losses))
+            self.turns.tell(log.take_events(), iter(losses))
 
     def _track_steps(self) -> None:
         self.tracks_steps = True
 
-    def _optimizer_built(self, optimizer: Any) -> None:
+    def _add_optimizer(self, optimizer: Any) -> None:
         if not self.optimizer_exists:
             self.optimizer_exists = True
-            self.note(OPTIMIZER_BUILT, 0)
+            self.append_note(OPTIMIZER_BUILT, 0)
         self.optimizers.add(optimizer)
 
-    def _loader_begins(self, loader: Any) -> None:
+    def _add_loader(self, loader: Any) -> None:
         self.loaders.add(loader)
         self.root_search.resume()

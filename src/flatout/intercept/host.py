@@ -1,7 +1,7 @@
-"""The process that is being tuned, as knobs and the agent's stages see it.
+"""The interface of knobs and of the agent's stages to the process that is being tuned.
 
-A knob acts through a host: it adds callbacks around the program's calls, looks at the objects that
-the program has created and at the settings that are applied, and adds events.
+Through a host, a knob adds callbacks around the program's calls, finds the objects that the program
+has created and the settings that are applied, and adds events.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flatout.intercept.containment import knob_of
 from flatout.intercept.events import EventLog
 from flatout.intercept.hooks import Hooks
 from flatout.intercept.identity import WeakIdentitySet
-from flatout.intercept.losses import read_loss
+from flatout.intercept.losses import start_loss_copy
 from flatout.intercept.patch import Undo
 from flatout.wire.request import Request
 from flatout.wire.turns import ARM, MARK, MARKS, Turn, Turns
@@ -23,30 +23,33 @@ from flatout.wire.writer import RecordWriter
 T = TypeVar("T")
 
 Apply = Callable[[str, "Host", str], Undo]
-"""Applies a knob, given by its name, to a host, with a setting; returns the undo."""
+"""Applies a setting of a knob; called with the knob's name, the host and the setting; returns the
+undo."""
 
 
 class Host:
     """One process under flatout.
 
     Args:
-        request: what the controller asks for.
+        request: the controller's request.
         record: the record of this process.
-        apply: applies a knob, given by its name.
-        step_closed: called at each step boundary while ``hooks.tracks_steps`` is on; by default, it
-            undoes the knobs that have been withdrawn.
-        may_read: called when ``hooks.read`` may be called.
-        watch_failed: called with a subject and an exception when watching has failed; by default,
-            it adds an event.
+        apply: applies a setting of a knob.
+        on_step: called with the closed turn at each step boundary, while ``hooks.tracks_steps`` is
+            on; by default, knobs that have been withdrawn are undone.
+        on_readable: called when ``hooks.read`` may be called.
+        on_watch_failure: called with a subject and an exception when watching has failed; by
+            default, an event is added.
 
     Attributes:
         events: the event log.
         applied: the settings that are applied.
-        forward_wrappers: called around each outermost module call, as
-            ``wrapper(call, module, args, kwargs)``.
-        backward_wrappers: called around each backward call; see ``callbacks.BackwardWrapper``.
-        before_optimizer_step, after_optimizer_step: called with the optimizer around each step.
-        checked_gradients: optimizers about to step whose gradients a knob has found to be finite.
+        forward_wrappers: the wrappers around outermost module calls; see
+            ``callbacks.ForwardWrapper``.
+        backward_wrappers: the wrappers around backward calls; see ``callbacks.BackwardWrapper``.
+        before_optimizer_step, after_optimizer_step: the callbacks around optimizer steps; see
+            ``callbacks.OptimizerCallback``.
+        optimizers_with_finite_gradients: the optimizers about to step whose gradients a knob has
+            found to be finite.
     """
 
     def __init__(
@@ -54,20 +57,20 @@ class Host:
         request: Request,
         record: RecordWriter,
         apply: Apply,
-        step_closed: Callable[[Turn], None] | None = None,
-        may_read: Callable[[], None] = lambda: None,
-        watch_failed: Callable[[str, Exception], None] | None = None,
+        on_step: Callable[[Turn], None] | None = None,
+        on_readable: Callable[[], None] = lambda: None,
+        on_watch_failure: Callable[[str, Exception], None] | None = None,
     ) -> None:
         self.request = request
         self.record = record
         self.events = EventLog(record)
         self.hooks = Hooks(
             lambda optimizer_exists: Turns(self._close_step, optimizer_exists),
-            may_read,
-            read_loss,
+            on_readable,
+            start_loss_copy,
             on_skip=lambda subject, why: self.events.add("skipped", subject, why),
-            on_failure=watch_failed or self.events.add_failure,
-            on_callback_failure=self._callback_failed,
+            on_failure=on_watch_failure or self.events.add_failure,
+            on_callback_failure=self._withdraw_callback,
         )
         callbacks = self.hooks.callbacks
         self.forward_wrappers = callbacks.forward_wrappers
@@ -77,8 +80,8 @@ class Host:
         self.applied = AppliedSettings(
             lambda knob, setting: apply(knob, self, setting), self.events, self.ask_for_boundary
         )
-        self.checked_gradients: WeakIdentitySet[Any] = WeakIdentitySet()
-        self._step_closed = step_closed or self._undo_withdrawn
+        self.optimizers_with_finite_gradients: WeakIdentitySet[Any] = WeakIdentitySet()
+        self._on_step = on_step or self._undo_withdrawn
         self._kept: dict[tuple[str, str], Any] = {}
         self._arm: int | None = None
         self._mark: str | None = None
@@ -87,41 +90,41 @@ class Host:
 
     @property
     def roots(self) -> list[Any]:
-        """The living modules that were called outermost so far."""
+        """The modules that were called outermost so far and are still alive."""
         return self.hooks.root_search.roots
 
     @property
     def optimizers(self) -> list[Any]:
-        """The living optimizers that were built so far."""
+        """The optimizers that were built so far and are still alive."""
         return list(self.hooks.optimizers)
 
     @property
     def loaders(self) -> list[Any]:
-        """The living data loaders that were iterated over so far."""
+        """The data loaders that were iterated over so far and are still alive."""
         return list(self.hooks.loaders)
 
     def counts_as_step(self, turn: Turn) -> bool:
-        """Whether a closed turn is a step of training, or of inference in a program that does not
-        train; an evaluation pass of a program that trains is neither."""
+        """Whether a closed turn is a step of the program: of training, or of inference if the
+        program does not train. An evaluation pass of a program that trains is no step."""
         return turn.kind == "step" or not self.hooks.turns.may_train()
 
     def ask_for_boundary(self) -> bool:
-        """Have ``step_closed`` called at the next step boundary.
+        """Request a call of ``on_step`` at the next step boundary.
 
         Returns:
-            Whether steps are followed only from now on, so that the first one may be no whole step.
+            Whether step tracking was off until now; the first step reported may then be partial.
         """
-        begins_now = not self.hooks.tracks_steps
+        was_off = not self.hooks.tracks_steps
         self.hooks.tracks_steps = self.hooks.live = True
-        return begins_now
+        return was_off
 
     def keep(self, knob: str, name: str, make: Callable[[], T]) -> T:
-        """Return what a knob keeps of this process from one time it is applied to the next.
+        """Return a value that survives undoing and re-applying a knob.
 
         Args:
-            knob: the knob's name.
-            name: tells apart what one knob keeps.
-            make: called to make the value if there is none yet.
+            knob: the name of the knob.
+            name: the key of the value, unique within the knob.
+            make: creates the value; called on first use.
         """
         if (knob, name) not in self._kept:
             self._kept[knob, name] = make()
@@ -132,35 +135,35 @@ class Host:
 
     @property
     def arm(self) -> int | None:
-        """The arm of the comparison that steps closing from now on belong to."""
+        """The comparison arm to which steps that end from now on are assigned."""
         return self._arm
 
     @arm.setter
     def arm(self, arm: int | None) -> None:
         self._arm = arm
-        self.hooks.note(ARM, -1 if arm is None else arm)
+        self.hooks.append_note(ARM, -1 if arm is None else arm)
 
     @property
     def mark(self) -> str | None:
-        """The mark (one of ``turns.MARKS``) of the steps closing from now on."""
+        """The mark (one of ``turns.MARKS``) of steps that end from now on."""
         return self._mark
 
     @mark.setter
     def mark(self, mark: str | None) -> None:
         self._mark = mark
-        self.hooks.note(MARK, MARKS.index(mark))
+        self.hooks.append_note(MARK, MARKS.index(mark))
 
     # Callbacks of the hooks
 
     def _close_step(self, turn: Turn) -> None:
         if self.hooks.root_search.is_active:
             self.hooks.root_search.close_step()
-        self._step_closed(turn)
+        self._on_step(turn)
 
     def _undo_withdrawn(self, turn: Turn) -> None:
         self.applied.undo_withdrawn(turn)
 
-    def _callback_failed(self, callback: Any, error: Exception) -> None:
+    def _withdraw_callback(self, callback: Any, error: Exception) -> None:
         """Remove a callback that has failed, and withdraw its knob."""
         for callbacks in (
             self.forward_wrappers,

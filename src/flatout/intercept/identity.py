@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 
 class WeakIdentityDict(Generic[K, V]):
-    """A dictionary that keeps an entry as long as its key lives, and compares keys by identity.
+    """A dictionary that compares keys by identity, and drops an entry when its key is freed.
 
     A value must not refer to its key.
     """
@@ -38,7 +38,7 @@ class WeakIdentityDict(Generic[K, V]):
         entries[identity] = reference, value
 
     def get(self, key: K, default: V | None = None) -> V | None:
-        """Return the value of ``key``, ``default`` if there is none."""
+        """Return the value of ``key``, or ``default`` if there is none."""
         entry = self._entries.get(id(key))
         return entry[1] if entry is not None and entry[0]() is key else default
 
@@ -53,13 +53,13 @@ class WeakIdentityDict(Generic[K, V]):
         return entry is not None and entry[0]() is key
 
     def setdefault(self, key: K, default: V) -> V:
-        """Return the value of ``key``, which is set to ``default`` if there is none."""
+        """Return the value of ``key``; set it to ``default`` first if there is none."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def pop(self, key: K, default: V | None = None) -> V | None:
-        """Remove ``key`` and return its value, ``default`` if there is none."""
+        """Remove ``key`` and return its value, or ``default`` if there is none."""
         if key not in self:
             return default
         return self._entries.pop(id(key))[1]
@@ -94,7 +94,7 @@ class WeakIdentityDict(Generic[K, V]):
 
 
 class WeakIdentitySet(Generic[K]):
-    """A set that keeps members as long as they live, and compares them by identity."""
+    """A set that compares members by identity, and drops a member when it is freed."""
 
     def __init__(self, members: Iterable[K] = ()) -> None:
         self._members: WeakIdentityDict[K, None] = WeakIdentityDict()
@@ -102,7 +102,7 @@ class WeakIdentitySet(Generic[K]):
             self.add(member)
 
     def add(self, member: K) -> None:
-        """Add an object, if it is no member."""
+        """Add an object, unless it is a member."""
         self._members.setdefault(member, None)
 
     def discard(self, member: K) -> None:

@@ -20,12 +20,17 @@ _STREAM_DEVICES = ("cuda", "xpu")
 
 
 _POLLS_BEFORE_WAIT = 64
-"""Checks after which a loss on a device without such events is read all the same, so that there is
-one wait in 64 steps."""
+"""On a device without events, a loss is read after this many polls even if that blocks, so the
+program waits at most once in 64 steps."""
 
 
 class _Pending:
-    """A loss that is being copied from an accelerator to the host."""
+    """A loss that is being copied from an accelerator to the host.
+
+    Args:
+        value: the copy in pinned memory; on a device without events, the loss itself.
+        copied: the event that completes with the copy; ``None`` on a device without events.
+    """
 
     __slots__ = ("copied", "polls", "value")
 
@@ -35,7 +40,8 @@ class _Pending:
         self.polls = 0
 
     def has_arrived(self) -> bool:
-        """Whether reading the value makes no one wait, or is due all the same."""
+        """Whether the value can be read without blocking, or has been polled often enough to be
+        read anyway."""
         if self.copied is not None:
             return bool(self.copied.query())
         self.polls += 1
@@ -43,7 +49,7 @@ class _Pending:
 
 
 def abandon(unread: object) -> None:
-    """Keep an object that holds results of ``read_loss`` alive until the process ends.
+    """Keep an object that holds results of ``start_loss_copy`` alive until the process ends.
 
     This is for the child of a fork, where torch ends the process if an event or pinned memory of
     the parent's device is released.
@@ -51,12 +57,12 @@ def abandon(unread: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(unread))
 
 
-def read_loss(loss: torch.Tensor) -> object:
+def start_loss_copy(loss: torch.Tensor) -> object:
     """Start copying a loss from an accelerator, before the backward call that starts from it.
 
     Returns:
-        An object for ``loss_number``; ``None`` if the loss is not a real scalar, or if a CUDA graph
-        is being captured.
+        An argument for ``loss_value``; ``None`` if the loss is not a real scalar, or if a CUDA
+        graph is being captured.
     """
     import torch
 
@@ -77,25 +83,26 @@ def arrived_losses(losses: list[object], wait: bool) -> list[float]:
     These losses are removed from the list.
 
     Args:
-        losses: numbers, and results of ``read_loss``.
-        wait: wait for the losses that are still being copied (at the end of the program).
+        losses: floats, and results of ``start_loss_copy``.
+        wait: whether to wait for the losses that are still being copied (at the end of the
+            program).
     """
-    numbers: list[float] = []
+    values: list[float] = []
     for loss in losses:
-        number = loss_number(loss, wait)
-        if number is None:
+        value = loss_value(loss, wait)
+        if value is None:
             break
-        numbers.append(number)
-    del losses[: len(numbers)]
-    return numbers
+        values.append(value)
+    del losses[: len(values)]
+    return values
 
 
-def loss_number(loss: object, wait: bool) -> float | None:
+def loss_value(loss: object, wait: bool) -> float | None:
     """Return the value of a loss, ``None`` while it is still being copied.
 
     Args:
-        loss: a number, or a result of ``read_loss``.
-        wait: wait for the copy.
+        loss: a float, or a result of ``start_loss_copy``.
+        wait: whether to wait for the copy.
     """
     if isinstance(loss, float):
         return loss
@@ -105,22 +112,3 @@ def loss_number(loss: object, wait: bool) -> float | None:
     elif not wait and not loss.has_arrived():
         return None
     return float(loss.value)
-
-
-def peak_device_bytes() -> int | None:
-    """Return the peak of the memory that torch has allocated on one accelerator so far.
-
-    It is ``None`` if no accelerator has been used, or if torch does not report it (MPS).
-    """
-    import torch
-
-    from flatout.intercept import device
-
-    accelerator = device.accelerator_in_use()
-    if accelerator is None:
-        return None
-    backend = torch.get_device_module(accelerator)
-    if not hasattr(backend, "max_memory_allocated"):
-        return None
-    numbers = range(torch.accelerator.device_count())
-    return max(int(backend.max_memory_allocated(number)) for number in numbers) or None

@@ -3,12 +3,13 @@
 A program may pass any structure: trees whose nodes refer to their parents, dictionaries that
 contain themselves, structures with so many shared parts that walking along all paths would never
 end, and containers that count reads or raise. So a walk visits each container once, at any depth,
-looks at ``LIMIT`` objects at most, and calls no code of the program: builtin containers and their
+visits ``LIMIT`` objects at most, and calls no code of the program: builtin containers and their
 subclasses are read by the methods of the builtin class, all others by ``objects``.
 
 Containers are tuples, lists, dicts, ``UserDict``, ``UserList`` and dataclasses, with all their
-subclasses, among them the batches and outputs of Hugging Face. Other mappings are not, since
-reading them calls code of the program, nor are modules and members of enumerations.
+subclasses, among them the batches and outputs of Hugging Face. Other mappings are not treated as
+containers, since reading them calls code of the program; neither are modules and members of
+enumerations.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import torch
 from flatout.intercept import objects
 
 LIMIT = 100_000
-"""Number of objects that a walk looks at, which takes some tenths of a second at most. Objects
-beyond are ignored."""
+"""The largest number of objects that a walk visits, which takes some tenths of a second. Further
+objects are ignored."""
 
-_PLAIN = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
-"""Identities of frequent types that contain no objects; a metaclass may define a hash."""
+_LEAF_TYPE_IDS = frozenset(map(id, (type(None), bool, int, float, complex, str, bytes)))
+"""The ids of common leaf types. Ids are compared, since hashing a type could call a metaclass's
+``__hash__``."""
 
 _BASETYPE = 1 << 10
 """The flag ``Py_TPFLAGS_BASETYPE`` of a type that can have subclasses."""
@@ -39,11 +41,13 @@ _ABSENT = object()
 def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested containers, in their order.
 
-    A tensor that occurs several times is yielded several times, the content of a container once.
+    A tensor that occurs several times in one container is yielded several times. A container that
+    occurs several times is visited once.
 
     Args:
         value: a container, a tensor or any other object.
-        containers: a list to which the visited containers are appended.
+        containers: a list to which the visited containers are appended; ``None``: they are not
+            needed.
     """
     pending = [value]
     room = LIMIT
@@ -51,12 +55,12 @@ def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torc
     while pending:
         item = pending.pop()
         kind = type(item)
-        if id(kind) in _PLAIN:
+        if id(kind) in _LEAF_TYPE_IDS:
             continue
         if issubclass(kind, torch.Tensor):
             yield item
         elif id(item) not in seen:
-            seen[id(item)] = item  # kept, so that its identity is not given to another object
+            seen[id(item)] = item  # kept alive, so that no other object gets the same id
             parts = _parts(item, kind, room)
             room -= len(parts)
             pending += reversed(parts)
@@ -86,7 +90,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
         containers[id(item)] = item, parts
         for part in parts:
             kind = type(part)
-            if id(kind) in _PLAIN:
+            if id(kind) in _LEAF_TYPE_IDS:
                 continue
             identity = id(part)
             held_by.setdefault(identity, []).append(id(item))
@@ -122,7 +126,7 @@ def _copy_holders(
             if empty is not None:
                 replaced[identity] = empty
     begun: set[int] = set()
-    for identity in tuples:  # a tuple is created with its content, so inner tuples come first
+    for identity in tuples:  # inner tuples come first, because a tuple is created with its content
         pending = [identity]
         while pending:
             begun.add(pending[-1])
@@ -131,15 +135,16 @@ def _copy_holders(
             if inner:
                 pending += inner
             else:
-                replaced.setdefault(pending[-1], _new_tuple(changed[pending.pop()], replaced))
+                done = pending.pop()
+                replaced.setdefault(done, _new_tuple(changed[done], replaced))
     for identity, container in changed.items():
         if identity in replaced:
             _fill(replaced[identity], container, replaced)
 
 
 def _parts(container: Any, kind: type, room: int) -> list[Any]:
-    """Return the content of a container, at most ``room`` objects; an empty list for other
-    objects."""
+    """Return the content of a container, at most ``room`` objects; return an empty list for any
+    other object."""
     if issubclass(type(kind), enum.EnumMeta):
         return []
     if issubclass(kind, dict):
@@ -161,7 +166,11 @@ def _parts(container: Any, kind: type, room: int) -> list[Any]:
 
 
 def _empty(container: Any) -> Any:
-    """Return a new object of a container's class (no tuple), ``None`` if that is impossible."""
+    """Return a new, empty object of a container's class; ``None`` if none can be created.
+
+    Args:
+        container: a container that is no tuple.
+    """
     kind = type(container)
     bases = (OrderedDict, defaultdict, dict, list, object)
     base: Any = next(base for base in bases if issubclass(kind, base))
@@ -172,11 +181,15 @@ def _empty(container: Any) -> Any:
 
 
 def _new_tuple(container: Any, replaced: dict[int, Any]) -> Any:
+    """Return a copy of a tuple with objects replaced, or the tuple itself if it cannot be
+    copied."""
     kind: Any = type(container)
     parts = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
     try:
         return tuple.__new__(kind, parts)
-    except TypeError:  # a struct sequence, such as the result of torch.max
+    except TypeError:
+        # Types without BASETYPE are struct sequences (such as the result of torch.max), which are
+        # built from one list. Others cannot be copied.
         return container if objects.flags(kind) & _BASETYPE else kind(parts)
 
 

@@ -33,7 +33,7 @@ flags: Callable[[type], int] = _type["__flags__"].__get__
 _module_attributes: Callable[[Any], dict[str, Any]] = vars(torch.nn.Module)["__dict__"].__get__
 
 _HEAPTYPE = 1 << 9
-"""The flag ``Py_TPFLAGS_HEAPTYPE`` of a type that was created at run time."""
+"""The flag ``Py_TPFLAGS_HEAPTYPE``, which a type has that was created at run time."""
 
 _ABSENT = object()
 
@@ -48,11 +48,11 @@ def inherited(owner: type, name: str, after: bool = False) -> Any:
 
     Args:
         owner: a class.
-        name: of the attribute.
-        after: skip ``owner`` itself.
+        name: the name of the attribute.
+        after: whether to skip ``owner`` itself.
 
     Returns:
-        The attribute without binding, ``None`` if no class defines it.
+        The attribute without binding; ``None`` if no class defines it.
     """
     for base in mro(owner)[after:]:
         found = namespace(base).get(name, _ABSENT)
@@ -62,7 +62,7 @@ def inherited(owner: type, name: str, after: bool = False) -> Any:
 
 
 def attributes(value: object) -> dict[str, Any]:
-    """Return the instance dictionary, an empty one if there is none."""
+    """Return the instance dictionary of an object, or an empty dictionary if it has none."""
     for base in mro(type(value)):
         descriptor = namespace(base).get("__dict__")
         if type(descriptor) is types.GetSetDescriptorType:
@@ -86,7 +86,8 @@ def attribute(value: object, name: str, default: Any = None) -> Any:
 
 
 def slots(owner: type) -> list[types.MemberDescriptorType]:
-    """Return the descriptors of a class's slots, and of the factory of a ``defaultdict``."""
+    """Return the descriptors of the slots of a class and its bases, and of the factory of a
+    ``defaultdict``."""
     found: list[types.MemberDescriptorType] = []
     for base in mro(owner):
         if flags(base) & _HEAPTYPE or base is defaultdict:
@@ -114,7 +115,7 @@ def is_training(module: Any) -> bool:
 
 
 def named_modules(root: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``root`` and all its descendants, each once, with their paths, in the order of
+    """Yield ``root`` and all its descendants with their paths, each once, in the order of
     ``torch.nn.Module.named_modules``."""
     seen: set[int] = set()
     pending = [("", root)]
@@ -177,6 +178,6 @@ def _registered(module: Any, kind: str) -> list[tuple[str, Any]]:
     held: Any = _module_attributes(module).get(kind)
     if issubclass(type(held), dict):
         return list(dict.items(held))
-    if issubclass(type(held), OrderedDictWrapper):  # of a script module
+    if issubclass(type(held), OrderedDictWrapper):  # the module is a script module
         return list(held.items())
     return []

@@ -1,7 +1,7 @@
 """Releasing the OpenMP threads that torch computes with.
 
-After its part of a computation, an OpenMP thread spins for milliseconds waiting for the next one. A
-thread of another pool on the same core gets half the core meanwhile.
+After its part of a computation, an OpenMP thread spins for milliseconds and waits for the next
+computation. Meanwhile, a thread of another pool gets only half of the same core.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ https://gcc.gnu.org/onlinedocs/libgomp/omp_005fpause_005fresource_005fall.html""
 
 
 def release_threads() -> None:
-    """End the waiting OpenMP threads of the calling thread, which gets new ones when it computes.
+    """End the waiting OpenMP threads of the calling thread. It starts new ones when it computes.
 
-    This does nothing if there are none, or if the OpenMP runtime has no ``omp_pause_resource_all``.
+    Nothing happens if there are no such threads, or if the OpenMP runtime has no
+    ``omp_pause_resource_all``.
     """
     _pause()(_SOFT)
 

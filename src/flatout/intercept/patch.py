@@ -10,7 +10,7 @@ from typing import Any
 from flatout.intercept.containment import OnFailure, wrap
 
 Undo = Callable[[], None]
-"""Restores what was there before."""
+"""Undoes a change: restores the state before it."""
 
 
 def replace_function(owner: type | ModuleType, name: str, function: Callable[..., Any]) -> Undo:
@@ -20,9 +20,8 @@ def replace_function(owner: type | ModuleType, name: str, function: Callable[...
     ``pickle``) sees the original function.
 
     Returns:
-        The undo. It does nothing if another function has been put there meanwhile, by the program
-        or by another patch. So two knobs that patch one function need a claim in common
-        (``knob.Knob.claims``).
+        The undo. It does nothing if the program or another patch has replaced the function
+        meanwhile. So two knobs that patch one function need a common claim (``knob.Knob.claims``).
     """
     original = owner.__dict__[name]
     replacement = function
@@ -45,14 +44,14 @@ def wrap_function(
     Calls made while ``torch.compile`` traces go to the original function directly.
 
     Args:
-        owner: the class or module.
-        name: of its function.
+        owner: the class or the Python module.
+        name: the name of its function.
         on_failure: called if ``wrapper`` fails; the program then gets the result of the original
             function (see ``containment.wrap``).
         wrapper: called as ``wrapper(original, *args, **kwargs)``.
 
     Returns:
-        The undo, as that of ``replace_function``.
+        The undo of ``replace_function``.
     """
     import torch
 
@@ -84,7 +83,7 @@ def _disguise(function: Callable[..., Any], original: FunctionType) -> Callable[
 
 
 def add_attribute(owner: type, name: str, attribute: Any) -> Undo:
-    """Define an attribute on a class that so far only inherits it; the undo removes it again."""
+    """Define an attribute on a class that so far only inherits it. The undo removes it again."""
     setattr(owner, name, attribute)
 
     def undo() -> None:

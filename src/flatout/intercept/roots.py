@@ -1,8 +1,9 @@
-"""Finding the root modules: those that the program calls outermost.
+"""Finding the root modules: the modules that the program calls outermost.
 
-A module is a root by how it is called, whatever its position in the module tree, so roots are only
-known once they are called. Every class that owns parameters or submodules is watched during a
-search, which lasts a few steps, and stays watched if an instance of it was called outermost.
+Whether a module is a root depends on how it is called and not on its position in the module tree,
+so roots are only known once they are called. During a search, which lasts a few steps, every class
+that has registered parameters or submodules is watched. A class stays watched after the search if
+an instance of it was called outermost.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from flatout.intercept.watches import ClassWatch
 from flatout.wire.turns import FORWARD
 
 _FIRST_STEPS = 3
-"""Steps that the first search takes; the first step alone may be a sanity check."""
+"""The number of steps that the first search takes. The first step alone may be a sanity check."""
 
 _CHECKS = 3
-"""Calls at which a module without parameters is checked: some modules create their layers in their
-first call."""
+"""The number of outermost calls at which a module without parameters is checked. Some modules
+create their layers in their first call."""
 
 
 class _ModuleClass:
-    """A module class that is watched, or was during a search.
+    """A module class that is watched, or was watched during a search.
 
     Args:
-        reference: to the class.
-        watch: on its ``__call__``.
+        reference: a weak reference to the class.
+        watch: the watch on ``__call__`` of the class.
+
+    Attributes:
+        has_roots: whether an instance of the class is a root.
+        is_refused: whether the class cannot be watched.
     """
 
     def __init__(self, reference: weakref.ref[type], watch: ClassWatch) -> None:
@@ -43,48 +48,49 @@ class _ModuleClass:
 class RootSearch:
     """Watches ``__call__`` of the module classes of the program.
 
-    No module and no class of the program is kept alive.
+    Modules and classes of the program are referred to weakly only.
 
     Args:
-        log: of the watches.
-        begins: called when a new search begins, which needs to be told of closed steps.
+        log: the event log that the watches write to.
+        on_search_begin: called when a new search begins; ``close_step`` must then be called after
+            each step.
         on_skip: called with a subject and a reason when a class cannot be watched.
-        on_watch_failure: called with a failure of this class.
+        on_watch_failure: called with the exception when this class has failed.
 
     Attributes:
-        is_active: whether a search goes on.
+        is_active: whether a search is going on.
     """
 
     def __init__(
         self,
         log: _watch.Log,
-        begins: Callable[[], None],
+        on_search_begin: Callable[[], None],
         on_skip: Callable[[str, str], None],
         on_watch_failure: OnFailure,
     ) -> None:
         self.is_active = True
         self._log = log
-        self._begins = begins
+        self._on_search_begin = on_search_begin
         self._on_skip = on_skip
         self._on_watch_failure = on_watch_failure
         self._steps = 0
         self._called: dict[int, weakref.ref[Any]] = {}
         self._checks: dict[int, int] = {}
         self._classes: dict[int, _ModuleClass] = {}
-        self._plain_module: type | None = None
+        self._module_type: type | None = None
 
     @property
     def roots(self) -> list[Any]:
-        """The living modules that were called outermost and have parameters."""
+        """The modules that were called outermost, have parameters and are still alive."""
         are_roots = self._log.roots
         modules = (ref() for identity, ref in list(self._called.items()) if are_roots.get(identity))
         return [module for module in modules if module is not None]
 
     def prepare(self) -> None:
-        """Prepare the log, before any watch is installed."""
+        """Set up the log. To be called before any watch is installed."""
         import torch
 
-        self._plain_module = torch.nn.Module
+        self._module_type = torch.nn.Module
         self._log.check_root = contain(self._on_watch_failure, self._check_root)
         self._log.roots = {}
 
@@ -101,7 +107,7 @@ class RootSearch:
         self._classes = {}
 
     def close_step(self) -> None:
-        """Note that a step has closed during a search, and end the search after enough of them."""
+        """Count a step that has ended during a search, and end the search after enough steps."""
         self._steps += 1
         if self._steps >= _FIRST_STEPS:
             self.is_active = False
@@ -110,25 +116,26 @@ class RootSearch:
                     known.watch.remove()
 
     def resume(self) -> None:
-        """Search for one more step, if no search goes on: the program has begun something new."""
+        """Restart the search for the duration of one step, because the program may now call new
+        modules. Does nothing during a search."""
         if self.is_active:
             return
         self.is_active = True
-        self._begins()
+        self._on_search_begin()
         self._steps = _FIRST_STEPS - 1
         for known in list(self._classes.values()):
             self._install(known)
 
-    def child_registered(self, parent: Any, name: str, child: Any) -> None:
+    def add_parent(self, parent: Any, name: str, child: Any) -> None:
         """Watch the class of a module that registers a parameter or a submodule (a torch hook)."""
         self._add_class(type(parent))
 
-    def module_restored(self, module: Any) -> None:
+    def add_restored_module(self, module: Any) -> None:
         """Watch the class of an unpickled or copied module, whose children are not registered."""
         self._add_class(type(module))
 
     def _add_class(self, module_class: type) -> None:
-        if module_class is self._plain_module or id(module_class) in self._classes:
+        if module_class is self._module_type or id(module_class) in self._classes:
             return  # a watch on torch.nn.Module itself would be inherited by every module class
         fx = sys.modules.get("torch.fx.graph_module")
         if fx is not None and issubclass(module_class, fx.GraphModule):
@@ -157,7 +164,7 @@ class RootSearch:
             self._on_skip(f"forward of {known.watch.class_name}", why)
 
     def _check_root(self, module: Any) -> bool:
-        """Return whether a module that was called outermost has parameters, and is a root."""
+        """Return whether a module that was called outermost is a root, which needs parameters."""
         identity = id(module)
         is_root = next(objects.parameters(module), None) is not None
         if identity not in self._called:

@@ -16,17 +16,17 @@ instance before the other arguments. Properties and static methods do not have i
 class ClassWatch:
     """A watch that replaces a special method of a class.
 
-    Only a weak reference to the class is kept. The class itself holds the watch, which holds the
-    original method. The watch is set by ``type.__setattr__``, which calls no ``__setattr__`` of the
-    metaclass.
+    Only a weak reference to the class is kept. The class itself holds the watch, and the watch
+    holds the original method. The watch is set by ``type.__setattr__``, which calls no
+    ``__setattr__`` of the metaclass.
 
     Args:
-        log: gets the events.
+        log: the event log that the watch writes to.
         owner: the class.
-        name: of the special method.
-        phase: the phase whose begin and end are noted at each call (see ``wire.turns.PHASES``), or
-            -1 to note nothing.
-        before: called with the instance as each call begins.
+        name: the name of the special method.
+        phase: the phase (see ``wire.turns.PHASES``) whose begin and end are recorded at each call;
+            -1: nothing is recorded.
+        before: called with the instance when a call begins; ``None``: nothing is called.
 
     Attributes:
         class_name: the qualified name of the class.
@@ -49,7 +49,7 @@ class ClassWatch:
         self._watch: Callable[[], _watch.Watch | None] = lambda: None
 
     def install(self) -> str | None:
-        """Install the watch if it is not installed; returns the reason if that is impossible."""
+        """Install the watch, unless it is installed; return the reason if that is impossible."""
         owner = self._owner()
         if owner is None:
             return None
@@ -72,7 +72,7 @@ class ClassWatch:
         return None
 
     def remove(self) -> None:
-        """Restore the original method, unless the program has replaced the watch meanwhile."""
+        """Restore the original method, unless the program has replaced the watch."""
         owner, watch = self._owner(), self._watch()
         if owner is None or watch is None:
             return
@@ -89,14 +89,14 @@ class FunctionWatch:
     """A watch that replaces a function of a module.
 
     Args:
-        log: gets the events.
+        log: the event log that the watch writes to.
         module: the Python module.
-        name: of the function.
-        phase: the phase whose begin and end are noted at each call.
+        name: the name of the function.
+        phase: the phase whose begin and end are recorded at each call.
 
     Attributes:
-        name: of the function.
-        original: the function itself.
+        name: the name of the function.
+        original: the original function.
     """
 
     def __init__(self, log: _watch.Log, module: Any, name: str, phase: int) -> None:
@@ -110,6 +110,6 @@ class FunctionWatch:
         setattr(self._module, self.name, self._watch)
 
     def remove(self) -> None:
-        """Restore the function, unless the program has replaced the watch meanwhile."""
+        """Restore the original function, unless the program has replaced the watch."""
         if getattr(self._module, self.name, None) is self._watch:
             setattr(self._module, self.name, self.original)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -108,7 +108,7 @@ class OnePass:
             if total > torch.finfo(torch.float32).max:
                 total = math.inf  # torch sums in float32 and gets infinity, too
             if math.isfinite(total) or not error_if_nonfinite:
-                engagement.calls[NAME] += 1
+                handled_calls.counts[NAME] += 1
                 return torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
         return original(tensors, norm_type, error_if_nonfinite, foreach)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.containment import report
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.intercept.patch import Undo
@@ -117,7 +117,7 @@ class Compiled:
         if not self._compiled[module]:
             return call(module, *args, **kwargs)
 
-        engagement.calls[NAME] += 1
+        handled_calls.counts[NAME] += 1
         with falling_back(self._withdraw), host.applied.withdraw_on_torch_error(NAME):
             output = self._run(call, module, args, kwargs)
         if self._record_new_graphs():

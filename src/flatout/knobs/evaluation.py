@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -71,7 +71,7 @@ class NoGrad:
         if count < OBSERVED:
             self._observed_calls[module] = count + 1
             return self._watch_output(call(module, *args, **kwargs), module)
-        engagement.calls[NAME] += 1
+        handled_calls.counts[NAME] += 1
         with torch.no_grad():
             return call(module, *args, **kwargs)
 

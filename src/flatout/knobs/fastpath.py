@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -98,7 +98,7 @@ def _forward_without_fastpath(
         or any(isinstance(x, torch.Tensor) and x.is_nested for x in (*args, *kwargs.values()))
     ):
         return forward(module, *args, **kwargs)
-    engagement.calls.update(_users)
+    handled_calls.counts.update(_users)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         return forward(module, *args, **kwargs)

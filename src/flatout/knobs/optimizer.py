@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -18,7 +18,7 @@ NAME = "optimizer"
 
 def match(facts: Facts) -> Match:
     """Offer the settings where an optimizer object steps."""
-    if not facts.updates:
+    if not facts.has_optimizer_steps:
         return Match((), "no optimizer object steps in this program")
     settings = ("onepass", "fused") if kernels.find_compiler() is not None else ("fused",)
     return Match(settings, share=facts.optimizer_share)
@@ -48,7 +48,7 @@ def apply(host: Host, setting: str) -> Undo:
             host.events.add("skipped", NAME, f"{name} is stepped by torch, at least in part: {why}")
 
     def count_step() -> None:
-        engagement.calls[NAME] += 1
+        handled_calls.counts[NAME] += 1
 
     override = functional.Override(
         stepper, host.applied.on_failure_of(NAME), report_skipped, count_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -55,7 +55,7 @@ class GradientsToNone:
         if not set_to_none:
             params = (p for group in optimizer.param_groups for p in group["params"])
             with_gradient = [p for p in params if p.grad is not None]
-            engagement.calls[NAME] += 1
+            handled_calls.counts[NAME] += 1
             self._dropped.setdefault(optimizer, []).extend(with_gradient)
         original(optimizer, set_to_none=True)
 

@@ -19,7 +19,7 @@ from flatout.launch import relay as relay_stage
 from flatout.launch.runs import new_directory, new_run_directory
 from flatout.wire.record import RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
-from flatout.wire.writer import write_failure
+from flatout.wire.writer import reason_record_incomplete
 
 OUTPUT_FILE = "output.txt"
 """The file in the run directory that holds the captured output of the job."""
@@ -52,7 +52,7 @@ class Finished:
         Raises:
             UserError: the record could not be written to its end, or cannot be read.
         """
-        failure = write_failure(self.run_directory)
+        failure = reason_record_incomplete(self.run_directory)
         if failure is not None:
             raise UserError(
                 f"the record cannot be written to {paths.shown(self.run_directory)}: {failure}; "

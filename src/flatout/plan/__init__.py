@@ -425,7 +425,7 @@ class _Reader:
             return PlanError(f"{self._path}: [{one_line('.'.join(tables))}] has no key {key!r}")
         line = self._line(tables, key)
         place = f"{self._path} line {line}" if line is not None else str(self._path)
-        return PlanError(f"{place}: {one_line(mismatch.place)} {mismatch.what}")
+        return PlanError(f"{place}: {one_line(mismatch.path)} {mismatch.what}")
 
     def _line(self, tables: Sequence[str], key: str) -> int | None:
         """Number of the line of a key, under its table's header or in one; ``None``: not found."""

@@ -1,1 +1,1 @@
-"""Reports for people: the terminal, the words of a result, and its page."""
+"""Formats results as terminal text and as an HTML page."""

@@ -75,8 +75,8 @@ def notes(diagnosis: Diagnosis) -> list[str]:
     ]
     if case.process.profile is None and not said:
         said.append(
-            f"the program ended after {len(case.process.turns)} steps, before its operators could "
-            "be profiled; use fewer --steps"
+            f"the program ended after {len(case.process.loop_steps)} steps, before its operators "
+            "could be profiled; use fewer --steps"
         )
     if len(case.steps) < FEW_STEPS:
         has_ended = case.process.end is not None and case.process.end.reason == "exit"

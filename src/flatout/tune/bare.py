@@ -76,7 +76,7 @@ class BareRun:
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
         """Return whether a bare run and a run with these settings can alternate in a relay."""
         return self.can_relay and not any(
-            setting in knobs.get(name).worker_settings for name, setting in settings.items()
+            setting in knobs.get(name).background_settings for name, setting in settings.items()
         )
 
 
@@ -100,7 +100,7 @@ def run(
     timed = _find_timed_steps(first, options, limit_s)
     process = first.process
     step_s = pairs.step_ms(process) / 1e3
-    in_steps_s = sum(step.step_ms for step in process.turns) / 1e3
+    in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
     print_line(
         f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
@@ -113,7 +113,7 @@ def run(
         pace=Pace(max(first.seconds - in_steps_s, 0), step_s),
         phases_ms=pairs.phases_ms([process], step_s * 1e3),
         proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),
-        job_steps=len(process.turns) if first.ended else None,
+        job_steps=len(process.loop_steps) if first.ended else None,
         can_relay=_can_relay(process),
     )
 
@@ -137,7 +137,7 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
     Raises:
         UserError: there are too few of them.
     """
-    steps = first.process.turns
+    steps = first.process.loop_steps
     if not steps:
         raise UserError("this program never calls a model or backward: there is no step")
     needed = max(MINIMUM_STEPS, options.steps or 0)

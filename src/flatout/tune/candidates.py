@@ -121,7 +121,7 @@ def collect_facts(case: Case) -> Facts:
     return Facts(
         device=case.device,
         matmul_flops_per_s=case.matmul_flops_per_s,
-        updates=any(step.updates for step in case.steps),
+        has_optimizer_steps=any(step.updates for step in case.steps),
         optimizers=None if optimizers is None else len(optimizers),
         huge_pages=machine.huge_pages(),
         threads=case.process.threads,

@@ -323,4 +323,4 @@ def format_settings(settings: Mapping[str, str]) -> str:
 
 
 def _merge_inputs(one: Sequence[str] | None, other: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if one is None or other is None else signature.merged(tuple(one), tuple(other))
+    return None if one is None or other is None else signature.merge(tuple(one), tuple(other))

@@ -150,7 +150,7 @@ class Pairs:
         Args:
             side: ``baseline_runs`` or ``variant_runs``.
         """
-        return [done.process.turns for done in side[: self.count]]
+        return [done.process.loop_steps for done in side[: self.count]]
 
     def without_effect(self) -> dict[str, str]:
         """Return the knobs of the variant that did nothing in any of its runs, with the reason."""
@@ -187,14 +187,16 @@ def step_ms(process: ProcessRecord) -> float:
     """
     timed = process.steady_steps
     if not timed:
-        raise ValueError(f"{len(process.turns)} steps leave none after a warm-up of {WARMUP_STEPS}")
+        raise ValueError(
+            f"{len(process.loop_steps)} steps leave none after a warm-up of {WARMUP_STEPS}"
+        )
     between = process.evaluations_between(timed)
     return sum(step.step_ms for step in (*timed, *between)) / len(timed)
 
 
 def startup_s(process: ProcessRecord) -> float:
     """Return the time from the import of torch, when the record begins, to the first step, in s."""
-    return process.turns[0].at_s
+    return process.loop_steps[0].at_s
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
     """
     startups, warmups = [], []
     for done in trials:
-        steps = done.process.turns
+        steps = done.process.loop_steps
         first_s = sum(step.step_ms for step in steps[:WARMUP_STEPS]) / 1e3
         usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
         startups.append(startup_s(done.process))
@@ -433,9 +435,9 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
         if name in settings:
             raise TrialFailedError(f"{name}: {why}", done.process, "")
     needed = min(MINIMUM_STEPS, steps)
-    if len(done.process.turns) < needed:
+    if len(done.process.loop_steps) < needed:
         raise TrialFailedError(
-            f"with seed {seed} this program ends after {len(done.process.turns)} steps, tune "
+            f"with seed {seed} this program ends after {len(done.process.loop_steps)} steps, tune "
             f"needs at least {needed}",
             done.process,
             "",

@@ -162,7 +162,7 @@ class Run:
         """Make a run from the record of its process."""
         return cls(
             extract_curves([step for step in process.steps if step.mark != "profiled"]),
-            len(process.turns),
+            len(process.loop_steps),
             process.trains,
             process.gradients,
             process.outputs,
@@ -747,10 +747,10 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
     shares: list[float] = []
     for runs in (bare, plan):
         modules = [module for run in runs for module in run.state or ()]
-        count = sum(module.probabilities for module in modules)
+        count = sum(module.probability_count for module in modules)
         if not count:
             return []
-        shares.append(sum(module.ones for module in modules) / count)
+        shares.append(sum(module.saturated_count for module in modules) / count)
     added = shares[1] - shares[0]
     why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
     if added > MORE_ONES:

@@ -244,8 +244,8 @@ class Prover(TuneStage):
         except TrialFailedError:
             return False
         excess = memory.refusal(
-            [done.process.turns for done in bare],
-            [done.process.turns for done in runs],
+            [done.process.loop_steps for done in bare],
+            [done.process.loop_steps for done in runs],
             self._options.memory,
         )
         verdict = self._judge(part, bare, runs)

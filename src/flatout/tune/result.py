@@ -121,7 +121,7 @@ def list_tried(
 
 
 def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
-    steps = [done.process.turns for done in runs]
+    steps = [done.process.loop_steps for done in runs]
     return Side(
         step_ms=cost.step_ms,
         startup_s=cost.startup_s,

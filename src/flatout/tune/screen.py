@@ -25,7 +25,12 @@ from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
-from flatout.wire.ratios import MINIMUM_DEGREES_OF_FREEDOM, Ratio, arm_ratios, setting_ratios
+from flatout.wire.ratios import (
+    MINIMUM_DEGREES_OF_FREEDOM,
+    Ratio,
+    estimate_arm_ratios,
+    estimate_setting_ratios,
+)
 from flatout.wire.record import WARMUP_STEPS
 from flatout.wire.request import Comparison, Request
 
@@ -140,8 +145,8 @@ class Screening(TuneStage):
                 {knob: setting for knob, setting in stack.items() if knob not in failures}
                 for stack in stacks
             ]
-            ratios = setting_ratios(
-                statistics.find_complete_blocks(done.process.turns, comparison), applied
+            ratios = estimate_setting_ratios(
+                statistics.find_complete_blocks(done.process.loop_steps, comparison), applied
             )
             skips = trial.collect_reasons(done.process, "skipped")
             unused = trial.collect_reasons(done.process, "unused")
@@ -185,7 +190,9 @@ class Screening(TuneStage):
         """Enter the results of a comparison in which each candidate was an arm of its own."""
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
-        ratios = arm_ratios(statistics.find_complete_blocks(done.process.turns, comparison))
+        ratios = estimate_arm_ratios(
+            statistics.find_complete_blocks(done.process.loop_steps, comparison)
+        )
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
@@ -287,7 +294,9 @@ class Screening(TuneStage):
         except TrialFailedError as failure:
             self._ledger.print_line(f"{what}: not measured, the program fails: {failure}")
             return {}
-        return arm_ratios(statistics.find_complete_blocks(done.process.turns, comparison))
+        return estimate_arm_ratios(
+            statistics.find_complete_blocks(done.process.loop_steps, comparison)
+        )
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide the candidates into as few groups as a program of this length can compare."""
@@ -340,7 +349,7 @@ class Screening(TuneStage):
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
-            self._job_steps = len(done.process.turns)
+            self._job_steps = len(done.process.loop_steps)
             return self._compare(arms, stop_rule, share, compared)
         return done, comparison
 

@@ -235,7 +235,7 @@ def _to_trial(entry: Entry, record: RunRecord) -> Trial:
     process = record.main
     if entry.failure is not None or process is None:
         raise TrialFailedError(entry.failure or "its record is empty", process, entry.tail)
-    return Trial(process, entry.seconds, entry.ended, frozenset(record.modules))
+    return Trial(process, entry.seconds, entry.ended, frozenset(record.imported_files))
 
 
 def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""One codec for everything that flatout keeps in a file: dataclasses to plain values and back.
+"""The codec for everything that flatout keeps in a file: it converts dataclasses to JSON values and
+back.
 
-``encode`` makes dicts, lists, strings, numbers, booleans and ``None`` of an instance; ``decode``
-makes an instance of them again, and checks every value against the type hint of its field. Plans,
-documents, journals, requests and the lines of a record are all read and written this way.
+``encode`` converts an instance to dicts, lists, strings, numbers, booleans and ``None``. ``decode``
+converts these values back to an instance, and checks every value against the type hint of its
+field. Plans, documents, journals, requests and the lines of a record are all read and written this
+way.
 
 A type hint may be ``str``, ``int``, ``float``, ``bool``, ``Any``, ``bytes``, a ``Literal``, a
 dataclass, a ``NamedTuple``, ``tuple[X, ...]``, ``list[X]``, ``Mapping[K, V]``, ``X | None``, a
@@ -11,12 +13,13 @@ union of scalars, or any of these in ``Annotated`` with a ``Check`` or a ``Packe
 - a key is the name of its field, without a trailing underscore (``class_`` is ``class``), unless
   the field's metadata names another (``stored_as``);
 - a field that is missing has its default;
-- bytes and arrays are base64, arrays little-endian;
-- a number that is not finite may also be one of ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, as
-  in the JSON mapping of Protocol Buffers (https://protobuf.dev/programming-guides/json/).
+- bytes and arrays are written in base64, arrays in little-endian order;
+- a number that is not finite may also be written as one of the strings ``"NaN"``, ``"Infinity"``
+  and ``"-Infinity"``, as in the JSON mapping of Protocol Buffers
+  (https://protobuf.dev/programming-guides/json/).
 
-A dataclass with a method ``check`` has it called after each decoding; it raises ``MismatchError``
-where fields do not go together.
+If a dataclass has a method ``check``, it is called after each decoding. It raises ``MismatchError``
+if the values of several fields contradict each other.
 
 This file imports only the standard library, because the agent loads it inside the user's program.
 """
@@ -48,11 +51,11 @@ def stored_as(key: str) -> Mapping[str, str]:
 
 
 class MismatchError(ValueError):
-    """A value is not what its field may hold.
+    """A value does not fit the type hint of its field.
 
     Args:
-        what: a clause that follows the name of the place, such as ``must be a string``.
-        keys: the way from the outermost value to this one: keys, and indices of lists.
+        what: a clause that follows the path of the value, such as ``must be a string``.
+        keys: the path from the outermost value to this one: keys of mappings, indices of lists.
     """
 
     def __init__(self, what: str, *keys: str | int) -> None:
@@ -61,23 +64,23 @@ class MismatchError(ValueError):
         self.keys = keys
 
     @property
-    def place(self) -> str:
-        """The keys as one word, such as ``arms[1].ratio.low``; empty for the outermost value."""
+    def path(self) -> str:
+        """The path as text, such as ``arms[1].ratio.low``; it is empty for the outermost value."""
         return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in self.keys).lstrip(".")
 
     def inside(self, key: str | int) -> MismatchError:
-        """The same mismatch, seen from the value that holds this one under ``key``."""
+        """Return the same mismatch, with ``key`` put in front of the path."""
         return type(self)(self.what, key, *self.keys)
 
     def __str__(self) -> str:
-        return f"{self.place or 'it'} {self.what}"
+        return f"{self.path or 'it'} {self.what}"
 
 
 class MissingKeyError(MismatchError):
-    """A key that has no default is missing; ``what`` is empty, the last of ``keys`` is missing."""
+    """A key without a default is missing. It is the last of ``keys``; ``what`` is empty."""
 
     def __str__(self) -> str:
-        return f"it has no {self.place}"
+        return f"it has no {self.path}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class Format:
     """What differs between the kinds of file.
 
     Attributes:
-        mapping: what a mapping is called in messages.
-        refuses_unknown: whether a key that is no field is a mismatch; otherwise it is ignored.
+        mapping: the noun phrase for a mapping in messages.
+        refuses_unknown: whether a key that is no field is a mismatch; otherwise the key is ignored.
         is_finite: whether every float must be finite.
     """
 
@@ -102,11 +105,11 @@ TOML = Format("a table", refuses_unknown=True, is_finite=True)
 
 @dataclass(frozen=True)
 class Check:
-    """Metadata of ``Annotated``: what a value must fulfil beside its type.
+    """Metadata of ``Annotated``: a condition on a value besides its type.
 
     Attributes:
         test: returns whether a decoded value is allowed.
-        meaning: what the value must be, such as ``a positive number``.
+        meaning: a noun phrase for allowed values, such as ``a positive number``.
     """
 
     test: Callable[[Any], bool]
@@ -115,7 +118,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Packed:
-    """Metadata of ``Annotated``: an ``array`` of this type code, in base64."""
+    """Metadata of ``Annotated``: the value is an ``array``, written in base64.
+
+    Attributes:
+        code: the type code of the array.
+    """
 
     code: Literal["d", "f", "i"]
 
@@ -141,27 +148,28 @@ _Decoder = Callable[[Any, Format], Any]
 
 
 def decode(kind: type[T], value: object, format: Format = JSON) -> T:
-    """Make an instance of plain values.
+    """Convert JSON or TOML values to an instance.
 
     Args:
         kind: a dataclass.
-        value: what ``json`` or ``tomlkit`` has read.
-        format: what the file is.
+        value: the value that ``json`` or ``tomlkit`` has read.
+        format: the kind of file.
 
     Raises:
-        MismatchError: the value does not fit; the error names the first place that does not.
+        MismatchError: the value does not fit; the error names the first path that does not.
     """
     hint: Any = kind
-    decoded: T = _decoder(hint)(value, format)
+    decoded: T = _get_decoder(hint)(value, format)
     return decoded
 
 
 def encode(value: object, non_finite_as_strings: bool = False) -> Any:
-    """Make plain values of an instance, a container or a scalar.
+    """Convert an instance, a container or a scalar to JSON values.
 
     Args:
-        value: what is to be written; a value of a type that no hint may have is left as it is.
-        non_finite_as_strings: for a file that must be strict JSON, which has no such numbers.
+        value: the value to convert; values of unsupported types are returned unchanged.
+        non_finite_as_strings: whether numbers that are not finite become strings, for a file that
+            must be strict JSON.
     """
     kind: Any = type(value)
     if value is None or kind in (str, int, bool):
@@ -182,7 +190,7 @@ def encode(value: object, non_finite_as_strings: bool = False) -> Any:
     if isinstance(value, (list, tuple)):
         return [encode(item, non_finite_as_strings) for item in value]
     if isinstance(value, array):
-        return base64.b64encode(_little_endian(value).tobytes()).decode()
+        return base64.b64encode(_swap_endianness(value).tobytes()).decode()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return value
@@ -190,7 +198,7 @@ def encode(value: object, non_finite_as_strings: bool = False) -> Any:
 
 @functools.cache
 def _written_fields(kind: type) -> tuple[tuple[str, str, bool], ...]:
-    """Name, key, and whether ``None`` is left out, of each field of a dataclass."""
+    """Return for each field of a dataclass its name, its key, and whether ``None`` is omitted."""
     return tuple(
         (field.name, _key(field), "omit_none" in field.metadata)
         for field in dataclasses.fields(kind)
@@ -202,63 +210,63 @@ def _key(field: dataclasses.Field[Any]) -> str:
     return key
 
 
-def _little_endian(values: array[Any]) -> array[Any]:
-    """The array as it is in a file; the same function leads back."""
+def _swap_endianness(values: array[Any]) -> array[Any]:
+    """Convert between native and little-endian order (its own inverse)."""
     if sys.byteorder == "big":
         values = values[:]
         values.byteswap()
     return values
 
 
-# Decoders are made once for each type hint, those of a dataclass when it is first decoded.
+# A decoder is created once for each type hint; the decoder of a dataclass, when it is first needed.
 
 
 @functools.cache
-def _decoder(kind: Any) -> _Decoder:
-    """What decodes values of a type hint."""
+def _get_decoder(kind: Any) -> _Decoder:
+    """Return the function that decodes values of a type hint."""
     origin, parameters = typing.get_origin(kind), typing.get_args(kind)
     if kind in _SCALARS:
         return _SCALARS[kind]
     if origin is Annotated:
-        return _annotated(parameters[0], parameters[1:])
+        return _make_annotated_decoder(parameters[0], parameters[1:])
     if origin in (Union, types.UnionType):
-        return _union(parameters)
+        return _make_union_decoder(parameters)
     if origin is Literal:
-        return _literal(parameters)
+        return _make_literal_decoder(parameters)
     if origin in (tuple, list):
-        return _sequence(origin, parameters)
+        return _make_sequence_decoder(origin, parameters)
     if origin is not None and issubclass(origin, Mapping):
-        return _mapping(*parameters)
+        return _make_mapping_decoder(*parameters)
     if dataclasses.is_dataclass(kind):
-        return _late(kind)
+        return _decode_dataclass_lazily(kind)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return _named_tuple(kind)
+        return _make_named_tuple_decoder(kind)
     raise TypeError(f"no value of type {kind} can be decoded")
 
 
-def _any(value: Any, format: Format) -> Any:
+def _decode_any(value: Any, format: Format) -> Any:
     return value
 
 
-def _text(value: Any, format: Format) -> str:
+def _decode_text(value: Any, format: Format) -> str:
     if not isinstance(value, str):
         raise MismatchError("must be a string")
     return value
 
 
-def _truth(value: Any, format: Format) -> bool:
+def _decode_bool(value: Any, format: Format) -> bool:
     if not isinstance(value, bool):
         raise MismatchError("must be true or false")
     return value
 
 
-def _integer(value: Any, format: Format) -> int:
+def _decode_integer(value: Any, format: Format) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise MismatchError("must be an integer")
     return value
 
 
-def _number(value: Any, format: Format) -> float:
+def _decode_number(value: Any, format: Format) -> float:
     if isinstance(value, str):
         value = _NOT_FINITE.get(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -272,30 +280,30 @@ def _number(value: Any, format: Format) -> float:
     return number
 
 
-def _bytes(value: Any, format: Format) -> bytes:
+def _decode_bytes(value: Any, format: Format) -> bytes:
     try:
-        return base64.b64decode(_text(value, format), validate=True)
+        return base64.b64decode(_decode_text(value, format), validate=True)
     except (binascii.Error, ValueError) as error:
         raise MismatchError("must be base64") from error
 
 
 _SCALARS: dict[Any, _Decoder] = {
-    Any: _any,
-    str: _text,
-    bool: _truth,
-    int: _integer,
-    float: _number,
-    bytes: _bytes,
+    Any: _decode_any,
+    str: _decode_text,
+    bool: _decode_bool,
+    int: _decode_integer,
+    float: _decode_number,
+    bytes: _decode_bytes,
 }
 
 _NAMES = {str: "a string", float: "a number", int: "an integer", bool: "true or false"}
 
 
-def _annotated(kind: Any, metadata: tuple[Any, ...]) -> _Decoder:
+def _make_annotated_decoder(kind: Any, metadata: tuple[Any, ...]) -> _Decoder:
     (extra,) = metadata
     if isinstance(extra, Packed):
-        return functools.partial(_array, extra.code)
-    base = _decoder(kind)
+        return functools.partial(_decode_array, extra.code)
+    base = _get_decoder(kind)
 
     def decode(value: Any, format: Format) -> Any:
         try:
@@ -311,54 +319,62 @@ def _annotated(kind: Any, metadata: tuple[Any, ...]) -> _Decoder:
     return decode
 
 
-def _array(code: str, value: Any, format: Format) -> array[Any]:
+def _decode_array(code: str, value: Any, format: Format) -> array[Any]:
     values: array[Any] = array(code)
     try:
-        values.frombytes(_bytes(value, format))
+        values.frombytes(_decode_bytes(value, format))
     except ValueError as error:
         raise MismatchError("must be an array in base64") from error
-    return _little_endian(values)
+    return _swap_endianness(values)
 
 
-def _union(members: tuple[Any, ...]) -> _Decoder:
-    """A type or ``None``, or one of some scalars."""
+def _make_union_decoder(members: tuple[Any, ...]) -> _Decoder:
+    """Return the decoder for a type or ``None``, or for one of several scalar types."""
     others = [member for member in members if member is not type(None)]
-    only = _decoder(others[0]) if len(others) == 1 else _one_of_scalars(tuple(others))
+    only = (
+        _get_decoder(others[0]) if len(others) == 1 else _make_scalar_union_decoder(tuple(others))
+    )
     if len(others) == len(members):
         return only
     return lambda value, format: None if value is None else only(value, format)
 
 
-def _one_of_scalars(kinds: tuple[Any, ...]) -> _Decoder:
+def _make_scalar_union_decoder(kinds: tuple[Any, ...]) -> _Decoder:
     named = [name for kind, name in _NAMES.items() if kind in kinds]
     if float in kinds and int in kinds:
         named.remove(_NAMES[int])
     meaning = f"{', '.join(named[:-1])}, or {named[-1]}"
 
     def decode(value: Any, format: Format) -> Any:
-        if not isinstance(value, kinds):
+        # In a file, unlike in Python, a bool is no int. tomlkit returns subclasses of these types.
+        kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+        if kind is int and int not in kinds:
+            kind = float
+        if kind not in kinds:
             raise MismatchError(f"must be {meaning}")
-        return value
+        return _SCALARS[kind](value, format)
 
     return decode
 
 
-def _literal(members: tuple[Any, ...]) -> _Decoder:
-    said = f"one of: {', '.join(map(str, members))}" if len(members) > 1 else f'"{members[0]}"'
+def _make_literal_decoder(members: tuple[Any, ...]) -> _Decoder:
+    is_single = len(members) == 1
+    options_text = f'"{members[0]}"' if is_single else f"one of: {', '.join(map(str, members))}"
 
     def decode(value: Any, format: Format) -> Any:
         if not any(type(value) is type(member) and value == member for member in members):
-            raise MismatchError(f"must be {said}")
+            raise MismatchError(f"must be {options_text}")
         return value
 
     return decode
 
 
-def _sequence(kind: type, parameters: tuple[Any, ...]) -> _Decoder:
+def _make_sequence_decoder(kind: type, parameters: tuple[Any, ...]) -> _Decoder:
     if kind is tuple and parameters[1:] != (Ellipsis,):
         raise TypeError("a tuple in a file has any number of items of one type")
-    item = _decoder(parameters[0])
-    has_places = item not in _SCALARS.values() and typing.get_origin(parameters[0]) is not Annotated
+    item = _get_decoder(parameters[0])
+    is_annotated = typing.get_origin(parameters[0]) is Annotated
+    items_have_paths = item not in _SCALARS.values() and not is_annotated
 
     def decode(value: Any, format: Format) -> Any:
         if not isinstance(value, list):
@@ -369,7 +385,7 @@ def _sequence(kind: type, parameters: tuple[Any, ...]) -> _Decoder:
             for index, plain in enumerate(value):  # noqa: B007 - the error names it
                 decoded.append(item(plain, format))
         except MismatchError as error:
-            if has_places:
+            if items_have_paths:
                 raise error.inside(index) from None
             what = error.what.removeprefix("must be ")
             raise MismatchError(f"must be a list, and its item {index} must be {what}") from None
@@ -378,8 +394,8 @@ def _sequence(kind: type, parameters: tuple[Any, ...]) -> _Decoder:
     return decode
 
 
-def _mapping(key_kind: Any, value_kind: Any) -> _Decoder:
-    key, item = _decoder(key_kind), _decoder(value_kind)
+def _make_mapping_decoder(key_kind: Any, value_kind: Any) -> _Decoder:
+    key, item = _get_decoder(key_kind), _get_decoder(value_kind)
 
     def decode(value: Any, format: Format) -> dict[Any, Any]:
         if not isinstance(value, dict):
@@ -395,9 +411,9 @@ def _mapping(key_kind: Any, value_kind: Any) -> _Decoder:
     return decode
 
 
-def _named_tuple(kind: Any) -> _Decoder:
+def _make_named_tuple_decoder(kind: Any) -> _Decoder:
     hints = typing.get_type_hints(kind, include_extras=True)
-    items = [(name, _decoder(hints[name])) for name in kind._fields]
+    items = [(name, _get_decoder(hints[name])) for name in kind._fields]
 
     def decode(value: Any, format: Format) -> Any:
         if not isinstance(value, list) or len(value) != len(items):
@@ -413,20 +429,18 @@ def _named_tuple(kind: Any) -> _Decoder:
     return decode
 
 
-def _late(kind: Any) -> _Decoder:
-    return lambda value, format: _dataclass(kind)(value, format)
+def _decode_dataclass_lazily(kind: Any) -> _Decoder:
+    return lambda value, format: _make_dataclass_decoder(kind)(value, format)
 
 
 @functools.cache
-def _dataclass(kind: Any) -> _Decoder:
+def _make_dataclass_decoder(kind: Any) -> _Decoder:
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = [
-        (
-            *(field.name, _key(field), _decoder(hints[field.name])),
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-        )
-        for field in dataclasses.fields(kind)
-    ]
+    fields = []
+    for field in dataclasses.fields(kind):
+        missing = dataclasses.MISSING
+        is_required = field.default is missing and field.default_factory is missing
+        fields.append((field.name, _key(field), _get_decoder(hints[field.name]), is_required))
     known = {key for _, key, _, _ in fields}
     check = getattr(kind, "check", None)
 
@@ -435,8 +449,8 @@ def _dataclass(kind: Any) -> _Decoder:
             raise MismatchError(f"must be {format.mapping}")
         if format.refuses_unknown and not known.issuperset(value):
             unknown = next(key for key in value if key not in known)
-            said = ", ".join(key for _, key, _, _ in fields)
-            raise MismatchError(f"is not known (known: {said})", unknown)
+            known_text = ", ".join(key for _, key, _, _ in fields)
+            raise MismatchError(f"is not known (known: {known_text})", unknown)
         decoded = {}
         for name, key, item, is_required in fields:
             if key in value:

@@ -1,4 +1,5 @@
-"""What the agent has seen of a program: its models, optimizers, loaders and torch's switches.
+"""Facts that the agent collects about a program: its modules, optimizers, loaders, and switches of
+torch.
 
 ``None`` means that a fact is not known.
 """
@@ -14,8 +15,8 @@ class OptimizerFacts:
     """An optimizer of the program.
 
     Attributes:
-        class_: name of its class.
-        tensors, elements: how many tensors it updates, and how many elements these have.
+        class_: the name of its class.
+        tensors, elements: the number of tensors that it updates, and of their elements.
         fused: whether a parameter group asks for torch's fused step.
         can_fuse: whether the constructor of its class takes the argument ``fused``.
     """
@@ -32,11 +33,11 @@ class ModuleFacts:
     """The outermost modules, and all modules inside them.
 
     Attributes:
-        roots: names of the classes of the outermost modules.
-        kinds: name of a class -> how many modules are of it.
-        convolutions_channels_last: how many two-dimensional convolutions have their weights in
-            channels_last, and only in that format.
-        convolutions_grouped: how many two-dimensional convolutions have groups.
+        roots: the class names of the outermost modules.
+        kinds: a map from the name of a class to the number of modules of that class.
+        convolutions_channels_last: the number of two-dimensional convolutions whose weights are in
+            the memory format channels_last, and in no other format at the same time.
+        convolutions_grouped: the number of two-dimensional convolutions with several groups.
     """
 
     roots: tuple[str, ...] = ()
@@ -50,11 +51,12 @@ class ParameterFacts:
     """The parameters of the outermost modules.
 
     Attributes:
-        elements_by_dtype: name of a dtype -> elements of that dtype.
-        elements_by_device: type of a device -> elements on it.
-        denormal_share: share of the float32 elements on the CPU that are smaller than the smallest
-            normal number and not zero; ``None``: there are none on the CPU.
-        unoptimized_elements: elements that have a gradient and belong to no optimizer.
+        elements_by_dtype: a map from the name of a dtype to the number of elements of that dtype.
+        elements_by_device: a map from a device type to the number of elements on it.
+        denormal_share: the share of the float32 elements on the CPU that are smaller than the
+            smallest normal number and not zero; ``None``: there are no such elements on the CPU.
+        unoptimized_elements: the number of elements that have a gradient and belong to no
+            optimizer.
     """
 
     elements_by_dtype: Mapping[str, int] = field(default_factory=dict)
@@ -68,11 +70,11 @@ class LoaderFacts:
     """A data loader of the program.
 
     Attributes:
-        workers: how many worker processes it has.
-        batch_size: samples of a batch; ``None`` also where a sampler makes the batches.
-        dataset: name of the class of its dataset, beneath subsets.
-        pin_memory, persistent_workers: its options of these names.
-        settings: settings of the knob ``loader`` that it can take.
+        workers: the number of its worker processes.
+        batch_size: the number of samples in a batch; ``None`` also if a batch sampler is used.
+        dataset: the class name of the dataset, after unwrapping ``Subset``.
+        pin_memory, persistent_workers: the constructor's arguments of these names.
+        settings: the settings of the knob ``loader`` that apply to this loader.
     """
 
     workers: int | None = None
@@ -89,10 +91,10 @@ class SwitchFacts:
 
     Attributes:
         deterministic: whether only deterministic algorithms are allowed.
-        anomaly_detection: whether autograd looks for anomalies.
-        cudnn_benchmark: whether cuDNN tries its algorithms.
-        float32_matmul_precision: ``highest``, ``high`` or ``medium``; ``None`` also where the
-            program has set it for single backends.
+        anomaly_detection: whether autograd detects anomalies.
+        cudnn_benchmark: whether cuDNN chooses its algorithms by benchmarks.
+        float32_matmul_precision: ``highest``, ``high`` or ``medium``; ``None`` also if the program
+            has set different precisions for single backends.
     """
 
     deterministic: bool | None = None
@@ -103,14 +105,18 @@ class SwitchFacts:
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """All facts about a program, as they are after its timed steps.
+    """All facts about a program, collected after its timed steps.
 
     Attributes:
-        optimizers: those that have parameter groups.
-        loaders: those that have been iterated over.
-        opens_images: whether the program has imported Pillow's reader of JPEG files.
-        threads: torch's intra-op threads.
-        knobs: names of the knobs that are applied, in alphabetical order.
+        optimizers: the optimizers that have parameter groups.
+        modules: the outermost modules and all modules inside them.
+        parameters: the parameters of the outermost modules.
+        loaders: the data loaders that have been iterated over.
+        opens_images: whether the main process has imported Pillow's JPEG plugin, as opening an
+            image with Pillow does.
+        switches: switches of torch.
+        threads: the number of torch's intra-op threads.
+        knobs: the names of the knobs that are applied, in alphabetical order.
     """
 
     optimizers: tuple[OptimizerFacts, ...] | None = None
@@ -124,7 +130,8 @@ class ProgramFacts:
 
     @property
     def loader_settings(self) -> tuple[str, ...] | None:
-        """Settings of the knob ``loader`` that at least one loader can take; ``None``: unknown."""
+        """The settings of the knob ``loader`` that apply to at least one loader; ``None``:
+        unknown."""
         settings: dict[str, None] = {}
         for loader in self.loaders or ():
             if loader.settings is None:

@@ -1,4 +1,4 @@
-"""The header of a record: which process wrote it, and under which Python and torch."""
+"""The header of a record, which describes the process that wrote it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-RECORD_VERSION = 5
+RECORD_VERSION = 6
 
 ENVIRONMENT_NAMES = (
     "CUDA_VISIBLE_DEVICES",
@@ -32,7 +32,7 @@ ENVIRONMENT_NAMES = (
     "TORCH_DISTRIBUTED_DEBUG",
     "WORLD_SIZE",
 )
-"""The only environment variables that a header holds; any other may be a secret."""
+"""The only environment variables that a header holds, because any other may be a secret."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,20 @@ class Header:
     """The first line of a record.
 
     Attributes:
-        version: version of the record's format.
-        pid, parent_pid: of the process, and of the one that started it.
-        rank, world_size: of the process in a distributed job; ``None`` outside of one.
-        started_unix_s: wall-clock time at which the record was begun.
+        version: the version of the record's format.
+        pid, parent_pid: the process ids of the process and of its parent.
+        rank, world_size: the rank of the process in a distributed job, and the number of processes
+            of that job; ``None``: the job is not distributed.
+        started_unix_s: the wall-clock time when the record was started.
         started_ns: the same moment as a ``time.perf_counter_ns`` reading, the clock of the events.
-        program: base name of the script, or name of the module after ``-m``.
-        executable: path of the Python interpreter.
-        python, torch: versions.
-        threads: torch's intra-op threads; ``None``: not known.
+        program: the base name of the script, or the name of the module after ``-m``.
+        executable: the path of the Python interpreter.
+        python, torch: the versions of Python and torch.
+        threads: the number of torch's intra-op threads; ``None``: not known.
         cpu_capability: the instruction set that torch's own kernels use, such as ``AVX512``.
-        accelerator: device type of torch's accelerator, such as ``cuda``; ``None``: there is none.
-        environment: the variables of ``ENVIRONMENT_NAMES`` that are set.
+        accelerator: the device type of torch's accelerator, such as ``cuda``; ``None``: there is
+            none.
+        environment: the variables of ``ENVIRONMENT_NAMES`` that are set, with their values.
     """
 
     kind: ClassVar[str] = "header"

@@ -1,7 +1,7 @@
-"""The lines of a record after its header, each with the ``kind`` that it has in the file.
+"""The lines of a record after its header, each with its ``kind`` in the file.
 
-A sample is the values of some elements, the same ones in every run; ``None`` means that it was not
-taken.
+``sample`` fields hold a tensor's values at fixed positions, equal in every run (``None``: not
+recorded).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import ClassVar, Protocol
 
 from flatout.wire.codec import Doubles, Floats, Ints
 
-EVENTS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
+AGENT_EVENT_KINDS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
+"""The values of ``AgentEvent.what``."""
 
 
 class Line(Protocol):
@@ -21,28 +22,29 @@ class Line(Protocol):
 
 
 @dataclass(frozen=True)
-class Events:
-    """What torch did since the line before.
+class PackedTrace:
+    """The events of torch since the previous line of this kind.
 
     Attributes:
         packed: the events one after the other. An event (``turns.TorchEvent``) is one byte,
-            kind + 4 * phase + 32 * flags, then its values. Each value is the difference to the
-            last one of its kind in the file (times; modules; optimizers; each of the three usages;
-            notes; all start from 0 at a header), zigzag-encoded and in LEB128.
+            kind + 4 * phase + 32 * flags, followed by its values. Each value is stored as the
+            difference to the previous value of its kind (times; modules; optimizers; each of the
+            three usages; notes; all start from 0 at a header), zigzag-encoded and in LEB128.
     """
 
-    kind: ClassVar[str] = "events"
+    kind: ClassVar[str] = "trace"
 
     packed: bytes
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The next losses that backward calls started from; those of an accelerator arrive late.
+    """The next losses from which backward calls started. Losses on an accelerator are read late.
 
     Attributes:
         packed: the losses in the order of the calls.
-        peak_device_bytes: most memory that torch had allocated on the accelerator so far.
+        peak_device_bytes: the largest amount of memory that torch has had allocated on the
+            accelerator so far.
     """
 
     kind: ClassVar[str] = "losses"
@@ -53,12 +55,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What goes into the first calls of outermost modules.
+    """The inputs of the first calls of the outermost module.
 
-    Another such line takes its place when later calls differ in sizes.
+    If the sizes of later calls differ, another line of this kind replaces this one.
 
     Attributes:
-        tensors: each tensor in the words of ``wire/signature.py``.
+        tensors: one word of ``wire/signature.py`` for each tensor.
     """
 
     kind: ClassVar[str] = "inputs"
@@ -67,28 +69,30 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Modules:
-    """The files that the program has imported by the first outermost module call, and by the end.
+class ImportedFiles:
+    """The Python files that the program has imported so far.
+
+    There is one such line at the first outermost module call, and one at the end.
 
     Attributes:
-        files: their paths, without those of the standard library and of installed packages.
+        files: the paths of the files, except for the standard library and installed packages.
     """
 
-    kind: ClassVar[str] = "modules"
+    kind: ClassVar[str] = "imported_files"
 
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Event:
-    """What the agent did, skipped or failed to do.
+class AgentEvent:
+    """Something that the agent did, skipped or failed to do.
 
     Attributes:
-        at_s: seconds since the header was written.
-        what: one of ``EVENTS``.
-        subject: what it is about: a knob, ``profile``, and so on.
-        why: one sentence.
-        traceback: of a failure.
+        at_s: the time of the event in seconds since the header was written.
+        what: one of ``AGENT_EVENT_KINDS``.
+        subject: the subject of the event: a knob, ``profile``, and so on.
+        why: the reason, in one sentence.
+        traceback: the traceback of a failure; ``None``: the event is no failure.
     """
 
     kind: ClassVar[str] = "event"
@@ -102,15 +106,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What one update of a parameter was made from, before any clipping.
+    """The gradient that one optimizer step used for a parameter, before any clipping.
 
     Attributes:
-        norm: Euclidean norm over all elements.
-        elements: how many elements there are.
-        sample: some of them.
-        roundoff: unit roundoff of the arithmetic that computed it; ``None``: not seen.
-        noise: norm that rounding alone can give it; ``None``: not known, as of a matrix
-            (``agent/flows.py``).
+        norm: the Euclidean norm over all elements.
+        elements: the number of elements.
+        sample: the values of some elements.
+        roundoff: the unit roundoff of the arithmetic that computed the gradient; ``None``: not
+            observed.
+        noise: the gradient norm that rounding errors alone could produce (``agent/flows.py``);
+            ``None``: not known, for example for matrix-shaped parameters.
     """
 
     norm: float
@@ -122,14 +127,22 @@ class Gradient:
 
 @dataclass(frozen=True)
 class NamedGradient(Gradient):
-    """A gradient with the name of its parameter."""
+    """A gradient with the name of its parameter.
+
+    Attributes:
+        name: the name of the parameter.
+    """
 
     name: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients that one update is made from."""
+    """The gradients that one optimizer step used.
+
+    Attributes:
+        parameters: the gradient of each parameter that the step updates.
+    """
 
     kind: ClassVar[str] = "gradients"
 
@@ -141,11 +154,11 @@ class OutputTensor:
     """A floating-point tensor that a forward pass returned.
 
     Attributes:
-        shape: its sizes; a loss has one element.
-        mean, rms: over all elements.
-        sample: some of them.
-        top1: index of the largest element of some rows (along the last dimension).
-        lead: difference between the largest and the second largest element of these rows.
+        shape: the shape of the tensor; a loss has one element.
+        mean, rms: the mean and the root mean square over all elements.
+        sample: the values of some elements.
+        top1: for some rows (along the last dimension), the index of the largest element.
+        lead: for the same rows, the difference between the largest and the second largest element.
     """
 
     shape: tuple[int, ...]
@@ -158,13 +171,13 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Output:
-    """A call of an outermost module that does not train.
+    """An outermost forward call outside training (evaluation or inference).
 
     Attributes:
-        root: the module, by its class.
-        inputs: SHA-256 of all tensors that went in; ``None``: not taken.
-        digest: SHA-256 of all tensors that came out; ``None``: not taken.
-        tensors: the first floating-point tensors that came out.
+        root: the name of the module, which is that of its class.
+        inputs: the SHA-256 of all input tensors; ``None``: not recorded.
+        digest: the SHA-256 of all output tensors; ``None``: not recorded.
+        tensors: the first floating-point output tensors.
     """
 
     kind: ClassVar[str] = "outputs"
@@ -177,7 +190,12 @@ class Output:
 
 @dataclass(frozen=True)
 class BufferState:
-    """A floating-point buffer of a module, such as the running mean of batch norm."""
+    """A floating-point buffer of a module, such as the running mean of batch norm.
+
+    Attributes:
+        name: the name of the buffer.
+        mean, rms: the mean and the root mean square over all elements.
+    """
 
     name: str
     mean: float
@@ -186,29 +204,33 @@ class BufferState:
 
 @dataclass(frozen=True)
 class RootState:
-    """An outermost module at the end.
+    """The state of an outermost module when the run ended.
 
     Attributes:
-        root: the module, by its class.
-        digest: SHA-256 of all its parameters and buffers.
-        non_finite: how many of their elements are not finite.
-        buffers: its floating-point buffers.
-        probabilities: how many of its outputs in training were looked at, if all of them are
-            between 0 and 1; otherwise 0.
-        ones: how many of these were exactly 1.
+        root: the name of the module, which is that of its class.
+        digest: the SHA-256 of all its parameters and buffers.
+        non_finite: the number of elements of these that are not finite.
+        buffers: the floating-point buffers of the module.
+        probability_count: the number of inspected elements of outputs in training, if all of them
+            lie in [0, 1] (they look like probabilities), else 0.
+        saturated_count: the number of these elements that are exactly 1.
     """
 
     root: str
     digest: str
     non_finite: int
     buffers: tuple[BufferState, ...]
-    probabilities: int = 0
-    ones: int = 0
+    probability_count: int = 0
+    saturated_count: int = 0
 
 
 @dataclass(frozen=True)
 class State:
-    """The outermost modules at the end."""
+    """The state of the outermost modules when the run ended.
+
+    Attributes:
+        roots: the state of each outermost module.
+    """
 
     kind: ClassVar[str] = "state"
 
@@ -217,12 +239,12 @@ class State:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a comparison in the real training has shown of a setting.
+    """The result of comparing a setting with the baseline during the real training.
 
     Attributes:
-        knob, setting: what was compared with the bare program.
-        kept: whether it is on from then on.
-        value, low, high, pairs: the ratio, see ``ratios.Ratio``.
+        knob, setting: the knob and its setting.
+        kept: whether the setting stays applied after the comparison.
+        value, low, high, pairs: the fields of the speedup, see ``ratios.Ratio``.
     """
 
     knob: str
@@ -236,7 +258,11 @@ class Learned:
 
 @dataclass(frozen=True)
 class LearnedSettings:
-    """What a comparison in the real training has shown."""
+    """The results of a comparison during the real training.
+
+    Attributes:
+        settings: the result for each setting.
+    """
 
     kind: ClassVar[str] = "learned"
 
@@ -248,9 +274,9 @@ class End:
     """The last line of a process that ended in an orderly way.
 
     Attributes:
-        at_s: seconds since the header was written.
+        at_s: the time of the end in seconds since the header was written.
         reason: ``exit`` or ``stopped``.
-        peak_device_bytes: as in ``Losses``, also where no loss was read.
+        peak_device_bytes: the same as in ``Losses``; it is recorded even if no loss was read.
     """
 
     kind: ClassVar[str] = "end"

@@ -1,4 +1,4 @@
-"""What a profiled window has measured: the operators of a step, page faults, operations."""
+"""The results of a profiled window: operator times, page faults and FLOP counts of a step."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from flatout.wire.codec import OMIT_NONE
 from flatout.wire.facts import ProgramFacts
 
 MANY_FAULTS = 256
-"""Minor page faults of a step (1 MiB of memory) below which they cannot matter."""
+"""Fewer minor page faults per step than this (1 MiB) are negligible."""
 
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """An operator in one part of the step; all figures are means over the profiled steps.
+    """The times of an operator in one part of the step. All numbers are means over profiled steps.
 
     Attributes:
-        name: as torch's profiler has it, such as ``aten::mm``.
-        phase: ``optimizer``, ``backward``, or ``None`` for any other.
-        within: ``attention`` for what ``scaled_dot_product_attention`` does where it has no fused
-            kernel, in both directions; otherwise ``None``.
-        calls: calls in a step.
-        self_ms: time of a step on the host, without operators that it calls.
-        device_self_ms: the same on the accelerator; ``None``: the program uses none.
+        name: the operator's name in torch's profiler, such as ``aten::mm``.
+        phase: ``optimizer``, ``backward``, or ``None`` for any other phase.
+        within: ``attention`` for operators called by ``scaled_dot_product_attention`` if it has no
+            fused kernel, in forward and backward; otherwise ``None``.
+        calls: the number of calls per step.
+        self_ms: the host self time per step (excluding called operators).
+        device_self_ms: the self time per step on the accelerator; ``None``: the program uses no
+            accelerator.
     """
 
     name: str
@@ -37,27 +38,29 @@ class OperatorTimes:
 
 @dataclass(frozen=True)
 class Profile:
-    """A profiled window; what could not be measured is ``None``, and an event says why.
+    """A profiled window. A field that could not be measured is ``None``, and an event says why.
 
     The profiler slows steps down. Times and counts are means over the profiled steps without the
     fastest and the slowest quarter of them.
 
     Attributes:
-        steps: steps that the means are over.
-        step_ms: time of a profiled step.
-        operators: the largest operators, largest first.
-        operators_total_ms, operators_total_calls: self time and calls of all operators in a step,
-            listed or not.
-        device_total_ms: time of all kernels of the accelerator in a step; ``None`` also where the
-            program uses none.
-        minor_faults, minor_faults_of_thread: minor page faults in a step, of all threads and of
+        steps: the number of steps in the means.
+        step_ms: the time of a profiled step.
+        operators: the operators with the largest times, largest first.
+        operators_total_ms, operators_total_calls: the self time and the calls per step of all
+            operators, listed or not.
+        device_total_ms: the time per step of all kernels on the accelerator; ``None`` also if the
+            program uses no accelerator.
+        minor_faults, minor_faults_of_thread: the minor page faults per step, of all threads and of
             the main thread.
-        page_fault_us: what one of them costs this process.
-        page_fault_step_ms: time of the steps between the measurements of that cost.
-        flops_by_dtype: name of a dtype -> floating-point operations of a step in it.
-        counted: operator -> its calls in a step whose operations were counted.
-        uncountable: operator -> why its operations could not be counted.
-        facts: what was seen of the program after the window.
+        page_fault_us: the cost of a minor page fault in this process.
+        page_fault_step_ms: the step time while the page-fault cost was being measured.
+        flops_by_dtype: a map from the name of a dtype to the floating-point operations per step in
+            it.
+        counted: a map from an operator to the number of its calls per step for which FLOPs were
+            counted.
+        uncountable: a map from an operator to the reason why its FLOPs could not be counted.
+        facts: the facts about the program, collected after the window.
     """
 
     kind: ClassVar[str] = "profile"

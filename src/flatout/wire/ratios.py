@@ -1,19 +1,19 @@
-"""Ratios of step times inside one process, with their intervals.
+"""Estimating ratios of step times inside one process, with their confidence intervals.
 
-Step times are skewed, drift, and resemble their neighbours: the machine's speed changes by 2x
-within minutes. Each block of steps therefore counts once, by the median of its times. The
-logarithms y of these medians, in the order of time, are fitted with
+Step times have a skewed distribution, drift, and are correlated with their neighbours: the
+machine's speed changes by 2x within minutes. Each block of steps therefore counts once, by the
+median of its step times. The model of the logarithms y of these medians, in the order of time, is
 
     y[i] = level - (sum of the logarithms of the ratios of the settings of block i) + e[i],
     e[i] = phi e[i-1] + noise,
 
 a regression with autoregressive errors (Prais and Winsten 1954). A block is thus compared, above
-all, with the blocks next to it, whichever arm they belong to. Steps may differ in size, as batches
-of sentences do. What the logarithms of rows and elements of their inputs explain then has terms of
-its own (an analysis of covariance), so that an arm that got the longer sentences has no
+all, with the blocks next to it, whichever arm they belong to. If the sizes of steps differ, as
+those of batches of sentences do, the logarithms of the rows and elements of their inputs are
+covariates (analysis of covariance), so that an arm that got the longer sentences has no
 disadvantage. Residuals are bounded as in Huber (1981, Robust Statistics, sections 7.6 and 7.8), so
-that a pause of the machine costs one block. The coefficient phi maximises the restricted likelihood
-(Harville 1974).
+that a pause of the machine affects one block. The coefficient phi maximises the restricted
+likelihood (Harville 1974).
 
 This file imports only the standard library, because both halves load it.
 """
@@ -33,23 +33,26 @@ if TYPE_CHECKING:
     from flatout.wire.turns import Turn
 
 CONFIDENCE = 0.95
+"""The confidence level of all intervals."""
 
 HUBER = 1.345
-"""Residuals beyond this many deviations are bounded; this is 95 % efficient on normal noise
-(Huber)."""
+"""Residuals are bounded at this many standard deviations. The estimate is then 95 % efficient under
+normal noise (Huber)."""
 
 PHIS = (0.0, 0.3, 0.6, 0.8)
+"""The values of phi of which the most likely one is chosen."""
 
 CALIBRATION = 1.2
-"""The intervals of the model are widened by this factor. Drift has slower parts than one
-autoregressive term can describe: on recorded step times, 95 % intervals without the factor covered
-90 % (``benchmarks/replay.py`` prints the share that they cover)."""
+"""The intervals of the model are widened by this factor, because drift has slower components than
+one autoregressive term can describe. On recorded step times, 95 % intervals without the factor
+covered 90 % (``benchmarks/replay.py`` prints the share that they cover)."""
 
 _LEAST_SIZE_VARIANCE = 1e-4
-"""Least variance of a covariate that gets a term: that of steps that differ in size by 1 %."""
+"""A covariate with a smaller variance than this is left out. It is the variance of the logarithms
+of sizes that differ by 1 %."""
 
 MINIMUM_DEGREES_OF_FREEDOM = 5
-"""There is no interval with fewer degrees of freedom."""
+"""With fewer degrees of freedom, no ratio is estimated."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Ratio:
 
     Attributes:
         value: the estimate.
-        low, high: its confidence interval.
-        pairs: number of pairs of runs, or of blocks, behind it.
+        low, high: the bounds of its confidence interval.
+        pairs: the number of pairs of runs, or of blocks, that it is estimated from.
     """
 
     value: float
@@ -68,7 +71,7 @@ class Ratio:
     pairs: int
 
     def check(self) -> None:
-        """Raise ``MismatchError`` where no measurement can have given such a ratio."""
+        """Raise ``MismatchError`` if no measurement can have given such a ratio."""
         if not (self.value > 0 and 0 < self.low <= self.high):
             raise MismatchError("must be positive, with an interval from low to high")
 
@@ -77,14 +80,19 @@ class Ratio:
 
 
 class Size(NamedTuple):
-    """Rows and elements of the inputs of a step's outermost module calls."""
+    """The size of a step.
+
+    Attributes:
+        rows, elements: the number of rows and of elements of the inputs of its outermost module
+            calls.
+    """
 
     rows: int
     elements: int
 
     @classmethod
     def of(cls, step: Turn | Step) -> Size | None:
-        """The size of a step; ``None``: it was not noted, or there were no inputs."""
+        """Return the size of a step; ``None``: it was not recorded, or there were no inputs."""
         return cls(step.rows, step.elements) if step.rows and step.elements else None
 
 
@@ -93,10 +101,11 @@ class Block:
     """Consecutive steps of one arm.
 
     Attributes:
-        arm: number of the arm.
-        times_ms: step times, without those after the switch.
+        arm: the number of the arm.
+        times_ms: the step times, without the steps right after the switch to the arm.
         sizes: the sizes of these steps, in order.
-        first_ms: step times of an arm's first block, which warms up and counts for no ratio.
+        first_ms: the step times of the first block of an arm, which warms up and is not used for
+            ratios.
     """
 
     arm: int
@@ -110,48 +119,55 @@ class Block:
         self.sizes.append(size)
 
 
-def arm_ratios(found: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
+def estimate_arm_ratios(blocks: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
     """Estimate the ratio of each arm to the baseline.
 
     Args:
-        found: blocks in the order of time; those without times are ignored.
+        blocks: the blocks in the order of time; blocks without times are ignored.
         baseline: the arm that the others are compared with.
 
     Returns:
-        Arm -> ratio; empty while there are too few blocks for an interval.
+        A map from each other arm to its ratio; it is empty while there are too few blocks.
     """
-    timed = [block for block in found if block.times_ms]
+    timed = [block for block in blocks if block.times_ms]
     others = sorted({block.arm for block in timed} - {baseline})
     if len(others) == len({block.arm for block in timed}):
         return {}
     column = {arm: number for number, arm in enumerate(others, 1)}
     rows = [[] if block.arm == baseline else [column[block.arm]] for block in timed]
-    ratios = _ratios(timed, rows, 1 + len(others))
+    ratios = _estimate_ratios(timed, rows, 1 + len(others))
     return dict(zip(others, ratios, strict=False))
 
 
-def setting_ratios(
-    found: Sequence[Block], arms: Sequence[Mapping[str, str]]
+def estimate_setting_ratios(
+    blocks: Sequence[Block], arms: Sequence[Mapping[str, str]]
 ) -> dict[tuple[str, str], Ratio]:
-    """Estimate the ratio that each setting adds to the others, for the stacks of ``tune.design``.
+    """Estimate each setting's main effect as a speedup factor, when the arms are combinations of
+    settings (``tune.design``).
 
     Args:
-        found: blocks in the order of time; those without times are ignored.
+        blocks: the blocks in the order of time; blocks without times are ignored.
         arms: the ``knob -> setting`` map of each arm.
 
     Returns:
-        Knob and setting -> ratio; empty while there are too few blocks to tell settings apart.
+        A map from each pair of knob and setting to its ratio; it is empty while there are too few
+        blocks.
     """
-    timed = [block for block in found if block.times_ms]
+    timed = [block for block in blocks if block.times_ms]
     settings = sorted({item for block in timed for item in arms[block.arm].items()})
     column = {item: number for number, item in enumerate(settings, 1)}
     rows = [[column[item] for item in arms[block.arm].items()] for block in timed]
-    ratios = _ratios(timed, rows, 1 + len(settings))
+    ratios = _estimate_ratios(timed, rows, 1 + len(settings))
     return dict(zip(settings, ratios, strict=False))
 
 
 def is_decided(ratio: Ratio, worthwhile: float) -> bool:
-    """Whether it is clear that there is a gain, or none worth having."""
+    """Whether the interval shows that there is a gain, or that there is no gain worth having.
+
+    Args:
+        ratio: the speedup.
+        worthwhile: the least speedup that is worth having.
+    """
     return ratio.low > 1 or ratio.high < worthwhile
 
 
@@ -165,18 +181,20 @@ class _Fit(NamedTuple):
     log_likelihood: float
 
 
-def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> list[Ratio]:
-    """Estimate one ratio for each column but the first, which is the level.
+def _estimate_ratios(
+    timed: Sequence[Block], on: Sequence[Sequence[int]], width: int
+) -> list[Ratio]:
+    """Estimate one ratio for each column except the first, which is the level.
 
     Args:
-        timed: the blocks.
-        on: for each block, the columns that are 1 in it.
-        width: number of columns.
+        timed: the blocks, each with at least one step time.
+        on: for each block, the columns whose value is 1 in its row.
+        width: the number of columns.
 
     Returns:
         The ratios in the order of the columns; none if there are too few blocks.
     """
-    covariates = _covariates(timed)
+    covariates = _make_covariates(timed)
     if covariates:
         logs = [fmean(map(math.log, block.times_ms)) for block in timed]
     else:
@@ -207,12 +225,12 @@ def _ratios(timed: Sequence[Block], on: Sequence[Sequence[int]], width: int) -> 
     return ratios
 
 
-def _covariates(timed: Sequence[Block]) -> list[list[float]]:
-    """The covariates of the sizes of the steps, each with a value for each block.
+def _make_covariates(timed: Sequence[Block]) -> list[list[float]]:
+    """Return the covariates for the sizes of the steps, each with a value for each block.
 
     A covariate is the mean over a block of the logarithm of the elements, of its square, or of the
-    logarithm of the rows, made orthogonal to those before it (Gram and Schmidt). There are none
-    where the sizes do not differ.
+    logarithm of the rows, made orthogonal to the covariates before it (Gram and Schmidt). There are
+    no covariates if the sizes do not differ.
     """
     sizes = [block.sizes for block in timed]
     known = {size for block in sizes for size in block}
@@ -245,23 +263,23 @@ def _product(one: Sequence[float], other: Sequence[float]) -> float:
 def _fit(
     rows: Sequence[Mapping[int, float]], logs: Sequence[float], width: int, phi: float
 ) -> _Fit | None:
-    """Huber's estimate for one phi; ``None``: the columns cannot be told apart.
+    """Return Huber's estimate for one phi; ``None`` if the columns are linearly dependent.
 
     Args:
         rows: for each block, the columns that are not 0, and their values.
         logs: the logarithm of the step time of each block.
-        width: number of columns.
-        phi: correlation of an error with the one before it.
+        width: the number of columns.
+        phi: the correlation of an error with the error of the block before.
     """
     first = math.sqrt(1 - phi**2)
-    whitened, values = _whitened(rows, logs, phi)
+    whitened, values = _whiten(rows, logs, phi)
     normal = [[0.0] * width for _ in range(width)]
     for row in whitened:
         for column, value in row:
             line = normal[column]
             for other, factor in row:
                 line[other] += value * factor
-    inverted = _inverted(normal)
+    inverted = _invert(normal)
     if inverted is None:
         return None
     inverse, log_determinant = inverted
@@ -295,10 +313,11 @@ def _fit(
     return _Fit(coefficients, inverse, variance, log_likelihood)
 
 
-def _whitened(
+def _whiten(
     rows: Sequence[Mapping[int, float]], logs: Sequence[float], phi: float
 ) -> tuple[list[list[tuple[int, float]]], list[float]]:
-    """Rows and logarithms whose errors are independent (Prais and Winsten); see ``_fit``."""
+    """Transform rows and logarithms so that their errors are independent (Prais and Winsten); for
+    the arguments see ``_fit``."""
     first = math.sqrt(1 - phi**2)
     whitened = [[(column, first * value) for column, value in rows[0].items()]]
     values = [first * logs[0]]
@@ -315,11 +334,12 @@ def _whitened(
 
 
 _NORMAL_MEDIAN = NormalDist().inv_cdf(0.75)
-"""Median of the absolute value of a standard normal variable."""
+"""The median of the absolute value of a standard normal variable."""
 
 
-def _inverted(matrix: Sequence[Sequence[float]]) -> tuple[list[list[float]], float] | None:
-    """Inverse and log determinant of a positive definite matrix; ``None``: it is singular."""
+def _invert(matrix: Sequence[Sequence[float]]) -> tuple[list[list[float]], float] | None:
+    """Return the inverse and the log determinant of a positive definite matrix; ``None`` if the
+    matrix is singular."""
     size = len(matrix)
     lines = [
         [*line, *(float(number == other) for other in range(size))]
@@ -343,9 +363,14 @@ def _inverted(matrix: Sequence[Sequence[float]]) -> tuple[list[list[float]], flo
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, to 1 % from 5 degrees of freedom on.
+    """Return a quantile of Student's t distribution, accurate to 1 % from 5 degrees of freedom on.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    The approximation is formula 26.7.5 of Abramowitz and Stegun, Handbook of Mathematical
+    Functions.
+
+    Args:
+        probability: the probability of a smaller value.
+        freedom: the degrees of freedom.
     """
     z = NormalDist().inv_cdf(probability)
     return (

@@ -1,19 +1,20 @@
-"""The run record: what one run of a job left behind, and its reader.
+"""The reader of the run record, in which the agent describes one run of a job.
 
 A run has a directory, named by the environment variable ``FLATOUT_RUN``::
 
-    request.json            what the agent was asked to do (see ``wire/request.py``)
-    record-PID.jsonl        one file for each process whose agent had something to record
-    incomplete-PID-ERRNO    empty: that process could not write its record to the end, and why
+    request.json            the request to the agent (see ``wire/request.py``)
+    record-PID.jsonl        the record of process PID, if its agent had something to record
+    incomplete-PID-ERRNO    empty file; says that process PID failed to write its record, with the
+                            error number
 
-A record file is append-only JSON Lines. Each line is one object; its ``kind`` says which dataclass
-its other keys are the fields of (``wire/codec.py``): ``Header`` (``wire/header.py``) for the first
-line, ``Profile`` (``wire/profile.py``), and those of ``wire/lines.py``. ``wire/writer.py`` writes
-the file. The reader ignores a torn last line, and kinds and keys that it does not know. Times are
-in the unit that their name ends with, and ``at_s`` is seconds since the header was written. What
-was not measured is ``null`` or missing, never 0.
+A record file is append-only JSON Lines. Each line is one object. Its ``kind`` names the dataclass
+that has its other keys as fields (``wire/codec.py``): ``Header`` (``wire/header.py``) for the first
+line, ``Profile`` (``wire/profile.py``), or one of ``wire/lines.py``. ``wire/writer.py`` writes the
+file. The reader ignores a torn last line, unknown kinds and unknown keys. The name of a time ends
+with its unit, and ``at_s`` is in seconds since the header was written. A value that was not
+measured is ``null`` or missing, never 0.
 
-What a step is, and its phases, ``wire/turns.py`` makes of the recorded events when the record is
+Steps and phases are not stored: ``wire/turns.py`` derives them from the events when the record is
 read.
 """
 
@@ -33,17 +34,17 @@ from flatout.text import one_line, with_printable
 from flatout.wire.codec import MismatchError, decode
 from flatout.wire.header import RECORD_VERSION, Header
 from flatout.wire.lines import (
+    AgentEvent,
     End,
-    Event,
-    Events,
     Gradient,
     Gradients,
+    ImportedFiles,
     Inputs,
     Learned,
     LearnedSettings,
     Losses,
-    Modules,
     Output,
+    PackedTrace,
     RootState,
     State,
 )
@@ -52,36 +53,40 @@ from flatout.wire.profile import Profile
 from flatout.wire.turns import DATA, OPTIMIZER, PHASES, TRANSFER, Turn, Turns
 
 WARMUP_STEPS = 3
-"""Steps at the beginning that do not count: compilation, allocator, thread pools and caches warm
-up."""
+"""The number of steps at the beginning that do not count, because compilation, allocator, thread
+pools and caches warm up."""
 
 
 class RecordError(ValueError):
-    """A record cannot be read: it is missing, of another version, or no record at all."""
+    """A record cannot be read: it is missing, has another version, or is no record at all."""
 
 
-# What a record holds
+# The content of a record
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of training, or a forward pass alone: a ``turns.Turn`` in seconds and milliseconds.
+    """A training step or an evaluation pass: a ``turns.Turn`` in seconds and milliseconds.
 
     Attributes:
-        index: how many of the same kind came before.
-        at_s: its begin, in seconds since the header.
-        step_ms: its length.
-        phases_ms: exclusive time of each phase; ``None``: the program never entered that phase.
-        losses: the losses that its backward calls started from; ``None``: not read.
-        forwards, backwards, updates: how many calls of outermost modules, backward calls and steps
-            of optimizers it had.
-        minor_faults, major_faults: page faults of the process in it; ``None``: not measured.
-        peak_rss_bytes: most memory of the process so far; ``None``: not measured.
-        peak_device_bytes: most memory that torch had allocated on the accelerator so far.
-        arm: number of the arm of a comparison, or of the run of a relay, that it belongs to.
-        mark: one of ``turns.MARKS``; ``None``: its time is a usual one.
-        grad: whether autograd recorded any of its forward calls.
-        rows, elements: of the inputs of its outermost module calls; ``None``: not noted.
+        index: the number of turns of the same kind before this one.
+        at_s: the beginning of the step, in seconds since the header.
+        step_ms: the duration of the step.
+        phases_ms: the exclusive time of each phase; ``None``: the program never entered that phase.
+        losses: the losses from which the backward calls started; ``None``: not read.
+        forwards, backwards, updates: the number of outermost module calls, of backward calls and of
+            optimizer steps.
+        minor_faults, major_faults: the page faults of the process during the step; ``None``: not
+            measured.
+        peak_rss_bytes: the peak resident set of the process so far; ``None``: not measured.
+        peak_device_bytes: the largest amount of memory that torch has had allocated on the
+            accelerator so far; ``None``: not known.
+        arm: the number of the arm of a comparison, or of the run of a relay; ``None``: neither is
+            running.
+        mark: one of ``turns.MARKS``; ``None``: the step time is a usual one.
+        grad: whether autograd recorded any of the forward calls.
+        rows, elements: the number of rows and of elements of the inputs of the outermost module
+            calls; ``None``: not recorded.
     """
 
     index: int
@@ -107,19 +112,24 @@ S = TypeVar("S", bound=Sized)
 
 
 class _Loops(Generic[S]):
-    """What a process did again and again: steps of training, and forward passes alone."""
+    """The loops of a process: training steps, and evaluation passes.
+
+    Attributes:
+        steps: the training steps.
+        evaluations: the forward passes that no backward call followed.
+    """
 
     steps: S
     evaluations: S
 
     @property
     def trains(self) -> bool:
-        """Whether the process trained; if not, its steps are those of the inference loop."""
+        """Whether the process trained. If not, its loop is an inference loop."""
         return bool(len(self.steps))
 
     @property
-    def turns(self) -> S:
-        """The steps of the program: of its training loop or else of its inference loop."""
+    def loop_steps(self) -> S:
+        """The steps of the training loop, or of the inference loop if the process did not train."""
         return self.steps if self.trains else self.evaluations
 
 
@@ -128,16 +138,18 @@ class ProcessRecord(_Loops[list[Step]]):
     """Everything that one process recorded.
 
     Attributes:
-        path: the record file.
-        header: its first header.
-        steps, evaluations: steps of training, and forward passes that no backward call followed.
-        events: what the agent did, skipped or failed to do.
-        inputs: of the first outermost module call; ``None``: there was none.
-        modules: files that the program has imported, see ``lines.Modules``.
-        profile: the profiled window; ``None``: there was none.
-        gradients: name of a parameter -> the gradients of its first updates.
-        outputs: the forward passes that do not train.
-        state: the modules at the end; ``None``: not asked for, or not reached.
+        path: the path of the record file.
+        header: the first header of the file.
+        steps, evaluations: the training steps, and the forward passes that no backward call
+            followed.
+        events: the events of the agent.
+        inputs: the signature of the first outermost module call (``wire/signature.py``); ``None``:
+            there was no such call.
+        imported_files: the files that the program has imported, see ``lines.ImportedFiles``.
+        profile: the profiled window; ``None``: no window was profiled.
+        gradients: a map from the name of a parameter to the gradients of its first optimizer steps.
+        outputs: the outermost forward calls outside training.
+        state: the state of the modules when the run ended; ``None``: not requested, or not reached.
         end: the last line; ``None``: the process did not end in an orderly way.
     """
 
@@ -145,9 +157,9 @@ class ProcessRecord(_Loops[list[Step]]):
     header: Header
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Step] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[AgentEvent] = field(default_factory=list)
     inputs: tuple[str, ...] | None = None
-    modules: set[str] = field(default_factory=set)
+    imported_files: set[str] = field(default_factory=set)
     profile: Profile | None = None
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
@@ -156,34 +168,32 @@ class ProcessRecord(_Loops[list[Step]]):
 
     @property
     def rank(self) -> int:
-        """Its rank in a distributed job; 0 outside of one."""
+        """The rank of the process in a distributed job; 0 if the job is not distributed."""
         return self.header.rank or 0
 
     @property
     def threads(self) -> int | None:
-        """Torch's intra-op threads in the profiled steps, or else as torch was imported: a program
-        may set another number after that. ``None``: not known."""
+        """The number of torch's intra-op threads during the profiled steps, because a program may
+        set it after the import of torch; without a profile, the number at the import of torch.
+        ``None``: not known."""
         facts = None if self.profile is None else self.profile.facts
         return (None if facts is None else facts.threads) or self.header.threads
 
     @property
     def timed_steps(self) -> list[Step]:
-        """The steps of the program that are neither profiled nor next to a switch of settings."""
-        return [step for step in self.turns if step.mark is None]
+        """The steps of the loop that are neither profiled nor next to a switch of settings."""
+        return [step for step in self.loop_steps if step.mark is None]
 
     @property
     def steady_steps(self) -> list[Step]:
-        """The timed steps after the first ``WARMUP_STEPS`` steps of the program.
-
-        These tell how long a step usually takes. There may be none.
-        """
-        return [step for step in self.turns[WARMUP_STEPS:] if step.mark is None]
+        """The timed steps after the first ``WARMUP_STEPS`` steps of the loop. There may be none."""
+        return [step for step in self.loop_steps[WARMUP_STEPS:] if step.mark is None]
 
     def evaluations_between(self, steps: Sequence[Step]) -> list[Step]:
-        """The timed evaluation passes from the first to the last of some steps of training.
+        """Return the timed evaluation passes from the first to the last of some training steps.
 
         Args:
-            steps: in order, at least one.
+            steps: the training steps, in order; at least one.
         """
         if not self.trains:
             return []
@@ -197,40 +207,47 @@ class ProcessRecord(_Loops[list[Step]]):
 
 @dataclass
 class RunRecord:
-    """All processes of one run, the main one first (that trained most, of equal ones rank 0)."""
+    """The records of all processes of one run.
+
+    Attributes:
+        directory: the directory of the run.
+        processes: the records, main process first: the one with most training steps; ties go to the
+            lowest rank.
+    """
 
     directory: Path
     processes: list[ProcessRecord]
 
     @property
     def main(self) -> ProcessRecord | None:
-        """The process that a report is about; ``None``: no agent recorded anything."""
+        """The record of the main process; ``None``: no agent recorded anything."""
         return self.processes[0] if self.processes else None
 
     @property
-    def modules(self) -> set[str]:
-        """Files that any of its processes has imported, see ``lines.Modules``."""
-        return set().union(*(process.modules for process in self.processes))
+    def imported_files(self) -> set[str]:
+        """The files that any process of the run has imported, see ``lines.ImportedFiles``."""
+        return set().union(*(process.imported_files for process in self.processes))
 
 
 @dataclass
 class StepTimes(_Loops["array[float]"]):
-    """How long the steps of one process took, in milliseconds, and its events.
+    """The step times of one process, in milliseconds, and its events.
 
     Attributes:
-        header: its first header.
-        steps, evaluations, events, inputs: as in ``ProcessRecord``, steps as their length alone.
-        learned: what a comparison has shown; ``None``: no comparison came to its end.
-        modules: files that any process of the run has imported.
+        header: the first header of the record file.
+        steps, evaluations: the durations of the training steps and of the evaluation passes.
+        events, inputs: the same as in ``ProcessRecord``.
+        learned: the results of a comparison during training; ``None``: no comparison was completed.
+        imported_files: the files that any process of the run has imported.
     """
 
     header: Header
     steps: array[float] = field(default_factory=lambda: array("d"))
     evaluations: array[float] = field(default_factory=lambda: array("d"))
-    events: list[Event] = field(default_factory=list)
+    events: list[AgentEvent] = field(default_factory=list)
     learned: tuple[Learned, ...] | None = None
     inputs: tuple[str, ...] | None = None
-    modules: set[str] = field(default_factory=set)
+    imported_files: set[str] = field(default_factory=set)
 
 
 # Reading
@@ -249,11 +266,11 @@ def read_run(run_directory: Path) -> RunRecord:
 def read_step_times(run_directory: Path) -> StepTimes | None:
     """Read the step times of the main process of a run.
 
-    A step that is read this way takes 8 bytes, in ``read_run`` 1.5 kB, so this is for runs of any
-    length.
+    This works for runs of any length: a step takes 8 bytes of memory here, and 1.5 kB in
+    ``read_run``.
 
     Returns:
-        ``None`` when no agent recorded anything.
+        The step times; ``None`` if no agent recorded anything.
 
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
@@ -261,15 +278,15 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
     processes = [_process_step_times(path) for path in _record_paths(run_directory)]
     main = max(processes, key=_importance, default=None)
     if main is not None:
-        main.modules = set().union(*(process.modules for process in processes))
+        main.imported_files = set().union(*(process.imported_files for process in processes))
     return main
 
 
 class StepCounter:
-    """Counts the steps of a run that goes on; it reads only what is new each time.
+    """Counts the steps of a run that is going on. Each count reads only lines that are new.
 
     Args:
-        run_directory: of the run.
+        run_directory: the directory of the run.
     """
 
     def __init__(self, run_directory: Path) -> None:
@@ -277,10 +294,10 @@ class StepCounter:
         self._files: dict[Path, _StepsOfFile] = {}
 
     def count(self) -> int:
-        """The steps so far of the process that has made most of them.
+        """Return the number of steps so far of the process with most steps.
 
         Raises:
-            RecordError: the directory is missing, or a file in it holds no record.
+            RecordError: the directory is missing, or a file in it is not a record of this version.
         """
         for path in _record_paths(self._run_directory):
             self._files.setdefault(path, _StepsOfFile(path)).read()
@@ -288,21 +305,25 @@ class StepCounter:
 
 
 class _StepsOfFile:
-    """The steps of one record file that grows."""
+    """Counts the steps of one record file that is being written.
+
+    Args:
+        path: the path of the record file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._read_bytes = self._read_lines = 0
         self._kinds = {"step": 0, "evaluation": 0}
-        self._begin()
+        self._start_replay()
 
     @property
     def count(self) -> int:
-        """Of training if it trains, else of inference."""
+        """Number of training steps, or of inference steps if there are none."""
         return self._kinds["step"] or self._kinds["evaluation"]
 
     def read(self) -> None:
-        """Read the whole lines that are new."""
+        """Read the complete lines that are new."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -311,17 +332,18 @@ class _StepsOfFile:
             raise RecordError(f"{self._path} cannot be read: {error.strerror}") from error
         whole = new[: new.rfind(b"\n") + 1]
         self._read_bytes += len(whole)
-        for line in whole.splitlines():
+        for line in whole.decode("utf-8", "replace").split("\n")[:-1]:
             self._read_lines += 1
-            with _naming(self._path, self._read_lines):
-                document = json.loads(line)
-                if document["kind"] == Header.kind:
-                    self._begin()
-                elif document["kind"] == Events.kind:
-                    events = self._unpacker.events(decode(Events, document).packed)
+            document = _parse_object(self._path, self._read_lines, line)
+            _check_header(self._path, self._read_lines, document, is_first=self._read_lines == 1)
+            with _name_line(self._path, self._read_lines):
+                if document.get("kind") == Header.kind:
+                    self._start_replay()
+                elif document.get("kind") == PackedTrace.kind:
+                    events = self._unpacker.events(decode(PackedTrace, document).packed)
                     self._turns.tell(events, repeat(None))
 
-    def _begin(self) -> None:
+    def _start_replay(self) -> None:
         self._turns, self._unpacker = Turns(self._add), Unpacker()
 
     def _add(self, turn: Turn) -> None:
@@ -334,36 +356,36 @@ def read_process(path: Path) -> ProcessRecord:
     Raises:
         RecordError: the file cannot be read, or is not a record of this version.
     """
-    lines = _decoded(path, _LINES_OF_PROCESS)
+    lines = _decode_lines(path, _LINES_OF_PROCESS)
     number, header = next(lines)
     process = ProcessRecord(path, header)
     replay = _Replay(process, header.started_ns)
     for number, line in lines:
-        with _naming(path, number):
+        with _name_line(path, number):
             if isinstance(line, Header):
                 replay.finish()
                 replay = _Replay(process, line.started_ns)
             else:
                 _add(line, process, replay)
-    with _naming(path, number):
+    with _name_line(path, number):
         replay.finish()
     return process
 
 
 def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
-    """Add a line to a process."""
+    """Add the content of a line to the record of a process."""
     match line:
-        case Events():
+        case PackedTrace():
             replay.tell(line.packed)
         case Losses():
             replay.losses += line.packed
             replay.peak_device_bytes += [line.peak_device_bytes] * len(line.packed)
-        case Event():
+        case AgentEvent():
             process.events.append(line)
         case Inputs():
             process.inputs = line.tensors
-        case Modules():
-            process.modules.update(line.files)
+        case ImportedFiles():
+            process.imported_files.update(line.files)
         case Profile():
             process.profile = line
         case Gradients():
@@ -379,7 +401,7 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
 
 
 def _process_step_times(path: Path) -> StepTimes:
-    lines = _decoded(path, _LINES_OF_STEP_TIMES)
+    lines = _decode_lines(path, _LINES_OF_STEP_TIMES)
     number, header = next(lines)
     times = StepTimes(header)
 
@@ -389,34 +411,51 @@ def _process_step_times(path: Path) -> StepTimes:
 
     turns, unpacker = Turns(keep), Unpacker()
     for number, line in lines:
-        with _naming(path, number):
+        with _name_line(path, number):
             match line:
                 case Header():
                     turns.finish()
                     turns, unpacker = Turns(keep), Unpacker()
-                case Events():
+                case PackedTrace():
                     turns.tell(unpacker.events(line.packed), repeat(None))
-                case Event():
+                case AgentEvent():
                     times.events.append(line)
                 case Inputs():
                     times.inputs = line.tensors
-                case Modules():
-                    times.modules.update(line.files)
+                case ImportedFiles():
+                    times.imported_files.update(line.files)
                 case LearnedSettings():
                     times.learned = line.settings
-    with _naming(path, number):
+    with _name_line(path, number):
         turns.finish()
     return times
 
 
-_LINES_OF_STEP_TIMES: tuple[type, ...] = (Header, Events, Event, Inputs, Modules, LearnedSettings)
+_LINES_OF_STEP_TIMES: tuple[type, ...] = (
+    Header,
+    PackedTrace,
+    AgentEvent,
+    Inputs,
+    ImportedFiles,
+    LearnedSettings,
+)
 _LINES_OF_PROCESS: tuple[type, ...] = (
-    *(Header, Events, Losses, Event, Inputs, Modules, Profile, Gradients, Output, State, End),
+    Header,
+    PackedTrace,
+    Losses,
+    AgentEvent,
+    Inputs,
+    ImportedFiles,
+    Profile,
+    Gradients,
+    Output,
+    State,
+    End,
 )
 
 
 def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:
-    """Largest for the main process: the one that trained most, of equal ones rank 0."""
+    """Return a sort key that is largest for the main process; see ``RunRecord``."""
     return len(process.steps), len(process.evaluations), -(process.header.rank or 0)
 
 
@@ -427,16 +466,16 @@ def _record_paths(run_directory: Path) -> list[Path]:
 
 
 class _Replay:
-    """Makes steps of the events of one process, from one header to the next.
+    """Derives steps from the events of one process, from one header to the next.
 
     Args:
-        process: where the steps go.
-        started_ns: of the header.
+        process: the record to which the steps are added.
+        started_ns: the field of the header.
 
     Attributes:
-        losses: the values read so far.
-        peak_device_bytes: how much memory was allocated at most when each of them was read.
-        last_peak_device_bytes: the same at the end, also where no losses were read.
+        losses: the losses read so far.
+        peak_device_bytes: for each loss, the peak of the allocated memory when it was read.
+        last_peak_device_bytes: the peak of the allocated memory at the end of the process.
     """
 
     def __init__(self, process: ProcessRecord, started_ns: int) -> None:
@@ -446,16 +485,17 @@ class _Replay:
         self._process = process
         self._started_ns = started_ns
         self._unpacker = Unpacker()
-        self._losses_kept = 0
-        self._turns = Turns(self._closed)
+        self._loss_count = 0
+        self._turns = Turns(self._add_turn)
         self._closed_turns: list[tuple[Turn, dict[str, float | None]]] = []
 
     def tell(self, packed: bytes) -> None:
-        """Take the next packed events."""
-        self._turns.tell(self._unpacker.events(packed), iter(self._loss_number, None))
+        """Process the next packed events."""
+        self._turns.tell(self._unpacker.events(packed), iter(self._next_loss_index, None))
 
     def finish(self) -> None:
-        """Close the last turn and add all steps to the process: there are no more events."""
+        """Close the last turn and add all steps to the record of the process, after the last
+        event."""
         self._turns.finish()
         process = self._process
         peak_device_bytes: int | None = None
@@ -500,11 +540,11 @@ class _Replay:
             elements=turn.elements,
         )
 
-    def _loss_number(self) -> int:
-        self._losses_kept += 1
-        return self._losses_kept - 1
+    def _next_loss_index(self) -> int:
+        self._loss_count += 1
+        return self._loss_count - 1
 
-    def _closed(self, turn: Turn) -> None:
+    def _add_turn(self, turn: Turn) -> None:
         unseen = {DATA, TRANSFER, OPTIMIZER} - self._turns.seen
         phases_ms = {
             name: None if phase in unseen else turn.phases_ns[phase] / 1e6
@@ -513,35 +553,42 @@ class _Replay:
         self._closed_turns.append((turn, phases_ms))
 
 
-# What a file says need not be what a writer wrote: a killed run may have left it, or a program.
+# Do not trust the file: the run may have been killed while writing, or another program may have
+# written it.
 
 
-def _decoded(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
-    """The lines of some kinds with their numbers, a header first."""
+def _decode_lines(path: Path, kinds: Iterable[type]) -> Iterator[tuple[int, Any]]:
+    """Yield the lines of some kinds with their numbers. The first line must be a header."""
     by_kind = {line.kind: line for line in kinds}  # type: ignore[attr-defined]
     is_empty = True
-    for number, document in _objects(path):
+    for number, document in _read_objects(path):
         kind = document.get("kind")
-        if kind == Header.kind:
-            if document.get("version") != RECORD_VERSION:
-                raise RecordError(
-                    f"{path} has record version {one_line(document.get('version'))}, this flatout "
-                    f"{RECORD_VERSION}"
-                )
-        elif is_empty:
-            raise RecordError(f"{path} line {number}: no header comes before it")
+        _check_header(path, number, document, is_first=is_empty)
         is_empty = False
         if isinstance(kind, str) and kind in by_kind:
-            with _naming(path, number):
+            with _name_line(path, number):
                 line: Any = decode(by_kind[kind], document)
             yield number, line
     if is_empty:
         raise RecordError(f"{path} is empty")
 
 
+def _check_header(path: Path, number: int, document: dict[str, Any], is_first: bool) -> None:
+    """Raise ``RecordError`` if a line is a header of another version, or the first but no
+    header."""
+    if document.get("kind") == Header.kind:
+        if document.get("version") != RECORD_VERSION:
+            raise RecordError(
+                f"{path} has record version {one_line(document.get('version'))}, this flatout "
+                f"{RECORD_VERSION}"
+            )
+    elif is_first:
+        raise RecordError(f"{path} line {number}: no header comes before it")
+
+
 @contextlib.contextmanager
-def _naming(path: Path, number: int) -> Iterator[None]:
-    """Name the line that something is wrong with."""
+def _name_line(path: Path, number: int) -> Iterator[None]:
+    """Return a context that converts an error to a ``RecordError`` with the number of the line."""
     try:
         yield
     except MismatchError as mismatch:
@@ -550,7 +597,7 @@ def _naming(path: Path, number: int) -> Iterator[None]:
     except (
         LookupError,
         ValueError,
-        AssertionError,  # of the replay: these events do not follow from each other
+        AssertionError,  # raised by the replay for an impossible sequence of events
         ArithmeticError,
     ) as error:
         why = one_line(f"{type(error).__name__}: {error}")
@@ -558,27 +605,36 @@ def _naming(path: Path, number: int) -> Iterator[None]:
 
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\n]|\\[ubfr]")
-"""What may be a control character in a line."""
+"""Matches any text in a line that may stand for a control character."""
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines of a file with their numbers, every string in them printable."""
+def _read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the complete lines of a file with their numbers; every string in them is printable."""
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith("\n"):
                     return  # torn
-                try:
-                    document = json.loads(line)
-                    if _UNPRINTABLE.search(line):
-                        document = with_printable(document)
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
-                except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
-                    why = one_line(error)
-                    raise RecordError(f"{path} line {number} cannot be read: {why}") from error
-                if not isinstance(document, dict):
-                    raise RecordError(f"{path} line {number} is not a JSON object")
-                yield number, document
+                yield number, _parse_object(path, number, line)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return the JSON object of one line, with every string in it printable.
+
+    Raises:
+        RecordError: the line is not a JSON object.
+    """
+    try:
+        document = json.loads(line)
+        if _UNPRINTABLE.search(line):
+            document = with_printable(document)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path} line {number} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+        why = one_line(error)
+        raise RecordError(f"{path} line {number} cannot be read: {why}") from error
+    if not isinstance(document, dict):
+        raise RecordError(f"{path} line {number} is not a JSON object")
+    return document

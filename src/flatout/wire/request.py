@@ -1,7 +1,8 @@
-"""What the controller asks of the agent: one JSON file, ``request.json``, in the run directory.
+"""The controller's request to the agent: one JSON file, ``request.json``, in the run directory.
 
 The controller writes it before the job starts. The agent of every process of the job reads it when
-torch is imported. This file imports only the standard library, because both halves load it.
+torch is imported. This file imports only the standard library and ``flatout.text``, because both
+halves load it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ REQUEST_VERSION = 1
 REQUEST_FILE = "request.json"
 
 RUN_VARIABLE = "FLATOUT_RUN"
-"""Environment variable that names the run directory to the agent."""
+"""The environment variable that names the run directory to the agent."""
 DISABLE_VARIABLE = "FLATOUT_DISABLE"
-"""Environment variable that switches the agent off when it is ``1``."""
+"""The environment variable that switches the agent off if it is ``1``."""
 
 
 class RequestError(ValueError):
-    """A request cannot be read: it is not JSON, or of another version, or a value does not fit."""
+    """A request cannot be read: it is not JSON, has another version, or a value does not fit."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,21 @@ class Comparison:
     """A comparison inside one process: its arms alternate in blocks of steps (A B A B ...).
 
     Attributes:
-        arms: a ``knob -> setting`` map for each arm; the first arm is the baseline (usually empty).
-        block_steps: steps of a block, including the discarded ones.
-        discard_steps: steps after each switch that are left out of the ratio.
-        warmup_steps: steps before the first block, under the baseline.
-        first_steps: steps that an arm makes before the rounds begin, if it has a setting that no
-            arm before it has; allocation and compilation belong to no ratio.
-        rounds: the maximum number of blocks of each arm.
-        decide: what ends the comparison before all ``rounds``; it is looked at after every second
-            round. ``None``: nothing does. ``"arms"``: an arm that gains less than ``worthwhile``,
-            beyond noise, leaves; the comparison ends when all others are faster than the baseline,
-            beyond noise. ``"fastest"``: an arm that is slower than the leading one, beyond noise,
-            leaves as well; the comparison ends when one arm is left. ``"settings"``: no arm leaves;
-            the comparison ends when it is clear for each setting whether it gains ``worthwhile``
-            (for the stacks of ``tune.design``).
+        arms: a map from knobs to settings for each arm; the first arm is the baseline (usually
+            empty).
+        block_steps: the number of steps in a block, including the discarded steps.
+        discard_steps: the number of steps after each switch that are not measured.
+        warmup_steps: the number of steps before the first block, under the baseline.
+        first_steps: the number of steps that an arm makes before the rounds begin, if it has a
+            setting that no arm before it has, so that allocation and compilation are not measured.
+        rounds: the maximum number of blocks per arm.
+        decide: the condition that ends the comparison before all ``rounds``, checked after every
+            second round. ``None``: there is no condition. ``"arms"``: an arm that gains less than
+            ``worthwhile``, beyond noise, is dropped; the comparison ends when all other arms are
+            faster than the baseline, beyond noise. ``"fastest"``: an arm that is slower than the
+            leading arm, beyond noise, is dropped as well; the comparison ends when one arm is left.
+            ``"settings"``: no arm is dropped; the comparison ends when it is clear for each setting
+            whether it gains ``worthwhile`` (for the combinations of ``tune.design``).
         worthwhile: the least ratio that is worth having, above 1.
     """
 
@@ -71,7 +73,7 @@ class Comparison:
 
     @property
     def longest_steps(self) -> int:
-        """Steps that the comparison takes when nothing ends it early."""
+        """The number of steps of the comparison if it is not ended early."""
         first = self.first_steps * len(self.arms_with_first_steps)
         return self.warmup_steps + first + len(self.arms) * self.rounds * self.block_steps
 
@@ -81,13 +83,13 @@ class Relay:
     """Two runs that alternate in blocks of steps, see ``agent/relay.py``.
 
     Attributes:
-        folder: path of a folder that both runs know; the baton lies there.
-        place: 0 for the run that begins, 1 for the other.
-        block_steps: steps of a block, including the discarded ones.
-        discard_steps: steps after each wait that are left out of the ratio, at least 1.
-        warmup_steps: steps before the first block, at least 1; the second run makes its own after
-            the first has made them.
-        blocks: blocks of each run.
+        folder: the path of a folder in which both runs create the files that they wait for.
+        place: 0 for the run that begins, 1 for the other run.
+        block_steps: the number of steps in a block, including the discarded steps.
+        discard_steps: the number of steps after each wait that are not measured, at least 1.
+        warmup_steps: the number of steps before the first block, at least 1; the second run makes
+            its warm-up steps after the first run has made its own.
+        blocks: the number of blocks of each run.
     """
 
     folder: str
@@ -99,15 +101,15 @@ class Relay:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The conditions under which some settings were proven; elsewhere they are not applied.
+class ProvenConditions:
+    """The conditions under which some settings were proven. They are applied only under these.
 
     Attributes:
-        knobs: the knobs whose settings hold only under these conditions.
+        knobs: the names of the knobs whose settings need these conditions.
         torch: the version of torch.
-        inputs: the inputs of the first outermost module call, in the words of
-            ``wire/signature.py``; ``None``: not known.
-        files: paths of the files that the program may consist of; ``None``: not known.
+        inputs: the signature of the first outermost module call (``wire/signature.py``); ``None``:
+            any inputs.
+        files: the paths of the files that the program may consist of; ``None``: any files.
     """
 
     knobs: tuple[str, ...]
@@ -118,13 +120,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a proof has recorded of what the program computes; see ``agent/inspection.py``.
+    """What the agent should record for a proof; see ``agent/inspection.py``.
 
     Attributes:
-        gradient_steps: how many updates of each parameter have their gradients recorded.
-        state: whether the parameters and buffers at the end are recorded, and the outputs of
-            forward passes that do not train.
-        outputs: how many of these forward passes are recorded in every detail.
+        gradient_steps: the number of optimizer steps of each parameter whose gradients are
+            recorded.
+        state: whether to record the state of the modules at the end, and the outputs of forward
+            calls outside training.
+        outputs: the number of these forward calls that are recorded in every detail.
     """
 
     gradient_steps: int = 0
@@ -134,11 +137,12 @@ class Inspection:
 
 @dataclass(frozen=True)
 class ProvenLoss:
-    """The loss of one backward call of the step, as the proof of the plan has seen it.
+    """The loss of one backward call of the step, in the proof of the plan.
 
     Attributes:
-        final: mean over the last quarter of the proof's steps; the larger of bare's and the plan's.
-        margin: one seed-to-seed standard deviation of bare.
+        final: the mean over the last quarter of the proof's steps: the larger one of the means
+            under the baseline and under the plan.
+        margin: one seed-to-seed standard deviation of the baseline.
     """
 
     final: float
@@ -147,10 +151,11 @@ class ProvenLoss:
 
 @dataclass(frozen=True)
 class GuardRequest:
-    """Turns on the guard, and gives the losses that it compares those of the run with.
+    """The losses of a proof, with which the guard compares the losses of a run.
 
     Attributes:
-        steps: how many steps from the start of the program the proof covers; 0: there is no proof.
+        steps: the number of steps from the start of the program that the proof covers; 0: there is
+            no proof.
         losses: one entry for each backward call of a step.
     """
 
@@ -160,24 +165,25 @@ class GuardRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What the agent shall do in this run.
+    """The request to the agent for one run.
 
     Attributes:
-        settings: ``knob -> setting``, applied from the first step to the last.
-        stop_steps: steps after which the program is stopped; ``None``: it runs to its end.
-        stop_seconds: seconds since the end of the first step after which the program is stopped at
-            the next step boundary, even when ``stop_steps`` has not been reached.
-        profile_steps: steps to profile after the timed ones; the operations of one more step are
-            counted.
-        comparison: arms to compare inside the process.
-        learn: whether the program goes on, after the comparison, under the settings that were
-            faster; the arms are then single settings.
-        relay: another run to alternate with; the program is stopped when all blocks are over.
-        seed: seed for torch, ``random`` and NumPy, set before the program's own code runs. Unless
-            it is 0, it also moves the seeds that the program sets itself (``agent/seeds.py``).
-        proof: the conditions under which some of the settings apply.
-        inspection: what to record beside times and losses.
-        guard: turns on the guard; ``None``: there is no guard.
+        settings: a map from knobs to settings, applied from the first step to the last.
+        stop_steps: the number of steps after which the program is stopped; ``None``: no limit.
+        stop_seconds: the time since the end of the first step after which the program is stopped at
+            the next step boundary, even if ``stop_steps`` has not been reached; ``None``: no limit.
+        profile_steps: the number of steps to profile after the timed steps; the FLOPs of one more
+            step are counted. 0: no profile.
+        comparison: the comparison of arms inside the process; ``None``: no comparison.
+        learn: whether the program continues after the comparison, with the settings that were
+            faster. Each arm then has one setting.
+        relay: the other run to alternate with; the program is stopped after the last block.
+        seed: the seed for torch, ``random`` and NumPy, set before the program's own code runs. The
+            run's seed, times a constant, is also added to every seed that the program sets
+            (``agent/seeds.py``). ``None``: no seeds are changed.
+        proof: the conditions under which some of the settings apply; ``None``: all settings apply.
+        inspection: what the agent should record for a proof; ``None``: nothing.
+        guard: the losses for the guard; ``None``: there is no guard.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -188,18 +194,18 @@ class Request:
     learn: bool = False
     relay: Relay | None = None
     seed: int | None = None
-    proof: Proof | None = None
+    proof: ProvenConditions | None = None
     inspection: Inspection | None = None
     guard: GuardRequest | None = None
 
     def write(self, run_directory: Path) -> None:
-        """Write ``request.json`` into ``run_directory``."""
+        """Write ``request.json`` into the directory of a run."""
         document = {"version": REQUEST_VERSION, **codec.encode(self)}
         (run_directory / REQUEST_FILE).write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def read(cls, run_directory: Path) -> Request:
-        """Read ``request.json`` from ``run_directory``.
+        """Read ``request.json`` from the directory of a run.
 
         Raises:
             RequestError: the file is not a request of this version.

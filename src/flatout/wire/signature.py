@@ -1,7 +1,7 @@
-"""The inputs of a program's first outermost module call, as one word for each tensor.
+"""The signature of a program's inputs: one word for each tensor of the first outermost module call.
 
 The word of a tensor is ``dtype[size,size]``, such as ``float32[64,3,32,32]``; in a plan, ``*``
-stands for a size that differed between the runs behind the proof. This file imports only the
+stands for a size that differed between the runs of the proof. This file imports only the
 standard library, because both halves load it.
 """
 
@@ -13,12 +13,12 @@ VARYING = "*"
 
 
 def matches(proven: Sequence[str], seen: Sequence[str]) -> bool:
-    """Whether the inputs of a run are those of the proof."""
+    """Whether the inputs of a run match those of the proof."""
     return len(proven) == len(seen) and all(map(_matches, proven, seen))
 
 
-def merged(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
-    """The words that both match; ``None``: they differ in more than sizes."""
+def merge(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the words that match both signatures; ``None`` if they differ in more than sizes."""
     if len(one) != len(other):
         return None
     words = []
@@ -32,7 +32,7 @@ def merged(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _matches(proven: str, seen: str) -> bool:
-    both = merged((proven,), (seen,))
+    both = merge((proven,), (seen,))
     return both == (proven,)
 
 

@@ -1,20 +1,21 @@
-"""From timed events to turns: iterations of the training loop, and forward passes without training.
+"""Grouping timed events into turns.
 
-The state machine in this file is pure: it has no torch and no clock of its own. It is told the
-events that ``intercept/_watch.c`` notes. The reader of a record tells it all of them
-(``wire/record.py``); the agent does so too while something is to be done at the boundary between
-two turns. The machine answers two questions about any loop, without the user's help:
+A *turn* is an iteration of the training loop, or a forward pass that no backward call follows. The
+state machine in this file is pure: it has no torch and no clock of its own, and gets the events
+that ``intercept/_watch.c`` records. The reader of a record passes all events to it
+(``wire/record.py``); the agent does so while something is to be done at the boundary between two
+turns. The machine answers two questions about any loop, without the user's help:
 
 *Where does a turn begin?*  It begins at the first loader fetch after an optimizer step. Without a
-loader, it begins at the end of the step of the optimizer that closes the cycle (the second one of a
-GAN). Without an optimizer object, it begins at the first forward call after a backward call. A
-forward pass that no backward call follows (a model switched to evaluation, or gradients off) is a
-turn of its own kind, so that evaluation is kept apart from training.
+loader, it begins at the end of the step of the optimizer that closes the cycle (the second
+optimizer of a GAN). Without an optimizer object, it begins at the first forward call after a
+backward call. A forward pass that no backward call follows (the model is in evaluation mode, or
+gradients are off) is a turn of another kind, so that evaluation is kept apart from training.
 
-*What did the program do meanwhile?*  Times are exclusive: inside an optimizer's closure, forward
-and backward calls count as forward and backward. The gap between the last forward call and backward
-is the loss. A gap between two forward calls is forward (functional operations between two modules).
-Any other gap is other Python.
+*What did the program do during a turn?*  Times are exclusive: inside an optimizer's closure,
+forward and backward calls count as forward and backward. The gap between the last forward call and
+backward counts as loss. A gap between two forward calls counts as forward (functional operations
+between two modules). Any other gap counts as other Python code.
 """
 
 from __future__ import annotations
@@ -25,30 +26,33 @@ PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other
 DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
 
 BEGIN, END, USAGE, NOTE = range(4)
-"""Kinds of event: a phase begins, a phase ends, what the process has used, a note of the agent."""
+"""The kinds of events: a phase begins, a phase ends, the resource usage of the process, a note of
+the agent."""
 
 OPTIMIZER_BUILT, ARM, MARK, ROWS, ELEMENTS = range(5)
-"""Notes: an optimizer object exists; turns belong to this arm from here on; turns have this mark
-from here on; rows, and elements, of the inputs of an outermost module call."""
+"""The notes of the agent: an optimizer object exists; turns that close from here on belong to an
+arm; turns that close from here on have a mark; the rows and the elements of the inputs of an
+outermost module call."""
 
 MARKS = (None, "switched", "profiled", "first")
-"""Marks of steps whose time is no usual one: steps after a switch of settings or a wait, profiled
-steps, and the first steps of an arm or a run."""
+"""The marks of steps whose time is not a usual one: steps after a switch of settings or a wait,
+profiled steps, and the first steps of an arm or a run."""
 
 TorchEvent = tuple[int, int, int, int, int, int]
 """An event: its kind; its phase or note; its flags; three values.
 
-The flags of a forward call that begins are 1 (gradients are recorded) and 2 (training mode); the
-flag of a backward call that begins is 1 (a loss was kept). The values of a phase are the time in ns
-and the identity of the module or optimizer. Those of usage are minor page faults, major page
-faults, and the peak resident set in bytes. That of a note is a number; -1 is no arm, and a mark is
-its index in ``MARKS``."""
+At the beginning of a forward call, the flags are 1 (gradients are recorded) and 2 (the module is in
+training mode). At the beginning of a backward call, the flag is 1 (the loss was recorded). The
+values of a phase are the time in ns and the id of the module or optimizer. The values of ``USAGE``
+are minor page faults, major page faults, and the peak resident set in bytes. The value of a note is
+a number: for ``ARM`` its number or -1 (no arm), for ``MARK`` an index into ``MARKS``."""
 
 CYCLE_LIMIT = 32
-"""Optimizer steps after which a turn is closed in any case.
+"""The number of optimizer steps after which a turn is closed in any case.
 
-A longer cycle of several optimizers counts as separate stages of training. A batch that is reused
-more often (the epochs of PPO over one rollout) counts as a loop of its own.
+If one batch is reused for more optimizer steps than this (PPO epochs), each further optimizer step
+closes a turn of its own. A longer cycle of several optimizers counts as separate stages of
+training.
 """
 
 
@@ -56,18 +60,22 @@ class Turn:
     """A closed turn.
 
     Attributes:
-        kind: ``"step"`` (it updated or differentiated something) or ``"evaluation"``.
-        arm, mark: the last ones noted before the turn closed.
-        index: how many turns of this kind came before.
-        start_ns, end_ns: ``time.perf_counter_ns`` readings.
-        phases_ns: exclusive times in the order of ``PHASES``; they sum to the length of the turn.
-        losses: what ``backward_begins`` was given, in order.
+        kind: ``"step"`` (with a backward call or an optimizer step) or ``"evaluation"``.
+        index: the number of turns of this kind before this one.
+        start_ns, end_ns: the beginning and the end, as ``time.perf_counter_ns`` readings.
+        phases_ns: the exclusive times in the order of ``PHASES``; their sum is the duration.
+        losses: the losses that ``backward_begins`` got, in order.
+        forwards, backwards, updates: the number of outermost module calls, of backward calls and of
+            optimizer steps.
+        fetched: whether a loader was asked for a batch.
         grad: whether autograd recorded any forward call of the turn.
-        minor_faults, major_faults: page faults of the process per turn, averaged over the turns
-            since usage was last noted (short turns do not note it each time). ``None``: usage was
-            not noted, or for the first time.
-        peak_rss_bytes: peak resident set of the process, as last noted.
-        rows, elements: sums over the inputs of its outermost module calls; ``None``: not noted.
+        arm, mark: the arm and the mark that were set when the turn closed.
+        minor_faults, major_faults: the page faults of the process per turn, averaged over the turns
+            since the previous ``USAGE`` event (not every short turn has one). ``None``: there was
+            no such event in this turn, or none before it.
+        peak_rss_bytes: the peak resident set of the process in the last ``USAGE`` event.
+        rows, elements: the sums over the inputs of the outermost module calls; ``None``: not
+            recorded.
     """
 
     __slots__ = (
@@ -117,12 +125,13 @@ class Turns:
 
     Args:
         on_close: called with every closed turn, at the boundary between two turns.
-        optimizer_exists: whether the program has built an optimizer object already, which tells
-            gradient accumulation from updates by hand while none has stepped.
+        optimizer_exists: whether the program has built an optimizer object already. If an optimizer
+            exists but has not stepped yet, several backward calls are gradient accumulation;
+            without one, they are manual parameter updates.
 
     Attributes:
-        active: phases entered and not left, innermost last.
-        seen: phases ever entered.
+        active: the phases that have begun and not ended, innermost last.
+        seen: all phases that have begun so far.
     """
 
     def __init__(self, on_close: Callable[[Turn], None], optimizer_exists: bool = False) -> None:
@@ -134,12 +143,12 @@ class Turns:
         self._turn: Turn | None = None
         self.active: list[int] = []
         self._last_ns = 0
-        self._previous = OTHER  # the outermost phase left last
-        self._roots: dict[int, bool] = {}  # root -> called with gradients in training mode
+        self._previous = OTHER  # the outermost phase that ended most recently
+        self._roots: dict[int, bool] = {}  # root -> was it called with gradients in training mode
         self._training_forwards = 0
         self._evaluation_forwards = 0
         self._updated_inside_backward = False
-        self._trained: set[int] = set()  # roots that took part in an update in training mode
+        self._trained: set[int] = set()  # roots that were called in training mode before an update
         self._counts = {"step": 0, "evaluation": 0}
         self._backward_seen = False
         self._update_seen = False
@@ -154,17 +163,17 @@ class Turns:
     # Events
 
     def tell(self, events: Iterable[TorchEvent], losses: Iterator[object]) -> None:
-        """Take the next events, in order.
+        """Process the next events, in order.
 
         Args:
             events: the events.
-            losses: gives the loss of each backward call whose loss was kept.
+            losses: yields the loss of each backward call whose loss was recorded.
         """
         for kind, phase, flags, first, second, third in events:
             if kind == USAGE:
-                self.usage(first, second, third)
+                self.store_usage(first, second, third)
             elif kind == NOTE:
-                self.note(phase, first)
+                self.process_note(phase, first)
             elif phase == FORWARD:
                 if kind == BEGIN:
                     self.forward_begins(first, second, bool(flags & 1), bool(flags & 2))
@@ -190,12 +199,13 @@ class Turns:
             else:
                 self.transfer_ends(first)
 
-    def usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
-        """Take what the process has used so far, before the event of the same moment."""
+    def store_usage(self, minor_faults: int, major_faults: int, peak_rss_bytes: int) -> None:
+        """Store the cumulative resource usage; it arrives just before the event recorded at the
+        same time."""
         self._usage = (minor_faults, major_faults, peak_rss_bytes)
 
-    def note(self, which: int, value: int) -> None:
-        """Take a note of the agent."""
+    def process_note(self, which: int, value: int) -> None:
+        """Process a note of the agent; ``which`` is the note, such as ``ARM``."""
         if which == OPTIMIZER_BUILT:
             self._optimizer_exists = True
         elif which == ARM:
@@ -214,24 +224,25 @@ class Turns:
         self._enter(DATA, now_ns).fetched = True
 
     def fetch_ends(self, now_ns: int) -> None:
-        """The batch is there, or the loader is at its end."""
+        """The loader has returned a batch, or is exhausted."""
         self._leave(DATA, now_ns)
 
     def transfer_begins(self, now_ns: int) -> None:
-        """A tensor is moved from the host to an accelerator."""
+        """A copy of a tensor from the host to an accelerator begins."""
         self._enter(TRANSFER, now_ns)
 
     def transfer_ends(self, now_ns: int) -> None:
-        """The move is done, or queued on the device."""
+        """The copy has ended, or is queued on the device."""
         self._leave(TRANSFER, now_ns)
 
     def forward_begins(self, now_ns: int, root: int, grad: bool, training: bool) -> None:
         """An outermost module is called.
 
         Args:
-            root: identity of the module.
-            grad: whether autograd records.
-            training: the module's ``training`` flag.
+            now_ns: the time of the event.
+            root: the id of the module.
+            grad: whether autograd records the call.
+            training: whether the module is in training mode.
         """
         trains = grad and (training or root not in self._trained)
         evaluates = not training and root in self._trained
@@ -249,13 +260,13 @@ class Turns:
         self._leave(FORWARD, now_ns)
 
     def backward_begins(self, now_ns: int, loss: object = None) -> None:
-        """Autograd is asked for gradients; ``loss`` is kept when it is not ``None``."""
+        """A backward call begins; ``loss`` is stored in the turn unless it is ``None``."""
         turn = self._enter(BACKWARD, now_ns)
         if loss is not None:
             turn.losses.append(loss)
 
     def backward_ends(self, now_ns: int) -> None:
-        """The gradients are there."""
+        """A backward call has returned or raised."""
         turn = self._leave(BACKWARD, now_ns)
         if turn is None or BACKWARD in self.active:
             return
@@ -263,17 +274,17 @@ class Turns:
         self._backward_seen = True
         if self._updated_inside_backward and not self.active:
             self._updated_inside_backward = False
-            self._updated(now_ns, None)
+            self._end_update(now_ns, None)
 
     def update_begins(self, now_ns: int, optimizer: int) -> None:
-        """An optimizer's step begins; ``optimizer`` is its identity."""
-        if optimizer in self._updating:  # its last step was left by an exception
+        """An optimizer's step begins; ``optimizer`` is its id."""
+        if optimizer in self._updating:  # an exception has ended the previous step
             self.abandon()
         self._updating.append(optimizer)
         self._enter(OPTIMIZER, now_ns)
 
     def update_ends(self, now_ns: int, optimizer: int) -> None:
-        """An optimizer's step has ended; ``optimizer`` is its identity."""
+        """An optimizer's step has ended; ``optimizer`` is its id."""
         if optimizer in self._updating:
             self._updating.remove(optimizer)
         turn = self._leave(OPTIMIZER, now_ns)
@@ -284,22 +295,22 @@ class Turns:
         if BACKWARD in self.active:
             self._updated_inside_backward = True
         elif not self.active:
-            self._updated(now_ns, optimizer)
+            self._end_update(now_ns, optimizer)
 
     def abandon(self) -> None:
-        """Forget the phases entered: an exception that the program caught has left them behind."""
+        """Forget the active phases, which an exception has ended that the program caught."""
         self.active.clear()
         self._updating.clear()
 
     def finish(self) -> None:
-        """Close the last turn, at its last event, if it is whole."""
+        """Close the last turn at its last event, if it is complete."""
         turn = self._turn
         if turn is None or self.active:
             return
         if turn.updates or self._is_manual_update() or self._is_evaluation():
             self._close(self._last_ns)
 
-    # Where a turn closes
+    # The rules for closing a turn
 
     def _closes_at_fetch(self) -> bool:
         turn = self._turn
@@ -312,16 +323,21 @@ class Turns:
         if turn is None:
             return False
         if turn.updates:
+            # The next training iteration begins at a fetch, or has begun when the cycle of
+            # optimizers was closed. So only an evaluation pass closes the turn here.
             return evaluates
         if turn.backwards:
+            # This is gradient accumulation, or the update is manual, with this call after it.
             return evaluates or (not turn.fetched and self._is_manual_update())
         if not turn.forwards:
             return False
         if self._training_forwards:
+            # A program that does not train calls the same root again for its next input.
             return root in self._roots and not self.may_train()
+        # An evaluation pass ends when its root is called again, or when training begins.
         return root in self._roots or (trains and self._evaluation_forwards > 0)
 
-    def _updated(self, now_ns: int, optimizer: int | None) -> None:
+    def _end_update(self, now_ns: int, optimizer: int | None) -> None:
         assert self._turn is not None
         self._trained.update(root for root, trained in self._roots.items() if trained)
         if optimizer is not None:
@@ -350,7 +366,7 @@ class Turns:
         return not self._training_forwards or not self.may_train()
 
     def may_train(self) -> bool:
-        """Whether anything speaks for training; if nothing does, the program infers."""
+        """Whether the program trains, as far as is known; if not, it does inference."""
         return self._backward_seen or self._update_seen or self._optimizer_exists
 
     # Times
@@ -376,7 +392,7 @@ class Turns:
     def _leave(self, phase: int, now_ns: int) -> Turn | None:
         active = self.active
         if phase not in active:
-            return None  # entered before the agent woke up, or abandoned
+            return None  # the phase began before the agent started, or was abandoned
         assert self._turn is not None
         while True:
             left = active.pop()
@@ -406,7 +422,7 @@ class Turns:
         self._account_usage(turn)
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
-        elif not turn.updates:  # updated by hand
+        elif not turn.updates:  # a manual update
             self._trained.update(root for root, trained in self._roots.items() if trained)
         turn.index = self._counts[turn.kind]
         self._counts[turn.kind] += 1

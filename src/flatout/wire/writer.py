@@ -1,6 +1,6 @@
 """The writer of a run record; the agent loads it inside the user's program.
 
-A record is written in whole lines, about every ``FLUSH_SECONDS``, so that the record of a killed
+A record is written in complete lines, about every ``FLUSH_SECONDS``, so that the record of a killed
 run is readable.
 """
 
@@ -16,26 +16,26 @@ from typing import Any
 
 from flatout.wire import codec
 from flatout.wire.header import Header
-from flatout.wire.lines import Events, Line, Losses
+from flatout.wire.lines import Line, Losses, PackedTrace
 
 FLUSH_SECONDS = 0.25
 
 _INCOMPLETE = "incomplete"
 _MOST_DIGITS = 5
-"""More digits than an error number has."""
+"""Longer numbers are not error numbers, and ``os.strerror`` would overflow."""
 
 
 class RecordWriter:
     """Appends lines to the record file of one process.
 
-    The file is created with the first flush, so a process that records nothing leaves nothing. An
-    existing file (a process that replaced itself by ``exec`` keeps its pid) is appended to, with a
-    header of its own. When writing fails (full disk, read-only folder), nothing more is written,
-    and ``write_failure`` of the run tells why.
+    The file is created with the first flush, so a process that records nothing leaves no file. If
+    the file exists (a process that replaced itself by ``exec`` keeps its pid), the lines are
+    appended to it, after a header of their own. If writing fails (full disk, read-only folder),
+    nothing more is written, and ``reason_record_incomplete`` returns the reason.
 
     Args:
         run_directory: the directory of the run.
-        pid: of this process.
+        pid: the id of this process.
     """
 
     def __init__(self, run_directory: Path, pid: int) -> None:
@@ -43,7 +43,8 @@ class RecordWriter:
         self.restart(pid)
 
     def restart(self, pid: int) -> None:
-        """Begin anew as the record of the process ``pid``, which a fork has made."""
+        """Discard the queued lines and start the record of the process ``pid``, the child of a
+        fork."""
         self.path = record_path(self._run_directory, pid)
         self.started_ns = time.perf_counter_ns()
         self._pid = pid
@@ -52,24 +53,24 @@ class RecordWriter:
         self._broken = False
 
     def begin(self, header: Header) -> None:
-        """Queue the header before everything that is queued already."""
-        self._lines.insert(0, _text(header))
+        """Queue the header in front of the lines that are queued already."""
+        self._lines.insert(0, _to_json_line(header))
 
     def write(self, line: Line) -> None:
         """Queue a line; it reaches the file with the next flush."""
-        self._lines.append(_text(line))
+        self._lines.append(_to_json_line(line))
 
     def write_events(self, packed: bytes) -> None:
-        """Queue the events that the log has packed, if there are any."""
+        """Queue packed events, if there are any."""
         if packed:
-            self.write(Events(packed))
+            self.write(PackedTrace(packed))
 
     def write_losses(self, losses: list[float], peak_device_bytes: int | None) -> None:
         """Queue the losses that have arrived."""
         self.write(Losses(array("d", losses), peak_device_bytes))
 
     def seconds(self, at_ns: int) -> float:
-        """Seconds between the header and a ``time.perf_counter_ns`` reading."""
+        """Return the seconds between the header and a ``time.perf_counter_ns`` reading."""
         return (at_ns - self.started_ns) / 1e9
 
     def is_due(self) -> bool:
@@ -85,8 +86,9 @@ class RecordWriter:
         data = "".join(lines).encode("utf-8", "backslashreplace")
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         try:
-            # The file is not kept open: a program that closes descriptors it does not know (a
-            # daemon does) would get the same number for a file of its own, with the record in it.
+            # The file is not kept open: a program that closes unknown descriptors, as daemons do,
+            # could reopen the same descriptor number for its own file, and the record would be
+            # written into that file.
             descriptor = os.open(self.path, flags, 0o644)
             try:
                 while data:
@@ -95,36 +97,33 @@ class RecordWriter:
                 os.close(descriptor)
         except OSError as error:
             self._broken = True
-            self._leave_note(error)
+            self._create_incomplete_file(error)
 
-    def _leave_note(self, error: OSError) -> None:
-        """Leave an empty file for ``write_failure``; a full disk still takes one."""
-        note = self.path.with_name(f"{_INCOMPLETE}-{self._pid}-{error.errno}")
+    def _create_incomplete_file(self, error: OSError) -> None:
+        """Create the empty file for ``reason_record_incomplete``, which needs no disk space."""
+        path = self.path.with_name(f"{_INCOMPLETE}-{self._pid}-{error.errno}")
         try:
-            os.close(os.open(note, os.O_WRONLY | os.O_CREAT, 0o644))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644))
         except OSError:
             with contextlib.suppress(OSError):
                 os.write(2, f"flatout: the record stops, the program goes on: {error}\n".encode())
 
-    def close(self) -> None:
-        """Flush for the last time."""
-        self.flush()
-
 
 def record_path(run_directory: Path, pid: int) -> Path:
-    """Path of the record file of the process ``pid``."""
+    """Return the path of the record file of the process ``pid``."""
     return run_directory / f"record-{pid}.jsonl"
 
 
-def write_failure(run_directory: Path) -> str | None:
-    """Why a process could not write its record to the end; ``None``: all could."""
-    for note in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
-        number = note.name.rpartition("-")[2]
+def reason_record_incomplete(run_directory: Path) -> str | None:
+    """Return the reason why a process could not write its complete record; ``None`` if all
+    could."""
+    for path in sorted(run_directory.glob(f"{_INCOMPLETE}-*-*")):
+        number = path.name.rpartition("-")[2]
         if number.isdecimal() and len(number) <= _MOST_DIGITS:
             return os.strerror(int(number))
     return None
 
 
-def _text(line: Line) -> str:
+def _to_json_line(line: Line) -> str:
     document: dict[str, Any] = {"kind": line.kind, **codec.encode(line)}
     return json.dumps(document, default=repr) + "\n"

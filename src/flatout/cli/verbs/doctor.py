@@ -91,7 +91,7 @@ def execute(arguments: argparse.Namespace) -> int:
     )
     line.clear()
     run = finished.read_record()
-    if run.main is None or not run.main.turns:
+    if run.main is None or not run.main.loop_steps:
         raise UserError(_why_no_step(run, finished, arguments.quiet))
     diagnosis = doctor.diagnose(run, _ceilings(run.main.header.executable), machine.usable_cores())
     if arguments.json is not None:

@@ -17,8 +17,8 @@ from flatout.launch import environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
-from flatout.wire.request import GuardRequest, Proof, ProvenLoss, Request
-from flatout.wire.writer import write_failure
+from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Request
+from flatout.wire.writer import reason_record_incomplete
 
 if TYPE_CHECKING:
     from flatout.plan import Plan
@@ -117,7 +117,9 @@ def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> G
     return GuardRequest(plan.evidence.steps, losses)
 
 
-def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, str], Proof | None]:
+def _proven_here(
+    plan: Plan, arguments: argparse.Namespace
+) -> tuple[dict[str, str], ProvenConditions | None]:
     """The settings that may be applied, and what the agent must still check."""
     settings = dict(plan.settings)
     if (plan.evidence is None and plan.learned is None) or arguments.trust:
@@ -140,7 +142,7 @@ def _proven_here(plan: Plan, arguments: argparse.Namespace) -> tuple[dict[str, s
         if covered:
             say(f"{', '.join(sensitive)} {how} with another length or seed: {summed_up(covered)}")
         files = None if plan.program is None else tuple(plan.program.paths(arguments.command))
-        return settings, Proof(sensitive, plan.torch, plan.inputs, files)
+        return settings, ProvenConditions(sensitive, plan.torch, plan.inputs, files)
     say(
         f"{', '.join(sensitive)} left out, {how} under other conditions: {summed_up(differences)}. "
         "'flatout verify' proves the plan again, 'flatout tune' finds another, and --trust applies "
@@ -164,7 +166,7 @@ def _prepare(request: Request) -> Path | None:
 
 def _summary(run_directory: Path, request: Request) -> list[str]:
     where = paths.shown(run_directory)
-    failure = write_failure(run_directory)
+    failure = reason_record_incomplete(run_directory)
     if failure is not None:
         return [f"the record could not be written to its end in {where}: {failure}"]
     try:
@@ -181,15 +183,15 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         if event.what in _OUTCOMES and event.subject in request.settings
     ]
     lines += [f"guard: {event.why}" for event in times.events if event.subject == "guard"]
-    if not times.turns:
+    if not times.loop_steps:
         return [*lines, f"flatout saw no training or inference step; record in {where}"]
-    median_ms = statistics.median(times.turns)
+    median_ms = statistics.median(times.loop_steps)
     kind = "steps" if times.trains else "inference steps"
     failures = sum(event.what == "failed" for event in times.events)
     trouble = f"; {failures} parts of flatout failed, which the record explains" * bool(failures)
     return [
         *lines,
-        f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
+        f"{len(times.loop_steps)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
     ]
 
 

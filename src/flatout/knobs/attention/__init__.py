@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 from flatout.knobs import fastpath
@@ -93,7 +93,7 @@ class Preference:
         """Run an outermost module call with this order of backends."""
         from torch.nn.attention import sdpa_kernel
 
-        engagement.calls[NAME] += 1
+        handled_calls.counts[NAME] += 1
         with sdpa_kernel(self.order, set_priority=True):
             return call(module, *args, **kwargs)
 

@@ -182,7 +182,7 @@ def is_supported(
     """Whether these are plain tensors of supported dtypes and matching shapes, and nothing (such as
     ``torch.func`` or tracing) transforms the call."""
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if not dispatch.are_plain(*tensors):
+    if not dispatch.may_use_kernel(*tensors):
         return False
     batch_and_heads, columns = query.shape[:2], key.shape[2:3]
     return (

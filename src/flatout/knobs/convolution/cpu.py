@@ -182,7 +182,7 @@ def _is_supported(images: torch.Tensor, weight: torch.Tensor, how: Settings) -> 
         and images.dtype in DTYPES
         and weight.dtype is images.dtype
         and images.numel() > 0
-        and dispatch.are_plain(images, weight)
+        and dispatch.may_use_kernel(images, weight)
     )
 
 

@@ -235,5 +235,5 @@ def is_supported(logits: torch.Tensor, targets: torch.Tensor) -> bool:
         and logits.dim() == 2
         and targets.dtype is torch.int64
         and targets.shape == logits.shape[:1]
-        and dispatch.are_plain(logits, targets)
+        and dispatch.may_use_kernel(logits, targets)
     )

@@ -21,7 +21,7 @@ NAME = "decode"
 def match(facts: Facts) -> Match:
     """Offer the settings where the program opens images with Pillow and steps wait for data."""
     if facts.opens_images is False:
-        return Match((), "the program's main process opens no images with Pillow")
+        return Match((), "the program's main process has not imported Pillow's JPEG plugin")
     if (why := loader.refusal(facts)) is not None:
         return Match((), why)
     settings = ("keep", "parallel") if _other_cores() else ("keep",)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import ImageFile
 from torch.utils.data import get_worker_info
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.decode.images import finish, identity
 from flatout.knobs.loader.cache import available_bytes
@@ -52,7 +52,7 @@ class DecodedImages:
             return original(image)
         key = identity(image)
         if key in self._images:
-            engagement.calls["decode"] += 1
+            handled_calls.counts["decode"] += 1
             finish(image, self._images[key].copy())
             return original(image)
         access = original(image)

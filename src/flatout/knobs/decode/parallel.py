@@ -22,7 +22,7 @@ from PIL import Image, ImageFile
 from torch.utils import data
 from torch.utils.data import dataloader
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.openmp import release_threads
 from flatout.intercept.patch import Undo, wrap_function
@@ -406,7 +406,7 @@ class Decoders:
         elif decoded_here is not None and decoded_here[0] == key:
             finish(image, decoded_here[1])
         job.dataset.used += not image.tile
-        engagement.calls["decode"] += not image.tile
+        handled_calls.counts["decode"] += not image.tile
         job.dataset.wasted += bool(image.tile and (job.result or decoded_here))
         self._forget(job)
         self._free_slot(job)

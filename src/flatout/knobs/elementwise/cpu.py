@@ -88,7 +88,7 @@ def _compute(
         if (
             gradient.dtype is not x.dtype
             or gradient.shape != x.shape
-            or not dispatch.are_plain(gradient)
+            or not dispatch.may_use_kernel(gradient)
         ):
             return None
         if gradient.stride() != x.stride():
@@ -106,6 +106,6 @@ def _is_supported(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     return (
         x.dtype in dtypes
         and x.numel() >= FEWEST
-        and dispatch.are_plain(x)
+        and dispatch.may_use_kernel(x)
         and (x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(x)))
     )

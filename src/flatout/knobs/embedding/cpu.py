@@ -98,7 +98,7 @@ def _gradient(
         or bags.numel() != indices.numel()
         or counts.numel() < gradient.shape[0]
         or (factors is not None and factors.numel() != indices.numel())
-        or not dispatch.are_plain(*floats, *integers)
+        or not dispatch.may_use_kernel(*floats, *integers)
     ):
         return None
     gradient, indices, bags, counts = (x.contiguous() for x in (gradient, *integers))

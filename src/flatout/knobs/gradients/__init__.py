@@ -17,7 +17,7 @@ NAME = "gradients"
 
 def match(facts: Facts) -> Match:
     """Offer the setting where there may be parameters that the next optimizer step does not use."""
-    if not facts.updates or facts.optimizers == 0:
+    if not facts.has_optimizer_steps or facts.optimizers == 0:
         return Match((), "no optimizer steps in this program")
     if facts.optimizers == 1:
         return Match((), "the program has one optimizer, so it discards no gradients unread")

@@ -32,10 +32,10 @@ from torch.autograd.function import _HookMixin
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from flatout.intercept import engagement, graph, objects
+from flatout.intercept import graph, handled_calls, objects
 from flatout.intercept.callbacks import BackwardWrapper, CallbackList
 from flatout.intercept.containment import OnFailure, attempt, wrap
-from flatout.intercept.finite import stored_gradient
+from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.modes import autocast_devices, without_autocast
 from flatout.intercept.patch import Undo, add_attribute, replace_function, wrap_function
 from flatout.knobs.gradients import surroundings
@@ -240,7 +240,7 @@ class OnDemand:
         inputs = tuple(prediction.needed.values())
         result = original(outputs, grads, keep_graph, create_graph, inputs, **kwargs)
         self._pending.append(deferred)
-        engagement.calls["gradients"] += 1
+        handled_calls.counts["gradients"] += 1
         is_saved = attempt(
             self._stop_after_error, saved.take, prediction.deferred_nodes, prediction.other_nodes
         )

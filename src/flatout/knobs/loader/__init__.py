@@ -189,6 +189,6 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
-    worker_settings=("workers",),
+    background_settings=("workers",),
     claims=("the fetching of loaders",),
 )

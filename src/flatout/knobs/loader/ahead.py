@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils import data
 from torch.utils.data import _utils, dataloader
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, wrap_function
@@ -113,7 +113,7 @@ class Ahead:
             if queue.pool.is_left_alone or self._has_failed:
                 self._queues[iterator] = None
             return original(iterator)
-        engagement.calls["loader"] += 1
+        handled_calls.counts["loader"] += 1
         queue.waiting.popleft()
         queue.restore_indices(iterator)
         if iterator._pin_memory:

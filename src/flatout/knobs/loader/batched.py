@@ -10,7 +10,7 @@ from torch.utils import data
 from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo, wrap_function
 from flatout.knobs.loader.purity import is_torchs_own
 
@@ -51,7 +51,7 @@ class BatchedFetch:
             batch = select_rows(fetcher.dataset, index)
         if batch is None:
             return original(fetcher, index)
-        engagement.calls["loader"] += 1
+        handled_calls.counts["loader"] += 1
         return batch
 
 

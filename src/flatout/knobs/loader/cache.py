@@ -10,7 +10,7 @@ import torch
 from torch.utils import data
 from torch.utils.data._utils import fetch
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, wrap_function
@@ -68,7 +68,7 @@ class SampleCache:
             stored = store.samples.get(i)
             if stored is not None and stored[0] == digest:
                 samples.append(copy(stored[1]))
-                engagement.calls["loader"] += 1
+                handled_calls.counts["loader"] += 1
             else:
                 samples.append(fetcher.dataset[i])
                 attempt(self._on_failure, self._keep, store, i, digest, samples[-1])

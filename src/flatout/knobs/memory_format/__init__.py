@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -97,7 +97,7 @@ class ChannelsLast:
 
         is_converting = self._is_converting and not torch.compiler.is_compiling()
         if is_converting and module.groups == 1 and input.dim() == 4:
-            engagement.calls[NAME] += 1
+            handled_calls.counts[NAME] += 1
             input = channels_last(input)
         return original(module, input, *args, **kwargs)
 

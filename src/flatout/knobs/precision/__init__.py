@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from flatout.errors import RefusedError
-from flatout.intercept import engagement
+from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
 from flatout.knob import MATMUL_OPERATORS, Card, Facts, Knob, Match
 
@@ -77,7 +77,7 @@ def _apply_medium(host: Host) -> Undo:
         raise RefusedError(f"the precision of float32 matmuls cannot be read: {error}") from error
     if before != "highest" or convolutions not in ("none", "ieee"):
         raise RefusedError("the program has chosen the precision of float32 matmuls")
-    engagement.calls[NAME] += 1  # counted once: it acts on all matmuls from now on
+    handled_calls.counts[NAME] += 1  # counted once: it acts on all matmuls from now on
     matmuls = [(b.matmul, b.matmul.fp32_precision) for b in (mkldnn, torch.backends.cuda)]
     torch.set_float32_matmul_precision("medium")
     mkldnn.conv.fp32_precision = "bf16"

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flatout import kernels
 from flatout.errors import RefusedError
-from flatout.intercept import engagement, objects
+from flatout.intercept import handled_calls, objects
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.nested import map_tensors
@@ -143,7 +143,7 @@ class Autocast:
         if passes in SCOUTED and (inspected.float32_reason is None or passes == 1):
             return self._inspect(inspected, call, module, args, kwargs)
         self._before_autocast(inspected)
-        engagement.calls[self._knob] += 1
+        handled_calls.counts[self._knob] += 1
         if inspected.float32_reason is not None:
             if not self._can_return_float32(device, module, inspected.float32_reason):
                 return call(module, *args, **kwargs)

@@ -145,7 +145,7 @@ def _is_supported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         and type(weight) is torch.nn.Parameter
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and torch._C._get_mkldnn_enabled()
-        and dispatch.are_plain(*tensors)
+        and dispatch.may_use_kernel(*tensors)
         and all(tensor.dtype in DTYPES for tensor in tensors)
         and weight.dim() == 2
         and weight.numel() > 0

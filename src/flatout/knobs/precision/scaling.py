@@ -21,7 +21,8 @@ import torch
 
 from flatout.intercept import graph, objects
 from flatout.intercept.containment import wrap
-from flatout.intercept.finite import HiddenGradients, are_finite, gradients
+from flatout.intercept.finite import are_finite
+from flatout.intercept.gradients import HiddenGradients, collect_gradients
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.patch import Undo, add_attribute, wrap_function
 
@@ -171,8 +172,8 @@ class LossScaling:
         if optimizer not in self._unchecked:
             return
         self._unchecked.discard(optimizer)
-        if are_finite(gradients(optimizer)):
-            self._host.checked_gradients.add(optimizer)
+        if are_finite(collect_gradients(optimizer)):
+            self._host.optimizers_with_finite_gradients.add(optimizer)
             self._good_steps += 1
             if self._good_steps == GROWTH_INTERVAL:
                 self._good_steps = 0

@@ -163,7 +163,7 @@ class Bernoulli:
             tensor.numel() >= SERIAL_BELOW
             and 0 < round((1.0 - p) * ALWAYS) < ALWAYS
             and tensor.dtype in (torch.float32, torch.bfloat16)
-            and dispatch.are_plain(tensor)
+            and dispatch.may_use_kernel(tensor)
             and _is_dense(tensor)
         )
 
@@ -240,7 +240,7 @@ class DropoutBackward(NamedTuple):
     ) -> tuple[torch.Tensor]:
         """See ``dispatch.GradientRule``."""
         (bits,) = saved
-        if dispatch.are_plain(gradient):
+        if dispatch.may_use_kernel(gradient):
             gradients = dispatch.attempt_below_autograd(
                 self.on_failure, self.gradients, saved, needed, gradient.detach()
             )

@@ -312,7 +312,7 @@ def is_supported(
     """Whether these are plain tensors, not transformed, of a GRU that is not too wide, and whether
     all of them are float32 after the casts to ``dtypes``."""
     return (
-        dispatch.are_plain(sequence, first, *params)
+        dispatch.may_use_kernel(sequence, first, *params)
         and all(dtype is torch.float32 for dtype in (*dtypes, *(x.dtype for x in params)))
         and sequence.dim() == 3
         and min(sequence.shape) > 0

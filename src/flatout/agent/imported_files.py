@@ -1,4 +1,4 @@
-"""The source files of the program: those of its modules that are not installed packages."""
+"""Finding the source files that the program has imported, except installed packages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 import sysconfig
 from types import ModuleType
 
-from flatout.wire.lines import Modules
+from flatout.wire.lines import ImportedFiles
 from flatout.wire.writer import RecordWriter
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))
 _GENERATED = "torchinductor_"
-"""Prefix of the folder that ``torch.compile`` writes generated code to."""
+"""The prefix of the folder to which ``torch.compile`` writes generated code."""
 
 _REMOTE_MODULE = "_remote_module_"
 """The prefix of the modules that torch 2.9 generates into a temporary folder when it is imported
@@ -20,8 +20,8 @@ _REMOTE_MODULE = "_remote_module_"
 
 
 def imported_files() -> list[str]:
-    """Return the files of imported modules outside of the standard library, installed packages,
-    torch and flatout, sorted."""
+    """Return the sorted paths of the files of imported modules, except those of the standard
+    library, installed packages, torch and flatout."""
     installed = sysconfig.get_paths()
     folders = {installed["stdlib"], installed["platstdlib"], _folder_of("torch")}
     folders |= {_folder_of("flatout")}
@@ -41,9 +41,9 @@ def imported_files() -> list[str]:
     return sorted(found)
 
 
-def write_modules(record: RecordWriter) -> None:
+def write_imported_files(record: RecordWriter) -> None:
     """Record the source files that have been imported so far."""
-    record.write(Modules(tuple(imported_files())))
+    record.write(ImportedFiles(tuple(imported_files())))
 
 
 def _file_of(module: object) -> str | None:
