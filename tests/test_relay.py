@@ -135,7 +135,7 @@ def test_a_run_that_was_terminated_from_outside_is_the_one_that_failed(
     opened = SimpleNamespace(runs=tmp_path, take_next=lambda *_: entries)
     trials = Trials(["python"], opened, isolate=False)  # type: ignore[arg-type]
     process = ProcessRecord(tmp_path, Header())
-    record = SimpleNamespace(main=process, modules=())
+    record = SimpleNamespace(main=process, imported_files=())
     monkeypatch.setattr(trial, "read_run", lambda _: record)
     with pytest.raises(RelayFailedError, match="killed by signal 15") as caught:
         trials.run_two((Request(), Request()), RELAY, 10.0)

@@ -15,7 +15,7 @@ from flatout.tune.ledger import Ledger, Options
 from flatout.tune.screen import Screening, StopRule
 from flatout.tune.trial import Trial, TrialFailedError
 from flatout.wire.header import Header
-from flatout.wire.lines import Event
+from flatout.wire.lines import AgentEvent
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Comparison
@@ -76,7 +76,7 @@ def test_of_settings_that_make_up_for_each_other_one_stays(
     assert step_ms[frozenset(stack)] == step_ms[frozenset(STACK)], "a gain was lost"
 
 
-def finished(*events: Event) -> Trial:
+def finished(*events: AgentEvent) -> Trial:
     return Trial(ProcessRecord(Path(), Header(), events=list(events)), 1.0, ended=False)
 
 
@@ -103,8 +103,8 @@ class FailingScreening(ModelledScreening):
         if stop_rule == "settings" and compared[0].knob == "gc":
             raise TrialFailedError("it failed with exit code 1", None, "")
         return finished(
-            Event(0.0, "failed", "optimizer", "no kernel", None),
-            Event(0.0, "unused", "random", "no dropout was called", None),
+            AgentEvent(0.0, "failed", "optimizer", "no kernel", None),
+            AgentEvent(0.0, "unused", "random", "no dropout was called", None),
         ), Comparison(arms=tuple(map(dict, arms)))
 
 
