@@ -23,7 +23,7 @@ from flatout.agent.session import Session
 from flatout.intercept import finite, hooks, losses
 from flatout.intercept.host import Host
 from flatout.plan import Evidence, LossEvidence, Plan
-from flatout.plan.program import observed
+from flatout.plan.program import observe_program
 from flatout.wire.request import GuardRequest, ProvenLoss, Request
 
 Start = Callable[..., Host]
@@ -545,7 +545,7 @@ def test_run_says_what_the_guard_has_done(tmp_path: Path, words: tuple[str, ...]
     Plan(
         settings={"precision": "bf16"},
         command=command,
-        program=observed(command),
+        program=observe_program(command),
         machine={"torch": torch.__version__},
         evidence=EVIDENCE,
     ).write(made)

@@ -75,7 +75,7 @@ def test_a_trial_that_ignores_everything_ends(
     """Also where SIGINT is ignored, as in a script's background."""
     monkeypatch.setattr(process, "_INTERRUPTED_GRACE_S", 0.2)
     monkeypatch.setattr(process, "TICK_S", 0.02)
-    with interruption.watched():
+    with interruption.note_signals():
         with pytest.raises(KeyboardInterrupt):
             process.run(
                 ["sh", "-c", STUBBORN],
@@ -105,7 +105,7 @@ def test_a_signal_that_another_thread_gets_ends_the_trial(
         number, lambda: signal.pthread_kill(other.ident or 0, number)
     )
     try:
-        with interruption.watched(), pytest.raises(KeyboardInterrupt):
+        with interruption.note_signals(), pytest.raises(KeyboardInterrupt):
             process.run(["sh", "-c", STUBBORN], os.environ, contained=True, tick=to_thread)
     finally:
         over.set()
@@ -118,7 +118,7 @@ def test_a_hangup_that_is_ignored_does_not_end_a_trial(monkeypatch: pytest.Monke
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(process, "TICK_S", 0.02)
     try:
-        with interruption.watched():
+        with interruption.note_signals():
             ended = process.run(
                 ["sh", "-c", "echo > ready; while [ ! -e sent ]; do sleep 0.02; done; exit 3"],
                 os.environ,
@@ -137,7 +137,7 @@ def test_a_hangup_that_is_ignored_does_not_end_a_trial(monkeypatch: pytest.Monke
 
 def test_a_signal_between_two_trials_is_noted_and_what_is_being_done_is_finished() -> None:
     done = []
-    with interruption.watched():
+    with interruption.note_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("decided")
         with pytest.raises(KeyboardInterrupt):
@@ -146,7 +146,7 @@ def test_a_signal_between_two_trials_is_noted_and_what_is_being_done_is_finished
             done.append("measured")
     assert done == ["decided"]
     interruption.check()  # the next verb of this process knows nothing of it
-    with interruption.watched(), pytest.raises(KeyboardInterrupt):
+    with interruption.note_signals(), pytest.raises(KeyboardInterrupt):
         left_at_once()
 
 
@@ -182,7 +182,7 @@ def test_two_trials_that_take_turns_end_without_a_traceback(
 
     monkeypatch.setattr(process, "run", run)
     (tmp_path / "program.py").write_text(WAITING)
-    with interruption.watched(), pytest.raises(KeyboardInterrupt):
+    with interruption.note_signals(), pytest.raises(KeyboardInterrupt):
         launch.start_relay([sys.executable, "program.py"], (Request(), Request()), RELAY)
     assert psutil.Process().children(recursive=True) == []
     assert capfd.readouterr().err == ""

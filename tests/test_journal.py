@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flatout.plan.program import observed
+from flatout.plan.program import observe_program
 from flatout.tune import journal
 from flatout.tune.journal import Entry, Journal, JournalError
 from flatout.tune.ledger import Options
@@ -134,7 +134,7 @@ def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
     def held(again: Journal) -> None:
         try:
             again.take_next(ASKED)
-            again.record_or_check_program(observed(COMMAND, [str(net)]))
+            again.record_or_check_program(observe_program(COMMAND, [str(net)]))
         finally:
             again.close()
 
@@ -148,7 +148,7 @@ def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
         held(journal.resume("tune", COMMAND))
     again = journal.resume("tune", COMMAND)
     assert again.take_next(Request(seed=99)) is None  # nothing of before is used
-    again.record_or_check_program(observed(COMMAND, [str(net)]))
+    again.record_or_check_program(observe_program(COMMAND, [str(net)]))
     again.close()
     kinds = [line["kind"] for line in journal.read(path)]
     assert kinds == ["job", "program"]

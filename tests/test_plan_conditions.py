@@ -13,7 +13,7 @@ import torch
 from flatout import machine
 from flatout.launch import environment
 from flatout.plan import Evidence, Plan
-from flatout.plan.program import Program, observed
+from flatout.plan.program import Program, observe_program
 from flatout.wire import signature
 from flatout.wire.record import read_run
 from flatout.wire.request import Request
@@ -75,7 +75,7 @@ def proven(program: Path) -> Plan:
     return Plan(
         settings=SETTINGS,
         command=command,
-        program=observed(command),
+        program=observe_program(command),
         inputs=("float32[16,8]",),
         machine={**machine.fingerprint(), "torch": torch.__version__},
         evidence=EVIDENCE,
@@ -159,7 +159,9 @@ def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
     subprocess.run(command, env=environment.job_environment(directory, {}), check=True)
     record = read_run(directory)
     assert record.imported_files == {str(program), str(net)}
-    made = dataclasses.replace(proven(program), program=observed(command, record.imported_files))
+    made = dataclasses.replace(
+        proven(program), program=observe_program(command, record.imported_files)
+    )
     net.write_text("def scale(x):\n    # as it is\n    return x\n")
     last, said = run(made, program)
     assert (last, len(said.splitlines())) == (WHOLE, 1)
@@ -176,7 +178,7 @@ def test_a_changed_module_of_an_unchanged_script(program: Path) -> None:
 def test_a_longer_run_is_the_same_program_and_named(program: Path) -> None:
     made = proven(program)
     words = (*made.command, "--epochs", "3")
-    longer = dataclasses.replace(made, command=words, program=observed(words))
+    longer = dataclasses.replace(made, command=words, program=observe_program(words))
     last, said = run(longer, program)
     assert last == WHOLE
     assert said.splitlines()[0] == (

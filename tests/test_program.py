@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flatout.plan import program
-from flatout.plan.program import Program, argument_changes, changes_between, observed
+from flatout.plan.program import Program, argument_changes, changes_between, observe_program
 
 COMMAND = ["python", "train.py", "--config", "conf.yaml"]
 
@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def seen() -> Program:
-    return observed(COMMAND, [os.path.abspath("parts/net.py")])
+    return observe_program(COMMAND, [os.path.abspath("parts/net.py")])
 
 
 def after(path: str, old: str, new: str) -> list[str]:
@@ -172,7 +172,7 @@ def test_a_checkout_may_move_that_was_started_from_outside(
     monkeypatch.chdir(tmp_path)
     words = ("--config=project/conf.yaml", "--data", "project/parts", "--out", "runs/a")
     command = ["project/job.sh", *words, "--model", "org/name"]
-    before = observed(command)
+    before = observe_program(command)
     shutil.copytree(folder, tmp_path / "moved")
     (tmp_path / "runs" / "a").mkdir(parents=True)  # what the first run has written
     assert argument_changes(command, before, command) == program.ArgumentChanges()
@@ -207,7 +207,7 @@ def test_shell_scripts_packages_and_launchers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Path("job.sh").write_text("#!/bin/sh\n# the job\npython train.py --lr $LR\n")
-    before = observed(["sh", "job.sh"])
+    before = observe_program(["sh", "job.sh"])
     assert set(before.files) == {"job.sh"}
     assert set(before.environment) == {"LR"}
     Path("job.sh").write_text("#!/bin/sh\n# a job\n\npython train.py --lr $LR\n")
@@ -216,18 +216,18 @@ def test_shell_scripts_packages_and_launchers(
     assert before.changes(["sh", "job.sh"]) == ["job.sh has changed"]
     Path("job").write_text("#!/usr/bin/env python3\nprint(1)  # one\n")
     Path("job").chmod(0o755)
-    assert set(observed(["./job"]).files["job"]) == {"bytes", "module"}
+    assert set(observe_program(["./job"]).files["job"]) == {"bytes", "module"}
 
     (tmp_path / "project" / "parts" / "__main__.py").write_text("print(2)\n")
     main = os.path.abspath("parts/__main__.py")
-    package = observed(["python", "-m", "parts", "--lr", "1"], [main])
+    package = observe_program(["python", "-m", "parts", "--lr", "1"], [main])
     assert set(package.files) == {"parts/__main__.py"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "nowhere:project")
     assert package.changes(["python", "-m", "parts"]) == []
 
     monkeypatch.chdir(tmp_path / "project")
-    of_launcher = observed(["torchrun", "--nproc-per-node", "2", "train.py"])
+    of_launcher = observe_program(["torchrun", "--nproc-per-node", "2", "train.py"])
     assert set(of_launcher.files) == {"train.py"}
 
 
@@ -235,11 +235,11 @@ def test_source_that_is_named_in_source() -> None:
     Path("train.py").write_text("exec(open('configurator.py').read()); open('base.yaml')\n")
     Path("configurator.py").write_text("lr = 1\n")
     Path("base.yaml").write_text("text: |\n  # no comment\n")
-    assert set(observed(["python", "train.py"]).files) == {
+    assert set(observe_program(["python", "train.py"]).files) == {
         *("train.py", "configurator.py", "base.yaml")
     }
     Path("base.yaml").write_text("text: |\n  # nor this\n")
-    before = observed(["python", "train.py"])
+    before = observe_program(["python", "train.py"])
     Path("configurator.py").write_text("lr = 2\n")
     Path("base.yaml").write_text("text: |\n  # no comment\n")
     assert before.changes(["python", "train.py"]) == [
@@ -252,7 +252,7 @@ def test_what_the_program_writes_is_no_part_of_it() -> None:
     for name in ("results.json", "model.json", "sizes.json"):
         Path(name).write_text("{}")
     words = ["--out", "results.json", "--metrics=results.json", "model.json", "--sizes=sizes.json"]
-    assert set(observed(["python", "train.py", *words]).files) == {
+    assert set(observe_program(["python", "train.py", *words]).files) == {
         *("train.py", "model.json", "sizes.json")
     }
 
@@ -312,5 +312,5 @@ def test_another_program() -> None:
 
 
 def test_many_changes_are_summed_up() -> None:
-    assert program.summed_up(["a", "b", "c"]) == "a; b; c"
-    assert program.summed_up(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
+    assert program.summarize(["a", "b", "c"]) == "a; b; c"
+    assert program.summarize(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"

@@ -8,12 +8,12 @@ from flatout.doctor.findings import Finding
 from flatout.knob import EXACTNESS
 from flatout.plan import LossEvidence
 from flatout.tune.document import (
-    Check,
+    CheckResult,
     CurvePoint,
     Curves,
     Document,
     KnobResult,
-    Proof,
+    ProofResult,
     Side,
     TriedSettings,
 )
@@ -195,7 +195,7 @@ def faster() -> Document:
                 None,
             ),
         ),
-        proof=Proof(
+        proof=ProofResult(
             passed=True,
             kind="non-inferior",
             why="the losses are no worse than the bare program's own spread allows",
@@ -203,20 +203,20 @@ def faster() -> Document:
             seeds=8,
             bare_repeats=True,
             checks=(
-                Check(
+                CheckResult(
                     "losses",
                     True,
                     "the difference stays within the margin in both windows",
                     {"difference": -0.0151, "margin": 0.0803},
                 ),
-                Check("spikes", True, "no step stands out", {"largest_deviations": 3.2}),
-                Check(
+                CheckResult("spikes", True, "no step stands out", {"largest_deviations": 3.2}),
+                CheckResult(
                     "early gradients",
                     True,
                     "those of 52 parameters agree in size and direction",
                     {"largest_relative_error": 0.0113, "parameter": "blocks.5.mlp.fc2.weight"},
                 ),
-                Check("buffers", None, "the program has none that change"),
+                CheckResult("buffers", None, "the program has none that change"),
             ),
             curves=(Curves("loss of train.py:141", curve(0.0), curve(-0.015)),),
             losses=(LossEvidence(1.58123, 1.56619, -0.0151, 0.0803, "seeds"),),

@@ -24,7 +24,7 @@ _noted: signal.Signals | None = None
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def note_signals() -> Iterator[None]:
     """Note these signals until the end of the block. Only the main thread can do so."""
     global _noted, _watching
     if threading.current_thread() is not threading.main_thread():

@@ -226,7 +226,7 @@ class _View:
 
     def _overlay(self, lower: str, target: str, layer: tuple[str, str]) -> None:
         parts = {"lowerdir": lower, "upperdir": layer[0], "workdir": layer[1]}
-        options = ",".join(f"{name}={_escaped(value)}" for name, value in parts.items())
+        options = ",".join(f"{name}={_escape(value)}" for name, value in parts.items())
         _mount("overlay", target, "overlay", 0, f"{options},{self._options}")
 
 
@@ -333,7 +333,7 @@ def _copy_owner_and_mode(source: str, target: str) -> None:
     os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
-def _escaped(path: str) -> str:
+def _escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
@@ -348,17 +348,17 @@ def _pivot(root: str) -> None:
 def _mount(
     source: str | None, target: str, kind: str | None, flags: int, options: str | None = None
 ) -> None:
-    def encoded(text: str | None) -> bytes | None:
+    def encode(text: str | None) -> bytes | None:
         return None if text is None else os.fsencode(text)
 
     what = f"mounting {kind or source or 'flags'} on {target}"
     _call(
         "mount",
-        encoded(source),
-        encoded(target),
-        encoded(kind),
+        encode(source),
+        encode(target),
+        encode(kind),
         ctypes.c_ulong(flags),
-        encoded(options),
+        encode(options),
         what=what,
     )
 

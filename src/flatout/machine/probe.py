@@ -74,7 +74,7 @@ def usable_accelerator() -> tuple[torch.device | None, str | None]:
 def measure(device: torch.device) -> dict[str, Any]:
     """Return the rates of a device, and the properties that it reports."""
     return {
-        "reported": reported(device),
+        "reported": read_properties(device),
         "matmul_flops_per_s": {
             name: matmul_flops_per_s(device, getattr(torch, name)) for name in DTYPES
         },
@@ -82,7 +82,7 @@ def measure(device: torch.device) -> dict[str, Any]:
     }
 
 
-def reported(device: torch.device) -> dict[str, Any]:
+def read_properties(device: torch.device) -> dict[str, Any]:
     """Return the properties that an accelerator reports; none for the CPU."""
     if device.type == "cpu":
         return {}

@@ -285,9 +285,9 @@ class Plan:
         if self.machine:
             document.add("machine", tomlkit.item(dict(self.machine)))
         if self.learned is not None:
-            document.add("learned", tomlkit.item(_rounded(encode(_Learned(ratios=self.learned)))))
+            document.add("learned", tomlkit.item(_round(encode(_Learned(ratios=self.learned)))))
         if self.evidence is not None:
-            document.add("evidence", tomlkit.item(_rounded(encode(self.evidence))))
+            document.add("evidence", tomlkit.item(_round(encode(self.evidence))))
         if self.program is not None:
             document.add("program", tomlkit.item(encode(self.program.files)))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -304,14 +304,14 @@ def _is_plain_fact(fact: Fact) -> bool:
 
 _MachineFact = Annotated[
     Fact,
-    codec.Check(
+    codec.Constraint(
         _is_plain_fact,
         "a string, a finite number that is not negative, or true or false",
     ),
 ]
-_FilePath = Annotated[str, codec.Check(lambda path: "\0" not in path, "the path of a file")]
+_FilePath = Annotated[str, codec.Constraint(lambda path: "\0" not in path, "the path of a file")]
 _FolderPath = Annotated[
-    str, codec.Check(lambda path: "\0" not in path, "a string, the path of a folder")
+    str, codec.Constraint(lambda path: "\0" not in path, "a string, the path of a folder")
 ]
 
 
@@ -443,13 +443,13 @@ class _Reader:
         return None
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     """``value`` for TOML: floats have six significant digits, and those that are not finite, which
     means that they are not known, are left out."""
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items() if _is_known(item)}
+        return {key: _round(item) for key, item in value.items() if _is_known(item)}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value if _is_known(item)]
+        return [_round(item) for item in value if _is_known(item)]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -109,7 +109,7 @@ class Program:
         return [os.path.realpath(here / name) for name in self.files]
 
 
-def observed(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
+def observe_program(command: Sequence[str], modules: Iterable[str] = ()) -> Program:
     """Look at the program of a command as it is now.
 
     Args:
@@ -238,7 +238,7 @@ def argument_changes(
     return ArgumentChanges(tuple(covered), tuple(others))
 
 
-def summed_up(changes: Sequence[str]) -> str:
+def summarize(changes: Sequence[str]) -> str:
     """The first changes in one clause, and how many more there are."""
     more = len(changes) - _MANY
     return "; ".join(changes[:_MANY]) + (f"; and {more} more" if more > 0 else "")
@@ -345,7 +345,7 @@ class _Source:
         _take_apart(tree.body, "", MODULE, parts)
         self.digests = {name: _digest_of_nodes(nodes) for name, nodes in parts.items()}
         for node in ast.walk(tree):
-            self.variables |= set(_variables_named(node))
+            self.variables |= set(_find_variables_read(node))
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 name = node.value
                 if len(name) < 256 and os.path.splitext(name)[1] in _NAMED_IN_SOURCE:
@@ -418,7 +418,7 @@ def _digest_of_nodes(nodes: Iterable[ast.AST | str]) -> str:
 _END = object()
 
 
-def _variables_named(node: ast.AST) -> Iterator[str]:
+def _find_variables_read(node: ast.AST) -> Iterator[str]:
     """The X of ``os.environ["X"]``, ``os.environ.get("X")`` or ``os.getenv("X")`` that is read."""
     name: ast.expr | None = None
     if isinstance(node, ast.Subscript) and _last_name(node.value) == "environ":
@@ -475,7 +475,7 @@ def _clauses(name: str, recorded: Digests, now: Digests) -> list[str]:
         ("gone", [part for part in parts if part not in now]),
         ("new", [part for part in parts if part not in recorded]),
     )
-    said = [f"{_listed(found)} {_verb(how, found)}" for how, found in kinds if found]
+    said = [f"{_list_first(found)} {_verb(how, found)}" for how, found in kinds if found]
     if said:
         return [f"{name}: {', '.join(said)}"]
     if recorded[MODULE] != now[MODULE]:
@@ -483,7 +483,7 @@ def _clauses(name: str, recorded: Digests, now: Digests) -> list[str]:
     return []
 
 
-def _listed(parts: Sequence[str]) -> str:
+def _list_first(parts: Sequence[str]) -> str:
     names = [part.removesuffix("()") for part in parts]
     more = len(names) - _MANY
     if more > 0:

@@ -119,10 +119,10 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
     Args:
         bars: the name of each bar, and the time of each of its phases in milliseconds.
     """
-    longest_ms = max(sum(_measured(times).values()) for _, times in bars)
+    longest_ms = max(sum(_select_measured(times).values()) for _, times in bars)
     drawn = []
     for name, times in bars:
-        measured = _measured(times)
+        measured = _select_measured(times)
         total_ms = sum(measured.values())
         segments, left = [], 0.0
         for phase, ms in measured.items():
@@ -161,7 +161,7 @@ def phases(bars: Sequence[tuple[str, Mapping[str, float | None]]]) -> Markup:
     return join(*drawn)
 
 
-def _measured(times_ms: Mapping[str, float | None]) -> dict[str, float]:
+def _select_measured(times_ms: Mapping[str, float | None]) -> dict[str, float]:
     """The parts that were measured, in the order of a step."""
     return {phase: max(ms, 0.0) for phase in PARTS if (ms := times_ms.get(phase)) is not None}
 
@@ -185,7 +185,7 @@ def curves(shown: Curves) -> Markup | None:
 
     bands, means = [], []
     for name, side in sides.items():
-        for part in _unbroken(side):
+        for part in _split_at_gaps(side):
             bands.append(_band(part, place, f"band {name}"))
             path = "M" + "L".join(place(p.step, p.mean) for p in part if p.mean is not None)
             means.append(element("path", d=path, class_=f"curve {name}"))
@@ -291,7 +291,7 @@ class _LossAxis:
         return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
-def _unbroken(points: Sequence[CurvePoint]) -> list[list[CurvePoint]]:
+def _split_at_gaps(points: Sequence[CurvePoint]) -> list[list[CurvePoint]]:
     """Split a curve at points that have no finite mean."""
     parts = groupby(points, key=lambda p: p.mean is not None and math.isfinite(p.mean))
     return [list(part) for is_drawn, part in parts if is_drawn]
@@ -319,7 +319,7 @@ def _describe(shown: Curves) -> str:
     """Describe the curves in a sentence."""
     told = []
     for name, side in (("bare", shown.bare), ("with the plan", shown.plan)):
-        for part in _unbroken(side):
+        for part in _split_at_gaps(side):
             first, last = part[0], part[-1]
             told.append(
                 f"{name} from {first.mean:.4g} at step {first.step} to {last.mean:.4g} at step "

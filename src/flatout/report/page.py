@@ -14,7 +14,7 @@ from flatout.report import charts, words
 from flatout.report.charts import RatioAxis
 from flatout.report.markup import Markup, element, join, with_code
 from flatout.tune import formatting
-from flatout.tune.document import PARTS, Document, KnobResult, Proof, Side, TriedSettings
+from flatout.tune.document import PARTS, Document, KnobResult, ProofResult, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -318,7 +318,7 @@ def _verdict(passed: bool | None) -> str | None:
     return {True: "state good", False: "state bad", None: "state"}[passed]
 
 
-def _checks(proof: Proof) -> Markup | None:
+def _checks(proof: ProofResult) -> Markup | None:
     if not proof.checks:
         return None
     rows = []
@@ -344,7 +344,7 @@ def _checks(proof: Proof) -> Markup | None:
     )
 
 
-def _losses(proof: Proof) -> Markup | None:
+def _losses(proof: ProofResult) -> Markup | None:
     shown = []
     for curves in proof.curves:
         drawn = charts.curves(curves)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from flatout.plan import LossEvidence
 from flatout.text import printable
 from flatout.tune import formatting
-from flatout.tune.document import Document, KnobResult, Proof, Side, TriedSettings
+from flatout.tune.document import Document, KnobResult, ProofResult, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
 MARGIN_SOURCES = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
@@ -116,12 +116,12 @@ def sides(bare: Side, plan: Side) -> Iterator[tuple[str, str, str, str]]:
         )
 
 
-def verdict(proof: Proof) -> str:
+def verdict(proof: ProofResult) -> str:
     """The result of a proof, in a word or two."""
     return {True: "passed", False: "not passed", None: "inconclusive"}[proof.passed]
 
 
-def what_passed(proof: Proof) -> str | None:
+def what_passed(proof: ProofResult) -> str | None:
     """The checks that an inconclusive proof passed; ``None``: there are none, or it is decided."""
     names = dict.fromkeys(check.name for check in proof.checks if check.passed)
     if proof.passed is not None or not names:
@@ -129,7 +129,7 @@ def what_passed(proof: Proof) -> str | None:
     return f"passed only: {', '.join(names)}"
 
 
-def _proof_headline(proof: Proof) -> str:
+def _proof_headline(proof: ProofResult) -> str:
     """The verdict, with the steps and seeds that it covers."""
     kind = f" ({proof.kind})" if proof.passed is not None else ""
     only = what_passed(proof)
@@ -139,14 +139,14 @@ def _proof_headline(proof: Proof) -> str:
     )
 
 
-def repeatability(proof: Proof) -> str | None:
+def repeatability(proof: ProofResult) -> str | None:
     """A note if the bare program does not repeat its own losses."""
     if proof.bare_repeats is not False:
         return None
     return "the bare program does not repeat its own losses from one seed"
 
 
-def _loss(loss: LossEvidence, proof: Proof) -> str:
+def _loss(loss: LossEvidence, proof: ProofResult) -> str:
     """Compare the losses of one backward call."""
     compared = (
         ", identical at every step"
@@ -204,7 +204,7 @@ def _sides(baseline: Side, with_plan: Side) -> list[str]:
     ]
 
 
-def proof_lines(proof: Proof, verbose: bool = False) -> list[str]:
+def proof_lines(proof: ProofResult, verbose: bool = False) -> list[str]:
     """The verdict of a proof and each check that failed; if ``verbose``, all checks and losses."""
     said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flatout import knobs
 from flatout.doctor.case import Case
 from flatout.errors import UserError
-from flatout.plan.program import Program, observed
+from flatout.plan.program import Program, observe_program
 from flatout.tune import formatting, pairs
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import MINIMUM_STEPS, Pace
@@ -109,7 +109,7 @@ def run(
     return BareRun(
         process=process,
         modules=first.modules,
-        program=observed(command, first.modules),
+        program=observe_program(command, first.modules),
         pace=Pace(max(first.seconds - in_steps_s, 0), step_s),
         phases_ms=pairs.phases_ms([process], step_s * 1e3),
         proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),

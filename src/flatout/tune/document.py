@@ -117,7 +117,7 @@ class KnobResult:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """One check of the proof.
 
     Attributes:
@@ -159,7 +159,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Proof:
+class ProofResult:
     """Whether the plan computes the same.
 
     Attributes:
@@ -181,7 +181,7 @@ class Proof:
     steps: int
     seeds: int
     bare_repeats: bool | None
-    checks: tuple[Check, ...] = ()
+    checks: tuple[CheckResult, ...] = ()
     curves: tuple[Curves, ...] = ()
     losses: tuple[LossEvidence, ...] = ()
 
@@ -226,7 +226,7 @@ class Document:
     break_even_steps: int | None
     tried: tuple[TriedSettings, ...] = dataclasses.field(metadata=codec.stored_as("arms"))
     knobs: tuple[KnobResult, ...]
-    proof: Proof | None
+    proof: ProofResult | None
     findings: tuple[Finding, ...]
     next_command: str | None
     version: int = DOCUMENT_VERSION

@@ -73,7 +73,7 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
         for key in ("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms")
     }
     in_process = {**old.in_process, **new.in_process}
-    added = Verified(new.steps, new.seeds, new.verdict, first_seed, _passed(new))
+    added = Verified(new.steps, new.seeds, new.verdict, first_seed, _list_passed(new))
     further = tuple(one for one in old.verified if not _is_within(one, added))
     if _covers(new, old):
         evidence = dataclasses.replace(new, **timing, in_process=in_process, verified=further)
@@ -83,7 +83,7 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
     return evidence, f"the new proof is stored beside the old one over {_extent(old)}"
 
 
-def _passed(evidence: Evidence) -> tuple[str, ...]:
+def _list_passed(evidence: Evidence) -> tuple[str, ...]:
     """Return the names of the checks that passed."""
     return tuple(dict.fromkeys(c.name for c in evidence.checks if c.result == "passed"))
 
@@ -93,7 +93,7 @@ def _covers(new: Evidence, old: Evidence) -> bool:
         new.steps >= old.steps
         and new.seeds >= old.seeds
         and (new.verdict != "inconclusive" or old.verdict == "inconclusive")
-        and set(_passed(new)) >= set(_passed(old))
+        and set(_list_passed(new)) >= set(_list_passed(old))
     )
 
 

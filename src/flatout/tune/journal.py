@@ -37,7 +37,7 @@ from flatout.plan.program import (
     Program,
     argument_changes,
     changes_between,
-    summed_up,
+    summarize,
 )
 from flatout.text import one_line
 from flatout.tune.document import DOCUMENT_FILE
@@ -75,7 +75,7 @@ class Entry:
         spent_s: the total time of the tune so far, including the time before a resume.
     """
 
-    run: Annotated[str, codec.Check(_is_folder_name, "the name of a folder")]
+    run: Annotated[str, codec.Constraint(_is_folder_name, "the name of a folder")]
     seconds: float
     ended: bool
     failure: str | None
@@ -194,7 +194,7 @@ class Journal:
         changes = changes_between(self._program, program)
         if changes:
             raise JournalError(
-                f"the program has changed since the tune began: {summed_up(changes)}; "
+                f"the program has changed since the tune began: {summarize(changes)}; "
                 "leave --resume out"
             )
         self._at_byte = max(self._at_byte, self._program_end)
@@ -329,7 +329,7 @@ def _explain_no_resume(job: dict[str, Any], verb: str, command: Sequence[str]) -
             return "its command cannot be read"
         changes = argument_changes(words, None, command)
         if changes != ArgumentChanges():
-            return summed_up((*changes.others, *changes.covered))
+            return summarize((*changes.others, *changes.covered))
     changed = [
         f"{key} was {job.get(key)}, is {now[key]}"
         for key in ("version", "flatout")

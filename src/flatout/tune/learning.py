@@ -107,7 +107,7 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     Plan(
         settings=kept,
         command=tuple(arguments.command),
-        program=program.observed(arguments.command, times.imported_files),
+        program=program.observe_program(arguments.command, times.imported_files),
         inputs=times.inputs,
         machine=facts,
         learned=ratios,

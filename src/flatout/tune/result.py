@@ -11,12 +11,12 @@ from flatout import knobs, machine
 from flatout.knob import EXACTNESS
 from flatout.tune import memory, pairs
 from flatout.tune.document import (
-    Check,
+    CheckResult,
     CurvePoint,
     Curves,
     Document,
     KnobResult,
-    Proof,
+    ProofResult,
     Side,
     TriedSettings,
 )
@@ -133,8 +133,8 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
     )
 
 
-def _proof(verdict: Verdict) -> Proof:
-    return Proof(
+def _proof(verdict: Verdict) -> ProofResult:
+    return ProofResult(
         passed=None if verdict.passed and verdict.kind == "inconclusive" else verdict.passed,
         kind="bitwise" if verdict.kind == "bitwise" else "non-inferior",
         why=verdict.why,
@@ -142,7 +142,7 @@ def _proof(verdict: Verdict) -> Proof:
         seeds=verdict.seeds,
         bare_repeats=verdict.bare_repeats,
         checks=tuple(
-            Check(
+            CheckResult(
                 name=check.name,
                 passed={"passed": True, "failed": False}.get(check.result),
                 why=check.why,

@@ -8,7 +8,8 @@ way.
 
 A type hint may be ``str``, ``int``, ``float``, ``bool``, ``Any``, ``bytes``, a ``Literal``, a
 dataclass, a ``NamedTuple``, ``tuple[X, ...]``, ``list[X]``, ``Mapping[K, V]``, ``X | None``, a
-union of scalars, or any of these in ``Annotated`` with a ``Check`` or a ``Packed``. In the file,
+union of scalars, or any of these in ``Annotated`` with a ``Constraint`` or a ``Packed``. In the
+file,
 
 - a key is the name of its field, without a trailing underscore (``class_`` is ``class``), unless
   the field's metadata names another (``stored_as``);
@@ -104,7 +105,7 @@ TOML = Format("a table", refuses_unknown=True, is_finite=True)
 
 
 @dataclass(frozen=True)
-class Check:
+class Constraint:
     """Metadata of ``Annotated``: a condition on a value besides its type.
 
     Attributes:
@@ -138,9 +139,9 @@ else:  # an array takes no type argument before Python 3.12
 
 _LARGEST = sys.float_info.max
 
-Count = Annotated[int, Check(lambda n: 0 <= n <= _LARGEST, "an integer that is not negative")]
-Positive = Annotated[float, Check(lambda x: x > 0, "a positive number")]
-NotNegative = Annotated[float, Check(lambda x: not x < 0, "a number that is not negative")]
+Count = Annotated[int, Constraint(lambda n: 0 <= n <= _LARGEST, "an integer that is not negative")]
+Positive = Annotated[float, Constraint(lambda x: x > 0, "a positive number")]
+NotNegative = Annotated[float, Constraint(lambda x: not x < 0, "a number that is not negative")]
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

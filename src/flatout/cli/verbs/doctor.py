@@ -108,7 +108,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if event.subject in settings and event.what in ("skipped", "failed"):
             say(f"{event.subject} {event.what}: {event.why}")
     if finished.returncode != 0:
-        say(f"the program {_ended(finished)} while it was diagnosed")
+        say(f"the program {_describe_end(finished)} while it was diagnosed")
     if arguments.quiet:
         say(f"the program's output is in {_output_file(finished)}")
     return 0
@@ -131,7 +131,7 @@ def _why_no_step(run: RunRecord, finished: Finished, quiet: bool) -> str:
 
     where = f"; its output is in {_output_file(finished)}" if quiet else ""
     if finished.returncode != 0:
-        return f"the program {_ended(finished)} before its first step was over{where}"
+        return f"the program {_describe_end(finished)} before its first step was over{where}"
     if run.main is not None:
         return f"flatout saw no training or inference step in this program{where}"
     if any(finished.run_directory.glob("started-*")):
@@ -139,7 +139,7 @@ def _why_no_step(run: RunRecord, finished: Finished, quiet: bool) -> str:
     return f"{NOT_ATTACHED}{where}"
 
 
-def _ended(finished: Finished) -> str:
+def _describe_end(finished: Finished) -> str:
     if finished.returncode < 0:
         return f"was killed by signal {-finished.returncode}"
     return f"exited with status {finished.returncode}"

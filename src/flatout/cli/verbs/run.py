@@ -125,7 +125,7 @@ def _proven_here(
     if (plan.evidence is None and plan.learned is None) or arguments.trust:
         return settings, None
     from flatout import knobs, machine
-    from flatout.plan.program import summed_up
+    from flatout.plan.program import summarize
 
     if plan.learned is not None:
         say(f"{arguments.plan} was learned while training and is not proven")
@@ -140,11 +140,11 @@ def _proven_here(
     if not differences:
         covered = plan.argument_changes(arguments.command).covered
         if covered:
-            say(f"{', '.join(sensitive)} {how} with another length or seed: {summed_up(covered)}")
+            say(f"{', '.join(sensitive)} {how} with another length or seed: {summarize(covered)}")
         files = None if plan.program is None else tuple(plan.program.paths(arguments.command))
         return settings, ProvenConditions(sensitive, plan.torch, plan.inputs, files)
     say(
-        f"{', '.join(sensitive)} left out, {how} under other conditions: {summed_up(differences)}. "
+        f"{', '.join(sensitive)} left out, {how} under other conditions: {summarize(differences)}. "
         "'flatout verify' proves the plan again, 'flatout tune' finds another, and --trust applies "
         "it as it is"
     )

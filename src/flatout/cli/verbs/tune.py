@@ -65,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Tune; the exit status is 0 with and without a plan, 130 after Ctrl-C, 143 after SIGTERM."""
     from flatout.launch import interruption
 
-    with interruption.watched():
+    with interruption.note_signals():
         return _tune(arguments)
 
 
@@ -133,12 +133,12 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
     from flatout.errors import UserError
     from flatout.plan import program
 
-    now = program.observed(command, outcome.modules)
+    now = program.observe_program(command, outcome.modules)
     changes = [] if outcome.program is None else program.changes_between(outcome.program, now)
     if changes:
         raise UserError(
             "no plan is written, because the program has changed since its first run: "
-            f"{program.summed_up(changes)}"
+            f"{program.summarize(changes)}"
         )
     header = outcome.header
     facts: dict[str, plan.Fact] = {

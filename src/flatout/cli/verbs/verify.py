@@ -53,7 +53,7 @@ def execute(arguments: argparse.Namespace) -> int:
     after SIGTERM."""
     from flatout.launch import interruption
 
-    with interruption.watched():
+    with interruption.note_signals():
         return _verify(arguments)
 
 

@@ -37,7 +37,7 @@ class Finding:
     remedy: str
 
 
-def listed(case: Case, wanted: Callable[[PlacedOperator], bool]) -> list[str]:
+def describe_largest(case: Case, wanted: Callable[[PlacedOperator], bool]) -> list[str]:
     """Evidence: the three largest of the wanted operators."""
     return [
         f"{o.name}: {o.calls:.3g} calls, {o.share:.0%} of a step"

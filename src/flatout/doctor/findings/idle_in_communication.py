@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case, PlacedOperator
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 
 COMMUNICATION = ("gloo:", "nccl:", "c10d::", "mpi:", "xccl:", "ucc:")
 
@@ -21,7 +21,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "idle-in-communication",
         "communication between ranks",
-        listed(case, communicates),
+        describe_largest(case, communicates),
         share,
         "edit: use larger batches per rank, accumulate gradients over several (no_sync()), or use "
         "DistributedDataParallel(gradient_as_bucket_view=True)",

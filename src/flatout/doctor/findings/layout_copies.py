@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import CONVOLUTION_OPERATORS, Case
-from flatout.doctor.findings import Finding, listed
+from flatout.doctor.findings import Finding, describe_largest
 
 COPIES_MATTER = 0.1
 """Smallest share that is reported: every model copies something."""
@@ -19,7 +19,7 @@ def find(case: Case) -> Finding | None:
     if share < COPIES_MATTER:
         return None
     last = case.facts.modules.convolutions_channels_last
-    evidence = listed(case, lambda o: o.name == "aten::copy_")
+    evidence = describe_largest(case, lambda o: o.name == "aten::copy_")
     if last is not None:
         evidence.append(f"{last} convolutions have weights in channels_last")
     return Finding(

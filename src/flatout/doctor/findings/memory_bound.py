@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case, PlacedOperator
-from flatout.doctor.findings import Finding, listed
+from flatout.doctor.findings import Finding, describe_largest
 
 _NAMES = (
     *("add", "add_", "mul", "mul_", "div", "div_", "sub", "sub_", "neg", "pow", "rsqrt", "sqrt"),
@@ -45,7 +45,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "memory-bound",
         "elementwise operators limited by memory bandwidth",
-        listed(case, moves),
+        describe_largest(case, moves),
         share,
         "edit: use torch.compile(model), which fuses them",
     )

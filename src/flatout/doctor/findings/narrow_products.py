@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flatout import machine
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 from flatout.knobs import mkl
 
 
@@ -26,7 +26,7 @@ def find(case: Case) -> Finding | None:
         "matmuls without AVX-512, which MKL uses on Intel processors only",
         [
             f"this processor, {case.ceilings.fingerprint['cpu']}, has it",
-            *listed(case, lambda o: mkl.is_product(o.name)),
+            *describe_largest(case, lambda o: mkl.is_product(o.name)),
         ],
         share,
         "knob: mkl=avx512",

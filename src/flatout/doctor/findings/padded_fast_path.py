@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 
 OPERATOR = "aten::_masked_softmax"
 
@@ -15,7 +15,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "padded-fast-path",
         "a padding mask in the fast path of torch's transformer layers",
-        listed(case, lambda o: o.name == OPERATOR),
+        describe_largest(case, lambda o: o.name == OPERATOR),
         share,
         "knob: fastpath=off (uses scaled_dot_product_attention)",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 
 RANDOM_OPERATORS = frozenset(
     {
@@ -20,7 +20,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "slow-random-numbers",
         "random numbers drawn one by one",
-        listed(case, lambda o: o.name in RANDOM_OPERATORS),
+        describe_largest(case, lambda o: o.name in RANDOM_OPERATORS),
         share,
         "knob: random=fast (torch's generator is serial on a CPU)",
     )

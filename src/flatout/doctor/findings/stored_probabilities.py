@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 from flatout.knobs.cross_entropy import OPERATORS
 
 
@@ -17,7 +17,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "stored-probabilities",
         "cross entropy that stores a probability for each class",
-        listed(case, lambda o: is_part(o.name)),
+        describe_largest(case, lambda o: is_part(o.name)),
         share,
         "knob: cross_entropy=fused (computes loss and gradient in one pass)",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import MATTERS, Finding, listed
+from flatout.doctor.findings import MATTERS, Finding, describe_largest
 
 WAITS = frozenset(
     {
@@ -24,7 +24,7 @@ def find(case: Case) -> Finding | None:
     return Finding(
         "synchronisation-points",
         "the host waits for the device",
-        listed(case, lambda o: o.name in WAITS),
+        describe_largest(case, lambda o: o.name in WAITS),
         share,
         "edit: read losses and metrics (.item(), .cpu(), print) only every nth step",
     )
