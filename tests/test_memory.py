@@ -52,6 +52,14 @@ def test_a_leak_is_refused_while_it_is_still_small() -> None:
     )
 
 
+def test_growth_is_added_to_the_memory_that_the_plan_needs_already() -> None:
+    growing = [430 + 0.01 * number for number in range(40)]
+    assert memory.refusal([FLAT], [run(*[430.0] * 40)], 1.1) is None
+    assert memory.refusal([FLAT], [run(*growing)], 1.1) == (
+        "its memory grows by 10 KiB a step and does not stop"
+    )
+
+
 def test_a_cache_that_fills_up_is_no_leak() -> None:
     filling = run(*(400 + min(number, 20) for number in range(40)))
     assert memory.refusal([FLAT], [filling], 1.1) is None

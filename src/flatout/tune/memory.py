@@ -26,7 +26,7 @@ def refusal(
 
     The result is ``None`` if the plan needs no more than is allowed, or if memory was not measured.
     If the program uses an accelerator, the accelerator's memory counts, else that of the main
-    process. Memory that keeps growing is judged by the same of the two.
+    process. Growth is measured in the same memory, the accelerator's or the main process's.
 
     Args:
         bare, plan: the steps of each run of the bare program and of the plan.
@@ -46,7 +46,7 @@ def refusal(
             f"--memory {math.ceil(10 * plan_peak / bare_peak) / 10:.1f} would allow it)"
         )
     growth_bytes = _measure_growth(plan, read_peak) - _measure_growth(bare, read_peak)
-    if bare_peak + growth_bytes * LEAK_STEPS > allowed * bare_peak and growth_bytes > 0:
+    if plan_peak + growth_bytes * LEAK_STEPS > allowed * bare_peak:
         return f"its memory grows by {growth_bytes / 1024:.0f} KiB a step and does not stop"
     return None
 
