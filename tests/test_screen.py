@@ -76,6 +76,23 @@ def test_of_settings_that_make_up_for_each_other_one_stays(
     assert step_ms[frozenset(stack)] == step_ms[frozenset(STACK)], "a gain was lost"
 
 
+def test_a_ratio_belongs_to_a_setting_and_not_to_its_knob() -> None:
+    ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+    bf16, safe = (
+        Candidate("precision", name, is_hot=True, bound=None) for name in ("bf16", "safe")
+    )
+    ledger.enter([bf16, safe])
+    fast, slow = Ratio(2.0, 1.9, 2.1, 40), Ratio(1.2, 1.1, 1.3, 40)
+    ledger.note_ratio(bf16, fast)
+    ledger.note_on_top("precision", "bf16", fast)
+    assert ledger.outcome.find_ratio_alone("precision", "bf16") == fast
+    assert ledger.outcome.find_ratio_alone("precision", "safe") is None
+    ledger.note_ratio(safe, slow)
+    assert ledger.outcome.find_ratio_alone("precision", "safe") == slow
+    assert ledger.outcome.find_gain_on_top("precision", "bf16") == fast
+    assert ledger.outcome.find_gain_on_top("precision", "safe") is None
+
+
 def finished(*events: AgentEvent) -> Trial:
     return Trial(ProcessRecord(Path(), Header(), events=list(events)), 1.0, ended=False)
 

@@ -73,7 +73,8 @@ class Outcome:
         evidence: the evidence for the plan; ``None`` if there is no plan.
         entries: the settings that were tried or might have been, in the order in which they were
             found.
-        gain_on_top: for each knob of the stack, the step time without it over that with it.
+        gain_on_top: for each knob and setting of the stack, the step time without it over that with
+            it.
         refused: the knobs without candidates, each with the reason.
         findings: the findings about what limits the bare program.
         pairs: the pairs behind the plan; ``None`` if there is no plan.
@@ -98,7 +99,7 @@ class Outcome:
     why: str = ""
     evidence: Evidence | None = None
     entries: list[LedgerEntry] = field(default_factory=list)
-    gain_on_top: dict[str, Ratio] = field(default_factory=dict)
+    gain_on_top: dict[tuple[str, str], Ratio] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     pairs: Pairs | None = None
@@ -115,23 +116,24 @@ class Outcome:
     seconds: float = 0.0
     activity: Activity | None = None
 
-    def find_ratio_alone(self, knob: str) -> Ratio | None:
-        """Return a knob's ratio inside one process, see ``document.KnobResult.alone``.
+    def find_ratio_alone(self, knob: str, setting: str) -> Ratio | None:
+        """Return a setting's ratio inside one process, see ``document.KnobResult.alone``.
 
         The result is ``None`` if it was not measured.
         """
-        return self._ratio(knob, "inside one process")
+        return self._find_ratio(knob, setting, "inside one process")
 
-    def find_gain_on_top(self, knob: str) -> Ratio | None:
-        """Return the step time of the stack without a knob over that with it.
+    def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
+        """Return the step time of the stack without a knob over that with this setting of it.
 
         The result is ``None`` if it was not measured.
         """
-        return self.gain_on_top.get(knob) or self._ratio(knob, "fresh processes")
+        on_top = self.gain_on_top.get((knob, setting))
+        return on_top or self._find_ratio(knob, setting, "fresh processes")
 
-    def _ratio(self, knob: str, stage: Stage) -> Ratio | None:
+    def _find_ratio(self, knob: str, setting: str, stage: Stage) -> Ratio | None:
         for entry in self.entries:
-            if set(entry.settings) == {knob} and entry.stage == stage and entry.ratio is not None:
+            if entry.settings == {knob: setting} and entry.stage == stage:
                 return entry.ratio
         return None
 
@@ -252,9 +254,9 @@ class Ledger:
                 entry.state, entry.why = "left out", why
         self.notify()
 
-    def note_on_top(self, knob: str, ratio: Ratio) -> None:
-        """Enter the step time of the stack without a knob over that with it."""
-        self.outcome.gain_on_top[knob] = ratio
+    def note_on_top(self, knob: str, setting: str, ratio: Ratio) -> None:
+        """Enter the step time of the stack without a knob over that with this setting of it."""
+        self.outcome.gain_on_top[knob, setting] = ratio
         self.print_line(f"{knob} on top of the others: {ratio} inside one process")
 
     def note_runs(self, pairs: Pairs) -> None:

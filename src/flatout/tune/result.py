@@ -73,8 +73,8 @@ def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Docum
                 summary=knobs.get(name).summary,
                 exactness=EXACTNESS[knobs.get(name).exactness[setting]],
                 by_hand=knobs.get(name).card.by_hand,
-                alone=outcome.find_ratio_alone(name),
-                without_it=outcome.find_gain_on_top(name),
+                alone=outcome.find_ratio_alone(name, setting),
+                without_it=outcome.find_gain_on_top(name, setting),
             )
             for name, setting in outcome.settings.items()
         ),

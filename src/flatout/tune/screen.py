@@ -215,7 +215,7 @@ class Screening(TuneStage):
         stack_less_knob = {knob: found[n] for n, knob in enumerate(winners, 1) if n in found}
         for knob, ratio in stack_less_knob.items():
             gain = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.pairs)
-            self._ledger.note_on_top(knob, gain)
+            self._ledger.note_on_top(knob, winners[knob], gain)
         redundant = statistics.find_redundant(stack_less_knob)[: len(winners) - 1]
         for knob in self._find_removable(winners, redundant):
             why = "the other settings are as fast without it"
@@ -269,7 +269,7 @@ class Screening(TuneStage):
         )
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
-            self._ledger.note_on_top(knob, gain)
+            self._ledger.note_on_top(knob, again[knob], gain)
         grown = dict(stack)
         for knob in statistics.pick_winners(gains):
             grown[knob] = again[knob]

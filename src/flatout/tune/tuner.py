@@ -243,7 +243,9 @@ class Tuner:
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
         outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
-        ratio_alone = {name: outcome.find_ratio_alone(name) for name in settings}
+        ratio_alone = {
+            name: outcome.find_ratio_alone(name, setting) for name, setting in settings.items()
+        }
         outcome.evidence = evidence.make_evidence(settings, attempt.pairs, verdict, ratio_alone)
 
 
