@@ -585,6 +585,18 @@ def test_a_loss_stands_out_only_beyond_what_bare_is_above_itself_from_run_to_run
     assert check(judge_runs(late, plan, late[0]), "spikes").result == "failed"
 
 
+@pytest.mark.parametrize("length", [STEPS // 4, STEPS - 5])
+def test_a_differing_repeat_that_was_shorter_does_not_count_for_the_margin(length: int) -> None:
+    bare = [(hogwild(run),) for run in range(4)]
+    plan = [(hogwild(100 + run),) for run in range(4)]
+    short = hogwild(9)[:length]
+    repeats = [Run((curve,)) for curve in (short, tuple(value + 5 for value in bare[0][0]))]
+    alone = proof.judge([Run(c) for c in bare], [Run(c) for c in plan], repeats[1:], {"reduced"})
+    verdict = proof.judge([Run(c) for c in bare], [Run(c) for c in plan], repeats, {"reduced"})
+    assert verdict.losses[0].margin_source == alone.losses[0].margin_source == "runs"
+    assert verdict.losses[0].margin == alone.losses[0].margin
+
+
 def plateau(seed: int, slope: float = 0.0) -> Curve:
     draw = random.Random(seed)
     return tuple(2.3 - slope * number / STEPS + draw.gauss(0, 0.1) for number in range(STEPS))

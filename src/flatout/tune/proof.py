@@ -477,6 +477,7 @@ def _judge_losses(
         by_seeds: whether seeds change bare's losses.
         differing_repeats: the curves of additional bare runs from the first seed, as far as they
             differ from the first run of that seed. If there are any, bare does not repeat itself.
+            They may be shorter; only those with all steps count for the margin.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -484,8 +485,11 @@ def _judge_losses(
     margin_source, margin = "batches", _batch_scatter(bare[0]) / math.sqrt(quarter)
     if by_seeds:
         margin_source, margin = "seeds", _spread(bare, windows)
-    elif differing_repeats and (between := _spread([*bare, *differing_repeats], windows)) > margin:
-        margin_source, margin = "runs", between
+    elif differing_repeats:
+        whole_runs = [*bare, *(curve for curve in differing_repeats if len(curve) == steps)]
+        between = _spread(whole_runs, windows) if len(whole_runs) > 1 else 0.0
+        if between > margin:
+            margin_source, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
