@@ -12,7 +12,14 @@ import pytest
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import State
 from flatout.tune.ledger import Ledger, Options
-from flatout.tune.screen import Screening, StopRule
+from flatout.tune.screen import (
+    BLOCK_S,
+    MAXIMUM_ROUNDS,
+    Screening,
+    StopRule,
+    count_fewest_rounds,
+    size_comparison,
+)
 from flatout.tune.trial import Trial, TrialFailedError
 from flatout.wire.header import Header
 from flatout.wire.lines import AgentEvent
@@ -91,6 +98,29 @@ def test_a_ratio_belongs_to_a_setting_and_not_to_its_knob() -> None:
     assert ledger.outcome.find_ratio_alone("precision", "safe") == slow
     assert ledger.outcome.find_gain_on_top("precision", "bf16") == fast
     assert ledger.outcome.find_gain_on_top("precision", "safe") is None
+
+
+@pytest.mark.parametrize("step_s", [1e-4, 1e-3, 5e-3])
+def test_a_short_job_gets_fewer_rounds_before_its_blocks_become_shorter(step_s: float) -> None:
+    arms = ({}, {"gc": "seldom"}, {"random": "fast"})
+
+    def size(job_steps: int | None) -> Comparison:
+        return size_comparison(arms, "arms", limit_s=100.0, step_s=step_s, job_steps=job_steps)
+
+    whole = size(None)
+    assert whole.rounds == MAXIMUM_ROUNDS
+    assert whole.block_steps * step_s >= 0.99 * BLOCK_S
+    half = size(whole.longest_steps // 2)
+    assert half.block_steps == whole.block_steps
+    assert half.discard_steps == whole.discard_steps
+    assert half.longest_steps <= whole.longest_steps // 2
+    assert half.rounds < MAXIMUM_ROUNDS
+    fewest = count_fewest_rounds(len(arms))
+    job_steps = len(arms) * fewest * (whole.block_steps - 1) + 9
+    shortest = size(job_steps)
+    assert shortest.rounds == fewest
+    assert shortest.longest_steps <= job_steps
+    assert shortest.block_steps == whole.block_steps - 1
 
 
 def finished(*events: AgentEvent) -> Trial:

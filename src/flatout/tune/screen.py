@@ -364,6 +364,9 @@ def size_comparison(
 ) -> Comparison:
     """Make a comparison as long as its time and the program allow.
 
+    If the program is too short, the comparison has fewer rounds. Its blocks are shorter than
+    ``BLOCK_STEPS`` and ``BLOCK_S`` only if not even the fewest rounds fit.
+
     Args:
         arms: the arms.
         stop_rule: the rule that ends the comparison early.
@@ -376,33 +379,32 @@ def size_comparison(
         UserError: the program ends too early to compare anything.
     """
     fewest = count_fewest_rounds(len(arms))
-
-    def fill_time(block_steps: int) -> Comparison:
-        rounds = int(limit_s / (step_s * block_steps * len(arms))) // 2 * 2
-        return Comparison(
-            arms=tuple(map(dict, arms)),
-            block_steps=block_steps,
-            discard_steps=max(DISCARD_STEPS, block_steps // 4),
-            warmup_steps=WARMUP_STEPS,
-            rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
-            decide=stop_rule,
-        )
-
-    comparison = fill_time(max(BLOCK_STEPS, round(BLOCK_S / step_s)))
+    block_steps = max(BLOCK_STEPS, round(BLOCK_S / step_s))
+    rounds = int(limit_s / (step_s * block_steps * len(arms))) // 2 * 2
+    comparison = Comparison(
+        arms=tuple(map(dict, arms)),
+        block_steps=block_steps,
+        discard_steps=max(DISCARD_STEPS, block_steps // 4),
+        warmup_steps=WARMUP_STEPS,
+        rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
+        decide=stop_rule,
+    )
     if job_steps is None or comparison.longest_steps <= job_steps:
         return comparison
-    comparison = fill_time(BLOCK_STEPS)
-    in_rounds = len(arms) * comparison.rounds * BLOCK_STEPS
+    in_rounds = len(arms) * comparison.rounds * block_steps
     usable = job_steps - (comparison.longest_steps - in_rounds)
-    rounds = max(usable // (BLOCK_STEPS * len(arms)) // 2 * 2, fewest)
-    block_steps = min(BLOCK_STEPS, usable // (rounds * len(arms)))
+    rounds = max(usable // (block_steps * len(arms)) // 2 * 2, fewest)
+    block_steps = min(block_steps, usable // (rounds * len(arms)))
     if block_steps < MINIMUM_BLOCK_STEPS:
         needed = job_steps - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
         raise UserError(
             f"this program ends after {job_steps} steps; to compare {len(arms)} combinations of "
             f"settings tune needs at least {needed}; try fewer knobs with --knobs"
         )
-    return dataclasses.replace(comparison, rounds=rounds, block_steps=block_steps)
+    discard_steps = max(DISCARD_STEPS, block_steps // 4)
+    return dataclasses.replace(
+        comparison, rounds=rounds, block_steps=block_steps, discard_steps=discard_steps
+    )
 
 
 def count_fewest_rounds(arms: int) -> int:
