@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_memory import STEP
 
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import State
@@ -150,9 +152,41 @@ class FailingScreening(ModelledScreening):
         if stop_rule == "settings" and compared[0].knob == "gc":
             raise TrialFailedError("it failed with exit code 1", None, "")
         return finished(
-            AgentEvent(0.0, "failed", "optimizer", "no kernel", None),
+            AgentEvent(0.0, "failed", "optimizer=onepass", "no kernel", None),
             AgentEvent(0.0, "unused", "random", "no dropout was called", None),
         ), Comparison(arms=tuple(map(dict, arms)))
+
+
+class PartlyFailingScreening(ModelledScreening):
+    """A screening in which one of two settings of a knob fails, and the other is measured."""
+
+    def _compare(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        stop_rule: StopRule,
+        share: float,
+        compared: Sequence[Candidate] | str,
+    ) -> tuple[Trial, Comparison]:
+        comparison = Comparison(arms=tuple(map(dict, arms)), block_steps=2, discard_steps=1)
+        done = finished(AgentEvent(0.0, "failed", "precision=bf16", "no units", None))
+        for arm in [*range(len(arms))] * 8:
+            step_ms = 5.0 if arms[arm].get("precision") == "safe" else 10.0
+            step = replace(STEP, arm=arm, step_ms=step_ms)
+            done.process.steps += [replace(step, mark="switched"), step]
+        return done, comparison
+
+
+def test_a_setting_that_fails_leaves_the_other_settings_of_its_knob() -> None:
+    screening = PartlyFailingScreening({})
+    bf16, safe = (
+        Candidate("precision", name, is_hot=True, bound=None) for name in ("bf16", "safe")
+    )
+    screening.ledger.enter([bf16, safe])
+    assert screening._rank([bf16, safe, *HOT]) == {"precision": "safe"}
+    assert screening.ledger.find(bf16.settings).state == "failed"
+    ratio = screening.ledger.find(safe.settings).ratio
+    assert ratio is not None
+    assert ratio.value == pytest.approx(2.0, rel=1e-3)
 
 
 def test_what_is_settled_is_not_compared_again_and_nothing_stays_running() -> None:

@@ -6,11 +6,13 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import cast
 
 import forking
+import pytest
 
 from flatout.agent.switch import Switch, block_order
 from flatout.errors import RefusedError
@@ -77,7 +79,12 @@ def test_drift_cancels_in_each_pair_of_rounds() -> None:
 class Scripted:
     """The host of a program whose step times are known, and a machine that is never the same."""
 
-    def __init__(self, gains: dict[str, float], failing: str | None = None) -> None:
+    def __init__(
+        self,
+        gains: dict[str, float],
+        failing: str | None = None,
+        breaking: str | None = None,
+    ) -> None:
         self.arm: int | None = None
         self.mark: str | None = None
         self.failures: dict[str, str] = {}
@@ -87,12 +94,18 @@ class Scripted:
         self.on: list[str] = []
         self.record = self.applied = self.events = self
         self._gains = gains
+        self.tried: Counter[str] = Counter()
         self._failing = failing
+        self._breaking = breaking
         self._draw = random.Random(0)
 
     def apply(self, knob: str, setting: str) -> None:
-        if knob == self._failing:
+        name = f"{knob}={setting}"
+        self.tried[name] += 1
+        if name == self._failing:
             raise RefusedError("not here")
+        if name == self._breaking:
+            self.failures[knob] = "it broke"
         self.on.append(knob)
 
     def flush(self) -> None:
@@ -164,13 +177,23 @@ def test_the_fastest_alone_stays_where_that_is_asked() -> None:
 def test_stacks_are_compared_until_each_setting_is_decided() -> None:
     gains = {"a": 1.2, "b": 0.9, "c": 1.0, "d": 1.3}
     arms = design.build_stacks([[(knob, "on")] for knob in (*gains, "broken")])
-    session = Scripted(gains, failing="broken")
+    session = Scripted(gains, failing="broken=on")
     comparison = Comparison(arms, block_steps=4, discard_steps=1, rounds=40, decide="settings")
     session.compare(comparison)
-    assert session.reasons("failed") == {"broken": "not here"}
+    assert session.reasons("failed") == {"broken=on": "not here"}
     assert session.reasons("stopped") == {}
     assert set(session.arms) - {None} == set(range(len(arms)))
     assert len(session.arms) < comparison.longest_steps / 2
+
+
+@pytest.mark.parametrize("breaks_in_use", [False, True])
+def test_a_setting_that_fails_does_not_take_its_knob_with_it(breaks_in_use: bool) -> None:
+    session = Scripted({}, **{"breaking" if breaks_in_use else "failing": "a=fast"})
+    arms = design.build_stacks([[("a", "fast"), ("a", "safe")], [("b", "on")]])
+    session.compare(Comparison(arms, block_steps=4, discard_steps=1, rounds=4, decide="settings"))
+    assert session.reasons("failed").keys() == {"a=fast"}
+    assert session.tried["a=fast"] == 1
+    assert session.tried["a=safe"] > 1
 
 
 def test_arms_take_turns_and_the_program_is_stopped_afterwards(tmp_path: Path) -> None:

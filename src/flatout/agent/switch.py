@@ -54,7 +54,7 @@ class Switch:
     gives the reason. An arm that is not worth more steps (see ``Comparison.decide``) is dropped
     with a ``stopped`` event. In a factorial comparison (``decide="settings"``), a setting that
     cannot be applied or fails in use is removed from all arms instead, with a ``failed`` event
-    whose subject is its knob.
+    whose subject is ``KNOB=SETTING``; other settings of the knob stay.
 
     Args:
         host: the host of this process; its ``arm`` and ``mark`` label the steps.
@@ -212,8 +212,7 @@ class Switch:
                 continue
             if self._comparison.decide == "settings":
                 # A "skipped" event of a knob means that part of the program is left to torch.
-                self._host.events.add("failed", name, why, trace)
-                self._remove_setting(name, setting)
+                self._remove_setting(name, setting, why, trace)
             else:
                 self._drop_failed(arm, why, trace, what)
                 self._undo()
@@ -227,18 +226,19 @@ class Switch:
         self._arm = None
 
     def _check_failures(self) -> None:
-        """Drop the current arm, or remove the setting, if a knob of the arm has failed in use."""
+        """Drop the current arm, or remove its settings whose knobs have failed in use."""
         if self._arm is not None and self._arm not in self._dropped:
             for name, setting in list(self._arms[self._arm].items()):
                 if name in self._host.applied.failures:
                     why = self._host.applied.failures.pop(name)
-                    if self._comparison.decide == "settings":
-                        self._remove_setting(name, setting)
-                    else:
+                    if self._comparison.decide != "settings":
                         self._drop_failed(self._arm, f"{name} = {setting}: {why}")
-                    return
+                        return
+                    self._remove_setting(name, setting, why)
 
-    def _remove_setting(self, name: str, setting: str) -> None:
+    def _remove_setting(self, name: str, setting: str, why: str, trace: str | None = None) -> None:
+        """Remove a setting that has failed from all arms."""
+        self._host.events.add("failed", f"{name}={setting}", why, trace)
         for arm in self._arms:
             if arm.get(name) == setting:
                 del arm[name]

@@ -26,7 +26,7 @@ class EventLog:
 
         Args:
             what: one of ``lines.AGENT_EVENT_KINDS``.
-            subject: the name of the knob or of the part of flatout that the event is about.
+            subject: what the event is about: a knob, ``KNOB=SETTING`` or a part of flatout.
             why: the reason, in one sentence.
             traceback: the traceback of the exception, if a failure caused the event.
         """

@@ -142,7 +142,11 @@ class Screening(TuneStage):
             done, comparison = self._compare(stacks, "settings", share, group)
             failures = trial.collect_reasons(done.process, "failed")
             applied = [
-                {knob: setting for knob, setting in stack.items() if knob not in failures}
+                {
+                    knob: setting
+                    for knob, setting in stack.items()
+                    if f"{knob}={setting}" not in failures
+                }
                 for stack in stacks
             ]
             ratios = estimate_setting_ratios(
@@ -152,8 +156,8 @@ class Screening(TuneStage):
             unused = trial.collect_reasons(done.process, "unused")
             for candidate in group:
                 ratio = ratios.get((candidate.knob, candidate.setting))
-                if candidate.knob in failures:
-                    self._ledger.fail(candidate.settings, failures[candidate.knob])
+                if str(candidate) in failures:
+                    self._ledger.fail(candidate.settings, failures[str(candidate)])
                 elif candidate.knob in unused:
                     self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
                 elif ratio is None:

@@ -242,7 +242,8 @@ def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
     """Collect for each subject the reason of its last event of some kinds.
 
     Args:
-        process: the record with the events. The subject of an event is a knob, or ``arm N``.
+        process: the record with the events. The subject of an event is a knob, ``KNOB=SETTING`` or
+            ``arm N``.
         what: the kinds of events, such as ``"failed"`` and ``"skipped"``.
     """
     return {event.subject: event.why for event in process.events if event.what in what}

@@ -90,7 +90,7 @@ class AgentEvent:
     Attributes:
         at_s: the time of the event in seconds since the header was written.
         what: one of ``AGENT_EVENT_KINDS``.
-        subject: the subject of the event: a knob, ``profile``, and so on.
+        subject: the subject of the event: a knob, ``KNOB=SETTING``, ``profile``, and so on.
         why: the reason, in one sentence.
         traceback: the traceback of a failure; ``None``: the event is no failure.
     """
