@@ -14,6 +14,7 @@ from test_memory import STEP
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import State
 from flatout.tune.ledger import Ledger, Options
+from flatout.tune.pairs import Pace
 from flatout.tune.screen import (
     BLOCK_S,
     MAXIMUM_ROUNDS,
@@ -27,7 +28,7 @@ from flatout.wire.header import Header
 from flatout.wire.lines import AgentEvent
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
-from flatout.wire.request import Comparison
+from flatout.wire.request import Comparison, Request
 
 HOT = [
     Candidate(knob, setting, is_hot=True, bound=None)
@@ -187,6 +188,49 @@ def test_a_setting_that_fails_leaves_the_other_settings_of_its_knob() -> None:
     ratio = screening.ledger.find(safe.settings).ratio
     assert ratio is not None
     assert ratio.value == pytest.approx(2.0, rel=1e-3)
+
+
+class ShortJobs:
+    """The runner of trials of a job that has few steps, which is not known before."""
+
+    def __init__(self, job_steps: int) -> None:
+        self.job_steps = job_steps
+        self.requests: list[Request] = []
+
+    def run(self, request: Request, limit_s: float) -> Trial:
+        comparison = request.comparison
+        assert comparison is not None
+        self.requests.append(request)
+        steps = min(comparison.longest_steps, self.job_steps)
+        process = ProcessRecord(Path(), Header(), steps=[STEP] * steps)
+        return Trial(process, 1.0, ended=comparison.longest_steps > self.job_steps)
+
+
+def screen_short_job(job_steps: int) -> tuple[Screening, ShortJobs, Ledger]:
+    ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+    bare: Any = SimpleNamespace(job_steps=None, pace=Pace(0.0, 0.01))
+    trials: Any = ShortJobs(job_steps)
+    return Screening(trials, ledger, bare, Options()), trials, ledger
+
+
+def test_candidates_are_divided_again_when_the_job_turns_out_to_be_short() -> None:
+    names = ("optimizer", "random", "gc", "clipping", "elementwise", "embedding", "threads", "mkl")
+    hot = [Candidate(name, "on", is_hot=True, bound=None) for name in names]
+    screening, trials, ledger = screen_short_job(150)
+    ledger.enter(hot)
+    screening._rank(hot)
+    whole, *groups = (request.comparison for request in trials.requests)
+    assert whole is not None
+    assert len(whole.arms) == 24
+    assert [len(one.arms) for one in groups if one is not None] == [8, 8, 8]
+    assert all(one.longest_steps <= 150 for one in groups if one is not None)
+    assert all(ledger.is_settled(candidate.settings) for candidate in hot)
+
+
+def test_a_stack_is_kept_as_it_is_when_the_job_turns_out_to_be_short() -> None:
+    screening, trials, _ = screen_short_job(25)
+    assert screening._reduce(dict(STACK)) == STACK
+    assert len(trials.requests) == 1
 
 
 def test_what_is_settled_is_not_compared_again_and_nothing_stays_running() -> None:

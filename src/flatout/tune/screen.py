@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
@@ -73,6 +73,18 @@ StopRule = Literal["arms", "settings"] | None
 """The rule that ends a comparison early, see ``Comparison.decide``."""
 
 
+class _JobEndedError(Exception):
+    """The whole job has fewer steps than a comparison, which was not known before.
+
+    Args:
+        steps: the number of steps of the job.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"the job ends after {steps} steps")
+        self.steps = steps
+
+
 class Screening(TuneStage):
     """The screening of one tune."""
 
@@ -107,13 +119,13 @@ class Screening(TuneStage):
         one that causes the crash.
         """
         try:
-            self._compare_combined(hot)
+            self._compare_groups(hot, self._compare_combined)
         except TrialFailedError as failure:
             self._ledger.print_line(
                 f"the program fails under a combination of settings, so each is tried alone: "
                 f"{failure}"
             )
-            self._compare_alone(hot)
+            self._compare_groups(hot, lambda group, _: self._compare_alone(group))
         best: dict[str, tuple[float, str]] = {}
         for candidate in hot:
             arm = self._ledger.find(candidate.settings)
@@ -129,64 +141,89 @@ class Screening(TuneStage):
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         return {knob: setting for knob, (_, setting) in ordered}
 
-    def _compare_combined(self, hot: Sequence[Candidate]) -> None:
-        """Measure each candidate among the others; those that fail are dropped.
+    def _compare_groups(
+        self, hot: Sequence[Candidate], compare: Callable[[list[Candidate], int], None]
+    ) -> None:
+        """Compare candidates in as few groups as possible.
 
-        Raises:
-            TrialFailedError: the program failed under a combination of several.
+        If a comparison shows that the job is too short for it, the candidates that are left are
+        divided again.
+
+        Args:
+            hot: the candidates.
+            compare: compares the candidates of a group, given them and the number of groups.
         """
         groups = self._divide(hot)
-        for group in groups:
-            stacks = design.build_stacks(group_exclusive(group))
-            share = COMPARISON_SHARE / len(groups)
-            done, comparison = self._compare(stacks, "settings", share, group)
-            failures = trial.collect_reasons(done.process, "failed")
-            applied = [
-                {
-                    knob: setting
-                    for knob, setting in stack.items()
-                    if f"{knob}={setting}" not in failures
-                }
-                for stack in stacks
-            ]
-            ratios = estimate_setting_ratios(
-                statistics.find_complete_blocks(done.process.loop_steps, comparison), applied
-            )
-            skips = trial.collect_reasons(done.process, "skipped")
-            unused = trial.collect_reasons(done.process, "unused")
-            for candidate in group:
-                ratio = ratios.get((candidate.knob, candidate.setting))
-                if str(candidate) in failures:
-                    self._ledger.fail(candidate.settings, failures[str(candidate)])
-                elif candidate.knob in unused:
-                    self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
-                elif ratio is None:
-                    self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
-                else:
-                    self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
+        count = len(groups)
+        while groups:
+            try:
+                compare(groups[0], count)
+            except _JobEndedError:
+                groups = self._divide([candidate for group in groups for candidate in group])
+                count = len(groups)
+            else:
+                groups = groups[1:]
 
-    def _compare_alone(self, hot: Sequence[Candidate]) -> None:
-        """Measure alone each candidate that is not settled yet; those that fail are dropped.
+    def _compare_combined(self, group: Sequence[Candidate], groups: int) -> None:
+        """Measure each candidate of a group among the others; those that fail are dropped.
+
+        Args:
+            group: the candidates.
+            groups: the number of groups, which share the time.
 
         Raises:
+            _JobEndedError: see ``_compare``.
+            TrialFailedError: the program failed under a combination of several.
+        """
+        stacks = design.build_stacks(group_exclusive(group))
+        done, comparison = self._compare(stacks, "settings", COMPARISON_SHARE / groups, group)
+        failures = trial.collect_reasons(done.process, "failed")
+        applied = [
+            {
+                knob: setting
+                for knob, setting in stack.items()
+                if f"{knob}={setting}" not in failures
+            }
+            for stack in stacks
+        ]
+        ratios = estimate_setting_ratios(
+            statistics.find_complete_blocks(done.process.loop_steps, comparison), applied
+        )
+        skips = trial.collect_reasons(done.process, "skipped")
+        unused = trial.collect_reasons(done.process, "unused")
+        for candidate in group:
+            ratio = ratios.get((candidate.knob, candidate.setting))
+            if str(candidate) in failures:
+                self._ledger.fail(candidate.settings, failures[str(candidate)])
+            elif candidate.knob in unused:
+                self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
+            elif ratio is None:
+                self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
+            else:
+                self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
+
+    def _compare_alone(self, group: Sequence[Candidate]) -> None:
+        """Measure alone each candidate of a group that is not settled; those that fail are dropped.
+
+        Raises:
+            _JobEndedError: see ``_compare``.
             UserError: the program fails without any of them.
         """
-        for group in self._divide(hot):
-            left = [c for c in group if not self._ledger.is_settled(c.settings)]
-            while left:
-                arms = ({}, *(candidate.settings for candidate in left))
-                try:
-                    done, comparison = self._compare(arms, "arms", COMPARISON_SHARE, left)
-                except TrialFailedError as failure:
-                    last_arm = _find_last_arm(failure)
-                    if not last_arm:
-                        message = "the program fails when it runs again"
-                        raise pairs.to_user_error(message, failure) from failure
-                    culprit = left.pop(last_arm - 1)
-                    self._ledger.fail(culprit.settings, f"the program fails under it: {failure}")
-                    continue
-                self._note_alone(left, done, comparison)
-                break
+        left = [c for c in group if not self._ledger.is_settled(c.settings)]
+        while left:
+            arms = ({}, *(candidate.settings for candidate in left))
+            try:
+                done, comparison = self._compare(arms, "arms", COMPARISON_SHARE, left)
+            except TrialFailedError as failure:
+                last_arm = _find_last_arm(failure)
+                if not last_arm:
+                    message = "the program fails when it runs again"
+                    raise pairs.to_user_error(message, failure) from failure
+                culprit = left.pop(last_arm - 1)
+                self._ledger.fail(culprit.settings, f"the program fails under it: {failure}")
+                continue
+            self._note_alone(left, done, comparison)
+            break
 
     def _note_alone(
         self, compared: Sequence[Candidate], done: Trial, comparison: Comparison
@@ -291,12 +328,17 @@ class Screening(TuneStage):
             what: a description of the arms for the progress line.
 
         Returns the ratio of each arm to the first, by the number of the arm; empty if the program
-        fails.
+        fails, or if it turns out to be too short (``_is_short_job``).
         """
         try:
             done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)
         except TrialFailedError as failure:
             self._ledger.print_line(f"{what}: not measured, the program fails: {failure}")
+            return {}
+        except _JobEndedError as short:
+            self._ledger.print_line(
+                f"{what}: not measured, the program ends after {short.steps} steps"
+            )
             return {}
         return estimate_arm_ratios(
             statistics.find_complete_blocks(done.process.loop_steps, comparison)
@@ -330,6 +372,7 @@ class Screening(TuneStage):
             compared: the candidates, or a description of the arms for the progress line.
 
         Raises:
+            _JobEndedError: the job has ended in this comparison, before all its blocks.
             TrialFailedError: the program fails under one of the arms.
             UserError: the program ends too early to compare anything.
         """
@@ -354,7 +397,7 @@ class Screening(TuneStage):
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.loop_steps)
-            return self._compare(arms, stop_rule, share, compared)
+            raise _JobEndedError(self._job_steps)
         return done, comparison
 
 
