@@ -183,7 +183,7 @@ class Prover(TuneStage):
             return None
         verdict = self._judge_losses(finished)
         try:
-            if _is_not_identical(verdict) and len(self._repeats) == 1 and not finished.interrupted:
+            if _needs_repeats(verdict) and len(self._repeats) == 1 and not finished.interrupted:
                 self._repeat_bare()
                 verdict = self._judge_losses(finished)
             is_undecided = verdict.undecided and not finished.interrupted
@@ -366,8 +366,16 @@ def estimate_s(bare: BareRun) -> float:
     return claim_s + gradients_s
 
 
-def _is_not_identical(verdict: Verdict) -> bool:
-    return any(c.name == "identity" and c.result == "failed" for c in verdict.checks)
+def _needs_repeats(verdict: Verdict) -> bool:
+    """Return whether the plan should be identical to bare and is not, so bare must be run again.
+
+    The first run of a program that only infers is no repeat, because it records no outputs.
+    """
+    return any(
+        check.name == "identity"
+        and (check.result == "failed" or (check.result == "open" and verdict.bare_repeats is None))
+        for check in verdict.checks
+    )
 
 
 def _is_coarse(process: ProcessRecord) -> bool:
