@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flatout.knob import Exactness
 from flatout.plan import Check
 from flatout.tune import proof, trial
 from flatout.tune.proof import Curve, Run, Verdict
@@ -316,6 +317,35 @@ def test_losses_of_evaluation_passes_are_held_to_the_same_margin() -> None:
         verdict = proof.judge(runs(0.0), runs(shift), [], {"reduced"})
         assert verdict.passed == passed, shift
     assert verdict.why.startswith("output 0 of Net differs by +0.3")
+
+
+@pytest.mark.parametrize("values", [1, 4])
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+@pytest.mark.parametrize(
+    ("change", "exactness", "passed"),
+    [
+        (0.02, {"reduced"}, True),
+        (0.1, {"reduced"}, False),
+        (5e-4, {"reordered", "bitwise"}, True),
+        (0.02, {"reordered"}, False),
+        (5e-4, {"bitwise"}, False),
+    ],
+)
+def test_an_evaluation_that_no_seed_changes_may_have_the_error_of_an_output(
+    values: int, noise: float, change: float, exactness: set[Exactness], passed: bool
+) -> None:
+    """A pretrained model is evaluated before its first update; bare may repeat itself or not."""
+    bare, plan = (
+        [
+            Run((bare_curve(seed),), outputs=[output([loss * (1 + seed * noise)])] * values)
+            for seed in range(SEEDS)
+        ]
+        for loss in (2.0, 2.0 * (1 + change))
+    )
+    verdict = proof.judge(bare, plan, [bare[0]], exactness)
+    evaluation = check(verdict, "evaluation")
+    assert (evaluation.result == "passed") == passed, evaluation.why
+    assert ("rounding error" in evaluation.why) == (exactness != {"bitwise"})
 
 
 LOGITS = [0.1, 2.0, -1.0, 0.3, 0.1, 3.0, 1.5, -0.4, 0.2]

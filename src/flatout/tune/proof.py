@@ -115,7 +115,7 @@ UNKNOWN_SPREAD = 0.05
 """Lower bound on the same standard deviation if seeds do not change the mean or RMS."""
 
 OUTPUT_ERROR = 1e-3
-"""Largest relative error of outputs, without ``reduced`` settings."""
+"""Largest relative error of outputs for identical inputs, without ``reduced`` settings."""
 
 REDUCED_OUTPUT_ERROR = 2.0**-4
 """Largest relative error of outputs with ``reduced`` settings. One rounding to bfloat16 is a
@@ -287,7 +287,7 @@ def judge(
     elif any(run.gradients for run in bare):
         of_bare, of_plan = ([run.gradients for run in runs] for runs in (bare, plan))
         checks.append(gradients.judge(of_bare, of_plan, exactness))
-    checks += _judge_evaluation(bare, plan)
+    checks += _judge_evaluation(bare, plan, exactness)
     checks.append(_judge_state(bare, plan))
     checks += _judge_probabilities(bare, plan)
     open_losses = next((c for c in checks if c.name == "losses" and c.result == "open"), None)
@@ -467,6 +467,7 @@ def _judge_losses(
     plan: Sequence[Curve],
     by_seeds: bool,
     differing_repeats: Sequence[Curve] = (),
+    allowed_error: float = 0.0,
 ) -> tuple[LossEvidence, Check]:
     """Judge one series of losses by paired non-inferiority.
 
@@ -478,6 +479,8 @@ def _judge_losses(
         differing_repeats: the curves of additional bare runs from the first seed, as far as they
             differ from the first run of that seed. If there are any, bare does not repeat itself.
             They may be shorter; only those with all steps count for the margin.
+        allowed_error: the relative error that the plan's settings may cause. It gives the margin if
+            the losses differ neither between bare's runs nor between batches, beyond ``ROUNDING``.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -491,6 +494,10 @@ def _judge_losses(
         if between > margin:
             margin_source, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
+    of_what = "bare's own spread of"
+    if margin <= ROUNDING * abs(bare_final) and allowed_error:
+        of_what = "the rounding error that these settings may cause,"
+        margin = allowed_error * abs(bare_final)
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
     points = _mean_curves(bare, plan, PLAN_CURVE_POINTS)
@@ -507,7 +514,7 @@ def _judge_losses(
     if limit > margin:
         why = (
             f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
-            f"{CONFIDENCE:.0%} confidence), more than bare's own spread of {margin:.3g}"
+            f"{CONFIDENCE:.0%} confidence), more than {of_what} {margin:.3g}"
         )
         # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
         # hence the wider range.
@@ -515,11 +522,11 @@ def _judge_losses(
         return evidence, Check(check, "failed", why, measurements, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
-            f"{name} is lower by {-difference:.3g} on average, far more than bare's own spread of "
+            f"{name} is lower by {-difference:.3g} on average, far more than {of_what} "
             f"{margin:.3g}: the plan appears to be training something else"
         )
         return evidence, Check(check, "failed", why, measurements)
-    why = f"{name} is at most {limit:+.3g} from bare's, within bare's own spread of {margin:.3g}"
+    why = f"{name} is at most {limit:+.3g} from bare's, within {of_what} {margin:.3g}"
     return evidence, Check(check, "passed", why, measurements)
 
 
@@ -673,8 +680,14 @@ def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> L
 # Passes that do not train, and the end
 
 
-def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
-    """Judge the losses that evaluation passes return, and the mean and RMS of other outputs."""
+def _judge_evaluation(
+    bare: Sequence[Run], plan: Sequence[Run], exactness: Collection[Exactness]
+) -> list[Check]:
+    """Judge the losses that evaluation passes return, and the mean and RMS of other outputs.
+
+    A loss that does not depend on the seed, such as that of a pretrained model before its first
+    update, has no spread. It may then have the error of an output for identical inputs.
+    """
     calls = min((len(run.outputs) for run in (*bare, *plan)), default=0)
     if not calls:
         return []
@@ -689,7 +702,15 @@ def _judge_evaluation(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
             checks.append(Check("evaluation", "failed", why))
             continue
         by_seeds = len(of_bare) > 1 and any(run != curve for run in of_bare)
-        checks.append(_judge_losses("evaluation", name, of_bare, of_plan, by_seeds)[1])
+        _, check = _judge_losses(
+            "evaluation",
+            name,
+            of_bare,
+            of_plan,
+            by_seeds,
+            allowed_error=0.0 if set(exactness) <= {"bitwise"} else _output_error(exactness),
+        )
+        checks.append(check)
     moments = [[_output_moments(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
     if any(moments[0]):
         checks.append(_judge_moments("evaluation", "outputs of evaluation passes", *moments))
@@ -865,6 +886,11 @@ def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
     return bool(sides[0]) and sides[0] == sides[1]
 
 
+def _output_error(exactness: Collection[Exactness]) -> float:
+    """Return the relative error that outputs for identical inputs may have under settings."""
+    return REDUCED_OUTPUT_ERROR if "reduced" in exactness else OUTPUT_ERROR
+
+
 def _judge_outputs(
     bare: Sequence[Run], plan: Sequence[Run], exactness: Collection[Exactness]
 ) -> tuple[Check, int]:
@@ -876,7 +902,7 @@ def _judge_outputs(
     """
     import numpy as np
 
-    limit = REDUCED_OUTPUT_ERROR if "reduced" in exactness else OUTPUT_ERROR
+    limit = _output_error(exactness)
     calls = rows = agreeing = clear = clear_agreeing = 0
     worst = 0.0
     for bare_run, plan_run in zip(bare, plan, strict=True):
