@@ -280,7 +280,8 @@ def test_before_anything_is_proven_there_is_no_plan_and_it_can_go_on(
     assert tuned(moment, signal.SIGINT, monkeypatch) == 130
     said = capsys.readouterr().err
     assert "no plan written: it was interrupted before a plan was proven" in said
-    assert "next: flatout tune --resume" in said
+    options = "--in-place --knobs allocator --steps 60 --budget 10m"
+    assert f"next: flatout tune --resume {options} -- python train.py" in said
     assert not Path("flatout.toml").exists()
     journal.resume("tune", ["python", "train.py"]).close()
 
@@ -331,5 +332,7 @@ def test_verify_that_is_interrupted_leaves_the_plan_as_it_was(
         pairs, "step_ms", lambda done: (os.kill(os.getpid(), signal.SIGTERM), real(done))[1]
     )
     assert main(["verify", "--in-place", "--seeds", "9", "--", "python", "train.py"]) == 143
-    assert "flatout.toml stays as it was" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "flatout.toml stays as it was" in said
+    assert "continue: flatout verify --resume --in-place --seeds 9 -- python train.py" in said
     assert Path("flatout.toml").read_text() == before

@@ -126,6 +126,14 @@ def test_other_options_are_said(tmp_path: Path) -> None:
     assert "--budget was 60, is 90; --knobs was None, is ['gc']" in line
 
 
+def test_the_command_that_resumes_has_the_same_options_and_is_quoted_for_a_shell() -> None:
+    options = ["--resume", "--plan=my plan.toml", "--budget", "20m"]
+    words = journal.format_resume_command("tune", options, ["python", "train.py", "--name", "a b"])
+    assert words == (
+        "flatout tune --resume '--plan=my plan.toml' --budget 20m -- python train.py --name 'a b'"
+    )
+
+
 def test_a_changed_program_does_not_go_on(tmp_path: Path) -> None:
     script, net = tmp_path / "train.py", tmp_path / "net.py"
     script.write_text("import net")

@@ -49,4 +49,5 @@ def _run(words: list[str]) -> int:
                 "python train.py"
             )
         arguments.command = command
+        arguments.given_options = own
     return int(arguments.execute(arguments))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -308,6 +309,20 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     raise JournalError(
         f"there is no {verb} of this command to go on with: {reason}; leave --resume out"
     )
+
+
+def format_resume_command(verb: str, options: Sequence[str], command: Sequence[str]) -> str:
+    """Return the command that resumes a verb, quoted for a shell.
+
+    It repeats the options, because with other options the verb would run other trials.
+
+    Args:
+        verb: the name of the verb.
+        options: its options, as words of the command line.
+        command: the command line of the job.
+    """
+    others = [word for word in options if word != "--resume"]
+    return shlex.join(["flatout", verb, "--resume", *others, "--", *command])
 
 
 def _explain_no_resume(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:

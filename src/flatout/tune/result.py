@@ -20,19 +20,24 @@ from flatout.tune.document import (
     Side,
     TriedSettings,
 )
+from flatout.tune.journal import format_resume_command
 from flatout.tune.ledger import LedgerEntry, Outcome
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
 from flatout.tune.trial import Trial
 
 
-def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Document:
+def make_document(
+    command: Sequence[str], plan: Path, outcome: Outcome, options: Sequence[str] = ()
+) -> Document:
     """Make the document of an outcome.
 
     Args:
         command: the command line of the job.
         plan: the path of the plan, if one is written.
         outcome: the outcome of the tune.
+        options: the options of the tune as words of the command line. The command that resumes it
+            has the same.
     """
     found, header = outcome.pairs, outcome.header
     has_plan = outcome.evidence is not None and found is not None
@@ -49,8 +54,11 @@ def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Docum
             startup_s=outcome.startup_s,
             phases_ms=outcome.phases_ms,
         )
-    resume = "flatout tune --resume" if outcome.interrupted and not has_plan else None
-    following = f"flatout run --plan {shlex.quote(str(plan))}" if has_plan else resume
+    next_command = None
+    if has_plan:
+        next_command = shlex.join(["flatout", "run", "--plan", str(plan), "--", *command])
+    elif outcome.interrupted:
+        next_command = format_resume_command("tune", options, command)
     return Document(
         command=tuple(command),
         program=header.program,
@@ -80,7 +88,7 @@ def make_document(command: Sequence[str], plan: Path, outcome: Outcome) -> Docum
         ),
         proof=None if outcome.verdict is None else _proof(outcome.verdict),
         findings=tuple(outcome.findings),
-        next_command=None if following is None else f"{following} -- {shlex.join(command)}",
+        next_command=next_command,
     )
 
 

@@ -105,7 +105,9 @@ def _tune(arguments: argparse.Namespace) -> int:
 
             tuner = Tuner(arguments.command, wanted, opened, progress.say, show, ceilings)
             outcome = tuner.run()
-        document = result.make_document(arguments.command, arguments.plan, outcome)
+        document = result.make_document(
+            arguments.command, arguments.plan, outcome, arguments.given_options
+        )
         for line in words.lines(document, arguments.verbose):  # first: a disk may be full by now
             say(line)
         if outcome.evidence is not None:

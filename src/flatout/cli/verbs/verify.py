@@ -71,9 +71,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     try:
         outcome = _prove(arguments, wanted, opened, proven)
         if outcome.interrupted:
+            continues = journal.format_resume_command(
+                "verify", arguments.given_options, arguments.command
+            )
             verdict = (
-                f"it was interrupted; {arguments.plan} stays as it was, and 'flatout verify "
-                "--resume' continues"
+                f"it was interrupted; {arguments.plan} stays as it was; to continue: {continues}"
             )
         elif outcome.evidence is None:
             verdict = outcome.why
