@@ -111,7 +111,8 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
     assert found["one"][2] == ["left out", "not tried"]
     assert found["slower in a few steps"][0] == []
     assert (
-        "1.25x (1.25 to 1.25, 3 pairs) in a usual step, but 0." in found["slower in a few steps"][1]
+        "1.25x (1.25 to 1.25, 3 pairs) without outlier steps, but 0."
+        in found["slower in a few steps"][1]
     )
 
 

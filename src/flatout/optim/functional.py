@@ -421,7 +421,7 @@ class Fused:
         if form.name not in self._functions:
             return "torch has no fused step for it"
         if form.name == "adam" and options[-1]:
-            return "torch's fused step loses NaNs with amsgrad"
+            return "torch's fused step ignores NaNs in the maximum that amsgrad keeps"
         return None
 
     def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:

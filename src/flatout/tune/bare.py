@@ -55,7 +55,8 @@ class BareRun:
     Attributes:
         process: the record of the process that trained.
         modules: the files that the run has imported.
-        program: the files and variables that the program consists of.
+        program: the files of which the program consists, and the environment variables that they
+            name.
         pace: the time that a run and a step take.
         phases_ms: the time of each phase of a step; ``None`` if it was not measured.
         proof_steps: the number of steps of each run of a proof.

@@ -91,7 +91,8 @@ def judge(
         return Check("gradients", "failed", why)
     bounds = REDUCED if "reduced" in exactness or are_coarse(bare) else REORDERED
     is_random = any(kind in RANDOM for kind in exactness)
-    # Other random numbers move norms more than reordering does; the floor concerns rounding alone.
+    # Other random numbers move norms, so the tolerance is then REDUCED's. They add no rounding
+    # error, so the floor stays that of `bounds`.
     tolerance = math.log(REDUCED.factor if is_random else bounds.factor)
     log_ratios = _collect_log_norm_ratios(bare, plan, bounds.floor)
     if not log_ratios:

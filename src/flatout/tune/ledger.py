@@ -84,10 +84,10 @@ class Outcome:
         phases_ms: the time of each phase of a step of the bare program; ``None`` if it was not
             measured.
         header: the header of the first run's record: interpreter, torch and so on.
-        inputs: the inputs of the first outermost module call that all runs have in common, see
-            ``wire.signature``; ``None`` if they have none in common.
-        program: the files and variables of the program at its first run; ``None`` if it has not
-            run.
+        inputs: what the inputs of the first outermost module call have in common in all runs, see
+            ``wire.signature``; ``None`` if nothing.
+        program: the files of which the program consists, and the environment variables that they
+            name, at its first run; ``None`` if it has not run.
         modules: the files that the runs have imported.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
         interrupted: whether the user has ended the tune.
@@ -237,10 +237,11 @@ class Ledger:
         self.notify()
 
     def skip(self, settings: Mapping[str, str], stage: Stage, why: str) -> None:
-        """Mark settings as not tried, or not judged, in a stage."""
+        """Mark settings as not tried in a stage, or as not judged although they were compared."""
         entry = self.find(settings)
+        what = "judged" if entry.state == "running" else "tried"
         entry.stage, entry.state, entry.why = stage, "not tried", why
-        self.print_line(f"{format_settings(settings)} is not tried: {why}")
+        self.print_line(f"{format_settings(settings)} is not {what}: {why}")
         self.notify()
 
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:

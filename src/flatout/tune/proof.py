@@ -10,7 +10,8 @@ tell which checks are made. The functions are pure functions of records.
     seeds) of the mean of plan minus bare must be at most the margin, one seed-to-seed standard
     deviation of bare. A plan that lowers the loss passes, unless it lowers it by far more than
     seeds do, because it then trains something else.
-    A program that sets its own seed gives the same losses from every seed. The margin is then the
+    A program gives the same losses from every seed if it seeds only generators that are not
+    shifted (``agent/seeds.py``), such as a ``torch.Generator`` of its own. The margin is then the
     standard error of the mean of the last quarter, computed from the scatter from batch to batch,
     because another data order would change the mean by at least that.
     If the loss has not fallen by more than the margin since the first steps, the check proves
@@ -18,7 +19,8 @@ tell which checks are made. The functions are pure functions of records.
     the proof ``inconclusive``.
 ``spikes``
     Each loss must be finite. It may exceed bare's by at most twice the largest excess of a bare
-    loss over the mean of the seeds, or six times bare's standard deviation, whichever is more.
+    loss over the mean of the seeds, or six times bare's standard deviation, whichever is more. Both
+    are computed for each quarter of the steps.
 ``identity``
     Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
     runs from one seed are not identical either, this check is open, and the other checks decide.
@@ -29,16 +31,16 @@ tell which checks are made. The functions are pure functions of records.
     The losses and outputs of passes that do not train are compared, and the buffers at the end
     (statistics of batch norm).
 ``probabilities``
-    If a precision rounds probabilities near 1 to exactly 1, a loss made of them is cut off
-    (``log(1 - p)``), and their gradients become 0. The share of probabilities that an outermost
-    module returns as exactly 1 must therefore not grow.
+    If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
+    becomes infinite or is clamped, and the gradients of these probabilities become 0. The share of
+    probabilities that an outermost module returns as exactly 1 must therefore not grow.
 ``outputs``
     If the program only infers, its outputs for identical inputs are compared.
 
 Bare may not repeat itself, because several processes train one set of weights, or because of atomic
-additions. A step then has no counterpart in another run. For spikes, the steps are then divided
-into quarters, and a loss is compared with bare's highest loss in the same quarter. For losses, the
-margin is then at least the spread between bare's runs.
+additions. A step then has no counterpart in another run. For spikes, a loss is then compared with
+bare's highest loss in the same quarter of the steps. For losses, the margin is then at least the
+spread between bare's runs.
 
 More seeds make the limits narrower. If settings reorder the data, the difference of two means over
 n seeds has a standard deviation of ``sqrt(2 / n)`` margins. A check that fails only because its
@@ -452,7 +454,8 @@ def _level(curves: Sequence[Curve], part: range) -> float:
 def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
     """Return whether bare's loss falls by more than the margin and than the scatter of its start.
 
-    A plan under which the loss stays as it begins would then be refused.
+    If it does, a plan that learns nothing would exceed the margin and fail, so a pass means
+    something.
     """
     steps, beginning = len(bare[0]), _beginning(bare)
     fall = _level(bare, beginning) - _level(bare, range(steps - max(steps // 4, 1), steps))
@@ -553,9 +556,10 @@ def _judge_spikes(
       whichever is more.
     - If seeds do not change them, the reference is bare's loss of the step. The allowance is
       computed in the same way from bare's jumps from step to step.
-    - If bare does not repeat itself, the reference is at least bare's highest loss in the quarter,
-      and the mean of the plan's own losses up to this step, because each run begins at another
-      point of the training. The allowance is at least the excess of bare's highest loss over the
+    - If bare does not repeat itself, the reference is at least the larger of bare's highest loss in
+      the quarter and the mean of the plan's own losses over the preceding quarter of the steps.
+      Other processes may already have trained the shared weights, so a run's step does not tell how
+      far training is. The allowance is at least the excess of bare's highest loss over the
       mean of the quarter.
 
     Args:
@@ -696,7 +700,8 @@ def _judge_evaluation(
     for name, curve in scalars[0][0].items():
         of_bare, of_plan = ([run.get(name, ()) for run in runs] for runs in scalars)
         if len({len(run) for run in (*of_bare, *of_plan)}) != 1:
-            continue  # the passes branch on what they compute
+            # the number of passes or outputs depends on the data, so they have no counterparts
+            continue
         if not all(math.isfinite(value) for run in (*of_bare, *of_plan) for value in run):
             why = f"{name} is not finite in an evaluation pass"
             checks.append(Check("evaluation", "failed", why))
@@ -779,8 +784,10 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
     added = shares[1] - shares[0]
     why = f"{shares[1]:.2%} of the probabilities that the model returns are exactly 1"
     if added > MORE_ONES:
-        cut = "a loss made of them is cut off"
-        why += f", {shares[0]:.2%} without the plan: {cut}"
+        why += (
+            f", {shares[0]:.2%} without the plan: a loss that contains log(1 - p) becomes infinite "
+            "or is clamped, and the gradients of these probabilities become 0"
+        )
         return [Check("probabilities", "failed", why, {"added": added})]
     return [Check("probabilities", "passed", why, {"added": added})]
 
@@ -878,7 +885,11 @@ def _judge_inference(
 
 
 def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Return whether both sides have equally many outputs in full detail, and all are identical."""
+    """Return whether both sides have equally many outputs with a digest, at least one, and all of
+    these are identical.
+
+    ``Inspection.outputs`` limits the number of outputs with a digest.
+    """
     sides = [
         [(o.inputs, o.digest) for run in runs for o in run.outputs if o.digest is not None]
         for runs in (one, other)
@@ -922,7 +933,9 @@ def _judge_outputs(
                     continue
                 x, y = (np.asarray(t.sample, dtype=np.float64) for t in (a, b))
                 if not np.isfinite(x).all():
-                    continue  # masks made of infinities
+                    # bare's output itself holds infinities, such as masked logits: no relative
+                    # error exists
+                    continue
                 difference = float(np.linalg.norm(y - x))
                 size = float(np.linalg.norm(x))
                 if not math.isfinite(difference):

@@ -256,9 +256,8 @@ class Prover(TuneStage):
         return self._compare_gradients(part, GRADIENT_SEEDS) is None
 
     def _has_other_data_order(self, finished: Pairs) -> bool:
-        """Return whether the plan saw its data in another order than bare.
-
-        This happens if it draws other random numbers.
+        """Return whether the plan saw its data in another order than bare, and has proof settings
+        (``search.use_proof_settings``) that would restore the order.
         """
         if search.use_proof_settings(finished.variant) == dict(finished.variant):
             return False
@@ -272,7 +271,8 @@ class Prover(TuneStage):
         return self._judge(finished.variant, finished.baseline_runs, finished.variant_runs)
 
     def _judge_with_same_data(self, finished: Pairs) -> Verdict | None:
-        """Judge a plan under its knobs' ``proof_setting``, with the data in bare's order.
+        """Judge a plan again, with each setting that changes the data order replaced by its knob's
+        ``proof_setting``, a slower stand-in that keeps bare's order.
 
         If a plan draws other random numbers, its data come in another order. The losses of a pair
         then differ as much as those of two seeds, so a decision takes many seeds. The result is

@@ -60,8 +60,8 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_stacks``)."""
 
 MANY_ARMS = 16
-"""Candidates are compared few at a time if the program ends before two comparisons of this many
-arms are complete."""
+"""Candidates are compared ``FEW_CANDIDATES`` at a time if the job has too few steps for two of the
+shortest possible comparisons of this many arms."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates that are then compared at a time, see ``MANY_ARMS``."""
@@ -265,7 +265,8 @@ class Screening(TuneStage):
         return winners
 
     def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
-        """Find the redundant knobs that the stack does not need even if all of them are removed.
+        """Find how many of the redundant knobs, from the first on, can be removed together without
+        making the stack slower.
 
         Two knobs may speed up the same work: the stack then needs neither as long as it has the
         other. The knobs are therefore also removed one after the other, until the stack gets
@@ -455,9 +456,9 @@ def size_comparison(
 
 
 def count_fewest_rounds(arms: int) -> int:
-    """Return the least even number of rounds whose blocks give an interval.
+    """Return the least even number of rounds with enough blocks to estimate a confidence interval.
 
-    See ``ratios.arm_ratios``.
+    See ``wire.ratios.estimate_arm_ratios``.
     """
     blocks = arms + 1 + MINIMUM_DEGREES_OF_FREEDOM
     return 2 * math.ceil(blocks / arms / 2)

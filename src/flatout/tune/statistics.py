@@ -43,10 +43,11 @@ MAXIMUM_RANKING_PAIRS = 5
 """Maximum number of pairs of fresh processes that rank a candidate, if they do not agree."""
 
 OUTLIER_DEVIATIONS = 3.0
-"""The ratio of a step and its counterpart is an outlier beyond this many standard deviations."""
+"""In a pair of runs, a step is left out if the log of its time over that of the same step in the
+other run is more than this many standard deviations from the median log."""
 
 LEAST_SPREAD = 0.05
-"""Lower bound on the standard deviation of the logarithms of these ratios."""
+"""Lower bound on the standard deviation of these logs."""
 
 MAXIMUM_OUTLIERS = 0.1
 """If more than this share of the steps are outliers, they are no accident, and none is left out."""

@@ -2,8 +2,8 @@
 
 *Bare* is the program without any setting. Each *trial* runs the program once, for some steps, with
 flatout's code inside its process: the *agent*, which applies settings and records steps. The
-``turns`` of a recorded process are the steps of its training loop, or of its inference loop if it
-does not train.
+``loop_steps`` of a recorded process are the steps of its training loop, or of its inference loop if
+it does not train.
 
 1. One bare run shows how many steps there are, how long they take, what takes the time, and
    whether the program trains at all (``bare.py``).
@@ -271,14 +271,12 @@ def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None
     if not statistics.is_gain(ratio):
         return f"{ratio} in fresh processes: {formatting.describe_ratio(ratio)}"
     if finished_pairs.whole_ratio <= 1:
-        return (
-            f"{ratio} in a usual step, but {finished_pairs.whole_ratio:.2f}x once every step is "
-            "counted"
-        )
+        return f"{ratio} without outlier steps, but {finished_pairs.whole_ratio:.2f}x with them"
     bare_cost, plan_cost = finished_pairs.costs
     if job_steps is not None and plan_cost.job_s(job_steps) >= bare_cost.job_s(job_steps):
         return (
-            f"{ratio} a step, but the whole job has only {job_steps}: "
-            f"{plan_cost.job_s(job_steps):.1f} s against {bare_cost.job_s(job_steps):.1f} s"
+            f"{ratio} a step, but the job has only {job_steps} steps, too few to make up for the "
+            f"plan's longer start: {plan_cost.job_s(job_steps):.1f} s with the plan, "
+            f"{bare_cost.job_s(job_steps):.1f} s bare"
         )
     return None
