@@ -95,7 +95,7 @@ def run(
     timeout_seconds: float | None = None,
     contained: bool = False,
     run_directories: Sequence[str] = (),
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], bool | None] | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -108,7 +108,7 @@ def run(
             on, as they would without flatout.
         run_directories: the run directories of a contained job, which identify its processes
             (``RUN_VARIABLE``).
-        tick: called every ``TICK_S`` while the job runs.
+        tick: called every ``TICK_S`` while the job runs. The job is ended once it returns true.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -197,7 +197,7 @@ def _wait(
     sentinel: _Sentinel,
     timeout_seconds: float | None,
     started_s: float,
-    tick: Callable[[], None] | None,
+    tick: Callable[[], bool | None] | None,
     contained: bool,
 ) -> tuple[int, bool, bool]:
     """Wait for the job's end and pass signals on.
@@ -226,8 +226,9 @@ def _wait(
             received = signal.sigwaitinfo(_WATCHED)
         else:
             received = signal.sigtimedwait(_WATCHED, wait_s)
-        if tick is not None:
-            tick()
+        if tick is not None and tick() and not interrupted:
+            interrupted = True
+            deadline_s = time.monotonic()
         if contained and not interrupted and interruption.is_noted():
             interrupted = True  # another thread got the signal
             deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
