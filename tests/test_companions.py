@@ -120,8 +120,8 @@ WAITING = """
 import os, signal, subprocess, sys, time
 nowhere = subprocess.DEVNULL
 started = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=nowhere, stderr=nowhere)
-print(os.getpid(), started.pid, flush=True)
 try:
+    print(os.getpid(), started.pid, flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     if sys.argv[1:] != ["handles"]:
@@ -196,7 +196,7 @@ def test_a_rank_that_is_killed_ends_all(ranks: int, killed: int, home: Path) -> 
     assert time.monotonic() - began_s < 10
     assert (status, out) == ((-signal.SIGKILL if killed == 0 else 1), "")
     [sentence] = [line for line in said if "rank" in line.replace(str(home), "")]
-    assert sentence.startswith(f"flatout: rank {killed} was killed by SIGKILL")
+    assert sentence.startswith(f"flatout: rank {killed} has died: killed by SIGKILL")
     survivors(home, running)
 
 
@@ -217,7 +217,7 @@ def test_all_end_if_the_stage_of_the_companions_is_killed(home: Path) -> None:
     os.kill(stage, signal.SIGKILL)
     status, _, said = running.wait()
     assert status == 1
-    assert "the process that runs the other ranks was killed by SIGKILL" in said[0]
+    assert "the process that runs the other ranks has died: killed by SIGKILL" in said[0]
     survivors(home, running)
 
 
@@ -253,9 +253,10 @@ def test_a_program_that_a_signal_of_its_own_ends(number: signal.Signals, home: P
 
 @RUNS_RANKS
 def test_a_companion_that_fails_is_named_and_rank_0_goes_on(home: Path) -> None:
-    done = ended("import os, sys; sys.exit(int(os.environ['FLATOUT_RANK']) and 4)")
+    done = ended("import os\nif os.environ['FLATOUT_RANK'] == '1': raise OSError('port is used')")
     assert done.returncode == 0
-    assert "flatout: rank 1 ended with exit status 4 (its output: " in done.stderr
+    how = 'exit status 1, its last line is "OSError: port is used" (output: '
+    assert f"flatout: rank 1 has died: {how}" in done.stderr.replace("'", '"')
 
 
 @RUNS_RANKS
@@ -290,6 +291,7 @@ def test_ranks_that_train_draw_the_same_numbers_and_record_their_rank(home: Path
     assert sorted(os.listdir()) == ["net.pt", "program.py"]
     headers = [process.header for process in read_run(run_directory(home)).processes]
     assert [(header.rank, header.world_size) for header in headers] == [(0, 2), (1, 2)]
+    assert headers[0].environment["FLATOUT_RANK"] == "0"
     assert "3 steps" in done.stderr
     ranks = Request.read(run_directory(home)).ranks
     assert ranks is not None
@@ -310,6 +312,26 @@ print(random.random(), numpy.random.rand(), torch.rand(1))
         [sys.executable, "program.py"], capture_output=True, text=True, check=True
     )
     assert done.stdout == alone.stdout == output(home)
+
+
+@RUNS_RANKS
+def test_what_rank_0_has_said_is_not_said_again(home: Path) -> None:
+    program = """
+import os, signal, sys, time
+import torch
+from flatout import agent
+if os.environ["FLATOUT_RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+while not os.path.exists(os.path.join(os.environ["FLATOUT_RUN"], "died-1")):
+    time.sleep(0.01)
+agent._session.host.events.add("stopped", "ranks", "rank 1 has died")
+agent._session.finish("stopped")
+print("flatout: rank 1 has died", file=sys.stderr, flush=True)
+os._exit(1)
+"""
+    done = ended(program)
+    assert done.returncode == 1
+    assert done.stderr.count("has died") == 1
 
 
 def test_one_rank_is_a_run_without_ranks(home: Path) -> None:

@@ -20,8 +20,13 @@ from pathlib import Path
 from typing import Any
 
 STATUS_PREFIX = "died-"
-"""A file ``died-RANK`` in the run directory holds the exit status of a companion that did not end
-with 0; a negative status is the signal that killed it."""
+"""A file ``died-RANK`` in the run directory tells of a companion that did not end with 0: how, in
+words, on the first line, and on the second its exit status; if negative, the signal that killed
+it."""
+
+_TAIL_BYTES = 4096
+_SHOWN_CHARACTERS = 200
+"""How much of the output of a companion that failed is read, and shown of its last line."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -59,10 +64,9 @@ def _main() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != options["started_by"]:
         return
-    started = {
-        companion["rank"]: _start(job, companion, mask) for companion in options["companions"]
-    }
-    running = {process.pid: rank for rank, process in started.items()}
+    companions = options["companions"]
+    started = [_start(job, companion, mask) for companion in companions]
+    running = {process.pid: of for process, of in zip(started, companions, strict=True)}
     while running and signal.sigwait(_AWAITED) == signal.SIGCHLD:
         _note_ended(running, Path(options["run_directory"]))
     _end_all()
@@ -99,8 +103,8 @@ def _standard_input() -> Any:
     return opened
 
 
-def _note_ended(running: dict[int, int], run_directory: Path) -> None:
-    """Reap what has ended, and write the exit status of each companion that failed."""
+def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None:
+    """Reap what has ended, and write down how each companion that failed has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -108,12 +112,35 @@ def _note_ended(running: dict[int, int], run_directory: Path) -> None:
             return
         if not pid:
             return
-        rank = running.pop(pid, None)
+        companion = running.pop(pid, None)
         returncode = os.waitstatus_to_exitcode(status)
-        if rank is not None and returncode:
-            partial = run_directory / f"{STATUS_PREFIX}{rank}.partial"
-            partial.write_text(str(returncode))
-            partial.replace(run_directory / f"{STATUS_PREFIX}{rank}")
+        if companion is not None and returncode:
+            how = ending(returncode)
+            if returncode > 0:
+                how += _last_words(Path(companion["output"]))
+            note = run_directory / f"{STATUS_PREFIX}{companion['rank']}"
+            partial = note.with_name(f"{note.name}.partial")
+            partial.write_text(f"{how}\n{returncode}\n", "utf-8", "replace")
+            partial.replace(note)
+
+
+def ending(returncode: int) -> str:
+    """How a process has ended, in words, from its exit status or negative signal."""
+    if returncode < 0:
+        number = -returncode
+        is_named = number in set(signal.Signals)  # real-time signals have no names
+        return f"killed by {signal.Signals(number).name if is_named else f'signal {number}'}"
+    return f"exit status {returncode}"
+
+
+def _last_words(output: Path) -> str:
+    """The last line of an output, which for Python is the exception."""
+    with open(output, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    shown = "".join(c if c.isprintable() else "?" for c in last[:_SHOWN_CHARACTERS])
+    return f", its last line is {shown!r}" if shown else ""
 
 
 def _end_all() -> None:

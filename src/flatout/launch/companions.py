@@ -18,6 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flatout import paths
@@ -122,6 +123,15 @@ def output_file(run_directory: Path, rank: int) -> Path:
     return run_directory / f"rank-{rank}.txt"
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """How a companion has failed, in words, and its exit status or negative signal."""
+
+    rank: int
+    how: str
+    returncode: int
+
+
 class _Companions:
     """The stage of a run that runs its companions.
 
@@ -168,7 +178,7 @@ class _Companions:
     def must_rank_0_end(self) -> bool:
         """Whether a companion was killed and rank 0 has not ended in time."""
         if self._killed_s is None:
-            if self._stage.poll() or any(status < 0 for status in self._failed().values()):
+            if self._stage.poll() or any(one.returncode < 0 for one in self._failed()):
                 self._killed_s = time.monotonic()
         elif time.monotonic() - self._killed_s >= OWN_END_S:
             self.ended_rank_0 = True
@@ -181,19 +191,20 @@ class _Companions:
             returncode: how rank 0 ended.
         """
         if -returncode in _NOT_SENT_BY_USERS and not self.ended_rank_0:
-            return f"rank 0 {_ending(returncode)}, so the other ranks were ended"
-        failed = self._failed()
-        rank = next(iter(failed), None)
-        if rank is not None:
-            shown = paths.shown(output_file(self._run_directory, rank))
-            what = f"rank {rank} {_ending(failed[rank])} (its output: {shown})"
+            how = companion_stage.ending(returncode)
+            return f"rank 0 has died: {how}, so the other ranks were ended"
+        first = next(iter(self._failed()), None)
+        if first is not None:
+            output = paths.shown(output_file(self._run_directory, first.rank))
+            what = f"rank {first.rank} has died: {first.how} (output: {output})"
         elif self._stage.poll():
-            what = f"the process that runs the other ranks {_ending(self._stage.returncode)}"
+            how = companion_stage.ending(self._stage.returncode)
+            what = f"the process that runs the other ranks has died: {how}"
         else:
             return None
         if self.ended_rank_0:
             return f"{what}, so rank 0 was ended"
-        is_own_failure = returncode >= 0 and (rank is None or failed[rank] != returncode)
+        is_own_failure = returncode >= 0 and (first is None or first.returncode != returncode)
         return what if is_own_failure else None
 
     def wait_for_end(self) -> None:
@@ -207,16 +218,19 @@ class _Companions:
         if self._stage.wait():
             self._kill_left()
 
-    def _failed(self) -> dict[int, int]:
-        """Exit status of each companion that failed, the first one first."""
+    def _failed(self) -> list[_Failure]:
+        """The companions that have failed, the first one first."""
         prefix = companion_stage.STATUS_PREFIX
-        files = [
+        notes = [
             path
             for path in self._run_directory.glob(f"{prefix}*")
             if path.name.removeprefix(prefix).isdecimal()
         ]
-        files.sort(key=lambda path: path.stat().st_mtime_ns)
-        return {int(path.name.removeprefix(prefix)): int(path.read_text()) for path in files}
+        found = []
+        for note in sorted(notes, key=lambda path: path.stat().st_mtime_ns):
+            how, returncode = note.read_text("utf-8").splitlines()
+            found.append(_Failure(int(note.name.removeprefix(prefix)), how, int(returncode)))
+        return found
 
     def _kill_left(self) -> None:
         """Kill what companions have started, after the stage was killed."""
@@ -257,9 +271,3 @@ def _on_processors(processors: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _ending(returncode: int) -> str:
-    if returncode < 0:
-        return f"was killed by {signal.Signals(-returncode).name}"
-    return f"ended with exit status {returncode}"

@@ -85,7 +85,7 @@ def execute(arguments: argparse.Namespace) -> int:
         exited, failure = companions.run(
             arguments.command, job_environment, run_directory, request.ranks
         )
-    if failure is not None:
+    if failure is not None and not _has_said_why(run_directory):
         say(failure)
     if run_directory is not None:
         for line in _summary(run_directory, request):
@@ -214,7 +214,11 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         for event in times.events
         if event.what in _OUTCOMES and event.subject in request.settings
     ]
-    lines += [f"guard: {event.why}" for event in times.events if event.subject == "guard"]
+    lines += [
+        f"{event.subject}: {event.why}"
+        for event in times.events
+        if event.subject == "guard" or (event.subject, event.what) == ("ranks", "noticed")
+    ]
     if not times.turns:
         return [*lines, f"flatout saw no training or inference step; record in {where}"]
     median_ms = statistics.median(times.turns)
@@ -225,6 +229,17 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         *lines,
         f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
     ]
+
+
+def _has_said_why(run_directory: Path | None) -> bool:
+    """Whether rank 0 has told its user why the ranks have stopped."""
+    try:
+        times = None if run_directory is None else read_step_times(run_directory)
+    except RecordError:
+        return False
+    return times is not None and any(
+        (event.subject, event.what) == ("ranks", "stopped") for event in times.events
+    )
 
 
 _OUTCOMES = {"skipped": "not applied", "failed": "failed", "unused": "had no effect"}
