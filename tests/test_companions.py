@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -453,3 +454,11 @@ def test_a_run_inside_of_a_rank_is_a_run_of_its_own(home: Path) -> None:
     words = [sys.executable, "-m", "flatout", "run", "--", sys.executable, "-c", inner]
     done = ended(f"import subprocess; subprocess.run({words!r})")
     assert done.stdout == "[]\n"
+
+
+@RUNS_RANKS
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_the_status_is_the_programs_without_standard_streams(closed: str) -> None:
+    words = shlex.join([sys.executable, "-m", "flatout", "run", "--ranks", "2", "--"])
+    done = subprocess.run(["sh", "-c", f"{words} sh -c 'exit 7' {closed}"], timeout=60, check=False)
+    assert done.returncode == 7
