@@ -17,7 +17,7 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +104,12 @@ def run(
     variables = _common_variables(environment, run_directory, ranks)
     companions = _Companions(command, variables, run_directory, shares)
     try:
-        with _on_processors(shares[0]):
-            exited = process.run(
-                command, {**variables, RANK_VARIABLE: "0"}, tick=companions.must_rank_0_end
-            )
+        exited = process.run(
+            command,
+            {**variables, RANK_VARIABLE: "0"},
+            tick=companions.must_rank_0_end,
+            processors=shares[0],
+        )
         sentence = companions.explain(exited.returncode)
         if exited.returncode >= 0 and not companions.ended_rank_0:
             companions.wait_for_end()
@@ -260,14 +262,3 @@ def _common_variables(
         RANKS_VARIABLE: str(ranks.size),
         SEED_VARIABLE: str(ranks.seed),
     }
-
-
-@contextlib.contextmanager
-def _on_processors(processors: Sequence[int]) -> Iterator[None]:
-    """Run this thread, and what it starts, on some processors."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, processors)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.errors import UserError
@@ -96,6 +96,7 @@ def run(
     contained: bool = False,
     run_directories: Sequence[str] = (),
     tick: Callable[[], bool | None] | None = None,
+    processors: Collection[int] | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -109,6 +110,7 @@ def run(
         run_directories: the run directories of a contained job, which identify its processes
             (``RUN_VARIABLE``).
         tick: called every ``TICK_S`` while the job runs. The job is ended once it returns true.
+        processors: numbers of those that the job may run on; ``None``: those of flatout.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -122,7 +124,8 @@ def run(
     try:
         if contained:
             interruption.check()
-        pid = _spawn(command, environment, before, output)
+        with _on_processors(processors):
+            pid = _spawn(command, environment, before, output)
         sentinel = _Sentinel(pid, started_by=os.getpid(), run_directories=run_directories)
         try:
             status, timed_out, interrupted = _wait(
@@ -166,6 +169,20 @@ def exit_like(returncode: int) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
     return 128 + number  # by default, this signal does not end a process
+
+
+@contextlib.contextmanager
+def _on_processors(processors: Collection[int] | None) -> Iterator[None]:
+    """Run this thread on some processors, which a process that it starts inherits."""
+    if processors is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _spawn(
