@@ -15,6 +15,7 @@ from flatout.intercept.device import peak_device_bytes
 from flatout.intercept.losses import abandon, arrived_losses
 from flatout.wire.header import ENVIRONMENT_NAMES, Header
 from flatout.wire.lines import End
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE
 from flatout.wire.writer import RecordWriter
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _make_header(record: RecordWriter) -> Header:
     return Header(
         pid=os.getpid(),
         parent_pid=os.getppid(),
-        rank=_read_environment_int("RANK"),
-        world_size=_read_environment_int("WORLD_SIZE"),
+        rank=_read_environment_int(RANK_VARIABLE, "RANK"),
+        world_size=_read_environment_int(RANKS_VARIABLE, "WORLD_SIZE"),
         started_unix_s=round(time.time(), 3),
         started_ns=record.started_ns,
         program=_program_name(),
@@ -104,9 +105,10 @@ def _make_header(record: RecordWriter) -> Header:
     )
 
 
-def _read_environment_int(name: str) -> int | None:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdigit() else None
+def _read_environment_int(*names: str) -> int | None:
+    """Return the value of the first of these variables that is a number."""
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdigit()), None)
 
 
 def _program_name() -> str:

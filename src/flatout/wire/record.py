@@ -50,6 +50,7 @@ from flatout.wire.lines import (
 )
 from flatout.wire.packing import Unpacker
 from flatout.wire.profile import Profile
+from flatout.wire.request import RANK_VARIABLE
 from flatout.wire.turns import DATA, OPTIMIZER, PHASES, TRANSFER, Turn, Turns
 
 WARMUP_STEPS = 3
@@ -454,9 +455,14 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
 )
 
 
-def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:
-    """Return a sort key that is largest for the main process; see ``RunRecord``."""
-    return len(process.steps), len(process.evaluations), -(process.header.rank or 0)
+def _importance(process: ProcessRecord | StepTimes) -> tuple[bool, int, int, int]:
+    """Return a sort key that is largest for the main process; see ``RunRecord``.
+
+    A companion (``launch/companions.py``) only repeats what the program does.
+    """
+    header = process.header
+    is_program = header.environment.get(RANK_VARIABLE, "0") == "0"
+    return is_program, len(process.steps), len(process.evaluations), -(header.rank or 0)
 
 
 def _record_paths(run_directory: Path) -> list[Path]:

@@ -22,6 +22,12 @@ RUN_VARIABLE = "FLATOUT_RUN"
 """The environment variable that names the run directory to the agent."""
 DISABLE_VARIABLE = "FLATOUT_DISABLE"
 """The environment variable that switches the agent off if it is ``1``."""
+RANK_VARIABLE = "FLATOUT_RANK"
+"""The environment variable that gives a process of a run with ``--ranks`` its rank."""
+RANKS_VARIABLE = "FLATOUT_RANKS"
+"""The environment variable that gives such a process the number of ranks."""
+SEED_VARIABLE = "FLATOUT_SEED"
+"""The environment variable by which the hook seeds ``random`` alike on all ranks."""
 
 
 class RequestError(ValueError):
@@ -164,6 +170,22 @@ class GuardRequest:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Several processes that each run the whole command, as one program (``launch/companions.py``).
+
+    Attributes:
+        size: how many, at least 2.
+        seed: for the generators that the program does not seed: all ranks draw the same numbers.
+        hash_seed: ``PYTHONHASHSEED`` of all ranks where the user has set none: sets of strings have
+            the same order.
+    """
+
+    size: int
+    seed: int
+    hash_seed: int
+
+
+@dataclass(frozen=True)
 class Request:
     """The request to the agent for one run.
 
@@ -184,6 +206,7 @@ class Request:
         proof: the conditions under which some of the settings apply; ``None``: all settings apply.
         inspection: what the agent should record for a proof; ``None``: nothing.
         guard: the losses for the guard; ``None``: there is no guard.
+        ranks: the processes that share the work; ``None``: the program is one process.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -197,6 +220,7 @@ class Request:
     proof: ProvenConditions | None = None
     inspection: Inspection | None = None
     guard: GuardRequest | None = None
+    ranks: Ranks | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into the directory of a run."""
