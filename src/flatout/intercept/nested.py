@@ -57,10 +57,10 @@ def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torc
             yield item
         elif id(item) not in seen:
             seen[id(item)] = item  # kept, so that its identity is not given to another object
-            parts = _parts(item, kind, room)
-            room -= len(parts)
-            pending += reversed(parts)
-            if parts and containers is not None:
+            content = parts(item, kind, room)
+            room -= len(content)
+            pending += reversed(content)
+            if content and containers is not None:
                 containers.append(item)
 
 
@@ -81,10 +81,10 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     room = LIMIT
     while pending:
         item = pending.pop()
-        parts = _parts(item, type(item), room)
-        room -= len(parts)
-        containers[id(item)] = item, parts
-        for part in parts:
+        content = parts(item, type(item), room)
+        room -= len(content)
+        containers[id(item)] = item, content
+        for part in content:
             kind = type(part)
             if id(kind) in _PLAIN:
                 continue
@@ -137,9 +137,15 @@ def _copy_holders(
             _fill(replaced[identity], container, replaced)
 
 
-def _parts(container: Any, kind: type, room: int) -> list[Any]:
+def parts(container: Any, kind: type, room: int) -> list[Any]:
     """Return the content of a container, at most ``room`` objects; an empty list for other
-    objects."""
+    objects.
+
+    Args:
+        container: any object.
+        kind: its type.
+        room: greatest number of objects.
+    """
     if issubclass(type(kind), enum.EnumMeta):
         return []
     if issubclass(kind, dict):
@@ -173,11 +179,11 @@ def _empty(container: Any) -> Any:
 
 def _new_tuple(container: Any, replaced: dict[int, Any]) -> Any:
     kind: Any = type(container)
-    parts = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
+    content = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
     try:
-        return tuple.__new__(kind, parts)
+        return tuple.__new__(kind, content)
     except TypeError:  # a struct sequence, such as the result of torch.max
-        return container if objects.flags(kind) & _BASETYPE else kind(parts)
+        return container if objects.flags(kind) & _BASETYPE else kind(content)
 
 
 def _fill(copy: Any, container: Any, replaced: dict[int, Any]) -> None:
