@@ -75,6 +75,21 @@ class Checkpointed(nn.Module):
         return result
 
 
+class Differentiating(nn.Module):
+    """Returns gradients of a part that is computed again in the forward pass, after other draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_() + torch.rand_like(x)
+            energy = checkpoint(self.inner, y, use_reentrant=False)
+            (force,) = torch.autograd.grad(F.dropout(energy, 0.2).sum(), y, create_graph=True)
+        return force * F.dropout(x, 0.4)
+
+
 class Of(nn.Module):
     """A module without parameters."""
 
@@ -156,6 +171,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     ),
     "checkpoint": (lambda: Checkpointed(False), (7, 4), 0),
     "reentrant": (lambda: Checkpointed(True), (7, 4), 0),
+    "differentiating": (Differentiating, (7, 4), 0),
 }
 
 

@@ -149,7 +149,7 @@ def _drop(
     with shards.busy(state):
         ones = empty_whole(torch.empty_like(tensor, device="meta"), placement, state.rows, "cpu")
         factors = below(ones.fill_(1), p, train)
-    # It is freed before the multiplication allocates.
+    # A view would keep the factors of all samples until the backward pass.
     part = placement.take(factors, state.rows).clone(memory_format=torch.preserve_format)
     return dispatch.DeferredCall(torch.mul, (tensor, part))
 

@@ -36,6 +36,10 @@ class Observer:
         self.draws.append(draw)
         return Placement(draw.operator, len(draw.shape), None)
 
+    def copy(self) -> Observer:
+        """Return an observer for what is computed again, whose draws are known already."""
+        return Observer()
+
 
 class Shard:
     """The shard that a root call computes.
@@ -173,7 +177,10 @@ def install_checkpoint() -> Undo:
         return generator(_resume(function), *args, **kwargs)
 
     def run(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
-        return forward(ctx, _resume(function), *args)
+        resumed = _resume(function)
+        result = forward(ctx, function, *args)
+        ctx.run_function = resumed
+        return result
 
     with contextlib.ExitStack() as undo:
         undo.callback(
@@ -185,15 +192,14 @@ def install_checkpoint() -> Undo:
 
 
 def _resume(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls ``function`` as part of the shard that is computed now."""
-    now = current_shard()
+    """Return a function that calls ``function`` in the shard that is computed now, at the place in
+    its draws where it is now."""
+    now = current()
     if now is None:
         return function
     there = now.copy()
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _local.current is not None:
-            return function(*args, **kwargs)
         with _entered(there.copy()):
             return function(*args, **kwargs)
 
