@@ -21,7 +21,7 @@ LAYERS = (
     ("machine",),
     ("kernels", "wire"),
     ("intercept",),
-    ("knob", "optim"),
+    ("knob", "optim", "parallel"),
     ("knobs",),
     ("agent", "launch", "plan"),
     ("doctor",),

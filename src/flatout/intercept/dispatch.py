@@ -157,6 +157,11 @@ class OverriddenOperator:
         return below(*args, **kwargs)
 
 
+def is_override(below: Callable[..., Any]) -> bool:
+    """Whether ``below``, as an override gets it, is another override and not torch's kernel."""
+    return getattr(below, "func", None) is _call_override
+
+
 def _torch_kernel(name: str, key: str) -> Callable[..., Any]:
     """Return torch's kernel for a dispatch key, or a function that redispatches to the next key if
     there is none."""

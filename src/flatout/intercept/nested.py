@@ -61,10 +61,10 @@ def tensors_in(value: Any, containers: list[Any] | None = None) -> Iterator[torc
             yield item
         elif id(item) not in seen:
             seen[id(item)] = item  # kept alive, so that no other object gets the same id
-            parts = _parts(item, kind, room)
-            room -= len(parts)
-            pending += reversed(parts)
-            if parts and containers is not None:
+            content = parts(item, kind, room)
+            room -= len(content)
+            pending += reversed(content)
+            if content and containers is not None:
                 containers.append(item)
 
 
@@ -85,10 +85,10 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     room = LIMIT
     while pending:
         item = pending.pop()
-        parts = _parts(item, type(item), room)
-        room -= len(parts)
-        containers[id(item)] = item, parts
-        for part in parts:
+        content = parts(item, type(item), room)
+        room -= len(content)
+        containers[id(item)] = item, content
+        for part in content:
             kind = type(part)
             if id(kind) in _LEAF_TYPE_IDS:
                 continue
@@ -142,9 +142,15 @@ def _copy_holders(
             _fill(replaced[identity], container, replaced)
 
 
-def _parts(container: Any, kind: type, room: int) -> list[Any]:
-    """Return the content of a container, at most ``room`` objects; return an empty list for any
-    other object."""
+def parts(container: Any, kind: type, room: int) -> list[Any]:
+    """Return the content of a container, at most ``room`` objects; an empty list for other
+    objects.
+
+    Args:
+        container: any object.
+        kind: its type.
+        room: greatest number of objects.
+    """
     if issubclass(type(kind), enum.EnumMeta):
         return []
     if issubclass(kind, dict):
@@ -184,13 +190,13 @@ def _new_tuple(container: Any, replaced: dict[int, Any]) -> Any:
     """Return a copy of a tuple with objects replaced, or the tuple itself if it cannot be
     copied."""
     kind: Any = type(container)
-    parts = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
+    content = [replaced.get(id(part), part) for part in tuple.__iter__(container)]
     try:
-        return tuple.__new__(kind, parts)
+        return tuple.__new__(kind, content)
     except TypeError:
         # Types without BASETYPE are struct sequences (such as the result of torch.max), which are
         # built from one list. Others cannot be copied.
-        return container if objects.flags(kind) & _BASETYPE else kind(parts)
+        return container if objects.flags(kind) & _BASETYPE else kind(content)
 
 
 def _fill(copy: Any, container: Any, replaced: dict[int, Any]) -> None:

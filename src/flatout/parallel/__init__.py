@@ -1,0 +1,1 @@
+"""One program on several ranks: processes that replicate it and share out its root calls."""

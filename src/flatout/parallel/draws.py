@@ -1,0 +1,217 @@
+"""Draws of random numbers inside a shard: each is made for the whole batch, and the own part kept.
+
+So the numbers, and the state in which the generator is left, are those of one process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flatout.intercept import dispatch
+from flatout.intercept.patch import Undo
+from flatout.parallel import shards
+from flatout.parallel.placement import Draw, Placement, Rows
+
+FILLS = (
+    *("bernoulli_.float", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_"),
+    *("random_", "random_.from", "random_.to", "uniform_"),
+)
+"""Operators that fill a tensor, whatever is in it. Most others call them: ``rand``, ``randn_like``,
+``randint``, ``dropout_``, ``feature_dropout``, ``native_dropout``, ``multinomial``..."""
+
+NORMALS = ("normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor")
+
+INDIVISIBLE = (
+    *("poisson", "binomial", "_standard_gamma", "_sample_dirichlet"),
+    *("normal.Tensor_float_out", "normal.float_Tensor_out", "normal.Tensor_Tensor_out"),
+    *("rrelu_with_noise", "rrelu_with_noise_", "rrelu_with_noise.out"),
+    *("randperm.generator_out", "multinomial", "multinomial.out"),
+)
+"""Operators that cannot draw for some samples only: how many numbers they draw depends on values,
+or what they draw for a sample depends on the others."""
+
+
+def install() -> Undo:
+    """Override the operators that draw from a generator on the CPU; returns the undo."""
+    below_autograd: dict[str, dispatch.Override] = {
+        **{name: functools.partial(_fill, name) for name in FILLS},
+        **{name: functools.partial(_draw_normal, name) for name in NORMALS},
+        **{name: functools.partial(_draw_indivisible, name) for name in INDIVISIBLE},
+        "bernoulli_.Tensor": _fill_by_probabilities,
+    }
+    undo = dispatch.override_operators(below_autograd, "CPU", on_failure=shards.raise_failure)
+    try:
+        undo_composites = dispatch.override_operators(
+            {"dropout": _drop, "scaled_dot_product_attention": _attend},
+            *("AutogradCPU", "CPU"),
+            on_failure=shards.raise_failure,
+        )
+    except BaseException:
+        undo()
+        raise
+
+    def undo_both() -> None:
+        undo_composites()
+        undo()
+
+    return undo_both
+
+
+def _fill(
+    name: str, below: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    state = shards.current()
+    if state is None:
+        return None
+    placement = state.next_placement(Draw(name, tuple(tensor.shape)))
+    with shards.busy(state):
+        if not isinstance(state, shards.Shard) or placement.dim is None:
+            below(tensor, *args, **kwargs)
+        else:
+            whole = empty_whole(tensor, placement, state.rows)
+            below(whole, *args, **kwargs)
+            tensor.copy_(placement.take(whole, state.rows))
+    return tensor
+
+
+def _fill_by_probabilities(
+    below: Callable[..., Any], tensor: torch.Tensor, p: torch.Tensor, *, generator: Any = None
+) -> torch.Tensor | None:
+    state = shards.current()
+    if state is None:
+        return None
+    placement = state.next_placement(Draw("bernoulli_.Tensor", tuple(tensor.shape)))
+    with shards.busy(state):
+        if not isinstance(state, shards.Shard) or placement.dim is None:
+            below(tensor, p, generator=generator)
+        else:
+            whole = empty_whole(tensor, placement, state.rows)
+            probabilities = _spread(p, tensor.shape, placement, state.rows)
+            below(whole, probabilities, generator=generator)
+            tensor.copy_(placement.take(whole, state.rows))
+    return tensor
+
+
+def _draw_normal(
+    name: str, below: Callable[..., Any], mean: Any, std: Any, *, generator: Any = None
+) -> torch.Tensor | None:
+    state = shards.current()
+    if state is None:
+        return None
+    tensors = [x for x in (mean, std) if isinstance(x, torch.Tensor)]
+    shape = torch._C._infer_size(tensors[0].shape, tensors[-1].shape)
+    placement = state.next_placement(Draw(name, tuple(shape)))
+    with shards.busy(state):
+        if not isinstance(state, shards.Shard) or placement.dim is None:
+            drawn: torch.Tensor = below(mean, std, generator=generator)
+            return drawn
+        spread = [
+            _spread(x, shape, placement, state.rows) if isinstance(x, torch.Tensor) else x
+            for x in (mean, std)
+        ]
+        whole = below(*spread, generator=generator)
+        return placement.take(whole, state.rows).contiguous()
+
+
+def _draw_indivisible(name: str, below: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    state = shards.current()
+    if state is None or not _draws_indivisibly(name, *args, **kwargs):
+        return None
+    shape = (args[0],) if name.startswith("randperm") else tuple(args[0].shape)
+    state.next_placement(Draw(name, shape, is_divisible=False))
+    with shards.busy(state):
+        return below(*args, **kwargs)
+
+
+def _draws_indivisibly(name: str, *args: Any, **kwargs: Any) -> bool:
+    if name.startswith("rrelu"):
+        training = args[4] if len(args) > 4 else kwargs.get("training", False)
+        return bool(training)
+    if name.startswith("multinomial"):  # otherwise it draws by exponential_
+        replacement = args[2] if len(args) > 2 else kwargs.get("replacement", False)
+        return bool(replacement) and args[1] > 1
+    return True
+
+
+def _drop(
+    below: Callable[..., Any], tensor: torch.Tensor, p: float, train: bool
+) -> dispatch.DeferredCall | None:
+    state = shards.current()
+    if state is None or not train or p <= 0 or p >= 1 or not tensor.numel():
+        return None
+    placement = state.next_placement(Draw("dropout", tuple(tensor.shape)))
+    if not isinstance(state, shards.Shard) or placement.dim is None:
+        return dispatch.DeferredCall(_call_busy, (state, below, tensor, p, train))
+    with shards.busy(state):
+        ones = empty_whole(torch.empty_like(tensor, device="meta"), placement, state.rows, "cpu")
+        factors = below(ones.fill_(1), p, train)
+    # A view would keep the factors of all samples until the backward pass.
+    part = placement.take(factors, state.rows).clone(memory_format=torch.preserve_format)
+    return dispatch.DeferredCall(torch.mul, (tensor, part))
+
+
+def _attend(
+    below: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> dispatch.DeferredCall | None:
+    state = shards.current()
+    if state is None or not dropout_p or not dispatch.is_override(below):
+        return None  # torch's own attention calls dropout
+    shape = (*query.shape[:-1], key.shape[-2])
+    state.next_placement(Draw("scaled_dot_product_attention", shape, is_divisible=False))
+    inputs = (query, key, value, attn_mask, dropout_p, *args)
+    return dispatch.DeferredCall(_call_busy, (state, below, *inputs), kwargs)
+
+
+def _call_busy(
+    state: shards.Shard | shards.Observer, below: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with shards.busy(state):
+        return below(*args, **kwargs)
+
+
+def _spread(
+    values: torch.Tensor, shape: torch.Size, placement: Placement, rows: Rows
+) -> torch.Tensor:
+    """Return a tensor for all samples with the own values, and 1/2 for the other samples."""
+    whole = values.new_full(placement.whole_shape(shape, rows), 0.5)
+    placement.put(whole, values.expand(shape), rows)
+    return whole
+
+
+def empty_whole(
+    tensor: torch.Tensor, placement: Placement, rows: Rows, device: str | None = None
+) -> torch.Tensor:
+    """Return an empty tensor for all samples, with its dimensions in memory in the order of those
+    of a shard's tensor, because random numbers are drawn in this order.
+
+    Args:
+        tensor: for the samples of the shard.
+        placement: where the samples are in it.
+        rows: of the shard.
+        device: of the new tensor; by default that of ``tensor``.
+    """
+    assert placement.dim is not None
+    whole = placement.whole_shape(tensor.shape, rows)
+    strides = list(tensor.stride())
+    order = sorted(range(tensor.dim()), key=lambda dim: (strides[dim], -dim))
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
+    if extent == tensor.numel():
+        step = 1
+        for dim in order:
+            strides[dim] = step
+            step *= whole[dim]
+    else:
+        for dim in order[order.index(placement.dim) + 1 :]:
+            strides[dim] = -(-strides[dim] // rows.count) * rows.batch
+    return torch.empty_strided(whole, strides, dtype=tensor.dtype, device=device or tensor.device)

@@ -1,0 +1,206 @@
+"""The shard that is being computed, as the operators see it that must know of it: batch norm and
+draws of random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+from flatout.intercept.patch import Undo, replace_function
+from flatout.parallel.placement import Draw, Placement, Rows, UnshareableError
+
+SumOverRanks = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+"""Returns the sums of tensors over all ranks, the same bits on each. It may write to the tensors.
+All ranks call it in the same order, in the forward and in the backward pass."""
+
+
+class Observer:
+    """Records the draws of a call and changes none.
+
+    Attributes:
+        draws: in their order.
+        is_busy: whether an operator is being computed whose own draws do not count.
+    """
+
+    def __init__(self) -> None:
+        self.draws: list[Draw] = []
+        self.is_busy = False
+
+    def next_placement(self, draw: Draw) -> Placement:
+        """Record a draw; it is made as it is."""
+        self.draws.append(draw)
+        return Placement(draw.operator, len(draw.shape), None)
+
+    def copy(self) -> Observer:
+        """Return an observer for what is computed again, whose draws are known already."""
+        return Observer()
+
+
+class Shard:
+    """The shard that a root call computes.
+
+    Args:
+        rows: its samples.
+        sum_over_ranks: adds up tensors of all ranks.
+        placements: of the call's draws in their order (see ``placement.place``).
+        drawn: how many of them are already made.
+
+    Attributes:
+        is_busy: as in ``Observer``.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        sum_over_ranks: SumOverRanks,
+        placements: Sequence[Placement],
+        drawn: int = 0,
+    ) -> None:
+        self.rows = rows
+        self.sum_over_ranks = sum_over_ranks
+        self.placements = placements
+        self.drawn = drawn
+        self.is_busy = False
+
+    def next_placement(self, draw: Draw) -> Placement:
+        """Return where the samples are in the next draw.
+
+        Raises:
+            UnshareableError: this is another draw than the one that was placed.
+        """
+        if self.drawn == len(self.placements):
+            raise UnshareableError("draws more random numbers than the call that was tested")
+        placement = self.placements[self.drawn]
+        self.drawn += 1
+        if (placement.operator, placement.dims) != (draw.operator, len(draw.shape)) or (
+            placement.dim is not None and draw.shape[placement.dim] % self.rows.count
+        ):
+            raise UnshareableError("draws other random numbers than the call that was tested")
+        return placement
+
+    def copy(self) -> Shard:
+        """Return the same shard at the same place in its draws."""
+        return Shard(self.rows, self.sum_over_ranks, self.placements, self.drawn)
+
+
+class _Local(threading.local):
+    current: Shard | Observer | None = None
+
+
+_local = _Local()
+
+
+def current() -> Shard | Observer | None:
+    """Return what sees the operators that this thread calls; ``None`` outside of such a call."""
+    found = _local.current
+    return None if found is None or found.is_busy else found
+
+
+def current_shard() -> Shard | None:
+    """Return the shard that this thread computes; ``None`` if it computes none."""
+    found = current()
+    return found if isinstance(found, Shard) else None
+
+
+@contextlib.contextmanager
+def shard(
+    start: int,
+    stop: int,
+    batch: int,
+    sum_over_ranks: SumOverRanks,
+    placements: Sequence[Placement] = (),
+) -> Iterator[None]:
+    """A context around a call that computes a shard: batch norm and draws are those of the whole
+    batch.
+
+    Args:
+        start, stop: the first sample of the shard and the one after its last.
+        batch: number of samples of the whole call.
+        sum_over_ranks: adds up tensors of all ranks; it is called in the backward pass too.
+        placements: of the draws of calls of this kind (see ``placement.place``).
+
+    Raises:
+        UnshareableError: the call draws other random numbers than those placed, or computes batch
+            norm in a way that cannot be shared out.
+    """
+    entered = Shard(Rows(start, stop, batch), sum_over_ranks, placements)
+    with _entered(entered):
+        yield
+    if entered.drawn < len(placements):
+        raise UnshareableError("draws fewer random numbers than the call that was tested")
+
+
+@contextlib.contextmanager
+def observing() -> Iterator[list[Draw]]:
+    """A context around a call that records its draws, in a list that grows."""
+    observer = Observer()
+    with _entered(observer):
+        yield observer.draws
+
+
+@contextlib.contextmanager
+def busy(state: Shard | Observer) -> Iterator[None]:
+    """A context for an operator whose own batch norms and draws do not count."""
+    state.is_busy = True
+    try:
+        yield
+    finally:
+        state.is_busy = False
+
+
+@contextlib.contextmanager
+def _entered(state: Shard | Observer) -> Iterator[None]:
+    before, _local.current = _local.current, state
+    try:
+        yield
+    finally:
+        _local.current = before
+
+
+def raise_failure(error: Exception) -> None:
+    """Raise a failure of an override: it must not be computed for the shard alone instead."""
+    raise error
+
+
+def install_checkpoint() -> Undo:
+    """Let ``torch.utils.checkpoint`` compute again what belongs to a shard as part of that shard,
+    in the backward pass; returns the undo."""
+    generator = checkpoint._checkpoint_without_reentrant_generator
+    forward: Callable[..., Any] = checkpoint.CheckpointFunction.forward
+
+    def begin(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(_resume(function), *args, **kwargs)
+
+    def run(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        resumed = _resume(function)
+        result = forward(ctx, function, *args)
+        ctx.run_function = resumed
+        return result
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(
+            replace_function(checkpoint, "_checkpoint_without_reentrant_generator", begin)
+        )
+        replacement: Any = staticmethod(run)
+        undo.callback(replace_function(checkpoint.CheckpointFunction, "forward", replacement))
+        return undo.pop_all().close
+
+
+def _resume(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``function`` in the shard that is computed now, at the place in
+    its draws where it is now."""
+    now = current()
+    if now is None:
+        return function
+    there = now.copy()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _entered(there.copy()):
+            return function(*args, **kwargs)
+
+    return call
