@@ -1,0 +1,102 @@
+"""Programs run by one process and by several ranks, to compare what they compute."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatout.parallel.place import RANK_VARIABLE, RANKS_VARIABLE
+from flatout.wire.request import RUN_VARIABLE, Request
+
+BEGIN = """\
+import sys
+import torch
+from flatout.agent import activate
+from flatout.parallel import kinds
+from tests.side_by_side import give_rules
+
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+give_rules()
+activate()
+
+"""
+"""The first lines of a program, which have it recorded and, with ranks, shared out."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program has ended in one of its processes.
+
+    Attributes:
+        status: its exit status.
+        stdout, stderr: what it has printed.
+    """
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def give_rules() -> None:
+    """Have modules shared out by the rule in their attribute ``rule``: by default, the first
+    dimension of all inputs and of the only output counts samples. A text refuses."""
+    from flatout.parallel import checking, kinds
+
+    def find_rule(
+        module: object, args: tuple[object, ...], kwargs: dict[str, object], size: int
+    ) -> kinds.Rule | kinds.Refusal:
+        rule = getattr(module, "rule", None)
+        if isinstance(rule, str):
+            return kinds.Refusal(rule)
+        if rule is None:
+            rule = (0,) * len(kinds.leaves(args, kwargs)), (0,)
+        return kinds.Rule(*rule)
+
+    checking.find_rule = find_rule  # type: ignore[assignment]
+
+
+def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> list[Outcome]:
+    """Run a program and return how it has ended on each rank.
+
+    Args:
+        program: Python that follows ``BEGIN``.
+        ranks: their number; 1: an ordinary process.
+        folder: for the program, as its working directory ``rank-R``, and for what it leaves.
+        timeout_s: when the processes are killed.
+    """
+    script = folder / "program.py"
+    script.write_text(BEGIN + program)
+    run_directory = folder / f"run-{ranks}"
+    run_directory.mkdir()
+    Request().write(run_directory)
+    processes = []
+    for rank in range(ranks):
+        here = folder / f"{ranks}-rank-{rank}"
+        here.mkdir()
+        variables = {RUN_VARIABLE: str(run_directory)}
+        if ranks > 1:
+            variables |= {RANK_VARIABLE: str(rank), RANKS_VARIABLE: str(ranks)}
+        environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.Popen(
+            [sys.executable, script],
+            cwd=here,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+    try:
+        outputs = [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        Outcome(process.returncode, *texts)
+        for process, texts in zip(processes, outputs, strict=True)
+    ]
