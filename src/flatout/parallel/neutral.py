@@ -124,9 +124,10 @@ class Observer(TorchDispatchMode):
         self._given: dict[int, StorageWeakRef] = {}
         self._made: dict[int, StorageWeakRef] = {}
 
-    def __torch_dispatch__(
+    def dispatch(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Call an operator for torch, and note what it does."""
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
@@ -171,6 +172,10 @@ class Observer(TorchDispatchMode):
             if storage._cdata not in into and storage._cdata not in others:
                 # A weak reference keeps the address from being used again.
                 into[storage._cdata] = StorageWeakRef(storage)
+
+
+# Torch would wrap a method of this name in the class, and import its compiler to call it.
+Observer.__torch_dispatch__ = Observer.dispatch  # type: ignore[assignment]
 
 
 def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
