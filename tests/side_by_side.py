@@ -72,7 +72,7 @@ def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> li
     script.write_text(BEGIN + program)
     run_directory = folder / f"run-{ranks}"
     run_directory.mkdir()
-    Request().write(run_directory)
+    Request(seed=0).write(run_directory)
     processes = []
     for rank in range(ranks):
         here = folder / f"{ranks}-rank-{rank}"
