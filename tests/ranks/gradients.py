@@ -189,6 +189,37 @@ def inner_step() -> Results:
     return {"outer": outer, **gradients(model)}
 
 
+class Modulated(nn.Module):
+    """Uses a tensor that was computed outside, and keeps a state from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net(4, 4)
+        self.outside: list[torch.Tensor] = []
+        self.keeps = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.tanh(self.inner(x) * sum(self.outside, torch.ones(())))
+        if self.keeps:
+            self.outside = [out.mean()]
+        return out
+
+
+@case
+def tensors_computed_outside() -> Results:
+    source, model = net(4, 4), Modulated()
+    model.outside = [source(torch.randn(5, 4)).mean(0)]
+    model(torch.randn(7, 4)).square().mean().backward()
+    found = gradients(source, model, prefix="outside ")
+    model.outside = []
+    for _ in range(3):
+        model.keeps = not model.keeps
+        loss = model(torch.randn(7, 4)).square().mean()
+        found |= {f"loss {len(found)}": loss}
+    loss.backward()
+    return {**found, **gradients(model)}
+
+
 @case
 def gradients_by_hand() -> Results:
     model = net(4, 8, 3)

@@ -7,7 +7,7 @@ is the gradient of the whole batch, what flows into a shard is multiplied by the
 - *scatter* takes the own rows of an input. Backward, the rows of all ranks are gathered, over that
   number.
 - A tensor that every rank gets whole passes scatter as it is; backward, its mean is taken. Gather
-  takes the mean of such a tensor; backward, it passes as it is.
+  takes the mean of such a tensor, and backward the mean of its gradient.
 
 So each is the other's backward up to the factor, and double backward works by itself.
 """
@@ -191,9 +191,23 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         crossing: Crossing = ctx.crossing.select(ctx.recorded)
         wanted = [g for g, is_recorded in zip(gradients, ctx.recorded, strict=True) if is_recorded]
-        parts = iter(scatter(crossing, crossing.scaled(wanted, crossing.team.size))[:-1])
+        parts = iter(_take_back(crossing, wanted))
         anchor = torch.zeros(0, device="cpu") if ctx.needs_input_grad[2] else None
         return None, None, anchor, *(next(parts) if found else None for found in ctx.recorded)
+
+
+def _take_back(crossing: Crossing, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradients of what was gathered.
+
+    That of a mean may be partial, and is made whole, since what it flows into computes with it.
+    """
+    parts = scatter(crossing, crossing.scaled(gradients, crossing.team.size))[:-1]
+    is_mean = [dim is None for dim in crossing.dims]
+    if any(is_mean):
+        wanted = [part for part, is_whole in zip(parts, is_mean, strict=True) if is_whole]
+        means = iter(gather(crossing.select(is_mean), wanted, "computes gradients of gradients"))
+        parts = [next(means) if is_whole else p for p, is_whole in zip(parts, is_mean, strict=True)]
+    return parts
 
 
 def _is_differentiable(tensor: torch.Tensor) -> bool:

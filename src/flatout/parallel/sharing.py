@@ -16,7 +16,7 @@ import torch
 from flatout.intercept import objects
 from flatout.intercept.arrays import PLAIN
 from flatout.intercept.events import EventLog
-from flatout.intercept.graph import edges, leaf_of
+from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds
 from flatout.parallel.averaging import Leaves, UnsharedError
@@ -127,6 +127,7 @@ class _Shard:
         result: what the module returned.
         outputs: the tensors in it.
         anchor: see ``crossing.scatter``.
+        begin: number of the first autograd node that it may make.
         reason: why the call cannot be shared out; empty: it can.
     """
 
@@ -134,6 +135,7 @@ class _Shard:
         self.result: Any = None
         self.outputs: list[torch.Tensor] = []
         self.anchor: torch.Tensor | None = None
+        self.begin = 0
         self.reason = ""
 
 
@@ -196,7 +198,10 @@ class Sharing:
             batch = cutting.batch_size(kind.rule, current.leaves)
         if kind.rule is None or batch is None or batch < self._team.size:
             return self._compute_whole(current, call, kind.reason or "the batch is too small")
-        self._leaves.add(objects.parameters(module))
+        parameters = list(objects.parameters(module))
+        if any(parameter.grad_fn is not None for parameter in parameters):
+            return self._compute_whole(current, call, "its parameters are computed from others")
+        self._leaves.add(parameters)
         if torch.is_grad_enabled() and self._leaves.have_hooks():
             return self._compute_whole(current, call, "a parameter has a hook")
         return self._share(current, call, kind.rule, batch)
@@ -276,7 +281,9 @@ class Sharing:
         shard = self._compute_shard(current, call, rule, batch)
         if not shard.reason and changes.have_generators_moved():
             shard.reason = "it draws random numbers"
-        foreign = self._find_foreign(current, shard) if kind.calls < BUFFER_CALLS else []
+        foreign: list[torch.Tensor] = []
+        if not shard.reason and kind.calls < BUFFER_CALLS:
+            foreign = _find_foreign(current, shard)
         rows = cutting.bounds(batch, team.size)[team.rank]
         header = Header(
             0,
@@ -310,6 +317,7 @@ class Sharing:
         """Call the module with the own rows of its inputs."""
         shard = _Shard()
         inputs, shard.anchor = _cut(current, rule, batch)
+        shard.begin = _next_node_number()
         self.is_in_shard = True
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
@@ -324,12 +332,6 @@ class Sharing:
         if not shard.reason and len(shard.outputs) != len(rule.outputs):
             shard.reason = "its output has another number of tensors"
         return shard
-
-    def _find_foreign(self, current: _Call, shard: _Shard) -> list[torch.Tensor]:
-        """Return the leaves that the output depends on and that are no parameters of the module."""
-        known = {id(parameter) for parameter in objects.parameters(current.module)}
-        leaves = (leaf_of(node) for node, _ in edges(shard.outputs) if node is not None)
-        return [leaf for leaf in leaves if leaf is not None and id(leaf) not in known]
 
     def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
         """Return why a call must be computed whole, an empty string if it need not."""
@@ -384,6 +386,42 @@ class _Changes:
         for i, copy in self._copies.items():
             with torch.no_grad(), _autograd._unsafe_preserve_version_counter(self._buffers[i]):
                 self._buffers[i].copy_(copy)
+
+
+def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
+    """Return the leaves that a shard's output depends on and that are no parameters of the module.
+
+    If it depends on other tensors that were computed outside, the shard gets the reason why the
+    call cannot be shared out: their gradients would be partial.
+    """
+    known = {id(parameter) for parameter in objects.parameters(current.module)}
+    entry = None if shard.anchor is None else shard.anchor.grad_fn
+    pending: list[Any] = [output.grad_fn for output in shard.outputs]
+    # A leaf among the outputs has no node.
+    leaves = [output for output in shard.outputs if output.requires_grad and output.is_leaf]
+    seen = {entry, None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = leaf_of(node)
+        if leaf is not None:
+            leaves.append(leaf)
+        elif node._sequence_nr() < shard.begin:
+            shard.reason = "it uses tensors that were computed before, with gradients"
+            return []
+        pending += [following for following, _ in node.next_functions]
+    found = {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
+    return list(found.values())
+
+
+def _next_node_number() -> int:
+    """Return a number that the autograd nodes that this thread makes from now on have at least."""
+    if not torch.is_grad_enabled():
+        return 0
+    node: Any = torch.empty(0, device="cpu", requires_grad=True).view(0).grad_fn
+    return int(node._sequence_nr())
 
 
 def _cut(
