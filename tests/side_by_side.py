@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from flatout.parallel.place import RANK_VARIABLE, RANKS_VARIABLE
 from flatout.wire.request import RUN_VARIABLE, Request
+from tests import forking
 
-BEGIN = """\
+ROOT = Path(__file__).parents[1]
+
+BEGIN = f"""\
 import sys
+sys.path.append({str(ROOT)!r})
 import torch
 from flatout.agent import activate
 from flatout.parallel import kinds
@@ -73,30 +77,21 @@ def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> li
     run_directory = folder / f"run-{ranks}"
     run_directory.mkdir()
     Request(seed=0).write(run_directory)
-    processes = []
-    for rank in range(ranks):
+
+    def run_rank(rank: int) -> Outcome:
         here = folder / f"{ranks}-rank-{rank}"
         here.mkdir()
         variables = {RUN_VARIABLE: str(run_directory)}
         if ranks > 1:
             variables |= {RANK_VARIABLE: str(rank), RANKS_VARIABLE: str(ranks)}
-        environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[1])}
-        process = subprocess.Popen(
+        done = forking.run(
             [sys.executable, script],
             cwd=here,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            env={**os.environ, **variables, "PYTHONPATH": str(ROOT)},
+            timeout_s=timeout_s,
+            server=rank,
         )
-        processes.append(process)
-    try:
-        outputs = [process.communicate(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        Outcome(process.returncode, *texts)
-        for process, texts in zip(processes, outputs, strict=True)
-    ]
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run_rank, range(ranks)))

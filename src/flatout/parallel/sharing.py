@@ -7,6 +7,8 @@ that turns out not to have gone the same way on all ranks, after what it has cha
 from __future__ import annotations
 
 import collections
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -407,13 +409,24 @@ def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
         seen.add(node)
         leaf = leaf_of(node)
         if leaf is not None:
-            leaves.append(leaf)
+            # Nobody sees the gradient of one that the module has made in this call.
+            if sys.getrefcount(leaf) > _references_to_unheld_leaf():
+                leaves.append(leaf)
         elif node._sequence_nr() < shard.begin:
             shard.reason = "it uses tensors that were computed before, with gradients"
             return []
         pending += [following for following, _ in node.next_functions]
     found = {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
     return list(found.values())
+
+
+@functools.cache
+def _references_to_unheld_leaf() -> int:
+    """Return how many references ``sys.getrefcount`` counts where only a graph holds a leaf."""
+    with torch.enable_grad():
+        node: Any = torch.zeros(1, device="cpu", requires_grad=True).neg().grad_fn
+    leaf = leaf_of(node.next_functions[0][0])
+    return sys.getrefcount(leaf)
 
 
 def _next_node_number() -> int:
