@@ -472,14 +472,23 @@ def test_activations_in_a_list_or_dictionary_of_the_program() -> None:
     activations: list[torch.Tensor] = [torch.ones(1)]
     by_name: dict[str, torch.Tensor] = {}
 
-    def keep(h: torch.Tensor) -> torch.Tensor:
-        activations.append(h * 2)
-        by_name["h"] = h * 4
-        return h * 3
+    class Model(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = super().forward(x)
+            activations.append(h * 2)
+            by_name["h"] = h * 4
+            return h * 3
 
-    assert "keeps tensors" in reason(Calls(keep), torch.randn(B, D))
+    assert "keeps tensors" in reason(Model(D, D), torch.randn(B, D))
     assert len(activations) == 1
     assert not by_name
+
+    def keep(h: torch.Tensor) -> torch.Tensor:
+        activations.append(h * 2)
+        return h * 3
+
+    assert "'function'" in reason(Calls(keep), torch.randn(B, D))
+    assert len(activations) == 1
 
 
 def test_a_hook_of_the_program() -> None:
