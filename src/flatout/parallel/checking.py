@@ -119,6 +119,8 @@ def find_rule(
             return search.find()
         except CannotCopyError as error:
             return Refusal(f"{name} has a {error.args[0].__name__}, which cannot be copied")
+        except torch.OutOfMemoryError:
+            return Refusal(f"there is no memory to test {name}", is_lasting=False)
         except _RaisedError as error:
             return Refusal(f"{name} raises {error}", is_lasting=False)
         except _RefusedError as error:
@@ -395,7 +397,7 @@ class _Search:
             raise _RefusedError("cannot be copied", 3)
         if not all(_equal_bits(parameter, copied) for parameter, copied in weights):
             raise _RefusedError("changes its parameters in its forward pass", 3)
-        refused = _RefusedError("gets no tensor with as many rows as ranks", 0)
+        refused = "gets no tensor with as many rows as ranks", 0
         for dims, batch in self._candidates():
             try:
                 shards = cutting.bounds(batch, self._size)
@@ -406,9 +408,9 @@ class _Search:
                 self._test_with_noise(dims, batch, outputs, own.has_rounding)
                 return Rule(dims, outputs)
             except _RefusedError as error:
-                if error.progress > refused.progress:
-                    refused = error
-        raise refused
+                if error.progress > refused[1]:
+                    refused = error.reason, error.progress
+        raise _RefusedError(*refused)
 
     def _candidates(self) -> Iterator[tuple[Dims, int]]:
         """Yield the dimensions that may count samples, and the number of samples: first for the
