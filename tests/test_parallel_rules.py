@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import random
 import warnings
 from collections.abc import Callable
@@ -472,14 +473,23 @@ def test_activations_in_a_list_or_dictionary_of_the_program() -> None:
     activations: list[torch.Tensor] = [torch.ones(1)]
     by_name: dict[str, torch.Tensor] = {}
 
-    def keep(h: torch.Tensor) -> torch.Tensor:
-        activations.append(h * 2)
-        by_name["h"] = h * 4
-        return h * 3
+    class Model(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = super().forward(x)
+            activations.append(h * 2)
+            by_name["h"] = h * 4
+            return h * 3
 
-    assert "keeps tensors" in reason(Calls(keep), torch.randn(B, D))
+    assert "keeps tensors" in reason(Model(D, D), torch.randn(B, D))
     assert len(activations) == 1
     assert not by_name
+
+    def keep(h: torch.Tensor) -> torch.Tensor:
+        activations.append(h * 2)
+        return h * 3
+
+    assert "'function'" in reason(Calls(keep), torch.randn(B, D))
+    assert len(activations) == 1
 
 
 def test_a_hook_of_the_program() -> None:
@@ -684,6 +694,61 @@ def test_a_warning_that_is_shown_once_is_not_used_up() -> None:
         warnings.simplefilter("default")
         assert rule(module, torch.randn(B, D)) == Rule((0,), (0,))
     assert not torch.is_warn_always_enabled()
+
+
+@pytest.mark.parametrize("gate", [None, 1.0])
+def test_nothing_of_a_test_lives_on(gate: float | None) -> None:
+    module = ENCODER(batch_first=True) if gate is None else Attention(gate)
+    x = torch.randn(B, T, D) if gate is None else torch.randn(B, D)
+    find_rule(module, (x,), {}, 2)
+    gc.collect()
+
+    def living() -> int:
+        return sum(isinstance(found, (torch.Tensor, nn.Module)) for found in gc.get_objects())
+
+    before = living()
+    gc.disable()
+    try:
+        find_rule(module, (x,), {}, 2)
+        assert living() == before
+    finally:
+        gc.enable()
+
+
+def test_a_module_that_begins_to_mix_samples() -> None:
+    class Model(nn.Linear):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            h = super().forward(x)
+            return h - h.mean(0) if self.calls > 4 else h
+
+    module, x = Model(D, D), torch.randn(B, D)
+    for _ in range(4):
+        assert rule(module, x) == Rule((0,), (0,))
+        module(x)
+    assert "mixes samples" in reason(module, x)
+
+
+def test_experts_that_get_other_numbers_of_samples() -> None:
+    """Products of other sizes are rounded in other ways, which is no mixing."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choose = nn.Linear(64, 3)
+            self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = self.choose(x).argmax(1)
+            out = torch.zeros_like(x)
+            for number, expert in enumerate(self.experts):
+                rows = (chosen == number).nonzero()[:, 0]
+                out = out.index_add(0, rows, expert(x[rows]))
+            return out
+
+    assert rule(Model(), torch.randn(64, 64)) == Rule((0,), (0,))
 
 
 def test_the_same_result_in_every_run() -> None:

@@ -6,7 +6,8 @@ tested on copies of the module, in the mode of the program's call:
 
 - A shard has the outputs that the rule says, and leaves the module in the same state.
 - Outputs of a sample keep their bits if all other samples are replaced, in a call of the same
-  shape, so by the same kernels. This also finds samples that are mixed with a weight of 1e-6.
+  shape, so by the same kernels. This also finds samples that are mixed with a weight of 1e-6. If
+  bits differ, the test is made again in float64, where rounding is told from mixing.
 - The same holds, in float64 where the module can compute in it, with noise on all parameters: a
   mixture whose factor is zero at first is found too.
 - The gradients of two shards, whose outputs' gradients are multiplied by two, average to the
@@ -56,9 +57,16 @@ _FLOAT64_TOLERANCE = 1e-9
 """Difference between a shard's outputs and the whole call's in float64, relative to the largest
 element: rounding of 1e-16, amplified by a network."""
 
+_FLOAT64_ROUNDING = 1e-12
+"""Difference in float64 between outputs of a sample beside other samples, relative to the largest
+element. It is 0 unless sizes inside of the module depend on the samples, as those of a packed
+sequence do."""
+
 _GRADIENT_FLOOR = 1e-3
 """Gradients are compared relative to their largest element, and at least to this part of the
 largest of all: some, as that of a bias before a norm, are nothing but rounding errors."""
+
+_MIXES_OR_ROUNDS = "gives other outputs for a sample if other samples change"
 
 _BUILTIN_HOOKS = ("torch.", "flatout.")
 """Packages whose hooks keep no activations."""
@@ -111,6 +119,8 @@ def find_rule(
             return search.find()
         except CannotCopyError as error:
             return Refusal(f"{name} has a {error.args[0].__name__}, which cannot be copied")
+        except torch.OutOfMemoryError:
+            return Refusal(f"there is no memory to test {name}", is_lasting=False)
         except _RaisedError as error:
             return Refusal(f"{name} raises {error}", is_lasting=False)
         except _RefusedError as error:
@@ -220,7 +230,10 @@ class _Outcome:
             raise _RefusedError("returns a tensor that cannot be joined", 2)
         self.structure = structure_of(output)
         self.tensors = [tensor.detach().clone() for tensor in found]
-        self.state = state
+        self.state = [  # without the graphs behind them
+            (name, value.detach() if isinstance(value, torch.Tensor) else value)
+            for name, value in state
+        ]
         self.kept: set[int] = set()
 
 
@@ -238,6 +251,7 @@ class _Subject:
         leaves: to start from.
         weights: for the identity of each parameter, the one that takes its place.
         kept: addresses of all storages that the program still holds after calls.
+        has_rounding: whether outputs of a sample have had other bits beside other samples.
     """
 
     def __init__(
@@ -258,6 +272,7 @@ class _Subject:
                 value += _NOISE * (_rms(value) or 1.0) * _normal(value, noise)
             self.weights[id(parameter)] = torch.nn.Parameter(value, parameter.requires_grad)
         self.kept: set[int] = set()
+        self.has_rounding = False
         self._module, self._args, self._kwargs = module, args, kwargs
         self._originals = leaves(args, kwargs)
 
@@ -382,17 +397,20 @@ class _Search:
             raise _RefusedError("cannot be copied", 3)
         if not all(_equal_bits(parameter, copied) for parameter, copied in weights):
             raise _RefusedError("changes its parameters in its forward pass", 3)
-        refused = _RefusedError("gets no tensor with as many rows as ranks", 0)
+        refused = "gets no tensor with as many rows as ranks", 0
         for dims, batch in self._candidates():
             try:
                 shards = cutting.bounds(batch, self._size)
-                outputs = _examine(own, own.leaves, whole, dims, shards)
-                self._test_with_noise(dims, batch, outputs)
+                own.has_rounding = False
+                outputs = _examine(own, whole, dims, shards)
+                if own.has_rounding:
+                    self._test_in_float64(dims, shards)
+                self._test_with_noise(dims, batch, outputs, own.has_rounding)
                 return Rule(dims, outputs)
             except _RefusedError as error:
-                if error.progress > refused.progress:
-                    refused = error
-        raise refused
+                if error.progress > refused[1]:
+                    refused = error.reason, error.progress
+        raise _RefusedError(*refused)
 
     def _candidates(self) -> Iterator[tuple[Dims, int]]:
         """Yield the dimensions that may count samples, and the number of samples: first for the
@@ -414,9 +432,26 @@ class _Search:
                         return
                     yield dims, batch
 
-    def _test_with_noise(self, dims: Dims, batch: int, outputs: Dims) -> None:
+    def _test_in_float64(self, dims: Dims, shards: Sequence[tuple[int, int]]) -> None:
+        """Test a rule where rounding differs with the other samples."""
+        subject = _Subject(self._module, self._args, self._kwargs, self._leaves, in_float64=True)
+        self._subjects.append(subject)
+        try:
+            whole = subject.call(subject.leaves)
+        except _RaisedError:
+            raise _RefusedError(_MIXES_OR_ROUNDS, 5) from None
+        _examine(subject, whole, dims, shards)
+
+    def _test_with_noise(self, dims: Dims, batch: int, outputs: Dims, has_rounding: bool) -> None:
         """Test a rule with noise on the weights and few samples, whose number is unlike all other
-        sizes."""
+        sizes.
+
+        Args:
+            dims: of the inputs.
+            batch: number of samples of the program's call.
+            outputs: dimensions of the outputs, as they were found.
+            has_rounding: whether only float64 tells rounding from mixing.
+        """
         taken = {size for leaf in self._leaves for size in leaf.shape}
         few = next(n for n in itertools.count(2 * _TEST_SHARDS + 1) if n not in taken)
         rows = torch.arange(few) * batch // few
@@ -432,7 +467,9 @@ class _Search:
                 if in_float64:  # the module computes in one dtype only
                     continue
                 raise _RefusedError(f"raises {error} with another number of samples", 2) from None
-            found = _examine(subject, subject.leaves, whole, dims, shards)
+            found = _examine(subject, whole, dims, shards)
+            if (has_rounding or subject.has_rounding) and not in_float64:
+                raise _RefusedError(_MIXES_OR_ROUNDS, 5)
             if found != outputs:
                 raise _RefusedError("returns other shapes with another number of samples", 2)
             if torch.is_grad_enabled():
@@ -442,7 +479,6 @@ class _Search:
 
 def _examine(
     subject: _Subject,
-    given: Sequence[torch.Tensor],
     whole: _Outcome,
     dims: Dims,
     shards: Sequence[tuple[int, int]],
@@ -451,8 +487,7 @@ def _examine(
 
     Args:
         subject: the module.
-        given: the leaves of the whole call.
-        whole: its outcome.
+        whole: the outcome of the whole call.
         dims: of the inputs.
         shards: bounds of all shards.
 
@@ -466,7 +501,7 @@ def _examine(
     start, stop = shards[0]
     pieces = [
         leaf if dim is None else cutting.cut_tensor(leaf, dim, start, stop)
-        for leaf, dim in zip(given, dims, strict=True)
+        for leaf, dim in zip(subject.leaves, dims, strict=True)
     ]
     try:
         shard = subject.call(pieces)
@@ -485,7 +520,7 @@ def _examine(
             )
     _compare_states(whole, shard)
     for (start, stop), nearest in ((shards[0], False), (shards[-1], True)):
-        _test_independence(subject, given, whole, Rule(dims, outputs), start, stop, nearest)
+        _test_independence(subject, whole, Rule(dims, outputs), start, stop, nearest)
     return outputs
 
 
@@ -513,7 +548,6 @@ def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -
 
 def _test_independence(
     subject: _Subject,
-    given: Sequence[torch.Tensor],
     whole: _Outcome,
     rule: Rule,
     start: int,
@@ -524,13 +558,13 @@ def _test_independence(
 
     Args:
         subject: the module.
-        given: the leaves of the whole call.
-        whole: its outcome.
+        whole: the outcome of the whole call.
         rule: to be tested.
         start, stop: the first row that is kept and the row after the last.
         nearest: replace the others by the nearest row that is kept, which keeps rows in an order
             that they have; else by others with noise where the module accepts those.
     """
+    given = subject.leaves
     try:
         if nearest:
             raise _RaisedError
@@ -553,7 +587,9 @@ def _test_independence(
         before, after = tensor, changed
         if tensor.shape == changed.shape and dim is not None:
             before, after = (t.narrow(dim, start, stop - start) for t in (tensor, changed))
-        if not _equal_rows(before, after):
+        if not _equal_bits(before, after):
+            subject.has_rounding = True
+        if not _are_close(before, after, _rounding(before)):
             raise _RefusedError(
                 f"mixes samples: its output{_number(index, whole)} for a sample differs if other "
                 "samples change",
@@ -706,14 +742,10 @@ def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _equal_rows(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether rows are equal that were computed in calls of the same shapes: on the CPU to the bit,
-    on an accelerator, where the order of a sum may vary, to 4 units of the last place."""
-    if _equal_bits(one, other):
-        return True
-    if one.device.type == "cpu" or one.shape != other.shape or not one.is_floating_point():
-        return False
-    return _are_close(one, other, 4 * torch.finfo(one.dtype).eps)
+def _rounding(tensor: torch.Tensor) -> float:
+    """Return the relative difference that may be rounding, of rows computed in calls of the same
+    shapes."""
+    return _FLOAT64_ROUNDING if tensor.dtype is torch.float64 else _tolerance(tensor)
 
 
 def _are_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

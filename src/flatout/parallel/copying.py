@@ -8,6 +8,7 @@ from the packages that the module's classes come from. Everything else is shared
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
@@ -112,6 +113,10 @@ class Copier:
             return list(dict.values(item))
         if issubclass(kind, (list, tuple, deque, set, frozenset)):
             return list(item)
+        if kind is types.FunctionType:
+            return _enclosed(item)
+        if kind is functools.partial:
+            return [item.func, *item.args, *item.keywords.values()]
         return list(objects.attributes(item).values()) if self._belongs(kind) else None
 
     def copy(self, value: Any) -> Any:
@@ -178,13 +183,9 @@ class Copier:
 
     def _copy_function(self, function: Any) -> Any:
         """Copy a function if what it closes over is copied."""
-        cells = function.__closure__ or ()
-        try:
-            content = [cell.cell_contents for cell in cells]
-        except ValueError:  # a cell is empty
-            return function
+        content = _enclosed(function)
         copied = list(map(self.copy, content))
-        if all(map(_is_same, copied, content)):
+        if all(map(_is_same, copied, content)) or len(content) < len(function.__closure__):
             return function
         made = types.FunctionType(
             *(function.__code__, function.__globals__, function.__name__, function.__defaults__),
@@ -226,6 +227,15 @@ class Copier:
 
 def _is_same(one: Any, other: Any) -> bool:
     return one is other
+
+
+def _enclosed(function: Any) -> list[Any]:
+    """Return the values of the variables that a function closes over, as far as they are set."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def _empty(value: Any) -> Any:
