@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatout.parallel.place import RANK_VARIABLE, RANKS_VARIABLE
-from flatout.wire.request import RUN_VARIABLE, Request
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE, Request
 from tests import forking
 
 ROOT = Path(__file__).parents[1]

@@ -146,7 +146,8 @@ PARTINGS = {
         "in step 3, where rank 0 makes call 3 of Linear: sizes or types of its inputs differ",
     ),
     "order": (
-        "other = nn.Linear(4, 2)\nstep(torch.ones(7, 4))\n(other if rank else model)(torch.ones(7, 4))",
+        "other = nn.Linear(4, 2)\nstep(torch.ones(7, 4))\n"
+        "(other if rank else model)(torch.ones(7, 4))",
         "in step 2: rank 0 makes call 2 of Linear, rank 1 makes call 1 of Linear; the program",
     ),
     "backward": (

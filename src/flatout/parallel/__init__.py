@@ -34,7 +34,11 @@ class Parallel:
         self._ending = Ending(place, host.events, finish)
         leaves = Leaves()
         self._sharing = Sharing(
-            host.events, leaves, self._form_team, _find_rule(), lambda: (host.roots, host.optimizers)
+            host.events,
+            leaves,
+            self._form_team,
+            _find_rule(),
+            lambda: (host.roots, host.optimizers),
         )
         self._averaging = Averaging(
             leaves, lambda: self._sharing.team, lambda: self._sharing.is_in_shard
@@ -77,8 +81,8 @@ class Parallel:
         messages = [json.loads(text) for text in channel.exchange(json.dumps(sys.argv).encode())]
         if any(message != messages[0] for message in messages):
             self._ending.stop(
-                f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs that "
-                "train at the same time in one job are not supported"
+                f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
+                "that train at the same time in one job are not supported"
             )
         sameness.agree_on_kernel(channel.exchange)
         return team

@@ -72,7 +72,9 @@ class Averaging:
         self._is_in_shard = is_in_shard
         self._depth = 0
 
-    def __call__(self, call: Callable[..., Any], outputs: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, call: Callable[..., Any], outputs: Any, gradients: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Make a backward call, and average what it has computed."""
         accumulates = bool(kwargs.get("accumulate_grad"))
         if self._is_in_shard():
@@ -112,10 +114,15 @@ class Averaging:
             before: what ``_stored`` returned before the backward call.
         """
         after = self._stored()
-        changed = [n for n, (gradient, version) in after.items() if _differs(before.get(n), gradient, version)]
+        changed = [
+            n
+            for n, (gradient, version) in after.items()
+            if _differs(before.get(n), gradient, version)
+        ]
         changed = _agree(team, changed, "makes a backward call")
         leaves = self._leaves.numbered()
-        differentiable, plain = [], []
+        differentiable: list[Any] = []
+        plain: list[Any] = []
         with torch.no_grad():
             for number in changed:
                 leaf: Any = leaves[number]

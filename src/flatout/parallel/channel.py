@@ -36,7 +36,9 @@ class Gloo:
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, by rank; they may differ in length."""
-        sizes = [int.from_bytes(size, "little") for size in self.meet(len(message).to_bytes(8, "little"))]
+        sizes = [
+            int.from_bytes(size, "little") for size in self.meet(len(message).to_bytes(8, "little"))
+        ]
         longest = max(*sizes, 1)
         messages = self.meet(message.ljust(longest, b"\0"))
         return [padded[:size] for padded, size in zip(messages, sizes, strict=True)]

@@ -3,9 +3,10 @@
 The gradients of parameters are averaged over the ranks after each backward call. So that their mean
 is the gradient of the whole batch, what flows into a shard is multiplied by the number of ranks:
 
-- *gather* joins the shards' outputs. Backward, a rank takes the own rows, times the number of ranks.
-- *scatter* takes the own rows of an input. Backward, the rows of all ranks are gathered, over that
-  number.
+- *gather* joins the shards' outputs. Backward, a rank takes its own rows, times the number of
+  ranks.
+- *scatter* takes the own rows of an input. Backward, the rows of all ranks are gathered, over the
+  number of ranks.
 - A tensor that every rank gets whole passes scatter as it is; backward, its mean is taken. Gather
   takes the mean of such a tensor, and backward the mean of its gradient.
 
@@ -149,9 +150,7 @@ def is_flagged(bits: int, i: int) -> bool:
     return bool(bits >> min(i, 63) & 1)
 
 
-def _without(
-    dims: Sequence[int | None], tensors: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return views of the tensors that have no rows, so that their shapes are the same on all
     ranks."""
     pairs = zip(dims, tensors, strict=True)
@@ -182,7 +181,9 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         joined = crossing.gather(tensors)
         ctx.crossing = crossing
-        ctx.recorded = [is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)]
+        ctx.recorded = [
+            is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)
+        ]
         others = [t for t, is_recorded in zip(joined, ctx.recorded, strict=True) if not is_recorded]
         ctx.mark_non_differentiable(*others)
         return tuple(joined)

@@ -24,10 +24,15 @@ class Ending:
         place: of this process.
         events: where the reason is noted.
         finish: writes the rest of the record.
+
+    Attributes:
+        is_stopping: whether this process is being stopped.
+        ticket: of this process (see ``joining``); ``None``: it has none yet.
     """
 
     def __init__(self, place: Place, events: EventLog, finish: Callable[[str], None]) -> None:
         self.is_stopping = False
+        self.ticket: int | None = None
         self._place = place
         self._events = events
         self._finish = finish
@@ -68,21 +73,24 @@ class Ending:
     def note_end(self) -> None:
         """Let the other ranks know that the program has ended in this one."""
         with contextlib.suppress(OSError):
-            (self._place.run_directory / f"ended-{self._place.rank}").touch()
+            self._end_file(self._place.rank).touch()
 
     def news(self) -> str | None:
         """Return why another rank has ended, ``None`` if none has."""
         others = [rank for rank in range(self._place.size) if rank != self._place.rank]
         for rank in others:
             if (text := _read(self._place.run_directory / f"died-{rank}")) is not None:
-                return f"rank {rank} has died: {text}" if text else f"rank {rank} has died"
+                return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
         for rank in others:
-            if _read(self._place.run_directory / f"ended-{rank}") is not None:
+            if self.ticket is not None and self._end_file(rank).exists():
                 return (
                     f"the program has ended on rank {rank} and goes on on rank {self._place.rank}: "
                     "it decides by something that is not the same on all ranks, such as the clock"
                 )
         return None
+
+    def _end_file(self, rank: int) -> Path:
+        return self._place.run_directory / f"ended-{rank}-{self.ticket}"
 
 
 def _read(path: Path) -> str | None:

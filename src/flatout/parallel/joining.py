@@ -37,7 +37,7 @@ def join(place: Place, ending: Ending) -> Gloo:
     Raises:
         RuntimeError: a rank has not come in time, or torch has no gloo.
     """
-    ticket = _take_ticket(place)
+    ending.ticket = ticket = _take_ticket(place)
     port_file = place.run_directory / f"port-{ticket}"
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank == 0:
@@ -78,7 +78,9 @@ def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
 
 def _store(port: int, is_server: bool) -> Any:
     timeout = datetime.timedelta(seconds=JOIN_SECONDS)
-    return torch.distributed.TCPStore("127.0.0.1", port, None, is_server, timeout, False)
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, None, is_server, timeout, False)
 
 
 def _group(store: Any, place: Place) -> Any:

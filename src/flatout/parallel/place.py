@@ -6,10 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatout.wire.request import RUN_VARIABLE
-
-RANK_VARIABLE = "FLATOUT_RANK"
-RANKS_VARIABLE = "FLATOUT_RANKS"
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE
 
 
 @dataclass(frozen=True)

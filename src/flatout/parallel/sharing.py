@@ -437,17 +437,13 @@ def _next_node_number() -> int:
     return int(node._sequence_nr())
 
 
-def _cut(
-    current: _Call, rule: Rule, batch: int
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return the own rows of a call's inputs, and the anchor of those that require gradients."""
     rows = cutting.bounds(batch, current.team.size)[current.team.rank]
     is_recorded = torch.is_grad_enabled()
     crossing = [is_recorded and leaf.requires_grad for leaf in current.leaves]
     plain = [leaf for leaf, crosses in zip(current.leaves, crossing, strict=True) if not crosses]
-    others = tuple(
-        dim for dim, crosses in zip(rule.inputs, crossing, strict=True) if not crosses
-    )
+    others = tuple(dim for dim, crosses in zip(rule.inputs, crossing, strict=True) if not crosses)
     cut = iter(cutting.cut(Rule(others, ()), plain, *rows))
     if not any(crossing):
         return list(cut), None
@@ -474,9 +470,7 @@ def _structure(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> int:
 def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) -> Any:
     """Return what the module would have returned for the whole batch."""
     is_cut = [dim is not None for dim in rule.outputs]
-    bits = flags(
-        [is_flagged(recorded, i) for i, is_joined in enumerate(is_cut) if is_joined]
-    )
+    bits = flags([is_flagged(recorded, i) for i, is_joined in enumerate(is_cut) if is_joined])
     where = Crossing(current.team, batch, rule.outputs).select(is_cut)
     parts = [t for t, is_joined in zip(shard.outputs, is_cut, strict=True) if is_joined]
     joined = iter(gather_anchored(where, parts, bits, shard.anchor)) if parts else iter(())

@@ -86,12 +86,15 @@ class Team:
         """
         shapes = [_shapes(t, dim, self.rank, rows) for t, dim in zip(tensors, dims, strict=True)]
         sizes = [
-            [shape[rank].numel() * t.element_size() for t, shape in zip(tensors, shapes, strict=True)]
+            [
+                shape[rank].numel() * t.element_size()
+                for t, shape in zip(tensors, shapes, strict=True)
+            ]
             for rank in range(self.size)
         ]
         offsets = [aligned(of_rank) for of_rank in sizes]
         own = torch.zeros(max(of_rank[-1] for of_rank in offsets), dtype=torch.uint8, device="cpu")
-        for tensor, start, size in zip(tensors, offsets[self.rank], sizes[self.rank]):
+        for tensor, start, size in zip(tensors, offsets[self.rank], sizes[self.rank], strict=False):
             own[start : start + size] = to_bytes(tensor)
         received = self.channel.gather(own)
         joined = [_empty_whole(t, dim, sum(s[dim] for s in shape))
@@ -142,12 +145,13 @@ def _empty_whole(shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Return an empty tensor for the whole batch, with its dimensions in the order in which the
     memory of the shard has them."""
     shape = [*shard.shape[:dim], size, *shard.shape[dim + 1 :]]
-    order = sorted(range(shard.dim()), key=lambda i: (-shard.stride(i), i))
+    strides = shard.stride()
+    order = sorted(range(shard.dim()), key=lambda i: (-strides[i], i))
     return torch.empty_permuted(shape, order, dtype=shard.dtype, device=shard.device)
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of dense tensors that are averaged together: of one dtype, and few bytes."""
+    """Yield the indices of dense tensors that are averaged together: of one dtype, not too many."""
     open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     room: dict[tuple[torch.dtype, torch.device], int] = {}
     for i, tensor in enumerate(tensors):
@@ -183,8 +187,8 @@ def _parting(name: str, rank: int, step: int, words: Sequence[str]) -> str:
     here = f"rank 0 and rank {rank} have parted in step {step + 1}"
     if name in ("sequence", "meeting", "subject"):
         return (
-            f"{here}: rank 0 {words[0]}, rank {rank} {words[rank]}; the program decides by something "
-            "that is not the same on all ranks, such as the clock or a generator without a seed"
+            f"{here}: rank 0 {words[0]}, rank {rank} {words[rank]}; the program decides by "
+            "something that is not the same on all ranks, such as the clock or a generator without a seed"
         )
     return f"{here}, where rank 0 {words[0]}: {_DIFFERENCES[name]}"
 
@@ -194,8 +198,8 @@ _DIFFERENCES = {
     "the operating system seeds, or data in another order",
     "content": "its inputs differ; a likely cause is a random generator that the operating system "
     "seeds (numpy.random.default_rng(), random.Random(), os.urandom), or data in another order",
-    "generators": "the random generators are in different states; a likely cause is that the program "
-    "draws at times that the clock decides",
+    "generators": "the random generators are in different states; a likely cause is that the "
+    "program draws at times that the clock decides",
     "parameters": "parameters or optimizer states differ; a likely cause is an update that is not "
     "deterministic, or made from what is not the same on all ranks",
 }
