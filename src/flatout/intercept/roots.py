@@ -59,6 +59,8 @@ class RootSearch:
 
     Attributes:
         is_active: whether a search is going on.
+        keeps_watches: whether classes without roots stay watched after the search, so that which
+            calls are known to be outermost does not depend on when the log was read.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RootSearch:
         on_watch_failure: OnFailure,
     ) -> None:
         self.is_active = True
+        self.keeps_watches = False
         self._log = log
         self._on_search_begin = on_search_begin
         self._on_skip = on_skip
@@ -112,7 +115,7 @@ class RootSearch:
         if self._steps >= _FIRST_STEPS:
             self.is_active = False
             for known in list(self._classes.values()):
-                if not known.has_roots:
+                if not known.has_roots and not self.keeps_watches:
                     known.watch.remove()
 
     def resume(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import enum
+import types
+from collections import UserDict, UserList
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,13 @@ from flatout.intercept.nested import LIMIT, parts, tensors_in
 
 _EXACT = frozenset(map(id, (type(None), bool, int, str, bytes)))
 """Identities of the types whose values may decide what a module does."""
+
+_IMMUTABLE = (
+    *(type(None), bool, int, float, complex, str, bytes, type, range, slice),
+    *(types.FunctionType, types.BuiltinFunctionType, types.EllipsisType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""Types of objects that hold no tensors and do not change."""
 
 
 @dataclass(frozen=True)
@@ -85,32 +95,78 @@ def kind_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     )
 
 
+def structure_of(value: Any) -> list[Hashable]:
+    """Describe nested containers and what is in them, but for the tensors, of which only the places
+    count."""
+    return [
+        "tensor" if isinstance(item, torch.Tensor) else _describe(item, content, exact=True)
+        for item, content in _visit(value)
+    ]
+
+
+def find_opaque(value: Any) -> type | None:
+    """Return the type of an object in nested containers that may hold tensors or change, and into
+    which nobody can look; ``None`` if there is none."""
+    for item, content in _visit(value):
+        kind = type(item)
+        if (
+            not content
+            and not issubclass(kind, (torch.Tensor, *_IMMUTABLE))
+            and not issubclass(type(kind), enum.EnumMeta)
+            and not is_container(item)
+        ):
+            return kind
+    return None
+
+
+def is_container(value: Any) -> bool:
+    """Whether ``nested`` can look into an object."""
+    kind = type(value)
+    return issubclass(kind, (dict, list, tuple, UserDict, UserList)) or (
+        type(objects.inherited(kind, "__dataclass_fields__")) is dict
+    )
+
+
 def _describe_arguments(value: Any) -> list[Hashable]:
     """Describe every object in nested containers, in one order."""
-    found: list[Hashable] = []
+    return [
+        _describe_tensor(item) if isinstance(item, torch.Tensor) else _describe(item, content)
+        for item, content in _visit(value)
+    ]
+
+
+def _visit(value: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield the objects in nested containers in one order, each with its content; in the place of
+    an object that was there before, its number."""
     numbers: dict[int, int] = {}
     pending = [value]
     room = LIMIT
     while pending:
         item = pending.pop()
         kind = type(item)
-        if id(kind) in _EXACT:
-            found.append((kind, item))
-        elif kind is float:
-            found.append((kind, item > 0, item < 0))
+        if id(kind) in _EXACT or kind is float or kind is complex:
+            yield item, []
         elif id(item) in numbers:
-            found.append(numbers[id(item)])
+            yield ("again", numbers[id(item)]), []
         else:
             numbers[id(item)] = len(numbers)
-            if issubclass(kind, torch.Tensor):
-                found.append(_describe_tensor(item))
-                continue
-            content = parts(item, kind, room)
+            content = [] if issubclass(kind, torch.Tensor) else parts(item, kind, room)
             room -= len(content)
             pending += reversed(content)
-            keys = tuple(map(_describe_key, dict.keys(item))) if issubclass(kind, dict) else ()
-            found.append((kind, len(content), keys))
-    return found
+            yield item, content
+
+
+def _describe(item: Any, content: list[Any], exact: bool = False) -> Hashable:
+    """Describe an object that is no tensor; of a float only the sign, unless ``exact``."""
+    kind: Any = type(item)
+    if id(kind) in _EXACT:
+        return kind, item
+    if kind is float:
+        return kind, *((repr(item),) if exact else (item > 0, item < 0))
+    if issubclass(type(kind), enum.EnumMeta):
+        return kind, id(item)
+    keys = tuple(map(_describe_key, dict.keys(item))) if issubclass(kind, dict) else ()
+    return kind, len(content), keys
 
 
 def _describe_tensor(tensor: torch.Tensor) -> Hashable:

@@ -1,0 +1,792 @@
+"""Finding by test how the calls of a kind may be shared out, or why they may not.
+
+A rule names the dimension that counts samples, in each input and each output. It holds if a call on
+some of the rows gives these rows of the output, and nothing else is different afterwards. That is
+tested on copies of the module, in the mode of the program's call:
+
+- A shard has the outputs that the rule says, and leaves the module in the same state.
+- Outputs of a sample keep their bits if all other samples are replaced, in a call of the same
+  shape, so by the same kernels. This also finds samples that are mixed with a weight of 1e-6. If
+  bits differ, the test is made again in float64, where rounding is told from mixing.
+- The same holds, in float64 where the module can compute in it, with noise on all parameters: a
+  mixture whose factor is zero at first is found too.
+- The gradients of two shards, whose outputs' gradients are multiplied by two, average to the
+  gradients of the whole call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import _engine_run_backward as run_backward
+
+from flatout.intercept import objects
+from flatout.intercept.arrays import EXACT_TENSOR_TYPES
+from flatout.intercept.nested import tensors_in
+from flatout.machine import system
+from flatout.parallel import cutting
+from flatout.parallel.copying import CannotCopyError, Copier
+from flatout.parallel.kinds import (
+    Refusal,
+    Rule,
+    distinct_tensors,
+    find_opaque,
+    leaves,
+    structure_of,
+)
+from flatout.parallel.neutral import Generators, Observer, release_kept, unnoticed
+
+MOST_CANDIDATES = 16
+"""Greatest number of rules that are tested for a kind."""
+
+_NOISE = 0.02
+"""Noise on a parameter, relative to its root mean square."""
+
+_SEED = 0
+"""Of the noise; the same on all ranks."""
+
+_TEST_SHARDS = 2
+"""Number of shards in tests on few samples."""
+
+_FLOAT64_TOLERANCE = 1e-9
+"""Difference between a shard's outputs and the whole call's in float64, relative to the largest
+element: rounding of 1e-16, amplified by a network."""
+
+_FLOAT64_ROUNDING = 1e-12
+"""Difference in float64 between outputs of a sample beside other samples, relative to the largest
+element. It is 0 unless sizes inside of the module depend on the samples, as those of a packed
+sequence do."""
+
+_GRADIENT_FLOOR = 1e-3
+"""Gradients are compared relative to their largest element, and at least to this part of the
+largest of all: some, as that of a bias before a norm, are nothing but rounding errors."""
+
+_MIXES_OR_ROUNDS = "gives other outputs for a sample if other samples change"
+
+_BUILTIN_HOOKS = ("torch.", "flatout.")
+"""Packages whose hooks keep no activations."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+Dims = tuple["int | None", ...]
+
+
+class _RefusedError(Exception):
+    """Raised with the reason where a rule does not hold.
+
+    Args:
+        reason: a clause.
+        progress: how far the test came; of several rules, the reason of the one that came farthest
+            is told.
+    """
+
+    def __init__(self, reason: str, progress: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.progress = progress
+
+
+def find_rule(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
+    """Find by test how calls of a kind may be shared out.
+
+    The module, its arguments and the generators of random numbers are as before, and nothing is
+    printed. Every rank comes to the same result. It costs about ten forward passes.
+
+    Args:
+        module: which is called.
+        args, kwargs: with which it is called.
+        size: number of ranks.
+    """
+    name = objects.class_name(module)
+    why = _find_obstacle(module, args, kwargs)
+    if why is not None:
+        return Refusal(f"{name} {why}")
+    if any(isinstance(p, torch.nn.UninitializedParameter) for p in objects.parameters(module)):
+        return Refusal(f"{name} creates parameters in its first call", is_lasting=False)
+    if _lacks_memory(module):
+        return Refusal(f"there is no memory for a copy of {name} to test")
+    with unnoticed(), _without_inference_mode():
+        search = _Search(module, args, kwargs, size)
+        try:
+            return search.find()
+        except CannotCopyError as error:
+            return Refusal(f"{name} has a {error.args[0].__name__}, which cannot be copied")
+        except torch.OutOfMemoryError:
+            return Refusal(f"there is no memory to test {name}", is_lasting=False)
+        except _RaisedError as error:
+            return Refusal(f"{name} raises {error}", is_lasting=False)
+        except _RefusedError as error:
+            search.release_kept()
+            return Refusal(f"{name} {error.reason}")
+
+
+@contextlib.contextmanager
+def _without_inference_mode() -> Iterator[None]:
+    """A context in which a program's inference mode is replaced by one without gradients, because
+    tensors made in inference mode cannot be watched."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
+
+
+def _find_obstacle(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return why calls cannot be tested, ``None`` if they can."""
+    containers: list[Any] = []
+    given = list(tensors_in((args, kwargs), containers))
+    if any(isinstance(value, torch.nn.utils.rnn.PackedSequence) for value in containers):
+        return "gets a PackedSequence, which cannot be cut"
+    opaque = find_opaque((args, kwargs))
+    if opaque is not None:
+        return f"gets a {opaque.__name__}, which cannot be cut"
+    if not all(_is_plain(tensor) for tensor in given):
+        return "gets a tensor that cannot be cut"
+    tensors: list[Any] = [*objects.parameters(module), *objects.buffers(module)]
+    if not all(_is_plain(t) for t in tensors if not _is_lazy(t)):
+        return "has parameters that are not plain tensors"
+    for part in objects.modules(module):
+        if isinstance(part, torch.jit.ScriptModule):
+            return "is compiled by torch.jit"
+        held = objects.attributes(part)
+        if held.get("_compiled_call_impl") is not None or _is_made_by(part, "torch._dynamo"):
+            return "is compiled by torch.compile"
+        if _is_made_by(part, "torch.distributed", "torch.nn.parallel"):
+            return "is parallel itself"
+        if _has_foreign_hook(held.get(hooks) for hooks in _HOOKS):
+            where = "" if part is module else f" on its {objects.class_name(part)}"
+            return f"has a hook of the program{where}"
+    if _has_foreign_hook(getattr(torch.nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+        return "has a hook that the program put on all modules"
+    return None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in EXACT_TENSOR_TYPES
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized)
+    )
+
+
+def _is_lazy(tensor: Any) -> bool:
+    return isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
+
+
+def _is_made_by(module: Any, *packages: str) -> bool:
+    defined_in = objects.inherited(type(module), "__module__")
+    return isinstance(defined_in, str) and defined_in.startswith(packages)
+
+
+def _has_foreign_hook(registries: Iterable[Any]) -> bool:
+    for hook in itertools.chain.from_iterable(dict.values(found) for found in registries if found):
+        defined_in = objects.attribute(hook, "__module__")
+        if not isinstance(defined_in, str):
+            defined_in = getattr(hook, "__module__", None)
+        if not str(defined_in).startswith(_BUILTIN_HOOKS):
+            return True
+    return False
+
+
+def _lacks_memory(module: Any) -> bool:
+    """Whether less than twice the size of the module, in float64, is free; of an accelerator, this
+    is found out when it fails."""
+    tensors = [*objects.parameters(module), *objects.buffers(module)]
+    needed = sum(8 * t.numel() for t in tensors if t.device.type == "cpu")
+    available = system.available_bytes()
+    return available is not None and 2 * needed > available
+
+
+class _RaisedError(Exception):
+    """Raised with the name of an exception that the module has raised."""
+
+
+class _Outcome:
+    """What a call has left.
+
+    Args:
+        output: of the module.
+        state: of the module afterwards (see ``Copier.state``).
+
+    Attributes:
+        structure: of the output.
+        tensors: in the output.
+        state: of the module.
+        kept: addresses of storages that the program still holds.
+    """
+
+    def __init__(self, output: Any, state: list[tuple[str, Any]]) -> None:
+        opaque = find_opaque(output)
+        if opaque is not None:
+            raise _RefusedError(f"returns a {opaque.__name__}, which cannot be joined", 2)
+        found = distinct_tensors(output)
+        if not all(_is_plain(tensor) for tensor in found):
+            raise _RefusedError("returns a tensor that cannot be joined", 2)
+        self.structure = structure_of(output)
+        self.tensors = [tensor.detach().clone() for tensor in found]
+        self.state = [  # without the graphs behind them
+            (name, value.detach() if isinstance(value, torch.Tensor) else value)
+            for name, value in state
+        ]
+        self.kept: set[int] = set()
+
+
+class _Subject:
+    """The module with one set of weights.
+
+    Args:
+        module: of the program.
+        args, kwargs: of the program's call.
+        given: the leaves to start from.
+        noise: a generator of noise for the weights, ``None`` for the module's own weights.
+        in_float64: whether to compute in float64.
+
+    Attributes:
+        leaves: to start from.
+        weights: for the identity of each parameter, the one that takes its place.
+        kept: addresses of all storages that the program still holds after calls.
+        has_rounding: whether outputs of a sample have had other bits beside other samples.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: Sequence[torch.Tensor],
+        noise: torch.Generator | None = None,
+        in_float64: bool = False,
+    ) -> None:
+        self.in_float64 = in_float64
+        self.leaves = [self._convert(leaf.detach()) for leaf in given]
+        self.weights: dict[int, torch.Tensor] = {}
+        for parameter in objects.parameters(module):
+            value = self._convert(parameter.detach().clone())
+            if noise is not None and value.is_floating_point():
+                value += _NOISE * (_rms(value) or 1.0) * _normal(value, noise)
+            self.weights[id(parameter)] = torch.nn.Parameter(value, parameter.requires_grad)
+        self.kept: set[int] = set()
+        self.has_rounding = False
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._originals = leaves(args, kwargs)
+
+    def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() if self.in_float64 and tensor.is_floating_point() else tensor
+
+    def call(self, given: Sequence[torch.Tensor], observer: Observer | None = None) -> _Outcome:
+        """Call a copy of the module, and look at what it leaves.
+
+        Args:
+            given: the leaves; they are left as they are.
+            observer: of the operators.
+
+        Raises:
+            _RaisedError: the module raises.
+            _RefusedError: the call does what no shared call may do.
+        """
+        observer = observer or Observer()
+        outcome = self._call(given, observer)
+        state = {_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)}
+        outcome.kept = observer.find_kept() - state
+        self.kept |= outcome.kept
+        return outcome
+
+    def _call(self, given: Sequence[torch.Tensor], observer: Observer) -> _Outcome:
+        copier, module, args, kwargs, bases = self._prepare(given)
+        inputs = leaves(args, kwargs)
+        versions = [tensor._version for tensor in inputs]
+        structure = structure_of((args, kwargs))
+        generators = Generators()
+        try:
+            with observer:
+                output = module(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever the program's module raises
+            raise _RaisedError(type(error).__name__) from None
+        finally:
+            draws = generators.have_advanced() or copier.draws()
+            generators.restore()
+            draws = observer.restore_generators() or draws
+        if draws:
+            # Draws at the places of the whole batch's would be allowed here.
+            raise _RefusedError("draws random numbers in its forward pass", 3)
+        if observer.normalises_over_batch:
+            # Statistics over all ranks would be allowed here.
+            raise _RefusedError("normalises over the batch", 3)
+        if (
+            versions != [tensor._version for tensor in inputs]
+            or not all(map(_equal_bits, bases, given))
+            or structure_of((args, kwargs)) != structure
+        ):
+            raise _RefusedError("changes its arguments", 3)
+        return _Outcome(output, copier.state(module))
+
+    def record(
+        self, given: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Call a copy of the module, to be followed by a backward call.
+
+        Returns:
+            The tensors in the output, and the leaves that were given to the module; gradients are
+            accumulated in those and in ``weights``.
+        """
+        _, module, args, kwargs, bases = self._prepare(given)
+        try:
+            return distinct_tensors(module(*args, **kwargs)), bases
+        except Exception as error:  # noqa: BLE001 - whatever the program's module raises
+            raise _RaisedError(type(error).__name__) from None
+
+    def _prepare(
+        self, given: Sequence[torch.Tensor]
+    ) -> tuple[Copier, Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor]]:
+        """Return the copier, the copied module, its arguments, and the leaves of the graph behind
+        them."""
+        bases = [leaf.clone() for leaf in given]
+        inputs = []
+        for base, original in zip(bases, self._originals, strict=True):
+            base.requires_grad_(original.requires_grad)
+            inputs.append(base if original.is_leaf else base.clone())
+        args, kwargs = cutting.rebuild(self._args, self._kwargs, inputs)
+        copier = Copier(self._module, self.weights, self.in_float64)
+        for tensor in inputs:
+            copier.keep(tensor)
+        return copier, copier.copy_module(), copier.copy(args), copier.copy(kwargs), bases
+
+
+class _Search:
+    """Tests rules until one holds.
+
+    Args:
+        module: of the program.
+        args, kwargs: of the program's call.
+        size: number of ranks.
+    """
+
+    def __init__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+    ) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._leaves = leaves(args, kwargs)
+        self._size = max(size, 2)
+        self._subjects: list[_Subject] = []
+
+    def release_kept(self) -> None:
+        """Take out of the program's containers what the tests have put there."""
+        kept = set().union(*(subject.kept for subject in self._subjects))
+        if kept:
+            release_kept(kept)
+
+    def find(self) -> Rule:
+        """Return the first rule that holds.
+
+        Raises:
+            _RaisedError: the module raises in the whole call.
+            _RefusedError: none holds.
+        """
+        own = _Subject(self._module, self._args, self._kwargs, self._leaves)
+        self._subjects.append(own)
+        observer = Observer()
+        whole = own.call(own.leaves, observer)
+        weights = zip(objects.parameters(self._module), own.weights.values(), strict=True)
+        if observer.has_seen(objects.parameters(self._module)):
+            raise _RefusedError("cannot be copied", 3)
+        if not all(_equal_bits(parameter, copied) for parameter, copied in weights):
+            raise _RefusedError("changes its parameters in its forward pass", 3)
+        refused = "gets no tensor with as many rows as ranks", 0
+        for dims, batch in self._candidates():
+            try:
+                shards = cutting.bounds(batch, self._size)
+                own.has_rounding = False
+                outputs = _examine(own, whole, dims, shards)
+                if own.has_rounding:
+                    self._test_in_float64(dims, shards)
+                self._test_with_noise(dims, batch, outputs, own.has_rounding)
+                return Rule(dims, outputs)
+            except _RefusedError as error:
+                if error.progress > refused[1]:
+                    refused = error.reason, error.progress
+        raise _RefusedError(*refused)
+
+    def _candidates(self) -> Iterator[tuple[Dims, int]]:
+        """Yield the dimensions that may count samples, and the number of samples: first for the
+        first dimension, and first those by which most tensors are cut."""
+        places = [(dim, leaf) for leaf in self._leaves for dim in range(leaf.dim())]
+        sizes = [leaf.shape[dim] for dim, leaf in sorted(places, key=lambda place: place[0])]
+        found = 0
+        for batch in dict.fromkeys(size for size in sizes if size >= self._size):
+            options: list[Dims] = [
+                (*(dim for dim, size in enumerate(leaf.shape) if size == batch), None)
+                for leaf in self._leaves
+            ]
+            choices = itertools.islice(itertools.product(*map(range, map(len, options))), 256)
+            for choice in sorted(choices, key=sum):
+                dims = tuple(option[i] for option, i in zip(options, choice, strict=True))
+                if any(dim is not None for dim in dims):
+                    found += 1
+                    if found > MOST_CANDIDATES:
+                        return
+                    yield dims, batch
+
+    def _test_in_float64(self, dims: Dims, shards: Sequence[tuple[int, int]]) -> None:
+        """Test a rule where rounding differs with the other samples."""
+        subject = _Subject(self._module, self._args, self._kwargs, self._leaves, in_float64=True)
+        self._subjects.append(subject)
+        try:
+            whole = subject.call(subject.leaves)
+        except _RaisedError:
+            raise _RefusedError(_MIXES_OR_ROUNDS, 5) from None
+        _examine(subject, whole, dims, shards)
+
+    def _test_with_noise(self, dims: Dims, batch: int, outputs: Dims, has_rounding: bool) -> None:
+        """Test a rule with noise on the weights and few samples, whose number is unlike all other
+        sizes.
+
+        Args:
+            dims: of the inputs.
+            batch: number of samples of the program's call.
+            outputs: dimensions of the outputs, as they were found.
+            has_rounding: whether only float64 tells rounding from mixing.
+        """
+        taken = {size for leaf in self._leaves for size in leaf.shape}
+        few = next(n for n in itertools.count(2 * _TEST_SHARDS + 1) if n not in taken)
+        rows = torch.arange(few) * batch // few
+        given = _take_rows(self._leaves, dims, rows)
+        for in_float64 in (True, False):
+            noise = torch.Generator().manual_seed(_SEED)
+            subject = _Subject(self._module, self._args, self._kwargs, given, noise, in_float64)
+            self._subjects.append(subject)
+            shards = cutting.bounds(few, _TEST_SHARDS)
+            try:
+                whole = subject.call(subject.leaves)
+            except _RaisedError as error:
+                if in_float64:  # the module computes in one dtype only
+                    continue
+                raise _RefusedError(f"raises {error} with another number of samples", 2) from None
+            found = _examine(subject, whole, dims, shards)
+            if (has_rounding or subject.has_rounding) and not in_float64:
+                raise _RefusedError(_MIXES_OR_ROUNDS, 5)
+            if found != outputs:
+                raise _RefusedError("returns other shapes with another number of samples", 2)
+            if torch.is_grad_enabled():
+                _test_gradients(subject, Rule(dims, outputs), shards)
+            return
+
+
+def _examine(
+    subject: _Subject,
+    whole: _Outcome,
+    dims: Dims,
+    shards: Sequence[tuple[int, int]],
+) -> Dims:
+    """Test a rule with one set of weights.
+
+    Args:
+        subject: the module.
+        whole: the outcome of the whole call.
+        dims: of the inputs.
+        shards: bounds of all shards.
+
+    Returns:
+        The dimensions of the outputs that count samples.
+
+    Raises:
+        _RefusedError: the rule does not hold.
+    """
+    batch = shards[-1][1]
+    start, stop = shards[0]
+    pieces = [
+        leaf if dim is None else cutting.cut_tensor(leaf, dim, start, stop)
+        for leaf, dim in zip(subject.leaves, dims, strict=True)
+    ]
+    try:
+        shard = subject.call(pieces)
+    except _RaisedError as error:
+        raise _RefusedError(f"raises {error} on a part of the batch", 1) from None
+    outputs = _find_output_dims(whole, shard, batch, stop - start)
+    for index, (tensor, part, dim) in enumerate(
+        zip(whole.tensors, shard.tensors, outputs, strict=True)
+    ):
+        rows = tensor if dim is None else tensor.narrow(dim, start, stop - start)
+        if not _are_close(rows, part, _tolerance(rows)):
+            raise _RefusedError(
+                f"mixes samples: its output{_number(index, whole)} depends on the number of "
+                "samples",
+                4,
+            )
+    _compare_states(whole, shard)
+    for (start, stop), nearest in ((shards[0], False), (shards[-1], True)):
+        _test_independence(subject, whole, Rule(dims, outputs), start, stop, nearest)
+    return outputs
+
+
+def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -> Dims:
+    """Return the dimensions of the outputs that count samples."""
+    if whole.structure != shard.structure:
+        raise _RefusedError("returns something else for a part of the batch", 2)
+    found: list[int | None] = []
+    for tensor, part in zip(whole.tensors, shard.tensors, strict=True):
+        pairs = list(zip(tensor.shape, part.shape, strict=False))
+        unlike = [dim for dim, (size, of_part) in enumerate(pairs) if size != of_part]
+        if tensor.dim() != part.dim() or len(unlike) > 1:
+            shapes = f"{tuple(tensor.shape)} for {batch} samples and {tuple(part.shape)} for {rows}"
+            raise _RefusedError(f"mixes samples: its output has the shape {shapes}", 2)
+        if unlike and pairs[unlike[0]] != (batch, rows):
+            raise _RefusedError("returns sizes that depend on the samples", 2)
+        if not unlike and not _equal_bits(tensor, part):
+            what = "a scalar" if tensor.numel() == 1 else "a tensor without a row for each sample"
+            raise _RefusedError(f"returns {what} that depends on the samples", 3)
+        found.append(unlike[0] if unlike else None)
+    if not any(dim is not None for dim in found):
+        raise _RefusedError("returns nothing with a row for each sample", 2)
+    return tuple(found)
+
+
+def _test_independence(
+    subject: _Subject,
+    whole: _Outcome,
+    rule: Rule,
+    start: int,
+    stop: int,
+    nearest: bool,
+) -> None:
+    """Test that some rows of the output keep their bits if all other samples are replaced.
+
+    Args:
+        subject: the module.
+        whole: the outcome of the whole call.
+        rule: to be tested.
+        start, stop: the first row that is kept and the row after the last.
+        nearest: replace the others by the nearest row that is kept, which keeps rows in an order
+            that they have; else by others with noise where the module accepts those.
+    """
+    given = subject.leaves
+    try:
+        if nearest:
+            raise _RaisedError
+        other = subject.call(_with_noise(given, rule.inputs, start, stop))
+    except _RaisedError:
+        batch = cutting.batch_size(rule, given)
+        assert batch is not None
+        rows = torch.arange(batch).clamp(start, stop - 1)
+        try:
+            other = subject.call(_take_rows(given, rule.inputs, rows))
+        except _RaisedError as error:
+            raise _RefusedError(f"raises {error} if other samples change", 1) from None
+    if other.kept:  # the whole call had the same shapes, so this is not the filling of a cache
+        raise _RefusedError("keeps tensors of its forward pass", 5)
+    if other.structure != whole.structure:
+        raise _RefusedError("returns something else if other samples change", 4)
+    for index, (tensor, changed, dim) in enumerate(
+        zip(whole.tensors, other.tensors, rule.outputs, strict=True)
+    ):
+        before, after = tensor, changed
+        if tensor.shape == changed.shape and dim is not None:
+            before, after = (t.narrow(dim, start, stop - start) for t in (tensor, changed))
+        if not _equal_bits(before, after):
+            subject.has_rounding = True
+        if not _are_close(before, after, _rounding(before)):
+            raise _RefusedError(
+                f"mixes samples: its output{_number(index, whole)} for a sample differs if other "
+                "samples change",
+                5,
+            )
+    _compare_states(whole, other)
+
+
+def _compare_states(whole: _Outcome, other: _Outcome) -> None:
+    """Test that two calls leave the module in the same state."""
+    for (name, value), (other_name, other_value) in zip(whole.state, other.state, strict=False):
+        if name != other_name or not _is_same_value(value, other_value):
+            raise _RefusedError(f"keeps in '{name}' what depends on the samples", 4)
+    if len(whole.state) != len(other.state):
+        raise _RefusedError("keeps what depends on the samples", 4)
+
+
+def _is_same_value(value: Any, other: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+        return _equal_bits(value.detach(), other.detach())
+    return type(value) is type(other) and (value == other or repr(value) == repr(other))
+
+
+def _test_gradients(subject: _Subject, rule: Rule, shards: Sequence[tuple[int, int]]) -> None:
+    """Test that gradients of shards, scaled by their number, average to those of the whole call."""
+    noise = torch.Generator().manual_seed(_SEED)
+    outputs, bases = subject.record(subject.leaves)
+    gradients = [_normal(tensor, noise) for tensor in outputs]
+    weights = list(subject.weights.values())
+    expected = _backward(outputs, gradients, [*weights, *bases])
+    totals: list[torch.Tensor | None] = [None] * len(weights)
+    whole_dims: Dims = (None,) * len(weights)
+    of_bases: list[list[torch.Tensor | None]] = []
+    for start, stop in shards:
+        outputs, bases = subject.record(cutting.cut(rule, subject.leaves, start, stop))
+        scaled = [
+            gradient if dim is None else len(shards) * gradient.narrow(dim, start, stop - start)
+            for gradient, dim in zip(gradients, rule.outputs, strict=True)
+        ]
+        found = _backward(outputs, scaled, [*weights, *bases])
+        totals = [_sum(pair) for pair in zip(totals, found, strict=False)]
+        of_bases.append(found[len(weights) :])
+    for dim, *parts in zip(rule.inputs, *of_bases, strict=True):
+        present = [part for part in parts if part is not None]
+        joined = torch.cat(present, dim) if present and dim is not None else _sum(parts)
+        totals.append(joined)
+    _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(shards))
+
+
+def _compare_gradients(
+    expected: Sequence[torch.Tensor | None],
+    totals: Sequence[torch.Tensor | None],
+    dims: Dims,
+    count: int,
+) -> None:
+    """Test that gradients agree.
+
+    Args:
+        expected: of the whole call.
+        totals: sums over ``count`` shards; of inputs that were cut, the rows of all shards.
+        dims: along which inputs were cut.
+        count: number of shards.
+    """
+    largest = max((_largest(gradient) for gradient in expected), default=0.0)
+    for gradient, total, _ in zip(expected, totals, dims, strict=True):
+        if gradient is None and total is None:
+            continue
+        mean = None if total is None else total / count
+        one, other = (_or_zeros(a, b) for a, b in ((gradient, mean), (mean, gradient)))
+        bound = _tolerance(one) * max(_largest(one), _GRADIENT_FLOOR * largest)
+        if one.shape != other.shape or not _largest(one - other) <= bound:
+            raise _RefusedError("has a backward pass that is not linear or mixes samples", 6)
+
+
+def _backward(
+    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Make a backward call that nothing watches, and take the gradients of some leaves.
+
+    Gradients are accumulated, because checkpoints that recompute with a backward call of their own
+    need that.
+    """
+    pairs = [(t, g) for t, g in zip(outputs, gradients, strict=True) if t.requires_grad]
+    if pairs:
+        tensors, given = zip(*pairs, strict=True)
+        try:
+            run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
+        except Exception as error:  # noqa: BLE001 - whatever the program's functions raise
+            name = type(error).__name__
+            raise _RefusedError(f"raises {name} in its backward pass", 6) from None
+    found = [leaf.grad for leaf in wanted]
+    for leaf in wanted:
+        leaf.grad = None
+    return found
+
+
+# Tensors
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    """Return the root mean square of the finite elements, 0 if there is none."""
+    finite = torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
+    return float(finite.abs().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def _normal(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return normally distributed numbers for each element; they are the same on all devices."""
+    dtype = tensor.dtype if tensor.is_floating_point() or tensor.is_complex() else torch.float32
+    return torch.randn(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
+
+
+def _take_rows(given: Sequence[torch.Tensor], dims: Dims, rows: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        leaf.detach() if dim is None else leaf.detach().index_select(dim, rows.to(leaf.device))
+        for leaf, dim in zip(given, dims, strict=True)
+    ]
+
+
+def _with_noise(
+    given: Sequence[torch.Tensor], dims: Dims, start: int, stop: int
+) -> list[torch.Tensor]:
+    """Replace all rows but some: floating-point numbers get noise, and others are exchanged and
+    reversed, since not every integer may be valid."""
+    generator = torch.Generator().manual_seed(_SEED)
+    found = []
+    for leaf, dim in zip(given, dims, strict=True):
+        if dim is None:
+            found.append(leaf)
+            continue
+        if leaf.is_floating_point() or leaf.is_complex():
+            changed = leaf + 0.5 * (_rms(leaf) or 1.0) * _normal(leaf, generator)
+        else:
+            other_dims = [other for other in range(leaf.dim()) if other != dim]
+            changed = leaf.roll(1, dim).flip(other_dims[-1:])
+        changed.narrow(dim, start, stop - start).copy_(leaf.narrow(dim, start, stop - start))
+        found.append(changed)
+    return found
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same elements; NaN is equal to NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(
+        ((one == other) | ((one != one) & (other != other))).all()
+    )
+
+
+def _rounding(tensor: torch.Tensor) -> float:
+    """Return the relative difference that may be rounding, of rows computed in calls of the same
+    shapes."""
+    return _FLOAT64_ROUNDING if tensor.dtype is torch.float64 else _tolerance(tensor)
+
+
+def _are_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by at most ``tolerance`` times the largest finite element."""
+    if _equal_bits(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    difference = torch.where(one.isfinite(), one - other, torch.zeros_like(one))
+    return _largest(difference) <= tolerance * _largest(one)
+
+
+def _tolerance(tensor: torch.Tensor) -> float:
+    """Return the relative difference that rounding may make; only float64 is compared closely."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    if tensor.dtype in (torch.float64, torch.complex128):
+        return _FLOAT64_TOLERANCE
+    return math.sqrt(torch.finfo(tensor.dtype).eps)
+
+
+def _largest(tensor: torch.Tensor | None) -> float:
+    """Return the largest magnitude of the finite elements, 0 if there is none."""
+    if tensor is None or not tensor.numel():
+        return 0.0
+    return float(torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).abs().max())
+
+
+def _sum(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present).sum(0) if present else None
+
+
+def _or_zeros(tensor: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor:
+    if tensor is not None:
+        return tensor
+    assert like is not None
+    return torch.zeros_like(like)
+
+
+def _number(index: int, outcome: _Outcome) -> str:
+    return f" {index}" if len(outcome.tensors) > 1 else ""
