@@ -391,6 +391,17 @@ def test_attention_with_a_fixed_factor(gate: float) -> None:
     assert "mixes samples" in reason(Attention(gate, learned=False), torch.randn(B, D))
 
 
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_weak_mixing_in_a_module_that_computes_in_float32_only(gate: float) -> None:
+    class Model(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.linear(x) @ torch.eye(D)
+            return h + 1e-4 * self.gate * (torch.softmax(h @ h.T, 1) @ h)
+
+    with torch.no_grad():
+        assert "if other samples change" in reason(Model(gate), torch.randn(B, D))
+
+
 def test_equal_samples_do_not_hide_that_they_are_mixed() -> None:
     for value in (torch.zeros(B, D), torch.ones(B, D)):
         assert "mixes samples" in reason(Attention(1.0), value)

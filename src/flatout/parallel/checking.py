@@ -699,10 +699,17 @@ def _normal(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _take_rows(given: Sequence[torch.Tensor], dims: Dims, rows: torch.Tensor) -> list[torch.Tensor]:
-    return [
-        leaf.detach() if dim is None else leaf.detach().index_select(dim, rows.to(leaf.device))
-        for leaf, dim in zip(given, dims, strict=True)
-    ]
+    """Return leaves with the rows of some numbers; if they are as many as before, with the same
+    strides, by which kernels are chosen."""
+    found = []
+    for leaf, dim in zip(given, dims, strict=True):
+        taken = leaf.detach()
+        if dim is not None:
+            taken = taken.index_select(dim, rows.to(leaf.device))
+            if taken.shape == leaf.shape:
+                taken = leaf.detach().clone().copy_(taken)
+        found.append(taken)
+    return found
 
 
 def _with_noise(
