@@ -18,7 +18,7 @@ from flatout.intercept import dispatch
 from flatout.knobs.random import cpu as fast_random
 from flatout.parallel import draws, shards
 from flatout.parallel.placement import Draw, Placement, UnshareableError, place
-from tests.side_by_side import Rank, Ranks, installed
+from tests.rank_processes import Rank, Ranks, installed
 
 
 @pytest.fixture(scope="module", params=[2, 3])
