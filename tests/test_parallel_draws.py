@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame, checkpoint
 
 from flatout import kernels
 from flatout.intercept import dispatch
 from flatout.knobs.random import cpu as fast_random
 from flatout.parallel import draws, shards
 from flatout.parallel.placement import Draw, Placement, UnshareableError, place
-from tests.together import Rank, Ranks, installed
+from tests.rank_processes import Rank, Ranks, installed
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -355,14 +355,12 @@ def test_no_draw_is_overlooked() -> None:
 
 
 def test_undo_leaves_no_trace() -> None:
-    from torch.utils import checkpoint as module
-
-    before = module._checkpoint_without_reentrant_generator, CheckpointFunction.__dict__["forward"]
+    before = _CheckpointFrame.__init__, CheckpointFunction.__dict__["forward"]
     overridden = dict(dispatch._overridden)
     with installed():
         torch.manual_seed(1)
         inside = F.dropout(torch.ones(8))
-    after = module._checkpoint_without_reentrant_generator, CheckpointFunction.__dict__["forward"]
+    after = _CheckpointFrame.__init__, CheckpointFunction.__dict__["forward"]
     assert after == before
     assert dispatch._overridden == overridden
     torch.manual_seed(1)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatout.parallel import shards
 from flatout.parallel.placement import UnshareableError
-from tests.together import Rank, Ranks, installed
+from tests.rank_processes import Rank, Ranks, installed
 
 
 @pytest.fixture(scope="module", params=[2, 3])

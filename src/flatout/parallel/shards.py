@@ -170,11 +170,11 @@ def raise_failure(error: Exception) -> None:
 def install_checkpoint() -> Undo:
     """Let ``torch.utils.checkpoint`` compute again what belongs to a shard as part of that shard,
     in the backward pass; returns the undo."""
-    generator = checkpoint._checkpoint_without_reentrant_generator
+    begin: Callable[..., None] = checkpoint._CheckpointFrame.__init__
     forward: Callable[..., Any] = checkpoint.CheckpointFunction.forward
 
-    def begin(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return generator(_resume(function), *args, **kwargs)
+    def begin_resumed(frame: Any, compute_again: Callable[..., Any], *args: Any) -> None:
+        begin(frame, _resume(compute_again), *args)
 
     def run(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
         resumed = _resume(function)
@@ -183,9 +183,7 @@ def install_checkpoint() -> Undo:
         return result
 
     with contextlib.ExitStack() as undo:
-        undo.callback(
-            replace_function(checkpoint, "_checkpoint_without_reentrant_generator", begin)
-        )
+        undo.callback(replace_function(checkpoint._CheckpointFrame, "__init__", begin_resumed))
         replacement: Any = staticmethod(run)
         undo.callback(replace_function(checkpoint.CheckpointFunction, "forward", replacement))
         return undo.pop_all().close
