@@ -188,8 +188,8 @@ def _parting(name: str, rank: int, step: int, words: Sequence[str]) -> str:
     if name in ("sequence", "meeting", "subject"):
         return (
             f"{here}: rank 0 {words[0]}, rank {rank} {words[rank]}; the program decides by "
-            "something that is not the same on all ranks, such as the clock or a generator without a "
-            "seed"
+            "something that is not the same on all ranks, such as the clock or a generator "
+            "without a seed"
         )
     return f"{here}, where rank 0 {words[0]}: {_DIFFERENCES[name]}"
 
