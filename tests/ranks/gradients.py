@@ -1,6 +1,6 @@
 """Small trainings; each returns the losses and gradients that it has seen, by name.
 
-Their modules are shared out by the rules of ``side_by_side.give_rules``.
+Their modules are shared out by the rules of ``give_rules``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flatout.parallel import checking, kinds
+
 Results = dict[str, torch.Tensor]
 
 CASES: dict[str, Callable[[], Results]] = {}
@@ -21,6 +23,23 @@ CASES: dict[str, Callable[[], Results]] = {}
 def case(function: Callable[[], Results]) -> Callable[[], Results]:
     CASES[function.__name__] = function
     return function
+
+
+def give_rules() -> None:
+    """Have modules shared out by the rule in their attribute ``rule``: by default, the first
+    dimension of all inputs and of the only output counts samples. A text refuses."""
+
+    def find_rule(
+        module: object, args: tuple[object, ...], kwargs: dict[str, object], size: int
+    ) -> kinds.Rule | kinds.Refusal:
+        rule = getattr(module, "rule", None)
+        if isinstance(rule, str):
+            return kinds.Refusal(rule)
+        if rule is None:
+            rule = (0,) * len(kinds.leaves(args, kwargs)), (0,)
+        return kinds.Rule(*rule)
+
+    checking.find_rule = find_rule  # type: ignore[assignment]
 
 
 def net(*widths: int) -> nn.Sequential:

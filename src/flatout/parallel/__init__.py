@@ -11,7 +11,7 @@ from flatout.parallel.place import Place
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.parallel.sharing import FindRule
+    from flatout.parallel.kinds import Refusal, Rule
     from flatout.parallel.team import Team
 
 
@@ -37,7 +37,7 @@ class Parallel:
             host.events,
             leaves,
             self._form_team,
-            _find_rule(),
+            _find_rule,
             lambda: (host.roots, host.optimizers),
         )
         self._averaging = Averaging(
@@ -113,7 +113,9 @@ def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel
     return Parallel(host, place, finish)
 
 
-def _find_rule() -> FindRule:
+def _find_rule(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
     from flatout.parallel import checking
 
-    return checking.find_rule
+    return checking.find_rule(module, args, kwargs, size)
