@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,22 @@ from flatout.intercept.arrays import PLAIN
 from flatout.intercept.nested import tensors_in
 from flatout.machine import system
 from flatout.parallel import cutting
+from flatout.parallel.comparing import (
+    SEED,
+    Dims,
+    are_close,
+    draw_normal,
+    have_equal_bits,
+    largest_magnitude,
+    or_zeros,
+    replace_others,
+    root_mean_square,
+    rounding_of,
+    storage_address,
+    sum_present,
+    take_rows,
+    tolerance_of,
+)
 from flatout.parallel.copying import CannotCopyError, Copier
 from flatout.parallel.kinds import (
     Refusal,
@@ -47,20 +62,9 @@ MOST_CANDIDATES = 16
 _NOISE = 0.02
 """Noise on a parameter, relative to its root mean square."""
 
-_SEED = 0
-"""Of the noise; the same on all ranks."""
-
-_TEST_SHARDS = 2
-"""Number of shards in tests on few samples."""
-
-_FLOAT64_TOLERANCE = 1e-9
-"""Difference between a shard's outputs and the whole call's in float64, relative to the largest
-element: rounding of 1e-16, amplified by a network."""
-
-_FLOAT64_ROUNDING = 1e-12
-"""Difference in float64 between outputs of a sample beside other samples, relative to the largest
-element. It is 0 unless sizes inside of the module depend on the samples, as those of a packed
-sequence do."""
+_FEW, _TEST_SHARDS = 5, 2
+"""Numbers of samples and of shards in tests with noise. A shard of a single row could be broadcast
+where it should not be, and five rows do not divide by two."""
 
 _GRADIENT_FLOOR = 1e-3
 """Gradients are compared relative to their largest element, and at least to this part of the
@@ -73,8 +77,6 @@ _BUILTIN_HOOKS = ("torch.", "flatout.")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
-Dims = tuple["int | None", ...]
 
 
 class _RefusedError(Exception):
@@ -269,7 +271,7 @@ class _Subject:
         for parameter in objects.parameters(module):
             value = self._convert(parameter.detach().clone())
             if noise is not None and value.is_floating_point():
-                value += _NOISE * (_rms(value) or 1.0) * _normal(value, noise)
+                value += _NOISE * (root_mean_square(value) or 1.0) * draw_normal(value, noise)
             self.weights[id(parameter)] = torch.nn.Parameter(value, parameter.requires_grad)
         self.kept: set[int] = set()
         self.has_rounding = False
@@ -292,7 +294,9 @@ class _Subject:
         """
         observer = observer or Observer()
         outcome = self._call(given, observer)
-        state = {_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)}
+        state = {
+            storage_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)
+        }
         outcome.kept = observer.find_kept() - state
         self.kept |= outcome.kept
         return outcome
@@ -309,9 +313,8 @@ class _Subject:
         except Exception as error:  # noqa: BLE001 - whatever the program's module raises
             raise _RaisedError(type(error).__name__) from None
         finally:
-            draws = generators.have_advanced() or copier.draws()
-            generators.restore()
-            draws = observer.restore_generators() or draws
+            draws = observer.restore_generators() or copier.draws()
+            draws = draws or generators.have_advanced()
         if draws:
             # Draws at the places of the whole batch's would be allowed here.
             raise _RefusedError("draws random numbers in its forward pass", 3)
@@ -320,7 +323,7 @@ class _Subject:
             raise _RefusedError("normalises over the batch", 3)
         if (
             versions != [tensor._version for tensor in inputs]
-            or not all(map(_equal_bits, bases, given))
+            or not all(map(have_equal_bits, bases, given))
             or structure_of((args, kwargs)) != structure
         ):
             raise _RefusedError("changes its arguments", 3)
@@ -395,7 +398,7 @@ class _Search:
         weights = zip(objects.parameters(self._module), own.weights.values(), strict=True)
         if observer.has_seen(objects.parameters(self._module)):
             raise _RefusedError("cannot be copied", 3)
-        if not all(_equal_bits(parameter, copied) for parameter, copied in weights):
+        if not all(have_equal_bits(parameter, copied) for parameter, copied in weights):
             raise _RefusedError("changes its parameters in its forward pass", 3)
         refused = "gets no tensor with as many rows as ranks", 0
         for dims, batch in self._candidates():
@@ -443,8 +446,7 @@ class _Search:
         _examine(subject, whole, dims, shards)
 
     def _test_with_noise(self, dims: Dims, batch: int, outputs: Dims, has_rounding: bool) -> None:
-        """Test a rule with noise on the weights and few samples, whose number is unlike all other
-        sizes.
+        """Test a rule with noise on the weights and few samples.
 
         Args:
             dims: of the inputs.
@@ -452,15 +454,13 @@ class _Search:
             outputs: dimensions of the outputs, as they were found.
             has_rounding: whether only float64 tells rounding from mixing.
         """
-        taken = {size for leaf in self._leaves for size in leaf.shape}
-        few = next(n for n in itertools.count(2 * _TEST_SHARDS + 1) if n not in taken)
-        rows = torch.arange(few) * batch // few
-        given = _take_rows(self._leaves, dims, rows)
+        rows = torch.arange(_FEW) * batch // _FEW
+        given = take_rows(self._leaves, dims, rows)
         for in_float64 in (True, False):
-            noise = torch.Generator().manual_seed(_SEED)
+            noise = torch.Generator().manual_seed(SEED)
             subject = _Subject(self._module, self._args, self._kwargs, given, noise, in_float64)
             self._subjects.append(subject)
-            shards = cutting.bounds(few, _TEST_SHARDS)
+            shards = cutting.bounds(_FEW, _TEST_SHARDS)
             try:
                 whole = subject.call(subject.leaves)
             except _RaisedError as error:
@@ -512,7 +512,7 @@ def _examine(
         zip(whole.tensors, shard.tensors, outputs, strict=True)
     ):
         rows = tensor if dim is None else tensor.narrow(dim, start, stop - start)
-        if not _are_close(rows, part, _tolerance(rows)):
+        if not are_close(rows, part, tolerance_of(rows)):
             raise _RefusedError(
                 f"mixes samples: its output{_number(index, whole)} depends on the number of "
                 "samples",
@@ -537,7 +537,7 @@ def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -
             raise _RefusedError(f"mixes samples: its output has the shape {shapes}", 2)
         if unlike and pairs[unlike[0]] != (batch, rows):
             raise _RefusedError("returns sizes that depend on the samples", 2)
-        if not unlike and not _equal_bits(tensor, part):
+        if not unlike and not have_equal_bits(tensor, part):
             what = "a scalar" if tensor.numel() == 1 else "a tensor without a row for each sample"
             raise _RefusedError(f"returns {what} that depends on the samples", 3)
         found.append(unlike[0] if unlike else None)
@@ -568,13 +568,13 @@ def _test_independence(
     try:
         if nearest:
             raise _RaisedError
-        other = subject.call(_with_noise(given, rule.inputs, start, stop))
+        other = subject.call(replace_others(given, rule.inputs, start, stop))
     except _RaisedError:
         batch = cutting.batch_size(rule, given)
         assert batch is not None
         rows = torch.arange(batch).clamp(start, stop - 1)
         try:
-            other = subject.call(_take_rows(given, rule.inputs, rows))
+            other = subject.call(take_rows(given, rule.inputs, rows))
         except _RaisedError as error:
             raise _RefusedError(f"raises {error} if other samples change", 1) from None
     if other.kept:  # the whole call had the same shapes, so this is not the filling of a cache
@@ -587,9 +587,9 @@ def _test_independence(
         before, after = tensor, changed
         if tensor.shape == changed.shape and dim is not None:
             before, after = (t.narrow(dim, start, stop - start) for t in (tensor, changed))
-        if not _equal_bits(before, after):
+        if not have_equal_bits(before, after):
             subject.has_rounding = True
-        if not _are_close(before, after, _rounding(before)):
+        if not are_close(before, after, rounding_of(before)):
             raise _RefusedError(
                 f"mixes samples: its output{_number(index, whole)} for a sample differs if other "
                 "samples change",
@@ -609,15 +609,15 @@ def _compare_states(whole: _Outcome, other: _Outcome) -> None:
 
 def _is_same_value(value: Any, other: Any) -> bool:
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-        return _equal_bits(value.detach(), other.detach())
+        return have_equal_bits(value.detach(), other.detach())
     return type(value) is type(other) and (value == other or repr(value) == repr(other))
 
 
 def _test_gradients(subject: _Subject, rule: Rule, shards: Sequence[tuple[int, int]]) -> None:
     """Test that gradients of shards, scaled by their number, average to those of the whole call."""
-    noise = torch.Generator().manual_seed(_SEED)
+    noise = torch.Generator().manual_seed(SEED)
     outputs, bases = subject.record(subject.leaves)
-    gradients = [_normal(tensor, noise) for tensor in outputs]
+    gradients = [draw_normal(tensor, noise) for tensor in outputs]
     weights = list(subject.weights.values())
     expected = _backward(outputs, gradients, [*weights, *bases])
     totals: list[torch.Tensor | None] = [None] * len(weights)
@@ -630,11 +630,11 @@ def _test_gradients(subject: _Subject, rule: Rule, shards: Sequence[tuple[int, i
             for gradient, dim in zip(gradients, rule.outputs, strict=True)
         ]
         found = _backward(outputs, scaled, [*weights, *bases])
-        totals = [_sum(pair) for pair in zip(totals, found, strict=False)]
+        totals = [sum_present(pair) for pair in zip(totals, found, strict=False)]
         of_bases.append(found[len(weights) :])
     for dim, *parts in zip(rule.inputs, *of_bases, strict=True):
         present = [part for part in parts if part is not None]
-        joined = torch.cat(present, dim) if present and dim is not None else _sum(parts)
+        joined = torch.cat(present, dim) if present and dim is not None else sum_present(parts)
         totals.append(joined)
     _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(shards))
 
@@ -653,14 +653,14 @@ def _compare_gradients(
         dims: along which inputs were cut.
         count: number of shards.
     """
-    largest = max((_largest(gradient) for gradient in expected), default=0.0)
+    largest = max((largest_magnitude(gradient) for gradient in expected), default=0.0)
     for gradient, total, _ in zip(expected, totals, dims, strict=True):
         if gradient is None and total is None:
             continue
         mean = None if total is None else total / count
-        one, other = (_or_zeros(a, b) for a, b in ((gradient, mean), (mean, gradient)))
-        bound = _tolerance(one) * max(_largest(one), _GRADIENT_FLOOR * largest)
-        if one.shape != other.shape or not _largest(one - other) <= bound:
+        one, other = (or_zeros(a, b) for a, b in ((gradient, mean), (mean, gradient)))
+        bound = tolerance_of(one) * max(largest_magnitude(one), _GRADIENT_FLOOR * largest)
+        if one.shape != other.shape or not largest_magnitude(one - other) <= bound:
             raise _RefusedError("has a backward pass that is not linear or mixes samples", 6)
 
 
@@ -684,108 +684,6 @@ def _backward(
     for leaf in wanted:
         leaf.grad = None
     return found
-
-
-# Tensors
-
-
-def _rms(tensor: torch.Tensor) -> float:
-    """Return the root mean square of the finite elements, 0 if there is none."""
-    finite = torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
-    return float(finite.abs().square().mean().sqrt()) if tensor.numel() else 0.0
-
-
-def _normal(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return normally distributed numbers for each element; they are the same on all devices."""
-    dtype = tensor.dtype if tensor.is_floating_point() or tensor.is_complex() else torch.float32
-    return torch.randn(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
-
-
-def _take_rows(given: Sequence[torch.Tensor], dims: Dims, rows: torch.Tensor) -> list[torch.Tensor]:
-    return [
-        leaf.detach() if dim is None else leaf.detach().index_select(dim, rows.to(leaf.device))
-        for leaf, dim in zip(given, dims, strict=True)
-    ]
-
-
-def _with_noise(
-    given: Sequence[torch.Tensor], dims: Dims, start: int, stop: int
-) -> list[torch.Tensor]:
-    """Replace all rows but some: floating-point numbers get noise, and others are exchanged and
-    reversed, since not every integer may be valid."""
-    generator = torch.Generator().manual_seed(_SEED)
-    found = []
-    for leaf, dim in zip(given, dims, strict=True):
-        if dim is None:
-            found.append(leaf)
-            continue
-        if leaf.is_floating_point() or leaf.is_complex():
-            changed = leaf + 0.5 * (_rms(leaf) or 1.0) * _normal(leaf, generator)
-        else:
-            other_dims = [other for other in range(leaf.dim()) if other != dim]
-            changed = leaf.roll(1, dim).flip(other_dims[-1:])
-        changed.narrow(dim, start, stop - start).copy_(leaf.narrow(dim, start, stop - start))
-        found.append(changed)
-    return found
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same elements; NaN is equal to NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or bool(
-        ((one == other) | ((one != one) & (other != other))).all()
-    )
-
-
-def _rounding(tensor: torch.Tensor) -> float:
-    """Return the relative difference that may be rounding, of rows computed in calls of the same
-    shapes."""
-    return _FLOAT64_ROUNDING if tensor.dtype is torch.float64 else _tolerance(tensor)
-
-
-def _are_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by at most ``tolerance`` times the largest finite element."""
-    if _equal_bits(one, other):
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return False
-    if not torch.equal(one.isfinite(), other.isfinite()):
-        return False
-    difference = torch.where(one.isfinite(), one - other, torch.zeros_like(one))
-    return _largest(difference) <= tolerance * _largest(one)
-
-
-def _tolerance(tensor: torch.Tensor) -> float:
-    """Return the relative difference that rounding may make; only float64 is compared closely."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0.0
-    if tensor.dtype in (torch.float64, torch.complex128):
-        return _FLOAT64_TOLERANCE
-    return math.sqrt(torch.finfo(tensor.dtype).eps)
-
-
-def _largest(tensor: torch.Tensor | None) -> float:
-    """Return the largest magnitude of the finite elements, 0 if there is none."""
-    if tensor is None or not tensor.numel():
-        return 0.0
-    return float(torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).abs().max())
-
-
-def _sum(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present).sum(0) if present else None
-
-
-def _or_zeros(tensor: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor:
-    if tensor is not None:
-        return tensor
-    assert like is not None
-    return torch.zeros_like(like)
 
 
 def _number(index: int, outcome: _Outcome) -> str:
