@@ -5,9 +5,11 @@ Their modules are shared out by the rules of ``give_rules``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -396,6 +398,27 @@ def several_graphs_in_one_backward() -> Results:
     (first(x).square().mean() + second(first(x).detach()).mean()).backward()
     torch.autograd.backward([first(x).sum(), second(first(x)).sum()])
     return gradients(first, second)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError
+
+
+@case
+def backward_that_fails() -> Results:
+    first, second = net(4, 8, 3), net(3, 8, 1)
+    apply: Any = Failing.apply
+    with contextlib.suppress(ArithmeticError):
+        second(apply(first(torch.randn(7, 4)))).mean().backward()
+    found = gradients(first, second, prefix="failed ")
+    second(first(torch.randn(7, 4))).mean().backward()
+    return {**found, **gradients(first, second)}
 
 
 @case
