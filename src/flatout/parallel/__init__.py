@@ -98,8 +98,12 @@ class Parallel:
         """Return how many calls were shared out, and how many were not."""
         shared, whole = self._sharing.shared, self._sharing.whole
         parts = [f"{count} calls of {name} were shared out" for name, count in shared.items()]
-        parts += [f"{count} of {name} not: {why}" for (name, why), count in whole.items()]
-        return "; ".join(parts) or "no module was called"
+        if not shared:
+            parts.append("nothing was shared out, each rank has computed everything")
+        parts += [
+            f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
+        ]
+        return "; ".join(parts)
 
 
 def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:

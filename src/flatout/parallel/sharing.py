@@ -157,6 +157,7 @@ class Sharing:
         is_in_shard: whether a shard is computed or a rule looked for.
         has_shared: whether a call was shared out.
         shared, whole: numbers of calls by the name of the module, and by name and reason.
+        compares_state: whether parameters and optimizer states are compared at the next call.
     """
 
     def __init__(
