@@ -18,12 +18,9 @@ import sys
 sys.path.append({str(ROOT)!r})
 import torch
 from flatout.agent import activate
-from flatout.parallel import kinds
-from tests.side_by_side import give_rules
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
-give_rules()
 activate()
 
 """
@@ -42,24 +39,6 @@ class Outcome:
     status: int
     stdout: str
     stderr: str
-
-
-def give_rules() -> None:
-    """Have modules shared out by the rule in their attribute ``rule``: by default, the first
-    dimension of all inputs and of the only output counts samples. A text refuses."""
-    from flatout.parallel import checking, kinds
-
-    def find_rule(
-        module: object, args: tuple[object, ...], kwargs: dict[str, object], size: int
-    ) -> kinds.Rule | kinds.Refusal:
-        rule = getattr(module, "rule", None)
-        if isinstance(rule, str):
-            return kinds.Refusal(rule)
-        if rule is None:
-            rule = (0,) * len(kinds.leaves(args, kwargs)), (0,)
-        return kinds.Rule(*rule)
-
-    checking.find_rule = find_rule  # type: ignore[assignment]
 
 
 def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> list[Outcome]:

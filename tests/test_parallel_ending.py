@@ -75,9 +75,22 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with torch.no_grad():
             return model(torch.full((2, 4), float(i))).sum() * torch.ones(4)
-for context in ("fork", "forkserver"):
+for x in torch.utils.data.DataLoader(Data(), 5, num_workers=2):
+    print(step(x), flush=True)
+""",
+        0,
+    ),
+    "spawned workers": (
+        """
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return nn.Linear(4, 4)(torch.full((2, 4), float(i))).sum() * torch.zeros(4)
+if __name__ == "__main__":
     for x in torch.utils.data.DataLoader(
-        Data(), 5, num_workers=2, multiprocessing_context=context if context == "fork" else None
+        Data(), 2, num_workers=2, multiprocessing_context="spawn"
     ):
         print(step(x), flush=True)
 """,
@@ -192,3 +205,13 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert second.status == -9
     assert first.status == 1
     assert first.stderr.startswith("flatout: the connection to the other ranks is lost")
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+    program = TRAIN + (
+        "x = torch.ones(7, 4)\nout = model(x).sum(0)\n"
+        "torch.autograd.grad(out, model.weight, torch.eye(3), is_grads_batched=True)"
+    )
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert outcome.status == 1
+        assert "inside of vmap" in outcome.stderr

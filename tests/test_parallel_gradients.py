@@ -12,6 +12,7 @@ PROGRAM = """
 from flatout import agent
 from tests.ranks import gradients
 
+gradients.give_rules()
 found = {}
 shared = agent._session._parallel._sharing.shared if agent._session._parallel else {}
 for name in gradients.CASES:

@@ -1,17 +1,21 @@
 """Small trainings; each returns the losses and gradients that it has seen, by name.
 
-Their modules are shared out by the rules of ``side_by_side.give_rules``.
+Their modules are shared out by the rules of ``give_rules``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from flatout.parallel import checking, kinds
 
 Results = dict[str, torch.Tensor]
 
@@ -21,6 +25,23 @@ CASES: dict[str, Callable[[], Results]] = {}
 def case(function: Callable[[], Results]) -> Callable[[], Results]:
     CASES[function.__name__] = function
     return function
+
+
+def give_rules() -> None:
+    """Have modules shared out by the rule in their attribute ``rule``: by default, the first
+    dimension of all inputs and of the only output counts samples. A text refuses."""
+
+    def find_rule(
+        module: object, args: tuple[object, ...], kwargs: dict[str, object], size: int
+    ) -> kinds.Rule | kinds.Refusal:
+        rule = getattr(module, "rule", None)
+        if isinstance(rule, str):
+            return kinds.Refusal(rule)
+        if rule is None:
+            rule = (0,) * len(kinds.leaves(args, kwargs)), (0,)
+        return kinds.Rule(*rule)
+
+    checking.find_rule = find_rule  # type: ignore[assignment]
 
 
 def net(*widths: int) -> nn.Sequential:
@@ -377,6 +398,27 @@ def several_graphs_in_one_backward() -> Results:
     (first(x).square().mean() + second(first(x).detach()).mean()).backward()
     torch.autograd.backward([first(x).sum(), second(first(x)).sum()])
     return gradients(first, second)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError
+
+
+@case
+def backward_that_fails() -> Results:
+    first, second = net(4, 8, 3), net(3, 8, 1)
+    apply: Any = Failing.apply
+    with contextlib.suppress(ArithmeticError):
+        second(apply(first(torch.randn(7, 4)))).mean().backward()
+    found = gradients(first, second, prefix="failed ")
+    second(first(torch.randn(7, 4))).mean().backward()
+    return {**found, **gradients(first, second)}
 
 
 @case

@@ -99,7 +99,7 @@ class Session:
             raise
         self._apply_settings()
         place = ranks.place()
-        if place is not None:
+        if place is not None and not self._waits_for_step:
             from flatout import parallel
 
             self._parallel = parallel.install(host, place, self.finish)

@@ -11,7 +11,7 @@ from flatout.parallel.place import Place
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
-    from flatout.parallel.sharing import FindRule
+    from flatout.parallel.kinds import Refusal, Rule
     from flatout.parallel.team import Team
 
 
@@ -37,7 +37,7 @@ class Parallel:
             host.events,
             leaves,
             self._form_team,
-            _find_rule(),
+            _find_rule,
             lambda: (host.roots, host.optimizers),
         )
         self._averaging = Averaging(
@@ -98,8 +98,12 @@ class Parallel:
         """Return how many calls were shared out, and how many were not."""
         shared, whole = self._sharing.shared, self._sharing.whole
         parts = [f"{count} calls of {name} were shared out" for name, count in shared.items()]
-        parts += [f"{count} of {name} not: {why}" for (name, why), count in whole.items()]
-        return "; ".join(parts) or "no module was called"
+        if not shared:
+            parts.append("nothing was shared out, each rank has computed everything")
+        parts += [
+            f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
+        ]
+        return "; ".join(parts)
 
 
 def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:
@@ -113,7 +117,9 @@ def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel
     return Parallel(host, place, finish)
 
 
-def _find_rule() -> FindRule:
+def _find_rule(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
     from flatout.parallel import checking
 
-    return checking.find_rule
+    return checking.find_rule(module, args, kwargs, size)

@@ -89,6 +89,10 @@ class Averaging:
         self._depth += 1
         try:
             result = call(outputs, gradients, *args, **kwargs)
+        except Exception:
+            if accumulates:  # some gradients may have been stored already
+                self._average_stored(team, before)
+            raise
         finally:
             self._depth -= 1
         if accumulates:

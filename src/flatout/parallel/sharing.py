@@ -66,6 +66,7 @@ class KindState:
         may_be_tested: whether a rule is looked for at the next call.
         tests: how often one was looked for.
         calls: how many were shared out.
+        checked: the number of calls at the last test.
         changed: positions of the buffers that they have changed.
     """
 
@@ -75,6 +76,7 @@ class KindState:
     may_be_tested: bool = True
     tests: int = 0
     calls: int = 0
+    checked: int = 0
     changed: set[int] = field(default_factory=set)
 
     def refuse(self, reason: str, is_lasting: bool = True) -> None:
@@ -155,6 +157,7 @@ class Sharing:
         is_in_shard: whether a shard is computed or a rule looked for.
         has_shared: whether a call was shared out.
         shared, whole: numbers of calls by the name of the module, and by name and reason.
+        compares_state: whether parameters and optimizer states are compared at the next call.
     """
 
     def __init__(
@@ -246,8 +249,10 @@ class Sharing:
     def _test(self, call: _Call) -> None:
         """Look for the rule of a kind of calls, if that is due."""
         kind, team = call.kind, call.team
-        if not (kind.may_be_tested or (kind.rule is not None and kind.calls in CHECKED_CALLS)):
+        is_checked = kind.rule is not None and kind.calls in CHECKED_CALLS - {kind.checked}
+        if not (kind.may_be_tested or is_checked):
             return
+        kind.checked = kind.calls
         kind.may_be_tested = False
         kind.tests += 1
         self.is_in_shard = True

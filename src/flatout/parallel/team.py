@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -84,6 +85,7 @@ class Team:
             dims: the dimension of each tensor that counts samples.
             rows: the number of rows of each rank's shard.
         """
+        self._refuse_batched(tensors)
         shapes = [_shapes(t, dim, self.rank, rows) for t, dim in zip(tensors, dims, strict=True)]
         sizes = [
             [
@@ -109,6 +111,7 @@ class Team:
 
     def average(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the mean of each tensor over the ranks, as a new tensor of the same strides."""
+        self._refuse_batched(tensors)
         means: list[torch.Tensor | None] = [None] * len(tensors)
         for i, tensor in enumerate(tensors):
             if tensor.is_sparse:
@@ -124,6 +127,15 @@ class Team:
                 real = _real(new)
                 real.copy_(mean.view(real.shape))
         return [mean for mean in means if mean is not None]
+
+    def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:
+        functorch: Any = torch._C._functorch
+        tests = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
+        if any(is_batched(tensor) for tensor in tensors for is_batched in tests):
+            self.ending.stop(
+                "--ranks does not support backward calls inside of vmap, such as those of "
+                "torch.autograd.grad with is_grads_batched and of jacobian with vectorize"
+            )
 
     def _average_sparse(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the mean of a sparse tensor, whose indices may differ between the ranks."""
@@ -188,8 +200,8 @@ def _parting(name: str, rank: int, step: int, words: Sequence[str]) -> str:
     if name in ("sequence", "meeting", "subject"):
         return (
             f"{here}: rank 0 {words[0]}, rank {rank} {words[rank]}; the program decides by "
-            "something that is not the same on all ranks, such as the clock or a generator without "
-            "a seed"
+            "something that is not the same on all ranks, such as the clock or a generator "
+            "without a seed"
         )
     return f"{here}, where rank 0 {words[0]}: {_DIFFERENCES[name]}"
 
