@@ -124,6 +124,9 @@ def test_other_options_are_said(tmp_path: Path) -> None:
     journal.open_journal("tune", COMMAND, other, True, said.append).close()
     (line,) = said
     assert "--budget was 60, is 90; --knobs was None, is ['gc']" in line
+    in_place = Options(budget_seconds=90, steps=30, knobs=("gc",), isolate=False)
+    journal.open_journal("tune", COMMAND, in_place, True, said.append).close()
+    assert "--in-place was False, is True" in said[-1]
 
 
 def test_the_command_that_resumes_has_the_same_options_and_is_quoted_for_a_shell() -> None:

@@ -348,6 +348,29 @@ def test_an_evaluation_that_no_seed_changes_may_have_the_error_of_an_output(
     assert ("rounding error" in evaluation.why) == (exactness != {"bitwise"})
 
 
+@pytest.mark.parametrize(
+    ("of_bare", "of_plan", "passed"),
+    [
+        ([math.inf, 2.0], [math.inf, 2.0], True),
+        ([math.nan, 2.0], [3.0, 2.0], True),
+        ([math.inf, math.nan], [1.0, 2.0], True),
+        ([1.0, 2.0], [1.0, math.nan], False),
+    ],
+)
+def test_an_evaluation_that_is_not_finite_in_bare_is_not_held_against_the_plan(
+    of_bare: list[float], of_plan: list[float], passed: bool
+) -> None:
+    bare, plan = (
+        [
+            Run((bare_curve(seed),), outputs=[output([loss]) for loss in losses])
+            for seed in range(SEEDS)
+        ]
+        for losses in (of_bare, of_plan)
+    )
+    verdict = proof.judge(bare, plan, [], {"reordered"})
+    assert all(c.result != "failed" for c in verdict.checks if c.name == "evaluation") == passed
+
+
 LOGITS = [0.1, 2.0, -1.0, 0.3, 0.1, 3.0, 1.5, -0.4, 0.2]
 
 

@@ -190,6 +190,37 @@ def test_a_setting_that_fails_leaves_the_other_settings_of_its_knob() -> None:
     assert ratio.value == pytest.approx(2.0, rel=1e-3)
 
 
+class MeasuringScreening(ModelledScreening):
+    """A screening in which two settings of a knob are faster."""
+
+    def _compare(
+        self,
+        arms: Sequence[Mapping[str, str]],
+        stop_rule: StopRule,
+        share: float,
+        compared: Sequence[Candidate] | str,
+    ) -> tuple[Trial, Comparison]:
+        comparison = Comparison(arms=tuple(map(dict, arms)), block_steps=2, discard_steps=1)
+        done = finished()
+        for arm in [*range(len(arms))] * 8:
+            faster = {"bf16": 2.0, "safe": 1.5}.get(arms[arm].get("precision", ""), 1.0)
+            step = replace(STEP, arm=arm, step_ms=10.0 / faster)
+            done.process.steps += [replace(step, mark="switched"), step]
+        return done, comparison
+
+
+@pytest.mark.parametrize("names", [("bf16", "safe"), ("safe", "bf16")])
+def test_of_two_faster_settings_of_a_knob_the_slower_one_is_left_out(
+    names: tuple[str, str],
+) -> None:
+    screening = MeasuringScreening({})
+    precisions = [Candidate("precision", name, is_hot=True, bound=None) for name in names]
+    screening.ledger.enter(precisions)
+    assert screening._rank([*precisions, *HOT]) == {"precision": "bf16"}
+    states = {one.setting: screening.ledger.find(one.settings).state for one in precisions}
+    assert states == {"bf16": "won", "safe": "left out"}
+
+
 class ShortJobs:
     """The runner of trials of a job that has few steps, which is not known before."""
 

@@ -369,6 +369,8 @@ def _plain_options(options: Any) -> dict[str, Any]:
     if options is None:
         return {}
     plain: dict[str, Any] = json.loads(json.dumps(codec.encode(options), default=sorted))
+    if "isolate" in plain:
+        plain["in-place"] = not plain.pop("isolate")
     return {f"--{name.partition('_')[0]}": value for name, value in plain.items()}
 
 

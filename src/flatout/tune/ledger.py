@@ -84,8 +84,9 @@ class Outcome:
         phases_ms: the time of each phase of a step of the bare program; ``None`` if it was not
             measured.
         header: the header of the first run's record: interpreter, torch and so on.
-        inputs: what the inputs of the first outermost module call have in common in all runs, see
-            ``wire.signature``; ``None`` if nothing.
+        inputs: the dtype and shape of each input tensor of the first outermost module call, with
+            ``*`` for sizes that differ between runs (``wire.signature``); ``None`` if the runs
+            differ in more than sizes.
         program: the files of which the program consists, and the environment variables that they
             name, at its first run; ``None`` if it has not run.
         modules: the files that the runs have imported.

@@ -10,10 +10,12 @@ tell which checks are made. The functions are pure functions of records.
     seeds) of the mean of plan minus bare must be at most the margin, one seed-to-seed standard
     deviation of bare. A plan that lowers the loss passes, unless it lowers it by far more than
     seeds do, because it then trains something else.
-    A program gives the same losses from every seed if it seeds only generators that are not
-    shifted (``agent/seeds.py``), such as a ``torch.Generator`` of its own. The margin is then the
-    standard error of the mean of the last quarter, computed from the scatter from batch to batch,
-    because another data order would change the mean by at least that.
+    Flatout varies the seed by adding an offset to the seeds that the program sets by calls like
+    ``torch.manual_seed`` (``agent/seeds.py``). It cannot reach a ``torch.Generator`` of the
+    program's own, for example; a program that uses only such generators gives the same losses from
+    every seed. The margin is then the standard error of the mean of the last quarter, computed from
+    the scatter from batch to batch, because another data order would change the mean by at least
+    that.
     If the loss has not fallen by more than the margin since the first steps, the check proves
     little: a plan under which nothing is learned would pass as well. The check is then open, and
     the proof ``inconclusive``.
@@ -37,10 +39,10 @@ tell which checks are made. The functions are pure functions of records.
 ``outputs``
     If the program only infers, its outputs for identical inputs are compared.
 
-Bare may not repeat itself, because several processes train one set of weights, or because of atomic
-additions. A step then has no counterpart in another run. For spikes, a loss is then compared with
-bare's highest loss in the same quarter of the steps. For losses, the margin is then at least the
-spread between bare's runs.
+Some programs do not repeat themselves from one seed, because several processes train one set of
+weights, or because of atomic additions. A step then has no counterpart in another run. For spikes,
+a loss is then compared with bare's highest loss in the same quarter of the steps. For losses, the
+margin is then at least the spread between bare's runs.
 
 More seeds make the limits narrower. If settings reorder the data, the difference of two means over
 n seeds has a standard deviation of ``sqrt(2 / n)`` margins. A check that fails only because its
@@ -96,7 +98,8 @@ SPIKE_DEVIATIONS = 6.0
 """A spike exceeds bare's loss by more than this many of bare's standard deviations."""
 
 SPIKE_FACTOR = 2.0
-"""A spike exceeds bare's largest excess over its mean by more than this factor."""
+"""The excess of a spike over bare's loss is also more than this many times the largest excess of a
+bare loss over the mean of the seeds."""
 
 ROUNDING = 1e-6
 """Differences below this fraction of a value do not count. It is some units in the last place of
@@ -556,11 +559,11 @@ def _judge_spikes(
       whichever is more.
     - If seeds do not change them, the reference is bare's loss of the step. The allowance is
       computed in the same way from bare's jumps from step to step.
-    - If bare does not repeat itself, the reference is at least the larger of bare's highest loss in
-      the quarter and the mean of the plan's own losses over the preceding quarter of the steps.
-      Other processes may already have trained the shared weights, so a run's step does not tell how
-      far training is. The allowance is at least the excess of bare's highest loss over the
-      mean of the quarter.
+    - If bare does not repeat itself, the reference is the highest of three values: the reference
+      above, bare's highest loss in the quarter, and the mean of the plan's own losses in this step
+      and the ``steps / 4`` before it. Other processes may already have trained the shared
+      weights, so a run's step does not tell how far training is. The allowance is at least the
+      excess of bare's highest loss over the mean of the quarter.
 
     Args:
         name: the name of the losses, in words.
@@ -690,23 +693,27 @@ def _judge_evaluation(
     """Judge the losses that evaluation passes return, and the mean and RMS of other outputs.
 
     A loss that does not depend on the seed, such as that of a pretrained model before its first
-    update, has no spread. It may then have the error of an output for identical inputs.
+    update, has no spread. Its margin is then the relative error that is allowed for outputs on
+    identical inputs (``_output_error``). Values that are not finite in a bare run are left out.
     """
     calls = min((len(run.outputs) for run in (*bare, *plan)), default=0)
     if not calls:
         return []
     checks: list[Check] = []
     scalars = [[_scalars(run.outputs[:calls]) for run in runs] for runs in (bare, plan)]
-    for name, curve in scalars[0][0].items():
+    for name in scalars[0][0]:
         of_bare, of_plan = ([run.get(name, ()) for run in runs] for runs in scalars)
         if len({len(run) for run in (*of_bare, *of_plan)}) != 1:
             # the number of passes or outputs depends on the data, so they have no counterparts
             continue
-        if not all(math.isfinite(value) for run in (*of_bare, *of_plan) for value in run):
+        of_bare, of_plan = _leave_out_non_finite(of_bare, of_plan)
+        if not of_bare[0]:
+            continue
+        if not all(math.isfinite(value) for run in of_plan for value in run):
             why = f"{name} is not finite in an evaluation pass"
             checks.append(Check("evaluation", "failed", why))
             continue
-        by_seeds = len(of_bare) > 1 and any(run != curve for run in of_bare)
+        by_seeds = any(run != of_bare[0] for run in of_bare)
         _, check = _judge_losses(
             "evaluation",
             name,
@@ -720,6 +727,16 @@ def _judge_evaluation(
     if any(moments[0]):
         checks.append(_judge_moments("evaluation", "outputs of evaluation passes", *moments))
     return checks
+
+
+def _leave_out_non_finite(
+    bare: Sequence[Curve], plan: Sequence[Curve]
+) -> tuple[list[Curve], list[Curve]]:
+    """Return the curves without the places at which a bare curve is not finite."""
+    values = zip(*bare, strict=True)
+    places = [place for place, ours in enumerate(values) if all(map(math.isfinite, ours))]
+    of_bare, of_plan = ([tuple(run[i] for i in places) for run in runs] for runs in (bare, plan))
+    return of_bare, of_plan
 
 
 def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:

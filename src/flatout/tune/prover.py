@@ -369,7 +369,8 @@ def estimate_s(bare: BareRun) -> float:
 def _needs_repeats(verdict: Verdict) -> bool:
     """Return whether the plan should be identical to bare and is not, so bare must be run again.
 
-    The first run of a program that only infers is no repeat, because it records no outputs.
+    The first bare run of a program that trains is one repeat. That of a program that only infers is
+    none, because it records no outputs: ``bare_repeats`` is then ``None`` and the check open.
     """
     return any(
         check.name == "identity"

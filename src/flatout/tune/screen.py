@@ -60,8 +60,9 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_stacks``)."""
 
 MANY_ARMS = 16
-"""Candidates are compared ``FEW_CANDIDATES`` at a time if the job has too few steps for two of the
-shortest possible comparisons of this many arms."""
+"""A job is short if it has too few steps for two comparisons of this many arms, which seven
+candidates need, each with the fewest rounds and the shortest blocks. A short job is run anew for every
+``FEW_CANDIDATES`` of its candidates."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates that are then compared at a time, see ``MANY_ARMS``."""
@@ -126,7 +127,7 @@ class Screening(TuneStage):
                 f"{failure}"
             )
             self._compare_groups(hot, lambda group, _: self._compare_alone(group))
-        best: dict[str, tuple[float, str]] = {}
+        best: dict[str, tuple[float, Candidate]] = {}
         for candidate in hot:
             arm = self._ledger.find(candidate.settings)
             if arm.ratio is None:
@@ -134,12 +135,15 @@ class Screening(TuneStage):
             self._ledger.print_line(f"{candidate}: {arm.ratio} inside one process")
             if statistics.pick_winners({str(candidate): arm.ratio}):
                 self._ledger.accept(candidate.settings)
-                setting = (arm.ratio.value, candidate.setting)
-                best[candidate.knob] = max(best.get(candidate.knob, (0.0, "")), setting)
+                faster = (arm.ratio.value, candidate)
+                if candidate.knob in best:
+                    faster, slower = sorted((faster, best[candidate.knob]), key=lambda one: -one[0])
+                    self._ledger.leave_out(slower[1].settings, f"{faster[1]} gains more")
+                best[candidate.knob] = faster
             else:
                 self._ledger.reject(candidate.settings, arm.why)
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
-        return {knob: setting for knob, (_, setting) in ordered}
+        return {knob: candidate.setting for knob, (_, candidate) in ordered}
 
     def _compare_groups(
         self, hot: Sequence[Candidate], compare: Callable[[list[Candidate], int], None]

@@ -21,7 +21,8 @@ from flatout.wire.record import Step
 from flatout.wire.request import Comparison
 
 MINIMUM_PAIRS = 5
-"""Minimum number of pairs of fresh processes behind a claim."""
+"""Minimum number of pairs of fresh processes behind a claim. If the user interrupts the tune, two
+are enough, with the wide interval that they give."""
 
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.

@@ -50,9 +50,9 @@ KNOB = Knob(
         "torch does, and then all time steps of a layer and direction in one call. In "
         "this call, each thread takes some rows of the batch through all time steps; the "
         "backward pass works in the same way. The kernel computes in float32, even under "
-        "autocast. Torch computes packed sequences, hidden sizes above 512, `torch.func`, "
-        "compiled regions, and LSTM, for which it uses oneDNN. The knob needs a C "
-        "compiler.",
+        "autocast. These are left to torch's own code: packed sequences, hidden sizes above "
+        "512, `torch.func`, compiled regions, and LSTM (which torch runs in oneDNN). The knob "
+        "needs a C compiler.",
         helps="The knob helps training and inference with GRU layers on the CPU that have small "
         "hidden sizes and long sequences, as in speech.",
         hurts="Batches with fewer rows than there are cores become slower, because each row "
