@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from flatout.intercept import finite, hooks, losses
 from flatout.intercept.host import Host
 from flatout.plan import Evidence, LossEvidence, Plan
 from flatout.plan.program import observed
-from flatout.wire.request import GuardRequest, ProvenLoss, Request
+from flatout.wire.request import GuardRequest, ProvenLoss, Ranks, Request
 
 Start = Callable[..., Host]
 
@@ -360,6 +361,27 @@ def test_weights_that_are_lost_are_set_back_in_place(
     said = events(host)
     assert ("noticed", "guard", "weights were not finite: restored from their last copy") in said
     assert [subject for what, subject, _ in said if what == "failed"] == ["precision"]
+
+
+def test_one_of_several_ranks_restores_no_weights(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank copies its weights by its own clock, so the copies are of different steps."""
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_PERIOD_S", 0.0)
+    monkeypatch.setattr(weight_guard, "SNAPSHOT_SHARE", 1e9)
+    host = start(precision="bf16")
+    host.request = dataclasses.replace(host.request, ranks=Ranks(2, seed=0, hash_seed=0))
+    net, x = Normed(), torch.randn(8, 4)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(6):
+        train(net, optimizer, x)
+    with torch.no_grad():
+        net.out.weight.fill_(torch.nan)
+    for _ in range(6):
+        train(net, optimizer, x)
+    assert net.out.weight.isnan().all()
+    why = "weights are not finite, and one of several processes cannot restore them alone"
+    assert ("noticed", "guard", why) in events(host)
 
 
 def test_buffers_that_an_overflow_has_reached_are_set_back(

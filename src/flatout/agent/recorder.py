@@ -14,6 +14,7 @@ from flatout.intercept.containment import attempt, unreported
 from flatout.intercept.losses import abandon, arrived_losses, peak_device_bytes
 from flatout.wire.header import ENVIRONMENT_NAMES, Header
 from flatout.wire.lines import End
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE
 from flatout.wire.writer import RecordWriter
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def _header(record: RecordWriter) -> Header:
     return Header(
         pid=os.getpid(),
         parent_pid=os.getppid(),
-        rank=_environment_int("RANK"),
-        world_size=_environment_int("WORLD_SIZE"),
+        rank=_environment_int(RANK_VARIABLE, "RANK"),
+        world_size=_environment_int(RANKS_VARIABLE, "WORLD_SIZE"),
         started_unix_s=round(time.time(), 3),
         started_ns=record.started_ns,
         program=_program_name(),
@@ -97,9 +98,10 @@ def _header(record: RecordWriter) -> Header:
     )
 
 
-def _environment_int(name: str) -> int | None:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdigit() else None
+def _environment_int(*names: str) -> int | None:
+    """The value of the first of these variables that is a number."""
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdigit()), None)
 
 
 def _program_name() -> str:

@@ -9,6 +9,8 @@ all by seed 0.
 from __future__ import annotations
 
 import functools
+import hashlib
+import multiprocessing
 import random
 import sys
 from typing import Any
@@ -45,6 +47,25 @@ def set_seeds(seed: int) -> None:
     _shift_seeds(random, "seed", shift)
     if numpy is not None:
         _shift_seeds(numpy.random, "seed", shift)
+
+
+def seed_alike(seed: int) -> None:
+    """Seed torch's generator for the CPU and NumPy's global one as on the other ranks.
+
+    Both start from numbers of the operating system otherwise. The hook (``launch/hook``) seeds
+    ``random``. What the program has seeded itself stays; torch has just been imported, and NumPy
+    forgets its first seed where the program gives another. Different processes of one rank get
+    different seeds.
+
+    Args:
+        seed: of the run.
+    """
+    process = multiprocessing.current_process().name
+    digest = hashlib.sha256(repr((seed, sys.argv, process)).encode("utf-8", "replace")).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and numpy.random.get_bit_generator().seed_seq is not None:
+        numpy.random.seed(int.from_bytes(digest[8:12], "little"))
 
 
 def _shift_seeds(module: Any, name: str, shift: int) -> None:

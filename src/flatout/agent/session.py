@@ -77,6 +77,10 @@ class Session:
         request, host = self.request, self.host
         if not self._waits_for_step:
             self._begin_record()
+        if request.ranks is not None:
+            from flatout.agent import seeds
+
+            seeds.seed_alike(request.ranks.seed)
         if request.seed is not None:
             from flatout.agent import seeds
 

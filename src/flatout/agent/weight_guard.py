@@ -132,7 +132,9 @@ class WeightGuard:
         if not responder.respond("weights were not finite", responder.suspects()):
             return
         responder.suspects_weights = False
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._host.request.ranks is not None or (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
             why = "one of several processes cannot restore them alone"
         elif self._snapshot.restore():
             responder.say("noticed", "weights were not finite: restored from their last copy")

@@ -7,7 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flatout.wire.request import DISABLE_VARIABLE, RUN_VARIABLE
+from flatout.wire.request import (
+    DISABLE_VARIABLE,
+    RANK_VARIABLE,
+    RANKS_VARIABLE,
+    RUN_VARIABLE,
+    SEED_VARIABLE,
+)
 
 NOT_ATTACHED = (
     "flatout could not attach: no Python process of this command loaded its agent (python -I, "
@@ -33,6 +39,8 @@ def job_environment(
         plan_variables: the variables that the plan sets.
     """
     environment = {**os.environ, **plan_variables}
+    for name in (RANK_VARIABLE, RANKS_VARIABLE, SEED_VARIABLE):
+        environment.pop(name, None)  # of a run whose program is this flatout
     if run_directory is None or is_disabled():
         return environment
     hook = str(HOOK_DIRECTORY)

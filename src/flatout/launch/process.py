@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.errors import UserError
@@ -95,7 +95,8 @@ def run(
     timeout_seconds: float | None = None,
     contained: bool = False,
     run_directories: Sequence[str] = (),
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], bool | None] | None = None,
+    processors: Collection[int] | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -108,7 +109,8 @@ def run(
             on, as they would without flatout.
         run_directories: the run directories of a contained job, which identify its processes
             (``RUN_VARIABLE``).
-        tick: called every ``TICK_S`` while the job runs.
+        tick: called every ``TICK_S`` while the job runs. The job is ended once it returns true.
+        processors: numbers of those that the job may run on; ``None``: those of flatout.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -122,7 +124,8 @@ def run(
     try:
         if contained:
             interruption.check()
-        pid = _spawn(command, environment, before, output)
+        with _on_processors(processors):
+            pid = _spawn(command, environment, before, output)
         sentinel = _Sentinel(pid, started_by=os.getpid(), run_directories=run_directories)
         try:
             status, timed_out, interrupted = _wait(
@@ -168,6 +171,20 @@ def exit_like(returncode: int) -> int:
     return 128 + number  # by default, this signal does not end a process
 
 
+@contextlib.contextmanager
+def _on_processors(processors: Collection[int] | None) -> Iterator[None]:
+    """Run this thread on some processors, which a process that it starts inherits."""
+    if processors is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def _spawn(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -197,7 +214,7 @@ def _wait(
     sentinel: _Sentinel,
     timeout_seconds: float | None,
     started_s: float,
-    tick: Callable[[], None] | None,
+    tick: Callable[[], bool | None] | None,
     contained: bool,
 ) -> tuple[int, bool, bool]:
     """Wait for the job's end and pass signals on.
@@ -226,8 +243,9 @@ def _wait(
             received = signal.sigwaitinfo(_WATCHED)
         else:
             received = signal.sigtimedwait(_WATCHED, wait_s)
-        if tick is not None:
-            tick()
+        if tick is not None and tick() and not interrupted:
+            interrupted = True
+            deadline_s = time.monotonic()
         if contained and not interrupted and interruption.is_noted():
             interrupted = True  # another thread got the signal
             deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S

@@ -49,6 +49,7 @@ from flatout.wire.lines import (
 )
 from flatout.wire.packing import Unpacker
 from flatout.wire.profile import Profile
+from flatout.wire.request import RANK_VARIABLE
 from flatout.wire.turns import DATA, OPTIMIZER, PHASES, TRANSFER, Turn, Turns
 
 WARMUP_STEPS = 3
@@ -415,9 +416,12 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
 )
 
 
-def _importance(process: ProcessRecord | StepTimes) -> tuple[int, int, int]:
-    """Largest for the main process: the one that trained most, of equal ones rank 0."""
-    return len(process.steps), len(process.evaluations), -(process.header.rank or 0)
+def _importance(process: ProcessRecord | StepTimes) -> tuple[bool, int, int, int]:
+    """Largest for the main process: the one that trained most, of equal ones rank 0. A companion
+    (``launch/companions.py``) only repeats what the program does."""
+    header = process.header
+    is_program = header.environment.get(RANK_VARIABLE, "0") == "0"
+    return is_program, len(process.steps), len(process.evaluations), -(header.rank or 0)
 
 
 def _record_paths(run_directory: Path) -> list[Path]:

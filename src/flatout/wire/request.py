@@ -21,6 +21,12 @@ RUN_VARIABLE = "FLATOUT_RUN"
 """Environment variable that names the run directory to the agent."""
 DISABLE_VARIABLE = "FLATOUT_DISABLE"
 """Environment variable that switches the agent off when it is ``1``."""
+RANK_VARIABLE = "FLATOUT_RANK"
+"""Environment variable that gives a process of a run with ``--ranks`` its rank."""
+RANKS_VARIABLE = "FLATOUT_RANKS"
+"""Environment variable that gives such a process the number of ranks."""
+SEED_VARIABLE = "FLATOUT_SEED"
+"""Environment variable by which the hook seeds ``random`` alike on all ranks."""
 
 
 class RequestError(ValueError):
@@ -159,6 +165,22 @@ class GuardRequest:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Several processes that each run the whole command, as one program (``launch/companions.py``).
+
+    Attributes:
+        size: how many, at least 2.
+        seed: for the generators that the program does not seed: all ranks draw the same numbers.
+        hash_seed: ``PYTHONHASHSEED`` of all ranks where the user has set none: sets of strings have
+            the same order.
+    """
+
+    size: int
+    seed: int
+    hash_seed: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What the agent shall do in this run.
 
@@ -178,6 +200,7 @@ class Request:
         proof: the conditions under which some of the settings apply.
         inspection: what to record beside times and losses.
         guard: turns on the guard; ``None``: there is no guard.
+        ranks: the processes that share the work; ``None``: the program is one process.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -191,6 +214,7 @@ class Request:
     proof: Proof | None = None
     inspection: Inspection | None = None
     guard: GuardRequest | None = None
+    ranks: Ranks | None = None
 
     def write(self, run_directory: Path) -> None:
         """Write ``request.json`` into ``run_directory``."""

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from flatout import paths
 from flatout.cli import options
 from flatout.cli.streams import say
-from flatout.launch import environment, process
+from flatout.errors import UserError
+from flatout.launch import companions, environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
-from flatout.wire.request import GuardRequest, Proof, ProvenLoss, Request
+from flatout.wire.request import GuardRequest, Proof, ProvenLoss, Ranks, Request
 from flatout.wire.writer import write_failure
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="apply the whole plan even if machine, torch, program, arguments or inputs have "
         "changed since its proof",
     )
+    parser.add_argument(
+        "--ranks",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="run the command as N processes, each on its share of the cores; rank 0 is the "
+        "program, and what the other ranks write is discarded (default: 1)",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -60,6 +69,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
+    if arguments.ranks > 1:
+        request = replace(request, ranks=_ranks(arguments, request))
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
@@ -67,7 +78,15 @@ def execute(arguments: argparse.Namespace) -> int:
         from flatout import knobs
 
         variables = knobs.prepare(request, os.environ)
-    exited = process.run(arguments.command, environment.job_environment(run_directory, variables))
+    job_environment = environment.job_environment(run_directory, variables)
+    if run_directory is None or request.ranks is None:
+        exited, failure = process.run(arguments.command, job_environment), None
+    else:
+        exited, failure = companions.run(
+            arguments.command, job_environment, run_directory, request.ranks
+        )
+    if failure is not None and not _has_said_why(run_directory):
+        say(failure)
     if run_directory is not None:
         for line in _summary(run_directory, request):
             say(line)
@@ -94,6 +113,21 @@ def _request(arguments: argparse.Namespace) -> Request:
         if proof is not None:
             proof = replace(proof, knobs=tuple(k for k in proof.knobs if k not in by_hand))
     return Request(settings=settings, proof=proof, guard=guard)
+
+
+def _ranks(arguments: argparse.Namespace, request: Request) -> Ranks:
+    """What the ranks must know of each other."""
+    if arguments.tune:
+        raise UserError(
+            "--ranks and --tune cannot be combined: each rank would choose settings by its own "
+            "times"
+        )
+    if "gradients" in request.settings:
+        raise UserError(
+            "--ranks and the knob gradients cannot be combined: it computes gradients after the "
+            "ranks have averaged them"
+        )
+    return companions.request(arguments.ranks)
 
 
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> GuardRequest | None:
@@ -180,7 +214,11 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         for event in times.events
         if event.what in _OUTCOMES and event.subject in request.settings
     ]
-    lines += [f"guard: {event.why}" for event in times.events if event.subject == "guard"]
+    lines += [
+        f"{event.subject}: {event.why}"
+        for event in times.events
+        if event.subject == "guard" or (event.subject, event.what) == ("ranks", "noticed")
+    ]
     if not times.turns:
         return [*lines, f"flatout saw no training or inference step; record in {where}"]
     median_ms = statistics.median(times.turns)
@@ -191,6 +229,17 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         *lines,
         f"{len(times.turns)} {kind}, median {median_ms:.4g} ms; record in {where}{trouble}",
     ]
+
+
+def _has_said_why(run_directory: Path | None) -> bool:
+    """Whether rank 0 has told its user why the ranks have stopped."""
+    try:
+        times = None if run_directory is None else read_step_times(run_directory)
+    except RecordError:
+        return False
+    return times is not None and any(
+        (event.subject, event.what) == ("ranks", "stopped") for event in times.events
+    )
 
 
 _OUTCOMES = {"skipped": "not applied", "failed": "failed", "unused": "had no effect"}

@@ -88,6 +88,41 @@ def _start():
     except OSError:
         return  # the run directory cannot be written
     sys.meta_path.insert(0, _TorchFinder())
+    if os.environ.get("FLATOUT_RANKS"):
+        _seed_alike()
+        _follow_companions(run)
+
+
+def _seed_alike():
+    """Let the ranks of a run draw the same numbers where the program gives no seed of its own."""
+    if "--multiprocessing-fork" not in sys.orig_argv:  # their words differ between the ranks
+        import random
+
+        random.seed(repr((os.environ["FLATOUT_SEED"], sys.orig_argv)))
+
+
+def _follow_companions(run):
+    """Let the first process of rank 0 begin a little after those of the other ranks.
+
+    They see in their copy-on-write views what rank 0 has written to the real files. So a program
+    that makes a folder, or goes on from a file if it exists, must find none of rank 0's there.
+    """
+    import time
+
+    rank, size = int(os.environ["FLATOUT_RANK"]), int(os.environ["FLATOUT_RANKS"])
+    try:
+        os.close(os.open(os.path.join(run, "begun-%d" % rank), os.O_CREAT | os.O_EXCL, 0o644))
+    except OSError:
+        return  # this is not the first process of the rank
+    if rank:
+        return
+    until_s = time.monotonic() + 10
+    while time.monotonic() < until_s:
+        present = os.listdir(run)
+        if all("begun-%d" % r in present or "died-%d" % r in present for r in range(1, size)):
+            break
+        time.sleep(0.01)
+    time.sleep(0.1)
 
 
 _hide()
