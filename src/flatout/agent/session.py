@@ -28,6 +28,7 @@ from flatout.intercept.capture import is_capturing
 from flatout.intercept.containment import attempt, contain
 from flatout.intercept.host import Host
 from flatout.intercept.losses import abandon
+from flatout.parallel import place as ranks
 from flatout.wire.request import Request
 from flatout.wire.turns import Turn
 from flatout.wire.writer import RecordWriter
@@ -35,6 +36,7 @@ from flatout.wire.writer import RecordWriter
 if TYPE_CHECKING:
     from flatout.agent.guard import Guard
     from flatout.agent.inspection import Inspector
+    from flatout.parallel import Parallel
 
 
 class Session:
@@ -67,6 +69,7 @@ class Session:
         self._stages = Stages(self.host, self._stop)
         self._guard: Guard | None = None
         self._inspector: Inspector | None = None
+        self._parallel: Parallel | None = None
         self._is_over = False
         self._waits_for_step = _is_child_of_multiprocessing()
 
@@ -92,6 +95,11 @@ class Session:
             self.hooks.remove()
             raise
         self._apply_settings()
+        place = ranks.place()
+        if place is not None and not self._waits_for_step:
+            from flatout import parallel
+
+            self._parallel = parallel.install(host, place, self.finish)
         if request.inspection is not None:
             from flatout.agent.inspection import Inspector
 
@@ -134,6 +142,8 @@ class Session:
             yield "inspection", self._inspector.close if is_wanted else self._inspector.stop
         if self._guard is not None:
             yield "guard", self._guard.finish
+        if self._parallel is not None:
+            yield "ranks", self._parallel.close
         yield "watch", self._remove
         if not self._waits_for_step:
             yield "knobs", self._recorder.write_unused
@@ -174,6 +184,8 @@ class Session:
         self.record.restart(os.getpid())
         engagement.calls.clear()
         self.hooks.restart()
+        if self._parallel is not None:
+            self._parallel.forget()
         if self._guard is not None:
             self._guard.restart()
         self._waits_for_step = True

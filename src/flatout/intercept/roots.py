@@ -53,6 +53,8 @@ class RootSearch:
 
     Attributes:
         is_active: whether a search goes on.
+        keeps_watches: whether classes without roots stay watched after the search, so that which
+            calls are known to be outermost does not depend on when the log was read.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RootSearch:
         on_watch_failure: OnFailure,
     ) -> None:
         self.is_active = True
+        self.keeps_watches = False
         self._log = log
         self._begins = begins
         self._on_skip = on_skip
@@ -106,7 +109,7 @@ class RootSearch:
         if self._steps >= _FIRST_STEPS:
             self.is_active = False
             for known in list(self._classes.values()):
-                if not known.has_roots:
+                if not known.has_roots and not self.keeps_watches:
                     known.watch.remove()
 
     def resume(self) -> None:

@@ -1,1 +1,125 @@
 """One program on several ranks: processes that replicate it and share out its root calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flatout.parallel.place import Place
+
+if TYPE_CHECKING:
+    from flatout.intercept.host import Host
+    from flatout.parallel.kinds import Refusal, Rule
+    from flatout.parallel.team import Team
+
+
+class Parallel:
+    """The ranks, as the session of one process has them.
+
+    Args:
+        host: of this process.
+        place: of this process among the ranks.
+        finish: writes the rest of the record, with a reason.
+    """
+
+    def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
+        from flatout.parallel.averaging import Averaging, Leaves
+        from flatout.parallel.ending import Ending
+        from flatout.parallel.sharing import Sharing
+
+        self._host = host
+        self._place = place
+        self._ending = Ending(place, host.events, finish)
+        leaves = Leaves()
+        self._sharing = Sharing(
+            host.events,
+            leaves,
+            self._form_team,
+            _find_rule,
+            lambda: (host.roots, host.optimizers),
+        )
+        self._averaging = Averaging(
+            leaves, lambda: self._sharing.team, lambda: self._sharing.is_in_shard
+        )
+        self._team: Team | None = None
+        self._undo = [
+            host.forward_wrappers.append(self._sharing, self._ending.failed),
+            host.backward_wrappers.append(self._averaging, self._ending.failed),
+            host.after_optimizer_step.append(self._stepped, self._ending.failed),
+        ]
+        host.hooks.root_search.keeps_watches = True
+
+    def close(self) -> None:
+        """Leave the other ranks, at the end of the process."""
+        self._remove()
+        if self._team is None or self._ending.is_stopping:
+            return
+        self._host.events.add("noticed", "ranks", self._summary())
+        self._ending.note_end()
+        self._team.channel.close()
+        self._team = None
+
+    def forget(self) -> None:
+        """Compute everything whole from now on: this is the child of a fork."""
+        self._remove()
+        if self._team is not None:
+            self._team.channel.forget()
+
+    def _remove(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _form_team(self) -> Team:
+        from flatout.parallel import joining, sameness
+        from flatout.parallel.team import Team
+
+        channel = joining.join(self._place, self._ending)
+        self._team = team = Team(channel, self._ending)
+        messages = [json.loads(text) for text in channel.exchange(json.dumps(sys.argv).encode())]
+        if any(message != messages[0] for message in messages):
+            self._ending.stop(
+                f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
+                "that train at the same time in one job are not supported"
+            )
+        sameness.agree_on_kernel(channel.exchange)
+        return team
+
+    def _stepped(self, optimizer: Any) -> None:
+        from flatout.parallel.sharing import COMPARED_STEPS
+
+        if self._team is not None:
+            self._team.step += 1
+            self._sharing.compares_state = self._team.step in COMPARED_STEPS
+
+    def _summary(self) -> str:
+        """Return how many calls were shared out, and how many were not."""
+        shared, whole = self._sharing.shared, self._sharing.whole
+        parts = [f"{count} calls of {name} were shared out" for name, count in shared.items()]
+        if not shared:
+            parts.append("nothing was shared out, each rank has computed everything")
+        parts += [
+            f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
+        ]
+        return "; ".join(parts)
+
+
+def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:
+    """Share out the root calls of this process from now on.
+
+    Args:
+        host: of this process.
+        place: of this process among the ranks.
+        finish: writes the rest of the record, with a reason, when the ranks have parted.
+    """
+    return Parallel(host, place, finish)
+
+
+def _find_rule(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
+    from flatout.parallel import checking
+
+    return checking.find_rule(module, args, kwargs, size)

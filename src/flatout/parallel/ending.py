@@ -1,0 +1,108 @@
+"""Ending a rank: with one sentence if the ranks have parted, and without a trace at its exit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from flatout.intercept.events import EventLog
+from flatout.parallel.place import Place
+
+NEWS_SECONDS = 3.0
+"""How long a rank that has lost another waits to learn why."""
+
+
+class Ending:
+    """Stops this process.
+
+    Args:
+        place: of this process.
+        events: where the reason is noted.
+        finish: writes the rest of the record.
+
+    Attributes:
+        is_stopping: whether this process is being stopped.
+        ticket: of this process (see ``joining``); ``None``: it has none yet.
+    """
+
+    def __init__(self, place: Place, events: EventLog, finish: Callable[[str], None]) -> None:
+        self.is_stopping = False
+        self.ticket: int | None = None
+        self._place = place
+        self._events = events
+        self._finish = finish
+
+    def stop(self, sentence: str) -> NoReturn:
+        """End the process with exit status 1.
+
+        Args:
+            sentence: the reason, printed on stderr.
+        """
+        self.is_stopping = True
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        if sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):
+                text = f"flatout: {sentence}\n"
+                os.write(sys.__stderr__.fileno(), text.encode("utf-8", "backslashreplace"))
+        self._events.add("stopped", "ranks", sentence)
+        self._finish("stopped")
+        os._exit(1)
+
+    def failed(self, error: Exception) -> NoReturn:
+        """Stop because of a failure of flatout itself: to go on alone would be to part."""
+        self._events.add_failure("ranks", error)
+        self.stop(f"--ranks has failed: {type(error).__name__}: {error}")
+
+    def lost(self, error: Exception) -> NoReturn:
+        """Stop because another rank does not answer."""
+        deadline = time.monotonic() + NEWS_SECONDS
+        while (news := self.news()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        news = news or self._parting()
+        if news is None:
+            first_line = next(iter(str(error).splitlines()), "")
+            news = f"the connection to the other ranks is lost: {first_line}"
+        self.stop(news)
+
+    def note_end(self) -> None:
+        """Let the other ranks know that the program has ended in this one."""
+        with contextlib.suppress(OSError):
+            self._end_file(self._place.rank).touch()
+
+    def news(self) -> str | None:
+        """Return how another rank has failed, ``None`` if none has."""
+        for rank in self._others():
+            if (text := _read(self._place.run_directory / f"died-{rank}")) is not None:
+                return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
+        return None
+
+    def _parting(self) -> str | None:
+        """Return that the program has ended on another rank without a failure, if it has."""
+        for rank in self._others():
+            if self.ticket is not None and self._end_file(rank).exists():
+                return (
+                    f"the program has ended on rank {rank} and goes on on rank {self._place.rank}: "
+                    "it decides by something that is not the same on all ranks, such as the clock"
+                )
+        return None
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._place.size) if rank != self._place.rank]
+
+    def _end_file(self, rank: int) -> Path:
+        return self._place.run_directory / f"ended-{rank}-{self.ticket}"
+
+
+def _read(path: Path) -> str | None:
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    return lines[0] if lines else ""

@@ -1,0 +1,85 @@
+"""What the ranks tell each other each time they meet: 64 bytes, which are to be the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Meeting(enum.IntEnum):
+    """What the ranks meet for."""
+
+    JOINING = 1
+    CALL = 2
+    RULE = 3
+    OUTPUTS = 4
+    CROSSING = 5
+    GRADIENTS = 6
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a rank says when the ranks meet. All numbers are unsigned; digests have 64 bits.
+
+    Attributes:
+        sequence: number of the meeting, from 0.
+        meeting: what for.
+        outcome: how a shard went; 0: well.
+        subject: digest of what the meeting is about.
+        structure: digest of structure, dtypes and sizes.
+        content: digest of the content of tensors.
+        generators: digest of the states of the random generators.
+        parameters: digest of parameters and optimizer states, 0 where they are not compared.
+        bits: one bit for each tensor.
+    """
+
+    sequence: int
+    meeting: Meeting
+    outcome: int = 0
+    subject: int = 0
+    structure: int = 0
+    content: int = 0
+    generators: int = 0
+    parameters: int = 0
+    bits: int = 0
+
+    def pack(self) -> bytes:
+        """Return the header as 64 bytes."""
+        return _FORMAT.pack(*dataclasses.astuple(self))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """Return the header from 64 bytes."""
+        sequence, meeting, *rest = _FORMAT.unpack(data)
+        return cls(sequence, Meeting(meeting), *rest)
+
+
+_FORMAT = struct.Struct("<QII6Q")
+
+BYTES = _FORMAT.size
+
+
+def first_difference(headers: Sequence[Header], names: Sequence[str]) -> tuple[str, int] | None:
+    """Return the first field in which a rank differs from rank 0, and this rank; ``None`` if the
+    headers agree.
+
+    Args:
+        headers: by rank.
+        names: of the fields to compare, the most telling first.
+    """
+    for name in names:
+        values = [getattr(header, name) for header in headers]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                return name, rank
+    return None
+
+
+def digest(value: object) -> int:
+    """Return a digest of what ``repr`` shows, which is the same in every process."""
+    data = repr(value).encode("utf-8", "backslashreplace")
+    return zlib.crc32(data) << 32 | zlib.adler32(data)

@@ -1,0 +1,115 @@
+"""How the ranks of a job find each other: by tickets and a port in the run directory.
+
+A job may consist of several processes, and any of them may train. The k-th process of a rank that
+makes a root call takes ticket k, and meets those that hold ticket k of the other ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from flatout.parallel.channel import Gloo
+from flatout.parallel.ending import Ending
+from flatout.parallel.place import Place
+
+JOIN_SECONDS = 600.0
+"""How long a rank waits for the others at the first root call; they may still load their data."""
+
+MEETING_SECONDS = 1800.0
+"""How long a rank waits for another later on. One that dies is noticed at once."""
+
+_POLL_SECONDS = 0.005
+
+
+def join(place: Place, ending: Ending) -> Gloo:
+    """Meet the other ranks, and return the channel to them.
+
+    Raises:
+        RuntimeError: a rank has not come in time, or torch has no gloo.
+    """
+    ending.ticket = ticket = _take_ticket(place)
+    port_file = place.run_directory / f"port-{ticket}"
+    deadline = time.monotonic() + JOIN_SECONDS
+    if place.rank == 0:
+        store = _store(0, is_server=True)
+        new = port_file.with_name(f"{port_file.name}.new")
+        new.write_text(str(store.port))
+        new.rename(port_file)
+    else:
+        _wait_until(port_file.exists, deadline, ending)
+        store = _store(int(port_file.read_text()), is_server=False)
+    store.set(f"here-{place.rank}", "")
+    names = [f"here-{rank}" for rank in range(place.size)]
+    _wait_until(lambda: store.check(names), deadline, ending)
+    with _silent():
+        group = _group(store, place)
+    return Gloo(group, place.rank, place.size, ending.lost)
+
+
+def _take_ticket(place: Place) -> int:
+    """Return how many processes of this rank have made a root call before this one."""
+    for ticket in itertools.count():
+        path = place.run_directory / f"ticket-{place.rank}-{ticket}"
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            return ticket
+    raise AssertionError
+
+
+def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
+    while not condition():
+        news = ending.news()
+        if news is not None:
+            ending.stop(news)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"a rank has made no root call within {JOIN_SECONDS:.0f} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _store(port: int, is_server: bool) -> Any:
+    timeout = datetime.timedelta(seconds=JOIN_SECONDS)
+    from torch import distributed
+
+    new_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+    return new_store("127.0.0.1", port, None, is_server, timeout, False)
+
+
+def _group(store: Any, place: Place) -> Any:
+    """Return a process group that ``torch.distributed`` does not know of."""
+    from torch._C._distributed_c10d import ProcessGroupGloo
+
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = datetime.timedelta(seconds=MEETING_SECONDS)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return gloo(store, place.rank, place.size, options)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """A context in which what C++ prints on stdout is dropped: gloo says that it is connected."""
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    libc.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,35 @@
+"""The place of this process among the ranks of a job, as the launcher has put it there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a process among the ranks.
+
+    Attributes:
+        rank: from 0; rank 0 is the program that the user sees.
+        size: number of ranks, at least two.
+        run_directory: where the ranks find each other.
+    """
+
+    rank: int
+    size: int
+    run_directory: Path
+
+
+def place() -> Place | None:
+    """Return the place of this process, ``None`` if the job has no ranks beside it."""
+    values = [os.environ.get(name, "") for name in (RANK_VARIABLE, RANKS_VARIABLE)]
+    if not all(map(str.isdecimal, values)):
+        return None
+    rank, size = map(int, values)
+    if size < 2 or rank >= size:
+        return None
+    return Place(rank, size, Path(os.environ[RUN_VARIABLE]))

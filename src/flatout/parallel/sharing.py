@@ -1,0 +1,501 @@
+"""Sharing out the root calls of the program over the ranks.
+
+A call that cannot be shared out is computed whole by every rank, which is always right. So is one
+that turns out not to have gone the same way on all ranks, after what it has changed is put back.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flatout.intercept import objects
+from flatout.intercept.arrays import PLAIN
+from flatout.intercept.events import EventLog
+from flatout.intercept.graph import leaf_of
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.parallel import cutting, kinds
+from flatout.parallel.averaging import Leaves, UnsharedError
+from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
+from flatout.parallel.header import Header, Meeting, digest
+from flatout.parallel.kinds import Kind, Refusal, Rule
+from flatout.parallel.sameness import (
+    GeneratorStates,
+    content_digest,
+    state_digest,
+    structure_digest,
+)
+from flatout.parallel.team import Team
+
+_autograd: Any = torch.autograd
+
+FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Rule | Refusal]
+"""Finds the rule of a call's kind, given the module, its arguments and the number of ranks; returns
+the same on every rank, and leaves module, inputs and random generators as they were."""
+
+MOST_KINDS = 16
+"""Kinds of calls of a module that are tested; further ones are computed whole."""
+
+MOST_TESTS = 8
+"""How often a kind is tested that is refused only for now."""
+
+CHECKED_CALLS = frozenset((8, 64, 512))
+"""Shared calls of a kind before which its rule is tested again."""
+
+BUFFER_CALLS = 3
+"""First shared calls of a kind in which all buffers are kept; later, those that have changed."""
+
+COMPARED_STEPS = frozenset(8**exponent for exponent in range(8))
+"""Optimizer steps after which the ranks compare parameters and optimizer states."""
+
+
+@dataclass
+class KindState:
+    """What is known of the calls of a kind.
+
+    Attributes:
+        digest: of the kind.
+        rule: how they are shared out; ``None``: not at all.
+        reason: why not.
+        may_be_tested: whether a rule is looked for at the next call.
+        tests: how often one was looked for.
+        calls: how many were shared out.
+        checked: the number of calls at the last test.
+        changed: positions of the buffers that they have changed.
+    """
+
+    digest: int
+    rule: Rule | None = None
+    reason: str = ""
+    may_be_tested: bool = True
+    tests: int = 0
+    calls: int = 0
+    checked: int = 0
+    changed: set[int] = field(default_factory=set)
+
+    def refuse(self, reason: str, is_lasting: bool = True) -> None:
+        """Compute calls of this kind whole from now on."""
+        self.rule = None
+        self.reason = reason
+        self.may_be_tested = not is_lasting and self.tests < MOST_TESTS
+
+
+@dataclass
+class ModuleState:
+    """What is known of a root module.
+
+    Attributes:
+        name: of its class.
+        number: of the module, in the order of the first calls.
+        calls: how often it was called.
+        kinds: what is known of its calls.
+    """
+
+    name: str
+    number: int
+    calls: int = 0
+    kinds: dict[Kind, KindState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One root call.
+
+    Attributes:
+        team: the ranks.
+        state, kind: what is known of the module and of calls like this one.
+        module, args, kwargs, leaves: what is called, with what, and the tensors therein.
+        what: the call in words, for a sentence about this rank.
+    """
+
+    team: Team
+    state: ModuleState
+    kind: KindState
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[torch.Tensor]
+    what: str
+
+
+class _Shard:
+    """How the own shard of a call went.
+
+    Attributes:
+        result: what the module returned.
+        outputs: the tensors in it.
+        anchor: see ``crossing.scatter``.
+        begin: number of the first autograd node that it may make.
+        reason: why the call cannot be shared out; empty: it can.
+    """
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.outputs: list[torch.Tensor] = []
+        self.anchor: torch.Tensor | None = None
+        self.begin = 0
+        self.reason = ""
+
+
+class Sharing:
+    """Called around each outermost module call.
+
+    Args:
+        events: where it is noted what is shared out and what is not.
+        leaves: gets the leaves whose gradients become partial.
+        form_team: meets the other ranks, at the first call.
+        find_rule: see ``FindRule``.
+        program: returns the root modules and the optimizers of the program.
+
+    Attributes:
+        is_in_shard: whether a shard is computed or a rule looked for.
+        has_shared: whether a call was shared out.
+        shared, whole: numbers of calls by the name of the module, and by name and reason.
+        compares_state: whether parameters and optimizer states are compared at the next call.
+    """
+
+    def __init__(
+        self,
+        events: EventLog,
+        leaves: Leaves,
+        form_team: Callable[[], Team],
+        find_rule: FindRule,
+        program: Callable[[], tuple[list[Any], list[Any]]],
+    ) -> None:
+        self.is_in_shard = False
+        self.has_shared = False
+        self.shared: collections.Counter[str] = collections.Counter()
+        self.whole: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.compares_state = False
+        self._events = events
+        self._leaves = leaves
+        self._form_team = form_team
+        self._find_rule = find_rule
+        self._program = program
+        self._team: Team | None = None
+        self._modules: WeakIdentityDict[Any, ModuleState] = WeakIdentityDict()
+        self._numbers = 0
+
+    @property
+    def team(self) -> Team | None:
+        """The ranks, ``None`` while nothing has been shared out."""
+        return self._team if self.has_shared else None
+
+    def __call__(
+        self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a root call."""
+        if self.is_in_shard or not _is_plain():
+            return call(module, *args, **kwargs)
+        if self._team is None:
+            self._team = self._form_team()
+        current = self._meet(self._team, module, args, kwargs)
+        kind = current.kind
+        self._test(current)
+        batch = None
+        if kind.rule is not None:
+            batch = cutting.batch_size(kind.rule, current.leaves)
+        if kind.rule is None or batch is None or batch < self._team.size:
+            return self._compute_whole(current, call, kind.reason or "the batch is too small")
+        parameters = list(objects.parameters(module))
+        if any(parameter.grad_fn is not None for parameter in parameters):
+            return self._compute_whole(current, call, "its parameters are computed from others")
+        self._leaves.add(parameters)
+        if torch.is_grad_enabled() and self._leaves.have_hooks():
+            return self._compute_whole(current, call, "a parameter has a hook")
+        return self._share(current, call, kind.rule, batch)
+
+    # Meetings
+
+    def _meet(
+        self, team: Team, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Call:
+        """Compare a call with that of the other ranks."""
+        state = self._modules.get(module)
+        if state is None:
+            self._modules[module] = state = ModuleState(objects.class_name(module), self._numbers)
+            self._numbers += 1
+        state.calls += 1
+        found = kinds.kind_of(module, args, kwargs)
+        kind = state.kinds.get(found)
+        if kind is None:
+            kind = KindState(digest(found))
+            if len(state.kinds) >= MOST_KINDS:
+                kind.refuse("it is called in too many ways")
+            else:
+                state.kinds[found] = kind
+        leaves = kinds.leaves(args, kwargs)
+        what = f"makes call {state.calls} of {state.name}"
+        parameters = state_digest(*self._program()) if self.compares_state else 0
+        self.compares_state = False
+        header = Header(
+            0,
+            Meeting.CALL,
+            subject=digest((state.number, state.name, state.calls)),
+            structure=kind.digest ^ structure_digest(leaves),
+            content=content_digest(leaves),
+            generators=GeneratorStates().digest(),
+            parameters=parameters,
+        )
+        team.meet(header, what)
+        return _Call(team, state, kind, module, args, kwargs, leaves, what)
+
+    def _test(self, call: _Call) -> None:
+        """Look for the rule of a kind of calls, if that is due."""
+        kind, team = call.kind, call.team
+        is_checked = kind.rule is not None and kind.calls in CHECKED_CALLS - {kind.checked}
+        if not (kind.may_be_tested or is_checked):
+            return
+        kind.checked = kind.calls
+        kind.may_be_tested = False
+        kind.tests += 1
+        self.is_in_shard = True
+        try:
+            found = self._find_rule(call.module, call.args, call.kwargs, team.size)
+        finally:
+            self.is_in_shard = False
+        header = Header(0, Meeting.RULE, content=digest(found))
+        headers = team.meet(header, call.what, ("sequence", "meeting"))
+        if len({other.content for other in headers}) > 1:
+            kind.refuse(f"{call.state.name} is not judged alike on all ranks")
+        elif isinstance(found, Rule):
+            kind.rule = found
+        else:
+            kind.refuse(found.reason, found.is_lasting)
+
+    # Whole calls
+
+    def _compute_whole(self, current: _Call, call: Callable[..., Any], reason: str) -> Any:
+        """Compute a call whole, as every rank does."""
+        subject = current.state.name, reason
+        if subject not in self.whole:
+            self._events.add("skipped", "ranks", f"{subject[0]} is not shared out: {reason}")
+        self.whole[subject] += 1
+        return call(current.module, *current.args, **current.kwargs)
+
+    # Shared calls
+
+    def _share(self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int) -> Any:
+        """Compute the own shard of a call, and return the output of the whole batch."""
+        kind, team = current.kind, current.team
+        changes = _Changes(current.module, kind)
+        shard = self._compute_shard(current, call, rule, batch)
+        if not shard.reason and changes.have_generators_moved():
+            shard.reason = "it draws random numbers"
+        foreign: list[torch.Tensor] = []
+        if not shard.reason and kind.calls < BUFFER_CALLS:
+            foreign = _find_foreign(current, shard)
+        rows = cutting.bounds(batch, team.size)[team.rank]
+        header = Header(
+            0,
+            Meeting.OUTPUTS,
+            outcome=0 if not shard.reason else 1,
+            structure=_structure(rule, shard.outputs, rows[1] - rows[0]) if not shard.reason else 0,
+            content=changes.digest(),
+            subject=structure_digest(foreign),
+            bits=flags([tensor.requires_grad for tensor in shard.outputs]),
+        )
+        headers = team.meet(header, current.what, ("sequence", "meeting"))
+        reason = self._find_disagreement(team, shard, headers)
+        if reason:
+            kind.refuse(f"in shards, {reason}")
+            changes.undo()
+            return self._compute_whole(current, call, kind.reason)
+        self._leaves.add(foreign)
+        kind.calls += 1
+        if current.state.name not in self.shared:
+            self._events.add("applied", "ranks", f"{current.state.name} is shared out")
+        self.shared[current.state.name] += 1
+        self.has_shared = True
+        recorded = 0
+        for other in headers:
+            recorded |= other.bits
+        return _join(current, shard, rule, batch, recorded)
+
+    def _compute_shard(
+        self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int
+    ) -> _Shard:
+        """Call the module with the own rows of its inputs."""
+        shard = _Shard()
+        inputs, shard.anchor = _cut(current, rule, batch)
+        shard.begin = _next_node_number()
+        self.is_in_shard = True
+        try:
+            args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
+            shard.result = call(current.module, *args, **kwargs)
+            shard.outputs = kinds.distinct_tensors(shard.result)
+        except UnsharedError as error:
+            shard.reason = str(error)
+        except Exception as error:  # noqa: BLE001 - the whole call raises it again, if it does
+            shard.reason = f"it raises {type(error).__name__}"
+        finally:
+            self.is_in_shard = False
+        if not shard.reason and len(shard.outputs) != len(rule.outputs):
+            shard.reason = "its output has another number of tensors"
+        return shard
+
+    def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
+        """Return why a call must be computed whole, an empty string if it need not."""
+        if any(header.outcome for header in headers):
+            reasons = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
+            return next(reason for reason in reasons if reason)
+        own = headers[0]
+        for header in headers:
+            if header.structure != own.structure:
+                return "its outputs differ in sizes"
+            if header.content != own.content:
+                return "it changes buffers by its samples"
+            if header.subject != own.subject:
+                return "it reaches other tensors that require gradients"
+        return ""
+
+
+class _Changes:
+    """What a call may change besides its output: buffers and random generators.
+
+    Args:
+        module: the root module.
+        kind: what is known of calls like this one.
+    """
+
+    def __init__(self, module: Any, kind: KindState) -> None:
+        self._kind = kind
+        self._buffers = list(objects.buffers(module))
+        self._versions = [_version(buffer) for buffer in self._buffers]
+        keeps_all = kind.calls < BUFFER_CALLS
+        self._copies = {
+            i: buffer.detach().clone()
+            for i, buffer in enumerate(self._buffers)
+            if type(buffer) in PLAIN and (keeps_all or i in kind.changed)
+        }
+        self._states = GeneratorStates()
+
+    def have_generators_moved(self) -> bool:
+        """Whether random numbers have been drawn."""
+        return GeneratorStates().digest() != self._states.digest()
+
+    def digest(self) -> int:
+        """Return a digest of the buffers that have changed."""
+        versions = zip(self._versions, self._buffers, strict=True)
+        changed = [i for i, (version, buffer) in enumerate(versions) if version != _version(buffer)]
+        self._kind.changed.update(changed)
+        return digest(changed) ^ content_digest(self._buffers[i] for i in changed)
+
+    def undo(self) -> None:
+        """Put buffers and generators back, without new versions."""
+        self._states.restore()
+        for i, copy in self._copies.items():
+            with torch.no_grad(), _autograd._unsafe_preserve_version_counter(self._buffers[i]):
+                self._buffers[i].copy_(copy)
+
+
+def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
+    """Return the leaves that a shard's output depends on and that are no parameters of the module.
+
+    If it depends on other tensors that were computed outside, the shard gets the reason why the
+    call cannot be shared out: their gradients would be partial.
+    """
+    known = {id(parameter) for parameter in objects.parameters(current.module)}
+    entry = None if shard.anchor is None else shard.anchor.grad_fn
+    pending: list[Any] = [output.grad_fn for output in shard.outputs]
+    # A leaf among the outputs has no node.
+    leaves = [output for output in shard.outputs if output.requires_grad and output.is_leaf]
+    seen = {entry, None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = leaf_of(node)
+        if leaf is not None:
+            # Nobody sees the gradient of one that the module has made in this call.
+            if sys.getrefcount(leaf) > _references_to_unheld_leaf():
+                leaves.append(leaf)
+        elif node._sequence_nr() < shard.begin:
+            shard.reason = "it uses tensors that were computed before, with gradients"
+            return []
+        pending += [following for following, _ in node.next_functions]
+    found = {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
+    return list(found.values())
+
+
+@functools.cache
+def _references_to_unheld_leaf() -> int:
+    """Return how many references ``sys.getrefcount`` counts where only a graph holds a leaf."""
+    with torch.enable_grad():
+        node: Any = torch.zeros(1, device="cpu", requires_grad=True).neg().grad_fn
+    leaf = leaf_of(node.next_functions[0][0])
+    return sys.getrefcount(leaf)
+
+
+def _next_node_number() -> int:
+    """Return a number that the autograd nodes that this thread makes from now on have at least."""
+    if not torch.is_grad_enabled():
+        return 0
+    node: Any = torch.empty(0, device="cpu", requires_grad=True).view(0).grad_fn
+    return int(node._sequence_nr())
+
+
+def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return the own rows of a call's inputs, and the anchor of those that require gradients."""
+    rows = cutting.bounds(batch, current.team.size)[current.team.rank]
+    is_recorded = torch.is_grad_enabled()
+    crossing = [is_recorded and leaf.requires_grad for leaf in current.leaves]
+    plain = [leaf for leaf, crosses in zip(current.leaves, crossing, strict=True) if not crosses]
+    others = tuple(dim for dim, crosses in zip(rule.inputs, crossing, strict=True) if not crosses)
+    cut = iter(cutting.cut(Rule(others, ()), plain, *rows))
+    if not any(crossing):
+        return list(cut), None
+    where = Crossing(current.team, batch, rule.inputs).select(crossing)
+    through = [leaf for leaf, crosses in zip(current.leaves, crossing, strict=True) if crosses]
+    *scattered, anchor = scatter(where, through)
+    crossed = iter(scattered)
+    return [next(crossed) if crosses else next(cut) for crosses in crossing], anchor
+
+
+def _structure(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> int:
+    """Return a digest of the sizes of a shard's outputs that does not depend on its rows."""
+    found = []
+    for dim, tensor in zip(rule.outputs, outputs, strict=True):
+        shape = list(tensor.shape)
+        if dim is not None:
+            # Sizes that do not fit are unlike those of any other rank.
+            fits = dim < len(shape) and shape[dim] % rows == 0
+            shape = [*shape[:dim], shape[dim] // rows, *shape[dim + 1 :]] if fits else [-1, rows]
+        found.append((shape, tensor.dtype, tensor.device.type, tensor.layout))
+    return digest(found)
+
+
+def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) -> Any:
+    """Return what the module would have returned for the whole batch."""
+    is_cut = [dim is not None for dim in rule.outputs]
+    bits = flags([is_flagged(recorded, i) for i, is_joined in enumerate(is_cut) if is_joined])
+    where = Crossing(current.team, batch, rule.outputs).select(is_cut)
+    parts = [t for t, is_joined in zip(shard.outputs, is_cut, strict=True) if is_joined]
+    joined = iter(gather_anchored(where, parts, bits, shard.anchor)) if parts else iter(())
+    outputs = [
+        next(joined) if is_joined else tensor
+        for tensor, is_joined in zip(shard.outputs, is_cut, strict=True)
+    ]
+    return cutting.replace_tensors(shard.result, outputs)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_plain() -> bool:
+    """Whether nothing is active that sees the operations of a call, or transforms them."""
+    autograd: Any = torch._C._autograd
+    functorch: Any = torch._C._functorch
+    return (
+        autograd._top_saved_tensors_default_hooks(True) is None
+        and functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
