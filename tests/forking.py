@@ -26,6 +26,7 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 240,
+    server: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script without arguments of the interpreter, as ``subprocess.run`` does.
 
@@ -37,6 +38,7 @@ def run(
         cwd: its folder, by default that of the tests.
         env: its environment variables, by default those of the tests.
         timeout_s: when it is killed, in seconds.
+        server: number of the process to fork; programs of different ones may run at once.
 
     Raises:
         subprocess.TimeoutExpired: it was killed.
@@ -51,13 +53,12 @@ def run(
             "env": dict(os.environ if env is None else env),
             "outputs": outputs,
         }
-        status = _ask(job, timeout_s)
+        status = _ask(_server(server), job, timeout_s)
         stdout, stderr = (Path(path).read_text() for path in outputs)
     return subprocess.CompletedProcess(list(map(str, command)), status, stdout, stderr)
 
 
-def _ask(job: dict[str, object], timeout_s: float) -> int:
-    server = _server()
+def _ask(server: subprocess.Popen[str], job: dict[str, object], timeout_s: float) -> int:
     assert server.stdin is not None
     assert server.stdout is not None
     print(json.dumps(job), file=server.stdin, flush=True)
@@ -70,11 +71,12 @@ def _ask(job: dict[str, object], timeout_s: float) -> int:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
-    """Start the server, which ends when its input does, that is, when this process ends.
+def _server(number: int) -> subprocess.Popen[str]:
+    """Start a server, which ends when its input does, that is, when this process ends.
 
     It is no child of this process: tests of what flatout does with a job's children end them all.
     """
+    del number
     launcher = subprocess.Popen(
         [sys.executable, __file__],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

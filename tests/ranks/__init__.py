@@ -1,0 +1,1 @@
+"""Programs that run by one process and by several ranks."""

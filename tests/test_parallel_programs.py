@@ -1,0 +1,172 @@
+"""Programs that are not told how to be shared out, in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import side_by_side
+
+BEGIN = """
+import atexit
+import json
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from flatout import agent
+
+torch.manual_seed(0)
+lines = []
+
+def show(*values):
+    lines.append([float(value) for value in values])
+
+def train(model, data, loss_of, steps=6, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-2)
+    for step, batch in enumerate(DataLoader(data, 7, shuffle=True)):
+        if step == steps:
+            break
+        optimizer.zero_grad()
+        loss = loss_of(*batch)
+        loss.backward()
+        if step == 0:
+            show(*(p.grad.norm() for p in model.parameters() if p.grad is not None))
+        optimizer.step()
+        show(loss)
+
+def end():
+    parallel = agent._session._parallel
+    shared = sum(parallel._sharing.shared.values()) if parallel else 0
+    whole = [reason for _, reason in parallel._sharing.whole] if parallel else []
+    print(json.dumps([lines, shared, whole]))
+
+atexit.register(end)
+
+"""
+
+SHARED = {
+    "images": """
+model = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Flatten(), nn.Linear(128, 5),
+)
+data = TensorDataset(torch.randn(40, 3, 8, 8), torch.randint(5, (40,)))
+train(model, data, lambda x, y: F.cross_entropy(model(x), y, label_smoothing=0.1), 9)
+model.eval()
+with torch.no_grad():
+    show(model(data.tensors[0]).argmax(1).eq(data.tensors[1]).sum())
+""",
+    "language": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 20)
+        self.head.weight = self.embedding.weight
+    def forward(self, tokens, mask):
+        return self.head(self.layers(self.embedding(tokens), mask=mask, is_causal=True))
+model = Model()
+mask = nn.Transformer.generate_square_subsequent_mask(9)
+data = TensorDataset(torch.randint(20, (60, 10)))
+def loss_of(x):
+    return F.cross_entropy(model(x[:, :-1], mask).flatten(0, 1), x[:, 1:].flatten())
+train(model, data, loss_of)
+""",
+    "speech": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(5, 8, 2, bidirectional=True)
+        self.head = nn.Linear(16, 6)
+    def forward(self, x):
+        out, (h, c) = self.rnn(x)
+        return F.log_softmax(self.head(out), 2), h
+model = Model()
+data = TensorDataset(torch.randn(40, 11, 5), torch.randint(1, 6, (40, 4)))
+def loss_of(x, y):
+    out, h = model(x.transpose(0, 1))
+    lengths = torch.full((len(x),), 11), torch.full((len(x),), 4)
+    return F.ctc_loss(out, y, *lengths) + 0.01 * h.square().mean()
+train(model, data, loss_of)
+""",
+    "adversary": """
+G = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 6))
+D = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+of_g, of_d = (torch.optim.Adam(m.parameters(), 1e-3) for m in (G, D))
+for _ in range(6):
+    real, noise = torch.randn(7, 6), torch.randn(7, 4)
+    fake = G(noise)
+    mixed = (0.5 * real + 0.5 * fake.detach()).requires_grad_()
+    slope, = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    penalty = (slope.norm(dim=1) - 1).square().mean()
+    loss = D(fake.detach()).mean() - D(real).mean() + 10 * penalty
+    of_d.zero_grad(); loss.backward(); of_d.step()
+    other = -D(fake).mean()
+    of_g.zero_grad(); other.backward(); of_g.step()
+    show(loss, other)
+""",
+    "pairs": """
+model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
+def contrast(x):
+    a, b = (F.normalize(model(x + 0.1 * torch.randn_like(x))) for _ in range(2))
+    return F.cross_entropy(a @ b.T / 0.1, torch.arange(len(x)))
+train(model, TensorDataset(torch.randn(60, 6)), contrast)
+""",
+}
+
+WHOLE = {
+    "dropout": """
+model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean())
+show(torch.rand(()))
+""",
+    "batch norm": """
+model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean())
+show(*model[1].running_mean)
+""",
+    "attention over the batch": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.gate = nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        h = self.inner(x)
+        return h + self.gate * torch.softmax(h @ h.T, 1) @ h
+model = Model()
+train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean())
+""",
+    "a loss inside": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+    def forward(self, x):
+        h = F.normalize(self.inner(x))
+        return F.cross_entropy(h @ h.T, torch.arange(len(x)))
+model = Model()
+train(model, TensorDataset(torch.randn(60, 6)), model)
+""",
+}
+
+
+@pytest.mark.parametrize("name", [*SHARED, *WHOLE])
+def test_a_program_computes_what_it_does_alone(name: str, tmp_path: Path) -> None:
+    program = BEGIN + {**SHARED, **WHOLE}[name]
+    found = {}
+    for ranks in (1, 2, 3):
+        found[ranks] = []
+        for outcome in side_by_side.run(program, ranks, tmp_path):
+            assert outcome.status == 0, outcome.stderr
+            found[ranks].append(json.loads(outcome.stdout))
+    ((alone, _, _),) = found[1]
+    for lines, shared, whole in found[2] + found[3]:
+        assert [len(line) for line in lines] == [len(line) for line in alone]
+        for line, expected in zip(lines, alone, strict=True):
+            assert line == pytest.approx(expected, rel=1e-9)
+        assert bool(shared) == (name in SHARED), whole
