@@ -215,3 +215,13 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.status == 1
         assert "inside of vmap" in outcome.stderr
+
+
+def test_a_failure_of_its_own_stops_the_program(tmp_path: Path) -> None:
+    program = TRAIN + (
+        "from flatout.parallel import team\n"
+        "team.Team.average = int  # which takes no list\nstep(torch.ones(7, 4))\nprint('end')"
+    )
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert (outcome.status, outcome.stdout) == (1, "")
+        assert outcome.stderr.startswith("flatout: --ranks has failed: TypeError: ")

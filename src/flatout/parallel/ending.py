@@ -65,6 +65,7 @@ class Ending:
         deadline = time.monotonic() + NEWS_SECONDS
         while (news := self.news()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
+        news = news or self._parting()
         if news is None:
             first_line = next(iter(str(error).splitlines()), "")
             news = f"the connection to the other ranks is lost: {first_line}"
@@ -76,18 +77,24 @@ class Ending:
             self._end_file(self._place.rank).touch()
 
     def news(self) -> str | None:
-        """Return why another rank has ended, ``None`` if none has."""
-        others = [rank for rank in range(self._place.size) if rank != self._place.rank]
-        for rank in others:
+        """Return how another rank has failed, ``None`` if none has."""
+        for rank in self._others():
             if (text := _read(self._place.run_directory / f"died-{rank}")) is not None:
                 return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
-        for rank in others:
+        return None
+
+    def _parting(self) -> str | None:
+        """Return that the program has ended on another rank without a failure, if it has."""
+        for rank in self._others():
             if self.ticket is not None and self._end_file(rank).exists():
                 return (
                     f"the program has ended on rank {rank} and goes on on rank {self._place.rank}: "
                     "it decides by something that is not the same on all ranks, such as the clock"
                 )
         return None
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._place.size) if rank != self._place.rank]
 
     def _end_file(self, rank: int) -> Path:
         return self._place.run_directory / f"ended-{rank}-{self.ticket}"

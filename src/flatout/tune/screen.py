@@ -61,8 +61,8 @@ MAXIMUM_CANDIDATES = 11
 
 MANY_ARMS = 16
 """A job is short if it has too few steps for two comparisons of this many arms, which seven
-candidates need, each with the fewest rounds and the shortest blocks. A short job is run anew for every
-``FEW_CANDIDATES`` of its candidates."""
+candidates need, each with the fewest rounds and the shortest blocks. A short job is run anew for
+every ``FEW_CANDIDATES`` of its candidates."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates that are then compared at a time, see ``MANY_ARMS``."""
