@@ -728,6 +728,23 @@ def test_batch_norm_in_training(gradients: bool, size: int) -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_batch_norms_whose_gradients_are_rounding_errors() -> None:
+    norms = nn.BatchNorm1d(D), nn.BatchNorm1d(D)
+    module = nn.Sequential(nn.Linear(D, D), *norms, nn.Linear(D, D))
+    assert rule(module, torch.randn(B, D)).outputs == (0,)
+
+
+def test_batch_norm_before_integers() -> None:
+    module = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), Calls(lambda h: h.argmax(1)))
+    assert rule(module, torch.randn(B, D)).outputs == (0,)
+
+
+def test_batch_norm_under_autocast() -> None:
+    module = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rule(module, torch.randn(B, 3, 12)).outputs == (0,)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_batch_norm_that_is_computed_again(use_reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint

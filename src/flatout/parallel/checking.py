@@ -667,7 +667,7 @@ def _compare_rows(whole: _Outcome, shard: _Outcome, outputs: Dims, start: int, s
 
 
 def _compare_sums(
-    whole: _Whole, parts: Sequence[PartSums], tensors: Sequence[torch.Tensor | None]
+    whole: _Whole, parts: Sequence[PartSums], tensors: Sequence[torch.Tensor]
 ) -> None:
     """Test that what shards add up for their batch norms makes the sums of the whole call.
 
@@ -676,13 +676,16 @@ def _compare_sums(
         parts: of all shards.
         tensors: by whose types rounding is judged.
     """
-    if not whole.sums.values:
-        return
-    tolerance = max((tolerance_of(tensor) for tensor in tensors if tensor is not None), default=0)
-    if torch.is_autocast_enabled("cpu"):
-        tolerance = max(tolerance, tolerance_of(torch.empty(0, dtype=torch.bfloat16)))
-    if not have_sums_of_whole(parts, tolerance):
+    if whole.sums.values and not have_sums_of_whole(parts, _tolerance_of_sums(tensors)):
         raise _RefusedError("normalises over more than the samples", 4)
+
+
+def _tolerance_of_sums(outputs: Iterable[torch.Tensor]) -> float:
+    """Return the relative difference that rounding may make in sums over samples."""
+    found = [tensor for tensor in outputs if tensor.is_floating_point()]
+    if torch.is_autocast_enabled("cpu"):
+        found.append(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
+    return max(map(tolerance_of, found or [torch.empty(0, dtype=torch.float32, device="cpu")]))
 
 
 def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -> Dims:
@@ -795,7 +798,7 @@ def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, i
         found = _backward(outputs, scaled, [*weights, *bases])
         totals = [sum_present(pair) for pair in zip(totals, found, strict=False)]
         of_bases.append(found[len(weights) :])
-    if sums.values and not have_sums_of_whole(parts, max(map(tolerance_of, outputs))):
+    if sums.values and not have_sums_of_whole(parts, _tolerance_of_sums(outputs)):
         raise _RefusedError("has a backward pass that mixes samples in its batch norm", 6)
     for dim, *pieces in zip(rule.inputs, *of_bases, strict=True):
         present = [piece for piece in pieces if piece is not None]
