@@ -225,3 +225,43 @@ def test_a_failure_of_its_own_stops_the_program(tmp_path: Path) -> None:
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert (outcome.status, outcome.stdout) == (1, "")
         assert outcome.stderr.startswith("flatout: --ranks has failed: TypeError: ")
+
+
+def test_a_shard_that_raises_in_its_backward_pass_beside_batch_norms(tmp_path: Path) -> None:
+    program = (
+        TRAIN
+        + """
+class Raise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        if x[0, 0] > 90:
+            raise ValueError("a shard begins with a large number")
+        return gradient
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+    def forward(self, x):
+        h = self.norm(self.first(x))
+        return h if x.shape[1] == 4 and not large else Raise.apply(x[:, :3]) + h
+
+large = False
+model = Model()
+x = torch.randn(6, 4)
+model(x).sum().backward()
+large = True
+x[3] = 100.0
+model(x.requires_grad_()).square().sum().backward()
+print("end")
+"""
+    )
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert (outcome.status, outcome.stdout) == (1, "")
+        assert "computes statistics of a batch norm" in outcome.stderr
