@@ -57,6 +57,7 @@ from flatout.parallel.kinds import (
     Rule,
     distinct_tensors,
     find_opaque,
+    has_numbers,
     leaves,
     structure_of,
 )
@@ -252,6 +253,8 @@ class _Outcome:
         state: of the module.
         generators, draws: as given.
         kept: addresses of storages that the program still holds.
+        followed: for each tensor, whether it was computed from what was followed.
+        reads_followed: whether a number was read from what was followed.
     """
 
     def __init__(
@@ -276,6 +279,8 @@ class _Outcome:
         self.generators = generators
         self.draws = draws
         self.kept: set[int] = set()
+        self.followed: list[bool] = []
+        self.reads_followed = False
 
 
 class _Whole:
@@ -347,7 +352,11 @@ class _Subject:
         return tensor.double() if self.in_float64 and tensor.is_floating_point() else tensor
 
     def call(
-        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer | None = None
+        self,
+        given: Sequence[torch.Tensor],
+        context: _Context,
+        observer: Observer | None = None,
+        dims: Dims = (),
     ) -> _Outcome:
         """Call a copy of the module, and look at what it leaves.
 
@@ -355,13 +364,14 @@ class _Subject:
             given: the leaves; they are left as they are.
             context: for batch norms and draws.
             observer: of the operators.
+            dims: of the leaves. What is computed from those that count samples is followed.
 
         Raises:
             _RaisedError: the module raises.
             _RefusedError: the call does what no shared call may do.
         """
         observer = observer or Observer()
-        outcome = self._call(given, context, observer)
+        outcome = self._call(given, context, observer, dims)
         state = {
             storage_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)
         }
@@ -370,11 +380,12 @@ class _Subject:
         return outcome
 
     def _call(
-        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer
+        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer, dims: Dims
     ) -> _Outcome:
         copier, module, args, kwargs, bases = self._prepare(given)
         self._start_generators()
         inputs = leaves(args, kwargs)
+        observer.follow(t for t, dim in zip(inputs, dims, strict=False) if dim is not None)
         versions = [tensor._version for tensor in inputs]
         structure = structure_of((args, kwargs))
         before = Generators()
@@ -396,7 +407,10 @@ class _Subject:
             or structure_of((args, kwargs)) != structure
         ):
             raise _RefusedError("changes its arguments", 3)
-        return _Outcome(output, copier.state(module), after, draws or [])
+        outcome = _Outcome(output, copier.state(module), after, draws or [])
+        outcome.followed = [observer.is_followed(tensor) for tensor in distinct_tensors(output)]
+        outcome.reads_followed = observer.reads_followed
+        return outcome
 
     def record(
         self, given: Sequence[torch.Tensor], context: _Context
@@ -724,19 +738,26 @@ def _test_independence(
     try:
         if nearest:
             raise _RaisedError
-        other = subject.call(replace_others(given, rule.inputs, start, stop), whole.observing())
+        replaced = replace_others(given, rule.inputs, start, stop)
+        other = subject.call(replaced, whole.observing(), dims=rule.inputs)
     except _RaisedError:
         batch = cutting.batch_size(rule, given)
         assert batch is not None
         rows = torch.arange(batch).clamp(start, stop - 1)
         try:
-            other = subject.call(take_rows(given, rule.inputs, rows), whole.observing())
+            taken = take_rows(given, rule.inputs, rows)
+            other = subject.call(taken, whole.observing(), dims=rule.inputs)
         except _RaisedError as error:
             raise _RefusedError(f"raises {error} if other samples change", 1) from None
     if other.kept:  # the whole call had the same shapes, so this is not the filling of a cache
         raise _RefusedError("keeps tensors of its forward pass", 5)
     if other.structure != whole.outcome.structure:
         raise _RefusedError("returns something else if other samples change", 4)
+    for is_followed, dim in zip(other.followed, rule.outputs, strict=True):
+        if is_followed and dim is None:
+            raise _RefusedError("computes a tensor without a row for each sample from samples", 3)
+    if other.reads_followed and has_numbers(other.structure):
+        raise _RefusedError("reads numbers from samples and returns numbers", 3)
     for index, (tensor, changed, dim) in enumerate(
         zip(whole.outcome.tensors, other.tensors, rule.outputs, strict=True)
     ):

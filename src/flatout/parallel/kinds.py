@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import types
 from collections import UserDict, UserList
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,14 @@ def structure_of(value: Any) -> list[Hashable]:
     ]
 
 
+def has_numbers(structure: Iterable[Hashable]) -> bool:
+    """Whether there are numbers or texts in what ``structure_of`` describes."""
+    return any(
+        type(part) is tuple and part[0] in (bool, int, float, complex, str, bytes)
+        for part in structure
+    )
+
+
 def find_opaque(value: Any) -> type | None:
     """Return the type of an object in nested containers that may hold tensors or change, and into
     which nobody can look; ``None`` if there is none."""
@@ -166,6 +174,8 @@ def _describe(item: Any, content: list[Any], exact: bool = False) -> Hashable:
         return kind, item
     if kind is float:
         return kind, *((repr(item),) if exact else (item > 0, item < 0))
+    if kind is complex and exact:
+        return kind, repr(item)
     if issubclass(type(kind), enum.EnumMeta):
         return kind, id(item)
     keys = tuple(map(_describe_key, dict.keys(item))) if issubclass(kind, dict) else ()

@@ -24,7 +24,7 @@ from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
-from flatout.parallel.kinds import Kind, Refusal, Rule
+from flatout.parallel.kinds import Kind, Refusal, Rule, find_opaque, structure_of
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.sameness import (
     GeneratorStates,
@@ -295,8 +295,8 @@ class Sharing:
             0,
             Meeting.OUTPUTS,
             outcome=0 if not shard.reason else 1,
-            structure=_structure(rule, shard.outputs, rows[1] - rows[0]) if not shard.reason else 0,
-            content=changes.digest(),
+            structure=_structure(rule, shard, rows[1] - rows[0]) if not shard.reason else 0,
+            content=digest((changes.digest(), _digest_whole(rule, shard))),
             generators=GeneratorStates().digest(),
             subject=structure_digest(foreign),
             bits=flags([tensor.requires_grad for tensor in shard.outputs]),
@@ -344,6 +344,8 @@ class Sharing:
             self.is_in_shard = False
         if not shard.reason and len(shard.outputs) != len(rule.outputs):
             shard.reason = "its output has another number of tensors"
+        if not shard.reason and find_opaque(shard.result) is not None:
+            shard.reason = "its output holds what cannot be compared"
         return shard
 
     def _add_up(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -359,9 +361,9 @@ class Sharing:
         own = headers[0]
         for header in headers:
             if header.structure != own.structure:
-                return "its outputs differ in sizes"
+                return "its outputs differ in structure"
             if header.content != own.content:
-                return "it changes buffers by its samples"
+                return "it changes buffers, or returns tensors without rows, by its samples"
             if header.generators != own.generators:
                 return "it draws other random numbers on some ranks"
             if header.subject != own.subject:
@@ -473,10 +475,17 @@ def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], to
     return [next(crossed) if crosses else next(cut) for crosses in crossing], anchor
 
 
-def _structure(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> int:
-    """Return a digest of the sizes of a shard's outputs that does not depend on its rows."""
-    found = []
-    for dim, tensor in zip(rule.outputs, outputs, strict=True):
+def _digest_whole(rule: Rule, shard: _Shard) -> int:
+    """Return a digest of the outputs without rows, which each rank has whole."""
+    pairs = zip(rule.outputs, shard.outputs, strict=False)
+    return content_digest(tensor for dim, tensor in pairs if dim is None)
+
+
+def _structure(rule: Rule, shard: _Shard, rows: int) -> int:
+    """Return a digest of a shard's output that does not depend on its rows: of what is in it,
+    but for tensors, of which only the sizes count."""
+    found: list[object] = [structure_of(shard.result)]
+    for dim, tensor in zip(rule.outputs, shard.outputs, strict=True):
         shape = list(tensor.shape)
         if dim is not None:
             # Sizes that do not fit are unlike those of any other rank.

@@ -1,0 +1,93 @@
+"""Programs that begin to do something else after the test of how they may be shared out, and what
+the test itself may leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import side_by_side
+from tests.test_parallel_programs import BEGIN
+
+PREPARED = """
+class Calls(nn.Module):
+    def __init__(self, function, width=4):
+        super().__init__()
+        self.linear = nn.Linear(6, width)
+        self.function = function
+    def forward(self, x, *args):
+        return self.function(self, self.linear(x), *args)
+
+def batches(steps, rows=7):
+    for step in range(steps):
+        yield step, torch.randn(rows, 6)
+
+def learn(model, loss):
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+    show(loss, *(p.grad.norm() for p in model.parameters() if p.grad is not None))
+
+"""
+
+PROGRAMS = {
+    "a flag that depends on samples": """
+model = Calls(lambda self, h: (h, h.isnan().any()))
+for step, x in batches(5):
+    if step == 3:
+        x[0] = torch.nan
+    out, flag = model(x)
+    show(flag)
+    learn(model, out[1:].square().mean())
+""",
+    "a count of samples that is zero at first": """
+model = Calls(lambda self, h: (h, int((h.abs() > 50).any(1).sum())))
+for step, x in batches(5):
+    if step > 2:
+        x[0] = x[6] = 1e4
+    out, count = model(x)
+    show(count)
+    learn(model, out[1:6].square().mean())
+""",
+    "a penalty that is zero at first": """
+model = Calls(lambda self, h: (h, torch.relu(h.abs().max() - 50)))
+for step, x in batches(5):
+    if step == 3:
+        x[0] = 1e3
+    out, penalty = model(x)
+    learn(model, out.tanh().mean() + penalty)
+""",
+    "a word that another branch returns": """
+model = Calls(lambda self, h: (h, "large" if h.max() > 50 else "small"))
+for step, x in batches(5):
+    if step == 3:
+        x[0] = 1e3 * model.linear.weight[0].detach().sign()
+    out, word = model(x)
+    show(word == "large")
+    learn(model, out.tanh().mean())
+""",
+}
+"""Programs by what is dangerous in them."""
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_computes_what_it_does_alone(name: str, tmp_path: Path) -> None:
+    ((alone, _, _),) = _run(name, 1, tmp_path)
+    for lines, _, _ in _run(name, 2, tmp_path):
+        assert len(lines) == len(alone)
+        for line, expected in zip(lines, alone, strict=True):
+            assert line == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def _run(name: str, ranks: int, folder: Path) -> list[tuple[list[list[float]], int, list[str]]]:
+    found = []
+    for outcome in side_by_side.run(BEGIN + PREPARED + PROGRAMS[name], ranks, folder):
+        assert outcome.status == 0, outcome.stderr
+        found.append(tuple(json.loads(outcome.stdout)))
+    return found
