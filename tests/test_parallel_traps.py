@@ -72,6 +72,20 @@ for step, x in batches(5):
     show(word == "large")
     learn(model, out.tanh().mean())
 """,
+    "an attribute that the program sets": """
+model = Calls(lambda self, h: h - h.mean(0) if self.mixes else h)
+model.mixes = False
+for step, x in batches(5):
+    model.mixes = step > 2
+    learn(model, model(x).square().mean())
+""",
+    "a hook that comes later": """
+model = Calls(lambda self, h: h.tanh())
+for step, x in batches(5):
+    if step == 3:
+        model.linear.register_full_backward_hook(lambda _, inputs, outputs: show(*outputs[0][:, 0]))
+    learn(model, model(x).square().mean())
+""",
 }
 """Programs by what is dangerous in them."""
 

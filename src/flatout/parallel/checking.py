@@ -53,6 +53,8 @@ from flatout.parallel.comparing import (
 )
 from flatout.parallel.copying import CannotCopyError, Copier
 from flatout.parallel.kinds import (
+    GLOBAL_HOOKS,
+    HOOKS,
     Refusal,
     Rule,
     distinct_tensors,
@@ -90,11 +92,8 @@ _MIXES_OR_ROUNDS = "gives other outputs for a sample if other samples change"
 _BUILTIN_HOOKS = ("torch.", "flatout.")
 """Packages whose hooks keep no activations."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Context = contextlib.AbstractContextManager["list[Draw] | None"]
 """Around a call, for its batch norms and draws (see ``shards``)."""
-
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 class _RefusedError(Exception):
@@ -179,10 +178,10 @@ def _find_obstacle(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return "is compiled by torch.compile"
         if _is_made_by(part, "torch.distributed", "torch.nn.parallel"):
             return "is parallel itself"
-        if _has_foreign_hook(held.get(hooks) for hooks in _HOOKS):
+        if _has_foreign_hook(held.get(hooks) for hooks in HOOKS):
             where = "" if part is module else f" on its {objects.class_name(part)}"
             return f"has a hook of the program{where}"
-    if _has_foreign_hook(getattr(torch.nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+    if _has_foreign_hook(getattr(torch.nn.modules.module, hooks, None) for hooks in GLOBAL_HOOKS):
         return "has a hook that the program put on all modules"
     return None
 

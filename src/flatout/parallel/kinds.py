@@ -26,13 +26,22 @@ _IMMUTABLE = (
 """Types of objects that hold no tensors and do not change."""
 
 
+_SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Names of the dictionaries in which a module registers hooks."""
+
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+"""Names of the dictionaries of the hooks of all modules."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What calls have in common that are shared out by one rule. It is hashable.
 
     Attributes:
         arguments: structure of the arguments, without sizes.
-        modes: which modules are in training mode or have hooks.
+        modes: which modules are in training mode, and the hooks of all.
         gradients: whether autograd records the call.
     """
 
@@ -201,6 +210,32 @@ def _modes(root: Any) -> list[Hashable]:
     found: list[Hashable] = []
     for module in objects.modules(root):
         held = objects.attributes(module)
-        hooks = [len(held.get(name) or ()) for name in ("_forward_hooks", "_forward_pre_hooks")]
-        found.append((objects.is_training(module), *hooks))
-    return found
+        found.append((objects.is_training(module), *(_Hooks(held.get(name)) for name in HOOKS)))
+    return [*found, *(_Hooks(getattr(torch.nn.modules.module, name, None)) for name in GLOBAL_HOOKS)]
+
+
+class _Hooks(tuple[Hashable, ...]):
+    """The keys under which hooks are registered. They may differ between the ranks, so ``repr``
+    shows only their number."""
+
+    __slots__ = ()
+
+    def __new__(cls, registry: Any) -> _Hooks:
+        """Return the keys of a dictionary of hooks."""
+        return super().__new__(cls, dict.keys(registry) if registry else ())
+
+    def __repr__(self) -> str:
+        return str(len(self))
+
+
+def scalars_of(root: Any) -> list[dict[str, Any]]:
+    """Return the numbers, texts and ``None`` among the attributes of each module of a tree, which
+    may decide what a call does. The training mode is left out."""
+    return [
+        {
+            name: value
+            for name, value in objects.attributes(module).items()
+            if type(value) in _SCALARS and name != "training"
+        }
+        for module in objects.modules(root)
+    ]

@@ -46,7 +46,7 @@ MOST_KINDS = 16
 MOST_TESTS = 8
 """How often a kind is tested that is refused only for now."""
 
-CHECKED_CALLS = frozenset((8, 64, 512))
+CHECKED_CALLS = frozenset(8**exponent for exponent in range(1, 17))
 """Shared calls of a kind before which its rule is tested again."""
 
 BUFFER_CALLS = 3
@@ -69,6 +69,8 @@ class KindState:
         calls: how many were shared out.
         checked: the number of calls at the last test.
         changed: positions of the buffers that they have changed.
+        changes: of the module's attributes by the program, before the last test.
+        retests: how often it was tested again because of such changes.
     """
 
     digest: int
@@ -79,6 +81,8 @@ class KindState:
     calls: int = 0
     checked: int = 0
     changed: set[int] = field(default_factory=set)
+    changes: int = 0
+    retests: int = 0
 
     def refuse(self, reason: str, is_lasting: bool = True) -> None:
         """Compute calls of this kind whole from now on."""
@@ -96,12 +100,16 @@ class ModuleState:
         number: of the module, in the order of the first calls.
         calls: how often it was called.
         kinds: what is known of its calls.
+        scalars: its attributes after the last call (see ``kinds.scalars_of``).
+        changes: how often the program has changed them between two calls.
     """
 
     name: str
     number: int
     calls: int = 0
     kinds: dict[Kind, KindState] = field(default_factory=dict)
+    scalars: list[dict[str, Any]] | None = None
+    changes: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,14 @@ class Sharing:
         if self._team is None:
             self._team = self._form_team()
         current = self._meet(self._team, module, args, kwargs)
-        kind = current.kind
+        try:
+            return self._make(current, call)
+        finally:
+            current.state.scalars = kinds.scalars_of(module)
+
+    def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
+        """Make a root call about which the ranks have met."""
+        kind, module = current.kind, current.module
         self._test(current)
         batch = None
         if kind.rule is not None:
@@ -223,6 +238,8 @@ class Sharing:
             self._modules[module] = state = ModuleState(objects.class_name(module), self._numbers)
             self._numbers += 1
         state.calls += 1
+        if state.scalars is not None and state.scalars != kinds.scalars_of(module):
+            state.changes += 1
         found = kinds.kind_of(module, args, kwargs)
         kind = state.kinds.get(found)
         if kind is None:
@@ -251,7 +268,14 @@ class Sharing:
         """Look for the rule of a kind of calls, if that is due."""
         kind, team = call.kind, call.team
         is_checked = kind.rule is not None and kind.calls in CHECKED_CALLS - {kind.checked}
-        if not (kind.may_be_tested or is_checked):
+        is_outdated = kind.rule is not None and kind.changes != call.state.changes
+        kind.changes = call.state.changes
+        if is_outdated:
+            kind.retests += 1
+            if kind.retests > MOST_TESTS:
+                kind.refuse("the program changes its attributes between calls")
+                return
+        if not (kind.may_be_tested or is_checked or is_outdated):
             return
         kind.checked = kind.calls
         kind.may_be_tested = False
