@@ -86,6 +86,27 @@ for step, x in batches(5):
         model.linear.register_full_backward_hook(lambda _, inputs, outputs: show(*outputs[0][:, 0]))
     learn(model, model(x).square().mean())
 """,
+    "a condition from another call that comes later": """
+source = nn.Linear(6, 4)
+conditions = []
+model = Calls(lambda self, h: h * conditions[-1] if conditions else h)
+for step, x in batches(6):
+    y = source(x)
+    if step > 3:
+        conditions.append(y.mean(0))
+    learn(nn.ModuleList([model, source]), model(x).square().mean() + y.mean())
+""",
+    "a parameter of no module that comes later": """
+extra = torch.zeros(4, requires_grad=True)
+factors = []
+model = Calls(lambda self, h: h * (1 + factors[-1]) if factors else h)
+for step, x in batches(6):
+    if step > 3:
+        factors.append(extra)
+    learn(model, model(x).square().mean())
+    if step > 3:
+        show(*extra.grad)
+""",
 }
 """Programs by what is dangerous in them."""
 

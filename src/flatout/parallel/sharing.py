@@ -312,7 +312,7 @@ class Sharing:
         changes = _Changes(current.module, kind)
         shard = self._compute_shard(current, call, rule, batch)
         foreign: list[torch.Tensor] = []
-        if not shard.reason and kind.calls < BUFFER_CALLS:
+        if not shard.reason:
             foreign = _find_foreign(current, shard)
         rows = cutting.bounds(batch, team.size)[team.rank]
         header = Header(
@@ -457,12 +457,20 @@ def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
             # Nobody sees the gradient of one that the module has made in this call.
             if sys.getrefcount(leaf) > _references_to_unheld_leaf():
                 leaves.append(leaf)
-        elif node._sequence_nr() < shard.begin:
+        elif node._sequence_nr() < shard.begin and not _is_cast(node, known):
             shard.reason = "it uses tensors that were computed before, with gradients"
             return []
         pending += [following for following, _ in node.next_functions]
     found = {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
     return list(found.values())
+
+
+def _is_cast(node: Any, known: set[int]) -> bool:
+    """Whether a node has only cast a parameter, as autocast does, which keeps the result for later
+    calls."""
+    following = node.next_functions
+    leaf = leaf_of(following[0][0]) if node.name() == "ToCopyBackward0" else None
+    return leaf is not None and id(leaf) in known
 
 
 @functools.cache
