@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
+from flatout.parallel.sameness import content_digest
 from tests import side_by_side
 from tests.test_parallel_programs import BEGIN
 
@@ -107,6 +110,15 @@ for step, x in batches(6):
     if step > 3:
         show(*extra.grad)
 """,
+    "a member of an enumeration": """
+import enum
+class Way(enum.Enum):
+    SLOW = "slow"
+    FAST = "fast"
+model = Calls(lambda self, h, way: h.tanh() if way is Way.FAST else h)
+for step, x in batches(4):
+    learn(model, model(x, Way.FAST if step % 2 else Way.SLOW).square().mean())
+""",
 }
 """Programs by what is dangerous in them."""
 
@@ -126,3 +138,22 @@ def _run(name: str, ranks: int, folder: Path) -> list[tuple[list[list[float]], i
         assert outcome.status == 0, outcome.stderr
         found.append(tuple(json.loads(outcome.stdout)))
     return found
+
+
+def test_numbers_that_differ_between_ranks_stop_the_program(tmp_path: Path) -> None:
+    program = """
+import random
+generator = random.SystemRandom()
+model = Calls(lambda self, h, factor: h * factor)
+for step, x in batches(4):
+    learn(model, model(x, generator.uniform(1, 2)).square().mean())
+"""
+    for outcome in side_by_side.run(BEGIN + PREPARED + program, 2, tmp_path):
+        assert outcome.status == 1
+        assert "its inputs differ" in outcome.stderr
+
+
+def test_a_tensor_of_another_type_has_a_digest() -> None:
+    wrapped = TwoTensor(torch.ones(3), torch.ones(3))
+    assert content_digest([wrapped]) == 0
+    assert content_digest([torch.ones(3)]) != 0

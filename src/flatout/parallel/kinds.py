@@ -26,6 +26,9 @@ _IMMUTABLE = (
 """Types of objects that hold no tensors and do not change."""
 
 
+_SHOWN = (range, torch.dtype, torch.device, torch.layout, torch.memory_format)
+"""Types of which ``repr`` shows the value."""
+
 _SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -186,9 +189,17 @@ def _describe(item: Any, content: list[Any], exact: bool = False) -> Hashable:
     if kind is complex and exact:
         return kind, repr(item)
     if issubclass(type(kind), enum.EnumMeta):
-        return kind, id(item)
+        return kind, str(objects.attribute(item, "_name_")), repr(_plain_value(item))
+    if kind in _SHOWN:
+        return kind, repr(item)
     keys = tuple(map(_describe_key, dict.keys(item))) if issubclass(kind, dict) else ()
     return kind, len(content), keys
+
+
+def _plain_value(member: Any) -> Any:
+    """Return the value of a member of an enumeration, ``None`` if it has a type of its own."""
+    value = objects.attribute(member, "_value_")
+    return value if type(value) in _SCALARS else None
 
 
 def _describe_tensor(tensor: torch.Tensor) -> Hashable:

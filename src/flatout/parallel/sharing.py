@@ -257,7 +257,7 @@ class Sharing:
             Meeting.CALL,
             subject=digest((state.number, state.name, state.calls)),
             structure=kind.digest ^ structure_digest(leaves),
-            content=content_digest(leaves),
+            content=digest((content_digest(leaves), structure_of((args, kwargs)))),
             generators=GeneratorStates().digest(),
             parameters=parameters,
         )
