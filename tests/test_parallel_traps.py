@@ -119,6 +119,46 @@ model = Calls(lambda self, h, way: h.tanh() if way is Way.FAST else h)
 for step, x in batches(4):
     learn(model, model(x, Way.FAST if step % 2 else Way.SLOW).square().mean())
 """,
+    "a buffer that changes at a late call": """
+def function(self, h):
+    self.count += 1
+    if self.count == 6:
+        self.scale += h.mean().detach()
+    return h * self.scale
+model = Calls(function)
+model.count = 0
+model.register_buffer("scale", torch.ones(()))
+for step, x in batches(7):
+    learn(model, model(x).square().mean())
+    show(model.count, model.scale)
+""",
+    "attributes that are replaced at a late call": """
+def function(self, h):
+    if h.max() > 50:
+        self.count += 1
+        self.scale = 0.5 * self.scale + 0.5 * h.mean().detach()
+        self.other = self.other + h.mean().detach()
+    return h * self.scale + self.other
+model = Calls(function)
+model.count = 0
+model.other = torch.zeros(())
+model.register_buffer("scale", torch.ones(()))
+for step, x in batches(7):
+    if step == 5:
+        x[0] = 1e3 * model.linear.weight[0].detach().sign()
+    learn(model, model(x).tanh().square().mean())
+    show(model.count, model.scale, model.other)
+""",
+    "an embedding that renormalises its rows later": """
+model = nn.EmbeddingBag(20, 4, max_norm=4.0)
+for step in range(6):
+    x = torch.randint(20, (7, 3))
+    if step == 4:
+        with torch.no_grad():
+            model.weight *= 10
+    learn(model, model(x).square().mean())
+    show(*model.weight[:, 0])
+""",
 }
 """Programs by what is dangerous in them."""
 

@@ -89,6 +89,8 @@ largest of all: some, as that of a bias before a norm, are nothing but rounding 
 
 _MIXES_OR_ROUNDS = "gives other outputs for a sample if other samples change"
 
+_EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
 _BUILTIN_HOOKS = ("torch.", "flatout.")
 """Packages whose hooks keep no activations."""
 
@@ -178,6 +180,8 @@ def _find_obstacle(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return "is compiled by torch.compile"
         if _is_made_by(part, "torch.distributed", "torch.nn.parallel"):
             return "is parallel itself"
+        if held.get("max_norm") is not None and isinstance(part, _EMBEDDINGS):
+            return "renormalises rows of an embedding in its forward pass"
         if _has_foreign_hook(held.get(hooks) for hooks in HOOKS):
             where = "" if part is module else f" on its {objects.class_name(part)}"
             return f"has a hook of the program{where}"

@@ -29,7 +29,8 @@ _IMMUTABLE = (
 _SHOWN = (range, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of which ``repr`` shows the value."""
 
-_SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
+SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
+"""Types of values that decide what a module does and hold nothing else."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Names of the dictionaries in which a module registers hooks."""
@@ -199,7 +200,7 @@ def _describe(item: Any, content: list[Any], exact: bool = False) -> Hashable:
 def _plain_value(member: Any) -> Any:
     """Return the value of a member of an enumeration, ``None`` if it has a type of its own."""
     value = objects.attribute(member, "_value_")
-    return value if type(value) in _SCALARS else None
+    return value if type(value) in SCALARS else None
 
 
 def _describe_tensor(tensor: torch.Tensor) -> Hashable:
@@ -222,7 +223,10 @@ def _modes(root: Any) -> list[Hashable]:
     for module in objects.modules(root):
         held = objects.attributes(module)
         found.append((objects.is_training(module), *(_Hooks(held.get(name)) for name in HOOKS)))
-    return [*found, *(_Hooks(getattr(torch.nn.modules.module, name, None)) for name in GLOBAL_HOOKS)]
+    return [
+        *found,
+        *(_Hooks(getattr(torch.nn.modules.module, name, None)) for name in GLOBAL_HOOKS),
+    ]
 
 
 class _Hooks(tuple[Hashable, ...]):
@@ -246,7 +250,7 @@ def scalars_of(root: Any) -> list[dict[str, Any]]:
         {
             name: value
             for name, value in objects.attributes(module).items()
-            if type(value) in _SCALARS and name != "training"
+            if type(value) in SCALARS and name != "training"
         }
         for module in objects.modules(root)
     ]

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from flatout.intercept import objects
-from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.events import EventLog
 from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
+from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.kinds import Kind, Refusal, Rule, find_opaque, structure_of
@@ -34,7 +34,8 @@ from flatout.parallel.sameness import (
 )
 from flatout.parallel.team import PARTED, Team
 
-_autograd: Any = torch.autograd
+_FAILED, _IS_CHANGED = 1, 2
+"""Outcomes of a shard: it cannot be used, and what it has changed cannot be put back."""
 
 FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Rule | Refusal]
 """Finds the rule of a call's kind, given the module, its arguments and the number of ranks; returns
@@ -50,7 +51,8 @@ CHECKED_CALLS = frozenset(8**exponent for exponent in range(1, 17))
 """Shared calls of a kind before which its rule is tested again."""
 
 BUFFER_CALLS = 3
-"""First shared calls of a kind in which all buffers are kept; later, those that have changed."""
+"""First shared calls of a kind in which all buffers are copied; later, large ones that have never
+changed are not."""
 
 COMPARED_STEPS = frozenset(8**exponent for exponent in range(8))
 """Optimizer steps after which the ranks compare parameters and optimizer states."""
@@ -68,7 +70,7 @@ class KindState:
         tests: how often one was looked for.
         calls: how many were shared out.
         checked: the number of calls at the last test.
-        changed: positions of the buffers that they have changed.
+        changed: paths of the buffers that they have changed.
         changes: of the module's attributes by the program, before the last test.
         retests: how often it was tested again because of such changes.
     """
@@ -80,7 +82,7 @@ class KindState:
     tests: int = 0
     calls: int = 0
     checked: int = 0
-    changed: set[int] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
     changes: int = 0
     retests: int = 0
 
@@ -309,7 +311,7 @@ class Sharing:
     def _share(self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int) -> Any:
         """Compute the own shard of a call, and return the output of the whole batch."""
         kind, team = current.kind, current.team
-        changes = _Changes(current.module, kind)
+        changes = Changes(current.module, kind.changed, kind.calls < BUFFER_CALLS)
         shard = self._compute_shard(current, call, rule, batch)
         foreign: list[torch.Tensor] = []
         if not shard.reason:
@@ -318,7 +320,7 @@ class Sharing:
         header = Header(
             0,
             Meeting.OUTPUTS,
-            outcome=0 if not shard.reason else 1,
+            outcome=bool(shard.reason) * _FAILED + (not changes.can_be_undone()) * _IS_CHANGED,
             structure=_structure(rule, shard, rows[1] - rows[0]) if not shard.reason else 0,
             content=digest((changes.digest(), _digest_whole(rule, shard))),
             generators=GeneratorStates().digest(),
@@ -333,10 +335,16 @@ class Sharing:
         reason = self._find_disagreement(team, shard, headers)
         if reason:
             kind.refuse(f"in shards, {reason}")
+            if any(other.outcome & _IS_CHANGED for other in headers):
+                team.ending.stop(
+                    f"{current.state.name} changes parameters or large buffers in its forward "
+                    f"pass, and is not the same on all ranks: {reason}"
+                )
             changes.undo()
             return self._compute_whole(current, call, kind.reason)
         self._leaves.add(foreign)
         kind.calls += 1
+        kind.changed.update(changes.changed_buffers())
         if current.state.name not in self.shared:
             self._events.add("applied", "ranks", f"{current.state.name} is shared out")
         self.shared[current.state.name] += 1
@@ -379,7 +387,7 @@ class Sharing:
 
     def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
         """Return why a call must be computed whole, an empty string if it need not."""
-        if any(header.outcome for header in headers):
+        if any(header.outcome & _FAILED for header in headers):
             reasons = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
             return min(filter(None, reasons), key=PARTED.__eq__)
         own = headers[0]
@@ -387,52 +395,12 @@ class Sharing:
             if header.structure != own.structure:
                 return "its outputs differ in structure"
             if header.content != own.content:
-                return "it changes buffers, or returns tensors without rows, by its samples"
+                return "it changes the module, or returns tensors without rows, by its samples"
             if header.generators != own.generators:
                 return "it draws other random numbers on some ranks"
             if header.subject != own.subject:
                 return "it reaches other tensors that require gradients"
         return ""
-
-
-class _Changes:
-    """What a call may change besides its output: buffers and random generators.
-
-    Args:
-        module: the root module.
-        kind: what is known of calls like this one.
-    """
-
-    def __init__(self, module: Any, kind: KindState) -> None:
-        self._kind = kind
-        self._buffers = list(objects.buffers(module))
-        self._versions = [_version(buffer) for buffer in self._buffers]
-        keeps_all = kind.calls < BUFFER_CALLS
-        self._copies = {
-            i: buffer.detach().clone()
-            for i, buffer in enumerate(self._buffers)
-            if type(buffer) in EXACT_TENSOR_TYPES and (keeps_all or i in kind.changed)
-        }
-        self._states = GeneratorStates()
-
-    def digest(self) -> int:
-        """Return a digest of the buffers that have changed."""
-        changed = list(filter(self._has_changed, range(len(self._buffers))))
-        self._kind.changed.update(changed)
-        return digest(changed) ^ content_digest(self._buffers[i] for i in changed)
-
-    def _has_changed(self, i: int) -> bool:
-        # Statistics of a batch norm change without a new version.
-        now, before = self._buffers[i], self._copies.get(i)
-        is_same = before is None or torch.equal(before, now)
-        return self._versions[i] != _version(now) or not is_same
-
-    def undo(self) -> None:
-        """Put buffers and generators back, without new versions."""
-        self._states.restore()
-        for i, copy in self._copies.items():
-            with torch.no_grad(), _autograd._unsafe_preserve_version_counter(self._buffers[i]):
-                self._buffers[i].copy_(copy)
 
 
 def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
@@ -539,10 +507,6 @@ def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) 
         for tensor, is_joined in zip(shard.outputs, is_cut, strict=True)
     ]
     return cutting.replace_tensors(shard.result, outputs)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_plain() -> bool:
