@@ -159,6 +159,16 @@ for step in range(6):
     learn(model, model(x).square().mean())
     show(*model.weight[:, 0])
 """,
+    "shards of a single row": """
+model = Calls(lambda self, h: h.squeeze())
+for step, x in batches(6):
+    learn(model, model(x[: 2 if step > 2 else 7]).tanh().square().mean(0).sum())
+""",
+    "shards of a single number": """
+model = Calls(lambda self, h: h.squeeze(), 1)
+for step, x in batches(6):
+    learn(model, model(x[: 2 if step > 2 else 7]).tanh().square().mean())
+""",
 }
 """Programs by what is dangerous in them."""
 

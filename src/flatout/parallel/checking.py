@@ -662,7 +662,8 @@ def _test_shards(
         _compare_states(whole.outcome, shard)
     assert outputs is not None
     _compare_sums(whole, parts, whole.outcome.tensors)
-    return Rule(rule.inputs, outputs, rule.placements)
+    output_dims = tuple(tensor.dim() for tensor in whole.outcome.tensors)
+    return Rule(rule.inputs, outputs, rule.placements, output_dims)
 
 
 def _shard(sums: PartSums, rule: Rule, start: int, stop: int, batch: int) -> _Context:

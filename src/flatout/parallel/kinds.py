@@ -6,7 +6,7 @@ import enum
 import types
 from collections import UserDict, UserList
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,11 +63,13 @@ class Rule:
             gets the whole tensor.
         outputs: likewise for each tensor of the output; ``None`` if it is the same on all ranks.
         placements: where the samples are in each draw of random numbers.
+        output_dims: for each tensor of the output, its number of dimensions; empty: not known.
     """
 
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
     placements: tuple[Placement, ...] = ()
+    output_dims: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

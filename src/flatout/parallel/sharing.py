@@ -219,7 +219,7 @@ class Sharing:
         batch = None
         if kind.rule is not None:
             batch = cutting.batch_size(kind.rule, current.leaves)
-        if kind.rule is None or batch is None or batch < self._team.size:
+        if kind.rule is None or batch is None or batch < current.team.size:
             return self._compute_whole(current, call, kind.reason or "the batch is too small")
         parameters = list(objects.parameters(module))
         if any(parameter.grad_fn is not None for parameter in parameters):
@@ -316,12 +316,11 @@ class Sharing:
         foreign: list[torch.Tensor] = []
         if not shard.reason:
             foreign = _find_foreign(current, shard)
-        rows = cutting.bounds(batch, team.size)[team.rank]
         header = Header(
             0,
             Meeting.OUTPUTS,
             outcome=bool(shard.reason) * _FAILED + (not changes.can_be_undone()) * _IS_CHANGED,
-            structure=_structure(rule, shard, rows[1] - rows[0]) if not shard.reason else 0,
+            structure=_structure(rule, shard) if not shard.reason else 0,
             content=digest((changes.digest(), _digest_whole(rule, shard))),
             generators=GeneratorStates().digest(),
             subject=structure_digest(foreign),
@@ -376,6 +375,8 @@ class Sharing:
             self.is_in_shard = False
         if not shard.reason and len(shard.outputs) != len(rule.outputs):
             shard.reason = "its output has another number of tensors"
+        if not shard.reason and not _fits(rule, shard.outputs, rows[1] - rows[0]):
+            shard.reason = "its outputs have other sizes"
         if not shard.reason and find_opaque(shard.result) is not None:
             shard.reason = "its output holds what cannot be compared"
         return shard
@@ -481,16 +482,24 @@ def _digest_whole(rule: Rule, shard: _Shard) -> int:
     return content_digest(tensor for dim, tensor in pairs if dim is None)
 
 
-def _structure(rule: Rule, shard: _Shard, rows: int) -> int:
+def _fits(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> bool:
+    """Whether outputs have as many dimensions as when the rule was tested, and a row for each
+    sample."""
+    dims = rule.output_dims or [tensor.dim() for tensor in outputs]
+    return all(
+        tensor.dim() == expected and (dim is None or (dim < expected and tensor.shape[dim] == rows))
+        for dim, expected, tensor in zip(rule.outputs, dims, outputs, strict=True)
+    )
+
+
+def _structure(rule: Rule, shard: _Shard) -> int:
     """Return a digest of a shard's output that does not depend on its rows: of what is in it,
     but for tensors, of which only the sizes count."""
     found: list[object] = [structure_of(shard.result)]
     for dim, tensor in zip(rule.outputs, shard.outputs, strict=True):
         shape = list(tensor.shape)
         if dim is not None:
-            # Sizes that do not fit are unlike those of any other rank.
-            fits = dim < len(shape) and shape[dim] % rows == 0
-            shape = [*shape[:dim], shape[dim] // rows, *shape[dim + 1 :]] if fits else [-1, rows]
+            del shape[dim]
         found.append((shape, tensor.dtype, tensor.device.type, tensor.layout))
     return digest(found)
 
