@@ -169,6 +169,42 @@ model = Calls(lambda self, h: h.squeeze(), 1)
 for step, x in batches(6):
     learn(model, model(x[: 2 if step > 2 else 7]).tanh().square().mean())
 """,
+    "a hook on an inner tensor that keeps the gradient": """
+def function(self, h):
+    h = h.tanh()
+    if h.requires_grad:
+        h.register_hook(self.save)
+    return h
+class Saving(Calls):
+    def save(self, gradient):
+        self.saved = gradient
+model = Saving(function)
+model.saved = None
+for step, x in batches(3):
+    learn(model, model(x).square().mean())
+    show(model.saved.square().sum(), len(model.saved))
+""",
+    "a hook on an inner tensor that reads the gradient": """
+norms = []
+def function(self, h):
+    h = h.tanh()
+    if h.requires_grad:
+        h.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    return h
+model = Calls(function)
+for step, x in batches(3):
+    learn(model, model(x).square().mean())
+show(*norms[-3:])
+""",
+    "a mode of the program": """
+from torch.utils.flop_counter import FlopCounterMode
+model = Calls(lambda self, h: h.tanh())
+for step, x in batches(5):
+    learn(model, model(x).square().mean())
+    with FlopCounterMode(display=False) as counter:
+        out = model(x)
+    show(counter.get_total_flops(), out.sum())
+""",
 }
 """Programs by what is dangerous in them."""
 

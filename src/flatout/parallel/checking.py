@@ -23,8 +23,10 @@ tested on copies of the module, in the mode of the program's call:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -275,10 +277,7 @@ class _Outcome:
             raise _RefusedError("returns a tensor that cannot be joined", 2)
         self.structure = structure_of(output)
         self.tensors = [tensor.detach().clone() for tensor in found]
-        self.state = [  # without the graphs behind them
-            (name, value.detach() if isinstance(value, torch.Tensor) else value)
-            for name, value in state
-        ]
+        self.state = _detached(state)
         self.generators = generators
         self.draws = draws
         self.kept: set[int] = set()
@@ -307,6 +306,21 @@ class _Whole:
         """Return a context for a call without shards that takes the statistics of this one."""
         sums = PartSums(self.sums)
         return shards.observing(sums.add_up, sums.add_up_gradients)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A call that is followed by a backward call.
+
+    Attributes:
+        outputs: the tensors in the output.
+        bases: the leaves that were given to the module.
+        state: returns the state of the module (see ``Copier.state``).
+    """
+
+    outputs: list[torch.Tensor]
+    bases: list[torch.Tensor]
+    state: Callable[[], list[tuple[str, Any]]]
 
 
 class _Subject:
@@ -415,24 +429,20 @@ class _Subject:
         outcome.reads_followed = observer.reads_followed
         return outcome
 
-    def record(
-        self, given: Sequence[torch.Tensor], context: _Context
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def record(self, given: Sequence[torch.Tensor], context: _Context) -> _Recorded:
         """Call a copy of the module, to be followed by a backward call.
 
         Args:
             given: the leaves; they are left as they are.
             context: for batch norms and draws.
 
-        Returns:
-            The tensors in the output, and the leaves that were given to the module; gradients are
-            accumulated in those and in ``weights``.
+        Gradients are accumulated in ``weights`` and in the leaves that were given to the module.
         """
-        _, module, args, kwargs, bases = self._prepare(given)
+        copier, module, args, kwargs, bases = self._prepare(given)
         self._start_generators()
         with _refusing(), context:
             output = module(*args, **kwargs)
-        return distinct_tensors(output), bases
+        return _Recorded(distinct_tensors(output), bases, functools.partial(copier.state, module))
 
     def _start_generators(self) -> None:
         self._generators.restore()
@@ -759,7 +769,9 @@ def _test_independence(
         raise _RefusedError("returns something else if other samples change", 4)
     for is_followed, dim in zip(other.followed, rule.outputs, strict=True):
         if is_followed and dim is None:
-            raise _RefusedError("computes a tensor without a row for each sample from samples", 3)
+            raise _RefusedError(
+                "mixes samples: it returns a tensor without a row for each of them", 3
+            )
     if other.reads_followed and has_numbers(other.structure):
         raise _RefusedError("reads numbers from samples and returns numbers", 3)
     for index, (tensor, changed, dim) in enumerate(
@@ -783,10 +795,15 @@ def _compare_states(whole: _Outcome, other: _Outcome) -> None:
     """Test that two calls leave the module and the generators in the same state."""
     if not whole.generators.equal(other.generators):
         raise _RefusedError("draws random numbers that depend on the samples", 3)
-    for (name, value), (other_name, other_value) in zip(whole.state, other.state, strict=False):
+    _compare_values(whole.state, other.state)
+
+
+def _compare_values(state: list[tuple[str, Any]], other: list[tuple[str, Any]]) -> None:
+    """Test that two states of the module are the same (see ``Copier.state``)."""
+    for (name, value), (other_name, other_value) in zip(state, other, strict=False):
         if name != other_name or not _is_same_value(value, other_value):
             raise _RefusedError(f"keeps in '{name}' what depends on the samples", 4)
-    if len(whole.state) != len(other.state):
+    if len(state) != len(other):
         raise _RefusedError("keeps what depends on the samples", 4)
 
 
@@ -800,10 +817,12 @@ def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, i
     """Test that gradients of shards, scaled by their number, average to those of the whole call."""
     noise = torch.Generator().manual_seed(SEED)
     sums = WholeSums()
-    outputs, bases = subject.record(subject.leaves, shards.observing(sums.add_up, sums.add_up))
-    gradients = [draw_normal(tensor, noise) for tensor in outputs]
+    recorded = subject.record(subject.leaves, shards.observing(sums.add_up, sums.add_up))
+    gradients = [draw_normal(tensor, noise) for tensor in recorded.outputs]
     weights = list(subject.weights.values())
-    expected = _backward(outputs, gradients, [*weights, *bases])
+    expected = _backward_without_traces(subject, recorded, gradients)
+    state = _detached(recorded.state())
+    del recorded
     totals: list[torch.Tensor | None] = [None] * len(weights)
     whole_dims: Dims = (None,) * len(weights)
     of_bases: list[list[torch.Tensor | None]] = []
@@ -811,22 +830,51 @@ def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, i
     for start, stop in bounds:
         parts.append(PartSums(sums))
         context = _shard(parts[-1], rule, start, stop, bounds[-1][1])
-        outputs, bases = subject.record(_cut(subject, rule.inputs, start, stop), context)
+        part = subject.record(_cut(subject, rule.inputs, start, stop), context)
         parts[-1].scale = len(bounds)
         scaled = [
             gradient if dim is None else len(bounds) * gradient.narrow(dim, start, stop - start)
             for gradient, dim in zip(gradients, rule.outputs, strict=True)
         ]
-        found = _backward(outputs, scaled, [*weights, *bases])
+        found = _backward(part.outputs, scaled, [*weights, *part.bases])
+        _compare_values(state, part.state())
         totals = [sum_present(pair) for pair in zip(totals, found, strict=False)]
         of_bases.append(found[len(weights) :])
-    if sums.values and not have_sums_of_whole(parts, max(map(tolerance_of, outputs))):
+    if sums.values and not have_sums_of_whole(parts, max(map(tolerance_of, part.outputs))):
         raise _RefusedError("has a backward pass that mixes samples in its batch norm", 6)
     for dim, *pieces in zip(rule.inputs, *of_bases, strict=True):
         present = [piece for piece in pieces if piece is not None]
         joined = torch.cat(present, dim) if present and dim is not None else sum_present(pieces)
         totals.append(joined)
     _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(bounds))
+
+
+def _backward_without_traces(
+    subject: _Subject, recorded: _Recorded, gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Make the backward call of a whole call, and test that it neither keeps gradients nor reads
+    them, as a hook on an inner tensor may. Returns the gradients of the weights and of the
+    leaves."""
+    observer = Observer()
+    observer.follow(gradients)
+    wanted = [*subject.weights.values(), *recorded.bases]
+    with observer:
+        found = _backward(recorded.outputs, gradients, wanted)
+    recorded.outputs.clear()
+    in_use = [*found, *(value for _, value in recorded.state() if isinstance(value, torch.Tensor))]
+    kept = observer.find_kept() - {storage_address(t) for t in in_use if t is not None}
+    subject.kept |= kept
+    if kept or observer.reads_followed:
+        raise _RefusedError("keeps or reads gradients in its backward pass", 6)
+    return found
+
+
+def _detached(state: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the state of a module without the graphs behind it."""
+    return [
+        (name, value.detach() if isinstance(value, torch.Tensor) else value)
+        for name, value in state
+    ]
 
 
 def _compare_gradients(

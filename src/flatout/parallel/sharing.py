@@ -526,4 +526,12 @@ def _is_plain() -> bool:
         autograd._top_saved_tensors_default_hooks(True) is None
         and functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
+        and not any(map(_is_mode_of_program, range(torch._C._len_torch_dispatch_stack())))
     )
+
+
+def _is_mode_of_program(position: int) -> bool:
+    """Whether a mode on the stack of those that see all operators is not flatout's own."""
+    stack_at: Any = torch._C._get_dispatch_stack_at
+    made_in = objects.inherited(type(stack_at(position)), "__module__")
+    return not str(made_in).startswith("flatout.")
