@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+from flatout.machine import system
+from flatout.parallel import checking
+from flatout.parallel.kinds import Refusal, Rule
 from flatout.parallel.sameness import content_digest
 from tests import side_by_side
 from tests.test_parallel_programs import BEGIN
@@ -205,6 +208,20 @@ for step, x in batches(5):
         out = model(x)
     show(counter.get_total_flops(), out.sum())
 """,
+    "numbers in the program and in a class that count calls": """
+count = 0
+class Counting(Calls):
+    calls = 0
+    def forward(self, x):
+        global count
+        count += 1
+        type(self).calls += 1
+        return super().forward(x)
+model = Counting(lambda self, h: h.tanh())
+for step, x in batches(4):
+    learn(model, model(x).square().mean())
+    show(count, Counting.calls)
+""",
 }
 """Programs by what is dangerous in them."""
 
@@ -243,3 +260,20 @@ def test_a_tensor_of_another_type_has_a_digest() -> None:
     wrapped = TwoTensor(torch.ones(3), torch.ones(3))
     assert content_digest([wrapped]) == 0
     assert content_digest([torch.ones(3)]) != 0
+
+
+def test_a_failure_of_the_test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("no such thing")
+
+    monkeypatch.setattr(checking, "_find_obstacle", fail)
+    found = checking.find_rule(torch.nn.Linear(3, 3), (torch.ones(4, 3),), {}, 2)
+    assert found == Refusal("Linear cannot be tested: LookupError: no such thing")
+
+
+def test_all_ranks_need_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = torch.nn.Linear(3, 3), torch.ones(4, 3)
+    monkeypatch.setattr(system, "available_bytes", lambda: 4 * 8 * 12)
+    assert isinstance(checking.find_rule(linear, (x,), {}, 2), Rule)
+    found = checking.find_rule(linear, (x,), {}, 3)
+    assert found == Refusal("there is no memory for a copy of Linear to test")

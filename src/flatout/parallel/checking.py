@@ -69,6 +69,7 @@ from flatout.parallel.neutral import (
     Generators,
     Observer,
     release_kept,
+    scalars_kept,
     seed_generators,
     unnoticed,
 )
@@ -128,13 +129,25 @@ def find_rule(
         args, kwargs: with which it is called.
         size: number of ranks.
     """
+    try:
+        with scalars_kept(module):
+            return _test_rules(module, args, kwargs, size)
+    except Exception as error:  # noqa: BLE001 - a call that cannot be tested is computed whole
+        name = objects.class_name(module)
+        return Refusal(f"{name} cannot be tested: {type(error).__name__}: {error}")
+
+
+def _test_rules(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
+    """Find a rule as ``find_rule`` does, but for numbers outside of the module."""
     name = objects.class_name(module)
     why = _find_obstacle(module, args, kwargs)
     if why is not None:
         return Refusal(f"{name} {why}")
     if any(isinstance(p, torch.nn.UninitializedParameter) for p in objects.parameters(module)):
         return Refusal(f"{name} creates parameters in its first call", is_lasting=False)
-    if _lacks_memory(module):
+    if _lacks_memory(module, size):
         return Refusal(f"there is no memory for a copy of {name} to test")
     with unnoticed(), _without_inference_mode():
         search = _Search(module, args, kwargs, size)
@@ -219,13 +232,13 @@ def _has_foreign_hook(registries: Iterable[Any]) -> bool:
     return False
 
 
-def _lacks_memory(module: Any) -> bool:
-    """Whether less than twice the size of the module, in float64, is free; of an accelerator, this
-    is found out when it fails."""
+def _lacks_memory(module: Any, size: int) -> bool:
+    """Whether less than twice the size of the module, in float64, is free for each rank, all of
+    which may be on this host; of an accelerator, this is found out when it fails."""
     tensors = [*objects.parameters(module), *objects.buffers(module)]
     needed = sum(8 * t.numel() for t in tensors if t.device.type == "cpu")
     available = system.available_bytes()
-    return available is not None and 2 * needed > available
+    return available is not None and 2 * needed * size > available
 
 
 class _RaisedError(Exception):

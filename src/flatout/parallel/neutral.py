@@ -8,16 +8,18 @@ import logging
 import random
 import sys
 import threading
+import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatout.intercept import device
+from flatout.intercept import device, objects
 from flatout.intercept.nested import tensors_in
+from flatout.parallel.kinds import SCALARS
 
 _SIZES_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
 """Beginnings of the names of operators that read only the sizes of what they are given."""
@@ -223,6 +225,51 @@ def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return bool(given.get("training", given.get("train", True)))
+
+
+@contextlib.contextmanager
+def scalars_kept(root: Any) -> Iterator[None]:
+    """A context after which numbers and texts have the values that they had before, in the classes
+    of a module tree and in the namespaces of the packages that these come from."""
+    classes = {
+        base
+        for module in objects.modules(root)
+        for base in objects.mro(type(module))
+        if not _is_of_torch(objects.namespace(base).get("__module__"))
+    }
+    packages = {
+        str(objects.namespace(base).get("__module__")).partition(".")[0] for base in classes
+    }
+    namespaces = [
+        vars(found)
+        for name, found in list(sys.modules.items())
+        if name.partition(".")[0] in packages and type(found) is types.ModuleType
+    ]
+    of_classes = [(base, _scalars(objects.namespace(base))) for base in classes]
+    of_namespaces = [(namespace, _scalars(namespace)) for namespace in namespaces]
+    try:
+        yield
+    finally:
+        for namespace, before in of_namespaces:
+            namespace.update(_changed(namespace, before))
+        for base, before in of_classes:
+            for name, value in _changed(objects.namespace(base), before).items():
+                type.__setattr__(base, name, value)
+
+
+def _is_of_torch(defined_in: Any) -> bool:
+    return str(defined_in).partition(".")[0] in ("torch", "flatout", "builtins", "typing", "abc")
+
+
+def _scalars(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in list(namespace.items()) if type(value) in SCALARS}
+
+
+def _changed(namespace: Mapping[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return the values before of the names that have another value now."""
+    return {
+        name: value for name, value in before.items() if namespace.get(name, before) is not value
+    }
 
 
 def release_kept(addresses: set[int]) -> None:
