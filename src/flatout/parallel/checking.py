@@ -23,8 +23,10 @@ tested on copies of the module, in the mode of the program's call:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,10 +55,13 @@ from flatout.parallel.comparing import (
 )
 from flatout.parallel.copying import CannotCopyError, Copier
 from flatout.parallel.kinds import (
+    GLOBAL_HOOKS,
+    HOOKS,
     Refusal,
     Rule,
     distinct_tensors,
     find_opaque,
+    has_numbers,
     leaves,
     structure_of,
 )
@@ -64,6 +69,7 @@ from flatout.parallel.neutral import (
     Generators,
     Observer,
     release_kept,
+    scalars_kept,
     seed_generators,
     unnoticed,
 )
@@ -86,14 +92,13 @@ largest of all: some, as that of a bias before a norm, are nothing but rounding 
 
 _MIXES_OR_ROUNDS = "gives other outputs for a sample if other samples change"
 
+_EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
 _BUILTIN_HOOKS = ("torch.", "flatout.")
 """Packages whose hooks keep no activations."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Context = contextlib.AbstractContextManager["list[Draw] | None"]
 """Around a call, for its batch norms and draws (see ``shards``)."""
-
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 class _RefusedError(Exception):
@@ -124,13 +129,25 @@ def find_rule(
         args, kwargs: with which it is called.
         size: number of ranks.
     """
+    try:
+        with scalars_kept(module):
+            return _test_rules(module, args, kwargs, size)
+    except Exception as error:  # noqa: BLE001 - a call that cannot be tested is computed whole
+        name = objects.class_name(module)
+        return Refusal(f"{name} cannot be tested: {type(error).__name__}: {error}")
+
+
+def _test_rules(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Rule | Refusal:
+    """Find a rule as ``find_rule`` does, but for numbers outside of the module."""
     name = objects.class_name(module)
     why = _find_obstacle(module, args, kwargs)
     if why is not None:
         return Refusal(f"{name} {why}")
     if any(isinstance(p, torch.nn.UninitializedParameter) for p in objects.parameters(module)):
         return Refusal(f"{name} creates parameters in its first call", is_lasting=False)
-    if _lacks_memory(module):
+    if _lacks_memory(module, size):
         return Refusal(f"there is no memory for a copy of {name} to test")
     with unnoticed(), _without_inference_mode():
         search = _Search(module, args, kwargs, size)
@@ -178,10 +195,12 @@ def _find_obstacle(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return "is compiled by torch.compile"
         if _is_made_by(part, "torch.distributed", "torch.nn.parallel"):
             return "is parallel itself"
-        if _has_foreign_hook(held.get(hooks) for hooks in _HOOKS):
+        if held.get("max_norm") is not None and isinstance(part, _EMBEDDINGS):
+            return "renormalises rows of an embedding in its forward pass"
+        if _has_foreign_hook(held.get(hooks) for hooks in HOOKS):
             where = "" if part is module else f" on its {objects.class_name(part)}"
             return f"has a hook of the program{where}"
-    if _has_foreign_hook(getattr(torch.nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+    if _has_foreign_hook(getattr(torch.nn.modules.module, hooks, None) for hooks in GLOBAL_HOOKS):
         return "has a hook that the program put on all modules"
     return None
 
@@ -213,13 +232,13 @@ def _has_foreign_hook(registries: Iterable[Any]) -> bool:
     return False
 
 
-def _lacks_memory(module: Any) -> bool:
-    """Whether less than twice the size of the module, in float64, is free; of an accelerator, this
-    is found out when it fails."""
+def _lacks_memory(module: Any, size: int) -> bool:
+    """Whether less than twice the size of the module, in float64, is free for each rank, all of
+    which may be on this host; of an accelerator, this is found out when it fails."""
     tensors = [*objects.parameters(module), *objects.buffers(module)]
     needed = sum(8 * t.numel() for t in tensors if t.device.type == "cpu")
     available = system.available_bytes()
-    return available is not None and 2 * needed > available
+    return available is not None and 2 * needed * size > available
 
 
 class _RaisedError(Exception):
@@ -252,6 +271,8 @@ class _Outcome:
         state: of the module.
         generators, draws: as given.
         kept: addresses of storages that the program still holds.
+        followed: for each tensor, whether it was computed from what was followed.
+        reads_followed: whether a number was read from what was followed.
     """
 
     def __init__(
@@ -269,13 +290,12 @@ class _Outcome:
             raise _RefusedError("returns a tensor that cannot be joined", 2)
         self.structure = structure_of(output)
         self.tensors = [tensor.detach().clone() for tensor in found]
-        self.state = [  # without the graphs behind them
-            (name, value.detach() if isinstance(value, torch.Tensor) else value)
-            for name, value in state
-        ]
+        self.state = _detached(state)
         self.generators = generators
         self.draws = draws
         self.kept: set[int] = set()
+        self.followed: list[bool] = []
+        self.reads_followed = False
 
 
 class _Whole:
@@ -299,6 +319,21 @@ class _Whole:
         """Return a context for a call without shards that takes the statistics of this one."""
         sums = PartSums(self.sums)
         return shards.observing(sums.add_up, sums.add_up_gradients)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A call that is followed by a backward call.
+
+    Attributes:
+        outputs: the tensors in the output.
+        bases: the leaves that were given to the module.
+        state: returns the state of the module (see ``Copier.state``).
+    """
+
+    outputs: list[torch.Tensor]
+    bases: list[torch.Tensor]
+    state: Callable[[], list[tuple[str, Any]]]
 
 
 class _Subject:
@@ -347,7 +382,11 @@ class _Subject:
         return tensor.double() if self.in_float64 and tensor.is_floating_point() else tensor
 
     def call(
-        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer | None = None
+        self,
+        given: Sequence[torch.Tensor],
+        context: _Context,
+        observer: Observer | None = None,
+        dims: Dims = (),
     ) -> _Outcome:
         """Call a copy of the module, and look at what it leaves.
 
@@ -355,13 +394,14 @@ class _Subject:
             given: the leaves; they are left as they are.
             context: for batch norms and draws.
             observer: of the operators.
+            dims: of the leaves. What is computed from those that count samples is followed.
 
         Raises:
             _RaisedError: the module raises.
             _RefusedError: the call does what no shared call may do.
         """
         observer = observer or Observer()
-        outcome = self._call(given, context, observer)
+        outcome = self._call(given, context, observer, dims)
         state = {
             storage_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)
         }
@@ -370,11 +410,12 @@ class _Subject:
         return outcome
 
     def _call(
-        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer
+        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer, dims: Dims
     ) -> _Outcome:
         copier, module, args, kwargs, bases = self._prepare(given)
         self._start_generators()
         inputs = leaves(args, kwargs)
+        observer.follow(t for t, dim in zip(inputs, dims, strict=False) if dim is not None)
         versions = [tensor._version for tensor in inputs]
         structure = structure_of((args, kwargs))
         before = Generators()
@@ -396,26 +437,25 @@ class _Subject:
             or structure_of((args, kwargs)) != structure
         ):
             raise _RefusedError("changes its arguments", 3)
-        return _Outcome(output, copier.state(module), after, draws or [])
+        outcome = _Outcome(output, copier.state(module), after, draws or [])
+        outcome.followed = [observer.is_followed(tensor) for tensor in distinct_tensors(output)]
+        outcome.reads_followed = observer.reads_followed
+        return outcome
 
-    def record(
-        self, given: Sequence[torch.Tensor], context: _Context
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def record(self, given: Sequence[torch.Tensor], context: _Context) -> _Recorded:
         """Call a copy of the module, to be followed by a backward call.
 
         Args:
             given: the leaves; they are left as they are.
             context: for batch norms and draws.
 
-        Returns:
-            The tensors in the output, and the leaves that were given to the module; gradients are
-            accumulated in those and in ``weights``.
+        Gradients are accumulated in ``weights`` and in the leaves that were given to the module.
         """
-        _, module, args, kwargs, bases = self._prepare(given)
+        copier, module, args, kwargs, bases = self._prepare(given)
         self._start_generators()
         with _refusing(), context:
             output = module(*args, **kwargs)
-        return distinct_tensors(output), bases
+        return _Recorded(distinct_tensors(output), bases, functools.partial(copier.state, module))
 
     def _start_generators(self) -> None:
         self._generators.restore()
@@ -645,7 +685,8 @@ def _test_shards(
         _compare_states(whole.outcome, shard)
     assert outputs is not None
     _compare_sums(whole, parts, whole.outcome.tensors)
-    return Rule(rule.inputs, outputs, rule.placements)
+    output_dims = tuple(tensor.dim() for tensor in whole.outcome.tensors)
+    return Rule(rule.inputs, outputs, rule.placements, output_dims)
 
 
 def _shard(sums: PartSums, rule: Rule, start: int, stop: int, batch: int) -> _Context:
@@ -727,19 +768,28 @@ def _test_independence(
     try:
         if nearest:
             raise _RaisedError
-        other = subject.call(replace_others(given, rule.inputs, start, stop), whole.observing())
+        replaced = replace_others(given, rule.inputs, start, stop)
+        other = subject.call(replaced, whole.observing(), dims=rule.inputs)
     except _RaisedError:
         batch = cutting.batch_size(rule, given)
         assert batch is not None
         rows = torch.arange(batch).clamp(start, stop - 1)
         try:
-            other = subject.call(take_rows(given, rule.inputs, rows), whole.observing())
+            taken = take_rows(given, rule.inputs, rows)
+            other = subject.call(taken, whole.observing(), dims=rule.inputs)
         except _RaisedError as error:
             raise _RefusedError(f"raises {error} if other samples change", 1) from None
     if other.kept:  # the whole call had the same shapes, so this is not the filling of a cache
         raise _RefusedError("keeps tensors of its forward pass", 5)
     if other.structure != whole.outcome.structure:
         raise _RefusedError("returns something else if other samples change", 4)
+    for is_followed, dim in zip(other.followed, rule.outputs, strict=True):
+        if is_followed and dim is None:
+            raise _RefusedError(
+                "mixes samples: it returns a tensor without a row for each of them", 3
+            )
+    if other.reads_followed and has_numbers(other.structure):
+        raise _RefusedError("reads numbers from samples and returns numbers", 3)
     for index, (tensor, changed, dim) in enumerate(
         zip(whole.outcome.tensors, other.tensors, rule.outputs, strict=True)
     ):
@@ -761,10 +811,15 @@ def _compare_states(whole: _Outcome, other: _Outcome) -> None:
     """Test that two calls leave the module and the generators in the same state."""
     if not whole.generators.equal(other.generators):
         raise _RefusedError("draws random numbers that depend on the samples", 3)
-    for (name, value), (other_name, other_value) in zip(whole.state, other.state, strict=False):
+    _compare_values(whole.state, other.state)
+
+
+def _compare_values(state: list[tuple[str, Any]], other: list[tuple[str, Any]]) -> None:
+    """Test that two states of the module are the same (see ``Copier.state``)."""
+    for (name, value), (other_name, other_value) in zip(state, other, strict=False):
         if name != other_name or not _is_same_value(value, other_value):
             raise _RefusedError(f"keeps in '{name}' what depends on the samples", 4)
-    if len(whole.state) != len(other.state):
+    if len(state) != len(other):
         raise _RefusedError("keeps what depends on the samples", 4)
 
 
@@ -778,10 +833,12 @@ def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, i
     """Test that gradients of shards, scaled by their number, average to those of the whole call."""
     noise = torch.Generator().manual_seed(SEED)
     sums = WholeSums()
-    outputs, bases = subject.record(subject.leaves, shards.observing(sums.add_up, sums.add_up))
-    gradients = [draw_normal(tensor, noise) for tensor in outputs]
+    recorded = subject.record(subject.leaves, shards.observing(sums.add_up, sums.add_up))
+    gradients = [draw_normal(tensor, noise) for tensor in recorded.outputs]
     weights = list(subject.weights.values())
-    expected = _backward(outputs, gradients, [*weights, *bases])
+    expected = _backward_without_traces(subject, recorded, gradients)
+    state = _detached(recorded.state())
+    del recorded
     totals: list[torch.Tensor | None] = [None] * len(weights)
     whole_dims: Dims = (None,) * len(weights)
     of_bases: list[list[torch.Tensor | None]] = []
@@ -789,22 +846,51 @@ def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, i
     for start, stop in bounds:
         parts.append(PartSums(sums))
         context = _shard(parts[-1], rule, start, stop, bounds[-1][1])
-        outputs, bases = subject.record(_cut(subject, rule.inputs, start, stop), context)
+        part = subject.record(_cut(subject, rule.inputs, start, stop), context)
         parts[-1].scale = len(bounds)
         scaled = [
             gradient if dim is None else len(bounds) * gradient.narrow(dim, start, stop - start)
             for gradient, dim in zip(gradients, rule.outputs, strict=True)
         ]
-        found = _backward(outputs, scaled, [*weights, *bases])
+        found = _backward(part.outputs, scaled, [*weights, *part.bases])
+        _compare_values(state, part.state())
         totals = [sum_present(pair) for pair in zip(totals, found, strict=False)]
         of_bases.append(found[len(weights) :])
-    if sums.values and not have_sums_of_whole(parts, _tolerance_of_sums(outputs)):
+    if sums.values and not have_sums_of_whole(parts, _tolerance_of_sums(part.outputs)):
         raise _RefusedError("has a backward pass that mixes samples in its batch norm", 6)
     for dim, *pieces in zip(rule.inputs, *of_bases, strict=True):
         present = [piece for piece in pieces if piece is not None]
         joined = torch.cat(present, dim) if present and dim is not None else sum_present(pieces)
         totals.append(joined)
     _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(bounds))
+
+
+def _backward_without_traces(
+    subject: _Subject, recorded: _Recorded, gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Make the backward call of a whole call, and test that it neither keeps gradients nor reads
+    them, as a hook on an inner tensor may. Returns the gradients of the weights and of the
+    leaves."""
+    observer = Observer()
+    observer.follow(gradients)
+    wanted = [*subject.weights.values(), *recorded.bases]
+    with observer:
+        found = _backward(recorded.outputs, gradients, wanted)
+    recorded.outputs.clear()
+    in_use = [*found, *(value for _, value in recorded.state() if isinstance(value, torch.Tensor))]
+    kept = observer.find_kept() - {storage_address(t) for t in in_use if t is not None}
+    subject.kept |= kept
+    if kept or observer.reads_followed:
+        raise _RefusedError("keeps or reads gradients in its backward pass", 6)
+    return found
+
+
+def _detached(state: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the state of a module without the graphs behind it."""
+    return [
+        (name, value.detach() if isinstance(value, torch.Tensor) else value)
+        for name, value in state
+    ]
 
 
 def _compare_gradients(

@@ -29,7 +29,7 @@ class Header:
     Attributes:
         sequence: number of the meeting, from 0.
         meeting: what for.
-        outcome: how a shard went; 0: well.
+        outcome: how a shard went; 0: well, else bits.
         subject: digest of what the meeting is about.
         structure: digest of structure, dtypes and sizes.
         content: digest of the content of tensors.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import types
 from collections import UserDict, UserList
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +26,26 @@ _IMMUTABLE = (
 """Types of objects that hold no tensors and do not change."""
 
 
+_SHOWN = (range, torch.dtype, torch.device, torch.layout, torch.memory_format)
+"""Types of which ``repr`` shows the value."""
+
+SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
+"""Types of values that decide what a module does and hold nothing else."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Names of the dictionaries in which a module registers hooks."""
+
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+"""Names of the dictionaries of the hooks of all modules."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What calls have in common that are shared out by one rule. It is hashable.
 
     Attributes:
         arguments: structure of the arguments, without sizes.
-        modes: which modules are in training mode or have hooks.
+        modes: which modules are in training mode, and the hooks of all.
         gradients: whether autograd records the call.
     """
 
@@ -50,11 +63,13 @@ class Rule:
             gets the whole tensor.
         outputs: likewise for each tensor of the output; ``None`` if it is the same on all ranks.
         placements: where the samples are in each draw of random numbers.
+        output_dims: for each tensor of the output, its number of dimensions; empty: not known.
     """
 
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
     placements: tuple[Placement, ...] = ()
+    output_dims: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,14 @@ def structure_of(value: Any) -> list[Hashable]:
         "tensor" if isinstance(item, torch.Tensor) else _describe(item, content, exact=True)
         for item, content in _visit(value)
     ]
+
+
+def has_numbers(structure: Iterable[Hashable]) -> bool:
+    """Whether there are numbers or texts in what ``structure_of`` describes."""
+    return any(
+        type(part) is tuple and part[0] in (bool, int, float, complex, str, bytes)
+        for part in structure
+    )
 
 
 def find_opaque(value: Any) -> type | None:
@@ -166,10 +189,20 @@ def _describe(item: Any, content: list[Any], exact: bool = False) -> Hashable:
         return kind, item
     if kind is float:
         return kind, *((repr(item),) if exact else (item > 0, item < 0))
+    if kind is complex and exact:
+        return kind, repr(item)
     if issubclass(type(kind), enum.EnumMeta):
-        return kind, id(item)
+        return kind, str(objects.attribute(item, "_name_")), repr(_plain_value(item))
+    if kind in _SHOWN:
+        return kind, repr(item)
     keys = tuple(map(_describe_key, dict.keys(item))) if issubclass(kind, dict) else ()
     return kind, len(content), keys
+
+
+def _plain_value(member: Any) -> Any:
+    """Return the value of a member of an enumeration, ``None`` if it has a type of its own."""
+    value = objects.attribute(member, "_value_")
+    return value if type(value) in SCALARS else None
 
 
 def _describe_tensor(tensor: torch.Tensor) -> Hashable:
@@ -191,6 +224,35 @@ def _modes(root: Any) -> list[Hashable]:
     found: list[Hashable] = []
     for module in objects.modules(root):
         held = objects.attributes(module)
-        hooks = [len(held.get(name) or ()) for name in ("_forward_hooks", "_forward_pre_hooks")]
-        found.append((objects.is_training(module), *hooks))
-    return found
+        found.append((objects.is_training(module), *(_Hooks(held.get(name)) for name in HOOKS)))
+    return [
+        *found,
+        *(_Hooks(getattr(torch.nn.modules.module, name, None)) for name in GLOBAL_HOOKS),
+    ]
+
+
+class _Hooks(tuple[Hashable, ...]):
+    """The keys under which hooks are registered. They may differ between the ranks, so ``repr``
+    shows only their number."""
+
+    __slots__ = ()
+
+    def __new__(cls, registry: Any) -> _Hooks:
+        """Return the keys of a dictionary of hooks."""
+        return super().__new__(cls, dict.keys(registry) if registry else ())
+
+    def __repr__(self) -> str:
+        return str(len(self))
+
+
+def scalars_of(root: Any) -> list[dict[str, Any]]:
+    """Return the numbers, texts and ``None`` among the attributes of each module of a tree, which
+    may decide what a call does. The training mode is left out."""
+    return [
+        {
+            name: value
+            for name, value in objects.attributes(module).items()
+            if type(value) in SCALARS and name != "training"
+        }
+        for module in objects.modules(root)
+    ]

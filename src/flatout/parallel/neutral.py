@@ -8,16 +8,21 @@ import logging
 import random
 import sys
 import threading
+import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatout.intercept import device
+from flatout.intercept import device, objects
 from flatout.intercept.nested import tensors_in
+from flatout.parallel.kinds import SCALARS
+
+_SIZES_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
+"""Beginnings of the names of operators that read only the sizes of what they are given."""
 
 _IGNORE_ALL = ("ignore", None, Warning, None, 0)
 """An entry of ``warnings.filters``."""
@@ -127,11 +132,14 @@ class Observer(TorchDispatchMode):
     Attributes:
         normalises_over_batch: whether a batch norm took its statistics from the batch, without
             that ``norms`` has seen it.
+        reads_followed: whether a number was read from a tensor that is followed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.normalises_over_batch = False
+        self.reads_followed = False
+        self._followed: set[int] = set()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
         self._given: dict[int, StorageWeakRef] = {}
         self._made: dict[int, StorageWeakRef] = {}
@@ -146,12 +154,26 @@ class Observer(TorchDispatchMode):
             self._generators[id(generator)] = generator, generator.get_state()
         if "batch_norm" in func.__name__ and _takes_statistics(func, args, kwargs):
             self.normalises_over_batch = True
-        for tensor in tensors_in((args, kwargs)):
+        given = list(tensors_in((args, kwargs)))
+        for tensor in given:
             self._note(tensor, self._given, self._made)
         result = func(*args, **kwargs)
-        for tensor in tensors_in(result):
+        made = list(tensors_in(result))
+        for tensor in made:
             self._note(tensor, self._made, self._given)
+        if self._followed and any(map(self.is_followed, given)):
+            self.reads_followed |= func is torch.ops.aten._local_scalar_dense.default
+            if not func.__name__.startswith(_SIZES_ONLY):
+                self.follow(made or given)
         return result
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Follow what is computed from some tensors."""
+        self._followed.update(t.untyped_storage()._cdata for t in tensors if _has_storage(t))
+
+    def is_followed(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was computed from those that are followed."""
+        return _has_storage(tensor) and tensor.untyped_storage()._cdata in self._followed
 
     def restore_generators(self) -> bool:
         """Put generators back that operators were given; returns whether they had advanced."""
@@ -179,7 +201,7 @@ class Observer(TorchDispatchMode):
     def _note(
         tensor: torch.Tensor, into: dict[int, StorageWeakRef], others: dict[int, StorageWeakRef]
     ) -> None:
-        if tensor.layout is torch.strided and not tensor.is_nested:
+        if _has_storage(tensor):
             storage = tensor.untyped_storage()
             if storage._cdata not in into and storage._cdata not in others:
                 # A weak reference keeps the address from being used again.
@@ -188,6 +210,10 @@ class Observer(TorchDispatchMode):
 
 # Torch would wrap a method of this name in the class, and import its compiler to call it.
 Observer.__torch_dispatch__ = Observer.dispatch  # type: ignore[assignment]
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -199,6 +225,51 @@ def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return bool(given.get("training", given.get("train", True)))
+
+
+@contextlib.contextmanager
+def scalars_kept(root: Any) -> Iterator[None]:
+    """A context after which numbers and texts have the values that they had before, in the classes
+    of a module tree and in the namespaces of the packages that these come from."""
+    classes = {
+        base
+        for module in objects.modules(root)
+        for base in objects.mro(type(module))
+        if not _is_of_torch(objects.namespace(base).get("__module__"))
+    }
+    packages = {
+        str(objects.namespace(base).get("__module__")).partition(".")[0] for base in classes
+    }
+    namespaces = [
+        vars(found)
+        for name, found in list(sys.modules.items())
+        if name.partition(".")[0] in packages and type(found) is types.ModuleType
+    ]
+    of_classes = [(base, _scalars(objects.namespace(base))) for base in classes]
+    of_namespaces = [(namespace, _scalars(namespace)) for namespace in namespaces]
+    try:
+        yield
+    finally:
+        for namespace, before in of_namespaces:
+            namespace.update(_changed(namespace, before))
+        for base, before in of_classes:
+            for name, value in _changed(objects.namespace(base), before).items():
+                type.__setattr__(base, name, value)
+
+
+def _is_of_torch(defined_in: Any) -> bool:
+    return str(defined_in).partition(".")[0] in ("torch", "flatout", "builtins", "typing", "abc")
+
+
+def _scalars(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in list(namespace.items()) if type(value) in SCALARS}
+
+
+def _changed(namespace: Mapping[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return the values before of the names that have another value now."""
+    return {
+        name: value for name, value in before.items() if namespace.get(name, before) is not value
+    }
 
 
 def release_kept(addresses: set[int]) -> None:

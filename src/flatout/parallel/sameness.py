@@ -14,6 +14,7 @@ import torch
 
 from flatout import kernels
 from flatout.intercept import objects
+from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.parallel.channel import to_bytes
 from flatout.parallel.header import digest
 
@@ -24,15 +25,24 @@ _MASK = (1 << 64) - 1
 
 
 def content_digest(tensors: Iterable[torch.Tensor]) -> int:
-    """Return a digest of the elements of tensors. Sparse tensors are left out."""
+    """Return a digest of the elements of tensors. Those that are sparse, quantized or of another
+    type are left out."""
     total = 0
     with torch.no_grad():
         for tensor in tensors:
             found = 0
-            if tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta:
+            if _has_elements(tensor):
                 found = _hash(to_bytes(tensor))
             total = (total * 0x9E3779B97F4A7C15 + found) & _MASK
     return total
+
+
+def _has_elements(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in EXACT_TENSOR_TYPES
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
+    )
 
 
 def structure_digest(tensors: Iterable[torch.Tensor]) -> int:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from flatout.intercept import objects
-from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.events import EventLog
 from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
+from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
-from flatout.parallel.kinds import Kind, Refusal, Rule
+from flatout.parallel.kinds import Kind, Refusal, Rule, find_opaque, structure_of
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.sameness import (
     GeneratorStates,
@@ -34,7 +34,8 @@ from flatout.parallel.sameness import (
 )
 from flatout.parallel.team import PARTED, Team
 
-_autograd: Any = torch.autograd
+_FAILED, _IS_CHANGED = 1, 2
+"""Outcomes of a shard: it cannot be used, and what it has changed cannot be put back."""
 
 FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Rule | Refusal]
 """Finds the rule of a call's kind, given the module, its arguments and the number of ranks; returns
@@ -46,11 +47,12 @@ MOST_KINDS = 16
 MOST_TESTS = 8
 """How often a kind is tested that is refused only for now."""
 
-CHECKED_CALLS = frozenset((8, 64, 512))
+CHECKED_CALLS = frozenset(8**exponent for exponent in range(1, 17))
 """Shared calls of a kind before which its rule is tested again."""
 
 BUFFER_CALLS = 3
-"""First shared calls of a kind in which all buffers are kept; later, those that have changed."""
+"""First shared calls of a kind in which all buffers are copied; later, large ones that have never
+changed are not."""
 
 COMPARED_STEPS = frozenset(8**exponent for exponent in range(8))
 """Optimizer steps after which the ranks compare parameters and optimizer states."""
@@ -68,7 +70,9 @@ class KindState:
         tests: how often one was looked for.
         calls: how many were shared out.
         checked: the number of calls at the last test.
-        changed: positions of the buffers that they have changed.
+        changed: paths of the buffers that they have changed.
+        changes: of the module's attributes by the program, before the last test.
+        retests: how often it was tested again because of such changes.
     """
 
     digest: int
@@ -78,7 +82,9 @@ class KindState:
     tests: int = 0
     calls: int = 0
     checked: int = 0
-    changed: set[int] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+    changes: int = 0
+    retests: int = 0
 
     def refuse(self, reason: str, is_lasting: bool = True) -> None:
         """Compute calls of this kind whole from now on."""
@@ -96,12 +102,16 @@ class ModuleState:
         number: of the module, in the order of the first calls.
         calls: how often it was called.
         kinds: what is known of its calls.
+        scalars: its attributes after the last call (see ``kinds.scalars_of``).
+        changes: how often the program has changed them between two calls.
     """
 
     name: str
     number: int
     calls: int = 0
     kinds: dict[Kind, KindState] = field(default_factory=dict)
+    scalars: list[dict[str, Any]] | None = None
+    changes: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,12 +207,19 @@ class Sharing:
         if self._team is None:
             self._team = self._form_team()
         current = self._meet(self._team, module, args, kwargs)
-        kind = current.kind
+        try:
+            return self._make(current, call)
+        finally:
+            current.state.scalars = kinds.scalars_of(module)
+
+    def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
+        """Make a root call about which the ranks have met."""
+        kind, module = current.kind, current.module
         self._test(current)
         batch = None
         if kind.rule is not None:
             batch = cutting.batch_size(kind.rule, current.leaves)
-        if kind.rule is None or batch is None or batch < self._team.size:
+        if kind.rule is None or batch is None or batch < current.team.size:
             return self._compute_whole(current, call, kind.reason or "the batch is too small")
         parameters = list(objects.parameters(module))
         if any(parameter.grad_fn is not None for parameter in parameters):
@@ -223,6 +240,8 @@ class Sharing:
             self._modules[module] = state = ModuleState(objects.class_name(module), self._numbers)
             self._numbers += 1
         state.calls += 1
+        if state.scalars is not None and state.scalars != kinds.scalars_of(module):
+            state.changes += 1
         found = kinds.kind_of(module, args, kwargs)
         kind = state.kinds.get(found)
         if kind is None:
@@ -240,7 +259,7 @@ class Sharing:
             Meeting.CALL,
             subject=digest((state.number, state.name, state.calls)),
             structure=kind.digest ^ structure_digest(leaves),
-            content=content_digest(leaves),
+            content=digest((content_digest(leaves), structure_of((args, kwargs)))),
             generators=GeneratorStates().digest(),
             parameters=parameters,
         )
@@ -251,7 +270,14 @@ class Sharing:
         """Look for the rule of a kind of calls, if that is due."""
         kind, team = call.kind, call.team
         is_checked = kind.rule is not None and kind.calls in CHECKED_CALLS - {kind.checked}
-        if not (kind.may_be_tested or is_checked):
+        is_outdated = kind.rule is not None and kind.changes != call.state.changes
+        kind.changes = call.state.changes
+        if is_outdated:
+            kind.retests += 1
+            if kind.retests > MOST_TESTS:
+                kind.refuse("the program changes its attributes between calls")
+                return
+        if not (kind.may_be_tested or is_checked or is_outdated):
             return
         kind.checked = kind.calls
         kind.may_be_tested = False
@@ -285,18 +311,17 @@ class Sharing:
     def _share(self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int) -> Any:
         """Compute the own shard of a call, and return the output of the whole batch."""
         kind, team = current.kind, current.team
-        changes = _Changes(current.module, kind)
+        changes = Changes(current.module, kind.changed, kind.calls < BUFFER_CALLS)
         shard = self._compute_shard(current, call, rule, batch)
         foreign: list[torch.Tensor] = []
-        if not shard.reason and kind.calls < BUFFER_CALLS:
+        if not shard.reason:
             foreign = _find_foreign(current, shard)
-        rows = cutting.bounds(batch, team.size)[team.rank]
         header = Header(
             0,
             Meeting.OUTPUTS,
-            outcome=0 if not shard.reason else 1,
-            structure=_structure(rule, shard.outputs, rows[1] - rows[0]) if not shard.reason else 0,
-            content=changes.digest(),
+            outcome=bool(shard.reason) * _FAILED + (not changes.can_be_undone()) * _IS_CHANGED,
+            structure=_structure(rule, shard) if not shard.reason else 0,
+            content=digest((changes.digest(), _digest_whole(rule, shard))),
             generators=GeneratorStates().digest(),
             subject=structure_digest(foreign),
             bits=flags([tensor.requires_grad for tensor in shard.outputs]),
@@ -309,10 +334,16 @@ class Sharing:
         reason = self._find_disagreement(team, shard, headers)
         if reason:
             kind.refuse(f"in shards, {reason}")
+            if any(other.outcome & _IS_CHANGED for other in headers):
+                team.ending.stop(
+                    f"{current.state.name} changes parameters or large buffers in its forward "
+                    f"pass, and is not the same on all ranks: {reason}"
+                )
             changes.undo()
             return self._compute_whole(current, call, kind.reason)
         self._leaves.add(foreign)
         kind.calls += 1
+        kind.changed.update(changes.changed_buffers())
         if current.state.name not in self.shared:
             self._events.add("applied", "ranks", f"{current.state.name} is shared out")
         self.shared[current.state.name] += 1
@@ -344,6 +375,10 @@ class Sharing:
             self.is_in_shard = False
         if not shard.reason and len(shard.outputs) != len(rule.outputs):
             shard.reason = "its output has another number of tensors"
+        if not shard.reason and not _fits(rule, shard.outputs, rows[1] - rows[0]):
+            shard.reason = "its outputs have other sizes"
+        if not shard.reason and find_opaque(shard.result) is not None:
+            shard.reason = "its output holds what cannot be compared"
         return shard
 
     def _add_up(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -353,60 +388,20 @@ class Sharing:
 
     def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
         """Return why a call must be computed whole, an empty string if it need not."""
-        if any(header.outcome for header in headers):
+        if any(header.outcome & _FAILED for header in headers):
             reasons = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
             return min(filter(None, reasons), key=PARTED.__eq__)
         own = headers[0]
         for header in headers:
             if header.structure != own.structure:
-                return "its outputs differ in sizes"
+                return "its outputs differ in structure"
             if header.content != own.content:
-                return "it changes buffers by its samples"
+                return "it changes the module, or returns tensors without rows, by its samples"
             if header.generators != own.generators:
                 return "it draws other random numbers on some ranks"
             if header.subject != own.subject:
                 return "it reaches other tensors that require gradients"
         return ""
-
-
-class _Changes:
-    """What a call may change besides its output: buffers and random generators.
-
-    Args:
-        module: the root module.
-        kind: what is known of calls like this one.
-    """
-
-    def __init__(self, module: Any, kind: KindState) -> None:
-        self._kind = kind
-        self._buffers = list(objects.buffers(module))
-        self._versions = [_version(buffer) for buffer in self._buffers]
-        keeps_all = kind.calls < BUFFER_CALLS
-        self._copies = {
-            i: buffer.detach().clone()
-            for i, buffer in enumerate(self._buffers)
-            if type(buffer) in EXACT_TENSOR_TYPES and (keeps_all or i in kind.changed)
-        }
-        self._states = GeneratorStates()
-
-    def digest(self) -> int:
-        """Return a digest of the buffers that have changed."""
-        changed = list(filter(self._has_changed, range(len(self._buffers))))
-        self._kind.changed.update(changed)
-        return digest(changed) ^ content_digest(self._buffers[i] for i in changed)
-
-    def _has_changed(self, i: int) -> bool:
-        # Statistics of a batch norm change without a new version.
-        now, before = self._buffers[i], self._copies.get(i)
-        is_same = before is None or torch.equal(before, now)
-        return self._versions[i] != _version(now) or not is_same
-
-    def undo(self) -> None:
-        """Put buffers and generators back, without new versions."""
-        self._states.restore()
-        for i, copy in self._copies.items():
-            with torch.no_grad(), _autograd._unsafe_preserve_version_counter(self._buffers[i]):
-                self._buffers[i].copy_(copy)
 
 
 def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
@@ -431,12 +426,20 @@ def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
             # Nobody sees the gradient of one that the module has made in this call.
             if sys.getrefcount(leaf) > _references_to_unheld_leaf():
                 leaves.append(leaf)
-        elif node._sequence_nr() < shard.begin:
+        elif node._sequence_nr() < shard.begin and not _is_cast(node, known):
             shard.reason = "it uses tensors that were computed before, with gradients"
             return []
         pending += [following for following, _ in node.next_functions]
     found = {id(leaf): leaf for leaf in leaves if id(leaf) not in known}
     return list(found.values())
+
+
+def _is_cast(node: Any, known: set[int]) -> bool:
+    """Whether a node has only cast a parameter, as autocast does, which keeps the result for later
+    calls."""
+    following = node.next_functions
+    leaf = leaf_of(following[0][0]) if node.name() == "ToCopyBackward0" else None
+    return leaf is not None and id(leaf) in known
 
 
 @functools.cache
@@ -473,15 +476,30 @@ def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], to
     return [next(crossed) if crosses else next(cut) for crosses in crossing], anchor
 
 
-def _structure(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> int:
-    """Return a digest of the sizes of a shard's outputs that does not depend on its rows."""
-    found = []
-    for dim, tensor in zip(rule.outputs, outputs, strict=True):
+def _digest_whole(rule: Rule, shard: _Shard) -> int:
+    """Return a digest of the outputs without rows, which each rank has whole."""
+    pairs = zip(rule.outputs, shard.outputs, strict=False)
+    return content_digest(tensor for dim, tensor in pairs if dim is None)
+
+
+def _fits(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> bool:
+    """Whether outputs have as many dimensions as when the rule was tested, and a row for each
+    sample."""
+    dims = rule.output_dims or [tensor.dim() for tensor in outputs]
+    return all(
+        tensor.dim() == expected and (dim is None or (dim < expected and tensor.shape[dim] == rows))
+        for dim, expected, tensor in zip(rule.outputs, dims, outputs, strict=True)
+    )
+
+
+def _structure(rule: Rule, shard: _Shard) -> int:
+    """Return a digest of a shard's output that does not depend on its rows: of what is in it,
+    but for tensors, of which only the sizes count."""
+    found: list[object] = [structure_of(shard.result)]
+    for dim, tensor in zip(rule.outputs, shard.outputs, strict=True):
         shape = list(tensor.shape)
         if dim is not None:
-            # Sizes that do not fit are unlike those of any other rank.
-            fits = dim < len(shape) and shape[dim] % rows == 0
-            shape = [*shape[:dim], shape[dim] // rows, *shape[dim + 1 :]] if fits else [-1, rows]
+            del shape[dim]
         found.append((shape, tensor.dtype, tensor.device.type, tensor.layout))
     return digest(found)
 
@@ -500,10 +518,6 @@ def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) 
     return cutting.replace_tensors(shard.result, outputs)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _is_plain() -> bool:
     """Whether nothing is active that sees the operations of a call, or transforms them."""
     autograd: Any = torch._C._autograd
@@ -512,4 +526,12 @@ def _is_plain() -> bool:
         autograd._top_saved_tensors_default_hooks(True) is None
         and functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
+        and not any(map(_is_mode_of_program, range(torch._C._len_torch_dispatch_stack())))
     )
+
+
+def _is_mode_of_program(position: int) -> bool:
+    """Whether a mode on the stack of those that see all operators is not flatout's own."""
+    stack_at: Any = torch._C._get_dispatch_stack_at
+    made_in = objects.inherited(type(stack_at(position)), "__module__")
+    return not str(made_in).startswith("flatout.")
