@@ -8,7 +8,7 @@ import functools
 import gc
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatout.parallel import cutting
+from flatout.parallel import cutting, interior
 from flatout.parallel.checking import find_rule
 from flatout.parallel.kinds import Refusal, Rule, kind_of, leaves
 
@@ -24,8 +24,11 @@ B, T, D = 6, 5, 8
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def prepared() -> Iterator[None]:
     torch.manual_seed(0)
+    undo = interior.install()
+    yield
+    undo()
 
 
 def rule(module: nn.Module, *args: Any, size: int = 2, **kwargs: Any) -> Rule:
@@ -425,7 +428,6 @@ def minibatch_deviation(h: torch.Tensor) -> torch.Tensor:
         lambda h: torch.cat([h, h[-1:]])[1:],
         lambda h: h / h.abs().amax(),
         lambda h: (h - h.detach().amax()).exp(),
-        lambda h: F.batch_norm(h, None, None, training=True),
         lambda h: (h, h[0]),
         lambda h: h @ h.T,
     ],
@@ -433,7 +435,7 @@ def minibatch_deviation(h: torch.Tensor) -> torch.Tensor:
 def test_functions_that_mix_samples(function: Callable[..., Any], gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
         why = reason(Calls(function), torch.randn(B, D))
-    assert "mixes samples" in why or "over the batch" in why or "has the shape" in why
+    assert "mixes samples" in why or "has the shape" in why
 
 
 def test_a_loss_inside() -> None:
@@ -607,12 +609,6 @@ def test_parameters_that_the_first_call_sets() -> None:
     assert torch.equal(module.bias, before)
 
 
-def test_batch_norm_in_training() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert "normalises over the batch" in reason(module, torch.randn(B, 3, 6, 6))
-    assert module[1].num_batches_tracked == 0
-
-
 class Draws(nn.Linear):
     def __init__(self, draw: Callable[[torch.Tensor], Any]) -> None:
         super().__init__(D, D)
@@ -628,15 +624,55 @@ def states() -> Any:
     return random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
 
 
-def test_draws() -> None:
+def placed(module: nn.Module, *args: Any) -> list[tuple[str, int | None, bool]]:
+    found = rule(module, *args).placements
+    return [(placement.operator, placement.dim, placement.is_outer) for placement in found]
+
+
+def test_draws_that_have_places() -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(B, D)
+    draws: dict[Callable[[torch.Tensor], Any], list[tuple[str, int | None, bool]]] = {
+        F.dropout: [("dropout", 0, True)],
+        torch.randn_like: [("normal_", 0, True)],
+        lambda x: torch.rand(3): [("uniform_", None, True)],
+        lambda x: random.random(): [],
+        lambda x: numpy.random.rand(): [],
+    }
+    for draw, places in draws.items():
+        module = Draws(draw)
+        before = states()
+        assert placed(module, x) == places
+        assert states() == before
+    assert placed(Calls(lambda h: F.dropout(h, 0.3) + torch.rand_like(h)), x) == [
+        ("dropout", 0, True),
+        ("uniform_", 0, True),
+    ]
+
+
+def test_draws_for_samples_that_share_a_dimension() -> None:
+    """Shapes alone do not tell how."""
+    x = torch.randn(B, T, D)
+
+    def tokens(x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x.flatten(0, 1)).view(x.shape)
+
+    assert placed(Calls(tokens), x) == [("dropout", 0, True)]
+    assert placed(Calls(lambda h: tokens(h.mT.permute(2, 0, 1)).permute(1, 0, 2)), x) == [
+        ("dropout", 0, False)
+    ]
+
+
+def test_draws_that_have_no_places() -> None:
     numpy = pytest.importorskip("numpy")
     generator = torch.Generator()
     own = numpy.random.default_rng(0)
     draws: list[Callable[[torch.Tensor], Any]] = [
-        F.dropout,
-        torch.randn_like,
-        lambda x: random.random(),
-        lambda x: numpy.random.rand(),
+        lambda x: numpy.random.rand(x.shape[0]),
+        lambda x: random.sample(range(x.shape[0]), x.shape[0]),
+        lambda x: torch.randperm(x.shape[0]),
+        lambda x: torch.rand(x.shape[0] + 1),
+        lambda x: torch.poisson(x.abs()),
         lambda x: torch.randn(3, generator=generator),
     ]
     before, given = states(), generator.get_state()
@@ -651,8 +687,82 @@ def test_draws() -> None:
     state = own.bit_generator.state
     assert "draws random numbers" in reason(module, torch.randn(B, D))
     assert own.bit_generator.state == state
-    dropout = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.1))
-    assert "draws random numbers" in reason(dropout, torch.randn(B, D))
+
+
+def test_mixing_beside_draws_is_found() -> None:
+    x = torch.randn(B, D)
+    for function in (
+        lambda h: F.dropout(h, 0.3) - h.mean(0),
+        lambda h: h * torch.rand_like(h).amax(),
+        lambda h: h + 1e-6 * F.dropout(h, 0.5).sum(0),
+        lambda h: h[torch.rand(h.shape[0]).argsort()],
+    ):
+        found = find_rule(Calls(function), (x,), {}, 2)
+        assert isinstance(found, Refusal), found
+
+
+# Batch norm
+
+
+def normalized(h: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(h, None, None, training=True)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+def test_batch_norm_in_training(gradients: bool, size: int) -> None:
+    module = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        *(nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.Dropout(0.2)),
+        *(nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5)),
+    )
+    images = torch.randn(B, 3, 8, 8)
+    copy.deepcopy(module)(images)
+    module(images)
+    before = copy.deepcopy(module.state_dict())
+    with torch.set_grad_enabled(gradients):
+        found = rule(module, images, size=size)
+        again = rule(copy.deepcopy(module).double(), images.double(), size=size)
+    assert found == again
+    assert (found.inputs, found.outputs) == ((0,), (0,))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_batch_norm_that_is_computed_again(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    block = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Dropout(0.3), nn.Linear(D, D))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(D, D)
+            self.block = block
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.first(x)
+            return checkpoint(self.block, h, use_reentrant=use_reentrant)
+
+    assert rule(Model(), torch.randn(B, D)).outputs == (0,)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: normalized(h) - h.mean(0),
+        lambda h: normalized(h - h.mean(0)),
+        lambda h: normalized(h + 1e-3 * h.flip(0)),
+        lambda h: h + normalized(h.T).T,
+        lambda h: h + normalized(torch.eye(D) + h[:1, :1] * 0)[0],
+        lambda h: h + normalized(torch.randn(4, D))[0],
+        lambda h: normalized(h / h.shape[0]),
+    ],
+)
+def test_batch_norm_of_something_else(function: Callable[..., Any]) -> None:
+    with torch.no_grad():
+        found = find_rule(Calls(function), (torch.randn(B, D),), {}, 2)
+    assert isinstance(found, Refusal), found
 
 
 # What cannot be tested

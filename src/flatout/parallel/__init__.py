@@ -25,6 +25,7 @@ class Parallel:
     """
 
     def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
+        from flatout.parallel import interior
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending
         from flatout.parallel.sharing import Sharing
@@ -45,6 +46,7 @@ class Parallel:
         )
         self._team: Team | None = None
         self._undo = [
+            interior.install(),
             host.forward_wrappers.append(self._sharing, self._ending.failed),
             host.backward_wrappers.append(self._averaging, self._ending.failed),
             host.after_optimizer_step.append(self._stepped, self._ending.failed),

@@ -17,6 +17,7 @@ from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel.crossing import Crossing, gather
 from flatout.parallel.header import Header, Meeting, digest
+from flatout.parallel.placement import UnshareableError
 from flatout.parallel.team import Team
 
 _autograd: Any = torch.autograd
@@ -43,13 +44,6 @@ class Leaves:
         """Whether the program sees a gradient before it is averaged."""
         leaves: Any = self._numbers.keys()
         return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
-
-
-class UnsharedError(BaseException):
-    """A shard cannot go on; the call is computed whole on every rank.
-
-    It is no ``Exception``, so that the program's own handlers let it pass.
-    """
 
 
 class Averaging:
@@ -79,7 +73,7 @@ class Averaging:
         accumulates = bool(kwargs.get("accumulate_grad"))
         if self._is_in_shard():
             if accumulates:
-                raise UnsharedError("it makes a backward call in its forward pass")
+                raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
         if team is None or self._depth:

@@ -10,6 +10,12 @@ tested on copies of the module, in the mode of the program's call:
   bits differ, the test is made again in float64, where rounding is told from mixing.
 - The same holds, in float64 where the module can compute in it, with noise on all parameters: a
   mixture whose factor is zero at first is found too.
+- Random numbers are drawn, in all of these calls, from the same state of the generators, and in
+  shards at the places of the whole batch's (see ``placement``). Afterwards the generators are in
+  the state of the whole call.
+- Batch norms of a part take the statistics of the whole call (see ``replaying``), so that samples
+  are independent in spite of them. What all shards would have added up makes the sums of the whole
+  call. So, one batch norm after the other, shards that add up have its statistics.
 - The gradients of two shards, whose outputs' gradients are multiplied by two, average to the
   gradients of the whole call.
 """
@@ -28,7 +34,7 @@ from flatout.intercept import objects
 from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.nested import tensors_in
 from flatout.machine import system
-from flatout.parallel import cutting
+from flatout.parallel import cutting, shards
 from flatout.parallel.comparing import (
     SEED,
     Dims,
@@ -54,7 +60,15 @@ from flatout.parallel.kinds import (
     leaves,
     structure_of,
 )
-from flatout.parallel.neutral import Generators, Observer, release_kept, unnoticed
+from flatout.parallel.neutral import (
+    Generators,
+    Observer,
+    release_kept,
+    seed_generators,
+    unnoticed,
+)
+from flatout.parallel.placement import Draw, Placement, UnshareableError, place
+from flatout.parallel.replaying import PartSums, WholeSums, have_sums_of_whole
 
 MOST_CANDIDATES = 16
 """Greatest number of rules that are tested for a kind."""
@@ -76,6 +90,9 @@ _BUILTIN_HOOKS = ("torch.", "flatout.")
 """Packages whose hooks keep no activations."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_Context = contextlib.AbstractContextManager["list[Draw] | None"]
+"""Around a call, for its batch norms and draws (see ``shards``)."""
+
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
@@ -209,21 +226,41 @@ class _RaisedError(Exception):
     """Raised with the name of an exception that the module has raised."""
 
 
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """A context that turns what a module raises into an error of a test."""
+    try:
+        yield
+    except UnshareableError as error:
+        raise _RefusedError(str(error), 3) from None
+    except Exception as error:  # noqa: BLE001 - whatever the program's module raises
+        raise _RaisedError(type(error).__name__) from None
+
+
 class _Outcome:
     """What a call has left.
 
     Args:
         output: of the module.
         state: of the module afterwards (see ``Copier.state``).
+        generators: of random numbers afterwards.
+        draws: of random numbers, if they were observed.
 
     Attributes:
         structure: of the output.
         tensors: in the output.
         state: of the module.
+        generators, draws: as given.
         kept: addresses of storages that the program still holds.
     """
 
-    def __init__(self, output: Any, state: list[tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        output: Any,
+        state: list[tuple[str, Any]],
+        generators: Generators,
+        draws: Sequence[Draw],
+    ) -> None:
         opaque = find_opaque(output)
         if opaque is not None:
             raise _RefusedError(f"returns a {opaque.__name__}, which cannot be joined", 2)
@@ -236,7 +273,32 @@ class _Outcome:
             (name, value.detach() if isinstance(value, torch.Tensor) else value)
             for name, value in state
         ]
+        self.generators = generators
+        self.draws = draws
         self.kept: set[int] = set()
+
+
+class _Whole:
+    """The call of the whole batch, to which others are compared.
+
+    Args:
+        subject: the module.
+        observer: of the operators.
+
+    Attributes:
+        outcome: of the call.
+        sums: of its batch norms.
+    """
+
+    def __init__(self, subject: _Subject, observer: Observer | None = None) -> None:
+        self.sums = WholeSums()
+        context = shards.observing(self.sums.add_up, self.sums.add_up)
+        self.outcome = subject.call(subject.leaves, context, observer)
+
+    def observing(self) -> _Context:
+        """Return a context for a call without shards that takes the statistics of this one."""
+        sums = PartSums(self.sums)
+        return shards.observing(sums.add_up, sums.add_up_gradients)
 
 
 class _Subject:
@@ -246,7 +308,8 @@ class _Subject:
         module: of the program.
         args, kwargs: of the program's call.
         given: the leaves to start from.
-        noise: a generator of noise for the weights, ``None`` for the module's own weights.
+        noise: a generator of noise for the weights, ``None`` for the module's own weights. With
+            noise, other random numbers are drawn too.
         in_float64: whether to compute in float64.
 
     Attributes:
@@ -275,17 +338,22 @@ class _Subject:
             self.weights[id(parameter)] = torch.nn.Parameter(value, parameter.requires_grad)
         self.kept: set[int] = set()
         self.has_rounding = False
+        self._is_noisy = noise is not None
+        self._generators = Generators()
         self._module, self._args, self._kwargs = module, args, kwargs
         self._originals = leaves(args, kwargs)
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self.in_float64 and tensor.is_floating_point() else tensor
 
-    def call(self, given: Sequence[torch.Tensor], observer: Observer | None = None) -> _Outcome:
+    def call(
+        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer | None = None
+    ) -> _Outcome:
         """Call a copy of the module, and look at what it leaves.
 
         Args:
             given: the leaves; they are left as they are.
+            context: for batch norms and draws.
             observer: of the operators.
 
         Raises:
@@ -293,7 +361,7 @@ class _Subject:
             _RefusedError: the call does what no shared call may do.
         """
         observer = observer or Observer()
-        outcome = self._call(given, observer)
+        outcome = self._call(given, context, observer)
         state = {
             storage_address(value) for _, value in outcome.state if isinstance(value, torch.Tensor)
         }
@@ -301,48 +369,58 @@ class _Subject:
         self.kept |= outcome.kept
         return outcome
 
-    def _call(self, given: Sequence[torch.Tensor], observer: Observer) -> _Outcome:
+    def _call(
+        self, given: Sequence[torch.Tensor], context: _Context, observer: Observer
+    ) -> _Outcome:
         copier, module, args, kwargs, bases = self._prepare(given)
+        self._start_generators()
         inputs = leaves(args, kwargs)
         versions = [tensor._version for tensor in inputs]
         structure = structure_of((args, kwargs))
-        generators = Generators()
+        before = Generators()
         try:
-            with observer:
+            with observer, _refusing(), context as draws:
                 output = module(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever the program's module raises
-            raise _RaisedError(type(error).__name__) from None
         finally:
-            draws = observer.restore_generators() or copier.draws()
-            draws = draws or generators.have_advanced()
-        if draws:
-            # Draws at the places of the whole batch's would be allowed here.
-            raise _RefusedError("draws random numbers in its forward pass", 3)
+            draws_from_own = observer.restore_generators() or copier.draws()
+        after = Generators()
+        if draws_from_own:
+            raise _RefusedError("draws random numbers from a generator of its own", 3)
+        if not after.equal_on_device(before):
+            raise _RefusedError("draws random numbers on an accelerator", 3)
         if observer.normalises_over_batch:
-            # Statistics over all ranks would be allowed here.
-            raise _RefusedError("normalises over the batch", 3)
+            raise _RefusedError("normalises over the batch on an accelerator", 3)
         if (
             versions != [tensor._version for tensor in inputs]
             or not all(map(have_equal_bits, bases, given))
             or structure_of((args, kwargs)) != structure
         ):
             raise _RefusedError("changes its arguments", 3)
-        return _Outcome(output, copier.state(module))
+        return _Outcome(output, copier.state(module), after, draws or [])
 
     def record(
-        self, given: Sequence[torch.Tensor]
+        self, given: Sequence[torch.Tensor], context: _Context
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Call a copy of the module, to be followed by a backward call.
+
+        Args:
+            given: the leaves; they are left as they are.
+            context: for batch norms and draws.
 
         Returns:
             The tensors in the output, and the leaves that were given to the module; gradients are
             accumulated in those and in ``weights``.
         """
         _, module, args, kwargs, bases = self._prepare(given)
-        try:
-            return distinct_tensors(module(*args, **kwargs)), bases
-        except Exception as error:  # noqa: BLE001 - whatever the program's module raises
-            raise _RaisedError(type(error).__name__) from None
+        self._start_generators()
+        with _refusing(), context:
+            output = module(*args, **kwargs)
+        return distinct_tensors(output), bases
+
+    def _start_generators(self) -> None:
+        self._generators.restore()
+        if self._is_noisy:
+            seed_generators(SEED)
 
     def _prepare(
         self, given: Sequence[torch.Tensor]
@@ -394,7 +472,7 @@ class _Search:
         own = _Subject(self._module, self._args, self._kwargs, self._leaves)
         self._subjects.append(own)
         observer = Observer()
-        whole = own.call(own.leaves, observer)
+        whole = _Whole(own, observer)
         weights = zip(objects.parameters(self._module), own.weights.values(), strict=True)
         if observer.has_seen(objects.parameters(self._module)):
             raise _RefusedError("cannot be copied", 3)
@@ -403,13 +481,13 @@ class _Search:
         refused = "gets no tensor with as many rows as ranks", 0
         for dims, batch in self._candidates():
             try:
-                shards = cutting.bounds(batch, self._size)
+                bounds = cutting.bounds(batch, self._size)
                 own.has_rounding = False
-                outputs = _examine(own, whole, dims, shards)
+                rule = _examine(own, whole, dims, bounds)
                 if own.has_rounding:
-                    self._test_in_float64(dims, shards)
-                self._test_with_noise(dims, batch, outputs, own.has_rounding)
-                return Rule(dims, outputs)
+                    self._test_in_float64(dims, bounds)
+                self._test_with_noise(dims, batch, rule.outputs, own.has_rounding)
+                return rule
             except _RefusedError as error:
                 if error.progress > refused[1]:
                     refused = error.reason, error.progress
@@ -435,15 +513,15 @@ class _Search:
                         return
                     yield dims, batch
 
-    def _test_in_float64(self, dims: Dims, shards: Sequence[tuple[int, int]]) -> None:
+    def _test_in_float64(self, dims: Dims, bounds: Sequence[tuple[int, int]]) -> None:
         """Test a rule where rounding differs with the other samples."""
         subject = _Subject(self._module, self._args, self._kwargs, self._leaves, in_float64=True)
         self._subjects.append(subject)
         try:
-            whole = subject.call(subject.leaves)
+            whole = _Whole(subject)
         except _RaisedError:
             raise _RefusedError(_MIXES_OR_ROUNDS, 5) from None
-        _examine(subject, whole, dims, shards)
+        _examine(subject, whole, dims, bounds)
 
     def _test_with_noise(self, dims: Dims, batch: int, outputs: Dims, has_rounding: bool) -> None:
         """Test a rule with noise on the weights and few samples.
@@ -460,54 +538,122 @@ class _Search:
             noise = torch.Generator().manual_seed(SEED)
             subject = _Subject(self._module, self._args, self._kwargs, given, noise, in_float64)
             self._subjects.append(subject)
-            shards = cutting.bounds(_FEW, _TEST_SHARDS)
+            bounds = cutting.bounds(_FEW, _TEST_SHARDS)
             try:
-                whole = subject.call(subject.leaves)
+                whole = _Whole(subject)
             except _RaisedError as error:
                 if in_float64:  # the module computes in one dtype only
                     continue
                 raise _RefusedError(f"raises {error} with another number of samples", 2) from None
-            found = _examine(subject, whole, dims, shards)
+            found = _examine(subject, whole, dims, bounds)
             if (has_rounding or subject.has_rounding) and not in_float64:
                 raise _RefusedError(_MIXES_OR_ROUNDS, 5)
-            if found != outputs:
+            if found.outputs != outputs:
                 raise _RefusedError("returns other shapes with another number of samples", 2)
             if torch.is_grad_enabled():
-                _test_gradients(subject, Rule(dims, outputs), shards)
+                _test_gradients(subject, found, bounds)
             return
 
 
 def _examine(
-    subject: _Subject,
-    whole: _Outcome,
-    dims: Dims,
-    shards: Sequence[tuple[int, int]],
-) -> Dims:
+    subject: _Subject, whole: _Whole, dims: Dims, bounds: Sequence[tuple[int, int]]
+) -> Rule:
     """Test a rule with one set of weights.
 
     Args:
         subject: the module.
-        whole: the outcome of the whole call.
+        whole: the whole call.
         dims: of the inputs.
-        shards: bounds of all shards.
+        bounds: of all shards.
 
     Returns:
-        The dimensions of the outputs that count samples.
+        The rule, with the dimensions of the outputs that count samples and the places of draws.
 
     Raises:
         _RefusedError: the rule does not hold.
     """
-    batch = shards[-1][1]
-    start, stop = shards[0]
-    pieces = [
+    options = _find_placements(subject, whole, dims, bounds)
+    for placements in options:
+        try:
+            rule = _test_shards(subject, whole, Rule(dims, (), placements), bounds)
+        except _RefusedError:
+            if placements is options[-1]:
+                raise
+        else:
+            break
+    for (start, stop), nearest in ((bounds[0], False), (bounds[-1], True)):
+        _test_independence(subject, whole, rule, start, stop, nearest)
+    return rule
+
+
+def _find_placements(
+    subject: _Subject, whole: _Whole, dims: Dims, bounds: Sequence[tuple[int, int]]
+) -> list[tuple[Placement, ...]]:
+    """Return how the draws of a call may be placed: values tell which of them is right."""
+    if not whole.outcome.draws:
+        return [()]
+    start, stop = bounds[0]
+    try:
+        part = subject.call(_cut(subject, dims, start, stop), whole.observing())
+        sizes = bounds[-1][1], stop - start
+        found = [
+            place(whole.outcome.draws, part.draws, *sizes, is_outer=is_outer)
+            for is_outer in (True, False)
+        ]
+    except _RaisedError as error:
+        raise _RefusedError(f"raises {error} on a part of the batch", 1) from None
+    except UnshareableError as error:
+        raise _RefusedError(str(error), 3) from None
+    return list(dict.fromkeys(found))
+
+
+def _cut(subject: _Subject, dims: Dims, start: int, stop: int) -> list[torch.Tensor]:
+    return [
         leaf if dim is None else cutting.cut_tensor(leaf, dim, start, stop)
         for leaf, dim in zip(subject.leaves, dims, strict=True)
     ]
-    try:
-        shard = subject.call(pieces)
-    except _RaisedError as error:
-        raise _RefusedError(f"raises {error} on a part of the batch", 1) from None
-    outputs = _find_output_dims(whole, shard, batch, stop - start)
+
+
+def _test_shards(
+    subject: _Subject, whole: _Whole, rule: Rule, bounds: Sequence[tuple[int, int]]
+) -> Rule:
+    """Test that shards have the outputs of the whole call, and leave the same state.
+
+    One shard is enough where there is no batch norm, since samples are independent.
+
+    Args:
+        subject: the module.
+        whole: the whole call.
+        rule: without its outputs.
+        bounds: of all shards.
+    """
+    batch = bounds[-1][1]
+    outputs: Dims | None = None
+    parts: list[PartSums] = []
+    for start, stop in bounds if whole.sums.values or rule.placements else bounds[:1]:
+        parts.append(PartSums(whole.sums))
+        try:
+            context = _shard(parts[-1], rule, start, stop, batch)
+            shard = subject.call(_cut(subject, rule.inputs, start, stop), context)
+        except _RaisedError as error:
+            raise _RefusedError(f"raises {error} on a part of the batch", 1) from None
+        if outputs is None:
+            outputs = _find_output_dims(whole.outcome, shard, batch, stop - start)
+        elif outputs != _find_output_dims(whole.outcome, shard, batch, stop - start):
+            raise _RefusedError("returns other shapes for another part of the batch", 2)
+        _compare_rows(whole.outcome, shard, outputs, start, stop)
+        _compare_states(whole.outcome, shard)
+    assert outputs is not None
+    _compare_sums(whole, parts, whole.outcome.tensors)
+    return Rule(rule.inputs, outputs, rule.placements)
+
+
+def _shard(sums: PartSums, rule: Rule, start: int, stop: int, batch: int) -> _Context:
+    return shards.shard(start, stop, batch, sums.add_up, rule.placements, sums.add_up_gradients)
+
+
+def _compare_rows(whole: _Outcome, shard: _Outcome, outputs: Dims, start: int, stop: int) -> None:
+    """Test that a shard's outputs are the rows of the whole call's."""
     for index, (tensor, part, dim) in enumerate(
         zip(whole.tensors, shard.tensors, outputs, strict=True)
     ):
@@ -518,10 +664,25 @@ def _examine(
                 "samples",
                 4,
             )
-    _compare_states(whole, shard)
-    for (start, stop), nearest in ((shards[0], False), (shards[-1], True)):
-        _test_independence(subject, whole, Rule(dims, outputs), start, stop, nearest)
-    return outputs
+
+
+def _compare_sums(
+    whole: _Whole, parts: Sequence[PartSums], tensors: Sequence[torch.Tensor | None]
+) -> None:
+    """Test that what shards add up for their batch norms makes the sums of the whole call.
+
+    Args:
+        whole: the whole call.
+        parts: of all shards.
+        tensors: by whose types rounding is judged.
+    """
+    if not whole.sums.values:
+        return
+    tolerance = max((tolerance_of(tensor) for tensor in tensors if tensor is not None), default=0)
+    if torch.is_autocast_enabled("cpu"):
+        tolerance = max(tolerance, tolerance_of(torch.empty(0, dtype=torch.bfloat16)))
+    if not have_sums_of_whole(parts, tolerance):
+        raise _RefusedError("normalises over more than the samples", 4)
 
 
 def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -> Dims:
@@ -547,18 +708,13 @@ def _find_output_dims(whole: _Outcome, shard: _Outcome, batch: int, rows: int) -
 
 
 def _test_independence(
-    subject: _Subject,
-    whole: _Outcome,
-    rule: Rule,
-    start: int,
-    stop: int,
-    nearest: bool,
+    subject: _Subject, whole: _Whole, rule: Rule, start: int, stop: int, nearest: bool
 ) -> None:
     """Test that some rows of the output keep their bits if all other samples are replaced.
 
     Args:
         subject: the module.
-        whole: the outcome of the whole call.
+        whole: the whole call.
         rule: to be tested.
         start, stop: the first row that is kept and the row after the last.
         nearest: replace the others by the nearest row that is kept, which keeps rows in an order
@@ -568,21 +724,21 @@ def _test_independence(
     try:
         if nearest:
             raise _RaisedError
-        other = subject.call(replace_others(given, rule.inputs, start, stop))
+        other = subject.call(replace_others(given, rule.inputs, start, stop), whole.observing())
     except _RaisedError:
         batch = cutting.batch_size(rule, given)
         assert batch is not None
         rows = torch.arange(batch).clamp(start, stop - 1)
         try:
-            other = subject.call(take_rows(given, rule.inputs, rows))
+            other = subject.call(take_rows(given, rule.inputs, rows), whole.observing())
         except _RaisedError as error:
             raise _RefusedError(f"raises {error} if other samples change", 1) from None
     if other.kept:  # the whole call had the same shapes, so this is not the filling of a cache
         raise _RefusedError("keeps tensors of its forward pass", 5)
-    if other.structure != whole.structure:
+    if other.structure != whole.outcome.structure:
         raise _RefusedError("returns something else if other samples change", 4)
     for index, (tensor, changed, dim) in enumerate(
-        zip(whole.tensors, other.tensors, rule.outputs, strict=True)
+        zip(whole.outcome.tensors, other.tensors, rule.outputs, strict=True)
     ):
         before, after = tensor, changed
         if tensor.shape == changed.shape and dim is not None:
@@ -591,15 +747,17 @@ def _test_independence(
             subject.has_rounding = True
         if not are_close(before, after, rounding_of(before)):
             raise _RefusedError(
-                f"mixes samples: its output{_number(index, whole)} for a sample differs if other "
-                "samples change",
+                f"mixes samples: its output{_number(index, whole.outcome)} for a sample differs if "
+                "other samples change",
                 5,
             )
-    _compare_states(whole, other)
+    _compare_states(whole.outcome, other)
 
 
 def _compare_states(whole: _Outcome, other: _Outcome) -> None:
-    """Test that two calls leave the module in the same state."""
+    """Test that two calls leave the module and the generators in the same state."""
+    if not whole.generators.equal(other.generators):
+        raise _RefusedError("draws random numbers that depend on the samples", 3)
     for (name, value), (other_name, other_value) in zip(whole.state, other.state, strict=False):
         if name != other_name or not _is_same_value(value, other_value):
             raise _RefusedError(f"keeps in '{name}' what depends on the samples", 4)
@@ -613,30 +771,37 @@ def _is_same_value(value: Any, other: Any) -> bool:
     return type(value) is type(other) and (value == other or repr(value) == repr(other))
 
 
-def _test_gradients(subject: _Subject, rule: Rule, shards: Sequence[tuple[int, int]]) -> None:
+def _test_gradients(subject: _Subject, rule: Rule, bounds: Sequence[tuple[int, int]]) -> None:
     """Test that gradients of shards, scaled by their number, average to those of the whole call."""
     noise = torch.Generator().manual_seed(SEED)
-    outputs, bases = subject.record(subject.leaves)
+    sums = WholeSums()
+    outputs, bases = subject.record(subject.leaves, shards.observing(sums.add_up, sums.add_up))
     gradients = [draw_normal(tensor, noise) for tensor in outputs]
     weights = list(subject.weights.values())
     expected = _backward(outputs, gradients, [*weights, *bases])
     totals: list[torch.Tensor | None] = [None] * len(weights)
     whole_dims: Dims = (None,) * len(weights)
     of_bases: list[list[torch.Tensor | None]] = []
-    for start, stop in shards:
-        outputs, bases = subject.record(cutting.cut(rule, subject.leaves, start, stop))
+    parts: list[PartSums] = []
+    for start, stop in bounds:
+        parts.append(PartSums(sums))
+        context = _shard(parts[-1], rule, start, stop, bounds[-1][1])
+        outputs, bases = subject.record(_cut(subject, rule.inputs, start, stop), context)
+        parts[-1].scale = len(bounds)
         scaled = [
-            gradient if dim is None else len(shards) * gradient.narrow(dim, start, stop - start)
+            gradient if dim is None else len(bounds) * gradient.narrow(dim, start, stop - start)
             for gradient, dim in zip(gradients, rule.outputs, strict=True)
         ]
         found = _backward(outputs, scaled, [*weights, *bases])
         totals = [sum_present(pair) for pair in zip(totals, found, strict=False)]
         of_bases.append(found[len(weights) :])
-    for dim, *parts in zip(rule.inputs, *of_bases, strict=True):
-        present = [part for part in parts if part is not None]
-        joined = torch.cat(present, dim) if present and dim is not None else sum_present(parts)
+    if sums.values and not have_sums_of_whole(parts, max(map(tolerance_of, outputs))):
+        raise _RefusedError("has a backward pass that mixes samples in its batch norm", 6)
+    for dim, *pieces in zip(rule.inputs, *of_bases, strict=True):
+        present = [piece for piece in pieces if piece is not None]
+        joined = torch.cat(present, dim) if present and dim is not None else sum_present(pieces)
         totals.append(joined)
-    _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(shards))
+    _compare_gradients(expected, totals, (*whole_dims, *rule.inputs), len(bounds))
 
 
 def _compare_gradients(
@@ -677,6 +842,8 @@ def _backward(
         tensors, given = zip(*pairs, strict=True)
         try:
             run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
+        except UnshareableError as error:
+            raise _RefusedError(str(error), 6) from None
         except Exception as error:  # noqa: BLE001 - whatever the program's functions raise
             name = type(error).__name__
             raise _RefusedError(f"raises {name} in its backward pass", 6) from None

@@ -69,7 +69,7 @@ def _fill(
         return None
     placement = state.next_placement(Draw(name, tuple(tensor.shape)))
     with shards.busy(state):
-        if not isinstance(state, shards.Shard) or placement.dim is None:
+        if placement.dim is None:
             below(tensor, *args, **kwargs)
         else:
             whole = empty_whole(tensor, placement, state.rows)
@@ -86,7 +86,7 @@ def _fill_by_probabilities(
         return None
     placement = state.next_placement(Draw("bernoulli_.Tensor", tuple(tensor.shape)))
     with shards.busy(state):
-        if not isinstance(state, shards.Shard) or placement.dim is None:
+        if placement.dim is None:
             below(tensor, p, generator=generator)
         else:
             whole = empty_whole(tensor, placement, state.rows)
@@ -106,7 +106,7 @@ def _draw_normal(
     shape = torch._C._infer_size(tensors[0].shape, tensors[-1].shape)
     placement = state.next_placement(Draw(name, tuple(shape)))
     with shards.busy(state):
-        if not isinstance(state, shards.Shard) or placement.dim is None:
+        if placement.dim is None:
             drawn: torch.Tensor = below(mean, std, generator=generator)
             return drawn
         spread = [
@@ -144,7 +144,7 @@ def _drop(
     if state is None or not train or p <= 0 or p >= 1 or not tensor.numel():
         return None
     placement = state.next_placement(Draw("dropout", tuple(tensor.shape)))
-    if not isinstance(state, shards.Shard) or placement.dim is None:
+    if placement.dim is None:
         return dispatch.DeferredCall(_call_busy, (state, below, tensor, p, train))
     with shards.busy(state):
         ones = empty_whole(torch.empty_like(tensor, device="meta"), placement, state.rows, "cpu")
@@ -173,9 +173,7 @@ def _attend(
     return dispatch.DeferredCall(_call_busy, (state, below, *inputs), kwargs)
 
 
-def _call_busy(
-    state: shards.Shard | shards.Observer, below: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _call_busy(state: shards.Shard, below: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with shards.busy(state):
         return below(*args, **kwargs)
 

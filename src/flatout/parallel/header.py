@@ -19,6 +19,7 @@ class Meeting(enum.IntEnum):
     OUTPUTS = 4
     CROSSING = 5
     GRADIENTS = 6
+    STATISTICS = 7
 
 
 @dataclass(frozen=True)

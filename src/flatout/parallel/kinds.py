@@ -13,6 +13,7 @@ import torch
 
 from flatout.intercept import objects
 from flatout.intercept.nested import LIMIT, parts, tensors_in
+from flatout.parallel.placement import Placement
 
 _EXACT = frozenset(map(id, (type(None), bool, int, str, bytes)))
 """Identities of the types whose values may decide what a module does."""
@@ -48,10 +49,12 @@ class Rule:
         inputs: for each of ``leaves``, the dimension that counts samples, ``None`` if each rank
             gets the whole tensor.
         outputs: likewise for each tensor of the output; ``None`` if it is the same on all ranks.
+        placements: where the samples are in each draw of random numbers.
     """
 
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
+    placements: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -90,15 +90,18 @@ class Generators:
         self._device = None if accelerator is None else torch.get_device_module(accelerator)
         self._device_states = [] if self._device is None else self._device.get_rng_state_all()
 
-    def have_advanced(self) -> bool:
-        """Whether anything was drawn since."""
-        now = Generators()
+    def equal(self, other: Generators) -> bool:
+        """Whether the states are those of ``other``."""
         return (
-            not torch.equal(self._torch, now._torch)
-            or self._python != now._python
-            or (self._numpy is not None and repr(self._numpy_state) != repr(now._numpy_state))
-            or not all(map(torch.equal, self._device_states, now._device_states))
+            torch.equal(self._torch, other._torch)
+            and self._python == other._python
+            and (self._numpy is None or repr(self._numpy_state) == repr(other._numpy_state))
+            and self.equal_on_device(other)
         )
+
+    def equal_on_device(self, other: Generators) -> bool:
+        """Whether the states of the accelerator's generators are those of ``other``."""
+        return all(map(torch.equal, self._device_states, other._device_states))
 
     def restore(self) -> None:
         """Put the states back."""
@@ -110,11 +113,20 @@ class Generators:
             self._device.set_rng_state_all(self._device_states)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of the CPU."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed)
+
+
 class Observer(TorchDispatchMode):
     """Watches the operators of a call.
 
     Attributes:
-        normalises_over_batch: whether a batch norm took its statistics from the batch.
+        normalises_over_batch: whether a batch norm took its statistics from the batch, without
+            that ``norms`` has seen it.
     """
 
     def __init__(self) -> None:
@@ -181,7 +193,8 @@ Observer.__torch_dispatch__ = Observer.dispatch  # type: ignore[assignment]
 def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a batch norm computes mean and variance over samples. Instance norm, which runs a
     batch norm with the samples as channels, has a batch of 1."""
-    if "backward" in func.__name__ or args[0].shape[0] == 1:
+    is_part = any(word in func.__name__ for word in ("backward", "update_stats"))
+    if is_part or args[0].shape[0] == 1:
         return False
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -62,13 +62,13 @@ def _refuse_if_training(position: int) -> dispatch.Override:
 def _refuse(below: Callable[..., Any], *args: Any) -> None:
     """Refuse batch norm that is called in another way than by ``torch.batch_norm``, for example
     inside ``torch.func.vmap``."""
-    if shards.current_shard() is not None:
+    if shards.current() is not None:
         raise UnshareableError("computes batch norm by an internal operator of torch")
 
 
 def _verify_batch_size(original: Callable[..., None], size: Sequence[int]) -> None:
     """Verify the size of the whole batch: a shard may have one value for each channel."""
-    state = shards.current_shard()
+    state = shards.current()
     original(size if state is None else [size[0] * state.rows.batch, *size[1:]])
 
 
@@ -83,14 +83,14 @@ class _Statistics:
         count: number of values of a channel; float64, no dimension.
         mean, variance: of the channels; the variance is the biased one.
         eps: is added to the variance.
-        sum_over_ranks: as in ``shards.shard``.
+        sum_gradients: as in ``shards.shard``.
     """
 
     count: torch.Tensor
     mean: torch.Tensor
     variance: torch.Tensor
     eps: float
-    sum_over_ranks: shards.SumOverRanks
+    sum_gradients: shards.SumOverRanks
 
 
 def _batch_norm(
@@ -105,17 +105,17 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> dispatch.DeferredCall | None:
-    state = shards.current_shard()
+    state = shards.current()
     if state is None or not training or tensor.dim() < 2:
         return None
-    statistics = _measure(tensor, eps, state.sum_over_ranks)
+    statistics = _measure(tensor, eps, state)
     unbiased = statistics.variance * (statistics.count / (statistics.count - 1))
     _update(running_mean, statistics.mean, momentum)
     _update(running_var, unbiased, momentum)
     return dispatch.DeferredCall(_Normalize.apply, (statistics, tensor, weight, bias))
 
 
-def _measure(tensor: torch.Tensor, eps: float, sum_over_ranks: shards.SumOverRanks) -> _Statistics:
+def _measure(tensor: torch.Tensor, eps: float, state: shards.Shard) -> _Statistics:
     channels = tensor.shape[1]
     count = torch.tensor([tensor.numel() // max(channels, 1)], dtype=torch.float64)
     zeros = torch.zeros(channels, dtype=_accumulated(tensor))
@@ -128,14 +128,15 @@ def _measure(tensor: torch.Tensor, eps: float, sum_over_ranks: shards.SumOverRan
     if tensor.dtype is torch.float64:
         # Squares of means that are far from 0 would cancel. In float64 they do so below the
         # precision of the other types.
-        (sums,) = sum_over_ranks([torch.cat((count, count * mean))])
+        (sums,) = state.sum_over_ranks([torch.cat((count, count * mean))])
         center = sums[1:] / sums[0]
     mean -= center
-    (sums,) = sum_over_ranks([torch.cat((count, count * mean, count * (variance + mean.square())))])
+    own = torch.cat((count, count * mean, count * (variance + mean.square())))
+    (sums,) = state.sum_over_ranks([own])
     total, mean, square = sums[0], sums[1 : channels + 1], sums[channels + 1 :]
     mean = mean / total
     variance = (square / total - mean.square()).clamp_min_(0)
-    return _Statistics(total, mean + center, variance, eps, sum_over_ranks)
+    return _Statistics(total, mean + center, variance, eps, state.sum_gradients)
 
 
 def _update(running: torch.Tensor | None, value: torch.Tensor, momentum: float) -> None:
@@ -225,7 +226,7 @@ def _gradients(
     )
     if not is_tensor_needed:
         return None, of_weight, of_bias
-    (sums,) = statistics.sum_over_ranks([torch.cat((of_weight, of_bias)).double()])
+    (sums,) = statistics.sum_gradients([torch.cat((of_weight, of_bias)).double()])
     factor = (statistics.variance + statistics.eps).rsqrt() / statistics.count
     if weight is not None:
         factor = factor * weight.double()
@@ -248,7 +249,7 @@ def _differentiable_gradients(
     by_channel = (-1, *[1] * (tensor.dim() - 2))
 
     def add(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _sum_over_ranks(statistics.sum_over_ranks, *parts)
+        return _sum_over_ranks(statistics.sum_gradients, *parts)
 
     count = statistics.count.to(dtype)
     (total,) = add(values.sum(others))
@@ -300,7 +301,7 @@ def _instance_norm(
     use_input_stats: bool,
     *args: Any,
 ) -> dispatch.DeferredCall | None:
-    state = shards.current_shard()
+    state = shards.current()
     if state is None or not use_input_stats:
         return None
     inputs = (tensor, weight, bias, running_mean, running_var, use_input_stats, *args)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 
-class UnshareableError(Exception):
+class UnshareableError(BaseException):
     """A call cannot be shared out; all ranks compute it whole. The message is one clause.
 
-    It depends only on the code of the program and on shapes, so it is raised on all ranks or on
-    none.
+    It is no ``Exception``, so that the program's own handlers let it pass.
     """
 
 

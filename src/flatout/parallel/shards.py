@@ -19,28 +19,6 @@ SumOverRanks = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 All ranks call it in the same order, in the forward and in the backward pass."""
 
 
-class Observer:
-    """Records the draws of a call and changes none.
-
-    Attributes:
-        draws: in their order.
-        is_busy: whether an operator is being computed whose own draws do not count.
-    """
-
-    def __init__(self) -> None:
-        self.draws: list[Draw] = []
-        self.is_busy = False
-
-    def next_placement(self, draw: Draw) -> Placement:
-        """Record a draw; it is made as it is."""
-        self.draws.append(draw)
-        return Placement(draw.operator, len(draw.shape), None)
-
-    def copy(self) -> Observer:
-        """Return an observer for what is computed again, whose draws are known already."""
-        return Observer()
-
-
 class Shard:
     """The shard that a root call computes.
 
@@ -49,9 +27,10 @@ class Shard:
         sum_over_ranks: adds up tensors of all ranks.
         placements: of the call's draws in their order (see ``placement.place``).
         drawn: how many of them are already made.
+        sum_gradients: adds up gradients of all ranks; by default as ``sum_over_ranks`` does.
 
     Attributes:
-        is_busy: as in ``Observer``.
+        is_busy: whether an operator is being computed whose own batch norms and draws do not count.
     """
 
     def __init__(
@@ -60,9 +39,11 @@ class Shard:
         sum_over_ranks: SumOverRanks,
         placements: Sequence[Placement],
         drawn: int = 0,
+        sum_gradients: SumOverRanks | None = None,
     ) -> None:
         self.rows = rows
         self.sum_over_ranks = sum_over_ranks
+        self.sum_gradients = sum_gradients or sum_over_ranks
         self.placements = placements
         self.drawn = drawn
         self.is_busy = False
@@ -85,26 +66,46 @@ class Shard:
 
     def copy(self) -> Shard:
         """Return the same shard at the same place in its draws."""
-        return Shard(self.rows, self.sum_over_ranks, self.placements, self.drawn)
+        return Shard(
+            *(self.rows, self.sum_over_ranks, self.placements, self.drawn, self.sum_gradients)
+        )
+
+
+class Observer(Shard):
+    """The whole batch as one shard, of which the draws are recorded and left as they are.
+
+    Args:
+        sum_over_ranks, sum_gradients: as in ``Shard``.
+
+    Attributes:
+        draws: in their order.
+    """
+
+    def __init__(self, sum_over_ranks: SumOverRanks, sum_gradients: SumOverRanks) -> None:
+        super().__init__(Rows(0, 1, 1), sum_over_ranks, (), 0, sum_gradients)
+        self.draws: list[Draw] = []
+
+    def next_placement(self, draw: Draw) -> Placement:
+        """Record a draw; it is made as it is."""
+        self.draws.append(draw)
+        return Placement(draw.operator, len(draw.shape), None)
+
+    def copy(self) -> Observer:
+        """Return an observer for what is computed again, whose draws are known already."""
+        return Observer(self.sum_over_ranks, self.sum_gradients)
 
 
 class _Local(threading.local):
-    current: Shard | Observer | None = None
+    current: Shard | None = None
 
 
 _local = _Local()
 
 
-def current() -> Shard | Observer | None:
-    """Return what sees the operators that this thread calls; ``None`` outside of such a call."""
+def current() -> Shard | None:
+    """Return the shard that this thread computes; ``None`` if it computes none."""
     found = _local.current
     return None if found is None or found.is_busy else found
-
-
-def current_shard() -> Shard | None:
-    """Return the shard that this thread computes; ``None`` if it computes none."""
-    found = current()
-    return found if isinstance(found, Shard) else None
 
 
 @contextlib.contextmanager
@@ -114,6 +115,7 @@ def shard(
     batch: int,
     sum_over_ranks: SumOverRanks,
     placements: Sequence[Placement] = (),
+    sum_gradients: SumOverRanks | None = None,
 ) -> Iterator[None]:
     """A context around a call that computes a shard: batch norm and draws are those of the whole
     batch.
@@ -123,12 +125,14 @@ def shard(
         batch: number of samples of the whole call.
         sum_over_ranks: adds up tensors of all ranks; it is called in the backward pass too.
         placements: of the draws of calls of this kind (see ``placement.place``).
+        sum_gradients: adds up gradients of all ranks; by default as ``sum_over_ranks`` does.
 
     Raises:
         UnshareableError: the call draws other random numbers than those placed, or computes batch
             norm in a way that cannot be shared out.
     """
-    entered = Shard(Rows(start, stop, batch), sum_over_ranks, placements)
+    rows = Rows(start, stop, batch)
+    entered = Shard(rows, sum_over_ranks, placements, sum_gradients=sum_gradients)
     with _entered(entered):
         yield
     if entered.drawn < len(placements):
@@ -136,15 +140,22 @@ def shard(
 
 
 @contextlib.contextmanager
-def observing() -> Iterator[list[Draw]]:
-    """A context around a call that records its draws, in a list that grows."""
-    observer = Observer()
+def observing(
+    sum_over_ranks: SumOverRanks = list, sum_gradients: SumOverRanks = list
+) -> Iterator[list[Draw]]:
+    """A context around a whole call that records its draws, in a list that grows.
+
+    Args:
+        sum_over_ranks, sum_gradients: get what shards would add up, and return what is to be used
+            as the sum; by default, both are the same.
+    """
+    observer = Observer(sum_over_ranks, sum_gradients)
     with _entered(observer):
         yield observer.draws
 
 
 @contextlib.contextmanager
-def busy(state: Shard | Observer) -> Iterator[None]:
+def busy(state: Shard) -> Iterator[None]:
     """A context for an operator whose own batch norms and draws do not count."""
     state.is_busy = True
     try:
@@ -154,7 +165,7 @@ def busy(state: Shard | Observer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _entered(state: Shard | Observer) -> Iterator[None]:
+def _entered(state: Shard) -> Iterator[None]:
     before, _local.current = _local.current, state
     try:
         yield

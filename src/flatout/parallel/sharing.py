@@ -20,18 +20,19 @@ from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.intercept.events import EventLog
 from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.parallel import cutting, kinds
-from flatout.parallel.averaging import Leaves, UnsharedError
+from flatout.parallel import cutting, kinds, shards
+from flatout.parallel.averaging import Leaves
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.kinds import Kind, Refusal, Rule
+from flatout.parallel.placement import UnshareableError
 from flatout.parallel.sameness import (
     GeneratorStates,
     content_digest,
     state_digest,
     structure_digest,
 )
-from flatout.parallel.team import Team
+from flatout.parallel.team import PARTED, Team
 
 _autograd: Any = torch.autograd
 
@@ -286,8 +287,6 @@ class Sharing:
         kind, team = current.kind, current.team
         changes = _Changes(current.module, kind)
         shard = self._compute_shard(current, call, rule, batch)
-        if not shard.reason and changes.have_generators_moved():
-            shard.reason = "it draws random numbers"
         foreign: list[torch.Tensor] = []
         if not shard.reason and kind.calls < BUFFER_CALLS:
             foreign = _find_foreign(current, shard)
@@ -298,10 +297,15 @@ class Sharing:
             outcome=0 if not shard.reason else 1,
             structure=_structure(rule, shard.outputs, rows[1] - rows[0]) if not shard.reason else 0,
             content=changes.digest(),
+            generators=GeneratorStates().digest(),
             subject=structure_digest(foreign),
             bits=flags([tensor.requires_grad for tensor in shard.outputs]),
         )
-        headers = team.meet(header, current.what, ("sequence", "meeting"))
+        headers = team.meet(header, current.what, ("sequence",))
+        while any(other.meeting is Meeting.STATISTICS for other in headers):
+            # These ranks wait for this one in a batch norm. They learn now that it is over, and
+            # come here too.
+            headers = team.meet(header, current.what, ("sequence",))
         reason = self._find_disagreement(team, shard, headers)
         if reason:
             kind.refuse(f"in shards, {reason}")
@@ -325,12 +329,14 @@ class Sharing:
         shard = _Shard()
         inputs, shard.anchor = _cut(current, rule, batch)
         shard.begin = _next_node_number()
+        rows = cutting.bounds(batch, current.team.size)[current.team.rank]
         self.is_in_shard = True
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
-            shard.result = call(current.module, *args, **kwargs)
+            with shards.shard(*rows, batch, self._add_up, rule.placements):
+                shard.result = call(current.module, *args, **kwargs)
             shard.outputs = kinds.distinct_tensors(shard.result)
-        except UnsharedError as error:
+        except UnshareableError as error:
             shard.reason = str(error)
         except Exception as error:  # noqa: BLE001 - the whole call raises it again, if it does
             shard.reason = f"it raises {type(error).__name__}"
@@ -340,17 +346,24 @@ class Sharing:
             shard.reason = "its output has another number of tensors"
         return shard
 
+    def _add_up(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the sums over the ranks of what shards add up."""
+        assert self._team is not None
+        return self._team.add_up(tensors, is_in_forward=self.is_in_shard)
+
     def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
         """Return why a call must be computed whole, an empty string if it need not."""
         if any(header.outcome for header in headers):
             reasons = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
-            return next(reason for reason in reasons if reason)
+            return min(filter(None, reasons), key=PARTED.__eq__)
         own = headers[0]
         for header in headers:
             if header.structure != own.structure:
                 return "its outputs differ in sizes"
             if header.content != own.content:
                 return "it changes buffers by its samples"
+            if header.generators != own.generators:
+                return "it draws other random numbers on some ranks"
             if header.subject != own.subject:
                 return "it reaches other tensors that require gradients"
         return ""
@@ -376,16 +389,17 @@ class _Changes:
         }
         self._states = GeneratorStates()
 
-    def have_generators_moved(self) -> bool:
-        """Whether random numbers have been drawn."""
-        return GeneratorStates().digest() != self._states.digest()
-
     def digest(self) -> int:
         """Return a digest of the buffers that have changed."""
-        versions = zip(self._versions, self._buffers, strict=True)
-        changed = [i for i, (version, buffer) in enumerate(versions) if version != _version(buffer)]
+        changed = list(filter(self._has_changed, range(len(self._buffers))))
         self._kind.changed.update(changed)
         return digest(changed) ^ content_digest(self._buffers[i] for i in changed)
+
+    def _has_changed(self, i: int) -> bool:
+        # Statistics of a batch norm change without a new version.
+        now, before = self._buffers[i], self._copies.get(i)
+        is_same = before is None or torch.equal(before, now)
+        return self._versions[i] != _version(now) or not is_same
 
     def undo(self) -> None:
         """Put buffers and generators back, without new versions."""

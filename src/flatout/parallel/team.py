@@ -11,10 +11,15 @@ import torch
 
 from flatout.parallel.channel import Gloo, aligned, to_bytes
 from flatout.parallel.ending import Ending
-from flatout.parallel.header import Header, first_difference
+from flatout.parallel.header import Header, Meeting, first_difference
+from flatout.parallel.placement import UnshareableError
+from flatout.parallel.sameness import structure_digest
 
 BUCKET_BYTES = 32 << 20
 """Most bytes that are averaged at once, if there are several tensors."""
+
+PARTED = "it computes batch norms on some ranks only"
+"""Why a rank leaves a shard if another has raised or ended its shard earlier."""
 
 _FIELDS = ("sequence", "meeting", "subject", "structure", "content", "generators", "parameters")
 
@@ -127,6 +132,28 @@ class Team:
                 real = _real(new)
                 real.copy_(mean.view(real.shape))
         return [mean for mean in means if mean is not None]
+
+    def add_up(self, tensors: list[torch.Tensor], is_in_forward: bool) -> list[torch.Tensor]:
+        """Return the sums over the ranks of what a shard adds up in its forward pass, or in the
+        backward pass.
+
+        Args:
+            tensors: in main memory; they are replaced by the sums.
+            is_in_forward: whether the call may still be computed whole, should ranks have parted.
+
+        Raises:
+            UnshareableError: another rank is not at this sum.
+        """
+        header = Header(0, Meeting.STATISTICS, structure=structure_digest(tensors))
+        alike = ("sequence",) if is_in_forward else ("sequence", "meeting", "structure")
+        headers = self.meet(header, "computes statistics of a batch norm", alike)
+        if any(other.meeting is not Meeting.STATISTICS for other in headers):
+            raise UnshareableError(PARTED)
+        if any(other.structure != header.structure for other in headers):
+            raise UnshareableError("its batch norms differ in sizes")
+        for tensor in tensors:
+            self.channel.sum(tensor)
+        return tensors
 
     def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:
         functorch: Any = torch._C._functorch
