@@ -7,15 +7,20 @@ again changes nothing, and accumulated gradients need no care.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flatout.intercept.gradients import stored_gradient
-from flatout.intercept.identity import WeakIdentityDict
-from flatout.parallel.crossing import Crossing, gather
+from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
+from flatout.parallel import shards
+from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.team import Team
@@ -24,17 +29,32 @@ _autograd: Any = torch.autograd
 
 
 class Leaves:
-    """The leaves whose gradients may be partial, numbered alike on all ranks."""
+    """The leaves whose gradients are averaged, numbered alike on all ranks: those whose gradients
+    may be partial, and those whose gradients might have other bits on each rank."""
 
     def __init__(self) -> None:
+        self._shared: WeakIdentitySet[torch.Tensor] = WeakIdentitySet()
         self._numbers: WeakIdentityDict[torch.Tensor, int] = WeakIdentityDict()
         self._next = itertools.count()
 
     def add(self, leaves: Iterable[torch.Tensor]) -> None:
-        """Add leaves, in an order that is the same on all ranks."""
+        """Add leaves that a shared call reaches, in an order that is the same on all ranks."""
         for leaf in leaves:
-            if leaf not in self._numbers:
-                self._numbers[leaf] = next(self._next)
+            self._shared.add(leaf)
+            self._number(leaf)
+
+    def add_whole(self, leaves: Iterable[torch.Tensor]) -> None:
+        """Add leaves that no shared call may ever reach, in an order that is the same on all
+        ranks."""
+        for leaf in leaves:
+            self._number(leaf)
+
+    def _number(self, leaf: torch.Tensor) -> None:
+        if leaf not in self._numbers:
+            self._numbers[leaf] = next(self._next)
+
+    def __contains__(self, leaf: torch.Tensor) -> bool:
+        return leaf in self._numbers
 
     def numbered(self) -> dict[int, torch.Tensor]:
         """Return the living leaves by their numbers."""
@@ -42,7 +62,7 @@ class Leaves:
 
     def have_hooks(self) -> bool:
         """Whether the program sees a gradient before it is averaged."""
-        leaves: Any = self._numbers.keys()
+        leaves: Any = self._shared
         return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
 
 
@@ -72,11 +92,11 @@ class Averaging:
         """Make a backward call, and average what it has computed."""
         accumulates = bool(kwargs.get("accumulate_grad"))
         if self._is_in_shard():
-            if accumulates:
+            if accumulates and not shards.is_in_tested_backward():
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
-        if team is None or self._depth:
+        if team is None or self._is_apart(team, outputs):
             return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         before = self._stored() if accumulates else {}
@@ -93,6 +113,37 @@ class Averaging:
             self._average_stored(team, before)
             return result
         return _average_results(team, args[2], result, is_differentiable)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a backward call is being made."""
+        return self._depth > 0
+
+    def include(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients of all that an optimizer updates, from its next step on.
+
+        Rounding may differ between ranks where threads add up, and would add up itself.
+        """
+        team = self._team()
+        if team is None or self.is_active or self._is_in_shard():
+            return
+        updated = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        if all(leaf in self._leaves for leaf in updated):
+            return
+        before = self._stored()
+        self._leaves.add_whole(updated)
+        self._average_stored(team, before)
+
+    def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
+        """Whether a backward call is none of those that the ranks make together."""
+        if threading.get_ident() != team.thread:
+            if reaches_shards(outputs):
+                team.ending.stop(
+                    "--ranks does not support backward calls in another thread than the one that "
+                    "calls the modules"
+                )
+            return True
+        return self._depth > 0 or _is_transformed(outputs)
 
     def _stored(self) -> dict[int, tuple[torch.Tensor | None, int]]:
         """Return the gradients of all leaves and their versions."""
@@ -117,17 +168,19 @@ class Averaging:
             for n, (gradient, version) in after.items()
             if _differs(before.get(n), gradient, version)
         ]
-        changed = _agree(team, changed, "makes a backward call")
+        own = {n: gradient for n in changed if (gradient := after[n][0]) is not None}
         leaves = self._leaves.numbered()
+        forms = _agree(team, own, "makes a backward call")
         differentiable: list[Any] = []
         plain: list[Any] = []
         with torch.no_grad():
-            for number in changed:
+            for number, form in forms.items():
                 leaf: Any = leaves[number]
                 gradient = stored_gradient.__get__(leaf)
-                if gradient is None:  # reached on other ranks only
-                    leaf.grad = gradient = torch.zeros_like(leaf, requires_grad=False)
-                (differentiable if gradient.requires_grad else plain).append(leaf)
+                if gradient is None or gradient.is_sparse != form.is_sparse:
+                    with torch.set_grad_enabled(form.is_recorded):
+                        leaf.grad = form.convert(gradient, leaf)
+                (differentiable if form.is_recorded else plain).append(leaf)
             stored = [stored_gradient.__get__(leaf) for leaf in plain]
             for leaf, gradient, mean in zip(plain, stored, team.average(stored), strict=True):
                 if gradient.is_sparse:
@@ -142,6 +195,12 @@ class Averaging:
                 leaf.grad = mean
 
 
+def _is_transformed(outputs: Sequence[Any]) -> bool:
+    """Whether ``torch.func`` makes a backward call through what was not shared out."""
+    functorch: Any = torch._C._functorch
+    return functorch.maybe_current_level() is not None and not reaches_shards(outputs)
+
+
 def _differs(
     before: tuple[torch.Tensor | None, int] | None, gradient: torch.Tensor | None, version: int
 ) -> bool:
@@ -150,13 +209,64 @@ def _differs(
     return gradient is not before[0] or version != before[1]
 
 
-def _agree(team: Team, own: Sequence[int], what: str) -> list[int]:
-    """Return the numbers that any rank has; the numbers themselves are sent if they differ."""
-    header = Header(0, Meeting.GRADIENTS, subject=digest(what), content=digest(list(own)))
+@dataclass(frozen=True)
+class _Form:
+    """How gradients are stored.
+
+    Attributes:
+        sparse_dims: number of sparse dimensions; 0: it is dense.
+        is_recorded: whether it is part of a graph.
+    """
+
+    sparse_dims: int
+    is_recorded: bool
+
+    @classmethod
+    def of(cls, gradient: torch.Tensor) -> _Form:
+        """Return the form of a gradient."""
+        return cls(gradient.sparse_dim() if gradient.is_sparse else 0, gradient.requires_grad)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is sparse."""
+        return self.sparse_dims > 0
+
+    def __add__(self, other: _Form) -> _Form:
+        """Return the form of the sum of two gradients."""
+        is_recorded = self.is_recorded or other.is_recorded
+        is_alike = self.sparse_dims == other.sparse_dims
+        return _Form(self.sparse_dims if is_alike and not is_recorded else 0, is_recorded)
+
+    def convert(self, gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
+        """Return a gradient in this form; ``None`` stands for zeros."""
+        if gradient is not None:
+            return gradient.to_dense() if gradient.is_sparse and not self.is_sparse else gradient
+        if not self.is_sparse:
+            return torch.zeros_like(leaf, requires_grad=False)
+        indices = torch.empty(self.sparse_dims, 0, dtype=torch.long, device=leaf.device)
+        values = leaf.new_empty(0, *leaf.shape[self.sparse_dims :])
+        return torch.sparse_coo_tensor(indices, values, leaf.shape, check_invariants=False)
+
+
+def _agree(team: Team, own: Mapping[int, torch.Tensor], what: str) -> dict[int, _Form]:
+    """Return the forms of the gradients that any rank has.
+
+    Args:
+        team: the ranks.
+        own: the gradients of this rank by their numbers.
+        what: this rank does.
+    """
+    forms = [(n, *dataclasses.astuple(_Form.of(own[n]))) for n in sorted(own)]
+    header = Header(0, Meeting.GRADIENTS, subject=digest(what), content=digest(forms))
     headers = team.meet(header, what, ("sequence", "meeting", "subject"))
-    if len({other.content for other in headers}) == 1:
-        return list(own)
-    return team.collect_numbers(own)
+    of_ranks = [forms]
+    if len({other.content for other in headers}) > 1:
+        of_ranks = [json.loads(text) for text in team.channel.exchange(json.dumps(forms).encode())]
+    found: dict[int, _Form] = {}
+    for number, *fields in itertools.chain.from_iterable(of_ranks):
+        form = _Form(*fields)
+        found[number] = found[number] + form if number in found else form + form
+    return dict(sorted(found.items()))
 
 
 def _average_results(
@@ -167,13 +277,10 @@ def _average_results(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the means of what ``torch.autograd.grad`` returns."""
     found = list(results)
-    own = [i for i, result in enumerate(found) if result is not None]
+    own = {i: result for i, result in enumerate(found) if result is not None}
     present = _agree(team, own, "computes gradients")
-    for i in present:
-        if found[i] is None:  # reached on other ranks only
-            found[i] = torch.zeros_like(inputs[i], requires_grad=False)
-    gradients = [result for result in found if result is not None]
     with torch.set_grad_enabled(is_differentiable):
+        gradients = [form.convert(found[i], inputs[i]) for i, form in present.items()]
         means = _means(team, gradients) if is_differentiable else team.average(gradients)
     for i, mean in zip(present, means, strict=True):
         found[i] = mean

@@ -159,6 +159,9 @@ def _test_rules(
             return Refusal(f"there is no memory to test {name}", is_lasting=False)
         except _RaisedError as error:
             return Refusal(f"{name} raises {error}", is_lasting=False)
+        except UnshareableError as error:
+            search.release_kept()
+            return Refusal(f"{name} {error}")
         except _RefusedError as error:
             search.release_kept()
             return Refusal(f"{name} {error.reason}")
@@ -930,13 +933,17 @@ def _backward(
     if pairs:
         tensors, given = zip(*pairs, strict=True)
         try:
-            run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
+            with shards.tested_backward():
+                run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
         except UnshareableError as error:
             raise _RefusedError(str(error), 6) from None
         except Exception as error:  # noqa: BLE001 - whatever the program's functions raise
             name = type(error).__name__
             raise _RefusedError(f"raises {name} in its backward pass", 6) from None
-    found = [leaf.grad for leaf in wanted]
+    found = [
+        leaf.grad.to_dense() if leaf.grad is not None and leaf.grad.is_sparse else leaf.grad
+        for leaf in wanted
+    ]
     for leaf in wanted:
         leaf.grad = None
     return found

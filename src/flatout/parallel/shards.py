@@ -99,6 +99,12 @@ class _Local(threading.local):
     current: Shard | None = None
 
 
+class _Tested:
+    """Whether a test makes a backward call; autograd may make parts of it in other threads."""
+
+    is_in_backward = False
+
+
 _local = _Local()
 
 
@@ -133,8 +139,11 @@ def shard(
     """
     rows = Rows(start, stop, batch)
     entered = Shard(rows, sum_over_ranks, placements, sum_gradients=sum_gradients)
+    UnshareableError.last_reason = ""
     with _entered(entered):
         yield
+    if UnshareableError.last_reason:  # the program has caught it
+        raise UnshareableError(UnshareableError.last_reason)
     if entered.drawn < len(placements):
         raise UnshareableError("draws fewer random numbers than the call that was tested")
 
@@ -152,6 +161,22 @@ def observing(
     observer = Observer(sum_over_ranks, sum_gradients)
     with _entered(observer):
         yield observer.draws
+
+
+@contextlib.contextmanager
+def tested_backward() -> Iterator[None]:
+    """A context around the backward call of a test. A backward call inside of it is one of its
+    parts, as that of a checkpoint."""
+    _Tested.is_in_backward = True
+    try:
+        yield
+    finally:
+        _Tested.is_in_backward = False
+
+
+def is_in_tested_backward() -> bool:
+    """Whether a test makes a backward call now."""
+    return _Tested.is_in_backward
 
 
 @contextlib.contextmanager

@@ -519,7 +519,8 @@ def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) 
 
 
 def _is_plain() -> bool:
-    """Whether nothing is active that sees the operations of a call, or transforms them."""
+    """Whether nothing is active that sees the operations of a call, or transforms them, and no
+    backward call is being made: that would not average the gradients of a first shared call."""
     autograd: Any = torch._C._autograd
     functorch: Any = torch._C._functorch
     return (
@@ -527,6 +528,7 @@ def _is_plain() -> bool:
         and functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
         and not any(map(_is_mode_of_program, range(torch._C._len_torch_dispatch_stack())))
+        and torch._C._current_graph_task_id() < 0
     )
 
 
