@@ -15,6 +15,7 @@ import torch
 
 from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.identity import WeakIdentityDict
+from flatout.parallel import shards
 from flatout.parallel.crossing import Crossing, gather
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
@@ -72,7 +73,7 @@ class Averaging:
         """Make a backward call, and average what it has computed."""
         accumulates = bool(kwargs.get("accumulate_grad"))
         if self._is_in_shard():
-            if accumulates:
+            if accumulates and not shards.is_in_tested_backward():
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()

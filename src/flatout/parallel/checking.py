@@ -142,6 +142,9 @@ def find_rule(
             return Refusal(f"there is no memory to test {name}", is_lasting=False)
         except _RaisedError as error:
             return Refusal(f"{name} raises {error}", is_lasting=False)
+        except UnshareableError as error:
+            search.release_kept()
+            return Refusal(f"{name} {error}")
         except _RefusedError as error:
             search.release_kept()
             return Refusal(f"{name} {error.reason}")
@@ -841,7 +844,8 @@ def _backward(
     if pairs:
         tensors, given = zip(*pairs, strict=True)
         try:
-            run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
+            with shards.tested_backward():
+                run_backward(tensors, given, False, False, (), True, accumulate_grad=True)
         except UnshareableError as error:
             raise _RefusedError(str(error), 6) from None
         except Exception as error:  # noqa: BLE001 - whatever the program's functions raise

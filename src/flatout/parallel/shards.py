@@ -99,6 +99,12 @@ class _Local(threading.local):
     current: Shard | None = None
 
 
+class _Tested:
+    """Whether a test makes a backward call; autograd may make parts of it in other threads."""
+
+    is_in_backward = False
+
+
 _local = _Local()
 
 
@@ -152,6 +158,22 @@ def observing(
     observer = Observer(sum_over_ranks, sum_gradients)
     with _entered(observer):
         yield observer.draws
+
+
+@contextlib.contextmanager
+def tested_backward() -> Iterator[None]:
+    """A context around the backward call of a test. A backward call inside of it is one of its
+    parts, as that of a checkpoint."""
+    _Tested.is_in_backward = True
+    try:
+        yield
+    finally:
+        _Tested.is_in_backward = False
+
+
+def is_in_tested_backward() -> bool:
+    """Whether a test makes a backward call now."""
+    return _Tested.is_in_backward
 
 
 @contextlib.contextmanager

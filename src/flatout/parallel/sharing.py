@@ -505,11 +505,13 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _is_plain() -> bool:
-    """Whether nothing is active that sees the operations of a call, or transforms them."""
+    """Whether nothing is active that sees the operations of a call, or transforms them, and no
+    backward call is being made: that would not average the gradients of a first shared call."""
     autograd: Any = torch._C._autograd
     functorch: Any = torch._C._functorch
     return (
         autograd._top_saved_tensors_default_hooks(True) is None
         and functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
+        and torch._C._current_graph_task_id() < 0
     )
