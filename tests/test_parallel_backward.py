@@ -26,6 +26,92 @@ model = Model()
 train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean())
 show(torch.rand(()))
 """,
+    "a sparse gradient on some ranks": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 4, sparse=True)
+        self.head = nn.Linear(4, 1)
+    def forward(self, x, m):
+        h = torch.zeros(len(x), 4)
+        if m.any():
+            h = h.index_put((m,), self.embedding(x[m]))
+        return self.head(h + x[:, None] * 0.1)
+model = Model()
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for step in range(8):
+    x = torch.randint(20, (8,))
+    m = torch.zeros(8, dtype=torch.bool)
+    m[:2] = True
+    if step < 2: m[6:] = True
+    opt.zero_grad()
+    l = model(x, m).square().mean()
+    l.backward()
+    g = model.embedding.weight.grad
+    show(l, g.is_sparse, g.to_dense().norm())
+    opt.step()
+""",
+    "a batch norm that only some ranks differentiate": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+        self.expert = nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 1)
+    def forward(self, x, m):
+        with torch.no_grad():
+            h = self.a(x)
+        if m.any():
+            h = h.index_put((m,), self.expert(x[m]))
+        h = self.norm(h)
+        return self.head(h)
+model = Model()
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for step in range(8):
+    x = torch.randn(8, 6)
+    m = torch.zeros(8, dtype=torch.bool)
+    m[:2] = True
+    if step < 2: m[6:] = True
+    opt.zero_grad()
+    l = model(x, m).square().mean()
+    l.backward()
+    show(l, *(p.grad.norm() for p in model.parameters() if p.grad is not None))
+    opt.step()
+""",
+    "graphs of gradients on some ranks": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+        self.expert = nn.Linear(6, 4)
+        self.head = nn.Linear(4, 1)
+    def forward(self, x, m):
+        h = self.a(x)
+        if m.any():
+            h = h.index_put((m,), self.expert(x[m]).tanh())
+        return self.head(h).tanh()
+model = Model()
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for step in range(8):
+    x = torch.randn(8, 6)
+    m = torch.zeros(8, dtype=torch.bool)
+    m[:2] = True
+    if step < 2: m[6:] = True
+    opt.zero_grad()
+    l = model(x, m).square().mean()
+    l.backward(create_graph=True)
+    p = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    show(l, p)
+    gs = torch.autograd.grad(p, list(model.parameters()), allow_unused=True)
+    show(*(g.norm() for g in gs if g is not None))
+    l = model(x, m).square().mean()
+    gs = torch.autograd.grad(l, list(model.parameters()), create_graph=True, allow_unused=True)
+    p = sum(g.square().sum() for g in gs if g is not None)
+    p.backward()
+    show(p, *(p.grad.norm() for p in model.parameters() if p.grad is not None))
+    opt.step()
+""",
 }
 
 WHOLE = {

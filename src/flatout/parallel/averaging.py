@@ -7,8 +7,11 @@ again changes nothing, and accumulated gradients need no care.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,17 +121,19 @@ class Averaging:
             for n, (gradient, version) in after.items()
             if _differs(before.get(n), gradient, version)
         ]
-        changed = _agree(team, changed, "makes a backward call")
+        own = {n: gradient for n in changed if (gradient := after[n][0]) is not None}
         leaves = self._leaves.numbered()
+        forms = _agree(team, own, "makes a backward call")
         differentiable: list[Any] = []
         plain: list[Any] = []
         with torch.no_grad():
-            for number in changed:
+            for number, form in forms.items():
                 leaf: Any = leaves[number]
                 gradient = stored_gradient.__get__(leaf)
-                if gradient is None:  # reached on other ranks only
-                    leaf.grad = gradient = torch.zeros_like(leaf, requires_grad=False)
-                (differentiable if gradient.requires_grad else plain).append(leaf)
+                if gradient is None or gradient.is_sparse != form.is_sparse:
+                    with torch.set_grad_enabled(form.is_recorded):
+                        leaf.grad = form.convert(gradient, leaf)
+                (differentiable if form.is_recorded else plain).append(leaf)
             stored = [stored_gradient.__get__(leaf) for leaf in plain]
             for leaf, gradient, mean in zip(plain, stored, team.average(stored), strict=True):
                 if gradient.is_sparse:
@@ -151,13 +156,64 @@ def _differs(
     return gradient is not before[0] or version != before[1]
 
 
-def _agree(team: Team, own: Sequence[int], what: str) -> list[int]:
-    """Return the numbers that any rank has; the numbers themselves are sent if they differ."""
-    header = Header(0, Meeting.GRADIENTS, subject=digest(what), content=digest(list(own)))
+@dataclass(frozen=True)
+class _Form:
+    """How gradients are stored.
+
+    Attributes:
+        sparse_dims: number of sparse dimensions; 0: it is dense.
+        is_recorded: whether it is part of a graph.
+    """
+
+    sparse_dims: int
+    is_recorded: bool
+
+    @classmethod
+    def of(cls, gradient: torch.Tensor) -> _Form:
+        """Return the form of a gradient."""
+        return cls(gradient.sparse_dim() if gradient.is_sparse else 0, gradient.requires_grad)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is sparse."""
+        return self.sparse_dims > 0
+
+    def __add__(self, other: _Form) -> _Form:
+        """Return the form of the sum of two gradients."""
+        is_recorded = self.is_recorded or other.is_recorded
+        is_alike = self.sparse_dims == other.sparse_dims
+        return _Form(self.sparse_dims if is_alike and not is_recorded else 0, is_recorded)
+
+    def convert(self, gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
+        """Return a gradient in this form; ``None`` stands for zeros."""
+        if gradient is not None:
+            return gradient.to_dense() if gradient.is_sparse and not self.is_sparse else gradient
+        if not self.is_sparse:
+            return torch.zeros_like(leaf, requires_grad=False)
+        indices = torch.empty(self.sparse_dims, 0, dtype=torch.long, device=leaf.device)
+        values = leaf.new_empty(0, *leaf.shape[self.sparse_dims :])
+        return torch.sparse_coo_tensor(indices, values, leaf.shape, check_invariants=False)
+
+
+def _agree(team: Team, own: Mapping[int, torch.Tensor], what: str) -> dict[int, _Form]:
+    """Return the forms of the gradients that any rank has.
+
+    Args:
+        team: the ranks.
+        own: the gradients of this rank by their numbers.
+        what: this rank does.
+    """
+    forms = [(n, *dataclasses.astuple(_Form.of(own[n]))) for n in sorted(own)]
+    header = Header(0, Meeting.GRADIENTS, subject=digest(what), content=digest(forms))
     headers = team.meet(header, what, ("sequence", "meeting", "subject"))
-    if len({other.content for other in headers}) == 1:
-        return list(own)
-    return team.collect_numbers(own)
+    of_ranks = [forms]
+    if len({other.content for other in headers}) > 1:
+        of_ranks = [json.loads(text) for text in team.channel.exchange(json.dumps(forms).encode())]
+    found: dict[int, _Form] = {}
+    for number, *fields in itertools.chain.from_iterable(of_ranks):
+        form = _Form(*fields)
+        found[number] = found[number] + form if number in found else form + form
+    return dict(sorted(found.items()))
 
 
 def _average_results(
@@ -168,13 +224,10 @@ def _average_results(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the means of what ``torch.autograd.grad`` returns."""
     found = list(results)
-    own = [i for i, result in enumerate(found) if result is not None]
+    own = {i: result for i, result in enumerate(found) if result is not None}
     present = _agree(team, own, "computes gradients")
-    for i in present:
-        if found[i] is None:  # reached on other ranks only
-            found[i] = torch.zeros_like(inputs[i], requires_grad=False)
-    gradients = [result for result in found if result is not None]
     with torch.set_grad_enabled(is_differentiable):
+        gradients = [form.convert(found[i], inputs[i]) for i, form in present.items()]
         means = _means(team, gradients) if is_differentiable else team.average(gradients)
     for i, mean in zip(present, means, strict=True):
         found[i] = mean

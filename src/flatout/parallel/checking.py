@@ -851,7 +851,10 @@ def _backward(
         except Exception as error:  # noqa: BLE001 - whatever the program's functions raise
             name = type(error).__name__
             raise _RefusedError(f"raises {name} in its backward pass", 6) from None
-    found = [leaf.grad for leaf in wanted]
+    found = [
+        leaf.grad.to_dense() if leaf.grad is not None and leaf.grad.is_sparse else leaf.grad
+        for leaf in wanted
+    ]
     for leaf in wanted:
         leaf.grad = None
     return found

@@ -224,9 +224,10 @@ def _gradients(
         *(gradient, values, scale, mean, variance, None, None, False, statistics.eps),
         [is_tensor_needed, True, True],
     )
+    # Another rank may need the sums though this one does not.
+    (sums,) = statistics.sum_gradients([torch.cat((of_weight, of_bias)).double()])
     if not is_tensor_needed:
         return None, of_weight, of_bias
-    (sums,) = statistics.sum_gradients([torch.cat((of_weight, of_bias)).double()])
     factor = (statistics.variance + statistics.eps).rsqrt() / statistics.count
     if weight is not None:
         factor = factor * weight.double()
@@ -258,9 +259,9 @@ def _differentiable_gradients(
     scale = (square / count + statistics.eps).rsqrt()
     normalized = centered * scale.view(by_channel)
     of_weight, of_bias = (gradient * normalized).sum(others), gradient.sum(others)
+    by_weight, by_bias = add(of_weight, of_bias)
     if not is_tensor_needed:
         return None, of_weight, of_bias
-    by_weight, by_bias = add(of_weight, of_bias)
     remaining = gradient - (by_bias / count).view(by_channel)
     remaining = remaining - normalized * (by_weight / count).view(by_channel)
     factor = scale if weight is None else scale * weight

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,15 +66,6 @@ class Team:
             words = [text.decode() for text in self.channel.exchange(what.encode())]
             self.ending.stop(_parting(name, rank, self.step, words))
         return headers
-
-    def collect_numbers(self, own: Iterable[int]) -> list[int]:
-        """Return the numbers that any rank has, in their order.
-
-        Args:
-            own: the numbers of this rank.
-        """
-        lists = [json.loads(text) for text in self.channel.exchange(json.dumps([*own]).encode())]
-        return sorted({number for numbers in lists for number in numbers})
 
     # Tensors
 
@@ -169,7 +159,8 @@ class Team:
         own = tensor.detach().coalesce()
         counts = [int(count) for count in self.channel.exchange(str(own._nnz()).encode())]
         indices, values = self.gather([own.indices(), own.values()], [1, 0], counts)
-        whole = torch.sparse_coo_tensor(indices, values / self.size, tensor.shape)
+        values = values / self.size
+        whole = torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=False)
         return whole.coalesce()
 
 
