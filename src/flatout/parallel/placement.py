@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,8 +12,17 @@ import torch
 class UnshareableError(BaseException):
     """A call cannot be shared out; all ranks compute it whole. The message is one clause.
 
-    It is no ``Exception``, so that the program's own handlers let it pass.
+    It is no ``Exception``, so that most handlers of the program let it pass.
+
+    Attributes:
+        last_reason: the message of the last one that was made, for those that it does not let pass.
     """
+
+    last_reason: ClassVar[str] = ""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        UnshareableError.last_reason = reason
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,11 @@ def shard(
     """
     rows = Rows(start, stop, batch)
     entered = Shard(rows, sum_over_ranks, placements, sum_gradients=sum_gradients)
+    UnshareableError.last_reason = ""
     with _entered(entered):
         yield
+    if UnshareableError.last_reason:  # the program has caught it
+        raise UnshareableError(UnshareableError.last_reason)
     if entered.drawn < len(placements):
         raise UnshareableError("draws fewer random numbers than the call that was tested")
 
