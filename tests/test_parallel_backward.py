@@ -112,6 +112,28 @@ for step in range(8):
     show(p, *(p.grad.norm() for p in model.parameters() if p.grad is not None))
     opt.step()
 """,
+    "a functional transform": """
+from torch.func import functional_call, grad, jacrev, vmap
+model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for step in range(4):
+    x = torch.randn(7, 6)
+    optimizer.zero_grad()
+    out = model(x)
+    parameters = dict(model.named_parameters())
+    def loss_of(p, x):
+        return functional_call(model, p, (x,)).square().mean()
+    found = grad(loss_of)(parameters, x)
+    show(*(value.norm() for value in found.values()))
+    found = vmap(grad(loss_of), (None, 0))({k: p.detach() for k, p in parameters.items()}, x)
+    show(*(value.norm() for value in found.values()))
+    show(jacrev(lambda scale: (scale * out).sum(1))(torch.ones(1)).norm())
+    slope = grad(lambda x: loss_of(parameters, x))(x)
+    loss = out.square().mean() + slope.square().sum()
+    loss.backward()
+    show(loss, *(p.grad.norm() for p in model.parameters()))
+    optimizer.step()
+""",
 }
 
 PARTLY = {

@@ -19,7 +19,7 @@ import torch
 from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import shards
-from flatout.parallel.crossing import Crossing, gather
+from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.team import Team
@@ -80,7 +80,7 @@ class Averaging:
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
-        if team is None or self._depth:
+        if team is None or self._depth or _is_transformed(outputs):
             return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         before = self._stored() if accumulates else {}
@@ -146,6 +146,12 @@ class Averaging:
                 means = _means(team, [stored_gradient.__get__(leaf) for leaf in differentiable])
             for leaf, mean in zip(differentiable, means, strict=True):
                 leaf.grad = mean
+
+
+def _is_transformed(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether ``torch.func`` makes a backward call through what was not shared out."""
+    functorch: Any = torch._C._functorch
+    return functorch.maybe_current_level() is not None and not reaches_shards(outputs)
 
 
 def _differs(

@@ -15,7 +15,7 @@ So each is the other's backward up to the factor, and double backward works by i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,22 @@ def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> lis
     ranks."""
     pairs = zip(dims, tensors, strict=True)
     return [tensor if dim is None else tensor.narrow(dim, 0, 0) for dim, tensor in pairs]
+
+
+def reaches_shards(outputs: Iterable[Any]) -> bool:
+    """Whether the graph of some tensors or ``GradientEdge`` has gathered tensors in it."""
+    gathers: Any = _Gather
+    pending = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
+    seen = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        if isinstance(node, gathers._backward_cls):
+            return True
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+    return False
 
 
 class _Scatter(torch.autograd.Function):
