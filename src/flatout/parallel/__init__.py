@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,8 @@ class Parallel:
             _find_rule,
             lambda: (host.roots, host.optimizers),
         )
-        self._averaging = Averaging(
-            leaves, lambda: self._sharing.team, lambda: self._sharing.is_in_shard
-        )
         self._team: Team | None = None
+        self._averaging = Averaging(leaves, lambda: self._sharing.team, self._is_in_shard)
         self._undo = [
             interior.install(),
             host.forward_wrappers.append(self._sharing, self._ending.failed),
@@ -73,6 +72,11 @@ class Parallel:
         for undo in self._undo:
             undo()
         self._undo = []
+
+    def _is_in_shard(self) -> bool:
+        """Whether this thread computes a shard, or looks for a rule."""
+        is_watched = self._team is not None and self._team.thread == threading.get_ident()
+        return self._sharing.is_in_shard and is_watched
 
     def _form_team(self) -> Team:
         from flatout.parallel import joining, sameness

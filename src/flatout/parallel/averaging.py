@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ class Averaging:
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
-        if team is None or self._depth or _is_transformed(outputs):
+        if team is None or self._is_apart(team, outputs):
             return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         before = self._stored() if accumulates else {}
@@ -97,6 +98,17 @@ class Averaging:
             self._average_stored(team, before)
             return result
         return _average_results(team, args[2], result, is_differentiable)
+
+    def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
+        """Whether a backward call is none of those that the ranks make together."""
+        if threading.get_ident() != team.thread:
+            if reaches_shards(outputs):
+                team.ending.stop(
+                    "--ranks does not support backward calls in another thread than the one that "
+                    "calls the modules"
+                )
+            return True
+        return self._depth > 0 or _is_transformed(outputs)
 
     def _stored(self) -> dict[int, tuple[torch.Tensor | None, int]]:
         """Return the gradients of all leaves and their versions."""
@@ -148,7 +160,7 @@ class Averaging:
                 leaf.grad = mean
 
 
-def _is_transformed(outputs: Sequence[torch.Tensor]) -> bool:
+def _is_transformed(outputs: Sequence[Any]) -> bool:
     """Whether ``torch.func`` makes a backward call through what was not shared out."""
     functorch: Any = torch._C._functorch
     return functorch.maybe_current_level() is not None and not reaches_shards(outputs)

@@ -160,8 +160,8 @@ def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> lis
 def reaches_shards(outputs: Iterable[Any]) -> bool:
     """Whether the graph of some tensors or ``GradientEdge`` has gathered tensors in it."""
     gathers: Any = _Gather
-    pending = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
-    seen = {None}
+    pending: list[Any] = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
+    seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node in seen:

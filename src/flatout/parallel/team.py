@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class Team:
     Attributes:
         rank, size: of this process.
         channel, ending: as given.
+        thread: the one in which this was made. The ranks meet in no other.
         step: number of optimizer steps so far.
     """
 
@@ -42,6 +44,7 @@ class Team:
         self.channel = channel
         self.ending = ending
         self.step = 0
+        self.thread = threading.get_ident()
         self._meetings = 0
 
     # Meetings
