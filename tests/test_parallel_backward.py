@@ -230,3 +230,75 @@ def test_a_backward_call_of_shards_in_another_thread_is_refused_by_name(tmp_path
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.status == 1
         assert "backward calls in another thread" in outcome.stderr
+
+
+INTERRUPTED = """
+import signal
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+is_first = agent._session._parallel is None or agent._session._parallel._place.rank == 0
+interrupts = False
+def interrupt(*args):
+    if interrupts and is_first:
+        signal.raise_signal(signal.SIGINT)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+    def forward(self, x):
+        {inside}
+        return self.model(x)
+root = Model()
+def step(x):
+    optimizer.zero_grad()
+    loss = root(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    show(loss)
+try:
+    for number in range(20):
+        interrupts = number == 5
+        x = torch.randn(7, 6)
+        {outside}
+        step(x)
+except KeyboardInterrupt:
+    interrupts = False
+    model.eval()
+    show(root(torch.ones(7, 6)).sum())
+    model.train()
+    for _ in range(3):
+        step(torch.ones(7, 6) + torch.arange(7.0)[:, None])
+    torch.save(model.state_dict(), "model.pt")
+    show(*(p.norm() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_an_interrupted_program_goes_on_alone(place: str, tmp_path: Path) -> None:
+    program = BEGIN + INTERRUPTED.format(
+        **{"inside": "pass", "outside": "pass", place: "interrupt()"}
+    )
+    (alone,) = side_by_side.run(program, 1, tmp_path)
+    first, other = side_by_side.run(program, 2, tmp_path)
+    assert (first.status, other.status) == (0, 0), first.stderr + other.stderr
+    found, shared, _ = json.loads(first.stdout)
+    expected, _, _ = json.loads(alone.stdout)
+    assert shared == 5
+    assert len(expected) == 10
+    for line, values in zip(found, expected, strict=True):
+        assert line == pytest.approx(values, rel=1e-9)
+    assert (tmp_path / "2-rank-0" / "model.pt").exists()
+
+
+def test_the_end_of_a_forked_child_is_not_that_of_the_program(tmp_path: Path) -> None:
+    program = BEGIN + (
+        "import os\nfrom pathlib import Path\nfrom flatout.parallel.place import place\n"
+        "nn.Linear(4, 3)(torch.randn(7, 4))\nchild = os.fork()\n"
+        "if child:\n"
+        "    os.waitpid(child, 0)\n"
+        "    show(len(list(place().run_directory.glob(f'ended-{place().rank}-*'))))\n"
+        "else:\n    atexit.unregister(end)"
+    )
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert outcome.status == 0, outcome.stderr
+        assert json.loads(outcome.stdout)[0] == [[0.0]]

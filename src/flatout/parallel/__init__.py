@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flatout.parallel.place import Place
@@ -28,12 +29,15 @@ class Parallel:
     def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
         from flatout.parallel import interior
         from flatout.parallel.averaging import Averaging, Leaves
-        from flatout.parallel.ending import Ending
+        from flatout.parallel.ending import Ending, Interruption
         from flatout.parallel.sharing import Sharing
 
         self._host = host
         self._place = place
         self._ending = Ending(place, host.events, finish)
+        self._interruption = Interruption() if place.rank == 0 else None
+        self._is_alone = False
+        self._has_left_call = False
         leaves = Leaves()
         self._sharing = Sharing(
             host.events,
@@ -46,8 +50,8 @@ class Parallel:
         self._averaging = Averaging(leaves, lambda: self._sharing.team, self._is_in_shard)
         self._undo = [
             interior.install(),
-            host.forward_wrappers.append(self._sharing, self._ending.failed),
-            host.backward_wrappers.append(self._averaging, self._ending.failed),
+            host.forward_wrappers.append(self._forward, self._ending.failed),
+            host.backward_wrappers.append(self._backward, self._ending.failed),
             host.after_optimizer_step.append(self._stepped, self._ending.failed),
         ]
         host.hooks.root_search.keeps_watches = True
@@ -65,13 +69,62 @@ class Parallel:
     def forget(self) -> None:
         """Compute everything whole from now on: this is the child of a fork."""
         self._remove()
+        if self._interruption is not None:
+            self._interruption.forget()
         if self._team is not None:
             self._team.channel.forget()
+            self._team = None
 
     def _remove(self) -> None:
         for undo in self._undo:
             undo()
         self._undo = []
+
+    def _forward(
+        self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a root call."""
+        if self._is_alone or self._has_been_interrupted():
+            return call(module, *args, **kwargs)
+        with self._noting_interrupted_calls():
+            return self._sharing(call, module, args, kwargs)
+
+    def _backward(self, call: Callable[..., Any], outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make a backward call."""
+        from flatout.parallel.crossing import reaches_shards
+
+        if not (self._is_alone or (self._has_left_call and self._has_been_interrupted())):
+            with self._noting_interrupted_calls():
+                return self._averaging(call, outputs, *args, **kwargs)
+        if reaches_shards(outputs):
+            self._ending.stop(
+                "the program was interrupted and then makes a backward call through what the ranks "
+                "have computed together before, which --ranks does not support"
+            )
+        return call(outputs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _noting_interrupted_calls(self) -> Iterator[None]:
+        """A context around what ranks do together. The others still wait where it was left."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._has_left_call = True
+            raise
+
+    def _has_been_interrupted(self) -> bool:
+        """Whether this is rank 0 and a signal has interrupted the program. From then on it computes
+        everything by itself, and the others end."""
+        is_nested = self._sharing.is_in_shard or self._averaging.is_active
+        if self._interruption is None or is_nested or not self._interruption.has_come():
+            return False
+        self._is_alone = True
+        if self._team is not None:
+            self._host.events.add("noticed", "ranks", self._summary())
+            self._ending.note_alone()
+            self._team.channel.close()
+            self._team = None
+        return True
 
     def _is_in_shard(self) -> bool:
         """Whether this thread computes a shard, or looks for a rule."""

@@ -99,6 +99,11 @@ class Averaging:
             return result
         return _average_results(team, args[2], result, is_differentiable)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a backward call is being made."""
+        return self._depth > 0
+
     def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
         """Whether a backward call is none of those that the ranks make together."""
         if threading.get_ident() != team.thread:

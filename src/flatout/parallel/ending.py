@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +46,7 @@ class Ending:
             sentence: the reason, printed on stderr.
         """
         self.is_stopping = True
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+        _flush()
         if sys.__stderr__ is not None:
             with contextlib.suppress(OSError, ValueError):
                 text = f"flatout: {sentence}\n"
@@ -62,6 +62,8 @@ class Ending:
 
     def lost(self, error: Exception) -> NoReturn:
         """Stop because another rank does not answer."""
+        if self._alone_file().exists():
+            self._leave()
         deadline = time.monotonic() + NEWS_SECONDS
         while (news := self.news()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -70,6 +72,19 @@ class Ending:
             first_line = next(iter(str(error).splitlines()), "")
             news = f"the connection to the other ranks is lost: {first_line}"
         self.stop(news)
+
+    def _leave(self) -> NoReturn:
+        """End the process because rank 0 goes on alone."""
+        self.is_stopping = True
+        _flush()
+        self._events.add("stopped", "ranks", "rank 0 was interrupted and goes on alone")
+        self._finish("stopped")
+        os._exit(0)
+
+    def note_alone(self) -> None:
+        """Let the other ranks know that this one goes on without them."""
+        with contextlib.suppress(OSError):
+            self._alone_file().touch()
 
     def note_end(self) -> None:
         """Let the other ranks know that the program has ended in this one."""
@@ -96,8 +111,55 @@ class Ending:
     def _others(self) -> list[int]:
         return [rank for rank in range(self._place.size) if rank != self._place.rank]
 
+    def _alone_file(self) -> Path:
+        return self._place.run_directory / f"alone-{self.ticket}"
+
     def _end_file(self, rank: int) -> Path:
         return self._place.run_directory / f"ended-{rank}-{self.ticket}"
+
+
+class Interruption:
+    """Notices signals that interrupt the program: only rank 0 gets them, and what it does then the
+    others do not.
+
+    It must be made in the main thread, else it notices none.
+    """
+
+    def __init__(self) -> None:
+        self._has_come = False
+        self._reader = self._writer = -1
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._reader, self._writer = os.pipe()
+        for end in (self._reader, self._writer):
+            os.set_blocking(end, False)
+        before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        if before != -1:  # the program waits for signals by itself
+            signal.set_wakeup_fd(before)
+
+    def has_come(self) -> bool:
+        """Whether SIGINT or SIGTERM was handled in Python since this was made."""
+        if self._reader != -1 and not self._has_come:
+            with contextlib.suppress(BlockingIOError):
+                numbers = os.read(self._reader, 65536)
+                self._has_come = not {signal.SIGINT, signal.SIGTERM}.isdisjoint(numbers)
+        return self._has_come
+
+    def forget(self) -> None:
+        """Notice nothing more, in the child of a fork, which shares the pipe with its parent."""
+        if self._reader != -1:
+            before = signal.set_wakeup_fd(-1)
+            if before not in (-1, self._writer):
+                signal.set_wakeup_fd(before)
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 def _read(path: Path) -> str | None:
