@@ -158,6 +158,21 @@ stop.set()
 thread.join()
 show(*found)
 """,
+    "rounding that differs between ranks": """
+model = nn.Linear(4, 1)
+table = torch.randn(10, 4, requires_grad=True)
+parallel = agent._session._parallel
+# As if threads had added up in another order on each rank.
+noise = 0.0 if parallel is None else 1e-7 * (2 * parallel._place.rank - 1)
+optimizer = torch.optim.SGD([*model.parameters(), table], 0.1)
+for step in range(12):
+    ids = torch.randint(10, (7,))
+    optimizer.zero_grad()
+    loss = model(torch.randn(7, 4)).square().mean() + table[ids].square().mean() * (1 + noise)
+    loss.backward()
+    optimizer.step()
+    show(table.norm(), table.grad.norm())
+""",
 }
 
 PARTLY = {

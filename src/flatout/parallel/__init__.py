@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from flatout.intercept.identity import WeakIdentitySet
 from flatout.parallel.place import Place
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Parallel:
         self._place = place
         self._ending = Ending(place, host.events, finish)
         self._interruption = Interruption() if place.rank == 0 else None
+        self._stepped_optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
         self._is_alone = False
         self._has_left_call = False
         leaves = Leaves()
@@ -44,7 +46,7 @@ class Parallel:
             leaves,
             self._form_team,
             _find_rule,
-            lambda: (host.roots, host.optimizers),
+            lambda: (host.roots, self._take_stepped()),
         )
         self._team: Team | None = None
         self._averaging = Averaging(leaves, lambda: self._sharing.team, self._is_in_shard)
@@ -52,6 +54,7 @@ class Parallel:
             interior.install(),
             host.forward_wrappers.append(self._forward, self._ending.failed),
             host.backward_wrappers.append(self._backward, self._ending.failed),
+            host.before_optimizer_step.append(self._include, self._ending.failed),
             host.after_optimizer_step.append(self._stepped, self._ending.failed),
         ]
         host.hooks.root_search.keeps_watches = True
@@ -146,10 +149,22 @@ class Parallel:
         sameness.agree_on_kernel(channel.exchange)
         return team
 
+    def _include(self, optimizer: Any) -> None:
+        if not self._is_alone:
+            self._averaging.include(optimizer)
+
+    def _take_stepped(self) -> list[Any]:
+        """Return the optimizers that have stepped since the last time, in the order in which they
+        did first."""
+        found = list(self._stepped_optimizers)
+        self._stepped_optimizers = WeakIdentitySet()
+        return found
+
     def _stepped(self, optimizer: Any) -> None:
         from flatout.parallel.sharing import COMPARED_STEPS
 
         if self._team is not None:
+            self._stepped_optimizers.add(optimizer)
             self._team.step += 1
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
 

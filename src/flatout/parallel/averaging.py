@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flatout.intercept.gradients import stored_gradient
-from flatout.intercept.identity import WeakIdentityDict
+from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.parallel import shards
 from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
@@ -29,17 +29,32 @@ _autograd: Any = torch.autograd
 
 
 class Leaves:
-    """The leaves whose gradients may be partial, numbered alike on all ranks."""
+    """The leaves whose gradients are averaged, numbered alike on all ranks: those whose gradients
+    may be partial, and those whose gradients might have other bits on each rank."""
 
     def __init__(self) -> None:
+        self._shared: WeakIdentitySet[torch.Tensor] = WeakIdentitySet()
         self._numbers: WeakIdentityDict[torch.Tensor, int] = WeakIdentityDict()
         self._next = itertools.count()
 
     def add(self, leaves: Iterable[torch.Tensor]) -> None:
-        """Add leaves, in an order that is the same on all ranks."""
+        """Add leaves that a shared call reaches, in an order that is the same on all ranks."""
         for leaf in leaves:
-            if leaf not in self._numbers:
-                self._numbers[leaf] = next(self._next)
+            self._shared.add(leaf)
+            self._number(leaf)
+
+    def add_whole(self, leaves: Iterable[torch.Tensor]) -> None:
+        """Add leaves that no shared call may ever reach, in an order that is the same on all
+        ranks."""
+        for leaf in leaves:
+            self._number(leaf)
+
+    def _number(self, leaf: torch.Tensor) -> None:
+        if leaf not in self._numbers:
+            self._numbers[leaf] = next(self._next)
+
+    def __contains__(self, leaf: torch.Tensor) -> bool:
+        return leaf in self._numbers
 
     def numbered(self) -> dict[int, torch.Tensor]:
         """Return the living leaves by their numbers."""
@@ -47,7 +62,7 @@ class Leaves:
 
     def have_hooks(self) -> bool:
         """Whether the program sees a gradient before it is averaged."""
-        leaves: Any = self._numbers.keys()
+        leaves: Any = self._shared
         return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
 
 
@@ -103,6 +118,21 @@ class Averaging:
     def is_active(self) -> bool:
         """Whether a backward call is being made."""
         return self._depth > 0
+
+    def include(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients of all that an optimizer updates, from its next step on.
+
+        Rounding may differ between ranks where threads add up, and would add up itself.
+        """
+        team = self._team()
+        if team is None or self.is_active or self._is_in_shard():
+            return
+        updated = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        if all(leaf in self._leaves for leaf in updated):
+            return
+        before = self._stored()
+        self._leaves.add_whole(updated)
+        self._average_stored(team, before)
 
     def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
         """Whether a backward call is none of those that the ranks make together."""
