@@ -51,9 +51,12 @@ ENDS = {
         """
 print(step(torch.randn(7, 4)), flush=True)
 child = os.fork()
-print(step(torch.randn(6, 4)), flush=True)
+value = step(torch.randn(6, 4))
 if child:
-    print(os.waitpid(child, 0)[1])
+    print(value, os.waitpid(child, 0)[1], open("of_child").read())
+else:
+    with open("of_child", "w") as file:
+        file.write(str(value))
     print(step(torch.randn(6, 4)))
 """,
         0,
@@ -61,9 +64,12 @@ if child:
     "a child before the first call": (
         """
 child = os.fork()
-print(step(torch.randn(6, 4)), flush=True)
+value = step(torch.randn(6, 4))
 if child:
-    print(os.waitpid(child, 0)[1])
+    print(value, os.waitpid(child, 0)[1], open("of_child").read())
+else:
+    with open("of_child", "w") as file:
+        file.write(str(value))
 """,
         0,
     ),
