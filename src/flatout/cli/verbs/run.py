@@ -59,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=1,
         metavar="N",
-        help="run the command as N processes, each on its share of the cores; rank 0 is the "
-        "program, and what the other ranks write is discarded (default: 1)",
+        help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
+        "cores, which share out the batches; rank 0 is the program, and what the other ranks "
+        "write is discarded (default: 1)",
     )
 
 
