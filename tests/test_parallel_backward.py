@@ -134,30 +134,6 @@ for step in range(4):
     show(loss, *(p.grad.norm() for p in model.parameters()))
     optimizer.step()
 """,
-    "a thread with a model of its own": """
-import threading
-model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
-other = nn.Linear(6, 1)
-x = torch.randn(60, 6)
-stop = threading.Event()
-found = []
-def train_other():
-    while not stop.is_set():
-        w = torch.ones(6, requires_grad=True)
-        (w * 3).sum().backward()
-        other.zero_grad()
-        other(x[:5]).sum().backward()
-        found[:] = [w.grad.sum(), other.weight.grad.norm()]
-model(x[:7]).sum().backward()
-model.zero_grad()
-other(x[:6]).sum().backward()
-thread = threading.Thread(target=train_other)
-thread.start()
-train(model, TensorDataset(x), lambda x: model(x).square().mean())
-stop.set()
-thread.join()
-show(*found)
-""",
     "rounding that differs between ranks": """
 model = nn.Linear(4, 1)
 table = torch.randn(10, 4, requires_grad=True)
@@ -236,10 +212,18 @@ def test_a_program_computes_what_it_does_alone(name: str, tmp_path: Path) -> Non
         assert bool(whole) == (name not in SHARED), whole
 
 
-def test_a_backward_call_of_shards_in_another_thread_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "nn.Linear(6, 4)(torch.randn(7, 6)).square().mean()",
+        "(nn.Linear(6, 4)(torch.randn(7, 6)).detach() * model.weight).sum()",
+    ],
+)
+def test_a_backward_call_in_another_thread_is_refused_by_name(loss: str, tmp_path: Path) -> None:
     program = BEGIN + (
         "import threading\n"
-        "loss = nn.Linear(6, 4)(torch.randn(7, 6)).square().mean()\n"
+        "model = nn.Linear(4, 7)\n"
+        f"loss = {loss}\n"
         "thread = threading.Thread(target=loss.backward)\nthread.start()\nthread.join()"
     )
     for outcome in side_by_side.run(program, 2, tmp_path):

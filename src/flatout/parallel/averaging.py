@@ -96,7 +96,7 @@ class Averaging:
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
-        if team is None or self._is_apart(team, outputs):
+        if team is None or self._is_apart(team, outputs, accumulates):
             return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         before = self._stored() if accumulates else {}
@@ -134,10 +134,13 @@ class Averaging:
         self._leaves.add_whole(updated)
         self._average_stored(team, before)
 
-    def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
-        """Whether a backward call is none of those that the ranks make together."""
+    def _is_apart(self, team: Team, outputs: Sequence[Any], accumulates: bool) -> bool:
+        """Return whether a backward call is none of those that the ranks make together.
+
+        In another thread, it may accumulate gradients while they are averaged in this one.
+        """
         if threading.get_ident() != team.thread:
-            if reaches_shards(outputs):
+            if accumulates or reaches_shards(outputs):
                 team.ending.stop(
                     "--ranks does not support backward calls in another thread than the one that "
                     "calls the modules"
