@@ -221,7 +221,7 @@ def _compare_with_one_process(rank: Rank, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_one_process(ranks: Ranks, name: str) -> None:
-    ranks.run(_compare_with_one_process, name)
+    assert ranks.find_failures(_compare_with_one_process, name) == ""
 
 
 def _compare_flattened(rank: Rank) -> None:
@@ -245,7 +245,7 @@ def _compare_flattened(rank: Rank) -> None:
 
 
 def test_samples_inside_of_a_flattened_dimension(ranks: Ranks) -> None:
-    ranks.run(_compare_flattened)
+    assert ranks.find_failures(_compare_flattened) == ""
 
 
 def _compare_with_fast_random(rank: Rank) -> None:
@@ -266,7 +266,7 @@ def _compare_with_fast_random(rank: Rank) -> None:
 
 
 def test_fast_random_numbers_have_the_same_positions(ranks: Ranks) -> None:
-    ranks.run(_compare_with_fast_random)
+    assert ranks.find_failures(_compare_with_fast_random) == ""
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {

@@ -125,7 +125,7 @@ def _compare_with_one_process(rank: Rank, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_one_process(ranks: Ranks, name: str) -> None:
-    ranks.run(_compare_with_one_process, name)
+    assert ranks.find_failures(_compare_with_one_process, name) == ""
 
 
 def _compare_in_low_precision(rank: Rank, dtype: torch.dtype) -> None:
@@ -145,7 +145,7 @@ def _compare_in_low_precision(rank: Rank, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision(ranks: Ranks, dtype: torch.dtype) -> None:
-    ranks.run(_compare_in_low_precision, dtype)
+    assert ranks.find_failures(_compare_in_low_precision, dtype) == ""
 
 
 def _compare_far_from_zero(rank: Rank) -> None:
@@ -156,7 +156,7 @@ def _compare_far_from_zero(rank: Rank) -> None:
 
 
 def test_values_far_from_zero(ranks: Ranks) -> None:
-    ranks.run(_compare_far_from_zero)
+    assert ranks.find_failures(_compare_far_from_zero) == ""
 
 
 def _compare_penalty(rank: Rank) -> None:
@@ -185,7 +185,7 @@ def _compare_penalty(rank: Rank) -> None:
 
 
 def test_double_backward(ranks: Ranks) -> None:
-    ranks.run(_compare_penalty)
+    assert ranks.find_failures(_compare_penalty) == ""
 
 
 def _normalize_under_vmap(x: Tensor) -> Tensor:

@@ -105,15 +105,7 @@ def size_bytes(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
 
 def _tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> list[torch.Tensor]:
     """Return the tensors to copy, each once, except tensor subclasses and sparse tensors."""
-    found: list[torch.Tensor] = []
-    for root in roots:
-        found += objects.parameters(root)
-        found += objects.buffers(root)
-    for optimizer in optimizers:
-        for group in objects.param_groups(optimizer):
-            found += group["params"]
-        for state in objects.attributes(optimizer).get("state", {}).values():
-            found += state.values() if isinstance(state, dict) else ()
+    found = objects.state_tensors(roots, optimizers)
     once = {id(t): t for t in found if type(t) in EXACT_TENSOR_TYPES and t.layout is torch.strided}
     return list(once.values())
 

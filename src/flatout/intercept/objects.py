@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -162,6 +162,20 @@ def named_buffers(root: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def buffers(root: Any) -> Iterator[torch.Tensor]:
     """Yield the buffers of ``named_buffers``."""
     return (buffer for _, buffer in _named_tensors(root, "_buffers"))
+
+
+def state_tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield what training changes, some of it more than once: the parameters and buffers of root
+    modules, what optimizers update, and the tensors in their states."""
+    for root in roots:
+        yield from parameters(root)
+        yield from buffers(root)
+    for optimizer in optimizers:
+        for group in param_groups(optimizer):
+            yield from group["params"]
+        for state in attributes(optimizer).get("state", {}).values():
+            values = state.values() if isinstance(state, dict) else ()
+            yield from (value for value in values if issubclass(type(value), torch.Tensor))
 
 
 def _named_tensors(root: Any, kind: str) -> Iterator[tuple[str, Any]]:

@@ -57,16 +57,7 @@ def state_digest(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
         roots: modules that were called outermost.
         optimizers: of the program.
     """
-    found: list[torch.Tensor] = []
-    for root in roots:
-        found += objects.parameters(root)
-        found += objects.buffers(root)
-    for optimizer in optimizers:
-        for group in objects.param_groups(optimizer):
-            found += group["params"]
-        for state in objects.attributes(optimizer).get("state", {}).values():
-            values = state.values() if isinstance(state, dict) else ()
-            found += [value for value in values if isinstance(value, torch.Tensor)]
+    found = objects.state_tensors(roots, optimizers)
     return content_digest({id(tensor): tensor for tensor in found}.values())
 
 

@@ -389,8 +389,10 @@ class Sharing:
     def _find_disagreement(self, team: Team, shard: _Shard, headers: Sequence[Header]) -> str:
         """Return why a call must be computed whole, an empty string if it need not."""
         if any(header.outcome & _FAILED for header in headers):
-            reasons = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
-            return min(filter(None, reasons), key=PARTED.__eq__)
+            texts = [text.decode() for text in team.channel.exchange(shard.reason.encode())]
+            reasons = [text for text in texts if text]
+            # A rank that only followed another one does not know why.
+            return next((reason for reason in reasons if reason != PARTED), PARTED)
         own = headers[0]
         for header in headers:
             if header.structure != own.structure:
