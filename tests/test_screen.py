@@ -158,8 +158,18 @@ class FailingScreening(ModelledScreening):
         ), Comparison(arms=tuple(map(dict, arms)))
 
 
-class PartlyFailingScreening(ModelledScreening):
-    """A screening in which one of two settings of a knob fails, and the other is measured."""
+class MeasuringScreening(ModelledScreening):
+    """A screening in which settings of ``precision`` have the speedups given, and nothing else has.
+
+    Args:
+        speedups: by setting.
+        events: what the agent records of each comparison.
+    """
+
+    def __init__(self, speedups: Mapping[str, float], *events: AgentEvent) -> None:
+        super().__init__({})
+        self.speedups = speedups
+        self.events = events
 
     def _compare(
         self,
@@ -169,16 +179,17 @@ class PartlyFailingScreening(ModelledScreening):
         compared: Sequence[Candidate] | str,
     ) -> tuple[Trial, Comparison]:
         comparison = Comparison(arms=tuple(map(dict, arms)), block_steps=2, discard_steps=1)
-        done = finished(AgentEvent(0.0, "failed", "precision=bf16", "no units", None))
+        done = finished(*self.events)
         for arm in [*range(len(arms))] * 8:
-            step_ms = 5.0 if arms[arm].get("precision") == "safe" else 10.0
-            step = replace(STEP, arm=arm, step_ms=step_ms)
+            speedup = self.speedups.get(arms[arm].get("precision", ""), 1.0)
+            step = replace(STEP, arm=arm, step_ms=10.0 / speedup)
             done.process.steps += [replace(step, mark="switched"), step]
         return done, comparison
 
 
 def test_a_setting_that_fails_leaves_the_other_settings_of_its_knob() -> None:
-    screening = PartlyFailingScreening({})
+    failure = AgentEvent(0.0, "failed", "precision=bf16", "no units", None)
+    screening = MeasuringScreening({"safe": 2.0}, failure)
     bf16, safe = (
         Candidate("precision", name, is_hot=True, bound=None) for name in ("bf16", "safe")
     )
@@ -190,30 +201,11 @@ def test_a_setting_that_fails_leaves_the_other_settings_of_its_knob() -> None:
     assert ratio.value == pytest.approx(2.0, rel=1e-3)
 
 
-class MeasuringScreening(ModelledScreening):
-    """A screening in which two settings of a knob are faster."""
-
-    def _compare(
-        self,
-        arms: Sequence[Mapping[str, str]],
-        stop_rule: StopRule,
-        share: float,
-        compared: Sequence[Candidate] | str,
-    ) -> tuple[Trial, Comparison]:
-        comparison = Comparison(arms=tuple(map(dict, arms)), block_steps=2, discard_steps=1)
-        done = finished()
-        for arm in [*range(len(arms))] * 8:
-            faster = {"bf16": 2.0, "safe": 1.5}.get(arms[arm].get("precision", ""), 1.0)
-            step = replace(STEP, arm=arm, step_ms=10.0 / faster)
-            done.process.steps += [replace(step, mark="switched"), step]
-        return done, comparison
-
-
 @pytest.mark.parametrize("names", [("bf16", "safe"), ("safe", "bf16")])
 def test_of_two_faster_settings_of_a_knob_the_slower_one_is_left_out(
     names: tuple[str, str],
 ) -> None:
-    screening = MeasuringScreening({})
+    screening = MeasuringScreening({"bf16": 2.0, "safe": 1.5})
     precisions = [Candidate("precision", name, is_hot=True, bound=None) for name in names]
     screening.ledger.enter(precisions)
     assert screening._rank([*precisions, *HOT]) == {"precision": "bf16"}
