@@ -43,14 +43,9 @@ class Crossing:
 
     def scatter(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the own rows of whole tensors."""
-        start, stop = bounds(self.batch, self.team.size)[self.team.rank]
-        found = []
-        for dim, tensor in zip(self.dims, tensors, strict=True):
-            if dim is not None:
-                multiple = tensor.shape[dim] // self.batch
-                tensor = cut_tensor(tensor, dim, start * multiple, stop * multiple)
-            found.append(tensor)
-        return found
+        rows = bounds(self.batch, self.team.size)[self.team.rank]
+        pairs = zip(self.dims, tensors, strict=True)
+        return [tensor if dim is None else cut_tensor(tensor, dim, *rows) for dim, tensor in pairs]
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return whole tensors from those of the shards, and means of those that are whole."""

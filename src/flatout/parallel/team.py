@@ -78,13 +78,12 @@ class Team:
         """Return the tensors of the whole batch, with the strides that those of the shards have.
 
         Args:
-            tensors: of this rank's shard. Along its dimension, a tensor's size is a multiple of the
-                number of rows of the shard, the same multiple on all ranks.
+            tensors: of this rank's shard.
             dims: the dimension of each tensor that counts samples.
             rows: the number of rows of each rank's shard.
         """
         self._refuse_batched(tensors)
-        shapes = [_shapes(t, dim, self.rank, rows) for t, dim in zip(tensors, dims, strict=True)]
+        shapes = [_shapes(t, dim, rows) for t, dim in zip(tensors, dims, strict=True)]
         sizes = [
             [
                 shape[rank].numel() * t.element_size()
@@ -167,11 +166,10 @@ class Team:
         return whole.coalesce()
 
 
-def _shapes(tensor: torch.Tensor, dim: int, own: int, rows: Sequence[int]) -> list[torch.Size]:
+def _shapes(tensor: torch.Tensor, dim: int, rows: Sequence[int]) -> list[torch.Size]:
     """Return the shape of a tensor on each rank."""
-    multiple = tensor.shape[dim] // rows[own] if rows[own] else 1
     shape = list(tensor.shape)
-    return [torch.Size([*shape[:dim], multiple * of_rank, *shape[dim + 1 :]]) for of_rank in rows]
+    return [torch.Size([*shape[:dim], of_rank, *shape[dim + 1 :]]) for of_rank in rows]
 
 
 def _empty_whole(shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
