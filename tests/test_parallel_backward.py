@@ -134,6 +134,22 @@ for step in range(4):
     show(loss, *(p.grad.norm() for p in model.parameters()))
     optimizer.step()
 """,
+    "a thread with a model of its own": """
+import threading
+model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+other = nn.Linear(6, 1)
+x = torch.randn(60, 6)
+def train_other():
+    other.zero_grad()
+    (other(x[:5]).sum() + (model[0].weight * x[0]).sum()).backward()
+def train_both(x):
+    thread = threading.Thread(target=train_other)
+    thread.start()
+    thread.join()
+    return model(x).square().mean() + other.weight.grad.norm()
+train(model, TensorDataset(x), train_both)
+show(other.weight.grad.norm())
+""",
     "rounding that differs between ranks": """
 model = nn.Linear(4, 1)
 table = torch.randn(10, 4, requires_grad=True)
@@ -212,23 +228,36 @@ def test_a_program_computes_what_it_does_alone(name: str, tmp_path: Path) -> Non
         assert bool(whole) == (name not in SHARED), whole
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        "nn.Linear(6, 4)(torch.randn(7, 6)).square().mean()",
-        "(nn.Linear(6, 4)(torch.randn(7, 6)).detach() * model.weight).sum()",
-    ],
-)
-def test_a_backward_call_in_another_thread_is_refused_by_name(loss: str, tmp_path: Path) -> None:
-    program = BEGIN + (
-        "import threading\n"
-        "model = nn.Linear(4, 7)\n"
-        f"loss = {loss}\n"
-        "thread = threading.Thread(target=loss.backward)\nthread.start()\nthread.join()"
+REFUSED_THREADS = {
+    "in another thread": """
+loss = nn.Linear(6, 4)(torch.randn(7, 6)).square().mean()
+in_a_thread(loss.backward)
+""",
+    "in two threads at one time": """
+outputs = nn.Linear(6, 4)(torch.randn(7, 6))
+other = torch.ones(3, requires_grad=True)
+outputs.register_hook(lambda gradient: in_a_thread(other.sum().backward))
+outputs.square().mean().backward()
+""",
+}
+
+
+@pytest.mark.parametrize("where", REFUSED_THREADS)
+def test_backward_calls_in_another_thread_are_refused_by_name(where: str, tmp_path: Path) -> None:
+    program = (
+        BEGIN
+        + """
+import threading
+def in_a_thread(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+"""
+        + REFUSED_THREADS[where]
     )
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.status == 1
-        assert "backward calls in another thread" in outcome.stderr
+        assert f"does not support backward calls {where}" in outcome.stderr
 
 
 INTERRUPTED = """

@@ -85,6 +85,7 @@ class Averaging:
         self._team = team
         self._is_in_shard = is_in_shard
         self._depth = 0
+        self._turn = threading.RLock()
 
     def __call__(
         self, call: Callable[..., Any], outputs: Any, gradients: Any, *args: Any, **kwargs: Any
@@ -96,7 +97,29 @@ class Averaging:
                 raise UnshareableError("it makes a backward call in its forward pass")
             return call(outputs, gradients, *args, **kwargs)
         team = self._team()
-        if team is None or self._is_apart(team, outputs, accumulates):
+        if team is None:
+            return call(outputs, gradients, *args, **kwargs)
+        if not accumulates:
+            return self._compute(team, call, outputs, gradients, *args, **kwargs)
+        if not self._turn.acquire(blocking=False):
+            # What one thread accumulates while another averages would be lost or averaged.
+            team.ending.stop("--ranks does not support backward calls in two threads at one time")
+        try:
+            return self._compute(team, call, outputs, gradients, *args, **kwargs)
+        finally:
+            self._turn.release()
+
+    def _compute(
+        self,
+        team: Team,
+        call: Callable[..., Any],
+        outputs: Any,
+        gradients: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        accumulates = bool(kwargs.get("accumulate_grad"))
+        if self._is_apart(team, outputs):
             return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         before = self._stored() if accumulates else {}
@@ -134,13 +157,10 @@ class Averaging:
         self._leaves.add_whole(updated)
         self._average_stored(team, before)
 
-    def _is_apart(self, team: Team, outputs: Sequence[Any], accumulates: bool) -> bool:
-        """Return whether a backward call is none of those that the ranks make together.
-
-        In another thread, it may accumulate gradients while they are averaged in this one.
-        """
+    def _is_apart(self, team: Team, outputs: Sequence[Any]) -> bool:
+        """Return whether a backward call is none of those that the ranks make together."""
         if threading.get_ident() != team.thread:
-            if accumulates or reaches_shards(outputs):
+            if reaches_shards(outputs):
                 team.ending.stop(
                     "--ranks does not support backward calls in another thread than the one that "
                     "calls the modules"
