@@ -67,7 +67,8 @@ def request(size: int) -> Ranks:
         UserError: there are too few cores, or what companions write could not be kept from the
             user's files.
     """
-    processors = len(cores.allowed_processors())
+    allowed = cores.allowed_processors()
+    processors = len(allowed)
     most = MOST_RANKS_PER_PROCESSOR * processors
     if size > most:
         raise UserError(
@@ -80,7 +81,8 @@ def request(size: int) -> Ranks:
             f"--ranks needs a copy-on-write view of the files, or all ranks would write to your "
             f"real ones: {reason}"
         )
-    return Ranks(size, secrets.randbits(_SEED_BITS), secrets.randbits(_SEED_BITS))
+    seeds = secrets.randbits(_SEED_BITS), secrets.randbits(_SEED_BITS)
+    return Ranks(size, *seeds, processors=allowed)
 
 
 def run(

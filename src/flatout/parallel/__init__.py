@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentitySet
@@ -25,9 +25,19 @@ class Parallel:
         host: of this process.
         place: of this process among the ranks.
         finish: writes the rest of the record, with a reason.
+        processors: those of all ranks together; ``None``: they are not given up, whatever they
+            cost.
     """
 
-    def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        place: Place,
+        finish: Callable[[str], None],
+        processors: Sequence[int] | None,
+    ) -> None:
+        import torch
+
         from flatout.parallel import interior
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending, Interruption
@@ -35,6 +45,8 @@ class Parallel:
 
         self._host = host
         self._place = place
+        self._processors = processors
+        self._threads = torch.get_num_threads()
         self._ending = Ending(place, host.events, finish)
         self._interruption = Interruption() if place.rank == 0 else None
         self._stepped_optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
@@ -87,7 +99,7 @@ class Parallel:
         self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Make a root call."""
-        if self._is_alone or self._has_been_interrupted():
+        if self._is_alone or self._has_been_interrupted() or self._has_cost_too_much():
             return call(module, *args, **kwargs)
         with self._noting_interrupted_calls():
             return self._sharing(call, module, args, kwargs)
@@ -101,7 +113,7 @@ class Parallel:
                 return self._averaging(call, outputs, *args, **kwargs)
         if reaches_shards(outputs):
             self._ending.stop(
-                "the program was interrupted and then makes a backward call through what the ranks "
+                "rank 0 has gone on alone and then makes a backward call through what the ranks "
                 "have computed together before, which --ranks does not support"
             )
         return call(outputs, *args, **kwargs)
@@ -118,16 +130,43 @@ class Parallel:
     def _has_been_interrupted(self) -> bool:
         """Whether this is rank 0 and a signal has interrupted the program. From then on it computes
         everything by itself, and the others end."""
-        is_nested = self._sharing.is_in_shard or self._averaging.is_active
-        if self._interruption is None or is_nested or not self._interruption.has_come():
+        if self._interruption is None or self._is_nested() or not self._interruption.has_come():
             return False
+        self._go_alone("the program was interrupted")
+        return True
+
+    def _has_cost_too_much(self) -> bool:
+        """Whether this is rank 0 and it goes on alone because that is faster."""
+        team = self._team
+        if team is None or self._place.rank or self._processors is None or self._is_nested():
+            return False
+        if team.thread != threading.get_ident() or not team.balance.has_lost():
+            return False
+        if team.graphs.are_open():
+            return False
+        balance = team.balance
+        self._go_alone(
+            f"in {team.step} steps the ranks have cost {balance.cost_s:.1f} s and saved at most "
+            f"{balance.saving_s:.1f} s"
+        )
+        return True
+
+    def _is_nested(self) -> bool:
+        return self._sharing.is_in_shard or self._averaging.is_active
+
+    def _go_alone(self, why: str) -> None:
+        """Compute everything by this process from now on, on all cores; the other ranks end."""
+        from flatout.parallel import alone
+
         self._is_alone = True
         if self._team is not None:
             self._host.events.add("noticed", "ranks", self._summary())
-            self._ending.note_alone()
+            self._host.events.add("noticed", "ranks", f"rank 0 goes on alone: {why}")
+            self._ending.note_alone(why)
             self._team.channel.close()
             self._team = None
-        return True
+        if self._processors is not None:
+            alone.take_processors(self._processors, self._threads)
 
     def _is_in_shard(self) -> bool:
         """Whether this thread computes a shard, or looks for a rule."""
@@ -180,15 +219,22 @@ class Parallel:
         return "; ".join(parts)
 
 
-def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:
+def install(
+    host: Host,
+    place: Place,
+    finish: Callable[[str], None],
+    processors: Sequence[int] | None = None,
+) -> Parallel:
     """Share out the root calls of this process from now on.
 
     Args:
         host: of this process.
         place: of this process among the ranks.
         finish: writes the rest of the record, with a reason, when the ranks have parted.
+        processors: those of all ranks together; ``None``: they are not given up, whatever they
+            cost.
     """
-    return Parallel(host, place, finish)
+    return Parallel(host, place, finish, processors)
 
 
 def _find_rule(

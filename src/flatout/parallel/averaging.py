@@ -20,6 +20,7 @@ import torch
 from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.parallel import shards
+from flatout.parallel.balance import Phase
 from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
@@ -100,16 +101,30 @@ class Averaging:
         if team is None:
             return call(outputs, gradients, *args, **kwargs)
         if not accumulates:
-            return self._compute(team, call, outputs, gradients, *args, **kwargs)
+            return self._make(team, call, outputs, gradients, *args, **kwargs)
         if not self._turn.acquire(blocking=False):
             # What one thread accumulates while another averages would be lost or averaged.
             team.ending.stop("--ranks does not support backward calls in two threads at one time")
         try:
-            return self._compute(team, call, outputs, gradients, *args, **kwargs)
+            return self._make(team, call, outputs, gradients, *args, **kwargs)
         finally:
             self._turn.release()
 
-    def _compute(
+    def _make(
+        self,
+        team: Team,
+        call: Callable[..., Any],
+        outputs: Any,
+        gradients: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self._is_apart(team, outputs):
+            return call(outputs, gradients, *args, **kwargs)
+        with team.balance.spend(Phase.COMPARISON):
+            return self._make_together(team, call, outputs, gradients, *args, **kwargs)
+
+    def _make_together(
         self,
         team: Team,
         call: Callable[..., Any],
@@ -119,19 +134,20 @@ class Averaging:
         **kwargs: Any,
     ) -> Any:
         accumulates = bool(kwargs.get("accumulate_grad"))
-        if self._is_apart(team, outputs):
-            return call(outputs, gradients, *args, **kwargs)
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
+        is_kept = bool(args[0]) if args else bool(kwargs.get("keep_graph"))
         before = self._stored() if accumulates else {}
         self._depth += 1
         try:
-            result = call(outputs, gradients, *args, **kwargs)
+            with team.balance.spend(Phase.SHARD):
+                result = call(outputs, gradients, *args, **kwargs)
         except Exception:
             if accumulates:  # some gradients may have been stored already
                 self._average_stored(team, before)
             raise
         finally:
             self._depth -= 1
+            team.graphs.close_reached(is_kept)
         if accumulates:
             self._average_stored(team, before)
             return result

@@ -172,11 +172,13 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, crossing: Crossing, *tensors: torch.Tensor) -> Any:
         ctx.crossing = crossing
+        ctx.graph = crossing.team.graphs.open()
         return (*crossing.scatter(tensors), torch.empty(0, device="cpu"))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         crossing: Crossing = ctx.crossing
+        ctx.graph.is_reached = True
         scaled = crossing.scaled(gradients[:-1], 1 / crossing.team.size)
         return (None, *gather(crossing, scaled, "computes gradients of inputs"))
 
@@ -192,6 +194,7 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         joined = crossing.gather(tensors)
         ctx.crossing = crossing
+        ctx.graph = crossing.team.graphs.open()
         ctx.recorded = [
             is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)
         ]
@@ -202,6 +205,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         crossing: Crossing = ctx.crossing.select(ctx.recorded)
+        ctx.graph.is_reached = True
         wanted = [g for g, is_recorded in zip(gradients, ctx.recorded, strict=True) if is_recorded]
         parts = iter(_take_back(crossing, wanted))
         anchor = torch.zeros(0, device="cpu") if ctx.needs_input_grad[2] else None

@@ -62,8 +62,8 @@ class Ending:
 
     def lost(self, error: Exception) -> NoReturn:
         """Stop because another rank does not answer."""
-        if self._alone_file().exists():
-            self._leave()
+        if (why := _read(self._alone_file())) is not None:
+            self._leave(why)
         deadline = time.monotonic() + NEWS_SECONDS
         while (news := self.news()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -73,18 +73,18 @@ class Ending:
             news = f"the connection to the other ranks is lost: {first_line}"
         self.stop(news)
 
-    def _leave(self) -> NoReturn:
+    def _leave(self, why: str) -> NoReturn:
         """End the process because rank 0 goes on alone."""
         self.is_stopping = True
         _flush()
-        self._events.add("stopped", "ranks", "rank 0 was interrupted and goes on alone")
+        self._events.add("stopped", "ranks", f"rank 0 goes on alone: {why}")
         self._finish("stopped")
         os._exit(0)
 
-    def note_alone(self) -> None:
-        """Let the other ranks know that this one goes on without them."""
+    def note_alone(self, why: str) -> None:
+        """Let the other ranks know that this one goes on without them, and why."""
         with contextlib.suppress(OSError):
-            self._alone_file().touch()
+            self._alone_file().write_text(why, "utf-8")
 
     def note_end(self) -> None:
         """Let the other ranks know that the program has ended in this one."""

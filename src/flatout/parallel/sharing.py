@@ -21,6 +21,7 @@ from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
+from flatout.parallel.balance import Phase
 from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
@@ -206,11 +207,12 @@ class Sharing:
             return call(module, *args, **kwargs)
         if self._team is None:
             self._team = self._form_team()
-        current = self._meet(self._team, module, args, kwargs)
-        try:
-            return self._make(current, call)
-        finally:
-            current.state.scalars = kinds.scalars_of(module)
+        with self._team.balance.spend(Phase.COMPARISON):
+            current = self._meet(self._team, module, args, kwargs)
+            try:
+                return self._make(current, call)
+            finally:
+                current.state.scalars = kinds.scalars_of(module)
 
     def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
         """Make a root call about which the ranks have met."""
@@ -284,7 +286,8 @@ class Sharing:
         kind.tests += 1
         self.is_in_shard = True
         try:
-            found = self._find_rule(call.module, call.args, call.kwargs, team.size)
+            with team.balance.spend(Phase.PROGRAM):
+                found = self._find_rule(call.module, call.args, call.kwargs, team.size)
         finally:
             self.is_in_shard = False
         header = Header(0, Meeting.RULE, content=digest(found))
@@ -304,7 +307,8 @@ class Sharing:
         if subject not in self.whole:
             self._events.add("skipped", "ranks", f"{subject[0]} is not shared out: {reason}")
         self.whole[subject] += 1
-        return call(current.module, *current.args, **current.kwargs)
+        with current.team.balance.spend(Phase.PROGRAM):
+            return call(current.module, *current.args, **current.kwargs)
 
     # Shared calls
 
@@ -364,7 +368,10 @@ class Sharing:
         self.is_in_shard = True
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
-            with shards.shard(*rows, batch, self._add_up, rule.placements):
+            with (
+                current.team.balance.spend(Phase.SHARD),
+                shards.shard(*rows, batch, self._add_up, rule.placements),
+            ):
                 shard.result = call(current.module, *args, **kwargs)
             shard.outputs = kinds.distinct_tensors(shard.result)
         except UnshareableError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flatout.parallel.balance import Balance, Graphs, Phase
 from flatout.parallel.channel import Gloo, aligned, to_bytes
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
@@ -34,6 +35,8 @@ class Team:
     Attributes:
         rank, size: of this process.
         channel, ending: as given.
+        balance: what the ranks cost and save.
+        graphs: those of what the ranks have computed together.
         thread: the one in which this was made. The ranks meet in no other.
         step: number of optimizer steps so far.
     """
@@ -43,6 +46,8 @@ class Team:
         self.size = channel.size
         self.channel = channel
         self.ending = ending
+        self.balance = Balance(channel.size)
+        self.graphs = Graphs()
         self.step = 0
         self.thread = threading.get_ident()
         self._meetings = 0
@@ -62,7 +67,8 @@ class Team:
         """
         header = dataclasses.replace(header, sequence=self._meetings)
         self._meetings += 1
-        headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
+        with self.balance.spend(Phase.COMMUNICATION):
+            headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
         found = first_difference(headers, alike)
         if found is not None:
             name, rank = found
@@ -95,7 +101,8 @@ class Team:
         own = torch.zeros(max(of_rank[-1] for of_rank in offsets), dtype=torch.uint8, device="cpu")
         for tensor, start, size in zip(tensors, offsets[self.rank], sizes[self.rank], strict=False):
             own[start : start + size] = to_bytes(tensor)
-        received = self.channel.gather(own)
+        with self.balance.spend(Phase.COMMUNICATION):
+            received = self.channel.gather(own)
         joined = [_empty_whole(t, dim, sum(s[dim] for s in shape))
                   for t, dim, shape in zip(tensors, dims, shapes, strict=True)]  # fmt: skip
         for rank in range(self.size):
@@ -116,7 +123,8 @@ class Team:
         for indices in _buckets(tensors):
             parts = [_real(tensors[i].detach()).reshape(-1).cpu() for i in indices]
             flat = torch.cat([_for_sum(part) for part in parts])
-            self.channel.sum(flat)
+            with self.balance.spend(Phase.COMMUNICATION):
+                self.channel.sum(flat)
             flat.mul_(1 / self.size)
             numbers = [part.numel() for part in parts]
             for i, mean in zip(indices, flat.split(numbers), strict=True):
@@ -143,8 +151,9 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms differ in sizes")
-        for tensor in tensors:
-            self.channel.sum(tensor)
+        with self.balance.spend(Phase.COMMUNICATION):
+            for tensor in tensors:
+                self.channel.sum(tensor)
         return tensors
 
     def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -178,11 +178,14 @@ class Ranks:
         seed: for the generators that the program does not seed: all ranks draw the same numbers.
         hash_seed: ``PYTHONHASHSEED`` of all ranks where the user has set none: sets of strings have
             the same order.
+        processors: numbers of the logical processors of all ranks together. Rank 0 takes them if it
+            goes on alone; ``None``: it does not because of what the ranks cost.
     """
 
     size: int
     seed: int
     hash_seed: int
+    processors: list[int] | None = None
 
 
 @dataclass(frozen=True)

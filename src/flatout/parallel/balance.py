@@ -1,0 +1,131 @@
+"""Whether the ranks cost more time than they can save."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+WINDOW_S = 0.5
+"""Time in shards and for the ranks, after which the two are compared."""
+
+LOST_WINDOWS = 2
+"""Windows in a row that must be lost: once, another program may have had the cores."""
+
+
+class Phase(enum.Enum):
+    """What a rank spends time on.
+
+    Attributes:
+        PROGRAM: what it would do alone, too.
+        SHARD: its part of what is shared out.
+        COMMUNICATION: what the ranks tell each other, and waiting for it.
+        COMPARISON: everything else that it does because there are other ranks.
+    """
+
+    PROGRAM = "program"
+    SHARD = "shard"
+    COMMUNICATION = "communication"
+    COMPARISON = "comparison"
+
+
+class Balance:
+    """The time of one rank by phases.
+
+    Sharing a computation out saves at most what the other ranks compute meanwhile, which is as much
+    as this rank does: ``size - 1`` times its own time in shards. It saves less where one process
+    would use all cores.
+
+    Args:
+        size: number of ranks.
+        clock: returns seconds.
+
+    Attributes:
+        seconds: by phase, so far.
+    """
+
+    def __init__(self, size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = dict.fromkeys(Phase, 0.0)
+        self._size = size
+        self._clock = clock
+        self._phase = Phase.PROGRAM
+        self._since_s = clock()
+        self._window_cost_s = self._window_saving_s = 0.0
+        self._lost_windows = 0
+
+    @contextlib.contextmanager
+    def spend(self, phase: Phase) -> Iterator[None]:
+        """A context whose time is spent on a phase, but for contexts in it."""
+        before = self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    @property
+    def cost_s(self) -> float:
+        """Time that one process would not need."""
+        return self.seconds[Phase.COMMUNICATION] + self.seconds[Phase.COMPARISON]
+
+    @property
+    def saving_s(self) -> float:
+        """The most that sharing out can have saved."""
+        return (self._size - 1) * self.seconds[Phase.SHARD]
+
+    def has_lost(self) -> bool:
+        """Whether the ranks have cost more than they can have saved, lately and altogether."""
+        cost_s = self.cost_s - self._window_cost_s
+        saving_s = self.saving_s - self._window_saving_s
+        if cost_s + saving_s / (self._size - 1) >= WINDOW_S:
+            self._lost_windows = self._lost_windows + 1 if cost_s > saving_s else 0
+            self._window_cost_s, self._window_saving_s = self.cost_s, self.saving_s
+        return self._lost_windows >= LOST_WINDOWS and self.cost_s > self.saving_s
+
+    def _switch(self, phase: Phase) -> Phase:
+        before, now = self._phase, self._clock()
+        self.seconds[before] += now - self._since_s
+        self._phase, self._since_s = phase, now
+        return before
+
+
+class Graph:
+    """What the ranks have computed together, as long as a backward call may go through it.
+
+    Attributes:
+        is_reached: whether the present backward call has gone through it.
+    """
+
+    __slots__ = ("__weakref__", "is_reached")
+
+    def __init__(self) -> None:
+        self.is_reached = False
+
+
+class Graphs:
+    """The graphs through which a backward call may still go."""
+
+    def __init__(self) -> None:
+        self._open: weakref.WeakSet[Graph] = weakref.WeakSet()
+
+    def open(self) -> Graph:
+        """Return a new graph, to be held by what a backward call goes through."""
+        graph = Graph()
+        self._open.add(graph)
+        return graph
+
+    def close_reached(self, is_kept: bool) -> None:
+        """Note that a backward call has ended.
+
+        Args:
+            is_kept: whether another one may go through the same graph.
+        """
+        for graph in [graph for graph in self._open if graph.is_reached]:
+            graph.is_reached = False
+            if not is_kept:
+                self._open.discard(graph)
+
+    def are_open(self) -> bool:
+        """Whether a backward call may still go through what the ranks have computed together."""
+        return bool(self._open)

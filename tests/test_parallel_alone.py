@@ -1,0 +1,210 @@
+"""Rank 0 goes on alone where the ranks cost more time than they can save."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from flatout.parallel.balance import LOST_WINDOWS, WINDOW_S, Balance, Graphs, Phase
+from tests import side_by_side
+
+
+class Clock:
+    """A clock that tests turn on."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def spend(balance: Balance, clock: Clock, phase: Phase, seconds: float) -> None:
+    with balance.spend(phase):
+        clock.now_s += seconds
+
+
+def test_time_belongs_to_the_innermost_phase() -> None:
+    clock = Clock()
+    balance = Balance(2, clock)
+    clock.now_s += 1
+    with balance.spend(Phase.COMPARISON):
+        clock.now_s += 2
+        with balance.spend(Phase.SHARD):
+            clock.now_s += 4
+            spend(balance, clock, Phase.COMMUNICATION, 8)
+            clock.now_s += 16
+        clock.now_s += 32
+        with contextlib.suppress(ValueError), balance.spend(Phase.PROGRAM):
+            clock.now_s += 64
+            raise ValueError
+    spend(balance, clock, Phase.SHARD, 128)
+    assert balance.seconds == {
+        Phase.PROGRAM: 1 + 64,
+        Phase.COMPARISON: 2 + 32,
+        Phase.SHARD: 4 + 16 + 128,
+        Phase.COMMUNICATION: 8,
+    }
+    assert (balance.cost_s, balance.saving_s) == (42, 148)
+
+
+def test_a_saving_counts_once_for_each_other_rank() -> None:
+    clock = Clock()
+    balance = Balance(4, clock)
+    for _ in range(20):
+        spend(balance, clock, Phase.COMMUNICATION, 2.9)
+        spend(balance, clock, Phase.SHARD, 1.0)
+        assert not balance.has_lost()
+
+
+def test_ranks_have_lost_after_several_windows() -> None:
+    clock = Clock()
+    balance = Balance(2, clock)
+    spend(balance, clock, Phase.PROGRAM, 1000)
+    found = []
+    for _ in range(LOST_WINDOWS + 1):
+        found.append(balance.has_lost())
+        spend(balance, clock, Phase.COMPARISON, WINDOW_S * 0.6)
+        spend(balance, clock, Phase.SHARD, WINDOW_S * 0.4)
+    assert found == [False] * LOST_WINDOWS + [True]
+
+
+def test_one_slow_window_is_not_enough() -> None:
+    clock = Clock()
+    balance = Balance(2, clock)
+    for number in range(20):
+        costs = number % 2 == 0
+        spend(balance, clock, Phase.COMMUNICATION, WINDOW_S * (0.9 if costs else 0.1))
+        spend(balance, clock, Phase.SHARD, WINDOW_S * (0.1 if costs else 0.9))
+        assert not balance.has_lost()
+
+
+def test_what_was_saved_before_counts() -> None:
+    clock = Clock()
+    balance = Balance(2, clock)
+    spend(balance, clock, Phase.SHARD, 10)
+    losses = 0
+    while not balance.has_lost():
+        spend(balance, clock, Phase.COMMUNICATION, WINDOW_S)
+        losses += 1
+    assert losses * WINDOW_S == pytest.approx(10 + WINDOW_S)
+
+
+def test_a_graph_is_open_until_a_backward_call_has_gone_through_it() -> None:
+    graphs = Graphs()
+    assert not graphs.are_open()
+    first, second = graphs.open(), graphs.open()
+    first.is_reached = True
+    graphs.close_reached(is_kept=True)
+    graphs.close_reached(is_kept=False)
+    assert graphs.are_open()
+    first.is_reached = True
+    graphs.close_reached(is_kept=False)
+    assert graphs.are_open()
+    del second
+    assert not graphs.are_open()
+
+
+GO_ALONE = """
+import json
+from torch import nn
+from flatout.parallel.balance import Balance
+shown = []
+def show(*values):
+    shown.append([float(value) for value in values])
+def go_alone():
+    Balance.has_lost = lambda self: True
+def finish():
+    parallel = agent._session._parallel
+    is_alone = parallel is not None and parallel._is_alone
+    print(json.dumps([shown, is_alone, len(os.sched_getaffinity(0)), torch.get_num_threads()]))
+import os
+from flatout import agent
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+"""
+
+PROGRAMS = {
+    "a plain loop": """
+for i in range(8):
+    loss = model(torch.randn(7, 6)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    show(loss, *(p.grad.norm() for p in model.parameters()))
+    if i == 3:
+        go_alone()
+""",
+    "two models and a graph that outlives a step": """
+critic = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+critic_optimizer = torch.optim.SGD(critic.parameters(), 1e-2)
+for i in range(8):
+    if i == 3:
+        go_alone()
+    fake = model(torch.randn(7, 6))
+    critic_optimizer.zero_grad()
+    loss = critic(torch.randn(7, 1)).mean() - critic(fake.detach()).mean()
+    loss.backward()
+    critic_optimizer.step()
+    optimizer.zero_grad()
+    (-critic(fake).mean()).backward()
+    optimizer.step()
+    show(loss, *(p.grad.norm() for p in model.parameters()))
+""",
+    "a penalty with a second derivative": """
+for i in range(8):
+    x = torch.randn(7, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    loss = gradient.square().mean() + model(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    show(loss, *(p.grad.norm() for p in model.parameters()))
+    if i == 3:
+        go_alone()
+""",
+    "evaluation only": """
+model.eval()
+for i in range(8):
+    with torch.no_grad():
+        show(model(torch.randn(7, 6)).sum())
+    if i == 3:
+        go_alone()
+""",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rank_0_computes_on_what_the_program_computes(name: str, tmp_path: Path) -> None:
+    program = GO_ALONE + PROGRAMS[name] + "finish()\n"
+    processors = sorted(os.sched_getaffinity(0))
+    (alone,) = side_by_side.run(program, 1, tmp_path)
+    first, second = side_by_side.run(program, 2, tmp_path, processors=processors)
+    assert (first.status, second.status) == (0, 0), first.stderr + second.stderr
+    expected, _, _, _ = json.loads(alone.stdout)
+    found, is_alone, cores, _ = json.loads(first.stdout)
+    assert is_alone
+    assert cores == len(processors)
+    assert second.stdout == ""
+    for line, line_alone in zip(found, expected, strict=True):
+        assert line == pytest.approx(line_alone, rel=1e-9)
+
+
+def test_a_backward_call_through_what_was_shared_stops_the_ranks_by_name(tmp_path: Path) -> None:
+    program = GO_ALONE + (
+        "output = model(torch.randn(7, 6))\n"
+        "output.sum().backward(retain_graph=True)\n"
+        "agent._session._parallel._team.graphs._open.clear()\n"
+        "go_alone()\nmodel(torch.randn(7, 6))\noutput.sum().backward()\n"
+    )
+    first, _ = side_by_side.run(program, 2, tmp_path, processors=sorted(os.sched_getaffinity(0)))
+    assert first.status == 1
+    assert "has gone on alone and then makes a backward call" in first.stderr
+
+
+def test_ranks_stay_together_where_they_are_not_to_part(tmp_path: Path) -> None:
+    program = GO_ALONE + "go_alone()\n" + PROGRAMS["a plain loop"] + "finish()\n"
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert json.loads(outcome.stdout)[1] is False
