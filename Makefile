@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
-SUITE = not measured and not frameworks and not accelerator and not tunes and not traps and not injected
+SUITE = not measured and not ranks and not frameworks and not accelerator and not tunes and not traps and not injected
 
 all: test
 
@@ -36,6 +36,13 @@ versions: test-torch-2.9.1 test-torch-2.14.1
 # Every function of ours that a step reaches fails at its second and seventh entry.
 injected: $(INSTALLED)
 	$(BIN)/python -m pytest -m injected
+
+# Whole programs on 2, 3 and 4 ranks against the same programs alone; and three of them.
+ranks: $(INSTALLED) .venv-frameworks/.installed
+	$(BIN)/python -m pytest -m ranks
+
+ranks-quick: $(INSTALLED) .venv-frameworks/.installed
+	$(BIN)/python -m pytest -m ranks -k "gpt-2 or cnn-3 or lightning-2"
 
 # Whole tunes of small programs.
 tunes: $(INSTALLED)
@@ -106,4 +113,4 @@ site: .venv-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test versions injected tunes traps lint docs site frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test versions injected ranks ranks-quick tunes traps lint docs site frameworks accelerator bench bench-quick measured clean

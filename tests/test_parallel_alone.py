@@ -41,13 +41,30 @@ def test_time_belongs_to_the_innermost_phase() -> None:
             clock.now_s += 64
             raise ValueError
     spend(balance, clock, Phase.SHARD, 128)
+    spend(balance, clock, Phase.WAITING, 256)
     assert balance.seconds == {
         Phase.PROGRAM: 1 + 64,
+        Phase.TESTING: 0,
         Phase.COMPARISON: 2 + 32,
         Phase.SHARD: 4 + 16 + 128,
+        Phase.WAITING: 256,
         Phase.COMMUNICATION: 8,
     }
-    assert (balance.cost_s, balance.saving_s) == (42, 148)
+    assert (balance.cost_s, balance.saving_s) == (298, 148)
+
+
+def test_the_bound_is_that_of_amdahl() -> None:
+    clock = Clock()
+    balance = Balance(4, clock)
+    clock.now_s += 10
+    for phase, seconds in ((Phase.SHARD, 10), (Phase.WAITING, 15), (Phase.COMMUNICATION, 5)):
+        spend(balance, clock, phase, seconds)
+    clock.now_s += 10
+    assert balance.describe() == (
+        "rank 0 has spent 20% on its shards, 40% on what every rank does alike, 0% testing what "
+        "may be shared out, 30% waiting for other ranks, 10% sending and receiving tensors, 0% comparing inputs and states; 4 ranks "
+        "are at most 2.00 times as fast as one of them alone"
+    )
 
 
 def test_a_saving_counts_once_for_each_other_rank() -> None:

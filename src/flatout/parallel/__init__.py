@@ -77,6 +77,7 @@ class Parallel:
         if self._team is None or self._ending.is_stopping:
             return
         self._host.events.add("noticed", "ranks", self._summary())
+        self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
         self._team.channel.close()
         self._team = None

@@ -20,13 +20,17 @@ class Phase(enum.Enum):
 
     Attributes:
         PROGRAM: what it would do alone, too.
+        TESTING: what may be shared out, at the first calls.
         SHARD: its part of what is shared out.
-        COMMUNICATION: what the ranks tell each other, and waiting for it.
+        WAITING: for the slowest rank.
+        COMMUNICATION: what the ranks send each other.
         COMPARISON: everything else that it does because there are other ranks.
     """
 
     PROGRAM = "program"
+    TESTING = "testing"
     SHARD = "shard"
+    WAITING = "waiting"
     COMMUNICATION = "communication"
     COMPARISON = "comparison"
 
@@ -67,12 +71,27 @@ class Balance:
     @property
     def cost_s(self) -> float:
         """Time that one process would not need."""
-        return self.seconds[Phase.COMMUNICATION] + self.seconds[Phase.COMPARISON]
+        costs = Phase.WAITING, Phase.COMMUNICATION, Phase.COMPARISON
+        return sum(self.seconds[phase] for phase in costs)
 
     @property
     def saving_s(self) -> float:
         """The most that sharing out can have saved."""
         return (self._size - 1) * self.seconds[Phase.SHARD]
+
+    def describe(self) -> str:
+        """Return what the time was spent on, and what ranks can gain (Amdahl 1967)."""
+        self._switch(self._phase)
+        total_s = sum(self.seconds.values())
+        alike_s, shard_s = self.seconds[Phase.PROGRAM], self.seconds[Phase.SHARD]
+        bound = (alike_s + self._size * shard_s) / (alike_s + shard_s)
+        shares = ", ".join(
+            f"{self.seconds[phase] / total_s:.0%} {words}" for phase, words in _WORDS.items()
+        )
+        return (
+            f"rank 0 has spent {shares}; {self._size} ranks are at most {bound:.2f} times as fast "
+            "as one of them alone"
+        )
 
     def has_lost(self) -> bool:
         """Whether the ranks have cost more than they can have saved, lately and altogether."""
@@ -88,6 +107,16 @@ class Balance:
         self.seconds[before] += now - self._since_s
         self._phase, self._since_s = phase, now
         return before
+
+
+_WORDS = {
+    Phase.SHARD: "on its shards",
+    Phase.PROGRAM: "on what every rank does alike",
+    Phase.TESTING: "testing what may be shared out",
+    Phase.WAITING: "waiting for other ranks",
+    Phase.COMMUNICATION: "sending and receiving tensors",
+    Phase.COMPARISON: "comparing inputs and states",
+}
 
 
 class Graph:

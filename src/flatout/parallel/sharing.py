@@ -286,7 +286,7 @@ class Sharing:
         kind.tests += 1
         self.is_in_shard = True
         try:
-            with team.balance.spend(Phase.PROGRAM):
+            with team.balance.spend(Phase.TESTING):
                 found = self._find_rule(call.module, call.args, call.kwargs, team.size)
         finally:
             self.is_in_shard = False

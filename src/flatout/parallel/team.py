@@ -67,7 +67,7 @@ class Team:
         """
         header = dataclasses.replace(header, sequence=self._meetings)
         self._meetings += 1
-        with self.balance.spend(Phase.COMMUNICATION):
+        with self.balance.spend(Phase.WAITING):
             headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
         found = first_difference(headers, alike)
         if found is not None:
