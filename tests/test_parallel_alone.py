@@ -62,7 +62,8 @@ def test_the_bound_is_that_of_amdahl() -> None:
     clock.now_s += 10
     assert balance.describe() == (
         "rank 0 has spent 20% on its shards, 40% on what every rank does alike, 0% testing what "
-        "may be shared out, 30% waiting for other ranks, 10% sending and receiving tensors, 0% comparing inputs and states; 4 ranks "
+        "may be shared out, 30% waiting for other ranks, 10% sending and "
+        "receiving tensors, 0% comparing inputs and states; 4 ranks "
         "are at most 2.00 times as fast as one of them alone"
     )
 
