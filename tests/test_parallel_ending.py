@@ -271,3 +271,10 @@ print("end")
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert (outcome.status, outcome.stdout) == (1, "")
         assert "computes statistics of a batch norm" in outcome.stderr
+
+
+def test_a_program_of_several_processes_is_refused_by_name(tmp_path: Path) -> None:
+    program = TRAIN + "os.environ['WORLD_SIZE'] = '2'\nstep(torch.ones(7, 4))"
+    for outcome in side_by_side.run(program, 2, tmp_path):
+        assert outcome.status == 1
+        assert "this one trains in 2 that share out its batches already" in outcome.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -178,6 +179,12 @@ class Parallel:
         from flatout.parallel import joining, sameness
         from flatout.parallel.team import Team
 
+        processes = _count_processes_of_program()
+        if processes > 1:
+            self._ending.stop(
+                f"--ranks is for programs of one process, and this one trains in {processes} that "
+                "share out its batches already: leave --ranks out"
+            )
         channel = joining.join(self._place, self._ending)
         self._team = team = Team(channel, self._ending)
         messages = [json.loads(text) for text in channel.exchange(json.dumps(sys.argv).encode())]
@@ -218,6 +225,17 @@ class Parallel:
             f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
         ]
         return "; ".join(parts)
+
+
+def _count_processes_of_program() -> int:
+    """Return how many processes the program itself has made one of, 1 if it has not."""
+    from torch import distributed
+
+    launched = os.environ.get("WORLD_SIZE", "")  # torchrun and what starts programs as it does
+    connected = 1
+    if distributed.is_available() and distributed.is_initialized():
+        connected = distributed.get_world_size()
+    return max(connected, int(launched) if launched.isdecimal() else 1)
 
 
 def install(
