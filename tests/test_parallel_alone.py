@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatout.parallel.balance import LOST_WINDOWS, WINDOW_S, Balance, Graphs, Phase
+from flatout.wire.record import read_run
 from tests import side_by_side
 
 
@@ -226,3 +227,18 @@ def test_ranks_stay_together_where_they_are_not_to_part(tmp_path: Path) -> None:
     program = GO_ALONE + "go_alone()\n" + PROGRAMS["a plain loop"] + "finish()\n"
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert json.loads(outcome.stdout)[1] is False
+
+
+def test_each_rank_records_what_it_has_shared_out_and_spent(tmp_path: Path) -> None:
+    program = GO_ALONE + PROGRAMS["a plain loop"] + "model(torch.ones(1, 6))\nfinish()\n"
+    program = program.replace("BatchNorm1d", "LayerNorm").replace("    go_alone()", "    pass")
+    side_by_side.run(program, 2, tmp_path)
+    processes = read_run(tmp_path / "run-2").processes
+    assert len(processes) == 2
+    for process in processes:
+        work = process.shared_work
+        assert work is not None
+        assert (work.ranks, work.shared) == (2, {"Sequential": 8})
+        assert [(calls.module, calls.count) for calls in work.whole] == [("Sequential", 1)]
+        assert set(work.seconds) == {phase.value for phase in Phase}
+        assert all(seconds > 0 for seconds in work.seconds.values())

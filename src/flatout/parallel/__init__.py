@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.parallel.place import Place
+from flatout.wire.lines import SharedWork, WholeCalls
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -77,7 +78,7 @@ class Parallel:
         self._remove()
         if self._team is None or self._ending.is_stopping:
             return
-        self._host.events.add("noticed", "ranks", self._summary())
+        self._record_work(self._team)
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
         self._team.channel.close()
@@ -162,7 +163,7 @@ class Parallel:
 
         self._is_alone = True
         if self._team is not None:
-            self._host.events.add("noticed", "ranks", self._summary())
+            self._record_work(self._team)
             self._host.events.add("noticed", "ranks", f"rank 0 goes on alone: {why}")
             self._ending.note_alone(why)
             self._team.channel.close()
@@ -214,6 +215,19 @@ class Parallel:
             self._stepped_optimizers.add(optimizer)
             self._team.step += 1
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
+
+    def _record_work(self, team: Team) -> None:
+        """Record what was shared out, and what the time was spent on."""
+        self._host.events.add("noticed", "ranks", self._summary())
+        whole = self._sharing.whole.items()
+        self._host.record.write(
+            SharedWork(
+                team.size,
+                dict(self._sharing.shared),
+                tuple(WholeCalls(module, why, count) for (module, why), count in whole),
+                {phase.value: seconds for phase, seconds in team.balance.seconds.items()},
+            )
+        )
 
     def _summary(self) -> str:
         """Return how many calls were shared out, and how many were not."""

@@ -270,6 +270,41 @@ class LearnedSettings:
 
 
 @dataclass(frozen=True)
+class WholeCalls:
+    """Calls that every rank has computed whole.
+
+    Attributes:
+        module: the class of the module.
+        why: the reason, as a clause.
+        count: how many.
+    """
+
+    module: str
+    why: str
+    count: int
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What a rank has shared out with the others, and what it has spent its time on, until the end
+    of the program or until rank 0 went on alone.
+
+    Attributes:
+        ranks: their number.
+        shared: the number of calls that were shared out, by the class of the module.
+        whole: those that were not.
+        seconds: time by phase, see ``parallel.balance.Phase``.
+    """
+
+    kind: ClassVar[str] = "ranks"
+
+    ranks: int
+    shared: dict[str, int]
+    whole: tuple[WholeCalls, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class End:
     """The last line of a process that ended in an orderly way.
 

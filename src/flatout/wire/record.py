@@ -46,6 +46,7 @@ from flatout.wire.lines import (
     Output,
     PackedTrace,
     RootState,
+    SharedWork,
     State,
 )
 from flatout.wire.packing import Unpacker
@@ -151,6 +152,8 @@ class ProcessRecord(_Loops[list[Step]]):
         gradients: a map from the name of a parameter to the gradients of its first optimizer steps.
         outputs: the outermost forward calls outside training.
         state: the state of the modules when the run ended; ``None``: not requested, or not reached.
+        shared_work: what this rank has shared out with others; ``None``: there were none, or it did
+            not end in an orderly way.
         end: the last line; ``None``: the process did not end in an orderly way.
     """
 
@@ -165,6 +168,7 @@ class ProcessRecord(_Loops[list[Step]]):
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
+    shared_work: SharedWork | None = None
     end: End | None = None
 
     @property
@@ -396,6 +400,8 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
             process.outputs.append(line)
         case State():
             process.state = line.roots
+        case SharedWork():
+            process.shared_work = line
         case End():
             process.end = line
             replay.last_peak_device_bytes = line.peak_device_bytes
@@ -451,6 +457,7 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
     Gradients,
     Output,
     State,
+    SharedWork,
     End,
 )
 
