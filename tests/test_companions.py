@@ -335,6 +335,16 @@ os._exit(1)
     assert done.stderr.count("has died") == 1
 
 
+@RUNS_RANKS
+def test_a_program_that_ends_early_on_another_rank_is_not_waited_for() -> None:
+    done = ended(
+        "import os, torch\n"
+        "if os.environ['FLATOUT_RANK'] == '0': torch.nn.Linear(2, 1)(torch.ones(4, 2))"
+    )
+    assert done.returncode == 1
+    assert "the program has ended on rank 1 and goes on on rank 0" in done.stderr
+
+
 def test_one_rank_is_a_run_without_ranks(home: Path) -> None:
     done = ended("import os; print(sorted(n for n in os.environ if n.startswith('FLATOUT_R')))", 1)
     assert done.stdout == f"['{RUN_VARIABLE}']\n"

@@ -24,6 +24,9 @@ STATUS_PREFIX = "died-"
 words, on the first line, and on the second its exit status; if negative, the signal that killed
 it."""
 
+DONE_PREFIX = "done-"
+"""An empty file ``done-RANK`` tells of a companion that ended with 0."""
+
 _TAIL_BYTES = 4096
 _SHOWN_CHARACTERS = 200
 """How much of the output of a companion that failed is read, and shown of its last line."""
@@ -45,7 +48,7 @@ def command(
         companions: ``rank``, ``variables`` (added to the environment), ``output`` (the file for
             standard output and error) and ``processors`` (the numbers of those that it may run on)
             of each.
-        run_directory: where the files ``died-RANK`` are written.
+        run_directory: where the files ``died-RANK`` and ``done-RANK`` are written.
         started_by: id of flatout's process.
     """
     options = {
@@ -104,7 +107,7 @@ def _standard_input() -> Any:
 
 
 def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None:
-    """Reap what has ended, and write down how each companion that failed has ended."""
+    """Reap what has ended, and write down how each companion has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -114,7 +117,11 @@ def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None
             return
         companion = running.pop(pid, None)
         returncode = os.waitstatus_to_exitcode(status)
-        if companion is not None and returncode:
+        if companion is None:
+            continue
+        if not returncode:
+            (run_directory / f"{DONE_PREFIX}{companion['rank']}").touch()
+        else:
             how = ending(returncode)
             if returncode > 0:
                 how += _last_words(Path(companion["output"]))

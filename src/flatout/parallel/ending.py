@@ -67,7 +67,7 @@ class Ending:
         deadline = time.monotonic() + NEWS_SECONDS
         while (news := self.news()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        news = news or self._parting()
+        news = news or self.parting()
         if news is None:
             first_line = next(iter(str(error).splitlines()), "")
             news = f"the connection to the other ranks is lost: {first_line}"
@@ -98,10 +98,12 @@ class Ending:
                 return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
         return None
 
-    def _parting(self) -> str | None:
+    def parting(self) -> str | None:
         """Return that the program has ended on another rank without a failure, if it has."""
         for rank in self._others():
-            if self.ticket is not None and self._end_file(rank).exists():
+            has_ended = self.ticket is not None and self._end_file(rank).exists()
+            # The command of a companion as a whole, which may have made no root call.
+            if has_ended or (self._place.run_directory / f"done-{rank}").exists():
                 return (
                     f"the program has ended on rank {rank} and goes on on rank {self._place.rank}: "
                     "it decides by something that is not the same on all ranks, such as the clock"

@@ -66,7 +66,7 @@ def _take_ticket(place: Place) -> int:
 
 def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
     while not condition():
-        news = ending.news()
+        news = ending.news() or ending.parting()
         if news is not None:
             ending.stop(news)
         if time.monotonic() > deadline:
