@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import pickle
+import threading
 import traceback
 import types
 import weakref
@@ -237,8 +238,6 @@ def test_a_complex_loss_is_not_kept(watched: Watched) -> None:
 
 
 def test_another_thread_does_not_spoil_the_turns(watched: Watched) -> None:
-    import threading
-
     net, other = Net(), Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):
@@ -249,6 +248,24 @@ def test_another_thread_does_not_spoil_the_turns(watched: Watched) -> None:
         optimizer.step()
     watched.hooks.read()
     assert [(t.forwards, t.backwards, t.updates) for t in watched.closed] == [(1, 1, 1)] * 3
+
+
+def test_the_next_thread_is_watched_once_the_watched_one_has_ended(watched: Watched) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def train() -> None:
+        for _ in range(2):
+            net(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+
+    for _ in range(3):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    train()
+    watched.hooks.read()
+    assert [(t.forwards, t.backwards, t.updates) for t in watched.closed] == [(1, 1, 1)] * 8
 
 
 def test_a_signal_during_a_watched_call_reaches_the_program(watched: Watched) -> None:

@@ -97,7 +97,7 @@ typedef struct {
     Py_ssize_t packed_bytes, packed_capacity;
     int64_t last_ns, last_id[PHASES], last_usage[3], last_note; /* for delta encoding */
     int depth[PHASES];
-    unsigned long thread; /* the thread whose events are recorded */
+    uint64_t thread;   /* the thread whose events are recorded */
     int64_t read_ns;   /* when `reader` was last called */
     int64_t usage_ns;  /* when USAGE was last recorded */
     char has_computed; /* whether `thread` has made a forward, backward or optimizer call */
@@ -219,19 +219,52 @@ static int call_reader_if_due(Log *log, int64_t time_ns)
     return result == NULL ? -1 : 0;
 }
 
+#define THREAD_CAPSULE "flatout.watched_thread"
+
+/* Return a number of the calling thread that no later thread gets. (An identifier such as that of
+ * `threading.get_ident` goes to a new thread once the old one has ended.) */
+static uint64_t number_of_thread(void)
+{
+    return PyThreadState_GetID(PyThreadState_Get());
+}
+
+/* Called when the state of a thread is cleared, at its end. */
+static void forget_thread(PyObject *capsule)
+{
+    Log *log = PyCapsule_GetPointer(capsule, THREAD_CAPSULE);
+    if (log->thread == (uint64_t)(uintptr_t)PyCapsule_GetContext(capsule))
+        log->has_computed = 0;
+    Py_DECREF(log);
+}
+
+/* Watch the calling thread until it ends. */
+static void follow_thread(Log *log, uint64_t thread)
+{
+    log->thread = thread;
+    PyObject *of_thread = PyThreadState_GetDict(); /* borrowed */
+    PyObject *capsule = PyCapsule_New(log, THREAD_CAPSULE, forget_thread);
+    if (capsule != NULL) {
+        Py_INCREF(log);
+        PyCapsule_SetContext(capsule, (void *)(uintptr_t)thread);
+        if (of_thread != NULL)
+            PyDict_SetItemString(of_thread, THREAD_CAPSULE, capsule);
+        Py_DECREF(capsule);
+    }
+    PyErr_Clear();
+    log->has_computed = 1;
+}
+
 /* Return whether the events of the calling thread are ignored. Only one thread is watched: at first
  * the thread that imported torch, then the first thread that makes a forward call, a backward call
- * or an optimizer step (a thread that only prefetches batches makes none). */
+ * or an optimizer step (a thread that only prefetches batches makes none), and once that one has
+ * ended the next one that does. */
 static int is_ignored_thread(Log *log, int phase)
 {
-    unsigned long thread = PyThread_get_thread_ident();
+    uint64_t thread = number_of_thread();
     int computes = phase == FORWARD || phase == BACKWARD || phase == OPTIMIZER;
-    if (log->thread != thread && !log->has_computed && computes)
-        log->thread = thread;
-    if (log->thread != thread)
-        return 1;
-    log->has_computed |= computes;
-    return 0;
+    if (computes && !log->has_computed)
+        follow_thread(log, thread);
+    return log->thread != thread;
 }
 
 static PyObject *log_take_events(PyObject *self, PyObject *Py_UNUSED(ignored))
@@ -293,7 +326,7 @@ static PyObject *log_reset(PyObject *self, PyObject *Py_UNUSED(ignored))
     memset(log->last_usage, 0, sizeof(log->last_usage));
     log->has_computed = 0;
     log->has_stepped = 0;
-    log->thread = PyThread_get_thread_ident();
+    log->thread = number_of_thread();
     memset(log->depth, 0, sizeof(log->depth));
     Py_RETURN_NONE;
 }

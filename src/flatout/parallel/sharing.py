@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,7 @@ class Sharing:
             return call(module, *args, **kwargs)
         if self._team is None:
             self._team = self._form_team()
+        self._team.thread = threading.get_ident()
         with self._team.balance.spend(Phase.COMPARISON):
             current = self._meet(self._team, module, args, kwargs)
             try:

@@ -37,7 +37,7 @@ class Team:
         channel, ending: as given.
         balance: what the ranks cost and save.
         graphs: those of what the ranks have computed together.
-        thread: the one in which this was made. The ranks meet in no other.
+        thread: the one that has made the last root call. The ranks meet in no other.
         step: number of optimizer steps so far.
     """
 
