@@ -56,7 +56,7 @@ def cost(command: list[str], steps: int) -> tuple[float, int, list[str]]:
     compared = [step for step in process.steps if step.arm is not None]
     bare_ms = fmean(step.step_ms for step in compared if step.arm == 0 and step.mark is None)
     extra_ms = sum(step.step_ms - bare_ms for step in compared if step.arm != 0 or step.mark)
-    said = [line for line in done.stderr.splitlines() if "in-process" in line]
+    said = [line for line in done.stderr.splitlines() if "inside one process" in line]
     return extra_ms / (bare_ms * steps), len(compared), said
 
 

@@ -327,7 +327,7 @@ def drop(machine: Machine, settings: dict[str, str]) -> dict[str, str]:
 def tune(machine: Machine, knobs: list[str], in_relay: bool, most_steps: int) -> Outcome:
     """All the decisions of a tune, in the order of ``flatout tune``."""
     machine.steps = FIRST_RUN_STEPS
-    arms = design.build_stacks([[(knob, "on")] for knob in knobs])
+    arms = design.build_arms([[(knob, "on")] for knob in knobs])
     found = machine.compare(
         Comparison(
             arms=arms,

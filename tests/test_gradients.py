@@ -128,7 +128,7 @@ def test_bfloat16_passes_and_a_wrong_factor_in_one_gradient_does_not(name: str) 
     for factor in (1.25, 0.8):
         check = judge(bare, scaled(bf16, SMALL[name], factor), "reduced")
         assert check.result == "failed"
-        assert check.why.startswith(f"the gradient of {SMALL[name]} is ")
+        assert check.why.startswith(f"the gradient norm of {SMALL[name]} is ")
         assert check.measurements["factor"] == pytest.approx(factor, rel=0.1)
 
 
@@ -140,11 +140,13 @@ def test_other_dropout_masks_pass_and_a_wrong_factor_in_one_gradient_does_not(na
     check = judge(bare, scaled(other, SMALL[name], 2.0), "resampled")
     assert check.result == "failed"
     assert SMALL[name] in check.why
+    assert check.why.endswith("relative to the median of all parameters")
     for parameter in other[0]:
         other = scaled(other, parameter, 2.0)
     check = judge(bare, other, "resampled")
     assert check.result == "failed"
-    assert check.why.startswith("all gradients are")
+    assert check.why.startswith("gradient norms are")
+    assert check.why.endswith("in the median of all parameters")
 
 
 def noise(norm: float, draw: random.Random) -> Gradient:
@@ -164,7 +166,7 @@ def test_gradients_that_are_nothing_but_rounding_are_not_held_against_a_plan() -
     assert judge(bare, with_bias(1e-4), "reduced").result == "passed"
     assert judge(bare, with_bias(1e-7), "resampled").result == "passed"
     check = judge(bare, with_bias(0.1), "reduced")
-    assert check.why.startswith("the gradient of bias is")
+    assert check.why.startswith("the gradient norm of bias is")
 
 
 def test_a_gradient_that_points_elsewhere_is_refused_in_whichever_update_it_begins() -> None:
@@ -236,7 +238,7 @@ def test_rounding_is_known_by_what_a_gradient_is_summed_from(
     wrong = [run(1.7 * scale, weight, factor=1.5) for weight in weights]
     if exactness != "resampled":  # of two gradients, all are 1.5 times bare's
         check = judge(bare, wrong, exactness)
-        assert check.why.startswith("the gradient of weight is 1.5 times bare's")
+        assert check.why.startswith("the gradient norm of weight is 1.5 times bare's")
     large = max(40 * scale, 0.01)
     real = [run(large, weight) for weight in weights]
     assert judge(real, [run(4 * large, w) for w in weights], exactness).result == "failed"
@@ -336,7 +338,7 @@ def test_updates_that_a_setting_leaves_as_they_are_do_not_hide_a_factor() -> Non
         for run in bare
     ]
     check = judge(bare, plan, "reduced")
-    assert check.why.startswith("the gradient of b is 1.25 times bare's")
+    assert check.why.startswith("the gradient norm of b is 1.25 times bare's")
     assert judge(bare, bare, "reduced").result == "passed"
 
 
@@ -348,4 +350,4 @@ def test_a_parameter_that_the_first_seed_does_not_use_is_judged_as_well() -> Non
     plan = [{"always": used}, {"always": used, "sometimes": wrong}]
     check = judge(bare, plan, "reduced")
     assert check.result == "failed"
-    assert check.why.startswith("the gradient of sometimes is 2 times bare's")
+    assert check.why.startswith("the gradient norm of sometimes is 2 times bare's")

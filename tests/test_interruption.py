@@ -293,7 +293,7 @@ def test_what_is_proven_is_written(
 ) -> None:
     assert tuned(PROVEN[0], number, monkeypatch) == 128 + number
     said = capsys.readouterr().err
-    assert "the plan, in flatout.toml:" in said
+    assert "the plan, in flatout.toml, and what each knob does:" in said
     written = plan.read(Path("flatout.toml"))
     assert written.proven
     assert written.evidence is not None

@@ -81,7 +81,7 @@ def test_a_trial_whose_record_is_gone_is_run_again() -> None:
 
 
 def test_without_an_interrupted_tune_there_is_nothing_to_resume() -> None:
-    nothing = "there is no tune of this command to go on with: no tune has been interrupted"
+    nothing = "no tune has been interrupted; leave --resume out"
     with pytest.raises(JournalError, match=nothing):
         journal.resume("tune", COMMAND)
     opened = journal.begin("tune", COMMAND)
@@ -98,7 +98,7 @@ def test_a_tune_of_another_job_says_what_differs(
     begun(ASKED)
     for command, difference in (
         (["python", "other.py"], "the arguments were train.py, are other.py"),
-        ([*COMMAND, "--lr", "1"], "cannot go on: --lr 1 is new; leave --resume out"),
+        ([*COMMAND, "--lr", "1"], r"unfinished one: --lr 1 is new\); leave --resume out"),
     ):
         with pytest.raises(JournalError, match=difference):
             journal.resume("tune", command)

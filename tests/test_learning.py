@@ -62,6 +62,7 @@ def test_the_faster_optimizer_stays_on_and_the_training_is_the_same(tmp_path: Pa
         assert float(mine) == pytest.approx(float(theirs), rel=1e-3, abs=1e-5)
     assert (tmp_path / "model.pt").exists()
     assert "an unproven plan of optimizer=onepass" in learned.stderr
+    assert "to prove it: flatout verify --plan flatout.toml -- " in learned.stderr
     written = plan.read(tmp_path / "flatout.toml")
     assert dict(written.settings)["optimizer"] == "onepass"
     assert not written.proven

@@ -48,7 +48,7 @@ def test_a_tenth_more_is_allowed_and_no_more() -> None:
 def test_a_leak_is_refused_while_it_is_still_small() -> None:
     leaking = run(*(400 + 0.1 * number for number in range(40)))
     assert memory.refusal([FLAT] * 3, [leaking] * 3, 1.1) == (
-        "its memory grows by 102 KiB a step and does not stop"
+        "its memory grows by 102 KiB a step more than bare's, and does not stop"
     )
 
 
@@ -56,7 +56,7 @@ def test_growth_is_added_to_the_memory_that_the_plan_needs_already() -> None:
     growing = [430 + 0.01 * number for number in range(40)]
     assert memory.refusal([FLAT], [run(*[430.0] * 40)], 1.1) is None
     assert memory.refusal([FLAT], [run(*growing)], 1.1) == (
-        "its memory grows by 10 KiB a step and does not stop"
+        "its memory grows by 10 KiB a step more than bare's, and does not stop"
     )
 
 
@@ -94,4 +94,4 @@ def test_on_an_accelerator_the_growth_of_its_memory_counts() -> None:
         for number, step in enumerate(on_device)
     ]
     why = memory.refusal([on_device], [device_grows], 1.1)
-    assert why == "its memory grows by 10 KiB a step and does not stop"
+    assert why == "its memory grows by 10 KiB a step more than bare's, and does not stop"

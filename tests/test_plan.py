@@ -42,7 +42,7 @@ PLAN = Plan(
             LossEvidence(0.5, 0.5, 0.0, 0.1, "seeds"),
         ),
         checks=(
-            Check("losses", "passed", "the loss is at most 0.01 from bare's", {"limit": 0.01}),
+            Check("losses", "passed", "the loss exceeds bare's by at most 0.01", {"limit": 0.01}),
             Check("state", "open", "the weights at the end were not recorded"),
         ),
     ),

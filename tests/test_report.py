@@ -157,6 +157,15 @@ def test_a_document_survives_its_file(name: str, tmp_path: Path) -> None:
         assert again == document
 
 
+def test_ratios_of_a_knob_keep_their_keys_in_files() -> None:
+    stored = json.loads(faster().to_json())["knobs"][0]
+    read = faster().knobs[0]
+    assert read.in_process is not None
+    assert read.gain_on_top is not None
+    assert stored["alone"]["value"] == read.in_process.value == 1.574
+    assert stored["without_it"]["value"] == read.gain_on_top.value == 1.492
+
+
 def without(key: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(faster().to_json())
     del document[key]
@@ -381,9 +390,9 @@ def test_words_of_a_plan() -> None:
     assert re.search(r"\n  step +1,204 ms +506 ms +-58%\n", text)
     assert re.search(r"\n  compilation, first steps +0\.4 s +2\.0 s +\+1\.6 s\n", text)
     assert "break-even: after 415 steps of 30,491, with the time of the tune" in said
-    plan = said.index("the plan, in flatout.toml:")
+    plan = said.index("the plan, in flatout.toml, and what each knob does:")
     assert said[plan + 1] == (
-        "  precision = bf16: matrix products and convolutions in half precision"
+        "  precision = bf16 (matrix products and convolutions in half precision)"
     )
     assert said[-2] == (
         "not in the plan: 1 slower, 2 no gain, 1 failed, 1 left out, 1 not tried "
@@ -395,7 +404,7 @@ def test_words_of_a_plan() -> None:
 
 def test_all_words_of_a_plan() -> None:
     said = words.lines(faster(), verbose=True)
-    plan = said.index("the plan, in flatout.toml:")
+    plan = said.index("the plan, in flatout.toml, and what each knob does:")
     assert "1.57x (1.51 to 1.64, 13 pairs)" in said[plan + 2]
     assert "1.49x (1.45 to 1.54, 6 pairs)" in said[plan + 2]
     assert said[plan + 3].startswith("    by hand: `with torch.autocast(")
@@ -501,11 +510,13 @@ def test_a_live_line_shows_pair_and_time_left(terminal: Callable[[int, int], Ter
         progress.show(Activity("running the bare program", None, None, 0.0), 73.2)
         progress.show(PROOF, 130.0)
         progress.show(dataclasses.replace(PROOF, pair=6, pairs=None), 0.0)
+        progress.show(dataclasses.replace(PROOF, may_exceed_pairs=True), None)
     said = shown(file)
     assert "flatout: running the bare program, up to 80 s left" in said
     assert "flatout: running the bare program (0.0 s)" in said  # it stays when it is over
     assert "flatout: proving the plan: pair 3 of 5, about 3 min left" in said
     assert "flatout: proving the plan: pair 6" in said
+    assert "flatout: proving the plan: pair 3 of at least 5" in said
     assert said[-1] == "flatout: proving the plan (0.0 s)"
 
 

@@ -95,10 +95,10 @@ def test_a_ratio_belongs_to_a_setting_and_not_to_its_knob() -> None:
     fast, slow = Ratio(2.0, 1.9, 2.1, 40), Ratio(1.2, 1.1, 1.3, 40)
     ledger.note_ratio(bf16, fast)
     ledger.note_on_top("precision", "bf16", fast)
-    assert ledger.outcome.find_ratio_alone("precision", "bf16") == fast
-    assert ledger.outcome.find_ratio_alone("precision", "safe") is None
+    assert ledger.outcome.find_ratio_in_process("precision", "bf16") == fast
+    assert ledger.outcome.find_ratio_in_process("precision", "safe") is None
     ledger.note_ratio(safe, slow)
-    assert ledger.outcome.find_ratio_alone("precision", "safe") == slow
+    assert ledger.outcome.find_ratio_in_process("precision", "safe") == slow
     assert ledger.outcome.find_gain_on_top("precision", "bf16") == fast
     assert ledger.outcome.find_gain_on_top("precision", "safe") is None
 

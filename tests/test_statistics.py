@@ -80,7 +80,7 @@ def screened(
     slowness: list[float], gains: dict[tuple[str, str], float], rounds: int
 ) -> dict[tuple[str, str], Ratio]:
     """The ratios of settings with these gains, from stacks of them on a machine this slow."""
-    arms = design.build_stacks([[setting] for setting in gains])
+    arms = design.build_arms([[setting] for setting in gains])
     times, found = iter(slowness), []
     for arm in block_order(len(arms), rounds):
         gain = math.prod(gains[setting] for setting in arms[arm].items())
@@ -257,18 +257,18 @@ def test_stacks_tell_many_settings_apart_in_few_steps() -> None:
 
 
 def test_settings_that_exclude_each_other_are_never_together() -> None:
-    arms = design.build_stacks([[("precision", "bf16"), ("precision", "safe")], [("gc", "off")]])
+    arms = design.build_arms([[("precision", "bf16"), ("precision", "safe")], [("gc", "off")]])
     assert arms[0] == {}
     assert {arm.get("precision") for arm in arms} == {None, "bf16", "safe"}
-    claims = design.build_stacks([[("compile", "on"), ("memory_format", "channels_last")]])
+    claims = design.build_arms([[("compile", "on"), ("memory_format", "channels_last")]])
     assert all(len(arm) < 2 for arm in claims)
     with pytest.raises(ValueError, match="at most 47"):
-        design.build_stacks([[(f"knob{number}", "on")] for number in range(48)])
+        design.build_arms([[(f"knob{number}", "on")] for number in range(48)])
 
 
 @pytest.mark.parametrize("factors", [1, 3, 4, 7, 11, 12, 23, 30, 47])
 def test_each_setting_is_on_in_half_of_the_stacks_whatever_the_others_are(factors: int) -> None:
-    arms = design.build_stacks([[(f"knob{number}", "on")] for number in range(factors)])
+    arms = design.build_arms([[(f"knob{number}", "on")] for number in range(factors)])
     on = [[f"knob{number}" in arm for arm in arms] for number in range(factors)]
     for column in on:
         assert sum(column) * 2 == len(arms)
@@ -285,8 +285,8 @@ def test_alternatives_can_be_told_apart(options: tuple[int, ...]) -> None:
         [(f"knob{number}", str(option)) for option in range(count)]
         for number, count in enumerate(options)
     ]
-    arms = design.build_stacks(factors)
-    assert arms == design.build_stacks(factors)
+    arms = design.build_arms(factors)
+    assert arms == design.build_arms(factors)
     settings = [setting for options in factors for setting in options]
     gains = {setting: 1.0 + 0.05 * number for number, setting in enumerate(settings)}
     noise = random.Random(0)

@@ -176,7 +176,7 @@ def test_the_fastest_alone_stays_where_that_is_asked() -> None:
 
 def test_stacks_are_compared_until_each_setting_is_decided() -> None:
     gains = {"a": 1.2, "b": 0.9, "c": 1.0, "d": 1.3}
-    arms = design.build_stacks([[(knob, "on")] for knob in (*gains, "broken")])
+    arms = design.build_arms([[(knob, "on")] for knob in (*gains, "broken")])
     session = Scripted(gains, failing="broken=on")
     comparison = Comparison(arms, block_steps=4, discard_steps=1, rounds=40, decide="settings")
     session.compare(comparison)
@@ -189,7 +189,7 @@ def test_stacks_are_compared_until_each_setting_is_decided() -> None:
 @pytest.mark.parametrize("breaks_in_use", [False, True])
 def test_a_setting_that_fails_does_not_take_its_knob_with_it(breaks_in_use: bool) -> None:
     session = Scripted({}, **{"breaking" if breaks_in_use else "failing": "a=fast"})
-    arms = design.build_stacks([[("a", "fast"), ("a", "safe")], [("b", "on")]])
+    arms = design.build_arms([[("a", "fast"), ("a", "safe")], [("b", "on")]])
     session.compare(Comparison(arms, block_steps=4, discard_steps=1, rounds=4, decide="settings"))
     assert session.reasons("failed").keys() == {"a=fast"}
     assert session.tried["a=fast"] == 1

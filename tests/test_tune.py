@@ -119,7 +119,7 @@ def find_compared(outcome: Outcome) -> set[str]:
         knob
         for entry in outcome.entries
         for knob, setting in entry.settings.items()
-        if outcome.find_ratio_alone(knob, setting) is not None
+        if outcome.find_ratio_in_process(knob, setting) is not None
     }
 
 
@@ -216,7 +216,7 @@ def test_a_program_that_only_infers_is_proven_by_its_outputs(tmp_path: Path) -> 
     assert outcome.verdict is not None
     assert outcome.verdict.passed, outcome.verdict.why
     outputs = next(check for check in outcome.verdict.checks if check.name == "outputs")
-    assert 0 < outputs.measurements["relative_error"] < outputs.measurements["limit"]
+    assert 0 < outputs.measurements["relative_error"] < outputs.measurements["error_limit"]
     assert outputs.measurements["top1_agreement"] > 0.9
     if outcome.evidence is None:
         assert "no measurable gain" in outcome.why
@@ -233,7 +233,7 @@ MISTAKES = {
     ),
     "too short": (
         MANY_TENSORS.replace("BEFORE", "pass").replace("STEPS", "7"),
-        "ends after 7 steps, tune needs at least 20",
+        "ends after 7 steps, and its proof needs at least 20",
     ),
 }
 
@@ -374,7 +374,7 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take()
     def is_over(pairs: Pairs, count: int, undecided: bool = True, reordered: bool = False) -> bool:
         pairs.baseline_runs = pairs.variant_runs = [None] * count  # type: ignore[list-item]
         asked = SimpleNamespace(
-            _judge_losses=lambda _: SimpleNamespace(undecided=undecided),
+            _judge_without_gradients=lambda _: SimpleNamespace(undecided=undecided),
             _has_other_data_order=lambda _: reordered,
             _ledger=SimpleNamespace(print_line=said.append),
         )

@@ -121,8 +121,8 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="seed of the first baseline/plan pair of runs; later pairs use S+1, S+2, ... "
-        "(default: 0)",
+        help="seed of the first baseline/plan pair of runs; it shifts the seeds that the program "
+        "sets, and 0 leaves them as they are; later pairs use S+1, S+2, ... (default: 0)",
     )
     parser.add_argument(
         "--memory",

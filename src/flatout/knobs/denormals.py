@@ -49,7 +49,8 @@ KNOB = Knob(
         "inherit it; so it is set at the start or not at all.",
         helps="The knob helps if weights, gradients or the optimizer's moments decay towards "
         "zero without reaching it. On some processors, an operation on a denormal number "
-        "takes a hundred times as long.",
+        "takes a hundred times as long. `flatout doctor` tells whether a program has such "
+        "numbers; `flatout tune` never tries this knob.",
         hurts="The knob must not be used for programs that need numbers below 1.2e-38.",
         by_hand="Call `torch.set_flush_denormal(True)` before anything else.",
         sources=(

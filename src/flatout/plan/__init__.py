@@ -25,7 +25,7 @@ ratio = 1.61                # bare step time over the plan's, from fresh process
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
-[evidence.in_process]       # knob = ratio of that knob alone, inside one process
+[evidence.in_process]       # knob = ratio of its setting inside one process
 [[evidence.losses]]         # for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
 [[evidence.verified]]       # further proofs, added by flatout verify
@@ -159,7 +159,8 @@ class Evidence:
         bare_repeats: whether bare gave identical losses twice.
         verdict: ``"bitwise"``, ``"non-inferior"``, or ``"inconclusive"`` (no loss has fallen, and
             all other checks passed).
-        in_process: the ratio of each knob inside one process, see ``document.KnobResult.alone``.
+        in_process: the ratio of each knob's setting inside one process, see
+            ``document.KnobResult.in_process``.
         losses: one entry for each backward call of the step.
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.

@@ -109,7 +109,7 @@ class Progress:
         """Show the current phase. It may be called several times a second.
 
         Args:
-            phase: what the tune is doing.
+            activity: what the tune is doing; ``None`` if it has not begun.
             left_s: seconds until the phase should be over; ``None``: not known.
         """
         if activity is None or self._quiet:
@@ -138,8 +138,10 @@ class Progress:
 def _pair(activity: Activity) -> str:
     if activity.pair is None:
         return ""
-    of_pairs = "" if activity.pairs is None else f" of {activity.pairs}"
-    return f": pair {activity.pair}{of_pairs}"
+    if activity.pairs is None:
+        return f": pair {activity.pair}"
+    at_least = "at least " if activity.may_exceed_pairs else ""
+    return f": pair {activity.pair} of {at_least}{activity.pairs}"
 
 
 def _left(activity: Activity, seconds: float | None) -> str:

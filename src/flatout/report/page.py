@@ -30,16 +30,16 @@ _UNKNOWN = "\N{EN DASH}"
 """Stands in a table for a figure that was not measured."""
 
 _FIGURE_NAMES = {
-    "added": "added",
+    "added": "added share",
     "allowed": "allowed",
     "calls": "calls compared",
-    "deviations": "largest shift in standard deviations",
+    "deviations": "shift in standard deviations (RMS)",
     "error": "largest error",
     "error_limit": "error allowed",
-    "factor": "scale of the gradients",
+    "factor": "scale of the worst gradient",
     "factor_high": "at most",
     "factor_low": "at least",
-    "factor_seen": "smallest scale that would be detected",
+    "factor_detectable": "smallest scale that would be detected",
     "fall": "fall of the loss",
     "compared": "values compared",
     "limit": "upper limit",
@@ -177,7 +177,7 @@ def _next(document: Document) -> Markup | None:
 def _plan(document: Document) -> Markup | None:
     if not document.knobs:
         return None
-    heading = ("Knob", "May change", "Alone", "On top of the others", "By hand")
+    heading = ("Knob", "May change", "Inside one process", "On top of the others", "By hand")
     return _section(
         "The plan",
         element("p", _sentence(document.why)) if document.claim is not None else None,
@@ -188,7 +188,9 @@ def _plan(document: Document) -> Markup | None:
             class_="stacked knobs",
         ),
         _unknown_note(
-            ratio is None for knob in document.knobs for ratio in (knob.alone, knob.without_it)
+            ratio is None
+            for knob in document.knobs
+            for ratio in (knob.in_process, knob.gain_on_top)
         ),
     )
 
@@ -201,7 +203,7 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
         element("td", knob.exactness, data_label=heading[1]),
         *(
             element("td", _ratio_cell(ratio), class_="number", data_label=label)
-            for ratio, label in ((knob.alone, heading[2]), (knob.without_it, heading[3]))
+            for ratio, label in ((knob.in_process, heading[2]), (knob.gain_on_top, heading[3]))
         ),
         element("td", with_code(knob.by_hand), data_label=heading[4]),
     )

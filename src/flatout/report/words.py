@@ -36,7 +36,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:
-        said.append(f"the plan, in {document.plan}:")
+        said.append(f"the plan, in {document.plan}, and what each knob does:")
         for knob in document.knobs:
             said += _knob(knob, verbose)
         said += _sides(document.baseline, document.with_plan or Side())
@@ -166,10 +166,10 @@ def _ratio(measured: Ratio | None) -> str:
 
 
 def _knob(knob: KnobResult, verbose: bool) -> list[str]:
-    said = [f"  {knob.knob} = {knob.setting}: {knob.summary}"]
+    said = [f"  {knob.knob} = {knob.setting} ({knob.summary})"]
     if verbose:
-        alone, on_top = _ratio(knob.alone), _ratio(knob.without_it)
-        said.append(f"    brought, alone: {alone}; on top of the others: {on_top}")
+        in_process, on_top = _ratio(knob.in_process), _ratio(knob.gain_on_top)
+        said.append(f"    gain inside one process: {in_process}; on top of the others: {on_top}")
         said.append(f"    by hand: {knob.by_hand}")
     return said
 

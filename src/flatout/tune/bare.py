@@ -143,7 +143,9 @@ def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[St
         raise UserError("this program never calls a model or backward: there is no step")
     needed = max(MINIMUM_STEPS, options.steps or 0)
     if first.ended and len(steps) < needed:
-        raise UserError(f"this program ends after {len(steps)} steps, tune needs at least {needed}")
+        raise UserError(
+            f"this program ends after {len(steps)} steps, and its proof needs at least {needed}"
+        )
     timed = first.process.timed_steps
     if len(timed) <= WARMUP_STEPS:
         raise UserError(

@@ -102,6 +102,7 @@ class ColdTrials(TuneStage):
                 statistics.RANKING_PAIRS,
                 self._pair_s,
                 self._is_ranked,
+                may_exceed=True,
             ),
             print_line=self._ledger.print_line,
         )

@@ -28,7 +28,7 @@ _SINGULAR = 1e-9
 """A pivot below this counts as zero: in a matrix of whole numbers, it is a rounding error."""
 
 
-def build_stacks(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
+def build_arms(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
     """Build the arms of a comparison; the first is empty.
 
     Args:

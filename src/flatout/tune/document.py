@@ -68,7 +68,7 @@ class Side:
 
 @dataclass(frozen=True)
 class TriedSettings:
-    """Settings that were compared with the bare program, or might have been.
+    """Settings that were tried, or considered and not tried.
 
     Attributes:
         settings: the setting of each knob; empty for a knob of which no setting was tried.
@@ -101,10 +101,12 @@ class KnobResult:
         summary: what the knob does, in one sentence.
         by_hand: how to do the same in one's own code, in Markdown.
         exactness: what the setting may change, in the words of ``EXACTNESS``.
-        alone: the ratio of this setting inside one process, see ``TriedSettings.ratio``. A
+        in_process: the ratio of this setting inside one process, see ``TriedSettings.ratio``. A
             factorial comparison gives the mean effect of the setting over all combinations with the
             others.
-        without_it: the step time of the plan without this knob over that of the whole plan.
+        gain_on_top: how many times faster this setting made the stack as it was when the setting
+            was judged: the step time without the knob over the step time with this setting. Other
+            settings may have joined or left the stack before it became the plan.
     """
 
     knob: str
@@ -112,8 +114,10 @@ class KnobResult:
     summary: str
     exactness: str
     by_hand: str
-    alone: Ratio | None = None
-    without_it: Ratio | None = None
+    in_process: Ratio | None = dataclasses.field(default=None, metadata=codec.stored_as("alone"))
+    gain_on_top: Ratio | None = dataclasses.field(
+        default=None, metadata=codec.stored_as("without_it")
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class CheckResult:
 
     Attributes:
         name: the property that is checked, in a few words.
-        passed: whether the check passed; ``None`` if it could not be made.
+        passed: whether the check passed; ``None`` if it is open, because it could not be made or
+            proves little.
         why: the verdict in one sentence.
         measurements: the measured values and limits by which it was judged, by name.
     """

@@ -19,7 +19,7 @@ def make_evidence(
     settings: Mapping[str, str],
     pairs: Pairs,
     verdict: Verdict,
-    ratio_alone: Mapping[str, Ratio | None],
+    in_process: Mapping[str, Ratio | None],
 ) -> Evidence:
     """Make the evidence of a plan that is proven.
 
@@ -27,8 +27,8 @@ def make_evidence(
         settings: the settings of the plan.
         pairs: its pairs with the bare program, at least two.
         verdict: the verdict on these pairs.
-        ratio_alone: for each knob, its ratio inside one process, see
-            ``document.KnobResult.alone``; ``None`` if it was not measured.
+        in_process: for each knob, its ratio inside one process, see
+            ``document.KnobResult.in_process``; ``None`` if it was not measured.
     """
     ratio = pairs.ratio
     bare, plan = pairs.costs
@@ -45,7 +45,7 @@ def make_evidence(
         seeds=ratio.pairs if is_by_seeds else 1,
         bare_repeats=verdict.bare_repeats is True,
         verdict=verdict.kind,
-        in_process={name: r.value for name, r in ratio_alone.items() if r is not None},
+        in_process={name: r.value for name, r in in_process.items() if r is not None},
         losses=verdict.losses,
         checks=verdict.checks,
     )

@@ -109,17 +109,21 @@ def judge(
     detectable_factor = math.exp(tolerance + usual_half_width)
     measurements = {
         "parameters": float(len(log_ratios) - (MEDIAN in log_ratios)),
-        "factor_seen": detectable_factor,
+        "factor_detectable": detectable_factor,
         "factor": math.exp(mean),
         "factor_low": math.exp(mean - half_width),
         "factor_high": math.exp(mean + half_width),
     }
     if abs(mean) - half_width > tolerance:
-        subject = "all gradients are" if worst == MEDIAN else f"the gradient of {worst} is"
-        why = (
-            f"{subject} {math.exp(mean):.3g} times bare's "
+        times = (
+            f"{math.exp(mean):.3g} times bare's "
             f"({math.exp(mean - half_width):.3g} to {math.exp(mean + half_width):.3g})"
         )
+        if worst == MEDIAN:
+            why = f"gradient norms are {times}, in the median of all parameters"
+        else:
+            why = f"the gradient norm of {worst} is {times}"
+            why += ", relative to the median of all parameters" if is_random else ""
         return Check("gradients", "failed", why, measurements)
     why = (
         f"gradient norms of {measurements['parameters']:.0f} parameters match the baseline; for "
@@ -140,9 +144,10 @@ def judge(
 
 
 def are_coarse(recorded: Sequence[Recorded]) -> bool:
-    """Return whether a program itself computes any gradient in half precision.
+    """Return whether a program itself computes any gradient in TF32, float16 or bfloat16.
 
-    Another order of the same arithmetic then changes gradients as much as lower precision does.
+    Another order of the same arithmetic then changes gradients as much as lower precision does. The
+    limit is ``COARSE_ROUNDOFF``.
     """
     return any(
         gradient.roundoff is not None and gradient.roundoff >= COARSE_ROUNDOFF
@@ -218,7 +223,7 @@ def _rounding_norm(of_bare: Gradient, of_plan: Gradient, relative_floor: float) 
 def _collect_log_norm_ratios(
     bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> dict[str, dict[tuple[int, int], float]]:
-    """Collect the logarithms of ``_log_norm_ratios`` of each parameter that has any."""
+    """Collect the ``_log_norm_ratios`` of each parameter that has any, by its name."""
     names = dict.fromkeys(name for run in bare for name in run)
     found = {name: dict(_log_norm_ratios(name, bare, plan, floor)) for name in names}
     return {name: of_one for name, of_one in found.items() if of_one}

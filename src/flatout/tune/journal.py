@@ -133,7 +133,8 @@ class Journal:
     def spent_s(self) -> float:
         """The time that the tune has taken so far, in seconds.
 
-        While trials come from the journal, it is the time that the tune had taken after them.
+        While trials come from the journal, it continues from the total that the tune had taken when
+        the last of them ended.
         """
         return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
@@ -248,8 +249,8 @@ def open_journal(
     differing = _describe_changed_options(found.job.get("options"), _plain_options(options))
     if differing:
         print_line(
-            f"resuming with different options: {'; '.join(differing)}; trials whose request has "
-            "changed run again"
+            f"resuming with different options: {'; '.join(differing)}; from the first trial on "
+            "that they change, all trials run again"
         )
     return found
 
@@ -303,12 +304,10 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
             difference = str(error)
         why.append(difference)
     if why:
-        reason = f"the last one that has not come to its end cannot go on: {why[0]}"
+        reason = f"no {verb} of this command can be resumed (the latest unfinished one: {why[0]})"
     else:
         reason = f"no {verb} has been interrupted"
-    raise JournalError(
-        f"there is no {verb} of this command to go on with: {reason}; leave --resume out"
-    )
+    raise JournalError(f"{reason}; leave --resume out")
 
 
 def format_resume_command(verb: str, options: Sequence[str], command: Sequence[str]) -> str:

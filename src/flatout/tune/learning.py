@@ -20,9 +20,17 @@ EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
 """Exactness classes of the settings that may be compared without a proof, because they keep the
 program's arithmetic."""
 
-BLOCK_STEPS, DISCARD_STEPS, WARMUP_STEPS, ROUNDS = 6, 2, 5, 8
-"""The number of steps of a block, of the steps at its start that are not timed, and of the steps
-before the first block; and the maximum number of blocks of each setting. See ``Comparison``."""
+BLOCK_STEPS = 6
+"""Number of steps of a block."""
+
+DISCARD_STEPS = 2
+"""Number of steps at the start of each block that are not timed."""
+
+WARMUP_STEPS = 5
+"""Number of steps before the first block."""
+
+ROUNDS = 8
+"""Maximum number of blocks of each setting."""
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 """Candidates for all of these devices are compared, because the job's device is known only once it
@@ -90,9 +98,8 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     ratios: dict[str, float] = {}
     for one in times.learned:
         ratio = Ratio(one.value, one.low, one.high, one.pairs)
-        lines.append(
-            f"{one.knob}={one.setting}: {ratio} in-process, {'kept' if one.kept else 'not kept'}"
-        )
+        kept_or_not = "kept" if one.kept else "not kept"
+        lines.append(f"{one.knob}={one.setting}: {ratio} inside one process, {kept_or_not}")
         if one.kept:
             kept[one.knob] = one.setting
             ratios[one.knob] = one.value
@@ -115,8 +122,10 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
     command = shlex.join(arguments.command)
     return [
         *lines,
-        f"an unproven plan of {', '.join(f'{k}={s}' for k, s in kept.items())} is in {path}; to "
-        f"prove and extend it: flatout tune --plan {shlex.quote(str(path))} -- {command}",
+        f"an unproven plan of {', '.join(f'{k}={s}' for k, s in kept.items())} is in {path}",
+        f"to prove it: flatout verify --plan {shlex.quote(str(path))} -- {command}",
+        "to replace it by a proven plan of all settings that help: "
+        f"flatout tune --plan {shlex.quote(str(path))} -- {command}",
     ]
 
 

@@ -71,10 +71,10 @@ class Outcome:
         settings: the settings of the plan; empty if nothing helps.
         why: the reason why this plan was chosen, or why there is none, in one sentence.
         evidence: the evidence for the plan; ``None`` if there is no plan.
-        entries: the settings that were tried or might have been, in the order in which they were
+        entries: the settings that were tried or are to be tried, in the order in which they were
             found.
-        gain_on_top: for each knob and setting of the stack, the step time without it over that with
-            it.
+        gain_on_top: for each knob and setting, how many times faster it made the stack, see
+            ``find_gain_on_top``.
         refused: the knobs without candidates, each with the reason.
         findings: the findings about what limits the bare program.
         pairs: the pairs behind the plan; ``None`` if there is no plan.
@@ -117,17 +117,18 @@ class Outcome:
     seconds: float = 0.0
     activity: Activity | None = None
 
-    def find_ratio_alone(self, knob: str, setting: str) -> Ratio | None:
-        """Return a setting's ratio inside one process, see ``document.KnobResult.alone``.
+    def find_ratio_in_process(self, knob: str, setting: str) -> Ratio | None:
+        """Return a setting's ratio inside one process, see ``document.KnobResult.in_process``.
 
         The result is ``None`` if it was not measured.
         """
         return self._find_ratio(knob, setting, "inside one process")
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
-        """Return the step time of the stack without a knob over that with this setting of it.
+        """Return how many times faster a setting made the stack as it was when it was judged.
 
-        The result is ``None`` if it was not measured.
+        This is the step time without the knob over the step time with this setting. The result is
+        ``None`` if it was not measured.
         """
         on_top = self.gain_on_top.get((knob, setting))
         return on_top or self._find_ratio(knob, setting, "fresh processes")
@@ -257,7 +258,7 @@ class Ledger:
         self.notify()
 
     def note_on_top(self, knob: str, setting: str, ratio: Ratio) -> None:
-        """Enter the step time of the stack without a knob over that with this setting of it."""
+        """Enter how many times faster a setting makes the stack, see ``find_gain_on_top``."""
         self.outcome.gain_on_top[knob, setting] = ratio
         self.print_line(f"{knob} on top of the others: {ratio} inside one process")
 
@@ -277,6 +278,7 @@ class Ledger:
         pair: int | None = None,
         pairs: int | None = None,
         lasts_s: float | None = None,
+        may_exceed_pairs: bool = False,
     ) -> None:
         """Begin an activity; see ``Activity``.
 
@@ -285,21 +287,30 @@ class Ledger:
             pair: the number of the pair of runs that is being made; ``None`` if it makes no pairs.
             pairs: the number of pairs that it will make; ``None`` if that is not known.
             lasts_s: the time that it should take, in seconds; ``None`` for the rest of the budget.
+            may_exceed_pairs: whether it makes more pairs than that if the results are not clear by
+                then.
         """
         ends_s = self._budget_s if lasts_s is None else self._read_spent_s() + lasts_s
-        self.outcome.activity = Activity(what, pair, pairs, ends_s)
+        self.outcome.activity = Activity(what, pair, pairs, ends_s, may_exceed_pairs)
         self.notify()
 
     def follow_pairs(
-        self, what: str, expected: int, pair_s: float, is_enough: Callable[[Pairs], bool]
+        self,
+        what: str,
+        expected: int,
+        pair_s: float,
+        is_enough: Callable[[Pairs], bool],
+        may_exceed: bool,
     ) -> Callable[[Pairs], bool]:
         """Wrap ``is_enough`` so that it also updates the activity before each pair.
 
         Args:
             what: the activity in words.
-            expected: the number of pairs that it should take, as far as that is known before.
+            expected: the number of pairs that it should take.
             pair_s: the time of one pair, in seconds.
             is_enough: tells before each pair whether there are enough.
+            may_exceed: whether it takes more pairs than expected if the results are not clear by
+                then.
         """
 
         def is_over(finished_pairs: Pairs) -> bool:
@@ -307,7 +318,8 @@ class Ledger:
                 return True
             number = finished_pairs.count + 1
             if number <= expected:
-                self.begin(what, number, expected, (expected - number + 1) * pair_s)
+                left_s = (expected - number + 1) * pair_s
+                self.begin(what, number, expected, left_s, may_exceed)
             else:
                 self.begin(what, number)
             return False

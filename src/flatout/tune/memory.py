@@ -47,7 +47,10 @@ def refusal(
         )
     growth_bytes = _measure_growth(plan, read_peak) - _measure_growth(bare, read_peak)
     if plan_peak + growth_bytes * LEAK_STEPS > allowed * bare_peak:
-        return f"its memory grows by {growth_bytes / 1024:.0f} KiB a step and does not stop"
+        return (
+            f"its memory grows by {growth_bytes / 1024:.0f} KiB a step more than bare's, and does "
+            "not stop"
+        )
     return None
 
 

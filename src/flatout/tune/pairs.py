@@ -33,7 +33,7 @@ LIMIT_EXTRA_S = 30.0
 """Time that every trial may take in addition, in seconds; see ``LIMIT_FACTOR``."""
 
 PROOF_INSPECTION = Inspection(state=True, outputs=8)
-"""What a proof has recorded of a run, besides its losses."""
+"""What each run of a proof records, besides its losses."""
 
 RELAY_BLOCK_STEPS = 5
 """Minimum number of steps of a block of a relay."""
@@ -437,8 +437,8 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
     needed = min(MINIMUM_STEPS, steps)
     if len(done.process.loop_steps) < needed:
         raise TrialFailedError(
-            f"with seed {seed} this program ends after {len(done.process.loop_steps)} steps, tune "
-            f"needs at least {needed}",
+            f"with seed {seed} this program ends after {len(done.process.loop_steps)} steps, and "
+            f"at least {needed} are needed",
             done.process,
             "",
         )

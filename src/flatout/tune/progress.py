@@ -10,10 +10,12 @@ class Activity:
     """Something that a tune does for a while, such as comparing settings.
 
     Attributes:
-        what: the activity in words, which begin a line.
+        what: the activity in words; the progress line begins with them.
         pair: the number of the pair of runs that is being made, counted from 1; ``None`` if the
             activity makes no pairs.
-        pairs: the number of pairs that it will make; ``None`` if the results decide that.
+        pairs: the number of pairs that it will make; ``None`` if that is not known.
+        may_exceed_pairs: whether it makes more pairs than that if the results are not clear by
+            then.
         ends_s: the time at which it should be over, on the clock of ``Journal.spent_s``.
     """
 
@@ -21,3 +23,4 @@ class Activity:
     pair: int | None
     pairs: int | None
     ends_s: float
+    may_exceed_pairs: bool = False

@@ -21,8 +21,8 @@ tell which checks are made. The functions are pure functions of records.
     the proof ``inconclusive``.
 ``spikes``
     Each loss must be finite. It may exceed bare's by at most twice the largest excess of a bare
-    loss over the mean of the seeds, or six times bare's standard deviation, whichever is more. Both
-    are computed for each quarter of the steps.
+    loss over the mean of the other seeds, or six times bare's standard deviation between seeds,
+    whichever is more. Both are computed for each quarter of the steps.
 ``identity``
     Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
     runs from one seed are not identical either, this check is open, and the other checks decide.
@@ -44,9 +44,9 @@ weights, or because of atomic additions. A step then has no counterpart in anoth
 a loss is then compared with bare's highest loss in the same quarter of the steps. For losses, the
 margin is then at least the spread between bare's runs.
 
-More seeds make the limits narrower. If settings reorder the data, the difference of two means over
-n seeds has a standard deviation of ``sqrt(2 / n)`` margins. A check that fails only because its
-limit is wide is ``undecided``.
+More seeds make the limits narrower. If settings change the order of the data (the class
+``reshuffled``), the difference of two means over n seeds has a standard deviation of
+``sqrt(2 / n)`` margins. A check that fails only because its limit is wide is ``undecided``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ SPIKE_DEVIATIONS = 6.0
 
 SPIKE_FACTOR = 2.0
 """The excess of a spike over bare's loss is also more than this many times the largest excess of a
-bare loss over the mean of the seeds."""
+bare loss over the mean of the other seeds."""
 
 ROUNDING = 1e-6
 """Differences below this fraction of a value do not count. It is some units in the last place of
@@ -500,9 +500,9 @@ def _judge_losses(
         if between > margin:
             margin_source, margin = "runs", between
     bare_final, plan_final = (fmean(_means(runs, windows[-1])) for runs in (bare, plan))
-    of_what = "bare's own spread of"
+    reason = "bare's own spread allows"
     if margin <= ROUNDING * abs(bare_final) and allowed_error:
-        of_what = "the rounding error that these settings may cause,"
+        reason = "the rounding error of these settings allows"
         margin = allowed_error * abs(bare_final)
     margin += ROUNDING * abs(bare_final)
     limit, difference = max(_upper_limit(bare, plan, part) for part in windows)
@@ -518,21 +518,25 @@ def _judge_losses(
     )
     measurements = {"difference": difference, "limit": limit, "margin": margin}
     if limit > margin:
-        why = (
-            f"{name} differs by {difference:+.3g} on average (up to {limit:+.3g} with "
-            f"{CONFIDENCE:.0%} confidence), more than {of_what} {margin:.3g}"
+        excess = (
+            f"exceeds bare's by {difference:.3g} on average (up to {limit:.3g} with "
+            f"{CONFIDENCE:.0%} confidence)"
+            if difference > margin
+            else f"may exceed bare's by up to {limit:.3g} ({CONFIDENCE:.0%} confidence; "
+            f"{difference:+.3g} on average)"
         )
+        why = f"{name} {excess}, more than the {margin:.3g} that {reason}"
         # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
         # hence the wider range.
         is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
         return evidence, Check(check, "failed", why, measurements, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
-            f"{name} is lower by {-difference:.3g} on average, far more than {of_what} "
-            f"{margin:.3g}: the plan appears to be training something else"
+            f"{name} is lower by {-difference:.3g} on average, far more than the {margin:.3g} "
+            f"that {reason}: the plan appears to be training something else"
         )
         return evidence, Check(check, "failed", why, measurements)
-    why = f"{name} is at most {limit:+.3g} from bare's, within {of_what} {margin:.3g}"
+    why = f"{name} exceeds bare's by at most {limit:+.3g}; {reason} {margin:.3g}"
     return evidence, Check(check, "passed", why, measurements)
 
 
@@ -555,8 +559,8 @@ def _judge_spikes(
 
     - If seeds change them, the reference is bare's loss of the same seed or the mean of all seeds,
       whichever is higher. The allowance is ``SPIKE_FACTOR`` times the largest excess of a bare loss
-      over the mean of the other seeds, or ``SPIKE_DEVIATIONS`` times their standard deviation,
-      whichever is more.
+      over the mean of the other seeds, or ``SPIKE_DEVIATIONS`` times bare's standard deviation
+      between seeds, whichever is more.
     - If seeds do not change them, the reference is bare's loss of the step. The allowance is
       computed in the same way from bare's jumps from step to step.
     - If bare does not repeat itself, the reference is the highest of three values: the reference
@@ -606,7 +610,10 @@ def _describe_scatter(
         bare: one curve for each seed, all of one length.
         by_seeds: whether seeds change them; there are then at least two.
 
-    Returns, for each step, the mean, the largest excess over the mean, and the standard deviation.
+    Returns, for each step, the mean over the seeds, the largest excess of a loss over the mean of
+    the other seeds, and the standard deviation between seeds. If seeds do not change the losses,
+    the first is the loss itself, and the other two are its jump to the next step, without its sign,
+    over ``sqrt(2)``.
     """
     if not by_seeds:
         jumps = [abs(after - before) / math.sqrt(2) for before, after in pairwise(bare[0])]
@@ -970,7 +977,7 @@ def _judge_outputs(
     if not calls:
         why = "no call had identical inputs on both sides"
         return Check("outputs", "failed", why), 0
-    measurements = {"relative_error": worst, "limit": limit, "calls": float(calls)}
+    measurements = {"relative_error": worst, "error_limit": limit, "calls": float(calls)}
     why = f"on identical inputs the outputs of {calls} calls differ by at most {worst:.2g}"
     passed = worst <= limit
     why += f" of their size (limit {limit:.2g})"

@@ -115,6 +115,7 @@ class Prover(TuneStage):
                 statistics.MINIMUM_PAIRS if count is None else count,
                 2 * self._bare.pace.seconds(steps),
                 is_enough,
+                may_exceed=count is None,
             ),
             print_line=self._ledger.print_line,
         )
@@ -142,6 +143,8 @@ class Prover(TuneStage):
 
     def _compare_gradients(self, settings: Mapping[str, str], seeds: int) -> str | None:
         """Compare the gradients of the first updates with the bare program's.
+
+        Settings that draw other random numbers are replaced as in ``search.use_proof_settings``.
 
         Args:
             settings: the settings of the plan.
@@ -181,11 +184,11 @@ class Prover(TuneStage):
         """
         if finished.failure is not None or finished.count < 2:
             return None
-        verdict = self._judge_losses(finished)
+        verdict = self._judge_without_gradients(finished)
         try:
             if _needs_repeats(verdict) and len(self._repeats) == 1 and not finished.interrupted:
                 self._repeat_bare()
-                verdict = self._judge_losses(finished)
+                verdict = self._judge_without_gradients(finished)
             is_undecided = verdict.undecided and not finished.interrupted
             if is_undecided and self._has_other_data_order(finished):
                 verdict = self._judge_with_same_data(finished) or verdict
@@ -217,7 +220,7 @@ class Prover(TuneStage):
             return False
         if finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
             return True
-        return not self._judge_losses(finished).undecided
+        return not self._judge_without_gradients(finished).undecided
 
     def _is_overtime_over(self, finished: Pairs) -> bool:
         """Return whether pairs beyond the budget are of no more use.
@@ -225,7 +228,7 @@ class Prover(TuneStage):
         If the verdict is undecided, up to ``MINIMUM_PAIRS`` more pairs are made, because trying a
         gentler plan instead would cost as much and gain less.
         """
-        is_decided = not self._judge_losses(finished).undecided
+        is_decided = not self._judge_without_gradients(finished).undecided
         if is_decided or finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
             return True
         if finished.overtime_from is None:
@@ -266,17 +269,17 @@ class Prover(TuneStage):
             for one, other in zip(finished.baseline_runs, finished.variant_runs, strict=True)
         )
 
-    def _judge_losses(self, finished: Pairs) -> Verdict:
+    def _judge_without_gradients(self, finished: Pairs) -> Verdict:
         """Judge the pairs without the gradients."""
         return self._judge(finished.variant, finished.baseline_runs, finished.variant_runs)
 
     def _judge_with_same_data(self, finished: Pairs) -> Verdict | None:
-        """Judge a plan again, with each setting that changes the data order replaced by its knob's
-        ``proof_setting``, a slower stand-in that keeps bare's order.
+        """Judge a plan again, with each setting that draws other random numbers replaced by its
+        knob's ``proof_setting``, a slower stand-in that keeps bare's order of the data.
 
-        If a plan draws other random numbers, its data come in another order. The losses of a pair
-        then differ as much as those of two seeds, so a decision takes many seeds. The result is
-        ``None`` if no knob of the plan has such a setting, or if the program fails under them.
+        If a plan draws other random numbers, its data may come in another order. The losses of a
+        pair then differ as much as those of two seeds, so a decision takes many seeds. The result
+        is ``None`` if no knob of the plan has such a stand-in, or if the program fails under it.
         """
         settings = search.use_proof_settings(finished.variant)
         if settings == dict(finished.variant):
@@ -306,7 +309,8 @@ class Prover(TuneStage):
     def _collect_exactness(self, settings: Mapping[str, str]) -> frozenset[Exactness]:
         """Collect the exactness classes of settings, given the program's own precision.
 
-        If that is half precision, mere reordering changes results as much as ``reduced`` would.
+        If its own arithmetic is coarse (``COARSE_DTYPES``), ``reduced`` is added, because mere
+        reordering then changes results as much.
         """
         found = proof.collect_exactness(settings)
         if found <= {"bitwise"} or not _is_coarse(self._bare.process):
@@ -369,8 +373,9 @@ def estimate_s(bare: BareRun) -> float:
 def _needs_repeats(verdict: Verdict) -> bool:
     """Return whether the plan should be identical to bare and is not, so bare must be run again.
 
-    The first bare run of a program that trains is one repeat. That of a program that only infers is
-    none, because it records no outputs: ``bare_repeats`` is then ``None`` and the check open.
+    If the program trains, the very first run of the tune (``bare.run``) already serves as a repeat
+    of the bare run of the first pair. If it only infers, that run has recorded no outputs and
+    cannot serve as one: ``bare_repeats`` is then ``None`` and the check open.
     """
     return any(
         check.name == "identity"
@@ -380,7 +385,7 @@ def _needs_repeats(verdict: Verdict) -> bool:
 
 
 def _is_coarse(process: ProcessRecord) -> bool:
-    """Return whether the share of half precision in the arithmetic exceeds ``COARSE_SHARE``."""
+    """Return whether the share of ``COARSE_DTYPES`` in the arithmetic exceeds ``COARSE_SHARE``."""
     by_dtype = (None if process.profile is None else process.profile.flops_by_dtype) or {}
     coarse = sum(by_dtype.get(name, 0) for name in COARSE_DTYPES)
     return bool(coarse > COARSE_SHARE * sum(by_dtype.values()))

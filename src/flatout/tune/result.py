@@ -81,8 +81,8 @@ def make_document(
                 summary=knobs.get(name).summary,
                 exactness=EXACTNESS[knobs.get(name).exactness[setting]],
                 by_hand=knobs.get(name).card.by_hand,
-                alone=outcome.find_ratio_alone(name, setting),
-                without_it=outcome.find_gain_on_top(name, setting),
+                in_process=outcome.find_ratio_in_process(name, setting),
+                gain_on_top=outcome.find_gain_on_top(name, setting),
             )
             for name, setting in outcome.settings.items()
         ),

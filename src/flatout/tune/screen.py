@@ -57,17 +57,17 @@ take half as much (there are up to three)."""
 
 MAXIMUM_CANDIDATES = 11
 """Maximum number of candidates that are compared in one process; they need 24 arms
-(``design.build_stacks``)."""
+(``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""A job is short if it has too few steps for two comparisons of this many arms, which seven
-candidates need, each with the fewest rounds and the shortest blocks. A short job is run anew for
-every ``FEW_CANDIDATES`` of its candidates."""
+"""Number of arms that seven candidates need. If a job is known to have too few steps for two
+comparisons of this many arms, each with the fewest rounds and the shortest blocks, its candidates
+are compared in groups of at most ``FEW_CANDIDATES``, with a run of the job for each group."""
 
 FEW_CANDIDATES = 3
-"""Maximum number of candidates that are then compared at a time, see ``MANY_ARMS``."""
+"""Maximum number of candidates of such a group, see ``MANY_ARMS``."""
 
-TOO_FEW_STEPS = "the program has too few steps to tell it from the others"
+TOO_FEW_STEPS = "the program has too few steps to measure its effect"
 """The reason for a candidate of which a comparison gives no ratio."""
 
 StopRule = Literal["arms", "settings"] | None
@@ -94,10 +94,10 @@ class Screening(TuneStage):
         self._job_steps = bare.job_steps
 
     @property
-    def _is_short_job(self) -> bool:
-        """Whether the job has ended within the first run or a comparison.
+    def _has_job_ended(self) -> bool:
+        """Whether the job has come to its end within the first run or a comparison.
 
-        There are then too few steps to compare stacks, whose ratios are close to 1.
+        It then has too few steps to compare stacks, whose ratios are close to 1.
         """
         return self._job_steps is not None
 
@@ -129,19 +129,19 @@ class Screening(TuneStage):
             self._compare_groups(hot, lambda group, _: self._compare_alone(group))
         best: dict[str, tuple[float, Candidate]] = {}
         for candidate in hot:
-            arm = self._ledger.find(candidate.settings)
-            if arm.ratio is None:
+            entry = self._ledger.find(candidate.settings)
+            if entry.ratio is None:
                 continue
-            self._ledger.print_line(f"{candidate}: {arm.ratio} inside one process")
-            if statistics.pick_winners({str(candidate): arm.ratio}):
+            self._ledger.print_line(f"{candidate}: {entry.ratio} inside one process")
+            if statistics.pick_winners({str(candidate): entry.ratio}):
                 self._ledger.accept(candidate.settings)
-                faster = (arm.ratio.value, candidate)
+                faster = (entry.ratio.value, candidate)
                 if candidate.knob in best:
                     faster, slower = sorted((faster, best[candidate.knob]), key=lambda one: -one[0])
                     self._ledger.leave_out(slower[1].settings, f"{faster[1]} gains more")
                 best[candidate.knob] = faster
             else:
-                self._ledger.reject(candidate.settings, arm.why)
+                self._ledger.reject(candidate.settings, entry.why)
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         return {knob: candidate.setting for knob, (_, candidate) in ordered}
 
@@ -179,16 +179,12 @@ class Screening(TuneStage):
             _JobEndedError: see ``_compare``.
             TrialFailedError: the program failed under a combination of several.
         """
-        stacks = design.build_stacks(group_exclusive(group))
-        done, comparison = self._compare(stacks, "settings", COMPARISON_SHARE / groups, group)
+        arms = design.build_arms(group_exclusive(group))
+        done, comparison = self._compare(arms, "settings", COMPARISON_SHARE / groups, group)
         failures = trial.collect_reasons(done.process, "failed")
         applied = [
-            {
-                knob: setting
-                for knob, setting in stack.items()
-                if f"{knob}={setting}" not in failures
-            }
-            for stack in stacks
+            {knob: setting for knob, setting in arm.items() if f"{knob}={setting}" not in failures}
+            for arm in arms
         ]
         ratios = estimate_setting_ratios(
             statistics.find_complete_blocks(done.process.loop_steps, comparison), applied
@@ -250,7 +246,7 @@ class Screening(TuneStage):
 
     def _reduce(self, winners: dict[str, str]) -> dict[str, str]:
         """Remove from the stack of winners the settings that gain nothing on top of the others."""
-        if len(winners) < 2 or self._is_short_job:
+        if len(winners) < 2 or self._has_job_ended:
             return winners
         found = self._compare_with_first(
             (winners, *(_remove(winners, [knob]) for knob in winners)),
@@ -307,11 +303,11 @@ class Screening(TuneStage):
         entries = {candidate: self._ledger.find(candidate.settings) for candidate in hot}
         ratios = {c: entry.ratio for c, entry in entries.items() if entry.state != "left out"}
         again = candidates.find_second_looks(ratios, stack)
-        if not again or self._is_short_job:
+        if not again or self._has_job_ended:
             return stack
-        stacks = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
+        arms = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
         found = self._compare_with_first(
-            stacks, None, f"once more {format_settings(again)}, on top of the chosen settings"
+            arms, None, f"once more {format_settings(again)}, on top of the chosen settings"
         )
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
@@ -333,7 +329,7 @@ class Screening(TuneStage):
             what: a description of the arms for the progress line.
 
         Returns the ratio of each arm to the first, by the number of the arm; empty if the program
-        fails, or if it turns out to be too short (``_is_short_job``).
+        fails, or if the job ends before the comparison.
         """
         try:
             done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)

@@ -217,7 +217,8 @@ def _to_entry(finished: launch.Finished, timeout_seconds: float, spent_s: float)
         failure = f"it failed with exit code {finished.returncode}"
     elif process is None:
         failure = (
-            "flatout could not attach: no Python process of this command imported torch under it"
+            "flatout could not attach: it found no Python process of this command that imported "
+            "torch"
         )
     end = None if process is None else process.end
     tail = "\n".join((finished.output or "").splitlines()[-_TAIL_LINES:])

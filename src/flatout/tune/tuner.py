@@ -243,10 +243,10 @@ class Tuner:
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
         outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
-        ratio_alone = {
-            name: outcome.find_ratio_alone(name, setting) for name, setting in settings.items()
+        in_process = {
+            name: outcome.find_ratio_in_process(name, setting) for name, setting in settings.items()
         }
-        outcome.evidence = evidence.make_evidence(settings, attempt.pairs, verdict, ratio_alone)
+        outcome.evidence = evidence.make_evidence(settings, attempt.pairs, verdict, in_process)
 
 
 def _may_have_hidden_gains(dropped: Collection[str]) -> bool:

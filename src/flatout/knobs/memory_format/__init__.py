@@ -212,15 +212,17 @@ KNOB = Knob(
         what="The knob converts the inputs of `Conv2d` and `ConvTranspose2d` to the memory "
         "format `torch.channels_last`, which their outputs and the following operators "
         "keep. The output of an outermost module call is made contiguous again. On the "
-        "CPU, gradients are converted to the memory format of the activations that they "
-        "belong to.\n\n"
+        "CPU, gradients of activations are converted to the memory format of these "
+        "activations.\n\n"
         "Parameters, their gradients and the optimizer's state keep their memory format, "
         "so fused optimizers and checkpoints are safe. (Torch's fused optimizer steps "
         "silently compute wrong results if the strides of state and parameter differ.)\n\n"
-        "If torch fails on the format, as for a `view` of activations, the program gets "
-        "the error, and flatout turns the knob off. The knob does not change modules in "
-        "which at least half of the convolutions are grouped. Dropout on images draws the "
-        "same random numbers, but applies them to other elements.",
+        "If torch fails on the format, as for a `view` of activations, torch's error is "
+        "raised in the program, which usually ends it, and flatout turns the knob off. A "
+        "tune finds this out in a trial, and leaves the knob out. The knob does not change "
+        "modules in which at least half of the convolutions are grouped.\n\n"
+        "The class is `resampled` because of dropout on images: it draws the same random "
+        "numbers, but applies them to other elements, so its masks differ.",
         helps="The knob helps convolutional networks on the CPU (oneDNN) and, under autocast, "
         "on tensor cores.",
         hurts="Networks become slower if operators between the convolutions need contiguous "
