@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import pickle
 import random
 import sys
 import types
@@ -266,4 +267,4 @@ def _generator_state(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     bits = generator.bit_generator if hasattr(generator, "bit_generator") else generator
-    return repr(bits.state if hasattr(bits, "state") else bits.get_state())
+    return pickle.dumps(bits.state if hasattr(bits, "state") else bits.get_state())
