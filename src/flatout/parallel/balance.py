@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 WINDOW_S = 0.5
 """Time in shards and for the ranks, after which the two are compared."""
 
-LOST_WINDOWS = 2
+LOST_WINDOWS = 3
 """Windows in a row that must be lost: once, another program may have had the cores."""
 
 
