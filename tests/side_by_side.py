@@ -41,7 +41,14 @@ class Outcome:
     stderr: str
 
 
-def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> list[Outcome]:
+def run(
+    program: str,
+    ranks: int,
+    folder: Path,
+    *,
+    timeout_s: float = 120,
+    request: Request = Request(seed=0),  # noqa: B008 - it is frozen
+) -> list[Outcome]:
     """Run a program and return how it has ended on each rank.
 
     Args:
@@ -49,12 +56,13 @@ def run(program: str, ranks: int, folder: Path, *, timeout_s: float = 120) -> li
         ranks: their number; 1: an ordinary process.
         folder: for the program, as its working directory ``rank-R``, and for what it leaves.
         timeout_s: when the processes are killed.
+        request: what the agents shall do.
     """
     script = folder / "program.py"
     script.write_text(BEGIN + program)
     run_directory = folder / f"run-{ranks}"
     run_directory.mkdir()
-    Request(seed=0).write(run_directory)
+    request.write(run_directory)
 
     def run_rank(rank: int) -> Outcome:
         here = folder / f"{ranks}-rank-{rank}"

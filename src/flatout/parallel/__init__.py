@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentitySet
+from flatout.parallel.ending import PartedError
 from flatout.parallel.place import Place
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
     from flatout.parallel.kinds import Refusal, Rule
     from flatout.parallel.team import Team
+
+
+USELESS_CALLS = 32
+"""With a plan, rank 0 goes on alone after this many calls of which none could be shared out: a
+program may begin with a few of another kind."""
 
 
 class Parallel:
@@ -28,6 +34,8 @@ class Parallel:
     """
 
     def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
+        import torch
+
         from flatout.parallel import interior
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending, Interruption
@@ -35,12 +43,17 @@ class Parallel:
 
         self._host = host
         self._place = place
-        self._ending = Ending(place, host.events, finish)
+        ranks = host.request.ranks
+        self._goes_alone = ranks is not None and ranks.goes_alone
+        self._ending = Ending(place, host.events, finish, self._goes_alone, self._state)
         self._interruption = Interruption() if place.rank == 0 else None
         self._stepped_optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
         self._is_alone = False
         self._has_left_call = False
-        leaves = Leaves()
+        self._is_forked = False
+        is_set = "threads" in host.request.settings
+        self._threads = None if is_set else torch.get_num_threads()
+        self._leaves = leaves = Leaves()
         self._sharing = Sharing(
             host.events,
             leaves,
@@ -62,21 +75,53 @@ class Parallel:
     def close(self) -> None:
         """Leave the other ranks, at the end of the process."""
         self._remove()
-        if self._team is None or self._ending.is_stopping:
+        if self._is_alone or self._ending.is_stopping:
             return
-        self._host.events.add("noticed", "ranks", self._summary())
+        what = "noticed" if self._sharing.has_shared else "unused"
+        self._host.events.add(what, "ranks", self._summary())
+        if self._team is None:
+            return
         self._ending.note_end()
         self._team.channel.close()
         self._team = None
 
     def forget(self) -> None:
         """Compute everything whole from now on: this is the child of a fork."""
+        global _installed
+        _installed = None
+        self._is_forked = True
         self._remove()
         if self._interruption is not None:
             self._interruption.forget()
         if self._team is not None:
             self._team.channel.forget()
             self._team = None
+
+    def dismiss(self) -> None:
+        """Let the other ranks end: this process stops before the program does."""
+        self._ending.note_alone()
+
+    def leave(self, why: str) -> None:
+        """Do without the other ranks from now on, between two calls: rank 0 computes everything by
+        itself, and another rank ends.
+
+        Args:
+            why: the reason, a sentence for the user; empty: it is recorded elsewhere.
+        """
+        if self._place.rank:
+            self._ending.leave()
+        said = [f"rank 0 goes on alone: {why}"] * bool(why) + self._counts()
+        if said:
+            self._host.events.add("noticed", "ranks", "; ".join(said))
+        self._is_alone = True
+        self._ending.note_alone()
+        if self._team is not None:
+            self._team.channel.close()
+            self._team = None
+        if self._host.request.ranks is not None:
+            from flatout.parallel import processors
+
+            processors.use_all(self._host.request.ranks, self._threads)
 
     def _remove(self) -> None:
         for undo in self._undo:
@@ -89,8 +134,15 @@ class Parallel:
         """Make a root call."""
         if self._is_alone or self._has_been_interrupted():
             return call(module, *args, **kwargs)
-        with self._noting_interrupted_calls():
-            return self._sharing(call, module, args, kwargs)
+        if self._goes_alone and self._is_useless():
+            self.leave(f"nothing can be shared out in the first {USELESS_CALLS} calls")
+            return call(module, *args, **kwargs)
+        try:
+            with self._noting_interrupted_calls():
+                return self._sharing(call, module, args, kwargs)
+        except PartedError as parted:
+            self.leave(str(parted))
+        return call(module, *args, **kwargs)
 
     def _backward(self, call: Callable[..., Any], outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a backward call."""
@@ -101,8 +153,8 @@ class Parallel:
                 return self._averaging(call, outputs, *args, **kwargs)
         if reaches_shards(outputs):
             self._ending.stop(
-                "the program was interrupted and then makes a backward call through what the ranks "
-                "have computed together before, which --ranks does not support"
+                "rank 0 goes on alone and then makes a backward call through what the ranks have "
+                "computed together before, which --ranks does not support"
             )
         return call(outputs, *args, **kwargs)
 
@@ -121,12 +173,7 @@ class Parallel:
         is_nested = self._sharing.is_in_shard or self._averaging.is_active
         if self._interruption is None or is_nested or not self._interruption.has_come():
             return False
-        self._is_alone = True
-        if self._team is not None:
-            self._host.events.add("noticed", "ranks", self._summary())
-            self._ending.note_alone()
-            self._team.channel.close()
-            self._team = None
+        self.leave("")
         return True
 
     def _is_in_shard(self) -> bool:
@@ -138,14 +185,19 @@ class Parallel:
         from flatout.parallel import joining, sameness
         from flatout.parallel.team import Team
 
-        channel = joining.join(self._place, self._ending)
-        self._team = team = Team(channel, self._ending)
-        messages = [json.loads(text) for text in channel.exchange(json.dumps(sys.argv).encode())]
-        if any(message != messages[0] for message in messages):
-            self._ending.stop(
-                f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
-                "that train at the same time in one job are not supported"
-            )
+        with self._ending.between_calls():
+            try:
+                channel = joining.join(self._place, self._ending)
+            except (AttributeError, ImportError, RuntimeError) as error:
+                self._ending.failed(error)
+            self._team = team = Team(channel, self._ending)
+            texts = channel.exchange(json.dumps(sys.argv).encode())
+            messages = list(map(json.loads, texts))
+            if any(message != messages[0] for message in messages):
+                self._ending.stop(
+                    f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
+                    "that train at the same time in one job are not supported"
+                )
         sameness.agree_on_kernel(channel.exchange)
         return team
 
@@ -168,16 +220,37 @@ class Parallel:
             self._team.step += 1
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
 
+    def _is_useless(self) -> bool:
+        """Whether all of the first calls were computed whole, by every rank."""
+        sharing = self._sharing
+        return not sharing.has_shared and sum(sharing.whole.values()) >= USELESS_CALLS
+
+    def _state(self) -> str:
+        """Return a digest of what the ranks have computed together and the program keeps."""
+        from flatout.parallel import sameness
+
+        if not self._sharing.has_shared:
+            return ""
+        modules = sameness.state_digest(self._host.roots, self._host.optimizers)
+        return f"{modules} {sameness.content_digest(self._leaves.numbered().values())}"
+
     def _summary(self) -> str:
         """Return how many calls were shared out, and how many were not."""
+        parts = self._counts()
+        if not self._sharing.has_shared:
+            parts.insert(0, "nothing was shared out, each rank has computed everything")
+            if self._is_forked:
+                parts.append("the child of a fork computes by itself")
+            elif len(parts) == 1:
+                parts.append("the program has called no module")
+        return "; ".join(parts)
+
+    def _counts(self) -> list[str]:
         shared, whole = self._sharing.shared, self._sharing.whole
         parts = [f"{count} calls of {name} were shared out" for name, count in shared.items()]
-        if not shared:
-            parts.append("nothing was shared out, each rank has computed everything")
-        parts += [
+        return parts + [
             f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
         ]
-        return "; ".join(parts)
 
 
 def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:
@@ -188,7 +261,19 @@ def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel
         place: of this process among the ranks.
         finish: writes the rest of the record, with a reason, when the ranks have parted.
     """
-    return Parallel(host, place, finish)
+    global _installed
+    _installed = Parallel(host, place, finish)
+    return _installed
+
+
+def leave() -> None:
+    """Do without the other ranks from now on, if this process has any."""
+    if _installed is not None:
+        _installed.leave("")
+
+
+_installed: Parallel | None = None
+"""What shares out the root calls of this process."""
 
 
 def _find_rule(

@@ -178,11 +178,18 @@ class Ranks:
         seed: for the generators that the program does not seed: all ranks draw the same numbers.
         hash_seed: ``PYTHONHASHSEED`` of all ranks where the user has set none: sets of strings have
             the same order.
+        processors: the numbers of the processors that the ranks share.
+        threads: the number of threads that the user's environment sets; ``None``: it sets none.
+        goes_alone: whether rank 0 goes on alone where the ranks cannot go on together and its state
+            is whole; otherwise it stops.
     """
 
     size: int
     seed: int
     hash_seed: int
+    processors: tuple[int, ...] = ()
+    threads: int | None = None
+    goes_alone: bool = False
 
 
 @dataclass(frozen=True)
