@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,9 +18,16 @@ from flatout.knob import Facts
 from flatout.knobs import ranks
 from flatout.launch import companions, isolation
 from flatout.machine import cores
-from flatout.tune import candidates, trial
+from flatout.tune import candidates, pairs, trial
+from flatout.tune.bare import BareRun
+from flatout.tune.candidates import Candidate
+from flatout.tune.cold import ColdTrials
+from flatout.tune.ledger import Ledger, Options
+from flatout.tune.pairs import Pairs
 from flatout.tune.trial import Trial, TrialFailedError
-from flatout.wire.record import read_run
+from flatout.wire.header import Header
+from flatout.wire.lines import AgentEvent
+from flatout.wire.record import ProcessRecord, read_run
 from flatout.wire.request import RUN_VARIABLE, ProvenConditions, Ranks, Request
 from tests import side_by_side
 
@@ -158,7 +167,10 @@ def test_rank_0_decides_when_a_trial_ends(limit: dict[str, object], job: list[st
         "set to 2 by the plan",
         f"{steps} calls of Net were shared out",
     ]
-    assert not list(done.process.path.parent.glob("died-*"))
+    directory = done.process.path.parent
+    companion = read_run(directory).processes[1]
+    assert trial.collect_reasons(companion, "stopped") == {"ranks": "rank 0 goes on alone"}
+    assert not list(directory.glob("died-*"))
     assert not left()
 
 
@@ -198,6 +210,42 @@ def test_a_trial_in_which_nothing_is_shared_out_has_no_effect(job: list[str]) ->
     why = trial.collect_reasons(done.process, "unused")["ranks"]
     assert why.startswith("nothing was shared out, each rank has computed everything; 5 calls of")
     assert "Net mixes samples" in why
+
+
+def of(*events: AgentEvent) -> Trial:
+    """A made-up trial."""
+    return Trial(ProcessRecord(Path(), Header(), events=list(events)), 1.0, False)
+
+
+def test_one_pair_without_effect_is_enough() -> None:
+    candidate = Candidate("ranks", "2", False, None)
+    without = of(AgentEvent(0.0, "unused", "ranks", "nothing was shared out", None))
+    tried_once = Pairs({}, candidate.settings, [of()], [without])
+    stage: Any = SimpleNamespace(_pair_s=1.0, _spare_s=lambda: 100.0)
+    assert ColdTrials._is_ranked(stage, candidate, tried_once)
+    nothing = Pairs({}, candidate.settings)
+    assert not ColdTrials._is_ranked(stage, candidate, nothing)
+
+
+def test_a_candidate_with_other_processes_is_not_tried_in_a_relay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+
+    def run(trials: object, tried: Pairs, **options: object) -> None:
+        seen[tuple(tried.variant)] = tried.in_relay
+        tried.failure = "it was not run"
+
+    monkeypatch.setattr(pairs, "run", run)
+    nothing: Any = None
+    first = BareRun(nothing, frozenset(), nothing, pairs.Pace(1.0, 0.1), {}, 50, None, True)
+    ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+    stage = ColdTrials(nothing, ledger, first, Options())
+    for name, setting in (("ranks", "2"), ("mkl", "avx512")):
+        candidate = Candidate(name, setting, False, None)
+        ledger.enter([candidate])
+        assert not stage._try(candidate, {})
+    assert seen == {("ranks",): False, ("mkl",): True}
 
 
 # Runs with a plan

@@ -174,8 +174,8 @@ def run(
         companions.end()
     if companions.ended_rank_0:
         exited = process.Exit(1, exited.seconds)
-    if ranks.goes_alone and exited.returncode == 0:
-        sentence = None
+    if ranks.goes_alone and exited.returncode >= 0:
+        sentence = None  # rank 0 has said why it stops, or went on alone
     return exited, sentence
 
 
