@@ -274,6 +274,7 @@ EXERCISES: dict[str, Exercise] = {
     "optimizer": Exercise(),
     "precision": Exercise(),
     "random": Random(),
+    "ranks": Exercise(),
     "recurrent": Recurrent(),
     "threads": Exercise(),
     "zero_grad": ZeroGrad(),

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE, Ranks, Request
+from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE, Request
 from tests import forking
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def run(
     folder: Path,
     *,
     timeout_s: float = 120,
-    processors: list[int] | None = None,
+    request: Request = Request(seed=0),  # noqa: B008 - it is frozen
 ) -> list[Outcome]:
     """Run a program and return how it has ended on each rank.
 
@@ -56,14 +56,13 @@ def run(
         ranks: their number; 1: an ordinary process.
         folder: for the program, as its working directory ``rank-R``, and for what it leaves.
         timeout_s: when the processes are killed.
-        processors: see ``flatout.wire.request.Ranks``.
+        request: what the agents shall do.
     """
     script = folder / "program.py"
     script.write_text(BEGIN + program)
     run_directory = folder / f"run-{ranks}"
     run_directory.mkdir()
-    shared = None if processors is None else Ranks(ranks, 0, 0, processors)
-    Request(seed=0, ranks=shared).write(run_directory)
+    request.write(run_directory)
 
     def run_rank(rank: int) -> Outcome:
         here = folder / f"{ranks}-rank-{rank}"

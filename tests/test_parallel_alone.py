@@ -9,6 +9,7 @@ import pytest
 
 from flatout.parallel.balance import LOST_WINDOWS, WINDOW_S, Balance, Graphs, Phase
 from flatout.wire.record import read_run
+from flatout.wire.request import Ranks, Request
 from tests import side_by_side
 
 
@@ -126,6 +127,10 @@ def test_a_graph_is_open_until_a_backward_call_has_gone_through_it() -> None:
     assert not graphs.are_open()
 
 
+def gives_up(processors: list[int]) -> Request:
+    return Request(seed=0, ranks=Ranks(2, 0, 0, tuple(processors), gives_up=True))
+
+
 GO_ALONE = """
 import json
 from torch import nn
@@ -200,7 +205,7 @@ def test_rank_0_computes_on_what_the_program_computes(name: str, tmp_path: Path)
     program = GO_ALONE + PROGRAMS[name] + "finish()\n"
     processors = sorted(os.sched_getaffinity(0))
     (alone,) = side_by_side.run(program, 1, tmp_path)
-    first, second = side_by_side.run(program, 2, tmp_path, processors=processors)
+    first, second = side_by_side.run(program, 2, tmp_path, request=gives_up(processors))
     assert (first.status, second.status) == (0, 0), first.stderr + second.stderr
     expected, _, _, _ = json.loads(alone.stdout)
     found, is_alone, cores, _ = json.loads(first.stdout)
@@ -218,9 +223,11 @@ def test_a_backward_call_through_what_was_shared_stops_the_ranks_by_name(tmp_pat
         "agent._session._parallel._team.graphs._open.clear()\n"
         "go_alone()\nmodel(torch.randn(7, 6))\noutput.sum().backward()\n"
     )
-    first, _ = side_by_side.run(program, 2, tmp_path, processors=sorted(os.sched_getaffinity(0)))
+    first, _ = side_by_side.run(
+        program, 2, tmp_path, request=gives_up(sorted(os.sched_getaffinity(0)))
+    )
     assert first.status == 1
-    assert "has gone on alone and then makes a backward call" in first.stderr
+    assert "goes on alone and then makes a backward call" in first.stderr
 
 
 def test_ranks_stay_together_where_they_are_not_to_part(tmp_path: Path) -> None:

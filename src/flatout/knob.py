@@ -71,6 +71,12 @@ class Facts:
             loaders.
         opens_images: whether the job's main process has imported Pillow's JPEG plugin, as opening
             an image with Pillow does.
+        step_ms: the time of a step.
+        module_share: the share of forward and backward passes.
+        calls_modules: whether the job calls modules.
+        is_distributed: whether the job consists of several processes that train together.
+        isolation_refusal: the reason why jobs cannot run in a copy-on-write view of the files;
+            ``None``: they can, or it is not known.
     """
 
     device: str
@@ -88,6 +94,11 @@ class Facts:
     overhead_share: float | None = None
     loader_settings: tuple[str, ...] | None = None
     opens_images: bool | None = None
+    step_ms: float | None = None
+    module_share: float | None = None
+    calls_modules: bool | None = None
+    is_distributed: bool | None = None
+    isolation_refusal: str | None = None
 
     def lack(self, *words: str) -> bool:
         """Whether it is known that a step calls no operator with any of these words in its name."""
@@ -178,8 +189,8 @@ class Knob:
             It draws the same other random numbers, but advances torch's generator exactly as the
             original would, so the data order stays equal to the baseline's. ``None``: the knob has
             no such setting.
-        background_settings: the settings that start background processes. These keep using cores
-            while the run is paused, so such runs cannot be interleaved with others.
+        background_settings: the settings that start other processes. These keep using cores while
+            the run is paused, so such runs cannot be interleaved with others.
         hides_gains: whether the knob makes the step so much shorter, or so different, that settings
             which gain nothing beside it may gain without it. They are tried again if the knob is
             dropped.

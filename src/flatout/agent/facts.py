@@ -51,6 +51,7 @@ def collect(host: Host) -> ProgramFacts:
             float32_matmul_precision=_float32_matmul_precision(),
         ),
         threads=torch.get_num_threads(),
+        is_distributed=torch.distributed.is_available() and torch.distributed.is_initialized(),
         knobs=tuple(sorted(host.applied.names)),
     )
 

@@ -91,19 +91,17 @@ class Session:
             from flatout.agent import seeds
 
             seeds.set_seeds(request.seed)
-        self._stages.add_requested()
+        place = ranks.place()
+        if place is None or place.rank == 0:  # the others end with rank 0, see ``_stop``
+            self._stages.add_requested()
         try:
             self.hooks.install(live=bool(self._stages.pending))
         except BaseException:
             self.hooks.remove()
             raise
         self._apply_settings()
-        place = ranks.place()
         if place is not None and not self._waits_for_step:
-            from flatout import parallel
-
-            processors = None if request.ranks is None else request.ranks.processors
-            self._parallel = parallel.install(host, place, self.finish, processors)
+            self._join_ranks(place)
         if request.inspection is not None:
             from flatout.agent.inspection import Inspector
 
@@ -117,6 +115,14 @@ class Session:
         self._register_process_hooks()
         if not self._waits_for_step:
             self.record.flush()
+
+    def _join_ranks(self, place: ranks.Place) -> None:
+        """Share out root calls from now on, inside of all wrappers that are added later."""
+        from flatout import parallel
+
+        self._parallel = parallel.install(self.host, place, self.finish)
+        if "ranks" in self.request.settings.keys() - self.host.applied.names:
+            parallel.leave()
 
     def _register_process_hooks(self) -> None:
         on_failure_of = self.host.events.on_failure_of
@@ -165,6 +171,8 @@ class Session:
     def _stop(self, turn: Turn) -> bool:
         """End the process. This is the last stage."""
         self.host.events.add("stopped", "program", "all the steps asked for have been recorded")
+        if self._parallel is not None:
+            self._parallel.dismiss()
         self.finish("stopped")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):

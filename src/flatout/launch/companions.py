@@ -17,12 +17,14 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flatout import paths
 from flatout.errors import UserError
+from flatout.knobs import ranks as ranks_knob
 from flatout.launch import companion_stage, isolation, process, trackers
 from flatout.machine import cores
 from flatout.wire.request import (
@@ -31,6 +33,7 @@ from flatout.wire.request import (
     RUN_VARIABLE,
     SEED_VARIABLE,
     Ranks,
+    Request,
 )
 
 MOST_RANKS_PER_PROCESSOR = 4
@@ -46,6 +49,9 @@ FOLLOWING_S = 5.0
 
 _THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+_LAUNCHED = "WORLD_SIZE"
+"""The variable by which launchers such as torchrun tell a process how many processes there are."""
+
 _SEED_BITS = 32
 """``PYTHONHASHSEED`` and NumPy's global generator take no larger seeds."""
 
@@ -60,8 +66,31 @@ _NOT_SENT_BY_USERS = {
 """Signals that tell of a failure, or of a kernel that was out of memory."""
 
 
-def request(size: int) -> Ranks:
-    """What the agents of a run with several ranks must know, with fresh seeds.
+def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
+    """Add the ranks that the settings of a request ask for, if they do.
+
+    Args:
+        request: of a run or a trial.
+        goes_alone: whether rank 0 goes on alone where that is right or faster, see ``Ranks``.
+
+    Raises:
+        UserError: the program cannot be run as several ranks here.
+    """
+    setting = request.settings.get(ranks_knob.NAME)
+    if setting is None or request.ranks is not None:
+        return request
+    refusal = ranks_knob.find_refusal(setting)
+    if refusal is not None:
+        raise UserError(refusal)
+    if _LAUNCHED in os.environ:
+        raise UserError(f"the program is one of several already: {_LAUNCHED} is set")
+    ranks = make_ranks(ranks_knob.number(setting))
+    ranks = replace(ranks, goes_alone=goes_alone, gives_up=goes_alone)
+    return replace(request, ranks=ranks)
+
+
+def make_ranks(size: int) -> Ranks:
+    """Return what the agents of a run with several ranks must know, with fresh seeds.
 
     Raises:
         UserError: there are too few cores, or what companions write could not be kept from the
@@ -81,12 +110,26 @@ def request(size: int) -> Ranks:
             f"--ranks needs a copy-on-write view of the files, or all ranks would write to your "
             f"real ones: {reason}"
         )
-    seeds = secrets.randbits(_SEED_BITS), secrets.randbits(_SEED_BITS)
-    return Ranks(size, *seeds, processors=allowed)
+    threads = (os.environ.get(name, "") for name in _THREADS_VARIABLES)
+    return Ranks(
+        size,
+        secrets.randbits(_SEED_BITS),
+        secrets.randbits(_SEED_BITS),
+        tuple(allowed),
+        next((int(number) for number in threads if number.isdecimal()), None),
+    )
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], run_directory: Path, ranks: Ranks
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    run_directory: Path,
+    ranks: Ranks,
+    *,
+    rank_0_command: Sequence[str] | None = None,
+    scratch: Path | None = None,
+    tick: Callable[[], object] | None = None,
+    **options: Any,
 ) -> tuple[process.Exit, str | None]:
     """Run a command as several ranks to the end of rank 0. No process of its companions is left.
 
@@ -95,8 +138,13 @@ def run(
         environment: of a job without ranks.
         run_directory: its run directory.
         ranks: their number and seeds.
+        rank_0_command: how rank 0 is started, if not by ``command``: with a view of its own.
+        scratch: where the views of companions keep caches, see ``isolation.command``.
+        tick: called every ``process.TICK_S`` while rank 0 runs.
+        options: further arguments of ``process.run`` for rank 0.
 
-    Returns how rank 0 ended, and a sentence about the rank that failed, ``None`` if none did.
+    Returns how rank 0 ended, and a sentence about the rank that failed, ``None`` if none did or
+    rank 0 goes on alone then.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -104,13 +152,21 @@ def run(
     process.check_program(command[0])
     shares = cores.share_out(cores.nodes(cores.allowed_processors()), ranks.size)
     variables = _common_variables(environment, run_directory, ranks)
-    companions = _Companions(command, variables, run_directory, shares)
+    companions = _Companions(command, variables, run_directory, shares, scratch)
+
+    def must_end() -> bool:
+        if tick is not None:
+            tick()
+        return not ranks.goes_alone and companions.must_rank_0_end()
+
     try:
         exited = process.run(
-            command,
+            rank_0_command or command,
             {**variables, RANK_VARIABLE: "0"},
-            tick=companions.must_rank_0_end,
+            tick=must_end,
             processors=shares[0],
+            spared=companions.stage_pid,
+            **options,
         )
         sentence = companions.explain(exited.returncode)
         if exited.returncode >= 0 and not companions.ended_rank_0:
@@ -119,6 +175,8 @@ def run(
         companions.end()
     if companions.ended_rank_0:
         exited = process.Exit(1, exited.seconds)
+    if ranks.goes_alone and exited.returncode >= 0:
+        sentence = None  # rank 0 has said why it stops, or went on alone
     return exited, sentence
 
 
@@ -144,9 +202,11 @@ class _Companions:
         variables: environment of all ranks.
         run_directory: of the run.
         shares: the processors of each rank, those of rank 0 among them.
+        scratch: see ``run``.
 
     Attributes:
         ended_rank_0: whether rank 0 was ended because a companion was killed.
+        stage_pid: id of the process that runs them.
     """
 
     def __init__(
@@ -155,6 +215,7 @@ class _Companions:
         variables: Mapping[str, str],
         run_directory: Path,
         shares: Sequence[Sequence[int]],
+        scratch: Path | None,
     ) -> None:
         self.ended_rank_0 = False
         self._run_directory = run_directory
@@ -169,7 +230,7 @@ class _Companions:
             for rank, processors in enumerate(shares)
             if rank
         ]
-        job = isolation.command(command, passthrough=[run_directory], scratch=None)
+        job = isolation.command(command, passthrough=[run_directory], scratch=scratch)
         with open(run_directory / "companions.txt", "ab") as output:
             self._stage = subprocess.Popen(
                 companion_stage.command(job, companions, run_directory, os.getpid()),
@@ -178,6 +239,7 @@ class _Companions:
                 stderr=output,
                 start_new_session=True,
             )
+        self.stage_pid = self._stage.pid
 
     def must_rank_0_end(self) -> bool:
         """Whether a companion was killed and rank 0 has not ended in time."""

@@ -97,6 +97,7 @@ def run(
     run_directories: Sequence[str] = (),
     tick: Callable[[], bool | None] | None = None,
     processors: Collection[int] | None = None,
+    spared: int | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -111,6 +112,8 @@ def run(
             (``RUN_VARIABLE``).
         tick: called every ``TICK_S`` while the job runs. The job is ended once it returns true.
         processors: numbers of those that the job may run on; ``None``: those of flatout.
+        spared: id of a process that was started before a contained job; it and what it has started
+            are not killed.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -134,7 +137,7 @@ def run(
         finally:
             sentinel.end()
             if contained:
-                _end_descendants(_INTERRUPTED_GRACE_S if interrupted else _GRACE_S)
+                _end_descendants(_INTERRUPTED_GRACE_S if interrupted else _GRACE_S, spared)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if contained and interrupted:
@@ -357,10 +360,14 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _end_descendants(grace_s: float) -> None:
+def _end_descendants(grace_s: float, spared: int | None) -> None:
     import psutil
 
-    descendants = psutil.Process().children(recursive=True)
+    children = [child for child in psutil.Process().children() if child.pid != spared]
+    descendants = list(children)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants += child.children(recursive=True)
     for process in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -7,17 +7,23 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentitySet
+from flatout.parallel import summary
+from flatout.parallel.ending import PartedError
 from flatout.parallel.place import Place
-from flatout.wire.lines import SharedWork, WholeCalls
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
     from flatout.parallel.kinds import Refusal, Rule
     from flatout.parallel.team import Team
+
+
+USELESS_CALLS = 32
+"""With a plan, rank 0 goes on alone after this many calls of which none could be shared out: a
+program may begin with a few of another kind."""
 
 
 class Parallel:
@@ -27,17 +33,9 @@ class Parallel:
         host: of this process.
         place: of this process among the ranks.
         finish: writes the rest of the record, with a reason.
-        processors: those of all ranks together; ``None``: they are not given up, whatever they
-            cost.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        place: Place,
-        finish: Callable[[str], None],
-        processors: Sequence[int] | None,
-    ) -> None:
+    def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
         import torch
 
         from flatout.parallel import interior
@@ -47,14 +45,17 @@ class Parallel:
 
         self._host = host
         self._place = place
-        self._processors = processors
-        self._threads = torch.get_num_threads()
-        self._ending = Ending(place, host.events, finish)
+        ranks = host.request.ranks
+        self._goes_alone = ranks is not None and ranks.goes_alone
+        self._ending = Ending(place, host.events, finish, self._goes_alone, self._state)
         self._interruption = Interruption() if place.rank == 0 else None
         self._stepped_optimizers: WeakIdentitySet[Any] = WeakIdentitySet()
         self._is_alone = False
         self._has_left_call = False
-        leaves = Leaves()
+        self._is_forked = False
+        is_set = "threads" in host.request.settings
+        self._threads = None if is_set else torch.get_num_threads()
+        self._leaves = leaves = Leaves()
         self._sharing = Sharing(
             host.events,
             leaves,
@@ -76,9 +77,13 @@ class Parallel:
     def close(self) -> None:
         """Leave the other ranks, at the end of the process."""
         self._remove()
-        if self._team is None or self._ending.is_stopping:
+        if self._is_alone or self._ending.is_stopping:
             return
-        self._record_work(self._team)
+        what = "noticed" if self._sharing.has_shared else "unused"
+        self._host.events.add(what, "ranks", summary.describe(self._sharing, self._is_forked))
+        if self._team is None:
+            return
+        self._host.record.write(summary.work_of(self._sharing, self._team))
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
         self._team.channel.close()
@@ -86,12 +91,42 @@ class Parallel:
 
     def forget(self) -> None:
         """Compute everything whole from now on: this is the child of a fork."""
+        global _installed
+        _installed = None
+        self._is_forked = True
         self._remove()
         if self._interruption is not None:
             self._interruption.forget()
         if self._team is not None:
             self._team.channel.forget()
             self._team = None
+
+    def dismiss(self) -> None:
+        """Let the other ranks end: this process stops before the program does."""
+        self._ending.note_alone("it stops before the program does")
+
+    def leave(self, why: str) -> None:
+        """Do without the other ranks from now on, between two calls: rank 0 computes everything by
+        itself, and another rank ends.
+
+        Args:
+            why: the reason, a clause for the user; empty: it is recorded elsewhere.
+        """
+        if self._place.rank:
+            self._ending.leave()
+        said = [f"rank 0 goes on alone: {why}"] * bool(why) + summary.count_calls(self._sharing)
+        if said:
+            self._host.events.add("noticed", "ranks", "; ".join(said))
+        self._is_alone = True
+        self._ending.note_alone(why)
+        if self._team is not None:
+            self._host.record.write(summary.work_of(self._sharing, self._team))
+            self._team.channel.close()
+            self._team = None
+        if self._host.request.ranks is not None:
+            from flatout.parallel import processors
+
+            processors.use_all(self._host.request.ranks, self._threads)
 
     def _remove(self) -> None:
         for undo in self._undo:
@@ -104,8 +139,15 @@ class Parallel:
         """Make a root call."""
         if self._is_alone or self._has_been_interrupted() or self._has_cost_too_much():
             return call(module, *args, **kwargs)
-        with self._noting_interrupted_calls():
-            return self._sharing(call, module, args, kwargs)
+        if self._goes_alone and self._is_useless():
+            self.leave(f"nothing can be shared out in the first {USELESS_CALLS} calls")
+            return call(module, *args, **kwargs)
+        try:
+            with self._noting_interrupted_calls():
+                return self._sharing(call, module, args, kwargs)
+        except PartedError as parted:
+            self.leave(str(parted))
+        return call(module, *args, **kwargs)
 
     def _backward(self, call: Callable[..., Any], outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a backward call."""
@@ -116,8 +158,8 @@ class Parallel:
                 return self._averaging(call, outputs, *args, **kwargs)
         if reaches_shards(outputs):
             self._ending.stop(
-                "rank 0 has gone on alone and then makes a backward call through what the ranks "
-                "have computed together before, which --ranks does not support"
+                "rank 0 goes on alone and then makes a backward call through what the ranks have "
+                "computed together before, which --ranks does not support"
             )
         return call(outputs, *args, **kwargs)
 
@@ -135,20 +177,20 @@ class Parallel:
         everything by itself, and the others end."""
         if self._interruption is None or self._is_nested() or not self._interruption.has_come():
             return False
-        self._go_alone("the program was interrupted")
+        self.leave("the program was interrupted")
         return True
 
     def _has_cost_too_much(self) -> bool:
         """Whether this is rank 0 and it goes on alone because that is faster."""
-        team = self._team
-        if team is None or self._place.rank or self._processors is None or self._is_nested():
+        team, ranks = self._team, self._host.request.ranks
+        if team is None or self._place.rank or self._is_nested():
             return False
-        if team.thread != threading.get_ident() or not team.balance.has_lost():
+        if ranks is None or not ranks.gives_up or team.thread != threading.get_ident():
             return False
-        if team.graphs.are_open():
+        if not team.balance.has_lost() or team.graphs.are_open():
             return False
         balance = team.balance
-        self._go_alone(
+        self.leave(
             f"in {team.step} steps the ranks have cost {balance.cost_s:.1f} s and saved at most "
             f"{balance.saving_s:.1f} s"
         )
@@ -156,20 +198,6 @@ class Parallel:
 
     def _is_nested(self) -> bool:
         return self._sharing.is_in_shard or self._averaging.is_active
-
-    def _go_alone(self, why: str) -> None:
-        """Compute everything by this process from now on, on all cores; the other ranks end."""
-        from flatout.parallel import alone
-
-        self._is_alone = True
-        if self._team is not None:
-            self._record_work(self._team)
-            self._host.events.add("noticed", "ranks", f"rank 0 goes on alone: {why}")
-            self._ending.note_alone(why)
-            self._team.channel.close()
-            self._team = None
-        if self._processors is not None:
-            alone.take_processors(self._processors, self._threads)
 
     def _is_in_shard(self) -> bool:
         """Whether this thread computes a shard, or looks for a rule."""
@@ -180,20 +208,25 @@ class Parallel:
         from flatout.parallel import joining, sameness
         from flatout.parallel.team import Team
 
-        processes = _count_processes_of_program()
-        if processes > 1:
-            self._ending.stop(
-                f"--ranks is for programs of one process, and this one trains in {processes} that "
-                "share out its batches already: leave --ranks out"
-            )
-        channel = joining.join(self._place, self._ending)
-        self._team = team = Team(channel, self._ending)
-        messages = [json.loads(text) for text in channel.exchange(json.dumps(sys.argv).encode())]
-        if any(message != messages[0] for message in messages):
-            self._ending.stop(
-                f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
-                "that train at the same time in one job are not supported"
-            )
+        with self._ending.between_calls():
+            processes = _count_processes_of_program()
+            if processes > 1:
+                self._ending.stop(
+                    f"--ranks is for programs of one process, and this one trains in {processes} "
+                    "that share out its batches already: leave --ranks out"
+                )
+            try:
+                channel = joining.join(self._place, self._ending)
+            except (AttributeError, ImportError, RuntimeError) as error:
+                self._ending.failed(error)
+            self._team = team = Team(channel, self._ending)
+            texts = channel.exchange(json.dumps(sys.argv).encode())
+            messages = list(map(json.loads, texts))
+            if any(message != messages[0] for message in messages):
+                self._ending.stop(
+                    f"the ranks run different programs: {messages[0]} and {messages[-1]}; programs "
+                    "that train at the same time in one job are not supported"
+                )
         sameness.agree_on_kernel(channel.exchange)
         return team
 
@@ -216,29 +249,19 @@ class Parallel:
             self._team.step += 1
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
 
-    def _record_work(self, team: Team) -> None:
-        """Record what was shared out, and what the time was spent on."""
-        self._host.events.add("noticed", "ranks", self._summary())
-        whole = self._sharing.whole.items()
-        self._host.record.write(
-            SharedWork(
-                team.size,
-                dict(self._sharing.shared),
-                tuple(WholeCalls(module, why, count) for (module, why), count in whole),
-                {phase.value: seconds for phase, seconds in team.balance.seconds.items()},
-            )
-        )
+    def _is_useless(self) -> bool:
+        """Whether all of the first calls were computed whole, by every rank."""
+        sharing = self._sharing
+        return not sharing.has_shared and sum(sharing.whole.values()) >= USELESS_CALLS
 
-    def _summary(self) -> str:
-        """Return how many calls were shared out, and how many were not."""
-        shared, whole = self._sharing.shared, self._sharing.whole
-        parts = [f"{count} calls of {name} were shared out" for name, count in shared.items()]
-        if not shared:
-            parts.append("nothing was shared out, each rank has computed everything")
-        parts += [
-            f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
-        ]
-        return "; ".join(parts)
+    def _state(self) -> str:
+        """Return a digest of what the ranks have computed together and the program keeps."""
+        from flatout.parallel import sameness
+
+        if not self._sharing.has_shared:
+            return ""
+        modules = sameness.state_digest(self._host.roots, self._host.optimizers)
+        return f"{modules} {sameness.content_digest(self._leaves.numbered().values())}"
 
 
 def _count_processes_of_program() -> int:
@@ -252,22 +275,27 @@ def _count_processes_of_program() -> int:
     return max(connected, int(launched) if launched.isdecimal() else 1)
 
 
-def install(
-    host: Host,
-    place: Place,
-    finish: Callable[[str], None],
-    processors: Sequence[int] | None = None,
-) -> Parallel:
+def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:
     """Share out the root calls of this process from now on.
 
     Args:
         host: of this process.
         place: of this process among the ranks.
         finish: writes the rest of the record, with a reason, when the ranks have parted.
-        processors: those of all ranks together; ``None``: they are not given up, whatever they
-            cost.
     """
-    return Parallel(host, place, finish, processors)
+    global _installed
+    _installed = Parallel(host, place, finish)
+    return _installed
+
+
+def leave() -> None:
+    """Do without the other ranks from now on, if this process has any."""
+    if _installed is not None:
+        _installed.leave("")
+
+
+_installed: Parallel | None = None
+"""What shares out the root calls of this process."""
 
 
 def _find_rule(

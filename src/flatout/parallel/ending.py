@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +19,10 @@ NEWS_SECONDS = 3.0
 """How long a rank that has lost another waits to learn why."""
 
 
+class PartedError(Exception):
+    """The ranks cannot go on together, and rank 0, which raises this, goes on alone."""
+
+
 class Ending:
     """Stops this process.
 
@@ -26,25 +30,83 @@ class Ending:
         place: of this process.
         events: where the reason is noted.
         finish: writes the rest of the record.
+        goes_alone: see ``wire.request.Ranks``.
+        state: returns a digest of what the ranks have computed together and the program keeps; an
+            empty string while that is nothing.
 
     Attributes:
         is_stopping: whether this process is being stopped.
         ticket: of this process (see ``joining``); ``None``: it has none yet.
     """
 
-    def __init__(self, place: Place, events: EventLog, finish: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        events: EventLog,
+        finish: Callable[[str], None],
+        goes_alone: bool = False,
+        state: Callable[[], str] = str,
+    ) -> None:
         self.is_stopping = False
         self.ticket: int | None = None
         self._place = place
         self._events = events
         self._finish = finish
+        self._goes_alone = goes_alone
+        self._state = state
+        self._is_between_calls = False
+
+    @contextlib.contextmanager
+    def between_calls(self) -> Iterator[None]:
+        """A context in which nothing is computed half, so that rank 0 may go on alone."""
+        self._is_between_calls = True
+        try:
+            yield
+        finally:
+            self._is_between_calls = False
+
+    def part(
+        self, sentence: str, rank_0_is_between_calls: bool, exchange: Callable[[bytes], list[bytes]]
+    ) -> NoReturn:
+        """End what the ranks do together, where all of them have met and found a difference.
+
+        Rank 0 goes on alone if it may, and if the states of all ranks are the same: they show that
+        what was computed together was computed from the same.
+
+        Args:
+            sentence: what differs.
+            rank_0_is_between_calls: whether rank 0 has met the others between two calls.
+            exchange: returns the messages of all ranks.
+
+        Raises:
+            PartedError: this is rank 0, and it goes on alone.
+        """
+        if self._goes_alone and rank_0_is_between_calls:
+            states = exchange(self._state().encode())
+            if all(state == states[0] for state in states):
+                self._let_rank_0_go_on(sentence)
+            sentence += "; what the ranks have computed together differs too"
+        self._stop(sentence)
 
     def stop(self, sentence: str) -> NoReturn:
-        """End the process with exit status 1.
+        """End the process with exit status 1, or go on alone.
 
         Args:
             sentence: the reason, printed on stderr.
+
+        Raises:
+            PartedError: this is rank 0, and it goes on alone.
         """
+        if self._goes_alone and self._is_between_calls:
+            self._let_rank_0_go_on(sentence)
+        self._stop(sentence)
+
+    def _let_rank_0_go_on(self, sentence: str) -> NoReturn:
+        if self._place.rank == 0:
+            raise PartedError(sentence)
+        self.leave()
+
+    def _stop(self, sentence: str) -> NoReturn:
         self.is_stopping = True
         _flush()
         if sys.__stderr__ is not None:
@@ -62,34 +124,45 @@ class Ending:
 
     def lost(self, error: Exception) -> NoReturn:
         """Stop because another rank does not answer."""
-        if (why := _read(self._alone_file())) is not None:
-            self._leave(why)
         deadline = time.monotonic() + NEWS_SECONDS
-        while (news := self.news()) is None and time.monotonic() < deadline:
+        while True:
+            if self._alone_file().exists():
+                self.leave()
+            sentence = self.news()
+            if sentence is not None or time.monotonic() > deadline:
+                break
             time.sleep(0.01)
-        news = news or self.parting()
-        if news is None:
+        ended = [rank for rank in self._others() if self._end_file(rank).exists()]
+        sentence = sentence or self.parting()
+        if sentence is None:
             first_line = next(iter(str(error).splitlines()), "")
-            news = f"the connection to the other ranks is lost: {first_line}"
-        self.stop(news)
+            sentence = f"the connection to the other ranks is lost: {first_line}"
+        if self._goes_alone and 0 in ended:
+            self.leave()
+        if self._goes_alone and not self._are_in_this_state(ended):
+            self._stop(sentence)
+        self.stop(sentence)
 
-    def _leave(self, why: str) -> NoReturn:
-        """End the process because rank 0 goes on alone."""
+    def leave(self) -> NoReturn:
+        """End the process, which is a companion, because rank 0 goes on alone, or ends."""
         self.is_stopping = True
         _flush()
-        self._events.add("stopped", "ranks", f"rank 0 goes on alone: {why}")
+        why = _read(self._alone_file())
+        self._events.add("stopped", "ranks", f"rank 0 goes on alone: {why or 'it ends'}")
         self._finish("stopped")
         os._exit(0)
 
     def note_alone(self, why: str) -> None:
-        """Let the other ranks know that this one goes on without them, and why."""
+        """Let the other ranks know that this one needs them no longer, and why."""
         with contextlib.suppress(OSError):
             self._alone_file().write_text(why, "utf-8")
 
     def note_end(self) -> None:
-        """Let the other ranks know that the program has ended in this one."""
+        """Let the other ranks know that the program has ended in this one, and in which state."""
         with contextlib.suppress(OSError):
-            self._end_file(self._place.rank).touch()
+            new = self._end_file(self._place.rank).with_suffix(".new")
+            new.write_text(self._state() if self._goes_alone else "")
+            new.replace(self._end_file(self._place.rank))
 
     def news(self) -> str | None:
         """Return how another rank has failed, ``None`` if none has."""
@@ -109,6 +182,10 @@ class Ending:
                     "it decides by something that is not the same on all ranks, such as the clock"
                 )
         return None
+
+    def _are_in_this_state(self, ended: Sequence[int]) -> bool:
+        """Whether ranks have ended with what this one has computed together with them."""
+        return all(_read(self._end_file(rank)) == self._state() for rank in ended)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._place.size) if rank != self._place.rank]

@@ -240,7 +240,9 @@ class Sharing:
     ) -> _Call:
         """Compare a call with that of the other ranks."""
         state = self._modules.get(module)
+        compared = self._program() if self.compares_state else ([], [])
         if state is None:
+            compared[0].append(module)
             self._modules[module] = state = ModuleState(objects.class_name(module), self._numbers)
             self._numbers += 1
         state.calls += 1
@@ -256,7 +258,7 @@ class Sharing:
                 state.kinds[found] = kind
         leaves = kinds.leaves(args, kwargs)
         what = f"makes call {state.calls} of {state.name}"
-        parameters = state_digest(*self._program()) if self.compares_state else 0
+        parameters = state_digest(*compared) if any(compared) else 0
         self.compares_state = False
         header = Header(
             0,
@@ -267,7 +269,8 @@ class Sharing:
             generators=GeneratorStates().digest(),
             parameters=parameters,
         )
-        team.meet(header, what)
+        with team.ending.between_calls():
+            team.meet(header, what)
         return _Call(team, state, kind, module, args, kwargs, leaves, what)
 
     def _test(self, call: _Call) -> None:
@@ -307,7 +310,7 @@ class Sharing:
         """Compute a call whole, as every rank does."""
         subject = current.state.name, reason
         if subject not in self.whole:
-            self._events.add("skipped", "ranks", f"{subject[0]} is not shared out: {reason}")
+            self._events.add("skipped", "sharing", f"{subject[0]} is not shared out: {reason}")
         self.whole[subject] += 1
         with current.team.balance.spend(Phase.PROGRAM):
             return call(current.module, *current.args, **current.kwargs)
@@ -351,7 +354,7 @@ class Sharing:
         kind.calls += 1
         kind.changed.update(changes.changed_buffers())
         if current.state.name not in self.shared:
-            self._events.add("applied", "ranks", f"{current.state.name} is shared out")
+            self._events.add("applied", "sharing", f"{current.state.name} is shared out")
         self.shared[current.state.name] += 1
         self.has_shared = True
         recorded = 0

@@ -64,6 +64,9 @@ class Team:
 
         Returns:
             The headers of all ranks.
+
+        Raises:
+            PartedError: see ``Ending.part``.
         """
         header = dataclasses.replace(header, sequence=self._meetings)
         self._meetings += 1
@@ -73,7 +76,11 @@ class Team:
         if found is not None:
             name, rank = found
             words = [text.decode() for text in self.channel.exchange(what.encode())]
-            self.ending.stop(_parting(name, rank, self.step, words))
+            self.ending.part(
+                _parting(name, rank, self.step, words),
+                headers[0].meeting is Meeting.CALL,
+                self.channel.exchange,
+            )
         return headers
 
     # Tensors
@@ -241,6 +248,6 @@ _DIFFERENCES = {
     "seeds (numpy.random.default_rng(), random.Random(), os.urandom), or data in another order",
     "generators": "the random generators are in different states; a likely cause is that the "
     "program draws at times that the clock decides",
-    "parameters": "parameters or optimizer states differ; a likely cause is an update that is not "
-    "deterministic, or made from what is not the same on all ranks",
+    "parameters": "parameters or optimizer states differ; a likely cause is that they are "
+    "initialized or updated from what is not the same on all ranks, or not deterministically",
 }

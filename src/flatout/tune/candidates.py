@@ -10,6 +10,7 @@ from flatout import knobs, machine
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
 from flatout.knob import Exactness, Facts
+from flatout.launch import isolation
 from flatout.machine import Ceilings
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
@@ -136,6 +137,11 @@ def collect_facts(case: Case) -> Facts:
         overhead_share=max(0.0, 1 - large) if is_profiled else None,
         loader_settings=case.facts.loader_settings,
         opens_images=case.facts.opens_images,
+        step_ms=case.mean_step_ms if phases else None,
+        module_share=case.phase_share("forward", "backward") if phases else None,
+        calls_modules=any(step.forwards for step in case.steps),
+        is_distributed=case.process.header.world_size is not None or case.facts.is_distributed,
+        isolation_refusal=isolation.unavailable_reason(),
     )
 
 

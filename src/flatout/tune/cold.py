@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -83,11 +84,8 @@ class ColdTrials(TuneStage):
     def _try(self, candidate: Candidate, stack: dict[str, str]) -> bool:
         """Try a candidate on top of the stack; return whether it makes the stack faster."""
         self._ledger.start([candidate], "fresh processes")
-        tried = Pairs(
-            dict(stack),
-            stack | candidate.settings,
-            in_relay=self._bare.can_relay_under(stack),
-        )
+        settings = stack | candidate.settings
+        tried = Pairs(dict(stack), settings, in_relay=self._bare.can_relay_under(settings))
         self._ledger.print_line(
             f"{candidate} on top of {format_settings(stack) or 'bare'}, in fresh processes"
         )
@@ -101,7 +99,7 @@ class ColdTrials(TuneStage):
                 f"trying {candidate} in fresh processes",
                 statistics.RANKING_PAIRS,
                 self._pair_s,
-                self._is_ranked,
+                functools.partial(self._is_ranked, candidate),
                 may_exceed=True,
             ),
             print_line=self._ledger.print_line,
@@ -140,9 +138,9 @@ class ColdTrials(TuneStage):
             self._ledger.reject(settings)
         return is_faster
 
-    def _is_ranked(self, tried: Pairs) -> bool:
+    def _is_ranked(self, candidate: Candidate, tried: Pairs) -> bool:
         """Return whether a candidate has been tried often enough, or its time is over."""
-        if statistics.is_ranked(tried.log_ratios):
+        if candidate.knob in tried.without_effect() or statistics.is_ranked(tried.log_ratios):
             return True
         return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s()
 

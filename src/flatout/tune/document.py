@@ -49,8 +49,8 @@ class Side:
         startup_s: the time from the import of torch to the first step.
         warmup_s: the extra time of the first steps: their total minus that of the same number of
             later steps. It includes compilation.
-        peak_rss_bytes: the peak memory of the main process, the median of the runs, as in
-            ``tune.memory.refusal``.
+        peak_rss_bytes: the peak memory of the main process, or of all ranks, the median of the
+            runs, as in ``tune.memory.refusal``.
         peak_device_bytes: the peak of the memory that torch had allocated on the accelerator, the
             median of the runs.
         job_s: the projected time of the whole job: start-up, compilation, steps, evaluation.

@@ -26,7 +26,7 @@ def refusal(
 
     The result is ``None`` if the plan needs no more than is allowed, or if memory was not measured.
     If the program uses an accelerator, the accelerator's memory counts, else that of the main
-    process. Growth is measured in the same memory, the accelerator's or the main process's.
+    process, or of all ranks together. Growth is measured in the same memory.
 
     Args:
         bare, plan: the steps of each run of the bare program and of the plan.
@@ -55,7 +55,7 @@ def refusal(
 
 
 def peak_rss_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """Return the peak memory of the main process, the median of the runs.
+    """Return the peak memory of the main process, or of all ranks, the median of the runs.
 
     The result is ``None`` if it was not measured.
     """

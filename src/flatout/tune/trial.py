@@ -208,9 +208,13 @@ def run(
 
 def _to_entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) -> Entry:
     process = finished.read_record().main
-    failure = None
+    failure = parted = None
+    if process is not None:
+        parted = collect_reasons(process, "stopped").get("ranks") or finished.rank_failure
     if finished.timed_out:
         failure = f"it was stopped after {timeout_seconds:.0f} s, far longer than expected"
+    elif parted is not None:
+        failure = parted
     elif finished.returncode < 0:
         failure = f"it was killed by signal {-finished.returncode}"
     elif finished.returncode > 0:

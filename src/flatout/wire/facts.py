@@ -116,6 +116,7 @@ class ProgramFacts:
             image with Pillow does.
         switches: switches of torch.
         threads: the number of torch's intra-op threads.
+        is_distributed: whether the program has initialized ``torch.distributed``.
         knobs: the names of the knobs that are applied, in alphabetical order.
     """
 
@@ -126,6 +127,7 @@ class ProgramFacts:
     opens_images: bool | None = None
     switches: SwitchFacts = SwitchFacts()
     threads: int | None = None
+    is_distributed: bool | None = None
     knobs: tuple[str, ...] = ()
 
     @property

@@ -21,6 +21,7 @@ read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from array import array
@@ -80,7 +81,8 @@ class Step:
             optimizer steps.
         minor_faults, major_faults: the page faults of the process during the step; ``None``: not
             measured.
-        peak_rss_bytes: the peak resident set of the process so far; ``None``: not measured.
+        peak_rss_bytes: the peak resident set of the process so far, in a run with several ranks the
+            sum over all of them; ``None``: not measured.
         peak_device_bytes: the largest amount of memory that torch has had allocated on the
             accelerator so far; ``None``: not known.
         arm: the number of the arm of a comparison, or of the run of a relay; ``None``: neither is
@@ -264,8 +266,35 @@ def read_run(run_directory: Path) -> RunRecord:
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-    processes = [read_process(path) for path in _record_paths(run_directory)]
-    return RunRecord(run_directory, sorted(processes, key=_importance, reverse=True))
+    found = [read_process(path) for path in _record_paths(run_directory)]
+    processes = sorted(found, key=_importance, reverse=True)
+    companions: dict[str, ProcessRecord] = {}
+    for process in processes:
+        rank = process.header.environment.get(RANK_VARIABLE, "0")
+        if rank != "0":
+            companions.setdefault(rank, process)
+    if companions and processes[0] not in companions.values():
+        _add_memory(processes[0], companions.values())
+    return RunRecord(run_directory, processes)
+
+
+def _add_memory(main: ProcessRecord, companions: Iterable[ProcessRecord]) -> None:
+    """Add the memory of companions (``launch/companions.py``) to the steps of the main process."""
+    for own, others in (
+        (main.steps, [companion.steps for companion in companions]),
+        (main.evaluations, [companion.evaluations for companion in companions]),
+    ):
+        for number, step in enumerate(own):
+            peak = step.peak_rss_bytes
+            if peak is not None:
+                # A companion whose memory is not known repeats what the main process does.
+                added = sum(_peak_at(steps, number) or peak for steps in others)
+                own[number] = dataclasses.replace(step, peak_rss_bytes=peak + added)
+
+
+def _peak_at(steps: Sequence[Step], number: int) -> int | None:
+    """Return the peak memory up to a step, or up to the last one that was recorded."""
+    return steps[min(number, len(steps) - 1)].peak_rss_bytes if steps else None
 
 
 def read_step_times(run_directory: Path) -> StepTimes | None:

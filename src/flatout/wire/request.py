@@ -178,14 +178,20 @@ class Ranks:
         seed: for the generators that the program does not seed: all ranks draw the same numbers.
         hash_seed: ``PYTHONHASHSEED`` of all ranks where the user has set none: sets of strings have
             the same order.
-        processors: numbers of the logical processors of all ranks together. Rank 0 takes them if it
-            goes on alone; ``None``: it does not because of what the ranks cost.
+        processors: the numbers of the processors that the ranks share.
+        threads: the number of threads that the user's environment sets; ``None``: it sets none.
+        goes_alone: whether rank 0 goes on alone where the ranks cannot go on together and its state
+            is whole; otherwise it stops.
+        gives_up: whether rank 0 goes on alone where the ranks cost more time than they can save.
     """
 
     size: int
     seed: int
     hash_seed: int
-    processors: list[int] | None = None
+    processors: tuple[int, ...] = ()
+    threads: int | None = None
+    goes_alone: bool = False
+    gives_up: bool = False
 
 
 @dataclass(frozen=True)

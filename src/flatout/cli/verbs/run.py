@@ -18,7 +18,7 @@ from flatout.launch import companions, environment, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
-from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Ranks, Request
+from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Request
 from flatout.wire.writer import reason_record_incomplete
 
 if TYPE_CHECKING:
@@ -57,11 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         type=options.positive,
-        default=1,
         metavar="N",
         help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
         "cores, which share out the batches; rank 0 is the program, and what the other ranks "
-        "write is discarded (default: 1)",
+        "write is discarded (default: as the plan says, or 1)",
     )
 
 
@@ -70,8 +69,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
-    if arguments.ranks > 1:
-        request = replace(request, ranks=_ranks(arguments, request))
+    request = _with_ranks(arguments, request)
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
@@ -116,19 +114,29 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(settings=settings, proof=proof, guard=guard)
 
 
-def _ranks(arguments: argparse.Namespace, request: Request) -> Ranks:
-    """What the ranks must know of each other."""
-    if arguments.tune:
-        raise UserError(
-            "--ranks and --tune cannot be combined: each rank would choose settings by its own "
-            "times"
-        )
-    if "gradients" in request.settings:
-        raise UserError(
-            "--ranks and the knob gradients cannot be combined: it computes gradients after the "
-            "ranks have averaged them"
-        )
-    return companions.request(arguments.ranks)
+def _with_ranks(arguments: argparse.Namespace, request: Request) -> Request:
+    """Add the ranks that the user asks for, or else those of the settings, if they can be had."""
+    from flatout import knobs
+
+    setting = request.settings.get("ranks")
+    others = {name: s for name, s in request.settings.items() if name != "ranks"}
+    if arguments.ranks is not None:
+        request = replace(request, settings=others)
+        if arguments.ranks == 1:
+            return request
+        if arguments.tune:
+            raise UserError(
+                "--ranks and --tune cannot be combined: each rank would choose settings by its "
+                "own times"
+            )
+        knobs.check_claims(["ranks", *others])
+        ranks = companions.make_ranks(arguments.ranks)
+        return replace(request, ranks=replace(ranks, gives_up=True))
+    try:
+        return companions.add_ranks(request, goes_alone=True)
+    except UserError as refusal:
+        say(f"ranks={setting} not applied: {refusal}")
+        return replace(request, settings=others)
 
 
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> GuardRequest | None:
@@ -217,10 +225,11 @@ def _summary(run_directory: Path, request: Request) -> list[str]:
         for event in times.events
         if event.what in _OUTCOMES and event.subject in request.settings
     ]
+    told = {"noticed"} if "ranks" in request.settings else {"noticed", "unused"}
     lines += [
         f"{event.subject}: {event.why}"
         for event in times.events
-        if event.subject == "guard" or (event.subject, event.what) == ("ranks", "noticed")
+        if event.subject == "guard" or (event.subject == "ranks" and event.what in told)
     ]
     if not times.loop_steps:
         return [*lines, f"flatout saw no training or inference step; record in {where}"]
