@@ -70,7 +70,7 @@ class Survey:
 
     Attributes:
         candidates: the candidates, the one with the largest bound first.
-        refused: the knobs without candidates, each with the reason.
+        refused: the wanted knobs without candidates, each with the reason.
         offered: for each knob, the settings that make sense for the program.
         findings: the findings about what limits the bare program.
     """
@@ -148,15 +148,15 @@ def collect_facts(case: Case) -> Facts:
 def find(
     known: Facts, wanted: Collection[str] | None, exactness: Collection[Exactness] | None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Find the candidates, and the knobs that have none.
+    """Find the candidates, and the wanted knobs that have none.
 
     Args:
         known: the facts about the job.
         wanted: the names of the knobs that may be tried; ``None`` for all.
         exactness: the classes of the settings that may be tried; ``None`` for all.
 
-    Returns the candidates, the one with the largest bound first; and for each other knob the reason
-    why it has none.
+    Returns the candidates, the one with the largest bound first; and for each other wanted knob the
+    reason why it has none.
     """
     shares: dict[Candidate, float] = {}
     refused: dict[str, str] = {}

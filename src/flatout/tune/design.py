@@ -2,10 +2,10 @@
 
 An *arm* is a combination of settings that is applied for some steps. If each arm had one setting, a
 step would tell about one setting. In a factorial design each setting is on in half of the arms and
-off in the other half, in every combination with the others. With 20 settings, the same precision
-then takes about a tenth of the steps that one-setting arms would need (Plackett and Burman 1946,
-The design of optimum multifactorial experiments). Each arm is accompanied by its opposite, so that
-two-factor interactions do not bias main effects (Box and Wilson 1951: fold-over).
+off in the other half, and every combination of two settings occurs equally often. With 20 settings,
+the same precision then takes about a tenth of the steps that one-setting arms would need (Plackett
+and Burman 1946, The design of optimum multifactorial experiments). Each arm is accompanied by its
+opposite, so that two-factor interactions do not bias main effects (Box and Wilson 1951: fold-over).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def build_arms(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, 
         factors: a list of at most ``MAXIMUM_FACTORS`` factors. Each factor is the list of the
             settings (knob, setting) that exclude each other.
 
-    Returns 2n arms. The number n is the smallest Hadamard order above the number of factors, or the
-    next order with which all effects can be estimated.
+    Returns 2n arms. The number n is the smallest of ``_ORDERS`` above the number of factors, or the
+    next one with which all effects can be estimated.
 
     Raises:
         ValueError: too many factors.
@@ -67,7 +67,8 @@ def _assign(
     factors: Sequence[Sequence[tuple[str, str]]],
     generator: random.Random,
 ) -> tuple[dict[str, str], ...]:
-    """Assign to each factor that is on in an arm one of its settings, each equally often.
+    """Give every factor that is on in an arm one of its settings, so that over all arms each of its
+    settings is used equally often.
 
     The assignment is random: in a fixed order, settings of two factors could always go together.
     """

@@ -1,6 +1,7 @@
 """The result of a tune as one JSON document, which programs and ``flatout report`` can read.
 
-Null means "not measured"; 0 never does. A number that is not finite, such as a loss that has
+A number that is null was not measured; 0 never means that. What null means elsewhere is said at the
+attribute. A number that is not finite, such as a loss that has
 diverged, is one of the strings that ``wire/codec.py`` names, since JSON has no such numbers.
 Unknown keys are ignored.
 """
@@ -75,8 +76,9 @@ class TriedSettings:
         label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
         stage: how the settings were compared.
         ratio: the step time without the settings over the step time with them. Inside one process
-            it is that of a factorial comparison, or of a comparison of the settings alone with the
-            bare program if a combination crashed; in fresh processes it is on top of the stack.
+            it comes from a factorial comparison or, if the program crashed under a combination,
+            from a comparison of these settings alone with the bare program. In fresh processes it
+            compares the stack with and without these settings.
         state: the result.
         why: the reason of the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is

@@ -8,10 +8,10 @@ A tune has a folder of its own below ``paths.tunes_directory()``::
     result.json      the result, written at the end
 
 A tune that is resumed begins anew, and takes each trial that it asks for from the journal as long
-as the journal has it. This works because the next trial of a tune depends mostly on the results of
-its trials and the time that they took. It also depends on the free memory, the machine's measured
-peak rates and the cores that may be used. If any of these has changed so much that the tune asks
-for another trial than the journal has next, the rest of the journal is dropped. A trial that was
+as the journal has it. This works because a tune chooses its next trial mostly by the results of the
+trials before it and the time that they took. It also depends on the free memory, the machine's
+measured peak rates and the cores that may be used. If any of these has changed so much that the
+tune asks for another trial than the journal has next, the rest of the journal is dropped. A trial that was
 running when the tune was killed is run again.
 
 Each line is written by one call. If a tune was killed while it wrote a line, the incomplete line is
@@ -133,8 +133,8 @@ class Journal:
     def spent_s(self) -> float:
         """The time that the tune has taken so far, in seconds.
 
-        While trials come from the journal, it continues from the total that the tune had taken when
-        the last of them ended.
+        Each trial that is taken from the journal sets it to the total that was recorded when that
+        trial ended; from there it goes on with the clock.
         """
         return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
@@ -249,8 +249,8 @@ def open_journal(
     differing = _describe_changed_options(found.job.get("options"), _plain_options(options))
     if differing:
         print_line(
-            f"resuming with different options: {'; '.join(differing)}; from the first trial on "
-            "that they change, all trials run again"
+            f"resuming with different options: {'; '.join(differing)}; the first trial that "
+            "these options change, and all trials after it, run again"
         )
     return found
 

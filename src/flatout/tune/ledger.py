@@ -75,7 +75,7 @@ class Outcome:
             found.
         gain_on_top: for each knob and setting, how many times faster it made the stack, see
             ``find_gain_on_top``.
-        refused: the knobs without candidates, each with the reason.
+        refused: the wanted knobs without candidates, each with the reason.
         findings: the findings about what limits the bare program.
         pairs: the pairs behind the plan; ``None`` if there is no plan.
         verdict: the verdict of the last proof.
@@ -125,7 +125,7 @@ class Outcome:
         return self._find_ratio(knob, setting, "inside one process")
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
-        """Return how many times faster a setting made the stack as it was when it was judged.
+        """Return how many times faster a setting made the stack of the time when it was tried.
 
         This is the step time without the knob over the step time with this setting. The result is
         ``None`` if it was not measured.

@@ -1,8 +1,9 @@
 """Runs pairs of fresh processes, which give the claimed ratio, and the losses for the proof.
 
-The two runs of a pair have the same seed. Where two copies of the program fit into memory, they
-run at the same time and alternate in blocks of steps (a relay); otherwise one runs after the other,
-as baseline, variant, variant, baseline, and so on, so that a steady drift of the machine cancels.
+The two runs of a pair have the same seed. Where two copies of the program can be alive at once
+(``bare.BareRun.can_relay_under``), they alternate in blocks of steps (a relay). Otherwise one runs
+after the other, as baseline, variant, variant, baseline, and so on, so that a steady drift of the
+machine cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flatout.wire.request import GuardRequest, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 MINIMUM_STEPS = 20
-"""Minimum number of steps of a run; with fewer, its mean time and loss tell too little."""
+"""Minimum number of steps of a run whose times or losses are compared; fewer tell too little."""
 
 LIMIT_FACTOR = 4.0
 """A trial counts as hung if it takes more than this many times the time that the bare program

@@ -20,9 +20,10 @@ tell which checks are made. The functions are pure functions of records.
     little: a plan under which nothing is learned would pass as well. The check is then open, and
     the proof ``inconclusive``.
 ``spikes``
-    Each loss must be finite. It may exceed bare's by at most twice the largest excess of a bare
-    loss over the mean of the other seeds, or six times bare's standard deviation between seeds,
-    whichever is more. Both are computed for each quarter of the steps.
+    Each loss must be finite. It may lie above the bare loss by an allowance, the larger of two
+    values: twice the most by which any bare loss lies above the mean loss of the other seeds, and
+    six times the standard deviation of the bare losses between seeds. Both are computed for each
+    quarter of the steps (``_judge_spikes`` says what holds if seeds do not change the losses).
 ``identity``
     Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
     runs from one seed are not identical either, this check is open, and the other checks decide.
@@ -232,7 +233,7 @@ def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
     """Extract the loss curves of a run, one for each backward call of the step.
 
     A step is left out if its number of backward calls is not the most common one, and a call is
-    left out if its loss could not be read in every step.
+    left out if its loss could not be read in one of the steps.
     """
     common = Counter(len(step.losses) for step in steps).most_common(1)
     sites = common[0][0] if common else 0
@@ -612,8 +613,7 @@ def _describe_scatter(
 
     Returns, for each step, the mean over the seeds, the largest excess of a loss over the mean of
     the other seeds, and the standard deviation between seeds. If seeds do not change the losses,
-    the first is the loss itself, and the other two are its jump to the next step, without its sign,
-    over ``sqrt(2)``.
+    the mean is the loss itself, and both others are ``abs(next loss - loss) / sqrt(2)``.
     """
     if not by_seeds:
         jumps = [abs(after - before) / math.sqrt(2) for before, after in pairwise(bare[0])]

@@ -60,9 +60,9 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""Number of arms that seven candidates need. If a job is known to have too few steps for two
-comparisons of this many arms, each with the fewest rounds and the shortest blocks, its candidates
-are compared in groups of at most ``FEW_CANDIDATES``, with a run of the job for each group."""
+"""A job counts as short if it is known to have too few steps for two comparisons of this many arms
+(as many as seven candidates need) with the fewest rounds and the shortest blocks. The candidates of
+a short job are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
@@ -268,9 +268,9 @@ class Screening(TuneStage):
         """Find how many of the redundant knobs, from the first on, can be removed together without
         making the stack slower.
 
-        Two knobs may speed up the same work: the stack then needs neither as long as it has the
-        other. The knobs are therefore also removed one after the other, until the stack gets
-        slower.
+        If two knobs speed up the same work, the stack can do without either one, but not without
+        both. Therefore the first two are also removed together, then the first three, and so on,
+        until the stack gets slower.
 
         Args:
             winners: the stack.

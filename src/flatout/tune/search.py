@@ -59,7 +59,7 @@ def find_gentler(name: str, setting: str, offered: Collection[str] | None = None
 
 
 def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
-    """Find the settings that belong to the most invasive exactness class of any of the settings.
+    """Find the settings of the most invasive exactness class that occurs among the given settings.
 
     The order of the classes is ``MOST_INVASIVE_FIRST``.
 

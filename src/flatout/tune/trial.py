@@ -69,7 +69,7 @@ class Trial:
 
 
 class Trials:
-    """Runs the trials of one tune, each once, and writes each into the journal when it has ended.
+    """Runs the trials of one tune, and writes each into the journal when it has ended.
 
     Args:
         command: the command line of the job.

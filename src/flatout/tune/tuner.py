@@ -40,7 +40,8 @@ from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
 MAXIMUM_PROOFS = 4
-"""Maximum number of plans that are put to the proof, each gentler than the one before."""
+"""Maximum number of plans that are put to the proof. Each lacks the culprits of the one before, or
+has gentler settings in their place."""
 
 
 class Tuner:

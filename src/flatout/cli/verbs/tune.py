@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         None,
         "prove the plan over this many steps (default: 200, or as many as fit into 2 s, whichever "
-        "is more; fewer if they take longer than 1/36 of the budget)",
+        "is more, but at most what fits into 1/36 of the budget, and at least 20)",
     )
     parser.add_argument(
         "--knobs",
