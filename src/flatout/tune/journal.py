@@ -11,8 +11,8 @@ A tune that is resumed begins anew, and takes each trial that it asks for from t
 as the journal has it. This works because a tune chooses its next trial mostly by the results of the
 trials before it and the time that they took. It also depends on the free memory, the machine's
 measured peak rates and the cores that may be used. If any of these has changed so much that the
-tune asks for another trial than the journal has next, the rest of the journal is dropped. A trial that was
-running when the tune was killed is run again.
+tune asks for another trial than the journal has next, the rest of the journal is dropped. A trial
+that was running when the tune was killed is run again.
 
 Each line is written by one call. If a tune was killed while it wrote a line, the incomplete line is
 cut off. The file is locked while its tune runs.
