@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import TYPE_CHECKING
 
 from flatout import machine
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 NAME = "ranks"
+
+LAUNCHER_VARIABLE = "WORLD_SIZE"
+"""Launchers such as torchrun tell each process by this variable how many they have started."""
 
 LEAST_COST_MS = 1.0
 """The least time that ranks add to a step: they meet before a call and after it, gather its outputs
@@ -73,13 +77,15 @@ def apply(host: Host, setting: str) -> Undo:
     (``flatout.parallel``), inside of all other knobs.
 
     Raises:
-        RefusedError: it was not.
+        RefusedError: it was not, or a launcher in the job has started several processes.
     """
     from flatout import parallel
     from flatout.parallel.place import place
 
     if place() is None:
         raise RefusedError("the program was not started as several ranks")
+    if LAUNCHER_VARIABLE in os.environ:
+        raise RefusedError(f"it is one of several processes: {LAUNCHER_VARIABLE} is set")
     if multiprocessing.parent_process() is not None:
         host.events.add("unused", NAME, "children of multiprocessing compute by themselves")
     return parallel.leave

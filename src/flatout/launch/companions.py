@@ -49,9 +49,6 @@ FOLLOWING_S = 5.0
 
 _THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-_LAUNCHED = "WORLD_SIZE"
-"""The variable by which launchers such as torchrun tell a process how many processes there are."""
-
 _SEED_BITS = 32
 """``PYTHONHASHSEED`` and NumPy's global generator take no larger seeds."""
 
@@ -82,8 +79,8 @@ def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
     refusal = ranks_knob.find_refusal(setting)
     if refusal is not None:
         raise UserError(refusal)
-    if _LAUNCHED in os.environ:
-        raise UserError(f"the program is one of several already: {_LAUNCHED} is set")
+    if ranks_knob.LAUNCHER_VARIABLE in os.environ:
+        raise UserError(f"it is one of several processes: {ranks_knob.LAUNCHER_VARIABLE} is set")
     ranks = make_ranks(ranks_knob.number(setting))
     ranks = replace(ranks, goes_alone=goes_alone, gives_up=goes_alone)
     return replace(request, ranks=ranks)
