@@ -25,7 +25,7 @@
 
 enum {
     LINE = 128,           /* bytes; processors fetch cache lines of 64 bytes in pairs */
-    CHUNK = 1 << 20,      /* bytes of a buffer; those of two ranks fit into a third-level cache */
+    CHUNK = 1 << 19,      /* bytes of a buffer; those of two ranks fit into third-level caches */
     PIECE = 1 << 15,      /* bytes that one thread moves at a time */
     BLOCK = 1024,         /* elements that are added up at a time */
     ONE_ROUND = 1 << 14,  /* bytes up to which each rank adds up everything by itself */
@@ -335,6 +335,14 @@ static void end_round(const struct exchange *x, int64_t round) {
     }
 }
 
+/* Ranks whose hashes differ do not exchange the same. */
+static uint64_t hash_of_sizes(const struct exchange *x) {
+    uint64_t hash = (uint64_t)x->kind;
+    for (int rank = 0; rank < x->ranks; rank++)
+        hash = (hash << 9 ^ hash >> 55 ^ (uint64_t)row_bytes(x, rank)) * UINT64_C(0x9E3779B97F4A7C15);
+    return hash;
+}
+
 /* Go on with an exchange until it is done. All ranks must make the same exchanges. */
 int advance(struct exchange *x) {
     struct rank *own = rank_of(x, x->rank);
@@ -342,8 +350,7 @@ int advance(struct exchange *x) {
         x->first = atomic_load(&own->sequence);
         x->rounds = count_rounds(x);
     }
-    uint64_t subject = (uint64_t)x->rounds << 8 | (uint64_t)x->kind;
-    if (x->kind != GATHER) subject = (uint64_t)row_bytes(x, x->rank) << 8 | (uint64_t)x->kind;
+    const uint64_t subject = hash_of_sizes(x);
     for (; x->round < x->rounds; x->round++) {
         uint32_t target = x->first + (uint32_t)x->round + 1;
         if (atomic_load(&own->sequence) != target) {

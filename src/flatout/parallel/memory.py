@@ -105,14 +105,10 @@ class Memory(Channel):
         self, tensors: Sequence[torch.Tensor], targets: Sequence[Sequence[torch.Tensor]]
     ) -> None:
         """Copy the tensors of all ranks."""
-        sources = [tensor.data_ptr() for tensor in tensors]
-        pointers = [target.data_ptr() for of_rank in targets for target in of_rank]
-        ends = [
-            end
-            for of_rank in targets
-            for end in itertools.accumulate(target.nbytes for target in of_rank)
-        ]
-        self._run(_GATHER, sources, pointers, ends)
+        _check_alike(tensors, targets[self.rank])
+        pointers = [pointer for of_rank in targets for pointer in _pointers(of_rank)]
+        ends = [end for of_rank in targets for end in _ends(of_rank)]
+        self._run(_GATHER, _pointers(tensors), pointers, ends)
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors by their sums over all ranks."""
@@ -147,10 +143,12 @@ class Memory(Channel):
     ) -> None:
         if not tensors:
             return
-        sources = [tensor.data_ptr() for tensor in tensors]
-        targets = [tensor.data_ptr() for tensor in sums]
-        ends = list(itertools.accumulate(tensor.nbytes for tensor in tensors))
-        self._run(_KINDS[tensors[0].dtype], sources, targets, ends, factor)
+        _check_alike(tensors, sums)
+        kinds = {_KINDS.get(tensor.dtype) for tensor in tensors}
+        kind = kinds.pop()
+        if kind is None or kinds:
+            raise TypeError(f"cannot add up {[tensor.dtype for tensor in tensors]} over the ranks")
+        self._run(kind, _pointers(tensors), _pointers(sums), _ends(sums), factor)
 
     def _run(
         self,
@@ -194,8 +192,8 @@ class Memory(Channel):
                 return "another rank has left"
             if status == _DIFFERENT:
                 return "the ranks exchange different data"
-            if self._mapping is None:
-                return "the channel was closed"
+            if self._mapping is None:  # by a signal's handler
+                raise RuntimeError("the channel was closed in the middle of an exchange")
             if dead is not None:
                 return dead
             if time.monotonic() > deadline:
@@ -208,6 +206,27 @@ class Memory(Channel):
         for process, _ in self._deaths.poll(0):
             return f"rank {self._processes[process]} has died"
         return self._news()
+
+
+def _check_alike(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    """Check that the bytes of tensors fit into others."""
+    for source, target in zip(sources, targets, strict=True):
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise ValueError("tensors are to be copied into others that differ")
+
+
+def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return the addresses of tensors whose memory holds their elements in logical order."""
+    for tensor in tensors:
+        is_plain = not (tensor.is_conj() or tensor.is_neg())
+        if not (is_plain and tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise ValueError("a tensor is not contiguous in main memory")
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _ends(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return where each tensor ends in a row of all, in bytes."""
+    return list(itertools.accumulate(tensor.nbytes for tensor in tensors))
 
 
 def _addresses(values: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
