@@ -27,10 +27,10 @@ enum {
     LINE = 128,           /* bytes; processors fetch cache lines of 64 bytes in pairs */
     CHUNK = 1 << 19,      /* bytes of a buffer; those of two ranks fit into third-level caches */
     PIECE = 1 << 15,      /* bytes that one thread moves at a time */
-    BLOCK = 1024,         /* elements that are added up at a time */
+    BLOCK = 256,          /* bytes that are added up at a time */
     ONE_ROUND = 1 << 14,  /* bytes up to which each rank adds up everything by itself */
     SPIN_NS = 50000,      /* about what it costs to sleep and to be woken */
-    STREAMED = 1 << 11,   /* bytes from which copies for others go past the caches */
+    STREAMED = 1 << 8,    /* bytes from which copies for others go past the caches */
     TURNS = 64,           /* looks at a sequence number for each look at the clock */
 };
 
@@ -139,6 +139,29 @@ static int await(struct rank *other, uint32_t target, int64_t wait_ns) {
     }
 }
 
+/* Copy past the caches: another processor reads the copy, and would have to get it from the cache of
+   this one, line by line, and this one to get the line back before the next copy. */
+static void copy_past_caches(char *to, const char *from, int64_t bytes) {
+#ifdef __SSE2__
+    int64_t head = -(intptr_t)to & 63;
+    if (bytes >= STREAMED) {
+        memcpy(to, from, (size_t)head);
+        to += head, from += head, bytes -= head;
+        for (; bytes >= 64; to += 64, from += 64, bytes -= 64)
+            for (int i = 0; i < 64; i += 16)
+                _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+    }
+#endif
+    memcpy(to, from, (size_t)bytes);
+}
+
+/* Let what was copied past the caches be seen before what is written from now on. */
+static void fence(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
 /* Moving arrays, which are seen as one row of bytes for each rank */
 
 typedef void visitor(const struct exchange *, int64_t round, int rank, char *source, char *target,
@@ -180,6 +203,7 @@ static void visit(const struct exchange *x, int64_t round, int rank, int64_t fro
         int64_t first = piece * PIECE > from ? piece * PIECE : from;
         int64_t last = (piece + 1) * PIECE < to ? (piece + 1) * PIECE : to;
         visit_piece(x, round, rank, first, last, visitor);
+        fence();
     }
 }
 
@@ -203,23 +227,6 @@ static struct range part(const struct exchange *x, int rank, int64_t round) {
     return range;
 }
 
-/* Copy past the caches: another processor reads the copy, and would have to get it from the cache of
-   this one, line by line, and this one to get the line back before the next copy. */
-static void copy_past_caches(char *to, const char *from, int64_t bytes) {
-#ifdef __SSE2__
-    int64_t head = -(intptr_t)to & 63;
-    if (bytes >= STREAMED) {
-        memcpy(to, from, (size_t)head);
-        to += head, from += head, bytes -= head;
-        for (; bytes >= 64; to += 64, from += 64, bytes -= 64)
-            for (int i = 0; i < 64; i += 16)
-                _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
-        _mm_sfence();
-    }
-#endif
-    memcpy(to, from, (size_t)bytes);
-}
-
 static void publish(const struct exchange *x, int64_t round, int rank, char *source, char *target,
                     int64_t offset, int64_t bytes) {
     (void)target;
@@ -240,26 +247,35 @@ static void receive_sums(const struct exchange *x, int64_t round, int rank, char
 
 /* Sums */
 
+/* Blocks are short, so that a processor reads those of all ranks at a time. */
 #define ADD_UP(name, type, sum_type, load, store)                                                   \
+    static inline __attribute__((always_inline)) void name##_block(                                 \
+        const struct exchange *x, const char *source, const char *first, int64_t stride,            \
+        type *target, int64_t count) {                                                              \
+        sum_type sum[BLOCK / sizeof(type)];                                                         \
+        const sum_type factor = (sum_type)x->factor;                                                \
+        for (int rank = 0; rank < x->ranks; rank++) {                                               \
+            const type *from = (const type *)(rank == x->rank ? source : first + rank * stride);    \
+            if (rank)                                                                               \
+                for (int64_t i = 0; i < count; i++) sum[i] += load(from[i]);                        \
+            else                                                                                    \
+                for (int64_t i = 0; i < count; i++) sum[i] = load(from[i]);                         \
+        }                                                                                           \
+        for (int64_t i = 0; i < count; i++) target[i] = store(sum[i] * factor);                     \
+    }                                                                                               \
     static void name(const struct exchange *x, int64_t round, const char *source, char *target,     \
                      char *also, int64_t offset, int64_t bytes) {                                   \
-        int64_t count = bytes / (int64_t)sizeof(type);                                              \
-        const sum_type factor = (sum_type)x->factor;                                                \
-        for (int64_t start = 0; start < count; start += BLOCK) {                                    \
-            int64_t n = count - start < BLOCK ? count - start : BLOCK;                              \
-            sum_type sum[BLOCK];                                                                    \
-            for (int rank = 0; rank < x->ranks; rank++) {                                           \
-                const char *of = published(x, rank, round) + offset % CHUNK;                        \
-                const type *from = (const type *)(rank == x->rank ? source : of) + start;           \
-                if (rank)                                                                           \
-                    for (int64_t i = 0; i < n; i++) sum[i] += load(from[i]);                        \
-                else                                                                                \
-                    for (int64_t i = 0; i < n; i++) sum[i] = load(from[i]);                         \
-            }                                                                                       \
-            type *to = (type *)target + start;                                                      \
-            for (int64_t i = 0; i < n; i++) to[i] = store(sum[i] * factor);                         \
-            int64_t copied = n * (int64_t)sizeof(type);                                             \
-            if (also) copy_past_caches((char *)((type *)also + start), (char *)to, copied);         \
+        const char *first = published(x, 0, round) + offset % CHUNK;                                \
+        const int64_t stride = published(x, 1, round) - published(x, 0, round);                     \
+        int64_t n = BLOCK - offset % BLOCK; /* then whole blocks are aligned */                     \
+        for (int64_t at = 0; at < bytes; at += n, n = BLOCK) {                                      \
+            if (n > bytes - at) n = bytes - at;                                                     \
+            type *to = (type *)(target + at);                                                       \
+            if (n == BLOCK)                                                                         \
+                name##_block(x, source + at, first + at, stride, to, BLOCK / sizeof(type));         \
+            else                                                                                    \
+                name##_block(x, source + at, first + at, stride, to, n / (int64_t)sizeof(type));    \
+            if (also) copy_past_caches(also + at, target + at, n);                                  \
         }                                                                                           \
     }
 
