@@ -26,8 +26,6 @@ from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.team import Team
 
-_autograd: Any = torch.autograd
-
 
 class Leaves:
     """The leaves whose gradients are averaged, numbered alike on all ranks: those whose gradients
@@ -221,12 +219,9 @@ class Averaging:
                         leaf.grad = form.convert(gradient, leaf)
                 (differentiable if form.is_recorded else plain).append(leaf)
             stored = [stored_gradient.__get__(leaf) for leaf in plain]
-            for leaf, gradient, mean in zip(plain, stored, team.average(stored), strict=True):
-                if gradient.is_sparse:
+            for leaf, mean in zip(plain, team.average(stored, in_place=True), strict=True):
+                if mean.is_sparse:
                     leaf.grad = mean
-                    continue
-                with _autograd._unsafe_preserve_version_counter(gradient):
-                    gradient.copy_(mean)
         if differentiable:
             with torch.enable_grad():
                 means = _means(team, [stored_gradient.__get__(leaf) for leaf in differentiable])

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
-T = TypeVar("T")
+MEETING_SECONDS = 1800.0
+"""How long a rank waits for another. One that dies is noticed at once."""
 
 Lost = Callable[[Exception], NoReturn]
 """Called when the connection to another rank is lost; ends the process."""
 
 
-class Gloo:
-    """A channel over gloo.
+class Channel(abc.ABC):
+    """A connection between the ranks.
+
+    All tensors that it gets are in main memory and contiguous. Sums are of floating-point numbers,
+    and have the same bits on all ranks.
 
     Args:
-        group: the process group; the channel owns it.
         rank, size: of this process.
         lost: called when a rank cannot be reached any more.
     """
 
-    def __init__(self, group: Any, rank: int, size: int, lost: Lost) -> None:
+    def __init__(self, rank: int, size: int, lost: Lost) -> None:
         self.rank = rank
         self.size = size
-        self._group = group
         self._lost = lost
 
+    @abc.abstractmethod
     def meet(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, by rank; all have the same length."""
-        own = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-        return [bytes(row.tolist()) for row in self.gather(own)]
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, by rank; they may differ in length."""
@@ -43,20 +45,85 @@ class Gloo:
         messages = self.meet(message.ljust(longest, b"\0"))
         return [padded[:size] for padded, size in zip(messages, sizes, strict=True)]
 
-    def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Return the tensors of all ranks as the rows of a matrix.
+    @abc.abstractmethod
+    def gather(
+        self, tensors: Sequence[torch.Tensor], targets: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
+        """Copy the tensors of all ranks.
 
         Args:
-            own: a contiguous tensor of bytes in main memory, as long on every rank.
+            tensors: of this rank.
+            targets: for each rank, what is to hold its tensors; of the same dtypes and shapes.
         """
-        rows = torch.empty(self.size * own.numel(), dtype=torch.uint8, device="cpu")
-        self._wait(lambda: self._group._allgather_base(rows, own))
-        return rows.view(self.size, own.numel())
 
-    def sum(self, tensor: torch.Tensor) -> None:
-        """Replace a tensor in main memory by its sum over all ranks, which has the same bits on
-        each."""
-        self._wait(lambda: self._group.allreduce([tensor]))
+    @abc.abstractmethod
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over all ranks."""
+
+    @abc.abstractmethod
+    def average(self, tensors: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
+        """Compute the means of tensors over all ranks. Those of half precision are added up in
+        float32.
+
+        Args:
+            tensors: all of one dtype.
+            means: what is to hold the means, of the same dtype and shapes; may be the same tensors.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Leave the other ranks, for which the connection is lost then."""
+
+    @abc.abstractmethod
+    def forget(self) -> None:
+        """Leave the connection as it is, in the child of a fork."""
+
+
+class Gloo(Channel):
+    """A channel over gloo.
+
+    Args:
+        group: the process group; the channel owns it.
+        rank, size: of this process.
+        lost: called when a rank cannot be reached any more.
+    """
+
+    def __init__(self, group: Any, rank: int, size: int, lost: Lost) -> None:
+        super().__init__(rank, size, lost)
+        self._group = group
+
+    def meet(self, message: bytes) -> list[bytes]:
+        """Return the messages of all ranks, by rank; all have the same length."""
+        own = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        return [bytes(row.tolist()) for row in self._gather_rows(own)]
+
+    def gather(
+        self, tensors: Sequence[torch.Tensor], targets: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
+        """Copy the tensors of all ranks."""
+        offsets = [_aligned([target.nbytes for target in of_rank]) for of_rank in targets]
+        longest = max(of_rank[-1] for of_rank in offsets)
+        own = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+        for tensor, start in zip(tensors, offsets[self.rank], strict=False):
+            own[start : start + tensor.nbytes] = to_bytes(tensor)
+        for row, of_rank, starts in zip(self._gather_rows(own), targets, offsets, strict=True):
+            for target, start in zip(of_rank, starts, strict=False):
+                found = row[start : start + target.nbytes]
+                target.copy_(found.view(target.dtype).view(target.shape))
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their sums over all ranks."""
+        for tensor in tensors:
+            self._add_up(tensor)
+
+    def average(self, tensors: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
+        """Compute the means of tensors over all ranks."""
+        flat = torch.cat([for_sum(tensor.reshape(-1)) for tensor in tensors])
+        self._add_up(flat)
+        flat.mul_(1 / self.size)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for mean, part in zip(means, parts, strict=True):
+            mean.copy_(part.view(mean.shape))
 
     def close(self) -> None:
         """Leave the group. Its threads must have ended before the interpreter does."""
@@ -70,6 +137,15 @@ class Gloo:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
         self._group = None
 
+    def _gather_rows(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of all ranks, as many of each, as the rows of a matrix."""
+        rows = torch.empty(self.size * own.numel(), dtype=torch.uint8, device="cpu")
+        self._wait(lambda: self._group._allgather_base(rows, own))
+        return rows.view(self.size, own.numel())
+
+    def _add_up(self, tensor: torch.Tensor) -> None:
+        self._wait(lambda: self._group.allreduce([tensor]))
+
     def _wait(self, begin: Callable[[], Any]) -> None:
         try:
             begin().wait()
@@ -77,13 +153,22 @@ class Gloo:
             self._lost(error)
 
 
+def in_main_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor, in their logical order, as a channel takes them."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
 def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a tensor, in their logical order, as bytes in main memory."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    return in_main_memory(tensor).reshape(-1).view(torch.uint8)
 
 
-def aligned(sizes: Sequence[int]) -> list[int]:
+def for_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return numbers of half precision as float32: a sum over ranks must not round more."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _aligned(sizes: Sequence[int]) -> list[int]:
     """Return where parts of these sizes begin in a buffer, and its size, all multiples of 16: so
     each part may be viewed as any dtype."""
     offsets = [0]

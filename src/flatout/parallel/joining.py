@@ -13,24 +13,29 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flatout.parallel.channel import Gloo
+from flatout.parallel.channel import MEETING_SECONDS, Channel, Gloo
 from flatout.parallel.ending import Ending
+from flatout.parallel.handover import share_memory
+from flatout.parallel.memory import Memory
 from flatout.parallel.place import Place
 
 JOIN_SECONDS = 600.0
 """How long a rank waits for the others at the first root call; they may still load their data."""
 
-MEETING_SECONDS = 1800.0
-"""How long a rank waits for another later on. One that dies is noticed at once."""
-
 _POLL_SECONDS = 0.005
 
 
-def join(place: Place, ending: Ending) -> Gloo:
-    """Meet the other ranks, and return the channel to them.
+def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Channel:
+    """Meet the other ranks, and return the channel to them: through shared memory if all of them
+    can have it, else over gloo.
+
+    Args:
+        place: of this process.
+        ending: stops this process.
+        may_share_memory: whether the channel may be other than gloo.
 
     Raises:
         RuntimeError: a rank has not come in time, or torch has no gloo.
@@ -46,12 +51,28 @@ def join(place: Place, ending: Ending) -> Gloo:
     else:
         _wait_until(port_file.exists, deadline, ending)
         store = _store(int(port_file.read_text()), is_server=False)
-    store.set(f"here-{place.rank}", "")
-    names = [f"here-{rank}" for rank in range(place.size)]
-    _wait_until(lambda: store.check(names), deadline, ending)
-    with _silent():
-        group = _group(store, place)
-    return Gloo(group, place.rank, place.size, ending.lost)
+
+    def wait(condition: Callable[[], Any]) -> None:
+        _wait_until(condition, deadline, ending)
+
+    def agree(question: str, answer: bool) -> bool:
+        store.set(f"{question}-{place.rank}", str(int(answer)))
+        keys = [f"{question}-{rank}" for rank in range(place.size)]
+        wait(lambda: store.check(keys))
+        return all(store.get(key) == b"1" for key in keys)
+
+    def connect(memory: int, processes: Mapping[int, int]) -> Memory:
+        return Memory(memory, processes, place.rank, place.size, ending.lost, ending.news)
+
+    agree("here", True)
+    channel: Channel | None = None
+    if may_share_memory:
+        channel = share_memory(place, store, agree, wait, connect)
+    if channel is None:
+        with _silent():
+            channel = Gloo(_group(store, place), place.rank, place.size, ending.lost)
+    channel.meet(b"\0")  # none needs the store any more
+    return channel
 
 
 def _take_ticket(place: Place) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flatout.parallel.balance import Balance, Graphs, Phase
-from flatout.parallel.channel import Gloo, aligned, to_bytes
+from flatout.parallel.channel import Channel, in_main_memory
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
 from flatout.parallel.placement import UnshareableError
@@ -41,7 +41,7 @@ class Team:
         step: number of optimizer steps so far.
     """
 
-    def __init__(self, channel: Gloo, ending: Ending) -> None:
+    def __init__(self, channel: Channel, ending: Ending) -> None:
         self.rank = channel.rank
         self.size = channel.size
         self.channel = channel
@@ -96,49 +96,45 @@ class Team:
             rows: the number of rows of each rank's shard.
         """
         self._refuse_batched(tensors)
-        shapes = [_shapes(t, dim, rows) for t, dim in zip(tensors, dims, strict=True)]
-        sizes = [
-            [
-                shape[rank].numel() * t.element_size()
-                for t, shape in zip(tensors, shapes, strict=True)
-            ]
-            for rank in range(self.size)
+        joined = [
+            _empty_whole(tensor, dim, sum(rows)) for tensor, dim in zip(tensors, dims, strict=True)
         ]
-        offsets = [aligned(of_rank) for of_rank in sizes]
-        own = torch.zeros(max(of_rank[-1] for of_rank in offsets), dtype=torch.uint8, device="cpu")
-        for tensor, start, size in zip(tensors, offsets[self.rank], sizes[self.rank], strict=False):
-            own[start : start + size] = to_bytes(tensor)
+        parts: list[list[torch.Tensor]] = []
+        for rank, count in enumerate(rows):
+            before = sum(rows[:rank])
+            parts.append([t.narrow(d, before, count) for t, d in zip(joined, dims, strict=True)])
+        targets = [[_or_empty(part) for part in of_rank] for of_rank in parts]
         with self.balance.spend(Phase.COMMUNICATION):
-            received = self.channel.gather(own)
-        joined = [_empty_whole(t, dim, sum(s[dim] for s in shape))
-                  for t, dim, shape in zip(tensors, dims, shapes, strict=True)]  # fmt: skip
-        for rank in range(self.size):
-            for i, whole in enumerate(joined):
-                start, size = offsets[rank][i], sizes[rank][i]
-                part = received[rank, start : start + size].view(whole.dtype).view(shapes[i][rank])
-                before = sum(shape[dims[i]] for shape in shapes[i][:rank])
-                whole.narrow(dims[i], before, part.shape[dims[i]]).copy_(part)
+            self.channel.gather([in_main_memory(tensor) for tensor in tensors], targets)
+        for of_rank, found in zip(parts, targets, strict=True):
+            _copy_others(of_rank, found)
         return joined
 
-    def average(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the mean of each tensor over the ranks, as a new tensor of the same strides."""
+    def average(
+        self, tensors: Sequence[torch.Tensor], *, in_place: bool = False
+    ) -> list[torch.Tensor]:
+        """Return the mean of each tensor over the ranks, as a tensor of the same strides.
+
+        Args:
+            tensors: may be sparse.
+            in_place: whether dense tensors are to hold their means; by default, means are new
+                tensors. The versions that autograd counts stay as they are.
+        """
         self._refuse_batched(tensors)
-        means: list[torch.Tensor | None] = [None] * len(tensors)
+        means: dict[int, torch.Tensor] = {}
         for i, tensor in enumerate(tensors):
             if tensor.is_sparse:
                 means[i] = self._average_sparse(tensor)
+            else:
+                means[i] = tensor.data if in_place else torch.empty_like(tensor.detach())
         for indices in _buckets(tensors):
-            parts = [_real(tensors[i].detach()).reshape(-1).cpu() for i in indices]
-            flat = torch.cat([_for_sum(part) for part in parts])
+            parts = [in_main_memory(_real(tensors[i].detach())) for i in indices]
+            wholes = [means[i] for i in indices]
+            targets = [_or_empty(whole) for whole in wholes]
             with self.balance.spend(Phase.COMMUNICATION):
-                self.channel.sum(flat)
-            flat.mul_(1 / self.size)
-            numbers = [part.numel() for part in parts]
-            for i, mean in zip(indices, flat.split(numbers), strict=True):
-                means[i] = new = torch.empty_like(tensors[i], requires_grad=False)
-                real = _real(new)
-                real.copy_(mean.view(real.shape))
-        return [mean for mean in means if mean is not None]
+                self.channel.average(parts, [_real(target) for target in targets])
+            _copy_others(wholes, targets)
+        return [means[i] for i in range(len(tensors))]
 
     def add_up(self, tensors: list[torch.Tensor], is_in_forward: bool) -> list[torch.Tensor]:
         """Return the sums over the ranks of what a shard adds up in its forward pass, or in the
@@ -159,8 +155,7 @@ class Team:
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms differ in sizes")
         with self.balance.spend(Phase.COMMUNICATION):
-            for tensor in tensors:
-                self.channel.sum(tensor)
+            self.channel.sum(tensors)
         return tensors
 
     def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -182,10 +177,20 @@ class Team:
         return whole.coalesce()
 
 
-def _shapes(tensor: torch.Tensor, dim: int, rows: Sequence[int]) -> list[torch.Size]:
-    """Return the shape of a tensor on each rank."""
-    shape = list(tensor.shape)
-    return [torch.Size([*shape[:dim], of_rank, *shape[dim + 1 :]]) for of_rank in rows]
+def _or_empty(whole: torch.Tensor) -> torch.Tensor:
+    """Return a tensor if a channel can write into it, else an empty one of its shape in main
+    memory."""
+    is_plain = whole.is_contiguous() and not (whole.is_conj() or whole.is_neg())
+    if is_plain and whole.device.type == "cpu":
+        return whole
+    return torch.empty(whole.shape, dtype=whole.dtype, device="cpu")
+
+
+def _copy_others(wholes: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    """Copy what was written into others than the tensors themselves."""
+    for whole, target in zip(wholes, targets, strict=True):
+        if target is not whole:
+            whole.copy_(target)
 
 
 def _empty_whole(shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -215,11 +220,6 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _for_sum(part: torch.Tensor) -> torch.Tensor:
-    """Return numbers of half precision as float32: a sum over ranks must not round more."""
-    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
 
 
 def _parting(name: str, rank: int, step: int, words: Sequence[str]) -> str:
