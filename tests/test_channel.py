@@ -74,8 +74,15 @@ def together(channels: list[Any], function: Callable[[Any], T]) -> list[T]:
 
 
 @pytest.fixture(autouse=True)
-def no_endless_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "MEETING_SECONDS", 60.0)
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is not woken looks too late."""
+    monkeypatch.setattr(memory, "LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(memory, "MEETING_SECONDS", 30.0)
+
+
+@pytest.fixture
+def looks_often(waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LOOK_SECONDS", 1e-3)
 
 
 @pytest.fixture(scope="module", params=list(itertools.product(KINDS, SIZES)), ids=str)
@@ -422,21 +429,23 @@ def test_a_channel_that_was_closed_or_forgotten_is_not_used() -> None:
         channel.close()
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_the_time_to_wait_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = itertools.count(0.0, 400.0)
     monkeypatch.setattr(memory, "MEETING_SECONDS", 1800.0)
-    monkeypatch.setattr(memory, "LOOK_SECONDS", 1e-3)
     monkeypatch.setattr(memory, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
     with pytest.raises(LostError, match="another rank has not answered within 1800 s"):
         memories(2)[0].meet(b"x")
     assert next(now_s) == 2400.0  # it has looked at 400, 800, 1200, 1600 and 2000 s
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_news_of_a_failure_end_the_waiting() -> None:
     with pytest.raises(LostError, match="rank 1 has ended: killed"):
         memories(2, lambda: "rank 1 has ended: killed")[0].meet(b"x")
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_what_a_rank_has_answered_before_it_died_counts() -> None:
     answered = threading.Event()
     channels: list[Memory] = []
@@ -461,6 +470,7 @@ def test_what_a_rank_has_answered_before_it_died_counts() -> None:
 # Signals
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_an_exchange_is_done_before_a_handler_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the ranks still exchange the same afterwards, as they do over gloo."""
     looks = itertools.count()
@@ -488,6 +498,7 @@ def test_an_exchange_is_done_before_a_handler_ends_it(monkeypatch: pytest.Monkey
     assert answers == [[b"1", b"a"], [b"2", b"b"]]
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_a_handler_ends_an_exchange_that_cannot_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = itertools.count()
     monkeypatch.setattr(memory, "INTERRUPTED_SECONDS", 0.0)
@@ -510,6 +521,7 @@ def test_a_handler_ends_an_exchange_that_cannot_be_done(monkeypatch: pytest.Monk
     assert not own.any()
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_a_handler_may_close_the_channel() -> None:
     first, _ = memories(2)
     first._news = first.close

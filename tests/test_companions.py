@@ -300,6 +300,16 @@ def test_ranks_that_train_draw_the_same_numbers_and_record_their_rank(home: Path
 
 
 @RUNS_RANKS
+def test_ranks_with_different_views_of_the_files_share_memory(home: Path) -> None:
+    program = TRAINING + (
+        "from flatout import agent\nprint(type(agent._session._parallel._team.channel).__name__)\n"
+    )
+    done = ended(program, 3)
+    assert done.stdout.splitlines()[-1] == "Memory"
+    assert output(home) == output(home, 2) == done.stdout
+
+
+@RUNS_RANKS
 def test_what_the_program_seeds_before_torch_stays_its_own(home: Path) -> None:
     program = """
 import random, numpy

@@ -41,8 +41,9 @@ enum { DONE, WAITING, LEFT, DIFFERENT }; /* statuses */
 /* What all know of a rank. The others write only the number of those that sleep. */
 struct rank {
     _Alignas(LINE) _Atomic uint32_t sequence; /* of rounds published */
-    _Atomic uint32_t sleepers;                /* on the sequence number */
     _Atomic uint32_t has_left;
+    _Atomic uint32_t changes; /* of both; the others sleep on it */
+    _Atomic uint32_t sleepers;
     uint64_t subject[2]; /* what it exchanges, in odd and in even rounds */
 };
 
@@ -95,8 +96,10 @@ static long futex(_Atomic uint32_t *word, int operation, uint32_t value, const v
     return syscall(SYS_futex, word, operation, value, timeout, 0, 0);
 }
 
+/* Tell the others of a change. */
 static void wake(struct rank *own) {
-    if (atomic_load(&own->sleepers)) futex(&own->sequence, FUTEX_WAKE, INT32_MAX, 0);
+    atomic_fetch_add(&own->changes, 1);
+    if (atomic_load(&own->sleepers)) futex(&own->changes, FUTEX_WAKE, INT32_MAX, 0);
 }
 
 static int has_reached(struct rank *other, uint32_t target) {
@@ -114,11 +117,11 @@ static void relax(void) {
 /* Sleep until a rank publishes or leaves, a signal comes, or for some time. */
 static long sleep_on(struct rank *other, uint32_t target, int64_t wait_ns) {
     struct timespec timeout = {wait_ns / 1000000000, wait_ns % 1000000000};
-    atomic_fetch_add(&other->sleepers, 1);
-    uint32_t seen = atomic_load(&other->sequence);
     long failed = 0;
-    if ((int32_t)(seen - target) < 0 && !atomic_load(&other->has_left))
-        failed = futex(&other->sequence, FUTEX_WAIT, seen, &timeout) ? errno : 0;
+    atomic_fetch_add(&other->sleepers, 1);
+    uint32_t seen = atomic_load(&other->changes);
+    if (!has_reached(other, target) && !atomic_load(&other->has_left))
+        failed = futex(&other->changes, FUTEX_WAIT, seen, &timeout) ? errno : 0;
     atomic_fetch_sub(&other->sleepers, 1);
     return failed;
 }

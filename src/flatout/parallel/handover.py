@@ -115,10 +115,21 @@ def _reach(address: str, place: Place) -> socket.socket | None:
     try:
         connection.connect(f"\0{address}")
         connection.send(bytes([place.rank]))
+        is_ours = _peer(connection)[1] == os.geteuid()
     except OSError:
+        is_ours = False
+    if not is_ours:
         connection.close()
         return None
     return connection
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the process at the other end of a connection, and its user."""
+    size = _CREDENTIALS.size
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return process, user
 
 
 def _hand_out(listener: socket.socket, place: Place, connect: Connect) -> Memory:
@@ -136,9 +147,7 @@ def _hand_out(listener: socket.socket, place: Place, connect: Connect) -> Memory
         while len(processes) < place.size:
             connection = until_end.enter_context(listener.accept()[0])
             connection.settimeout(_ANSWER_SECONDS)
-            process, user, _ = _CREDENTIALS.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
+            process, user = _peer(connection)
             if user == os.geteuid():  # anyone can connect
                 rank = connection.recv(1)[0]
                 processes[rank] = os.pidfd_open(process)
