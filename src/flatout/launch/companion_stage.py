@@ -24,6 +24,9 @@ STATUS_PREFIX = "died-"
 words, on the first line, and on the second its exit status; if negative, the signal that killed
 it."""
 
+GONE_PREFIX = "gone-"
+"""A file ``gone-RANK`` in the run directory tells of a companion that has ended with 0."""
+
 _TAIL_BYTES = 4096
 _SHOWN_CHARACTERS = 200
 """How much of the output of a companion that failed is read, and shown of its last line."""
@@ -104,7 +107,7 @@ def _standard_input() -> Any:
 
 
 def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None:
-    """Reap what has ended, and write down how each companion that failed has ended."""
+    """Reap what has ended, and write down how each companion has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -114,7 +117,9 @@ def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None
             return
         companion = running.pop(pid, None)
         returncode = os.waitstatus_to_exitcode(status)
-        if companion is not None and returncode:
+        if companion is not None and not returncode:
+            (run_directory / f"{GONE_PREFIX}{companion['rank']}").touch()
+        elif companion is not None:
             how = ending(returncode)
             if returncode > 0:
                 how += _last_words(Path(companion["output"]))

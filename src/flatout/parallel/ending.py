@@ -118,7 +118,7 @@ class Ending:
         os._exit(1)
 
     def failed(self, error: Exception) -> NoReturn:
-        """Stop because of a failure of flatout itself: to go on alone would be to part."""
+        """Stop because of a failure of flatout itself."""
         self._events.add_failure("ranks", error)
         self.stop(f"--ranks has failed: {type(error).__name__}: {error}")
 
@@ -173,6 +173,13 @@ class Ending:
             if (text := _read(self._place.run_directory / f"died-{rank}")) is not None:
                 return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
         return None
+
+    def absence(self) -> str | None:
+        """Return why another rank does not come to join this one, ``None`` if it still may."""
+        for rank in self._others():
+            if (self._place.run_directory / f"gone-{rank}").exists():
+                return f"the program has ended on rank {rank} and has called no module there"
+        return self.news()
 
     def _are_in_this_state(self, ended: Sequence[int]) -> bool:
         """Whether ranks have ended with what this one has computed together with them."""
