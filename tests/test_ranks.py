@@ -270,6 +270,39 @@ def test_a_run_with_the_setting_is_one_with_ranks(job: list[str]) -> None:
         assert ("applied", "gc") in [(event.what, event.subject) for event in process.events]
 
 
+ALONE = {
+    "data": ("x += torch.randn(6, 8, generator=unseeded)", "rank 0 and rank 1 have parted in st"),
+    "a kill": (
+        "if number == 3 and is_companion: os.kill(os.getpid(), 9)",
+        "rank 1 has ended: killed by SIGKILL",
+    ),
+    "an early end": (
+        "if number == 0 and is_companion: sys.exit()",
+        "the program has ended on rank 1 and has called no module there",
+    ),
+}
+
+
+@RUNS_RANKS
+@pytest.mark.parametrize("name", ALONE)
+def test_a_run_that_goes_on_alone_has_all_cores(name: str, job: list[str]) -> None:
+    line, why = ALONE[name]
+    program = (
+        PROGRAM.replace("10**9", "8").replace(
+            "x = torch.randn(6, 8)", f"x = torch.ones(6, 8)\n    {line}"
+        )
+        + "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads())"
+    ).replace("net = Net()", "net = Net(); unseeded = torch.Generator(); unseeded.seed()")
+    Path("program.py").write_text(program)
+    words = [sys.executable, "-m", "flatout", "run", "--set", "ranks=2", "--", *job]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    alone = subprocess.run(job, capture_output=True, text=True, check=True)
+    assert (done.returncode, done.stdout) == (0, alone.stdout), done.stderr
+    (said,) = [text for text in done.stderr.splitlines() if "rank" in text]
+    assert said.startswith(f"flatout: ranks: rank 0 goes on alone: {why}")
+    assert not left()
+
+
 @pytest.mark.parametrize("reason", ["no view", "one core", "launched"])
 def test_what_is_known_before_is_said_and_the_program_runs(
     reason: str,

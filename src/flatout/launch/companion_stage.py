@@ -24,8 +24,8 @@ STATUS_PREFIX = "died-"
 words, on the first line, and on the second its exit status; if negative, the signal that killed
 it."""
 
-DONE_PREFIX = "done-"
-"""An empty file ``done-RANK`` tells of a companion that ended with 0."""
+GONE_PREFIX = "gone-"
+"""A file ``gone-RANK`` in the run directory tells of a companion that has ended with 0."""
 
 _TAIL_BYTES = 4096
 _SHOWN_CHARACTERS = 200
@@ -48,7 +48,7 @@ def command(
         companions: ``rank``, ``variables`` (added to the environment), ``output`` (the file for
             standard output and error) and ``processors`` (the numbers of those that it may run on)
             of each.
-        run_directory: where the files ``died-RANK`` and ``done-RANK`` are written.
+        run_directory: where the files ``died-RANK`` and ``gone-RANK`` are written.
         started_by: id of flatout's process.
     """
     options = {
@@ -117,11 +117,9 @@ def _note_ended(running: dict[int, dict[str, Any]], run_directory: Path) -> None
             return
         companion = running.pop(pid, None)
         returncode = os.waitstatus_to_exitcode(status)
-        if companion is None:
-            continue
-        if not returncode:
-            (run_directory / f"{DONE_PREFIX}{companion['rank']}").touch()
-        else:
+        if companion is not None and not returncode:
+            (run_directory / f"{GONE_PREFIX}{companion['rank']}").touch()
+        elif companion is not None:
             how = ending(returncode)
             if returncode > 0:
                 how += _last_words(Path(companion["output"]))

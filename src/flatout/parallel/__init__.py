@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from flatout.parallel.team import Team
 
 
-USELESS_CALLS = 32
-"""With a plan, rank 0 goes on alone after this many calls of which none could be shared out: a
-program may begin with a few of another kind."""
-
-
 class Parallel:
     """The ranks, as the session of one process has them.
 
@@ -139,8 +134,8 @@ class Parallel:
         """Make a root call."""
         if self._is_alone or self._has_been_interrupted() or self._has_cost_too_much():
             return call(module, *args, **kwargs)
-        if self._goes_alone and self._is_useless():
-            self.leave(f"nothing can be shared out in the first {USELESS_CALLS} calls")
+        if self._goes_alone and self._sharing.is_useless:
+            self.leave("nothing could be shared out so far")
             return call(module, *args, **kwargs)
         try:
             with self._noting_interrupted_calls():
@@ -248,11 +243,6 @@ class Parallel:
             self._stepped_optimizers.add(optimizer)
             self._team.step += 1
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
-
-    def _is_useless(self) -> bool:
-        """Whether all of the first calls were computed whole, by every rank."""
-        sharing = self._sharing
-        return not sharing.has_shared and sum(sharing.whole.values()) >= USELESS_CALLS
 
     def _state(self) -> str:
         """Return a digest of what the ranks have computed together and the program keeps."""

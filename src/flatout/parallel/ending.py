@@ -118,7 +118,7 @@ class Ending:
         os._exit(1)
 
     def failed(self, error: Exception) -> NoReturn:
-        """Stop because of a failure of flatout itself: to go on alone would be to part."""
+        """Stop because of a failure of flatout itself."""
         self._events.add_failure("ranks", error)
         self.stop(f"--ranks has failed: {type(error).__name__}: {error}")
 
@@ -133,7 +133,7 @@ class Ending:
                 break
             time.sleep(0.01)
         ended = [rank for rank in self._others() if self._end_file(rank).exists()]
-        sentence = sentence or self.parting()
+        sentence = sentence or self._parting()
         if sentence is None:
             first_line = next(iter(str(error).splitlines()), "")
             sentence = f"the connection to the other ranks is lost: {first_line}"
@@ -171,17 +171,22 @@ class Ending:
                 return f"rank {rank} has ended: {text}" if text else f"rank {rank} has ended"
         return None
 
-    def parting(self) -> str | None:
+    def _parting(self) -> str | None:
         """Return that the program has ended on another rank without a failure, if it has."""
         for rank in self._others():
-            has_ended = self.ticket is not None and self._end_file(rank).exists()
-            # The command of a companion as a whole, which may have made no root call.
-            if has_ended or (self._place.run_directory / f"done-{rank}").exists():
+            if self.ticket is not None and self._end_file(rank).exists():
                 return (
                     f"the program has ended on rank {rank} and goes on on rank {self._place.rank}: "
                     "it decides by something that is not the same on all ranks, such as the clock"
                 )
         return None
+
+    def absence(self) -> str | None:
+        """Return why another rank does not come to join this one, ``None`` if it still may."""
+        for rank in self._others():
+            if (self._place.run_directory / f"gone-{rank}").exists():
+                return f"the program has ended on rank {rank} and has called no module there"
+        return self.news()
 
     def _are_in_this_state(self, ended: Sequence[int]) -> bool:
         """Whether ranks have ended with what this one has computed together with them."""

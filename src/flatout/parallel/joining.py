@@ -87,9 +87,9 @@ def _take_ticket(place: Place) -> int:
 
 def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
     while not condition():
-        news = ending.news() or ending.parting()
-        if news is not None:
-            ending.stop(news)
+        absence = ending.absence()
+        if absence is not None:
+            ending.stop(absence)
         if time.monotonic() > deadline:
             raise RuntimeError(f"a rank has made no root call within {JOIN_SECONDS:.0f} s")
         time.sleep(_POLL_SECONDS)

@@ -49,6 +49,10 @@ MOST_KINDS = 16
 MOST_TESTS = 8
 """How often a kind is tested that is refused only for now."""
 
+USELESS_CALLS = 32
+"""Sharing is useless if none of so many calls could be shared out: a program may begin with a few
+of another kind."""
+
 CHECKED_CALLS = frozenset(8**exponent for exponent in range(1, 17))
 """Shared calls of a kind before which its rule is tested again."""
 
@@ -199,6 +203,11 @@ class Sharing:
     def team(self) -> Team | None:
         """The ranks, ``None`` while nothing has been shared out."""
         return self._team if self.has_shared else None
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether all of the first calls were computed whole, by every rank."""
+        return not self.has_shared and sum(self.whole.values()) >= USELESS_CALLS
 
     def __call__(
         self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
