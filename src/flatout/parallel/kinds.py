@@ -64,12 +64,14 @@ class Rule:
         outputs: likewise for each tensor of the output; ``None`` if it is the same on all ranks.
         placements: where the samples are in each draw of random numbers.
         output_dims: for each tensor of the output, its number of dimensions; empty: not known.
+        sums: where the samples are in what operators add up, if sums are taken over all ranks.
     """
 
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
     placements: tuple[Placement, ...] = ()
     output_dims: tuple[int, ...] = field(default=(), compare=False)
+    sums: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)

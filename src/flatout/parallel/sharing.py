@@ -364,7 +364,8 @@ class Sharing:
         self.is_in_shard = True
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
-            with shards.shard(*rows, batch, self._add_up, rule.placements):
+            add_up, placed = self._add_up, rule.placements
+            with shards.shard(*rows, batch, add_up, placed, sums=rule.sums):
                 shard.result = call(current.module, *args, **kwargs)
             shard.outputs = kinds.distinct_tensors(shard.result)
         except UnshareableError as error:
@@ -500,9 +501,10 @@ def _structure(rule: Rule, shard: _Shard) -> int:
     found: list[object] = [structure_of(shard.result)]
     for dim, tensor in zip(rule.outputs, shard.outputs, strict=True):
         shape = list(tensor.shape)
+        is_recorded = dim is None and tensor.requires_grad
         if dim is not None:
             del shape[dim]
-        found.append((shape, tensor.dtype, tensor.device.type, tensor.layout))
+        found.append((shape, tensor.dtype, tensor.device.type, tensor.layout, is_recorded))
     return digest(found)
 
 
