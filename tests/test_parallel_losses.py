@@ -197,6 +197,47 @@ def test_operators_are_left_as_they_are_outside_of_shards() -> None:
     assert names == ["sum", "mean", "cross_entropy_loss", "mse_loss"]
 
 
+# Caches of keys and values
+
+CACHES = """
+class Layer:
+    def __init__(self):
+        self.keys = None
+        self.is_filled = False
+        self.kind = torch.float64
+
+class Cache:
+    def __init__(self):
+        self.layers = []
+        self.all = []
+
+    def update(self, keys):
+        self.layers.append(Layer())
+        self.layers[-1].keys = keys
+        self.layers[-1].is_filled = True
+        self.all.append(2 * keys)
+        return keys
+
+for kind in (Layer, Cache):
+    kind.__module__ = "transformers.cache_utils"
+"""
+
+
+def test_a_cache_is_returned_but_not_cut() -> None:
+    names: dict[str, Any] = {"torch": torch}
+    exec(CACHES, names)
+    make = names["Cache"]
+
+    def function(h: torch.Tensor, cache: Any = None) -> dict[str, Any]:
+        cache = make() if cache is None else cache
+        return {"loss": cache.update(h).mean(), "cache": cache}
+
+    rule = found(function)
+    assert isinstance(rule, Rule), rule
+    assert rule.outputs == (None, 0, 0)
+    assert "gets a Cache" in reason(function, make())
+
+
 # What ranks compute
 
 PREPARED = """
@@ -348,6 +389,21 @@ def function(h, y, again):
 model = Calls(function)
 for step in range(4):
     learn(model, model(torch.randn(7, 6), padded(7), step % 2 == 0))
+""",
+    "a cache of keys and values": CACHES
+    + """
+def function(h):
+    cache = Cache()
+    h = cache.update(h.tanh()) + cache.update(h)
+    return {"loss": h.square().mean(), "logits": h, "cache": cache}
+model = Calls(function)
+for step in range(3):
+    found = model(torch.randn(7, 6))
+    cache = found["cache"]
+    keys = [layer.keys for layer in cache.layers]
+    show(*(len(tensor) for tensor in keys + cache.all), type(cache) is Cache)
+    show(keys[1].std(), found["logits"].std())
+    learn(model, found["loss"] + keys[0].std() + cache.all[1].std())
 """,
     "a generator inside of a loss": """
 model, judge = Calls(lambda h: h.tanh()), nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))

@@ -62,11 +62,11 @@ from flatout.parallel.kinds import (
     HOOKS,
     Refusal,
     Rule,
-    distinct_tensors,
     find_opaque,
     has_numbers,
     leaves,
     structure_of,
+    tensors_of_output,
 )
 from flatout.parallel.neutral import (
     Generators,
@@ -290,13 +290,13 @@ class _Outcome:
         generators: Generators,
         shard: shards.Shard,
     ) -> None:
-        opaque = find_opaque(output)
+        opaque = find_opaque(output, is_output=True)
         if opaque is not None:
             raise _RefusedError(f"returns a {opaque.__name__}, which cannot be joined", 2)
-        found = distinct_tensors(output)
+        found = tensors_of_output(output)
         if not all(_is_plain(tensor) for tensor in found):
             raise _RefusedError("returns a tensor that cannot be joined", 2)
-        self.structure = structure_of(output)
+        self.structure = structure_of(output, is_output=True)
         self.tensors = [tensor.detach().clone() for tensor in found]
         self.state = _detached(state)
         self.generators = generators
@@ -486,7 +486,7 @@ class _Subject:
         ):
             raise _RefusedError("changes its arguments", 3)
         outcome = _Outcome(output, copier.state(module), after, shard)
-        outcome.followed = [observer.is_followed(tensor) for tensor in distinct_tensors(output)]
+        outcome.followed = [observer.is_followed(tensor) for tensor in tensors_of_output(output)]
         outcome.reads_followed = observer.reads_followed
         return outcome
 
@@ -503,7 +503,7 @@ class _Subject:
         self._start_generators()
         with _refusing(), context:
             output = module(*args, **kwargs)
-        return _Recorded(distinct_tensors(output), bases, functools.partial(copier.state, module))
+        return _Recorded(tensors_of_output(output), bases, functools.partial(copier.state, module))
 
     def _start_generators(self) -> None:
         self._generators.restore()
