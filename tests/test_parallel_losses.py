@@ -88,7 +88,7 @@ def test_what_is_not_added_up_over_samples_stays() -> None:
     assert places(function) == expected
 
 
-def test_sums_stay_in_shards_where_that_is_right() -> None:
+def test_sums_stay_in_shards_if_only_that_is_right() -> None:
     """As that of energies, whose gradient is the force on each sample."""
 
     def forces(h: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,9 @@ def test_sums_stay_in_shards_where_that_is_right() -> None:
 
 
 def test_a_number_of_samples_that_is_zero_at_first() -> None:
+    assert places(lambda h: h / (1 + (h.abs() > 50).sum())) == [("sum", 0, True)]
     assert places(lambda h: (h, (h.abs() > 50).sum())) == [("sum", 0, True)]
+    assert places(lambda h: (h, h.mean().item())) == [("mean", 0, True)]
     assert places(lambda h: (h, int((h.abs() > 50).sum()))) == [("sum", 0, True)]
 
 

@@ -661,15 +661,14 @@ def _examine(
     Raises:
         _RefusedError: the rule does not hold.
     """
-    refused: _RefusedError | None = None
+    refused = "", -1
     for option in _find_placements(subject, whole, dims, bounds):
         try:
             return _test(subject, whole, option, bounds)
         except _RefusedError as error:
-            if refused is None or error.progress >= refused.progress:
-                refused = error
-    assert refused is not None
-    raise refused
+            if error.progress > refused[1]:
+                refused = error.reason, error.progress
+    raise _RefusedError(*refused)
 
 
 def _test(subject: _Subject, whole: _Whole, rule: Rule, bounds: Sequence[tuple[int, int]]) -> Rule:
@@ -700,7 +699,8 @@ def _find_placements(
     subject: _Subject, whole: _Whole, dims: Dims, bounds: Sequence[tuple[int, int]]
 ) -> list[Rule]:
     """Return how the draws of a call, and what it adds up, may be placed: values tell which of them
-    is right. Sums are left to the shards where that is possible."""
+    is right. Sums are taken over all samples first: a shard's own may be right by chance, where
+    they are 0."""
     if not whole.outcome.draws and not whole.outcome.additions:
         return [Rule(dims, ())]
     start, stop = bounds[0]
@@ -715,13 +715,13 @@ def _find_placements(
         raise _RefusedError(f"raises {error} on a part of the batch", 1) from None
     except UnshareableError as error:
         raise _RefusedError(str(error), 3) from None
-    sums: list[tuple[Placement, ...]] = [()]
+    sums: list[tuple[Placement, ...]] = []
     with contextlib.suppress(UnshareableError):
         for is_outer in (True, False):
             found = place(whole.outcome.additions, part.additions, *sizes, is_outer=is_outer)
             if any(placement.dim is not None for placement in found):
                 sums.append(found)
-    pairs = itertools.product(dict.fromkeys(sums), dict.fromkeys(draws))
+    pairs = itertools.product(dict.fromkeys([*sums, ()]), dict.fromkeys(draws))
     return [Rule(dims, (), of_draws, sums=of_sums) for of_sums, of_draws in pairs]
 
 
