@@ -185,7 +185,7 @@ def _learn(module: nn.Module, x: Tensor, dim: int, **kwargs: Any) -> tuple[Place
     with shards.observing() as part:
         module(x.narrow(dim, 0, rows).contiguous())
     torch.set_rng_state(state)
-    return place(whole, part, batch, rows, **kwargs)
+    return place(whole.draws, part.draws, batch, rows, **kwargs)
 
 
 def _train(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, average: Any) -> Any:
@@ -375,4 +375,4 @@ def test_observing_records_and_changes_nothing() -> None:
         torch.manual_seed(1)
         result = F.dropout(x), torch.rand(2), torch.get_rng_state()
     assert all(map(torch.equal, result, expected))
-    assert found == [Draw("dropout", (6, 4)), Draw("uniform_", (2,))]
+    assert found.draws == [Draw("dropout", (6, 4)), Draw("uniform_", (2,))]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compare import Outcome, compare
+from compare import Outcome, compare, run
 
 from flatout.wire.record import ProcessRecord, RunRecord
 
@@ -136,6 +136,22 @@ def test_hugging_face_trainer(template: Path, tmp_path: Path) -> None:
     assert steps(main) == [(2, 2, 1)] * 12
     assert evaluations(main) == [(1, 0, 0)] * 4
     assert recorded_losses(main) == printed_losses(own)
+
+
+@pytest.mark.parametrize(
+    "script", ["hf_trainer.py", "hf_padded.py", "hf_padded.py smooth", "accelerate_script.py"]
+)
+def test_two_ranks(script: str, template: Path, tmp_path: Path) -> None:
+    python = needs(FRAMEWORKS)
+    command = [str(python), *script.split()]
+    alone = run(command, template, tmp_path / "alone", None)
+    assert alone.returncode == 0, alone.stderr
+    flatout = [sys.executable, "-m", "flatout", "run", "--ranks", "2", "--"]
+    shared = run([*flatout, *command], template, tmp_path / "shared", None)
+    assert shared.returncode == 0, shared.stderr
+    assert re.search(r"ranks: \d+ calls of \w+ were shared out$", shared.stderr, re.MULTILINE)
+    assert printed_losses(shared) == pytest.approx(printed_losses(alone), rel=1e-5)
+    assert printed_losses(alone)
 
 
 # Two processes on CPUs `accelerate launch` leaves to torchrun and MPI.

@@ -24,6 +24,7 @@ import torch
 from flatout.parallel.cutting import bounds, cut_tensor
 from flatout.parallel.header import Header, Meeting
 from flatout.parallel.sameness import structure_digest
+from flatout.parallel.sums import is_sum
 from flatout.parallel.team import Team
 
 
@@ -153,7 +154,8 @@ def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> lis
 
 
 def reaches_shards(outputs: Iterable[Any]) -> bool:
-    """Whether the graph of some tensors or ``GradientEdge`` has gathered tensors in it."""
+    """Whether the graph of some tensors or ``GradientEdge`` has in it what shards have computed
+    together."""
     gathers: Any = _Gather
     pending: list[Any] = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
     seen: set[Any] = {None}
@@ -161,7 +163,7 @@ def reaches_shards(outputs: Iterable[Any]) -> bool:
         node = pending.pop()
         if node in seen:
             continue
-        if isinstance(node, gathers._backward_cls):
+        if isinstance(node, gathers._backward_cls) or is_sum(node):
             return True
         seen.add(node)
         pending += [following for following, _ in node.next_functions]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from flatout.intercept import objects
 from flatout.intercept.nested import map_tensors
-from flatout.parallel.kinds import Rule, distinct_tensors
+from flatout.parallel.kinds import Rule, caches_in, distinct_tensors, tensors_of_output
 
 
 def batch_size(rule: Rule, leaves: Sequence[torch.Tensor]) -> int | None:
@@ -84,24 +85,42 @@ def rebuild(
     Raises:
         ValueError: a container cannot be copied without calling code of the program.
     """
-    new_args, new_kwargs = replace_tensors((args, kwargs), leaves)
+    value = args, kwargs
+    replace = _replacement(distinct_tensors(value), leaves)
+    new_args, new_kwargs = map_tensors(replace, value)
+    _require_only(leaves, distinct_tensors((new_args, new_kwargs)))
     return new_args, new_kwargs
 
 
-def replace_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Return nested containers with other tensors in the place of theirs.
+def rebuild_output(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Return what a module has returned with other tensors in the place of its own.
 
     Args:
-        value: a container or a tensor; it stays as it is.
-        tensors: in the order of ``kinds.distinct_tensors``.
+        value: which nobody else has got; caches in it are changed.
+        tensors: in the order of ``kinds.tensors_of_output``.
 
     Raises:
         ValueError: a container cannot be copied without calling code of the program.
     """
-    old = distinct_tensors(value)
-    new_of = {id(before): after for before, after in zip(old, tensors, strict=True)}
-    result = map_tensors(lambda tensor: new_of[id(tensor)], value)
-    wanted = {id(tensor) for tensor in tensors}
-    if any(id(tensor) not in wanted for tensor in distinct_tensors(result)):
-        raise ValueError("a container of tensors cannot be copied")
+    replace = _replacement(tensors_of_output(value), tensors)
+    for cache in caches_in(value):
+        held = objects.attributes(cache)
+        held.update({name: map_tensors(replace, part) for name, part in held.items()})
+    result = map_tensors(replace, value)
+    _require_only(tensors, tensors_of_output(result))
     return result
+
+
+def _replacement(
+    old: Sequence[torch.Tensor], new: Sequence[torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that returns the tensor in the place of another one."""
+    new_of = {id(before): after for before, after in zip(old, new, strict=True)}
+    return lambda tensor: new_of.get(id(tensor), tensor)
+
+
+def _require_only(tensors: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
+    """Test that what was found are only some tensors."""
+    wanted = set(map(id, tensors))
+    if any(id(tensor) not in wanted for tensor in found):
+        raise ValueError("a container of tensors cannot be copied")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from flatout.intercept.patch import Undo
-from flatout.parallel import draws, norms, shards
+from flatout.parallel import draws, norms, shards, sums
 
 
 def install() -> Undo:
@@ -14,6 +14,6 @@ def install() -> Undo:
     Outside of ``shards.shard`` and ``shards.observing`` they do what they do without.
     """
     with contextlib.ExitStack() as undo:
-        for part in (draws.install, norms.install, shards.install_checkpoint):
+        for part in (draws.install, norms.install, sums.install, shards.install_checkpoint):
             undo.callback(part())
         return undo.pop_all().close

@@ -64,12 +64,14 @@ class Rule:
         outputs: likewise for each tensor of the output; ``None`` if it is the same on all ranks.
         placements: where the samples are in each draw of random numbers.
         output_dims: for each tensor of the output, its number of dimensions; empty: not known.
+        sums: where the samples are in what operators add up, if sums are taken over all ranks.
     """
 
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
     placements: tuple[Placement, ...] = ()
     output_dims: tuple[int, ...] = field(default=(), compare=False)
+    sums: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,25 @@ def distinct_tensors(value: Any) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors_in(value)}.values())
 
 
+def tensors_of_output(value: Any) -> list[torch.Tensor]:
+    """Return the tensors that a module has returned, each once, also those in caches of keys and
+    values."""
+    return [item for item, _ in _visit(value, True) if isinstance(item, torch.Tensor)]
+
+
+def caches_in(value: Any) -> list[Any]:
+    """Return the caches of keys and values of Hugging Face in what a module has returned, and the
+    layers of these caches."""
+    return [item for item, _ in _visit(value, True) if _is_cache(type(item))]
+
+
+def _is_cache(kind: Any) -> bool:
+    """Whether objects of a class are caches of Hugging Face or their layers: they have all of their
+    state in attributes."""
+    defined_in = (objects.namespace(base).get("__module__") for base in objects.mro(kind))
+    return "transformers.cache_utils" in defined_in
+
+
 def kind_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     """Return the kind of a call.
 
@@ -113,12 +134,17 @@ def kind_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     )
 
 
-def structure_of(value: Any) -> list[Hashable]:
+def structure_of(value: Any, is_output: bool = False) -> list[Hashable]:
     """Describe nested containers and what is in them, but for the tensors, of which only the places
-    count."""
+    count.
+
+    Args:
+        value: to be described.
+        is_output: whether a module has returned it, so that caches are containers.
+    """
     return [
         "tensor" if isinstance(item, torch.Tensor) else _describe(item, content, exact=True)
-        for item, content in _visit(value)
+        for item, content in _visit(value, is_output)
     ]
 
 
@@ -130,10 +156,15 @@ def has_numbers(structure: Iterable[Hashable]) -> bool:
     )
 
 
-def find_opaque(value: Any) -> type | None:
+def find_opaque(value: Any, is_output: bool = False) -> type | None:
     """Return the type of an object in nested containers that may hold tensors or change, and into
-    which nobody can look; ``None`` if there is none."""
-    for item, content in _visit(value):
+    which nobody can look; ``None`` if there is none.
+
+    Args:
+        value: to be looked into.
+        is_output: whether a module has returned it, so that caches are containers.
+    """
+    for item, content in _visit(value, is_output):
         kind = type(item)
         if (
             not content
@@ -161,7 +192,7 @@ def _describe_arguments(value: Any) -> list[Hashable]:
     ]
 
 
-def _visit(value: Any) -> Iterator[tuple[Any, list[Any]]]:
+def _visit(value: Any, opens_caches: bool = False) -> Iterator[tuple[Any, list[Any]]]:
     """Yield the objects in nested containers in one order, each with its content; in the place of
     an object that was there before, its number."""
     numbers: dict[int, int] = {}
@@ -177,6 +208,8 @@ def _visit(value: Any) -> Iterator[tuple[Any, list[Any]]]:
         else:
             numbers[id(item)] = len(numbers)
             content = [] if issubclass(kind, torch.Tensor) else parts(item, kind, room)
+            if opens_caches and not content and _is_cache(kind):
+                content = list(objects.attributes(item).values())[:room]
             room -= len(content)
             pending += reversed(content)
             yield item, content

@@ -10,7 +10,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -190,12 +190,17 @@ class Observer(TorchDispatchMode):
         """Whether an operator was given one of some tensors of the program."""
         return any(tensor.untyped_storage()._cdata in self._given for tensor in tensors)
 
-    def find_kept(self) -> set[int]:
+    def find_kept(self, known: Collection[int] = ()) -> set[int]:
         """Return the addresses of the storages that operators have made and that still live, after
-        all results were released."""
-        if any(not made.expired() for made in self._made.values()):
+        all results were released.
+
+        Args:
+            known: addresses that are left out.
+        """
+        found = {address: made for address, made in self._made.items() if address not in known}
+        if not all(made.expired() for made in found.values()):
             gc.collect()
-        return {address for address, made in self._made.items() if not made.expired()}
+        return {address for address, made in found.items() if not made.expired()}
 
     @staticmethod
     def _note(

@@ -14,6 +14,7 @@ from flatout.intercept import dispatch
 from flatout.intercept.patch import Undo, wrap_function
 from flatout.parallel import shards
 from flatout.parallel.placement import UnshareableError
+from flatout.parallel.sums import sum_over_ranks
 
 _autograd: Any = torch.autograd
 
@@ -250,7 +251,7 @@ def _differentiable_gradients(
     by_channel = (-1, *[1] * (tensor.dim() - 2))
 
     def add(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _sum_over_ranks(statistics.sum_gradients, *parts)
+        return sum_over_ranks(statistics.sum_gradients, *parts)
 
     count = statistics.count.to(dtype)
     (total,) = add(values.sum(others))
@@ -266,27 +267,6 @@ def _differentiable_gradients(
     remaining = remaining - normalized * (by_weight / count).view(by_channel)
     factor = scale if weight is None else scale * weight
     return (remaining * factor.view(by_channel)).to(tensor.dtype), of_weight, of_bias
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sums of tensors over all ranks. It is its own backward: what a rank adds is used on all
-    of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, sum_over_ranks: shards.SumOverRanks, *parts: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the sums."""
-        ctx.sum_over_ranks = sum_over_ranks
-        return tuple(sum_over_ranks([part.detach().clone() for part in parts]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the sums of the gradients."""
-        return None, *_sum_over_ranks(ctx.sum_over_ranks, *gradients)
-
-
-_sum_over_ranks: Callable[..., tuple[torch.Tensor, ...]] = _SumOverRanks.apply
 
 
 # Instance norm

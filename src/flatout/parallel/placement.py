@@ -1,4 +1,4 @@
-"""Where the samples are in the random numbers that a call draws."""
+"""Where the samples are in the random numbers that a call draws, and in what it adds up."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers that an operator draws.
+    """Random numbers that an operator draws, or terms that it adds up.
 
     Attributes:
         operator: its name, without ``aten::``.
-        shape: of the tensor that it fills.
+        shape: of the tensor that it fills, or of the terms.
         is_divisible: whether as many numbers are drawn for each element, whatever the values are.
     """
 
@@ -61,7 +61,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the samples are in the tensor that a draw fills.
+    """Where the samples are in the tensor that a draw fills, or whose elements are added up.
 
     Attributes:
         operator: as in ``Draw``.
@@ -76,6 +76,12 @@ class Placement:
     dims: int
     dim: int | None
     is_outer: bool = True
+
+    def fits(self, draw: Draw, rows: Rows) -> bool:
+        """Whether a draw of a shard may be the one that was placed."""
+        return (self.operator, self.dims) == (draw.operator, len(draw.shape)) and (
+            self.dim is None or draw.shape[self.dim] % rows.count == 0
+        )
 
     def whole_shape(self, shape: Sequence[int], rows: Rows) -> list[int]:
         """Return the shape of the tensor for all samples.

@@ -1,11 +1,12 @@
 """Sums over samples in the tests of a rule: a part of the batch goes on with those of the whole.
 
-So what a batch norm does for a sample depends on this sample only, and what all parts would have
-added up can be compared with the sums of the whole.
+So what a batch norm or a loss does for a sample depends on this sample only, and what all parts
+would have added up can be compared with the sums of the whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +25,30 @@ class WholeSums:
     Attributes:
         values: for each time, the numbers of all tensors. They are no tensors, which would look as
             if the program had kept them.
+        used: for each time, the numbers with which the call has gone on.
     """
 
     def __init__(self) -> None:
         self.values: list[list[float]] = []
+        self.used: list[list[float]] = []
 
     def add_up(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Record the numbers, and return them."""
         self.values.append(_numbers(tensors))
+        self.used.append(self.values[-1])
         return tensors
+
+    def add_up_and_change(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Record the numbers, and return larger ones, of which none is 0 that was.
+
+        So a factor is noticed that is wrong in shards, as where a module divides by its number of
+        rows, even if the sum is 0.
+        """
+        self.values.append(_numbers(tensors))
+        factor = 1 + 1 / (1 + len(self.values))
+        changed = [math.ceil(1 + abs(value) * factor) for value in self.values[-1]]
+        self.used.append([float(number) for number in changed])
+        return _tensors_of(self.used[-1], tensors)
 
 
 class PartSums:
@@ -63,13 +79,10 @@ class PartSums:
         number = len(self._own)
         self._own.append(_numbers(tensors))
         self._factors.append(factor)
-        values = self._whole.values[number] if number < len(self._whole.values) else []
-        if len(values) != len(self._own[-1]):
-            raise UnshareableError("normalises something else for a part of the batch")
-        found = torch.tensor(values, dtype=torch.float64).mul_(factor)
-        sizes = [tensor.numel() for tensor in tensors]
-        pairs = zip(found.split(sizes), tensors, strict=True)
-        return [value.to(tensor).view_as(tensor) for value, tensor in pairs]
+        used = self._whole.used[number] if number < len(self._whole.used) else []
+        if len(used) != len(self._own[-1]):
+            raise UnshareableError("adds up something else for a part of the batch")
+        return _tensors_of([value * factor for value in used], tensors)
 
     def has_as_many(self) -> bool:
         """Whether sums were asked for as often as in the whole call."""
@@ -95,6 +108,12 @@ def have_sums_of_whole(parts: Sequence[PartSums], tolerance: float) -> bool:
         if not largest_magnitude(found / factor - expected) <= tolerance * largest:
             return False
     return True
+
+
+def _tensors_of(numbers: list[float], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of the sizes and dtypes of others."""
+    found = torch.tensor(numbers, dtype=torch.float64).split([tensor.numel() for tensor in like])
+    return [value.to(tensor).view_as(tensor) for value, tensor in zip(found, like, strict=True)]
 
 
 def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:

@@ -4,6 +4,7 @@ draws of random numbers."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,27 +27,42 @@ class Shard:
         rows: its samples.
         sum_over_ranks: adds up tensors of all ranks.
         placements: of the call's draws in their order (see ``placement.place``).
-        drawn: how many of them are already made.
         sum_gradients: adds up gradients of all ranks; by default as ``sum_over_ranks`` does.
+        sums: where the samples are in what operators add up, in their order; empty: operators add
+            up what the shard has.
+        sum_terms: adds up what operators have added up; by default as ``sum_over_ranks`` does.
 
     Attributes:
-        is_busy: whether an operator is being computed whose own batch norms and draws do not count.
+        terms: what was added up over samples and where they are in it, if that is kept; else
+            ``None``.
+        is_busy: whether an operator is being computed whose own batch norms, draws and sums do not
+            count.
     """
 
     def __init__(
         self,
         rows: Rows,
         sum_over_ranks: SumOverRanks,
-        placements: Sequence[Placement],
-        drawn: int = 0,
+        placements: Sequence[Placement] = (),
         sum_gradients: SumOverRanks | None = None,
+        sums: Sequence[Placement] = (),
+        sum_terms: SumOverRanks | None = None,
     ) -> None:
         self.rows = rows
         self.sum_over_ranks = sum_over_ranks
         self.sum_gradients = sum_gradients or sum_over_ranks
+        self.sum_terms = sum_terms or sum_over_ranks
         self.placements = placements
-        self.drawn = drawn
+        self.sums = sums
+        self.terms: list[tuple[Placement, torch.Tensor]] | None = None
         self.is_busy = False
+        self._drawn = 0
+        self._summed = 0
+
+    @property
+    def leaves_sums(self) -> bool:
+        """Whether operators add up what the shard has."""
+        return not self.sums
 
     def next_placement(self, draw: Draw) -> Placement:
         """Return where the samples are in the next draw.
@@ -54,41 +70,85 @@ class Shard:
         Raises:
             UnshareableError: this is another draw than the one that was placed.
         """
-        if self.drawn == len(self.placements):
+        if self._drawn == len(self.placements):
             raise UnshareableError("draws more random numbers than the call that was tested")
-        placement = self.placements[self.drawn]
-        self.drawn += 1
-        if (placement.operator, placement.dims) != (draw.operator, len(draw.shape)) or (
-            placement.dim is not None and draw.shape[placement.dim] % self.rows.count
-        ):
+        placement = self.placements[self._drawn]
+        self._drawn += 1
+        if not placement.fits(draw, self.rows):
             raise UnshareableError("draws other random numbers than the call that was tested")
         return placement
 
+    def next_sum(self, operator: str, shape: Sequence[int]) -> bool:
+        """Return whether the next sum is one over samples.
+
+        Args:
+            operator: that adds up.
+            shape: of its terms.
+
+        Raises:
+            UnshareableError: this is another sum than the one that was placed.
+        """
+        if self._summed == len(self.sums):
+            raise UnshareableError("adds up more than the call that was tested")
+        placement = self.sums[self._summed]
+        self._summed += 1
+        if not placement.fits(Draw(operator, tuple(shape)), self.rows):
+            raise UnshareableError("adds up something else than the call that was tested")
+        return placement.dim is not None
+
+    def note_terms(self, terms: torch.Tensor) -> None:
+        """Keep what is added up, if it is to be compared."""
+        if self.terms is not None:
+            self.terms.append((self.sums[self._summed - 1], terms.detach().clone()))
+
+    def finish(self) -> None:
+        """Note that the call is over.
+
+        Raises:
+            UnshareableError: it should have drawn or added up more.
+        """
+        if self._drawn < len(self.placements):
+            raise UnshareableError("draws fewer random numbers than the call that was tested")
+        if self._summed < len(self.sums):
+            raise UnshareableError("adds up less than the call that was tested")
+
     def copy(self) -> Shard:
-        """Return the same shard at the same place in its draws."""
-        return Shard(
-            *(self.rows, self.sum_over_ranks, self.placements, self.drawn, self.sum_gradients)
-        )
+        """Return the same shard at the same place in its draws and sums."""
+        copied = copy.copy(self)
+        copied.terms = None
+        return copied
 
 
 class Observer(Shard):
-    """The whole batch as one shard, of which the draws are recorded and left as they are.
+    """The whole batch as one shard, of which the draws and sums are recorded and left as they are.
 
     Args:
         sum_over_ranks, sum_gradients: as in ``Shard``.
 
     Attributes:
         draws: in their order.
+        additions: what operators add up, in their order.
     """
 
     def __init__(self, sum_over_ranks: SumOverRanks, sum_gradients: SumOverRanks) -> None:
-        super().__init__(Rows(0, 1, 1), sum_over_ranks, (), 0, sum_gradients)
+        super().__init__(Rows(0, 1, 1), sum_over_ranks, (), sum_gradients)
         self.draws: list[Draw] = []
+        self.additions: list[Draw] = []
+
+    @property
+    def leaves_sums(self) -> bool:
+        """Whether operators add up without being recorded."""
+        return False
 
     def next_placement(self, draw: Draw) -> Placement:
         """Record a draw; it is made as it is."""
         self.draws.append(draw)
         return Placement(draw.operator, len(draw.shape), None)
+
+    def next_sum(self, operator: str, shape: Sequence[int]) -> bool:
+        """Record a sum; it is computed as it is."""
+        self.additions.append(Draw(operator, tuple(shape)))
+        return False
 
     def copy(self) -> Observer:
         """Return an observer for what is computed again, whose draws are known already."""
@@ -122,9 +182,12 @@ def shard(
     sum_over_ranks: SumOverRanks,
     placements: Sequence[Placement] = (),
     sum_gradients: SumOverRanks | None = None,
-) -> Iterator[None]:
-    """A context around a call that computes a shard: batch norm and draws are those of the whole
-    batch.
+    sums: Sequence[Placement] = (),
+    sum_terms: SumOverRanks | None = None,
+    keeps_terms: bool = False,
+) -> Iterator[Shard]:
+    """A context around a call that computes a shard: batch norm, draws and sums are those of the
+    whole batch.
 
     Args:
         start, stop: the first sample of the shard and the one after its last.
@@ -132,27 +195,32 @@ def shard(
         sum_over_ranks: adds up tensors of all ranks; it is called in the backward pass too.
         placements: of the draws of calls of this kind (see ``placement.place``).
         sum_gradients: adds up gradients of all ranks; by default as ``sum_over_ranks`` does.
+        sums: likewise of what operators add up; empty: they add up what the shard has.
+        sum_terms: adds up what operators have added up; by default as ``sum_over_ranks`` does.
+        keeps_terms: whether what is added up over samples is kept.
 
     Raises:
-        UnshareableError: the call draws other random numbers than those placed, or computes batch
-            norm in a way that cannot be shared out.
+        UnshareableError: the call draws other random numbers than those placed, adds up something
+            else, or computes batch norm in a way that cannot be shared out.
     """
-    rows = Rows(start, stop, batch)
-    entered = Shard(rows, sum_over_ranks, placements, sum_gradients=sum_gradients)
+    state = Shard(
+        Rows(start, stop, batch), sum_over_ranks, placements, sum_gradients, sums, sum_terms
+    )
+    if keeps_terms:
+        state.terms = []
     UnshareableError.last_reason = ""
-    with _entered(entered):
-        yield
+    with _entered(state):
+        yield state
     if UnshareableError.last_reason:  # the program has caught it
         raise UnshareableError(UnshareableError.last_reason)
-    if entered.drawn < len(placements):
-        raise UnshareableError("draws fewer random numbers than the call that was tested")
+    state.finish()
 
 
 @contextlib.contextmanager
 def observing(
     sum_over_ranks: SumOverRanks = list, sum_gradients: SumOverRanks = list
-) -> Iterator[list[Draw]]:
-    """A context around a whole call that records its draws, in a list that grows.
+) -> Iterator[Observer]:
+    """A context around a whole call that records its draws and what it adds up.
 
     Args:
         sum_over_ranks, sum_gradients: get what shards would add up, and return what is to be used
@@ -160,7 +228,7 @@ def observing(
     """
     observer = Observer(sum_over_ranks, sum_gradients)
     with _entered(observer):
-        yield observer.draws
+        yield observer
 
 
 @contextlib.contextmanager

@@ -384,10 +384,10 @@ class Sharing:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
             with (
                 current.team.balance.spend(Phase.SHARD),
-                shards.shard(*rows, batch, self._add_up, rule.placements),
+                shards.shard(*rows, batch, self._add_up, rule.placements, sums=rule.sums),
             ):
                 shard.result = call(current.module, *args, **kwargs)
-            shard.outputs = kinds.distinct_tensors(shard.result)
+            shard.outputs = kinds.tensors_of_output(shard.result)
         except UnshareableError as error:
             shard.reason = str(error)
         except Exception as error:  # noqa: BLE001 - the whole call raises it again, if it does
@@ -398,7 +398,7 @@ class Sharing:
             shard.reason = "its output has another number of tensors"
         if not shard.reason and not _fits(rule, shard.outputs, rows[1] - rows[0]):
             shard.reason = "its outputs have other sizes"
-        if not shard.reason and find_opaque(shard.result) is not None:
+        if not shard.reason and find_opaque(shard.result, is_output=True) is not None:
             shard.reason = "its output holds what cannot be compared"
         return shard
 
@@ -518,12 +518,13 @@ def _fits(rule: Rule, outputs: Sequence[torch.Tensor], rows: int) -> bool:
 def _structure(rule: Rule, shard: _Shard) -> int:
     """Return a digest of a shard's output that does not depend on its rows: of what is in it,
     but for tensors, of which only the sizes count."""
-    found: list[object] = [structure_of(shard.result)]
+    found: list[object] = [structure_of(shard.result, is_output=True)]
     for dim, tensor in zip(rule.outputs, shard.outputs, strict=True):
         shape = list(tensor.shape)
+        is_recorded = dim is None and tensor.requires_grad
         if dim is not None:
             del shape[dim]
-        found.append((shape, tensor.dtype, tensor.device.type, tensor.layout))
+        found.append((shape, tensor.dtype, tensor.device.type, tensor.layout, is_recorded))
     return digest(found)
 
 
@@ -538,7 +539,7 @@ def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) 
         next(joined) if is_joined else tensor
         for tensor, is_joined in zip(shard.outputs, is_cut, strict=True)
     ]
-    return cutting.replace_tensors(shard.result, outputs)
+    return cutting.rebuild_output(shard.result, outputs)
 
 
 def _is_plain() -> bool:

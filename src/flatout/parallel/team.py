@@ -19,7 +19,7 @@ from flatout.parallel.sameness import structure_digest
 BUCKET_BYTES = 32 << 20
 """Most bytes that are averaged at once, if there are several tensors."""
 
-PARTED = "it computes batch norms on some ranks only"
+PARTED = "it computes batch norms or sums over samples on some ranks only"
 """Why a rank leaves a shard if another has raised or ended its shard earlier."""
 
 _FIELDS = ("sequence", "meeting", "subject", "structure", "content", "generators", "parameters")
@@ -149,11 +149,11 @@ class Team:
         """
         header = Header(0, Meeting.STATISTICS, structure=structure_digest(tensors))
         alike = ("sequence",) if is_in_forward else ("sequence", "meeting", "structure")
-        headers = self.meet(header, "computes statistics of a batch norm", alike)
+        headers = self.meet(header, "adds up over all samples", alike)
         if any(other.meeting is not Meeting.STATISTICS for other in headers):
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
-            raise UnshareableError("its batch norms differ in sizes")
+            raise UnshareableError("its batch norms or sums over samples differ in sizes")
         with self.balance.spend(Phase.COMMUNICATION):
             self.channel.sum(tensors)
         return tensors
