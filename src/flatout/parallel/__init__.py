@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.parallel.place import Place
-from flatout.wire.lines import SharedWork, WholeCalls
+from flatout.wire.lines import Lap, SharedWork, WholeCalls
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -76,9 +76,12 @@ class Parallel:
     def close(self) -> None:
         """Leave the other ranks, at the end of the process."""
         self._remove()
-        if self._team is None or self._ending.is_stopping:
+        if self._team is None:
             return
         self._record_work(self._team)
+        if self._ending.is_stopping:
+            return
+        self._host.events.add("noticed", "ranks", self._summary())
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
         self._team.channel.close()
@@ -164,6 +167,7 @@ class Parallel:
         self._is_alone = True
         if self._team is not None:
             self._record_work(self._team)
+            self._host.events.add("noticed", "ranks", self._summary())
             self._host.events.add("noticed", "ranks", f"rank 0 goes on alone: {why}")
             self._ending.note_alone(why)
             self._team.channel.close()
@@ -214,18 +218,20 @@ class Parallel:
         if self._team is not None:
             self._stepped_optimizers.add(optimizer)
             self._team.step += 1
+            self._team.balance.end_lap()
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
 
     def _record_work(self, team: Team) -> None:
         """Record what was shared out, and what the time was spent on."""
-        self._host.events.add("noticed", "ranks", self._summary())
         whole = self._sharing.whole.items()
+        started_s = self._host.record.started_ns / 1e9
         self._host.record.write(
             SharedWork(
                 team.size,
                 dict(self._sharing.shared),
                 tuple(WholeCalls(module, why, count) for (module, why), count in whole),
                 {phase.value: seconds for phase, seconds in team.balance.seconds.items()},
+                tuple(_rounded(lap, started_s) for lap in team.balance.laps),
             )
         )
 
@@ -239,6 +245,12 @@ class Parallel:
             f"{count} calls of {name} were not: {why}" for (name, why), count in whole.items()
         ]
         return "; ".join(parts)
+
+
+def _rounded(lap: Lap, started_s: float) -> Lap:
+    """Return a lap as it is recorded: times in tenths of microseconds, from the header on."""
+    moved = lap._replace(end_s=lap.end_s - started_s)
+    return Lap._make(round(value, 7) for value in moved)
 
 
 def _count_processes_of_program() -> int:

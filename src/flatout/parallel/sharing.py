@@ -21,7 +21,7 @@ from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
-from flatout.parallel.balance import Phase
+from flatout.parallel.balance import Exchange, Phase
 from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
@@ -213,6 +213,8 @@ class Sharing:
                 return self._make(current, call)
             finally:
                 current.state.scalars = kinds.scalars_of(module)
+                if not torch.is_grad_enabled():
+                    self._team.balance.end_lap()
 
     def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
         """Make a root call about which the ranks have met."""
@@ -366,6 +368,7 @@ class Sharing:
         shard.begin = _next_node_number()
         rows = cutting.bounds(batch, current.team.size)[current.team.rank]
         self.is_in_shard = True
+        current.team.balance.count(Exchange.SHARD)
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
             with (

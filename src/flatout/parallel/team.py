@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flatout.parallel.balance import Balance, Graphs, Phase
+from flatout.parallel.balance import Balance, Exchange, Graphs, Phase
 from flatout.parallel.channel import Gloo, aligned, to_bytes
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
@@ -67,6 +67,7 @@ class Team:
         """
         header = dataclasses.replace(header, sequence=self._meetings)
         self._meetings += 1
+        self.balance.count(Exchange.MEETING)
         with self.balance.spend(Phase.WAITING):
             headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
         found = first_difference(headers, alike)
@@ -101,6 +102,8 @@ class Team:
         own = torch.zeros(max(of_rank[-1] for of_rank in offsets), dtype=torch.uint8, device="cpu")
         for tensor, start, size in zip(tensors, offsets[self.rank], sizes[self.rank], strict=False):
             own[start : start + size] = to_bytes(tensor)
+        self.balance.count(Exchange.GATHER)
+        self.balance.count(Exchange.GATHERED_BYTES, self.size * own.numel())
         with self.balance.spend(Phase.COMMUNICATION):
             received = self.channel.gather(own)
         joined = [_empty_whole(t, dim, sum(s[dim] for s in shape))
@@ -123,8 +126,7 @@ class Team:
         for indices in _buckets(tensors):
             parts = [_real(tensors[i].detach()).reshape(-1).cpu() for i in indices]
             flat = torch.cat([_for_sum(part) for part in parts])
-            with self.balance.spend(Phase.COMMUNICATION):
-                self.channel.sum(flat)
+            self._sum(flat)
             flat.mul_(1 / self.size)
             numbers = [part.numel() for part in parts]
             for i, mean in zip(indices, flat.split(numbers), strict=True):
@@ -151,10 +153,16 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms differ in sizes")
-        with self.balance.spend(Phase.COMMUNICATION):
-            for tensor in tensors:
-                self.channel.sum(tensor)
+        for tensor in tensors:
+            self._sum(tensor)
         return tensors
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor in main memory by its sum over the ranks."""
+        self.balance.count(Exchange.SUM)
+        self.balance.count(Exchange.SUMMED_BYTES, tensor.numel() * tensor.element_size())
+        with self.balance.spend(Phase.COMMUNICATION):
+            self.channel.sum(tensor)
 
     def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:
         functorch: Any = torch._C._functorch
