@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flatout.doctor import Diagnosis, diagnose, ranks
+from flatout.launch import isolation, process
 from flatout.report.terminal import print_diagnosis
 from flatout.wire.record import ProcessRecord
-from tests.shared_laps import HEADER, lap, process, run, step
+from tests import shared_laps
+from tests.shared_laps import HEADER, lap, run, step
 
 STEPS = 13
 STEP_MS = 100.0
@@ -29,7 +35,7 @@ def of_rank(rank: int, seconds: dict[str, float], size: int = 2) -> ProcessRecor
     laps = [lap(n, (n + 1) / 10 + (-1) ** n * 1e-3, **times[n]) for n in range(STEPS)]
     marks = {STEPS - 1: "profiled"} if rank == 0 else {}
     steps = [step(n, n / 10, STEP_MS, mark=marks.get(n)) for n in range(STEPS)]
-    return process(rank, size, laps, steps)
+    return shared_laps.process(rank, size, laps, steps)
 
 
 def diagnosed(*processes: ProcessRecord, usable_cores: float = 2) -> Diagnosis:
@@ -58,11 +64,11 @@ def test_the_bound_is_that_of_all_ranks() -> None:
 
 
 def test_the_report_has_a_row_for_each_rank_and_says_what_is_not_known() -> None:
-    diagnosis = diagnosed(of_rank(0, FIRST), process(1, 2, [], []))
+    diagnosis = diagnosed(of_rank(0, FIRST), shared_laps.process(1, 2, [], []))
     text = io.StringIO()
     print_diagnosis(diagnosis, text)
     rows = [line.split() for line in text.getvalue().splitlines()]
-    assert ["0", "100", "ms", "60.0%", "20.0%", "0.0%", "5.0%", "15.0%", "0.0%"] in rows
+    assert ["0", "100", "ms", "60.0%", "20.0%", "5.0%", "15.0%", "0.0%"] in rows
     assert ["1", "not", "measured"] in rows
     found = diagnosis.document()["ranks"]
     assert found["times"][1] is None
@@ -70,7 +76,7 @@ def test_the_report_has_a_row_for_each_rank_and_says_what_is_not_known() -> None
 
 
 def test_without_laps_of_rank_0_nothing_is_known() -> None:
-    alone = process(0, 2, [], of_rank(0, FIRST).steps)
+    alone = shared_laps.process(0, 2, [], of_rank(0, FIRST).steps)
     found = diagnosed(alone, of_rank(1, FIRST)).document()["ranks"]
     assert found == {"number": 2, "bound": None, "times": [None, None]}
     text = io.StringIO()
@@ -79,7 +85,7 @@ def test_without_laps_of_rank_0_nothing_is_known() -> None:
 
 
 def test_a_program_without_ranks_has_none() -> None:
-    diagnosis = diagnosed(process(0, 2, [], of_rank(0, FIRST).steps))
+    diagnosis = diagnosed(shared_laps.process(0, 2, [], of_rank(0, FIRST).steps))
     assert diagnosis.document()["ranks"] is None
     text = io.StringIO()
     print_diagnosis(diagnosis, text)
@@ -95,11 +101,23 @@ def test_a_step_with_two_optimizers_has_two_laps() -> None:
             [(0.04, "shard_s", 0.04), (0.1, "program_s", 0.06)]
         )
     ]
-    found = ranks.measure(run(process(0, 2, laps, steps)), steps[3:])
+    found = ranks.measure(run(shared_laps.process(0, 2, laps, steps)), steps[3:])
     assert found is not None
     assert found.times[0] is not None
     assert found.times[0].step_ms == pytest.approx(STEP_MS)
     assert found.times[0].share("shard") == pytest.approx(0.4)
+
+
+def test_steps_in_which_something_was_tested_do_not_count() -> None:
+    first, second = of_rank(0, FIRST), of_rank(1, SECOND)
+    for tested in (first, second):
+        assert tested.shared_work is not None
+        laps = list(tested.shared_work.laps)
+        laps[8] = laps[8]._replace(testing_s=1e-3, shard_s=0.01)
+        tested.shared_work = replace(tested.shared_work, laps=tuple(laps))
+    found = ranks.measure(run(first, second), first.steady_steps)
+    assert found is not None
+    assert [times and times.phases_ms["shard"] for times in found.times] == pytest.approx([60, 50])
 
 
 def test_what_lies_between_steps_belongs_to_none() -> None:
@@ -138,7 +156,7 @@ def test_threads_of_all_ranks_are_compared_with_the_cores(
     header = replace(HEADER, threads=threads)
     steps = of_rank(0, FIRST).steps
     laps = [lap(n, (n + 1) / 10, shard_s=0.1) for n in range(STEPS)]
-    first = process(0, 2, laps, steps, header)
+    first = shared_laps.process(0, 2, laps, steps, header)
     finding = find("oversubscribed-threads", first, usable_cores=cores)
     assert (None if finding is None else finding.remedy.removeprefix("edit: ")) == remedy
 
@@ -146,3 +164,89 @@ def test_threads_of_all_ranks_are_compared_with_the_cores(
 def find(kind: str, *processes: ProcessRecord, usable_cores: float = 2) -> Any:
     found = diagnosed(*processes, usable_cores=usable_cores).findings
     return next((finding for finding in found if finding.kind == kind), None)
+
+
+def test_exchanges_are_no_python_between_steps() -> None:
+    steps = [step(n, n / 10, STEP_MS) for n in range(STEPS)]
+    for one in steps:
+        one.phases_ms["other"] = 40.0
+    laps = [lap(n, (n + 1) / 10, program_s=0.02, communication_s=0.08) for n in range(STEPS)]
+    own = shared_laps.process(0, 2, laps, steps)
+    finding = find("python-between-steps", own)
+    assert finding.share == pytest.approx(0.2)
+    assert find("python-between-steps", replace(own, shared_work=None)).share == pytest.approx(0.4)
+
+
+# The verb
+
+RUNS_RANKS = pytest.mark.skipif(
+    isolation.unavailable_reason() is not None, reason=str(isolation.unavailable_reason())
+)
+
+PROGRAM = """
+import os, signal, sys, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+optimizer = torch.optim.AdamW(model.parameters())
+x, y = torch.randn(32, 64), torch.randint(0, 8, (32,))
+for step in range(100_000):
+    loss = nn.functional.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if sys.argv[1:] == ["killed"] and step == 12 and os.environ["FLATOUT_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open("log.txt", "a") as file:
+        file.write("a step\\n")
+"""
+
+
+def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "train.py").write_text(PROGRAM)
+    own = ["doctor", "--ranks", "2", "--steps", "20", "--json", "out.json", *words[:-1], "--"]
+    return subprocess.run(
+        [sys.executable, "-m", "flatout", *own, sys.executable, "train.py", words[-1]],
+        env={**os.environ, "FLATOUT_HOME": str(folder / "home"), "OMP_NUM_THREADS": "2"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@RUNS_RANKS
+def test_doctor_measures_each_rank(tmp_path: Path) -> None:
+    completed = doctor(tmp_path, "lives")
+    assert completed.returncode == 0, completed.stderr
+    assert sorted(os.listdir(tmp_path)) == ["home", "out.json", "train.py"]
+    document = json.loads((tmp_path / "out.json").read_text())
+    found = document["ranks"]
+    assert found["number"] == 2
+    assert 1 < found["bound"] < 2
+    for times in found["times"]:
+        assert sum(times["shares"].values()) == pytest.approx(1)
+        assert min(times["shares"].values()) > 0
+    assert "2 ranks give at most" in completed.stdout
+    assert "calls of Sequential were shared out" in completed.stdout
+    assert "died" not in completed.stderr
+
+
+@RUNS_RANKS
+def test_doctor_says_which_rank_has_died(tmp_path: Path) -> None:
+    completed = doctor(tmp_path, "killed")
+    assert completed.returncode == 0, completed.stderr
+    assert "rank 1 has died: killed by SIGKILL" in completed.stderr
+    assert "1  not measured" in completed.stdout
+
+
+def test_ranks_and_gradients_cannot_be_combined(tmp_path: Path) -> None:
+    completed = doctor(tmp_path, "--set", "gradients=on_demand", "lives")
+    assert completed.returncode == 2
+    assert "--ranks and the knob gradients cannot be combined" in completed.stderr
+
+
+def test_a_trial_that_flatout_ends_by_itself_is_no_interruption() -> None:
+    ended = process.run(["sleep", "60"], dict(os.environ), contained=True, tick=lambda: True)
+    assert ended.returncode < 0

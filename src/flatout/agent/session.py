@@ -91,14 +91,15 @@ class Session:
             from flatout.agent import seeds
 
             seeds.set_seeds(request.seed)
-        self._stages.add_requested()
+        place = ranks.place()
+        if place is None or place.rank == 0:  # the others end with rank 0, see ``_stop``
+            self._stages.add_requested()
         try:
             self.hooks.install(live=bool(self._stages.pending))
         except BaseException:
             self.hooks.remove()
             raise
         self._apply_settings()
-        place = ranks.place()
         if place is not None and not self._waits_for_step:
             from flatout import parallel
 
@@ -165,6 +166,8 @@ class Session:
     def _stop(self, turn: Turn) -> bool:
         """End the process. This is the last stage."""
         self.host.events.add("stopped", "program", "all the steps asked for have been recorded")
+        if self._parallel is not None:
+            self._parallel.dismiss()
         self.finish("stopped")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -82,6 +82,17 @@ def add_set(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_ranks(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """``--ranks N``."""
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help=f"(new, see docs/ranks.md) {meaning} (default: 1)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json FILE``."""
     parser.add_argument(

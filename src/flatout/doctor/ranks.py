@@ -13,9 +13,10 @@ from flatout.wire.request import RANK_VARIABLE
 
 SHARD, PROGRAM = "shard", "program"
 WAITING, COMMUNICATION, COMPARISON = "waiting", "communication", "comparison"
-RANK_PHASES = (SHARD, PROGRAM, "testing", WAITING, COMMUNICATION, COMPARISON)
+RANK_PHASES = (SHARD, PROGRAM, WAITING, COMMUNICATION, COMPARISON)
 """What a rank spends time on; ``Lap`` has the time of each in the field of this name with ``_s``,
-and ``parallel.balance.Phase`` says what they are."""
+and ``parallel.balance.Phase`` says what they are. Steps in which it is tested what may be shared
+out become ever rarer, and do not count."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,18 @@ def laps_of_steps(laps: Sequence[Lap], steps: Sequence[Step]) -> list[tuple[Step
     return [(steps[number], of_step) for number, of_step in found.items()]
 
 
+def usual_laps(process: ProcessRecord, steps: Sequence[Step]) -> list[tuple[Step, list[Lap]]]:
+    """Return the same as ``laps_of_steps``, without steps in which something was tested."""
+    return [
+        (step, laps)
+        for step, laps in laps_of_steps(laps_of(process), steps)
+        if not any(lap.testing_s for lap in laps)
+    ]
+
+
 def duration_s(lap: Lap) -> float:
     """The duration of a lap, in seconds."""
-    return sum(phase_s(lap, phase) for phase in RANK_PHASES)
+    return lap.testing_s + sum(phase_s(lap, phase) for phase in RANK_PHASES)
 
 
 def phase_s(lap: Lap, phase: str) -> float:
@@ -124,12 +134,8 @@ def measure(run: RunRecord, steps: Sequence[Step]) -> Ranks | None:
     if not sizes:
         return None
     size = max(sizes)
-    counted: list[list[int]] = []
-    if 0 in processes:
-        counted = [
-            [lap.number for lap in laps] for _, laps in laps_of_steps(laps_of(processes[0]), steps)
-        ]
-    wanted = {number for of_step in counted for number in of_step}
+    counted = usual_laps(processes[0], steps) if 0 in processes else []
+    wanted = {lap.number for _, laps in counted for lap in laps}
     return Ranks(
         size,
         tuple(

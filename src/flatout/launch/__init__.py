@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from flatout import knobs, paths
 from flatout.errors import UserError
-from flatout.launch import environment, process, trackers
+from flatout.launch import companions, environment, process, trackers
 from flatout.launch import relay as relay_stage
 from flatout.launch.runs import new_directory, new_run_directory
 from flatout.wire.record import RecordError, RunRecord, read_run
@@ -38,6 +38,7 @@ class Finished:
         seconds: how long it ran.
         output: what it wrote to standard output and error; ``None``: that was not captured.
         timed_out: whether it was killed because its time was over.
+        rank_failure: a sentence about the rank that failed; ``None``: none did.
     """
 
     run_directory: Path
@@ -45,6 +46,7 @@ class Finished:
     seconds: float
     output: str | None
     timed_out: bool
+    rank_failure: str | None = None
 
     def read_record(self) -> RunRecord:
         """Read what was recorded.
@@ -89,8 +91,7 @@ def start(
         UserError: the program does not exist, the record cannot be written, or isolation is not
             available.
     """
-    job = list(command)
-    process.check_program(job[0])
+    process.check_program(command[0])
     try:
         run_directory = new_run_directory() if runs is None else new_directory(runs)
         request.write(run_directory)
@@ -99,27 +100,38 @@ def start(
             f"the record cannot be written to {runs or paths.runs_directory()}: {error.strerror}; "
             "FLATOUT_HOME can name another place"
         ) from None
-    if isolate:
-        job = _isolated(job, [run_directory])
+    job = _isolated(command, [run_directory]) if isolate else list(command)
     variables = knobs.prepare(request, os.environ)
+    prepared = trackers.offline(environment.job_environment(run_directory, variables))
     descriptor = _open_output(output, run_directory)
+    options: dict[str, Any] = {
+        "output": descriptor,
+        "timeout_seconds": timeout_seconds,
+        "contained": True,
+        "run_directories": [str(run_directory)],
+        "tick": None if progress is None else partial(progress, run_directory),
+    }
+    failure = None
     try:
-        ended = process.run(
-            job,
-            trackers.offline(environment.job_environment(run_directory, variables)),
-            output=descriptor,
-            timeout_seconds=timeout_seconds,
-            contained=True,
-            run_directories=[str(run_directory)],
-            tick=None if progress is None else partial(progress, run_directory),
-        )
+        if request.ranks is None:
+            ended = process.run(job, prepared, **options)
+        else:
+            ended, failure = companions.run(
+                command,
+                prepared,
+                run_directory,
+                request.ranks,
+                rank_0_command=job,
+                scratch=_scratch(),
+                **options,
+            )
     finally:
         if descriptor is not None:
             os.close(descriptor)
-    captured = None
-    if output == "capture":
-        captured = _read_output(run_directory)
-    return Finished(run_directory, ended.returncode, ended.seconds, captured, ended.timed_out)
+    captured = _read_output(run_directory) if output == "capture" else None
+    return Finished(
+        run_directory, ended.returncode, ended.seconds, captured, ended.timed_out, failure
+    )
 
 
 def start_relay(
@@ -234,9 +246,12 @@ def _isolated(job: Sequence[str], passthrough: Sequence[Path]) -> list[str]:
             f"{reason} Without isolation the job would be stopped midway on your real files; "
             "--in-place allows that."
         )
-    return isolation.command(
-        job, passthrough=passthrough, scratch=paths.cache_directory() / "scratch"
-    )
+    return isolation.command(job, passthrough=passthrough, scratch=_scratch())
+
+
+def _scratch() -> Path:
+    """The folder in which caches persist between trials."""
+    return paths.cache_directory() / "scratch"
 
 
 def _open_output(output: str, run_directory: Path) -> int | None:

@@ -17,9 +17,10 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flatout import paths
 from flatout.errors import UserError
@@ -60,13 +61,22 @@ _NOT_SENT_BY_USERS = {
 """Signals that tell of a failure, or of a kernel that was out of memory."""
 
 
-def request(size: int) -> Ranks:
+def request(size: int, settings: Collection[str] = ()) -> Ranks:
     """What the agents of a run with several ranks must know, with fresh seeds.
 
+    Args:
+        size: their number.
+        settings: the knobs that are set.
+
     Raises:
-        UserError: there are too few cores, or what companions write could not be kept from the
-            user's files.
+        UserError: there are too few cores, what companions write could not be kept from the user's
+            files, or a knob cannot be combined with ranks.
     """
+    if "gradients" in settings:
+        raise UserError(
+            "--ranks and the knob gradients cannot be combined: it computes gradients after the "
+            "ranks have averaged them"
+        )
     allowed = cores.allowed_processors()
     processors = len(allowed)
     most = MOST_RANKS_PER_PROCESSOR * processors
@@ -86,7 +96,15 @@ def request(size: int) -> Ranks:
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], run_directory: Path, ranks: Ranks
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    run_directory: Path,
+    ranks: Ranks,
+    *,
+    rank_0_command: Sequence[str] | None = None,
+    scratch: Path | None = None,
+    tick: Callable[[], object] | None = None,
+    **options: Any,
 ) -> tuple[process.Exit, str | None]:
     """Run a command as several ranks to the end of rank 0. No process of its companions is left.
 
@@ -95,6 +113,10 @@ def run(
         environment: of a job without ranks.
         run_directory: its run directory.
         ranks: their number and seeds.
+        rank_0_command: how rank 0 is started, if not by ``command``: with a view of its own.
+        scratch: where the views of companions keep caches, see ``isolation.command``.
+        tick: called every ``process.TICK_S`` while rank 0 runs.
+        options: further arguments of ``process.run`` for rank 0.
 
     Returns how rank 0 ended, and a sentence about the rank that failed, ``None`` if none did.
 
@@ -104,13 +126,21 @@ def run(
     process.check_program(command[0])
     shares = cores.share_out(cores.nodes(cores.allowed_processors()), ranks.size)
     variables = _common_variables(environment, run_directory, ranks)
-    companions = _Companions(command, variables, run_directory, shares)
+    companions = _Companions(command, variables, run_directory, shares, scratch)
+
+    def must_end() -> bool:
+        if tick is not None:
+            tick()
+        return companions.must_rank_0_end()
+
     try:
         exited = process.run(
-            command,
+            rank_0_command or command,
             {**variables, RANK_VARIABLE: "0"},
-            tick=companions.must_rank_0_end,
+            tick=must_end,
             processors=shares[0],
+            spared=companions.stage_pid,
+            **options,
         )
         sentence = companions.explain(exited.returncode)
         if exited.returncode >= 0 and not companions.ended_rank_0:
@@ -144,9 +174,11 @@ class _Companions:
         variables: environment of all ranks.
         run_directory: of the run.
         shares: the processors of each rank, those of rank 0 among them.
+        scratch: see ``run``.
 
     Attributes:
         ended_rank_0: whether rank 0 was ended because a companion was killed.
+        stage_pid: id of the process that runs them.
     """
 
     def __init__(
@@ -155,6 +187,7 @@ class _Companions:
         variables: Mapping[str, str],
         run_directory: Path,
         shares: Sequence[Sequence[int]],
+        scratch: Path | None,
     ) -> None:
         self.ended_rank_0 = False
         self._run_directory = run_directory
@@ -169,7 +202,7 @@ class _Companions:
             for rank, processors in enumerate(shares)
             if rank
         ]
-        job = isolation.command(command, passthrough=[run_directory], scratch=None)
+        job = isolation.command(command, passthrough=[run_directory], scratch=scratch)
         with open(run_directory / "companions.txt", "ab") as output:
             self._stage = subprocess.Popen(
                 companion_stage.command(job, companions, run_directory, os.getpid()),
@@ -178,6 +211,7 @@ class _Companions:
                 stderr=output,
                 start_new_session=True,
             )
+        self.stage_pid = self._stage.pid
 
     def must_rank_0_end(self) -> bool:
         """Whether a companion was killed and rank 0 has not ended in time."""

@@ -97,6 +97,7 @@ def run(
     run_directories: Sequence[str] = (),
     tick: Callable[[], bool | None] | None = None,
     processors: Collection[int] | None = None,
+    spared: int | None = None,
 ) -> Exit:
     """Run a command to its end.
 
@@ -111,6 +112,8 @@ def run(
             (``RUN_VARIABLE``).
         tick: called every ``TICK_S`` while the job runs. The job is ended once it returns true.
         processors: numbers of those that the job may run on; ``None``: those of flatout.
+        spared: id of a process that was started before a contained job; it and what it has started
+            are not killed.
 
     Raises:
         UserError: the program does not exist or cannot be executed.
@@ -134,7 +137,7 @@ def run(
         finally:
             sentinel.end()
             if contained:
-                _end_descendants(_INTERRUPTED_GRACE_S if interrupted else _GRACE_S)
+                _end_descendants(_INTERRUPTED_GRACE_S if interrupted else _GRACE_S, spared)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if contained and interrupted:
@@ -224,7 +227,7 @@ def _wait(
 
     Returns the wait status, whether the job timed out, and whether it was interrupted.
     """
-    timed_out = interrupted = False
+    timed_out = interrupted = ended_by_tick = False
     deadline_s = None if timeout_seconds is None else started_s + timeout_seconds
     endings = [signal.SIGTERM, signal.SIGKILL]
     while True:
@@ -234,7 +237,7 @@ def _wait(
             os.kill(pid, signal.SIGCONT)
             continue
         if done == pid:
-            return status, timed_out, interrupted
+            return status, timed_out, interrupted and not ended_by_tick
         wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         if tick is not None or contained:
             wait_s = min(wait_s, TICK_S)
@@ -244,7 +247,7 @@ def _wait(
         else:
             received = signal.sigtimedwait(_WATCHED, wait_s)
         if tick is not None and tick() and not interrupted:
-            interrupted = True
+            interrupted = ended_by_tick = True
             deadline_s = time.monotonic()
         if contained and not interrupted and interruption.is_noted():
             interrupted = True  # another thread got the signal
@@ -258,9 +261,11 @@ def _wait(
             grace_s = _INTERRUPTED_GRACE_S if interrupted else _GRACE_S
             deadline_s = time.monotonic() + grace_s if endings else None
         elif received.si_signo in _PASSED_ON:
-            if contained and interruption.note(received.si_signo) and not interrupted:
-                interrupted = True
-                deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
+            if contained and interruption.note(received.si_signo):
+                ended_by_tick = False
+                if not interrupted:
+                    interrupted = True
+                    deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
             to_all = received.si_code == _FROM_KERNEL or sentinel.got(received.si_signo)
             if not to_all:
                 with contextlib.suppress(ProcessLookupError):
@@ -357,10 +362,14 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _end_descendants(grace_s: float) -> None:
+def _end_descendants(grace_s: float, spared: int | None) -> None:
     import psutil
 
-    descendants = psutil.Process().children(recursive=True)
+    children = [child for child in psutil.Process().children() if child.pid != spared]
+    descendants = list(children)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants += child.children(recursive=True)
     for process in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

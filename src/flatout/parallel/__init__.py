@@ -87,6 +87,10 @@ class Parallel:
         self._team.channel.close()
         self._team = None
 
+    def dismiss(self) -> None:
+        """Let the other ranks end: this process stops before the program does."""
+        self._ending.note_alone("rank 0 was stopped")
+
     def forget(self) -> None:
         """Compute everything whole from now on: this is the child of a fork."""
         self._remove()
@@ -169,7 +173,7 @@ class Parallel:
             self._record_work(self._team)
             self._host.events.add("noticed", "ranks", self._summary())
             self._host.events.add("noticed", "ranks", f"rank 0 goes on alone: {why}")
-            self._ending.note_alone(why)
+            self._ending.note_alone(f"rank 0 goes on alone: {why}")
             self._team.channel.close()
             self._team = None
         if self._processors is not None:

@@ -74,15 +74,15 @@ class Ending:
         self.stop(news)
 
     def _leave(self, why: str) -> NoReturn:
-        """End the process because rank 0 goes on alone."""
+        """End the process because rank 0 does without it."""
         self.is_stopping = True
         _flush()
-        self._events.add("stopped", "ranks", f"rank 0 goes on alone: {why}")
+        self._events.add("stopped", "ranks", why)
         self._finish("stopped")
         os._exit(0)
 
     def note_alone(self, why: str) -> None:
-        """Let the other ranks know that this one goes on without them, and why."""
+        """Let the other ranks know that this one needs them no longer, and why."""
         with contextlib.suppress(OSError):
             self._alone_file().write_text(why, "utf-8")
 

@@ -14,6 +14,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 from flatout.doctor.ranks import RANK_PHASES, Ranks
 from flatout.tune.formatting import NOT_MEASURED, milliseconds
+from flatout.wire.lines import SharedWork
 from flatout.wire.turns import PHASES
 
 OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20
@@ -59,7 +60,7 @@ def _print(console: Console, diagnosis: Diagnosis, verbose: bool) -> None:
         console.print(Text(f"   (-v shows all {len(diagnosis.findings)} with their evidence)"))
     console.print(_phases(case))
     if case.ranks is not None:
-        console.print(_ranks(case.ranks))
+        console.print(_ranks(case.ranks, case.process.shared_work))
     if case.operators:
         operators_shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
         console.print(_operators(case, operators_shown))
@@ -74,7 +75,9 @@ def notes(diagnosis: Diagnosis) -> list[str]:
     said = [
         f"{event.subject}: {event.why}"
         for event in case.process.events
-        if event.what == "failed" or (event.what == "skipped" and event.subject == "profile")
+        if event.what == "failed"
+        or (event.what == "skipped" and event.subject == "profile")
+        or (event.what == "noticed" and event.why.startswith("rank 0 goes on alone"))
     ]
     if case.process.profile is None and not said:
         said.append(
@@ -120,7 +123,7 @@ def _phases(case: Case) -> Padding:
     return Padding(table, (1, 0, 1, 2), expand=False)
 
 
-def _ranks(ranks: Ranks) -> Padding:
+def _ranks(ranks: Ranks, work: SharedWork | None) -> Padding:
     """The shares of a step that each rank spends on what."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("rank", justify="right")
@@ -133,7 +136,15 @@ def _ranks(ranks: Ranks) -> Padding:
         else:
             shares = (f"{times.share(phase):.1%}" for phase in RANK_PHASES)
             table.add_row(str(rank), milliseconds(times.step_ms), *shares)
-    return Padding(Group(table, Text(_describe_bound(ranks))), (0, 0, 1, 2), expand=False)
+    lines = [_describe_bound(ranks), *([] if work is None else _describe_work(work))]
+    return Padding(Group(table, *map(Text, lines)), (0, 0, 1, 2), expand=False)
+
+
+def _describe_work(work: SharedWork) -> list[str]:
+    """What was shared out, and what was not with the reason."""
+    shared = [f"{count} calls of {module} were shared out" for module, count in work.shared.items()]
+    whole = [f"{c.count} calls of {c.module} were not shared out: {c.why}" for c in work.whole]
+    return shared + whole
 
 
 def _describe_bound(ranks: Ranks) -> str:
@@ -142,7 +153,7 @@ def _describe_bound(ranks: Ranks) -> str:
     return f"{ranks.size} ranks give at most {ranks.bound:.1f}x, because of what all do alike"
 
 
-_RANK_PHASE_NAMES = ("shard", "alike", "tests", "waiting", "communication", "comparing")
+_RANK_PHASE_NAMES = ("shard", "alike", "waiting", "communication", "comparing")
 """The heads of the columns of ``RANK_PHASES``."""
 
 

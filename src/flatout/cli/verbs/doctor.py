@@ -25,6 +25,7 @@ EXAMPLES = (
     "flatout doctor python train.py",
     "flatout doctor --quiet --budget 2m --json diagnosis.json python train.py",
     "flatout doctor --set precision=bf16 python train.py",
+    "flatout doctor --ranks 2 -- python train.py",
 )
 TAKES_JOB = True
 ARGUMENT = ""
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=options.duration_s, dest="budget", help=argparse.SUPPRESS
     )
     options.add_set(parser, "diagnose the program with this setting applied")
+    options.add_ranks(
+        parser,
+        "run the program as N processes that share out the batches, and show what each of them "
+        "spends its time on: its shards, what all do alike, waiting, communication",
+    )
     options.add_json(parser)
     parser.add_argument(
         "--quiet",
@@ -69,6 +75,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command for a while, diagnose it, and print the diagnosis."""
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
+    from flatout.launch import companions
     from flatout.report import terminal
     from flatout.report.live import LiveLine
     from flatout.wire.request import Request
@@ -76,6 +83,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         paths.check_writable(arguments.json)
     settings = knobs.parse_settings(arguments.set)
+    has_ranks = arguments.ranks > 1
+    ranks = companions.request(arguments.ranks, settings) if has_ranks else None
     line = LiveLine(sys.stderr)
     finished = launch.start(
         arguments.command,
@@ -84,6 +93,7 @@ def execute(arguments: argparse.Namespace) -> int:
             stop_steps=arguments.steps,
             stop_seconds=arguments.budget,
             profile_steps=PROFILE_STEPS,
+            ranks=ranks,
         ),
         isolate=not arguments.in_place,
         output="capture" if arguments.quiet else "inherit",
@@ -109,6 +119,8 @@ def execute(arguments: argparse.Namespace) -> int:
             say(f"{event.subject} {event.what}: {event.why}")
     if finished.returncode != 0:
         say(f"the program {_describe_end(finished)} while it was diagnosed")
+    if finished.rank_failure is not None:
+        say(finished.rank_failure)
     if arguments.quiet:
         say(f"the program's output is in {_output_file(finished)}")
     return 0

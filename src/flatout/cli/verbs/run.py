@@ -54,14 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="apply the whole plan even if machine, torch, program, arguments or inputs have "
         "changed since its proof",
     )
-    parser.add_argument(
-        "--ranks",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
-        "cores, which share out the batches; rank 0 is the program, and what the other ranks "
-        "write is discarded (default: 1)",
+    options.add_ranks(
+        parser,
+        "run the command as N processes, each on its share of the cores, which share out the "
+        "batches; rank 0 is the program, and what the other ranks write is discarded",
     )
 
 
@@ -123,12 +119,7 @@ def _ranks(arguments: argparse.Namespace, request: Request) -> Ranks:
             "--ranks and --tune cannot be combined: each rank would choose settings by its own "
             "times"
         )
-    if "gradients" in request.settings:
-        raise UserError(
-            "--ranks and the knob gradients cannot be combined: it computes gradients after the "
-            "ranks have averaged them"
-        )
-    return companions.request(arguments.ranks)
+    return companions.request(arguments.ranks, request.settings)
 
 
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> GuardRequest | None:
