@@ -295,11 +295,13 @@ def test_each_rank_records_its_exchanges_step_by_step(tmp_path: Path) -> None:
         *steps, last = work.laps
         assert [lap.number for lap in work.laps] == list(range(9))
         for lap in steps:
-            assert (lap.shards, lap.gathers, lap.sums) == (2, 1, 1)
+            assert (lap.calls, lap.rows, lap.backwards) == (1, 7, 1)
+            assert (lap.gathers, lap.sums) == (1, 1)
             assert (lap.gathered_bytes, lap.summed_bytes) == (2 * of_larger_shard, parameter_bytes)
             assert min(lap.shard_s, lap.waiting_s, lap.communication_s, lap.program_s) > 0
         assert [lap.meetings for lap in steps[1:7]] == [3] * 6
-        assert (last.shards, last.gathers, last.sums, last.summed_bytes) == (1, 1, 0, 0)
+        assert (last.calls, last.rows, last.backwards) == (1, 8, 0)
+        assert (last.gathers, last.sums, last.summed_bytes) == (1, 0, 0)
         ends_s = [lap.end_s for lap in work.laps]
         assert process.steps[0].at_s < ends_s[0]
         assert ends_s == sorted(ends_s)

@@ -103,7 +103,9 @@ class Session:
         if place is not None and not self._waits_for_step:
             from flatout import parallel
 
-            processors = None if request.ranks is None else request.ranks.processors
+            processors = None
+            if request.ranks is not None and not request.ranks.stays_together:
+                processors = request.ranks.processors
             self._parallel = parallel.install(host, place, self.finish, processors)
         if request.inspection is not None:
             from flatout.agent.inspection import Inspector

@@ -61,12 +61,13 @@ _NOT_SENT_BY_USERS = {
 """Signals that tell of a failure, or of a kernel that was out of memory."""
 
 
-def request(size: int, settings: Collection[str] = ()) -> Ranks:
+def request(size: int, settings: Collection[str] = (), *, stays_together: bool = False) -> Ranks:
     """What the agents of a run with several ranks must know, with fresh seeds.
 
     Args:
         size: their number.
         settings: the knobs that are set.
+        stays_together: see ``Ranks``.
 
     Raises:
         UserError: there are too few cores, what companions write could not be kept from the user's
@@ -92,7 +93,7 @@ def request(size: int, settings: Collection[str] = ()) -> Ranks:
             f"real ones: {reason}"
         )
     seeds = secrets.randbits(_SEED_BITS), secrets.randbits(_SEED_BITS)
-    return Ranks(size, *seeds, processors=allowed)
+    return Ranks(size, *seeds, processors=allowed, stays_together=stays_together)
 
 
 def run(

@@ -138,7 +138,7 @@ class Averaging:
         is_kept = bool(args[0]) if args else bool(kwargs.get("keep_graph"))
         before = self._stored() if accumulates else {}
         self._depth += 1
-        team.balance.count(Exchange.SHARD)
+        team.balance.count(Exchange.BACKWARD)
         try:
             with team.balance.spend(Phase.SHARD):
                 result = call(outputs, gradients, *args, **kwargs)

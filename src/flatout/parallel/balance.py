@@ -44,12 +44,14 @@ class Phase(enum.Enum):
 
 
 class Exchange(enum.Enum):
-    """What the ranks do in a lap that depends on their number or on the network.
+    """What is counted: the work that ranks share out, and what they send each other for it.
 
     The values are fields of ``Lap``.
     """
 
-    SHARD = "shards"
+    CALL = "calls"
+    ROW = "rows"
+    BACKWARD = "backwards"
     MEETING = "meetings"
     GATHER = "gathers"
     GATHERED_BYTES = "gathered_bytes"

@@ -348,6 +348,8 @@ class Sharing:
             changes.undo()
             return self._compute_whole(current, call, kind.reason)
         self._leaves.add(foreign)
+        team.balance.count(Exchange.CALL)
+        team.balance.count(Exchange.ROW, batch)
         kind.calls += 1
         kind.changed.update(changes.changed_buffers())
         if current.state.name not in self.shared:
@@ -368,7 +370,6 @@ class Sharing:
         shard.begin = _next_node_number()
         rows = cutting.bounds(batch, current.team.size)[current.team.rank]
         self.is_in_shard = True
-        current.team.balance.count(Exchange.SHARD)
         try:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
             with (

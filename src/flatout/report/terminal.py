@@ -75,9 +75,7 @@ def notes(diagnosis: Diagnosis) -> list[str]:
     said = [
         f"{event.subject}: {event.why}"
         for event in case.process.events
-        if event.what == "failed"
-        or (event.what == "skipped" and event.subject == "profile")
-        or (event.what == "noticed" and event.why.startswith("rank 0 goes on alone"))
+        if event.what == "failed" or (event.what == "skipped" and event.subject == "profile")
     ]
     if case.process.profile is None and not said:
         said.append(

@@ -293,7 +293,8 @@ class Lap(NamedTuple):
         end_s: its end, in seconds since the header was written.
         program_s, testing_s, shard_s, waiting_s, communication_s, comparison_s: time by phase, see
             ``parallel.balance.Phase``.
-        shards: how many forward and backward passes of shards were computed.
+        calls, rows: the number of calls that were shared out, and of their samples.
+        backwards: the number of backward calls of shards.
         meetings: how often the ranks have compared headers.
         gathers, gathered_bytes: how often tensors were gathered, and the size of what all ranks
             have got.
@@ -308,7 +309,9 @@ class Lap(NamedTuple):
     waiting_s: float
     communication_s: float
     comparison_s: float
-    shards: int
+    calls: int
+    rows: int
+    backwards: int
     meetings: int
     gathers: int
     gathered_bytes: int

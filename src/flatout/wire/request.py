@@ -180,12 +180,15 @@ class Ranks:
             the same order.
         processors: numbers of the logical processors of all ranks together. Rank 0 takes them if it
             goes on alone; ``None``: it does not because of what the ranks cost.
+        stays_together: whether rank 0 does not go on alone, whatever the ranks cost, because that
+            is to be measured.
     """
 
     size: int
     seed: int
     hash_seed: int
     processors: list[int] | None = None
+    stays_together: bool = False
 
 
 @dataclass(frozen=True)

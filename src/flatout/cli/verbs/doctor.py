@@ -83,8 +83,9 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         paths.check_writable(arguments.json)
     settings = knobs.parse_settings(arguments.set)
-    has_ranks = arguments.ranks > 1
-    ranks = companions.request(arguments.ranks, settings) if has_ranks else None
+    ranks = None
+    if arguments.ranks > 1:
+        ranks = companions.request(arguments.ranks, settings, stays_together=True)
     line = LiveLine(sys.stderr)
     finished = launch.start(
         arguments.command,
@@ -114,6 +115,9 @@ def execute(arguments: argparse.Namespace) -> int:
     terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
     if diagnosis.findings:
         say(f"next: flatout tune -- {shlex.join(arguments.command)}")
+    if ranks is not None:
+        record = paths.shown(finished.run_directory)
+        say(f"how it scales to more ranks: flatout scale --network 100GbE {record}")
     for event in run.main.events:
         if event.subject in settings and event.what in ("skipped", "failed"):
             say(f"{event.subject} {event.what}: {event.why}")
