@@ -94,7 +94,7 @@ def _table(predictions: list[Prediction]) -> Padding:
         table.add_row(
             f"{one.ranks:,}",
             _time(one.step_s),
-            f"{one.speedup.value:.3g}x",
+            f"{one.speedup.value:,.2f}x",
             f"{efficiency.value:.0%} ({efficiency.low:.0%} to {efficiency.high:.0%})",
             *(f"{one.shares[part]:.0%}" for part in PARTS),
         )
@@ -106,11 +106,13 @@ _PART_NAMES = ("shard", "alike", "comparing", "waiting", "exchange")
 
 
 def _time(interval: Interval) -> str:
-    """A time in seconds with its interval."""
+    """A time in seconds with its interval, in one unit."""
+    unit, size = ("s", 1.0) if interval.value >= 10 else ("ms", 1e-3)
     value, low, high = (
-        milliseconds(s * 1e3) for s in (interval.value, interval.low, interval.high)
+        f"{s / size:,.0f}" if s >= 100 * size else f"{s / size:.3g}"
+        for s in (interval.value, interval.low, interval.high)
     )
-    return f"{value} ({low} to {high})"
+    return f"{value} {unit} ({low} to {high})"
 
 
 def _describe_limit(limit: Interval) -> str:

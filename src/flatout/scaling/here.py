@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from flatout import launch
 from flatout.doctor import ranks as laps_of_ranks
@@ -58,7 +59,7 @@ def measure(python: str) -> tuple[Network, Software]:
 
 
 def split(laps: Sequence[Lap]) -> list[list[Lap]]:
-    """Sort laps by the size of what was exchanged; those that warm up are left out."""
+    """Sort laps by what was exchanged; those that warm up are left out."""
     found: dict[tuple[int, int], list[Lap]] = {}
     for lap in laps:
         found.setdefault((lap.gathered_bytes, lap.summed_bytes), []).append(lap)
@@ -101,7 +102,7 @@ def fit(
     return network, Software(max(0.0, call_s), header_s, error)
 
 
-def _solve(rows: np.ndarray) -> tuple[float, float, float]:
+def _solve(rows: npt.NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the figures that are not negative and come closest to a time of 1 in each row."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]
 
