@@ -100,9 +100,8 @@ class Forecast:
         threads: of each rank.
         alone_s: the time of a step of one rank alone.
         predictions: by the number of ranks.
-        inefficient_from: the smallest number of ranks whose efficiency is below
-            ``LEAST_EFFICIENCY``; the high end of its interval, and the number itself, may be
-            ``MOST_RANKS`` + 1: none of those that were looked at.
+        inefficient_from: the smallest of ``ranks_looked_at`` whose efficiency is below
+            ``LEAST_EFFICIENCY``; ``MOST_RANKS`` + 1: there is none.
         measured_s: the mean time of a step in the runs, by the number of ranks.
         knows_fixed_time: whether shards of two sizes were measured.
         knows_software: whether the time of an exchange beside the network was measured.
@@ -182,8 +181,8 @@ def forecast(
     base = choose_base(runs)
     sizes = shard_sizes(runs, base)
     generator = np.random.default_rng(seed)
-    every = np.arange(2, MOST_RANKS + 1, dtype=np.float64)
-    wanted = np.array(ranks) - 2
+    every = ranks_looked_at(ranks)
+    wanted = np.searchsorted(every, ranks)
     steps, alone, shares, thresholds = [], [], [], []
     for _ in range(DRAWS):
         work = draw_work(runs, base, sizes, generator)
@@ -207,6 +206,15 @@ def forecast(
         have_two_sizes(sizes),
         software is not None,
     )
+
+
+def ranks_looked_at(ranks: Sequence[int]) -> Array:
+    """Return the numbers of ranks for which everything is computed, in order: those that are to be
+    predicted, all up to 128, and those beyond that differ by 1 %."""
+    steps = round(math.log(MOST_RANKS / 128) / math.log(1.01))
+    beyond = np.round(np.geomspace(128, MOST_RANKS, steps))
+    found: Array = np.unique(np.concatenate([np.arange(2.0, 129), beyond, ranks]))
+    return found
 
 
 def choose_base(runs: Sequence[MeasuredRun]) -> MeasuredRun:

@@ -36,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         help="the folder of a record that 'flatout doctor --ranks 2' or 'flatout run' has made: "
-        "one with several ranks, and better a second one, with another number of ranks, another batch "
-        "size or without ranks, which tells what a call takes however small its share of the batch "
-        "is; each rank must have had the same number of threads (OMP_NUM_THREADS is shared out)",
+        "one with several ranks, and better a second one, with another number of ranks, another "
+        "batch size or without ranks, which tells what a call takes however small its share of the "
+        "batch is; each rank must have had the same number of threads (OMP_NUM_THREADS is shared "
+        "out)",
     )
     parser.add_argument(
         "--network",
