@@ -391,6 +391,16 @@ def test_more_ranks_than_rows_compute_the_whole_batch() -> None:
     assert eight.step_s.value > 6 * row_s
 
 
+def test_a_gather_has_room_for_the_largest_shard_of_each_rank() -> None:
+    """Two ranks exchange 2 + 2 rows of a batch of 3, three ranks 1 + 1 + 1."""
+    exchanges = measured.Exchanges(1, 3, 1, 0, 1, 4e6, 0, 0)
+    work = model.Work(0.0, 0.0, 0.0, 0.0, np.zeros(0), exchanges, 2)
+    quiet = Network("quiet", 0.0, 1e-8, 0.0)
+    ranks = np.array([2.0, 3.0])
+    found = model.compute_exchange_s(work, quiet, NO_SOFTWARE, ranks, "ring")
+    assert found == pytest.approx([1 / 2 * 4e-2, 2 / 3 * 3e-2])
+
+
 def test_ranks_that_share_the_processors_of_a_host_take_turns() -> None:
     program = Program(noise=0.0)
     runs = [program.record(2), program.record(1)]

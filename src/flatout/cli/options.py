@@ -100,13 +100,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_python(parser: argparse.ArgumentParser) -> None:
-    """``--python FILE``."""
+def add_python(
+    parser: argparse.ArgumentParser, default: str = "the first python on PATH that has torch"
+) -> None:
+    """``--python FILE``; ``default`` says which one is taken otherwise."""
     parser.add_argument(
         "--python",
         metavar="FILE",
-        help="the interpreter that runs your programs (default: the first python on PATH that has "
-        "torch)",
+        help=f"the interpreter that runs your programs (default: {default})",
     )
 
 

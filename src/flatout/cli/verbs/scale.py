@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tensors are gathered and added up: ring, as --ranks does, or best, the fastest "
         "that other libraries have (default: ring)",
     )
-    options.add_python(parser)
+    options.add_python(parser, "that of the first run with several ranks")
     options.add_json(parser)
 
 
