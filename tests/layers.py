@@ -25,7 +25,7 @@ LAYERS = (
     ("knobs",),
     ("agent", "launch", "plan"),
     ("doctor",),
-    ("tune",),
+    ("scaling", "tune"),
     ("report",),
     ("cli",),
 )

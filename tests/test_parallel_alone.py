@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flatout.parallel.balance import LOST_WINDOWS, WINDOW_S, Balance, Graphs, Phase
+from flatout.parallel.balance import (
+    LOST_WINDOWS,
+    MOST_LAPS,
+    WINDOW_S,
+    Balance,
+    Exchange,
+    Graphs,
+    Phase,
+)
 from flatout.wire.record import read_run
 from flatout.wire.request import Ranks, Request
 from tests import side_by_side
@@ -53,6 +61,36 @@ def test_time_belongs_to_the_innermost_phase() -> None:
         Phase.COMMUNICATION: 8,
     }
     assert (balance.cost_s, balance.saving_s) == (298, 148)
+
+
+def test_a_lap_has_what_was_done_since_the_one_before() -> None:
+    clock = Clock()
+    balance = Balance(2, clock)
+    spend(balance, clock, Phase.TESTING, 64)
+    balance.count(Exchange.MEETING)
+    balance.end_lap()
+    clock.now_s += 1
+    balance.count(Exchange.GATHERED_BYTES, 100)
+    with balance.spend(Phase.COMPARISON):
+        clock.now_s += 2
+        spend(balance, clock, Phase.SHARD, 4)
+        balance.end_lap()
+        clock.now_s += 8
+    balance.end_lap()
+    first, second, third = balance.laps
+    assert (first.testing_s, first.meetings, first.gathered_bytes) == (64, 1, 0)
+    assert (second.program_s, second.comparison_s, second.shard_s) == (1, 2, 4)
+    assert (second.meetings, second.gathered_bytes) == (0, 100)
+    assert (third.comparison_s, third.shard_s) == (8, 0)
+    assert [lap.number for lap in balance.laps] == [0, 1, 2]
+    assert [lap.end_s for lap in balance.laps] == [164, 171, 179]
+
+
+def test_only_the_last_laps_are_kept() -> None:
+    balance = Balance(2, Clock())
+    for _ in range(MOST_LAPS + 5):
+        balance.end_lap()
+    assert [lap.number for lap in balance.laps] == list(range(5, MOST_LAPS + 5))
 
 
 def test_the_bound_is_that_of_amdahl() -> None:
@@ -249,3 +287,30 @@ def test_each_rank_records_what_it_has_shared_out_and_spent(tmp_path: Path) -> N
         assert [(calls.module, calls.count) for calls in work.whole] == [("Sequential", 1)]
         assert set(work.seconds) == {phase.value for phase in Phase}
         assert all(seconds > 0 for seconds in work.seconds.values())
+
+
+def test_each_rank_records_its_exchanges_step_by_step(tmp_path: Path) -> None:
+    evaluation = "model.eval()\nwith torch.no_grad():\n    model(torch.randn(8, 6))\nfinish()\n"
+    program = GO_ALONE + PROGRAMS["a plain loop"] + evaluation
+    program = program.replace("BatchNorm1d", "LayerNorm").replace("    go_alone()", "    pass")
+    side_by_side.run(program, 2, tmp_path)
+    parameter_bytes = 8 * (6 * 8 + 8 + 2 * 8 + 8 + 1)
+    of_larger_shard = 8 * 4  # bytes of the output of 4 samples, a multiple of 16
+    for process in read_run(tmp_path / "run-2").processes:
+        work = process.shared_work
+        assert work is not None
+        *steps, last = work.laps
+        assert [lap.number for lap in work.laps] == list(range(9))
+        for lap in steps:
+            assert (lap.calls, lap.rows, lap.backwards) == (1, 7, 1)
+            assert (lap.gathers, lap.sums) == (1, 1)
+            assert (lap.gathered_bytes, lap.summed_bytes) == (2 * of_larger_shard, parameter_bytes)
+            assert min(lap.shard_s, lap.waiting_s, lap.communication_s, lap.program_s) > 0
+        assert [lap.meetings for lap in steps[1:7]] == [3] * 6
+        assert (last.calls, last.rows, last.backwards) == (1, 8, 0)
+        assert (last.gathers, last.sums, last.summed_bytes) == (1, 0, 0)
+        ends_s = [lap.end_s for lap in work.laps]
+        assert process.steps[0].at_s < ends_s[0]
+        assert ends_s == sorted(ends_s)
+        assert process.end is not None
+        assert ends_s[-1] < process.end.at_s

@@ -82,6 +82,16 @@ def add_set(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_ranks(parser: argparse.ArgumentParser, meaning: str, default: str) -> None:
+    """``--ranks N``, by default ``None``, which is described."""
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help=f"(new, see docs/ranks.md) {meaning} (default: {default})",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json FILE``."""
     parser.add_argument(
@@ -89,13 +99,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_python(parser: argparse.ArgumentParser) -> None:
-    """``--python FILE``."""
+def add_python(
+    parser: argparse.ArgumentParser, default: str = "the first python on PATH that has torch"
+) -> None:
+    """``--python FILE``; ``default`` says which one is taken otherwise."""
     parser.add_argument(
         "--python",
         metavar="FILE",
-        help="the interpreter that runs your programs (default: the first python on PATH that has "
-        "torch)",
+        help=f"the interpreter that runs your programs (default: {default})",
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flatout.doctor.case import Case
+from flatout.doctor import ranks
+from flatout.doctor.case import Case, TimedSteps
 from flatout.doctor.findings import Finding, find_all
 from flatout.errors import UserError
 from flatout.machine import Ceilings
@@ -61,6 +62,7 @@ class Diagnosis:
             "peak_device_bytes": case.peak_device_bytes,
             "threads": case.process.header.threads,
             "usable_cores": case.usable_cores,
+            "ranks": _ranks_document(case.ranks),
             "findings": [asdict(finding) for finding in self.findings],
             "record": str(case.process.path),
         }
@@ -84,5 +86,27 @@ def diagnose(
         raise UserError(
             "flatout saw no training or inference step, so there is nothing to diagnose"
         )
-    case = Case(process, ceilings, usable_cores)
+    measured = ranks.measure(run, TimedSteps(process).steps)
+    case = Case(process, ceilings, usable_cores, measured)
     return Diagnosis(case, find_all(case))
+
+
+def _ranks_document(measured: ranks.Ranks | None) -> dict[str, Any] | None:
+    """The times of the ranks as JSON types; what was not measured is ``None``."""
+    if measured is None:
+        return None
+    return {
+        "number": measured.size,
+        "bound": measured.bound,
+        "times": [
+            None
+            if times is None
+            else {
+                "rank": times.rank,
+                "step_ms": times.step_ms,
+                "phases_ms": times.phases_ms,
+                "shares": {phase: times.share(phase) for phase in ranks.RANK_PHASES},
+            }
+            for times in measured.times
+        ],
+    }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from flatout.doctor.ranks import Ranks
 from flatout.machine import Ceilings
 from flatout.wire.facts import ProgramFacts
 from flatout.wire.profile import Profile
@@ -188,10 +189,13 @@ class Case(TimedSteps):
     Attributes:
         ceilings: the measured rates of its machine, ``None`` if not known.
         usable_cores: how many cores the job could use, ``None`` if not known.
+        ranks: what the ranks have spent their time on; ``None``: there are none, or it was not
+            measured.
     """
 
     ceilings: Ceilings | None = None
     usable_cores: float | None = None
+    ranks: Ranks | None = None
 
     # The profiled window
 

@@ -89,6 +89,9 @@ def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
 def make_ranks(size: int) -> Ranks:
     """Return what the agents of a run with several ranks must know, with fresh seeds.
 
+    Args:
+        size: their number.
+
     Raises:
         UserError: there are too few cores, or what companions write could not be kept from the
             user's files.

@@ -227,7 +227,7 @@ def _wait(
 
     Returns the wait status, whether the job timed out, and whether it was interrupted.
     """
-    timed_out = interrupted = False
+    timed_out = interrupted = ended_by_tick = False
     deadline_s = None if timeout_seconds is None else started_s + timeout_seconds
     endings = [signal.SIGTERM, signal.SIGKILL]
     while True:
@@ -237,7 +237,7 @@ def _wait(
             os.kill(pid, signal.SIGCONT)
             continue
         if done == pid:
-            return status, timed_out, interrupted
+            return status, timed_out, interrupted and not ended_by_tick
         wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         if tick is not None or contained:
             wait_s = min(wait_s, TICK_S)
@@ -247,7 +247,7 @@ def _wait(
         else:
             received = signal.sigtimedwait(_WATCHED, wait_s)
         if tick is not None and tick() and not interrupted:
-            interrupted = True
+            interrupted = ended_by_tick = True
             deadline_s = time.monotonic()
         if contained and not interrupted and interruption.is_noted():
             interrupted = True  # another thread got the signal
@@ -261,9 +261,11 @@ def _wait(
             grace_s = _INTERRUPTED_GRACE_S if interrupted else _GRACE_S
             deadline_s = time.monotonic() + grace_s if endings else None
         elif received.si_signo in _PASSED_ON:
-            if contained and interruption.note(received.si_signo) and not interrupted:
-                interrupted = True
-                deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
+            if contained and interruption.note(received.si_signo):
+                ended_by_tick = False
+                if not interrupted:
+                    interrupted = True
+                    deadline_s = time.monotonic() + _INTERRUPTED_GRACE_S
             to_all = received.si_code == _FROM_KERNEL or sentinel.got(received.si_signo)
             if not to_all:
                 with contextlib.suppress(ProcessLookupError):

@@ -72,13 +72,18 @@ class Parallel:
     def close(self) -> None:
         """Leave the other ranks, at the end of the process."""
         self._remove()
-        if self._is_alone or self._ending.is_stopping:
+        if self._is_alone:
+            return
+        if self._team is not None:
+            self._host.record.write(
+                summary.work_of(self._sharing, self._team, self._host.record.started_ns)
+            )
+        if self._ending.is_stopping:
             return
         what = "noticed" if self._sharing.has_shared else "unused"
         self._host.events.add(what, "ranks", summary.describe(self._sharing, self._is_forked))
         if self._team is None:
             return
-        self._host.record.write(summary.work_of(self._sharing, self._team))
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
         self._team.channel.close()
@@ -115,7 +120,9 @@ class Parallel:
         self._is_alone = True
         self._ending.note_alone(why)
         if self._team is not None:
-            self._host.record.write(summary.work_of(self._sharing, self._team))
+            self._host.record.write(
+                summary.work_of(self._sharing, self._team, self._host.record.started_ns)
+            )
             self._team.channel.close()
             self._team = None
         if self._host.request.ranks is not None:
@@ -242,6 +249,7 @@ class Parallel:
         if self._team is not None:
             self._stepped_optimizers.add(optimizer)
             self._team.step += 1
+            self._team.balance.end_lap()
             self._sharing.compares_state = self._team.step in COMPARED_STEPS
 
     def _state(self) -> str:

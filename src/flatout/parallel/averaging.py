@@ -20,7 +20,7 @@ import torch
 from flatout.intercept.gradients import stored_gradient
 from flatout.intercept.identity import WeakIdentityDict, WeakIdentitySet
 from flatout.parallel import shards
-from flatout.parallel.balance import Phase
+from flatout.parallel.balance import Exchange, Phase
 from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.placement import UnshareableError
@@ -136,6 +136,7 @@ class Averaging:
         is_kept = bool(args[0]) if args else bool(kwargs.get("keep_graph"))
         before = self._stored() if accumulates else {}
         self._depth += 1
+        team.balance.count(Exchange.BACKWARD)
         try:
             with team.balance.spend(Phase.SHARD):
                 result = call(outputs, gradients, *args, **kwargs)

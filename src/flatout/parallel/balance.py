@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import enum
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from flatout.wire.lines import Lap
 
 WINDOW_S = 0.5
 """Time in shards and for the ranks, after which the two are compared."""
 
 LOST_WINDOWS = 3
 """Windows in a row that must be lost: once, another program may have had the cores."""
+
+
+MOST_LAPS = 1024
+"""Laps that are kept: a record of any run stays small, and a mean over more is no better."""
 
 
 class Phase(enum.Enum):
@@ -35,6 +43,22 @@ class Phase(enum.Enum):
     COMPARISON = "comparison"
 
 
+class Exchange(enum.Enum):
+    """What is counted: the work that ranks share out, and what they send each other for it.
+
+    The values are fields of ``Lap``.
+    """
+
+    CALL = "calls"
+    ROW = "rows"
+    BACKWARD = "backwards"
+    MEETING = "meetings"
+    GATHER = "gathers"
+    GATHERED_BYTES = "gathered_bytes"
+    SUM = "sums"
+    SUMMED_BYTES = "summed_bytes"
+
+
 class Balance:
     """The time of one rank by phases.
 
@@ -48,10 +72,17 @@ class Balance:
 
     Attributes:
         seconds: by phase, so far.
+        counts: of exchanges and their bytes, so far.
+        laps: the last ones; their ends are readings of the clock.
     """
 
     def __init__(self, size: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = dict.fromkeys(Phase, 0.0)
+        self.counts = dict.fromkeys(Exchange, 0)
+        self.laps: collections.deque[Lap] = collections.deque(maxlen=MOST_LAPS)
+        self._lap_number = 0
+        self._seconds_before = dict(self.seconds)
+        self._counts_before = dict(self.counts)
         self._size = size
         self._clock = clock
         self._phase = Phase.PROGRAM
@@ -67,6 +98,22 @@ class Balance:
             yield
         finally:
             self._switch(before)
+
+    def count(self, exchange: Exchange, number: int = 1) -> None:
+        """Note an exchange, or the number of its bytes."""
+        self.counts[exchange] += number
+
+    def end_lap(self) -> None:
+        """Note what was done since the last lap."""
+        self._switch(self._phase)
+        values: dict[str, Any] = {
+            f"{phase.value}_s": seconds - self._seconds_before[phase]
+            for phase, seconds in self.seconds.items()
+        }
+        values |= {e.value: count - self._counts_before[e] for e, count in self.counts.items()}
+        self.laps.append(Lap(self._lap_number, self._since_s, **values))
+        self._lap_number += 1
+        self._seconds_before, self._counts_before = dict(self.seconds), dict(self.counts)
 
     @property
     def cost_s(self) -> float:

@@ -22,7 +22,7 @@ from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
-from flatout.parallel.balance import Phase
+from flatout.parallel.balance import Exchange, Phase
 from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
@@ -224,6 +224,8 @@ class Sharing:
                 return self._make(current, call)
             finally:
                 current.state.scalars = kinds.scalars_of(module)
+                if not torch.is_grad_enabled():
+                    self._team.balance.end_lap()
 
     def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
         """Make a root call about which the ranks have met."""
@@ -360,6 +362,8 @@ class Sharing:
             changes.undo()
             return self._compute_whole(current, call, kind.reason)
         self._leaves.add(foreign)
+        team.balance.count(Exchange.CALL)
+        team.balance.count(Exchange.ROW, batch)
         kind.calls += 1
         kind.changed.update(changes.changed_buffers())
         if current.state.name not in self.shared:

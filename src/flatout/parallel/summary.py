@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatout.wire.lines import SharedWork, WholeCalls
+from flatout.wire.lines import Lap, SharedWork, WholeCalls
 
 if TYPE_CHECKING:
     from flatout.parallel.sharing import Sharing
@@ -35,11 +35,24 @@ def describe(sharing: Sharing, is_forked: bool) -> str:
     return "; ".join(parts)
 
 
-def work_of(sharing: Sharing, team: Team) -> SharedWork:
-    """Return what was shared out and what the time was spent on, for the record."""
+def work_of(sharing: Sharing, team: Team, started_ns: int) -> SharedWork:
+    """Return what was shared out and what the time was spent on.
+
+    Args:
+        sharing: of this process.
+        team: the ranks.
+        started_ns: when the record begins, by the clock of the balance.
+    """
     return SharedWork(
         team.size,
         dict(sharing.shared),
         tuple(WholeCalls(name, why, count) for (name, why), count in sharing.whole.items()),
         {phase.value: seconds for phase, seconds in team.balance.seconds.items()},
+        tuple(_rounded(lap, started_ns / 1e9) for lap in team.balance.laps),
     )
+
+
+def _rounded(lap: Lap, started_s: float) -> Lap:
+    """Return a lap as it is recorded: times in tenths of microseconds, from the header on."""
+    moved = lap._replace(end_s=lap.end_s - started_s)
+    return Lap._make(round(value, 7) for value in moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flatout.parallel.balance import Balance, Graphs, Phase
+from flatout.parallel.balance import Balance, Exchange, Graphs, Phase
 from flatout.parallel.channel import Channel, in_main_memory
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
@@ -70,6 +71,7 @@ class Team:
         """
         header = dataclasses.replace(header, sequence=self._meetings)
         self._meetings += 1
+        self.balance.count(Exchange.MEETING)
         with self.balance.spend(Phase.WAITING):
             headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
         found = first_difference(headers, alike)
@@ -104,6 +106,8 @@ class Team:
             before = sum(rows[:rank])
             parts.append([t.narrow(d, before, count) for t, d in zip(joined, dims, strict=True)])
         targets = [[_or_empty(part) for part in of_rank] for of_rank in parts]
+        self.balance.count(Exchange.GATHER)
+        self.balance.count(Exchange.GATHERED_BYTES, _count_bytes(joined))
         with self.balance.spend(Phase.COMMUNICATION):
             self.channel.gather([in_main_memory(tensor) for tensor in tensors], targets)
         for of_rank, found in zip(parts, targets, strict=True):
@@ -131,7 +135,7 @@ class Team:
             parts = [in_main_memory(_real(tensors[i].detach())) for i in indices]
             wholes = [means[i] for i in indices]
             targets = [_or_empty(whole) for whole in wholes]
-            with self.balance.spend(Phase.COMMUNICATION):
+            with self._summing(parts):
                 self.channel.average(parts, [_real(target) for target in targets])
             _copy_others(wholes, targets)
         return [means[i] for i in range(len(tensors))]
@@ -154,9 +158,17 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms or sums over samples differ in sizes")
-        with self.balance.spend(Phase.COMMUNICATION):
+        with self._summing(tensors):
             self.channel.sum(tensors)
         return tensors
+
+    @contextlib.contextmanager
+    def _summing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """A context in which tensors are added up over the ranks."""
+        self.balance.count(Exchange.SUM)
+        self.balance.count(Exchange.SUMMED_BYTES, _count_bytes(tensors))
+        with self.balance.spend(Phase.COMMUNICATION):
+            yield
 
     def _refuse_batched(self, tensors: Sequence[torch.Tensor]) -> None:
         functorch: Any = torch._C._functorch
@@ -191,6 +203,10 @@ def _copy_others(wholes: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     for whole, target in zip(wholes, targets, strict=True):
         if target is not whole:
             whole.copy_(target)
+
+
+def _count_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _empty_whole(shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +12,9 @@ from rich.text import Text
 from flatout.doctor import Diagnosis
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
-from flatout.tune.formatting import milliseconds
+from flatout.doctor.ranks import RANK_PHASES, Ranks
+from flatout.tune.formatting import NOT_MEASURED, milliseconds
+from flatout.wire.lines import SharedWork
 from flatout.wire.turns import PHASES
 
 OPERATORS_SHOWN, OPERATORS_SHOWN_VERBOSE = 5, 20
@@ -57,6 +59,8 @@ def _print(console: Console, diagnosis: Diagnosis, verbose: bool) -> None:
     if len(diagnosis.findings) > FINDINGS_EXPLAINED and not verbose:
         console.print(Text(f"   (-v shows all {len(diagnosis.findings)} with their evidence)"))
     console.print(_phases(case))
+    if case.ranks is not None:
+        console.print(_ranks(case.ranks, case.process.shared_work))
     if case.operators:
         operators_shown = OPERATORS_SHOWN_VERBOSE if verbose else OPERATORS_SHOWN
         console.print(_operators(case, operators_shown))
@@ -115,6 +119,40 @@ def _phases(case: Case) -> Padding:
         passes = f"{len(case.evaluations)} passes, not part of a step"
         table.add_row("evaluation", milliseconds(each_ms), "", passes)
     return Padding(table, (1, 0, 1, 2), expand=False)
+
+
+def _ranks(ranks: Ranks, work: SharedWork | None) -> Padding:
+    """The shares of a step that each rank spends on what."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("rank", justify="right")
+    table.add_column("step", justify="right")
+    for name in _RANK_PHASE_NAMES:
+        table.add_column(name, justify="right")
+    for rank, times in enumerate(ranks.times):
+        if times is None:
+            table.add_row(str(rank), NOT_MEASURED)
+        else:
+            shares = (f"{times.share(phase):.1%}" for phase in RANK_PHASES)
+            table.add_row(str(rank), milliseconds(times.step_ms), *shares)
+    lines = [_describe_bound(ranks), *([] if work is None else _describe_work(work))]
+    return Padding(Group(table, *map(Text, lines)), (0, 0, 1, 2), expand=False)
+
+
+def _describe_work(work: SharedWork) -> list[str]:
+    """What was shared out, and what was not with the reason."""
+    shared = [f"{count} calls of {module} were shared out" for module, count in work.shared.items()]
+    whole = [f"{c.count} calls of {c.module} were not shared out: {c.why}" for c in work.whole]
+    return shared + whole
+
+
+def _describe_bound(ranks: Ranks) -> str:
+    if ranks.bound is None:
+        return f"{ranks.size} ranks; how much faster they can be is {NOT_MEASURED}"
+    return f"{ranks.size} ranks give at most {ranks.bound:.1f}x, because of what all do alike"
+
+
+_RANK_PHASE_NAMES = ("shard", "alike", "waiting", "communication", "comparing")
+"""The heads of the columns of ``RANK_PHASES``."""
 
 
 def _operators(case: Case, shown: int) -> Padding:

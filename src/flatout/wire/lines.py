@@ -7,7 +7,7 @@ recorded).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from flatout.wire.codec import Doubles, Floats, Ints
 
@@ -284,6 +284,41 @@ class WholeCalls:
     count: int
 
 
+class Lap(NamedTuple):
+    """What a rank has done since the lap before. A lap ends with an optimizer step, or with a root
+    call that records no gradients.
+
+    Attributes:
+        number: of the lap, from 0; the same on all ranks.
+        end_s: its end, in seconds since the header was written.
+        program_s, testing_s, shard_s, waiting_s, communication_s, comparison_s: time by phase, see
+            ``parallel.balance.Phase``.
+        calls, rows: the number of calls that were shared out, and of their samples.
+        backwards: the number of backward calls of shards.
+        meetings: how often the ranks have compared headers.
+        gathers, gathered_bytes: how often tensors were gathered, and the size of what all ranks
+            have got.
+        sums, summed_bytes: how often tensors were added up over the ranks, and their size.
+    """
+
+    number: int
+    end_s: float
+    program_s: float
+    testing_s: float
+    shard_s: float
+    waiting_s: float
+    communication_s: float
+    comparison_s: float
+    calls: int
+    rows: int
+    backwards: int
+    meetings: int
+    gathers: int
+    gathered_bytes: int
+    sums: int
+    summed_bytes: int
+
+
 @dataclass(frozen=True)
 class SharedWork:
     """What a rank has shared out with the others, and what it has spent its time on, until the end
@@ -294,6 +329,7 @@ class SharedWork:
         shared: the number of calls that were shared out, by the class of the module.
         whole: those that were not.
         seconds: time by phase, see ``parallel.balance.Phase``.
+        laps: the last ones, in order.
     """
 
     kind: ClassVar[str] = "ranks"
@@ -302,6 +338,7 @@ class SharedWork:
     shared: dict[str, int]
     whole: tuple[WholeCalls, ...]
     seconds: dict[str, float]
+    laps: tuple[Lap, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ EXAMPLES = (
     "flatout doctor python train.py",
     "flatout doctor --quiet --budget 2m --json diagnosis.json python train.py",
     "flatout doctor --set precision=bf16 python train.py",
+    "flatout doctor --ranks 2 -- python train.py",
 )
 TAKES_JOB = True
 ARGUMENT = ""
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=options.duration_s, dest="budget", help=argparse.SUPPRESS
     )
     options.add_set(parser, "diagnose the program with this setting applied")
+    options.add_ranks(
+        parser,
+        "run the program as N processes that share out the batches, and show what each of them "
+        "spends its time on: its shards, what all do alike, waiting, communication",
+        "1",
+    )
     options.add_json(parser)
     parser.add_argument(
         "--quiet",
@@ -69,6 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command for a while, diagnose it, and print the diagnosis."""
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
+    from flatout.launch import companions
     from flatout.report import terminal
     from flatout.report.live import LiveLine
     from flatout.wire.request import Request
@@ -76,6 +84,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         paths.check_writable(arguments.json)
     settings = knobs.parse_settings(arguments.set)
+    ranks = None
+    if (arguments.ranks or 1) > 1:
+        knobs.check_claims(["ranks", *settings])
+        ranks = companions.make_ranks(arguments.ranks)
     line = LiveLine(sys.stderr)
     finished = launch.start(
         arguments.command,
@@ -84,6 +96,7 @@ def execute(arguments: argparse.Namespace) -> int:
             stop_steps=arguments.steps,
             stop_seconds=arguments.budget,
             profile_steps=PROFILE_STEPS,
+            ranks=ranks,
         ),
         isolate=not arguments.in_place,
         output="capture" if arguments.quiet else "inherit",
@@ -104,11 +117,16 @@ def execute(arguments: argparse.Namespace) -> int:
     terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
     if diagnosis.findings:
         say(f"next: flatout tune -- {shlex.join(arguments.command)}")
+    if ranks is not None:
+        record = paths.shown(finished.run_directory)
+        say(f"how it scales to more ranks: flatout scale --network 100GbE {record}")
     for event in run.main.events:
         if event.subject in settings and event.what in ("skipped", "failed"):
             say(f"{event.subject} {event.what}: {event.why}")
     if finished.returncode != 0:
         say(f"the program {_describe_end(finished)} while it was diagnosed")
+    if finished.rank_failure is not None:
+        say(finished.rank_failure)
     if arguments.quiet:
         say(f"the program's output is in {_output_file(finished)}")
     return 0

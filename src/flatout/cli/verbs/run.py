@@ -54,13 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="apply the whole plan even if machine, torch, program, arguments or inputs have "
         "changed since its proof",
     )
-    parser.add_argument(
-        "--ranks",
-        type=options.positive,
-        metavar="N",
-        help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
-        "cores, which share out the batches; rank 0 is the program, and what the other ranks "
-        "write is discarded (default: as the plan says, or 1)",
+    options.add_ranks(
+        parser,
+        "run the command as N processes, each on its share of the cores, which share out the "
+        "batches; rank 0 is the program, and what the other ranks write is discarded",
+        "as the plan says, or 1",
     )
 
 

@@ -10,9 +10,12 @@ def find(case: Case) -> Finding | None:
     threads = case.process.threads
     if threads is None or case.usable_cores is None or case.on_accelerator:
         return None
+    own = case.process.shared_work
     ranks = int(case.process.header.environment.get("LOCAL_WORLD_SIZE") or 1)
+    if own is not None:
+        ranks = own.ranks
     cores = max(1.0, case.usable_cores)
-    if threads * ranks <= cores or threads == 1:
+    if threads * ranks <= cores or (threads == 1 and own is None):
         return None
     who = (
         f"{ranks} ranks compute with {threads} threads each"
@@ -24,6 +27,17 @@ def find(case: Case) -> Finding | None:
         "more threads than cores",
         [f"{who} on {case.usable_cores:g} cores"],
         None,
+        _remedy(ranks, cores, own is not None),
+    )
+
+
+def _remedy(ranks: int, cores: float, are_flatouts: bool) -> str:
+    if are_flatouts and ranks > cores:
+        return f"edit: run at most {int(cores)} --ranks"
+    if are_flatouts:
+        number = int(cores / ranks)
+        return f"edit: let each of the --ranks compute with {number} thread{'s' * (number > 1)}"
+    return (
         f"edit: start with OMP_NUM_THREADS={max(1, int(cores / ranks))}"
-        + " (knob: threads=all)" * (ranks == 1),
+        + " (knob: threads=all)" * (ranks == 1)
     )

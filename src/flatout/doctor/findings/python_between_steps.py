@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
+from flatout.doctor.ranks import PROGRAM
 
 PYTHON_MATTERS = 0.1
 """Smallest share that is reported: the loop itself, zero_grad and clipping are part of it."""
@@ -11,6 +12,9 @@ PYTHON_MATTERS = 0.1
 
 def find(case: Case) -> Finding | None:
     share = case.host_share("other")
+    of_rank_0 = None if case.ranks is None else case.ranks.times[0]
+    if of_rank_0 is not None:  # exchanges between ranks belong to no phase either
+        share = min(share, of_rank_0.share(PROGRAM))
     if share < PYTHON_MATTERS:
         return None
     evidence = [f"{case.phases_ms['other']:.3g} ms of a step belong to none of its phases"]

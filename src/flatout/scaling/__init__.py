@@ -1,0 +1,1 @@
+"""Predicts the time of a step with other numbers of ranks, over a measured or a named network."""
