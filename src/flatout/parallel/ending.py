@@ -62,10 +62,12 @@ class Ending:
 
     def lost(self, error: Exception) -> NoReturn:
         """Stop because another rank does not answer."""
-        if (why := _read(self._alone_file())) is not None:
-            self._leave(why)
         deadline = time.monotonic() + NEWS_SECONDS
-        while (news := self.news()) is None and time.monotonic() < deadline:
+        while True:
+            if (why := _read(self._alone_file())) is not None:
+                self._leave(why)
+            if (news := self.news()) is not None or time.monotonic() > deadline:
+                break
             time.sleep(0.01)
         news = news or self.parting()
         if news is None:
@@ -84,7 +86,9 @@ class Ending:
     def note_alone(self, why: str) -> None:
         """Let the other ranks know that this one goes on without them, and why."""
         with contextlib.suppress(OSError):
-            self._alone_file().write_text(why, "utf-8")
+            new = self._alone_file().with_suffix(".new")
+            new.write_text(why, "utf-8")
+            new.replace(self._alone_file())
 
     def note_end(self) -> None:
         """Let the other ranks know that the program has ended in this one."""

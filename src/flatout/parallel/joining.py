@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: by tickets and a port in the run directory.
+"""How the ranks of a job find each other: by tickets, an address and a port in the run directory.
 
 A job may consist of several processes, and any of them may train. The k-th process of a rank that
 makes a root call takes ticket k, and meets those that hold ticket k of the other ranks.
@@ -39,13 +39,14 @@ def join(place: Place, ending: Ending) -> Gloo:
     port_file = place.run_directory / f"port-{ticket}"
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank == 0:
-        store = _store(0, is_server=True)
+        store = _store(place.address, 0, is_server=True)
         new = port_file.with_name(f"{port_file.name}.new")
-        new.write_text(str(store.port))
+        new.write_text(f"{place.address} {store.port}")
         new.rename(port_file)
     else:
         _wait_until(port_file.exists, deadline, ending)
-        store = _store(int(port_file.read_text()), is_server=False)
+        address, port = port_file.read_text().split()
+        store = _store(address, int(port), is_server=False)
     store.set(f"here-{place.rank}", "")
     names = [f"here-{rank}" for rank in range(place.size)]
     _wait_until(lambda: store.check(names), deadline, ending)
@@ -74,12 +75,12 @@ def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _store(port: int, is_server: bool) -> Any:
+def _store(address: str, port: int, is_server: bool) -> Any:
     timeout = datetime.timedelta(seconds=JOIN_SECONDS)
     from torch import distributed
 
     new_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
-    return new_store("127.0.0.1", port, None, is_server, timeout, False)
+    return new_store(address, port, None, is_server, timeout, False)
 
 
 def _group(store: Any, place: Place) -> Any:
@@ -89,8 +90,17 @@ def _group(store: Any, place: Place) -> Any:
     gloo: Any = ProcessGroupGloo
     options = gloo._Options()
     options._timeout = datetime.timedelta(seconds=MEETING_SECONDS)
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._devices = _devices(gloo, place.address)
     return gloo(store, place.rank, place.size, options)
+
+
+def _devices(gloo: Any, address: str) -> list[Any]:
+    """Return what gloo listens on: the interfaces that the user has named, as torch itself takes
+    them, or the address at which the other ranks reach this one."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if names and address != Place.address:
+        return [gloo.create_device(interface=name) for name in names.split(",")]
+    return [gloo.create_device(hostname=address)]
 
 
 @contextlib.contextmanager

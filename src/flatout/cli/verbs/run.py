@@ -8,17 +8,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from flatout import paths
 from flatout.cli import options
 from flatout.cli.streams import say
 from flatout.errors import UserError
-from flatout.launch import companions, environment, process
+from flatout.launch import companions, environment, hosts, launcher, nodes, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
-from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Ranks, Request
+from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Request
 from flatout.wire.writer import reason_record_incomplete
 
 if TYPE_CHECKING:
@@ -56,22 +56,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks",
-        type=options.positive,
+        type=_ranks_option,
         default=1,
         metavar="N",
         help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
         "cores, which share out the batches; rank 0 is the program, and what the other ranks "
-        "write is discarded (default: 1)",
+        "write is discarded; env: this process is one rank that torchrun, srun or a PyTorchJob has "
+        "started (default: 1)",
     )
+    parser.add_argument(
+        "--nodes",
+        type=options.positive,
+        metavar="M",
+        help="run N ranks on each of M hosts: give the same command on each (needs --rendezvous)",
+    )
+    parser.add_argument(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="where the hosts find each other: one of them, and a free port there",
+    )
+
+
+def _ranks_option(text: str) -> int | Literal["env"]:
+    return "env" if text == "env" else options.positive(text)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its own exit status."""
+    if arguments.nodes is not None or arguments.rendezvous is not None:
+        return _execute_on_nodes(arguments)
+    if arguments.ranks == "env":
+        return _execute_as_rank(arguments)
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
     if arguments.ranks > 1:
-        request = replace(request, ranks=_ranks(arguments, request))
+        _check_ranks(arguments, request)
+        request = replace(request, ranks=companions.request(arguments.ranks))
     run_directory, variables = None, {}
     if not environment.is_disabled():
         run_directory = _prepare(request)
@@ -97,6 +118,56 @@ def execute(arguments: argparse.Namespace) -> int:
     return process.exit_like(exited.returncode)
 
 
+def _execute_as_rank(arguments: argparse.Namespace) -> int:
+    """Run the command as one rank that a launcher has started."""
+    launched = launcher.read(os.environ)
+    if launched.size == 1 or environment.is_disabled():
+        if launched.rank:
+            return 0  # the command runs bare, as rank 0
+        os.environ.update(kept := launcher.without_ranks(os.environ))
+        for name in os.environ.keys() - kept.keys():
+            del os.environ[name]
+        arguments.ranks = 1
+        return execute(arguments)
+    if launched.rank:
+        ended = hosts.run_other(arguments.command, launched, say)
+        lines = []
+    else:
+        request = _request(arguments)
+        _check_ranks(arguments, request)
+        ended = hosts.run_rank_0(arguments.command, request, launched, say)
+        lines = _summary(ended.run_directory, request)
+    has_said_why = launched.rank == 0 and _has_said_why(ended.run_directory)
+    if ended.sentence is not None and not has_said_why:
+        lines.insert(0, ended.sentence)
+    for line in lines:
+        say(line)
+    if nodes.leave_status(ended.returncode):
+        return 0
+    if launched.rank and ended.returncode < 0:
+        return 128 - ended.returncode
+    return process.exit_like(ended.returncode)
+
+
+def _execute_on_nodes(arguments: argparse.Namespace) -> int:
+    """Run the command on several hosts, of which this is one."""
+    if arguments.nodes is None or arguments.rendezvous is None or arguments.ranks == "env":
+        raise UserError(
+            "--nodes M and --rendezvous HOST:PORT belong together, and --ranks N says how many "
+            "ranks each host has"
+        )
+    words = [f"--set={word}" for word in arguments.set] + ["--trust"] * arguments.trust
+    if arguments.plan is not None:
+        words.append(f"--plan={arguments.plan}")
+    if arguments.tune:
+        words.append("--tune")
+    as_rank = ["run", "--ranks", "env", *words, "--", *arguments.command]
+    process.check_program(arguments.command[0])
+    return process.exit_like(
+        nodes.run(as_rank, arguments.nodes, arguments.rendezvous, arguments.ranks)
+    )
+
+
 def _request(arguments: argparse.Namespace) -> Request:
     settings: dict[str, str] = {}
     proof = guard = None
@@ -116,8 +187,12 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(settings=settings, proof=proof, guard=guard)
 
 
-def _ranks(arguments: argparse.Namespace, request: Request) -> Ranks:
-    """What the ranks must know of each other."""
+def _check_ranks(arguments: argparse.Namespace, request: Request) -> None:
+    """Check that several ranks can be combined with the other options.
+
+    Raises:
+        UserError: they cannot.
+    """
     if arguments.tune:
         raise UserError(
             "--ranks and --tune cannot be combined: each rank would choose settings by its own "
@@ -128,7 +203,6 @@ def _ranks(arguments: argparse.Namespace, request: Request) -> Ranks:
             "--ranks and the knob gradients cannot be combined: it computes gradients after the "
             "ranks have averaged them"
         )
-    return companions.request(arguments.ranks)
 
 
 def _guard(plan: Plan, settings: Mapping[str, str], command: Sequence[str]) -> GuardRequest | None:
