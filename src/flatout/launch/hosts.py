@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,32 +41,44 @@ class Ended:
         returncode: exit status of rank 0; if negative, the signal that killed it.
         sentence: about the rank that failed; ``None``: none did, or it is for others to say.
         run_directory: of this rank.
+        lines: connections to other ranks. They end with this process, and the flatouts of the other
+            ranks end after that of rank 0: launchers end all ranks once one has failed.
     """
 
     returncode: int
     sentence: str | None
     run_directory: Path
+    lines: Sequence[Line]
 
 
 def run_rank_0(
-    command: Sequence[str], request: Request, launched: Launched, say: meeting.Say
+    command: Sequence[str],
+    make_request: Callable[[], Request],
+    launched: Launched,
+    say: meeting.Say,
 ) -> Ended:
     """Run a command as rank 0 to its end.
 
     Args:
         command: program and arguments.
-        request: for the agents of all ranks, without ``ranks``.
+        make_request: returns what the agents of all ranks shall do, without ``ranks``.
         launched: the place of this process.
         say: tells the user something.
 
     Raises:
-        UserError: the program cannot be executed, or another rank cannot be run.
+        UserError: the program cannot be executed, there is no request, or another rank cannot be
+            run.
     """
-    process.check_program(command[0])
     others = meeting.Host(launched, say).wait_for_all()
     address, shares = meeting.assign(meeting.introduce(launched, ""), others)
-    request = replace(request, ranks=companions.make_ranks(launched.size))
-    run_directory = _make_run_directory(request)
+    try:
+        process.check_program(command[0])
+        request = replace(make_request(), ranks=companions.make_ranks(launched.size))
+        run_directory = _make_run_directory(request)
+    except UserError as error:
+        for line, _ in others.values():
+            line.send(refusal=f"rank 0, on {address}: {error}")
+        raise
     meeting.send_assignments(others, request, address, shares)
     exchange = _Exchange(Notes(run_directory), {rank: line for rank, (line, _) in others.items()})
     deaths = Deaths(run_directory)
@@ -85,7 +97,7 @@ def run_rank_0(
     sentence = deaths.explain(exited.returncode)
     returncode = 1 if deaths.ended_rank_0 else exited.returncode
     exchange.end(returncode)
-    return Ended(returncode, sentence, run_directory)
+    return Ended(returncode, sentence, run_directory, [line for line, _ in others.values()])
 
 
 def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> Ended:
@@ -99,8 +111,7 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
     Raises:
         UserError: the program cannot be executed, or the ranks cannot be run.
     """
-    process.check_program(command[0])
-    line, assignment = meeting.join(launched, _refusal(), say)
+    line, assignment = meeting.join(launched, _refusal(command), say)
     rank = launched.rank
     run_directory = _make_run_directory(assignment.request)
     variables = _variables(assignment.request, run_directory, assignment.address)
@@ -113,24 +124,31 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
         this = Companions(command, variables, run_directory, {rank: assignment.processors})
         membership = _Membership(line, Notes(run_directory), assignment.address, output)
         try:
-            returncode = _follow(this, membership, signals)
+            returncode = _follow(this, membership, signals, say)
         finally:
             this.end()
-    line.close()
+        until_s = time.monotonic() + companions.FOLLOWING_S
+        while not line.is_lost and time.monotonic() < until_s:
+            time.sleep(_POLL_S)
+            line.receive()
     deaths = Deaths(run_directory)
     first = deaths.first()
     is_known_here = first is not None and first.rank in (0, rank)
     sentence = deaths.explain(returncode) if is_known_here else None
-    return Ended(returncode, sentence, run_directory)
+    return Ended(returncode, sentence, run_directory, [line])
 
 
-def _follow(this: Companions, membership: _Membership, signals: Sequence[int]) -> int:
+def _follow(
+    this: Companions, membership: _Membership, signals: Sequence[int], say: meeting.Say
+) -> int:
     """Wait until this rank must end, give it some time to end by itself, and return how rank 0 has
     ended."""
     until_s: float | None = None
     while membership.ended is None and not membership.line.is_lost:
         if signals and until_s is None:
             until_s = time.monotonic() + INTERRUPTED_S
+            where = membership.line.address
+            say(f"rank 0, on {where}, decides; this rank ends within {INTERRUPTED_S:.0f} s")
         if until_s is not None and time.monotonic() > until_s:
             return -signals[0]
         time.sleep(_POLL_S)
@@ -173,7 +191,6 @@ class _Exchange:
         """
         for line in self._lines.values():
             line.send(ended=returncode)
-            line.close()
 
     def _take(self, rank: int, name: str, text: str) -> None:
         if self._notes.add(name, text):
@@ -219,9 +236,10 @@ class _Membership:
             self._notes.add(*self._notes.lost(0, self.line.address))
 
 
-def _refusal() -> str | None:
-    """Why another rank than 0 cannot be run on this host; ``None``: it can."""
+def _refusal(command: Sequence[str]) -> str | None:
+    """Why a command cannot be run on this host as another rank than 0; ``None``: it can."""
     try:
+        process.check_program(command[0])
         companions.check_view()
     except UserError as error:
         return str(error)

@@ -6,6 +6,7 @@ VARIABLES"; documentation of Kubeflow's PyTorchJob.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _SLURM_PORTS = range(20000, 30000)
 
 _TOLD_TO_RANKS = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
     r"|(TORCHELASTIC|PET|PMI|PMI2|PMIX|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS|NPROCS|NNODES|JOB_NUM_NODES|NTASKS_PER_NODE"
     r"|TASKS_PER_NODE|STEP_NUM_TASKS|STEP_NUM_NODES|STEP_TASKS_PER_NODE)"
@@ -87,6 +89,12 @@ def read(variables: Mapping[str, str]) -> Launched:
 def without_ranks(variables: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without what tells a program that it is one of several processes."""
     return {name: v for name, v in variables.items() if not _TOLD_TO_RANKS.fullmatch(name)}
+
+
+def forget() -> None:
+    """Take this out of the environment of this process."""
+    for name in os.environ.keys() - without_ranks(os.environ).keys():
+        del os.environ[name]
 
 
 def first_host(nodes: str) -> str:

@@ -18,8 +18,8 @@ _SEND_SECONDS = 5.0
 _MOST_BYTES = 1 << 24
 """A line that is longer does not come from flatout."""
 
-_IDLE_SECONDS, _PROBE_SECONDS, _PROBES = 2, 1, 3
-"""A host that answers nothing counts as lost after 5 seconds (tcp(7))."""
+_IDLE_SECONDS, _PROBE_SECONDS, _PROBES = 5, 5, 2
+"""A host that answers nothing counts as lost after 15 seconds (tcp(7)), as for torchrun."""
 
 
 class Line:

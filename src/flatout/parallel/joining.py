@@ -50,7 +50,7 @@ def join(place: Place, ending: Ending) -> Gloo:
     store.set(f"here-{place.rank}", "")
     names = [f"here-{rank}" for rank in range(place.size)]
     _wait_until(lambda: store.check(names), deadline, ending)
-    with _silent():
+    with _silent(1):  # gloo says there that it is connected
         group = _group(store, place)
     return Gloo(group, place.rank, place.size, ending.lost)
 
@@ -80,7 +80,8 @@ def _store(address: str, port: int, is_server: bool) -> Any:
     from torch import distributed
 
     new_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
-    return new_store(address, port, None, is_server, timeout, False)
+    with _silent(2):  # it warns there of addresses that no name service knows
+        return new_store(address, port, None, is_server, timeout, False)
 
 
 def _group(store: Any, place: Place) -> Any:
@@ -104,22 +105,22 @@ def _devices(gloo: Any, address: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """A context in which what C++ prints on stdout is dropped: gloo says that it is connected."""
+def _silent(descriptor: int) -> Iterator[None]:
+    """A context in which what C++ prints on standard output (1) or error (2) is dropped."""
     libc = ctypes.CDLL(None)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
+        (sys.stdout if descriptor == 1 else sys.stderr).flush()
     libc.fflush(None)
     try:
-        kept = os.dup(1)
-    except OSError:  # there is no stdout
+        kept = os.dup(descriptor)
+    except OSError:  # it is closed
         yield
         return
     try:
         with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), descriptor)
         yield
     finally:
         libc.fflush(None)
-        os.dup2(kept, 1)
+        os.dup2(kept, descriptor)
         os.close(kept)

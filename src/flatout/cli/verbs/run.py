@@ -87,6 +87,11 @@ def execute(arguments: argparse.Namespace) -> int:
         return _execute_on_nodes(arguments)
     if arguments.ranks == "env":
         return _execute_as_rank(arguments)
+    return process.exit_like(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command on this host; returns its exit status, or its negative signal."""
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
@@ -115,38 +120,49 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.tune:
             for line in learning.conclude(arguments, run_directory):
                 say(line)
-    return process.exit_like(exited.returncode)
+    return exited.returncode
 
 
 def _execute_as_rank(arguments: argparse.Namespace) -> int:
     """Run the command as one rank that a launcher has started."""
     launched = launcher.read(os.environ)
-    if launched.size == 1 or environment.is_disabled():
-        if launched.rank:
-            return 0  # the command runs bare, as rank 0
-        os.environ.update(kept := launcher.without_ranks(os.environ))
-        for name in os.environ.keys() - kept.keys():
-            del os.environ[name]
+    node = nodes.enter()
+    if launched.size > 1 and not environment.is_disabled():
+        returncode = _run_as_rank(arguments, launched)
+    elif launched.rank == 0:
+        launcher.forget()
         arguments.ranks = 1
-        return execute(arguments)
+        returncode = _run(arguments)
+    else:
+        return 0  # the agent is disabled, so rank 0 runs bare and alone
+    if node is not None:
+        nodes.leave(node, returncode)
+        return 0
+    if launched.rank and returncode < 0:
+        return 128 - returncode
+    return process.exit_like(returncode)
+
+
+def _run_as_rank(arguments: argparse.Namespace, launched: launcher.Launched) -> int:
+    """Run the command as one of several ranks; returns the exit status of rank 0, or its negative
+    signal."""
     if launched.rank:
         ended = hosts.run_other(arguments.command, launched, say)
-        lines = []
-    else:
+        if ended.sentence is not None:
+            say(ended.sentence)
+        return ended.returncode
+
+    def make_request() -> Request:
         request = _request(arguments)
         _check_ranks(arguments, request)
-        ended = hosts.run_rank_0(arguments.command, request, launched, say)
-        lines = _summary(ended.run_directory, request)
-    has_said_why = launched.rank == 0 and _has_said_why(ended.run_directory)
-    if ended.sentence is not None and not has_said_why:
-        lines.insert(0, ended.sentence)
-    for line in lines:
+        return request
+
+    ended = hosts.run_rank_0(arguments.command, make_request, launched, say)
+    if ended.sentence is not None and not _has_said_why(ended.run_directory):
+        say(ended.sentence)
+    for line in _summary(ended.run_directory, Request.read(ended.run_directory)):
         say(line)
-    if nodes.leave_status(ended.returncode):
-        return 0
-    if launched.rank and ended.returncode < 0:
-        return 128 - ended.returncode
-    return process.exit_like(ended.returncode)
+    return ended.returncode
 
 
 def _execute_on_nodes(arguments: argparse.Namespace) -> int:
