@@ -1,4 +1,4 @@
-"""Hosts made of network namespaces, each with an address of its own on one bridge (``ip netns``)."""
+"""Hosts made of network namespaces (``ip netns``), each with addresses of its own on one bridge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Hosts:
         return [_IP, "netns", "exec", self._names[number], *words]
 
     def start(
-        self, number: int, words: Sequence[str], folder: Path, **variables: object
+        self, number: int, words: Sequence[str], folder: Path, variables: Mapping[str, str]
     ) -> subprocess.Popen[str]:
         """Start a command on a host.
 
@@ -76,13 +76,13 @@ class Hosts:
             number: of the host.
             words: program and arguments.
             folder: the working folder.
-            variables: those of the environment that are other than here.
+            variables: the environment.
         """
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
             self.command(number, words),
             cwd=folder,
-            env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+            env=dict(variables),
             text=True,
             start_new_session=True,
             **options,

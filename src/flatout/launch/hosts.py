@@ -124,25 +124,24 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
         this = Companions(command, variables, run_directory, {rank: assignment.processors})
         membership = _Membership(line, Notes(run_directory), assignment.address, output)
         try:
-            returncode = _follow(this, membership, signals, say)
+            returncode = _wait_for_rank_0(membership, signals, say)
+            sentence = _explain_here(run_directory, rank, returncode)
+            if membership.ended is None:
+                this.wait_for_end(OWN_END_S)
+            elif membership.ended >= 0:
+                this.wait_for_end()
         finally:
             this.end()
         until_s = time.monotonic() + companions.FOLLOWING_S
         while not line.is_lost and time.monotonic() < until_s:
             time.sleep(_POLL_S)
             line.receive()
-    deaths = Deaths(run_directory)
-    first = deaths.first()
-    is_known_here = first is not None and first.rank in (0, rank)
-    sentence = deaths.explain(returncode) if is_known_here else None
     return Ended(returncode, sentence, run_directory, [line])
 
 
-def _follow(
-    this: Companions, membership: _Membership, signals: Sequence[int], say: meeting.Say
-) -> int:
-    """Wait until this rank must end, give it some time to end by itself, and return how rank 0 has
-    ended."""
+def _wait_for_rank_0(membership: _Membership, signals: Sequence[int], say: meeting.Say) -> int:
+    """Return how rank 0 has ended; 1 if the connection to it is lost, and the negative signal if
+    one has asked this rank to end."""
     until_s: float | None = None
     while membership.ended is None and not membership.line.is_lost:
         if signals and until_s is None:
@@ -150,15 +149,17 @@ def _follow(
             where = membership.line.address
             say(f"rank 0, on {where}, decides; this rank ends within {INTERRUPTED_S:.0f} s")
         if until_s is not None and time.monotonic() > until_s:
-            return -signals[0]
+            membership.ended = -signals[0]
         time.sleep(_POLL_S)
         membership.pass_on()
-    if membership.ended is None:
-        this.wait_for_end(OWN_END_S)
-        return 1
-    if membership.ended >= 0:
-        this.wait_for_end()
-    return membership.ended
+    return 1 if membership.ended is None else membership.ended
+
+
+def _explain_here(run_directory: Path, rank: int, returncode: int) -> str | None:
+    """A sentence about the rank that failed first, if that is this one, or rank 0 is lost."""
+    deaths = Deaths(run_directory)
+    first = deaths.first()
+    return deaths.explain(returncode) if first is not None and first.rank in (0, rank) else None
 
 
 class _Exchange:

@@ -98,7 +98,7 @@ def run(command: Sequence[str], nodes: int, rendezvous: str, ranks: int) -> int:
             returncode = started.wait()
         with contextlib.suppress(FileNotFoundError):
             return int((folder / _STATUS_FILE).read_text())
-    raise UserError("torchrun has not run the ranks to their end", returncode or 1)
+    raise UserError("torchrun has not run the ranks to their end", max(returncode, 1))
 
 
 def enter() -> Path | None:

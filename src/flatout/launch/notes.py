@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flatout.launch.companion_stage import STATUS_PREFIX
 
-_NOTE = re.compile(r"(begun|port|alone|ended|died|done)-\d+(-\d+)?")
+_NOTE = re.compile(r"(begun|imported|port|alone|ended|died|done)-\d+(-\d+)?")
 
 
 class Notes:
