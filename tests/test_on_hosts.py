@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +27,11 @@ pytestmark = [
 PORT = 29500
 ENDLESS = 10**9
 
+MakeHosts = Callable[[int], namespaces.Hosts]
+
 
 @pytest.fixture
-def make_hosts() -> Iterator[Callable[[int], namespaces.Hosts]]:
+def make_hosts() -> Iterator[MakeHosts]:
     """Makes hosts, which are removed."""
     with contextlib.ExitStack() as until_end:
 
@@ -87,17 +89,6 @@ class Run:
         while not (line := output.readline())[:1].isdigit():
             assert line, self.wait()
 
-    def find(self, rank: int, *words: str) -> int:
-        """Return the id of the process of a rank whose command line has these words, the first."""
-        of_rank = f"FLATOUT_HOME={self.home(rank)}".encode()
-        for name in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
-            with contextlib.suppress(OSError):
-                entries = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
-                found = Path(f"/proc/{name}/cmdline").read_bytes().decode().split("\0")
-                if of_rank in entries and all(word in found for word in words):
-                    return int(name)
-        raise AssertionError(words)
-
     def find_program(self, rank: int) -> int:
         """Return the id of the process in which a rank runs the program."""
         script = str(self._folder / "program.py")
@@ -121,7 +112,7 @@ class Run:
         return found
 
 
-def by_hand(hosts: namespaces.Hosts, address: str, **more: str) -> dict[str, Callable[..., object]]:
+def by_hand(hosts: namespaces.Hosts, address: str, **more: str) -> dict[str, Any]:
     """What ``Run`` needs for ranks whose places are set by hand."""
     size = len(hosts.addresses)
     return {
@@ -130,7 +121,7 @@ def by_hand(hosts: namespaces.Hosts, address: str, **more: str) -> dict[str, Cal
     }
 
 
-def on_nodes(hosts: namespaces.Hosts, rendezvous: str) -> dict[str, Callable[..., object]]:
+def on_nodes(hosts: namespaces.Hosts, rendezvous: str) -> dict[str, Any]:
     """What ``Run`` needs for ``--nodes``."""
     count = str(len(hosts.addresses))
     words = launched.flatout("--nodes", count, "--rendezvous", rendezvous, "--ranks", "1")
@@ -138,9 +129,9 @@ def on_nodes(hosts: namespaces.Hosts, rendezvous: str) -> dict[str, Callable[...
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_places_set_by_hand(count: int, make_hosts: object, tmp_path: Path) -> None:
+def test_places_set_by_hand(count: int, make_hosts: MakeHosts, tmp_path: Path) -> None:
     alone = launched.run_alone(tmp_path)
-    hosts = make_hosts(count)  # type: ignore[operator]
+    hosts = make_hosts(count)
     rank_0, *others = Run(hosts, tmp_path, **by_hand(hosts, hosts.addresses[0])).wait()
     rank_0.check_is(alone, count)
     for rank, other in enumerate(others, 1):
@@ -148,9 +139,9 @@ def test_places_set_by_hand(count: int, make_hosts: object, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_nodes(version: int, make_hosts: object, tmp_path: Path) -> None:
+def test_nodes(version: int, make_hosts: MakeHosts, tmp_path: Path) -> None:
     alone = launched.run_alone(tmp_path, 3)
-    hosts = make_hosts(2)  # type: ignore[operator]
+    hosts = make_hosts(2)
     address = hosts.addresses[0] if version == 4 else f"[{hosts.addresses_v6[0]}]"
     run = Run(hosts, tmp_path, **on_nodes(hosts, f"{address}:{PORT}"), status=3)
     rank_0, other = run.wait()
@@ -161,9 +152,9 @@ def test_nodes(version: int, make_hosts: object, tmp_path: Path) -> None:
     assert not run.left()
 
 
-def test_a_torchrun_of_the_user(make_hosts: object, tmp_path: Path) -> None:
+def test_a_torchrun_of_the_user(make_hosts: MakeHosts, tmp_path: Path) -> None:
     alone = launched.run_alone(tmp_path)
-    hosts = make_hosts(2)  # type: ignore[operator]
+    hosts = make_hosts(2)
 
     def torchrun(rank: int) -> list[str]:
         where = ["--master-addr", hosts.addresses[0], "--master-port", str(PORT)]
@@ -176,9 +167,9 @@ def test_a_torchrun_of_the_user(make_hosts: object, tmp_path: Path) -> None:
     other.check_is_another(0, 1, 2)
 
 
-def test_the_interface_that_the_user_names(make_hosts: object, tmp_path: Path) -> None:
+def test_the_interface_that_the_user_names(make_hosts: MakeHosts, tmp_path: Path) -> None:
     alone = launched.run_alone(tmp_path)
-    hosts = make_hosts(2)  # type: ignore[operator]
+    hosts = make_hosts(2)
     address = hosts.addresses[0]
     run = Run(hosts, tmp_path, **by_hand(hosts, address, GLOO_SOCKET_IFNAME="eth0"))
     run.wait()[0].check_is(alone, 2)
@@ -200,9 +191,9 @@ def test_the_interface_that_the_user_names(make_hosts: object, tmp_path: Path) -
     ],
 )
 def test_a_rank_that_is_killed_ends_all(
-    killed: str, status: int, sentence: str | None, make_hosts: object, tmp_path: Path
+    killed: str, status: int, sentence: str | None, make_hosts: MakeHosts, tmp_path: Path
 ) -> None:
-    hosts = make_hosts(2)  # type: ignore[operator]
+    hosts = make_hosts(2)
     run = Run(hosts, tmp_path, **by_hand(hosts, hosts.addresses[0]), steps=ENDLESS)
     run.wait_for_a_loss()
     what, _, rank = killed.partition(" of ")
@@ -221,8 +212,8 @@ def test_a_rank_that_is_killed_ends_all(
     assert not run.left()
 
 
-def test_a_host_that_falls_silent_ends_all(make_hosts: object, tmp_path: Path) -> None:
-    hosts = make_hosts(2)  # type: ignore[operator]
+def test_a_host_that_falls_silent_ends_all(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    hosts = make_hosts(2)
     run = Run(hosts, tmp_path, **by_hand(hosts, hosts.addresses[0]), steps=ENDLESS)
     run.wait_for_a_loss()
     hosts.cut_off(1)
@@ -235,9 +226,9 @@ def test_a_host_that_falls_silent_ends_all(make_hosts: object, tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_rank_0_of_nodes_ends_all(
-    number: signal.Signals, make_hosts: object, tmp_path: Path
+    number: signal.Signals, make_hosts: MakeHosts, tmp_path: Path
 ) -> None:
-    hosts = make_hosts(2)  # type: ignore[operator]
+    hosts = make_hosts(2)
     words = on_nodes(hosts, f"{hosts.addresses[0]}:{PORT}")
     run = Run(hosts, tmp_path, **words, steps=ENDLESS)
     run.wait_for_a_loss()
@@ -248,8 +239,8 @@ def test_a_signal_to_rank_0_of_nodes_ends_all(
     assert not run.left()
 
 
-def test_a_signal_to_another_rank_lets_rank_0_decide(make_hosts: object, tmp_path: Path) -> None:
-    hosts = make_hosts(2)  # type: ignore[operator]
+def test_a_signal_to_another_rank_lets_rank_0_decide(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    hosts = make_hosts(2)
     run = Run(hosts, tmp_path, **by_hand(hosts, hosts.addresses[0]), steps=ENDLESS)
     run.wait_for_a_loss()
     run.processes[1].terminate()
@@ -263,8 +254,8 @@ def test_a_signal_to_another_rank_lets_rank_0_decide(make_hosts: object, tmp_pat
     assert not run.left()
 
 
-def test_no_other_host_comes(make_hosts: object, tmp_path: Path) -> None:
-    hosts = make_hosts(2)  # type: ignore[operator]
+def test_no_other_host_comes(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    hosts = make_hosts(2)
     run = Run(hosts, tmp_path, **by_hand(hosts, "10.77.0.9"), steps=ENDLESS)
     error = run.processes[1].stderr
     assert error is not None
@@ -272,4 +263,3 @@ def test_no_other_host_comes(make_hosts: object, tmp_path: Path) -> None:
     for process in run.processes:
         process.terminate()
     assert [ended.status for ended in run.wait()] == [-signal.SIGTERM] * 2
-    assert not subprocess.run(["true"], check=False).returncode
