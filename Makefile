@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
-SUITE = not measured and not ranks and not frameworks and not accelerator and not tunes and not traps and not injected
+SUITE = not measured and not ranks and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected
 
 all: test
 
@@ -43,6 +43,10 @@ ranks: $(INSTALLED) .venv-frameworks/.installed
 
 ranks-quick: $(INSTALLED) .venv-frameworks/.installed
 	$(BIN)/python -m pytest -m ranks -k "gpt-2 or cnn-3 or lightning-2"
+
+# Ranks on several hosts, made of network namespaces: as root, with iproute2.
+hosts: $(INSTALLED)
+	$(BIN)/python -m pytest -m hosts
 
 # Whole tunes of small programs.
 tunes: $(INSTALLED)
@@ -113,4 +117,4 @@ site: .venv-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test versions injected ranks ranks-quick tunes traps lint docs site frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks accelerator bench bench-quick measured clean

@@ -326,6 +326,17 @@ print(random.random(), numpy.random.rand(), torch.rand(1))
 
 
 @RUNS_RANKS
+def test_a_rank_that_is_slow_to_import_torch_finds_no_file_of_rank_0(home: Path) -> None:
+    done = ended(
+        "import os, time\n"
+        "if os.environ['FLATOUT_RANK'] == '1': time.sleep(1)\n"
+        "import torch\n"
+        "os.mkdir('made')"
+    )
+    assert (done.returncode, output(home)) == (0, "")
+
+
+@RUNS_RANKS
 def test_what_rank_0_has_said_is_not_said_again(home: Path) -> None:
     program = """
 import os, signal, sys, time

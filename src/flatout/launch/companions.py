@@ -16,16 +16,15 @@ import os
 import secrets
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flatout import paths
 from flatout.errors import UserError
 from flatout.knobs import ranks as ranks_knob
 from flatout.launch import companion_stage, isolation, process, trackers
+from flatout.launch.deaths import Deaths, output_file
 from flatout.machine import cores
 from flatout.wire.request import (
     RANK_VARIABLE,
@@ -40,10 +39,6 @@ MOST_RANKS_PER_PROCESSOR = 4
 """More ranks than processors gain nothing, but let programs be tried; beyond this number they only
 exhaust the memory."""
 
-OWN_END_S = 7.0
-"""Time that rank 0 gets to end by itself once a companion was killed. Together with the time
-between SIGTERM and SIGKILL (``process``) it is less than ten seconds."""
-
 FOLLOWING_S = 5.0
 """Time that companions get to end after rank 0 has ended by itself: to write their records."""
 
@@ -51,16 +46,6 @@ _THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREAD
 
 _SEED_BITS = 32
 """``PYTHONHASHSEED`` and NumPy's global generator take no larger seeds."""
-
-_NOT_SENT_BY_USERS = {
-    signal.SIGKILL,
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGABRT,
-    signal.SIGFPE,
-    signal.SIGILL,
-}
-"""Signals that tell of a failure, or of a kernel that was out of memory."""
 
 
 def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
@@ -87,7 +72,7 @@ def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
 
 
 def make_ranks(size: int) -> Ranks:
-    """Return what the agents of a run with several ranks must know, with fresh seeds.
+    """Return what the agents of a run with several ranks on this host must know.
 
     Args:
         size: their number.
@@ -96,28 +81,41 @@ def make_ranks(size: int) -> Ranks:
         UserError: there are too few cores, or what companions write could not be kept from the
             user's files.
     """
-    allowed = cores.allowed_processors()
-    processors = len(allowed)
+    processors = len(cores.allowed_processors())
     most = MOST_RANKS_PER_PROCESSOR * processors
     if size > most:
         raise UserError(
             f"--ranks {size} is too many for {processors} processor{'s' * (processors > 1)}: at "
             f"most {most} ranks, {MOST_RANKS_PER_PROCESSOR} for each that flatout may use"
         )
+    check_view()
+    return seed_ranks(size)
+
+
+def seed_ranks(size: int) -> Ranks:
+    """Return what all ranks must know, with fresh seeds."""
+    threads = (os.environ.get(name, "") for name in _THREADS_VARIABLES)
+    return Ranks(
+        size,
+        secrets.randbits(_SEED_BITS),
+        secrets.randbits(_SEED_BITS),
+        tuple(cores.allowed_processors()),
+        next((int(number) for number in threads if number.isdecimal()), None),
+    )
+
+
+def check_view() -> None:
+    """Check that what a companion writes can be kept from the user's files.
+
+    Raises:
+        UserError: it cannot.
+    """
     reason = isolation.unavailable_reason()
     if reason is not None:
         raise UserError(
             f"--ranks needs a copy-on-write view of the files, or all ranks would write to your "
             f"real ones: {reason}"
         )
-    threads = (os.environ.get(name, "") for name in _THREADS_VARIABLES)
-    return Ranks(
-        size,
-        secrets.randbits(_SEED_BITS),
-        secrets.randbits(_SEED_BITS),
-        tuple(allowed),
-        next((int(number) for number in threads if number.isdecimal()), None),
-    )
 
 
 def run(
@@ -151,13 +149,15 @@ def run(
     """
     process.check_program(command[0])
     shares = cores.share_out(cores.nodes(cores.allowed_processors()), ranks.size)
-    variables = _common_variables(environment, run_directory, ranks)
-    companions = _Companions(command, variables, run_directory, shares, scratch)
+    variables = common_variables(divide_threads(environment, ranks.size), run_directory, ranks)
+    of_companions = {rank: share for rank, share in enumerate(shares) if rank}
+    companions = Companions(command, variables, run_directory, of_companions, scratch)
+    deaths = Deaths(run_directory, companions.status)
 
     def must_end() -> bool:
         if tick is not None:
             tick()
-        return not ranks.goes_alone and companions.must_rank_0_end()
+        return not ranks.goes_alone and deaths.must_rank_0_end()
 
     try:
         exited = process.run(
@@ -168,44 +168,29 @@ def run(
             spared=companions.stage_pid,
             **options,
         )
-        sentence = companions.explain(exited.returncode)
-        if exited.returncode >= 0 and not companions.ended_rank_0:
+        sentence = deaths.explain(exited.returncode)
+        if exited.returncode >= 0 and not deaths.ended_rank_0:
             companions.wait_for_end()
     finally:
         companions.end()
-    if companions.ended_rank_0:
+    if deaths.ended_rank_0:
         exited = process.Exit(1, exited.seconds)
     if ranks.goes_alone and exited.returncode >= 0:
         sentence = None  # rank 0 has said why it stops, or went on alone
     return exited, sentence
 
 
-def output_file(run_directory: Path, rank: int) -> Path:
-    """The file that holds the output of a companion."""
-    return run_directory / f"rank-{rank}.txt"
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """How a companion has failed, in words, and its exit status or negative signal."""
-
-    rank: int
-    how: str
-    returncode: int
-
-
-class _Companions:
+class Companions:
     """The stage of a run that runs its companions.
 
     Args:
         command: program and arguments.
         variables: environment of all ranks.
         run_directory: of the run.
-        shares: the processors of each rank, those of rank 0 among them.
-        scratch: see ``run``.
+        shares: the processors of each companion, by rank.
+        scratch: where their views keep caches, see ``isolation.command``.
 
     Attributes:
-        ended_rank_0: whether rank 0 was ended because a companion was killed.
         stage_pid: id of the process that runs them.
     """
 
@@ -214,12 +199,10 @@ class _Companions:
         command: Sequence[str],
         variables: Mapping[str, str],
         run_directory: Path,
-        shares: Sequence[Sequence[int]],
-        scratch: Path | None,
+        shares: Mapping[int, Sequence[int]],
+        scratch: Path | None = None,
     ) -> None:
-        self.ended_rank_0 = False
         self._run_directory = run_directory
-        self._killed_s: float | None = None
         companions = [
             {
                 "rank": rank,
@@ -227,8 +210,7 @@ class _Companions:
                 "output": str(output_file(run_directory, rank)),
                 "processors": list(processors),
             }
-            for rank, processors in enumerate(shares)
-            if rank
+            for rank, processors in shares.items()
         ]
         job = isolation.command(command, passthrough=[run_directory], scratch=scratch)
         with open(run_directory / "companions.txt", "ab") as output:
@@ -241,62 +223,20 @@ class _Companions:
             )
         self.stage_pid = self._stage.pid
 
-    def must_rank_0_end(self) -> bool:
-        """Whether a companion was killed and rank 0 has not ended in time."""
-        if self._killed_s is None:
-            if self._stage.poll() or any(one.returncode < 0 for one in self._failed()):
-                self._killed_s = time.monotonic()
-        elif time.monotonic() - self._killed_s >= OWN_END_S:
-            self.ended_rank_0 = True
-        return self.ended_rank_0
+    def status(self) -> int | None:
+        """How the stage has ended: its exit status or negative signal; ``None``: it runs."""
+        return self._stage.poll()
 
-    def explain(self, returncode: int) -> str | None:
-        """A sentence about the rank that failed first; ``None``: none did, or all alike.
-
-        Args:
-            returncode: how rank 0 ended.
-        """
-        if -returncode in _NOT_SENT_BY_USERS and not self.ended_rank_0:
-            how = companion_stage.ending(returncode)
-            return f"rank 0 has died: {how}, so the other ranks were ended"
-        first = next(iter(self._failed()), None)
-        if first is not None:
-            output = paths.shown(output_file(self._run_directory, first.rank))
-            what = f"rank {first.rank} has died: {first.how} (output: {output})"
-        elif self._stage.poll():
-            how = companion_stage.ending(self._stage.returncode)
-            what = f"the process that runs the other ranks has died: {how}"
-        else:
-            return None
-        if self.ended_rank_0:
-            return f"{what}, so rank 0 was ended"
-        is_own_failure = returncode >= 0 and (first is None or first.returncode != returncode)
-        return what if is_own_failure else None
-
-    def wait_for_end(self) -> None:
+    def wait_for_end(self, seconds: float = FOLLOWING_S) -> None:
         """Let the companions end by themselves, for some seconds or until Ctrl-C."""
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            self._stage.wait(FOLLOWING_S)
+            self._stage.wait(seconds)
 
     def end(self) -> None:
         """End the companions and all that they have started."""
         self._stage.terminate()
         if self._stage.wait():
             self._kill_left()
-
-    def _failed(self) -> list[_Failure]:
-        """The companions that have failed, the first one first."""
-        prefix = companion_stage.STATUS_PREFIX
-        notes = [
-            path
-            for path in self._run_directory.glob(f"{prefix}*")
-            if path.name.removeprefix(prefix).isdecimal()
-        ]
-        found = []
-        for note in sorted(notes, key=lambda path: path.stat().st_mtime_ns):
-            how, returncode = note.read_text("utf-8").splitlines()
-            found.append(_Failure(int(note.name.removeprefix(prefix)), how, int(returncode)))
-        return found
 
     def _kill_left(self) -> None:
         """Kill what companions have started, after the stage was killed."""
@@ -310,14 +250,20 @@ class _Companions:
                         os.kill(int(name), signal.SIGKILL)
 
 
-def _common_variables(
-    environment: Mapping[str, str], run_directory: Path, ranks: Ranks
-) -> dict[str, str]:
-    """The environment of all ranks. Numbers of threads that the user has set are divided."""
+def divide_threads(environment: Mapping[str, str], parts: int) -> dict[str, str]:
+    """Return an environment in which the numbers of threads that the user has set are divided."""
     variables = dict(environment)
     for name in _THREADS_VARIABLES:
         if variables.get(name, "").isdecimal():
-            variables[name] = str(max(1, int(variables[name]) // ranks.size))
+            variables[name] = str(max(1, int(variables[name]) // parts))
+    return variables
+
+
+def common_variables(
+    environment: Mapping[str, str], run_directory: Path, ranks: Ranks
+) -> dict[str, str]:
+    """Return the environment that all ranks have in common."""
+    variables = dict(environment)
     if not variables.get("PYTHONHASHSEED"):
         variables["PYTHONHASHSEED"] = str(ranks.hash_seed)
     return {

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flatout.wire.request import (
+    ADDRESS_VARIABLE,
     DISABLE_VARIABLE,
     RANK_VARIABLE,
     RANKS_VARIABLE,
@@ -39,7 +40,7 @@ def job_environment(
         plan_variables: the variables that the plan sets.
     """
     environment = {**os.environ, **plan_variables}
-    for name in (RANK_VARIABLE, RANKS_VARIABLE, SEED_VARIABLE):
+    for name in (RANK_VARIABLE, RANKS_VARIABLE, SEED_VARIABLE, ADDRESS_VARIABLE):
         environment.pop(name, None)  # of a run whose program is this flatout
     if run_directory is None or is_disabled():
         return environment

@@ -155,7 +155,9 @@ class Ending:
     def note_alone(self, why: str) -> None:
         """Let the other ranks know that this one needs them no longer, and why."""
         with contextlib.suppress(OSError):
-            self._alone_file().write_text(why, "utf-8")
+            new = self._alone_file().with_suffix(".new")
+            new.write_text(why, "utf-8")
+            new.replace(self._alone_file())
 
     def note_end(self) -> None:
         """Let the other ranks know that the program has ended in this one, and in which state."""

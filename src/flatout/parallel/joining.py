@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: by tickets and a port in the run directory.
+"""How the ranks of a job find each other: by tickets, an address and a port in the run directory.
 
 A job may consist of several processes, and any of them may train. The k-th process of a rank that
 makes a root call takes ticket k, and meets those that hold ticket k of the other ranks.
@@ -44,13 +44,14 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Chan
     port_file = place.run_directory / f"port-{ticket}"
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank == 0:
-        store = _store(0, is_server=True)
+        store = _store(place.address, 0, is_server=True)
         new = port_file.with_name(f"{port_file.name}.new")
-        new.write_text(str(store.port))
+        new.write_text(f"{place.address} {store.port}")
         new.rename(port_file)
     else:
         _wait_until(port_file.exists, deadline, ending)
-        store = _store(int(port_file.read_text()), is_server=False)
+        address, port = port_file.read_text().split()
+        store = _store(address, int(port), is_server=False)
 
     def wait(condition: Callable[[], Any]) -> None:
         _wait_until(condition, deadline, ending)
@@ -66,10 +67,10 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Chan
 
     agree("here", True)
     channel: Channel | None = None
-    if may_share_memory:
+    if may_share_memory and place.has_common_directory:
         channel = share_memory(place, store, agree, wait, connect)
     if channel is None:
-        with _silent():
+        with _silent(1):  # gloo says there that it is connected
             channel = Gloo(_group(store, place), place.rank, place.size, ending.lost)
     channel.meet(b"\0")  # none needs the store any more
     return channel
@@ -95,12 +96,13 @@ def _wait_until(condition: Any, deadline: float, ending: Ending) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _store(port: int, is_server: bool) -> Any:
+def _store(address: str, port: int, is_server: bool) -> Any:
     timeout = datetime.timedelta(seconds=JOIN_SECONDS)
     from torch import distributed
 
     new_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
-    return new_store("127.0.0.1", port, None, is_server, timeout, False)
+    with _silent(2):  # it warns there of addresses that no name service knows
+        return new_store(address, port, None, is_server, timeout, False)
 
 
 def _group(store: Any, place: Place) -> Any:
@@ -110,27 +112,36 @@ def _group(store: Any, place: Place) -> Any:
     gloo: Any = ProcessGroupGloo
     options = gloo._Options()
     options._timeout = datetime.timedelta(seconds=MEETING_SECONDS)
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._devices = _devices(gloo, place.address)
     return gloo(store, place.rank, place.size, options)
 
 
+def _devices(gloo: Any, address: str) -> list[Any]:
+    """Return what gloo listens on: the interfaces that the user has named, as torch itself takes
+    them, or the address at which the other ranks reach this one."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if names and address != Place.address:
+        return [gloo.create_device(interface=name) for name in names.split(",")]
+    return [gloo.create_device(hostname=address)]
+
+
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """A context in which what C++ prints on stdout is dropped: gloo says that it is connected."""
+def _silent(descriptor: int) -> Iterator[None]:
+    """A context in which what C++ prints on standard output (1) or error (2) is dropped."""
     libc = ctypes.CDLL(None)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
+        (sys.stdout if descriptor == 1 else sys.stderr).flush()
     libc.fflush(None)
     try:
-        kept = os.dup(1)
-    except OSError:  # there is no stdout
+        kept = os.dup(descriptor)
+    except OSError:  # it is closed
         yield
         return
     try:
         with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), descriptor)
         yield
     finally:
         libc.fflush(None)
-        os.dup2(kept, 1)
+        os.dup2(kept, descriptor)
         os.close(kept)

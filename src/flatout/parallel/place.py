@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatout.wire.request import RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE
+from flatout.wire.request import ADDRESS_VARIABLE, RANK_VARIABLE, RANKS_VARIABLE, RUN_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,16 @@ class Place:
         rank: from 0; rank 0 is the program that the user sees.
         size: number of ranks, at least two.
         run_directory: where the ranks find each other.
+        address: of this host, at which the other ranks reach this one.
+        has_common_directory: whether the run directory is that of all ranks, which then are on one
+            host.
     """
 
     rank: int
     size: int
     run_directory: Path
+    address: str = "127.0.0.1"
+    has_common_directory: bool = True
 
 
 def place() -> Place | None:
@@ -32,4 +37,8 @@ def place() -> Place | None:
     rank, size = map(int, values)
     if size < 2 or rank >= size:
         return None
-    return Place(rank, size, Path(os.environ[RUN_VARIABLE]))
+    run_directory = Path(os.environ[RUN_VARIABLE])
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if address is None:
+        return Place(rank, size, run_directory)
+    return Place(rank, size, run_directory, address, has_common_directory=False)

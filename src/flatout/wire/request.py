@@ -28,6 +28,9 @@ RANKS_VARIABLE = "FLATOUT_RANKS"
 """The environment variable that gives such a process the number of ranks."""
 SEED_VARIABLE = "FLATOUT_SEED"
 """The environment variable by which the hook seeds ``random`` alike on all ranks."""
+ADDRESS_VARIABLE = "FLATOUT_ADDRESS"
+"""The environment variable that gives such a process the address of its host, if ranks may be on
+others."""
 
 
 class RequestError(ValueError):

@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from flatout import paths
 from flatout.cli import options
 from flatout.cli.streams import say
 from flatout.errors import UserError
-from flatout.launch import companions, environment, process
+from flatout.launch import companions, environment, hosts, launcher, nodes, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
@@ -54,16 +54,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="apply the whole plan even if machine, torch, program, arguments or inputs have "
         "changed since its proof",
     )
-    options.add_ranks(
-        parser,
-        "run the command as N processes, each on its share of the cores, which share out the "
-        "batches; rank 0 is the program, and what the other ranks write is discarded",
-        "as the plan says, or 1",
+    parser.add_argument(
+        "--ranks",
+        type=_ranks_option,
+        metavar="N",
+        help="(new, see docs/ranks.md) run the command as N processes, each on its share of the "
+        "cores, which share out the batches; rank 0 is the program, and what the other ranks "
+        "write is discarded; env: this process is one rank that torchrun, srun or a PyTorchJob has "
+        "started (default: as the plan says, or 1)",
     )
+    parser.add_argument(
+        "--nodes",
+        type=options.positive,
+        metavar="M",
+        help="run N ranks on each of M hosts: give the same command on each (needs --rendezvous)",
+    )
+    parser.add_argument(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="where the hosts find each other: one of them, and a free port there",
+    )
+
+
+def _ranks_option(text: str) -> int | Literal["env"]:
+    return "env" if text == "env" else options.positive(text)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its own exit status."""
+    if arguments.nodes is not None or arguments.rendezvous is not None:
+        return _execute_on_nodes(arguments)
+    if arguments.ranks == "env":
+        return _execute_as_rank(arguments)
+    return process.exit_like(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command on this host; returns its exit status, or its negative signal."""
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
@@ -90,7 +117,69 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.tune:
             for line in learning.conclude(arguments, run_directory):
                 say(line)
-    return process.exit_like(exited.returncode)
+    return exited.returncode
+
+
+def _execute_as_rank(arguments: argparse.Namespace) -> int:
+    """Run the command as one rank that a launcher has started."""
+    launched = launcher.read(os.environ)
+    node = nodes.enter()
+    if launched.size > 1 and not environment.is_disabled():
+        returncode = _run_as_rank(arguments, launched)
+    elif launched.rank == 0:
+        launcher.forget()
+        arguments.ranks = 1
+        returncode = _run(arguments)
+    else:
+        return 0  # the agent is disabled, so rank 0 runs bare and alone
+    if node is not None:
+        nodes.leave(node, returncode)
+        return 0
+    if launched.rank and returncode < 0:
+        return 128 - returncode
+    return process.exit_like(returncode)
+
+
+def _run_as_rank(arguments: argparse.Namespace, launched: launcher.Launched) -> int:
+    """Run the command as one of several ranks; returns the exit status of rank 0, or its negative
+    signal."""
+    if launched.rank:
+        ended = hosts.run_other(arguments.command, launched, say)
+        if ended.sentence is not None:
+            say(ended.sentence)
+        return ended.returncode
+
+    def make_request() -> Request:
+        request = _request(arguments)
+        _check_ranks(arguments, request)
+        others = {name: s for name, s in request.settings.items() if name != "ranks"}
+        return replace(request, settings=others)
+
+    ended = hosts.run_rank_0(arguments.command, make_request, launched, say)
+    if ended.sentence is not None and not _has_said_why(ended.run_directory):
+        say(ended.sentence)
+    for line in _summary(ended.run_directory, Request.read(ended.run_directory)):
+        say(line)
+    return ended.returncode
+
+
+def _execute_on_nodes(arguments: argparse.Namespace) -> int:
+    """Run the command on several hosts, of which this is one."""
+    if arguments.nodes is None or arguments.rendezvous is None or arguments.ranks == "env":
+        raise UserError(
+            "--nodes M and --rendezvous HOST:PORT belong together, and --ranks N says how many "
+            "ranks each host has"
+        )
+    words = [f"--set={word}" for word in arguments.set] + ["--trust"] * arguments.trust
+    if arguments.plan is not None:
+        words.append(f"--plan={arguments.plan}")
+    if arguments.tune:
+        words.append("--tune")
+    as_rank = ["run", "--ranks", "env", *words, "--", *arguments.command]
+    process.check_program(arguments.command[0])
+    return process.exit_like(
+        nodes.run(as_rank, arguments.nodes, arguments.rendezvous, arguments.ranks or 1)
+    )
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -112,22 +201,31 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(settings=settings, proof=proof, guard=guard)
 
 
-def _with_ranks(arguments: argparse.Namespace, request: Request) -> Request:
-    """Add the ranks that the user asks for, or else those of the settings, if they can be had."""
+def _check_ranks(arguments: argparse.Namespace, request: Request) -> None:
+    """Check that several ranks can be combined with the other options.
+
+    Raises:
+        UserError: they cannot.
+    """
     from flatout import knobs
 
+    if arguments.tune:
+        raise UserError(
+            "--ranks and --tune cannot be combined: each rank would choose settings by its own "
+            "times"
+        )
+    knobs.check_claims(["ranks", *(name for name in request.settings if name != "ranks")])
+
+
+def _with_ranks(arguments: argparse.Namespace, request: Request) -> Request:
+    """Add the ranks that the user asks for, or else those of the settings, if they can be had."""
     setting = request.settings.get("ranks")
     others = {name: s for name, s in request.settings.items() if name != "ranks"}
     if arguments.ranks is not None:
         request = replace(request, settings=others)
         if arguments.ranks == 1:
             return request
-        if arguments.tune:
-            raise UserError(
-                "--ranks and --tune cannot be combined: each rank would choose settings by its "
-                "own times"
-            )
-        knobs.check_claims(["ranks", *others])
+        _check_ranks(arguments, request)
         ranks = companions.make_ranks(arguments.ranks)
         return replace(request, ranks=replace(ranks, gives_up=True))
     try:

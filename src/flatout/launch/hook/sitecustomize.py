@@ -40,6 +40,8 @@ class _TorchFinder:
             loader.exec_module(module)
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             _activate()
+            if os.environ.get("FLATOUT_RANKS"):
+                _follow_companions("imported", 60)
 
         # Python leaves frames of the import system, which has this name, out of tracebacks.
         exec_module.__code__ = exec_module.__code__.replace(
@@ -90,7 +92,7 @@ def _start():
     sys.meta_path.insert(0, _TorchFinder())
     if os.environ.get("FLATOUT_RANKS"):
         _seed_alike()
-        _follow_companions(run)
+        _follow_companions("begun", 10)
 
 
 def _seed_alike():
@@ -101,25 +103,31 @@ def _seed_alike():
         random.seed(repr((os.environ["FLATOUT_SEED"], sys.orig_argv)))
 
 
-def _follow_companions(run):
-    """Let the first process of rank 0 begin a little after those of the other ranks.
+def _follow_companions(what, seconds):
+    """Let the first process of rank 0 go on a little after those of the other ranks.
 
     They see in their copy-on-write views what rank 0 has written to the real files. So a program
-    that makes a folder, or goes on from a file if it exists, must find none of rank 0's there.
+    that makes a folder, or goes on from a file if it exists, must find none of rank 0's there. Rank
+    0 waits for the others where they begin, and where they have imported torch, which may take long
+    on one host and not on another.
     """
     import time
 
+    run = os.environ["FLATOUT_RUN"]
     rank, size = int(os.environ["FLATOUT_RANK"]), int(os.environ["FLATOUT_RANKS"])
     try:
-        os.close(os.open(os.path.join(run, "begun-%d" % rank), os.O_CREAT | os.O_EXCL, 0o644))
+        os.close(os.open(os.path.join(run, "%s-%d" % (what, rank)), os.O_CREAT | os.O_EXCL, 0o644))
     except OSError:
         return  # this is not the first process of the rank
     if rank:
         return
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         present = os.listdir(run)
-        if all("begun-%d" % r in present or "died-%d" % r in present for r in range(1, size)):
+        if all(
+            any("%s-%d" % (note, r) in present for note in (what, "died", "done"))
+            for r in range(1, size)
+        ):
             break
         time.sleep(0.01)
     time.sleep(0.1)
