@@ -122,7 +122,7 @@ train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean
 show(torch.rand(()))
 """,
     "batch norm": """
-model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+model = nn.Sequential(nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 1))
 train(model, TensorDataset(torch.randn(60, 6)), lambda x: model(x).square().mean())
 show(*model[1].running_mean)
 """,
