@@ -419,6 +419,11 @@ def test_runs_that_do_not_fit_together_are_refused() -> None:
         model.forecast([alone], NETWORK, SOFTWARE, [4])
     with pytest.raises(UserError, match=r"computes with 1 threads in .* and with 2 in"):
         model.forecast([pair, replace(alone, threads=2)], NETWORK, SOFTWARE, [4])
+    other = replace(alone, header=replace(alone.header, program="other.py"))
+    with pytest.raises(UserError, match=r"run is a run of other\.py, and run one of train\.py"):
+        model.forecast([pair, other], NETWORK, SOFTWARE, [4])
+    with pytest.raises(UserError, match="2 calls a step are made in run, and 1 are shared out"):
+        model.forecast([pair, replace(alone, forwards=2.0)], NETWORK, SOFTWARE, [4])
     with pytest.raises(UserError, match="the inputs of run differ"):
         model.forecast([pair, Program(batch=64).record(1)], NETWORK, SOFTWARE, [4])
 

@@ -48,6 +48,7 @@ class MeasuredRun:
         ranks: their number; 1: it was one process.
         threads: of each of them.
         inputs: the signature of the inputs (``wire/signature.py``).
+        forwards: outermost module calls in a step, on average, shared out or not.
         step_s: the time of each step.
         shard_s: the time of the forward and backward passes of a rank in each step, the mean over
             the ranks.
@@ -63,6 +64,7 @@ class MeasuredRun:
     ranks: int
     threads: int | None
     inputs: tuple[str, ...] | None
+    forwards: float
     step_s: Array
     shard_s: Array
     alike_s: Array
@@ -105,6 +107,7 @@ def measure_alone(process: ProcessRecord) -> MeasuredRun:
         1,
         process.threads,
         process.inputs,
+        sum(step.forwards for step in steps) / len(steps),
         step_s,
         np.array(shard_s),
         step_s - np.array(shard_s),
@@ -157,6 +160,7 @@ def measure_ranks(run: RunRecord, size: int) -> MeasuredRun:
         size,
         main.threads,
         main.inputs,
+        sum(step.forwards for step, _ in usual) / len(usual),
         np.array([sum(map(laps_of_ranks.duration_s, laps)) for _, laps in usual]),
         shard_s.mean(axis=1),
         alike_s.mean(axis=1),

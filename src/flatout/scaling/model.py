@@ -44,6 +44,10 @@ LEAST_EFFICIENCY = 0.8
 LEAST_RATIO = 1.25
 """Of the sizes of two shards, if the fixed time is to follow from them."""
 
+CALLS_TOLERANCE = 0.02
+"""Share of the calls of a program that may not be shared out, if their time is to be compared with
+that of all calls."""
+
 MOST_DEVIATIONS = 512
 """Deviations that are drawn at once: more tell little more, and take memory for each number of
 ranks."""
@@ -236,12 +240,17 @@ def shard_sizes(runs: Sequence[MeasuredRun], base: MeasuredRun) -> list[float]:
     """Return the rows of a rank's shards in a step, for each run.
 
     Raises:
-        UserError: the runs have different numbers of threads, so that the times of their shards
-            cannot be compared, or the batch of one is not known.
+        UserError: the runs are those of different programs, or have different numbers of threads,
+            so that the times of their shards cannot be compared; or the batch of one is not known.
     """
     assert base.exchanges is not None
     found = []
     for run in runs:
+        if run.header.program != base.header.program:
+            raise UserError(
+                f"{run.directory} is a run of {run.header.program}, and {base.directory} one of "
+                f"{base.header.program}"
+            )
         if run.threads != base.threads:
             raise UserError(
                 f"a rank computes with {base.threads} threads in {base.directory} and with "
@@ -250,13 +259,19 @@ def shard_sizes(runs: Sequence[MeasuredRun], base: MeasuredRun) -> list[float]:
             )
         if run.exchanges is not None:
             found.append(run.exchanges.rows / run.ranks)
-        elif run.inputs == base.inputs:
-            found.append(base.exchanges.rows)
-        else:
+            continue
+        if run.inputs != base.inputs:
             raise UserError(
                 f"the inputs of {run.directory} differ from those of {base.directory}, and how "
                 "many samples a batch has is recorded only with --ranks"
             )
+        if abs(run.forwards - base.exchanges.calls) > CALLS_TOLERANCE * run.forwards:
+            raise UserError(
+                f"{run.forwards:.3g} calls a step are made in {run.directory}, and "
+                f"{base.exchanges.calls:.3g} are shared out in {base.directory}, so their times "
+                "cannot be compared: give another run with several ranks in its place"
+            )
+        found.append(base.exchanges.rows)
     return found
 
 
