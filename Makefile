@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
-SUITE = not measured and not ranks and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected
+SUITE = not measured and (not ranks or short) and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected
 
 all: test
 
@@ -37,12 +37,13 @@ versions: test-torch-2.9.1 test-torch-2.14.1
 injected: $(INSTALLED)
 	$(BIN)/python -m pytest -m injected
 
-# Whole programs on 2, 3 and 4 ranks against the same programs alone; and three of them.
+# All tests of ranks, and whole programs on 2, 3 and 4 ranks against the same programs alone; the
+# quick form has three of these.
 ranks: $(INSTALLED) .venv-frameworks/.installed
-	$(BIN)/python -m pytest -m ranks
+	$(BIN)/python -m pytest -n 2 -m ranks
 
 ranks-quick: $(INSTALLED) .venv-frameworks/.installed
-	$(BIN)/python -m pytest -m ranks -k "gpt-2 or cnn-3 or lightning-2"
+	$(BIN)/python -m pytest -n 2 -m ranks -k "not trains_as_alone or gpt-2 or cnn-3 or lightning-2"
 
 # Ranks on several hosts, made of network namespaces: as root, with iproute2.
 hosts: $(INSTALLED)

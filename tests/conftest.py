@@ -18,6 +18,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+OF_RANKS = ("test_parallel_", "test_channel")
+"""How the names of test files begin that start many processes of several ranks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of ranks; the suite runs the first case of each test, ``make ranks`` all."""
+    seen = set()
+    for item in items:
+        if item.path.name.startswith(OF_RANKS):
+            item.add_marker(pytest.mark.ranks)
+            test = item.nodeid.partition("[")[0]
+            if test not in seen:
+                item.add_marker(pytest.mark.short)
+            seen.add(test)
+
+
 @pytest.fixture(autouse=True)
 def no_subreaper() -> Iterator[None]:
     """Flatout adopts what a trial leaves behind; the process of the tests is as others are."""
