@@ -69,7 +69,7 @@ def run_rank_0(
         UserError: the program cannot be executed, there is no request, or another rank cannot be
             run.
     """
-    others = meeting.Host(launched, say).wait_for_all()
+    others = meeting.Host(launched, launcher.interpreter(command), say).wait_for_all()
     address, shares = meeting.assign(meeting.introduce(launched, ""), others)
     try:
         process.check_program(command[0])
@@ -111,7 +111,7 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
     Raises:
         UserError: the program cannot be executed, or the ranks cannot be run.
     """
-    line, assignment = meeting.join(launched, _refusal(command), say)
+    line, assignment = meeting.join(launched, _refusal(command), launcher.interpreter(command), say)
     rank = launched.rank
     run_directory = _make_run_directory(assignment.request)
     variables = _variables(assignment.request, run_directory, assignment.address)

@@ -179,8 +179,9 @@ def _execute_on_nodes(arguments: argparse.Namespace) -> int:
         words.append("--tune")
     as_rank = ["run", "--ranks", "env", *words, "--", *arguments.command]
     process.check_program(arguments.command[0])
+    python = launcher.interpreter(arguments.command)
     return process.exit_like(
-        nodes.run(as_rank, arguments.nodes, arguments.rendezvous, arguments.ranks)
+        nodes.run(as_rank, python, arguments.nodes, arguments.rendezvous, arguments.ranks)
     )
 
 
