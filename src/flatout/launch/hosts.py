@@ -22,7 +22,7 @@ from flatout.launch.companions import Companions
 from flatout.launch.deaths import OWN_END_S, Deaths, output_file
 from flatout.launch.launcher import Launched
 from flatout.launch.lines import Line
-from flatout.launch.notes import Notes, located
+from flatout.launch.notes import Notes, located, lost
 from flatout.launch.runs import new_run_directory
 from flatout.wire.request import ADDRESS_VARIABLE, RANK_VARIABLE, Request
 
@@ -182,7 +182,7 @@ class _Exchange:
             for message in line.receive():
                 self._take(rank, str(message.get("note")), str(message.get("text")))
             if line.is_lost:
-                self._take(rank, *self._notes.lost(rank, line.address))
+                self._take(rank, *lost(rank, line.address))
 
     def end(self, returncode: int) -> None:
         """Let the other ranks end.
@@ -234,7 +234,7 @@ class _Membership:
             else:
                 self._notes.add(str(message.get("note")), str(message.get("text")))
         if self.line.is_lost and self.ended is None:
-            self._notes.add(*self._notes.lost(0, self.line.address))
+            self._notes.add(*lost(0, self.line.address))
 
 
 def _refusal(command: Sequence[str]) -> str | None:

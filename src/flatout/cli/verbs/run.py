@@ -134,7 +134,7 @@ def _execute_as_rank(arguments: argparse.Namespace) -> int:
         arguments.ranks = 1
         returncode = _run(arguments)
     else:
-        return 0  # the agent is disabled, so rank 0 runs bare and alone
+        returncode = 0  # the agent is disabled, so rank 0 runs bare and alone
     if node is not None:
         nodes.leave(node, returncode)
         return 0
