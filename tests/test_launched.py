@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from flatout import __version__, cli
 from flatout.errors import UserError
-from flatout.launch import isolation, launcher, lines, meeting, nodes, notes
+from flatout.launch import hosts, isolation, launcher, lines, meeting, nodes, notes
 from flatout.launch.launcher import Launched
 from flatout.launch.lines import Line
 from flatout.wire import codec
@@ -208,6 +209,14 @@ def test_addresses_of_a_rendezvous(text: str, found: tuple[str, int]) -> None:
     assert nodes.parse_rendezvous(text) == found
 
 
+def test_a_rendezvous_that_other_hosts_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--nodes", "2", "--rendezvous", "localhost:29500"]
+    assert cli.main(["run", *words, "--", "true"]) == 2
+    said = capsys.readouterr().err
+    assert "on this host, at which other hosts cannot reach it" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("text", ["node0", "node0:", "fd00::1:29500", "a:70000", "a:0", ":5"])
 def test_what_is_no_rendezvous(text: str) -> None:
     with pytest.raises(UserError, match="is not HOST:PORT, such as"):
@@ -222,7 +231,7 @@ def told(rank: int, address: str = "", kernel: str = "a", run: str = "") -> meet
 def test_strangers_do_not_disturb_the_meeting(port: int) -> None:
     place = Launched(0, 3, "127.0.0.1", port, False, "")
     found: list[object] = []
-    host = meeting.Host(place, found.append)
+    host = meeting.Host(place, sys.executable, found.append)
     waits = threading.Thread(target=lambda: found.extend(host.wait_for_all()))
     waits.start()
     connected = [lines.connect("127.0.0.1", port) for _ in range(4)]
@@ -240,7 +249,7 @@ def test_strangers_do_not_disturb_the_meeting(port: int) -> None:
 
 
 def test_a_rank_that_is_there_already_is_refused(port: int) -> None:
-    host = meeting.Host(Launched(0, 3, "127.0.0.1", port, False, ""), print)
+    host = meeting.Host(Launched(0, 3, "127.0.0.1", port, False, ""), sys.executable, print)
     first, second = lines.connect("127.0.0.1", port), lines.connect("127.0.0.1", port)
     assert first is not None
     assert second is not None
@@ -276,6 +285,19 @@ def test_ranks_of_one_host_share_out_its_processors(
     address, shares = meeting.assign(told(0, kernel=kernels[0]), others)
     assert address == "10.0.0.1"
     assert shares == expected
+
+
+def test_a_rank_that_must_end_does_not_wait_for_rank_0_for_ever(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "INTERRUPTED_S", 0)
+    with lines.listen(port):
+        line = lines.connect("127.0.0.1", port)
+        assert line is not None
+        membership = hosts._Membership(line, notes.Notes(tmp_path), "", tmp_path)
+        said: list[str] = []
+        assert hosts._wait_for_rank_0(membership, [15], said.append) == -15
+        assert len(said) == 1
 
 
 def test_notes_are_files_of_run_directories_only(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from flatout.launch.companions import Companions
 from flatout.launch.deaths import OWN_END_S, Deaths, output_file
 from flatout.launch.launcher import Launched
 from flatout.launch.lines import Line
-from flatout.launch.notes import Notes, located
+from flatout.launch.notes import Notes, located, lost
 from flatout.launch.runs import new_run_directory
 from flatout.wire.request import ADDRESS_VARIABLE, RANK_VARIABLE, Request
 
@@ -69,7 +69,7 @@ def run_rank_0(
         UserError: the program cannot be executed, there is no request, or another rank cannot be
             run.
     """
-    others = meeting.Host(launched, say).wait_for_all()
+    others = meeting.Host(launched, launcher.interpreter(command), say).wait_for_all()
     address, shares = meeting.assign(meeting.introduce(launched, ""), others)
     try:
         process.check_program(command[0])
@@ -111,7 +111,7 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
     Raises:
         UserError: the program cannot be executed, or the ranks cannot be run.
     """
-    line, assignment = meeting.join(launched, _refusal(command), say)
+    line, assignment = meeting.join(launched, _refusal(command), launcher.interpreter(command), say)
     rank = launched.rank
     run_directory = _make_run_directory(assignment.request)
     variables = _variables(assignment.request, run_directory, assignment.address)
@@ -182,7 +182,7 @@ class _Exchange:
             for message in line.receive():
                 self._take(rank, str(message.get("note")), str(message.get("text")))
             if line.is_lost:
-                self._take(rank, *self._notes.lost(rank, line.address))
+                self._take(rank, *lost(rank, line.address))
 
     def end(self, returncode: int) -> None:
         """Let the other ranks end.
@@ -234,7 +234,7 @@ class _Membership:
             else:
                 self._notes.add(str(message.get("note")), str(message.get("text")))
         if self.line.is_lost and self.ended is None:
-            self._notes.add(*self._notes.lost(0, self.line.address))
+            self._notes.add(*lost(0, self.line.address))
 
 
 def _refusal(command: Sequence[str]) -> str | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flatout import machine
 from flatout.errors import UserError
 
 AGENT_STORE_VARIABLE = "TORCHELASTIC_USE_AGENT_STORE"
@@ -95,6 +96,12 @@ def forget() -> None:
     """Take this out of the environment of this process."""
     for name in os.environ.keys() - without_ranks(os.environ).keys():
         del os.environ[name]
+
+
+def interpreter(command: Sequence[str]) -> str:
+    """Return the Python interpreter of a command, or the one that it most likely uses."""
+    is_python = os.path.basename(command[0]).startswith("python")
+    return command[0] if is_python else machine.default_python()
 
 
 def first_host(nodes: str) -> str:

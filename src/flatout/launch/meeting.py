@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatout import __version__, machine
+from flatout import __version__
 from flatout.errors import UserError
 from flatout.launch import agent_store, lines
 from flatout.launch.launcher import Launched
@@ -93,13 +93,14 @@ class Host:
 
     Args:
         launched: the place of this process, which is rank 0.
+        python: an interpreter with torch.
         say: tells the user what it waits for.
 
     Raises:
         UserError: the port is in use.
     """
 
-    def __init__(self, launched: Launched, say: Say) -> None:
+    def __init__(self, launched: Launched, python: str, say: Say) -> None:
         self._launched = launched
         self._say = say
         self._listener = lines.listen(0 if launched.has_agent_store else launched.port)
@@ -108,7 +109,7 @@ class Host:
         if launched.has_agent_store:
             self._run = secrets.token_hex(8)
             port = self._listener.getsockname()[1]
-            _use_agent_store(launched, f"{port} {self._run}")
+            _use_agent_store(launched, python, f"{port} {self._run}")
 
     def wait_for_all(self) -> dict[int, tuple[Line, Introduction]]:
         """Return the connections to all other ranks, and what these have told.
@@ -121,8 +122,7 @@ class Host:
         ranks: dict[int, tuple[Line, Introduction]] = {}
         with self._listener:
             while len(ranks) < self._launched.size - 1:
-                with contextlib.suppress(OSError):  # nobody has come, or left at once
-                    strangers.append(Line(self._listener.accept()[0]))
+                strangers += self._accept()
                 strangers = [line for line in strangers if not self._meet(line, ranks)]
                 for rank in [rank for rank, (line, _) in ranks.items() if _has_left(line)]:
                     del ranks[rank]
@@ -136,6 +136,21 @@ class Host:
                     self._say(f"waiting for {_named(missing)}")
                     has_said = True
         return ranks
+
+    def _accept(self) -> list[Line]:
+        """Return the connections to those who have come, after a short time in which nobody has."""
+        come: list[Line] = []
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                return come
+            except ConnectionAbortedError:
+                continue  # it has left at once
+            except OSError as error:
+                raise UserError(f"rank 0 can take no more connections: {error.strerror}") from None
+            with contextlib.suppress(OSError):  # it has left since
+                come.append(Line(connection))
 
     def _meet(self, line: Line, ranks: dict[int, tuple[Line, Introduction]]) -> bool:
         """Return whether a stranger is one no longer: it is a rank, or has left."""
@@ -208,12 +223,13 @@ def send_assignments(
         line.send(**codec.encode(Assignment(request, own, shares[rank])))
 
 
-def join(launched: Launched, refusal: str | None, say: Say) -> tuple[Line, Assignment]:
+def join(launched: Launched, refusal: str | None, python: str, say: Say) -> tuple[Line, Assignment]:
     """Meet rank 0.
 
     Args:
         launched: the place of this process, which is not rank 0.
         refusal: why this rank cannot be run; ``None``: it can.
+        python: an interpreter with torch.
         say: tells the user what it waits for.
 
     Raises:
@@ -222,7 +238,7 @@ def join(launched: Launched, refusal: str | None, say: Say) -> tuple[Line, Assig
     lines.resolve(launched.address)
     port, run = launched.port, launched.run
     if launched.has_agent_store:
-        text, run = _use_agent_store(launched).split()
+        text, run = _use_agent_store(launched, python).split()
         port = int(text)
     where = f"rank 0 at {launched.address}, port {port}"
     began_s, has_said = time.monotonic(), False
@@ -250,13 +266,13 @@ def join(launched: Launched, refusal: str | None, say: Say) -> tuple[Line, Assig
         time.sleep(_POLL_SECONDS)
 
 
-def _use_agent_store(launched: Launched, *texts: str) -> str:
+def _use_agent_store(launched: Launched, python: str, *texts: str) -> str:
     """Put a text into the store of torchrun's agents; without one, wait for it and return it.
 
     Raises:
-        UserError: there is no interpreter with torch, or the store does not answer.
+        UserError: the interpreter has no torch, or the store does not answer.
     """
-    script = [machine.default_python(), agent_store.__file__]
+    script = [python, agent_store.__file__]
     where = [launched.address, str(launched.port), str(MEET_SECONDS)]
     key = f"flatout {launched.run}"
     done = subprocess.run(

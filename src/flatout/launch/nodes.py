@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flatout import machine
 from flatout.errors import UserError
 from flatout.launch import companions, lines
 
@@ -62,11 +61,12 @@ _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
 
-def run(command: Sequence[str], nodes: int, rendezvous: str, ranks: int) -> int:
+def run(command: Sequence[str], python: str, nodes: int, rendezvous: str, ranks: int) -> int:
     """Run a command on several hosts to its end.
 
     Args:
         command: of flatout for each rank, after its name.
+        python: an interpreter with torch.
         nodes: number of hosts.
         rendezvous: address and port, ``HOST:PORT``, by which the hosts find each other; one of them
             is HOST.
@@ -75,13 +75,19 @@ def run(command: Sequence[str], nodes: int, rendezvous: str, ranks: int) -> int:
     Returns exit status of rank 0; if negative, the signal that killed it.
 
     Raises:
-        UserError: HOST is no address or name, or cannot be reached, or torchrun has failed.
+        UserError: HOST is no address or name, or the hosts cannot reach each other at it, or
+            torchrun has failed.
     """
     host, port = parse_rendezvous(rendezvous)
     address = lines.resolve(host)
+    if nodes > 1 and lines.is_of_this_host_only(address):
+        raise UserError(
+            f"--rendezvous: {host} is {address} on this host, at which other hosts cannot reach "
+            "it: give its address in their network"
+        )
     own = address if lines.is_own(address) else lines.own_address_towards(address, port)
     launcher = [
-        *(machine.default_python(), "-m", "torch.distributed.run", "--no-python"),
+        *(python, "-m", "torch.distributed.run", "--no-python"),
         *("--nnodes", str(nodes), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"{address}:{port}", "--rdzv-id", "flatout", "--local-addr", own),
         *("--rdzv-conf", f"is_host={own == address},{_TIMES}".lower()),

@@ -7,6 +7,7 @@ its own, and its flatout copies what is noted in it to those of the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from flatout.launch.companion_stage import STATUS_PREFIX
 
-_NOTE = re.compile(r"(begun|imported|port|alone|ended|died|done)-\d+(-\d+)?")
+_NOTE = re.compile(r"(begun|imported|port|alone|ended|died|gone)-\d+(-\d+)?")
 
 
 class Notes:
@@ -30,34 +31,31 @@ class Notes:
 
     def take_new(self) -> dict[str, str]:
         """Return the notes that were left in this run directory since the last call, by name."""
-        names = sorted(set(os.listdir(self._run_directory)) - self._known)
-        found = {
-            name: (self._run_directory / name).read_text("utf-8", "replace")
-            for name in names
-            if _NOTE.fullmatch(name)
-        }
+        found = {}
+        with contextlib.suppress(OSError):  # the user has removed it
+            for name in sorted(set(os.listdir(self._run_directory)) - self._known):
+                if _NOTE.fullmatch(name):
+                    found[name] = (self._run_directory / name).read_text("utf-8", "replace")
         self._known |= found.keys()
         return found
 
     def add(self, name: str, text: str) -> bool:
-        """Leave a note of another rank in this run directory, if it is one and is not there yet;
-        return whether it was left."""
-        if not _NOTE.fullmatch(name) or (self._run_directory / name).exists():
+        """Leave a note of another rank in this run directory, if it is one and is not known yet;
+        return whether that is so."""
+        if not _NOTE.fullmatch(name) or name in self._known:
             return False
         self._known.add(name)
         partial = self._run_directory / f"{name}.partial"
-        partial.write_text(text, "utf-8")
-        partial.replace(self._run_directory / name)
+        with contextlib.suppress(OSError):  # the disk is full: others can still be told
+            partial.write_text(text, "utf-8")
+            partial.replace(self._run_directory / name)
         return True
 
-    def lost(self, rank: int, address: str) -> tuple[str, str]:
-        """Return the name and the text of the note that a rank cannot be reached any more."""
-        return f"{STATUS_PREFIX}{rank}", died(f"the connection to {address} is lost")
 
-
-def died(how: str, returncode: int = -signal.SIGKILL) -> str:
-    """Return the text of a note that a rank has failed, see ``companion_stage.STATUS_PREFIX``."""
-    return f"{how}\n{returncode}\n"
+def lost(rank: int, address: str) -> tuple[str, str]:
+    """Return the name and the text of the note that a rank cannot be reached any more. It counts as
+    killed, see ``companion_stage.STATUS_PREFIX``."""
+    return f"{STATUS_PREFIX}{rank}", f"the connection to {address} is lost\n{-signal.SIGKILL}\n"
 
 
 def located(name: str, text: str, address: str, output: Path) -> str:

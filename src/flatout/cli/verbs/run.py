@@ -131,7 +131,7 @@ def _execute_as_rank(arguments: argparse.Namespace) -> int:
         arguments.ranks = 1
         returncode = _run(arguments)
     else:
-        return 0  # the agent is disabled, so rank 0 runs bare and alone
+        returncode = 0  # the agent is disabled, so rank 0 runs bare and alone
     if node is not None:
         nodes.leave(node, returncode)
         return 0
@@ -177,8 +177,9 @@ def _execute_on_nodes(arguments: argparse.Namespace) -> int:
         words.append("--tune")
     as_rank = ["run", "--ranks", "env", *words, "--", *arguments.command]
     process.check_program(arguments.command[0])
+    python = launcher.interpreter(arguments.command)
     return process.exit_like(
-        nodes.run(as_rank, arguments.nodes, arguments.rendezvous, arguments.ranks or 1)
+        nodes.run(as_rank, python, arguments.nodes, arguments.rendezvous, arguments.ranks or 1)
     )
 
 
