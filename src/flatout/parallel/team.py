@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flatout.parallel.balance import Balance, Exchange, Graphs, Phase
-from flatout.parallel.channel import Channel, in_main_memory
+from flatout.parallel.channel import Channel, for_sum, in_main_memory
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
 from flatout.parallel.placement import UnshareableError
@@ -158,9 +158,26 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms or sums over samples differ in sizes")
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
         with self._summing(tensors):
-            self.channel.sum(tensors)
+            for dtype, alike_tensors in by_dtype.items():
+                if dtype in (torch.float32, torch.float64):
+                    self.channel.sum(alike_tensors)
+                elif dtype in (torch.complex64, torch.complex128):
+                    self.channel.sum([torch.view_as_real(tensor) for tensor in alike_tensors])
+                else:
+                    self._sum_of_all(alike_tensors)
         return tensors
+
+    def _sum_of_all(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors of whole numbers, or of half precision, by their sums over the ranks,
+        which are rounded once."""
+        of_ranks = [[torch.empty_like(tensor) for tensor in tensors] for _ in range(self.size)]
+        self.channel.gather(tensors, of_ranks)
+        for tensor, *parts in zip(tensors, *of_ranks, strict=True):
+            tensor.copy_(sum(map(for_sum, parts)))
 
     @contextlib.contextmanager
     def _summing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
