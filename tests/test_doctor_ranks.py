@@ -244,7 +244,7 @@ def test_doctor_says_which_rank_has_died(tmp_path: Path) -> None:
 def test_ranks_and_gradients_cannot_be_combined(tmp_path: Path) -> None:
     completed = doctor(tmp_path, "--set", "gradients=on_demand", "lives")
     assert completed.returncode == 2
-    assert "--ranks and the knob gradients cannot be combined" in completed.stderr
+    assert "the knobs ranks and gradients cannot be used together" in completed.stderr
 
 
 def test_a_trial_that_flatout_ends_by_itself_is_no_interruption() -> None:
