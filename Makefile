@@ -37,13 +37,13 @@ versions: test-torch-2.9.1 test-torch-2.14.1
 injected: $(INSTALLED)
 	$(BIN)/python -m pytest -m injected
 
-# All tests of ranks, and whole programs on 2, 3 and 4 ranks against the same programs alone; the
-# quick form has three of these.
+# All tests of ranks, and whole programs on 2, 3 and 4 ranks against the same programs alone. The
+# quick form has three of these programs, and all that must be refused or right.
 ranks: $(INSTALLED) .venv-frameworks/.installed
 	$(BIN)/python -m pytest -n 2 -m ranks
 
 ranks-quick: $(INSTALLED) .venv-frameworks/.installed
-	$(BIN)/python -m pytest -n 2 -m ranks -k "not trains_as_alone or gpt-2 or cnn-3 or lightning-2"
+	$(BIN)/python -m pytest -n 2 -m ranks -k "gpt-2 or cnn-3 or lightning-2 or traps"
 
 # Ranks on several hosts, made of network namespaces: as root, with iproute2.
 hosts: $(INSTALLED)

@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-OF_RANKS = ("test_parallel_", "test_channel")
+OF_RANKS = ("test_parallel_", "test_channel", "test_doctor_ranks", "test_ranks")
 """How the names of test files begin that start many processes of several ranks."""
 
 
