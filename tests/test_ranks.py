@@ -81,6 +81,10 @@ def test_the_bound_is_the_share_of_forward_and_backward(nodes: list[cores.Node])
         ({"is_distributed": True}, "the program consists of several processes already"),
         ({"calls_modules": False}, "the program calls no module"),
         ({"isolation_refusal": "Not here."}, "all ranks would write to your files: Not here."),
+        (
+            {"spare_memory_bytes": 150e6},
+            "each further rank needs more memory than --memory allows a plan",
+        ),
         ({"step_ms": 1.5}, "its forward and backward passes take 1.2 ms a step, too little"),
         ({"device": "cuda"}, "it is for cpu"),
     ],

@@ -77,6 +77,7 @@ class Facts:
         is_distributed: whether the job consists of several processes that train together.
         isolation_refusal: the reason why jobs cannot run in a copy-on-write view of the files;
             ``None``: they can, or it is not known.
+        spare_memory_bytes: how much more memory than the job alone a plan may need.
     """
 
     device: str
@@ -99,6 +100,7 @@ class Facts:
     calls_modules: bool | None = None
     is_distributed: bool | None = None
     isolation_refusal: str | None = None
+    spare_memory_bytes: float | None = None
 
     def lack(self, *words: str) -> bool:
         """Whether it is known that a step calls no operator with any of these words in its name."""

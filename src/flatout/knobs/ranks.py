@@ -24,6 +24,9 @@ LEAST_COST_MS = 1.0
 """The least time that ranks add to a step: they meet before a call and after it, gather its outputs
 and average gradients, each a few tenths of a millisecond between processes of one host."""
 
+LEAST_RANK_BYTES = 200 << 20
+"""What each further rank needs at least: torch 2.13 for CPUs takes 218 MiB when it is imported."""
+
 
 def match(facts: Facts) -> Match:
     """Offer the numbers of ranks that the cores suggest, for a program of one process."""
@@ -39,6 +42,11 @@ def match(facts: Facts) -> Match:
             settings.setdefault(number(setting), setting)
     if not settings:
         return Match((), find_refusal("2"))
+    spare_bytes = facts.spare_memory_bytes
+    if spare_bytes is not None:
+        settings = {n: s for n, s in settings.items() if (n - 1) * LEAST_RANK_BYTES <= spare_bytes}
+    if not settings:
+        return Match((), "each further rank needs more memory than --memory allows a plan")
     share = None
     if facts.module_share is not None and facts.step_ms:
         share = facts.module_share * (1 - 1 / max(settings)) - LEAST_COST_MS / facts.step_ms

@@ -12,6 +12,7 @@ from flatout.doctor.findings import Finding, find_all
 from flatout.knob import Exactness, Facts
 from flatout.launch import isolation
 from flatout.machine import Ceilings
+from flatout.tune import memory
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
 
@@ -86,6 +87,7 @@ def survey(
     ceilings: Ceilings | None,
     wanted: Collection[str] | None,
     exactness: Collection[Exactness] | None,
+    allowed_memory: float = memory.ALLOWED,
 ) -> Survey:
     """Find the settings that are worth a trial.
 
@@ -94,9 +96,10 @@ def survey(
         ceilings: the machine's peak rates; ``None`` if they were not measured.
         wanted: the names of the knobs that may be tried; ``None`` for all.
         exactness: the classes of the settings that may be tried; ``None`` for all.
+        allowed_memory: the peak memory that a plan may have, as a multiple of bare's.
     """
     case = Case(process, ceilings, machine.usable_cores())
-    facts = collect_facts(case)
+    facts = collect_facts(case, allowed_memory)
     found, refused = find(facts, wanted, exactness)
     return Survey(
         candidates=tuple(found),
@@ -106,12 +109,14 @@ def survey(
     )
 
 
-def collect_facts(case: Case) -> Facts:
+def collect_facts(case: Case, allowed_memory: float = memory.ALLOWED) -> Facts:
     """Collect the first run's measurements in the form that ``Knob.offer`` takes.
 
     Args:
         case: the first run. Without ceilings, the matmul rates count as not measured.
+        allowed_memory: the peak memory that a plan may have, as a multiple of the first run's.
     """
+    peak_bytes = memory.peak_rss_bytes([case.steps])
     is_profiled = bool(case.operators)
     phases = {phase: ms for phase, ms in case.phases_ms.items() if ms is not None}
     operators = None
@@ -142,6 +147,7 @@ def collect_facts(case: Case) -> Facts:
         calls_modules=any(step.forwards for step in case.steps),
         is_distributed=case.process.header.world_size is not None or case.facts.is_distributed,
         isolation_refusal=isolation.unavailable_reason(),
+        spare_memory_bytes=None if peak_bytes is None else (allowed_memory - 1) * peak_bytes,
     )
 
 

@@ -182,6 +182,7 @@ class Tuner:
             self._measure_ceilings(first.process.header.executable),
             self._options.knobs,
             self._options.exactness,
+            self._options.memory,
         )
         outcome = self._ledger.outcome
         outcome.findings, outcome.refused = found.findings, found.refused
