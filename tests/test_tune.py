@@ -338,7 +338,7 @@ def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
     after = journal.read(again.path)
     assert after[: len(before)] == before
     assert len(after) > len(before)
-    begins = said.index("running the bare program to see how it trains", 1)
+    begins = said.index("running the bare program to see what its steps take", 1)
     once, again_said = (
         [line for line in lines if line.endswith("inside one process")]
         for lines in (said[:begins], said[begins:])

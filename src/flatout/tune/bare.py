@@ -53,7 +53,7 @@ class BareRun:
     """What the first run has shown.
 
     Attributes:
-        process: the record of the process that trained.
+        process: the record of the job's main process.
         modules: the files that the run has imported.
         program: the files of which the program consists, and the environment variables that they
             name.
@@ -95,7 +95,7 @@ def run(
     Raises:
         UserError: the program fails, never calls a model, or makes too few steps.
     """
-    print_line("running the bare program to see how it trains")
+    print_line("running the bare program to see what its steps take")
     limit_s = options.budget_seconds * FIRST_RUN_SHARE
     first = _run_first(options, trials, limit_s)
     timed = _find_timed_steps(first, options, limit_s)

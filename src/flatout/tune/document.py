@@ -50,8 +50,8 @@ class Side:
         startup_s: the time from the import of torch to the first step.
         warmup_s: the extra time of the first steps: their total minus that of the same number of
             later steps. It includes compilation.
-        peak_rss_bytes: the peak memory of the main process, or of all ranks, the median of the
-            runs, as in ``tune.memory.refusal``.
+        peak_rss_bytes: the median over the runs of the peak memory of the main process, or, under
+            the knob ``ranks``, of all ranks together; see ``tune.memory.refusal``.
         peak_device_bytes: the peak of the memory that torch had allocated on the accelerator, the
             median of the runs.
         job_s: the projected time of the whole job: start-up, compilation, steps, evaluation.
@@ -106,9 +106,9 @@ class KnobResult:
         in_process: the ratio of this setting inside one process, see ``TriedSettings.ratio``. A
             factorial comparison gives the mean effect of the setting over all combinations with the
             others.
-        gain_on_top: how many times faster this setting made the stack as it was when the setting
-            was judged: the step time without the knob over the step time with this setting. Other
-            settings may have joined or left the stack before it became the plan.
+        gain_on_top: how many times faster this setting made the stack that existed when the
+            setting was tried: the step time without the knob over the step time with this setting.
+            Other settings may have joined or left the stack before it became the plan.
     """
 
     knob: str
@@ -172,7 +172,7 @@ class ProofResult:
     Attributes:
         passed: whether the proof passed; ``None`` if it is inconclusive, because no loss has fallen
             over these steps and only the other checks have passed.
-        kind: the claim that was checked.
+        kind: ``bitwise`` if all that was compared is identical, otherwise ``non-inferior``.
         why: the verdict in one sentence.
         steps: the number of steps from the start that the proof covers.
         seeds: the number of seeds with which it was repeated.
@@ -210,7 +210,7 @@ class Document:
         baseline, with_plan: the program without and with the plan.
         claim: the bare program's step time over the plan's, from fresh processes in alternation.
         break_even_steps: the number of steps after which the plan has made up for the time of the
-            tune and for its longer start.
+            tune and for its longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.
         knobs: the knobs of the plan.
         proof: the proof of the plan, or of the last plan that was refused.

@@ -10,11 +10,11 @@ plan is refused if, for one parameter, the whole interval lies beyond the tolera
 coefficient ``<plan, bare> / <bare, bare>`` would not do: errors in the activations make it smaller
 than 1, by up to a tenth in a network with batch norm in bfloat16.)
 
-Where bare and plan draw the same random numbers, the first gradient that differs must also point in
-the same direction: the relative error ``|plan - bare| / |bare|`` over the sampled elements is
-bounded. Where bare and plan draw different random numbers, the loss of an update differs, so all
-its quotients have a common factor. Each quotient is therefore divided by the median over all
-parameters of that update, and these medians are tested as well.
+Where bare and plan draw the same random numbers, the first gradient of each parameter that differs
+must also point in the same direction: the relative error ``|plan - bare| / |bare|`` over the
+sampled elements is bounded. Where bare and plan draw different random numbers, the loss of an
+update differs, so all its quotients have a common factor. Each quotient is therefore divided by the
+median over all parameters of that update, and these medians are tested as well.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Bounds:
 
     Attributes:
         factor: the largest scale error of a gradient norm, up or down, beyond its noise.
-        error: the largest relative error of the first gradient that differs, as the root mean
-            square over the seeds.
+        error: the largest relative error of a parameter's first gradient that differs, as the root
+            mean square over the seeds.
         floor: the norm below which a gradient may be nothing but rounding error, as a fraction of
             the norm of all gradients of the update. For biases and scales, the code inside the job
             (the agent) also records an estimate of the rounding error (``agent/flows.py``); the

@@ -3,7 +3,7 @@ resumed.
 
 A tune has a folder of its own below ``paths.tunes_directory()``::
 
-    journal.jsonl    one JSON object a line: the job, its program, then each trial
+    journal.jsonl    one JSON object a line: the job, its program, each trial, the end
     runs/            the run directories of its trials
     result.json      the result, written at the end
 

@@ -1,7 +1,7 @@
 """Keeps what a tune was asked for, which settings it has tried, and what came of each.
 
-The ledger is the one object that all stages of a tune share and write to. It reports every change
-to the observer of the tune.
+The ledger is the one object that all stages of a tune share and write to. It tells the observer
+of the tune when a setting or an activity changes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Outcome:
         return self._find_ratio(knob, setting, "inside one process")
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
-        """Return how many times faster a setting made the stack of the time when it was tried.
+        """Return how many times faster a setting made the stack that existed then.
 
         This is the step time without the knob over the step time with this setting. The result is
         ``None`` if it was not measured.

@@ -20,9 +20,9 @@ tell which checks are made. The functions are pure functions of records.
     little: a plan under which nothing is learned would pass as well. The check is then open, and
     the proof ``inconclusive``.
 ``spikes``
-    Each loss must be finite. It may lie above the bare loss by an allowance, the larger of two
-    values: twice the most by which any bare loss lies above the mean loss of the other seeds, and
-    six times the standard deviation of the bare losses between seeds. Both are computed for each
+    Each loss must be finite. It may exceed the bare loss by an allowance, the larger of two
+    values: twice the largest excess of a bare loss over the mean of the other seeds, and six times
+    the standard deviation of the bare losses between seeds. Both are computed for each
     quarter of the steps (``_judge_spikes`` says what holds if seeds do not change the losses).
 ``identity``
     Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
@@ -36,7 +36,8 @@ tell which checks are made. The functions are pure functions of records.
 ``probabilities``
     If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
     becomes infinite or is clamped, and the gradients of these probabilities become 0. The share of
-    probabilities that an outermost module returns as exactly 1 must therefore not grow.
+    probabilities that an outermost module returns as exactly 1 may therefore hardly grow
+    (``MORE_ONES``).
 ``outputs``
     If the program only infers, its outputs for identical inputs are compared.
 
@@ -46,8 +47,9 @@ a loss is then compared with bare's highest loss in the same quarter of the step
 margin is then at least the spread between bare's runs.
 
 More seeds make the limits narrower. If settings change the order of the data (the class
-``reshuffled``), the difference of two means over n seeds has a standard deviation of
-``sqrt(2 / n)`` margins. A check that fails only because its limit is wide is ``undecided``.
+``reshuffled``), bare and plan differ as much as two seeds do: the difference of their means over n
+seeds has a standard deviation of ``sqrt(2 / n)`` times the margin. A check that fails only because
+its limit is wide is ``undecided``.
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ SPIKE_DEVIATIONS = 6.0
 """A spike exceeds bare's loss by more than this many of bare's standard deviations."""
 
 SPIKE_FACTOR = 2.0
-"""The excess of a spike over bare's loss is also more than this many times the largest excess of a
-bare loss over the mean of the other seeds."""
+"""A spike must also exceed bare's loss by more than this factor times the largest excess of a bare
+loss over the mean of the other seeds."""
 
 ROUNDING = 1e-6
 """Differences below this fraction of a value do not count. It is some units in the last place of
@@ -483,11 +485,12 @@ def _judge_losses(
         name: the name of the losses, in words.
         bare, plan: one curve for each seed, all of one length.
         by_seeds: whether seeds change bare's losses.
-        differing_repeats: the curves of additional bare runs from the first seed, as far as they
-            differ from the first run of that seed. If there are any, bare does not repeat itself.
-            They may be shorter; only those with all steps count for the margin.
+        differing_repeats: of the additional bare runs from the first seed, the curves that differ
+            from the first run of that seed. If there are any, bare does not repeat itself. These
+            runs may have fewer steps; only those with all steps count for the margin.
         allowed_error: the relative error that the plan's settings may cause. It gives the margin if
-            the losses differ neither between bare's runs nor between batches, beyond ``ROUNDING``.
+            the losses differ by no more than ``ROUNDING``, both between bare's runs and between
+            batches.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)

@@ -60,9 +60,9 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""A job counts as short if it is known to have too few steps for two comparisons of this many arms
-(as many as seven candidates need) with the fewest rounds and the shortest blocks. The candidates of
-a short job are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
+"""Number of arms that seven candidates need. A job is short if two comparisons of so many arms do
+not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a short job
+are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
@@ -274,8 +274,8 @@ class Screening(TuneStage):
 
         Args:
             winners: the stack.
-            redundant: knobs that the stack does not need if only one of them is removed, in the
-                order in which to remove them.
+            redundant: knobs that the stack can do without as long as all others stay, in the order
+                in which to remove them.
         """
         if len(redundant) < 2:
             return redundant
@@ -328,8 +328,8 @@ class Screening(TuneStage):
             stop_rule: the rule that ends the comparison early.
             what: a description of the arms for the progress line.
 
-        Returns the ratio of each arm to the first, by the number of the arm; empty if the program
-        fails, or if the job ends before the comparison.
+        Returns for each other arm, by its number, the step time of the first arm over that of this
+        arm; nothing if the program fails, or if the job ends before the comparison.
         """
         try:
             done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)

@@ -1,4 +1,4 @@
-"""Computes from step times: ratios, which settings win, and when enough has been measured.
+"""Computes ratios from step times; decides which settings win, and when enough is measured.
 
 The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
 ``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
@@ -44,8 +44,8 @@ MAXIMUM_RANKING_PAIRS = 5
 """Maximum number of pairs of fresh processes that rank a candidate, if they do not agree."""
 
 OUTLIER_DEVIATIONS = 3.0
-"""In a pair of runs, a step is left out if the log of its time over that of the same step in the
-other run is more than this many standard deviations from the median log."""
+"""In a pair of runs, each step has a ratio: its time in one run over its time in the other. A step
+is left out if the log of its ratio is more than this many standard deviations from the median."""
 
 LEAST_SPREAD = 0.05
 """Lower bound on the standard deviation of these logs."""
@@ -79,10 +79,10 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
 def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple[float, float]:
     """Return the mean step times of two runs with the same seed, in ms.
 
-    Both runs see the same data in the same order, so each step has a counterpart. All steps count,
-    as they do for the user, except a few outliers. If the ratio of a step and its counterpart is
-    far from that of the others, the machine stood still during one of the two, and both are left
-    out.
+    Each step has a counterpart, which sees the same data unless a setting reshuffles them. All
+    steps count, as they do for the user, except a few outliers. If the ratio of a step and its
+    counterpart is far from that of the others, the machine stood still during one of the two, and
+    both are left out.
 
     Args:
         bare_ms, plan_ms: the step times after the warm-up, in ms; additional steps of the longer

@@ -26,7 +26,7 @@ class TrialFailedError(Exception):
     """A trial gave no usable record; the message says why.
 
     Attributes:
-        process: the record of the process that trained, as far as it got; ``None`` if there is
+        process: the record of the job's main process, as far as it got; ``None`` if there is
             none.
         tail: the last lines of the program's output.
     """
@@ -56,7 +56,7 @@ class Trial:
     """The result of a trial.
 
     Attributes:
-        process: the record of the process that trained.
+        process: the record of the job's main process.
         seconds: the wall time of the whole command.
         ended: whether the program came to its end by itself.
         modules: the files that its processes have imported, see ``wire.record``.

@@ -53,7 +53,7 @@ class Tuner:
         journal: journal of this tune.
         print_line: prints a line of progress.
         refresh: shows the outcome so far and the seconds left in the current activity. It is called
-            whenever either of them changes, and twice a second while a trial runs.
+            when a setting or the activity changes, and twice a second while a trial runs.
         measure_ceilings: returns the machine's peak rates, given the path of the Python
             interpreter; ``None`` if they are not known.
     """

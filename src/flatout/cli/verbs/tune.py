@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(
         parser,
         None,
-        "prove the plan over this many steps (default: 200, or as many as fit into 2 s, whichever "
-        "is more, but at most what fits into 1/36 of the budget, and at least 20)",
+        "prove the plan over this many steps (default: 200, or up to 2,000 if the program makes "
+        "more in 2 s; fewer if 1/36 of the budget does not suffice for them, but at least 20)",
     )
     parser.add_argument(
         "--knobs",
