@@ -215,6 +215,36 @@ for i in range(8):
     optimizer.step()
     show(loss, *(p.grad.norm() for p in model.parameters()))
 """,
+    "two losses from inside of a module": """
+class Losing(nn.Module):
+    def forward(self, x):
+        return model(x).square().mean()
+losing = Losing()
+for i in range(8):
+    first = losing(torch.randn(7, 6))
+    if i == 3:
+        go_alone()
+    loss = first + losing(torch.randn(7, 6))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    show(loss, *(p.grad.norm() for p in model.parameters()))
+""",
+    "a loss beside outputs that live on": """
+class Both(nn.Module):
+    def forward(self, x):
+        outputs = model(x)
+        return outputs.square().mean(), outputs
+both = Both()
+for i in range(8):
+    loss, outputs = both(torch.randn(7, 6))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    show(loss, outputs.sum(), *(p.grad.norm() for p in model.parameters()))
+    if i == 3:
+        go_alone()
+""",
     "a penalty with a second derivative": """
 for i in range(8):
     x = torch.randn(7, 6, requires_grad=True)

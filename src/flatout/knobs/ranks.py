@@ -21,8 +21,8 @@ LAUNCHER_VARIABLE = "WORLD_SIZE"
 """Launchers such as torchrun tell each process by this variable how many they have started."""
 
 LEAST_COST_MS = 1.0
-"""The least time that ranks add to a step: they meet before a call and after it, gather its outputs
-and average gradients, each a few tenths of a millisecond between processes of one host."""
+"""The least time that ranks add to a step: they compare inputs, meet before a call and after it,
+gather its outputs and average gradients."""
 
 LEAST_RANK_BYTES = 200 << 20
 """What each further rank needs at least: torch 2.13 for CPUs takes 218 MiB when it is imported."""

@@ -61,7 +61,9 @@ class Deaths:
         self._killed_s: float | None = None
 
     def must_rank_0_end(self) -> bool:
-        """Whether another rank was killed and rank 0 has not ended in time."""
+        """Whether another rank was killed and rank 0, which needs it, has not ended in time."""
+        if self._is_rank_0_alone():
+            return False
         if self._killed_s is None:
             if self._stage_status() or any(one.returncode < 0 for one in self._failed()):
                 self._killed_s = time.monotonic()
@@ -82,6 +84,8 @@ class Deaths:
         if -returncode in _NOT_SENT_BY_USERS and not self.ended_rank_0:
             how = companion_stage.ending(returncode)
             return f"rank 0 has died: {how}, so the other ranks were ended"
+        if self._is_rank_0_alone():
+            return None
         first = self.first()
         stage_status = self._stage_status()
         if first is not None:
@@ -97,6 +101,10 @@ class Deaths:
             return f"{what}, so rank 0 was ended"
         is_own_failure = returncode >= 0 and (first is None or first.returncode != returncode)
         return what if is_own_failure else None
+
+    def _is_rank_0_alone(self) -> bool:
+        """Whether rank 0 has gone on alone (``parallel.ending``), so that no other can stop it."""
+        return any(self._run_directory.glob("alone-*"))
 
     def _failed(self) -> list[Failure]:
         """The ranks that have failed, the first one first."""

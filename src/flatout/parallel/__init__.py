@@ -118,6 +118,10 @@ class Parallel:
         if said:
             self._host.events.add("noticed", "ranks", "; ".join(said))
         self._is_alone = True
+        if why and self._ending.ticket is None:
+            from flatout.parallel import joining
+
+            self._ending.ticket = joining.take_ticket(self._place)  # the others have theirs
         self._ending.note_alone(why)
         if self._team is not None:
             self._host.record.write(

@@ -16,11 +16,12 @@ So each is the other's backward up to the factor, and double backward works by i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from flatout.parallel.balance import Graph
 from flatout.parallel.cutting import bounds, cut_tensor
 from flatout.parallel.header import Header, Meeting
 from flatout.parallel.sameness import structure_digest
@@ -36,11 +37,13 @@ class Crossing:
         team: the ranks.
         batch: the number of samples.
         dims: for each tensor, the dimension that counts samples; ``None``: every rank has it whole.
+        graph: of the call that the tensors belong to; ``None``: they have one of their own.
     """
 
     team: Team
     batch: int
     dims: tuple[int | None, ...]
+    graph: Graph | None = None
 
     def scatter(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the own rows of whole tensors."""
@@ -65,7 +68,7 @@ class Crossing:
     def select(self, wanted: Sequence[bool]) -> Crossing:
         """Return the crossing of some of the tensors."""
         dims = tuple(dim for dim, is_wanted in zip(self.dims, wanted, strict=True) if is_wanted)
-        return Crossing(self.team, self.batch, dims)
+        return replace(self, dims=dims)
 
     def scaled(self, tensors: Sequence[torch.Tensor], factor: float) -> list[torch.Tensor]:
         """Return the tensors, those of shards times a factor."""
@@ -174,7 +177,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, crossing: Crossing, *tensors: torch.Tensor) -> Any:
         ctx.crossing = crossing
-        ctx.graph = crossing.team.graphs.open()
+        ctx.graph = crossing.graph or crossing.team.graphs.open()
         return (*crossing.scatter(tensors), torch.empty(0, device="cpu"))
 
     @staticmethod
@@ -196,7 +199,7 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         joined = crossing.gather(tensors)
         ctx.crossing = crossing
-        ctx.graph = crossing.team.graphs.open()
+        ctx.graph = crossing.graph or crossing.team.graphs.open()
         ctx.recorded = [
             is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)
         ]

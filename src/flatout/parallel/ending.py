@@ -184,7 +184,10 @@ class Ending:
         return None
 
     def absence(self) -> str | None:
-        """Return why another rank does not come to join this one, ``None`` if it still may."""
+        """Return why another rank does not come to join this one, ``None`` if it still may. End the
+        process if rank 0 does without it."""
+        if self._place.rank and self._alone_file().exists():
+            self.leave()
         for rank in self._others():
             if (self._place.run_directory / f"gone-{rank}").exists():
                 return f"the program has ended on rank {rank} and has called no module there"

@@ -70,7 +70,8 @@ def share_memory(
         channel = None
         with contextlib.suppress(OSError, kernels.KernelError):
             if place.rank == 0:
-                channel = _hand_out(own, place, connect)
+                with own:  # those that wait for an answer learn that none comes
+                    channel = _hand_out(own, place, connect)
             else:
                 wait(lambda: select.select([own], [], [], 0)[0])
                 channel = _take(own, place, connect)
@@ -149,8 +150,10 @@ def _hand_out(listener: socket.socket, place: Place, connect: Connect) -> Memory
             connection.settimeout(_ANSWER_SECONDS)
             process, user = _peer(connection)
             if user == os.geteuid():  # anyone can connect
-                rank = connection.recv(1)[0]
-                processes[rank] = os.pidfd_open(process)
+                received = connection.recv(1)
+                if not received:
+                    raise ConnectionError("a rank has gone")
+                processes[received[0]] = os.pidfd_open(process)
                 connections.append(connection)
         memory = os.memfd_create("flatout-ranks")
         until_end.callback(os.close, memory)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 class Meeting(enum.IntEnum):
     """What the ranks meet for."""
 
-    JOINING = 1
     CALL = 2
     RULE = 3
     OUTPUTS = 4

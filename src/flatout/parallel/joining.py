@@ -40,7 +40,7 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Chan
     Raises:
         RuntimeError: a rank has not come in time, or torch has no gloo.
     """
-    ending.ticket = ticket = _take_ticket(place)
+    ending.ticket = ticket = take_ticket(place)
     port_file = place.run_directory / f"port-{ticket}"
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank == 0:
@@ -76,7 +76,7 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Chan
     return channel
 
 
-def _take_ticket(place: Place) -> int:
+def take_ticket(place: Place) -> int:
     """Return how many processes of this rank have made a root call before this one."""
     for ticket in itertools.count():
         path = place.run_directory / f"ticket-{place.rank}-{ticket}"

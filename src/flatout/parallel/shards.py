@@ -13,6 +13,7 @@ import torch
 from torch.utils import checkpoint
 
 from flatout.intercept.patch import Undo, replace_function
+from flatout.parallel.balance import Graph
 from flatout.parallel.placement import Draw, Placement, Rows, UnshareableError
 
 SumOverRanks = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -37,6 +38,7 @@ class Shard:
             ``None``.
         is_busy: whether an operator is being computed whose own batch norms, draws and sums do not
             count.
+        graph: of the call; ``None``: it is only tested.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Shard:
         self.sums = sums
         self.terms: list[tuple[Placement, torch.Tensor]] | None = None
         self.is_busy = False
+        self.graph: Graph | None = None
         self._drawn = 0
         self._summed = 0
 

@@ -22,7 +22,7 @@ from flatout.intercept.graph import leaf_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.parallel import cutting, kinds, shards
 from flatout.parallel.averaging import Leaves
-from flatout.parallel.balance import Exchange, Phase
+from flatout.parallel.balance import Exchange, Graph, Phase
 from flatout.parallel.changes import Changes
 from flatout.parallel.crossing import Crossing, flags, gather_anchored, is_flagged, scatter
 from flatout.parallel.header import Header, Meeting, digest
@@ -148,11 +148,13 @@ class _Shard:
         result: what the module returned.
         outputs: the tensors in it.
         anchor: see ``crossing.scatter``.
+        graph: of what the ranks compute together in this call.
         begin: number of the first autograd node that it may make.
         reason: why the call cannot be shared out; empty: it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.result: Any = None
         self.outputs: list[torch.Tensor] = []
         self.anchor: torch.Tensor | None = None
@@ -379,8 +381,8 @@ class Sharing:
         self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int
     ) -> _Shard:
         """Call the module with the own rows of its inputs."""
-        shard = _Shard()
-        inputs, shard.anchor = _cut(current, rule, batch)
+        shard = _Shard(current.team.graphs.open())
+        inputs, shard.anchor = _cut(current, shard, rule, batch)
         shard.begin = _next_node_number()
         rows = cutting.bounds(batch, current.team.size)[current.team.rank]
         self.is_in_shard = True
@@ -388,8 +390,9 @@ class Sharing:
             args, kwargs = cutting.rebuild(current.args, current.kwargs, inputs)
             with (
                 current.team.balance.spend(Phase.SHARD),
-                shards.shard(*rows, batch, self._add_up, rule.placements, sums=rule.sums),
+                shards.shard(*rows, batch, self._add_up, rule.placements, sums=rule.sums) as state,
             ):
+                state.graph = shard.graph
                 shard.result = call(current.module, *args, **kwargs)
             shard.outputs = kinds.tensors_of_output(shard.result)
         except UnshareableError as error:
@@ -486,7 +489,9 @@ def _next_node_number() -> int:
     return int(node._sequence_nr())
 
 
-def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def _cut(
+    current: _Call, shard: _Shard, rule: Rule, batch: int
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return the own rows of a call's inputs, and the anchor of those that require gradients."""
     rows = cutting.bounds(batch, current.team.size)[current.team.rank]
     is_recorded = torch.is_grad_enabled()
@@ -496,7 +501,7 @@ def _cut(current: _Call, rule: Rule, batch: int) -> tuple[list[torch.Tensor], to
     cut = iter(cutting.cut(Rule(others, ()), plain, *rows))
     if not any(crossing):
         return list(cut), None
-    where = Crossing(current.team, batch, rule.inputs).select(crossing)
+    where = Crossing(current.team, batch, rule.inputs, shard.graph).select(crossing)
     through = [leaf for leaf, crosses in zip(current.leaves, crossing, strict=True) if crosses]
     *scattered, anchor = scatter(where, through)
     crossed = iter(scattered)
@@ -536,7 +541,7 @@ def _join(current: _Call, shard: _Shard, rule: Rule, batch: int, recorded: int) 
     """Return what the module would have returned for the whole batch."""
     is_cut = [dim is not None for dim in rule.outputs]
     bits = flags([is_flagged(recorded, i) for i, is_joined in enumerate(is_cut) if is_joined])
-    where = Crossing(current.team, batch, rule.outputs).select(is_cut)
+    where = Crossing(current.team, batch, rule.outputs, shard.graph).select(is_cut)
     parts = [t for t, is_joined in zip(shard.outputs, is_cut, strict=True) if is_joined]
     joined = iter(gather_anchored(where, parts, bits, shard.anchor)) if parts else iter(())
     outputs = [

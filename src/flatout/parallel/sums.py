@@ -174,6 +174,8 @@ class _SumOverSamples(torch.autograd.Function):
         of one process times the number of ranks."""
         if shards.current() is not None:
             raise UnshareableError("computes gradients of sums over samples in its forward pass")
+        if ctx.state.graph is not None:
+            ctx.state.graph.is_reached = True
         gradient = gradient if ctx.divisor is None else gradient / ctx.divisor
         (whole,) = sum_over_ranks(ctx.state.sum_gradients, gradient)
         return None, whole, None

@@ -125,7 +125,7 @@ def _follow_companions(what, seconds):
     while time.monotonic() < until_s:
         present = os.listdir(run)
         if all(
-            any("%s-%d" % (note, r) in present for note in (what, "died", "done"))
+            any("%s-%d" % (note, r) in present for note in (what, "died", "gone"))
             for r in range(1, size)
         ):
             break
