@@ -38,12 +38,12 @@ injected: $(INSTALLED)
 	$(BIN)/python -m pytest -m injected
 
 # All tests of ranks, and whole programs on 2, 3 and 4 ranks against the same programs alone. The
-# quick form has three of these programs, and all that must be refused or right.
+# quick form has three of these programs, all that must be refused or right, and the verbs.
 ranks: $(INSTALLED) .venv-frameworks/.installed
 	$(BIN)/python -m pytest -n 2 -m ranks
 
 ranks-quick: $(INSTALLED) .venv-frameworks/.installed
-	$(BIN)/python -m pytest -n 2 -m ranks -k "gpt-2 or cnn-3 or lightning-2 or traps"
+	$(BIN)/python -m pytest -n 2 -m ranks -k "gpt-2 or cnn-3 or lightning-2 or traps or test_ranks or test_doctor_ranks or test_scaling"
 
 # Ranks on several hosts, made of network namespaces: as root, with iproute2.
 hosts: $(INSTALLED)

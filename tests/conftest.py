@@ -18,15 +18,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-OF_RANKS = ("test_parallel_", "test_channel", "test_doctor_ranks", "test_ranks")
+OF_RANKS = ("test_parallel_", "test_channel")
 """How the names of test files begin that start many processes of several ranks."""
+
+ONLY_RANKS = ("test_doctor_ranks", "test_ranks", "test_scaling")
+"""Likewise of those that the suite leaves out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of ranks; the suite runs the first case of each test, ``make ranks`` all."""
+    """Mark tests of ranks; the suite runs the first case of a test, ``make ranks`` all."""
     seen = set()
     for item in items:
-        if item.path.name.startswith(OF_RANKS):
+        if item.path.name.startswith(ONLY_RANKS):
+            item.add_marker(pytest.mark.ranks)
+        elif item.path.name.startswith(OF_RANKS):
             item.add_marker(pytest.mark.ranks)
             test = item.nodeid.partition("[")[0]
             if test not in seen:
