@@ -62,7 +62,7 @@ PROGRAMS = {
     "python_bound": Program("benchmarks/programs/python_bound.py --steps 6"),
     "hf_encoder": Program("benchmarks/programs/hf_encoder.py --steps 4", is_of_framework=True),
     "lightning_cnn": Program(
-        "benchmarks/programs/lightning_cnn.py --steps 6", is_of_framework=True
+        "benchmarks/programs/lightning_cnn.py --steps 3", is_of_framework=True
     ),
     "trainer": Program("tests/frameworks/programs/hf_trainer.py", is_of_framework=True),
     "accelerate": Program("tests/frameworks/programs/accelerate_script.py", is_of_framework=True),
