@@ -33,17 +33,19 @@ _LEAST_SECONDS_PER_BYTE = 1e-11
 """What no two processes fall below: a transfer between caches, and 100 GB/s."""
 
 
-def measure(python: str) -> tuple[Network, Software]:
+def measure(python: str, *, over_gloo: bool = False) -> tuple[Network, Software]:
     """Measure this host with two ranks. It takes some ten seconds.
 
     Args:
         python: an interpreter with torch.
+        over_gloo: whether the ranks exchange as those of several hosts do, not by shared memory.
 
     Raises:
         UserError: ranks cannot be run here, or the program has failed.
     """
     program = Path(__file__).with_name("exchanging.py")
-    command = [python, str(program), *("x".join(map(str, sizes)) for sizes in _SIZES)]
+    sizes = ("x".join(map(str, of_exchange)) for of_exchange in _SIZES)
+    command = [python, str(program), *(["gloo"] if over_gloo else []), *sizes]
     request = Request(ranks=companions.make_ranks(2))
     finished = launch.start(
         command, request, isolate=True, output="capture", timeout_seconds=_TIMEOUT_S

@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ring", "best"),
         default="ring",
         metavar="NAME",
-        help="how tensors are gathered and added up: ring, as --ranks does, or best, the fastest "
-        "that other libraries have (default: ring)",
+        help="how tensors are gathered and added up: ring, as --ranks does over a network, or "
+        "best, the fastest that other libraries have (default: ring)",
     )
     options.add_python(parser, "that of the first run with several ranks")
     options.add_json(parser)
@@ -108,7 +108,8 @@ def _measure(named: Network | None, python: str) -> tuple[Network, Software | No
 
     say("measuring what an exchange between two ranks takes on this host")
     try:
-        found, software = here.measure(shutil.which(python) or machine.default_python())
+        python = shutil.which(python) or machine.default_python()
+        found, software = here.measure(python, over_gloo=named is not None)
     except UserError as error:
         if named is None:
             raise
