@@ -187,6 +187,37 @@ def test_a_signal_arrives_once(number: signal.Signals, to_group: bool, tmp_path:
     assert process.wait(20) == 9
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_flatout_sees_after_the_job_has_ended_was_for_the_job(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    program = write(
+        tmp_path,
+        "import os, signal, sys\n"
+        f"signal.signal({int(number)}, lambda *_: sys.exit(9))\n"
+        "print(os.getpid(), flush=True)\nsignal.pause()\n",
+    )
+    process = subprocess.Popen(
+        [*RUN, sys.executable, "-S", program],
+        cwd=tmp_path,
+        env={**os.environ, "FLATOUT_HOME": str(tmp_path / "home")},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    job = int(process.stdout.readline())
+    ended = os.pidfd_open(job)
+    os.kill(job, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # flatout stops as its job does
+    os.killpg(process.pid, number)
+    os.kill(job, signal.SIGCONT)
+    assert select.select([ended], [], [], 20)[0]
+    os.close(ended)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(20) == 9
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_death_by_signal_is_flatouts_own_death(number: signal.Signals, tmp_path: Path) -> None:
     command = f"import os; os.kill(os.getpid(), {int(number)}); import time; time.sleep(9)"

@@ -237,6 +237,8 @@ def _wait(
             os.kill(pid, signal.SIGCONT)
             continue
         if done == pid:
+            if _take_late_signals() and contained:
+                interrupted, ended_by_tick = True, False
             return status, timed_out, interrupted and not ended_by_tick
         wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         if tick is not None or contained:
@@ -270,6 +272,17 @@ def _wait(
             if not to_all:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, received.si_signo)
+
+
+def _take_late_signals() -> bool:
+    """Take the signals that came while the job was ending: its exit status answers them.
+
+    Returns whether one of them ends the work that the job was for.
+    """
+    ends = False
+    while (received := signal.sigtimedwait(_WATCHED, 0)) is not None:
+        ends = interruption.note(received.si_signo) or ends
+    return ends
 
 
 class _Sentinel:
