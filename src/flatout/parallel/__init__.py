@@ -55,7 +55,7 @@ class Parallel:
             host.events,
             leaves,
             self._form_team,
-            _find_rule,
+            self._find_rule,
             lambda: (host.roots, self._take_stepped()),
         )
         self._team: Team | None = None
@@ -236,6 +236,15 @@ class Parallel:
         sameness.agree_on_kernel(channel.exchange)
         return team
 
+    def _find_rule(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+    ) -> Rule | Refusal:
+        from flatout.parallel import checking, processors
+
+        ranks = self._host.request.ranks
+        with processors.lent(ranks, self._threads) if ranks else contextlib.nullcontext():
+            return checking.find_rule(module, args, kwargs, size)
+
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:
             self._averaging.include(optimizer)
@@ -298,11 +307,3 @@ def leave() -> None:
 
 _installed: Parallel | None = None
 """What shares out the root calls of this process."""
-
-
-def _find_rule(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
-) -> Rule | Refusal:
-    from flatout.parallel import checking
-
-    return checking.find_rule(module, args, kwargs, size)

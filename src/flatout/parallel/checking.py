@@ -125,7 +125,7 @@ def find_rule(
     """Find by test how calls of a kind may be shared out.
 
     The module, its arguments and the generators of random numbers are as before, and nothing is
-    printed. Every rank comes to the same result. It costs about ten forward passes.
+    printed. It costs about ten forward passes.
 
     Args:
         module: which is called.
@@ -150,7 +150,7 @@ def _test_rules(
         return Refusal(f"{name} {why}")
     if any(isinstance(p, torch.nn.UninitializedParameter) for p in objects.parameters(module)):
         return Refusal(f"{name} creates parameters in its first call", is_lasting=False)
-    if _lacks_memory(module, size):
+    if _lacks_memory(module):
         return Refusal(f"there is no memory for a copy of {name} to test")
     with unnoticed(), _without_inference_mode():
         search = _Search(module, args, kwargs, size)
@@ -238,13 +238,13 @@ def _has_foreign_hook(registries: Iterable[Any]) -> bool:
     return False
 
 
-def _lacks_memory(module: Any, size: int) -> bool:
-    """Whether less than twice the size of the module, in float64, is free for each rank, all of
-    which may be on this host; of an accelerator, this is found out when it fails."""
+def _lacks_memory(module: Any) -> bool:
+    """Whether less than twice the size of the module, in float64, is free; of an accelerator, this
+    is found out when it fails."""
     tensors = [*objects.parameters(module), *objects.buffers(module)]
     needed = sum(8 * t.numel() for t in tensors if t.device.type == "cpu")
     available = system.available_bytes()
-    return available is not None and 2 * needed * size > available
+    return available is not None and 2 * needed > available
 
 
 class _RaisedError(Exception):

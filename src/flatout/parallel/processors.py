@@ -1,9 +1,10 @@
-"""The processors of a rank that goes on alone."""
+"""The processors of a rank that computes while the others do not."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -22,9 +23,35 @@ def use_all(ranks: Ranks, threads: int | None) -> None:
     if not ranks.processors:
         return
     own = len(os.sched_getaffinity(0))
-    # Threads that torch has started keep their processors otherwise.
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            os.sched_setaffinity(int(task.name), ranks.processors)
+    for task in _tasks():
+        _pin(task, ranks.processors)
     if torch.get_num_threads() == threads:
         torch.set_num_threads(ranks.threads or threads * len(ranks.processors) // own)
+
+
+@contextlib.contextmanager
+def lent(ranks: Ranks, threads: int | None) -> Iterator[None]:
+    """A context in which this process runs on the processors of all ranks, which wait for it.
+
+    Args:
+        ranks, threads: as for ``use_all``.
+    """
+    own, threads_before = os.sched_getaffinity(0), torch.get_num_threads()
+    pinned = {task: os.sched_getaffinity(task) for task in _tasks()}
+    use_all(ranks, threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        for task in _tasks():
+            _pin(task, pinned.get(task, own))
+
+
+def _tasks() -> list[int]:
+    """The threads of this process: those that torch has started keep their own processors."""
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]
+
+
+def _pin(task: int, processors: Collection[int]) -> None:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        os.sched_setaffinity(task, processors)

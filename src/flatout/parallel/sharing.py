@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -302,20 +303,26 @@ class Sharing:
         kind.checked = kind.calls
         kind.may_be_tested = False
         kind.tests += 1
-        self.is_in_shard = True
-        try:
-            with team.balance.spend(Phase.TESTING):
-                found = self._find_rule(call.module, call.args, call.kwargs, team.size)
-        finally:
-            self.is_in_shard = False
-        header = Header(0, Meeting.RULE, content=digest(found))
-        headers = team.meet(header, call.what, ("sequence", "meeting"))
-        if len({other.content for other in headers}) > 1:
-            kind.refuse(f"{call.state.name} is not judged alike on all ranks")
-        elif isinstance(found, Rule):
+        team.meet(Header(0, Meeting.RULE), call.what, ("sequence", "meeting"))
+        found = self._judge(call)
+        if isinstance(found, Rule):
             kind.rule = found
         else:
             kind.refuse(found.reason, found.is_lasting)
+
+    def _judge(self, call: _Call) -> Rule | Refusal:
+        """Look for a rule on rank 0, which has the processors of all ranks meanwhile."""
+        team, message = call.team, b""
+        self.is_in_shard = True
+        try:
+            with team.balance.spend(Phase.TESTING):
+                if team.rank == 0:
+                    found = self._find_rule(call.module, call.args, call.kwargs, team.size)
+                    message = pickle.dumps(found)
+                judged: Rule | Refusal = pickle.loads(team.channel.exchange(message)[0])
+        finally:
+            self.is_in_shard = False
+        return judged
 
     # Whole calls
 

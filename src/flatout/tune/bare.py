@@ -160,8 +160,9 @@ def _can_relay(process: ProcessRecord) -> bool:
     """Return whether two copies of this program can stay alive at the same time, as a relay needs.
 
     The result is false for distributed jobs, because both copies would use the same port; for
-    loaders with workers, because the workers keep running while their run waits; and on
-    accelerators, because it is not known how much of their memory is free.
+    loaders with workers, because the workers keep running while their run waits; on accelerators,
+    because it is not known how much of their memory is free; and if there is too little free main
+    memory.
     """
     import psutil
 

@@ -25,15 +25,15 @@ ALTERNATIVES_SHARE = 0.1
 step."""
 
 UNKNOWN_SHARE = 0.05
-"""Share of a step by which a knob is sorted if its share is unknown."""
+"""Share of a step by which a knob is sorted, as by its bound, if its share is unknown."""
 
 SECOND_LOOKS = 3
 """Maximum number of settings that are compared once more on top of the stack."""
 
 SECOND_LOOK_SPEEDUP = 1.1
 """Settings are compared once more only if the stack is at least this many times as fast as bare.
-With a smaller speedup, what these settings speed up takes about the same share of the step as
-before, so the first comparison is good enough."""
+If the stack gains less, the work that these settings speed up has about the same share of its step
+as of the bare step, so the first comparison is good enough."""
 
 SECOND_LOOK_SHARE = 0.02
 """A setting is compared once more only if it could save at least this share of the stack's step. A
@@ -191,11 +191,12 @@ def find(
 def find_second_looks(
     ratios: Mapping[Candidate, Ratio | None], settings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Find settings without a clear gain on bare that may gain more on top of the others.
+    """Find settings that had no clear gain on bare, but may gain more on top of the others.
 
     What such a setting speeds up was a small part of the bare step. It is a larger part of a step
     that the other settings have made shorter. Two knobs that claim the same part of the program
-    (``Knob.claims``) exclude each other, so settings that exclude one in the stack are left out.
+    (``Knob.claims``) exclude each other, so a setting is left out if its knob and a knob of the
+    stack do.
 
     Args:
         ratios: the measured ratio of each candidate among the others.

@@ -1,11 +1,12 @@
 """Builds factorial designs: combinations of settings in which every step tells about every setting.
 
 An *arm* is a combination of settings that is applied for some steps. If each arm had one setting, a
-step would tell about one setting. In a factorial design each setting is on in half of the arms and
-off in the other half, and every combination of two settings occurs equally often. With 20 settings,
-the same precision then takes about a tenth of the steps that one-setting arms would need (Plackett
-and Burman 1946, The design of optimum multifactorial experiments). Each arm is accompanied by its
-opposite, so that two-factor interactions do not bias main effects (Box and Wilson 1951: fold-over).
+step would tell about one setting. In a factorial design each factor (a knob with its settings) is
+on in half of the arms and off in the other half, and every combination of two factors occurs
+equally often. With 20 factors, the same precision then takes about a tenth of the steps that
+one-setting arms would need (Plackett and Burman 1946, The design of optimum multifactorial
+experiments). Each arm is accompanied by its opposite, so that two-factor interactions do not bias
+main effects (Box and Wilson 1951: fold-over).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def build_arms(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, 
 
 
 def _build_half(order: int) -> list[list[bool]]:
-    """Return for each arm of one half which factors are on; the other half is the opposite."""
+    """Return the factors that are on, for each arm of one half; the other half is the opposite."""
     prime = order - 1
     squares = {number * number % prime for number in range(1, prime)}
     return [[False] * prime] + [
@@ -67,8 +68,7 @@ def _assign(
     factors: Sequence[Sequence[tuple[str, str]]],
     generator: random.Random,
 ) -> tuple[dict[str, str], ...]:
-    """Give every factor that is on in an arm one of its settings, so that over all arms each of its
-    settings is used equally often.
+    """Choose a setting for each factor that is on in an arm, each about equally often.
 
     The assignment is random: in a fixed order, settings of two factors could always go together.
     """

@@ -1,7 +1,7 @@
 """The result of a tune as one JSON document, which programs and ``flatout report`` can read.
 
-A number that is null was not measured; 0 never means that. What null means elsewhere is said at the
-attribute. A number that is not finite, such as a loss that has
+A number that is null was not measured, unless its attribute says otherwise; 0 never means that. Any
+other value that is null does not exist. A number that is not finite, such as a loss that has
 diverged, is one of the strings that ``wire/codec.py`` names, since JSON has no such numbers.
 Unknown keys are ignored.
 """

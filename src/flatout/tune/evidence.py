@@ -55,7 +55,7 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
     """Merge the evidence of two proofs of the same settings.
 
     The new proof covers the old one if it has at least as many steps and seeds, if it passed all
-    the checks that the old one passed, and if it is conclusive or the old one is not. It then
+    the checks that the old one passed, and if it is conclusive (or both are inconclusive). It then
     replaces the old one; otherwise it is stored beside it. Of the two ratios, the one with more
     pairs is kept.
 

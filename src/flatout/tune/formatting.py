@@ -17,7 +17,7 @@ class Formatted(NamedTuple):
 
     Attributes:
         text: the number with its unit.
-        value: the number as rounded in the text, in the unit of the number that was formatted.
+        value: the number as rounded in the text, but in the unit in which it was passed.
             Differences of numbers that are printed side by side are computed from it, so that a
             reader who computes them again finds the same.
     """
@@ -31,7 +31,7 @@ Formatter = Callable[[float], Formatted]
 
 
 def format_milliseconds(ms: float) -> Formatted:
-    """Format a short time to three digits; from 1,000 to 9,999 ms, to a whole millisecond."""
+    """Format a short time to three digits; between 1,000 and 9,999 ms, without decimals."""
     unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
     number = _three_digits(ms / size)
     return Formatted(f"{number} {unit}", _number(number) * size)

@@ -10,11 +10,12 @@ plan is refused if, for one parameter, the whole interval lies beyond the tolera
 coefficient ``<plan, bare> / <bare, bare>`` would not do: errors in the activations make it smaller
 than 1, by up to a tenth in a network with batch norm in bfloat16.)
 
-Where bare and plan draw the same random numbers, the first gradient of each parameter that differs
-must also point in the same direction: the relative error ``|plan - bare| / |bare|`` over the
-sampled elements is bounded. Where bare and plan draw different random numbers, the loss of an
-update differs, so all its quotients have a common factor. Each quotient is therefore divided by the
-median over all parameters of that update, and these medians are tested as well.
+Where bare and plan draw the same random numbers, gradients must also point in the same direction.
+In the first update in which any gradient differs, the relative error ``|plan - bare| / |bare|`` of
+each parameter's gradient, over the sampled elements, is bounded. Where bare and plan draw different
+random numbers, the loss of an update differs, so all its quotients have a common factor. Each
+quotient is therefore divided by the median over all parameters of that update, and these medians
+are tested as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ RANDOM: tuple[Exactness, ...] = ("resampled", "reshuffled")
 """Exactness classes of settings that draw other random numbers."""
 
 CONFIDENCE = 0.95
-"""Probability that noise alone makes no parameter fail."""
+"""Probability that all parameters pass if nothing but noise moves their gradient norms."""
 
 Recorded = Mapping[str, Sequence[Gradient]]
 """The gradients of one run: for each parameter, the gradients of its first updates in order."""
@@ -43,9 +44,10 @@ class Bounds:
     """How far gradients may differ under settings of an exactness class.
 
     Attributes:
-        factor: the largest scale error of a gradient norm, up or down, beyond its noise.
-        error: the largest relative error of a parameter's first gradient that differs, as the root
-            mean square over the seeds.
+        factor: the largest factor by which a gradient norm may be too large or too small, not
+            counting its noise (the half-width of its confidence interval).
+        error: the largest relative error of a parameter's gradient in the first update in which
+            any gradient differs, as the root mean square over the seeds.
         floor: the norm below which a gradient may be nothing but rounding error, as a fraction of
             the norm of all gradients of the update. For biases and scales, the code inside the job
             (the agent) also records an estimate of the rounding error (``agent/flows.py``); the
@@ -72,7 +74,7 @@ roundoff, the largest relative error of one rounding, is 2**-11 for float16 and 
 bfloat16."""
 
 MEDIAN = ""
-"""The key of the median over all parameters, among the names of the parameters."""
+"""The key of the median over all parameters; the other keys are names of parameters."""
 
 
 def judge(
@@ -196,7 +198,7 @@ def _matching_gradients(
 
 
 def _first_differing_update(bare_run: Recorded, plan_run: Recorded) -> int:
-    """Return the first update in which any gradient is not bitwise the same; 0 if all are."""
+    """Return the first update in which any gradient differs between the runs; 0 if none does."""
     return min(
         (
             update
@@ -234,7 +236,7 @@ def _log_norm_ratios(
 ) -> Iterator[tuple[tuple[int, int], float]]:
     """Yield seed and update, and the logarithm of the plan's gradient norm over bare's.
 
-    Gradients that may be nothing but rounding error are left out. Updates before the first
+    A gradient is left out if it may be nothing but rounding error in both. Updates before the first
     difference are left out, because they say nothing about a setting that was not yet active.
     """
     for seed, (bare_run, plan_run) in enumerate(zip(bare, plan, strict=True)):
@@ -288,9 +290,10 @@ def _mean_and_half_width(values: Sequence[float], parameters: int) -> tuple[floa
 def _errors(
     bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[str, float]]:
-    """Yield the relative error of each parameter's gradient in the first update that differs.
+    """Yield the relative error of each parameter's gradient in the first update with a difference.
 
-    Up to that update the weights were the same; some settings do nothing in the first steps.
+    Up to that update the weights were the same. It need not be the very first update, because some
+    settings do nothing in the first steps.
     Gradients that may be nothing but rounding error are left out.
     """
     import numpy as np

@@ -7,7 +7,7 @@ A tune has a folder of its own below ``paths.tunes_directory()``::
     runs/            the run directories of its trials
     result.json      the result, written at the end
 
-A tune that is resumed begins anew, and takes each trial that it asks for from the journal as long
+A tune that is resumed begins anew; each trial that it asks for is taken from the journal, as long
 as the journal has it. This works because a tune chooses its next trial mostly by the results of the
 trials before it and the time that they took. It also depends on the free memory, the machine's
 measured peak rates and the cores that may be used. If any of these has changed so much that the

@@ -221,13 +221,13 @@ class Ledger:
         self.notify()
 
     def reject(self, settings: Mapping[str, str], why: str = "") -> None:
-        """Mark settings as without gain; ``why`` gives the reason if it is not the ratio."""
+        """Mark settings as without gain; ``why`` is empty if the ratio itself is the reason."""
         entry = self.find(settings)
         entry.state, entry.why = "no gain", why
         self.notify()
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
-        """Reject settings that did nothing, whatever their ratio is, because it is noise."""
+        """Reject settings that did nothing: their ratio is noise, and does not count."""
         self.print_line(f"{format_settings(settings)} has no effect: {why}")
         self.reject(settings, f"it has no effect: {why}")
 
@@ -249,7 +249,8 @@ class Ledger:
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
         """Mark settings as left out of the plan although they may be faster.
 
-        They need not have an entry: the gentler setting of a knob may never have been tried.
+        They need not have an entry: a gentler setting that took the place of a culprit in the plan
+        may never have been a candidate.
         """
         self.print_line(f"{format_settings(settings)} is left out: {why}")
         for entry in self.outcome.entries:

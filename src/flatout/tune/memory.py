@@ -90,7 +90,8 @@ def _measure_growth(
 ) -> float:
     """Measure by how many bytes per step the peak memory keeps growing; the median of the runs.
 
-    For each run, this is the smaller of the growths per step in the third and in the last quarter.
+    For each run, this is its growth per step in the third quarter of the steps or that in the last
+    quarter, whichever is smaller.
     """
     found = []
     for steps in runs:

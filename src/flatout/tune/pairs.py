@@ -84,7 +84,7 @@ class Pairs:
             steps.
         failure: the reason why the variant cannot run; ``None`` if it can.
         interrupted: whether the user has ended the tune early.
-        overtime_from: the number of pairs when the budget was spent; ``None`` before that.
+        overtime_from: the number of pairs when the budget was spent, if more pairs followed.
     """
 
     baseline: Mapping[str, str]
@@ -348,7 +348,7 @@ def run(
 def size_relay(steps: int, step_s: float) -> Relay:
     """Divide two runs of this many steps into the blocks in which they alternate.
 
-    The steps that are left over after whole blocks come first, as warm-up.
+    The blocks are whole; the steps that are left over come before them, as warm-up.
 
     Args:
         steps: the number of steps of each run.

@@ -9,7 +9,7 @@ tell which checks are made. The functions are pure functions of records.
     of the steps and over their last quarter. The upper confidence limit (Student's t over the
     seeds) of the mean of plan minus bare must be at most the margin, one seed-to-seed standard
     deviation of bare. A plan that lowers the loss passes, unless it lowers it by far more than
-    seeds do, because it then trains something else.
+    another seed changes it: it then trains something else.
     Flatout varies the seed by adding an offset to the seeds that the program sets by calls like
     ``torch.manual_seed`` (``agent/seeds.py``). It cannot reach a ``torch.Generator`` of the
     program's own, for example; a program that uses only such generators gives the same losses from
@@ -20,10 +20,11 @@ tell which checks are made. The functions are pure functions of records.
     little: a plan under which nothing is learned would pass as well. The check is then open, and
     the proof ``inconclusive``.
 ``spikes``
-    Each loss must be finite. It may exceed the bare loss by an allowance, the larger of two
-    values: twice the largest excess of a bare loss over the mean of the other seeds, and six times
-    the standard deviation of the bare losses between seeds. Both are computed for each
-    quarter of the steps (``_judge_spikes`` says what holds if seeds do not change the losses).
+    Each loss must be finite. It may exceed the bare loss, or the mean of all seeds if that is
+    higher, by an allowance, the larger of two values: twice the largest excess of a bare loss over
+    the mean of the other seeds, and six times the standard deviation of the bare losses between
+    seeds. Both are computed for each quarter of the steps (``_judge_spikes`` says what holds if
+    seeds do not change the losses).
 ``identity``
     Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
     runs from one seed are not identical either, this check is open, and the other checks decide.
@@ -43,8 +44,8 @@ tell which checks are made. The functions are pure functions of records.
 
 Some programs do not repeat themselves from one seed, because several processes train one set of
 weights, or because of atomic additions. A step then has no counterpart in another run. For spikes,
-a loss is then compared with bare's highest loss in the same quarter of the steps. For losses, the
-margin is then at least the spread between bare's runs.
+a loss is then also compared with bare's highest loss in the same quarter of the steps. For losses,
+the margin is then at least the spread between bare's runs.
 
 More seeds make the limits narrower. If settings change the order of the data (the class
 ``reshuffled``), bare and plan differ as much as two seeds do: the difference of their means over n
@@ -86,7 +87,7 @@ BEGINNING_SHARE = 1 / 20
 
 FALL_DEVIATIONS = 3.0
 """A loss has fallen only if its fall exceeds this many standard errors of the mean of its first
-values, which are computed from the scatter from batch to batch."""
+values. The standard error is computed from the scatter from batch to batch."""
 
 SAME_DATA = 0.5
 """Two runs count as having the same batches if their losses have more than this correlation."""
@@ -206,8 +207,8 @@ class Verdict:
             fallen, so only the other checks passed; otherwise ``"non-inferior"``.
         steps: the number of steps from the start that were compared; for a program that only
             infers, the number of calls.
-        bare_repeats: whether bare gave identical results twice from one seed; ``None`` if it was
-            not tried.
+        bare_repeats: whether bare gave identical results twice from one seed; of a program that
+            only infers, ``None`` if it was not tried.
         losses: the evidence for each backward call of the step.
         checks: all checks; the first that failed is decisive.
         curves: the loss curves of each backward call of the step.
@@ -369,7 +370,7 @@ def _judge_identity(
 
     Args:
         bare, plan: see ``judge``.
-        same: whether they are.
+        same: whether the losses, and the weights where they were recorded, are.
         is_repeated: whether bare gave identical losses twice from one seed.
     """
     if same:
@@ -458,7 +459,7 @@ def _level(curves: Sequence[Curve], part: range) -> float:
 
 
 def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
-    """Return whether bare's loss falls by more than the margin and than the scatter of its start.
+    """Return whether bare's loss falls by more than the margin, and more than by chance.
 
     If it does, a plan that learns nothing would exceed the margin and fail, so a pass means
     something.
@@ -485,12 +486,12 @@ def _judge_losses(
         name: the name of the losses, in words.
         bare, plan: one curve for each seed, all of one length.
         by_seeds: whether seeds change bare's losses.
-        differing_repeats: of the additional bare runs from the first seed, the curves that differ
-            from the first run of that seed. If there are any, bare does not repeat itself. These
+        differing_repeats: the curves of those additional bare runs from the first seed that differ
+            from that seed's first run. If there are any, bare does not repeat itself. These
             runs may have fewer steps; only those with all steps count for the margin.
         allowed_error: the relative error that the plan's settings may cause. It gives the margin if
-            the losses differ by no more than ``ROUNDING``, both between bare's runs and between
-            batches.
+            bare's losses differ by no more than ``ROUNDING`` between seeds or, if seeds do not
+            change them, between its runs and between batches.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -545,7 +546,7 @@ def _judge_losses(
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
-    """Return the standard deviation between runs of their means, pooled over windows of steps."""
+    """Return the run-to-run standard deviation of the mean in a window, pooled over the windows."""
     return math.sqrt(fmean(stdev(_means(curves, part)) ** 2 for part in windows))
 
 
@@ -634,7 +635,7 @@ def _describe_scatter(
 
 
 def _seeds_matter(bare: Sequence[Curve], repeats: Sequence[Curve]) -> bool:
-    """Return whether another seed changes bare's losses by more than repeating one seed does."""
+    """Return whether another seed changes bare's losses by far more than repeating one does."""
     if len(bare) < 2:
         return False
     first = bare[0]
@@ -703,8 +704,9 @@ def _judge_evaluation(
     """Judge the losses that evaluation passes return, and the mean and RMS of other outputs.
 
     A loss that does not depend on the seed, such as that of a pretrained model before its first
-    update, has no spread. Its margin is then the relative error that is allowed for outputs on
-    identical inputs (``_output_error``). Values that are not finite in a bare run are left out.
+    update, has no spread. If it does not vary between passes either, its margin is the relative
+    error that is allowed for outputs on identical inputs (``_output_error``). Values that are not
+    finite in a bare run are left out.
     """
     calls = min((len(run.outputs) for run in (*bare, *plan)), default=0)
     if not calls:
@@ -760,7 +762,7 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
 
 
 def _output_moments(outputs: Sequence[Output]) -> Moments:
-    """Average the mean and RMS of each larger output over the second half of the calls."""
+    """Average mean and RMS of each output that is no scalar over the second half of the calls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):
@@ -824,9 +826,9 @@ def _judge_moments(
 ) -> Check:
     """Judge the means and RMS of many tensors at once, by how far they move.
 
-    The mean paired difference of each mean and RMS is divided by bare's seed-to-seed standard
-    deviation. The root mean square of these quotients, minus what the scatter of so few seeds adds
-    to it, may be at most 1.
+    For the mean and the RMS of each tensor, the difference between plan and bare, averaged over the
+    seeds, is divided by bare's seed-to-seed standard deviation. The root mean square of these
+    quotients, minus what the scatter of so few seeds adds to it, may be at most 1.
 
     Args:
         check: the name of the check.

@@ -37,7 +37,7 @@ GRADIENT_STEPS = 4
 settings do not affect the first step."""
 
 USUAL_PAIRS = 8
-"""Number of pairs behind a claim for which time is reserved."""
+"""Number of pairs that are assumed where time is reserved for a proof."""
 
 MAXIMUM_PAIRS = 24
 """Maximum number of pairs behind a claim."""
@@ -150,7 +150,7 @@ class Prover(TuneStage):
             settings: the settings of the plan.
             seeds: the number of seeds.
 
-        Returns the reason why they are not the same; ``None`` if they are, or if there are none.
+        Returns the reason why the plan does not pass; ``None`` if no gradient speaks against it.
 
         Raises:
             UserError: the program fails without any settings.

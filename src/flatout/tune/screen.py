@@ -68,7 +68,7 @@ FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
 
 TOO_FEW_STEPS = "the program has too few steps to measure its effect"
-"""The reason for a candidate of which a comparison gives no ratio."""
+"""The reason that is given for a candidate if a comparison gives no ratio for it."""
 
 StopRule = Literal["arms", "settings"] | None
 """The rule that ends a comparison early, see ``Comparison.decide``."""
@@ -113,7 +113,7 @@ class Screening(TuneStage):
         return self._look_again(self._reduce(self._rank(hot)), hot)
 
     def _rank(self, hot: Sequence[Candidate]) -> dict[str, str]:
-        """Find the best setting of each hot knob that is faster, the fastest knob first.
+        """Find the best setting of each hot knob that speeds up the step, the largest gain first.
 
         The candidates are compared in combinations, which shows what each gains among the others.
         If the program crashes under a combination, each candidate is compared alone, to find the
@@ -203,7 +203,7 @@ class Screening(TuneStage):
                 self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
 
     def _compare_alone(self, group: Sequence[Candidate]) -> None:
-        """Measure alone each candidate of a group that is not settled; those that fail are dropped.
+        """Measure each unsettled candidate of a group by itself; those that fail are dropped.
 
         Raises:
             _JobEndedError: see ``_compare``.
@@ -265,8 +265,8 @@ class Screening(TuneStage):
         return winners
 
     def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
-        """Find how many of the redundant knobs, from the first on, can be removed together without
-        making the stack slower.
+        """Find the redundant knobs, from the first on, that can be removed together without making
+        the stack slower.
 
         If two knobs speed up the same work, the stack can do without either one, but not without
         both. Therefore the first two are also removed together, then the first three, and so on,

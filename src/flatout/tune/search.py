@@ -74,7 +74,7 @@ def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
 def find_culprits(
     settings: Mapping[str, str], passes: Callable[[Mapping[str, str]], bool]
 ) -> dict[str, str]:
-    """Find a failing part of the settings that passes as soon as any single setting is removed.
+    """Find a part of the settings that fails, but passes once any one of them is removed.
 
     This is the delta debugging of Zeller and Hildebrandt (Simplifying and isolating
     failure-inducing input, IEEE Transactions on Software Engineering 28, 2002): it tries halves,

@@ -27,7 +27,7 @@ are enough, with the wide interval that they give."""
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.
 
-The interval of a gain of 5 % then lies above 1 in nine of ten cases.
+In nine of ten cases, the interval of a gain of 5 % then lies above 1.
 """
 
 WORTHWHILE = 1.02

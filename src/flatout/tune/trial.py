@@ -1,4 +1,4 @@
-"""Runs trials: single runs of the job, each of which the request stops after some steps."""
+"""Runs trials: single runs of the job, each of which is stopped after some steps."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class Trials:
         Raises:
             KeyboardInterrupt: the user ends the tune; the journal gets nothing of this trial.
             TrialFailedError: the trial failed, hung, or recorded nothing.
-            UserError: it could not be started, or its record or the journal cannot be written.
+            UserError: it could not be started, or its record or the journal cannot be written or
+            read.
         """
 
         def start() -> tuple[launch.Finished]:
@@ -244,7 +245,7 @@ def _to_trial(entry: Entry, record: RunRecord) -> Trial:
 
 
 def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
-    """Collect for each subject the reason of its last event of some kinds.
+    """Collect, for each subject, the reason of its last event that is of one of the given kinds.
 
     Args:
         process: the record with the events. The subject of an event is a knob, ``KNOB=SETTING`` or

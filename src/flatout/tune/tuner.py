@@ -11,7 +11,8 @@ it does not train.
    (``candidates.py``).
 3. Hot candidates can be applied and undone between two steps. They are compared inside one process,
    and the winners become a stack: settings that are applied together (``screen.py``).
-4. Cold candidates need a fresh process. Each is tried on top of the stack (``cold.py``).
+4. Cold candidates need a fresh process, or many steps before they are fast. Each is tried on top of
+the stack (``cold.py``).
 5. The plan is put to the proof: bare and plan run in pairs of fresh processes, one pair for each
    seed. The pairs give the claimed ratio, and the losses for the proof (``prover.py``).
 6. If the proof fails, the setting that makes it fail is found, and replaced by a gentler one or

@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(
         parser,
         None,
-        "prove the plan over this many steps (default: 200, or up to 2,000 if the program makes "
-        "more in 2 s; fewer if 1/36 of the budget does not suffice for them, but at least 20)",
+        "prove the plan over this many steps (default: 200; if these take less than 2 s, as many "
+        "as fit into 2 s, at most 2,000; if they do not fit into 1/36 of the budget, fewer, but "
+        "at least 20)",
     )
     parser.add_argument(
         "--knobs",
