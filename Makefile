@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
-SUITE = not measured and (not ranks or short) and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected
+SUITE = not measured and (not ranks or short) and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected and not long
 
 all: test
 
@@ -18,7 +18,12 @@ demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "$(SUITE)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(SUITE)"
+
+# Single tests that take a tenth of the time of all others: whole runs of the examples, a compiler,
+# a tune in isolation, and every function of ours that a step reaches fails at its first entry.
+long: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 # The same with another torch, in an environment of its own: the build for CUDA that
 # `pip install torch` brings (2.14.1), and the oldest that flatout is for (2.9.1). Several GB each.
@@ -27,13 +32,12 @@ test: $(INSTALLED)
 	.venv-torch-$*/bin/pip install --quiet -c constraints.txt -c $< -e ".[dev]"
 	touch $@
 
-# Injected failures are those of our code, whatever torch it is: `make test` has them.
 test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/python -m pytest -n 2 -m "$(SUITE)" --ignore tests/test_injected_failures.py
+	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)"
 
 versions: test-torch-2.9.1 test-torch-2.14.1
 
-# Every function of ours that a step reaches fails at its second and seventh entry.
+# The same at the second and the seventh entry.
 injected: $(INSTALLED)
 	$(BIN)/python -m pytest -m injected
 
@@ -118,4 +122,4 @@ site: .venv-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test long versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks accelerator bench bench-quick measured clean

@@ -74,6 +74,7 @@ def write_wave(path: Path, value: int, seconds: float = 1.5, rate: int = 8000) -
         file.writeframes(value.to_bytes(2, "little") * int(seconds * rate))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 def test_same_seed_same_output(name: str, request: pytest.FixtureRequest) -> None:
     if name == "speech":
@@ -88,12 +89,14 @@ def test_same_seed_same_output(name: str, request: pytest.FixtureRequest) -> Non
     assert first != other
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 def test_image_optimizers_and_workers(optimizer: str) -> None:
     options = ("--optimizer", optimizer, "--steps", "2", "--batch-size", "8")
     assert "test accuracy" in output("image", "train.py", *options, "--workers", "1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["cnn", "vit"])
 def test_image_inference_finds_the_accuracy_of_training(model: str, tmp_path: Path) -> None:
     saved = tmp_path / "digits.pt"
@@ -103,6 +106,7 @@ def test_image_inference_finds_the_accuracy_of_training(model: str, tmp_path: Pa
     assert f"test accuracy {int(recognised[1]) / 1000:.4f}" in trained
 
 
+@pytest.mark.long
 def test_language_inference_continues_the_prompt(tmp_path: Path) -> None:
     saved = tmp_path / "gpt.pt"
     output("language", "train.py", "--steps", "2", "--save", saved)

@@ -59,7 +59,10 @@ FEWEST = {"agent/": 40, "intercept/": 65, "knobs/": 255}
 """Functions that are reached: fewer would mean that something is not tried any more."""
 
 
-ENTRIES = ("1", pytest.param("2,7", marks=pytest.mark.injected))
+ENTRIES = (
+    pytest.param("1", marks=pytest.mark.long),
+    pytest.param("2,7", marks=pytest.mark.injected),
+)
 
 
 def run(entries: str, words: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def test_every_write_is_seen_inside_and_gone_outside(world: Path) -> None:
         assert snapshot(world / name) == entries
 
 
-@pytest.mark.parametrize("verb", ["doctor", "tune"])
+@pytest.mark.parametrize("verb", ["doctor", pytest.param("tune", marks=pytest.mark.long)])
 def test_a_verb_leaves_every_file_as_it_was(
     verb: str, world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def check(python: Path, name: str, folder: Path, options: list[str]) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BARE)
 def test_same_seed_same_losses(name: str, tmp_path: Path) -> None:
     check(Path(sys.executable), name, tmp_path, BARE[name])

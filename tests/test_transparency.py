@@ -373,7 +373,13 @@ def size(value):
 """
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+LONG = ("compiled with inductor", "workers and child processes")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in PROGRAMS],
+)
 def test_same_with_and_without(name: str, tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.mkdir()

@@ -1,9 +1,8 @@
 """What a program drops is freed: classes made at run time with what their methods hold, modules,
 optimizers, loaders and datasets, each as early as without flatout."""
 # flatout run
-# flatout run --set precision=bf16
-# flatout run --set gradients=on_demand
-# flatout run --set memory_format=channels_last --set random=fast --set optimizer=onepass
+# flatout run --set precision=bf16 --set memory_format=channels_last
+# flatout run --set gradients=on_demand --set random=fast --set optimizer=onepass
 # bare in a process of its own: when objects are collected depends on how many there are
 
 import gc

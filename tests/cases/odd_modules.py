@@ -1,8 +1,7 @@
 """Modules, optimizers and loaders may answer as they like, and nobody but the program asks them."""
 # flatout run
 # flatout run --set precision=bf16
-# flatout run --set optimizer=fused
-# flatout run --set gradients=on_demand
+# flatout run --set optimizer=fused --set gradients=on_demand
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Exceptions that come out of a forward pass: what they are, where they began, how often it ran."""
 # flatout run
 # flatout run --set precision=bf16
-# flatout run --set precision=safe
-# flatout run --set memory_format=channels_last
+# flatout run --set precision=safe --set memory_format=channels_last
 # flatout run --set evaluation=no_grad --set attention=fast --set optimizer=fused
 
 import signal

@@ -32,7 +32,7 @@ def give_rules() -> None:
     dimension of all inputs and of the only output counts samples. A text refuses."""
 
     def find_rule(
-        module: object, args: tuple[object, ...], kwargs: dict[str, object], size: int
+        module: object, args: tuple[object, ...], kwargs: dict[str, object], *_: object
     ) -> kinds.Rule | kinds.Refusal:
         rule = getattr(module, "rule", None)
         if isinstance(rule, str):

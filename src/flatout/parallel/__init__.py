@@ -237,13 +237,18 @@ class Parallel:
         return team
 
     def _find_rule(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        size: int,
+        known: Rule | None,
     ) -> Rule | Refusal:
         from flatout.parallel import checking, processors
 
         ranks = self._host.request.ranks
         with processors.lent(ranks, self._threads) if ranks else contextlib.nullcontext():
-            return checking.find_rule(module, args, kwargs, size)
+            return checking.find_rule(module, args, kwargs, size, known)
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:

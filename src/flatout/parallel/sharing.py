@@ -40,9 +40,9 @@ from flatout.parallel.team import PARTED, Team
 _FAILED, _IS_CHANGED = 1, 2
 """Outcomes of a shard: it cannot be used, and what it has changed cannot be put back."""
 
-FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Rule | Refusal]
-"""Finds the rule of a call's kind, given the module, its arguments and the number of ranks; returns
-the same on every rank, and leaves module, inputs and random generators as they were."""
+FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int, "Rule | None"], Rule | Refusal]
+"""Finds the rule of a call's kind, given the module, its arguments, the number of ranks and, if the
+rule was tested before, that rule; leaves module, inputs and random generators as they were."""
 
 MOST_KINDS = 16
 """Kinds of calls of a module that are tested; further ones are computed whole."""
@@ -304,21 +304,21 @@ class Sharing:
         kind.may_be_tested = False
         kind.tests += 1
         team.meet(Header(0, Meeting.RULE), call.what, ("sequence", "meeting"))
-        found = self._judge(call)
+        found = self._judge(call, None if is_outdated else kind.rule)
         if isinstance(found, Rule):
             kind.rule = found
         else:
             kind.refuse(found.reason, found.is_lasting)
 
-    def _judge(self, call: _Call) -> Rule | Refusal:
+    def _judge(self, call: _Call, known: Rule | None) -> Rule | Refusal:
         """Look for a rule on rank 0, which has the processors of all ranks meanwhile."""
         team, message = call.team, b""
         self.is_in_shard = True
         try:
             with team.balance.spend(Phase.TESTING):
                 if team.rank == 0:
-                    found = self._find_rule(call.module, call.args, call.kwargs, team.size)
-                    message = pickle.dumps(found)
+                    given = call.module, call.args, call.kwargs
+                    message = pickle.dumps(self._find_rule(*given, team.size, known))
                 judged: Rule | Refusal = pickle.loads(team.channel.exchange(message)[0])
         finally:
             self.is_in_shard = False
