@@ -151,14 +151,14 @@ def test_what_was_saved_before_counts() -> None:
 
 
 def test_a_graph_is_open_until_a_backward_call_has_gone_through_it() -> None:
-    graphs = Graphs()
+    graphs = Graphs(Balance(2))
     assert not graphs.are_open()
     first, second = graphs.open(), graphs.open()
-    first.is_reached = True
+    first.enter()
     graphs.close_reached(is_kept=True)
     graphs.close_reached(is_kept=False)
     assert graphs.are_open()
-    first.is_reached = True
+    first.enter()
     graphs.close_reached(is_kept=False)
     assert graphs.are_open()
     del second

@@ -318,6 +318,51 @@ def test_an_interrupted_program_goes_on_alone(place: str, tmp_path: Path) -> Non
     assert (tmp_path / "2-rank-0" / "model.pt").exists()
 
 
+HANDLED = """
+import signal
+model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+def evaluate(*args):
+    with torch.enable_grad():  # it may come while a tensor is gathered, which records nothing
+        x = torch.ones(7, 6, requires_grad=True)
+        value = model(x).square().mean()
+        show(value.detach(), torch.autograd.grad(value, x)[0].norm())
+signal.signal(signal.SIGINT, evaluate)
+parallel = agent._session._parallel
+def interrupt_in(channel, name):
+    original = getattr(channel, name)
+    def interrupted(*args):
+        setattr(channel, name, original)
+        if parallel._place.rank == 0:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    setattr(channel, name, interrupted)
+for number in range(8):
+    if number == 5 and parallel is not None:
+        interrupt_in(parallel._team.channel, "{exchange}")
+    elif number == 5:
+        evaluate()
+    optimizer.zero_grad()
+    loss = model(torch.randn(7, 6)).square().mean()
+    loss.backward()
+    optimizer.step()
+    show(loss)
+"""
+
+
+@pytest.mark.parametrize("exchange", ["meet", "gather", "average"])
+def test_a_signal_handler_may_call_a_module_while_ranks_meet(exchange: str, tmp_path: Path) -> None:
+    program = BEGIN + HANDLED.format(exchange=exchange)
+    (alone,) = side_by_side.run(program, 1, tmp_path)
+    first, other = side_by_side.run(program, 2, tmp_path)
+    assert (first.status, other.status) == (0, 0), first.stderr + other.stderr
+    found, shared, _ = json.loads(first.stdout)
+    expected, _, _ = json.loads(alone.stdout)
+    assert shared == 6  # the call in which it comes is still made together
+    for line, values in zip(found, expected, strict=True):
+        assert line == pytest.approx(values, rel=1e-9)
+
+
 def test_the_end_of_a_forked_child_is_not_that_of_the_program(tmp_path: Path) -> None:
     program = BEGIN + (
         "import os\nfrom pathlib import Path\nfrom flatout.parallel.place import place\n"

@@ -980,3 +980,43 @@ def test_shards_join_to_the_whole(batch: int, size: int) -> None:
 def test_sizes_that_disagree() -> None:
     assert cutting.batch_size(Rule((0, 0), (0,)), [torch.ones(3), torch.ones(4)]) is None
     assert cutting.batch_size(Rule((0, 1), (0,)), [torch.ones(3), torch.ones(3)]) is None
+
+
+def test_data_parallel_without_several_devices_is_its_module() -> None:
+    parallel = nn.DataParallel(nn.Linear(D, D))
+    assert rule(parallel, torch.randn(B, D)) == Rule((0,), (0,))
+    parallel.device_ids = [0, 1]
+    assert reason(parallel, torch.randn(B, D)) == "DataParallel is parallel itself"
+
+
+class Counting(nn.Module):
+    """Counts its passes over copies; mixes samples once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.mixes = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        passes.append(len(x))
+        y: torch.Tensor = self.linear(x)
+        return y - y.mean(0) if self.mixes else y
+
+
+passes: list[int] = []
+
+
+def test_a_known_rule_is_tested_with_the_present_weights_alone() -> None:
+    module, x = Counting(), torch.randn(B, D)
+    passes.clear()
+    found = rule(module, x)
+    full = len(passes)
+    passes.clear()
+    assert find_rule(module, (x,), {}, 2, found) == found
+    assert len(passes) <= full // 2
+    module.mixes = True
+    refused = find_rule(module, (x,), {}, 2, found)
+    assert isinstance(refused, Refusal)
+    assert "mixes samples" in refused.reason
+    other = Rule((None,), (None,))
+    assert find_rule(nn.Linear(D, D), (x,), {}, 2, other) == Rule((0,), (0,))

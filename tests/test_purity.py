@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
-from flatout.knobs.loader.purity import ImpureError, examine
+from flatout.intercept.purity import ImpureError, examine
 
 SIZE = 40
 

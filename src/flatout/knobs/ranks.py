@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from typing import TYPE_CHECKING
 
 from flatout import machine
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from flatout.intercept.host import Host
 
 NAME = "ranks"
-
-LAUNCHER_VARIABLE = "WORLD_SIZE"
-"""Launchers such as torchrun tell each process by this variable how many they have started."""
 
 LEAST_COST_MS = 1.0
 """The least time that ranks add to a step: they compare inputs, meet before a call and after it,
@@ -76,6 +72,14 @@ def find_refusal(setting: str) -> str | None:
     return None
 
 
+def find_launcher() -> str | None:
+    """Return that a launcher has made several processes of the program; ``None``: none has."""
+    from flatout.parallel.place import launched_processes
+
+    processes = launched_processes()
+    return None if processes == 1 else f"it is one of {processes} processes: WORLD_SIZE is set"
+
+
 def _nodes() -> list[cores.Node]:
     return cores.nodes(cores.allowed_processors())
 
@@ -92,8 +96,9 @@ def apply(host: Host, setting: str) -> Undo:
 
     if place() is None:
         raise RefusedError("the program was not started as several ranks")
-    if LAUNCHER_VARIABLE in os.environ:
-        raise RefusedError(f"it is one of several processes: {LAUNCHER_VARIABLE} is set")
+    refusal = find_launcher()
+    if refusal is not None:
+        raise RefusedError(refusal)
     if multiprocessing.parent_process() is not None:
         host.events.add("unused", NAME, "children of multiprocessing compute by themselves")
     return parallel.leave

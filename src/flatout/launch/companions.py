@@ -61,11 +61,9 @@ def add_ranks(request: Request, *, goes_alone: bool = False) -> Request:
     setting = request.settings.get(ranks_knob.NAME)
     if setting is None or request.ranks is not None:
         return request
-    refusal = ranks_knob.find_refusal(setting)
+    refusal = ranks_knob.find_refusal(setting) or ranks_knob.find_launcher()
     if refusal is not None:
         raise UserError(refusal)
-    if ranks_knob.LAUNCHER_VARIABLE in os.environ:
-        raise UserError(f"it is one of several processes: {ranks_knob.LAUNCHER_VARIABLE} is set")
     ranks = make_ranks(ranks_knob.number(setting))
     ranks = replace(ranks, goes_alone=goes_alone, gives_up=goes_alone)
     return replace(request, ranks=ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.parallel import summary
 from flatout.parallel.ending import PartedError
-from flatout.parallel.place import Place
+from flatout.parallel.place import Place, launched_processes
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -36,6 +35,7 @@ class Parallel:
         from flatout.parallel import interior
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending, Interruption
+        from flatout.parallel.loading import Loading
         from flatout.parallel.sharing import Sharing
 
         self._host = host
@@ -60,8 +60,17 @@ class Parallel:
         )
         self._team: Team | None = None
         self._averaging = Averaging(leaves, lambda: self._sharing.team, self._is_in_shard)
+        self._loading = Loading(
+            host.events,
+            self._find_team,
+            self.leave,
+            self._ending,
+            self._lend_processors,
+            fetches_rows="loader" not in host.request.settings,
+        )
         self._undo = [
             interior.install(),
+            self._loading.install(self._ending.failed),
             host.forward_wrappers.append(self._forward, self._ending.failed),
             host.backward_wrappers.append(self._backward, self._ending.failed),
             host.before_optimizer_step.append(self._include, self._ending.failed),
@@ -93,7 +102,7 @@ class Parallel:
         """Compute everything whole from now on: this is the child of a fork."""
         global _installed
         _installed = None
-        self._is_forked = True
+        self._is_forked = self._loading.is_over = True
         self._remove()
         if self._interruption is not None:
             self._interruption.forget()
@@ -117,7 +126,7 @@ class Parallel:
         said = [f"rank 0 goes on alone: {why}"] * bool(why) + summary.count_calls(self._sharing)
         if said:
             self._host.events.add("noticed", "ranks", "; ".join(said))
-        self._is_alone = True
+        self._is_alone = self._loading.is_over = True
         if why and self._ending.ticket is None:
             from flatout.parallel import joining
 
@@ -143,6 +152,8 @@ class Parallel:
         self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Make a root call."""
+        if self._is_in_meeting():
+            return call(module, *args, **kwargs)
         if self._is_alone or self._has_been_interrupted() or self._has_cost_too_much():
             return call(module, *args, **kwargs)
         if self._goes_alone and self._sharing.is_useless:
@@ -159,6 +170,13 @@ class Parallel:
         """Make a backward call."""
         from flatout.parallel.crossing import reaches_shards
 
+        if self._is_in_meeting():
+            if reaches_shards(outputs):
+                self._ending.stop(
+                    "--ranks does not support a signal handler that makes a backward call through "
+                    "what the ranks have computed together"
+                )
+            return call(outputs, *args, **kwargs)
         if not (self._is_alone or (self._has_left_call and self._has_been_interrupted())):
             with self._noting_interrupted_calls():
                 return self._averaging(call, outputs, *args, **kwargs)
@@ -202,6 +220,13 @@ class Parallel:
         )
         return True
 
+    def _is_in_meeting(self) -> bool:
+        """Whether a signal handler of the program runs while this rank does something for the
+        others, which have not called it: what it computes is this rank's alone."""
+        team = self._team
+        is_watched = team is not None and team.thread == threading.get_ident()
+        return team is not None and is_watched and team.balance.is_for_ranks
+
     def _is_nested(self) -> bool:
         return self._sharing.is_in_shard or self._averaging.is_active
 
@@ -209,6 +234,17 @@ class Parallel:
         """Whether this thread computes a shard, or looks for a rule."""
         is_watched = self._team is not None and self._team.thread == threading.get_ident()
         return self._sharing.is_in_shard and is_watched
+
+    def _find_team(self) -> Team | None:
+        """Return the ranks if this process may meet them now outside of a call, ``None`` if not."""
+        if self._is_alone or self._is_in_meeting() or self._has_been_interrupted():
+            return None
+        team = self._team
+        if team is None:
+            is_main = threading.current_thread() is threading.main_thread()
+            return self._sharing.meet_ranks() if is_main else None
+        is_here = team.thread == threading.get_ident()
+        return team if is_here and team.balance.is_programs else None
 
     def _form_team(self) -> Team:
         from flatout.parallel import joining, sameness
@@ -244,11 +280,17 @@ class Parallel:
         size: int,
         known: Rule | None,
     ) -> Rule | Refusal:
-        from flatout.parallel import checking, processors
+        from flatout.parallel import checking
+
+        with self._lend_processors():
+            return checking.find_rule(module, args, kwargs, size, known)
+
+    def _lend_processors(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which this process runs on the processors of all ranks."""
+        from flatout.parallel import processors
 
         ranks = self._host.request.ranks
-        with processors.lent(ranks, self._threads) if ranks else contextlib.nullcontext():
-            return checking.find_rule(module, args, kwargs, size, known)
+        return processors.lent(ranks, self._threads) if ranks else contextlib.nullcontext()
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:
@@ -284,11 +326,10 @@ def _count_processes_of_program() -> int:
     """Return how many processes the program itself has made one of, 1 if it has not."""
     from torch import distributed
 
-    launched = os.environ.get("WORLD_SIZE", "")  # torchrun and what starts programs as it does
     connected = 1
     if distributed.is_available() and distributed.is_initialized():
         connected = distributed.get_world_size()
-    return max(connected, int(launched) if launched.isdecimal() else 1)
+    return max(connected, launched_processes())
 
 
 def install(host: Host, place: Place, finish: Callable[[str], None]) -> Parallel:

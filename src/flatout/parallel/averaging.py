@@ -138,7 +138,7 @@ class Averaging:
         self._depth += 1
         team.balance.count(Exchange.BACKWARD)
         try:
-            with team.balance.spend(Phase.SHARD):
+            with team.balance.spend_backward():
                 result = call(outputs, gradients, *args, **kwargs)
         except Exception:
             if accumulates:  # some gradients may have been stored already

@@ -86,6 +86,7 @@ class Balance:
         self._size = size
         self._clock = clock
         self._phase = Phase.PROGRAM
+        self._is_in_backward = False
         self._since_s = clock()
         self._window_cost_s = self._window_saving_s = 0.0
         self._lost_windows = 0
@@ -98,6 +99,32 @@ class Balance:
             yield
         finally:
             self._switch(before)
+
+    @contextlib.contextmanager
+    def spend_backward(self) -> Iterator[None]:
+        """A context of a backward call, whose time is the program's outside of graphs of shards
+        (see ``Graph``)."""
+        with self.spend(Phase.PROGRAM):
+            self._is_in_backward, before = True, self._is_in_backward
+            try:
+                yield
+            finally:
+                self._is_in_backward = before
+
+    def turn_to(self, phase: Phase) -> None:
+        """Spend the time of a backward call on this phase from now on."""
+        if self._is_in_backward:
+            self._switch(phase)
+
+    @property
+    def is_programs(self) -> bool:
+        """Whether this rank now does what it would do alone."""
+        return self._phase is Phase.PROGRAM
+
+    @property
+    def is_for_ranks(self) -> bool:
+        """Whether no code of the program runs now, only what is done because there are ranks."""
+        return self._phase in (Phase.WAITING, Phase.COMMUNICATION, Phase.COMPARISON)
 
     def count(self, exchange: Exchange, number: int = 1) -> None:
         """Note an exchange, or the number of its bytes."""
@@ -169,25 +196,44 @@ _WORDS = {
 class Graph:
     """What the ranks have computed together, as long as a backward call may go through it.
 
+    Args:
+        balance: learns when a backward call is in the graph of a shard.
+
     Attributes:
         is_reached: whether the present backward call has gone through it.
     """
 
-    __slots__ = ("__weakref__", "is_reached")
+    __slots__ = ("__weakref__", "_balance", "is_reached")
 
-    def __init__(self) -> None:
+    def __init__(self, balance: Balance) -> None:
+        self._balance = balance
         self.is_reached = False
+
+    def enter(self) -> None:
+        """Note that the present backward call comes from what every rank computes alike."""
+        self.is_reached = True
+        self._balance.turn_to(Phase.SHARD)
+
+    def leave(self) -> None:
+        """Note that the present backward call goes on with what every rank computes alike."""
+        self.is_reached = True
+        self._balance.turn_to(Phase.PROGRAM)
 
 
 class Graphs:
-    """The graphs through which a backward call may still go."""
+    """The graphs through which a backward call may still go.
 
-    def __init__(self) -> None:
+    Args:
+        balance: see ``Graph``.
+    """
+
+    def __init__(self, balance: Balance) -> None:
+        self._balance = balance
         self._open: weakref.WeakSet[Graph] = weakref.WeakSet()
 
     def open(self) -> Graph:
         """Return a new graph, to be held by what a backward call goes through."""
-        graph = Graph()
+        graph = Graph(self._balance)
         self._open.add(graph)
         return graph
 

@@ -25,7 +25,12 @@ class Channel(abc.ABC):
     Args:
         rank, size: of this process.
         lost: called when a rank cannot be reached any more.
+
+    Attributes:
+        is_fast: whether an exchange takes microseconds, and its bytes as long as to copy them.
     """
+
+    is_fast = False
 
     def __init__(self, rank: int, size: int, lost: Lost) -> None:
         self.rank = rank

@@ -205,7 +205,9 @@ def _find_obstacle(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         held = objects.attributes(part)
         if held.get("_compiled_call_impl") is not None or _is_made_by(part, "torch._dynamo"):
             return "is compiled by torch.compile"
-        if _is_made_by(part, "torch.distributed", "torch.nn.parallel"):
+        if _is_made_by(part, "torch.distributed", "torch.nn.parallel") and not (
+            type(part) is torch.nn.DataParallel and len(held.get("device_ids", ())) < 2
+        ):  # on one device, or on CPUs, DataParallel only calls its module
             return "is parallel itself"
         if held.get("max_norm") is not None and isinstance(part, _EMBEDDINGS):
             return "renormalises rows of an embedding in its forward pass"

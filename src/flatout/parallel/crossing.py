@@ -183,7 +183,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         crossing: Crossing = ctx.crossing
-        ctx.graph.is_reached = True
+        ctx.graph.leave()
         scaled = crossing.scaled(gradients[:-1], 1 / crossing.team.size)
         return (None, *gather(crossing, scaled, "computes gradients of inputs"))
 
@@ -210,7 +210,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         crossing: Crossing = ctx.crossing.select(ctx.recorded)
-        ctx.graph.is_reached = True
+        ctx.graph.enter()
         wanted = [g for g, is_recorded in zip(gradients, ctx.recorded, strict=True) if is_recorded]
         parts = iter(_take_back(crossing, wanted))
         anchor = torch.zeros(0, device="cpu") if ctx.needs_input_grad[2] else None

@@ -19,6 +19,7 @@ class Meeting(enum.IntEnum):
     CROSSING = 5
     GRADIENTS = 6
     STATISTICS = 7
+    BATCH = 8
 
 
 @dataclass(frozen=True)

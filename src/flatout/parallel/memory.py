@@ -66,6 +66,8 @@ class Memory(Channel):
         OSError: the file cannot be mapped.
     """
 
+    is_fast = True
+
     def __init__(
         self,
         memory: int,

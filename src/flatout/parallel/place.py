@@ -29,6 +29,13 @@ class Place:
     has_common_directory: bool = True
 
 
+def launched_processes() -> int:
+    """Return how many processes torchrun, or what starts programs as it does, has made of the
+    program; 1 if none has."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1
+
+
 def place() -> Place | None:
     """Return the place of this process, ``None`` if the job has no ranks beside it."""
     values = [os.environ.get(name, "") for name in (RANK_VARIABLE, RANKS_VARIABLE)]

@@ -37,7 +37,10 @@ def lent(ranks: Ranks, threads: int | None) -> Iterator[None]:
         ranks, threads: as for ``use_all``.
     """
     own, threads_before = os.sched_getaffinity(0), torch.get_num_threads()
-    pinned = {task: os.sched_getaffinity(task) for task in _tasks()}
+    pinned = {}
+    for task in _tasks():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            pinned[task] = os.sched_getaffinity(task)
     use_all(ranks, threads)
     try:
         yield

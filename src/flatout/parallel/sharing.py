@@ -218,17 +218,22 @@ class Sharing:
         """Make a root call."""
         if self.is_in_shard or not _is_plain():
             return call(module, *args, **kwargs)
-        if self._team is None:
-            self._team = self._form_team()
-        self._team.thread = threading.get_ident()
-        with self._team.balance.spend(Phase.COMPARISON):
-            current = self._meet(self._team, module, args, kwargs)
+        team = self.meet_ranks()
+        team.thread = threading.get_ident()
+        with team.balance.spend(Phase.COMPARISON):
+            current = self._meet(team, module, args, kwargs)
             try:
                 return self._make(current, call)
             finally:
                 current.state.scalars = kinds.scalars_of(module)
                 if not torch.is_grad_enabled():
-                    self._team.balance.end_lap()
+                    team.balance.end_lap()
+
+    def meet_ranks(self) -> Team:
+        """Return the ranks, after a first meeting if there was none."""
+        if self._team is None:
+            self._team = self._form_team()
+        return self._team
 
     def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
         """Make a root call about which the ranks have met."""

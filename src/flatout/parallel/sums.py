@@ -175,7 +175,7 @@ class _SumOverSamples(torch.autograd.Function):
         if shards.current() is not None:
             raise UnshareableError("computes gradients of sums over samples in its forward pass")
         if ctx.state.graph is not None:
-            ctx.state.graph.is_reached = True
+            ctx.state.graph.enter()
         gradient = gradient if ctx.divisor is None else gradient / ctx.divisor
         (whole,) = sum_over_ranks(ctx.state.sum_gradients, gradient)
         return None, whole, None

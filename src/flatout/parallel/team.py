@@ -48,7 +48,7 @@ class Team:
         self.channel = channel
         self.ending = ending
         self.balance = Balance(channel.size)
-        self.graphs = Graphs()
+        self.graphs = Graphs(self.balance)
         self.step = 0
         self.thread = threading.get_ident()
         self._meetings = 0
@@ -80,7 +80,7 @@ class Team:
             words = [text.decode() for text in self.channel.exchange(what.encode())]
             self.ending.part(
                 _parting(name, rank, self.step, words),
-                headers[0].meeting is Meeting.CALL,
+                headers[0].meeting in (Meeting.CALL, Meeting.BATCH),
                 self.channel.exchange,
             )
         return headers

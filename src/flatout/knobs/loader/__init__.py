@@ -55,9 +55,9 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
     """
     from torch.utils.data import IterableDataset
 
+    from flatout.intercept.purity import ImpureError, examine
     from flatout.knobs.loader.ahead import batches_drawn_early
     from flatout.knobs.loader.batched import is_of_tensors
-    from flatout.knobs.loader.purity import ImpureError, examine
 
     dataset, collate_fn = loader.get("dataset"), loader.get("collate_fn")
     if (

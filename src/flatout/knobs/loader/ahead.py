@@ -17,8 +17,8 @@ from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, wrap_function
+from flatout.intercept.purity import Account, ImpureError, examine
 from flatout.knobs.loader.processes import CHANGING, MOST_INDICES, Process, Ticket, state_of
-from flatout.knobs.loader.purity import Account, ImpureError, examine
 
 MOST_MISSES = 3
 """A dataset is judged by ``USEFUL`` once this many batches have been prefetched in vain."""

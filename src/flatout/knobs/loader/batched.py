@@ -12,7 +12,7 @@ from torch.utils.data._utils.collate import default_collate
 
 from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo, wrap_function
-from flatout.knobs.loader.purity import is_torchs_own
+from flatout.intercept.purity import is_torchs_own
 
 
 def is_of_tensors(dataset: Any, collate_fn: Any) -> bool:

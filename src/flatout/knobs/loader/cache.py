@@ -14,7 +14,7 @@ from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, wrap_function
-from flatout.knobs.loader.purity import ImpureError, examine
+from flatout.intercept.purity import ImpureError, examine
 from flatout.machine import system
 
 BUDGET_SHARE = 0.25

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flatout.knobs.loader.purity import Account
+from flatout.intercept.purity import Account
 
 SLOTS = 2
 """Maximum number of batches that each process fetches or keeps ready for the program."""

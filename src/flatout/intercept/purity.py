@@ -31,7 +31,7 @@ from torch.utils import data
 from torch.utils.data._utils import collate
 from torch.utils.data._utils.collate import default_collate
 
-from flatout.knobs.loader.harmless import (
+from flatout.intercept.harmless import (
     ATTRIBUTES,
     BASES,
     HARMLESS_INSTRUCTIONS,
