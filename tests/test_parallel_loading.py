@@ -56,6 +56,10 @@ ROWS = {
         "+ x['z'][:, None]",
     ),
     "a named tuple": ("Pair(self.x[index], index)", "x.a + x.b[:, None]"),
+    "random numbers": (
+        "(self.x[index] + torch.rand(3).sum(), random.random(), torch.randn(2), torch.rand(()))",
+        "x[0] + x[1][:, None] + x[2].sum(1, keepdim=True) + x[3][:, None]",
+    ),
 }
 
 
@@ -92,11 +96,15 @@ if parallel:
         is_shared, failures, fetched = json.loads(outcome.stderr.splitlines()[-1])
         assert (is_shared, failures) == (True, 0)
         total += fetched
-    assert total == 180 - loading.TIMED_BATCHES * 7
+    # ... and each rank has fetched a sample to see which random numbers it draws.
+    assert total == 180 - loading.TIMED_BATCHES * 7 + ranks
 
 
 WHOLE = {
-    "a dataset that draws random numbers": ("self.x[index] + torch.rand(4)", None),
+    "samples that draw now more and now less": (
+        "self.x[index] + torch.rand(1 + index % 2).sum()",
+        None,
+    ),
     "samples of several sizes": ("self.x[index, : 2 + index % 2]", "equal size"),
     "a sample that cannot be had": ("self.x[index + 25]", "IndexError"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import enum
 import functools
 import itertools
 import random
@@ -21,6 +22,20 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate, ge
 from flatout.intercept.purity import ImpureError, examine
 
 SIZE = 40
+
+
+class Filter(enum.IntEnum):
+    NEAREST = 0
+    LINEAR = 2
+
+
+class Counted(enum.Enum):
+    ONE = 1
+
+    @property
+    def value(self) -> int:
+        SEEN.append(1)
+        return 1
 
 
 class Pair(NamedTuple):
@@ -175,6 +190,12 @@ PURE: dict[str, Any] = {
     "attributes": dataset_of(lambda self, i: self.x[i] * self.settings.factor + self.settings.size),
     "a named tuple": dataset_of(lambda self, i: Pair(self.x[i], self.array[i].astype(np.float32))),
     "in another order": dataset_of(lambda self, i: self.x[self.order[i]].clone() + self.noise),
+    "a member of an enumeration": dataset_of(
+        lambda self, i: self.x[i] * Filter.LINEAR + Filter.NEAREST.value
+    ),
+    "bytes of its own": dataset_of(
+        lambda self, i: torch.frombuffer(bytearray(self.array[i].tobytes()), dtype=torch.uint8)
+    ),
     "a subset": Subset(dataset_of(lambda self, i: self.x[i]), list(range(3, SIZE))),
     "tensors": TensorDataset(torch.arange(SIZE * 1.0), torch.zeros(SIZE)),
 }
@@ -272,6 +293,8 @@ IMPURE: dict[str, Callable[[Any, int], Any]] = {
     "calls super": calls_super,
     "a property that does more": lambda self, i: self.touchy.shape,
     "evaluates": lambda self, i: eval("self.x[i]"),
+    "an enumeration that does more": lambda self, i: Counted.ONE.value,
+    "a member that is not there": lambda self, i: Filter.CUBIC,  # type: ignore[attr-defined]
     "opens a file": lambda self, i: open("x").read(),  # noqa: SIM115
     "calls a function that writes": lambda self, i: noted(self.x[i]),
 }

@@ -61,21 +61,21 @@ KEYWORDS = frozenset(("out", "inplace", "mmap_mode", "allow_pickle"))
 
 
 _FUNCTIONS = {
-    "builtins": "len range int float str bool bytes complex tuple list dict set frozenset min max "
-    "sum abs round zip enumerate reversed sorted map filter any all isinstance divmod pow chr ord "
-    "slice object",
+    "builtins": "len range int float str bool bytes bytearray complex tuple list dict set "
+    "frozenset min max sum abs round zip enumerate reversed sorted map filter any all isinstance "
+    "divmod pow chr ord slice object",
     "math": "acos asin atan atan2 ceil comb copysign cos cosh degrees dist exp expm1 fabs "
     "factorial floor fmod fsum gamma gcd hypot isclose isfinite isinf isnan isqrt lcm ldexp lgamma "
     "log log10 log1p log2 modf perm pow prod radians remainder sin sinh sqrt tan tanh trunc",
     "posixpath": "join basename dirname splitext normpath",
-    "torch": "tensor as_tensor from_numpy stack cat zeros ones full arange linspace eye zeros_like "
-    "ones_like full_like where sin cos tan exp log sqrt abs sigmoid tanh clamp roll flip rot90 "
-    "flatten reshape squeeze unsqueeze permute transpose Tensor FloatTensor LongTensor "
+    "torch": "tensor as_tensor from_numpy frombuffer stack cat zeros ones full arange linspace eye "
+    "zeros_like ones_like full_like where sin cos tan exp log sqrt abs sigmoid tanh clamp roll "
+    "flip rot90 flatten reshape squeeze unsqueeze permute transpose Tensor FloatTensor LongTensor "
     "Generator Size device is_tensor sum mean std var",
     "torch.nn.functional": "one_hot pad interpolate",
-    "numpy": "array asarray ascontiguousarray zeros ones full arange linspace eye stack pad where "
-    "transpose flip fliplr flipud rot90 moveaxis expand_dims squeeze ndarray float16 float32 "
-    "float64 int8 int16 int32 int64 uint8 uint16 uint32 bool_",
+    "numpy": "array asarray ascontiguousarray frombuffer zeros ones full arange linspace eye stack "
+    "pad where transpose flip fliplr flipud rot90 moveaxis expand_dims squeeze ndarray float16 "
+    "float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 bool_",
     "PIL.Image": "fromarray new frombytes Image",
     "itertools": "chain islice product zip_longest repeat",
     "operator": "itemgetter add sub mul neg truediv",

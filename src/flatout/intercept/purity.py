@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import builtins
 import dis
+import enum
 import functools
 import hashlib
 import re
@@ -510,6 +511,9 @@ class _Analysis:
                 if name not in vars(value):
                     raise ImpureError(f"{value.__name__} has no {name!r}")
                 value = vars(value)[name]
+            elif type(value) is enum.EnumMeta:
+                self._member(value, name, rest)
+                return
             elif isinstance(value, type) and known_function(value) is None:
                 value = self._attribute_of_class(value, name)
             elif _is_object(value):
@@ -528,6 +532,21 @@ class _Analysis:
             self.digest_text(len(value))
         else:
             self.value(value)
+
+    def _member(self, kind: enum.EnumMeta, name: str, attributes: tuple[str, ...]) -> None:
+        """Visit a member of an enumeration, or its name or value."""
+        own = [value for value in vars(kind).values() if type(value) is types.FunctionType]
+        member: Any = kind.__members__.get(name)
+        if (
+            member is None
+            or attributes not in ((), ("value",), ("name",))
+            or any(function.__module__ != "enum" for function in own)
+            or not {"name", "value"}.isdisjoint(vars(kind))
+            or not all(base.__module__ in ("enum", "builtins") for base in kind.__mro__[1:])
+        ):
+            raise ImpureError(f"{kind.__qualname__}.{name} is not known")
+        self.digest_text(kind.__qualname__, name)
+        self.value(member._value_)
 
     def _attribute_of_class(self, kind: type, name: str) -> Any:
         if type(kind) not in (type, abc.ABCMeta):

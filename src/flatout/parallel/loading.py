@@ -3,9 +3,10 @@
 Two kinds of loaders are shared out; all others fetch whole batches on every rank:
 
 - *Without workers*, each rank fetches and collates its own rows of a batch, and gets those of the
-  others. Samples must be functions of their index and of data (``purity.examine``), draw no random
-  numbers, and be collated by torch's ``default_collate``, which treats each row alike. It is done
-  once fetching has proven to take longer than sharing it out.
+  others. Samples must be functions of their index, of data and of random numbers
+  (``purity.examine``), each must draw as many of these, and they must be collated by torch's
+  ``default_collate``, which treats each row alike. It is done once fetching has proven to take
+  longer than sharing it out.
 - *With workers*, those of rank 0 fetch, and its process passes their batches on. The other ranks
   have workers that fetch nothing, so that torch's loader draws the same indices and random numbers
   as without ranks.
@@ -40,6 +41,7 @@ from flatout.parallel.balance import Phase
 from flatout.parallel.ending import Ending, PartedError
 from flatout.parallel.header import Header, Meeting, digest
 from flatout.parallel.sameness import GeneratorStates
+from flatout.parallel.skipping import NONE, Positions
 from flatout.parallel.team import Team
 
 TIMED_BATCHES = 4
@@ -144,7 +146,7 @@ class Loading:
             return _Joined(batch)
         with team.balance.spend(Phase.COMPARISON), team.ending.between_calls():
             if dataset.is_shared is None:
-                self._decide(team, dataset, fetcher)
+                self._decide(team, dataset, fetcher, index)
             return _fetch_rows(team, dataset, fetcher, index) if dataset.is_shared else None
 
     def _get_dataset(self, dataset: Any) -> _Dataset | None:
@@ -159,10 +161,12 @@ class Loading:
             return None
         return known
 
-    def _decide(self, team: Team, dataset: _Dataset, fetcher: Any) -> None:
+    def _decide(self, team: Team, dataset: _Dataset, fetcher: Any, index: list[Any]) -> None:
         """Share out the batches of a dataset from now on, or never."""
         saved_s = statistics.median(dataset.seconds[1:]) * (1 - 1 / team.size)
         is_worth = saved_s > WORTH_S and _are_pure(fetcher)
+        if _are_pure(fetcher):
+            dataset.draws = _find_draws(fetcher, index)
         header = Header(0, Meeting.BATCH, outcome=is_worth * _IS_WORTH, subject=dataset.subject)
         alike = ("sequence", "meeting", "subject")
         headers = team.meet(header, f"loads {dataset.name}", alike)
@@ -252,6 +256,7 @@ class _Dataset:
         seconds: what it took to fetch the first ones.
         is_shared: whether batches are shared out; ``None``: that is not decided.
         failures: how many could not be.
+        draws: the random numbers of each sample.
     """
 
     number: int
@@ -260,6 +265,7 @@ class _Dataset:
     seconds: list[float] = field(default_factory=list)
     is_shared: bool | None = None
     failures: int = 0
+    draws: Positions = NONE
 
     @property
     def subject(self) -> int:
@@ -285,11 +291,22 @@ class _IdleFetcher:
 
 
 def _are_pure(fetcher: Any) -> bool:
-    """Whether samples are functions of their index and of data, without random numbers."""
+    """Whether samples are functions of their index, of data and of random numbers."""
     try:
-        return not examine(fetcher.dataset, fetcher.collate_fn).draws
+        examine(fetcher.dataset, fetcher.collate_fn)
     except ImpureError:
         return False
+    return True
+
+
+def _find_draws(fetcher: Any, index: list[Any]) -> Positions:
+    """Return which random numbers a sample of a batch draws."""
+    before, start = GeneratorStates(), Positions.now()
+    with contextlib.suppress(Exception):  # fetching the batch raises it again
+        _fetch_whole(fetcher, index[:1])
+    draws = Positions.now().since(start)
+    before.restore()
+    return draws
 
 
 def _forks_for_samples(loader: Any) -> bool:
@@ -307,14 +324,17 @@ def _fetch_rows(team: Team, dataset: _Dataset, fetcher: Any, index: list[Any]) -
     start, stop = bounds[team.rank]
     part: _Part | None = None
     before = GeneratorStates()
+    dataset.draws.skip(start)
     try:
         if _are_pure(fetcher):
             with team.balance.spend(Phase.SHARD):
                 part = _Part(_fetch_whole(fetcher, index[start:stop]), stop - start)
     except Exception:  # noqa: BLE001 - fetching the whole batch raises it again
         part = None
-    if GeneratorStates().digest() != before.digest():
-        before.restore()
+    after = GeneratorStates().digest()
+    before.restore()
+    dataset.draws.skip(stop)
+    if GeneratorStates().digest() != after:
         part = None
     header = Header(
         0,
@@ -327,9 +347,11 @@ def _fetch_rows(team: Team, dataset: _Dataset, fetcher: Any, index: list[Any]) -
     alike = ("sequence", "meeting", "subject", "content")
     headers = team.meet(header, f"loads {dataset.name}", alike)
     if part is None or any(o.outcome or o.structure != header.structure for o in headers):
+        before.restore()
         dataset.failures += 1
         dataset.is_shared = dataset.failures < MOST_FAILURES
         return None
+    dataset.draws.skip(len(index) - stop)
     rows = [stop - start for start, stop in bounds]
     tensors = team.gather(part.tensors, [0] * len(part.tensors), rows) if part.tensors else []
     texts = part.texts
