@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils import data
 
@@ -141,6 +141,17 @@ class Pictures(data.Dataset[tuple[torch.Tensor, int]]):
         return pixels / 255, index % 10
 
 
+class OfOneProcess(Exercise):
+    """Averages gradients as in a job of several processes."""
+
+    def network(self) -> nn.Module:
+        if not distributed.is_initialized():
+            distributed.init_process_group(
+                "gloo", store=distributed.HashStore(), rank=0, world_size=1
+            )
+        return nn.parallel.DistributedDataParallel(super().network())
+
+
 class Decode(Exercise):
     def network(self) -> nn.Module:
         return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, self.classes))
@@ -260,6 +271,7 @@ EXERCISES: dict[str, Exercise] = {
     "compile": Compile(),
     "convolution": Convolution(),
     "cross_entropy": CrossEntropy(),
+    "ddp": OfOneProcess(),
     "decode": Decode(),
     "denormals": Exercise(),
     "elementwise": Elementwise(),

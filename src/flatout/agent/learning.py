@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from flatout import knobs
+from flatout.agent import ensemble
 from flatout.agent.switch import BASELINE, Switch
 from flatout.errors import RefusedError
 from flatout.knob import ConflictError
@@ -47,6 +48,11 @@ class Learner(Switch):
 
     def _apply_faster(self) -> None:
         """Apply the settings that are faster, the fastest first, and write the results."""
+        processes = ensemble.find()
+        if processes is not None and processes.rank:
+            for name, setting in processes.exchange([])[0]:
+                self._apply(name, setting, {})
+            return
         comparison = self._comparison
         timed_steps = comparison.block_steps - comparison.discard_steps
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
@@ -64,6 +70,8 @@ class Learner(Switch):
                 Learned(name, setting, kept, ratio.value, ratio.low, ratio.high, ratio.pairs)
             )
         self._host.record.write(LearnedSettings(tuple(learned)))
+        if processes is not None:
+            processes.exchange(list(settings.items()))
 
     def _apply(self, name: str, setting: str, applied: dict[str, str]) -> bool:
         """Apply a setting; return false if its knob refuses it, or conflicts with an applied

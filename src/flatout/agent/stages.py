@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from flatout.agent import ensemble
 from flatout.intercept.containment import attempt
 from flatout.wire.turns import Turn
 
@@ -73,10 +74,7 @@ class Stages:
         from the end of the first step, since start-up and first step may include compilation. The
         limit ends only ``time_step``.
         """
-        limit_s = self._host.request.stop_seconds
-        if self._timed_from_ns is None:
-            self._timed_from_ns = turn.end_ns
-        is_late = limit_s is not None and turn.end_ns - self._timed_from_ns > limit_s * 1e9
+        is_late = self._is_late(turn)
         while self.pending:
             stage = self.pending[0]
             name = getattr(stage, "__qualname__", repr(stage))
@@ -85,6 +83,19 @@ class Stages:
             if not is_over and not is_timed_out:
                 return
             self.pending.pop(0)
+
+    def _is_late(self, turn: Turn) -> bool:
+        """Return whether the time limit of the request has passed, for all processes of the job."""
+        limit_s = self._host.request.stop_seconds
+        if self._timed_from_ns is None:
+            self._timed_from_ns = turn.end_ns
+        if limit_s is None or not self.pending or self.pending[0] != self.time_step:
+            return False
+        is_late = turn.end_ns - self._timed_from_ns > limit_s * 1e9
+        processes = ensemble.find()
+        if processes is None:
+            return is_late
+        return processes.is_last_step(self._steps_timed, is_late)
 
     def close_profiler(self) -> None:
         """Stop torch's profiler if it runs, because it must not outlive the interpreter."""

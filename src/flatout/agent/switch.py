@@ -12,8 +12,9 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flatout.agent import ensemble
 from flatout.agent.inputs import InputSizes
 from flatout.errors import RefusedError
 from flatout.intercept.losses import loss_value
@@ -56,6 +57,10 @@ class Switch:
     cannot be applied or fails in use is removed from all arms instead, with a ``failed`` event
     whose subject is ``KNOB=SETTING``; other settings of the knob stay.
 
+    In a job of several processes, all begin the same block at the same step: rank 0 decides which
+    arms need no more steps, and an arm or a setting that fails in one process is dropped in all, at
+    the end of its block (see ``Ensemble``).
+
     Args:
         host: the host of this process; its ``arm`` and ``mark`` label the steps.
         comparison: the arms, and the lengths of the blocks. Evaluation passes of a program that
@@ -96,11 +101,12 @@ class Switch:
         self._read_losses(turn)
         self._check_failures()
         self._steps_left -= 1
-        if self._are_weights_damaged:
+        is_alone = ensemble.find() is None
+        if self._are_weights_damaged and is_alone:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
             self.blocks[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
-        if self._steps_left <= 0 or self._arm in self._dropped:
+        if self._steps_left <= 0 or (self._arm in self._dropped and is_alone):
             return self._begin_block()
         if self._host.mark == "switched":
             self._discarded_steps += 1
@@ -110,12 +116,14 @@ class Switch:
 
     def _begin_block(self) -> bool:
         """Begin the next block; return whether there is none."""
+        if self._share_failures():
+            return self._end()
         for arm, is_first in self._schedule:
             if arm in self._dropped:
                 continue
             self._host.events.add("applied", f"arm {arm}", "its block begins")
             self._host.record.flush()  # so that the arm is known if its settings end the process
-            if not self._switch_to(arm):
+            if not self._switch_all_to(arm):
                 continue
             comparison = self._comparison
             self._steps_left = comparison.first_steps if is_first else comparison.block_steps
@@ -137,13 +145,56 @@ class Switch:
             yield arm, True
         for number in range(comparison.rounds):
             if number % 2 == 0:
-                if self._decide():
+                if self._decide_together():
                     return
                 arms = [arm for arm in range(len(comparison.arms)) if arm not in self._dropped]
             for arm in round_order(arms, number):
                 if len(comparison.arms) > 1 and len(self._dropped) == len(comparison.arms) - 1:
                     return
                 yield arm, False
+
+    def _share_failures(self) -> bool:
+        """Drop what has failed in any process of the job; return whether weights are damaged."""
+        processes = ensemble.find()
+        if processes is None:
+            return self._are_weights_damaged
+        left = [sorted(arm.items()) for arm in self._arms]
+        messages = processes.exchange([sorted(self._dropped), left, self._are_weights_damaged])
+        for rank, (dropped, of_arms, _) in enumerate(messages):
+            for arm in set(dropped) - self._dropped:
+                self._drop_failed(arm, f"it has failed in the process of rank {rank}")
+            for own, others in zip(self._arms, of_arms, strict=True):
+                for name in own.keys() - dict(others).keys():
+                    why = f"it has failed in the process of rank {rank}"
+                    self._host.events.add("failed", f"{name}={own.pop(name)}", why)
+        return any(is_damaged for *_, is_damaged in messages)
+
+    def _switch_all_to(self, arm: int) -> bool:
+        """Switch to an arm in all processes of the job; return whether all of them could."""
+        has_switched = self._switch_to(arm)
+        processes = ensemble.find()
+        if processes is None:
+            return has_switched
+        could = processes.exchange(has_switched)
+        if has_switched and not all(could):
+            self._undo()
+            rank = could.index(False)
+            self._drop_failed(arm, f"it cannot be applied in the process of rank {rank}")
+        return all(could)
+
+    def _decide_together(self) -> bool:
+        """Drop arms that need no more steps, as rank 0 sees it; return whether the comparison is
+        decided."""
+        processes = ensemble.find()
+        if processes is None:
+            return self._decide()
+        message: list[Any] = []
+        if processes.rank == 0:
+            message = [self._decide(), sorted(self._dropped)]
+        is_decided, dropped = processes.exchange(message)[0]
+        for arm in set(dropped) - self._dropped:
+            self._drop(arm, "rank 0 has seen enough of it")
+        return bool(is_decided)
 
     def _decide(self) -> bool:
         """Drop arms that need no more steps; return whether the comparison is decided."""
