@@ -493,3 +493,47 @@ def test_the_status_is_the_programs_without_standard_streams(closed: str) -> Non
     words = shlex.join([sys.executable, "-m", "flatout", "run", "--ranks", "2", "--"])
     done = subprocess.run(["sh", "-c", f"{words} sh -c 'exit 7' {closed}"], timeout=60, check=False)
     assert done.returncode == 7
+
+
+COUNTS = """
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, lambda *_: sys.exit(4))
+counted = pathlib.Path("counted")
+number = len(counted.read_text()) if counted.exists() else 0
+counted.write_text("x" * (number + 1))
+print("run", number, flush=True)
+if sys.argv[1] == "waits":
+    signal.pause()
+sys.exit(3 if number < 2 else 0)
+"""
+
+
+@RUNS_RANKS
+@pytest.mark.parametrize(("restarts", "runs", "status"), [(1, 2, 3), (5, 3, 0)])
+def test_a_run_that_has_failed_is_started_again(
+    restarts: int, runs: int, status: int, home: Path
+) -> None:
+    command = flatout(COUNTS, 2, "ends")
+    command.insert(command.index("--ranks"), f"--restarts={restarts}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert done.stdout.splitlines() == [f"run {number}" for number in range(runs)]
+    assert f"it has failed (exit status 3): restart 1 of {restarts}" in done.stderr
+    assert done.stderr.count("it has failed") == runs - 1
+
+
+@RUNS_RANKS
+def test_a_run_that_was_told_to_end_is_not_started_again(home: Path) -> None:
+    command = flatout(COUNTS, 2, "waits")
+    command.insert(command.index("--ranks"), "--restarts=2")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "run 0\n"
+    running.send_signal(signal.SIGINT)
+    rest, stderr = running.communicate(timeout=30)
+    assert (running.returncode, rest) == (4, ""), stderr
+
+
+def test_restarts_need_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--restarts", "2", "--", "true"]) == 2
+    assert "--restarts needs --ranks" in capsys.readouterr().err

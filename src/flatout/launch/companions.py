@@ -172,7 +172,7 @@ def run(
     finally:
         companions.end()
     if deaths.ended_rank_0:
-        exited = process.Exit(1, exited.seconds)
+        exited = replace(exited, returncode=1)
     if ranks.goes_alone and exited.returncode >= 0:
         sentence = None  # rank 0 has said why it stops, or went on alone
     return exited, sentence

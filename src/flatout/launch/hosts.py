@@ -43,12 +43,14 @@ class Ended:
         run_directory: of this rank.
         lines: connections to other ranks. They end with this process, and the flatouts of the other
             ranks end after that of rank 0: launchers end all ranks once one has failed.
+        was_interrupted: whether a signal that asks for an end has come.
     """
 
     returncode: int
     sentence: str | None
     run_directory: Path
     lines: Sequence[Line]
+    was_interrupted: bool
 
 
 def run_rank_0(
@@ -97,7 +99,8 @@ def run_rank_0(
     sentence = deaths.explain(exited.returncode)
     returncode = 1 if deaths.ended_rank_0 else exited.returncode
     exchange.end(returncode)
-    return Ended(returncode, sentence, run_directory, [line for line, _ in others.values()])
+    lines = [line for line, _ in others.values()]
+    return Ended(returncode, sentence, run_directory, lines, exited.was_interrupted)
 
 
 def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> Ended:
@@ -136,7 +139,7 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
         while not line.is_lost and time.monotonic() < until_s:
             time.sleep(_POLL_S)
             line.receive()
-    return Ended(returncode, sentence, run_directory, [line])
+    return Ended(returncode, sentence, run_directory, [line], bool(signals))
 
 
 def _wait_for_rank_0(membership: _Membership, signals: Sequence[int], say: meeting.Say) -> int:

@@ -41,6 +41,7 @@ class Launched:
         port: the one at which rank 0 can be met there.
         has_agent_store: whether torchrun's store is at this port.
         run: the same for all ranks of one run, and probably another in any other run.
+        restarts: how often torchrun has started the ranks again.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Launched:
     port: int
     has_agent_store: bool
     run: str
+    restarts: int = 0
 
 
 def read(variables: Mapping[str, str]) -> Launched:
@@ -84,6 +86,7 @@ def read(variables: Mapping[str, str]) -> Launched:
         0 if is_single else _port(variables),
         has_agent_store,
         " ".join(f"{name}={variables[name]}" for name in names if name in variables),
+        int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
 
 

@@ -61,7 +61,9 @@ _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
 
-def run(command: Sequence[str], python: str, nodes: int, rendezvous: str, ranks: int) -> int:
+def run(
+    command: Sequence[str], python: str, nodes: int, rendezvous: str, ranks: int, restarts: int = 0
+) -> int:
     """Run a command on several hosts to its end.
 
     Args:
@@ -71,6 +73,7 @@ def run(command: Sequence[str], python: str, nodes: int, rendezvous: str, ranks:
         rendezvous: address and port, ``HOST:PORT``, by which the hosts find each other; one of them
             is HOST.
         ranks: number of ranks on each host.
+        restarts: how often torchrun may start all ranks again.
 
     Returns exit status of rank 0; if negative, the signal that killed it.
 
@@ -90,6 +93,7 @@ def run(command: Sequence[str], python: str, nodes: int, rendezvous: str, ranks:
         *(python, "-m", "torch.distributed.run", "--no-python"),
         *("--nnodes", str(nodes), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"{address}:{port}", "--rdzv-id", "flatout", "--local-addr", own),
+        *("--max-restarts", str(restarts)),
         *("--rdzv-conf", f"is_host={own == address},{_TIMES}".lower()),
     ]
     with tempfile.TemporaryDirectory(prefix="flatout-") as name:

@@ -80,11 +80,19 @@ class Exit:
         returncode: its exit status; if negative, the signal that killed it.
         seconds: how long it ran.
         timed_out: whether it was killed because its time was over.
+        was_interrupted: whether a signal that asks for an end has come while it ran.
     """
 
     returncode: int
     seconds: float
     timed_out: bool = False
+    was_interrupted: bool = False
+
+    def describe(self) -> str:
+        """Return how it ended, in words."""
+        if self.returncode >= 0:
+            return f"exit status {self.returncode}"
+        return f"killed by {signal.Signals(-self.returncode).name}"
 
 
 def run(
@@ -124,6 +132,7 @@ def run(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     started_s = time.monotonic()
     interrupted = False
+    asked: set[int] = set()
     try:
         if contained:
             interruption.check()
@@ -132,7 +141,7 @@ def run(
         sentinel = _Sentinel(pid, started_by=os.getpid(), run_directories=run_directories)
         try:
             status, timed_out, interrupted = _wait(
-                pid, sentinel, timeout_seconds, started_s, tick, contained
+                pid, sentinel, timeout_seconds, started_s, tick, contained, asked
             )
         finally:
             sentinel.end()
@@ -142,7 +151,8 @@ def run(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if contained and interrupted:
         raise KeyboardInterrupt
-    return Exit(os.waitstatus_to_exitcode(status), time.monotonic() - started_s, timed_out)
+    returncode, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started_s
+    return Exit(returncode, seconds, timed_out, not asked.isdisjoint(interruption.SIGNALS))
 
 
 def check_program(program: str) -> None:
@@ -219,11 +229,12 @@ def _wait(
     started_s: float,
     tick: Callable[[], bool | None] | None,
     contained: bool,
+    received_numbers: set[int],
 ) -> tuple[int, bool, bool]:
     """Wait for the job's end and pass signals on.
 
     A contained job that survives the signal that interrupts it gets SIGTERM and then SIGKILL,
-    because its user waits for flatout to end.
+    because its user waits for flatout to end. ``received_numbers`` gets the signals that come.
 
     Returns the wait status, whether the job timed out, and whether it was interrupted.
     """
@@ -237,7 +248,9 @@ def _wait(
             os.kill(pid, signal.SIGCONT)
             continue
         if done == pid:
-            if _take_late_signals() and contained:
+            late = _take_late_signals()
+            received_numbers |= late
+            if contained and any(map(interruption.note, late)):
                 interrupted, ended_by_tick = True, False
             return status, timed_out, interrupted and not ended_by_tick
         wait_s = math.inf if deadline_s is None else max(0.0, deadline_s - time.monotonic())
@@ -263,6 +276,7 @@ def _wait(
             grace_s = _INTERRUPTED_GRACE_S if interrupted else _GRACE_S
             deadline_s = time.monotonic() + grace_s if endings else None
         elif received.si_signo in _PASSED_ON:
+            received_numbers.add(received.si_signo)
             if contained and interruption.note(received.si_signo):
                 ended_by_tick = False
                 if not interrupted:
@@ -274,15 +288,12 @@ def _wait(
                     os.kill(pid, received.si_signo)
 
 
-def _take_late_signals() -> bool:
-    """Take the signals that came while the job was ending: its exit status answers them.
-
-    Returns whether one of them ends the work that the job was for.
-    """
-    ends = False
+def _take_late_signals() -> set[int]:
+    """Return the signals that came while the job was ending: its exit status answers them."""
+    numbers = set()
     while (received := signal.sigtimedwait(_WATCHED, 0)) is not None:
-        ends = interruption.note(received.si_signo) or ends
-    return ends
+        numbers.add(received.si_signo)
+    return numbers
 
 
 class _Sentinel:

@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="where the hosts find each other: one of them, and a free port there",
     )
+    parser.add_argument(
+        "--restarts",
+        type=options.positive,
+        metavar="K",
+        help="if a rank dies or the command fails, run it again, up to K times: it goes on from "
+        "its own checkpoint, if it reads one (needs --ranks; with --nodes, torchrun does it)",
+    )
 
 
 def _ranks_option(text: str) -> int | Literal["env"]:
@@ -82,15 +89,22 @@ def _ranks_option(text: str) -> int | Literal["env"]:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command; returns its own exit status."""
+    if arguments.restarts is not None and arguments.ranks is None:
+        raise UserError("--restarts needs --ranks")
     if arguments.nodes is not None or arguments.rendezvous is not None:
         return _execute_on_nodes(arguments)
     if arguments.ranks == "env":
         return _execute_as_rank(arguments)
-    return process.exit_like(_run(arguments))
+    for restart in range(1, (arguments.restarts or 0) + 1):
+        exited = _run(arguments)
+        if exited.returncode == 0 or exited.was_interrupted:
+            return process.exit_like(exited.returncode)
+        say(f"it has failed ({exited.describe()}): restart {restart} of {arguments.restarts}")
+    return process.exit_like(_run(arguments).returncode)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Run the command on this host; returns its exit status, or its negative signal."""
+def _run(arguments: argparse.Namespace) -> process.Exit:
+    """Run the command on this host, and say what is known of its run."""
     if arguments.tune:
         from flatout.tune import learning
     request = learning.make_request(arguments) if arguments.tune else _request(arguments)
@@ -117,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.tune:
             for line in learning.conclude(arguments, run_directory):
                 say(line)
-    return exited.returncode
+    return exited
 
 
 def _execute_as_rank(arguments: argparse.Namespace) -> int:
@@ -125,29 +139,37 @@ def _execute_as_rank(arguments: argparse.Namespace) -> int:
     launched = launcher.read(os.environ)
     node = nodes.enter()
     if launched.size > 1 and not environment.is_disabled():
-        returncode = _run_as_rank(arguments, launched)
+        returncode, was_interrupted = _run_as_rank(arguments, launched)
     elif launched.rank == 0:
         launcher.forget()
         arguments.ranks = 1
-        returncode = _run(arguments)
+        exited = _run(arguments)
+        returncode, was_interrupted = exited.returncode, exited.was_interrupted
     else:
-        returncode = 0  # the agent is disabled, so rank 0 runs bare and alone
+        returncode, was_interrupted = (
+            0,
+            False,
+        )  # the agent is disabled, so rank 0 runs bare and alone
     if node is not None:
         nodes.leave(node, returncode)
-        return 0
+        has_failed = returncode != 0 and not was_interrupted
+        return int(has_failed and launched.restarts < (arguments.restarts or 0))
     if launched.rank and returncode < 0:
         return 128 - returncode
     return process.exit_like(returncode)
 
 
-def _run_as_rank(arguments: argparse.Namespace, launched: launcher.Launched) -> int:
-    """Run the command as one of several ranks; returns the exit status of rank 0, or its negative
-    signal."""
+def _run_as_rank(arguments: argparse.Namespace, launched: launcher.Launched) -> tuple[int, bool]:
+    """Run the command as one of several ranks.
+
+    Returns the exit status of rank 0, or its negative signal, and whether a signal that asks for an
+    end has come.
+    """
     if launched.rank:
         ended = hosts.run_other(arguments.command, launched, say)
         if ended.sentence is not None:
             say(ended.sentence)
-        return ended.returncode
+        return ended.returncode, ended.was_interrupted
 
     def make_request() -> Request:
         request = _request(arguments)
@@ -160,7 +182,7 @@ def _run_as_rank(arguments: argparse.Namespace, launched: launcher.Launched) -> 
         say(ended.sentence)
     for line in _summary(ended.run_directory, Request.read(ended.run_directory)):
         say(line)
-    return ended.returncode
+    return ended.returncode, ended.was_interrupted
 
 
 def _execute_on_nodes(arguments: argparse.Namespace) -> int:
@@ -175,11 +197,20 @@ def _execute_on_nodes(arguments: argparse.Namespace) -> int:
         words.append(f"--plan={arguments.plan}")
     if arguments.tune:
         words.append("--tune")
+    if arguments.restarts is not None:
+        words.append(f"--restarts={arguments.restarts}")
     as_rank = ["run", "--ranks", "env", *words, "--", *arguments.command]
     process.check_program(arguments.command[0])
     python = launcher.interpreter(arguments.command)
     return process.exit_like(
-        nodes.run(as_rank, python, arguments.nodes, arguments.rendezvous, arguments.ranks or 1)
+        nodes.run(
+            as_rank,
+            python,
+            arguments.nodes,
+            arguments.rendezvous,
+            arguments.ranks or 1,
+            arguments.restarts or 0,
+        )
     )
 
 
