@@ -56,8 +56,8 @@ PROGRAMS = {
     "mlp": Program("benchmarks/programs/mlp.py --steps 6"),
     "lstm_language": Program("benchmarks/programs/lstm_language.py --steps 4"),
     "lstm_by_hand": Program("benchmarks/programs/lstm_by_hand.py --steps 4"),
-    # Adam makes rounding errors of small gradients as large as any: after a third step, losses differ
-    # by 3e-4 (in float64 by less than 1e-10).
+    # Adam makes rounding errors of small gradients as large as any: after a third step, losses
+    # differ by 3e-4 (in float64 by less than 1e-10).
     "dcgan": Program("benchmarks/programs/dcgan.py --steps 2 --width 32"),
     "vae": Program("benchmarks/programs/vae.py --steps 6"),
     "diffusion": Program("benchmarks/programs/diffusion.py --steps 4"),
