@@ -1,12 +1,17 @@
 """The predictions of ``flatout scale`` against what is measured: programs of the suite, here.
 
-    python benchmarks/scale.py [--ranks 2 4] [--repeats 3] [--steps 60] [--save FILE] [PROGRAM ...]
+    python -m benchmarks.scale [--ranks 2 4] [--repeats 3] [--steps 60] [--link 200mbit]
+                               [--save FILE] [PROGRAM ...]
 
 Each program runs alone and with two ranks, one thread each. From these two records its step is
 predicted for the numbers of ranks; all ranks are on this host, and take turns on its cores where
 they are too many. Then it runs afresh with each number of ranks. Printed are, for each run, what
 was predicted with its 90 % interval and what was measured, the mean of its steady steps; at the end
 the median error, and how often the interval holds. Run it on a machine that does nothing else.
+
+With ``--link``, each rank is a host of its own: a network namespace whose link has this rate (tc,
+tbf), pinned to a core. That needs root and iproute2. Predicted is then the step over a network of
+this rate, with what exchanges over gloo take otherwise measured here.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +35,17 @@ from flatout.scaling import here, measured, model
 from flatout.scaling.measured import MeasuredRun
 from flatout.scaling.model import Interval
 from flatout.scaling.networks import Network, Software
+from flatout.wire.record import read_run
 from flatout.wire.request import Request
+from tests import namespaces
 
 WARMUP_STEPS = 3
+
+SETTLED_STEPS = 10
+"""First steps on hosts that do not count: calls are tested in the first and in the eighth."""
+
+TCP_SHARE = 1448 / 1514
+"""Of the bytes that tbf counts, those that a user of TCP gets: it counts the Ethernet header."""
 
 
 class Comparison(NamedTuple):
@@ -77,8 +92,47 @@ def run(case: Case, ranks: int, steps: int) -> MeasuredRun:
     return measured.measure_ranks(record, ranks)
 
 
+def run_on_hosts(case: Case, count: int, steps: int, rate: str) -> float:
+    """Run a program on so many hosts with one rank each; returns the mean step in seconds."""
+    hosts = namespaces.Hosts(count)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            started = []
+            for number in range(count):
+                limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "200ms")
+                shape = ["tc", "qdisc", "add", "dev", "eth0", "root", *limit]
+                subprocess.run(hosts.command(number, shape), check=True)
+                core = str(number % (os.cpu_count() or 1))
+                own = ["--nodes", str(count), "--rendezvous", f"{hosts.addresses[0]}:29500"]
+                words = [sys.executable, "-m", "flatout", "run", *own, "--ranks", "1", "--"]
+                program = [sys.executable, case.script.name, *case.options, "--steps", str(steps)]
+                variables = {
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "FLATOUT_HOME": f"{folder}/{number}",
+                }
+                words = ["taskset", "-c", core, *words, *program]
+                started.append(hosts.start(number, words, case.script.parent, variables))
+            for process in started:
+                _, stderr = process.communicate()
+                if process.returncode != 0:
+                    raise SystemExit(f"{case.script} has failed on {count} hosts: {stderr}")
+            [directory] = Path(folder, "0", "runs").iterdir()
+            main = read_run(directory).main
+            assert main is not None
+            times_ms = [step.step_ms for step in main.steps]
+            return statistics.fmean(times_ms[SETTLED_STEPS:]) / 1e3
+    finally:
+        hosts.close()
+
+
 def compare(
-    name: str, ranks: Sequence[int], repeats: int, steps: int, host: tuple[Network, Software]
+    name: str,
+    ranks: Sequence[int],
+    repeats: int,
+    steps: int,
+    host: tuple[Network, Software],
+    rate: str | None,
 ) -> list[Comparison]:
     """Predict a program, and measure it."""
     case = CASES[name]
@@ -87,7 +141,10 @@ def compare(
     found = []
     for _ in range(repeats):
         for prediction in forecast.predictions:
-            step_s = float(run(case, prediction.ranks, steps).step_s.mean())
+            if rate is None:
+                step_s = float(run(case, prediction.ranks, steps).step_s.mean())
+            else:
+                step_s = run_on_hosts(case, prediction.ranks, steps, rate)
             one = Comparison(name, prediction.ranks, prediction.step_s, step_s)
             found.append(one)
             low, high = one.predicted_s.low * 1e3, one.predicted_s.high * 1e3
@@ -112,15 +169,23 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=3, help="runs with each number of ranks")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run that count")
+    parser.add_argument("--link", metavar="RATE", help="of each host, as tc has it: 200mbit, 1gbit")
     parser.add_argument("--save", type=Path, help="write all comparisons to this file, as JSON")
     arguments = parser.parse_args()
     save = None if arguments.save is None else arguments.save.absolute()
     os.environ["OMP_NUM_THREADS"] = "2"
-    host = here.measure(sys.executable)
+    network, software = here.measure(sys.executable, over_gloo=arguments.link is not None)
+    if arguments.link is not None:
+        bits_per_s = 1e6 * float(arguments.link.replace("gbit", "000mbit").removesuffix("mbit"))
+        byte_s = 8 / bits_per_s / TCP_SHARE
+        network = replace(network, name=arguments.link, seconds_per_byte=byte_s, is_copied=False)
+    host = network, software
     print(*host, sep="\n", flush=True)
     found = []
     for name in arguments.programs or training:
-        found += compare(name, arguments.ranks, arguments.repeats, arguments.steps, host)
+        found += compare(
+            name, arguments.ranks, arguments.repeats, arguments.steps, host, arguments.link
+        )
     errors = [abs(one.error) for one in found]
     coverage = statistics.fmean(one.holds for one in found)
     print(

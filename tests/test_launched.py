@@ -101,7 +101,7 @@ def test_one_rank_of_a_launcher_is_a_run_without_ranks(home: Path, port: int) ->
 
 
 def test_the_place_that_torchrun_gives() -> None:
-    run = "TORCHELASTIC_RUN_ID=none TORCHELASTIC_RESTART_COUNT=0"
+    run = "TORCHELASTIC_RUN_ID=none"
     assert launcher.read(TORCHRUN) == Launched(1, 4, "10.0.0.1", 29500, True, run)
 
 

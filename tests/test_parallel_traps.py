@@ -271,10 +271,9 @@ def test_a_failure_of_the_test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == Refusal("Linear cannot be tested: LookupError: no such thing")
 
 
-def test_a_test_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_need_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = torch.nn.Linear(3, 3), torch.ones(4, 3)
-    monkeypatch.setattr(system, "available_bytes", lambda: 2 * 8 * 12)
+    monkeypatch.setattr(system, "available_bytes", lambda: 4 * 8 * 12)
     assert isinstance(checking.find_rule(linear, (x,), {}, 2), Rule)
-    monkeypatch.setattr(system, "available_bytes", lambda: 2 * 8 * 12 - 1)
-    found = checking.find_rule(linear, (x,), {}, 2)
+    found = checking.find_rule(linear, (x,), {}, 3)
     assert found == Refusal("there is no memory for a copy of Linear to test")

@@ -1,9 +1,10 @@
 """Deciding alike in all processes of a job that torch.distributed connects, as under torchrun.
 
-Each process has an agent with the same request. In every step they wait for each other to average
-gradients. So they must switch settings, and stop, at the same step, although each measures other
-times: what depends on times is decided by rank 0, and what has failed in one process counts for
-all. They tell each other through the store by which torch.distributed has brought them together.
+Each process has an agent with the same request. If they train one model with
+DistributedDataParallel or a sharded form of it, they wait for each other in every step. So they
+must switch settings, and stop, at the same step, although each measures other times: what depends
+on times is decided by rank 0, and what has failed in one process counts for all. They tell each
+other through the store by which torch.distributed has brought them together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 ANSWER_TIME = datetime.timedelta(seconds=300)
@@ -68,17 +70,31 @@ class Ensemble:
         return self._last_step is not None and step >= self._last_step
 
 
-def find() -> Ensemble | None:
-    """Return the processes of the job once it has connected them; ``None``: it has only one, or has
-    not done so yet."""
+def find(roots: Iterable[Any]) -> Ensemble | None:
+    """Return the processes of the job once they wait for each other in every step; ``None``: they
+    do not, or not yet.
+
+    Args:
+        roots: the modules that this process has called outermost.
+    """
     from torch import distributed
 
+    if not any(_LOCKSTEP.intersection(_names(root)) for root in roots):
+        return None
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     size = distributed.get_world_size()
     if size == 1:
         return None
     return _connect(distributed.get_rank(), size)
+
+
+_LOCKSTEP = frozenset(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
+"""Classes of torch whose modules wait in every backward pass for those of the other processes."""
+
+
+def _names(module: Any) -> Iterator[str]:
+    return (base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch."))
 
 
 @functools.cache

@@ -48,7 +48,7 @@ class Learner(Switch):
 
     def _apply_faster(self) -> None:
         """Apply the settings that are faster, the fastest first, and write the results."""
-        processes = ensemble.find()
+        processes = ensemble.find(self._host.roots)
         if processes is not None and processes.rank:
             for name, setting in processes.exchange([])[0]:
                 self._apply(name, setting, {})

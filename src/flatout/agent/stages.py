@@ -74,7 +74,8 @@ class Stages:
         from the end of the first step, since start-up and first step may include compilation. The
         limit ends only ``time_step``.
         """
-        is_late = self._is_late(turn)
+        on_failure = self._host.events.on_failure_of("time limit")
+        is_late = attempt(on_failure, self._is_late, turn) is True
         while self.pending:
             stage = self.pending[0]
             name = getattr(stage, "__qualname__", repr(stage))
@@ -89,10 +90,11 @@ class Stages:
         limit_s = self._host.request.stop_seconds
         if self._timed_from_ns is None:
             self._timed_from_ns = turn.end_ns
-        if limit_s is None or not self.pending or self.pending[0] != self.time_step:
+        is_timing = bool(self.pending) and self.pending[0] == self.time_step
+        if limit_s is None or not is_timing or not self._host.counts_as_step(turn):
             return False
         is_late = turn.end_ns - self._timed_from_ns > limit_s * 1e9
-        processes = ensemble.find()
+        processes = ensemble.find(self._host.roots)
         if processes is None:
             return is_late
         return processes.is_last_step(self._steps_timed, is_late)

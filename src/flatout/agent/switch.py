@@ -101,7 +101,7 @@ class Switch:
         self._read_losses(turn)
         self._check_failures()
         self._steps_left -= 1
-        is_alone = ensemble.find() is None
+        is_alone = ensemble.find(self._host.roots) is None
         if self._are_weights_damaged and is_alone:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
@@ -155,7 +155,7 @@ class Switch:
 
     def _share_failures(self) -> bool:
         """Drop what has failed in any process of the job; return whether weights are damaged."""
-        processes = ensemble.find()
+        processes = ensemble.find(self._host.roots)
         if processes is None:
             return self._are_weights_damaged
         left = [sorted(arm.items()) for arm in self._arms]
@@ -172,7 +172,7 @@ class Switch:
     def _switch_all_to(self, arm: int) -> bool:
         """Switch to an arm in all processes of the job; return whether all of them could."""
         has_switched = self._switch_to(arm)
-        processes = ensemble.find()
+        processes = ensemble.find(self._host.roots)
         if processes is None:
             return has_switched
         could = processes.exchange(has_switched)
@@ -185,7 +185,7 @@ class Switch:
     def _decide_together(self) -> bool:
         """Drop arms that need no more steps, as rank 0 sees it; return whether the comparison is
         decided."""
-        processes = ensemble.find()
+        processes = ensemble.find(self._host.roots)
         if processes is None:
             return self._decide()
         message: list[Any] = []

@@ -48,8 +48,9 @@ def match(facts: Facts) -> Match:
     halves = ("fp16",) if facts.device == "cpu" else _HALVES
     if facts.main_dtype not in (None, "float32"):
         halves = ()
-    # Operators only begin a sum; the time in which a step waits for it is not known.
-    return Match((*halves, "large", "static", "view"))
+    # Operators only begin a sum; the time in which a step waits for it is not known. ``static`` may
+    # be wrong in steps that no proof has seen, so it is for those who know their program.
+    return Match((*halves, "large", "view"))
 
 
 def apply(host: Host, setting: str) -> Undo:
@@ -80,14 +81,13 @@ def _construct(
     host: Host, setting: str, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Construct a DistributedDataParallel with the arguments of a setting."""
+    from torch.nn.parallel import DistributedDataParallel
+
     from flatout.intercept import handled_calls
 
-    given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-    added = {
-        name: value
-        for name, value in ARGUMENTS[setting].items()
-        if name not in given and name not in given.get("kwargs", {})
-    }
+    signature = inspect.signature(DistributedDataParallel.__init__)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    added = {name: value for name, value in ARGUMENTS[setting].items() if name not in given}
     if not added and setting not in _HALVES:
         host.events.add("skipped", NAME, "the program gives these arguments itself")
     handled_calls.counts[NAME] += bool(added)
@@ -155,7 +155,8 @@ KNOB = Knob(
         "larger pieces.\n\n"
         "`static`: torch assumes that every step uses the same parameters in the same order "
         "(`static_graph=True`). It then need not search for unused parameters, and may average "
-        "in the order in which gradients become ready.\n\n"
+        "in the order in which gradients become ready. `flatout tune` does not try it, because "
+        "a later step may be another.\n\n"
         "`bf16`, `fp16`: gradients are rounded to 16 bits before they are sent, and averaged in "
         "16 bits (`register_comm_hook`). Half as many bytes are sent. A program that registers a "
         "hook of its own after its first step fails under these settings.",

@@ -76,7 +76,7 @@ def read(variables: Mapping[str, str]) -> Launched:
         )
     if rank >= size:
         raise UserError(f"--ranks env: rank {rank} is not one of {size} ranks, which start at 0")
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
     has_agent_store = variables.get(AGENT_STORE_VARIABLE) == "True"
     is_single = size == 1 and not variables.get("MASTER_ADDR")
     return Launched(

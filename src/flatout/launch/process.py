@@ -88,12 +88,6 @@ class Exit:
     timed_out: bool = False
     was_interrupted: bool = False
 
-    def describe(self) -> str:
-        """Return how it ended, in words."""
-        if self.returncode >= 0:
-            return f"exit status {self.returncode}"
-        return f"killed by {signal.Signals(-self.returncode).name}"
-
 
 def run(
     command: Sequence[str],

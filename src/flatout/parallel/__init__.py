@@ -55,7 +55,7 @@ class Parallel:
             host.events,
             leaves,
             self._form_team,
-            self._find_rule,
+            _find_rule,
             lambda: (host.roots, self._take_stepped()),
         )
         self._team: Team | None = None
@@ -235,16 +235,20 @@ class Parallel:
         is_watched = self._team is not None and self._team.thread == threading.get_ident()
         return self._sharing.is_in_shard and is_watched
 
-    def _find_team(self) -> Team | None:
-        """Return the ranks if this process may meet them now outside of a call, ``None`` if not."""
-        if self._is_alone or self._is_in_meeting() or self._has_been_interrupted():
-            return None
+    def _find_team(self, may_form: bool) -> Team | None:
+        """Return the ranks if this process may meet them now outside of a call, ``None`` if not.
+
+        Args:
+            may_form: whether they may meet for the first time.
+        """
         team = self._team
         if team is None:
-            is_main = threading.current_thread() is threading.main_thread()
-            return self._sharing.meet_ranks() if is_main else None
-        is_here = team.thread == threading.get_ident()
-        return team if is_here and team.balance.is_programs else None
+            is_here = may_form and threading.current_thread() is threading.main_thread()
+        else:
+            is_here = team.thread == threading.get_ident() and team.balance.is_programs
+        if not is_here or self._is_alone or self._has_been_interrupted():
+            return None
+        return self._sharing.meet_ranks()
 
     def _form_team(self) -> Team:
         from flatout.parallel import joining, sameness
@@ -272,25 +276,15 @@ class Parallel:
         sameness.agree_on_kernel(channel.exchange)
         return team
 
-    def _find_rule(
-        self,
-        module: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        size: int,
-        known: Rule | None,
-    ) -> Rule | Refusal:
-        from flatout.parallel import checking
-
-        with self._lend_processors():
-            return checking.find_rule(module, args, kwargs, size, known)
-
     def _lend_processors(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which this process runs on the processors of all ranks."""
+        """Return a context in which this process runs on the processors of all ranks of this
+        host, if flatout has chosen those of each."""
         from flatout.parallel import processors
 
         ranks = self._host.request.ranks
-        return processors.lent(ranks, self._threads) if ranks else contextlib.nullcontext()
+        if ranks is None or not self._place.has_common_directory:
+            return contextlib.nullcontext()
+        return processors.lent(ranks, self._threads)
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:
@@ -353,3 +347,11 @@ def leave() -> None:
 
 _installed: Parallel | None = None
 """What shares out the root calls of this process."""
+
+
+def _find_rule(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, known: Rule | None
+) -> Rule | Refusal:
+    from flatout.parallel import checking
+
+    return checking.find_rule(module, args, kwargs, size, known)

@@ -129,7 +129,8 @@ def find_rule(
     """Find by test how calls of a kind may be shared out.
 
     The module, its arguments and the generators of random numbers are as before, and nothing is
-    printed. It costs about ten forward passes, or four where the known rule holds.
+    printed. Every rank comes to the same result. It costs about ten forward passes, or four where
+    the known rule holds.
 
     Args:
         module: which is called.
@@ -156,7 +157,7 @@ def _test_rules(
         return Refusal(f"{name} {why}")
     if any(isinstance(p, torch.nn.UninitializedParameter) for p in objects.parameters(module)):
         return Refusal(f"{name} creates parameters in its first call", is_lasting=False)
-    if _lacks_memory(module):
+    if _lacks_memory(module, size):
         return Refusal(f"there is no memory for a copy of {name} to test")
     with unnoticed(), _without_inference_mode():
         search = _Search(module, args, kwargs, size)
@@ -246,13 +247,13 @@ def _has_foreign_hook(registries: Iterable[Any]) -> bool:
     return False
 
 
-def _lacks_memory(module: Any) -> bool:
-    """Whether less than twice the size of the module, in float64, is free; of an accelerator, this
-    is found out when it fails."""
+def _lacks_memory(module: Any, size: int) -> bool:
+    """Whether less than twice the size of the module, in float64, is free for each rank, all of
+    which may be on this host; of an accelerator, this is found out when it fails."""
     tensors = [*objects.parameters(module), *objects.buffers(module)]
     needed = sum(8 * t.numel() for t in tensors if t.device.type == "cpu")
     available = system.available_bytes()
-    return available is not None and 2 * needed > available
+    return available is not None and 2 * needed * size > available
 
 
 class _RaisedError(Exception):

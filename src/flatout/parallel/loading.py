@@ -35,7 +35,7 @@ from flatout.intercept.containment import OnFailure
 from flatout.intercept.events import EventLog
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, replace_function, wrap_function
-from flatout.intercept.purity import ImpureError, examine
+from flatout.intercept.purity import examine
 from flatout.parallel import cutting
 from flatout.parallel.balance import Phase
 from flatout.parallel.ending import Ending, PartedError
@@ -67,7 +67,8 @@ class Loading:
     Args:
         events: where it is noted what is shared out.
         find_team: returns the ranks if this process may meet them now, ``None`` if it may not: it
-            is alone, or not at a point to which all ranks come alike.
+            is alone, or not at a point to which all ranks come alike. Its argument tells whether
+            the ranks may meet for the first time.
         leave: lets rank 0 go on alone, for a reason.
         ending: stops this process.
         lend_processors: returns a context in which this process runs on those of all ranks, as its
@@ -79,7 +80,7 @@ class Loading:
     def __init__(
         self,
         events: EventLog,
-        find_team: Callable[[], Team | None],
+        find_team: Callable[[bool], Team | None],
         leave: Callable[[str], None],
         ending: Ending,
         lend_processors: Callable[[], contextlib.AbstractContextManager[None]],
@@ -95,7 +96,7 @@ class Loading:
         self._fetches_rows = fetches_rows
         self._datasets: WeakIdentityDict[Any, _Dataset] = WeakIdentityDict()
         self._numbers = 0
-        self._passed_on: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._passed_on: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def install(self, on_failure: OnFailure) -> Undo:
         """Replace torch's functions; returns the undo.
@@ -132,7 +133,7 @@ class Loading:
         """Return a batch that the ranks share out, ``None`` if they do not."""
         if not fetcher.auto_collation or type(index) is not list:
             return None
-        team = self._find_team()
+        team = self._find_team(False)
         if team is None or not team.channel.is_fast or len(index) < team.size:
             return None
         dataset = self._get_dataset(fetcher.dataset)
@@ -141,9 +142,10 @@ class Loading:
         dataset.batches += 1
         if dataset.is_shared is None and dataset.batches <= TIMED_BATCHES:
             start_s = time.perf_counter()
-            batch = original(fetcher, index)
-            dataset.seconds.append(time.perf_counter() - start_s)
-            return _Joined(batch)
+            try:
+                return _Joined(original(fetcher, index))
+            finally:
+                dataset.seconds.append(time.perf_counter() - start_s)
         with team.balance.spend(Phase.COMPARISON), team.ending.between_calls():
             if dataset.is_shared is None:
                 self._decide(team, dataset, fetcher, index)
@@ -189,10 +191,11 @@ class Loading:
                 undo.enter_context(self._lend_processors())
             if team is not None and team.rank:  # the workers are forks, which keep this function
                 kinds = dataloader._DatasetKind
-                undo.callback(replace_function(kinds, "create_fetcher", _create_idle_fetcher))
+                create: Any = _idle_in_workers(kinds.create_fetcher)
+                undo.callback(replace_function(kinds, "create_fetcher", create))
             result = original(iterator, loader)
         if team is not None:
-            self._passed_on.add(iterator)
+            self._passed_on[iterator] = self._numbers
         return result
 
     def _advise(self, original: Callable[..., Any], loader: Any) -> Any:
@@ -202,7 +205,7 @@ class Loading:
 
     def _meet_about_workers(self, loader: Any) -> Team | None:
         """Return the ranks if those of rank 0 shall load for all, ``None`` if not."""
-        team = self._find_team()
+        team = self._find_team(True)
         if team is None or not team.channel.is_fast:
             return None
         self._numbers += 1
@@ -219,28 +222,33 @@ class Loading:
         """Return the next batch of a loader with workers."""
         if self.is_over or iterator not in self._passed_on:
             return original(iterator)
-        team = self._find_team()
+        team = self._find_team(True)
         if team is None and self.is_over:
             return original(iterator)
         if team is None:
-            self._ending.stop(
-                "--ranks does not support a loader with workers that is read inside of a module's "
-                "forward pass, or in another thread than the one that calls the modules"
-            )
+            try:
+                with self._ending.between_calls():
+                    self._ending.stop(
+                        "--ranks does not support a loader with workers that is read inside of a "
+                        "module's forward pass, or in another thread than the one that calls the "
+                        "modules"
+                    )
+            except PartedError as parted:
+                self._leave(str(parted))
+                return original(iterator)
         error: Exception | None = None
         batch = None
         try:
             batch = original(iterator)
-        except StopIteration:
-            raise
         except Exception as raised:  # noqa: BLE001 - it is raised below, on all ranks
             error = raised
         try:
             with team.balance.spend(Phase.COMPARISON), team.ending.between_calls():
-                batch, error = _pass_on(team, batch, error)
+                batch, error = _pass_on(team, self._passed_on[iterator], batch, error)
         except PartedError as parted:
             self._leave(str(parted))
         if error is not None:
+            original.raised = error  # type: ignore[attr-defined]  # it is the program's
             raise error
         return batch
 
@@ -279,8 +287,14 @@ class _Joined(NamedTuple):
     value: Any
 
 
-def _create_idle_fetcher(*_: Any) -> _IdleFetcher:
-    return _IdleFetcher()
+def _idle_in_workers(create_fetcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that creates fetchers that do nothing in workers, and torch's in the
+    program, whose samplers may read other loaders."""
+
+    def create(*args: Any) -> Any:
+        return create_fetcher(*args) if get_worker_info() is None else _IdleFetcher()
+
+    return create
 
 
 class _IdleFetcher:
@@ -294,7 +308,7 @@ def _are_pure(fetcher: Any) -> bool:
     """Whether samples are functions of their index, of data and of random numbers."""
     try:
         examine(fetcher.dataset, fetcher.collate_fn)
-    except ImpureError:
+    except Exception:  # noqa: BLE001 - whatever the reason, it is not known
         return False
     return True
 
@@ -344,9 +358,9 @@ def _fetch_rows(team: Team, dataset: _Dataset, fetcher: Any, index: list[Any]) -
         structure=0 if part is None else digest(part.form),
         content=digest(index),
     )
-    alike = ("sequence", "meeting", "subject", "content")
-    headers = team.meet(header, f"loads {dataset.name}", alike)
-    if part is None or any(o.outcome or o.structure != header.structure for o in headers):
+    headers = team.meet(header, f"loads {dataset.name}", ("sequence", "meeting", "subject"))
+    found = {(other.outcome, other.structure, other.content) for other in headers}
+    if part is None or found != {(0, header.structure, header.content)}:
         before.restore()
         dataset.failures += 1
         dataset.is_shared = dataset.failures < MOST_FAILURES
@@ -429,17 +443,24 @@ def _are_texts(value: Any) -> bool:
 # Passing batches on
 
 
-def _pass_on(team: Team, batch: Any, error: Exception | None) -> tuple[Any, Exception | None]:
+def _pass_on(
+    team: Team, number: int, batch: Any, error: Exception | None
+) -> tuple[Any, Exception | None]:
     """Return the batch of rank 0, or the error that its loader has raised.
 
     Args:
         team: the ranks.
+        number: of the iterator.
         batch, error: of this rank.
     """
-    team.meet(Header(0, Meeting.BATCH), "loads a batch", ("sequence", "meeting"))
+    header = Header(0, Meeting.BATCH, subject=number)
+    team.meet(header, f"loads a batch of loader {number}", ("sequence", "meeting", "subject"))
     packer = _Packer()
-    message = packer.pack((batch, error)) if team.rank == 0 else b""
+    message = packer.pack((batch, _passable(error))) if team.rank == 0 else b""
     content = team.channel.exchange(message)[0]
+    if not content:
+        name = type(batch).__qualname__
+        team.ending.stop(f"the workers of rank 0 load a {name} that cannot be sent to other ranks")
     unpacker = _Unpacker(content)
     if team.rank:
         batch, error = unpacker.load()
@@ -453,46 +474,56 @@ def _pass_on(team: Team, batch: Any, error: Exception | None) -> tuple[Any, Exce
     return batch, error
 
 
+def _passable(error: Exception | None) -> Exception | None:
+    """Return an error that another process can make from its pickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever the program's classes raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 class _Packer(pickle.Pickler):
-    """Pickles a batch but for the elements of its tensors.
+    """Pickles a batch but for the memory of its tensors.
 
     Attributes:
-        tensors: whose elements are to be sent.
+        tensors: the bytes of each storage.
     """
 
     def __init__(self) -> None:
         self._file = io.BytesIO()
+        self._numbers: dict[int, int] = {}
         self.tensors: list[torch.Tensor] = []
         super().__init__(self._file, pickle.HIGHEST_PROTOCOL)
 
     def pack(self, value: Any) -> bytes:
-        """Return the pickle of a value; of an error that cannot be pickled, that of its text."""
+        """Return the pickle of a value; nothing if it has none."""
         try:
             self.dump(value)
-        except Exception as why:  # noqa: BLE001 - whatever the program's classes raise
+        except Exception:  # noqa: BLE001 - whatever the program's classes raise
             self.tensors.clear()
-            error = value[1]
-            text = str(error) if error is not None else f"a batch cannot be passed on: {why}"
-            return pickle.dumps((None, RuntimeError(text)))
+            return b""
         return self._file.getvalue()
 
     def persistent_id(self, value: Any) -> Any:
-        """Return the dtype and the shape of a tensor that is sent."""
+        """Return the storage of a tensor, by its number and size, and where the tensor is in it."""
         if type(value) is not torch.Tensor or not (value.is_cpu and value.layout is torch.strided):
             return None
-        if value.requires_grad or not value.is_contiguous() or not value.numel():
+        if value.requires_grad or value.is_conj() or value.is_neg():
             return None
-        if value.is_conj() or value.is_neg():
-            return None
-        self.tensors.append(value)
-        return value.dtype, tuple(value.shape)
+        storage = value.untyped_storage()
+        number = self._numbers.setdefault(storage._cdata, len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(_bytes_of(storage))
+        where = value.storage_offset(), tuple(value.shape), value.stride()
+        return number, storage.nbytes(), value.dtype, where
 
 
 class _Unpacker(pickle.Unpickler):
-    """Makes a batch with tensors that have no elements yet.
+    """Makes a batch with tensors whose memory has no content yet.
 
     Attributes:
-        tensors: those tensors, in the order of ``_Packer``.
+        tensors: the bytes of each storage, in the order of ``_Packer``.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -500,7 +531,13 @@ class _Unpacker(pickle.Unpickler):
         self.tensors: list[torch.Tensor] = []
 
     def persistent_load(self, persistent_id: Any) -> torch.Tensor:
-        """Return a new tensor of this dtype and shape."""
-        dtype, shape = persistent_id
-        self.tensors.append(torch.empty(shape, dtype=dtype, device="cpu"))
-        return self.tensors[-1]
+        """Return a tensor in the storage of this number."""
+        number, size, dtype, where = persistent_id
+        if number == len(self.tensors):
+            self.tensors.append(torch.empty(size, dtype=torch.uint8, device="cpu"))
+        empty = torch.empty(0, dtype=dtype, device="cpu")
+        return empty.set_(self.tensors[number].untyped_storage(), *where)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)

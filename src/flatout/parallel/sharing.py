@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -42,7 +41,8 @@ _FAILED, _IS_CHANGED = 1, 2
 
 FindRule = Callable[[Any, tuple[Any, ...], dict[str, Any], int, "Rule | None"], Rule | Refusal]
 """Finds the rule of a call's kind, given the module, its arguments, the number of ranks and, if the
-rule was tested before, that rule; leaves module, inputs and random generators as they were."""
+rule was tested before, that rule; returns the same on every rank, and leaves module, inputs and
+random generators as they were."""
 
 MOST_KINDS = 16
 """Kinds of calls of a module that are tested; further ones are computed whole."""
@@ -308,26 +308,21 @@ class Sharing:
         kind.checked = kind.calls
         kind.may_be_tested = False
         kind.tests += 1
-        team.meet(Header(0, Meeting.RULE), call.what, ("sequence", "meeting"))
-        found = self._judge(call, None if is_outdated else kind.rule)
-        if isinstance(found, Rule):
-            kind.rule = found
-        else:
-            kind.refuse(found.reason, found.is_lasting)
-
-    def _judge(self, call: _Call, known: Rule | None) -> Rule | Refusal:
-        """Look for a rule on rank 0, which has the processors of all ranks meanwhile."""
-        team, message = call.team, b""
         self.is_in_shard = True
         try:
             with team.balance.spend(Phase.TESTING):
-                if team.rank == 0:
-                    given = call.module, call.args, call.kwargs
-                    message = pickle.dumps(self._find_rule(*given, team.size, known))
-                judged: Rule | Refusal = pickle.loads(team.channel.exchange(message)[0])
+                known = None if is_outdated else kind.rule
+                found = self._find_rule(call.module, call.args, call.kwargs, team.size, known)
         finally:
             self.is_in_shard = False
-        return judged
+        header = Header(0, Meeting.RULE, content=digest(found))
+        headers = team.meet(header, call.what, ("sequence", "meeting"))
+        if len({other.content for other in headers}) > 1:
+            kind.refuse(f"{call.state.name} is not judged alike on all ranks")
+        elif isinstance(found, Rule):
+            kind.rule = found
+        else:
+            kind.refuse(found.reason, found.is_lasting)
 
     # Whole calls
 

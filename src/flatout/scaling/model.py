@@ -371,7 +371,10 @@ def compute_parts(
     exchange_s = compute_exchange_s(work, network, software, ranks, algorithm)
     alike_s, comparison_s = (np.full(len(ranks), s) for s in (work.alike_s, work.comparison_s))
     waiting_s = np.maximum(waiting_s, 0.0)
-    parts: Array = crowd * np.stack([shard_s, alike_s, comparison_s, waiting_s, exchange_s])
+    if network.is_copied:
+        exchange_s = exchange_s * crowd
+    of_processors = crowd * np.stack([shard_s, alike_s, comparison_s, waiting_s])
+    parts: Array = np.vstack([of_processors, exchange_s])
     return parts
 
 

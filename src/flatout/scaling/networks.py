@@ -39,6 +39,7 @@ class Network:
         error: the relative standard error of both.
         processors: those of the one host that all ranks share; ``None``: each rank has processors
             of its own, as many as it computes with.
+        is_copied: whether these processors copy the bytes, so that exchanges take turns on them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Network:
     seconds_per_byte: float
     error: float
     processors: int | None = None
+    is_copied: bool = True
 
     def scaled(self, latency: float, rate: float) -> Network:
         """Return the network with other figures: these times its own."""

@@ -14,7 +14,7 @@ from flatout import paths
 from flatout.cli import options
 from flatout.cli.streams import say
 from flatout.errors import UserError
-from flatout.launch import companions, environment, hosts, launcher, nodes, process
+from flatout.launch import companion_stage, companions, environment, hosts, launcher, nodes, process
 from flatout.launch.runs import new_run_directory
 from flatout.plan import PLAN_FILE
 from flatout.wire.record import RecordError, read_step_times
@@ -99,7 +99,8 @@ def execute(arguments: argparse.Namespace) -> int:
         exited = _run(arguments)
         if exited.returncode == 0 or exited.was_interrupted:
             return process.exit_like(exited.returncode)
-        say(f"it has failed ({exited.describe()}): restart {restart} of {arguments.restarts}")
+        how = companion_stage.ending(exited.returncode)
+        say(f"it has failed ({how}): restart {restart} of {arguments.restarts}")
     return process.exit_like(_run(arguments).returncode)
 
 
