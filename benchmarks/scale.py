@@ -99,7 +99,7 @@ def run_on_hosts(case: Case, count: int, steps: int, rate: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
             started = []
             for number in range(count):
-                limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "200ms")
+                limit = ("tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
                 shape = ["tc", "qdisc", "add", "dev", "eth0", "root", *limit]
                 subprocess.run(hosts.command(number, shape), check=True)
                 core = str(number % (os.cpu_count() or 1))
