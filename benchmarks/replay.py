@@ -183,6 +183,7 @@ class Machine:
         self.mark: str | None = None
         self.failures: dict[str, str] = {}
         self.forward_wrappers: list[object] = []
+        self.roots: list[object] = []
         self.steps = 0
         self._on: dict[str, str] = {}
         self._before: dict[str, str] = {}

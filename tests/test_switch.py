@@ -89,6 +89,7 @@ class Scripted:
         self.mark: str | None = None
         self.failures: dict[str, str] = {}
         self.forward_wrappers: list[object] = []
+        self.roots: list[object] = []
         self.said: list[tuple[str, str, str]] = []
         self.arms: list[int | None] = []
         self.on: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import threading
@@ -32,7 +33,7 @@ class Parallel:
     def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
         import torch
 
-        from flatout.parallel import interior
+        from flatout.parallel import interior, processors
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending, Interruption
         from flatout.parallel.loading import Loading
@@ -65,7 +66,7 @@ class Parallel:
             self._find_team,
             self.leave,
             self._ending,
-            self._lend_processors,
+            functools.partial(processors.lend, host.request.ranks, place, self._threads),
             fetches_rows="loader" not in host.request.settings,
         )
         self._undo = [
@@ -275,16 +276,6 @@ class Parallel:
                 )
         sameness.agree_on_kernel(channel.exchange)
         return team
-
-    def _lend_processors(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which this process runs on the processors of all ranks of this
-        host, if flatout has chosen those of each."""
-        from flatout.parallel import processors
-
-        ranks = self._host.request.ranks
-        if ranks is None or not self._place.has_common_directory:
-            return contextlib.nullcontext()
-        return processors.lent(ranks, self._threads)
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from flatout.parallel.place import Place
 from flatout.wire.request import Ranks
 
 
@@ -30,12 +31,17 @@ def use_all(ranks: Ranks, threads: int | None) -> None:
 
 
 @contextlib.contextmanager
-def lent(ranks: Ranks, threads: int | None) -> Iterator[None]:
-    """A context in which this process runs on the processors of all ranks, which wait for it.
+def lend(ranks: Ranks | None, place: Place, threads: int | None) -> Iterator[None]:
+    """A context in which this process runs on the processors of all ranks, if they are on one host
+    and flatout has chosen those of each.
 
     Args:
         ranks, threads: as for ``use_all``.
+        place: of this process.
     """
+    if ranks is None or not place.has_common_directory:
+        yield
+        return
     own, threads_before = os.sched_getaffinity(0), torch.get_num_threads()
     pinned = {}
     for task in _tasks():

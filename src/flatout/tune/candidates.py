@@ -25,7 +25,7 @@ ALTERNATIVES_SHARE = 0.1
 step."""
 
 UNKNOWN_SHARE = 0.05
-"""Share of a step by which a knob is sorted, as by its bound, if its share is unknown."""
+"""Share of a step that a knob is taken to have if its share is unknown."""
 
 SECOND_LOOKS = 3
 """Maximum number of settings that are compared once more on top of the stack."""
@@ -199,7 +199,8 @@ def find_second_looks(
     stack do.
 
     Args:
-        ratios: the measured ratio of each candidate among the others.
+        ratios: the speedup of each candidate, measured while the other candidates were switched on
+            and off as well; ``None`` if it was not measured.
         settings: the settings that were faster, which form the stack.
 
     Returns the settings, the most promising first.

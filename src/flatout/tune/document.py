@@ -1,7 +1,7 @@
 """The result of a tune as one JSON document, which programs and ``flatout report`` can read.
 
-A number that is null was not measured, unless its attribute says otherwise; 0 never means that. Any
-other value that is null does not exist. A number that is not finite, such as a loss that has
+A number that is null was not measured, unless its attribute says otherwise; 0 never means that. A
+number that is not finite, such as a loss that has
 diverged, is one of the strings that ``wire/codec.py`` names, since JSON has no such numbers.
 Unknown keys are ignored.
 """
@@ -213,7 +213,8 @@ class Document:
             tune and for its longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.
         knobs: the knobs of the plan.
-        proof: the proof of the plan, or of the last plan that was refused.
+        proof: the proof of the plan, or of the last one that was tried; ``None`` if it was not
+            completed.
         findings: the findings about what limits the bare program, the largest share first.
         next_command: the command to run next, ready for a shell.
     """

@@ -160,7 +160,7 @@ def are_coarse(recorded: Sequence[Recorded]) -> bool:
 
 
 def _find_missing(bare: Sequence[Recorded], plan: Sequence[Recorded]) -> str | None:
-    """Return a clause about a gradient that only one side has, or that is not finite in the plan.
+    """Return a clause about a gradient that only one side has, or that is finite in bare only.
 
     The result is ``None`` if there is no such gradient.
     """
@@ -292,9 +292,9 @@ def _errors(
 ) -> Iterator[tuple[str, float]]:
     """Yield the relative error of each parameter's gradient in the first update with a difference.
 
-    Up to that update the weights were the same. It need not be the very first update, because some
-    settings do nothing in the first steps.
-    Gradients that may be nothing but rounding error are left out.
+    It need not be the very first update, because some settings do nothing in the first steps.
+    Gradients that may be nothing but rounding error are left out, also when that update is looked
+    for.
     """
     import numpy as np
 

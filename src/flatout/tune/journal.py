@@ -283,11 +283,11 @@ def begin(verb: str, command: Sequence[str], options: Any = None) -> Journal:
 
 
 def resume(verb: str, command: Sequence[str]) -> Journal:
-    """Open the journal of the last tune of this job that has not come to its end.
+    """Open the journal of the last tune of this job that can be continued.
 
     Raises:
-        JournalError: there is no such tune, or it belongs to another version of flatout, or it is
-            still running.
+        JournalError: none can be: all have come to their ends, belong to another version of
+            flatout, or are still running.
     """
     why: list[str] = []
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):

@@ -50,7 +50,7 @@ class Options:
 
 @dataclass
 class LedgerEntry:
-    """Settings that are tried together, and their result so far.
+    """A setting, and its result so far.
 
     See ``document.TriedSettings`` for the attributes.
     """

@@ -33,7 +33,7 @@ tell which checks are made. The functions are pure functions of records.
     a wrong constant factor in one gradient under an optimizer like Adam. See ``gradients.judge``.
 ``evaluation``, ``state``
     The losses and outputs of passes that do not train are compared, and the buffers at the end
-    (statistics of batch norm).
+    (statistics of batch norm). Weights and buffers must stay finite if bare's do.
 ``probabilities``
     If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
     becomes infinite or is clamped, and the gradients of these probabilities become 0. The share of
@@ -44,8 +44,8 @@ tell which checks are made. The functions are pure functions of records.
 
 Some programs do not repeat themselves from one seed, because several processes train one set of
 weights, or because of atomic additions. A step then has no counterpart in another run. For spikes,
-a loss is then also compared with bare's highest loss in the same quarter of the steps. For losses,
-the margin is then at least the spread between bare's runs.
+a loss is then also compared with bare's highest loss in the same quarter of the steps. For losses
+that seeds do not change, the margin is then at least the spread between bare's runs.
 
 More seeds make the limits narrower. If settings change the order of the data (the class
 ``reshuffled``), bare and plan differ as much as two seeds do: the difference of their means over n
@@ -370,7 +370,7 @@ def _judge_identity(
 
     Args:
         bare, plan: see ``judge``.
-        same: whether the losses, and the weights where they were recorded, are.
+        same: whether losses, and weights where they were recorded, are bitwise identical.
         is_repeated: whether bare gave identical losses twice from one seed.
     """
     if same:
@@ -827,7 +827,7 @@ def _judge_moments(
     """Judge the means and RMS of many tensors at once, by how far they move.
 
     For the mean and the RMS of each tensor, the difference between plan and bare, averaged over the
-    seeds, is divided by bare's seed-to-seed standard deviation. The root mean square of these
+    seeds, is divided by bare's seed-to-seed standard deviation. The mean square of these
     quotients, minus what the scatter of so few seeds adds to it, may be at most 1.
 
     Args:

@@ -3,7 +3,7 @@
 The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
 ``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
 the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``,
-which adds evaluation passes to the step times that ``paired_means_ms`` gives.
+which counts evaluation passes along with the step times of ``paired_means_ms``.
 
 An arm is a combination of settings that a comparison inside one process switches to; a stack is the
 settings that have been chosen so far, applied together.
@@ -130,7 +130,8 @@ def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
 def is_ranked(log_ratios: Sequence[float]) -> bool:
     """Return whether a few pairs suffice to tell which side is faster.
 
-    They do if they agree, or if there are ``MAXIMUM_RANKING_PAIRS`` of them.
+    They do if they are at least ``RANKING_PAIRS`` and agree, or if there are
+    ``MAXIMUM_RANKING_PAIRS`` of them.
     """
     count = len(log_ratios)
     agree = sum(log > 0 for log in log_ratios) in (0, count)
