@@ -32,8 +32,8 @@ SECOND_LOOKS = 3
 
 SECOND_LOOK_SPEEDUP = 1.1
 """Settings are compared once more only if the stack is at least this many times as fast as bare.
-If the stack gains less, the work that these settings speed up has about the same share of its step
-as of the bare step, so the first comparison is good enough."""
+If the stack gains less, the work that a setting speeds up has about the same share of the stack's
+step as of the bare step, so the first comparison is good enough."""
 
 SECOND_LOOK_SHARE = 0.02
 """A setting is compared once more only if it could save at least this share of the stack's step. A
@@ -195,12 +195,11 @@ def find_second_looks(
 
     What such a setting speeds up was a small part of the bare step. It is a larger part of a step
     that the other settings have made shorter. Two knobs that claim the same part of the program
-    (``Knob.claims``) exclude each other, so a setting is left out if its knob and a knob of the
-    stack do.
+    (``Knob.claims``) exclude each other, so a setting is left out if its knob and a knob of
+    the stack exclude each other.
 
     Args:
-        ratios: the speedup of each candidate, measured while the other candidates were switched on
-            and off as well; ``None`` if it was not measured.
+        ratios: the measured speedup of each candidate; ``None`` if it was not measured.
         settings: the settings that were faster, which form the stack.
 
     Returns the settings, the most promising first.

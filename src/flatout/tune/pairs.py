@@ -163,8 +163,8 @@ class Pairs:
 def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
     """Return the step times of the two runs of a pair, in ms.
 
-    They are those of ``statistics.paired_means_ms``, and longer by the share that each run's
-    evaluation passes between the steps add.
+    Each is the mean that ``statistics.paired_means_ms`` returns, lengthened by the share that the
+    run's evaluation passes between the steps add.
     """
     in_steps = statistics.paired_means_ms(
         [step.step_ms for step in one.steady_steps], [step.step_ms for step in other.steady_steps]

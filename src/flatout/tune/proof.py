@@ -36,21 +36,22 @@ tell which checks are made. The functions are pure functions of records.
     (statistics of batch norm). Weights and buffers must stay finite if bare's do.
 ``probabilities``
     If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
-    becomes infinite or is clamped, and the gradients of these probabilities become 0. The share of
-    probabilities that an outermost module returns as exactly 1 may therefore hardly grow
-    (``MORE_ONES``).
+    becomes infinite or is clamped, and the gradients of these probabilities become 0. The plan
+    must therefore not raise the share of probabilities that an outermost module returns as exactly
+    1 by more than ``MORE_ONES``.
 ``outputs``
     If the program only infers, its outputs for identical inputs are compared.
 
 Some programs do not repeat themselves from one seed, because several processes train one set of
-weights, or because of atomic additions. A step then has no counterpart in another run. For spikes,
-a loss is then also compared with bare's highest loss in the same quarter of the steps. For losses
-that seeds do not change, the margin is then at least the spread between bare's runs.
+weights, or because of atomic additions. A step then has no counterpart in another run. A loss then
+counts as a spike only if it also exceeds bare's highest loss in the same quarter of the steps by
+the allowance. For losses that seeds do not change, the margin is then at least the spread between
+bare's runs.
 
-More seeds make the limits narrower. If settings change the order of the data (the class
-``reshuffled``), bare and plan differ as much as two seeds do: the difference of their means over n
-seeds has a standard deviation of ``sqrt(2 / n)`` times the margin. A check that fails only because
-its limit is wide is ``undecided``.
+More seeds bring the confidence limits closer to the means. If settings change the order of the data
+(the class ``reshuffled``), bare and plan differ as much as two seeds do: the difference of their
+means over n seeds has a standard deviation of ``sqrt(2 / n)`` times the margin. A check that fails
+only because its confidence limit is far from the mean difference is ``undecided``.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ USUAL_PAIRS = 8
 """Number of pairs that are assumed where time is reserved for a proof."""
 
 MAXIMUM_PAIRS = 24
-"""Maximum number of pairs behind a claim."""
+"""Maximum number of pairs behind a claim, unless the user gives a number of pairs."""
 
 REPEATS = 2
 """Number of additional bare runs from one seed before a plan is refused for not being identical.

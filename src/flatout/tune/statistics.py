@@ -111,8 +111,8 @@ def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
     looks at the width alone keeps the interval's confidence, in the limit (Chow and Robbins 1965,
     On the asymptotic theory of fixed-width sequential confidence intervals). There are two
     exceptions. Measuring continues while the estimate is at least ``WORTHWHILE`` but the interval
-    includes 1. Settings without a gain rarely get there, so this adds few false claims
-    (``benchmarks/replay.py`` counts them). And measuring stops when the interval lies below 1,
+    includes 1. The estimate of a setting without a gain is rarely that high, so this adds few false
+    claims (``benchmarks/replay.py`` counts them). And measuring stops when the interval lies below 1,
     which can only make claims rarer.
 
     Args:
@@ -177,8 +177,8 @@ def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
         stack_less_part: for each part, the step time of the stack over that of the stack without
             the part.
 
-    Returns the parts whose removal slows the stack by less than 2 % (``WORTHWHILE``), with the
-    confidence of the intervals.
+    Returns the parts whose removal, with the confidence of the intervals, slows the stack by less
+    than 2 % (``WORTHWHILE``).
     """
     spare = [one for one, ratio in stack_less_part.items() if ratio.low > 1 / WORTHWHILE]
     return sorted(spare, key=lambda one: stack_less_part[one].value, reverse=True)

@@ -162,9 +162,9 @@ KNOB = Knob(
         "For `prefetch` and `workers`, the sampler must be an unmodified "
         "`SequentialSampler`, `RandomSampler`, `WeightedRandomSampler` or "
         "`DistributedSampler` of torch, in a plain `BatchSampler`. The sampler must also "
-        "fix its order at the start of the epoch. This excludes sampling with replacement "
-        "from a generator that the program passed in. `cache` accepts any sampler that "
-        "returns integers.\n\n"
+        "fix its order at the start of the epoch. This excludes sampling with replacement if its "
+        "random numbers come from a `torch.Generator` that the program passed in. `cache` accepts "
+        "any sampler that returns integers.\n\n"
         "For each batch, the knob checks that the data it was computed from have not "
         "changed; for `prefetch` and `workers` it also checks the modification times of "
         "the files.",
