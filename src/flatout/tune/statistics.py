@@ -112,8 +112,8 @@ def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
     On the asymptotic theory of fixed-width sequential confidence intervals). There are two
     exceptions. Measuring continues while the estimate is at least ``WORTHWHILE`` but the interval
     includes 1. The estimate of a setting without a gain is rarely that high, so this adds few false
-    claims (``benchmarks/replay.py`` counts them). And measuring stops when the interval lies below 1,
-    which can only make claims rarer.
+    claims (``benchmarks/replay.py`` counts them). And measuring stops when the interval lies below
+    1, which can only make claims rarer.
 
     Args:
         log_ratios: the logarithms of the ratios of the pairs so far.
