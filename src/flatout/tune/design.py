@@ -68,7 +68,7 @@ def _assign(
     factors: Sequence[Sequence[tuple[str, str]]],
     generator: random.Random,
 ) -> tuple[dict[str, str], ...]:
-    """Choose a setting for each factor that is on in an arm, each about equally often.
+    """Choose a setting for each factor that is on in an arm, each setting about equally often.
 
     The assignment is random: in a fixed order, settings of two factors could always go together.
     """

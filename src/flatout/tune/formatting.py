@@ -40,7 +40,7 @@ def format_milliseconds(ms: float) -> Formatted:
 def format_duration(seconds: float) -> Formatted:
     """Format a time of any length.
 
-    It is given to a tenth of a second below 99.95 s, and in its two largest units above.
+    Below 99.95 s, it is given to a tenth of a second; from there on, in its two largest units.
     """
     if abs(seconds) < 99.95:
         return Formatted(f"{seconds:.1f} s", round(seconds, 1))

@@ -11,7 +11,7 @@ A tune that is resumed begins anew; each trial that it asks for is taken from th
 as the journal has it. This works because a tune chooses its next trial mostly by the results of the
 trials before it and the time that they took. It also depends on the free memory, the machine's
 measured peak rates and the cores that may be used. If any of these has changed so much that the
-tune asks for another trial than the journal has next, the rest of the journal is dropped. A trial
+tune's next trial is not the next one in the journal, the rest of the journal is dropped. A trial
 that was running when the tune was killed is run again.
 
 Each line is written by one call. If a tune was killed while it wrote a line, the incomplete line is
@@ -51,7 +51,7 @@ RUNS_FOLDER = "runs"
 
 KEPT_TUNES = 20
 KEPT_BYTES = 512 * 2**20
-"""Maximum number of old tunes that are kept, and their maximum size; the oldest are deleted
+"""Maximum number of old tunes that are kept, and their maximum size in all; the oldest are deleted
 first."""
 
 

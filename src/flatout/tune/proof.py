@@ -77,8 +77,8 @@ Moments = Mapping[str, tuple[float, float]]
 """The mean and the root mean square of tensors, by their names."""
 
 SITES_LIMIT = 8
-"""Up to this many backward calls of a step (sites) are judged separately; above it, only their mean
-loss is judged."""
+"""If a step has at most this many backward calls (sites), each is judged separately; if it has
+more, only the mean loss of all of them is judged."""
 
 CONFIDENCE = 0.95
 """Confidence of the upper limit on the mean difference of losses."""

@@ -75,7 +75,7 @@ StopRule = Literal["arms", "settings"] | None
 
 
 class _JobEndedError(Exception):
-    """The whole job has fewer steps than a comparison, which was not known before.
+    """The whole job turns out to have fewer steps than a comparison.
 
     Args:
         steps: the number of steps of the job.
@@ -265,8 +265,8 @@ class Screening(TuneStage):
         return winners
 
     def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
-        """Find the redundant knobs, from the first on, that can be removed together without making
-        the stack slower.
+        """Find how many of the redundant knobs, counted from the first, can be removed together
+        without making the stack slower, and return these.
 
         If two knobs speed up the same work, the stack can do without either one, but not without
         both. Therefore the first two are also removed together, then the first three, and so on,
