@@ -41,6 +41,9 @@ from flatout.knobs.random import cpu as random
 from flatout.wire.request import GuardRequest, Request
 
 PACKAGE = Path(knobs.__file__).parents[1]
+STANDS_ON = {"loader": ("intercept/purity.py", "intercept/harmless.py")}
+"""Files of ours that only these knobs reach."""
+
 FOLDERS = tuple(f"{PACKAGE / name}{os.sep}" for name in ("agent", "intercept", "knobs"))
 STEPS = 5
 SECONDS = 60
@@ -275,7 +278,7 @@ def main(entries_to_fail: str, *words: str) -> None:
     for word in words:
         name, _, setting = word.partition("=")
         settings = {name: setting} if name else NOTHING
-        folders = f"knobs/{name}" if name else ("agent/", "intercept/")
+        folders = (f"knobs/{name}", *STANDS_ON.get(name, ())) if name else ("agent/", "intercept/")
         (traced,) = outcomes([(settings, None, 0, pictures)])
         print(json.dumps(traced))
         jobs = [

@@ -133,7 +133,8 @@ class Ahead:
                 return
             queue.left -= 1
             queue.waiting.append((index, None))
-            queue.restore_indices(iterator)
+            # As ``restore_indices`` does, but without a call that could fail and lose the index.
+            iterator._sampler_iter = itertools.chain([i for i, _ in queue.waiting], queue.rest)
             ticket = attempt(self._handle_failure, self._request, iterator, index)
             queue.waiting[-1] = index, ticket
 
