@@ -167,13 +167,12 @@ class Loading:
         """Share out the batches of a dataset from now on, or never."""
         saved_s = statistics.median(dataset.seconds[1:]) * (1 - 1 / team.size)
         is_worth = saved_s > WORTH_S and _are_pure(fetcher)
-        if _are_pure(fetcher):
-            dataset.draws = _find_draws(fetcher, index)
         header = Header(0, Meeting.BATCH, outcome=is_worth * _IS_WORTH, subject=dataset.subject)
         alike = ("sequence", "meeting", "subject")
         headers = team.meet(header, f"loads {dataset.name}", alike)
         dataset.is_shared = bool(headers[0].outcome & _IS_WORTH)
         if dataset.is_shared:
+            dataset.draws = _find_draws(fetcher, index) if _are_pure(fetcher) else NONE
             self._events.add("applied", "loading", f"batches of {dataset.name} are shared out")
 
     # Loaders with workers
