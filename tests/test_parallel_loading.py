@@ -48,6 +48,13 @@ def begun(index):
     return index
 """
 
+
+def assert_as_alone(found: list[list[float]], expected: list[list[float]]) -> None:
+    """Compare what a rank has shown with what the program shows alone."""
+    for line, values in zip(found, expected, strict=True):
+        assert line == pytest.approx(values, rel=1e-9)
+
+
 ROWS = {
     "a tensor": ("self.x[index] * 2", "x"),
     "numbers, texts and a dict": (
@@ -91,8 +98,7 @@ if parallel:
         assert outcome.status == 0, outcome.stderr
         found, shared, _ = json.loads(outcome.stdout)
         assert shared == 27
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
         is_shared, failures, fetched = json.loads(outcome.stderr.splitlines()[-1])
         assert (is_shared, failures) == (True, 0)
         total += fetched
@@ -141,8 +147,7 @@ except (IndexError, RuntimeError) as error:
         assert outcome.status == 0, outcome.stderr
         found, _, _ = json.loads(outcome.stdout)
         assert outcome.stderr.splitlines() == alone.stderr.splitlines()
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
 
 
 WORKERS = """
@@ -177,8 +182,7 @@ def test_workers_of_rank_0_load_for_all(what: str, options: str, tmp_path: Path)
         found, shared, _ = json.loads(outcome.stdout)
         assert shared == 18
         assert outcome.stderr.splitlines() == alone.stderr.splitlines()
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
     files = [sorted(folder.glob("samples-*")) for folder in sorted(tmp_path.glob("*-rank-*"))]
     counts = [sum(len(file.read_text().split()) for file in of_rank) for of_rank in files]
     assert counts == [120, 120, 0]
@@ -218,8 +222,7 @@ def test_an_error_in_a_worker_is_raised_on_all_ranks(error: str, tmp_path: Path)
         errors = (found.stderr.partition("Exception ignored")[0] for found in (outcome, alone))
         assert len(set(errors)) == 1, outcome.stderr
         found, _, _ = json.loads(outcome.stdout)
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
 
 
 def test_what_a_batch_holds_twice_is_one_tensor_on_all_ranks(tmp_path: Path) -> None:
@@ -243,8 +246,7 @@ for batch in loader:
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.status == 0, outcome.stderr
         found, _, _ = json.loads(outcome.stdout)
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
 
 
 def test_a_sampler_may_read_another_loader(tmp_path: Path) -> None:
@@ -267,8 +269,7 @@ def test_a_sampler_may_read_another_loader(tmp_path: Path) -> None:
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.status == 0, outcome.stderr
         found, _, _ = json.loads(outcome.stdout)
-        for line, values in zip(found, expected, strict=True):
-            assert line == pytest.approx(values, rel=1e-9)
+        assert_as_alone(found, expected)
 
 
 def test_a_loader_with_workers_in_another_thread_is_refused(tmp_path: Path) -> None:
@@ -308,5 +309,4 @@ def test_rank_0_goes_on_with_its_workers_alone(tmp_path: Path) -> None:
     assert (first.status, other.status) == (0, 0), first.stderr + other.stderr
     found, shared, _ = json.loads(first.stdout)
     assert shared == 10
-    for line, values in zip(found, json.loads(alone.stdout)[0], strict=True):
-        assert line == pytest.approx(values, rel=1e-9)
+    assert_as_alone(found, json.loads(alone.stdout)[0])
