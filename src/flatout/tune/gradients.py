@@ -293,8 +293,8 @@ def _errors(
     """Yield the relative error of each parameter's gradient in the first update with a difference.
 
     It need not be the very first update, because some settings do nothing in the first steps.
-    Gradients that may be nothing but rounding error are left out, both of the errors and of the
-    search for the first update with a difference.
+    Gradients that may be nothing but rounding error are ignored: they get no error, and they do not
+    count in the search for the first update with a difference.
     """
     import numpy as np
 

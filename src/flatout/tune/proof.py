@@ -45,8 +45,8 @@ tell which checks are made. The functions are pure functions of records.
 Some programs do not repeat themselves from one seed, because several processes train one set of
 weights, or because of atomic additions. A step then has no counterpart in another run. A loss then
 counts as a spike only if it also exceeds bare's highest loss in the same quarter of the steps by
-the allowance. For losses that seeds do not change, the margin is then at least the spread between
-bare's runs.
+the allowance. If another seed changes the losses hardly more than a repeat from the same seed does,
+the margin is at least the spread between bare's runs.
 
 More seeds bring the confidence limits closer to the means. If settings change the order of the data
 (the class ``reshuffled``), bare and plan differ as much as two seeds do: the difference of their
@@ -490,9 +490,9 @@ def _judge_losses(
         differing_repeats: the curves of those additional bare runs from the first seed that differ
             from that seed's first run. If there are any, bare does not repeat itself. These
             runs may have fewer steps; only those with all steps count for the margin.
-        allowed_error: the relative error that the plan's settings may cause. It gives the margin if
-            bare's losses differ by no more than ``ROUNDING`` between seeds or, if seeds do not
-            change them, between its runs and between batches.
+        allowed_error: the relative error that the plan's settings may cause. If the margin that
+            bare's own spread gives is practically zero (at most ``ROUNDING`` of the loss), the
+            margin is this error times the loss.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -763,7 +763,8 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
 
 
 def _output_moments(outputs: Sequence[Output]) -> Moments:
-    """Average mean and RMS of each output that is no scalar over the second half of the calls."""
+    """Return the mean and the RMS of each output that is not a scalar, both averaged over the second
+    half of the calls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):

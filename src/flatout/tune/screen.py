@@ -60,8 +60,8 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""Number of arms that seven candidates need. A job is short if two comparisons of so many arms do
-not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a short job
+"""Number of arms that seven candidates need. A job is short if two comparisons with this number of
+arms do not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a short job
 are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
@@ -446,8 +446,8 @@ def size_comparison(
     if block_steps < MINIMUM_BLOCK_STEPS:
         needed = job_steps - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
         raise UserError(
-            f"this program ends after {job_steps} steps; to compare {len(arms)} combinations of "
-            f"settings tune needs at least {needed}; try fewer knobs with --knobs"
+            f"this program ends after {job_steps} steps, but flatout tune needs at least {needed} "
+            f"steps to compare {len(arms)} combinations of settings; try fewer knobs with --knobs"
         )
     discard_steps = max(DISCARD_STEPS, block_steps // 4)
     return dataclasses.replace(
