@@ -76,7 +76,7 @@ def measure(rank: int, pairs: int, folder: Path) -> int:
     """Be one of the ranks. Rank 0 prints the figures, and returns 1 if one is too low."""
     place = Place(rank, RANKS, folder)
     ending = Ending(place, EventLog(RecordWriter(folder, os.getpid())), lambda reason: None)
-    channels = [joining.join(place, ending, may_share_memory=shares) for shares in (True, False)]
+    channels = [joining.join(place, ending, may_share_memory=shares).channel for shares in (True, False)]
     status = 0
     for case in cases():
         times_us: list[list[float]] = [[], []]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flatout.parallel import memory
-from flatout.parallel.channel import Channel, Gloo
+from flatout.parallel.channel import Channel, Group
 from flatout.parallel.memory import Memory
 from flatout.parallel.team import Team
 
@@ -51,13 +51,13 @@ def memories(size: int, news: Callable[[], str | None] = lambda: None) -> list[M
     return found
 
 
-def gloos(size: int) -> list[Gloo]:
+def gloos(size: int) -> list[Group]:
     """Channels over one group of gloo."""
     store = torch.distributed.HashStore()
 
-    def make(rank: int) -> Gloo:
+    def make(rank: int) -> Group:
         group = torch.distributed.ProcessGroupGloo(store, rank, size, timedelta(minutes=1))
-        return Gloo(group, rank, size, lost)
+        return Group(group, rank, size, lost)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(make, range(size)))

@@ -41,7 +41,7 @@ def find_open():
     return {name for name in names if any(x in name for x in ("memfd", "pidfd", "socket"))}
 
 open_before = find_open()
-channel = joining.join(here, ending)
+channel = joining.join(here, ending).channel
 print(type(channel).__name__, channel.exchange(str(here.rank).encode()))
 x = torch.full((10**6,), 1.0 + here.rank)
 channel.sum([x])
@@ -77,11 +77,11 @@ def test_all_use_gloo_if_one_cannot_share_memory(name: str, hindered: int, tmp_p
         "from flatout import kernels\n"
         "def fail(error): raise error\n"
         f"if here.rank == {hindered}: {HINDRANCES[name]}\n"
-        "channel = joining.join(here, ending)\n"
+        "channel = joining.join(here, ending).channel\n"
         "print(type(channel).__name__, channel.exchange(str(here.rank).encode()))\n"
     )
     is_asked = hindered == 0 or name != "no memory"
-    expected = "Gloo" if is_asked else "Memory"  # only rank 0 makes it
+    expected = "Group" if is_asked else "Memory"  # only rank 0 makes it
     for outcome in side_by_side.run(program, 2, tmp_path):
         assert outcome.stdout == f"{expected} [b'0', b'1']\n", outcome.stderr
 
@@ -103,7 +103,7 @@ JOINING = (
 def test_a_rank_that_dies_while_it_joins(function: str, killed: int, tmp_path: Path) -> None:
     program = JOIN + (
         f"if here.rank == {killed}: {function} = lambda *given, **named: die()\n"
-        "channel = joining.join(here, ending)\n"
+        "channel = joining.join(here, ending).channel\n"
         "channel.meet(b'x')\n"
         f"if here.rank == {killed}: die()\n"
         "channel.meet(b'x')\n"
@@ -118,7 +118,7 @@ def test_a_rank_that_dies_while_it_joins(function: str, killed: int, tmp_path: P
 @pytest.mark.parametrize("killed", [0, 2])
 def test_a_rank_that_dies_in_an_exchange(killed: int, rounds: int, tmp_path: Path) -> None:
     program = JOIN + (
-        "channel = joining.join(here, ending)\n"
+        "channel = joining.join(here, ending).channel\n"
         "class Dying:\n"
         "    def advance(self, exchange):\n"
         f"        while exchange.round < {rounds}:\n"
@@ -161,6 +161,6 @@ print(team and type(team.channel).__name__, file=sys.stderr)
     (alone,) = side_by_side.run(program, 1, tmp_path)
     assert alone.status == 0
     for outcome in side_by_side.run(program, 3, tmp_path):
-        assert outcome.stderr.splitlines()[-1] == ("Memory" if is_shared else "Gloo")
+        assert outcome.stderr.splitlines()[-1] == ("Memory" if is_shared else "Group")
         expected = [float(line) for line in alone.stdout.split()]
         assert [float(x) for x in outcome.stdout.split()] == pytest.approx(expected, rel=1e-10)

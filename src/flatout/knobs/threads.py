@@ -64,19 +64,20 @@ def usable_cores() -> int:
 
 KNOB = Knob(
     name=NAME,
-    summary="set the number of intra-op threads to all available cores, to half of them, or to one",
+    summary="set the number of intra-op threads to all available logical CPUs, to half, or to one",
     settings=("one", "half", "all"),
     exactness={"one": "reordered", "half": "reordered", "all": "reordered"},
     hot=True,
     platforms=("cpu", "cuda", "xpu", "mps"),
     card=Card(
-        what="The knob sets torch's number of intra-op threads to the number of cores that the "
-        "process may use (by affinity and cgroup quota), to half of it, or to one. It "
-        "does nothing if `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set. If the program "
+        what="The knob sets torch's number of intra-op threads to the number of logical CPUs that "
+        "the process may use (by affinity and cgroup quota; with hyper-threading, each physical "
+        "core counts as two), to half of it, or to one. "
+        "It does nothing if `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set. If the program "
         "sets a number later, that number is used.",
         helps="`all` helps in containers that may use fewer cores than the machine has, because "
         "torch starts one thread for each core of the machine. `half` helps on processors "
-        "on which two hyper-threads share one core's arithmetic units. `one` helps with "
+        "with two hyper-threads per physical core, which share its arithmetic units. `one` helps with "
         "small operators, for which distributing the work takes longer than doing it, or "
         "if several processes run on one machine.",
         hurts="Too few threads leave cores idle. Sums are divided differently among the "

@@ -96,7 +96,7 @@ class Parallel:
             return
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
-        self._team.channel.close()
+        self._team.close()
         self._team = None
 
     def forget(self) -> None:
@@ -108,7 +108,7 @@ class Parallel:
         if self._interruption is not None:
             self._interruption.forget()
         if self._team is not None:
-            self._team.channel.forget()
+            self._team.forget()
             self._team = None
 
     def dismiss(self) -> None:
@@ -137,7 +137,7 @@ class Parallel:
             self._host.record.write(
                 summary.work_of(self._sharing, self._team, self._host.record.started_ns)
             )
-            self._team.channel.close()
+            self._team.close()
             self._team = None
         if self._host.request.ranks is not None:
             from flatout.parallel import processors
@@ -263,10 +263,11 @@ class Parallel:
                     "that share out its batches already: leave --ranks out"
                 )
             try:
-                channel = joining.join(self._place, self._ending)
+                connection = joining.join(self._place, self._ending)
             except (AttributeError, ImportError, RuntimeError) as error:
                 self._ending.failed(error)
-            self._team = team = Team(channel, self._ending)
+            channel = connection.channel
+            self._team = team = Team(channel, self._ending, connection.connect)
             texts = channel.exchange(json.dumps(sys.argv).encode())
             messages = list(map(json.loads, texts))
             if any(message != messages[0] for message in messages):

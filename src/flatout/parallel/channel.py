@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ Lost = Callable[[Exception], NoReturn]
 class Channel(abc.ABC):
     """A connection between the ranks.
 
-    All tensors that it gets are in main memory and contiguous. Sums are of floating-point numbers,
+    All tensors that it gets are contiguous and on its device. Sums are of floating-point numbers,
     and have the same bits on all ranks.
 
     Args:
@@ -27,6 +28,7 @@ class Channel(abc.ABC):
         lost: called when a rank cannot be reached any more.
 
     Attributes:
+        device: on which its tensors are.
         is_fast: whether an exchange takes microseconds, and its bytes as long as to copy them.
     """
 
@@ -35,6 +37,7 @@ class Channel(abc.ABC):
     def __init__(self, rank: int, size: int, lost: Lost) -> None:
         self.rank = rank
         self.size = size
+        self.device = torch.device("cpu")
         self._lost = lost
 
     @abc.abstractmethod
@@ -84,22 +87,28 @@ class Channel(abc.ABC):
         """Leave the connection as it is, in the child of a fork."""
 
 
-class Gloo(Channel):
-    """A channel over gloo.
+class Group(Channel):
+    """A channel over a process group of torch: gloo, NCCL or XCCL.
+
+    On an accelerator, exchanges are put into the current stream, and the host does not wait.
 
     Args:
         group: the process group; the channel owns it.
         rank, size: of this process.
         lost: called when a rank cannot be reached any more.
+        device: on which the group exchanges tensors.
     """
 
-    def __init__(self, group: Any, rank: int, size: int, lost: Lost) -> None:
+    def __init__(
+        self, group: Any, rank: int, size: int, lost: Lost, device: torch.device | None = None
+    ) -> None:
         super().__init__(rank, size, lost)
         self._group = group
+        self.device = device or self.device
 
     def meet(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, by rank; all have the same length."""
-        own = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self.device)
         return [bytes(row.tolist()) for row in self._gather_rows(own)]
 
     def gather(
@@ -108,9 +117,9 @@ class Gloo(Channel):
         """Copy the tensors of all ranks."""
         offsets = [_aligned([target.nbytes for target in of_rank]) for of_rank in targets]
         longest = max(of_rank[-1] for of_rank in offsets)
-        own = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+        own = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         for tensor, start in zip(tensors, offsets[self.rank], strict=False):
-            own[start : start + tensor.nbytes] = to_bytes(tensor)
+            own[start : start + tensor.nbytes] = as_bytes(tensor)
         for row, of_rank, starts in zip(self._gather_rows(own), targets, offsets, strict=True):
             for target, start in zip(of_rank, starts, strict=False):
                 found = row[start : start + target.nbytes]
@@ -119,16 +128,28 @@ class Gloo(Channel):
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors by their sums over all ranks."""
         for tensor in tensors:
-            self._add_up(tensor)
+            self._wait(self._begin(functools.partial(self._group.allreduce, [tensor])))
 
     def average(self, tensors: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> None:
         """Compute the means of tensors over all ranks."""
+        self.begin_average(tensors)(means)
+
+    def begin_average(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> Callable[[Sequence[torch.Tensor]], None]:
+        """Begin to compute means, of what the tensors hold now; the arguments are as for
+        ``average``. Returns what waits for the means and writes them."""
         flat = torch.cat([for_sum(tensor.reshape(-1)) for tensor in tensors])
-        self._add_up(flat)
-        flat.mul_(1 / self.size)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for mean, part in zip(means, parts, strict=True):
-            mean.copy_(part.view(mean.shape))
+        work = self._begin(functools.partial(self._group.allreduce, [flat]))
+        sizes = [tensor.numel() for tensor in tensors]
+
+        def finish(means: Sequence[torch.Tensor]) -> None:
+            self._wait(work)
+            flat.mul_(1 / self.size)
+            for mean, part in zip(means, flat.split(sizes), strict=True):
+                mean.copy_(part.view(mean.shape))
+
+        return finish
 
     def close(self) -> None:
         """Leave the group. Its threads must have ended before the interpreter does."""
@@ -144,28 +165,31 @@ class Gloo(Channel):
 
     def _gather_rows(self, own: torch.Tensor) -> torch.Tensor:
         """Return the bytes of all ranks, as many of each, as the rows of a matrix."""
-        rows = torch.empty(self.size * own.numel(), dtype=torch.uint8, device="cpu")
-        self._wait(lambda: self._group._allgather_base(rows, own))
+        rows = torch.empty(self.size * own.numel(), dtype=torch.uint8, device=self.device)
+        self._wait(self._begin(functools.partial(self._group._allgather_base, rows, own)))
         return rows.view(self.size, own.numel())
 
-    def _add_up(self, tensor: torch.Tensor) -> None:
-        self._wait(lambda: self._group.allreduce([tensor]))
-
-    def _wait(self, begin: Callable[[], Any]) -> None:
+    def _begin(self, begin: Callable[[], Any]) -> Any:
         try:
-            begin().wait()
+            return begin()
+        except RuntimeError as error:
+            self._lost(error)
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
         except RuntimeError as error:
             self._lost(error)
 
 
-def in_main_memory(tensor: torch.Tensor) -> torch.Tensor:
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the elements of a tensor, in their logical order, as a channel takes them."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.detach().to(device).resolve_conj().resolve_neg().contiguous()
 
 
-def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements of a tensor, in their logical order, as bytes in main memory."""
-    return in_main_memory(tensor).reshape(-1).view(torch.uint8)
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor, in their logical order, as bytes on its device."""
+    return on_device(tensor, tensor.device).reshape(-1).view(torch.uint8)
 
 
 def for_sum(tensor: torch.Tensor) -> torch.Tensor:

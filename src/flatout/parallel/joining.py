@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from flatout.parallel.channel import MEETING_SECONDS, Channel, Gloo
+import torch
+
+from flatout.parallel import devices
+from flatout.parallel.channel import MEETING_SECONDS, Channel, Group
 from flatout.parallel.ending import Ending
 from flatout.parallel.handover import share_memory
 from flatout.parallel.memory import Memory
@@ -28,9 +33,23 @@ JOIN_SECONDS = 600.0
 _POLL_SECONDS = 0.005
 
 
-def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Channel:
-    """Meet the other ranks, and return the channel to them: through shared memory if all of them
-    can have it, else over gloo.
+@dataclass(frozen=True)
+class Connection:
+    """The connection to the other ranks.
+
+    Attributes:
+        channel: for messages, and for tensors in main memory: through shared memory if all ranks
+            can have it, else over gloo.
+        connect: called by all ranks at the same time with the device of some tensors; returns the
+            channels of ``devices.connect``, or two over gloo.
+    """
+
+    channel: Channel
+    connect: Callable[[torch.device], list[Group]]
+
+
+def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Connection:
+    """Meet the other ranks.
 
     Args:
         place: of this process.
@@ -71,9 +90,28 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Chan
         channel = share_memory(place, store, agree, wait, connect)
     if channel is None:
         with _silent(1):  # gloo says there that it is connected
-            channel = Gloo(_group(store, place), place.rank, place.size, ending.lost)
-    channel.meet(b"\0")  # none needs the store any more
-    return channel
+            channel = _over_gloo(store, place, ending)
+    channel.meet(b"\0")
+    connect_devices = functools.partial(_connect_devices, channel, store, place, ending)
+    return Connection(channel, connect_devices)
+
+
+def _over_gloo(store: Any, place: Place, ending: Ending) -> Group:
+    return Group(_group(store, place), place.rank, place.size, ending.lost)
+
+
+def _connect_devices(
+    channel: Channel, store: Any, place: Place, ending: Ending, device: torch.device
+) -> list[Group]:
+    if device.type != "cpu":
+        return devices.connect(device, channel, store, ending.lost)
+    if not isinstance(channel, Group):
+        return []
+    from torch import distributed
+
+    beside: Any = distributed.PrefixStore("beside", store)  # type: ignore[attr-defined]
+    with _silent(1):
+        return [channel, _over_gloo(beside, place, ending)]
 
 
 def take_ticket(place: Place) -> int:

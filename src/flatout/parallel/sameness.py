@@ -15,7 +15,7 @@ import torch
 from flatout import kernels
 from flatout.intercept import objects
 from flatout.intercept.arrays import EXACT_TENSOR_TYPES
-from flatout.parallel.channel import to_bytes
+from flatout.parallel.devices import to_digest
 from flatout.parallel.header import digest
 
 SERIAL_BELOW_BYTES = 1 << 18
@@ -32,7 +32,7 @@ def content_digest(tensors: Iterable[torch.Tensor]) -> int:
         for tensor in tensors:
             found = 0
             if _has_elements(tensor):
-                found = _hash(to_bytes(tensor))
+                found = _hash(to_digest(tensor))
             total = (total * 0x9E3779B97F4A7C15 + found) & _MASK
     return total
 

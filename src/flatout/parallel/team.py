@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from flatout.parallel.balance import Balance, Exchange, Graphs, Phase
-from flatout.parallel.channel import Channel, for_sum, in_main_memory
+from flatout.parallel.channel import Channel, Group, for_sum, on_device
 from flatout.parallel.ending import Ending
 from flatout.parallel.header import Header, Meeting, first_difference
 from flatout.parallel.placement import UnshareableError
@@ -19,6 +20,9 @@ from flatout.parallel.sameness import structure_digest
 
 BUCKET_BYTES = 32 << 20
 """Most bytes that are averaged at once, if there are several tensors."""
+
+_SUMMED_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Those that channels add up."""
 
 PARTED = "it computes batch norms or sums over samples on some ranks only"
 """Why a rank leaves a shard if another has raised or ended its shard earlier."""
@@ -30,8 +34,9 @@ class Team:
     """The ranks, as one of them sees them.
 
     Args:
-        channel: the connection to the others.
+        channel: the connection to the others, for messages and for tensors in main memory.
         ending: stops this process.
+        connect: see ``joining.Connection``; without it, all tensors go through main memory.
 
     Attributes:
         rank, size: of this process.
@@ -42,7 +47,12 @@ class Team:
         step: number of optimizer steps so far.
     """
 
-    def __init__(self, channel: Channel, ending: Ending) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        ending: Ending,
+        connect: Callable[[torch.device], list[Group]] = lambda _: [],
+    ) -> None:
         self.rank = channel.rank
         self.size = channel.size
         self.channel = channel
@@ -52,6 +62,18 @@ class Team:
         self.step = 0
         self.thread = threading.get_ident()
         self._meetings = 0
+        self._connect = connect
+        self._groups: dict[str, list[Group]] = {}
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        for channel in self._channels():
+            channel.close()
+
+    def forget(self) -> None:
+        """Leave all connections as they are, in the child of a fork."""
+        for channel in self._channels():
+            channel.forget()
 
     # Meetings
 
@@ -105,14 +127,26 @@ class Team:
         for rank, count in enumerate(rows):
             before = sum(rows[:rank])
             parts.append([t.narrow(d, before, count) for t, d in zip(joined, dims, strict=True)])
-        targets = [[_or_empty(part) for part in of_rank] for of_rank in parts]
         self.balance.count(Exchange.GATHER)
         self.balance.count(Exchange.GATHERED_BYTES, _count_bytes(joined))
         with self.balance.spend(Phase.COMMUNICATION):
-            self.channel.gather([in_main_memory(tensor) for tensor in tensors], targets)
-        for of_rank, found in zip(parts, targets, strict=True):
-            _copy_others(of_rank, found)
+            for channel, indices in self._by_channel(tensors):
+                wholes = [[of_rank[i] for i in indices] for of_rank in parts]
+                self._gather(channel, [tensors[i] for i in indices], wholes)
         return joined
+
+    def _gather(
+        self,
+        channel: Channel,
+        tensors: Sequence[torch.Tensor],
+        wholes: Sequence[Sequence[torch.Tensor]],
+    ) -> None:
+        """Copy the tensors of all ranks into those that are given for each rank."""
+        own = [on_device(tensor, channel.device) for tensor in tensors]
+        targets = [[_or_empty(whole, channel.device) for whole in of_rank] for of_rank in wholes]
+        channel.gather(own, targets)
+        for of_rank, found in zip(wholes, targets, strict=True):
+            _copy_others(of_rank, found)
 
     def average(
         self, tensors: Sequence[torch.Tensor], *, in_place: bool = False
@@ -132,12 +166,13 @@ class Team:
             else:
                 means[i] = tensor.data if in_place else torch.empty_like(tensor.detach())
         for indices in _buckets(tensors):
-            parts = [in_main_memory(_real(tensors[i].detach())) for i in indices]
+            channel = self._channel_for(tensors[indices[0]])
+            parts = [on_device(_real(tensors[i].detach()), channel.device) for i in indices]
             wholes = [means[i] for i in indices]
-            targets = [_or_empty(whole) for whole in wholes]
+            targets = [_or_empty(whole, channel.device) for whole in wholes]
             with self._summing(parts):
-                self.channel.average(parts, [_real(target) for target in targets])
-            _copy_others(wholes, targets)
+                channel.average(parts, [_real(target) for target in targets])
+                _copy_others(wholes, targets)
         return [means[i] for i in range(len(tensors))]
 
     def add_up(self, tensors: list[torch.Tensor], is_in_forward: bool) -> list[torch.Tensor]:
@@ -145,7 +180,7 @@ class Team:
         backward pass.
 
         Args:
-            tensors: in main memory; they are replaced by the sums.
+            tensors: they are replaced by the sums.
             is_in_forward: whether the call may still be computed whole, should ranks have parted.
 
         Raises:
@@ -158,26 +193,57 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms or sums over samples differ in sizes")
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
         with self._summing(tensors):
-            for dtype, alike_tensors in by_dtype.items():
-                if dtype in (torch.float32, torch.float64):
-                    self.channel.sum(alike_tensors)
-                elif dtype in (torch.complex64, torch.complex128):
-                    self.channel.sum([torch.view_as_real(tensor) for tensor in alike_tensors])
-                else:
-                    self._sum_of_all(alike_tensors)
+            for channel, indices in self._by_channel(tensors):
+                by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+                for i in indices:
+                    by_dtype.setdefault(tensors[i].dtype, []).append(tensors[i])
+                for alike_tensors in by_dtype.values():
+                    self._sum(channel, alike_tensors)
         return tensors
 
-    def _sum_of_all(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace tensors of whole numbers, or of half precision, by their sums over the ranks,
-        which are rounded once."""
+    def _sum(self, channel: Channel, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over the ranks."""
+        if tensors[0].dtype in _SUMMED_DTYPES:
+            own = [on_device(tensor, channel.device) for tensor in tensors]
+            channel.sum([_real(tensor) for tensor in own])
+            _copy_others(tensors, own)
+            return
+        # Whole numbers, and numbers of half precision, whose sums are rounded once.
         of_ranks = [[torch.empty_like(tensor) for tensor in tensors] for _ in range(self.size)]
-        self.channel.gather(tensors, of_ranks)
+        self._gather(channel, tensors, of_ranks)
         for tensor, *parts in zip(tensors, *of_ranks, strict=True):
             tensor.copy_(sum(map(for_sum, parts)))
+
+    def find_channel_beside(self, tensor: torch.Tensor) -> Group | None:
+        """Return the channel for tensors on a device that ranks may use while a backward call is
+        made, in an order of its own; ``None`` if there is none. All ranks ask at the same time."""
+        groups = self._groups_of(tensor.device)
+        return groups[1] if groups else None
+
+    def _channel_for(self, tensor: torch.Tensor) -> Channel:
+        """Return the channel by which tensors on a device are exchanged."""
+        if tensor.is_cpu:
+            return self.channel
+        groups = self._groups_of(tensor.device)
+        return groups[0] if groups else self.channel
+
+    def _groups_of(self, device: torch.device) -> list[Group]:
+        if device.type not in self._groups:
+            self._groups[device.type] = self._connect(device)
+        return self._groups[device.type]
+
+    def _by_channel(self, tensors: Sequence[torch.Tensor]) -> list[tuple[Channel, list[int]]]:
+        """Return the indices of the tensors that are exchanged together."""
+        found: dict[Channel, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            found.setdefault(self._channel_for(tensor), []).append(i)
+        return list(found.items())
+
+    def _channels(self) -> list[Channel]:
+        """Return all channels, each once."""
+        groups = itertools.chain.from_iterable(self._groups.values())
+        return list(dict.fromkeys((self.channel, *groups)))
 
     @contextlib.contextmanager
     def _summing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -206,13 +272,17 @@ class Team:
         return whole.coalesce()
 
 
-def _or_empty(whole: torch.Tensor) -> torch.Tensor:
-    """Return a tensor if a channel can write into it, else an empty one of its shape in main
-    memory."""
+def _or_empty(whole: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor if a channel can write into it, else an empty one of its shape.
+
+    Args:
+        whole: the tensor.
+        device: of the channel.
+    """
     is_plain = whole.is_contiguous() and not (whole.is_conj() or whole.is_neg())
-    if is_plain and whole.device.type == "cpu":
+    if is_plain and whole.device.type == device.type:
         return whole
-    return torch.empty(whole.shape, dtype=whole.dtype, device="cpu")
+    return torch.empty(whole.shape, dtype=whole.dtype, device=device)
 
 
 def _copy_others(wholes: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:

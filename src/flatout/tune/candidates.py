@@ -28,7 +28,8 @@ UNKNOWN_SHARE = 0.05
 """Share of a step that a knob is taken to have if its share is unknown."""
 
 SECOND_LOOKS = 3
-"""Maximum number of settings that are compared once more on top of the stack."""
+"""Maximum number of settings that are compared once more on top of the stack, which is the settings
+that have won, applied together."""
 
 SECOND_LOOK_SPEEDUP = 1.1
 """Settings are compared once more only if the stack is at least this many times as fast as bare.
@@ -37,7 +38,7 @@ step as of the bare step, so the first comparison is good enough."""
 
 SECOND_LOOK_SHARE = 0.02
 """A setting is compared once more only if it could save at least this share of the stack's step. A
-comparison of some dozen blocks can measure no smaller gain."""
+comparison cannot measure a smaller gain: it alternates between settings only a few dozen times."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class ColdTrials(TuneStage):
 
         Args:
             stack: the settings so far.
-            cold: the candidates, which the ledger has.
+            cold: the candidates; each must already be entered in the ledger.
             again: whether the candidates have been tried on another stack. They then get only the
                 time that the proof does not need.
 

@@ -3,12 +3,12 @@
 A scale error in one gradient, of 1.25x for example, does not change the gradient's direction, and
 Adam divides it out again, so the loss hardly shows it. The gradient norm does. For each parameter,
 in each update of each seed, the norm under the plan is divided by the bare program's. Rounding
-errors and other dropout masks scatter the logarithm of this quotient around zero. For each
-parameter, the confidence interval of the mean logarithm (Student's t over seeds and updates, with
-Bonferroni's correction for the number of parameters: Dunn 1961) tells a scale error from noise. A
-plan is refused if, for one parameter, the whole interval lies beyond the tolerance. (The
-coefficient ``<plan, bare> / <bare, bare>`` would not do: errors in the activations make it smaller
-than 1, by up to a tenth in a network with batch norm in bfloat16.)
+errors, and dropout masks that differ from bare's, scatter the logarithm of this quotient around
+zero. For each parameter, the confidence interval of the mean logarithm (Student's t over seeds and
+updates, with Bonferroni's correction for the number of parameters: Dunn 1961) tells a scale error
+from noise. A plan is refused if, for one parameter, the whole interval lies beyond the tolerance.
+(The coefficient ``<plan, bare> / <bare, bare>`` would not do: errors in the activations make it
+smaller than 1, by up to a tenth in a network with batch norm in bfloat16.)
 
 Where bare and plan draw the same random numbers, gradients must also point in the same direction.
 In the first update in which any gradient differs, the relative error ``|plan - bare| / |bare|`` of

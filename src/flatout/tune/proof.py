@@ -763,8 +763,8 @@ def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
 
 
 def _output_moments(outputs: Sequence[Output]) -> Moments:
-    """Return the mean and the RMS of each output that is not a scalar, both averaged over the second
-    half of the calls."""
+    """Return the mean and the RMS of each output that is not a scalar, both averaged over the
+    second half of the calls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for output in outputs[len(outputs) // 2 :]:
         for place, tensor in enumerate(output.tensors):

@@ -61,8 +61,8 @@ MAXIMUM_CANDIDATES = 11
 
 MANY_ARMS = 16
 """Number of arms that seven candidates need. A job is short if two comparisons with this number of
-arms do not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a short job
-are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
+arms do not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a
+short job are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
@@ -105,7 +105,7 @@ class Screening(TuneStage):
         """Find the hot settings that make the program faster together.
 
         Args:
-            hot: the candidates, which the ledger has.
+            hot: the candidates; each must already be entered in the ledger.
 
         Raises:
             UserError: the program ends too early to compare anything, or fails when it runs again.

@@ -1,0 +1,98 @@
+"""The accelerators on which ranks compute: the process groups of torch that connect them, and
+digests of what is in their memory.
+
+Each rank sees one device only (``launch/devices.py``). Sources: the documentation of
+``torch.distributed`` and its ``distributed_c10d.py``, which makes process groups in the same way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import socket
+from typing import Any
+
+import torch
+
+from flatout.intercept import device
+from flatout.parallel.channel import MEETING_SECONDS, Channel, Group, Lost, as_bytes
+
+_GROUPS = {"cuda": "ProcessGroupNCCL", "xpu": "ProcessGroupXCCL"}
+"""Classes of torch for the types of devices. ``cuda`` is ROCm as well, with RCCL."""
+
+_DIGEST_ROWS = 1024
+"""Parts of a tensor of which a digest is made on the device, and compared in their order."""
+
+
+def dispatch_keys() -> list[str]:
+    """Return the names of the dispatch keys of the devices on which the program may compute, that
+    of the CPU first."""
+    accelerator = device.accelerator()
+    types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return [str(torch._C._dispatch_key_for_device(name)) for name in types]
+
+
+def connect(of: torch.device, channel: Channel, store: Any, lost: Lost) -> list[Group]:
+    """Return two channels between the devices of all ranks: one for what they wait for, one for
+    what goes on beside a backward call, in an order of its own.
+
+    The list is empty on all ranks if torch has no process group for these devices, or if ranks
+    share a device, which NCCL refuses.
+
+    Args:
+        of: a device of this rank.
+        channel: to the other ranks, through main memory.
+        store: of keys and values, the same for all ranks.
+        lost: called when a rank cannot be reached any more.
+    """
+    made = _group_class(of.type)
+    own = None if made is None else _identity(of)
+    identities = list(map(json.loads, channel.exchange(json.dumps(own).encode())))
+    if made is None or None in identities or len(set(map(tuple, identities))) < channel.size:
+        return []
+    groups = [_make_group(made, name, channel, store) for name in ("together", "beside")]
+    return [Group(group, channel.rank, channel.size, lost, of) for group in groups]
+
+
+def _group_class(type_: str) -> Any:
+    from torch import distributed
+
+    name = _GROUPS.get(type_)
+    if name is None or not distributed.is_available():
+        return None
+    return getattr(torch._C._distributed_c10d, name, None)
+
+
+def _make_group(made: Any, name: str, channel: Channel, store: Any) -> Any:
+    from torch import distributed
+
+    prefixed: Any = distributed.PrefixStore  # type: ignore[attr-defined]
+    options = made.Options()
+    options._timeout = datetime.timedelta(seconds=MEETING_SECONDS)
+    return made(prefixed(name, store), channel.rank, channel.size, options)
+
+
+def _identity(of: torch.device) -> list[str]:
+    """Return what tells a device from all others of all hosts."""
+    properties = torch.get_device_module(of).get_device_properties(of)
+    return [socket.gethostname(), str(getattr(properties, "uuid", of))]
+
+
+def to_digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return numbers in main memory that tell a tensor's content: for a tensor on an accelerator, a
+    digest of each of up to ``_DIGEST_ROWS`` parts, so that little is copied. The host waits.
+
+    ``torch.hash_tensor`` adds up bits by XOR, whatever their order, so two equal parts at other
+    places differ, and two elements that have changed places in a part do not.
+    """
+    if tensor.is_cpu or not hasattr(torch, "hash_tensor"):
+        return as_bytes(tensor).cpu()
+    data = as_bytes(tensor)
+    words = data.numel() // _DIGEST_ROWS // 8
+    if not words:
+        return data.cpu()
+    if data.storage_offset() % 8:
+        data = data.clone()
+    length = 8 * words * _DIGEST_ROWS
+    digests = torch.hash_tensor(data[:length].view(torch.int64).view(_DIGEST_ROWS, words), 1)
+    return torch.cat([as_bytes(digests), data[length:]]).cpu()
