@@ -10,8 +10,17 @@ from tests.ranks import gradients
 
 PROGRAM = """
 from flatout import agent
+from flatout.parallel import joining, overlapping
 from tests.ranks import gradients
 
+if IS_OVER_GLOO:
+    joining.share_memory = lambda *given: None
+    begin = overlapping.Overlap._begin
+    def begin_noted(overlap):
+        begun.append(overlap)
+        begin(overlap)
+    overlapping.Overlap._begin = begin_noted
+begun = []
 gradients.give_rules()
 found = {}
 shared = agent._session._parallel._sharing.shared if agent._session._parallel else {}
@@ -19,6 +28,8 @@ for name in gradients.CASES:
     before = sum(shared.values())
     found[name] = gradients.run(name)
     found[name]["shared"] = torch.tensor(sum(shared.values()) - before)
+    found[name]["begun"] = torch.tensor(len(begun))
+    begun.clear()
 torch.save(found, "results.pt")
 print("done")
 """
@@ -34,17 +45,26 @@ WHOLE = {
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[gradients.Results]]:
+@pytest.fixture(scope="module", params=["memory", "gloo"])
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[gradients.Results]]:
+    """What the cases give alone, and on ranks that share memory, or average gradients over gloo
+    while they compute others."""
+    program = PROGRAM.replace("IS_OVER_GLOO", str(request.param == "gloo"))
     folder = tmp_path_factory.mktemp("gradients")
     found = {}
     for ranks in (1, 2, 3):
-        outcomes = side_by_side.run(PROGRAM, ranks, folder)
+        outcomes = side_by_side.run(program, ranks, folder)
         for outcome in outcomes:
-            assert (outcome.status, outcome.stdout) == (0, "done\n"), outcome.stderr
+            lines = [line for line in outcome.stdout.splitlines() if "[Gloo]" not in line]
+            assert (outcome.status, lines) == (0, ["done"]), outcome.stderr
         found[ranks] = [
             torch.load(folder / f"{ranks}-rank-{rank}" / "results.pt") for rank in range(ranks)
         ]
+    for of_rank in found[2]:
+        has_begun = sum(int(case["begun"]) for case in of_rank.values())
+        assert bool(has_begun) == (request.param == "gloo")
     return found
 
 
@@ -59,7 +79,7 @@ def test_gradients_are_those_of_one_process(
         assert bool(found["shared"]) == (name not in WHOLE)
         assert found.keys() == alone.keys(), rank
         for key, expected in alone.items():
-            if key == "shared":
+            if key in ("shared", "begun"):
                 continue
             error = (found[key].double() - expected.double()).abs().max()
             scale = expected.double().abs().max()

@@ -235,7 +235,8 @@ def _key_set(*keys: str) -> Any:
 # fmt: off
 _KEYS_ABOVE_KERNELS = _key_set(
     "AutogradFunctionality", "AutogradOther", "AutogradNestedTensor",
-    "AutocastCPU", "Python", "PythonTLSSnapshot",
+    "AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastPrivateUse1",
+    "Python", "PythonTLSSnapshot",
 )
 # fmt: on
 

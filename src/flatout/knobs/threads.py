@@ -76,10 +76,10 @@ KNOB = Knob(
         "It does nothing if `OMP_NUM_THREADS` or `MKL_NUM_THREADS` is set. If the program "
         "sets a number later, that number is used.",
         helps="`all` helps in containers that may use fewer cores than the machine has, because "
-        "torch starts one thread for each core of the machine. `half` helps on processors "
-        "with two hyper-threads per physical core, which share its arithmetic units. `one` helps with "
-        "small operators, for which distributing the work takes longer than doing it, or "
-        "if several processes run on one machine.",
+        "torch starts one thread for each core of the machine. `half` helps on processors with "
+        "two hyper-threads per physical core, which share its arithmetic units. `one` helps with "
+        "small operators, for which distributing the work takes longer than doing it, or if "
+        "several processes run on one machine.",
         hurts="Too few threads leave cores idle. Sums are divided differently among the "
         "threads, so results differ by rounding errors.",
         by_hand="Call `torch.set_num_threads(n)`, or run `OMP_NUM_THREADS=n python train.py`.",

@@ -7,6 +7,7 @@ again changes nothing, and accumulated gradients need no care.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,6 +24,7 @@ from flatout.parallel import shards
 from flatout.parallel.balance import Exchange, Phase
 from flatout.parallel.crossing import Crossing, gather, reaches_shards
 from flatout.parallel.header import Header, Meeting, digest
+from flatout.parallel.overlapping import Overlap
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.team import Team
 
@@ -85,6 +87,7 @@ class Averaging:
         self._is_in_shard = is_in_shard
         self._depth = 0
         self._turn = threading.RLock()
+        self._overlap: Overlap | None = None
 
     def __call__(
         self, call: Callable[..., Any], outputs: Any, gradients: Any, *args: Any, **kwargs: Any
@@ -135,10 +138,14 @@ class Averaging:
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         is_kept = bool(args[0]) if args else bool(kwargs.get("keep_graph"))
         before = self._stored() if accumulates else {}
+        if accumulates and self._overlap is None:
+            self._overlap = Overlap(team)
         self._depth += 1
         team.balance.count(Exchange.BACKWARD)
         try:
-            with team.balance.spend_backward():
+            with team.balance.spend_backward(), contextlib.ExitStack() as watch:
+                if accumulates and self._overlap is not None:
+                    watch.enter_context(self._overlap.watching(self._leaves.numbered()))
                 result = call(outputs, gradients, *args, **kwargs)
         except Exception:
             if accumulates:  # some gradients may have been stored already
@@ -208,11 +215,14 @@ class Averaging:
         ]
         own = {n: gradient for n in changed if (gradient := after[n][0]) is not None}
         leaves = self._leaves.numbered()
-        forms = _agree(team, own, "makes a backward call")
+        forms = _agree(team, own, "makes a backward call", self._overlap)
         differentiable: list[Any] = []
         plain: list[Any] = []
         with torch.no_grad():
+            averaged = set() if self._overlap is None else self._overlap.finish()
             for number, form in forms.items():
+                if number in averaged:
+                    continue
                 leaf: Any = leaves[number]
                 gradient = stored_gradient.__get__(leaf)
                 if gradient is None or gradient.is_sparse != form.is_sparse:
@@ -283,17 +293,24 @@ class _Form:
         return torch.sparse_coo_tensor(indices, values, leaf.shape, check_invariants=False)
 
 
-def _agree(team: Team, own: Mapping[int, torch.Tensor], what: str) -> dict[int, _Form]:
+def _agree(
+    team: Team, own: Mapping[int, torch.Tensor], what: str, overlap: Overlap | None = None
+) -> dict[int, _Form]:
     """Return the forms of the gradients that any rank has.
 
     Args:
         team: the ranks.
         own: the gradients of this rank by their numbers.
         what: this rank does.
+        overlap: what was averaged meanwhile; it learns what other ranks have begun.
     """
     forms = [(n, *dataclasses.astuple(_Form.of(own[n]))) for n in sorted(own)]
     header = Header(0, Meeting.GRADIENTS, subject=digest(what), content=digest(forms))
+    if overlap is not None:
+        header = overlap.add_progress(header)
     headers = team.meet(header, what, ("sequence", "meeting", "subject"))
+    if overlap is not None:
+        overlap.learn(headers)
     of_ranks = [forms]
     if len({other.content for other in headers}) > 1:
         of_ranks = [json.loads(text) for text in team.channel.exchange(json.dumps(forms).encode())]

@@ -7,14 +7,18 @@ Each rank sees one device only (``launch/devices.py``). Sources: the documentati
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
 import socket
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from flatout.intercept import device
+from flatout.intercept.patch import Undo
 from flatout.parallel.channel import MEETING_SECONDS, Channel, Group, Lost, as_bytes
 
 _GROUPS = {"cuda": "ProcessGroupNCCL", "xpu": "ProcessGroupXCCL"}
@@ -70,6 +74,48 @@ def _make_group(made: Any, name: str, channel: Channel, store: Any) -> Any:
     options = made.Options()
     options._timeout = datetime.timedelta(seconds=MEETING_SECONDS)
     return made(prefixed(name, store), channel.rank, channel.size, options)
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """A context in which float32 is not computed as TF32, if a CUDA device is in use: its rounding
+    depends on the number of samples.
+
+    Torch refuses to read its older switches once a program has used ``fp32_precision``
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32").
+    """
+    accelerator = device.accelerator_in_use()
+    with contextlib.ExitStack() as undo:
+        if accelerator is not None and accelerator.type == "cuda":
+            backends: Any = torch.backends
+            undo.callback(_compute_in_float32(backends.cuda.matmul, [backends.cuda.matmul]))
+            cudnn = backends.cudnn
+            undo.callback(_compute_in_float32(cudnn, [cudnn.conv, cudnn.rnn]))
+        yield
+
+
+def _compute_in_float32(older: Any, newer: Sequence[Any]) -> Undo:
+    """Switch TF32 off for some operators; returns the undo.
+
+    Args:
+        older: the module with the switch ``allow_tf32``.
+        newer: those with ``fp32_precision``.
+    """
+    try:
+        if older.allow_tf32:
+            older.allow_tf32 = False
+            return functools.partial(setattr, older, "allow_tf32", True)
+        return lambda: None
+    except RuntimeError:  # the program has used the newer ones
+        before = [module.fp32_precision for module in newer]
+        for module in newer:
+            module.fp32_precision = "ieee"
+
+        def undo() -> None:
+            for module, precision in zip(newer, before, strict=True):
+                module.fp32_precision = precision
+
+        return undo
 
 
 def _identity(of: torch.device) -> list[str]:

@@ -5,8 +5,9 @@ So the numbers, and the state in which the generator is left, are those of one p
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,30 +36,36 @@ INDIVISIBLE = (
 or what they draw for a sample depends on the others."""
 
 
-def install() -> Undo:
-    """Override the operators that draw from a generator on the CPU; returns the undo."""
+PLACED = frozenset((*FILLS, *NORMALS, *INDIVISIBLE, "bernoulli_.Tensor"))
+"""Names of operators below autograd whose draws are placed."""
+
+
+def install(keys: Sequence[str] = ("CPU",)) -> Undo:
+    """Override the operators that draw from a generator; returns the undo.
+
+    Args:
+        keys: the dispatch keys of devices.
+    """
     below_autograd: dict[str, dispatch.Override] = {
         **{name: functools.partial(_fill, name) for name in FILLS},
         **{name: functools.partial(_draw_normal, name) for name in NORMALS},
         **{name: functools.partial(_draw_indivisible, name) for name in INDIVISIBLE},
         "bernoulli_.Tensor": _fill_by_probabilities,
     }
-    undo = dispatch.override_operators(below_autograd, "CPU", on_failure=shards.raise_failure)
-    try:
-        undo_composites = dispatch.override_operators(
-            {"dropout": _drop, "scaled_dot_product_attention": _attend},
-            *("AutogradCPU", "CPU"),
-            on_failure=shards.raise_failure,
-        )
-    except BaseException:
-        undo()
-        raise
-
-    def undo_both() -> None:
-        undo_composites()
-        undo()
-
-    return undo_both
+    composites: dict[str, dispatch.Override] = {
+        "dropout": _drop,
+        "scaled_dot_product_attention": _attend,
+    }
+    on_failure = shards.raise_failure
+    with contextlib.ExitStack() as undo:
+        for key in keys:
+            undo.callback(dispatch.override_operators(below_autograd, key, on_failure=on_failure))
+            undo.callback(
+                dispatch.override_operators(
+                    composites, f"Autograd{key}", key, on_failure=on_failure
+                )
+            )
+        return undo.pop_all().close
 
 
 def _fill(
@@ -146,12 +153,33 @@ def _drop(
     placement = state.next_placement(Draw("dropout", tuple(tensor.shape)))
     if placement.dim is None:
         return dispatch.DeferredCall(_call_busy, (state, below, tensor, p, train))
+    if not tensor.is_cpu:
+        return dispatch.DeferredCall(
+            _drop_fused, (tensor, _draw_mask(tensor, p, placement, state), p)
+        )
     with shards.busy(state):
         ones = empty_whole(torch.empty_like(tensor, device="meta"), placement, state.rows, "cpu")
         factors = below(ones.fill_(1), p, train)
     # A view would keep the factors of all samples until the backward pass.
     part = placement.take(factors, state.rows).clone(memory_format=torch.preserve_format)
     return dispatch.DeferredCall(torch.mul, (tensor, part))
+
+
+def _draw_mask(
+    tensor: torch.Tensor, p: float, placement: Placement, state: shards.Shard
+) -> torch.Tensor:
+    """Return which elements dropout keeps on an accelerator, where torch has one operator for it
+    (``is_fused_kernel_acceptable`` in ``ATen/native/Dropout.cpp``)."""
+    with shards.busy(state):
+        like = torch.empty_like(tensor, device="meta")
+        ones = empty_whole(like, placement, state.rows, tensor.device)
+        _, mask = torch.native_dropout(ones.fill_(1), p, True)
+    return placement.take(mask, state.rows).clone(memory_format=torch.preserve_format)
+
+
+def _drop_fused(tensor: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """Compute what ``native_dropout`` does, which rounds once."""
+    return tensor * mask * (1 / (1 - p))
 
 
 def _attend(
@@ -165,8 +193,8 @@ def _attend(
     **kwargs: Any,
 ) -> dispatch.DeferredCall | None:
     state = shards.current()
-    if state is None or not dropout_p or not dispatch.is_override(below):
-        return None  # torch's own attention calls dropout
+    if state is None or not dropout_p or (query.is_cpu and not dispatch.is_override(below)):
+        return None  # torch's own attention on the CPU calls dropout
     shape = (*query.shape[:-1], key.shape[-2])
     state.next_placement(Draw("scaled_dot_product_attention", shape, is_divisible=False))
     inputs = (query, key, value, attn_mask, dropout_p, *args)
@@ -188,7 +216,10 @@ def _spread(
 
 
 def empty_whole(
-    tensor: torch.Tensor, placement: Placement, rows: Rows, device: str | None = None
+    tensor: torch.Tensor,
+    placement: Placement,
+    rows: Rows,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Return an empty tensor for all samples, with its dimensions in memory in the order of those
     of a shard's tensor, because random numbers are drawn in this order.

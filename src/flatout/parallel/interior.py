@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from flatout.intercept.patch import Undo
-from flatout.parallel import draws, norms, shards, sums
+from flatout.parallel import devices, draws, norms, shards, sums
 
 
 def install() -> Undo:
@@ -13,7 +13,9 @@ def install() -> Undo:
 
     Outside of ``shards.shard`` and ``shards.observing`` they do what they do without.
     """
+    keys = devices.dispatch_keys()
     with contextlib.ExitStack() as undo:
-        for part in (draws.install, norms.install, sums.install, shards.install_checkpoint):
-            undo.callback(part())
+        for part in (draws.install, norms.install, sums.install):
+            undo.callback(part(keys))
+        undo.callback(shards.install_checkpoint())
         return undo.pop_all().close

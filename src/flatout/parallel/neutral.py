@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout.intercept import device, objects
 from flatout.intercept.nested import tensors_in
+from flatout.parallel import devices, draws, shards
 from flatout.parallel.kinds import SCALARS
 
 _SIZES_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
@@ -30,11 +31,11 @@ _IGNORE_ALL = ("ignore", None, Warning, None, 0)
 
 @contextlib.contextmanager
 def unnoticed() -> Iterator[None]:
-    """A context in which this thread prints nothing and warns of nothing, and after which the
-    generators of random numbers are as they were."""
+    """A context in which this thread prints nothing and warns of nothing, float32 is computed as
+    such, and after which the generators of random numbers are as they were."""
     generators = Generators()
     is_cache_enabled = torch.is_autocast_cache_enabled()
-    with _silenced():
+    with _silenced(), devices.exact_matmuls():
         # The cache would keep the copies' weights in half precision.
         torch.set_autocast_cache_enabled(False)
         try:
@@ -132,12 +133,15 @@ class Observer(TorchDispatchMode):
     Attributes:
         normalises_over_batch: whether a batch norm took its statistics from the batch, without
             that ``norms`` has seen it.
+        draws_unseen: whether an operator has drawn from a generator of an accelerator, without that
+            ``draws`` has seen it.
         reads_followed: whether a number was read from a tensor that is followed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.normalises_over_batch = False
+        self.draws_unseen = False
         self.reads_followed = False
         self._followed: set[int] = set()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
@@ -159,6 +163,8 @@ class Observer(TorchDispatchMode):
             self._note(tensor, self._given, self._made)
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
+        if _draws_unseen(func) and not all(tensor.is_cpu for tensor in (*given, *made)):
+            self.draws_unseen = True
         for tensor in made:
             self._note(tensor, self._made, self._given)
         if self._followed and any(map(self.is_followed, given)):
@@ -219,6 +225,14 @@ Observer.__torch_dispatch__ = Observer.dispatch  # type: ignore[assignment]
 
 def _has_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _draws_unseen(func: Any) -> bool:
+    """Whether an operator may draw random numbers and is none of those that ``draws`` overrides, or
+    is a part of one."""
+    if torch.Tag.nondeterministic_seeded not in func.tags or shards.current() is None:
+        return False
+    return func.name().removeprefix("aten::") not in draws.PLACED
 
 
 def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

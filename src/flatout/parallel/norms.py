@@ -26,8 +26,12 @@ _TRAINING_ARGUMENT = {
 """Operators that compute batch norm, with the position of their argument ``training``."""
 
 
-def install() -> Undo:
-    """Override batch norm and instance norm on the CPU; returns the undo."""
+def install(keys: Sequence[str] = ("CPU",)) -> Undo:
+    """Override batch norm and instance norm; returns the undo.
+
+    Args:
+        keys: the dispatch keys of devices.
+    """
     natives: dict[str, dispatch.Override] = {
         name: _refuse_if_training(position) for name, position in _TRAINING_ARGUMENT.items()
     }
@@ -35,14 +39,14 @@ def install() -> Undo:
         undo.callback(
             dispatch.override_operators(
                 {"batch_norm": _batch_norm, "instance_norm": _instance_norm},
-                *("AutogradCPU", "CPU"),
+                *(f"{prefix}{key}" for key in keys for prefix in ("Autograd", "")),
                 on_failure=shards.raise_failure,
             )
         )
         undo.callback(
             dispatch.override_operators(
                 {**natives, "_batch_norm_with_update": _refuse},
-                "CPU",
+                *keys,
                 on_failure=shards.raise_failure,
             )
         )
@@ -118,26 +122,36 @@ def _batch_norm(
 
 def _measure(tensor: torch.Tensor, eps: float, state: shards.Shard) -> _Statistics:
     channels = tensor.shape[1]
-    count = torch.tensor([tensor.numel() // max(channels, 1)], dtype=torch.float64)
-    zeros = torch.zeros(channels, dtype=_accumulated(tensor))
-    mean, variance = zeros.double(), zeros.double()
+    own_count = tensor.numel() // max(channels, 1)
+    count = torch.full((1,), own_count, dtype=torch.float64, device=tensor.device)
+    center = torch.zeros(channels, dtype=torch.float64, device=tensor.device)
+    mean, variance = center, center
     if tensor.numel():
-        # Running statistics set the type in which it computes.
-        found = torch.batch_norm_update_stats(tensor, zeros, zeros.clone(), 0.0)
-        mean, variance = (x.double() for x in found)
-    center = zeros.double()
+        mean, variance = (x.double() for x in _measure_own(tensor))
     if tensor.dtype is torch.float64:
         # Squares of means that are far from 0 would cancel. In float64 they do so below the
         # precision of the other types.
         (sums,) = state.sum_over_ranks([torch.cat((count, count * mean))])
         center = sums[1:] / sums[0]
-    mean -= center
+    mean = mean - center
     own = torch.cat((count, count * mean, count * (variance + mean.square())))
     (sums,) = state.sum_over_ranks([own])
     total, mean, square = sums[0], sums[1 : channels + 1], sums[channels + 1 :]
     mean = mean / total
     variance = (square / total - mean.square()).clamp_min_(0)
     return _Statistics(total, mean + center, variance, eps, state.sum_gradients)
+
+
+def _measure_own(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance of the channels of a shard."""
+    dtype = _accumulated(tensor)
+    if tensor.is_cpu:
+        # Running statistics set the type in which it computes.
+        running = torch.zeros(tensor.shape[1], dtype=dtype, device="cpu")
+        return torch.batch_norm_update_stats(tensor, running, running.clone(), 0.0)
+    others = [0, *range(2, tensor.dim())]
+    variance, mean = torch.var_mean(tensor.to(dtype), others, correction=0)
+    return mean, variance
 
 
 def _update(running: torch.Tensor | None, value: torch.Tensor, momentum: float) -> None:
@@ -306,7 +320,7 @@ def _normalize_instances(
     running = [x for x in (running_mean, running_var) if x is not None]
     if running:
         rows = tensor.shape[0]
-        count = torch.tensor([rows], dtype=torch.float64)
+        count = torch.full((1,), rows, dtype=torch.float64, device=tensor.device)
         parts = [count, *(x.detach().double() * rows for x in running)]
         total, *sums = state.sum_over_ranks(parts)
         for statistic, value in zip(running, sums, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flatout import kernels
-from flatout.intercept import objects
+from flatout.intercept import device, objects
 from flatout.intercept.arrays import EXACT_TENSOR_TYPES
 from flatout.parallel.devices import to_digest
 from flatout.parallel.header import digest
@@ -62,11 +62,14 @@ def state_digest(roots: Iterable[Any], optimizers: Iterable[Any]) -> int:
 
 
 class GeneratorStates:
-    """The states of the random generators of torch (on the CPU), of ``random`` and of NumPy, if it
-    is imported."""
+    """The states of the random generators of torch, on the CPU and on the accelerator that is in
+    use, of ``random`` and of NumPy, if it is imported."""
 
     def __init__(self) -> None:
         self._torch = torch.random.get_rng_state()
+        accelerator = device.accelerator_in_use()
+        self._device = None if accelerator is None else torch.get_device_module(accelerator)
+        self._of_device = None if self._device is None else self._device.get_rng_state()
         self._python = random.getstate()
         numpy = sys.modules.get("numpy.random")
         self._numpy = None if numpy is None else numpy.get_state(legacy=False)
@@ -78,11 +81,14 @@ class GeneratorStates:
             key = state["state"]["key"].tobytes()
             state = (zlib.crc32(key), state["state"]["pos"], state["has_gauss"], state["gauss"])
         version, words, gauss = self._python
-        return _hash(self._torch) ^ digest((version, hash(words), gauss, state))
+        of_device = 0 if self._of_device is None else _hash(self._of_device)
+        return _hash(self._torch) ^ digest((version, hash(words), gauss, state, of_device))
 
     def restore(self) -> None:
         """Put the generators into these states."""
         torch.random.set_rng_state(self._torch)
+        if self._device is not None:
+            self._device.set_rng_state(self._of_device)
         random.setstate(self._python)
         numpy = sys.modules.get("numpy.random")
         if numpy is not None and self._numpy is not None:

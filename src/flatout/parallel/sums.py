@@ -34,8 +34,12 @@ _NONE, _MEAN = 0, 1
 """Values of ``reduction``."""
 
 
-def install() -> Undo:
-    """Override the operators that add up all elements of a tensor, on the CPU; returns the undo."""
+def install(keys: Sequence[str] = ("CPU",)) -> Undo:
+    """Override the operators that add up all elements of a tensor; returns the undo.
+
+    Args:
+        keys: the dispatch keys of devices.
+    """
     overrides: dict[str, dispatch.Override] = {
         "sum": functools.partial(_add_up, False),
         "mean": functools.partial(_add_up, True),
@@ -43,9 +47,10 @@ def install() -> Undo:
     }
     inside = {name: functools.partial(_outermost, override) for name, override in overrides.items()}
     with contextlib.ExitStack() as undo:
-        for found, key in ((overrides, "AutogradCPU"), (inside, "CPU")):
-            on_failure = shards.raise_failure
-            undo.callback(dispatch.override_operators(found, key, on_failure=on_failure))
+        for key in keys:
+            for found, at in ((overrides, f"Autograd{key}"), (inside, key)):
+                on_failure = shards.raise_failure
+                undo.callback(dispatch.override_operators(found, at, on_failure=on_failure))
         return undo.pop_all().close
 
 
@@ -118,7 +123,7 @@ def _add_up_loss(state: shards.Shard, operator: Any, given: dict[str, Any]) -> t
 
 
 def _number(terms: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(terms.numel(), dtype=torch.float64)
+    return torch.full((), terms.numel(), dtype=torch.float64, device=terms.device)
 
 
 def _sum_weights(state: shards.Shard, given: dict[str, Any]) -> torch.Tensor:

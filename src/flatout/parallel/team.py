@@ -170,7 +170,7 @@ class Team:
             parts = [on_device(_real(tensors[i].detach()), channel.device) for i in indices]
             wholes = [means[i] for i in indices]
             targets = [_or_empty(whole, channel.device) for whole in wholes]
-            with self._summing(parts):
+            with self.summing(parts):
                 channel.average(parts, [_real(target) for target in targets])
                 _copy_others(wholes, targets)
         return [means[i] for i in range(len(tensors))]
@@ -193,7 +193,7 @@ class Team:
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms or sums over samples differ in sizes")
-        with self._summing(tensors):
+        with self.summing(tensors):
             for channel, indices in self._by_channel(tensors):
                 by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
                 for i in indices:
@@ -246,7 +246,7 @@ class Team:
         return list(dict.fromkeys((self.channel, *groups)))
 
     @contextlib.contextmanager
-    def _summing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    def summing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """A context in which tensors are added up over the ranks."""
         self.balance.count(Exchange.SUM)
         self.balance.count(Exchange.SUMMED_BYTES, _count_bytes(tensors))
