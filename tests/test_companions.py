@@ -480,6 +480,13 @@ def test_ranks_run_on_their_shares(home: Path) -> None:
 
 
 @RUNS_RANKS
+def test_each_rank_sees_one_gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    done = ended("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    assert [done.stdout, output(home)] == ["3\n", "5\n"]
+
+
+@RUNS_RANKS
 def test_a_run_inside_of_a_rank_is_a_run_of_its_own(home: Path) -> None:
     inner = "import os; print([n for n in os.environ if n.startswith('FLATOUT_RANK')])"
     words = [sys.executable, "-m", "flatout", "run", "--", sys.executable, "-c", inner]

@@ -224,8 +224,9 @@ def test_what_is_no_rendezvous(text: str) -> None:
 
 
 def told(rank: int, address: str = "", kernel: str = "a", run: str = "") -> meeting.Introduction:
-    """What a rank of three tells; each host has two processors."""
-    return meeting.Introduction(__version__, run, rank, 3, address, kernel, [[[0], [1]]])
+    """What a rank of three tells; each host has two processors and two GPUs."""
+    gpus = {"CUDA_VISIBLE_DEVICES": ["2", "5"]}
+    return meeting.Introduction(__version__, run, rank, 3, address, kernel, [[[0], [1]]], gpus)
 
 
 def test_strangers_do_not_disturb_the_meeting(port: int) -> None:
@@ -268,15 +269,15 @@ class _Reached(Line):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "expected"),
+    ("kernels", "expected", "gpus"),
     [
-        (["a", "a", "a"], [[0], [1], [0]]),
-        (["a", "b", "b"], [[0], [0], [1]]),
-        (["a", "b", "c"], [[0, 1], [0, 1], [0, 1]]),
+        (["a", "a", "a"], [[0], [1], [0]], "252"),
+        (["a", "b", "b"], [[0], [0], [1]], "225"),
+        (["a", "b", "c"], [[0, 1], [0, 1], [0, 1]], "222"),
     ],
 )
-def test_ranks_of_one_host_share_out_its_processors(
-    kernels: list[str], expected: list[list[int]]
+def test_ranks_of_one_host_share_out_its_processors_and_gpus(
+    kernels: list[str], expected: list[list[int]], gpus: str
 ) -> None:
     others = {
         rank: (_Reached("127.0.0.1" if rank == 1 else "10.0.0.1"), told(rank, kernel=kernels[rank]))
@@ -284,7 +285,8 @@ def test_ranks_of_one_host_share_out_its_processors(
     }
     address, shares = meeting.assign(told(0, kernel=kernels[0]), others)
     assert address == "10.0.0.1"
-    assert shares == expected
+    assert [share.processors for share in shares] == expected
+    assert "".join(share.variables["CUDA_VISIBLE_DEVICES"] for share in shares) == gpus
 
 
 def test_a_rank_that_must_end_does_not_wait_for_rank_0_for_ever(

@@ -66,6 +66,18 @@ def test_the_cores_suggest_the_numbers(nodes: list[cores.Node]) -> None:
     assert offer(TRAINS).refusal == "2 ranks need 2 cores, and 1 may be used"
 
 
+def test_accelerators_suggest_one_rank_each(
+    nodes: list[cores.Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = knobs.get("ranks").offer
+    on_gpu = dataclasses.replace(TRAINS, device="cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-8932f937")
+    assert (offer(on_gpu).settings, ranks.number("per_gpu")) == (("per_gpu",), 3)
+    assert offer(TRAINS).settings == ("per_node",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert offer(on_gpu).refusal == "there is one GPU at most"
+
+
 def test_the_bound_is_the_share_of_forward_and_backward(nodes: list[cores.Node]) -> None:
     nodes[:] = [[[0], [1]]]
     listed, _ = candidates.find(TRAINS, ("ranks",), None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import TYPE_CHECKING
 
 from flatout import machine
 from flatout.errors import RefusedError
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
-from flatout.machine import cores
+from flatout.machine import accelerators, cores
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -25,19 +26,21 @@ LEAST_RANK_BYTES = 200 << 20
 
 
 def match(facts: Facts) -> Match:
-    """Offer the numbers of ranks that the cores suggest, for a program of one process."""
+    """Offer the numbers of ranks that cores or accelerators suggest, for a program of one
+    process."""
     if facts.is_distributed:
         return Match((), "the program consists of several processes already")
     if facts.calls_modules is False:
         return Match((), "the program calls no module, so there is nothing to share out")
     if facts.isolation_refusal is not None:
         return Match((), f"all ranks would write to your files: {facts.isolation_refusal}")
+    tried = ("per_node", "2") if facts.device == "cpu" else ("per_gpu",)
     settings: dict[int, str] = {}
-    for setting in ("per_node", "2"):
+    for setting in tried:
         if find_refusal(setting) is None:
             settings.setdefault(number(setting), setting)
     if not settings:
-        return Match((), find_refusal("2"))
+        return Match((), find_refusal(tried[-1]))
     spare_bytes = facts.spare_memory_bytes
     if spare_bytes is not None:
         settings = {n: s for n, s in settings.items() if (n - 1) * LEAST_RANK_BYTES <= spare_bytes}
@@ -58,6 +61,8 @@ def match(facts: Facts) -> Match:
 
 def number(setting: str) -> int:
     """The number of ranks that a setting means on this machine."""
+    if setting == "per_gpu":
+        return accelerators.count(accelerators.visible(os.environ))
     return len(_nodes()) if setting == "per_node" else int(setting)
 
 
@@ -65,7 +70,8 @@ def find_refusal(setting: str) -> str | None:
     """Return why this machine cannot run as many ranks as a setting means; ``None``: it can."""
     ranks = number(setting)
     if ranks < 2:
-        return "all cores are in one NUMA node"
+        is_per_node = setting == "per_node"
+        return "all cores are in one NUMA node" if is_per_node else "there is one GPU at most"
     usable = min(sum(map(len, _nodes())), int(machine.usable_cores()))
     if ranks > usable:
         return f"{ranks} ranks need {ranks} cores, and {usable} may be used"
@@ -107,14 +113,15 @@ def apply(host: Host, setting: str) -> Undo:
 KNOB = Knob(
     name=NAME,
     summary="run the program as several processes that share out its batches",
-    settings=("2", "per_node"),
-    exactness={"2": "reordered", "per_node": "reordered"},
+    settings=("2", "per_node", "per_gpu"),
+    exactness={"2": "reordered", "per_node": "reordered", "per_gpu": "reordered"},
     hot=False,
-    platforms=("cpu",),
+    platforms=("cpu", "cuda", "xpu"),
     card=Card(
         what="The knob runs the whole program several times at once, each copy (a *rank*) on its "
-        "share of the cores: twice (`2`), or once for each NUMA node (`per_node`). The ranks share "
-        "out the batch of each outermost module call, gather its outputs, and average the "
+        "share of the cores: twice (`2`), once for each NUMA node (`per_node`), or once for each "
+        "GPU, which is the only one that it sees (`per_gpu`). The ranks share out the batch of "
+        "each outermost module call, gather its outputs, and average the "
         "gradients after each backward call. Batch size, number of steps, random numbers, output "
         "and files are those of the program alone; sums are taken in another order. Calls that "
         "cannot be shared out are computed whole by every rank.\n\n"
@@ -141,5 +148,5 @@ KNOB = Knob(
     match=match,
     apply=apply,
     claims=("the choice of gradients",),
-    background_settings=("2", "per_node"),
+    background_settings=("2", "per_node", "per_gpu"),
 )

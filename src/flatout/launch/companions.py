@@ -17,7 +17,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flatout.errors import UserError
 from flatout.knobs import ranks as ranks_knob
 from flatout.launch import companion_stage, isolation, process, trackers
 from flatout.launch.deaths import Deaths, output_file
-from flatout.machine import cores
+from flatout.machine import accelerators, cores
 from flatout.wire.request import (
     RANK_VARIABLE,
     RANKS_VARIABLE,
@@ -148,7 +148,12 @@ def run(
     process.check_program(command[0])
     shares = cores.share_out(cores.nodes(cores.allowed_processors()), ranks.size)
     variables = common_variables(divide_threads(environment, ranks.size), run_directory, ranks)
-    of_companions = {rank: share for rank, share in enumerate(shares) if rank}
+    found = accelerators.visible(variables)
+    of_companions = {
+        rank: Share(share, accelerators.share_out(found, rank))
+        for rank, share in enumerate(shares)
+        if rank
+    }
     companions = Companions(command, variables, run_directory, of_companions, scratch)
     deaths = Deaths(run_directory, companions.status)
 
@@ -160,7 +165,7 @@ def run(
     try:
         exited = process.run(
             rank_0_command or command,
-            {**variables, RANK_VARIABLE: "0"},
+            {**variables, **accelerators.share_out(found, 0), RANK_VARIABLE: "0"},
             tick=must_end,
             processors=shares[0],
             spared=companions.stage_pid,
@@ -178,6 +183,19 @@ def run(
     return exited, sentence
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of its host.
+
+    Attributes:
+        processors: on which it runs.
+        variables: the environment variables by which it sees one accelerator.
+    """
+
+    processors: list[int]
+    variables: dict[str, str]
+
+
 class Companions:
     """The stage of a run that runs its companions.
 
@@ -185,7 +203,7 @@ class Companions:
         command: program and arguments.
         variables: environment of all ranks.
         run_directory: of the run.
-        shares: the processors of each companion, by rank.
+        shares: of each companion, by rank.
         scratch: where their views keep caches, see ``isolation.command``.
 
     Attributes:
@@ -197,18 +215,18 @@ class Companions:
         command: Sequence[str],
         variables: Mapping[str, str],
         run_directory: Path,
-        shares: Mapping[int, Sequence[int]],
+        shares: Mapping[int, Share],
         scratch: Path | None = None,
     ) -> None:
         self._run_directory = run_directory
         companions = [
             {
                 "rank": rank,
-                "variables": {RANK_VARIABLE: str(rank)},
+                "variables": {**share.variables, RANK_VARIABLE: str(rank)},
                 "output": str(output_file(run_directory, rank)),
-                "processors": list(processors),
+                "processors": share.processors,
             }
-            for rank, processors in shares.items()
+            for rank, share in shares.items()
         ]
         job = isolation.command(command, passthrough=[run_directory], scratch=scratch)
         with open(run_directory / "companions.txt", "ab") as output:

@@ -91,9 +91,9 @@ def run_rank_0(
 
     exited = process.run(
         command,
-        {**_variables(request, run_directory, address), RANK_VARIABLE: "0"},
+        {**_variables(request, run_directory, address), **shares[0].variables, RANK_VARIABLE: "0"},
         tick=must_end,
-        processors=shares[0],
+        processors=shares[0].processors,
     )
     exchange.pass_on()
     sentence = deaths.explain(exited.returncode)
@@ -124,7 +124,7 @@ def run_other(command: Sequence[str], launched: Launched, say: meeting.Say) -> E
         f"rank prints is in {paths.shown(output)}"
     )
     with _noting_signals() as signals:
-        this = Companions(command, variables, run_directory, {rank: assignment.processors})
+        this = Companions(command, variables, run_directory, {rank: assignment.share})
         membership = _Membership(line, Notes(run_directory), assignment.address, output)
         try:
             returncode = _wait_for_rank_0(membership, signals, say)

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flatout import __version__
 from flatout.errors import UserError
 from flatout.launch import agent_store, lines
+from flatout.launch.companions import Share
 from flatout.launch.launcher import Launched
 from flatout.launch.lines import Line
-from flatout.machine import cores
+from flatout.machine import accelerators, cores
 from flatout.wire import codec
 from flatout.wire.request import Request
 
@@ -49,6 +51,7 @@ class Introduction:
         address: of this end of the connection.
         kernel: the same for all ranks that share processors.
         nodes: the processors that the rank may use, see ``cores.nodes``.
+        accelerators: those that it may use, see ``accelerators.visible``.
         refusal: why the rank cannot be run; ``None``: it can.
     """
 
@@ -59,6 +62,7 @@ class Introduction:
     address: str
     kernel: str
     nodes: list[list[list[int]]]
+    accelerators: dict[str, list[str]]
     refusal: str | None = None
 
 
@@ -69,12 +73,12 @@ class Assignment:
     Attributes:
         request: for the agent.
         address: of the rank's host, at which other ranks reach it.
-        processors: those that the rank runs on.
+        share: of its host.
     """
 
     request: Request
     address: str
-    processors: list[int]
+    share: Share
 
 
 def introduce(launched: Launched, address: str, refusal: str | None = None) -> Introduction:
@@ -83,9 +87,9 @@ def introduce(launched: Launched, address: str, refusal: str | None = None) -> I
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         kernel = socket.gethostname()
-    found = cores.nodes(cores.allowed_processors())
+    found = cores.nodes(cores.allowed_processors()), accelerators.visible(os.environ)
     place = launched.rank, launched.size
-    return Introduction(__version__, launched.run, *place, address, kernel, found, refusal)
+    return Introduction(__version__, launched.run, *place, address, kernel, *found, refusal)
 
 
 class Host:
@@ -183,32 +187,44 @@ class Host:
 
 def assign(
     own: Introduction, others: Mapping[int, tuple[Line, Introduction]]
-) -> tuple[str, list[list[int]]]:
-    """Return the address of rank 0, and the processors of each rank.
+) -> tuple[str, list[Share]]:
+    """Return the address of rank 0, and the share of each rank.
 
-    Ranks of one host that may use the same processors share them out. All ranks get as many,
-    because the number of threads decides how sums are rounded.
+    Ranks of one host that may use the same processors share them out, and so with accelerators. All
+    ranks get as many processors, because the number of threads decides how sums are rounded.
     """
     told = [own, *(others[rank][1] for rank in sorted(others))]
-    shares: list[list[int]] = [[] for _ in told]
-    groups: dict[str, list[int]] = {}
-    for one in told:
-        groups.setdefault(repr((one.kernel, one.nodes)), []).append(one.rank)
-    for ranks in groups.values():
+    processors: list[list[int]] = [[] for _ in told]
+    for ranks in _group(told, lambda one: (one.kernel, one.nodes)):
         parts = cores.share_out(told[ranks[0]].nodes, len(ranks))
         for rank, part in zip(ranks, parts, strict=True):
-            shares[rank] = part
-    fewest = min(map(len, shares))
+            processors[rank] = part
+    variables: list[dict[str, str]] = [{} for _ in told]
+    for ranks in _group(told, lambda one: (one.kernel, one.accelerators)):
+        for number, rank in enumerate(ranks):
+            variables[rank] = accelerators.share_out(told[rank].accelerators, number)
+    fewest = min(map(len, processors))
     addresses = (line.own_address for line, _ in others.values())
     reached = (address for address in addresses if not lines.is_of_this_host_only(address))
-    return next(reached, "127.0.0.1"), [share[:fewest] for share in shares]
+    pairs = zip(processors, variables, strict=True)
+    return next(reached, "127.0.0.1"), [Share(part[:fewest], found) for part, found in pairs]
+
+
+def _group(
+    told: Sequence[Introduction], key: Callable[[Introduction], object]
+) -> Collection[list[int]]:
+    """Return the ranks that say the same, in groups."""
+    groups: dict[str, list[int]] = {}
+    for one in told:
+        groups.setdefault(repr(key(one)), []).append(one.rank)
+    return groups.values()
 
 
 def send_assignments(
     others: Mapping[int, tuple[Line, Introduction]],
     request: Request,
     address: str,
-    shares: Sequence[list[int]],
+    shares: Sequence[Share],
 ) -> None:
     """Tell all other ranks what they need to begin.
 
@@ -216,7 +232,7 @@ def send_assignments(
         others: their connections.
         request: for their agents.
         address: of rank 0, also of ranks that have reached it by an address of its host only.
-        shares: the processors of each rank.
+        shares: of each rank.
     """
     for rank, (line, told) in others.items():
         own = address if lines.is_of_this_host_only(told.address) else told.address

@@ -71,12 +71,15 @@ class Balance:
         clock: returns seconds.
 
     Attributes:
+        is_measured: whether the time of the host is that of the work; it is not if an accelerator
+            does the work meanwhile.
         seconds: by phase, so far.
         counts: of exchanges and their bytes, so far.
         laps: the last ones; their ends are readings of the clock.
     """
 
     def __init__(self, size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.is_measured = True
         self.seconds = dict.fromkeys(Phase, 0.0)
         self.counts = dict.fromkeys(Exchange, 0)
         self.laps: collections.deque[Lap] = collections.deque(maxlen=MOST_LAPS)
@@ -133,6 +136,8 @@ class Balance:
     def end_lap(self) -> None:
         """Note what was done since the last lap."""
         self._switch(self._phase)
+        if not self.is_measured:
+            return
         values: dict[str, Any] = {
             f"{phase.value}_s": seconds - self._seconds_before[phase]
             for phase, seconds in self.seconds.items()
@@ -155,6 +160,8 @@ class Balance:
 
     def describe(self) -> str:
         """Return what the time was spent on, and what ranks can gain (Amdahl 1967)."""
+        if not self.is_measured:
+            return "what rank 0 has spent its time on was not measured, as it computes on a GPU"
         self._switch(self._phase)
         total_s = sum(self.seconds.values())
         alike_s, shard_s = self.seconds[Phase.PROGRAM], self.seconds[Phase.SHARD]
@@ -168,7 +175,10 @@ class Balance:
         )
 
     def has_lost(self) -> bool:
-        """Whether the ranks have cost more than they can have saved, lately and altogether."""
+        """Whether the ranks have cost more than they can have saved, lately and altogether, as far
+        as that is measured."""
+        if not self.is_measured:
+            return False
         cost_s = self.cost_s - self._window_cost_s
         saving_s = self.saving_s - self._window_saving_s
         if cost_s + saving_s / (self._size - 1) >= WINDOW_S:

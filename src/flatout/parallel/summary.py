@@ -43,11 +43,12 @@ def work_of(sharing: Sharing, team: Team, started_ns: int) -> SharedWork:
         team: the ranks.
         started_ns: when the record begins, by the clock of the balance.
     """
+    seconds = team.balance.seconds if team.balance.is_measured else {}
     return SharedWork(
         team.size,
         dict(sharing.shared),
         tuple(WholeCalls(name, why, count) for (name, why), count in sharing.whole.items()),
-        {phase.value: seconds for phase, seconds in team.balance.seconds.items()},
+        {phase.value: of_phase for phase, of_phase in seconds.items()},
         tuple(_rounded(lap, started_ns / 1e9) for lap in team.balance.laps),
     )
 

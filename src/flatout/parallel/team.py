@@ -230,6 +230,7 @@ class Team:
 
     def _groups_of(self, device: torch.device) -> list[Group]:
         if device.type not in self._groups:
+            self.balance.is_measured &= device.type == "cpu"
             self._groups[device.type] = self._connect(device)
         return self._groups[device.type]
 
