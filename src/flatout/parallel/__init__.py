@@ -33,7 +33,7 @@ class Parallel:
     def __init__(self, host: Host, place: Place, finish: Callable[[str], None]) -> None:
         import torch
 
-        from flatout.parallel import interior, processors
+        from flatout.parallel import processors
         from flatout.parallel.averaging import Averaging, Leaves
         from flatout.parallel.ending import Ending, Interruption
         from flatout.parallel.loading import Loading
@@ -70,7 +70,6 @@ class Parallel:
             fetches_rows="loader" not in host.request.settings,
         )
         self._undo = [
-            interior.install(),
             self._loading.install(self._ending.failed),
             host.forward_wrappers.append(self._forward, self._ending.failed),
             host.backward_wrappers.append(self._backward, self._ending.failed),
@@ -252,7 +251,7 @@ class Parallel:
         return self._sharing.meet_ranks()
 
     def _form_team(self) -> Team:
-        from flatout.parallel import joining, sameness
+        from flatout.parallel import interior, joining, sameness
         from flatout.parallel.team import Team
 
         with self._ending.between_calls():
@@ -276,6 +275,7 @@ class Parallel:
                     "that train at the same time in one job are not supported"
                 )
         sameness.agree_on_kernel(channel.exchange)
+        self._undo.append(interior.install())
         return team
 
     def _include(self, optimizer: Any) -> None:

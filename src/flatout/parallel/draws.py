@@ -36,10 +36,6 @@ INDIVISIBLE = (
 or what they draw for a sample depends on the others."""
 
 
-PLACED = frozenset((*FILLS, *NORMALS, *INDIVISIBLE, "bernoulli_.Tensor"))
-"""Names of operators below autograd whose draws are placed."""
-
-
 def install(keys: Sequence[str] = ("CPU",)) -> Undo:
     """Override the operators that draw from a generator; returns the undo.
 

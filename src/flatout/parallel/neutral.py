@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatout.intercept import device, objects
 from flatout.intercept.nested import tensors_in
-from flatout.parallel import devices, draws, shards
+from flatout.parallel import devices, shards
 from flatout.parallel.kinds import SCALARS
 
 _SIZES_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
@@ -133,8 +133,8 @@ class Observer(TorchDispatchMode):
     Attributes:
         normalises_over_batch: whether a batch norm took its statistics from the batch, without
             that ``norms`` has seen it.
-        draws_unseen: whether an operator has drawn from a generator of an accelerator, without that
-            ``draws`` has seen it.
+        draws_unseen: whether an operator may have drawn from a generator of an accelerator, without
+            that ``draws`` has seen it.
         reads_followed: whether a number was read from a tensor that is followed.
     """
 
@@ -161,10 +161,13 @@ class Observer(TorchDispatchMode):
         given = list(tensors_in((args, kwargs)))
         for tensor in given:
             self._note(tensor, self._given, self._made)
+        shard = shards.current()
+        drawn = 0 if shard is None else shard.drawn
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
-        if _draws_unseen(func) and not all(tensor.is_cpu for tensor in (*given, *made)):
-            self.draws_unseen = True
+        may_draw = torch.Tag.nondeterministic_seeded in func.tags
+        if may_draw and shard is not None and shard.drawn == drawn:
+            self.draws_unseen |= not all(tensor.is_cpu for tensor in (*given, *made))
         for tensor in made:
             self._note(tensor, self._made, self._given)
         if self._followed and any(map(self.is_followed, given)):
@@ -225,14 +228,6 @@ Observer.__torch_dispatch__ = Observer.dispatch  # type: ignore[assignment]
 
 def _has_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _draws_unseen(func: Any) -> bool:
-    """Whether an operator may draw random numbers and is none of those that ``draws`` overrides, or
-    is a part of one."""
-    if torch.Tag.nondeterministic_seeded not in func.tags or shards.current() is None:
-        return False
-    return func.name().removeprefix("aten::") not in draws.PLACED
 
 
 def _takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

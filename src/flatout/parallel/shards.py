@@ -36,6 +36,7 @@ class Shard:
     Attributes:
         terms: what was added up over samples and where they are in it, if that is kept; else
             ``None``.
+        drawn: how often random numbers were drawn.
         is_busy: whether an operator is being computed whose own batch norms, draws and sums do not
             count.
         graph: of the call; ``None``: it is only tested.
@@ -59,7 +60,7 @@ class Shard:
         self.terms: list[tuple[Placement, torch.Tensor]] | None = None
         self.is_busy = False
         self.graph: Graph | None = None
-        self._drawn = 0
+        self.drawn = 0
         self._summed = 0
 
     @property
@@ -73,10 +74,10 @@ class Shard:
         Raises:
             UnshareableError: this is another draw than the one that was placed.
         """
-        if self._drawn == len(self.placements):
+        if self.drawn == len(self.placements):
             raise UnshareableError("draws more random numbers than the call that was tested")
-        placement = self.placements[self._drawn]
-        self._drawn += 1
+        placement = self.placements[self.drawn]
+        self.drawn += 1
         if not placement.fits(draw, self.rows):
             raise UnshareableError("draws other random numbers than the call that was tested")
         return placement
@@ -110,7 +111,7 @@ class Shard:
         Raises:
             UnshareableError: it should have drawn or added up more.
         """
-        if self._drawn < len(self.placements):
+        if self.drawn < len(self.placements):
             raise UnshareableError("draws fewer random numbers than the call that was tested")
         if self._summed < len(self.sums):
             raise UnshareableError("adds up less than the call that was tested")
@@ -146,6 +147,7 @@ class Observer(Shard):
     def next_placement(self, draw: Draw) -> Placement:
         """Record a draw; it is made as it is."""
         self.draws.append(draw)
+        self.drawn += 1
         return Placement(draw.operator, len(draw.shape), None)
 
     def next_sum(self, operator: str, shape: Sequence[int]) -> bool:
