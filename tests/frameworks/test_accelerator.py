@@ -105,6 +105,27 @@ def test_a_step_that_is_captured_whole(device: str, template: Path, tmp_path: Pa
             assert [*map(words_only, (done.stdout, printed))] == [words_only(printed)] * 2
 
 
+@pytest.mark.parametrize("program", ["gpt.py --deterministic --steps 20", "amp.py"])
+def test_ranks_print_the_same(program: str, device: str, tmp_path: Path) -> None:
+    """With one GPU the ranks share it, and exchange through main memory; with several, each has its
+    own, and they exchange by NCCL, RCCL or XCCL."""
+    if device == "mps":
+        pytest.skip("ranks are for Linux")
+    alone = flatout("run", "--", PYTHON, *program.split(), home=tmp_path / "home")
+    assert alone.returncode == 0, alone.stderr
+    together = flatout(
+        "run", "--ranks", "2", "--", PYTHON, *program.split(), home=tmp_path / "home"
+    )
+    assert together.returncode == 0, together.stderr
+    assert "were shared out" in together.stderr, together.stderr
+    pairs = zip(numbers_in(together.stdout), numbers_in(alone.stdout), strict=True)
+    assert all(found == pytest.approx(own, rel=1e-2) for found, own in pairs)
+
+
+def numbers_in(text: str) -> list[float]:
+    return list(map(float, re.findall(r"-?\d+\.\d+", text)))
+
+
 def words_only(text: str) -> list[str]:
     """The words of each line: the warm-up runs in half precision, what follows it as captured."""
     return re.findall(r"[a-z]+", text)
