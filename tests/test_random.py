@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from flatout import knobs
 from flatout.errors import RefusedError
+from flatout.intercept import twister
 from flatout.intercept.host import Host
 from flatout.knob import Facts
 from flatout.knobs.random import cpu
@@ -233,6 +234,26 @@ def test_paired_leaves_the_generator_as_torch_would(host: Host) -> None:
     assert fast != bare  # what the card says
 
 
+@pytest.mark.skipif(not twister.agrees(), reason="torch draws by MKL here")
+def test_same_draws_torchs_own_numbers(host: Host) -> None:
+    def train() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        x = torch.randn(64, 300, requires_grad=True)
+        y = torch.nn.functional.dropout(x, 0.3) + torch.nn.functional.dropout1d(x, 0.2)
+        with torch.no_grad():
+            z = torch.nn.functional.alpha_dropout(x, 0.1, training=True)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return [y, z, x.grad, torch.bernoulli(torch.full((9,), 0.5)), torch.randn(5)]
+
+    expected = train()
+    undo = knobs.get("random").apply(host, "same")
+    found = train()
+    undo()
+    assert all(map(torch.equal, found, expected))
+    assert knobs.get("random").exactness["same"] == "bitwise"
+
+
 def test_without_a_compiler_torchs_own_stays(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatout import kernels
 
@@ -244,7 +265,7 @@ def test_without_a_compiler_torchs_own_stays(host: Host, monkeypatch: pytest.Mon
 
 
 def test_paired_is_never_offered() -> None:
-    assert knobs.get("random").offer(Facts("cpu")).settings == ("fast",)
+    assert knobs.get("random").offer(Facts("cpu")).settings == ("same", "fast")
     refusal = knobs.get("random").offer(Facts("cuda")).refusal
     assert refusal is not None
     assert "not for cuda" in refusal

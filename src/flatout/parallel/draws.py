@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flatout.intercept import dispatch
+from flatout.intercept import dispatch, twister
 from flatout.intercept.patch import Undo
 from flatout.parallel import shards
 from flatout.parallel.placement import Draw, Placement, Rows
@@ -48,6 +48,7 @@ def install(keys: Sequence[str] = ("CPU",)) -> Undo:
         **{name: functools.partial(_draw_indivisible, name) for name in INDIVISIBLE},
         "bernoulli_.Tensor": _fill_by_probabilities,
     }
+    twister.agrees()  # it is found out here, where nothing sees what is drawn for it
     composites: dict[str, dispatch.Override] = {
         "dropout": _drop,
         "scaled_dot_product_attention": _attend,
@@ -74,11 +75,48 @@ def _fill(
     with shards.busy(state):
         if placement.dim is None:
             below(tensor, *args, **kwargs)
+        elif name == "bernoulli_.float" and not dispatch.is_override(below):
+            _fill_with_ones(tensor, placement, state.rows, *args, **kwargs)
         else:
             whole = empty_whole(tensor, placement, state.rows)
             below(whole, *args, **kwargs)
             tensor.copy_(placement.take(whole, state.rows))
     return tensor
+
+
+def _fill_with_ones(
+    tensor: torch.Tensor,
+    placement: Placement,
+    rows: Rows,
+    p: float = 0.5,
+    *,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Fill a shard's tensor with ones, each with probability ``p``, and zeros."""
+    if twister.can_fill(tensor, p) and twister.agrees():
+        each = tensor.numel() // rows.count
+        if _is_outermost(tensor, placement):
+            count, start = each * rows.batch, each * rows.start
+            twister.fill(tensor, p, generator, count=count, start=start)
+            return
+        whole = empty_whole(tensor, placement, rows)
+        twister.fill(whole, p, generator)
+    else:
+        whole = empty_whole(tensor, placement, rows)
+        whole.bernoulli_(p, generator=generator)
+    tensor.copy_(placement.take(whole, rows))
+
+
+def _is_outermost(tensor: torch.Tensor, placement: Placement) -> bool:
+    """Whether the samples of a shard follow each other in memory, as those of the batch do."""
+    assert placement.dim is not None
+    own = tensor.stride(placement.dim)
+    larger = (size > 1 and stride > own for size, stride in _dims(tensor))
+    return placement.is_outer and not any(larger)
+
+
+def _dims(tensor: torch.Tensor) -> zip[tuple[int, int]]:
+    return zip(tensor.shape, tensor.stride(), strict=True)
 
 
 def _fill_by_probabilities(
@@ -153,6 +191,12 @@ def _drop(
         return dispatch.DeferredCall(
             _drop_fused, (tensor, _draw_mask(tensor, p, placement, state), p)
         )
+    if not dispatch.is_override(below):
+        # As torch's own dropout does (ATen/native/Dropout.cpp).
+        noise = torch.empty_like(tensor.detach())
+        with shards.busy(state):
+            _fill_with_ones(noise, placement, state.rows, 1 - p)
+        return dispatch.DeferredCall(torch.mul, (tensor, noise.div_(1 - p)))
     with shards.busy(state):
         ones = empty_whole(torch.empty_like(tensor, device="meta"), placement, state.rows, "cpu")
         factors = below(ones.fill_(1), p, train)

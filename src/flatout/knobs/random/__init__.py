@@ -14,21 +14,24 @@ NAME = "random"
 
 
 def match(facts: Facts) -> Match:
-    """Offer the faster setting where a step draws Bernoulli numbers."""
+    """Offer the faster settings where a step draws Bernoulli numbers."""
     if facts.lack("bernoulli"):
         return Match((), "no step draws Bernoulli random numbers")
-    return Match(("fast",), share=facts.share("bernoulli"))
+    return Match(("same", "fast"), share=facts.share("bernoulli"))
 
 
 def apply(host: Host, setting: str) -> Undo:
     """Replace the operators, for every thread of this process.
 
     Raises:
-        RefusedError: the kernel cannot be built, or this torch is too old to replace operators.
+        RefusedError: the kernel cannot be built, this torch is too old to replace operators, or
+            ``same`` would draw other numbers than torch.
     """
     from flatout.intercept import dispatch
     from flatout.knobs.random import cpu
 
+    if setting == "same":
+        return cpu.install_same(host.applied.on_failure_of(NAME))
     return cpu.install(
         dispatch.load_kernel("bernoulli", "torch's own numbers"),
         paired=setting == "paired",
@@ -38,34 +41,38 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="draw dropout's random numbers with a parallel, vectorised generator",
-    settings=("paired", "fast"),
-    exactness={"paired": "resampled", "fast": "reshuffled"},
+    summary="draw dropout's random numbers many at once: torch's own, or others",
+    settings=("paired", "same", "fast"),
+    exactness={"paired": "resampled", "same": "bitwise", "fast": "reshuffled"},
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob replaces `aten::bernoulli_`, which every dropout on the CPU calls, by a "
-        "counter-based generator (Philox4x32-7) that is compiled for this processor. Each "
-        "call draws one key from the generator that it was given, so `torch.manual_seed`, "
-        "generators and saved random states keep their meaning. The result does not "
-        "depend on the number of threads. Dropout of at least 32,768 elements takes one "
+        what="The knob replaces `aten::bernoulli_`, which every dropout on the CPU calls. Torch "
+        "draws one number after the other. `same` draws the same numbers, bit for bit, about ten "
+        "times as fast: its kernel advances torch's generator, a Mersenne Twister, by whole "
+        "tables.\n\n"
+        "`fast` uses a counter-based generator (Philox4x32-7) that is compiled for this "
+        "processor. Each call draws one key from the generator that it was given, so "
+        "`torch.manual_seed`, generators and saved random states keep their meaning. The result "
+        "does not depend on the number of threads. Dropout of at least 32,768 elements takes one "
         "pass over memory, forward and backward, and keeps one bit per element. The "
         "probability of keeping an element differs from the one asked for by at most 2^-17; "
-        "elements that are kept are divided by the probability that is really used.\n\n"
-        "Torch's own kernel draws one number per element. With `fast`, the state of the "
-        "default generator therefore differs from the first dropout on, and with it the "
-        "order of a shuffled loader. `paired` runs torch's kernel as well, so the state "
-        "of the generator and the order of the data are the same as without the knob. It "
-        "is no faster than torch and is used for proofs. The knob needs a C compiler.",
+        "elements that are kept are divided by the probability that is really used. The state of "
+        "the default generator differs from the first dropout on, and with it the order of a "
+        "shuffled loader. `paired` runs torch's kernel as well, so the state of the generator and "
+        "the order of the data are the same as without the knob. It is no faster than torch and "
+        "is used for proofs of `fast`. The knob needs a C compiler.",
         helps="The knob helps programs with dropout on many elements: torch's generator on the "
-        "CPU is serial, and takes up to a third of a step of a small GPT.",
-        hurts="The knob must not be used for programs whose results must be bitwise identical "
-        "to those of a run without it. In compiled regions the knob has no effect, "
-        "because Inductor uses its own generator.",
+        "CPU is serial, and takes up to a half of a step of a small GPT.",
+        hurts="`fast` must not be used for programs whose results must be bitwise identical to "
+        "those of a run without it. `same` is refused on processors of Intel on which torch draws "
+        "by MKL. In compiled regions the knob has no effect, because Inductor uses its own "
+        "generator.",
         by_hand="Train without dropout (`p=0`), or compile the module with `torch.compile`, whose "
         "generator is fast as well.",
         sources=(
             "https://doi.org/10.1145/2063384.2063405 (Philox)",
+            "https://doi.org/10.1145/272991.272995 (Mersenne Twister)",
             "https://docs.pytorch.org/docs/stable/library.html",
         ),
     ),
@@ -74,5 +81,5 @@ KNOB = Knob(
     waits_for_calls=True,
     proof_setting="paired",
     claims=("the CPU kernel of aten::bernoulli_", "dropout on the CPU"),
-    kernels=("bernoulli",),
+    kernels=("bernoulli", "twister"),
 )

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flatout.intercept import dispatch
+from flatout.errors import RefusedError
+from flatout.intercept import dispatch, twister
 from flatout.intercept.containment import OnFailure
 from flatout.intercept.patch import Undo
 
@@ -19,6 +20,9 @@ keeping."""
 
 SPAN = 128
 """Number of elements whose bits the kernel draws at once."""
+
+SAME_FROM = 4096
+"""Elements from which on it pays to copy the generator's state, to draw as torch does."""
 
 SERIAL_BELOW = 32768
 """Smaller tensors are filled on one thread: waking the others takes as long."""
@@ -111,6 +115,35 @@ def restoring_on_error(generator: torch.Generator | None, paired: bool) -> Itera
         raise
 
 
+def install_same(on_failure: OnFailure) -> Undo:
+    """Draw torch's own numbers many at once; returns the undo.
+
+    Args:
+        on_failure: called with the exception if that fails; torch's kernel is then used.
+
+    Raises:
+        RefusedError: torch draws other numbers here, or the kernel is not available.
+    """
+    if not twister.agrees():
+        raise RefusedError("torch's own numbers stay: torch draws them in another way here")
+
+    def bernoulli_(
+        torch_kernel: Callable[..., Any],
+        tensor: torch.Tensor,
+        p: float = 0.5,
+        *,
+        generator: Any = None,
+    ) -> torch.Tensor | None:
+        if tensor.numel() < SAME_FROM or not twister.can_fill(tensor, p):
+            return None
+        twister.fill(tensor, p, generator)
+        return tensor
+
+    return dispatch.override_operators(
+        {"bernoulli_.float": bernoulli_}, "CPU", on_failure=on_failure
+    )
+
+
 class Bernoulli:
     """Calls the compiled kernel.
 
@@ -131,18 +164,6 @@ class Bernoulli:
                 *(ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, word),
                 *(ctypes.c_uint64, ctypes.c_int),
             ]
-        ones = {
-            torch.float32: (32, 0x3F80_0000),
-            torch.bfloat16: (16, 0x3F80),
-            torch.float16: (16, 0x3C00),
-            torch.float64: (64, 0x3FF0_0000_0000_0000),
-            torch.bool: (8, 1),
-            torch.uint8: (8, 1),
-            torch.int8: (8, 1),
-            torch.int16: (16, 1),
-            torch.int32: (32, 1),
-            torch.int64: (64, 1),
-        }
         self._dropout = kernel.dropout
         self._dropout.restype = None
         self._dropout.argtypes = [
@@ -150,12 +171,12 @@ class Bernoulli:
             *(ctypes.c_float, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int),
         ]
         self._fills: dict[torch.dtype, tuple[Callable[..., None], int]] = {
-            dtype: (words[bits][0], one) for dtype, (bits, one) in ones.items()
+            dtype: (words[bits][0], one) for dtype, (bits, one) in twister.ONES.items()
         }
 
     def can_fill(self, tensor: torch.Tensor, p: float) -> bool:
         """Whether ``tensor`` is dense and of a supported dtype, and ``p`` is a probability."""
-        return tensor.dtype in self._fills and 0.0 <= p <= 1.0 and _is_dense(tensor)
+        return tensor.dtype in self._fills and 0.0 <= p <= 1.0 and twister.is_dense(tensor)
 
     def can_drop(self, tensor: torch.Tensor, p: float) -> bool:
         """Whether ``tensor`` is large, dense and of a supported dtype, and not transformed."""
@@ -164,7 +185,7 @@ class Bernoulli:
             and 0 < round((1.0 - p) * ALWAYS) < ALWAYS
             and tensor.dtype in (torch.float32, torch.bfloat16)
             and dispatch.may_use_kernel(tensor)
-            and _is_dense(tensor)
+            and twister.is_dense(tensor)
         )
 
     def key(self, generator: torch.Generator | None) -> int:
@@ -249,16 +270,3 @@ class DropoutBackward(NamedTuple):
         is_kept = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
         factors = is_kept.to(gradient.dtype) * (ALWAYS / self.keep)
         return (gradient * factors.as_strided(gradient.shape, self.stride),)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order."""
-    if tensor.is_contiguous():
-        return True
-    elements = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != elements:
-                return False
-            elements *= size
-    return True
