@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flatout.intercept import objects
 from flatout.parallel import cutting, interior
 from flatout.parallel.checking import find_rule
 from flatout.parallel.kinds import Refusal, Rule, kind_of, leaves
@@ -931,7 +932,7 @@ def test_kinds() -> None:
     x, y = torch.randn(B, D), torch.randn(B + 1, D)
 
     def kind(*args: Any, **kwargs: Any) -> Any:
-        return kind_of(module, args, kwargs)
+        return kind_of(objects.Tree(module), args, kwargs)
 
     first = kind(x, (1, 0.5), mode="a")
     assert first == kind(y, (1, 0.25), mode="a")

@@ -124,7 +124,8 @@ class Program:
     def _meet(self, now_s: Array) -> Array:
         ranks = len(now_s)
         header_s = SOFTWARE.call_s + SOFTWARE.header_s * ranks
-        return gather(now_s, 64 * ranks, NETWORK) + header_s
+        said_bytes = 64 + min(1024, 65536 // ranks // 8 * 8)
+        return gather(now_s, said_bytes * ranks, NETWORK) + header_s
 
     def _lap(self, number: int, end_s: float, shard_s: float, waiting_s: float) -> Lap:
         return shared_laps.lap(

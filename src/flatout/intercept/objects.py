@@ -164,6 +164,30 @@ def buffers(root: Any) -> Iterator[torch.Tensor]:
     return (buffer for _, buffer in _named_tensors(root, "_buffers"))
 
 
+class Tree:
+    """The modules of a tree with what they hold, as they were when this was made.
+
+    Args:
+        root: the module at the root.
+
+    Attributes:
+        modules: paths and modules, as ``named_modules`` yields them.
+        held: the instance dictionary of each module.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.modules = list(named_modules(root))
+        self.held = [attributes(module) for _, module in self.modules]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return what ``parameters`` yields."""
+        return [parameter for _, parameter in _tensors_in(self.modules, "_parameters")]
+
+    def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """Return what ``named_buffers`` yields."""
+        return list(_tensors_in(self.modules, "_buffers"))
+
+
 def state_tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Yield what training changes, some of it more than once: the parameters and buffers of root
     modules, what optimizers update, and the tensors in their states."""
@@ -179,8 +203,12 @@ def state_tensors(roots: Iterable[Any], optimizers: Iterable[Any]) -> Iterator[t
 
 
 def _named_tensors(root: Any, kind: str) -> Iterator[tuple[str, Any]]:
+    return _tensors_in(named_modules(root), kind)
+
+
+def _tensors_in(named: Iterable[tuple[str, Any]], kind: str) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
-    for path, module in named_modules(root):
+    for path, module in named:
         prefix = f"{path}." if path else ""
         for name, tensor in _registered(module, kind):
             if tensor is not None and id(tensor) not in seen:

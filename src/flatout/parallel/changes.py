@@ -24,20 +24,24 @@ class Changes:
 
     Args:
         module: the root module.
+        tree: the modules in it.
         copied: paths of large buffers that are copied too.
         copies_all: whether all buffers are copied.
+
+    Attributes:
+        changed_buffers: the paths of those that have changed when ``digest`` was called.
     """
 
-    def __init__(self, module: Any, copied: set[str], copies_all: bool) -> None:
+    def __init__(self, module: Any, tree: objects.Tree, copied: set[str], copies_all: bool) -> None:
         self._module = module
-        self._held = [objects.attributes(part) for part in objects.modules(module)]
+        self._held = tree.held
         self._attributes = list(map(dict, self._held))
         self._registries = [dict(held.get("_buffers") or {}) for held in self._held]
-        self._parameters = list(objects.parameters(module))
+        self._parameters = tree.parameters()
         self._parameter_versions = list(map(_version, self._parameters))
-        self._buffers = dict(objects.named_buffers(module))
+        self._buffers = dict(tree.named_buffers())
         self._versions = {path: _version(buffer) for path, buffer in self._buffers.items()}
-        norms = _paths_in_norms(module)
+        norms = _paths_in_norms(tree)
         self._copies = {
             path: buffer.detach().clone()
             for path, buffer in self._buffers.items()
@@ -45,22 +49,18 @@ class Changes:
             and (copies_all or path in copied or path in norms or _size(buffer) <= SMALL_BYTES)
         }
         self._states = GeneratorStates()
-
-    def changed_buffers(self) -> list[str]:
-        """Return the paths of the buffers that have changed."""
-        now = dict(objects.named_buffers(self._module))
-        return sorted(
-            path
-            for path in {**now, **self._buffers}
-            if now.get(path) is not self._buffers.get(path) or self._has_changed(path)
-        )
+        self.changed_buffers: list[str] = []
 
     def digest(self) -> int:
         """Return a digest of what has changed, but for the random generators."""
         now = dict(objects.named_buffers(self._module))
-        changed = self.changed_buffers()
-        tensors = [now[path] for path in changed if path in now]
-        described: list[object] = [changed]
+        self.changed_buffers = sorted(
+            path
+            for path in {**now, **self._buffers}
+            if now.get(path) is not self._buffers.get(path) or self._has_changed(path)
+        )
+        tensors = [now[path] for path in self.changed_buffers if path in now]
+        described: list[object] = [self.changed_buffers]
         for number, (held, before) in enumerate(zip(self._held, self._attributes, strict=True)):
             for name, value in list(held.items()):
                 if before.get(name, self) is value:
@@ -115,11 +115,11 @@ def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
             held[name] = value
 
 
-def _paths_in_norms(module: Any) -> set[str]:
+def _paths_in_norms(tree: objects.Tree) -> set[str]:
     """Return the paths of the buffers of norms."""
     return {
         f"{path}.{name}" if path else name
-        for path, part in objects.named_modules(module)
+        for path, part in tree.modules
         if isinstance(part, torch.nn.modules.batchnorm._NormBase)
         for name in objects.attributes(part)["_buffers"]
     }

@@ -41,8 +41,9 @@ class Channel(abc.ABC):
         self._lost = lost
 
     @abc.abstractmethod
-    def meet(self, message: bytes) -> list[bytes]:
-        """Return the messages of all ranks, by rank; all have the same length."""
+    def meet(self, message: bytes) -> list[memoryview]:
+        """Return the messages of all ranks, by rank; all have the same length. They may be written
+        to."""
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, by rank; they may differ in length."""
@@ -51,7 +52,7 @@ class Channel(abc.ABC):
         ]
         longest = max(*sizes, 1)
         messages = self.meet(message.ljust(longest, b"\0"))
-        return [padded[:size] for padded, size in zip(messages, sizes, strict=True)]
+        return [bytes(padded[:size]) for padded, size in zip(messages, sizes, strict=True)]
 
     @abc.abstractmethod
     def gather(
@@ -106,10 +107,16 @@ class Group(Channel):
         self._group = group
         self.device = device or self.device
 
-    def meet(self, message: bytes) -> list[bytes]:
+    def meet(self, message: bytes) -> list[memoryview]:
         """Return the messages of all ranks, by rank; all have the same length."""
-        own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self.device)
-        return [bytes(row.tolist()) for row in self._gather_rows(own)]
+        length = len(message)
+        rows = bytearray(self.size * length)
+        if length:
+            own = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            whole = torch.frombuffer(rows, dtype=torch.uint8)
+            whole.copy_(self._gather_rows(own.to(self.device)).view(-1))
+        view = memoryview(rows)
+        return [view[rank * length : (rank + 1) * length] for rank in range(self.size)]
 
     def gather(
         self, tensors: Sequence[torch.Tensor], targets: Sequence[Sequence[torch.Tensor]]

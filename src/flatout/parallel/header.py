@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 import struct
 import zlib
 from collections.abc import Sequence
@@ -48,9 +49,9 @@ class Header:
     parameters: int = 0
     bits: int = 0
 
-    def pack(self) -> bytes:
-        """Return the header as 64 bytes."""
-        return _FORMAT.pack(*dataclasses.astuple(self))
+    def pack(self, sequence: int) -> bytes:
+        """Return the header as 64 bytes, with another number of the meeting."""
+        return _FORMAT.pack(sequence, *_fields_but_the_first(self))
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
@@ -61,7 +62,26 @@ class Header:
 
 _FORMAT = struct.Struct("<QII6Q")
 
+_fields_but_the_first = operator.attrgetter(*[f.name for f in dataclasses.fields(Header)][1:])
+
 BYTES = _FORMAT.size
+
+MOST_ATTACHED_BYTES = 8 << 10
+MOST_ATTACHED_BYTES_OVER_NETWORKS = 1 << 10
+MOST_ATTACHED_BYTES_OF_ALL = 64 << 10
+"""Most bytes that a rank adds to its header, and all ranks together: statistics of a batch norm
+with 511 channels need no exchange of their own then (63 over networks)."""
+
+
+def attached_bytes(size: int, is_fast: bool) -> int:
+    """Return how many bytes each rank adds to its header.
+
+    Args:
+        size: number of ranks.
+        is_fast: whether the ranks share memory.
+    """
+    most = MOST_ATTACHED_BYTES if is_fast else MOST_ATTACHED_BYTES_OVER_NETWORKS
+    return min(most, MOST_ATTACHED_BYTES_OF_ALL // size // 8 * 8)
 
 
 def first_difference(headers: Sequence[Header], names: Sequence[str]) -> tuple[str, int] | None:

@@ -118,7 +118,7 @@ def _is_cache(kind: Any) -> bool:
     return "transformers.cache_utils" in defined_in
 
 
-def kind_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+def kind_of(tree: objects.Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     """Return the kind of a call.
 
     Integers and strings among the arguments are part of it, because a module may do something else
@@ -126,11 +126,11 @@ def kind_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     many kinds as steps, so the caller limits how many kinds of a module it tests.
 
     Args:
-        module: which is called.
+        tree: of the module which is called.
         args, kwargs: with which it is called.
     """
     return Kind(
-        tuple(_describe_arguments((args, kwargs))), tuple(_modes(module)), torch.is_grad_enabled()
+        tuple(_describe_arguments((args, kwargs))), tuple(_modes(tree)), torch.is_grad_enabled()
     )
 
 
@@ -252,11 +252,10 @@ def _describe_key(key: Any) -> Hashable:
     return (kind, key) if id(kind) in _EXACT else kind
 
 
-def _modes(root: Any) -> list[Hashable]:
+def _modes(tree: objects.Tree) -> list[Hashable]:
     """Describe what may change in a module tree from call to call and decides what a call does."""
     found: list[Hashable] = []
-    for module in objects.modules(root):
-        held = objects.attributes(module)
+    for (_, module), held in zip(tree.modules, tree.held, strict=True):
         found.append((objects.is_training(module), *(_Hooks(held.get(name)) for name in HOOKS)))
     return [
         *found,
@@ -278,14 +277,14 @@ class _Hooks(tuple[Hashable, ...]):
         return str(len(self))
 
 
-def scalars_of(root: Any) -> list[dict[str, Any]]:
+def scalars_of(tree: objects.Tree) -> list[dict[str, Any]]:
     """Return the numbers, texts and ``None`` among the attributes of each module of a tree, which
     may decide what a call does. The training mode is left out."""
     return [
         {
             name: value
-            for name, value in objects.attributes(module).items()
+            for name, value in held.items()
             if type(value) in SCALARS and name != "training"
         }
-        for module in objects.modules(root)
+        for held in tree.held
     ]

@@ -92,16 +92,17 @@ class Memory(Channel):
         self._news = news
         self._is_at_rest = True
 
-    def meet(self, message: bytes) -> list[bytes]:
+    def meet(self, message: bytes) -> list[memoryview]:
         """Return the messages of all ranks, by rank; all have the same length."""
         length = len(message)
-        rows = ctypes.create_string_buffer(self.size * length)
-        start = ctypes.addressof(rows)
+        rows = bytearray(self.size * length or 1)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(rows))
         own = ctypes.c_char_p(message)
         pointer = ctypes.cast(own, ctypes.c_void_p).value or 0
         targets = [start + rank * length for rank in range(self.size)]
         self._run(_GATHER, [pointer], targets, [length] * self.size)
-        return [rows.raw[rank * length : (rank + 1) * length] for rank in range(self.size)]
+        view = memoryview(rows)
+        return [view[rank * length : (rank + 1) * length] for rank in range(self.size)]
 
     def gather(
         self, tensors: Sequence[torch.Tensor], targets: Sequence[Sequence[torch.Tensor]]

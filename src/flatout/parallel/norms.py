@@ -234,21 +234,22 @@ def _gradients(
     values, gradient = tensor.to(dtype), gradient.to(dtype)
     scale = None if weight is None else weight.to(dtype)
     mean, variance = statistics.mean.to(dtype), statistics.variance.to(dtype)
-    # As if the statistics were constants; then what the samples change in them.
-    direct, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
         *(gradient, values, scale, mean, variance, None, None, False, statistics.eps),
-        [is_tensor_needed, True, True],
+        [False, True, True],
     )
     # Another rank may need the sums though this one does not.
     (sums,) = statistics.sum_gradients([torch.cat((of_weight, of_bias)).double()])
     if not is_tensor_needed:
         return None, of_weight, of_bias
-    factor = (statistics.variance + statistics.eps).rsqrt() / statistics.count
+    factor = (statistics.variance + statistics.eps).rsqrt()
     if weight is not None:
         factor = factor * weight.double()
-    by_weight, by_bias = sums.view(2, -1)
-    through = _apply(values, by_weight * factor, by_bias * factor, statistics)
-    return (direct - through).to(tensor.dtype), of_weight, of_bias
+    by_weight, by_bias = sums.view(2, -1) * (-factor / statistics.count)
+    # What the samples change in the statistics; then as if these were constants.
+    through = _apply(values, by_weight, by_bias, statistics)
+    by_channel = factor.to(dtype).view(-1, *[1] * (tensor.dim() - 2))
+    return through.addcmul_(gradient, by_channel).to(tensor.dtype), of_weight, of_bias
 
 
 def _differentiable_gradients(

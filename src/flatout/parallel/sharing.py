@@ -129,6 +129,7 @@ class _Call:
         team: the ranks.
         state, kind: what is known of the module and of calls like this one.
         module, args, kwargs, leaves: what is called, with what, and the tensors therein.
+        tree, parameters: the modules in it, and their parameters.
         what: the call in words, for a sentence about this rank.
     """
 
@@ -139,6 +140,8 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[torch.Tensor]
+    tree: objects.Tree
+    parameters: list[torch.nn.Parameter]
     what: str
 
 
@@ -225,7 +228,7 @@ class Sharing:
             try:
                 return self._make(current, call)
             finally:
-                current.state.scalars = kinds.scalars_of(module)
+                current.state.scalars = kinds.scalars_of(objects.Tree(module))
                 if not torch.is_grad_enabled():
                     team.balance.end_lap()
 
@@ -237,17 +240,16 @@ class Sharing:
 
     def _make(self, current: _Call, call: Callable[..., Any]) -> Any:
         """Make a root call about which the ranks have met."""
-        kind, module = current.kind, current.module
+        kind = current.kind
         self._test(current)
         batch = None
         if kind.rule is not None:
             batch = cutting.batch_size(kind.rule, current.leaves)
         if kind.rule is None or batch is None or batch < current.team.size:
             return self._compute_whole(current, call, kind.reason or "the batch is too small")
-        parameters = list(objects.parameters(module))
-        if any(parameter.grad_fn is not None for parameter in parameters):
+        if any(parameter.grad_fn is not None for parameter in current.parameters):
             return self._compute_whole(current, call, "its parameters are computed from others")
-        self._leaves.add(parameters)
+        self._leaves.add(current.parameters)
         if torch.is_grad_enabled() and self._leaves.have_hooks():
             return self._compute_whole(current, call, "a parameter has a hook")
         return self._share(current, call, kind.rule, batch)
@@ -265,9 +267,10 @@ class Sharing:
             self._modules[module] = state = ModuleState(objects.class_name(module), self._numbers)
             self._numbers += 1
         state.calls += 1
-        if state.scalars is not None and state.scalars != kinds.scalars_of(module):
+        tree = objects.Tree(module)
+        if state.scalars is not None and state.scalars != kinds.scalars_of(tree):
             state.changes += 1
-        found = kinds.kind_of(module, args, kwargs)
+        found = kinds.kind_of(tree, args, kwargs)
         kind = state.kinds.get(found)
         if kind is None:
             kind = KindState(digest(found))
@@ -290,7 +293,8 @@ class Sharing:
         )
         with team.ending.between_calls():
             team.meet(header, what)
-        return _Call(team, state, kind, module, args, kwargs, leaves, what)
+        parameters_now = tree.parameters()
+        return _Call(team, state, kind, module, args, kwargs, leaves, tree, parameters_now, what)
 
     def _test(self, call: _Call) -> None:
         """Look for the rule of a kind of calls, if that is due."""
@@ -340,7 +344,8 @@ class Sharing:
     def _share(self, current: _Call, call: Callable[..., Any], rule: Rule, batch: int) -> Any:
         """Compute the own shard of a call, and return the output of the whole batch."""
         kind, team = current.kind, current.team
-        changes = Changes(current.module, kind.changed, kind.calls < BUFFER_CALLS)
+        copies_all = kind.calls < BUFFER_CALLS
+        changes = Changes(current.module, current.tree, kind.changed, copies_all)
         shard = self._compute_shard(current, call, rule, batch)
         foreign: list[torch.Tensor] = []
         if not shard.reason:
@@ -374,7 +379,7 @@ class Sharing:
         team.balance.count(Exchange.CALL)
         team.balance.count(Exchange.ROW, batch)
         kind.calls += 1
-        kind.changed.update(changes.changed_buffers())
+        kind.changed.update(changes.changed_buffers)
         if current.state.name not in self.shared:
             self._events.add("applied", "sharing", f"{current.state.name} is shared out")
         self.shared[current.state.name] += 1
@@ -447,7 +452,7 @@ def _find_foreign(current: _Call, shard: _Shard) -> list[torch.Tensor]:
     If it depends on other tensors that were computed outside, the shard gets the reason why the
     call cannot be shared out: their gradients would be partial.
     """
-    known = {id(parameter) for parameter in objects.parameters(current.module)}
+    known = set(map(id, current.parameters))
     entry = None if shard.anchor is None else shard.anchor.grad_fn
     pending: list[Any] = [output.grad_fn for output in shard.outputs]
     # A leaf among the outputs has no node.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from flatout.parallel.balance import Balance, Exchange, Graphs, Phase
 from flatout.parallel.channel import Channel, Group, for_sum, on_device
 from flatout.parallel.ending import Ending
-from flatout.parallel.header import Header, Meeting, first_difference
+from flatout.parallel.header import Header, Meeting, attached_bytes, first_difference
 from flatout.parallel.placement import UnshareableError
 from flatout.parallel.sameness import structure_digest
 
@@ -62,6 +62,7 @@ class Team:
         self.step = 0
         self.thread = threading.get_ident()
         self._meetings = 0
+        self._attached_bytes = attached_bytes(channel.size, channel.is_fast)
         self._connect = connect
         self._groups: dict[str, list[Group]] = {}
 
@@ -91,11 +92,24 @@ class Team:
         Raises:
             PartedError: see ``Ending.part``.
         """
-        header = dataclasses.replace(header, sequence=self._meetings)
+        return self._meet(header, what, alike, b"")[0]
+
+    def _meet(
+        self, header: Header, what: str, alike: Sequence[str], attached: bytes
+    ) -> tuple[list[Header], list[memoryview]]:
+        """Exchange headers with what is attached to them, at most ``_attached_bytes`` long; the
+        rest is as for ``meet``."""
+        own = header.pack(self._meetings)
         self._meetings += 1
         self.balance.count(Exchange.MEETING)
+        message = (own + attached).ljust(len(own) + self._attached_bytes, b"\0")
         with self.balance.spend(Phase.WAITING):
-            headers = [Header.unpack(data) for data in self.channel.meet(header.pack())]
+            messages = self.channel.meet(message)
+        packed = [bytes(data[: len(own)]) for data in messages]
+        of_others = [data[len(own) :] for data in messages]
+        headers = [Header.unpack(own)] * self.size
+        if any(data != own for data in packed):
+            headers = list(map(Header.unpack, packed))
         found = first_difference(headers, alike)
         if found is not None:
             name, rank = found
@@ -105,7 +119,7 @@ class Team:
                 headers[0].meeting in (Meeting.CALL, Meeting.BATCH),
                 self.channel.exchange,
             )
-        return headers
+        return headers, of_others
 
     # Tensors
 
@@ -188,11 +202,14 @@ class Team:
         """
         header = Header(0, Meeting.STATISTICS, structure=structure_digest(tensors))
         alike = ("sequence",) if is_in_forward else ("sequence", "meeting", "structure")
-        headers = self.meet(header, "adds up over all samples", alike)
+        attached = self._attach(tensors)
+        headers, of_others = self._meet(header, "adds up over all samples", alike, attached)
         if any(other.meeting is not Meeting.STATISTICS for other in headers):
             raise UnshareableError(PARTED)
         if any(other.structure != header.structure for other in headers):
             raise UnshareableError("its batch norms or sums over samples differ in sizes")
+        if attached:
+            return [_add_up_attached(tensors[0], of_others)]
         with self.summing(tensors):
             for channel, indices in self._by_channel(tensors):
                 by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -201,6 +218,16 @@ class Team:
                 for alike_tensors in by_dtype.values():
                     self._sum(channel, alike_tensors)
         return tensors
+
+    def _attach(self, tensors: Sequence[torch.Tensor]) -> bytes:
+        """Return the content of a small tensor to be added up, which need not be sent by itself;
+        nothing if there are several tensors, or a large one."""
+        (own, *others) = tensors
+        if others or not own.is_cpu or own.dtype is not torch.float64:
+            return b""
+        if own.nbytes > self._attached_bytes or not own.is_contiguous():
+            return b""
+        return ctypes.string_at(own.data_ptr(), own.nbytes)
 
     def _sum(self, channel: Channel, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors of one dtype by their sums over the ranks."""
@@ -271,6 +298,16 @@ class Team:
         values = values / self.size
         whole = torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=False)
         return whole.coalesce()
+
+
+def _add_up_attached(own: torch.Tensor, of_others: Sequence[memoryview]) -> torch.Tensor:
+    """Return the sum, in the order of the ranks, of what was attached to headers."""
+    elements = own.numel()
+    parts = [torch.frombuffer(data, dtype=own.dtype, count=elements) for data in of_others]
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.view(own.shape)
 
 
 def _or_empty(whole: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatout.errors import UserError
+from flatout.parallel import header
 from flatout.scaling.maximum import expected_maximum
 from flatout.scaling.measured import Exchanges, MeasuredRun
 from flatout.scaling.networks import Algorithm, Network, Software, gather_s, sum_s
@@ -51,9 +52,6 @@ that of all calls."""
 MOST_DEVIATIONS = 512
 """Deviations that are drawn at once: more tell little more, and take memory for each number of
 ranks."""
-
-HEADER_BYTES = 64
-"""What a rank says when the ranks meet (``parallel/header.py``)."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +394,8 @@ def compute_exchange_s(
     done = work.exchanges
     headers_s = software.header_s * ranks
     meeting_s = software.call_s + headers_s
-    meeting_s = meeting_s + gather_s(network, ranks, HEADER_BYTES * ranks, algorithm)
+    said_bytes = np.array([header.BYTES + header.attached_bytes(int(n), False) for n in ranks])
+    meeting_s = meeting_s + gather_s(network, ranks, said_bytes * ranks, algorithm)
     padded = ranks * largest_share(work.batch, ranks)
     padded_before = work.ranks * largest_share(work.batch, np.array([float(work.ranks)]))
     gathered_s = summed_s = np.zeros(len(ranks))
