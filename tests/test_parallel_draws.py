@@ -16,8 +16,8 @@ from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame, checkpo
 from flatout import kernels
 from flatout.intercept import dispatch
 from flatout.knobs.random import cpu as fast_random
-from flatout.parallel import draws, shards
-from flatout.parallel.placement import Draw, Placement, UnshareableError, place
+from flatout.parallel import draws, interior, shards
+from flatout.parallel.placement import Draw, Placement, Rows, UnshareableError, place
 from tests.rank_processes import Rank, Ranks, installed
 
 
@@ -376,3 +376,32 @@ def test_observing_records_and_changes_nothing() -> None:
         result = F.dropout(x), torch.rand(2), torch.get_rng_state()
     assert all(map(torch.equal, result, expected))
     assert found.draws == [Draw("dropout", (6, 4)), Draw("uniform_", (2,))]
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (5, 6), (0, 6)])
+@pytest.mark.parametrize(
+    ("shape", "order", "dim"),
+    [
+        ((6, 5, 4), (0, 1, 2), 0),
+        ((5, 6, 4), (0, 1, 2), 1),
+        ((6, 5, 4), (1, 0, 2), 1),
+        ((1, 6, 4), (0, 1, 2), 1),
+        ((6, 4, 3, 2), (0, 3, 1, 2), 0),
+    ],
+)
+def test_dropout_of_a_few_samples_in_any_order_of_memory(
+    shape: tuple[int, ...], order: tuple[int, ...], dim: int, rows: tuple[int, int]
+) -> None:
+    ones = torch.ones(shape).permute(order)
+    torch.manual_seed(0)
+    whole, following = F.dropout(ones, 0.4), torch.rand(1)
+    placement = Placement("dropout", whole.dim(), dim)
+    undo = interior.install()
+    try:
+        torch.manual_seed(0)
+        with shards.shard(*rows, 6, list, (placement,)):
+            part = F.dropout(ones.narrow(dim, rows[0], rows[1] - rows[0]), 0.4)
+        assert torch.equal(torch.rand(1), following)
+    finally:
+        undo()
+    assert torch.equal(part, placement.take(whole, Rows(*rows, 6)))

@@ -109,14 +109,14 @@ def _fill_with_ones(
 
 def _is_outermost(tensor: torch.Tensor, placement: Placement) -> bool:
     """Whether the samples of a shard follow each other in memory, as those of the batch do."""
-    assert placement.dim is not None
-    own = tensor.stride(placement.dim)
-    larger = (size > 1 and stride > own for size, stride in _dims(tensor))
-    return placement.is_outer and not any(larger)
+    shape, outermost = tensor.shape, _order_in_memory(tensor)[::-1]
+    found = next(dim for dim in outermost if shape[dim] > 1 or dim == placement.dim)
+    return placement.is_outer and found == placement.dim
 
 
-def _dims(tensor: torch.Tensor) -> zip[tuple[int, int]]:
-    return zip(tensor.shape, tensor.stride(), strict=True)
+def _order_in_memory(tensor: torch.Tensor) -> list[int]:
+    """Return the dimensions of a tensor, the innermost first."""
+    return sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), -dim))
 
 
 def _fill_by_probabilities(
@@ -272,8 +272,7 @@ def empty_whole(
     """
     assert placement.dim is not None
     whole = placement.whole_shape(tensor.shape, rows)
-    strides = list(tensor.stride())
-    order = sorted(range(tensor.dim()), key=lambda dim: (strides[dim], -dim))
+    strides, order = list(tensor.stride()), _order_in_memory(tensor)
     extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
     if extent == tensor.numel():
         step = 1
