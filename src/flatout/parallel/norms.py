@@ -145,12 +145,30 @@ def _measure(tensor: torch.Tensor, eps: float, state: shards.Shard) -> _Statisti
 def _measure_own(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and biased variance of the channels of a shard."""
     dtype = _accumulated(tensor)
+    if tensor.is_cpu and tensor.dim() > 2 and tensor.is_contiguous():
+        return _measure_planes(tensor.flatten(2), dtype)
     if tensor.is_cpu:
         # Running statistics set the type in which it computes.
         running = torch.zeros(tensor.shape[1], dtype=dtype, device="cpu")
         return torch.batch_norm_update_stats(tensor, running, running.clone(), 0.0)
     others = [0, *range(2, tensor.dim())]
     variance, mean = torch.var_mean(tensor.to(dtype), others, correction=0)
+    return mean, variance
+
+
+def _measure_planes(planes: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance of the channels of contiguous samples, for which torch's own
+    operator takes several times as long.
+
+    Args:
+        planes: by sample and channel.
+        dtype: in which torch computes batch norm. Of each plane, it is that of sums here.
+    """
+    samples, _, length = planes.shape
+    count = samples * length
+    mean = planes.sum(2, dtype=dtype).double().sum(0) / count
+    centered = planes - mean.to(dtype)[:, None]
+    variance = centered.square_().sum(2).double().sum(0) / count
     return mean, variance
 
 
