@@ -59,6 +59,7 @@ def cases() -> list[Case]:
             for mib, x in numbers.items()
         ),
         Case("mean, 32 MiB", lambda channel: channel.average([numbers[32]], [numbers[32]]), 1),
+        Case("no exchange, 32 MiB", lambda _: numbers[32].mul_(1.0), 1),
         Case("gathering, 4 MiB", lambda channel: channel.gather([numbers[4]], rows), 8),
     ]
 
@@ -76,7 +77,9 @@ def measure(rank: int, pairs: int, folder: Path) -> int:
     """Be one of the ranks. Rank 0 prints the figures, and returns 1 if one is too low."""
     place = Place(rank, RANKS, folder)
     ending = Ending(place, EventLog(RecordWriter(folder, os.getpid())), lambda reason: None)
-    channels = [joining.join(place, ending, may_share_memory=shares).channel for shares in (True, False)]
+    channels = [
+        joining.join(place, ending, may_share_memory=shares).channel for shares in (True, False)
+    ]
     status = 0
     for case in cases():
         times_us: list[list[float]] = [[], []]
