@@ -13,7 +13,8 @@ import pytest
 from flatout import knobs
 from flatout.cli import build_parser, main, pages
 from flatout.cli.options import duration_s
-from flatout.cli.verbs import verbs
+from flatout.cli.verbs import verbs, verify
+from flatout.wire.ratios import Ratio
 from flatout.wire.record import RecordError, StepCounter, read_process
 
 JOB_VERBS = [name for name, verb in verbs().items() if verb.TAKES_JOB]
@@ -67,6 +68,7 @@ def test_a_command_runs_with_and_without_dashes(capfd: pytest.CaptureFixture[str
         (["tune", "--exactness", "bitwize", "x"], "no class 'bitwize'; did you mean bitwise?"),
         (["tune", "--steps", "0", "x"], "--steps: '0' is not a positive integer"),
         (["verify", "--memory", "0.5", "x"], "--memory: '0.5' is less than 1"),
+        (["verify", "--at-least", "fast", "x"], "--at-least: 'fast' is not a speedup such as 1.2"),
         (["doctor", "--budget", "soon", "x"], "'soon' is not a time such as 90s, 5m or 1h"),
         (["tune", "--steps"], "--steps: expected one argument"),
         (["tune"], "it stands at the end, as in: flatout tune python train.py"),
@@ -262,3 +264,23 @@ def test_the_documentation_is_that_of_the_code(tmp_path: Path) -> None:
         for name in names:
             written, kept = tmp_path / folder / name, docs / folder / name
             assert written.read_text("utf-8") == kept.read_text("utf-8"), "run: make docs"
+
+
+@pytest.mark.parametrize(
+    ("low", "at_least", "said"),
+    [
+        (1.2, None, None),
+        (1.2, 1.2, None),
+        (
+            1.19,
+            1.2,
+            "the speedup of 1.30x (1.19 to 1.40, 5 pairs) is not shown to be at least 1.2x",
+        ),
+        (None, 1.5, "the speedup was not measured, so it is not shown to be at least 1.5x"),
+    ],
+)
+def test_verify_tells_whether_a_speedup_is_large_enough(
+    low: float | None, at_least: float | None, said: str | None
+) -> None:
+    claim = None if low is None else Ratio(1.3, low, 1.4, 5)
+    assert verify.find_shortfall(claim, at_least) == said

@@ -712,3 +712,90 @@ def refused() -> Results:
     model.rule = "mixes samples"  # type: ignore[assignment]
     model(torch.randn(7, 4)).square().mean().backward()
     return gradients(model)
+
+
+class Logits(nn.Module):
+    """Logits (batch, time, classes) of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.words(words)))
+        return logits
+
+
+@case
+def losses_of_logits() -> Results:
+    model, words = Logits(), torch.randint(11, (7, 5))
+    targets = torch.randint(11, (7, 5))
+    padded = targets.clone()
+    padded[3:] = -100
+    weight = torch.rand(11)
+    found: Results = {}
+    for number, options in enumerate(
+        (
+            {},
+            {"reduction": "sum"},
+            {"label_smoothing": 0.2},
+            {"weight": weight, "ignore_index": 4},
+            {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"},
+            {"reduction": "none"},
+        )
+    ):
+        model.zero_grad()
+        logits = model(words)
+        wanted = targets if "ignore_index" in options else padded
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), **options)  # type: ignore[arg-type]
+        loss.sum().backward()
+        found |= {f"{number}.loss": loss, **gradients(model, prefix=f"{number}.")}
+    return found
+
+
+@case
+def losses_of_images() -> Results:
+    model, x = nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (3, 2, 2))), torch.randn(7, 4)
+    target, positive = torch.rand(7, 3, 2, 2), torch.rand(3, 2, 2)
+    found: Results = {}
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "mse": lambda y: F.mse_loss(y, target),
+        "sum": lambda y: F.mse_loss(y.flatten(1), target.flatten(1), reduction="sum") / 7,
+        "huber": lambda y: F.huber_loss(y, target, delta=0.3),
+        "bce": lambda y: F.binary_cross_entropy_with_logits(y, target, pos_weight=positive),
+        "weighted": lambda y: F.binary_cross_entropy_with_logits(y, target, weight=target),
+        "broadcast": lambda y: F.smooth_l1_loss(y, target[:1].expand_as(target)),
+        "scaled": lambda y: F.mse_loss(2 * y, target),
+        "transposed": lambda y: F.mse_loss(y.transpose(0, 1), target.transpose(0, 1)),
+        "part": lambda y: F.mse_loss(y[1:5], target[1:5]),
+        "twice": lambda y: F.mse_loss(y, target) * F.huber_loss(y, target) + y.square().mean(),
+        "itself": lambda y: F.mse_loss(y, y.detach() + 1),
+    }
+    for name, function in functions.items():
+        model.zero_grad()
+        loss = function(model(x))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found |= {f"{name}.loss": loss, **gradients(model, prefix=f"{name}.")}
+    return found
+
+
+@case
+def penalty_on_the_gradient_of_a_loss() -> Results:
+    model, x, y = net(4, 8, 3), torch.randn(7, 4), torch.randn(7, 3)
+    loss = F.mse_loss(model(x), y)
+    first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    penalty = loss + sum(g.square().sum() for g in first)
+    penalty.backward()
+    return {"loss": loss, "penalty": penalty, **gradients(model)}
+
+
+@case
+def loss_of_what_depends_on_inputs() -> Results:
+    model, judge = net(4, 8, 3), net(3, 5, 2)
+    x, y = torch.randn(7, 4, requires_grad=True), torch.randint(2, (7,))
+    fake = model(x)
+    loss = F.cross_entropy(judge(fake), y)
+    loss.backward()
+    assert x.grad is not None
+    return {"loss": loss, "x": x.grad, **gradients(model, judge)}

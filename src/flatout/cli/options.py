@@ -27,6 +27,14 @@ def duration_s(text: str) -> float:
     return float(match[1]) * _UNITS_S[match[2]]
 
 
+def speedup(text: str) -> float:
+    """A speedup above 0, from a word such as ``1.2`` or ``1.2x``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x?", text)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a speedup such as 1.2")
+    return float(match[1])
+
+
 def memory_ratio(text: str) -> float:
     """A multiple of the bare program's peak memory, at least 1."""
     try:

@@ -168,7 +168,8 @@ KNOB = Knob(
         by_hand="`DistributedDataParallel(model, gradient_as_bucket_view=True, "
         "static_graph=True)`; `model.register_comm_hook(None, "
         "default_hooks.bf16_compress_hook)`. If gradients are accumulated over several backward "
-        "passes, put all but the last into `model.no_sync()`.",
+        "passes, put all but the last into `model.no_sync()`: only the program knows which one "
+        "is the last before an optimizer step, so the knob does not do it.",
         sources=(
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html",
             "https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html",

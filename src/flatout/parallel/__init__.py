@@ -251,7 +251,7 @@ class Parallel:
         return self._sharing.meet_ranks()
 
     def _form_team(self) -> Team:
-        from flatout.parallel import interior, joining, sameness
+        from flatout.parallel import interior, joining, losses, sameness
         from flatout.parallel.team import Team
 
         with self._ending.between_calls():
@@ -275,8 +275,13 @@ class Parallel:
                     "that train at the same time in one job are not supported"
                 )
         sameness.agree_on_kernel(channel.exchange)
-        self._undo.append(interior.install())
+        share_loss = functools.partial(losses.share, self._find_team_for_loss)
+        self._undo.append(interior.install(share_loss))
         return team
+
+    def _find_team_for_loss(self) -> Team | None:
+        """Return the ranks if they may compute a loss together now."""
+        return None if self._is_nested() else self._find_team(may_form=False)
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:

@@ -28,6 +28,9 @@ from flatout.parallel.sameness import structure_digest
 from flatout.parallel.sums import is_sum
 from flatout.parallel.team import Team
 
+LEAST_KEPT = 1 << 12
+"""Elements of a part from which on it is kept for a loss."""
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -45,11 +48,18 @@ class Crossing:
     dims: tuple[int | None, ...]
     graph: Graph | None = None
 
+    @property
+    def own_rows(self) -> tuple[int, int]:
+        """The first sample of the own shard, and the one after the last."""
+        return bounds(self.batch, self.team.size)[self.team.rank]
+
     def scatter(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the own rows of whole tensors."""
-        rows = bounds(self.batch, self.team.size)[self.team.rank]
         pairs = zip(self.dims, tensors, strict=True)
-        return [tensor if dim is None else cut_tensor(tensor, dim, *rows) for dim, tensor in pairs]
+        return [
+            tensor if dim is None else cut_tensor(tensor, dim, *self.own_rows)
+            for dim, tensor in pairs
+        ]
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return whole tensors from those of the shards, and means of those that are whole."""
@@ -159,14 +169,13 @@ def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> lis
 def reaches_shards(outputs: Iterable[Any]) -> bool:
     """Whether the graph of some tensors or ``GradientEdge`` has in it what shards have computed
     together."""
-    gathers: Any = _Gather
     pending: list[Any] = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node in seen:
             continue
-        if isinstance(node, gathers._backward_cls) or is_sum(node):
+        if is_gather(node) or is_sum(node):
             return True
         seen.add(node)
         pending += [following for following, _ in node.next_functions]
@@ -199,6 +208,7 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         joined = crossing.gather(tensors)
         ctx.crossing = crossing
+        ctx.parts = [t if _may_be_used(t, anchor) else None for t in tensors]
         ctx.graph = crossing.graph or crossing.team.graphs.open()
         ctx.recorded = [
             is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)
@@ -222,13 +232,25 @@ def _take_back(crossing: Crossing, gradients: Sequence[torch.Tensor]) -> list[to
 
     That of a mean may be partial, and is made whole, since what it flows into computes with it.
     """
-    parts = scatter(crossing, crossing.scaled(gradients, crossing.team.size))[:-1]
+    parts = crossing.scaled(scatter(crossing, gradients)[:-1], crossing.team.size)
     is_mean = [dim is None for dim in crossing.dims]
     if any(is_mean):
         wanted = [part for part, is_whole in zip(parts, is_mean, strict=True) if is_whole]
         means = iter(gather(crossing.select(is_mean), wanted, "computes gradients of gradients"))
         parts = [next(means) if is_whole else p for p, is_whole in zip(parts, is_mean, strict=True)]
     return parts
+
+
+def _may_be_used(part: torch.Tensor, anchor: torch.Tensor | None) -> bool:
+    """Whether a loss may be computed of a part instead of the gathered tensor. It may not if a
+    backward call must reach the inputs of the shard on all ranks."""
+    return anchor is None and part.is_floating_point() and part.numel() >= LEAST_KEPT
+
+
+def is_gather(node: Any) -> bool:
+    """Whether a node of an autograd graph has gathered outputs of shards."""
+    gathers: Any = _Gather
+    return isinstance(node, gathers._backward_cls)
 
 
 def _is_differentiable(tensor: torch.Tensor) -> bool:

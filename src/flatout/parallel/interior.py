@@ -8,14 +8,18 @@ from flatout.intercept.patch import Undo
 from flatout.parallel import devices, draws, norms, shards, sums
 
 
-def install() -> Undo:
+def install(outside: sums.Outside = lambda *_: None) -> Undo:
     """Override the operators that must know of shards; returns the undo.
+
+    Args:
+        outside: computes losses outside of shards, see ``losses.share``.
 
     Outside of ``shards.shard`` and ``shards.observing`` they do what they do without.
     """
     keys = devices.dispatch_keys()
     with contextlib.ExitStack() as undo:
-        for part in (draws.install, norms.install, sums.install):
-            undo.callback(part(keys))
+        undo.callback(draws.install(keys))
+        undo.callback(norms.install(keys))
+        undo.callback(sums.install(keys, outside))
         undo.callback(shards.install_checkpoint())
         return undo.pop_all().close

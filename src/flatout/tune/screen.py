@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
-from flatout.errors import UserError
 from flatout.tune import candidates, design, formatting, pairs, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
@@ -86,12 +85,22 @@ class _JobEndedError(Exception):
         self.steps = steps
 
 
+class TooFewStepsError(Exception):
+    """Raised with the reason if the program ends too early to compare anything in one process."""
+
+
 class Screening(TuneStage):
-    """The screening of one tune."""
+    """The screening of one tune.
+
+    Attributes:
+        not_compared: the candidates that could not be compared in one process, because the program
+            ends too early. They are to be compared in fresh processes.
+    """
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
         self._job_steps = bare.job_steps
+        self.not_compared: list[Candidate] = []
 
     @property
     def _has_job_ended(self) -> bool:
@@ -108,7 +117,7 @@ class Screening(TuneStage):
             hot: the candidates; each must already be entered in the ledger.
 
         Raises:
-            UserError: the program ends too early to compare anything, or fails when it runs again.
+            UserError: the program fails when it runs again.
         """
         return self._look_again(self._reduce(self._rank(hot)), hot)
 
@@ -165,6 +174,10 @@ class Screening(TuneStage):
             except _JobEndedError:
                 groups = self._divide([candidate for group in groups for candidate in group])
                 count = len(groups)
+            except TooFewStepsError as reason:
+                self._ledger.print_line(f"{reason}, so settings are compared in fresh processes")
+                self.not_compared = [candidate for group in groups for candidate in group]
+                return
             else:
                 groups = groups[1:]
 
@@ -375,7 +388,7 @@ class Screening(TuneStage):
         Raises:
             _JobEndedError: the job has ended in this comparison, before all its blocks.
             TrialFailedError: the program fails under one of the arms.
-            UserError: the program ends too early to compare anything.
+            TooFewStepsError: the program ends too early to compare anything.
         """
         comparison = size_comparison(
             arms,
@@ -424,7 +437,7 @@ def size_comparison(
             any run so far.
 
     Raises:
-        UserError: the program ends too early to compare anything.
+        TooFewStepsError: the program ends too early.
     """
     fewest = count_fewest_rounds(len(arms))
     block_steps = max(BLOCK_STEPS, round(BLOCK_S / step_s))
@@ -445,9 +458,9 @@ def size_comparison(
     block_steps = min(block_steps, usable // (rounds * len(arms)))
     if block_steps < MINIMUM_BLOCK_STEPS:
         needed = job_steps - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
-        raise UserError(
-            f"this program ends after {job_steps} steps, but flatout tune needs at least {needed} "
-            f"steps to compare {len(arms)} combinations of settings; try fewer knobs with --knobs"
+        raise TooFewStepsError(
+            f"this program ends after {job_steps} steps, and comparing {len(arms)} combinations of "
+            f"settings in one process takes at least {needed}"
         )
     discard_steps = max(DISCARD_STEPS, block_steps // 4)
     return dataclasses.replace(

@@ -137,6 +137,7 @@ class Tuner:
         screening, cold_trials, prover = Screening(*shared), ColdTrials(*shared), Prover(*shared)
         stack = screening.find_stack([one for one in survey.candidates if one.is_hot])
         cold = [one for one in survey.candidates if not one.is_hot]
+        cold = [*screening.not_compared, *cold]
         settings = cold_trials.extend(stack, cold)
         if not settings:
             self._ledger.outcome.why = "no setting is faster than the bare program, beyond noise"

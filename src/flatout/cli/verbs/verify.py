@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from flatout.plan import Plan
     from flatout.tune.journal import Journal
     from flatout.tune.ledger import Options, Outcome
+    from flatout.wire.ratios import Ratio
 
 SUMMARY = "prove a plan again, over as many steps and seeds as you want"
 EXAMPLES = (
     "flatout verify python train.py",
     "flatout verify --plan big.toml --steps 2000 --seeds 8 python train.py",
+    "flatout verify --at-least 1.2 python train.py",
 )
 TAKES_JOB = True
 ARGUMENT = ""
@@ -43,14 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of baseline/plan pairs of runs, each with its own seed "
         f"(default: {DEFAULT_SEEDS})",
     )
+    parser.add_argument(
+        "--at-least",
+        type=options.speedup,
+        metavar="X",
+        help="end with 1 unless the whole interval of the measured speedup is at or above X, such "
+        "as 1.2",
+    )
     options.add_proof(parser, "verify")
     options.add_verbose(parser, "every run and every check")
     options.add_in_place(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Verify; the exit status is 0 if the plan passes, 1 if it does not, 130 after Ctrl-C, and 143
-    after SIGTERM."""
+    """Verify; the exit status is 0 if the plan passes, 1 if it does not or is not as fast as it is
+    to be, 130 after Ctrl-C, and 143 after SIGTERM."""
     from flatout.launch import interruption
 
     with interruption.note_signals():
@@ -86,10 +95,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     finally:
         opened.close()
     say(verdict)
-    _print_proof(arguments, outcome)
+    claim = _print_proof(arguments, outcome)
     if outcome.interrupted:
         return interruption.exit_status()
-    return 0 if outcome.evidence is not None else 1
+    too_slow = find_shortfall(claim, arguments.at_least)
+    if too_slow is not None:
+        say(too_slow)
+    return 0 if outcome.evidence is not None and too_slow is None else 1
 
 
 def _options(arguments: argparse.Namespace, proven: Plan) -> Options:
@@ -151,7 +163,24 @@ def _write(arguments: argparse.Namespace, proven: Plan, outcome: Outcome) -> str
     return said
 
 
-def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> None:
+def find_shortfall(claim: Ratio | None, at_least: float | None) -> str | None:
+    """Return that a speedup is not shown to be large enough; ``None``: it is, or need not be.
+
+    Args:
+        claim: the measured speedup.
+        at_least: what it must be.
+    """
+    if at_least is None:
+        return None
+    if claim is None:
+        return f"the speedup was not measured, so it is not shown to be at least {at_least:g}x"
+    if claim.low >= at_least:
+        return None
+    return f"the speedup of {claim} is not shown to be at least {at_least:g}x"
+
+
+def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> Ratio | None:
+    """Print the speedup and the proof; returns the speedup."""
     from flatout.report import words
     from flatout.tune import result
 
@@ -161,6 +190,7 @@ def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> None:
     if document.proof is not None:
         for line in words.proof_lines(document.proof, arguments.verbose):
             say(line)
+    return document.claim
 
 
 def _is_of_these_conditions(proven: Plan, command: Sequence[str]) -> bool:
