@@ -141,6 +141,26 @@ def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: 
         assert {check.name for check in outcome.evidence.checks} >= {"gradients", "losses", "state"}
 
 
+@pytest.mark.tunes
+@pytest.mark.usefixtures("two_pairs")
+def test_a_short_program_is_profiled_and_compared_in_fresh_processes(tmp_path: Path) -> None:
+    """It ends before a comparison in one process, and before its steps are profiled."""
+    command = write(tmp_path, MANY_TENSORS, steps=47)
+    options = Options(
+        budget_seconds=90, isolate=False, knobs=("optimizer", "clipping", "attention")
+    )
+    opened = journal.begin("tune", command)
+    made = Tuner(command, options, opened, lambda _: None, lambda *_: None, lambda _: None)
+    outcome = made.run()
+    opened.close()
+    assert outcome.job_steps == 47
+    assert not find_compared(outcome)
+    tried = {knob for entry in outcome.entries for knob in entry.settings if entry.ratio}
+    assert tried == {"optimizer"}
+    assert {"clipping", "attention"} <= outcome.refused.keys()
+    assert set(outcome.settings) <= {"optimizer"}
+
+
 def test_nothing_to_try_is_a_result(tmp_path: Path) -> None:
     program = """
 import torch

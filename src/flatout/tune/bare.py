@@ -6,6 +6,7 @@ program trains at all, and how many steps it has. Every later stage gets this as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from flatout.tune import formatting, pairs
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.wire.profile import Profile
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import Request
 
@@ -42,6 +44,10 @@ longer."""
 
 PROFILE_STEPS = 5
 """Number of steps that the first run makes under the profiler, after the steps that are timed."""
+
+STEPS_BESIDE_PROFILE = 3
+"""Number of steps that a profile takes beside the profiled ones: one before them and one after, and
+one whose FLOPs are counted."""
 
 RELAY_MEMORY_FACTOR = 3
 """Two runs exist at the same time only if the available memory is at least this many times the bare
@@ -100,6 +106,9 @@ def run(
     first = _run_first(options, trials, limit_s)
     timed = _find_timed_steps(first, options, limit_s)
     process = first.process
+    if first.ended and (process.profile is None or not process.profile.operators):
+        print_line("it ends before its steps were profiled, so it runs again")
+        process = dataclasses.replace(process, profile=_profile_early(options, trials, process))
     step_s = pairs.step_ms(process) / 1e3
     in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
@@ -130,6 +139,24 @@ def _run_first(options: Options, trials: Trials, limit_s: float) -> Trial:
         return trials.run(request, max(2 * options.budget_seconds, LEAST_LIMIT_S))
     except TrialFailedError as failure:
         raise pairs.to_user_error("the program does not run", failure) from failure
+
+
+def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> Profile | None:
+    """Run a program again of which the first run has reached the end, and profile its last steps:
+    without a profile, settings would be tried that concern nothing in this program.
+
+    Raises:
+        UserError: the program fails.
+    """
+    request = Request(
+        seed=options.seed,
+        stop_steps=len(process.loop_steps) - PROFILE_STEPS - STEPS_BESIDE_PROFILE,
+        profile_steps=PROFILE_STEPS,
+    )
+    try:
+        return trials.run(request, max(2 * options.budget_seconds, LEAST_LIMIT_S)).process.profile
+    except TrialFailedError as failure:
+        raise pairs.to_user_error("the program fails when it runs again", failure) from failure
 
 
 def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[Step]:
