@@ -94,6 +94,7 @@ class Profiler:
         self._profiler: Any = None
         self._flops: FlopCounter | None = None
         self._result = Profile()
+        self._is_written = False
         self._next_part: Callable[[], bool] = self._start
 
     def at_boundary(self, turn: Turn) -> bool:
@@ -113,12 +114,15 @@ class Profiler:
         return self._steps_left <= 0 and self._next_part()
 
     def close(self) -> None:
-        """Stop torch's profiler or the FLOP counter, which must not outlive the interpreter."""
+        """Stop torch's profiler or the FLOP counter, which must not outlive the interpreter. What
+        was measured before the program has ended is recorded."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
         if self._next_part == self._finish and self._flops is not None:
             self._flops.__exit__(None, None, None)
+        if self._result.operators and not self._is_written:
+            self._write()
 
     def _is_long_enough(self) -> bool:
         return len(self._boundaries_ns) > FEWEST_STEPS and self._has_taken(ENOUGH_SECONDS)
@@ -219,12 +223,16 @@ class Profiler:
             uncountable=self._flops.uncountable,
         )
         self._host.mark = None
+        self._write()
+        return True
+
+    def _write(self) -> None:
         try:
             self._result = replace(self._result, facts=facts.collect(self._host))
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._add_failure("facts", error)
         self._host.record.write(self._result)
-        return True
+        self._is_written = True
 
     def _add_failure(self, subject: str, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"
