@@ -314,7 +314,8 @@ def test_an_interrupted_program_goes_on_alone(place: str, tmp_path: Path) -> Non
     assert shared == 5
     assert len(expected) == 10
     for line, values in zip(found, expected, strict=True):
-        assert line == pytest.approx(values, rel=1e-9)
+        # Before a batch norm, gradients of biases are 0 but for rounding, which Adam enlarges.
+        assert line == pytest.approx(values, rel=1e-8)
     assert (tmp_path / "2-rank-0" / "model.pt").exists()
 
 

@@ -51,7 +51,8 @@ def test_gentler_settings_end_at_off() -> None:
     assert search.find_gentler("precision", "safe") == "medium"
     assert search.find_gentler("precision", "medium") is None
     assert search.find_gentler("precision", "bf16", ("bf16", "medium")) == "medium"
-    assert search.find_gentler("random", "fast") is None, "the form for proofs is no gain"
+    assert search.find_gentler("random", "fast") == "same"
+    assert search.find_gentler("random", "same") is None, "the form for proofs is no gain"
     with pytest.raises(UnknownSettingError):
         search.find_gentler("precision", "int3")
 

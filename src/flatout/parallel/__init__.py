@@ -275,13 +275,13 @@ class Parallel:
                     "that train at the same time in one job are not supported"
                 )
         sameness.agree_on_kernel(channel.exchange)
-        share_loss = functools.partial(losses.share, self._find_team_for_loss)
+
+        def find_team_for_loss() -> Team | None:
+            return None if self._is_nested() else self._find_team(may_form=False)
+
+        share_loss = functools.partial(losses.share, find_team_for_loss)
         self._undo.append(interior.install(share_loss))
         return team
-
-    def _find_team_for_loss(self) -> Team | None:
-        """Return the ranks if they may compute a loss together now."""
-        return None if self._is_nested() else self._find_team(may_form=False)
 
     def _include(self, optimizer: Any) -> None:
         if not self._is_alone:
