@@ -1,6 +1,6 @@
 """Programs of the suite with ``--ranks``, against the same programs in one process.
 
-    python -m benchmarks.ranks [--ranks 2] [--pairs 5] [--length 0.5] [--predict 8 64] [PROGRAM ...]
+    python -m benchmarks.ranks [--ranks 2] [PROGRAM ...] [--pairs 5] [--length 0.5] [--predict 8 64]
 
 Both arms run under ``flatout run`` on all cores, one after the other in pairs whose order changes.
 Of each run the median step time of its steady steps counts, and the whole job by an outside clock.

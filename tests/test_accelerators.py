@@ -41,6 +41,14 @@ INTEL = {
         ({}, {"CUDA_VISIBLE_DEVICES": "2, 3"}, {"CUDA_VISIBLE_DEVICES": ["2", "3"]}),
         (AMD, {"HIP_VISIBLE_DEVICES": ""}, {}),
         (CONTAINER, {"CUDA_VISIBLE_DEVICES": "-1"}, {}),
+        (CONTAINER, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, {}),
+        (CONTAINER, {"CUDA_VISIBLE_DEVICES": "0,-1,1"}, {"CUDA_VISIBLE_DEVICES": ["0"]}),
+        (
+            AMD,
+            {"CUDA_VISIBLE_DEVICES": "1"},
+            {"CUDA_VISIBLE_DEVICES": ["1"], "HIP_VISIBLE_DEVICES": ["1"]},
+        ),
+        (AMD, {"ROCR_VISIBLE_DEVICES": "1"}, {"HIP_VISIBLE_DEVICES": ["0"]}),
         ({}, {"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, {"CUDA_VISIBLE_DEVICES": ["MIG-a", "MIG-b"]}),
     ],
 )

@@ -10,14 +10,9 @@ from tests.ranks import gradients
 
 PROGRAM = """
 from flatout import agent
-from flatout.parallel import crossing, joining, losses, overlapping, sums
+from flatout.parallel import joining, overlapping
 from tests.ranks import gradients
 
-shared_losses = []
-if SHARES_LOSSES:
-    losses.LEAST_ELEMENTS = crossing.LEAST_KEPT = 1
-    apply = sums.SharedLoss.apply
-    sums.SharedLoss.apply = lambda *given: (shared_losses.append(1), apply(*given))[1]
 if IS_OVER_GLOO:
     joining.share_memory = lambda *given: None
     begin = overlapping.Overlap._begin
@@ -34,9 +29,7 @@ for name in gradients.CASES:
     found[name] = gradients.run(name)
     found[name]["shared"] = torch.tensor(sum(shared.values()) - before)
     found[name]["begun"] = torch.tensor(len(begun))
-    found[name]["losses"] = torch.tensor(len(shared_losses))
     begun.clear()
-    shared_losses.clear()
 torch.save(found, "results.pt")
 print("done")
 """
@@ -52,14 +45,13 @@ WHOLE = {
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(scope="module", params=["memory", "gloo", "losses"])
+@pytest.fixture(scope="module", params=["memory", "gloo"])
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[gradients.Results]]:
     """What the cases give alone, and on ranks that share memory, or average gradients over gloo
-    while they compute others, or share out losses of outputs of any size."""
+    while they compute others."""
     program = PROGRAM.replace("IS_OVER_GLOO", str(request.param == "gloo"))
-    program = program.replace("SHARES_LOSSES", str(request.param == "losses"))
     folder = tmp_path_factory.mktemp("gradients")
     found = {}
     for ranks in (1, 2, 3):
@@ -73,8 +65,6 @@ def results(
     for of_rank in found[2]:
         has_begun = sum(int(case["begun"]) for case in of_rank.values())
         assert bool(has_begun) == (request.param == "gloo")
-        count = sum(int(case["losses"]) for case in of_rank.values())
-        assert (count > 15) == (request.param == "losses"), count
     return found
 
 
@@ -89,7 +79,7 @@ def test_gradients_are_those_of_one_process(
         assert bool(found["shared"]) == (name not in WHOLE)
         assert found.keys() == alone.keys(), rank
         for key, expected in alone.items():
-            if key in ("shared", "begun", "losses"):
+            if key in ("shared", "begun"):
                 continue
             error = (found[key].double() - expected.double()).abs().max()
             scale = expected.double().abs().max()

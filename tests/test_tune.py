@@ -156,12 +156,8 @@ def test_a_short_program_is_profiled_and_compared_in_fresh_processes(tmp_path: P
     assert outcome.job_steps == 47
     assert not find_compared(outcome)
     tried = {knob for entry in outcome.entries for knob in entry.settings if entry.ratio}
-    assert tried == {"optimizer"}, (outcome.refused, outcome.entries, outcome.why)
-    assert {"clipping", "attention"} <= outcome.refused.keys(), (
-        outcome.refused,
-        outcome.entries,
-        outcome.why,
-    )
+    assert tried == {"optimizer"}
+    assert {"clipping", "attention"} <= outcome.refused.keys()
     assert set(outcome.settings) <= {"optimizer"}
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -64,3 +68,34 @@ def test_a_generator_of_the_program() -> None:
     twister.fill(found, 0.2, generator)
     assert torch.equal(found, expected)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_threads_draw_no_number_twice() -> None:
+    torch.manual_seed(0)
+    masks: list[bytes] = []
+
+    def draw() -> None:
+        for _ in range(60):
+            found = torch.empty(40_000, dtype=torch.bool)
+            if not twister.fill(found, 0.5):
+                found.bernoulli_(0.5)
+            masks.append(found.numpy().tobytes())
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(masks)) == len(masks) == 120
+
+
+def test_a_generator_of_another_kind_and_a_state_made_by_hand() -> None:
+    tensor = torch.empty(9)
+    other: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert not twister.can_fill(tensor, 0.5, other)
+    generator = torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    state[8] = 5  # words that are left, with the index of the first unchanged
+    generator.set_state(state)
+    assert not twister.fill(tensor, 0.5, generator)
+    assert torch.equal(generator.get_state(), state)

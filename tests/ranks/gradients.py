@@ -783,7 +783,7 @@ def losses_of_images() -> Results:
 @case
 def penalty_on_the_gradient_of_a_loss() -> Results:
     model, x, y = net(4, 8, 3), torch.randn(7, 4), torch.randn(7, 3)
-    loss = F.mse_loss(model(x), y)
+    loss = F.mse_loss(model(x), y).sqrt()
     first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     penalty = loss + sum(g.square().sum() for g in first)
     penalty.backward()

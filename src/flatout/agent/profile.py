@@ -168,6 +168,7 @@ class Profiler:
             self._result = aggregate(events, boundaries_us)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._add_failure("profile", error)
+        self._collect_facts()  # at the end of the program, its objects may be gone
         self._profiler = None
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
@@ -223,14 +224,17 @@ class Profiler:
             uncountable=self._flops.uncountable,
         )
         self._host.mark = None
+        self._collect_facts()
         self._write()
         return True
 
-    def _write(self) -> None:
+    def _collect_facts(self) -> None:
         try:
             self._result = replace(self._result, facts=facts.collect(self._host))
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._add_failure("facts", error)
+
+    def _write(self) -> None:
         self._host.record.write(self._result)
         self._is_written = True
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,12 @@ ONES = {
 _DRAWN_BITS = 53
 """Random bits of a number (``at::uniform_real_distribution<double>``)."""
 
+_ATTEMPTS = 3
+"""Attempts to draw without that another thread draws at the same time."""
+
+_drawing = threading.Lock()
+"""Held while numbers are drawn: torch holds a lock of the generator."""
+
 _CHECKED = 1000
 """Numbers that are compared with torch's: more than one table of the generator has."""
 
@@ -41,9 +48,16 @@ def agrees() -> bool:
     return _load() is not None and _is_as_torchs()
 
 
-def can_fill(tensor: torch.Tensor, p: float) -> bool:
-    """Whether a tensor is dense and of a supported dtype, and ``p`` is a probability."""
-    return tensor.is_cpu and tensor.dtype in ONES and 0.0 <= p <= 1.0 and is_dense(tensor)
+def can_fill(tensor: torch.Tensor, p: float, generator: torch.Generator | None = None) -> bool:
+    """Whether a tensor is dense and of a supported dtype, ``p`` is a probability, and the generator
+    one of the CPU."""
+    return (
+        tensor.is_cpu
+        and tensor.dtype in ONES
+        and 0.0 <= p <= 1.0
+        and (generator is None or generator.device.type == "cpu")
+        and is_dense(tensor)
+    )
 
 
 def fill(
@@ -53,9 +67,12 @@ def fill(
     *,
     count: int | None = None,
     start: int = 0,
-) -> None:
+) -> bool:
     """Fill a tensor in place with ones, each with probability ``p``, and zeros, in the order of
     memory.
+
+    Returns whether that was done. It is not if another thread keeps drawing from the generator
+    meanwhile, or if its state is not one that it comes to by itself; torch's kernel must do it.
 
     Args:
         tensor: see ``can_fill``.
@@ -69,13 +86,19 @@ def fill(
     elements = tensor.numel()
     bits, one = ONES[tensor.dtype]
     source = torch.default_generator if generator is None else generator
-    state = source.get_state()
-    kernel(
-        state.data_ptr(),
-        *(elements if count is None else count, start, start + elements),
-        *(math.ceil(p * 2**_DRAWN_BITS), one, bits // 8, tensor.data_ptr()),
-    )
-    source.set_state(state)
+    with _drawing:
+        for _ in range(_ATTEMPTS):
+            before = source.get_state()
+            state = before.clone()
+            is_done = kernel(
+                state.data_ptr(),
+                *(elements if count is None else count, start, start + elements),
+                *(math.ceil(p * 2**_DRAWN_BITS), one, bits // 8, tensor.data_ptr()),
+            )
+            if is_done and torch.equal(source.get_state(), before):
+                source.set_state(state)
+                return True
+    return False
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -92,13 +115,13 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _load() -> Callable[..., None] | None:
+def _load() -> Callable[..., int] | None:
     """Return the compiled kernel, ``None`` if it cannot be built or loaded."""
     try:
         found = kernels.load("twister").twister_bernoulli
     except kernels.KernelError:
         return None
-    found.restype = None
+    found.restype = ctypes.c_int
     found.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),

@@ -71,9 +71,11 @@ static void write(const uint32_t *words, int64_t count, uint64_t below, uint64_t
 }
 
 /* Draw `count` numbers, and write those from `start` on and before `stop`: `one` if the 53 bits are
-   less than `below`, else 0. `one` has `bytes` bytes. */
-void twister_bernoulli(struct state *state, int64_t count, int64_t start, int64_t stop,
+   less than `below`, else 0. `one` has `bytes` bytes. Returns 0 if the state is none that the
+   generator comes to by itself, and 1 otherwise. */
+int twister_bernoulli(struct state *state, int64_t count, int64_t start, int64_t stop,
                        uint64_t below, uint64_t one, int bytes, char *to) {
+    if (state->left != 1 && state->left + (int64_t)state->next != WORDS + 1) return 0;
     uint32_t words[WORDS], drawn[WORDS + 1];
     for (int i = 0; i < WORDS; i++) words[i] = (uint32_t)state->words[i];
     int at = state->left == 1 ? WORDS : (int)state->next, kept = 0;
@@ -104,4 +106,5 @@ void twister_bernoulli(struct state *state, int64_t count, int64_t start, int64_
         state->next = (uint64_t)at;
         state->left = WORDS + 1 - at;
     }
+    return 1;
 }

@@ -8,6 +8,7 @@ documentation of ``/sys/class/kfd`` and ``/sys/class/drm``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,12 +32,23 @@ def visible(variables: Mapping[str, str], root: Path = ROOT) -> dict[str, list[s
     """
     found = {}
     for name, count in _COUNTS.items():
+        number = count(root)
         given = variables.get(name)
-        listed = list(map(str, range(count(root)))) if given is None else given.split(",")
-        names = [part.strip() for part in listed if part.strip()]
-        if names and not names[0].startswith("-"):
+        if name == _OF_AMD and given is None and number:
+            # ROCm takes CUDA's variable too, and has one below it, by which devices are renumbered.
+            given = variables.get(_OF_NVIDIA)
+            below = variables.get("ROCR_VISIBLE_DEVICES")
+            number = number if below is None else len(_read(below))
+        names = list(map(str, range(number))) if given is None else _read(given)
+        if names:
             found[name] = names
     return found
+
+
+def _read(listed: str) -> list[str]:
+    """Return what a variable names: what follows a word that names no device is not seen."""
+    names = [part.strip() for part in listed.split(",")]
+    return list(itertools.takewhile(lambda name: name and name not in _NO_DEVICE, names))
 
 
 def share_out(found: Mapping[str, list[str]], number: int) -> dict[str, str]:
@@ -73,9 +85,13 @@ def _count_intel(root: Path) -> int:
     return sum((text(vendor) or "").strip() == _INTEL for vendor in vendors)
 
 
+_OF_NVIDIA, _OF_AMD = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+
+_NO_DEVICE = ("-1", "NoDevFiles")
+
 _COUNTS: Mapping[str, Callable[[Path], int]] = {
-    "CUDA_VISIBLE_DEVICES": _count_nvidia,
-    "HIP_VISIBLE_DEVICES": _count_amd,
+    _OF_NVIDIA: _count_nvidia,
+    _OF_AMD: _count_amd,
     "ZE_AFFINITY_MASK": _count_intel,
 }
 """How the accelerators are counted that a variable hides."""

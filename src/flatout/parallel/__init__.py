@@ -95,7 +95,7 @@ class Parallel:
             return
         self._host.events.add("noticed", "ranks", self._team.balance.describe())
         self._ending.note_end()
-        self._team.close()
+        self._team.close(is_together=True)
         self._team = None
 
     def forget(self) -> None:
@@ -136,7 +136,7 @@ class Parallel:
             self._host.record.write(
                 summary.work_of(self._sharing, self._team, self._host.record.started_ns)
             )
-            self._team.close()
+            self._team.close(is_together=False)
             self._team = None
         if self._host.request.ranks is not None:
             from flatout.parallel import processors
@@ -251,7 +251,7 @@ class Parallel:
         return self._sharing.meet_ranks()
 
     def _form_team(self) -> Team:
-        from flatout.parallel import interior, joining, losses, sameness
+        from flatout.parallel import interior, joining, sameness
         from flatout.parallel.team import Team
 
         with self._ending.between_calls():
@@ -275,12 +275,7 @@ class Parallel:
                     "that train at the same time in one job are not supported"
                 )
         sameness.agree_on_kernel(channel.exchange)
-
-        def find_team_for_loss() -> Team | None:
-            return None if self._is_nested() else self._find_team(may_form=False)
-
-        share_loss = functools.partial(losses.share, find_team_for_loss)
-        self._undo.append(interior.install(share_loss))
+        self._undo.append(interior.install())
         return team
 
     def _include(self, optimizer: Any) -> None:

@@ -28,9 +28,6 @@ from flatout.parallel.sameness import structure_digest
 from flatout.parallel.sums import is_sum
 from flatout.parallel.team import Team
 
-LEAST_KEPT = 1 << 12
-"""Elements of a part from which on it is kept for a loss."""
-
 
 @dataclass(frozen=True)
 class Crossing:
@@ -208,7 +205,6 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         joined = crossing.gather(tensors)
         ctx.crossing = crossing
-        ctx.parts = [t if _may_be_used(t, anchor) else None for t in tensors]
         ctx.graph = crossing.graph or crossing.team.graphs.open()
         ctx.recorded = [
             is_flagged(recorded, i) and _is_differentiable(t) for i, t in enumerate(joined)
@@ -239,12 +235,6 @@ def _take_back(crossing: Crossing, gradients: Sequence[torch.Tensor]) -> list[to
         means = iter(gather(crossing.select(is_mean), wanted, "computes gradients of gradients"))
         parts = [next(means) if is_whole else p for p, is_whole in zip(parts, is_mean, strict=True)]
     return parts
-
-
-def _may_be_used(part: torch.Tensor, anchor: torch.Tensor | None) -> bool:
-    """Whether a loss may be computed of a part instead of the gathered tensor. It may not if a
-    backward call must reach the inputs of the shard on all ranks."""
-    return anchor is None and part.is_floating_point() and part.numel() >= LEAST_KEPT
 
 
 def is_gather(node: Any) -> bool:

@@ -24,6 +24,9 @@ from flatout.parallel.channel import MEETING_SECONDS, Channel, Group, Lost, as_b
 _GROUPS = {"cuda": "ProcessGroupNCCL", "xpu": "ProcessGroupXCCL"}
 """Classes of torch for the types of devices. ``cuda`` is ROCm as well, with RCCL."""
 
+_MIXED_BY = 0x1E3779B97F4A7C15
+"""An odd number with its bits spread (Knuth 1998, "Sorting and Searching", section 6.4)."""
+
 _DIGEST_ROWS = 1024
 """Parts of a tensor of which a digest is made on the device, and compared in their order."""
 
@@ -55,7 +58,10 @@ def connect(of: torch.device, channel: Channel, store: Any, lost: Lost) -> list[
     if made is None or None in identities or len(set(map(tuple, identities))) < channel.size:
         return []
     groups = [_make_group(made, name, channel, store) for name in ("together", "beside")]
-    return [Group(group, channel.rank, channel.size, lost, of) for group in groups]
+    found = [Group(group, channel.rank, channel.size, lost, of) for group in groups]
+    for group in found:  # NCCL connects at the first exchange, for which all ranks must come
+        group.sum([torch.zeros(1, device=of)])
+    return found
 
 
 def _group_class(type_: str) -> Any:
@@ -102,8 +108,11 @@ def _compute_in_float32(older: Any, newer: Sequence[Any]) -> Undo:
         newer: those with ``fp32_precision``.
     """
     try:
+        precision = torch.get_float32_matmul_precision()
         if older.allow_tf32:
             older.allow_tf32 = False
+            if older is torch.backends.cuda.matmul and precision != "highest":
+                return functools.partial(torch.set_float32_matmul_precision, precision)
             return functools.partial(setattr, older, "allow_tf32", True)
         return lambda: None
     except RuntimeError:  # the program has used the newer ones
@@ -128,8 +137,7 @@ def to_digest(tensor: torch.Tensor) -> torch.Tensor:
     """Return numbers in main memory that tell a tensor's content: for a tensor on an accelerator, a
     digest of each of up to ``_DIGEST_ROWS`` parts, so that little is copied. The host waits.
 
-    ``torch.hash_tensor`` adds up bits by XOR, whatever their order, so two equal parts at other
-    places differ, and two elements that have changed places in a part do not.
+    ``torch.hash_tensor`` adds up bits by XOR, so words are mixed with their places before.
     """
     if tensor.is_cpu or not hasattr(torch, "hash_tensor"):
         return as_bytes(tensor).cpu()
@@ -140,5 +148,7 @@ def to_digest(tensor: torch.Tensor) -> torch.Tensor:
     if data.storage_offset() % 8:
         data = data.clone()
     length = 8 * words * _DIGEST_ROWS
-    digests = torch.hash_tensor(data[:length].view(torch.int64).view(_DIGEST_ROWS, words), 1)
+    mixed = data[:length].view(torch.int64) * _MIXED_BY  # equal words would cancel each other
+    mixed += torch.arange(len(mixed), device=data.device) * _MIXED_BY
+    digests = torch.hash_tensor(mixed.view(_DIGEST_ROWS, words), 1)
     return torch.cat([as_bytes(digests), data[length:]]).cpu()

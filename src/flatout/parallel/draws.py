@@ -93,16 +93,14 @@ def _fill_with_ones(
     generator: torch.Generator | None = None,
 ) -> None:
     """Fill a shard's tensor with ones, each with probability ``p``, and zeros."""
-    if twister.can_fill(tensor, p) and twister.agrees():
-        each = tensor.numel() // rows.count
-        if _is_outermost(tensor, placement):
-            count, start = each * rows.batch, each * rows.start
-            twister.fill(tensor, p, generator, count=count, start=start)
-            return
-        whole = empty_whole(tensor, placement, rows)
-        twister.fill(whole, p, generator)
-    else:
-        whole = empty_whole(tensor, placement, rows)
+    can_fill = twister.can_fill(tensor, p, generator) and twister.agrees()
+    each = tensor.numel() // rows.count
+    count, start = each * rows.batch, each * rows.start
+    can_fill_part = can_fill and _is_outermost(tensor, placement)
+    if can_fill_part and twister.fill(tensor, p, generator, count=count, start=start):
+        return
+    whole = empty_whole(tensor, placement, rows)
+    if not (can_fill and twister.fill(whole, p, generator)):
         whole.bernoulli_(p, generator=generator)
     tensor.copy_(placement.take(whole, rows))
 

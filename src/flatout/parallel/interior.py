@@ -8,11 +8,8 @@ from flatout.intercept.patch import Undo
 from flatout.parallel import devices, draws, norms, shards, sums
 
 
-def install(outside: sums.Outside = lambda *_: None) -> Undo:
+def install() -> Undo:
     """Override the operators that must know of shards; returns the undo.
-
-    Args:
-        outside: computes losses outside of shards, see ``losses.share``.
 
     Outside of ``shards.shard`` and ``shards.observing`` they do what they do without.
     """
@@ -20,6 +17,6 @@ def install(outside: sums.Outside = lambda *_: None) -> Undo:
     with contextlib.ExitStack() as undo:
         undo.callback(draws.install(keys))
         undo.callback(norms.install(keys))
-        undo.callback(sums.install(keys, outside))
+        undo.callback(sums.install(keys))
         undo.callback(shards.install_checkpoint())
         return undo.pop_all().close

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import functools
 import itertools
 import os
 import sys
@@ -92,26 +91,24 @@ def join(place: Place, ending: Ending, *, may_share_memory: bool = True) -> Conn
         with _silent(1):  # gloo says there that it is connected
             channel = _over_gloo(store, place, ending)
     channel.meet(b"\0")
-    connect_devices = functools.partial(_connect_devices, channel, store, place, ending)
-    return Connection(channel, connect_devices)
+    over_gloo: list[Group] = []
+    if isinstance(channel, Group):
+        from torch import distributed
+
+        beside: Any = distributed.PrefixStore("beside", store)  # type: ignore[attr-defined]
+        with _silent(1):
+            over_gloo = [channel, _over_gloo(beside, place, ending)]
+
+    def connect_device(device: torch.device) -> list[Group]:
+        if device.type == "cpu":
+            return over_gloo
+        return devices.connect(device, channel, store, ending.lost)
+
+    return Connection(channel, connect_device)
 
 
 def _over_gloo(store: Any, place: Place, ending: Ending) -> Group:
     return Group(_group(store, place), place.rank, place.size, ending.lost)
-
-
-def _connect_devices(
-    channel: Channel, store: Any, place: Place, ending: Ending, device: torch.device
-) -> list[Group]:
-    if device.type != "cpu":
-        return devices.connect(device, channel, store, ending.lost)
-    if not isinstance(channel, Group):
-        return []
-    from torch import distributed
-
-    beside: Any = distributed.PrefixStore("beside", store)  # type: ignore[attr-defined]
-    with _silent(1):
-        return [channel, _over_gloo(beside, place, ending)]
 
 
 def take_ticket(place: Place) -> int:

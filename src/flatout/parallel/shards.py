@@ -179,11 +179,6 @@ def current() -> Shard | None:
     return None if found is None or found.is_busy else found
 
 
-def is_in_any() -> bool:
-    """Whether this thread computes a shard, or an operator inside of one."""
-    return _local.current is not None
-
-
 @contextlib.contextmanager
 def shard(
     start: int,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,10 +20,6 @@ from flatout.intercept.patch import Undo
 from flatout.parallel import shards
 from flatout.parallel.placement import UnshareableError
 
-if TYPE_CHECKING:
-    from flatout.parallel.balance import Graph
-    from flatout.parallel.team import Team
-
 _LOSSES = (
     *("cross_entropy_loss", "nll_loss", "nll_loss2d", "mse_loss", "smooth_l1_loss", "huber_loss"),
     *("soft_margin_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
@@ -31,28 +27,23 @@ _LOSSES = (
 """Operators that have terms and, by their argument ``reduction``, add them up. Most others, such as
 ``l1_loss`` and ``ctc_loss``, call ``sum`` or ``mean``."""
 
-BY_CLASS = frozenset(("cross_entropy_loss", "nll_loss", "nll_loss2d"))
+_BY_CLASS = frozenset(("cross_entropy_loss", "nll_loss", "nll_loss2d"))
 """Losses whose mean is weighted by class, and leaves out targets of the value ``ignore_index``."""
 
 _NONE, _MEAN = 0, 1
 """Values of ``reduction``."""
 
 
-Outside = Callable[[str, dict[str, Any]], dispatch.DeferredCall | None]
-"""Called with the name and the arguments of a loss outside of shards; see ``losses.share``."""
-
-
-def install(keys: Sequence[str] = ("CPU",), outside: Outside = lambda *_: None) -> Undo:
+def install(keys: Sequence[str] = ("CPU",)) -> Undo:
     """Override the operators that add up all elements of a tensor; returns the undo.
 
     Args:
         keys: the dispatch keys of devices.
-        outside: computes losses outside of shards.
     """
     overrides: dict[str, dispatch.Override] = {
         "sum": functools.partial(_add_up, False),
         "mean": functools.partial(_add_up, True),
-        **{name: functools.partial(_lose, name, outside) for name in _LOSSES},
+        **{name: functools.partial(_lose, name) for name in _LOSSES},
     }
     inside = {name: functools.partial(_outermost, override) for name, override in overrides.items()}
     with contextlib.ExitStack() as undo:
@@ -84,13 +75,9 @@ def _add_up(
     return dispatch.DeferredCall(_add_up_terms, (state, tensor, is_mean, dtype))
 
 
-def _lose(
-    name: str, outside: Outside, below: Callable[..., Any], *args: Any
-) -> dispatch.DeferredCall | None:
+def _lose(name: str, below: Callable[..., Any], *args: Any) -> dispatch.DeferredCall | None:
     state = shards.current()
-    if state is None and shards.is_in_any():
-        return None
-    if state is not None and state.leaves_sums:
+    if state is None or state.leaves_sums:
         return None
     operator: Any = getattr(torch.ops.aten, name).default
     names = [argument.name for argument in operator._schema.arguments]
@@ -98,8 +85,6 @@ def _lose(
     given = dict(zip(names, [*args, *defaults[len(args) :]], strict=True))
     if given["reduction"] == _NONE:
         return None
-    if state is None:
-        return outside(name, given)
     if not state.next_sum(name, _shape_of_terms(name, given)):
         return dispatch.DeferredCall(_call_busy, (state, below, *args))
     return dispatch.DeferredCall(_add_up_loss, (state, operator, given))
@@ -112,7 +97,7 @@ def _call_busy(state: shards.Shard, below: Callable[..., Any], *args: Any, **kwa
 
 def _shape_of_terms(name: str, given: dict[str, Any]) -> Sequence[int]:
     inputs, target = given["self"], given["target"]
-    if name not in BY_CLASS:
+    if name not in _BY_CLASS:
         return tuple(torch.broadcast_shapes(inputs.shape, target.shape))
     if not target.is_floating_point():
         return tuple(target.shape)
@@ -140,20 +125,6 @@ def _add_up_loss(state: shards.Shard, operator: Any, given: dict[str, Any]) -> t
         return _sum_over_samples(state, terms, count)
 
 
-def compute_terms(name: str, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the terms of a loss, and by what their sum is to be divided: ``None``: by nothing.
-
-    Args:
-        name: of the operator.
-        given: its arguments by name.
-    """
-    operator: Any = getattr(torch.ops.aten, name).default
-    terms: torch.Tensor = operator(*{**given, "reduction": _NONE}.values())
-    if given["reduction"] != _MEAN:
-        return terms, None
-    return terms, _weights(given).sum() if _is_weighted(given) else _number(terms)
-
-
 def _number(terms: torch.Tensor) -> torch.Tensor:
     return torch.full((), terms.numel(), dtype=torch.float64, device=terms.device)
 
@@ -170,7 +141,7 @@ def _weights(given: dict[str, Any]) -> torch.Tensor:
     is_counted = target != given["ignore_index"]
     weights = is_counted.double()
     if weight is not None:
-        weights *= weight.detach().double()[torch.where(is_counted, target, 0)]
+        weights *= weight.detach().double()[torch.where(is_counted, target, 0).long()]
     found: torch.Tensor = weights
     return found
 
@@ -222,38 +193,6 @@ class _SumOverSamples(torch.autograd.Function):
         return None, whole, None
 
 
-class SharedLoss(torch.autograd.Function):
-    """The sum over all ranks of terms that each has added up outside of a shard, over the sum of
-    their counts; see ``losses``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        team: Team,
-        graph: Graph,
-        own: torch.Tensor,
-        count: torch.Tensor | None,
-        anchor: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the sum, or the mean."""
-        parts = [own] if count is None else [own, count]
-        (found,) = team.add_up([torch.stack(parts)], is_in_forward=False)
-        total, *divisors = found
-        ctx.graph, ctx.size = graph, team.size
-        ctx.divisor = divisors[0] if divisors else None
-        result: torch.Tensor = total / ctx.divisor if divisors else total.clone()
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of what this rank has added up: as behind a gather, that of one
-        process times the number of ranks."""
-        ctx.graph.enter()
-        own = gradient * ctx.size if ctx.divisor is None else gradient * (ctx.size / ctx.divisor)
-        anchor = torch.zeros(0, device="cpu") if ctx.needs_input_grad[4] else None
-        return None, None, own if ctx.needs_input_grad[2] else None, None, anchor
-
-
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -282,5 +221,5 @@ def sum_over_ranks(function: shards.SumOverRanks, *parts: torch.Tensor) -> tuple
 
 def is_sum(node: Any) -> bool:
     """Whether a node of an autograd graph is a sum over samples of all ranks."""
-    node_types: list[Any] = [_SumOverSamples, SharedLoss]
-    return isinstance(node, tuple(node_type._backward_cls for node_type in node_types))
+    node_type: Any = _SumOverSamples
+    return isinstance(node, node_type._backward_cls)

@@ -66,10 +66,18 @@ class Team:
         self._connect = connect
         self._groups: dict[str, list[Group]] = {}
 
-    def close(self) -> None:
-        """Leave the other ranks."""
+    def close(self, *, is_together: bool) -> None:
+        """Leave the other ranks.
+
+        Args:
+            is_together: whether all ranks do so. Else groups of accelerators stay as they are: NCCL
+                closes them together only.
+        """
         for channel in self._channels():
-            channel.close()
+            if is_together or channel.device.type == "cpu":
+                channel.close()
+            else:
+                channel.forget()
 
     def forget(self) -> None:
         """Leave all connections as they are, in the child of a fork."""

@@ -45,10 +45,6 @@ longer."""
 PROFILE_STEPS = 5
 """Number of steps that the first run makes under the profiler, after the steps that are timed."""
 
-STEPS_BESIDE_PROFILE = 3
-"""Number of steps that a profile takes beside the profiled ones: one before them and one after, and
-one whose FLOPs are counted."""
-
 RELAY_MEMORY_FACTOR = 3
 """Two runs exist at the same time only if the available memory is at least this many times the bare
 program's peak, because a run with settings may need more than a bare one."""
@@ -108,7 +104,8 @@ def run(
     process = first.process
     if first.ended and (process.profile is None or not process.profile.operators):
         print_line("it ends before its steps were profiled, so it runs again")
-        process = dataclasses.replace(process, profile=_profile_early(options, trials, process))
+        profile = _profile_early(options, trials, process) or process.profile
+        process = dataclasses.replace(process, profile=profile)
     step_s = pairs.step_ms(process) / 1e3
     in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
     longest = max(USUAL_STEPS, int(USUAL_S / step_s))
@@ -142,7 +139,7 @@ def _run_first(options: Options, trials: Trials, limit_s: float) -> Trial:
 
 
 def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> Profile | None:
-    """Run a program again of which the first run has reached the end, and profile its last steps:
+    """Run a program again of which the first run has reached the end, and profile its second half:
     without a profile, settings would be tried that concern nothing in this program.
 
     Raises:
@@ -150,7 +147,7 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
     """
     request = Request(
         seed=options.seed,
-        stop_steps=len(process.loop_steps) - PROFILE_STEPS - STEPS_BESIDE_PROFILE,
+        stop_steps=len(process.loop_steps) // 2,  # page faults are measured in many steps
         profile_steps=PROFILE_STEPS,
     )
     try:

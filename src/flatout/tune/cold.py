@@ -55,6 +55,9 @@ class ColdTrials(TuneStage):
         settings = dict(stack)
         for candidate in cold:
             if candidate.knob in settings:
+                if candidate.is_hot:
+                    won = f"{candidate.knob}={settings[candidate.knob]}"
+                    self._ledger.skip(candidate.settings, "fresh processes", f"{won} has won")
                 continue  # an earlier setting of this knob has won
             if self._is_affordable(candidate, again) and self._try(candidate, settings):
                 settings |= candidate.settings
@@ -72,7 +75,8 @@ class ColdTrials(TuneStage):
         spare_s = self._spare_s()
         if again:
             return needed_s <= spare_s
-        if needed_s <= max(spare_s, COLD_SHARE * self._options.budget_seconds):
+        share = 0.0 if candidate.is_hot else COLD_SHARE  # there may be many hot ones
+        if needed_s <= max(spare_s, share * self._options.budget_seconds):
             return True
         why = (
             f"trying it takes about {needed_s:.0f} s, which needs a --budget of "
@@ -121,6 +125,8 @@ class ColdTrials(TuneStage):
             return False
         self._ledger.note_ratio(candidate, tried.ratio)
         is_faster = statistics.is_mostly_faster(tried.log_ratios)
+        if candidate.is_hot:  # many of them are tried, and half of those without effect seem faster
+            is_faster = bool(statistics.pick_winners({candidate: tried.ratio}))
         faster = sum(log > 0 for log in tried.log_ratios)
         self._ledger.print_line(
             f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"

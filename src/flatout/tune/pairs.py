@@ -154,10 +154,22 @@ class Pairs:
         return [done.process.loop_steps for done in side[: self.count]]
 
     def without_effect(self) -> dict[str, str]:
-        """Return the knobs of the variant that did nothing in any of its runs, with the reason."""
-        unused = [trial.collect_reasons(done.process, "unused") for done in self.variant_runs]
-        first = unused[0] if unused else {}
-        return {name: why for name, why in first.items() if all(name in one for one in unused)}
+        """Return the knobs of the variant that did nothing in any of its runs, with the reason: no
+        call was theirs, or they refused to be applied."""
+        idle = [_idle_knobs(done.process) for done in self.variant_runs]
+        first = idle[0] if idle else {}
+        return {
+            name: why
+            for name, why in first.items()
+            if name in self.variant and all(name in one for one in idle)
+        }
+
+
+def _idle_knobs(process: ProcessRecord) -> dict[str, str]:
+    applied = trial.collect_reasons(process, "applied")
+    skipped = trial.collect_reasons(process, "skipped")
+    refused = {name: why for name, why in skipped.items() if name not in applied}
+    return refused | trial.collect_reasons(process, "unused")
 
 
 def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:

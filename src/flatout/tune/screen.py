@@ -176,7 +176,12 @@ class Screening(TuneStage):
                 count = len(groups)
             except TooFewStepsError as reason:
                 self._ledger.print_line(f"{reason}, so settings are compared in fresh processes")
-                self.not_compared = [candidate for group in groups for candidate in group]
+                left = [candidate for group in groups for candidate in group]
+                self.not_compared = [
+                    candidate
+                    for candidate in hot
+                    if candidate in left and not self._ledger.is_settled(candidate.settings)
+                ]
                 return
             else:
                 groups = groups[1:]

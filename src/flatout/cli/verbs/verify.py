@@ -173,7 +173,7 @@ def find_shortfall(claim: Ratio | None, at_least: float | None) -> str | None:
     if at_least is None:
         return None
     if claim is None:
-        return f"the speedup was not measured, so it is not shown to be at least {at_least:g}x"
+        return f"no speedup is proven, so it is not shown to be at least {at_least:g}x"
     if claim.low >= at_least:
         return None
     return f"the speedup of {claim} is not shown to be at least {at_least:g}x"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flatout import machine
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
 
@@ -17,7 +18,11 @@ def match(facts: Facts) -> Match:
     """Offer the faster settings where a step draws Bernoulli numbers."""
     if facts.lack("bernoulli"):
         return Match((), "no step draws Bernoulli random numbers")
-    return Match(("same", "fast"), share=facts.share("bernoulli"))
+    # Torch draws by MKL on processors of Intel (bernoulli_mkl_kernel in
+    # ATen/native/cpu/DistributionTemplates.h), and ``same`` is refused there.
+    draws_by_mkl = machine.cpu_vendor() == "GenuineIntel"
+    settings = ("fast",) if draws_by_mkl else ("same", "fast")
+    return Match(settings, share=facts.share("bernoulli"))
 
 
 def apply(host: Host, setting: str) -> Undo:

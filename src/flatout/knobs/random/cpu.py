@@ -124,8 +124,9 @@ def install_same(on_failure: OnFailure) -> Undo:
     Raises:
         RefusedError: torch draws other numbers here, or the kernel is not available.
     """
+    dispatch.load_kernel("twister", "torch's own kernel")
     if not twister.agrees():
-        raise RefusedError("torch's own numbers stay: torch draws them in another way here")
+        raise RefusedError("torch's own kernel stays: it draws other numbers here, by MKL")
 
     def bernoulli_(
         torch_kernel: Callable[..., Any],
@@ -134,10 +135,9 @@ def install_same(on_failure: OnFailure) -> Undo:
         *,
         generator: Any = None,
     ) -> torch.Tensor | None:
-        if tensor.numel() < SAME_FROM or not twister.can_fill(tensor, p):
+        if tensor.numel() < SAME_FROM or not twister.can_fill(tensor, p, generator):
             return None
-        twister.fill(tensor, p, generator)
-        return tensor
+        return tensor if twister.fill(tensor, p, generator) else None
 
     return dispatch.override_operators(
         {"bernoulli_.float": bernoulli_}, "CPU", on_failure=on_failure
