@@ -150,6 +150,25 @@ model.eval()
 with torch.no_grad():
     show(loss_of(data.tensors[0]))
 """,
+    "one sample on a rank, not the outermost in memory": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+    def forward(self, x):
+        h = self.first(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        return self.head(F.dropout(h, 0.4) + torch.rand_like(h))
+model = Model()
+data = TensorDataset(torch.randn(12, 5, 6))
+train(model, data, lambda x: model(x).square().mean())
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for rows in (3, 4, 3):
+    loss = model(torch.randn(rows, 5, 6)).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    show(loss, torch.rand(()))
+""",
     "speech with dropout": """
 class Model(nn.Module):
     def __init__(self):

@@ -71,7 +71,7 @@ def _fill(
     state = shards.current()
     if state is None:
         return None
-    placement = state.next_placement(Draw(name, tuple(tensor.shape)))
+    placement = state.next_placement(_draw(name, tensor))
     with shards.busy(state):
         if placement.dim is None:
             below(tensor, *args, **kwargs)
@@ -107,13 +107,22 @@ def _fill_with_ones(
 
 def _is_outermost(tensor: torch.Tensor, placement: Placement) -> bool:
     """Whether the samples of a shard follow each other in memory, as those of the batch do."""
-    shape, outermost = tensor.shape, _order_in_memory(tensor)[::-1]
+    shape, outermost = tensor.shape, _order_in_memory(tensor, placement)[::-1]
     found = next(dim for dim in outermost if shape[dim] > 1 or dim == placement.dim)
     return placement.is_outer and found == placement.dim
 
 
-def _order_in_memory(tensor: torch.Tensor) -> list[int]:
-    """Return the dimensions of a tensor, the innermost first."""
+def _draw(name: str, tensor: torch.Tensor) -> Draw:
+    """Return the draw of an operator that fills a tensor."""
+    return Draw(name, tuple(tensor.shape), order=tuple(_order_in_memory(tensor)))
+
+
+def _order_in_memory(tensor: torch.Tensor, placement: Placement | None = None) -> list[int]:
+    """Return the dimensions of a tensor, the innermost first; if it has one sample, those of the
+    tensor for all samples."""
+    dim = None if placement is None else placement.dim
+    if placement is not None and placement.order and dim is not None and tensor.shape[dim] == 1:
+        return list(placement.order)
     return sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), -dim))
 
 
@@ -123,7 +132,7 @@ def _fill_by_probabilities(
     state = shards.current()
     if state is None:
         return None
-    placement = state.next_placement(Draw("bernoulli_.Tensor", tuple(tensor.shape)))
+    placement = state.next_placement(_draw("bernoulli_.Tensor", tensor))
     with shards.busy(state):
         if placement.dim is None:
             below(tensor, p, generator=generator)
@@ -182,7 +191,7 @@ def _drop(
     state = shards.current()
     if state is None or not train or p <= 0 or p >= 1 or not tensor.numel():
         return None
-    placement = state.next_placement(Draw("dropout", tuple(tensor.shape)))
+    placement = state.next_placement(_draw("dropout", tensor))
     if placement.dim is None:
         return dispatch.DeferredCall(_call_busy, (state, below, tensor, p, train))
     if not tensor.is_cpu:
@@ -270,7 +279,7 @@ def empty_whole(
     """
     assert placement.dim is not None
     whole = placement.whole_shape(tensor.shape, rows)
-    strides, order = list(tensor.stride()), _order_in_memory(tensor)
+    strides, order = list(tensor.stride()), _order_in_memory(tensor, placement)
     extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
     if extent == tensor.numel():
         step = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -52,11 +52,13 @@ class Draw:
         operator: its name, without ``aten::``.
         shape: of the tensor that it fills, or of the terms.
         is_divisible: whether as many numbers are drawn for each element, whatever the values are.
+        order: the dimensions of the tensor in memory, the innermost first; empty: not known.
     """
 
     operator: str
     shape: tuple[int, ...]
     is_divisible: bool = True
+    order: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ class Placement:
             draw is the same for any number of samples.
         is_outer: of a dimension that counts samples times something else: whether what belongs to
             a sample is contiguous in it (batch x heads) or not (length x batch).
+        order: as in ``Draw``, of the tensor for all samples: the strides of one sample do not tell.
     """
 
     operator: str
     dims: int
     dim: int | None
     is_outer: bool = True
+    order: tuple[int, ...] = field(default=(), compare=False)
 
     def fits(self, draw: Draw, rows: Rows) -> bool:
         """Whether a draw of a shard may be the one that was placed."""
@@ -161,4 +165,4 @@ def _place_draw(whole: Draw, part: Draw, batch: int, rows: int, is_outer: bool) 
     each, rest = divmod(whole.shape[dim], batch)
     if rest or part.shape[dim] != each * rows:
         raise UnshareableError("draws random numbers whose count does not grow with the samples")
-    return Placement(whole.operator, dims, dim, is_outer or each == 1)
+    return Placement(whole.operator, dims, dim, is_outer or each == 1, whole.order)
