@@ -167,6 +167,7 @@ def spoilt_bytes(data: bytes, at: int, how: int) -> bytes:
     return bytes(spoilt[: at % len(spoilt)] if how % 3 == 0 else spoilt)
 
 
+@pytest.mark.long
 @fuzzed(10_000)
 @given(which=st.integers(0, 5), mutations=MUTATIONS)
 def test_plans(
@@ -325,6 +326,7 @@ def record(folder: Path) -> list[Any]:
     return documents
 
 
+@pytest.mark.long
 @fuzzed(10_000)
 @given(mutations=MUTATIONS)
 @example(mutations=[(7, 1, 0, 0)])

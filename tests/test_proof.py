@@ -578,6 +578,7 @@ def test_a_sigmoid_before_bce_loss_is_refused_in_bfloat16_only(tmp_path: Path) -
     assert check(verdict, "probabilities").result == "passed"
 
 
+@pytest.mark.long
 def test_traps_that_spring_under_a_plan_are_caught(tmp_path: Path) -> None:
     """One gradient wrong by a constant factor, and a divergence after 150 steps."""
     script = tmp_path / "program.py"
