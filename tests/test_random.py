@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flatout import knobs
+from flatout import knobs, machine
 from flatout.errors import RefusedError
 from flatout.intercept import twister
 from flatout.intercept.host import Host
@@ -264,8 +264,15 @@ def test_without_a_compiler_torchs_own_stays(host: Host, monkeypatch: pytest.Mon
     kernels.load.cache_clear()
 
 
-def test_paired_is_never_offered() -> None:
-    assert knobs.get("random").offer(Facts("cpu")).settings == ("same", "fast")
+@pytest.mark.parametrize(
+    ("vendor", "settings"),
+    [("AuthenticAMD", ("same", "fast")), ("GenuineIntel", ("fast",)), (None, ("same", "fast"))],
+)
+def test_what_is_offered(
+    vendor: str | None, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_vendor", lambda: vendor)
+    assert knobs.get("random").offer(Facts("cpu")).settings == settings
     refusal = knobs.get("random").offer(Facts("cuda")).refusal
     assert refusal is not None
     assert "not for cuda" in refusal
