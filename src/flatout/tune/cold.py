@@ -36,6 +36,7 @@ class ColdTrials(TuneStage):
         shortest = max(SHORT_STEPS, round(SHORT_S / bare.pace.step_s))
         self._steps = max(min(bare.proof_steps, shortest), MINIMUM_STEPS)
         self._pair_s = 2 * bare.pace.seconds(self._steps)
+        self._of_hot_s = 0.0
 
     def extend(
         self, stack: dict[str, str], cold: Sequence[Candidate], again: bool = False
@@ -75,8 +76,11 @@ class ColdTrials(TuneStage):
         spare_s = self._spare_s()
         if again:
             return needed_s <= spare_s
-        share = 0.0 if candidate.is_hot else COLD_SHARE  # there may be many hot ones
-        if needed_s <= max(spare_s, share * self._options.budget_seconds):
+        allowed_s = COLD_SHARE * self._options.budget_seconds
+        if candidate.is_hot:  # there may be many, which share this time
+            allowed_s -= self._of_hot_s
+            self._of_hot_s += needed_s
+        if needed_s <= max(spare_s, allowed_s):
             return True
         why = (
             f"trying it takes about {needed_s:.0f} s, which needs a --budget of "
