@@ -138,7 +138,7 @@ class Averaging:
         is_differentiable = bool(args[1]) if len(args) > 1 else bool(kwargs.get("create_graph"))
         is_kept = bool(args[0]) if args else bool(kwargs.get("keep_graph"))
         before = self._stored() if accumulates else {}
-        if accumulates and self._overlap is None:
+        if accumulates and self._overlap is None and team.can_average_beside:
             self._overlap = Overlap(team)
         self._depth += 1
         team.balance.count(Exchange.BACKWARD)

@@ -45,18 +45,11 @@ class Crossing:
     dims: tuple[int | None, ...]
     graph: Graph | None = None
 
-    @property
-    def own_rows(self) -> tuple[int, int]:
-        """The first sample of the own shard, and the one after the last."""
-        return bounds(self.batch, self.team.size)[self.team.rank]
-
     def scatter(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the own rows of whole tensors."""
+        rows = bounds(self.batch, self.team.size)[self.team.rank]
         pairs = zip(self.dims, tensors, strict=True)
-        return [
-            tensor if dim is None else cut_tensor(tensor, dim, *self.own_rows)
-            for dim, tensor in pairs
-        ]
+        return [tensor if dim is None else cut_tensor(tensor, dim, *rows) for dim, tensor in pairs]
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return whole tensors from those of the shards, and means of those that are whole."""
@@ -166,13 +159,14 @@ def _without(dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> lis
 def reaches_shards(outputs: Iterable[Any]) -> bool:
     """Whether the graph of some tensors or ``GradientEdge`` has in it what shards have computed
     together."""
+    gathers: Any = _Gather
     pending: list[Any] = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in outputs]
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node in seen:
             continue
-        if is_gather(node) or is_sum(node):
+        if isinstance(node, gathers._backward_cls) or is_sum(node):
             return True
         seen.add(node)
         pending += [following for following, _ in node.next_functions]
@@ -235,12 +229,6 @@ def _take_back(crossing: Crossing, gradients: Sequence[torch.Tensor]) -> list[to
         means = iter(gather(crossing.select(is_mean), wanted, "computes gradients of gradients"))
         parts = [next(means) if is_whole else p for p, is_whole in zip(parts, is_mean, strict=True)]
     return parts
-
-
-def is_gather(node: Any) -> bool:
-    """Whether a node of an autograd graph has gathered outputs of shards."""
-    gathers: Any = _Gather
-    return isinstance(node, gathers._backward_cls)
 
 
 def _is_differentiable(tensor: torch.Tensor) -> bool:

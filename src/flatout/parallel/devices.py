@@ -1,7 +1,7 @@
 """The accelerators on which ranks compute: the process groups of torch that connect them, and
 digests of what is in their memory.
 
-Each rank sees one device only (``launch/devices.py``). Sources: the documentation of
+Each rank sees one device only (``machine/accelerators.py``). Sources: the documentation of
 ``torch.distributed`` and its ``distributed_c10d.py``, which makes process groups in the same way.
 """
 

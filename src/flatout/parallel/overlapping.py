@@ -73,7 +73,7 @@ class Overlap:
         self._missing = [len(bucket.numbers) for bucket in self._buckets]
         handles: list[Any] = []
         for number, leaf in leaves.items():
-            if leaf.requires_grad and leaf.is_leaf and self._takes_long(leaf):
+            if leaf.requires_grad and leaf.is_leaf:
                 node: Any = torch.autograd.graph.get_gradient_edge(leaf).node
                 handles.append(node.register_hook(functools.partial(self._note_ready, number)))
         try:
@@ -168,9 +168,6 @@ class Overlap:
             and not (gradient.requires_grad or gradient.is_complex())
             and (gradient.shape, gradient.dtype) == (leaf.shape, leaf.dtype)
         )
-
-    def _takes_long(self, leaf: torch.Tensor) -> bool:
-        return not (leaf.is_cpu and self._team.channel.is_fast)
 
     def _plan(self) -> None:
         """Form the buckets of the next backward call, the same on all ranks."""

@@ -117,11 +117,8 @@ def _add_up_loss(state: shards.Shard, operator: Any, given: dict[str, Any]) -> t
         terms = operator(*{**given, "reduction": _NONE}.values())
         count = None
         if given["reduction"] == _MEAN:
-            count = _number(terms)
-            if _is_weighted(given):
-                weights = _weights(given)
-                state.note_terms(weights)
-                count = weights.sum()
+            is_by_class = "ignore_index" in given and not given["target"].is_floating_point()
+            count = _sum_weights(state, given) if is_by_class else _number(terms)
         return _sum_over_samples(state, terms, count)
 
 
@@ -129,21 +126,17 @@ def _number(terms: torch.Tensor) -> torch.Tensor:
     return torch.full((), terms.numel(), dtype=torch.float64, device=terms.device)
 
 
-def _is_weighted(given: dict[str, Any]) -> bool:
-    """Whether the mean is weighted: targets are classes."""
-    return "ignore_index" in given and not given["target"].is_floating_point()
-
-
-def _weights(given: dict[str, Any]) -> torch.Tensor:
-    """Return the weights of targets, which are classes."""
+def _sum_weights(state: shards.Shard, given: dict[str, Any]) -> torch.Tensor:
+    """Return the sum of the weights of targets, which are classes."""
     target: torch.Tensor = given["target"]
     weight: torch.Tensor | None = given["weight"]
     is_counted = target != given["ignore_index"]
     weights = is_counted.double()
     if weight is not None:
         weights *= weight.detach().double()[torch.where(is_counted, target, 0).long()]
-    found: torch.Tensor = weights
-    return found
+    state.note_terms(weights)
+    total: torch.Tensor = weights.sum()
+    return total
 
 
 def _sum_over_samples(

@@ -64,7 +64,7 @@ class Team:
         self._meetings = 0
         self._attached_bytes = attached_bytes(channel.size, channel.is_fast)
         self._connect = connect
-        self._groups: dict[str, list[Group]] = {}
+        self._groups = {"cpu": connect(torch.device("cpu"))}
 
     def close(self, *, is_together: bool) -> None:
         """Leave the other ranks.
@@ -233,9 +233,10 @@ class Team:
         (own, *others) = tensors
         if others or not own.is_cpu or own.dtype is not torch.float64:
             return b""
-        if own.nbytes > self._attached_bytes or not own.is_contiguous():
+        if own.nbytes > self._attached_bytes:
             return b""
-        return ctypes.string_at(own.data_ptr(), own.nbytes)
+        dense = own.contiguous()
+        return ctypes.string_at(dense.data_ptr(), dense.nbytes)
 
     def _sum(self, channel: Channel, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors of one dtype by their sums over the ranks."""
@@ -249,6 +250,12 @@ class Team:
         self._gather(channel, tensors, of_ranks)
         for tensor, *parts in zip(tensors, *of_ranks, strict=True):
             tensor.copy_(sum(map(for_sum, parts)))
+
+    @property
+    def can_average_beside(self) -> bool:
+        """Whether exchanges take long, over a network or between accelerators, and there are
+        channels for some that go on beside a backward call."""
+        return any(self._groups.values())
 
     def find_channel_beside(self, tensor: torch.Tensor) -> Group | None:
         """Return the channel for tensors on a device that ranks may use while a backward call is
@@ -265,7 +272,7 @@ class Team:
 
     def _groups_of(self, device: torch.device) -> list[Group]:
         if device.type not in self._groups:
-            self.balance.is_measured &= device.type == "cpu"
+            self.balance.is_measured = False
             self._groups[device.type] = self._connect(device)
         return self._groups[device.type]
 

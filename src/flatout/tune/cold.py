@@ -56,7 +56,7 @@ class ColdTrials(TuneStage):
         settings = dict(stack)
         for candidate in cold:
             if candidate.knob in settings:
-                if candidate.is_hot:
+                if candidate.is_hot and not again:
                     won = f"{candidate.knob}={settings[candidate.knob]}"
                     self._ledger.skip(candidate.settings, "fresh processes", f"{won} has won")
                 continue  # an earlier setting of this knob has won
