@@ -195,7 +195,9 @@ def test_settings_that_exclude_each_other_share_a_factor() -> None:
 @pytest.mark.tunes
 @pytest.mark.usefixtures("two_pairs")
 def test_an_arm_that_ends_a_short_program_is_dropped_with_its_reason(tmp_path: Path) -> None:
-    command = write(tmp_path, MANY_TENSORS, "return torch.sigmoid(z)\n        sys.exit(3)", 80)
+    work = "for _ in range(8): torch.ones(400, 400) @ torch.ones(400, 400)"
+    ends = f"{work}\n            return torch.sigmoid(z)\n        sys.exit(3)"
+    command = write(tmp_path, MANY_TENSORS, ends, 80)
     outcome = tune(command, None, steps=80)
     assert "exit code 3" in said_of(outcome, "precision")
     assert find_compared(outcome) == {"optimizer"}
