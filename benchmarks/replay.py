@@ -264,7 +264,7 @@ class Machine:
             self.steps += 2 * RUN_STEPS
             bare, plan = self._two_runs()
         difference = self._draw.gauss(0, PROCESS_SPREAD)
-        bare_ms, plan_ms = statistics.paired_means_ms(bare, plan)
+        [(bare_ms, plan_ms)] = statistics.paired_means_ms([list(zip(bare, plan, strict=False))])
         return math.log(bare_ms / plan_ms * self._gain(settings)) + difference
 
     def _two_in_turns(self) -> list[list[float]]:

@@ -166,13 +166,14 @@ def test_a_report_can_be_reckoned_again(runs: list[tuple[object, object]]) -> No
 
 def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that stood still once in a while is slower by its mean, and faster by its steps."""
-    stalls = [1.0] * 40
-    stalls[20] = 60.0
     steady = trial((10.0, [1.0] * 40, [], 1.0, 1e8))
-    stalled = trial((9.8, stalls, [], 1.0, 1e8))
+    stalled = (
+        trial((9.8, [60.0 if n == place else 1.0 for n in range(40)], [], 1.0, 1e8))
+        for place in (20, 25, 30)
+    )
     said: list[str] = []
     monkeypatch.setattr(
-        pairs, "run_once", lambda _, settings, **kwargs: stalled if settings else steady
+        pairs, "run_once", lambda _, settings, **kwargs: next(stalled) if settings else steady
     )
     made = Pairs({}, {"gc": "seldom"})
     pairs.run(

@@ -81,7 +81,7 @@ def test_the_first_stays_until_the_second_has_made_its_last_block(
     """What a process does at its end would slow what is being timed beside it."""
     waited: list[str] = []
     monkeypatch.setattr(agent_relay, "_wait_for", lambda _, name, __: waited.append(name))
-    session = SimpleNamespace(counts_as_step=lambda _: True)
+    session = SimpleNamespace(counts_as_step=lambda _: True, add_pause=lambda _: None)
     relay = Relay(str(tmp_path), place, block_steps=2, discard_steps=1, warmup_steps=1, blocks=2)
     runner = agent_relay.Runner(session, relay)  # type: ignore[arg-type]
     turn = SimpleNamespace(start_ns=0, end_ns=1)

@@ -180,9 +180,9 @@ class MeasuringScreening(ModelledScreening):
     ) -> tuple[Trial, Comparison]:
         comparison = Comparison(arms=tuple(map(dict, arms)), block_steps=2, discard_steps=1)
         done = finished(*self.events)
-        for arm in [*range(len(arms))] * 8:
+        for block, arm in enumerate([*range(len(arms))] * 8):
             speedup = self.speedups.get(arms[arm].get("precision", ""), 1.0)
-            step = replace(STEP, arm=arm, step_ms=10.0 / speedup)
+            step = replace(STEP, arm=arm, step_ms=10.0 / speedup, block=block)
             done.process.steps += [replace(step, mark="switched"), step]
         return done, comparison
 

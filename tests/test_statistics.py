@@ -25,7 +25,7 @@ from flatout.wire.turns import PHASES
 DISCARD, BLOCK, ROUNDS = 2, 8, 12
 
 
-def step(step_ms: float, arm: int | None = None, mark: str | None = None) -> Step:
+def step(step_ms: float, arm: int | None = None, mark: str | None = None, block: int = 0) -> Step:
     return Step(
         index=0,
         at_s=0.0,
@@ -42,6 +42,7 @@ def step(step_ms: float, arm: int | None = None, mark: str | None = None) -> Ste
         arm=arm,
         mark=mark,
         grad=True,
+        block=block,
     )
 
 
@@ -60,13 +61,12 @@ def compared(slowness: list[float], step_ms: list[float], carry_over: float = 0.
     """The record of a comparison of arms with these step times on a machine this slow."""
     steps, last = [step(50.0), step(10.0), step(10.0)], -1
     times = iter(slowness)
-    for arm in block_order(len(step_ms), ROUNDS):
+    for block, arm in enumerate(block_order(len(step_ms), ROUNDS), len(step_ms) + 1):
         for number in range(BLOCK):
             switched = number < DISCARD
             extra = 1 + carry_over if switched and arm != last else 1.0
-            steps.append(
-                step(step_ms[arm] * next(times) * extra, arm, "switched" if switched else None)
-            )
+            mark = "switched" if switched else None
+            steps.append(step(step_ms[arm] * next(times) * extra, arm, mark, block))
         last = arm
     return steps
 
@@ -168,16 +168,16 @@ def test_arms_that_do_not_take_turns_are_told_apart_less_well() -> None:
 
 def test_blocks_are_told_apart_even_when_an_arm_follows_itself() -> None:
     steps = compared([1.0] * 1000, [10.0, 5.0])
-    found = statistics.split_into_blocks(steps, DISCARD)
+    found = statistics.split_into_blocks(steps)
     assert [block.arm for block in found] == list(block_order(2, ROUNDS))
     assert all(len(block.times_ms) == BLOCK - DISCARD for block in found)
 
 
 def test_the_first_turn_of_an_arm_counts_for_its_warm_up_alone() -> None:
-    first = [step(time, 1, "first") for time in (5000.0, 700.0, 5.0)]
-    first += [step(time, 2, "first") for time in (4.0, 4.0, 4.0)]
+    first = [step(time, 1, "first", 1) for time in (5000.0, 700.0, 5.0)]
+    first += [step(time, 2, "first", 2) for time in (4.0, 4.0, 4.0)]
     steps = first + compared([1.0] * 1000, [10.0, 5.0, 4.0])
-    found = statistics.split_into_blocks(steps, DISCARD)
+    found = statistics.split_into_blocks(steps)
     assert [block.arm for block in found] == [1, 2, *block_order(3, ROUNDS)]
     assert ratios(steps)[1].value == pytest.approx(2.0)
 
@@ -302,10 +302,19 @@ def test_pairs_compare_each_step_with_its_own_counterpart() -> None:
     sizes = random.Random(0).choices((1.0, 2.0, 4.0, 8.0), k=20)
     bare = [10 * size for size in sizes]
     plan = [8 * size for size in sizes[:12]]
-    bare_ms, plan_ms = statistics.paired_means_ms(bare, plan)
+    [(bare_ms, plan_ms)] = statistics.paired_means_ms([list(zip(bare, plan, strict=False))])
     assert bare_ms / plan_ms == pytest.approx(1.25)
     with pytest.raises(ValueError, match="a step of each"):
-        statistics.paired_means_ms(bare, [])
+        statistics.paired_means_ms([[]])
+
+
+def test_a_slow_step_counts_if_it_is_slow_in_most_pairs() -> None:
+    usual = [(10.0, 5.0)] * 19
+    stalled, saving = (10.0, 80.0), (100.0, 100.0)
+    once = statistics.paired_means_ms([[*usual, stalled], [*usual, (10.0, 5.0)]])
+    assert once == [(10.0, 5.0), (10.0, 5.0)]
+    in_all = statistics.paired_means_ms([[*usual, saving]] * 3)
+    assert in_all == [pytest.approx((14.5, 9.75))] * 3
 
 
 def test_pairs_are_enough_when_the_interval_is_narrow_or_there_is_no_gain() -> None:

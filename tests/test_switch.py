@@ -100,6 +100,9 @@ class Scripted:
         self._breaking = breaking
         self._draw = random.Random(0)
 
+    def add_pause(self, since_ns: int) -> None:
+        """Its steps have no clock."""
+
     def apply(self, knob: str, setting: str) -> None:
         name = f"{knob}={setting}"
         self.tried[name] += 1

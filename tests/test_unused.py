@@ -78,20 +78,22 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
     slow = trial((10.0, [1.0] * 30, [], 1.0, 1e8))
     fast = trial((8.0, [1.0] * 30, [], 1.0, 1e8))
     sides = {
-        "both": (fast, ("convolution", "recurrent")),
-        "one": (fast, ("convolution",)),
+        "both": ([fast] * 3, ("convolution", "recurrent")),
+        "one": ([fast] * 3, ("convolution",)),
         "slower in a few steps": (
-            trial((8.0, [1.0] * 14 + [30.0] + [1.0] * 15, [], 1.0, 1e8)),
+            [
+                trial((8.0, [30.0 if n == place else 1.0 for n in range(30)], [], 1.0, 1e8))
+                for place in (14, 18, 22)
+            ],
             (),
         ),
     }
     found = {}
     for name, (with_plan, without_effect) in sides.items():
-        plan = unused(with_plan, *without_effect)
-
+        plan = [unused(one, *without_effect) for one in with_plan]
         settings = {"convolution": "recast", "recurrent": "fused"}
         verdict = Verdict(True, "", "bitwise", 30, True, ())
-        made = Pairs({}, settings, [slow] * 3, [plan] * 3)
+        made = Pairs({}, settings, [slow] * 3, plan)
         ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
         outcome = ledger.outcome = Outcome(
             entries=[LedgerEntry({k: s}) for k, s in settings.items()]

@@ -3,7 +3,7 @@
 Each run is a process of its own, with its own allocator and caches; nevertheless a drift of the
 machine's speed affects both alike. At the end of a block, a process creates a file in a common
 folder, and the other process waits for this file. ``launch/relay.py`` starts the two processes, and
-creates a file when one of them has ended.
+creates a file when one of them has ended. The time of a wait belongs to no step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
 """The bounds of the time between two checks for a file. The waiting process must not take time from
-the other process, so it checks about once per step; the step after a wait is discarded in any
-case."""
+the other process, so it checks about once per step."""
 
 
 def wait_to_begin(relay: Relay) -> None:
@@ -45,7 +44,8 @@ def _wait_for(relay: Relay, name: str, poll_s: float) -> None:
 class Runner:
     """The stage of a process that alternates with another process.
 
-    Steps before the first block are marked ``first``, and steps after a wait ``switched``. If
+    Steps before the first block are marked ``first``, and steps that are discarded after a wait
+    ``switched``. If
     another process of the same job takes part already, this process makes its steps without
     waiting.
 
@@ -80,10 +80,13 @@ class Runner:
         if self._steps < relay.warmup_steps:
             return False
         blocks_done, step = divmod(self._steps - relay.warmup_steps, relay.block_steps)
+        if step == 0:
+            begin_ns = time.perf_counter_ns()
+            is_over = self._end_block(blocks_done)
+            self._host.add_pause(begin_ns)
+            return is_over
         if step == relay.discard_steps:
             self._host.mark = None
-        elif step == 0:
-            return self._end_block(blocks_done)
         return False
 
     def _end_block(self, blocks_done: int) -> bool:
@@ -106,7 +109,7 @@ class Runner:
         blocks_of_other = blocks_done + relay.place
         if blocks_of_other:
             self._wait(f"done-{1 - relay.place}-{blocks_of_other}")
-        self._host.mark = "switched"
+        self._host.mark = "switched" if relay.discard_steps else None
         return False
 
     def _create(self, name: str) -> bool:

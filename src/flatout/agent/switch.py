@@ -9,6 +9,7 @@ between two pairs, so that the remaining arms keep this order.
 from __future__ import annotations
 
 import math
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,7 @@ class Switch:
         self._arms = [dict(arm) for arm in comparison.arms]
         self._steps_left = comparison.warmup_steps
         self._discarded_steps = 0
+        self._between_ms = 0.0  # evaluation passes since the last step
         self._arm: int | None = None
         self._dropped: set[int] = set()
         self.blocks: list[Block] = []
@@ -97,6 +99,8 @@ class Switch:
             Whether the comparison is over.
         """
         if not self._host.counts_as_step(turn):
+            if turn.mark is None:
+                self._between_ms += (turn.end_ns - turn.start_ns) / 1e6
             return False
         self._read_losses(turn)
         self._check_failures()
@@ -105,9 +109,14 @@ class Switch:
         if self._are_weights_damaged and is_alone:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
-            self.blocks[-1].add((turn.end_ns - turn.start_ns) / 1e6, Size.of(turn))
+            step_ms = self._between_ms + (turn.end_ns - turn.start_ns) / 1e6
+            self.blocks[-1].add(step_ms, Size.of(turn))
+        self._between_ms = 0.0
         if self._steps_left <= 0 or (self._arm in self._dropped and is_alone):
-            return self._begin_block()
+            begin_ns = time.perf_counter_ns()
+            is_over = self._begin_block()
+            self._host.add_pause(begin_ns)
+            return is_over
         if self._host.mark == "switched":
             self._discarded_steps += 1
             if self._discarded_steps >= self._comparison.discard_steps:

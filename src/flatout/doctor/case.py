@@ -142,7 +142,7 @@ class TimedSteps:
     @cached_property
     def evaluations(self) -> list[Step]:
         """Evaluation passes between the timed steps of training."""
-        return self.process.evaluations_between(self.steps)
+        return self.process.evaluations_before(self.steps)
 
     @cached_property
     def step_ms(self) -> float:

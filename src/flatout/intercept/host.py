@@ -6,6 +6,7 @@ has created and the settings that are applied, and adds events.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import start_loss_copy
 from flatout.intercept.patch import Undo
 from flatout.wire.request import Request
-from flatout.wire.turns import ARM, MARK, MARKS, Turn, Turns
+from flatout.wire.turns import ARM, MARK, MARKS, PAUSE, Turn, Turns
 from flatout.wire.writer import RecordWriter
 
 T = TypeVar("T")
@@ -152,6 +153,11 @@ class Host:
     def mark(self, mark: str | None) -> None:
         self._mark = mark
         self.hooks.append_note(MARK, MARKS.index(mark))
+
+    def add_pause(self, since_ns: int) -> None:
+        """Take the time since a reading of ``time.perf_counter_ns`` out of the current turn,
+        because the agent has held up the program."""
+        self.hooks.append_note(PAUSE, time.perf_counter_ns() - since_ns)
 
     # Callbacks of the hooks
 

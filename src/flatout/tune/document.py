@@ -46,7 +46,7 @@ class Side:
         step_ms: the time of a step, the only statistic of step times in a document. It is the mean
             over a run after its warm-up, with the step's share of the evaluation passes between
             the steps. Over several runs it is the geometric mean, so the bare program's step time
-            over the plan's is the claimed ratio. See ``tune.pairs.paired_ms``.
+            over the plan's is the claimed ratio. See ``tune.pairs.Pairs.times_ms``.
         startup_s: the time from the import of torch to the first step.
         warmup_s: the extra time of the first steps: their total minus that of the same number of
             later steps. It includes compilation.

@@ -59,10 +59,12 @@ class Pace:
         outside_steps_s: the wall time of the bare run outside its steps, in seconds: the start of
             Python, imports, everything up to the first step, and the end.
         step_s: the time of a step of the bare program, in seconds.
+        cycle_steps: the number of steps of a cycle of the program, see ``cycles.py``.
     """
 
     outside_steps_s: float
     step_s: float
+    cycle_steps: int = 1
 
     def limit_s(self, steps: int) -> float:
         """Return the time limit of a trial of this many steps, in seconds."""
@@ -103,11 +105,29 @@ class Pairs:
 
     @property
     def times_ms(self) -> list[tuple[float, float]]:
-        """The step times of each pair, see ``paired_ms``."""
+        """The step times of the two runs of each pair, in ms.
+
+        Each is the mean that ``statistics.paired_means_ms`` returns, lengthened by the share that
+        the run's evaluation passes add.
+        """
+        both = [(one.process, other.process) for one, other in self._zipped]
+        in_steps = statistics.paired_means_ms(
+            [
+                [
+                    (step.step_ms, counterpart.step_ms)
+                    for step, counterpart in zip(one.steady_steps, other.steady_steps, strict=False)
+                ]
+                for one, other in both
+            ]
+        )
         return [
-            paired_ms(one.process, other.process)
-            for one, other in zip(self.baseline_runs, self.variant_runs, strict=False)
+            (first * _whole_share(one), second * _whole_share(other))
+            for (first, second), (one, other) in zip(in_steps, both, strict=True)
         ]
+
+    @property
+    def _zipped(self) -> list[tuple[Trial, Trial]]:
+        return list(zip(self.baseline_runs, self.variant_runs, strict=False))
 
     @property
     def log_ratios(self) -> list[float]:
@@ -125,12 +145,31 @@ class Pairs:
 
     @property
     def whole_ratio(self) -> float:
-        """The ratio over all steps, including the steps that ``paired_ms`` leaves out as outliers.
+        """The ratio over all steps, including the steps that ``times_ms`` leaves out as outliers.
 
         If the plan itself makes some steps slow, this ratio shows it.
         """
-        both = zip(self.baseline_runs, self.variant_runs, strict=False)
-        return geometric_mean(step_ms(one.process) / step_ms(other.process) for one, other in both)
+        return geometric_mean(
+            step_ms(one.process) / step_ms(other.process) for one, other in self._zipped
+        )
+
+    @property
+    def median_step_ratio(self) -> float:
+        """The ratio of the median steps alone, without evaluation passes."""
+        return geometric_mean(
+            _median_step_ms(one.process) / _median_step_ms(other.process)
+            for one, other in self._zipped
+        )
+
+    @property
+    def evaluations_ratio(self) -> float | None:
+        """The ratio of the evaluation passes alone; ``None`` if some runs have none."""
+        sides = [
+            (_passes_ms(one.process), _passes_ms(other.process)) for one, other in self._zipped
+        ]
+        if not all(one and other for one, other in sides):
+            return None
+        return geometric_mean(one / other for one, other in sides)
 
     @property
     def costs(self) -> tuple[Cost, Cost]:
@@ -172,20 +211,19 @@ def _idle_knobs(process: ProcessRecord) -> dict[str, str]:
     return refused | trial.collect_reasons(process, "unused")
 
 
-def paired_ms(one: ProcessRecord, other: ProcessRecord) -> tuple[float, float]:
-    """Return the step times of the two runs of a pair, in ms.
+def _whole_share(process: ProcessRecord) -> float:
+    """Return how many times longer a run's steps are with their evaluation passes than alone."""
+    return step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
 
-    Each is the mean that ``statistics.paired_means_ms`` returns, lengthened by the share that the
-    run's evaluation passes between the steps add.
-    """
-    in_steps = statistics.paired_means_ms(
-        [step.step_ms for step in one.steady_steps], [step.step_ms for step in other.steady_steps]
-    )
-    first, second = (
-        mean * step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
-        for mean, process in zip(in_steps, (one, other), strict=True)
-    )
-    return first, second
+
+def _median_step_ms(process: ProcessRecord) -> float:
+    return median(step.step_ms for step in process.steady_steps)
+
+
+def _passes_ms(process: ProcessRecord) -> float:
+    """Return the time of the evaluation passes per step, in ms."""
+    timed = process.steady_steps
+    return sum(one.step_ms for one in process.evaluations_before(timed)) / len(timed)
 
 
 def step_ms(process: ProcessRecord) -> float:
@@ -203,8 +241,8 @@ def step_ms(process: ProcessRecord) -> float:
         raise ValueError(
             f"{len(process.loop_steps)} steps leave none after a warm-up of {WARMUP_STEPS}"
         )
-    between = process.evaluations_between(timed)
-    return sum(step.step_ms for step in (*timed, *between)) / len(timed)
+    passes = process.evaluations_before(timed)
+    return sum(step.step_ms for step in (*timed, *passes)) / len(timed)
 
 
 def startup_s(process: ProcessRecord) -> float:
@@ -267,9 +305,9 @@ def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[s
             known = [ms for step in timed if (ms := step.phases_ms[phase]) is not None]
             if known:
                 shares.setdefault(phase, []).append(sum(known) / whole_ms)
-        between = process.evaluations_between(timed)
-        if between:
-            part = sum(step.step_ms for step in between) / whole_ms
+        passes = process.evaluations_before(timed)
+        if passes:
+            part = sum(step.step_ms for step in passes) / whole_ms
             shares.setdefault("evaluation", []).append(part)
     found: dict[str, float | None] = dict.fromkeys(PHASES)
     for name, of_runs in shares.items():
@@ -357,7 +395,7 @@ def run(
         )
 
 
-def size_relay(steps: int, step_s: float) -> Relay:
+def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     """Divide two runs of this many steps into the blocks in which they alternate.
 
     The blocks are whole; the steps that are left over come before them, as warm-up.
@@ -365,16 +403,21 @@ def size_relay(steps: int, step_s: float) -> Relay:
     Args:
         steps: the number of steps of each run.
         step_s: the time of one step, in seconds.
+        cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If there are
+            several, the blocks are whole cycles, and nothing of them is discarded.
     """
-    usable = steps - WARMUP_STEPS
+    usable = max(steps - WARMUP_STEPS, 1)
     longest = usable // FEWEST_RELAY_BLOCKS
     block_steps = max(RELAY_BLOCK_STEPS, min(round(RELAY_BLOCK_S / step_s), longest))
+    if cycle_steps > 1:
+        block_steps = cycle_steps * max(1, block_steps // cycle_steps)
+    block_steps = min(block_steps, usable)
     blocks = max(usable // block_steps, 1)
     return Relay(
         folder="",
         place=0,
         block_steps=block_steps,
-        discard_steps=int(block_steps * RELAY_DISCARD_SHARE),
+        discard_steps=0 if cycle_steps > 1 else int(block_steps * RELAY_DISCARD_SHARE),
         warmup_steps=steps - blocks * block_steps,
         blocks=blocks,
     )
@@ -386,7 +429,7 @@ def _run_relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: in
     Raises:
         RelayFailedError: one of the runs fails, or one of its knobs; place 0 is the baseline.
     """
-    relay = size_relay(steps, pace.step_s)
+    relay = size_relay(steps, pace.step_s, pace.cycle_steps)
     baseline_begins = pairs.count % 2 == 0
     sides = (pairs.baseline, pairs.variant) if baseline_begins else (pairs.variant, pairs.baseline)
     one, other = (_request(s, seed=seed, inspection=PROOF_INSPECTION) for s in sides)

@@ -205,7 +205,7 @@ class Screening(TuneStage):
             for arm in arms
         ]
         ratios = estimate_setting_ratios(
-            statistics.find_complete_blocks(done.process.loop_steps, comparison), applied
+            statistics.find_complete_blocks(done.process.whole_steps, comparison), applied
         )
         skips = trial.collect_reasons(done.process, "skipped")
         unused = trial.collect_reasons(done.process, "unused")
@@ -250,7 +250,7 @@ class Screening(TuneStage):
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
         ratios = estimate_arm_ratios(
-            statistics.find_complete_blocks(done.process.loop_steps, comparison)
+            statistics.find_complete_blocks(done.process.whole_steps, comparison)
         )
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
@@ -360,7 +360,7 @@ class Screening(TuneStage):
             )
             return {}
         return estimate_arm_ratios(
-            statistics.find_complete_blocks(done.process.loop_steps, comparison)
+            statistics.find_complete_blocks(done.process.whole_steps, comparison)
         )
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:

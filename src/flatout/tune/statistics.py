@@ -12,6 +12,7 @@ settings that have been chosen so far, applied together.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
@@ -76,32 +77,48 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
     return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
 
 
-def paired_means_ms(bare_ms: Sequence[float], plan_ms: Sequence[float]) -> tuple[float, float]:
-    """Return the mean step times of two runs with the same seed, in ms.
+def paired_means_ms(pairs_ms: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean step times of the two runs of each pair, in ms.
 
-    Each step has a counterpart, which sees the same data unless a setting reshuffles them. All
-    steps count, as they do for the user, except a few outliers. If the ratio of a step and its
-    counterpart is far from that of the others, the machine stood still during one of the two, and
-    both are left out.
+    The two runs of a pair have the same seed: each step has a counterpart, which sees the same data
+    unless a setting reshuffles them. All steps count, as they do for the user, except a few
+    outliers. If the ratio of a step and its counterpart is far from that of the others, the machine
+    stood still during one of the two, and both are left out. If the step is an outlier in most
+    pairs, however, it is no accident, but a step that does something else than the others (it saves
+    the model, for example), and it counts.
 
     Args:
-        bare_ms, plan_ms: the step times after the warm-up, in ms; additional steps of the longer
-            run are ignored.
+        pairs_ms: for each pair, the times of the steps after the warm-up and of their counterparts,
+            in ms.
+
+    Raises:
+        ValueError: a pair has no steps.
+    """
+    outliers = [_find_outliers(steps) for steps in pairs_ms]
+    seen = Counter(number for of_pair in outliers for number in of_pair)
+    recurring = {number for number, count in seen.items() if 1 < count > len(pairs_ms) / 2}
+    means = []
+    for steps, of_pair in zip(pairs_ms, outliers, strict=True):
+        left_out = of_pair - recurring
+        kept = [both for number, both in enumerate(steps) if number not in left_out]
+        means.append((fmean(one for one, _ in kept), fmean(other for _, other in kept)))
+    return means
+
+
+def _find_outliers(steps: Sequence[tuple[float, float]]) -> set[int]:
+    """Find the steps of a pair of runs that seem to be outliers, by their numbers.
 
     Raises:
         ValueError: there are no steps.
     """
-    both = list(zip(bare_ms, plan_ms, strict=False))
-    if not both:
+    if not steps:
         raise ValueError("a ratio needs a step of each run")
-    logs = [math.log(bare / plan) for bare, plan in both]
+    logs = [math.log(one / other) for one, other in steps]
     centre = median(logs)
     spread = median(abs(log - centre) for log in logs) / NormalDist().inv_cdf(0.75)
     limit = OUTLIER_DEVIATIONS * max(spread, LEAST_SPREAD)
-    kept = [pair for pair, log in zip(both, logs, strict=True) if abs(log - centre) <= limit]
-    if len(kept) < (1 - MAXIMUM_OUTLIERS) * len(both):
-        kept = both
-    return fmean(bare for bare, _ in kept), fmean(plan for _, plan in kept)
+    found = {number for number, log in enumerate(logs) if abs(log - centre) > limit}
+    return found if len(found) <= MAXIMUM_OUTLIERS * len(steps) else set()
 
 
 def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
@@ -187,30 +204,23 @@ def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
 # From steps to blocks
 
 
-def split_into_blocks(steps: Sequence[Step], discard_steps: int) -> list[Block]:
+def split_into_blocks(steps: Sequence[Step]) -> list[Block]:
     """Split the steps of a comparison into its blocks, in order.
 
     Args:
-        steps: the steps of one process, in order.
-        discard_steps: ``Comparison.discard_steps``, at least 1, because the marks of discarded
-            steps show where a block begins.
+        steps: the steps of one process, in order, see ``ProcessRecord.whole_steps``.
     """
     found: list[Block] = []
-    discarded_in_block = discard_steps
+    number: int | None = None
     for step in steps:
         if step.arm is None:
             continue
-        same = bool(found) and found[-1].arm == step.arm
+        if step.block != number:
+            number = step.block
+            found.append(Block(step.arm))
         if step.mark == "first":
-            if not same or not found[-1].first_ms:
-                found.append(Block(step.arm))
             found[-1].first_ms.append(step.step_ms)
-        elif step.mark == "switched":
-            if not same or found[-1].first_ms or discarded_in_block == discard_steps:
-                found.append(Block(step.arm))
-                discarded_in_block = 0
-            discarded_in_block += 1
-        elif step.mark is None and same:
+        elif step.mark is None:
             found[-1].add(step.step_ms, Size.of(step))
     return found
 
@@ -219,10 +229,9 @@ def find_complete_blocks(steps: Sequence[Step], comparison: Comparison) -> list[
     """Find the blocks of a comparison that have all their timed steps, in order.
 
     Args:
-        steps: the steps of one process, in order.
-        comparison: the comparison that the process has made; it must discard steps, see
-            ``split_into_blocks``.
+        steps: the steps of one process, in order, see ``ProcessRecord.whole_steps``.
+        comparison: the comparison that the process has made.
     """
     timed_steps = comparison.block_steps - comparison.discard_steps
-    found = split_into_blocks(steps, comparison.discard_steps)
+    found = split_into_blocks(steps)
     return [block for block in found if len(block.times_ms) >= timed_steps]

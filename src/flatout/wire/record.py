@@ -87,6 +87,7 @@ class Step:
             accelerator so far; ``None``: not known.
         arm: the number of the arm of a comparison, or of the run of a relay; ``None``: neither is
             running.
+        block: the number of the block of the comparison, see ``turns.Turn.block``.
         mark: one of ``turns.MARKS``; ``None``: the step time is a usual one.
         grad: whether autograd recorded any of the forward calls.
         rows, elements: the number of rows and of elements of the inputs of the outermost module
@@ -110,6 +111,7 @@ class Step:
     grad: bool
     rows: int | None = None
     elements: int | None = None
+    block: int = 0
 
 
 S = TypeVar("S", bound=Sized)
@@ -193,23 +195,46 @@ class ProcessRecord(_Loops[list[Step]]):
 
     @property
     def steady_steps(self) -> list[Step]:
-        """The timed steps after the first ``WARMUP_STEPS`` steps of the loop. There may be none."""
-        return [step for step in self.loop_steps[WARMUP_STEPS:] if step.mark is None]
+        """The timed steps after the warm-up (``warmup_steps``). There may be none."""
+        return [step for step in self.loop_steps[self.warmup_steps :] if step.mark is None]
 
-    def evaluations_between(self, steps: Sequence[Step]) -> list[Step]:
-        """Return the timed evaluation passes from the first to the last of some training steps.
+    @property
+    def warmup_steps(self) -> int:
+        """The number of steps of the loop that do not count: ``WARMUP_STEPS``, but at most a
+        quarter of all."""
+        return min(WARMUP_STEPS, len(self.loop_steps) // 4)
+
+    @property
+    def whole_steps(self) -> list[Step]:
+        """The steps of the loop, each lengthened by the evaluation passes of
+        ``evaluations_before``."""
+        groups = self._group_evaluations() if self.trains else {}
+        return [
+            dataclasses.replace(step, step_ms=step.step_ms + sum(p.step_ms for p in passes))
+            if (passes := groups.get(id(step)))
+            else step
+            for step in self.loop_steps
+        ]
+
+    def evaluations_before(self, steps: Sequence[Step]) -> list[Step]:
+        """Return the timed evaluation passes that come right before some training steps.
 
         Args:
-            steps: the training steps, in order; at least one.
+            steps: some of the training steps.
         """
-        if not self.trains:
-            return []
-        first_s, last_s = steps[0].at_s, steps[-1].at_s
-        return [
-            evaluation
-            for evaluation in self.evaluations
-            if evaluation.mark is None and first_s <= evaluation.at_s <= last_s
-        ]
+        groups = self._group_evaluations() if self.trains else {}
+        return [one for step in steps for one in groups.get(id(step), ())]
+
+    def _group_evaluations(self) -> dict[int, list[Step]]:
+        """Group the timed evaluation passes by the id of the training step that follows."""
+        groups: dict[int, list[Step]] = {}
+        number = 0
+        for one in self.evaluations:
+            while number < len(self.steps) and self.steps[number].at_s <= one.at_s:
+                number += 1
+            if one.mark is None and number < len(self.steps):
+                groups.setdefault(id(self.steps[number]), []).append(one)
+        return groups
 
 
 @dataclass
@@ -580,6 +605,7 @@ class _Replay:
             grad=turn.grad,
             rows=turn.rows,
             elements=turn.elements,
+            block=turn.block,
         )
 
     def _next_loss_index(self) -> int:

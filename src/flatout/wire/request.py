@@ -45,7 +45,8 @@ class Comparison:
         arms: a map from knobs to settings for each arm; the first arm is the baseline (usually
             empty).
         block_steps: the number of steps in a block, including the discarded steps.
-        discard_steps: the number of steps after each switch that are not measured.
+        discard_steps: the number of steps after each switch that are not measured; 0 if blocks are
+            whole cycles of the program.
         warmup_steps: the number of steps before the first block, under the baseline.
         first_steps: the number of steps that an arm makes before the rounds begin, if it has a
             setting that no arm before it has, so that allocation and compilation are not measured.
@@ -95,7 +96,8 @@ class Relay:
         folder: the path of a folder in which both runs create the files that they wait for.
         place: 0 for the run that begins, 1 for the other run.
         block_steps: the number of steps in a block, including the discarded steps.
-        discard_steps: the number of steps after each wait that are not measured, at least 1.
+        discard_steps: the number of steps after each wait that are not measured; 0 if blocks are
+            whole cycles of the program.
         warmup_steps: the number of steps before the first block, at least 1; the second run makes
             its warm-up steps after the first run has made its own.
         blocks: the number of blocks of each run.

@@ -29,10 +29,10 @@ BEGIN, END, USAGE, NOTE = range(4)
 """The kinds of events: a phase begins, a phase ends, the resource usage of the process, a note of
 the agent."""
 
-OPTIMIZER_BUILT, ARM, MARK, ROWS, ELEMENTS = range(5)
+OPTIMIZER_BUILT, ARM, MARK, ROWS, ELEMENTS, PAUSE = range(6)
 """The notes of the agent: an optimizer object exists; turns that close from here on belong to an
-arm; turns that close from here on have a mark; the rows and the elements of the inputs of an
-outermost module call."""
+arm, and to a new block of it; turns that close from here on have a mark; the rows and the elements
+of the inputs of an outermost module call; the agent has held up the program for some ns."""
 
 MARKS = (None, "switched", "profiled", "first")
 """The marks of steps whose time is not a usual one: steps after a switch of settings or a wait,
@@ -70,6 +70,7 @@ class Turn:
         fetched: whether a loader was asked for a batch.
         grad: whether autograd recorded any forward call of the turn.
         arm, mark: the arm and the mark that were set when the turn closed.
+        block: the number of times that an arm was set before the turn closed.
         minor_faults, major_faults: the page faults of the process per turn, averaged over the turns
             since the previous ``USAGE`` event (not every short turn has one). ``None``: there was
             no such event in this turn, or none before it.
@@ -81,6 +82,7 @@ class Turn:
     __slots__ = (
         "arm",
         "backwards",
+        "block",
         "elements",
         "end_ns",
         "fetched",
@@ -112,6 +114,7 @@ class Turn:
         self.fetched = False
         self.grad = False
         self.arm: int | None = None
+        self.block = 0
         self.mark: str | None = None
         self.minor_faults: float | None = None
         self.major_faults: float | None = None
@@ -139,6 +142,7 @@ class Turns:
         self._optimizer_exists = optimizer_exists
         self.seen: set[int] = set()
         self._arm: int | None = None
+        self._block = 0
         self._mark: str | None = None
         self._turn: Turn | None = None
         self.active: list[int] = []
@@ -210,12 +214,21 @@ class Turns:
             self._optimizer_exists = True
         elif which == ARM:
             self._arm = None if value < 0 else value
+            self._block += 1
         elif which == MARK:
             self._mark = MARKS[value]
+        elif which == PAUSE:
+            self._skip(value)
         elif self._turn is not None and which == ROWS:
             self._turn.rows = (self._turn.rows or 0) + value
         elif self._turn is not None:
             self._turn.elements = (self._turn.elements or 0) + value
+
+    def _skip(self, pause_ns: int) -> None:
+        """Take a pause, which has just ended, out of the times of the open turn."""
+        if self._turn is not None:
+            self._turn.start_ns += pause_ns
+            self._last_ns += pause_ns
 
     def fetch_begins(self, now_ns: int) -> None:
         """A loader is asked for a batch (or for its iterator)."""
@@ -418,7 +431,7 @@ class Turns:
         assert turn is not None
         turn.phases_ns[OTHER] += now_ns - self._last_ns
         turn.end_ns = now_ns
-        turn.arm, turn.mark = self._arm, self._mark
+        turn.arm, turn.block, turn.mark = self._arm, self._block, self._mark
         self._account_usage(turn)
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
