@@ -12,6 +12,7 @@ import pytest
 from test_memory import STEP
 from test_proof import check
 
+from flatout.tune.budget import ProofSize
 from flatout.tune.ledger import Ledger, Options
 from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.prover import Prover
@@ -59,7 +60,9 @@ def test_outputs_that_are_not_identical_are_refused_if_bare_repeats_itself(
 ) -> None:
     ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
     trials: Any = Repeats(*repeats)
-    bare: Any = SimpleNamespace(process=infer(None).process, pace=Pace(0.0, 0.01), proof_steps=20)
+    bare: Any = SimpleNamespace(
+        process=infer(None).process, pace=Pace(0.0, 0.01), proof=ProofSize(20, 5, 2), job_steps=None
+    )
     prover = Prover(trials, ledger, bare, Options())
     finished = Pairs({}, {"gc": "seldom"}, [infer(1.0)] * 2, [infer(plan)] * 2)
     verdict = prover._judge_pairs(finished)

@@ -21,6 +21,7 @@ from flatout.launch import companions, isolation
 from flatout.machine import cores
 from flatout.tune import candidates, pairs, trial
 from flatout.tune.bare import BareRun
+from flatout.tune.budget import ProofSize
 from flatout.tune.candidates import Candidate
 from flatout.tune.cold import ColdTrials
 from flatout.tune.ledger import Ledger, Options
@@ -261,7 +262,17 @@ def test_a_candidate_with_other_processes_is_not_tried_in_a_relay(
 
     monkeypatch.setattr(pairs, "run", run)
     nothing: Any = None
-    first = BareRun(nothing, frozenset(), nothing, pairs.Pace(1.0, 0.1), {}, 50, None, True)
+    first = BareRun(
+        nothing,
+        frozenset(),
+        nothing,
+        pairs.Pace(1.0, 0.1),
+        {},
+        60.0,
+        ProofSize(50, 5, 2),
+        None,
+        True,
+    )
     ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
     stage = ColdTrials(nothing, ledger, first, Options())
     for name, setting in (("ranks", "2"), ("mkl", "avx512")):

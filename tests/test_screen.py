@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from test_memory import STEP
 
+from flatout.tune.budget import ProofSize
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import State
 from flatout.tune.ledger import Ledger, Options
@@ -108,7 +109,9 @@ def test_a_short_job_gets_fewer_rounds_before_its_blocks_become_shorter(step_s: 
     arms = ({}, {"gc": "seldom"}, {"random": "fast"})
 
     def size(job_steps: int | None) -> Comparison:
-        return size_comparison(arms, "arms", limit_s=100.0, step_s=step_s, job_steps=job_steps)
+        return size_comparison(
+            arms, "arms", limit_s=100.0, pace=Pace(0.0, step_s), job_steps=job_steps
+        )
 
     whole = size(None)
     assert whole.rounds == MAXIMUM_ROUNDS
@@ -231,7 +234,7 @@ class ShortJobs:
 
 def screen_short_job(job_steps: int) -> tuple[Screening, ShortJobs, Ledger]:
     ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
-    bare: Any = SimpleNamespace(job_steps=None, pace=Pace(0.0, 0.01))
+    bare: Any = SimpleNamespace(job_steps=None, pace=Pace(0.0, 0.01), proof=ProofSize(20, 5, 2))
     trials: Any = ShortJobs(job_steps)
     return Screening(trials, ledger, bare, Options()), trials, ledger
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,11 @@ from flatout import plan
 from flatout.cli import main
 from flatout.machine import Ceilings
 from flatout.tune import journal, prover, screen, statistics
+from flatout.tune.budget import ProofSize
 from flatout.tune.candidates import Candidate
-from flatout.tune.ledger import Options, Outcome
-from flatout.tune.pairs import Pairs
+from flatout.tune.ledger import Ledger, Options, Outcome
+from flatout.tune.pairs import Pace, Pairs
+from flatout.tune.proof import Run
 from flatout.tune.prover import Prover
 from flatout.tune.tuner import Tuner
 
@@ -253,9 +256,9 @@ MISTAKES = {
         "import torch\nprint('loading')\nraise KeyError('my data')",
         "failed with exit code 1; its last lines:",
     ),
-    "too short": (
+    "shorter than --steps": (
         MANY_TENSORS.replace("BEFORE", "pass").replace("STEPS", "7"),
-        "ends after 7 steps, and its proof needs at least 20",
+        "ends after 7 steps, so its proof cannot cover the 20 that --steps asks for",
     ),
 }
 
@@ -264,7 +267,7 @@ MISTAKES = {
 def test_programs_that_cannot_be_tuned_are_one_sentence(tmp_path: Path, mistake: str) -> None:
     program, message = MISTAKES[mistake]
     command = write(tmp_path, program)
-    completed = flatout("--quiet", "--", *command, folder=tmp_path)
+    completed = flatout("--quiet", "--steps", "20", "--", *command, folder=tmp_path)
     assert completed.returncode == 2
     assert completed.stdout == ""
     assert completed.stderr.startswith("flatout: ")
@@ -390,29 +393,46 @@ def test_a_plan_is_verified_and_a_wrong_one_refused(
     assert plan.read(wrong).evidence is None
 
 
-def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_next_would_take() -> None:
-    said: list[str] = []
+class Clock:
+    """A budget of which each pair of runs takes some seconds."""
 
-    def is_over(pairs: Pairs, count: int, undecided: bool = True, reordered: bool = False) -> bool:
-        pairs.baseline_runs = pairs.variant_runs = [None] * count  # type: ignore[list-item]
-        asked = SimpleNamespace(
-            _judge_without_gradients=lambda _: SimpleNamespace(undecided=undecided),
-            _has_other_data_order=lambda _: reordered,
-            _ledger=SimpleNamespace(print_line=said.append),
-        )
-        return Prover._is_overtime_over(asked, pairs)  # type: ignore[arg-type]
+    def __init__(self, budget_s: float) -> None:
+        self.spent_s = 0.0
+        self.ledger = Ledger(budget_s, lambda: self.spent_s, lambda _: None, lambda *_: None)
 
-    made = Pairs({}, {"precision": "safe"})
-    assert [is_over(made, count) for count in range(9, 15)] == [False] * 5 + [True]
-    assert said == [
-        "the budget is spent, and the loss comparison is still undecided: at most 5 more pairs"
-    ]
-    assert is_over(Pairs({}, {}), 9, undecided=False)
-    assert is_over(Pairs({}, {}), 9, reordered=True)
-    assert is_over(Pairs({}, {}), prover.MAXIMUM_PAIRS)
-    decided_late = Pairs({}, {})
-    assert not is_over(decided_late, 9)
-    assert is_over(decided_late, 10, undecided=False)
+
+@pytest.mark.parametrize(
+    ("budget_s", "variant", "is_decided", "count"),
+    [
+        (1000.0, {"precision": "safe"}, True, 5),  # its interval is narrow
+        (1000.0, {"precision": "safe"}, False, 24),  # as many as there may be
+        (200.0, {"precision": "safe"}, False, 10),  # the budget ends it, 5 % over at most
+        (200.0, {"precision": "safe", "optimizer": "onepass"}, False, 5),  # time for the rest
+        (30.0, {"precision": "safe"}, True, 2),
+    ],
+)
+def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_budget_allows(
+    monkeypatch: pytest.MonkeyPatch,
+    budget_s: float,
+    variant: dict[str, str],
+    is_decided: bool,
+    count: int,
+) -> None:
+    clock = Clock(budget_s)
+    bare: Any = SimpleNamespace(pace=Pace(0.0, 1.0), proof=ProofSize(10, 5, 1), process=None)
+    monkeypatch.setattr(Run, "of", lambda _: None)
+    prover = Prover(None, clock.ledger, bare, Options())  # type: ignore[arg-type]
+    undecided = SimpleNamespace(undecided=not is_decided)
+    monkeypatch.setattr(prover, "_judge_without_gradients", lambda _: undecided)
+    monkeypatch.setattr(prover, "_has_other_data_order", lambda _: False)
+    monkeypatch.setattr(Pairs, "log_ratios", property(lambda self: [0.5] * self.count))
+    pairs = Pairs({}, variant)
+    while not prover._is_enough(pairs):
+        pairs.baseline_runs.append(None)  # type: ignore[arg-type]
+        pairs.variant_runs.append(None)  # type: ignore[arg-type]
+        clock.spent_s += 20.0
+    assert pairs.count == count
+    assert clock.spent_s <= max(1.05 * budget_s, 40.0)
 
 
 def test_a_proof_that_was_interrupted_does_not_blame_the_time() -> None:
@@ -422,15 +442,15 @@ def test_a_proof_that_was_interrupted_does_not_blame_the_time() -> None:
     assert why == "it was interrupted before two pairs were complete"
 
 
-def test_too_short_a_budget_is_said_in_one_sentence(
+def test_a_budget_that_is_too_short_for_a_trial_is_said_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first run has its profiled steps, but hardly any before them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "program.py").write_text(
         "import torch\nnet, x = torch.nn.Linear(2000, 2000), torch.randn(4000, 2000)\n"
         "for _ in range(1000):\n    net(x).sum().backward()\n"
     )
-    words = ["tune", "--in-place", "--budget", "1s", "--", sys.executable, "program.py"]
-    assert main(words) == 2
-    assert "give tune a longer --budget, or --steps" in capsys.readouterr().err
+    words = ["tune", "--in-place", "--knobs", "threads,gc,allocator", "--budget", "1s"]
+    assert main([*words, "--", sys.executable, "program.py"]) == 0
+    assert "the budget of 1.0 s has no time to try a setting" in capsys.readouterr().err
+    assert not (tmp_path / "flatout.toml").exists()

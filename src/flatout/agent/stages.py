@@ -93,7 +93,10 @@ class Stages:
         is_timing = bool(self.pending) and self.pending[0] == self.time_step
         if limit_s is None or not is_timing or not self._host.counts_as_step(turn):
             return False
-        is_late = turn.end_ns - self._timed_from_ns > limit_s * 1e9
+        is_late = (
+            turn.end_ns - self._timed_from_ns > limit_s * 1e9
+            and self._steps_timed + 1 >= self._host.request.least_steps
+        )
         processes = ensemble.find(self._host.roots)
         if processes is None:
             return is_late

@@ -46,20 +46,25 @@ def memory_ratio(text: str) -> float:
     return ratio
 
 
-def add_budget(parser: argparse.ArgumentParser, default_s: float, limits: str) -> None:
+def add_budget(
+    parser: argparse.ArgumentParser, default_s: float | None, limits: str, default: str = ""
+) -> None:
     """``--budget TIME``.
 
     Args:
         parser: of the verb.
-        default_s: in seconds.
+        default_s: in seconds; ``None``: it depends on the program.
         limits: what it limits, a sentence without its stop.
+        default: the default in words, if it depends on the program.
     """
+    if default_s is not None:
+        default = _time(default_s)
     parser.add_argument(
         "--budget",
         type=duration_s,
         default=default_s,
         metavar="TIME",
-        help=f"{limits}: 90s, 5m, 1h (default: {_time(default_s)})",
+        help=f"{limits}: 90s, 5m, 1h (default: {default})",
     )
 
 

@@ -14,33 +14,33 @@ from flatout import knobs
 from flatout.doctor.case import Case
 from flatout.errors import UserError
 from flatout.plan.program import Program, observe_program
-from flatout.tune import formatting, pairs
+from flatout.tune import budget, cycles, formatting, pairs
+from flatout.tune.budget import ProofSize
 from flatout.tune.ledger import Options
-from flatout.tune.pairs import MINIMUM_STEPS, Pace
+from flatout.tune.pairs import Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.profile import Profile
-from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
+from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Request
-
-USUAL_STEPS = 200
-"""Number of steps that a proof covers, unless the steps are fast (``USUAL_S``) or ``Options.steps``
-gives another number."""
-
-USUAL_S = 2.0
-"""If ``USUAL_STEPS`` steps take less than this many seconds, a proof covers as many steps as fit
-into that time."""
 
 MAXIMUM_STEPS = 2000
 """Maximum number of steps of the first run, and therefore of a proof, unless ``Options.steps``
 gives another number."""
 
 FIRST_RUN_SHARE = 1 / 36
-"""Share of the budget that the steps of the first run may take. A proof covers no more steps than
-the first run has timed, but at least ``pairs.MINIMUM_STEPS``."""
+"""Share of the budget that the steps of the first run may take, beyond the first ``LEAST_STEPS``.
+A proof covers no more steps than the first run has timed, but at least
+``budget.size_proof`` allows."""
+
+LEAST_STEPS = 5
+"""Number of steps that the first run times in any case."""
 
 LEAST_LIMIT_S = 120.0
 """The first run counts as hung after this many seconds, or after twice the budget if that is
 longer."""
+
+UNKNOWN_LIMIT_S = 1800.0
+"""The first run counts as hung after this many seconds if the user has named no budget."""
 
 PROFILE_STEPS = 5
 """Number of steps that the first run makes under the profiler, after the steps that are timed."""
@@ -61,7 +61,8 @@ class BareRun:
             name.
         pace: the time that a run and a step take.
         phases_ms: the time of each phase of a step; ``None`` if it was not measured.
-        proof_steps: the number of steps of each run of a proof.
+        budget_s: the time that the tune may take, in seconds.
+        proof: the size of a proof.
         job_steps: the number of steps of the whole job; ``None`` if it is not known, because the
             run was stopped before the job's end.
         can_relay: whether two runs can stay alive at the same time and alternate (a relay).
@@ -72,7 +73,8 @@ class BareRun:
     program: Program
     pace: Pace
     phases_ms: Mapping[str, float | None]
-    proof_steps: int
+    budget_s: float
+    proof: ProofSize
     job_steps: int | None
     can_relay: bool
 
@@ -95,12 +97,11 @@ def run(
         print_line: prints a line of progress.
 
     Raises:
-        UserError: the program fails, never calls a model, or makes too few steps.
+        UserError: the program fails, never calls a model, or has fewer steps than the user wants.
     """
     print_line("running the bare program to see what its steps take")
-    limit_s = options.budget_seconds * FIRST_RUN_SHARE
-    first = _run_first(options, trials, limit_s)
-    timed = _find_timed_steps(first, options, limit_s)
+    first = _run_first(options, trials)
+    timed = _find_timed_steps(first, options)
     process = first.process
     if first.ended and (process.profile is None or not process.profile.operators):
         print_line("it ends before its steps were profiled, so it runs again")
@@ -108,32 +109,54 @@ def run(
         process = dataclasses.replace(process, profile=profile)
     step_s = pairs.step_ms(process) / 1e3
     in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
-    longest = max(USUAL_STEPS, int(USUAL_S / step_s))
+    pace = Pace(
+        max(first.seconds - in_steps_s, 0), step_s, cycle_steps=cycles.find_cycle_steps(process)
+    )
+    of_cycles = ""
+    if pace.cycle_steps > 1:
+        of_cycles = f", {pace.cycle_steps} steps from one group of evaluation passes to the next"
     print_line(
-        f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps), "
+        f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps{of_cycles}), "
         f"{pairs.startup_s(process):.1f} s of start-up"
     )
+    budget_s = options.budget_seconds
+    if budget_s is None:
+        budget_s = budget.choose_budget_s(pace)
+        print_line(
+            f"the tune takes about {formatting.duration(budget_s)}, because of the time that a "
+            "step and a start take; Ctrl-C keeps what is proven"
+        )
+    job_steps = len(process.loop_steps) if first.ended else None
     return BareRun(
         process=process,
         modules=first.modules,
         program=observe_program(command, first.modules),
-        pace=Pace(max(first.seconds - in_steps_s, 0), step_s),
+        pace=pace,
         phases_ms=pairs.phases_ms([process], step_s * 1e3),
-        proof_steps=options.steps or max(min(len(timed), longest), MINIMUM_STEPS),
-        job_steps=len(process.loop_steps) if first.ended else None,
+        budget_s=budget_s,
+        proof=budget.size_proof(
+            pace,
+            budget_s,
+            seen_steps=len(timed),
+            wanted_steps=options.steps,
+            job_steps=job_steps,
+        ),
+        job_steps=job_steps,
         can_relay=_can_relay(process),
     )
 
 
-def _run_first(options: Options, trials: Trials, limit_s: float) -> Trial:
+def _run_first(options: Options, trials: Trials) -> Trial:
+    limit_s = (options.budget_seconds or budget.UNKNOWN_BUDGET_S) * FIRST_RUN_SHARE
     request = Request(
         seed=options.seed,
         stop_steps=options.steps or MAXIMUM_STEPS,
         stop_seconds=None if options.steps else limit_s,
+        least_steps=LEAST_STEPS,
         profile_steps=PROFILE_STEPS,
     )
     try:
-        return trials.run(request, max(2 * options.budget_seconds, LEAST_LIMIT_S))
+        return trials.run(request, _limit_s(options))
     except TrialFailedError as failure:
         raise pairs.to_user_error("the program does not run", failure) from failure
 
@@ -151,33 +174,33 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
         profile_steps=PROFILE_STEPS,
     )
     try:
-        return trials.run(request, max(2 * options.budget_seconds, LEAST_LIMIT_S)).process.profile
+        return trials.run(request, _limit_s(options)).process.profile
     except TrialFailedError as failure:
         raise pairs.to_user_error("the program fails when it runs again", failure) from failure
 
 
-def _find_timed_steps(first: Trial, options: Options, limit_s: float) -> list[Step]:
+def _limit_s(options: Options) -> float:
+    """Return the time after which a run of a program counts as hung whose pace is not known."""
+    if options.budget_seconds is None:
+        return UNKNOWN_LIMIT_S
+    return max(2 * options.budget_seconds, LEAST_LIMIT_S)
+
+
+def _find_timed_steps(first: Trial, options: Options) -> list[Step]:
     """Return the steps before the profiled ones.
 
     Raises:
-        UserError: there are too few of them.
+        UserError: there are none, or fewer than the user wants.
     """
     steps = first.process.loop_steps
     if not steps:
         raise UserError("this program never calls a model or backward: there is no step")
-    needed = max(MINIMUM_STEPS, options.steps or 0)
-    if first.ended and len(steps) < needed:
+    if first.ended and len(steps) < (options.steps or 0):
         raise UserError(
-            f"this program ends after {len(steps)} steps, and its proof needs at least {needed}"
+            f"this program ends after {len(steps)} steps, so its proof cannot cover the "
+            f"{options.steps} that --steps asks for"
         )
-    timed = first.process.timed_steps
-    if len(timed) <= WARMUP_STEPS:
-        raise UserError(
-            f"the budget is too short: only {formatting.count(len(timed), 'step')} fit into the "
-            f"{limit_s:.1f} s of the first run, and {WARMUP_STEPS + 1} are needed; "
-            "give tune a longer --budget, or --steps"
-        )
-    return timed
+    return first.process.timed_steps
 
 
 def _can_relay(process: ProcessRecord) -> bool:

@@ -34,7 +34,7 @@ class ColdTrials(TuneStage):
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
         shortest = max(SHORT_STEPS, round(SHORT_S / bare.pace.step_s))
-        self._steps = max(min(bare.proof_steps, shortest), MINIMUM_STEPS)
+        self._steps = max(min(bare.proof.steps, shortest), min(bare.proof.steps, MINIMUM_STEPS))
         self._pair_s = 2 * bare.pace.seconds(self._steps)
         self._of_hot_s = 0.0
 
@@ -76,7 +76,7 @@ class ColdTrials(TuneStage):
         spare_s = self._spare_s()
         if again:
             return needed_s <= spare_s
-        allowed_s = COLD_SHARE * self._options.budget_seconds
+        allowed_s = COLD_SHARE * self._ledger.budget_s
         if candidate.is_hot:  # there may be many, which share this time
             allowed_s -= self._of_hot_s
             self._of_hot_s += needed_s

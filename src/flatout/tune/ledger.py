@@ -14,6 +14,7 @@ from flatout.knob import Exactness
 from flatout.plan import Evidence
 from flatout.plan.program import Program
 from flatout.tune import memory
+from flatout.tune.budget import OVERDRAFT
 from flatout.tune.candidates import Candidate
 from flatout.tune.document import Stage, State
 from flatout.tune.pairs import Pace, Pairs
@@ -29,7 +30,8 @@ class Options:
     """The options of a tune that the user gave.
 
     Attributes:
-        budget_seconds: the time that the tune may take, roughly.
+        budget_seconds: the time that the tune may take; ``None`` if it is left to flatout
+            (``budget.choose_budget_s``).
         steps: the number of steps that the proof covers; ``None`` for as many as the first run has
             timed, within the limits of ``bare.USUAL_STEPS`` and ``bare.USUAL_S``.
         seed: the seed of the first pair of runs; each later pair has the next one.
@@ -39,7 +41,7 @@ class Options:
         memory: the peak memory that is allowed, as a multiple of the bare program's.
     """
 
-    budget_seconds: float = 300.0
+    budget_seconds: float | None = None
     steps: int | None = None
     seed: int = 0
     isolate: bool = True
@@ -151,7 +153,7 @@ class Ledger:
 
     Attributes:
         outcome: the outcome so far.
-        print_line: see above.
+        print_line, budget_s: see above.
     """
 
     def __init__(
@@ -163,14 +165,19 @@ class Ledger:
     ) -> None:
         self.outcome = Outcome()
         self.print_line = print_line
-        self._budget_s = budget_s
+        self.budget_s = budget_s
         self._read_spent_s = read_spent_s
         self._refresh = refresh
 
     @property
     def left_s(self) -> float:
         """The time of the budget that is left, in seconds; negative if more has been spent."""
-        return self._budget_s - self._read_spent_s()
+        return self.budget_s - self._read_spent_s()
+
+    def has_time_for(self, needed_s: float) -> bool:
+        """Return whether what takes so many seconds ends within the budget, or little later
+        (``budget.OVERDRAFT``)."""
+        return self._read_spent_s() + needed_s <= OVERDRAFT * self.budget_s
 
     def find(self, settings: Mapping[str, str]) -> LedgerEntry:
         """Find the entry of some settings; only the methods of this class may change it.
@@ -291,7 +298,7 @@ class Ledger:
             may_exceed_pairs: whether it makes more pairs than that if the results are not clear by
                 then.
         """
-        ends_s = self._budget_s if lasts_s is None else self._read_spent_s() + lasts_s
+        ends_s = self.budget_s if lasts_s is None else self._read_spent_s() + lasts_s
         self.outcome.activity = Activity(what, pair, pairs, ends_s, may_exceed_pairs)
         self.notify()
 
@@ -330,7 +337,7 @@ class Ledger:
     def notify(self) -> None:
         """Show the outcome so far to the observer of the tune."""
         activity = self.outcome.activity
-        ends_s = self._budget_s if activity is None else activity.ends_s
+        ends_s = self.budget_s if activity is None else activity.ends_s
         self._refresh(self.outcome, max(ends_s - self._read_spent_s(), 0.0))
 
 

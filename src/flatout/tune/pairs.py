@@ -24,7 +24,8 @@ from flatout.wire.request import GuardRequest, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 MINIMUM_STEPS = 20
-"""Minimum number of steps of a run whose times or losses are compared; fewer tell too little."""
+"""Minimum number of steps of a run whose times or losses are compared, unless the steps are so slow
+that the budget has no time for them, or the program ends earlier."""
 
 LIMIT_FACTOR = 4.0
 """A trial counts as hung if it takes more than this many times the time that the bare program
@@ -86,7 +87,6 @@ class Pairs:
             steps.
         failure: the reason why the variant cannot run; ``None`` if it can.
         interrupted: whether the user has ended the tune early.
-        overtime_from: the number of pairs when the budget was spent, if more pairs followed.
     """
 
     baseline: Mapping[str, str]
@@ -96,7 +96,6 @@ class Pairs:
     in_relay: bool = False
     failure: str | None = None
     interrupted: bool = False
-    overtime_from: int | None = None
 
     @property
     def count(self) -> int:

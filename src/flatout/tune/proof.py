@@ -56,6 +56,7 @@ only because its confidence limit is far from the mean difference is ``undecided
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -95,6 +96,13 @@ SAME_DATA = 0.5
 
 MORE_ONES = 0.002
 """Share of a model's probabilities that may become exactly 1 under the plan."""
+
+FIRST_STEPS = 4
+"""Minimum number of first steps by which losses are judged if later ones do not decide."""
+
+FIRST_STEPS_MARGIN = 0.25
+"""What the plan's loss may differ from bare's in the first steps, in seed-to-seed standard
+deviations. It is less than later on, because updates let differences grow."""
 
 LOWER_MARGINS = 6.0
 """A plan that lowers the loss by more than this many margins must be training something else."""
@@ -535,6 +543,10 @@ def _judge_losses(
         # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
         # hence the wider range.
         is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
+        if is_undecided and check == "losses" and margin_source == "seeds":
+            beginning = _judge_first_steps(name, bare, plan, why)
+            if beginning is not None:
+                return evidence, dataclasses.replace(beginning, measurements=measurements)
         return evidence, Check(check, "failed", why, measurements, undecided=is_undecided)
     if limit < -LOWER_MARGINS * margin:
         why = (
@@ -544,6 +556,37 @@ def _judge_losses(
         return evidence, Check(check, "failed", why, measurements)
     why = f"{name} exceeds bare's by at most {limit:+.3g}; {reason} {margin:.3g}"
     return evidence, Check(check, "passed", why, measurements)
+
+
+def _judge_first_steps(
+    name: str, bare: Sequence[Curve], plan: Sequence[Curve], why_undecided: str
+) -> Check | None:
+    """Judge losses by the first steps, after the later ones have not decided.
+
+    In the first steps, the two runs of a pair still have nearly the same weights. What a setting
+    does to a loss then shows with far less noise than after many updates, which let the runs of a
+    pair diverge as those of two seeds do.
+
+    Args:
+        name, bare, plan: see ``_judge_losses``.
+        why_undecided: the reason why the later steps do not decide, as a clause.
+
+    Returns the passed check; ``None`` if the first steps do not decide either.
+    """
+    steps = len(bare[0])
+    window = range(min(max(steps // 8, FIRST_STEPS), steps // 2))
+    if not window:
+        return None
+    limit, difference = _upper_limit(bare, plan, window)
+    margin = FIRST_STEPS_MARGIN * _spread(bare, [window])
+    if limit > margin or 2 * difference - limit < -margin:
+        return None
+    return Check(
+        "losses",
+        "passed",
+        f"in the first {len(window)} steps, {name} exceeds bare's by at most {limit:+.3g} "
+        f"({margin:.3g} is allowed); later ones are too noisy to decide: {why_undecided}",
+    )
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.tune import gradients, memory, pairs, proof, search, statistics
+from flatout.tune import formatting, gradients, memory, pairs, proof, search, statistics
 from flatout.tune.bare import BareRun
+from flatout.tune.budget import GRADIENT_STEPS
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
@@ -29,15 +31,8 @@ from flatout.wire.request import Inspection
 PROOF_ACTIVITY = "proving the plan"
 GRADIENTS_ACTIVITY = f"{PROOF_ACTIVITY}: comparing its gradients with the bare program's"
 
-GRADIENT_SEEDS = 2
-"""Number of seeds for which gradients are compared, unless the user gives a number of pairs."""
-
-GRADIENT_STEPS = 4
-"""Number of updates of each run whose gradients are compared. There are several, because some
-settings do not affect the first step."""
-
-USUAL_PAIRS = 8
-"""Number of pairs that are assumed where time is reserved for a proof."""
+FEWEST_PROOF_PAIRS = 2
+"""Number of pairs of a proof that are made even after the budget."""
 
 MAXIMUM_PAIRS = 24
 """Maximum number of pairs behind a claim, unless the user gives a number of pairs."""
@@ -72,6 +67,36 @@ class ProofAttempt:
     verdict: Verdict | None
     part_passes: Callable[[Mapping[str, str]], bool]
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the pairs show neither that the plan is worse nor that it is not."""
+        return self.refusal is not None and self.verdict is not None and self.verdict.undecided
+
+    @property
+    def last_pair(self) -> tuple[Trial, Trial]:
+        """The two runs of the last pair; there must be one."""
+        return self.pairs.baseline_runs[-1], self.pairs.variant_runs[-1]
+
+    @property
+    def pairs_to_decide(self) -> int:
+        """How many more pairs an undecided proof probably needs.
+
+        The distance of a confidence limit from the mean falls with the square root of the number of
+        pairs.
+        """
+        assert self.verdict is not None
+        factors = [1.0]
+        for check in self.verdict.checks:
+            if (
+                check.result == "failed"
+                and {"limit", "difference", "margin"} <= check.measurements.keys()
+            ):
+                limit, difference, margin = (
+                    check.measurements[name] for name in ("limit", "difference", "margin")
+                )
+                factors.append(((limit - difference) / max(margin - difference, margin / 10)) ** 2)
+        return max(1, math.ceil(self.pairs.count * (max(factors) - 1)))
+
 
 class Prover(TuneStage):
     """Proves plans of one job."""
@@ -96,10 +121,10 @@ class Prover(TuneStage):
         """
         in_relay = self._bare.can_relay_under(settings)
         finished = Pairs({}, dict(settings), in_relay=in_relay)
-        refusal = self._compare_gradients(settings, count or GRADIENT_SEEDS)
+        refusal = self._compare_gradients(settings, count or self._bare.proof.gradient_seeds)
         if refusal is not None:
             return ProofAttempt(finished, refusal, None, self._gradients_pass)
-        steps = self._bare.proof_steps
+        steps = self._bare.proof.steps
         self._ledger.print_line(
             f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
@@ -112,8 +137,8 @@ class Prover(TuneStage):
             seed=self._options.seed,
             is_enough=self._ledger.follow_pairs(
                 PROOF_ACTIVITY,
-                statistics.MINIMUM_PAIRS if count is None else count,
-                2 * self._bare.pace.seconds(steps),
+                self._bare.proof.pairs if count is None else count,
+                self._pair_s,
                 is_enough,
                 may_exceed=count is None,
             ),
@@ -129,13 +154,19 @@ class Prover(TuneStage):
         """Find the settings of a plan that made its proof fail.
 
         If the verdict is undecided, no subset fails clearly. The most invasive settings are then
-        taken as the culprits.
+        taken as the culprits, and also if there is no time to look for others.
 
         Args:
             settings: the settings of the plan.
             attempt: the result of its proof.
         """
-        if attempt.verdict is not None and attempt.verdict.undecided:
+        if attempt.is_undecided:
+            return search.find_most_invasive(settings)
+        part_s = self._bare.proof.pairs * self._pair_s / 2
+        search_s = 2 * math.log2(2 * len(settings)) * part_s
+        if attempt.verdict is not None and not self._ledger.has_time_for(
+            search_s + estimate_s(self._bare)
+        ):
             return search.find_most_invasive(settings)
         self._ledger.begin("looking for the setting that makes the proof fail")
         self._ledger.print_line("looking for the setting that makes the proof fail")
@@ -191,7 +222,9 @@ class Prover(TuneStage):
                 verdict = self._judge_without_gradients(finished)
             is_undecided = verdict.undecided and not finished.interrupted
             if is_undecided and self._has_other_data_order(finished):
-                verdict = self._judge_with_same_data(finished) or verdict
+                again_s = finished.count * self._pair_s / 2
+                if self._ledger.has_time_for(again_s):
+                    verdict = self._judge_with_same_data(finished, again_s) or verdict
         except KeyboardInterrupt:
             finished.interrupted = True
         if self._bare.process.trains:
@@ -210,38 +243,36 @@ class Prover(TuneStage):
         plan = finished.steps(finished.variant_runs)
         return memory.refusal(bare, plan, self._options.memory)
 
+    @property
+    def _pair_s(self) -> float:
+        """The time of a pair of runs of a proof, in seconds."""
+        return 2 * self._bare.pace.seconds(self._bare.proof.steps)
+
     def _is_enough(self, finished: Pairs) -> bool:
-        """Return whether the claim is precise enough, or the budget is spent."""
-        if finished.count < statistics.MINIMUM_PAIRS:
-            return False
-        if 2 * self._bare.pace.seconds(self._bare.proof_steps) > self._ledger.left_s:
-            return self._is_overtime_over(finished)
-        if not statistics.has_enough_pairs(finished.log_ratios, MAXIMUM_PAIRS):
-            return False
-        if finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
-            return True
-        return not self._judge_without_gradients(finished).undecided
+        """Return whether the claim is precise enough and the losses decide, or the time is over.
 
-    def _is_overtime_over(self, finished: Pairs) -> bool:
-        """Return whether pairs beyond the budget are of no more use.
-
-        If the verdict is undecided, up to ``MINIMUM_PAIRS`` more pairs are made, because trying a
-        gentler plan instead would cost as much and gain less.
+        While the losses do not decide, there is time left for the proof of a gentler plan, if there
+        is one: its gain is better than none.
         """
-        is_decided = not self._judge_without_gradients(finished).undecided
-        if is_decided or finished.count >= MAXIMUM_PAIRS or self._has_other_data_order(finished):
+        if finished.count < FEWEST_PROOF_PAIRS:
+            return False
+        if finished.count >= MAXIMUM_PAIRS or not self._ledger.has_time_for(self._pair_s):
             return True
-        if finished.overtime_from is None:
-            finished.overtime_from = finished.count
-            self._ledger.print_line(
-                "the budget is spent, and the loss comparison is still undecided: at most "
-                f"{statistics.MINIMUM_PAIRS} more pairs"
-            )
-        return finished.count >= finished.overtime_from + statistics.MINIMUM_PAIRS
+        if not statistics.has_enough_pairs(
+            finished.log_ratios, MAXIMUM_PAIRS, self._bare.proof.pairs
+        ):
+            return False
+        if self._has_other_data_order(finished):
+            return True
+        if not self._judge_without_gradients(finished).undecided:
+            return True
+        is_last_plan = search.find_most_invasive(finished.variant) == finished.variant
+        reserved_s = 0.0 if is_last_plan else estimate_s(self._bare)
+        return not self._ledger.has_time_for(self._pair_s + reserved_s)
 
     def _passes(self, finished: Pairs, part: Mapping[str, str]) -> bool:
         """Return whether a part of a plan passes against the bare runs of the plan's pairs."""
-        bare = finished.baseline_runs[: statistics.MINIMUM_PAIRS]
+        bare = finished.baseline_runs[: self._bare.proof.pairs]
         try:
             runs = [self._run(part, number) for number in range(len(bare))]
         except TrialFailedError:
@@ -256,7 +287,7 @@ class Prover(TuneStage):
 
     def _gradients_pass(self, part: Mapping[str, str]) -> bool:
         """Return whether a part of a plan has the bare program's gradients."""
-        return self._compare_gradients(part, GRADIENT_SEEDS) is None
+        return self._compare_gradients(part, self._bare.proof.gradient_seeds) is None
 
     def _has_other_data_order(self, finished: Pairs) -> bool:
         """Return whether the plan saw its data in another order than bare, and has proof settings
@@ -273,20 +304,25 @@ class Prover(TuneStage):
         """Judge the pairs without the gradients."""
         return self._judge(finished.variant, finished.baseline_runs, finished.variant_runs)
 
-    def _judge_with_same_data(self, finished: Pairs) -> Verdict | None:
+    def _judge_with_same_data(self, finished: Pairs, lasts_s: float) -> Verdict | None:
         """Judge a plan again, with each setting that draws other random numbers replaced by its
         knob's ``proof_setting``, a slower stand-in that keeps bare's order of the data.
 
         If a plan draws other random numbers, its data may come in another order. The losses of a
         pair then differ as much as those of two seeds, so a decision takes many seeds. The result
         is ``None`` if no knob of the plan has such a stand-in, or if the program fails under it.
+
+        Args:
+            finished: the pairs of the plan.
+            lasts_s: the time that this takes, in seconds.
         """
         settings = search.use_proof_settings(finished.variant)
         if settings == dict(finished.variant):
             return None
         self._ledger.print_line(
             "loss comparison undecided: this plan changes the order of the data; checking again "
-            f"with the same order ({format_settings(settings)})"
+            f"with the same order ({format_settings(settings)}), about "
+            f"{formatting.duration(lasts_s)}"
         )
         try:
             runs = [self._run(settings, number) for number in range(finished.count)]
@@ -340,7 +376,7 @@ class Prover(TuneStage):
             self._trials,
             settings,
             pace=self._bare.pace,
-            steps=self._bare.proof_steps,
+            steps=self._bare.proof.steps,
             seed=self._options.seed + number,
         )
 
@@ -356,7 +392,7 @@ class Prover(TuneStage):
             self._trials,
             settings,
             pace=self._bare.pace,
-            steps=GRADIENT_STEPS + 1,
+            steps=min(GRADIENT_STEPS + 1, self._bare.job_steps or GRADIENT_STEPS + 1),
             seed=self._options.seed + number,
             inspection=Inspection(gradient_steps=GRADIENT_STEPS),
         )
@@ -364,9 +400,9 @@ class Prover(TuneStage):
 
 
 def estimate_s(bare: BareRun) -> float:
-    """Return the time that the proof of a plan usually takes, in seconds."""
-    claim_s = 2 * USUAL_PAIRS * bare.pace.seconds(bare.proof_steps)
-    gradients_s = 2 * GRADIENT_SEEDS * bare.pace.seconds(GRADIENT_STEPS + 1)
+    """Return the time that the proof of a plan takes at least, in seconds."""
+    claim_s = 2 * bare.proof.pairs * bare.pace.seconds(bare.proof.steps)
+    gradients_s = 2 * bare.proof.gradient_seeds * bare.pace.seconds(GRADIENT_STEPS + 1)
     return claim_s + gradients_s
 
 

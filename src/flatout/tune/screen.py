@@ -18,10 +18,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
-from flatout.tune import candidates, design, formatting, pairs, statistics, trial
+from flatout.tune import candidates, design, formatting, pairs, prover, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
+from flatout.tune.pairs import Pace
 from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import (
@@ -35,6 +36,16 @@ from flatout.wire.request import Comparison, Request
 
 BLOCK_STEPS = 4
 """Number of steps of a block, unless the block would be shorter than ``BLOCK_S``."""
+
+SLOW_STEP_S = 0.25
+"""Time of a step, in seconds, from which on a block has ``SLOW_BLOCK_STEPS`` steps. What a switch
+leaves in the caches does not last that long."""
+
+SLOW_BLOCK_STEPS = 2
+"""Number of steps of a block of slow steps; the first is not timed."""
+
+SLOW_FIRST_STEPS = 1
+"""Number of slow steps that an arm with a new setting makes before the rounds."""
 
 MINIMUM_BLOCK_STEPS = 3
 """Minimum number of steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
@@ -87,6 +98,18 @@ class _JobEndedError(Exception):
 
 class TooFewStepsError(Exception):
     """Raised with the reason if the program ends too early to compare anything in one process."""
+
+
+class NoTimeError(Exception):
+    """Raised if the budget has no time for a comparison.
+
+    Args:
+        needed_s: the time that the comparison would take, in seconds.
+    """
+
+    def __init__(self, needed_s: float) -> None:
+        super().__init__(f"it takes about {formatting.duration(needed_s)}")
+        self.needed_s = needed_s
 
 
 class Screening(TuneStage):
@@ -183,8 +206,25 @@ class Screening(TuneStage):
                     if candidate in left and not self._ledger.is_settled(candidate.settings)
                 ]
                 return
+            except NoTimeError as reason:
+                groups = self._compare_fewer(groups, reason)
             else:
                 groups = groups[1:]
+
+    def _compare_fewer(
+        self, groups: Sequence[Sequence[Candidate]], reason: NoTimeError
+    ) -> list[list[Candidate]]:
+        """Divide the candidates again, without the one that can gain least."""
+        left = [candidate for group in groups for candidate in group]
+        least = min(reversed(left), key=lambda one: one.bound or math.inf)
+        budget_s = self._ledger.budget_s + reason.needed_s
+        self._ledger.skip(
+            least.settings,
+            "inside one process",
+            f"comparing it with the others takes too long for this budget; it wants a --budget of "
+            f"{math.ceil(budget_s / 60)}m",
+        )
+        return self._divide([candidate for candidate in left if candidate is not least])
 
     def _compare_combined(self, group: Sequence[Candidate], groups: int) -> None:
         """Measure each candidate of a group among the others; those that fail are dropped.
@@ -194,7 +234,7 @@ class Screening(TuneStage):
             groups: the number of groups, which share the time.
 
         Raises:
-            _JobEndedError: see ``_compare``.
+            NoTimeError, _JobEndedError: see ``_compare``.
             TrialFailedError: the program failed under a combination of several.
         """
         arms = design.build_arms(group_exclusive(group))
@@ -224,7 +264,7 @@ class Screening(TuneStage):
         """Measure each unsettled candidate of a group by itself; those that fail are dropped.
 
         Raises:
-            _JobEndedError: see ``_compare``.
+            NoTimeError, _JobEndedError: see ``_compare``.
             UserError: the program fails without any of them.
         """
         left = [c for c in group if not self._ledger.is_settled(c.settings)]
@@ -359,6 +399,11 @@ class Screening(TuneStage):
                 f"{what}: not measured, the program ends after {short.steps} steps"
             )
             return {}
+        except NoTimeError as reason:
+            self._ledger.print_line(
+                f"{what}: not measured, the budget has no time for it: {reason}"
+            )
+            return {}
         return estimate_arm_ratios(
             statistics.find_complete_blocks(done.process.whole_steps, comparison)
         )
@@ -391,6 +436,7 @@ class Screening(TuneStage):
             compared: the candidates, or a description of the arms for the progress line.
 
         Raises:
+            NoTimeError: the comparison would take the time that the proof needs.
             _JobEndedError: the job has ended in this comparison, before all its blocks.
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
@@ -398,10 +444,13 @@ class Screening(TuneStage):
         comparison = size_comparison(
             arms,
             stop_rule,
-            limit_s=self._options.budget_seconds * share,
-            step_s=self._bare.pace.step_s,
+            limit_s=self._ledger.budget_s * share,
+            pace=self._bare.pace,
             job_steps=self._job_steps,
         )
+        needed_s = self._bare.pace.seconds(comparison.longest_steps)
+        if not self._ledger.has_time_for(needed_s + prover.estimate_s(self._bare)):
+            raise NoTimeError(needed_s)
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
         self._ledger.print_line(
             f"comparing inside one process: {what} (at most {comparison.longest_steps} steps)"
@@ -425,19 +474,20 @@ def size_comparison(
     stop_rule: StopRule,
     *,
     limit_s: float,
-    step_s: float,
+    pace: Pace,
     job_steps: int | None,
 ) -> Comparison:
     """Make a comparison as long as its time and the program allow.
 
     If the program is too short, the comparison has fewer rounds. Its blocks are shorter than
-    ``BLOCK_STEPS`` and ``BLOCK_S`` only if not even the fewest rounds fit.
+    ``BLOCK_STEPS`` and ``BLOCK_S`` only if not even the fewest rounds fit. If the program has
+    cycles, its blocks are whole cycles.
 
     Args:
         arms: the arms.
         stop_rule: the rule that ends the comparison early.
-        limit_s: the time that it may take, in seconds.
-        step_s: the time of a step of the bare program, in seconds.
+        limit_s: the time that it may take, in seconds, if the fewest rounds do not take longer.
+        pace: the pace of the bare program.
         job_steps: the number of steps of the job; ``None`` if the job has not come to its end in
             any run so far.
 
@@ -445,13 +495,17 @@ def size_comparison(
         TooFewStepsError: the program ends too early.
     """
     fewest = count_fewest_rounds(len(arms))
-    block_steps = max(BLOCK_STEPS, round(BLOCK_S / step_s))
-    rounds = int(limit_s / (step_s * block_steps * len(arms))) // 2 * 2
+    cycle_steps, is_slow = pace.cycle_steps, pace.step_s >= SLOW_STEP_S
+    block_steps = max(SLOW_BLOCK_STEPS if is_slow else BLOCK_STEPS, round(BLOCK_S / pace.step_s))
+    if cycle_steps > 1:
+        block_steps = -(-block_steps // cycle_steps) * cycle_steps
+    rounds = int(limit_s / (pace.step_s * block_steps * len(arms))) // 2 * 2
     comparison = Comparison(
         arms=tuple(map(dict, arms)),
         block_steps=block_steps,
-        discard_steps=max(DISCARD_STEPS, block_steps // 4),
+        discard_steps=0 if cycle_steps > 1 else max(DISCARD_STEPS, block_steps // 4),
         warmup_steps=WARMUP_STEPS,
+        first_steps=SLOW_FIRST_STEPS if is_slow else Comparison.first_steps,
         rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
         decide=stop_rule,
     )
@@ -460,14 +514,17 @@ def size_comparison(
     in_rounds = len(arms) * comparison.rounds * block_steps
     usable = job_steps - (comparison.longest_steps - in_rounds)
     rounds = max(usable // (block_steps * len(arms)) // 2 * 2, fewest)
+    shortest = min(MINIMUM_BLOCK_STEPS, block_steps)
     block_steps = min(block_steps, usable // (rounds * len(arms)))
-    if block_steps < MINIMUM_BLOCK_STEPS:
-        needed = job_steps - usable + fewest * MINIMUM_BLOCK_STEPS * len(arms)
+    if cycle_steps > 1:
+        shortest, block_steps = cycle_steps, block_steps // cycle_steps * cycle_steps
+    if block_steps < shortest:
+        needed = job_steps - usable + fewest * shortest * len(arms)
         raise TooFewStepsError(
             f"this program ends after {job_steps} steps, and comparing {len(arms)} combinations of "
             f"settings in one process takes at least {needed}"
         )
-    discard_steps = max(DISCARD_STEPS, block_steps // 4)
+    discard_steps = min(comparison.discard_steps, max(DISCARD_STEPS, block_steps // 4))
     return dataclasses.replace(
         comparison, rounds=rounds, block_steps=block_steps, discard_steps=discard_steps
     )

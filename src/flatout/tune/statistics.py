@@ -25,6 +25,10 @@ MINIMUM_PAIRS = 5
 """Minimum number of pairs of fresh processes behind a claim. If the user interrupts the tune, two
 are enough, with the wide interval that they give."""
 
+FEWEST_PAIRS = 3
+"""Minimum number of pairs if the budget has no time for ``MINIMUM_PAIRS``. Student's t-interval
+over so few is wide, so only a clear gain is claimed."""
+
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.
 
@@ -121,7 +125,9 @@ def _find_outliers(steps: Sequence[tuple[float, float]]) -> set[int]:
     return found if len(found) <= MAXIMUM_OUTLIERS * len(steps) else set()
 
 
-def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
+def has_enough_pairs(
+    log_ratios: Sequence[float], maximum: int, minimum: int = MINIMUM_PAIRS
+) -> bool:
     """Return whether to stop measuring pairs of fresh processes.
 
     Measuring stops when the interval is as narrow as ``PRECISE``, wherever it lies. A rule that
@@ -134,9 +140,10 @@ def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
 
     Args:
         log_ratios: the logarithms of the ratios of the pairs so far.
-        maximum: the number of pairs that can be afforded, at least ``MINIMUM_PAIRS``.
+        maximum: the number of pairs that can be afforded, at least the minimum.
+        minimum: the number of pairs that there must be.
     """
-    if len(log_ratios) < MINIMUM_PAIRS:
+    if len(log_ratios) < minimum:
         return False
     ratio = estimate_ratio(log_ratios)
     is_precise = math.sqrt(ratio.high / ratio.low) - 1 <= PRECISE

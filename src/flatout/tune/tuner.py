@@ -25,18 +25,20 @@ resumed (``journal.py``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
 from flatout.machine import Ceilings
 from flatout.tune import bare, candidates, evidence, formatting, pairs, search, statistics
 from flatout.tune.bare import BareRun
+from flatout.tune.budget import UNKNOWN_BUDGET_S
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
 from flatout.tune.pairs import Pairs
-from flatout.tune.prover import ProofAttempt, Prover
+from flatout.tune.prover import ProofAttempt, Prover, estimate_s
 from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
@@ -71,7 +73,12 @@ class Tuner:
         self._command = command
         self._options = options
         self._journal = journal
-        self._ledger = Ledger(options.budget_seconds, lambda: journal.spent_s, print_line, refresh)
+        self._ledger = Ledger(
+            options.budget_seconds or UNKNOWN_BUDGET_S,
+            lambda: journal.spent_s,
+            print_line,
+            refresh,
+        )
         self._trials = Trials(command, journal, options.isolate, tick=self._ledger.notify)
         self._measure_ceilings = measure_ceilings
 
@@ -140,7 +147,7 @@ class Tuner:
         cold = [*screening.not_compared, *cold]
         settings = cold_trials.extend(stack, cold)
         if not settings:
-            self._ledger.outcome.why = "no setting is faster than the bare program, beyond noise"
+            self._ledger.outcome.why = self._explain_nothing_faster()
             return
         for number in range(MAXIMUM_PROOFS):
             attempt = self._prove(prover, settings)
@@ -149,9 +156,18 @@ class Tuner:
                 return
             if attempt.pairs.interrupted or number == MAXIMUM_PROOFS - 1:
                 return
-            gentler = self._replace_culprits(
-                settings, prover.find_culprits(settings, attempt), attempt.refusal, survey
-            )
+            culprits = prover.find_culprits(settings, attempt)
+            why = attempt.refusal
+            if attempt.is_undecided:
+                why = self._note_undecided(culprits, attempt)
+            gentler = self._replace_culprits(settings, culprits, why, survey)
+            if gentler and not self._ledger.has_time_for(estimate_s(first)):
+                wanted_s = self._journal.spent_s + estimate_s(first)
+                self._ledger.outcome.why += (
+                    f"; the budget has no time to prove {format_settings(gentler)}, which a "
+                    f"--budget of {math.ceil(wanted_s / 60)}m would have"
+                )
+                return
             if _may_have_hidden_gains(settings.keys() - gentler.keys()):
                 useless = [one for one in cold if self._ledger.has_no_gain(one.settings)]
                 gentler = cold_trials.extend(gentler, useless, again=True)
@@ -175,6 +191,7 @@ class Tuner:
         outcome.pace, outcome.phases_ms = first.pace, first.phases_ms
         outcome.startup_s = pairs.startup_s(first.process)
         outcome.job_steps = first.job_steps
+        self._ledger.budget_s = first.budget_s
         return first
 
     def _survey(self, first: BareRun) -> Survey:
@@ -193,6 +210,14 @@ class Tuner:
         self._ledger.enter(found.candidates)
         return found
 
+    def _explain_nothing_faster(self) -> str:
+        """Return the reason why there are no settings to prove."""
+        entries = self._ledger.outcome.entries
+        if entries and all(entry.state == "not tried" for entry in entries):
+            budget = formatting.duration(self._ledger.budget_s)
+            return f"the budget of {budget} has no time to try a setting"
+        return "no setting is faster than the bare program, beyond noise"
+
     def _prove(self, prover: Prover, settings: Mapping[str, str]) -> ProofAttempt:
         """Put settings to the proof. If they are refused, enter the reason in the outcome."""
         outcome = self._ledger.outcome
@@ -203,6 +228,28 @@ class Tuner:
             self._ledger.print_line(f"{format_settings(settings)}: {attempt.refusal}")
             outcome.why = f"{format_settings(settings)} is not proven: {attempt.refusal}"
         return attempt
+
+    def _note_undecided(self, settings: Mapping[str, str], attempt: ProofAttempt) -> str:
+        """Enter in the outcome that pairs do not decide whether a plan is worse than bare.
+
+        Args:
+            settings: the settings because of which they may not decide.
+            attempt: the proof without a decision.
+
+        Returns what is to be said of these settings, as a clause.
+        """
+        outcome = self._ledger.outcome
+        more = attempt.pairs_to_decide
+        pair_s = sum(done.seconds for done in attempt.last_pair)
+        wanted_s = self._journal.spent_s + pair_s * more
+        why = (
+            f"not decided by {attempt.pairs.count} pairs: {attempt.refusal}; about {more} more "
+            f"pairs, --budget {math.ceil(wanted_s / 60)}m, should decide"
+        )
+        outcome.why = (
+            f"{format_settings(attempt.pairs.variant)} is neither proven nor refuted: {why}"
+        )
+        return why
 
     def _replace_culprits(
         self, settings: Mapping[str, str], culprits: Mapping[str, str], why: str, survey: Survey

@@ -208,6 +208,7 @@ class Request:
         stop_steps: the number of steps after which the program is stopped; ``None``: no limit.
         stop_seconds: the time since the end of the first step after which the program is stopped at
             the next step boundary, even if ``stop_steps`` has not been reached; ``None``: no limit.
+        least_steps: the number of steps that are timed even after ``stop_seconds``.
         profile_steps: the number of steps to profile after the timed steps; the FLOPs of one more
             step are counted. 0: no profile.
         comparison: the comparison of arms inside the process; ``None``: no comparison.
@@ -226,6 +227,7 @@ class Request:
     settings: dict[str, str] = field(default_factory=dict)
     stop_steps: int | None = None
     stop_seconds: float | None = None
+    least_steps: int = 0
     profile_steps: int = 0
     comparison: Comparison | None = None
     learn: bool = False

@@ -26,19 +26,22 @@ EXAMPLES = (
 TAKES_JOB = True
 ARGUMENT = ""
 
-DEFAULT_BUDGET_S = 300.0
+USUAL_BUDGETS = (
+    "by the time of a step: 2.5 min if it is below 0.1 s, 8 min if it is 2 s, 15 min if it is "
+    "10 s; more if the program takes long to start"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flatout tune``."""
-    options.add_budget(parser, DEFAULT_BUDGET_S, "the time that the tune may take, roughly")
+    options.add_budget(parser, None, "the time that the tune may take", USUAL_BUDGETS)
     options.add_plan(parser, "the file that the plan is written to")
     options.add_steps(
         parser,
         None,
         "prove the plan over this many steps (default: 200; if these take less than 2 s, as many "
         "as fit into 2 s, at most 2,000; if they do not fit into 1/36 of the budget, fewer, but "
-        "at least 20)",
+        "at least 20, or 8 if steps are slow; whole cycles of training and evaluation)",
     )
     parser.add_argument(
         "--knobs",

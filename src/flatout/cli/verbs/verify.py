@@ -111,19 +111,17 @@ def _options(arguments: argparse.Namespace, proven: Plan) -> Options:
         UserError: there is nothing to prove, or too little to prove it with.
     """
     from flatout.errors import UserError
-    from flatout.tune.bare import USUAL_STEPS
     from flatout.tune.ledger import Options
     from flatout.tune.pairs import MINIMUM_STEPS
 
     if not proven.settings:
         raise UserError(f"{arguments.plan} has no settings, so there is nothing to prove")
-    steps = arguments.steps or (proven.evidence.steps if proven.evidence else USUAL_STEPS)
-    if steps < MINIMUM_STEPS:
+    if arguments.steps is not None and arguments.steps < MINIMUM_STEPS:
         raise UserError(f"--steps must be at least {MINIMUM_STEPS}")
     if arguments.seeds < 2:
         raise UserError("--seeds must be at least 2")
     return Options(
-        steps=steps,
+        steps=arguments.steps or (proven.evidence.steps if proven.evidence else None),
         seed=arguments.seed,
         isolate=not arguments.in_place,
         memory=arguments.memory,

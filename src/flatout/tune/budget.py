@@ -1,0 +1,108 @@
+"""Chooses how long a tune may take, and how much of that time its proof gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from flatout.tune import statistics
+from flatout.tune.pairs import MINIMUM_STEPS, Pace
+from flatout.wire.record import WARMUP_STEPS
+
+USUAL_BUDGETS_S = ((0.1, 150.0), (2.0, 480.0), (10.0, 900.0))
+"""The budget for a step of some seconds, if the user names none. Between these points it is
+interpolated, and beyond the last one it is in proportion to the step."""
+
+UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
+"""The budget as long as nothing is known about the program."""
+
+START_UPS = 24
+"""Number of starts of the program for which a budget that the user has not named has time in any
+case: the first run, the gradients, a comparison, and the pairs of the proof."""
+
+PROOF_SHARE = 0.45
+"""Share of the budget in which the pairs of a proof should fit."""
+
+GRADIENTS_SHARE = 0.15
+"""Share of the budget in which the gradients of more than one seed must fit."""
+
+GRADIENT_SEEDS = 2
+"""Number of seeds for which gradients are compared."""
+
+GRADIENT_STEPS = 4
+"""Number of updates of each run whose gradients are compared. There are several, because some
+settings do not affect the first step."""
+
+FEW_STEPS = 8
+"""Minimum number of steps of a run of a proof if the steps are too slow for ``MINIMUM_STEPS``."""
+
+USUAL_STEPS = 200
+"""Number of steps that a proof covers, unless the steps are fast (``USUAL_S``) or ``Options.steps``
+gives another number."""
+
+USUAL_S = 2.0
+"""If ``USUAL_STEPS`` steps take less than this many seconds, a proof covers as many steps as fit
+into that time."""
+
+OVERDRAFT = 1.05
+"""What has begun may end after the budget, up to this many times the budget."""
+
+
+@dataclass(frozen=True)
+class ProofSize:
+    """The size of a proof.
+
+    Attributes:
+        steps: the number of steps of each run.
+        pairs: the minimum number of pairs of runs.
+        gradient_seeds: the number of seeds for which gradients are compared.
+    """
+
+    steps: int
+    pairs: int
+    gradient_seeds: int
+
+
+def choose_budget_s(pace: Pace) -> float:
+    """Return the budget for a program of this pace, in seconds."""
+    points = USUAL_BUDGETS_S
+    last_step_s, last_s = points[-1]
+    by_step_s = max(points[0][1], pace.step_s / last_step_s * last_s)
+    for (low, low_s), (high, high_s) in pairwise(points):
+        if low < pace.step_s <= high:
+            by_step_s = low_s + (pace.step_s - low) / (high - low) * (high_s - low_s)
+    return max(by_step_s, START_UPS * pace.outside_steps_s)
+
+
+def size_proof(
+    pace: Pace,
+    budget_s: float,
+    *,
+    seen_steps: int,
+    wanted_steps: int | None = None,
+    job_steps: int | None = None,
+) -> ProofSize:
+    """Divide the time of a proof into pairs of runs.
+
+    Args:
+        pace: the pace of the bare program.
+        budget_s: the budget, in seconds.
+        seen_steps: the number of steps that the first run has timed, which a proof does not exceed
+            by much, because the first run also shows whether the program repeats itself.
+        wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
+        job_steps: the number of steps of the whole job; ``None`` if it is not known.
+    """
+    in_time = [
+        (pairs, int((PROOF_SHARE * budget_s / 2 / pairs - pace.outside_steps_s) / pace.step_s))
+        for pairs in (statistics.MINIMUM_PAIRS, statistics.FEWEST_PAIRS)
+    ]
+    pairs, steps = next((one for one in in_time if one[1] >= MINIMUM_STEPS), in_time[-1])
+    usual = max(USUAL_STEPS, int(USUAL_S / pace.step_s))
+    steps = max(min(steps, max(seen_steps, MINIMUM_STEPS), usual), FEW_STEPS)
+    cycles = (steps - WARMUP_STEPS) // pace.cycle_steps
+    if pace.cycle_steps > 1 and cycles:
+        steps = WARMUP_STEPS + cycles * pace.cycle_steps
+    steps = wanted_steps or min(steps, job_steps or steps)
+    gradients_s = 2 * pace.seconds(GRADIENT_STEPS + 1)
+    seeds = GRADIENT_SEEDS if GRADIENT_SEEDS * gradients_s <= GRADIENTS_SHARE * budget_s else 1
+    return ProofSize(steps, pairs, seeds)
