@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from flatout.report import words
 from flatout.tune.cycles import find_cycle_steps
-from flatout.tune.pairs import Pairs, phases_ms, size_relay, step_ms
+from flatout.tune.document import Side
+from flatout.tune.pairs import Pairs, median_step_ms, phases_ms, size_relay, step_ms
 from flatout.tune.trial import Trial
 from flatout.wire.header import Header
 from flatout.wire.record import ProcessRecord, Step
@@ -95,13 +97,22 @@ def test_the_claim_counts_what_lies_between_steps() -> None:
     plan = trial(record(63, rollouts, update_ms=8.0, pass_ms=3.0))
     pairs = Pairs({}, {"precision": "bf16"}, [bare] * 2, [plan] * 2)
     assert pairs.ratio.value == pytest.approx((20 * 10 + 100 * 2) / (20 * 8 + 100 * 3))
-    assert pairs.median_step_ratio == pytest.approx(1.25)
-    assert pairs.evaluations_ratio == pytest.approx(2 / 3)
+    assert median_step_ms([bare.process]) / median_step_ms([plan.process]) == pytest.approx(1.25)
     assert step_ms(bare.process) == pytest.approx(20.0)
     parts = phases_ms([bare.process], 20.0)
     assert parts["evaluation"] == pytest.approx(10.0)
-    no_passes = trial(record(63, lambda _: 0))
-    assert Pairs({}, {}, [no_passes] * 2, [no_passes] * 2).evaluations_ratio is None
+    sides = [
+        Side(
+            step_ms=step_ms(one.process),
+            median_step_ms=median_step_ms([one.process]),
+            phases_ms=phases_ms([one.process], step_ms(one.process)),
+        )
+        for one in (bare, plan)
+    ]
+    said = words.compare_parts(*sides)
+    assert said is not None
+    assert said == "the median step alone: 1.25x; evaluation passes between the steps: 0.67x"
+    assert words.compare_parts(sides[0], sides[0]) is None
 
 
 def test_steps_that_are_not_timed_take_their_passes_with_them() -> None:

@@ -13,6 +13,9 @@ from flatout.wire.ratios import Ratio
 
 MARGIN_SOURCES = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
 
+LIKE_THE_CLAIM = 0.03
+"""Ratios that differ from the claim by less than this fraction are not told apart from it."""
+
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
 _NOT_IN_PLAN = ("slower", "no gain", "failed", "left out", "not tried")
@@ -33,6 +36,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
         said.append(f"bare: {formatting.milliseconds(document.baseline.step_ms)} a step")
     else:
         said.append(claim_line(document))
+        said += filter(None, [compare_parts(document.baseline, document.with_plan or Side())])
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:
@@ -191,6 +195,24 @@ def claim_line(document: Document) -> str:
         f"{formatting.describe_ratio(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
         f"{claim.high:.2f} with 95 % confidence), {times}{claim.pairs} pairs of fresh processes"
     )
+
+
+def compare_parts(bare: Side, plan: Side) -> str | None:
+    """What the plan does to the median step alone, and to the evaluation passes between the steps.
+
+    The result is ``None`` if neither differs much from the claim (``LIKE_THE_CLAIM``).
+    """
+    if not (bare.step_ms and plan.step_ms and bare.median_step_ms and plan.median_step_ms):
+        return None
+    claim = bare.step_ms / plan.step_ms
+    median = bare.median_step_ms / plan.median_step_ms
+    ratios = [("the median step alone", median)]
+    of_bare, of_plan = bare.phases_ms.get("evaluation"), plan.phases_ms.get("evaluation")
+    if of_bare and of_plan:
+        ratios.append(("evaluation passes between the steps", of_bare / of_plan))
+    if all(abs(ratio / claim - 1) < LIKE_THE_CLAIM for _, ratio in ratios):
+        return None
+    return "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in ratios)
 
 
 def _sides(baseline: Side, with_plan: Side) -> list[str]:

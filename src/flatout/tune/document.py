@@ -43,10 +43,11 @@ class Side:
     """The bare program, or the program with the plan.
 
     Attributes:
-        step_ms: the time of a step, the only statistic of step times in a document. It is the mean
-            over a run after its warm-up, with the step's share of the evaluation passes between
-            the steps. Over several runs it is the geometric mean, so the bare program's step time
+        step_ms: the time of a step, which the claim compares. It is the mean over a run after its
+            warm-up, with the step's share of the evaluation passes between the steps. Over several runs it is the geometric mean, so the bare program's step time
             over the plan's is the claimed ratio. See ``tune.pairs.Pairs.times_ms``.
+        median_step_ms: the median of the steps alone, without evaluation passes; the geometric mean
+            over the runs.
         startup_s: the time from the import of torch to the first step.
         warmup_s: the extra time of the first steps: their total minus that of the same number of
             later steps. It includes compilation.
@@ -59,6 +60,7 @@ class Side:
     """
 
     step_ms: float | None = None
+    median_step_ms: float | None = None
     startup_s: float | None = None
     warmup_s: float | None = None
     peak_rss_bytes: int | None = None

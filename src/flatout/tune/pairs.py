@@ -153,24 +153,6 @@ class Pairs:
         )
 
     @property
-    def median_step_ratio(self) -> float:
-        """The ratio of the median steps alone, without evaluation passes."""
-        return geometric_mean(
-            _median_step_ms(one.process) / _median_step_ms(other.process)
-            for one, other in self._zipped
-        )
-
-    @property
-    def evaluations_ratio(self) -> float | None:
-        """The ratio of the evaluation passes alone; ``None`` if some runs have none."""
-        sides = [
-            (_passes_ms(one.process), _passes_ms(other.process)) for one, other in self._zipped
-        ]
-        if not all(one and other for one, other in sides):
-            return None
-        return geometric_mean(one / other for one, other in sides)
-
-    @property
     def costs(self) -> tuple[Cost, Cost]:
         """The costs of baseline and variant; the ratio of their step times is ``ratio``."""
         baseline, variant = (
@@ -215,14 +197,12 @@ def _whole_share(process: ProcessRecord) -> float:
     return step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
 
 
-def _median_step_ms(process: ProcessRecord) -> float:
-    return median(step.step_ms for step in process.steady_steps)
-
-
-def _passes_ms(process: ProcessRecord) -> float:
-    """Return the time of the evaluation passes per step, in ms."""
-    timed = process.steady_steps
-    return sum(one.step_ms for one in process.evaluations_before(timed)) / len(timed)
+def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
+    """Return the median step of some runs without evaluation passes, in ms; the geometric mean of
+    the runs, at least one."""
+    return geometric_mean(
+        median(step.step_ms for step in process.steady_steps) for process in processes
+    )
 
 
 def step_ms(process: ProcessRecord) -> float:

@@ -132,6 +132,7 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
     steps = [done.process.loop_steps for done in runs]
     return Side(
         step_ms=cost.step_ms,
+        median_step_ms=pairs.median_step_ms([done.process for done in runs]),
         startup_s=cost.startup_s,
         warmup_s=cost.warmup_s,
         peak_rss_bytes=memory.peak_rss_bytes(steps),
