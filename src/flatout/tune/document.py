@@ -44,8 +44,9 @@ class Side:
 
     Attributes:
         step_ms: the time of a step, which the claim compares. It is the mean over a run after its
-            warm-up, with the step's share of the evaluation passes between the steps. Over several runs it is the geometric mean, so the bare program's step time
-            over the plan's is the claimed ratio. See ``tune.pairs.Pairs.times_ms``.
+            warm-up, with the step's share of the evaluation passes between the steps. Over several
+            runs it is the geometric mean, so the bare program's step time over the plan's is the
+            claimed ratio. See ``tune.pairs.Pairs.times_ms``.
         median_step_ms: the median of the steps alone, without evaluation passes; the geometric mean
             over the runs.
         startup_s: the time from the import of torch to the first step.
