@@ -149,6 +149,44 @@ def test_more_seeds_prove_a_plan_that_draws_other_random_numbers() -> None:
         assert not verdict.undecided or verdict.why.startswith("the loss may exceed bare's by up")
 
 
+def diverging(curve: Curve, seed: int, begins: int, grows_to: float, shift: float = 0.0) -> Curve:
+    """A run that follows another for some steps, and then goes its own way, as a GAN does."""
+    draw = random.Random(seed)
+    walk = 0.0
+    values = []
+    for number, value in enumerate(curve):
+        if number >= begins:
+            walk += draw.gauss(0, grows_to / math.sqrt(len(curve) - begins))
+        values.append(value + walk + shift + draw.gauss(0, 1e-4))
+    return tuple(values)
+
+
+def test_first_steps_decide_if_later_ones_are_too_noisy() -> None:
+    """With few pairs, each of which diverges, the mean of the last steps tells nothing."""
+    decided = refused = 0
+    for base in range(0, 2000, 100):
+        bare = [bare_curve(base + seed) for seed in range(4)]
+        plan = [diverging(curve, base + seed, 15, 0.15) for seed, curve in enumerate(bare)]
+        verdict = judge_runs([(c,) for c in bare], [(c,) for c in plan], (bare[0],))
+        decided += verdict.passed and "in the first" in check(verdict, "losses").why
+        refused += not verdict.passed and not verdict.undecided
+        worse = [diverging(curve, base + seed, 15, 0.15, 0.04) for seed, curve in enumerate(bare)]
+        verdict = judge_runs([(c,) for c in bare], [(c,) for c in worse], (bare[0],))
+        assert "in the first" not in check(verdict, "losses").why
+    assert decided >= 3
+    assert refused <= 8
+
+
+def test_first_steps_do_not_excuse_later_ones() -> None:
+    for base in range(0, 2000, 100):
+        bare = [bare_curve(base + seed) for seed in range(4)]
+        plan = [
+            shifted(diverging(curve, base + seed, 15, 0.1), lambda n: 0.4 if n > 30 else 0.0)
+            for seed, curve in enumerate(bare)
+        ]
+        assert not judge_runs([(c,) for c in bare], [(c,) for c in plan], (bare[0],)).passed
+
+
 def test_a_loss_that_is_far_too_low_is_refused() -> None:
     verdict = judge(lambda number: -0.8)
     assert not verdict.passed

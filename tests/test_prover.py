@@ -12,11 +12,14 @@ import pytest
 from test_memory import STEP
 from test_proof import check
 
+from flatout.plan import Check
 from flatout.tune.budget import ProofSize
 from flatout.tune.ledger import Ledger, Options
 from flatout.tune.pairs import Pace, Pairs
-from flatout.tune.prover import Prover
+from flatout.tune.proof import Verdict
+from flatout.tune.prover import ProofAttempt, Prover
 from flatout.tune.trial import Trial
+from flatout.tune.tuner import Tuner
 from flatout.wire.header import Header
 from flatout.wire.lines import Output, OutputTensor
 from flatout.wire.record import ProcessRecord
@@ -71,3 +74,25 @@ def test_outputs_that_are_not_identical_are_refused_if_bare_repeats_itself(
     assert verdict.passed == (result != "failed")
     assert len(trials.requests) == runs
     assert all(request.inspection.outputs for request in trials.requests)
+
+
+def test_an_undecided_proof_says_how_many_pairs_would_decide_it() -> None:
+    figures = {"limit": 0.3, "difference": 0.1, "margin": 0.2}
+    losses = Check("losses", "failed", "the loss may exceed bare's by up to 0.3", figures, True)
+    verdict = Verdict(False, losses.why, "non-inferior", 30, True, (), (losses,))
+    runs = [replace(infer(1.0), seconds=10.0)] * 5
+    pairs = Pairs({}, {"precision": "bf16"}, runs, runs)
+    attempt = ProofAttempt(pairs, losses.why, verdict, lambda _: True)
+    assert attempt.is_undecided
+    assert attempt.pairs_to_decide == 15
+    ledger = Ledger(300.0, lambda: 250.0, lambda line: None, lambda *_: None)
+    tuner: Any = SimpleNamespace(_ledger=ledger, _journal=SimpleNamespace(spent_s=250.0))
+    why = Tuner._note_undecided(tuner, {"precision": "bf16"}, attempt)
+    assert why.startswith("not decided by 5 pairs: the loss may exceed bare's")
+    assert "--budget 10m" in why  # 250 s so far, and 15 pairs of 20 s
+    assert ledger.outcome.why.startswith(
+        "precision=bf16 is neither proven nor refuted: not decided"
+    )
+    failed = replace(losses, undecided=False)
+    refuted = replace(attempt, verdict=replace(verdict, checks=(failed,)))
+    assert not refuted.is_undecided

@@ -352,15 +352,15 @@ def test_winners_are_likely_to_be_faster_and_parts_that_cost_nothing_to_drop_are
         ([1.03, 1.02], False, True),
         ([1.03, 1.02, 1.05], True, True),
         ([0.99, 0.98, 0.9], True, False),
-        ([1.03, 0.86, 1.03], False, True),
-        ([1.03, 0.86, 1.03, 1.02], False, True),
+        ([1.03, 0.86, 1.03], False, False),
+        ([1.03, 0.86, 1.03, 1.02], False, False),
         ([1.03, 0.86, 1.03, 1.02, 1.03], True, True),  # the mean is below 1
         ([0.98, 1.2, 0.98, 0.97, 0.99], True, False),
     ],
 )
-def test_a_cold_setting_is_ranked_by_most_of_its_pairs(
+def test_a_setting_is_ranked_by_most_of_its_pairs(
     ratios: list[float], ranked: bool, faster: bool
 ) -> None:
     logs = [math.log(ratio) for ratio in ratios]
     assert statistics.is_ranked(logs) == ranked
-    assert statistics.is_mostly_faster(logs) == faster
+    assert statistics.is_probably_faster(logs) == faster

@@ -17,11 +17,15 @@ UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
 """The budget as long as nothing is known about the program."""
 
 START_UPS = 24
-"""Number of starts of the program for which a budget that the user has not named has time in any
+"""Number of runs of a single cycle for which a budget that the user has not named has time in any
 case: the first run, the gradients, a comparison, and the pairs of the proof."""
 
 PROOF_SHARE = 0.45
 """Share of the budget in which the pairs of a proof should fit."""
+
+WHOLE_SHARE = 0.7
+"""Share of the budget in which the fewest pairs must fit if their runs are to cover a whole cycle
+of the program, or all of a short job. Otherwise they cover a part."""
 
 GRADIENTS_SHARE = 0.15
 """Share of the budget in which the gradients of more than one seed must fit."""
@@ -71,7 +75,7 @@ def choose_budget_s(pace: Pace) -> float:
     for (low, low_s), (high, high_s) in pairwise(points):
         if low < pace.step_s <= high:
             by_step_s = low_s + (pace.step_s - low) / (high - low) * (high_s - low_s)
-    return max(by_step_s, START_UPS * pace.outside_steps_s)
+    return max(by_step_s, START_UPS * pace.seconds(pace.cycle_steps))
 
 
 def size_proof(
@@ -92,17 +96,30 @@ def size_proof(
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
+    usual = max(USUAL_STEPS, int(USUAL_S / pace.step_s))
+    least, cycle_steps = MINIMUM_STEPS, pace.cycle_steps
+    if job_steps is not None and job_steps <= usual and _is_affordable(pace, job_steps, budget_s):
+        least = max(least, job_steps)
+    if cycle_steps > 1 and _is_affordable(pace, WARMUP_STEPS + cycle_steps, budget_s):
+        least = max(least, WARMUP_STEPS + cycle_steps)
+    else:
+        cycle_steps = 1
     in_time = [
         (pairs, int((PROOF_SHARE * budget_s / 2 / pairs - pace.outside_steps_s) / pace.step_s))
         for pairs in (statistics.MINIMUM_PAIRS, statistics.FEWEST_PAIRS)
     ]
-    pairs, steps = next((one for one in in_time if one[1] >= MINIMUM_STEPS), in_time[-1])
-    usual = max(USUAL_STEPS, int(USUAL_S / pace.step_s))
-    steps = max(min(steps, max(seen_steps, MINIMUM_STEPS), usual), FEW_STEPS)
-    cycles = (steps - WARMUP_STEPS) // pace.cycle_steps
-    if pace.cycle_steps > 1 and cycles:
-        steps = WARMUP_STEPS + cycles * pace.cycle_steps
+    pairs, steps = next((one for one in in_time if one[1] >= least), in_time[-1])
+    steps = max(min(steps, max(seen_steps, least), max(usual, least)), FEW_STEPS)
+    if least > MINIMUM_STEPS:
+        steps = max(steps, least)
+    if cycle_steps > 1:
+        steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
     steps = wanted_steps or min(steps, job_steps or steps)
     gradients_s = 2 * pace.seconds(GRADIENT_STEPS + 1)
     seeds = GRADIENT_SEEDS if GRADIENT_SEEDS * gradients_s <= GRADIENTS_SHARE * budget_s else 1
     return ProofSize(steps, pairs, seeds)
+
+
+def _is_affordable(pace: Pace, steps: int, budget_s: float) -> bool:
+    """Return whether the fewest pairs have time for runs of so many steps."""
+    return 2 * statistics.FEWEST_PAIRS * pace.seconds(steps) <= WHOLE_SHARE * budget_s

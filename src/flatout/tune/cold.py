@@ -14,6 +14,7 @@ from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import MINIMUM_STEPS, Pairs
 from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trials
+from flatout.wire.record import WARMUP_STEPS
 
 SHORT_STEPS, SHORT_S = 25, 1.0
 """Runs that serve only to rank candidates make at least ``SHORT_STEPS`` steps and last at least
@@ -33,7 +34,9 @@ class ColdTrials(TuneStage):
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
-        shortest = max(SHORT_STEPS, round(SHORT_S / bare.pace.step_s))
+        shortest = max(
+            SHORT_STEPS, round(SHORT_S / bare.pace.step_s), WARMUP_STEPS + bare.pace.cycle_steps
+        )
         self._steps = max(min(bare.proof.steps, shortest), min(bare.proof.steps, MINIMUM_STEPS))
         self._pair_s = 2 * bare.pace.seconds(self._steps)
         self._of_hot_s = 0.0
@@ -128,9 +131,7 @@ class ColdTrials(TuneStage):
             self._ledger.reject_without_effect(settings, without_effect[candidate.knob])
             return False
         self._ledger.note_ratio(candidate, tried.ratio)
-        is_faster = statistics.is_mostly_faster(tried.log_ratios)
-        if candidate.is_hot:  # many of them are tried, and half of those without effect seem faster
-            is_faster = bool(statistics.pick_winners({candidate: tried.ratio}))
+        is_faster = statistics.is_probably_faster(tried.log_ratios)
         faster = sum(log > 0 for log in tried.log_ratios)
         self._ledger.print_line(
             f"{candidate}: {tried.ratio}, faster in {faster} of {tried.count} pairs"

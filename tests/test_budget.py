@@ -1,0 +1,71 @@
+"""How long a tune takes, and what its proof gets of that time: pure arithmetic on known paces."""
+
+from __future__ import annotations
+
+import pytest
+
+from flatout.tune import budget, prover
+from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, size_proof
+from flatout.tune.pairs import Pace
+from flatout.wire.record import WARMUP_STEPS
+
+PACES = [
+    Pace(start_s, step_s)
+    for start_s in (1.0, 5.0)
+    for step_s in (0.0003, 0.003, 0.03, 0.1, 0.5, 2.0, 5.0, 10.0)
+]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "budget_s"),
+    [(0.0003, 150), (0.1, 150), (1.05, 315), (2.0, 480), (6.0, 690), (10.0, 900), (20.0, 1800)],
+)
+def test_the_budget_follows_the_step(step_s: float, budget_s: float) -> None:
+    assert choose_budget_s(Pace(3.0, step_s)) == pytest.approx(budget_s)
+
+
+def test_a_long_start_or_cycle_gets_a_longer_budget() -> None:
+    assert choose_budget_s(Pace(60.0, 0.01)) > 20 * 60
+    assert choose_budget_s(Pace(3.0, 0.01, cycle_steps=2000)) > 20 * 20
+
+
+@pytest.mark.parametrize("pace", PACES, ids=str)
+def test_the_smallest_proof_fits_into_the_usual_budget(pace: Pace) -> None:
+    budget_s = choose_budget_s(pace)
+    size = size_proof(pace, budget_s, seen_steps=max(5, min(2000, int(5 / pace.step_s))))
+    pairs_s = 2 * size.pairs * pace.seconds(size.steps)
+    gradients_s = 2 * size.gradient_seeds * pace.seconds(GRADIENT_STEPS + 1)
+    assert pairs_s + gradients_s <= 0.75 * budget_s
+    assert size.steps >= budget.FEW_STEPS
+    assert size.pairs >= 3
+    if pace.step_s <= 0.1 and pace.outside_steps_s < 5:
+        assert size.pairs == 5
+        assert size.steps >= 20
+
+
+def test_the_proof_of_a_program_with_cycles_covers_whole_ones() -> None:
+    for cycle_steps in (10, 147, 320):
+        for start_s in (1.0, 5.0):
+            pace = Pace(start_s, 0.004, cycle_steps)
+            size = size_proof(pace, choose_budget_s(pace), seen_steps=1000)
+            assert size.steps > WARMUP_STEPS
+            assert (size.steps - WARMUP_STEPS) % cycle_steps == 0
+
+
+def test_a_cycle_that_takes_most_of_the_budget_is_not_covered() -> None:
+    size = size_proof(Pace(3.0, 0.1, 3000), 150.0, seen_steps=40)
+    assert 20 <= size.steps <= 40
+
+
+@pytest.mark.parametrize("job_steps", [1, 2, 7, 47, 93])
+def test_the_proof_of_a_short_job_takes_its_whole_run(job_steps: int) -> None:
+    size = size_proof(Pace(3.0, 0.05), 150.0, seen_steps=job_steps, job_steps=job_steps)
+    assert size.steps == job_steps
+
+
+def test_what_the_user_asks_for_is_what_is_proven() -> None:
+    assert size_proof(Pace(3.0, 1.0), 60.0, seen_steps=5, wanted_steps=500).steps == 500
+
+
+def test_the_fewest_pairs_allow_a_claim() -> None:
+    assert prover.FEWEST_PROOF_PAIRS >= 2
