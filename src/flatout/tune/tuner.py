@@ -115,6 +115,7 @@ class Tuner:
         outcome = self._ledger.outcome
         try:
             first = self._run_bare()
+            self._ledger.budget_s += 3 * count * 2 * first.pace.seconds(first.proof.steps)
             prover = Prover(self._trials, self._ledger, first, self._options)
             attempt = prover.prove(settings, count)
             outcome.interrupted = attempt.pairs.interrupted
