@@ -216,7 +216,7 @@ class Screening(TuneStage):
     ) -> list[list[Candidate]]:
         """Divide the candidates again, without the one that can gain least."""
         left = [candidate for group in groups for candidate in group]
-        least = min(reversed(left), key=lambda one: one.bound or math.inf)
+        least = min(reversed(left), key=lambda one: one.bound or 1.0)
         budget_s = self._ledger.budget_s + reason.needed_s
         self._ledger.skip(
             least.settings,
