@@ -268,3 +268,26 @@ def test_what_is_settled_is_not_compared_again_and_nothing_stays_running() -> No
     }
     assert states == {"optimizer": "failed", "random": "no gain", "gc": "not tried"}
     assert "too few steps" in screening.ledger.find({"gc": "seldom"}).why
+
+
+def test_promising_settings_that_there_is_no_time_to_compare_are_left_to_the_proof() -> None:
+    """A step of 7 s: what cannot be compared in the budget may still be proven."""
+    ledger = Ledger(700.0, lambda: 90.0, lambda line: None, lambda *_: None)
+    bare: Any = SimpleNamespace(
+        job_steps=None, pace=Pace(2.0, 7.0), proof=ProofSize(8, 3, 1), process=None
+    )
+    bounds = {
+        ("precision", "bf16"): 3.0,
+        ("precision", "safe"): 3.0,
+        ("attention", "fast"): 1.5,
+        ("optimizer", "onepass"): 1.03,
+        ("gc", "seldom"): None,
+    }
+    hot = [Candidate(*name, is_hot=True, bound=bound) for name, bound in bounds.items()]
+    trials: Any = ShortJobs(10**6)
+    screening = Screening(trials, ledger, bare, Options())
+    ledger.enter(hot)
+    assert screening._rank(hot) == {"precision": "bf16", "attention": "fast"}
+    assert not trials.requests
+    assert ledger.find({"gc": "seldom"}).state == "not tried"
+    assert "wants a --budget of" in ledger.find({"gc": "seldom"}).why

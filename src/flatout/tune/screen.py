@@ -44,6 +44,10 @@ leaves in the caches does not last that long."""
 SLOW_BLOCK_STEPS = 2
 """Number of steps of a block of slow steps; the first is not timed."""
 
+PROMISING_BOUND = 1.1
+"""A setting that there is no time to compare joins the stack unmeasured if it could make the
+program at least this many times as fast. The pairs of the proof then measure it with the others."""
+
 SLOW_FIRST_STEPS = 1
 """Number of slow steps that an arm with a new setting makes before the rounds."""
 
@@ -124,6 +128,7 @@ class Screening(TuneStage):
         super().__init__(trials, ledger, bare, options)
         self._job_steps = bare.job_steps
         self.not_compared: list[Candidate] = []
+        self._no_time: list[Candidate] = []
 
     @property
     def _has_job_ended(self) -> bool:
@@ -175,7 +180,27 @@ class Screening(TuneStage):
             else:
                 self._ledger.reject(candidate.settings, entry.why)
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
-        return {knob: candidate.setting for knob, (_, candidate) in ordered}
+        stack = {knob: candidate.setting for knob, (_, candidate) in ordered}
+        return self._add_promising(stack, hot)
+
+    def _add_promising(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
+        """Add the settings that there was no time to compare, if they may gain much.
+
+        Of settings that exclude each other, the one with the largest possible gain is added.
+        """
+        left_out = [one for one in hot if one in self._no_time]
+        promising = [one for one in left_out if (one.bound or 1.0) >= PROMISING_BOUND]
+        promising.sort(key=lambda one: -(one.bound or 1.0))
+        grown = dict(stack)
+        for factor in group_exclusive(hot):
+            if any(grown.get(knob) == setting for knob, setting in factor):
+                continue
+            best = next((one for one in promising if (one.knob, one.setting) in factor), None)
+            if best is not None:
+                grown |= best.settings
+                self._ledger.accept(best.settings, "not compared alone, for want of time")
+                self._ledger.print_line(f"{best} joins the plan unmeasured; the proof measures it")
+        return grown
 
     def _compare_groups(
         self, hot: Sequence[Candidate], compare: Callable[[list[Candidate], int], None]
@@ -217,6 +242,7 @@ class Screening(TuneStage):
         """Divide the candidates again, without the one that can gain least."""
         left = [candidate for group in groups for candidate in group]
         least = min(reversed(left), key=lambda one: one.bound or 1.0)
+        self._no_time.append(least)
         budget_s = self._ledger.budget_s + reason.needed_s
         self._ledger.skip(
             least.settings,
