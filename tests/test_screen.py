@@ -44,7 +44,7 @@ class ModelledScreening(Screening):
     def __init__(self, step_ms: Mapping[frozenset[str], float]) -> None:
         ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
         ledger.enter(HOT)
-        bare: Any = SimpleNamespace(job_steps=None)
+        bare: Any = SimpleNamespace(job_steps=None, pace=Pace(0.0, 0.01))
         super().__init__(SimpleNamespace(), ledger, bare, Options())  # type: ignore[arg-type]
         self.ledger = ledger
         self.step_ms = step_ms

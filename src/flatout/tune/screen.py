@@ -170,8 +170,10 @@ class Screening(TuneStage):
             if entry.ratio is None:
                 continue
             self._ledger.print_line(f"{candidate}: {entry.ratio} inside one process")
-            if statistics.pick_winners({str(candidate): entry.ratio}):
-                self._ledger.accept(candidate.settings)
+            is_winner = bool(statistics.pick_winners({str(candidate): entry.ratio}))
+            if is_winner or self._is_open(entry.ratio):
+                why = "" if is_winner else "too few steps to be sure; the proof measures it"
+                self._ledger.accept(candidate.settings, why)
                 faster = (entry.ratio.value, candidate)
                 if candidate.knob in best:
                     faster, slower = sorted((faster, best[candidate.knob]), key=lambda one: -one[0])
@@ -182,6 +184,11 @@ class Screening(TuneStage):
         ordered = sorted(best.items(), key=lambda item: -item[1][0])
         stack = {knob: candidate.setting for knob, (_, candidate) in ordered}
         return self._add_promising(stack, hot)
+
+    def _is_open(self, ratio: Ratio) -> bool:
+        """Return whether few, slow steps leave open that a setting gains much."""
+        is_slow = self._bare.pace.step_s >= SLOW_STEP_S
+        return is_slow and ratio.value >= PROMISING_BOUND and ratio.high > 1 > ratio.low
 
     def _add_promising(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
         """Add the settings that there was no time to compare, if they may gain much.
