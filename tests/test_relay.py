@@ -113,7 +113,8 @@ def test_when_one_fails_the_other_is_ended(tmp_path: Path) -> None:
         (200, 0.04, 5, 1),  # a turn of 0.2 s
         (2000, 0.001, 100, 20),  # 0.1 s, or the caches would stay cold
         (60, 0.001, 7, 1),  # few steps were asked for: short turns, but eight of them
-        (20, 0.3, 5, 1),
+        (20, 0.2, 5, 1),
+        (11, 2.0, 1, 0),  # slow steps: step by step
     ],
 )
 def test_turns_outlast_what_has_gone_cold(

@@ -38,7 +38,12 @@ PROOF_INSPECTION = Inspection(state=True, outputs=8)
 """What each run of a proof records, besides its losses."""
 
 RELAY_BLOCK_STEPS = 5
-"""Minimum number of steps of a block of a relay."""
+"""Minimum number of steps of a block of a relay, unless each step is longer than
+``RELAY_SLOW_STEP_S``."""
+
+RELAY_SLOW_STEP_S = 0.25
+"""Time of a step, in seconds, from which on the runs of a relay alternate at each step. It is long
+enough to refill the caches."""
 
 RELAY_BLOCK_S = 0.1
 """Minimum duration of a block of a relay, in seconds, unless that leaves fewer than
@@ -387,7 +392,8 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     """
     usable = max(steps - WARMUP_STEPS, 1)
     longest = usable // FEWEST_RELAY_BLOCKS
-    block_steps = max(RELAY_BLOCK_STEPS, min(round(RELAY_BLOCK_S / step_s), longest))
+    shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
+    block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
     if cycle_steps > 1:
         block_steps = cycle_steps * max(1, block_steps // cycle_steps)
     block_steps = min(block_steps, usable)
