@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flatout.tune import budget, prover
+from flatout.tune import budget
 from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, size_proof
 from flatout.tune.pairs import Pace
 from flatout.wire.record import WARMUP_STEPS
@@ -67,5 +67,7 @@ def test_what_the_user_asks_for_is_what_is_proven() -> None:
     assert size_proof(Pace(3.0, 1.0), 60.0, seen_steps=5, wanted_steps=500).steps == 500
 
 
-def test_the_fewest_pairs_allow_a_claim() -> None:
-    assert prover.FEWEST_PROOF_PAIRS >= 2
+def test_whole_cycles_are_covered_even_if_they_are_short_and_steps_slow() -> None:
+    size = size_proof(Pace(5.0, 1.2, 10), 240.0, seen_steps=11)
+    assert size.steps == 13
+    assert size_proof(Pace(6.0, 1.5), 300.0, seen_steps=11, job_steps=18).steps == 18

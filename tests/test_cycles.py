@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from flatout.report import words
+from flatout.tune import statistics
 from flatout.tune.cycles import find_cycle_steps
 from flatout.tune.document import Side
 from flatout.tune.pairs import Pairs, median_step_ms, phases_ms, size_relay, step_ms
 from flatout.tune.trial import Trial
 from flatout.wire.header import Header
+from flatout.wire.ratios import estimate_arm_ratios
 from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.request import Comparison
 from flatout.wire.turns import ARM, FORWARD, PAUSE, PHASES, Turn, Turns
 
 STEP = Step(
@@ -69,7 +72,8 @@ def record(
         (100, lambda number: 9 * (number == 40), 40),  # one epoch and a part of the next
         (100, lambda number: 9 * (number == 0), 1),  # a sanity check at the beginning
         (100, lambda number: 9 * (number in (30, 61, 92)), 31),
-        (100, lambda number: 9 * (number in (30, 60, 100)), 35),
+        (100, lambda number: 9 * (number in (30, 60, 100)), 30),
+        (100, lambda number: 99 * (number == 100), 1),  # a test at the end of the program
     ],
 )
 def test_evaluation_passes_show_the_cycle(
@@ -123,13 +127,26 @@ def test_steps_that_are_not_timed_take_their_passes_with_them() -> None:
     assert {step.step_ms for step in process.whole_steps if step.mark} == {10.0}
 
 
-@pytest.mark.parametrize("cycle_steps", [7, 20, 64])
-def test_blocks_of_a_relay_are_whole_cycles(cycle_steps: int) -> None:
-    relay = size_relay(3 + 4 * cycle_steps, 0.002, cycle_steps)
-    assert relay.block_steps % cycle_steps == 0
+@pytest.mark.parametrize("cycle_steps", [7, 20, 64, 320])
+def test_a_relay_times_whole_cycles(cycle_steps: int) -> None:
+    relay = size_relay(3 + 2 * cycle_steps, 0.002, cycle_steps)
+    assert relay.blocks * relay.block_steps == 2 * cycle_steps
+    assert relay.blocks >= 2
     assert relay.discard_steps == 0
-    assert relay.warmup_steps >= 3
-    assert relay.warmup_steps + relay.blocks * relay.block_steps == 3 + 4 * cycle_steps
+    assert relay.warmup_steps == 3
+
+
+def test_blocks_of_whole_cycles_count_what_their_median_step_does_not_show() -> None:
+    """Updates become faster and rollouts slower: the comparison inside one process sees both."""
+    comparison = Comparison(arms=({}, {"precision": "bf16"}), block_steps=20, discard_steps=0)
+    steps = []
+    for block in range(16):
+        arm = block % 2
+        update_ms, rollout_ms = (9.0, 400.0) if arm else (10.0, 200.0)
+        times = [update_ms + rollout_ms, *[update_ms] * 19]
+        steps += [replace(STEP, step_ms=ms, arm=arm, block=block) for ms in times]
+    blocks = statistics.find_complete_blocks(steps, comparison)
+    assert estimate_arm_ratios(blocks)[1].value == pytest.approx(400 / 580, rel=0.01)
 
 
 def test_a_pause_belongs_to_no_turn() -> None:

@@ -38,6 +38,9 @@ HOT = [
 STACK = {"optimizer": "onepass", "random": "fast", "gc": "seldom"}
 
 
+TRAINS: Any = SimpleNamespace(trains=True)
+
+
 class ModelledScreening(Screening):
     """A screening whose comparisons of stacks are computed from made-up step times."""
 
@@ -234,7 +237,9 @@ class ShortJobs:
 
 def screen_short_job(job_steps: int) -> tuple[Screening, ShortJobs, Ledger]:
     ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
-    bare: Any = SimpleNamespace(job_steps=None, pace=Pace(0.0, 0.01), proof=ProofSize(20, 5, 2))
+    bare: Any = SimpleNamespace(
+        job_steps=None, pace=Pace(0.0, 0.01), proof=ProofSize(20, 5, 2), process=TRAINS
+    )
     trials: Any = ShortJobs(job_steps)
     return Screening(trials, ledger, bare, Options()), trials, ledger
 
@@ -274,7 +279,7 @@ def test_promising_settings_that_there_is_no_time_to_compare_are_left_to_the_pro
     """A step of 7 s: what cannot be compared in the budget may still be proven."""
     ledger = Ledger(700.0, lambda: 90.0, lambda line: None, lambda *_: None)
     bare: Any = SimpleNamespace(
-        job_steps=None, pace=Pace(2.0, 7.0), proof=ProofSize(8, 3, 1), process=None
+        job_steps=None, pace=Pace(2.0, 7.0), proof=ProofSize(8, 3, 1), process=TRAINS
     )
     bounds = {
         ("precision", "bf16"): 3.0,

@@ -212,6 +212,8 @@ class Switch:
             return False
         timed_steps = comparison.block_steps - comparison.discard_steps
         complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
+        if not comparison.discard_steps:
+            complete = ratios.merge_steps(complete)
         worthwhile = comparison.worthwhile
         if comparison.decide == "settings":
             settings = ratios.estimate_setting_ratios(complete, self._arms)

@@ -108,7 +108,9 @@ def run(
         profile = _profile_early(options, trials, process) or process.profile
         process = dataclasses.replace(process, profile=profile)
     step_s = pairs.step_ms(process) / 1e3
-    in_steps_s = sum(step.step_ms for step in process.loop_steps) / 1e3
+    first_s = process.loop_steps[0].at_s
+    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
+    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
     pace = Pace(
         max(first.seconds - in_steps_s, 0), step_s, cycle_steps=cycles.find_cycle_steps(process)
     )
@@ -142,7 +144,7 @@ def run(
             job_steps=job_steps,
         ),
         job_steps=job_steps,
-        can_relay=_can_relay(process),
+        can_relay=_can_relay(process) and job_steps != 1,
     )
 
 

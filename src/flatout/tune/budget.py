@@ -97,21 +97,20 @@ def size_proof(
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
     usual = max(USUAL_STEPS, int(USUAL_S / pace.step_s))
-    least, cycle_steps = MINIMUM_STEPS, pace.cycle_steps
+    whole, cycle_steps = FEW_STEPS, pace.cycle_steps
     if job_steps is not None and job_steps <= usual and _is_affordable(pace, job_steps, budget_s):
-        least = max(least, job_steps)
+        whole = max(whole, job_steps)
     if cycle_steps > 1 and _is_affordable(pace, WARMUP_STEPS + cycle_steps, budget_s):
-        least = max(least, WARMUP_STEPS + cycle_steps)
+        whole = max(whole, WARMUP_STEPS + cycle_steps)
     else:
         cycle_steps = 1
+    least = max(MINIMUM_STEPS, whole)
     in_time = [
         (pairs, int((PROOF_SHARE * budget_s / 2 / pairs - pace.outside_steps_s) / pace.step_s))
         for pairs in (statistics.MINIMUM_PAIRS, statistics.FEWEST_PAIRS)
     ]
     pairs, steps = next((one for one in in_time if one[1] >= least), in_time[-1])
-    steps = max(min(steps, max(seen_steps, least), max(usual, least)), FEW_STEPS)
-    if least > MINIMUM_STEPS:
-        steps = max(steps, least)
+    steps = max(min(steps, max(seen_steps, least), max(usual, least)), whole)
     if cycle_steps > 1:
         steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
     steps = wanted_steps or min(steps, job_steps or steps)

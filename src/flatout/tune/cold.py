@@ -24,9 +24,9 @@ SLOW_START_S = 120.0
 """Time that compiling takes in all runs of a candidate together, in seconds. The first run
 compiles, and later ones find most of the compiled code in the cache."""
 
-COLD_SHARE = 0.3
-"""Each cold candidate may take this share of the budget, or all the time that the proof does not
-need, whichever is more."""
+HOT_SHARE = 0.3
+"""Share of the budget that hot candidates together may take, which are tried in fresh processes
+because the program is too short for a comparison in one."""
 
 
 class ColdTrials(TuneStage):
@@ -79,15 +79,15 @@ class ColdTrials(TuneStage):
         spare_s = self._spare_s()
         if again:
             return needed_s <= spare_s
-        allowed_s = COLD_SHARE * self._ledger.budget_s
         if candidate.is_hot:  # there may be many, which share this time
-            allowed_s -= self._of_hot_s
-            self._of_hot_s += needed_s
-        if needed_s <= max(spare_s, allowed_s):
+            spare_s = min(spare_s, HOT_SHARE * self._ledger.budget_s - self._of_hot_s)
+        if needed_s <= spare_s:
+            self._of_hot_s += needed_s if candidate.is_hot else 0.0
             return True
+        wanted_s = self._ledger.budget_s + needed_s - spare_s
         why = (
             f"trying it takes about {needed_s:.0f} s, which needs a --budget of "
-            f"{math.ceil(needed_s / COLD_SHARE / 60)}m"
+            f"{math.ceil(wanted_s / 60)}m"
         )
         self._ledger.skip(candidate.settings, "fresh processes", why)
         return False

@@ -21,7 +21,8 @@ def find_cycle_steps(process: ProcessRecord) -> int:
 
     The result is 1 if there are no such groups, or one before every step. If only one group was
     seen after the first step, the steps before it count as a cycle, since most loops begin with a
-    whole one. If the distances of the groups differ, the result is their median.
+    whole one. Passes after the last step are left out: they may be the end of the program. If the
+    distances of the groups differ, the result is their median.
     """
     steps = process.steps
     passes = [one for one in process.evaluations if one.mark != "profiled"]
@@ -35,7 +36,7 @@ def find_cycle_steps(process: ProcessRecord) -> int:
     for one in passes:
         while number < len(steps) and steps[number].at_s < one.at_s:
             number += 1
-        if number and number not in places[-1:]:
+        if 0 < number < len(steps) and number not in places[-1:]:
             places.append(number)
     if not places:
         return 1

@@ -138,6 +138,14 @@ class Journal:
         """
         return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
+    @property
+    def counted_s(self) -> float:
+        """The time that the tune had taken when the last trial ended, in seconds.
+
+        Decisions rest on it, so that they are the same when the tune is resumed.
+        """
+        return self._spent_before_s
+
     def take_next(self, *requests: Request) -> tuple[Entry, ...] | None:
         """Return the next trials if the journal has them for the same requests, otherwise ``None``.
 
@@ -181,6 +189,8 @@ class Journal:
             "entries": codec.encode(entries),
         }
         _append(self._descriptor, self.path, document)
+        self._spent_before_s = entries[-1].spent_s
+        self._session_began_s = time.monotonic()
 
     def record_or_check_program(self, program: Program) -> None:
         """Record the program; on resuming, check that it is still the program of the journal.

@@ -147,7 +147,8 @@ class Ledger:
 
     Args:
         budget_s: the time that the tune may take, in seconds.
-        read_spent_s: returns the time that it has taken so far, in seconds.
+        read_spent_s: returns the time that it has taken so far, in seconds, for the display.
+        read_counted_s: returns the time that it had taken when the last trial ended, in seconds.
         print_line: prints a line of progress.
         refresh: shows the outcome so far and the seconds left in the current activity.
 
@@ -162,22 +163,24 @@ class Ledger:
         read_spent_s: Callable[[], float],
         print_line: Callable[[str], None],
         refresh: Callable[[Outcome, float], None],
+        read_counted_s: Callable[[], float] | None = None,
     ) -> None:
         self.outcome = Outcome()
         self.print_line = print_line
         self.budget_s = budget_s
         self._read_spent_s = read_spent_s
+        self._read_counted_s = read_counted_s or read_spent_s
         self._refresh = refresh
 
     @property
     def left_s(self) -> float:
         """The time of the budget that is left, in seconds; negative if more has been spent."""
-        return self.budget_s - self._read_spent_s()
+        return self.budget_s - self._read_counted_s()
 
     def has_time_for(self, needed_s: float) -> bool:
         """Return whether what takes so many seconds ends within the budget, or little later
         (``budget.OVERDRAFT``)."""
-        return self._read_spent_s() + needed_s <= OVERDRAFT * self.budget_s
+        return self._read_counted_s() + needed_s <= OVERDRAFT * self.budget_s
 
     def find(self, settings: Mapping[str, str]) -> LedgerEntry:
         """Find the entry of some settings; only the methods of this class may change it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, geometric_mean, median
+from statistics import geometric_mean, median
 from typing import Any
 
 from flatout import knobs
@@ -111,8 +111,8 @@ class Pairs:
     def times_ms(self) -> list[tuple[float, float]]:
         """The step times of the two runs of each pair, in ms.
 
-        Each is the mean that ``statistics.paired_means_ms`` returns, lengthened by the share that
-        the run's evaluation passes add.
+        Each is the mean that ``statistics.paired_means_ms`` returns, and the step's share of the
+        evaluation passes.
         """
         both = [(one.process, other.process) for one, other in self._zipped]
         in_steps = statistics.paired_means_ms(
@@ -125,7 +125,7 @@ class Pairs:
             ]
         )
         return [
-            (first * _whole_share(one), second * _whole_share(other))
+            (first + _passes_ms(one), second + _passes_ms(other))
             for (first, second), (one, other) in zip(in_steps, both, strict=True)
         ]
 
@@ -170,6 +170,14 @@ class Pairs:
         )
         return baseline, variant
 
+    @property
+    def last_pair_s(self) -> float:
+        """The wall time of the last pair, in seconds; 0 if there is none."""
+        if not self.count:
+            return 0.0
+        both_s = [runs[self.count - 1].seconds for runs in (self.baseline_runs, self.variant_runs)]
+        return max(both_s) if self.in_relay else sum(both_s)
+
     def steps(self, side: list[Trial]) -> list[list[Step]]:
         """Return the steps of each run of one side that is part of a complete pair.
 
@@ -197,9 +205,10 @@ def _idle_knobs(process: ProcessRecord) -> dict[str, str]:
     return refused | trial.collect_reasons(process, "unused")
 
 
-def _whole_share(process: ProcessRecord) -> float:
-    """Return how many times longer a run's steps are with their evaluation passes than alone."""
-    return step_ms(process) / fmean(step.step_ms for step in process.steady_steps)
+def _passes_ms(process: ProcessRecord) -> float:
+    """Return the time of the evaluation passes per step, in ms."""
+    timed = process.steady_steps
+    return sum(one.step_ms for one in process.evaluations_before(timed)) / len(timed)
 
 
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
@@ -265,8 +274,9 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
     startups, warmups = [], []
     for done in trials:
         steps = done.process.loop_steps
-        first_s = sum(step.step_ms for step in steps[:WARMUP_STEPS]) / 1e3
-        usual_s = WARMUP_STEPS * step_ms(done.process) / 1e3
+        warmup = steps[:WARMUP_STEPS]
+        first_s = sum(step.step_ms for step in warmup) / 1e3
+        usual_s = len(warmup) * step_ms(done.process) / 1e3
         startups.append(startup_s(done.process))
         warmups.append(max(first_s - usual_s, 0.0))
     return Cost(median(startups), median(warmups), mean_step_ms)
@@ -388,15 +398,15 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
         steps: the number of steps of each run.
         step_s: the time of one step, in seconds.
         cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If there are
-            several, the blocks are whole cycles, and nothing of them is discarded.
+            several, the steps must be whole cycles after the warm-up, and none is discarded.
     """
     usable = max(steps - WARMUP_STEPS, 1)
     longest = usable // FEWEST_RELAY_BLOCKS
     shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
     block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
-    if cycle_steps > 1:
-        block_steps = cycle_steps * max(1, block_steps // cycle_steps)
     block_steps = min(block_steps, usable)
+    if cycle_steps > 1:  # all steps but the warm-up count, or the rest would be no whole cycles
+        block_steps = max(n for n in range(1, block_steps + 1) if usable % n == 0)
     blocks = max(usable // block_steps, 1)
     return Relay(
         folder="",

@@ -543,7 +543,8 @@ def _judge_losses(
         # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
         # hence the wider range.
         is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
-        if is_undecided and check == "losses" and margin_source == "seeds":
+        is_close = difference < margin / 2
+        if is_undecided and is_close and check == "losses" and margin_source == "seeds":
             beginning = _judge_first_steps(name, bare, plan, why)
             if beginning is not None:
                 return evidence, dataclasses.replace(beginning, measurements=measurements)
@@ -573,9 +574,9 @@ def _judge_first_steps(
 
     Returns the passed check; ``None`` if the first steps do not decide either.
     """
-    steps = len(bare[0])
-    window = range(min(max(steps // 8, FIRST_STEPS), steps // 2))
-    if not window:
+    later, lies_by = _upper_limit(bare, plan, range(len(bare[0]) // 2, len(bare[0])))
+    window = _find_first_steps(bare)
+    if window is None or 2 * lies_by - later > 0:  # the later losses are higher, beyond noise
         return None
     limit, difference = _upper_limit(bare, plan, window)
     margin = FIRST_STEPS_MARGIN * _spread(bare, [window])
@@ -587,6 +588,22 @@ def _judge_first_steps(
         f"in the first {len(window)} steps, {name} exceeds bare's by at most {limit:+.3g} "
         f"({margin:.3g} is allowed); later ones are too noisy to decide: {why_undecided}",
     )
+
+
+def _find_first_steps(bare: Sequence[Curve]) -> range | None:
+    """Find the first steps within which bare's loss falls beyond noise, at most half of all.
+
+    Where no loss has fallen, updates have hardly acted, and equal losses prove nothing of them.
+    """
+    size = max(len(bare[0]) // 8, FIRST_STEPS)
+    while size <= len(bare[0]) // 2:
+        part = max(size // 4, 1)
+        fall = _level(bare, range(part)) - _level(bare, range(size - part, size))
+        noise = _batch_scatter(bare[0]) / math.sqrt(part * len(bare))
+        if fall > FALL_DEVIATIONS * math.sqrt(2) * noise:
+            return range(size)
+        size *= 2
+    return None
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:

@@ -31,9 +31,6 @@ from flatout.wire.request import Inspection
 PROOF_ACTIVITY = "proving the plan"
 GRADIENTS_ACTIVITY = f"{PROOF_ACTIVITY}: comparing its gradients with the bare program's"
 
-FEWEST_PROOF_PAIRS = 2
-"""Number of pairs of a proof that are made even after the budget."""
-
 MAXIMUM_PAIRS = 24
 """Maximum number of pairs behind a claim, unless the user gives a number of pairs."""
 
@@ -71,11 +68,6 @@ class ProofAttempt:
     def is_undecided(self) -> bool:
         """Whether the pairs show neither that the plan is worse nor that it is not."""
         return self.refusal is not None and self.verdict is not None and self.verdict.undecided
-
-    @property
-    def last_pair(self) -> tuple[Trial, Trial]:
-        """The two runs of the last pair; there must be one."""
-        return self.pairs.baseline_runs[-1], self.pairs.variant_runs[-1]
 
     @property
     def pairs_to_decide(self) -> int:
@@ -164,9 +156,9 @@ class Prover(TuneStage):
             return search.find_most_invasive(settings)
         part_s = self._bare.proof.pairs * self._pair_s / 2
         search_s = 2 * math.log2(2 * len(settings)) * part_s
-        if attempt.verdict is not None and not self._ledger.has_time_for(
-            search_s + estimate_s(self._bare)
-        ):
+        if attempt.verdict is None and attempt.pairs.failure is None:  # the gradients are wrong
+            search_s = 2 * math.log2(2 * len(settings)) * self._gradients_s / 2
+        if not self._ledger.has_time_for(search_s + estimate_least_s(self._bare)):
             return search.find_most_invasive(settings)
         self._ledger.begin("looking for the setting that makes the proof fail")
         self._ledger.print_line("looking for the setting that makes the proof fail")
@@ -217,7 +209,10 @@ class Prover(TuneStage):
             return None
         verdict = self._judge_without_gradients(finished)
         try:
-            if _needs_repeats(verdict) and len(self._repeats) == 1 and not finished.interrupted:
+            is_repeatable = not finished.interrupted and self._ledger.has_time_for(
+                REPEATS * self._pair_s / 2
+            )
+            if _needs_repeats(verdict) and len(self._repeats) == 1 and is_repeatable:
                 self._repeat_bare()
                 verdict = self._judge_without_gradients(finished)
             is_undecided = verdict.undecided and not finished.interrupted
@@ -245,8 +240,14 @@ class Prover(TuneStage):
 
     @property
     def _pair_s(self) -> float:
-        """The time of a pair of runs of a proof, in seconds."""
+        """The time of a pair of runs of a proof, in seconds, at the pace of the bare program."""
         return 2 * self._bare.pace.seconds(self._bare.proof.steps)
+
+    @property
+    def _gradients_s(self) -> float:
+        """The time of a comparison of gradients, in seconds."""
+        runs = 2 * self._bare.proof.gradient_seeds
+        return runs * self._bare.pace.seconds(GRADIENT_STEPS + 1)
 
     def _is_enough(self, finished: Pairs) -> bool:
         """Return whether the claim is precise enough and the losses decide, or the time is over.
@@ -254,21 +255,22 @@ class Prover(TuneStage):
         While the losses do not decide, there is time left for the proof of a gentler plan, if there
         is one: its gain is better than none.
         """
-        if finished.count < FEWEST_PROOF_PAIRS:
+        if finished.count < min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS):
             return False
-        if finished.count >= MAXIMUM_PAIRS or not self._ledger.has_time_for(self._pair_s):
+        pair_s = max(self._pair_s, finished.last_pair_s)
+        if finished.count >= MAXIMUM_PAIRS or not self._ledger.has_time_for(pair_s):
             return True
-        if not statistics.has_enough_pairs(
-            finished.log_ratios, MAXIMUM_PAIRS, self._bare.proof.pairs
-        ):
+        if not statistics.has_enough_pairs(finished.log_ratios, MAXIMUM_PAIRS):
             return False
         if self._has_other_data_order(finished):
             return True
         if not self._judge_without_gradients(finished).undecided:
             return True
         is_last_plan = search.find_most_invasive(finished.variant) == finished.variant
-        reserved_s = 0.0 if is_last_plan else estimate_s(self._bare)
-        return not self._ledger.has_time_for(self._pair_s + reserved_s)
+        reserved_s = 0.0 if is_last_plan else estimate_least_s(self._bare)
+        if not self._ledger.has_time_for(reserved_s):
+            reserved_s = 0.0
+        return not self._ledger.has_time_for(pair_s + reserved_s)
 
     def _passes(self, finished: Pairs, part: Mapping[str, str]) -> bool:
         """Return whether a part of a plan passes against the bare runs of the plan's pairs."""
@@ -400,10 +402,20 @@ class Prover(TuneStage):
 
 
 def estimate_s(bare: BareRun) -> float:
+    """Return the time that the proof of a plan takes, in seconds."""
+    return _estimate_s(bare, bare.proof.pairs)
+
+
+def estimate_least_s(bare: BareRun) -> float:
     """Return the time that the proof of a plan takes at least, in seconds."""
-    claim_s = 2 * bare.proof.pairs * bare.pace.seconds(bare.proof.steps)
-    gradients_s = 2 * bare.proof.gradient_seeds * bare.pace.seconds(GRADIENT_STEPS + 1)
-    return claim_s + gradients_s
+    return _estimate_s(bare, min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS))
+
+
+def _estimate_s(bare: BareRun, pairs_of_runs: int) -> float:
+    claim_s = 2 * pairs_of_runs * bare.pace.seconds(bare.proof.steps)
+    if not bare.process.trains:
+        return claim_s
+    return claim_s + 2 * bare.proof.gradient_seeds * bare.pace.seconds(GRADIENT_STEPS + 1)
 
 
 def _needs_repeats(verdict: Verdict) -> bool:

@@ -240,6 +240,7 @@ class Screening(TuneStage):
                 return
             except NoTimeError as reason:
                 groups = self._compare_fewer(groups, reason)
+                count = len(groups)
             else:
                 groups = groups[1:]
 
@@ -247,7 +248,14 @@ class Screening(TuneStage):
         self, groups: Sequence[Sequence[Candidate]], reason: NoTimeError
     ) -> list[list[Candidate]]:
         """Divide the candidates again, without the one that can gain least."""
-        left = [candidate for group in groups for candidate in group]
+        left = [
+            candidate
+            for group in groups
+            for candidate in group
+            if not self._ledger.is_settled(candidate.settings)
+        ]
+        if not left:
+            return []
         least = min(reversed(left), key=lambda one: one.bound or 1.0)
         self._no_time.append(least)
         budget_s = self._ledger.budget_s + reason.needed_s
@@ -474,10 +482,11 @@ class Screening(TuneStage):
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
+        spare_s = self._ledger.left_s - prover.estimate_s(self._bare)
         comparison = size_comparison(
             arms,
             stop_rule,
-            limit_s=self._ledger.budget_s * share,
+            limit_s=min(self._ledger.budget_s * share, spare_s - self._bare.pace.outside_steps_s),
             pace=self._bare.pace,
             job_steps=self._job_steps,
         )

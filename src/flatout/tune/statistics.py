@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
-from flatout.wire.ratios import CONFIDENCE, Block, Ratio, Size
+from flatout.wire.ratios import CONFIDENCE, Block, Ratio, Size, merge_steps
 from flatout.wire.record import Step
 from flatout.wire.request import Comparison
 
@@ -125,9 +125,7 @@ def _find_outliers(steps: Sequence[tuple[float, float]]) -> set[int]:
     return found if len(found) <= MAXIMUM_OUTLIERS * len(steps) else set()
 
 
-def has_enough_pairs(
-    log_ratios: Sequence[float], maximum: int, minimum: int = MINIMUM_PAIRS
-) -> bool:
+def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
     """Return whether to stop measuring pairs of fresh processes.
 
     Measuring stops when the interval is as narrow as ``PRECISE``, wherever it lies. A rule that
@@ -140,10 +138,9 @@ def has_enough_pairs(
 
     Args:
         log_ratios: the logarithms of the ratios of the pairs so far.
-        maximum: the number of pairs that can be afforded, at least the minimum.
-        minimum: the number of pairs that there must be.
+        maximum: the number of pairs that can be afforded, at least ``MINIMUM_PAIRS``.
     """
-    if len(log_ratios) < minimum:
+    if len(log_ratios) < MINIMUM_PAIRS:
         return False
     ratio = estimate_ratio(log_ratios)
     is_precise = math.sqrt(ratio.high / ratio.low) - 1 <= PRECISE
@@ -244,4 +241,5 @@ def find_complete_blocks(steps: Sequence[Step], comparison: Comparison) -> list[
     """
     timed_steps = comparison.block_steps - comparison.discard_steps
     found = split_into_blocks(steps)
-    return [block for block in found if len(block.times_ms) >= timed_steps]
+    complete = [block for block in found if len(block.times_ms) >= timed_steps]
+    return complete if comparison.discard_steps else merge_steps(complete)

@@ -38,7 +38,7 @@ from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
 from flatout.tune.pairs import Pairs
-from flatout.tune.prover import ProofAttempt, Prover, estimate_s
+from flatout.tune.prover import ProofAttempt, Prover, estimate_least_s
 from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
@@ -78,6 +78,7 @@ class Tuner:
             lambda: journal.spent_s,
             print_line,
             refresh,
+            lambda: journal.counted_s,
         )
         self._trials = Trials(command, journal, options.isolate, tick=self._ledger.notify)
         self._measure_ceilings = measure_ceilings
@@ -151,6 +152,8 @@ class Tuner:
             self._ledger.outcome.why = self._explain_nothing_faster()
             return
         for number in range(MAXIMUM_PROOFS):
+            if not self._has_time_to_prove(settings, first):
+                return
             attempt = self._prove(prover, settings)
             if attempt.refusal is None:
                 self._decide(settings, attempt)
@@ -162,13 +165,6 @@ class Tuner:
             if attempt.is_undecided:
                 why = self._note_undecided(culprits, attempt)
             gentler = self._replace_culprits(settings, culprits, why, survey)
-            if gentler and not self._ledger.has_time_for(estimate_s(first)):
-                wanted_s = self._journal.spent_s + estimate_s(first)
-                self._ledger.outcome.why += (
-                    f"; the budget has no time to prove {format_settings(gentler)}, which a "
-                    f"--budget of {math.ceil(wanted_s / 60)}m would have"
-                )
-                return
             if _may_have_hidden_gains(settings.keys() - gentler.keys()):
                 useless = [one for one in cold if self._ledger.has_no_gain(one.settings)]
                 gentler = cold_trials.extend(gentler, useless, again=True)
@@ -211,6 +207,20 @@ class Tuner:
         self._ledger.enter(found.candidates)
         return found
 
+    def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
+        """Return whether the budget has time for a small proof. If not, the reason is added to the
+        outcome."""
+        needed_s = estimate_least_s(first)
+        if self._ledger.has_time_for(needed_s):
+            return True
+        outcome = self._ledger.outcome
+        wanted_s = self._journal.counted_s + needed_s
+        outcome.why += (
+            f"{'; ' if outcome.why else ''}the budget has no time to prove "
+            f"{format_settings(settings)}; a --budget of {math.ceil(wanted_s / 60)}m would have"
+        )
+        return False
+
     def _explain_nothing_faster(self) -> str:
         """Return the reason why there are no settings to prove."""
         entries = self._ledger.outcome.entries
@@ -241,8 +251,7 @@ class Tuner:
         """
         outcome = self._ledger.outcome
         more = attempt.pairs_to_decide
-        pair_s = sum(done.seconds for done in attempt.last_pair)
-        wanted_s = self._journal.spent_s + pair_s * more
+        wanted_s = self._journal.counted_s + attempt.pairs.last_pair_s * more
         why = (
             f"not decided by {attempt.pairs.count} pairs: {attempt.refusal}; about {more} more "
             f"pairs, --budget {math.ceil(wanted_s / 60)}m, should decide"

@@ -119,6 +119,20 @@ class Block:
         self.sizes.append(size)
 
 
+def merge_steps(blocks: Sequence[Block]) -> list[Block]:
+    """Return blocks of one time each, the mean step time of the block.
+
+    Blocks that are whole cycles of a program have a few steps that are far longer than the others,
+    which the median would leave out.
+    """
+    return [
+        Block(block.arm, [fmean(block.times_ms)], [None], block.first_ms)
+        if block.times_ms
+        else block
+        for block in blocks
+    ]
+
+
 def estimate_arm_ratios(blocks: Sequence[Block], baseline: int = 0) -> dict[int, Ratio]:
     """Estimate the ratio of each arm to the baseline.
 

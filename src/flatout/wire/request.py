@@ -96,8 +96,7 @@ class Relay:
         folder: the path of a folder in which both runs create the files that they wait for.
         place: 0 for the run that begins, 1 for the other run.
         block_steps: the number of steps in a block, including the discarded steps.
-        discard_steps: the number of steps after each wait that are not measured; 0 if blocks are
-            whole cycles of the program.
+        discard_steps: the number of steps after each wait that are not measured.
         warmup_steps: the number of steps before the first block, at least 1; the second run makes
             its warm-up steps after the first run has made its own.
         blocks: the number of blocks of each run.
