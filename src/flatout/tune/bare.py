@@ -80,9 +80,12 @@ class BareRun:
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
         """Return whether a bare run and a run with these settings can alternate in a relay."""
-        return self.can_relay and not any(
-            setting in knobs.get(name).background_settings for name, setting in settings.items()
-        )
+        return self.can_relay and not work_in_background(settings)
+
+
+def work_in_background(settings: Mapping[str, str]) -> bool:
+    """Return whether any of these settings goes on working while its run waits in a relay."""
+    return any(setting in knobs.get(name).background_settings for name, setting in settings.items())
 
 
 def run(
@@ -142,7 +145,7 @@ def run(
             job_steps=job_steps,
         ),
         job_steps=job_steps,
-        can_relay=_can_relay(process),
+        can_relay=can_relay(process),
     )
 
 
@@ -203,7 +206,7 @@ def _find_timed_steps(first: Trial, options: Options) -> list[Step]:
     return first.process.timed_steps
 
 
-def _can_relay(process: ProcessRecord) -> bool:
+def can_relay(process: ProcessRecord) -> bool:
     """Return whether two copies of this program can stay alive at the same time, as a relay needs.
 
     The result is false for distributed jobs, because both copies would use the same port; for
