@@ -12,7 +12,7 @@ from statistics import fmean
 
 from flatout.errors import UserError
 from flatout.plan import Evidence
-from flatout.tune import bare, formatting, pairs
+from flatout.tune import bare, cycles, formatting, pairs
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome
 from flatout.tune.pairs import MINIMUM_STEPS, Pace, Pairs
@@ -212,7 +212,11 @@ def find_pace(first: Trial) -> Pace:
         raise UserError("this program never calls a model or backward: there is no step")
     timed = steps[WARMUP_STEPS:] or steps[-1:]
     in_steps_s = sum(step.step_ms for step in first.process.loop_steps) / 1e3
-    return Pace(max(first.seconds - in_steps_s, 0.0), fmean(s.step_ms for s in timed) / 1e3)
+    return Pace(
+        max(first.seconds - in_steps_s, 0.0),
+        fmean(step.step_ms for step in timed) / 1e3,
+        cycles.find_cycle_steps(first.process),
+    )
 
 
 def _can_relay(process: ProcessRecord, settings: Mapping[str, str]) -> bool:
