@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flatout.agent.fixed_work import FixedWorkTimer
 from flatout.cli.watching import Expected, WatchedProcess, Watcher
 from flatout.machine import load, system
 from flatout.plan.today import Promise
@@ -156,6 +157,16 @@ def test_what_is_read_of_a_process(tmp_path: Path) -> None:
         "gc": "the program configures garbage collection itself",
         "threads": "proven with inputs a, these are b",
     }
+
+
+def test_the_fixed_work_is_done_once_a_second() -> None:
+    timer = FixedWorkTimer()
+    done = timer.measure_if_due()
+    assert done is not None
+    assert done.cpu_us > 0
+    assert timer.measure_if_due() is None
+    timer._due_ns = 0
+    assert timer.measure_if_due() is not None
 
 
 def test_a_program_that_replaces_itself_begins_anew(tmp_path: Path) -> None:
