@@ -70,17 +70,21 @@ def test_without_a_claim_a_gain_is_asked_for() -> None:
 def test_all_pairs_fit_into_a_minute_where_steps_are_short(step_s: float, outside_s: float) -> None:
     pace = Pace(outside_s, step_s)
     steps = speed.choose_steps(pace, 5, 50.0)
-    assert 20 <= steps <= 2000
-    if steps > 20:
+    assert 8 <= steps <= 2000
+    if steps > 8:
         assert speed.estimate_s(pace, 5, steps) <= 50.0 + 1e-9
 
 
 def test_the_cost_that_is_announced_grows_with_what_is_asked_for() -> None:
     slow = replace(EVIDENCE, bare_step_ms=6000.0, plan_step_ms=2400.0)
     assert speed.estimate_before_s(None, 5, None) == 60
-    assert speed.estimate_before_s(EVIDENCE, 5, None) == pytest.approx(86.4)
-    assert speed.estimate_before_s(slow, 5, None) == pytest.approx(890)
+    assert speed.estimate_before_s(EVIDENCE, 5, None) == pytest.approx(64.56)
+    assert speed.estimate_before_s(slow, 5, None) == pytest.approx(386)
     assert speed.estimate_before_s(EVIDENCE, 5, 400) > 700
+
+
+def test_a_short_job_is_measured_whole() -> None:
+    assert speed.choose_steps(Pace(1.0, 0.001), 5, 50.0, job_steps=47) == 47
 
 
 def first_run(*step_ms: float, seconds: float = 10.0) -> Trial:

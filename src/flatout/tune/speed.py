@@ -13,9 +13,10 @@ from statistics import fmean
 from flatout.errors import UserError
 from flatout.plan import Evidence
 from flatout.tune import bare, cycles, formatting, pairs
+from flatout.tune.budget import FEW_STEPS
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome
-from flatout.tune.pairs import MINIMUM_STEPS, Pace, Pairs
+from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord
@@ -100,16 +101,17 @@ def claimed_by(evidence: Evidence | None) -> Ratio | None:
     return Ratio(evidence.ratio, evidence.ratio_low, evidence.ratio_high, evidence.pairs)
 
 
-def choose_steps(pace: Pace, count: int, left_s: float) -> int:
+def choose_steps(pace: Pace, count: int, left_s: float, job_steps: int | None = None) -> int:
     """Return how many steps each run makes, so that all pairs fit into the time that is left.
 
     Args:
         pace: the pace of the bare program; the plan's is assumed to be the same.
         count: the number of pairs.
         left_s: the time that is left, in seconds.
+        job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
     steps = (left_s / (2 * count) - pace.outside_steps_s) / pace.step_s
-    return max(MINIMUM_STEPS, min(int(steps), MAXIMUM_STEPS))
+    return min(max(FEW_STEPS, min(int(steps), MAXIMUM_STEPS)), job_steps or MAXIMUM_STEPS)
 
 
 def estimate_s(pace: Pace, count: int, steps: int) -> float:
@@ -129,7 +131,7 @@ def estimate_before_s(evidence: Evidence | None, count: int, steps: int | None) 
         return BUDGET_S
     pace = Pace(USUAL_STARTUP_S, fmean((evidence.bare_step_ms, evidence.plan_step_ms)) / 1e3)
     if steps is None:
-        return max(BUDGET_S, estimate_s(pace, count, MINIMUM_STEPS))
+        return max(BUDGET_S, estimate_s(pace, count, FEW_STEPS))
     return FIRST_RUN_S + USUAL_STARTUP_S + estimate_s(pace, count, steps)
 
 
@@ -164,7 +166,8 @@ def measure(
     ledger.begin("running the bare program")
     first = _run_first(trials, options)
     pace = find_pace(first)
-    steps = options.steps or choose_steps(pace, count, ledger.left_s)
+    job_steps = len(first.process.loop_steps) if first.ended else None
+    steps = options.steps or choose_steps(pace, count, ledger.left_s, job_steps)
     finished = Pairs({}, dict(settings), in_relay=_can_relay(first.process, settings))
     print_line(
         f"bare: {formatting.milliseconds(pace.step_s * 1e3)} a step; {count} pairs of {steps} "
