@@ -66,11 +66,12 @@ def trial(threads: int, *step_ms: float, work_us: tuple[float, ...] = ()) -> Tri
 
 
 def test_what_a_later_run_is_compared_with_are_medians_of_all_runs() -> None:
-    bare = [trial(2, 90, 90, 90, 10, 12, 500), trial(2, 90, 90, 90, 11, 13, 14)]
+    warm_up = (90, 90, 90)
+    bare = [trial(2, *warm_up, *[10, 12, 500] * 3), trial(2, *warm_up, *[11, 13, 14] * 3)]
     plan_runs = [
-        trial(1, 90, 90, 90, 5, 6, 7, work_us=(40.0, 41.0, 90.0)),
-        trial(1, 90, 90, 90, 6, 6, 400, work_us=(42.0, 43.0)),
-        trial(1, 1, 1, 1, 1, 1, 1),  # its partner was interrupted
+        trial(1, *warm_up, *[5, 6, 7] * 3, work_us=(40.0, 41.0, 90.0)),
+        trial(1, *warm_up, *[6, 6, 400] * 3, work_us=(42.0, 43.0)),
+        trial(1, *[1] * 12),  # its partner was interrupted
     ]
     made = evidence.make_reference(Pairs({}, {"threads": "one"}, bare, plan_runs))
     assert made == Reference(12.5, 6.0, threads=1, fixed_work_us=40.0)
