@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_memory import STEP
 
 from flatout import plan
-from flatout.plan import Check, Evidence, Plan
+from flatout.plan import Check, Evidence, Plan, Reference
 from flatout.tune import evidence
+from flatout.tune.pairs import Pairs
+from flatout.tune.trial import Trial
+from flatout.wire.header import Header
+from flatout.wire.record import ProcessRecord
 
 NAMES = ("gradients", "losses", "spikes", "state")
 
@@ -50,6 +56,27 @@ def test_a_shorter_proof_stands_beside_the_longer_one_and_its_pairs_count() -> N
     assert [one.steps for one in again.verified] == [60], "it covers what was added before"
     again, _ = evidence.merge(made, proven(30, 9), first_seed=100)
     assert [one.first_seed for one in again.verified] == [3, 100]
+
+
+def trial(threads: int, *step_ms: float, work_us: tuple[float, ...] = ()) -> Trial:
+    steps = [replace(STEP, step_ms=ms) for ms in step_ms]
+    header = Header(threads=threads)
+    process = ProcessRecord(Path(), header, steps=steps, fixed_work_us=list(work_us))
+    return Trial(process, 1.0, ended=False)
+
+
+def test_what_a_later_run_is_compared_with_are_medians_of_all_runs() -> None:
+    warm_up = (90, 90, 90)
+    bare = [trial(2, *warm_up, *[10, 12, 500] * 3), trial(2, *warm_up, *[11, 13, 14] * 3)]
+    plan_runs = [
+        trial(1, *warm_up, *[5, 6, 7] * 3, work_us=(40.0, 41.0, 90.0)),
+        trial(1, *warm_up, *[6, 6, 400] * 3, work_us=(42.0, 43.0)),
+        trial(1, *[1] * 12),  # its partner was interrupted
+    ]
+    made = evidence.make_reference(Pairs({}, {"threads": "one"}, bare, plan_runs))
+    assert made == Reference(12.5, 6.0, threads=1, fixed_work_us=40.0)
+    alone = evidence.make_reference(Pairs({}, {}, bare, bare))
+    assert alone.fixed_work_us is None
 
 
 def test_a_proof_that_covers_another_takes_its_place() -> None:

@@ -86,6 +86,7 @@ class FirstInputs:
             return
         undone = [knob for knob in proof.knobs if host.applied.undo(knob)]
         for knob in undone:
+            host.events.add("undone", knob, why)
             host.events.add("skipped", knob, why)
 
     def _describe_difference(self, proof: ProvenConditions) -> str | None:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from flatout import knobs
+from flatout.agent.fixed_work import FixedWorkTimer
 from flatout.intercept import handled_calls
 from flatout.intercept.containment import attempt, unreported
 from flatout.intercept.device import peak_device_bytes
@@ -32,6 +33,7 @@ class Recorder:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._record = host.record
+        self._fixed_work = FixedWorkTimer()
 
     def write_header(self) -> None:
         """Write the first line of the record."""
@@ -52,6 +54,12 @@ class Recorder:
         if arrived:
             self._record.write_losses(arrived, peak_device_bytes())
         return arrived or []
+
+    def write_fixed_work(self) -> None:
+        """Do the fixed piece of work and write its time, if it is due."""
+        done = self._fixed_work.measure_if_due()
+        if done is not None:
+            self._record.write(done)
 
     def write_unused(self) -> None:
         """Add an event for each applied knob that has had no effect because it handled no call."""

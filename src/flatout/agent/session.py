@@ -256,6 +256,7 @@ class Session:
         is_due = not self._stages.pending or self.record.is_due()
         if is_due and not self._waits_for_step and not self._is_over:
             self._write_events(wait=False)
+            self._recorder.write_fixed_work()
             self.record.flush()
 
     def _write_events(self, wait: bool) -> None:

@@ -102,7 +102,7 @@ typedef struct {
     int64_t usage_ns;  /* when USAGE was last recorded */
     char has_computed; /* whether `thread` has made a forward, backward or optimizer call */
     char has_stepped;  /* whether an optimizer has stepped; USAGE is then recorded at steps only */
-    char awake, keeps_events, live;
+    char awake, keeps_events, live, wraps_inference;
     long long read_period_ns;
     PyObject *reader;          /* called without arguments when the log is to be read */
     PyObject *check_root;      /* called with a module at its first few outermost calls; returns
@@ -388,6 +388,8 @@ static PyMemberDef log_members[] = {
     {"awake", T_BOOL, offsetof(Log, awake), 0, "Whether calls are recorded."},
     {"keeps_events", T_BOOL, offsetof(Log, keeps_events), 0,
      "Whether events are also kept for `take_events`."},
+    {"wraps_inference", T_BOOL, offsetof(Log, wraps_inference), 0,
+     "Whether `wrap_forward` is also called for calls that record no gradients."},
     {"live", T_BOOL, offsetof(Log, live), 0, "Whether the reader is called at each event."},
     {"read_period_ns", T_LONGLONG, offsetof(Log, read_period_ns), 0,
      "The least time between two calls of the reader while `live` is not set."},
@@ -652,8 +654,8 @@ static int record_end(Watch *watch)
     return failed || (log->live && call_reader_if_due(log, time_ns) < 0) ? -1 : 0;
 }
 
-/* Record the beginning of a call. Return 0, or -1 with an exception set. If the beginning was
- * recorded before the exception, the end is recorded too. */
+/* Record the beginning of a call. Return its flags (see `turns.TorchEvent`), or -1 with an exception
+ * set. If the beginning was recorded before the exception, the end is recorded too. */
 static int record_begin(Watch *watch, PyObject *target, PyObject *args, PyObject *kwargs)
 {
     Log *log = watch->log;
@@ -674,7 +676,11 @@ static int record_begin(Watch *watch, PyObject *target, PyObject *args, PyObject
         return -1;
     if (append_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
         return -1;
-    return call_reader_if_due(log, time_ns) < 0 ? record_end(watch) : 0;
+    if (call_reader_if_due(log, time_ns) < 0) {
+        record_end(watch); /* the exception stays set */
+        return -1;
+    }
+    return flags;
 }
 
 /* Remove the frames of flatout from the traceback of the exception that is set. */
@@ -724,10 +730,12 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
         result = PyObject_Call(original, args, kwargs);
         goto finished;
     }
-    if (record_begin(watch, target, args, kwargs) < 0)
+    int flags = record_begin(watch, target, args, kwargs);
+    if (flags < 0)
         goto finished;
     log->depth[watch->phase]++;
-    if (watch->phase == FORWARD && log->wrap_forward != Py_None) {
+    if (watch->phase == FORWARD && log->wrap_forward != Py_None &&
+        (flags & 1 || log->wraps_inference)) {
         PyObject *rest = PyTuple_GetSlice(args, 1, PyTuple_Size(args));
         PyObject *keywords = kwargs;
         if (keywords == NULL)

@@ -6,6 +6,7 @@ class Log:
     awake: bool
     keeps_events: bool
     live: bool
+    wraps_inference: bool
     read_period_ns: int
     reader: Callable[[], Any]
     check_root: Callable[[Any], bool | None]

@@ -39,11 +39,13 @@ class Entry(Generic[C]):
         callback: the callback.
         on_failure: called when the callback has failed; ``None``: the knob that the callback
             belongs to is withdrawn.
+        in_inference: whether the callback is also called for calls that record no gradients.
     """
 
     def __init__(self, callback: C, on_failure: OnFailure | None) -> None:
         self.callback = callback
         self.on_failure = on_failure
+        self.in_inference = True
 
 
 class CallbackList(Generic[C]):
@@ -78,6 +80,14 @@ class CallbackList(Generic[C]):
             self._set(tuple(other for other in self.entries if other is not entry))
 
         return undo
+
+    def leave_inference(self, callback: C) -> None:
+        """From now on, do not call a callback for calls that record no gradients. Such calls may be
+        as short as the callback."""
+        for entry in self.entries:
+            if entry.callback == callback:
+                entry.in_inference = False
+        self._on_change()
 
     def remove(self, callback: C) -> None:
         """Remove all entries of a callback."""
@@ -140,6 +150,7 @@ class StepCallbacks:
         the others."""
         log = self._log
         log.wrap_forward = self._contained_forward if self.forward_wrappers else None
+        log.wraps_inference = any(entry.in_inference for entry in self.forward_wrappers.entries)
         log.before_optimizer_step = self._contained_before if self.before_optimizer_step else None
         log.after_optimizer_step = self._contained_after if self.after_optimizer_step else None
 
@@ -182,8 +193,10 @@ class StepCallbacks:
         if is_traced():
             return wrapped(module, *args, **kwargs)
         if not is_capturing():
+            is_inference = not self._log.is_grad_enabled()
             for entry in self.forward_wrappers.entries:
-                wrapped = self._wrap_forward(entry, wrapped)
+                if entry.in_inference or not is_inference:
+                    wrapped = self._wrap_forward(entry, wrapped)
         elif not self._has_reported_capture:
             self._has_reported_capture = True
             why = "no setting takes effect inside a CUDA graph that the program captures"

@@ -93,8 +93,29 @@ An override returns the operator's result, a ``DeferredCall``, or ``None``, in w
 is called. It runs below autograd and autocast, and the program's modes do not see it."""
 
 
+REST_AFTER = 256
+"""An operator may rest after this many calls in a row, without gradients and outside of backward,
+that none of its overrides has handled."""
+
+
+class Entry(NamedTuple):
+    """An override of one operator at one dispatch key.
+
+    Attributes:
+        override: the override.
+        on_failure: called when it has failed.
+        knob: the knob that it belongs to.
+        may_rest: see ``override_operators``.
+    """
+
+    override: Override
+    on_failure: OnFailure
+    knob: str | None
+    may_rest: bool
+
+
 def override_operators(
-    overrides: Mapping[str, Override], *keys: str, on_failure: OnFailure
+    overrides: Mapping[str, Override], *keys: str, on_failure: OnFailure, may_rest: bool = False
 ) -> Undo:
     """Override operators, on top of the overrides that other knobs have for them.
 
@@ -102,11 +123,13 @@ def override_operators(
         overrides: a map from the name of an operator, without ``aten::``, to its override.
         keys: the names of the dispatch keys at which the operators are overridden.
         on_failure: called when an override has failed; ``below`` is then called instead.
+        may_rest: whether the overrides only save time, and may be taken out for as long as they
+            handle no call (``intercept/resting.py``).
 
     Returns:
         The undo. It leaves the overrides of other knobs in place.
     """
-    added: list[tuple[str, str, Any]] = []
+    added: list[tuple[str, str, Entry]] = []
 
     def undo() -> None:
         while added:
@@ -121,9 +144,10 @@ def override_operators(
         for (name, override), key in itertools.product(overrides.items(), keys):
             if (name, key) not in _overridden:
                 _overridden[name, key] = OverriddenOperator(name, key)
-            entry = (override, on_failure, knob_being_applied)
+            entry = Entry(override, on_failure, knob_being_applied, may_rest)
             added.append((name, key, entry))
             _overridden[name, key].overrides.append(entry)
+            _overridden[name, key].wake()
         on_error.pop_all()
     return undo
 
@@ -136,24 +160,53 @@ class OverriddenOperator:
         key: the name of the dispatch key.
 
     Attributes:
-        overrides: the overrides, each with the callback for its failures and the name of its knob.
-            The last override is called first.
-        restore: registers torch's own kernel again.
+        overrides: the overrides. The last one is called first.
+        unhandled: the number of calls in a row that may let the operator rest.
     """
 
     def __init__(self, name: str, key: str) -> None:
-        self.overrides: list[tuple[Override, OnFailure, str | None]] = []
+        self.overrides: list[Entry] = []
+        self.unhandled = 0
+        self._name, self._key = name, key
         self._torch_kernel = _torch_kernel(name, key)
-        library = torch.library.Library("aten", "IMPL")
+        self._library: torch.library.Library | None = None
+        self._register()
+
+    def _register(self) -> None:
+        self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about every overridden kernel
-            library.impl(name, self._call, key, with_keyset=True)
-        self.restore: Undo = library._destroy
+            self._library.impl(self._name, self._call, self._key, with_keyset=True)
+
+    def restore(self) -> None:
+        """Register torch's own kernel again, unless it is."""
+        library, self._library = self._library, None
+        if library is not None:
+            library._destroy()
+
+    def rest(self) -> None:
+        """Call torch's own kernel until ``wake``, if all overrides may rest."""
+        if self._may_rest():
+            self.restore()
+
+    def _may_rest(self) -> bool:
+        return all(entry.may_rest for entry in self.overrides)
+
+    def wake(self) -> None:
+        """Call the overrides again, if there are any."""
+        self.unhandled = 0
+        if self._library is None and self.overrides:
+            self._register()
 
     def _call(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         below: Callable[..., Any] = functools.partial(self._torch_kernel, keyset)
-        for override, on_failure, knob in self.overrides:
-            below = functools.partial(_call_override, on_failure, knob, override, below)
+        for entry in self.overrides:
+            below = functools.partial(_call_override, self, entry, below)
+        if not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self.unhandled += 1  # until an override handles the call
+            is_idle = self.unhandled % REST_AFTER == 0 and self._may_rest()
+            if is_idle and ask_for_rest is not None:
+                ask_for_rest(self)
         return below(*args, **kwargs)
 
 
@@ -186,15 +239,18 @@ _overridden: dict[tuple[str, str], OverriddenOperator] = {}
 knob_being_applied: str | None = None
 """The knob to which new overrides belong."""
 
+ask_for_rest: Callable[[OverriddenOperator], None] | None = None
+"""Called with an operator that may rest; ``None``: none ever rests."""
+
 
 def _call_override(
-    on_failure: OnFailure,
-    knob: str | None,
-    override: Override,
+    operator: OverriddenOperator,
+    entry: Entry,
     below: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    override, on_failure, knob, _ = entry
     result = attempt_below_autograd(on_failure, override, below, *args, **kwargs)
     is_handled = result is not None
     if type(result) is DeferredCall:
@@ -207,6 +263,7 @@ def _call_override(
             is_handled = False
     if not is_handled:
         return below(*args, **kwargs)
+    operator.unhandled = 0
     if knob is not None:
         handled_calls.counts[knob] += 1
     return result

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from flatout.intercept import dispatch
 from flatout.intercept.applied import AppliedSettings
 from flatout.intercept.containment import knob_of
 from flatout.intercept.events import EventLog
@@ -17,6 +18,7 @@ from flatout.intercept.hooks import Hooks
 from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import start_loss_copy
 from flatout.intercept.patch import Undo
+from flatout.intercept.resting import RestingOperators
 from flatout.wire.request import Request
 from flatout.wire.turns import ARM, MARK, MARKS, PAUSE, Turn, Turns
 from flatout.wire.writer import RecordWriter
@@ -78,6 +80,11 @@ class Host:
         self.backward_wrappers = callbacks.backward_wrappers
         self.before_optimizer_step = callbacks.before_optimizer_step
         self.after_optimizer_step = callbacks.after_optimizer_step
+        dispatch.ask_for_rest = RestingOperators(
+            self.forward_wrappers,
+            self.before_optimizer_step,
+            lambda: self.hooks.optimizer_exists,
+        ).ask
         self.applied = AppliedSettings(
             lambda knob, setting: apply(knob, self, setting), self.events, self.ask_for_boundary
         )

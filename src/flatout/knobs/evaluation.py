@@ -33,7 +33,10 @@ def match(facts: Facts) -> Match:
 
 def apply(host: Host, setting: str) -> Undo:
     """Wrap outermost module calls in ``torch.no_grad()``."""
-    return host.forward_wrappers.append(NoGrad(host))
+    wrapper = NoGrad(host)
+    undo = host.forward_wrappers.append(wrapper)
+    host.forward_wrappers.leave_inference(wrapper)  # which records no gradients anyway
+    return undo
 
 
 class NoGrad:
@@ -62,7 +65,6 @@ class NoGrad:
 
         if (
             objects.is_training(module)
-            or not torch.is_grad_enabled()
             or module in self._reached_by_backward
             or _requires_grad((args, kwargs))
         ):

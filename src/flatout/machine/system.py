@@ -40,6 +40,19 @@ def cpu_quota(root: Path = CGROUPS, groups: str | None = None) -> float | None:
     return _smallest("cpu", _quota_v2, _quota_v1, root, groups)
 
 
+def throttled_s(root: Path = CGROUPS, groups: str | None = None) -> float | None:
+    """Return for how long CPU quotas have stopped this process's control groups so far, summed over
+    CPUs; ``None`` if there is no quota or that is not known. For the arguments see
+    ``cpu_quota``."""
+    groups = text(Path("/proc/self/cgroup")) if groups is None else groups
+    found = [
+        seconds
+        for _, folder in _groups("cpu", root, groups or "")
+        if (seconds := _throttled_s(folder)) is not None
+    ]
+    return max(found, default=None)
+
+
 def memory_limit_bytes(root: Path = CGROUPS, groups: str | None = None) -> int | None:
     """Return the memory that the control groups allow, ``None`` if there is no limit.
 
@@ -120,6 +133,16 @@ def _quota_v1(folder: Path) -> float | None:
     quota = _integer(folder / "cpu.cfs_quota_us")
     period = _integer(folder / "cpu.cfs_period_us")
     return quota / period if quota and period else None
+
+
+def _throttled_s(folder: Path) -> float | None:
+    """Return the time for which a group with a quota was stopped."""
+    if (_quota_v2(folder) or _quota_v1(folder)) is None:
+        return None
+    numbers = _numbers(folder / "cpu.stat")
+    if "throttled_usec" in numbers:
+        return numbers["throttled_usec"] / 1e6  # version 2
+    return numbers["throttled_time"] / 1e9 if "throttled_time" in numbers else None
 
 
 def _free(folder: Path, limit_file: str, used_file: str, reclaimable: str) -> int | None:

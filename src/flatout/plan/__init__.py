@@ -25,6 +25,7 @@ ratio = 1.61                # bare step time over the plan's, from fresh process
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
+[evidence.reference]        # what a later run is compared with, see ``Reference``
 [evidence.in_process]       # knob = ratio of its setting inside one process
 [[evidence.losses]]         # for each backward call of a step, with both curves
 [[evidence.checks]]         # what was compared, with which result, and why
@@ -145,6 +146,25 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a later run is compared with (``plan/today.py``).
+
+    Attributes:
+        bare_median_ms, plan_median_ms: the median step times of all runs behind the ratio. A median
+            leaves out what happens only at some steps, which a later run may do more often.
+        threads: the number of torch's intra-op threads in the runs with the plan, when torch was
+            imported; ``None``: not known.
+        fixed_work_us: the time of the fixed piece of work (``lines.FixedWork``) in the runs with
+            the plan, a low quantile; ``None``: not measured.
+    """
+
+    bare_median_ms: Positive
+    plan_median_ms: Positive
+    threads: Count | None = field(default=None, metadata=codec.OMIT_NONE)
+    fixed_work_us: Positive | None = field(default=None, metadata=codec.OMIT_NONE)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Why a plan was written; see the format above.
 
@@ -164,6 +184,7 @@ class Evidence:
         losses: one entry for each backward call of the step.
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.
+        reference: what a later run is compared with; ``None`` in older plans.
     """
 
     settings: Mapping[str, str]
@@ -181,6 +202,7 @@ class Evidence:
     losses: tuple[LossEvidence, ...] = ()
     checks: tuple[Check, ...] = ()
     verified: tuple[Verified, ...] = ()
+    reference: Reference | None = field(default=None, metadata=codec.OMIT_NONE)
 
     def check(self) -> None:
         """Raise ``MismatchError`` for a ratio outside of its interval."""
@@ -234,18 +256,25 @@ class Plan:
         Returns:
             A clause for each change.
         """
-        found = [
+        return (*self.machine_changes(fingerprint), *self.program_changes(command))
+
+    def machine_changes(self, fingerprint: Mapping[str, Fact]) -> tuple[str, ...]:
+        """List what has changed of the machine; for argument and result see ``differences``."""
+        return tuple(
             f"{key} was {self.machine[key]}, is {here}"
             for key, here in fingerprint.items()
             if self.machine.get(key, here) != here
-        ]
+        )
+
+    def program_changes(self, command: Sequence[str]) -> tuple[str, ...]:
+        """List what has changed of the job; for argument and result see ``differences``."""
         if self.program is None:
-            found.append(
-                "the plan does not say which files its program was made of, as older ones did not"
+            changes: tuple[str, ...] = (
+                "the plan does not say which files its program was made of, as older ones did not",
             )
         else:
-            found += self.program.changes(command)
-        return (*found, *self.argument_changes(command).others)
+            changes = tuple(self.program.changes(command))
+        return (*changes, *self.argument_changes(command).others)
 
     def argument_changes(self, command: Sequence[str]) -> programs.ArgumentChanges:
         """Compare the arguments of a job with those of the plan's job."""

@@ -80,9 +80,12 @@ class BareRun:
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
         """Return whether a bare run and a run with these settings can alternate in a relay."""
-        return self.can_relay and not any(
-            setting in knobs.get(name).background_settings for name, setting in settings.items()
-        )
+        return self.can_relay and not work_in_background(settings)
+
+
+def work_in_background(settings: Mapping[str, str]) -> bool:
+    """Return whether any of these settings goes on working while its run waits in a relay."""
+    return any(setting in knobs.get(name).background_settings for name, setting in settings.items())
 
 
 def run(
@@ -101,19 +104,14 @@ def run(
     """
     print_line("running the bare program to see what its steps take")
     first = _run_first(options, trials)
+    pace = find_pace(first)
     timed = _find_timed_steps(first, options)
     process = first.process
     if first.ended and (process.profile is None or not process.profile.operators):
         print_line("it ends before its steps were profiled, so it runs again")
         profile = _profile_early(options, trials, process) or process.profile
         process = dataclasses.replace(process, profile=profile)
-    step_s = pairs.step_ms(process) / 1e3
-    first_s = process.loop_steps[0].at_s
-    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
-    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
-    pace = Pace(
-        max(first.seconds - in_steps_s, 0), step_s, cycle_steps=cycles.find_cycle_steps(process)
-    )
+    step_s = pace.step_s
     of_cycles = ""
     if pace.cycle_steps > 1:
         of_cycles = f", {pace.cycle_steps} steps from one group of evaluation passes to the next"
@@ -144,7 +142,26 @@ def run(
             job_steps=job_steps,
         ),
         job_steps=job_steps,
-        can_relay=_can_relay(process) and job_steps != 1,
+        can_relay=can_relay(process) and job_steps != 1,
+    )
+
+
+def find_pace(first: Trial) -> Pace:
+    """Return the pace of the bare program, given its first run.
+
+    Raises:
+        UserError: it made no step.
+    """
+    process = first.process
+    if not process.loop_steps:
+        raise UserError("this program never calls a model or backward: there is no step")
+    first_s = process.loop_steps[0].at_s
+    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
+    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
+    return Pace(
+        max(first.seconds - in_steps_s, 0),
+        pairs.step_ms(process) / 1e3,
+        cycle_steps=cycles.find_cycle_steps(process),
     )
 
 
@@ -192,11 +209,9 @@ def _find_timed_steps(first: Trial, options: Options) -> list[Step]:
     """Return the steps before the profiled ones.
 
     Raises:
-        UserError: there are none, or fewer than the user wants.
+        UserError: there are fewer than the user wants.
     """
     steps = first.process.loop_steps
-    if not steps:
-        raise UserError("this program never calls a model or backward: there is no step")
     if first.ended and len(steps) < (options.steps or 0):
         raise UserError(
             f"this program ends after {len(steps)} steps, so its proof cannot cover the "
@@ -205,7 +220,7 @@ def _find_timed_steps(first: Trial, options: Options) -> list[Step]:
     return first.process.timed_steps
 
 
-def _can_relay(process: ProcessRecord) -> bool:
+def can_relay(process: ProcessRecord) -> bool:
     """Return whether two copies of this program can stay alive at the same time, as a relay needs.
 
     The result is false for distributed jobs, because both copies would use the same port; for

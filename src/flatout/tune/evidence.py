@@ -7,11 +7,13 @@ functions are pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 
-from flatout.plan import Evidence, Verified
+from flatout.plan import Evidence, Reference, Verified, today
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
+from flatout.tune.trial import Trial
 from flatout.wire.ratios import Ratio
 
 
@@ -48,7 +50,28 @@ def make_evidence(
         in_process={name: r.value for name, r in in_process.items() if r is not None},
         losses=verdict.losses,
         checks=verdict.checks,
+        reference=make_reference(pairs),
     )
+
+
+def make_reference(pairs: Pairs) -> Reference:
+    """Make what a later run with the plan is compared with.
+
+    Args:
+        pairs: the pairs of the plan and the bare program, at least one.
+    """
+    plan = pairs.variant_runs[: pairs.count]
+    work_us = [us for done in plan for us in done.process.fixed_work_us]
+    return Reference(
+        bare_median_ms=_median_step_ms(pairs.baseline_runs[: pairs.count]),
+        plan_median_ms=_median_step_ms(plan),
+        threads=plan[0].process.header.threads,
+        fixed_work_us=today.low_quantile(work_us) if work_us else None,
+    )
+
+
+def _median_step_ms(runs: Sequence[Trial]) -> float:
+    return median(step.step_ms for done in runs for step in done.process.steady_steps)
 
 
 def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
@@ -70,7 +93,10 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
     timed = old if old.pairs > new.pairs else new
     timing = {
         key: getattr(timed, key)
-        for key in ("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms")
+        for key in (
+            *("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms"),
+            "reference",
+        )
     }
     in_process = {**old.in_process, **new.in_process}
     added = Verified(new.steps, new.seeds, new.verdict, first_seed, _list_passed(new))

@@ -105,6 +105,20 @@ class AgentEvent:
 
 
 @dataclass(frozen=True)
+class FixedWork:
+    """The time of a fixed piece of work (``agent/fixed_work.py``), measured about once a second.
+
+    Attributes:
+        cpu_us: the CPU time of the thread that did the work. Waiting for a CPU is not part of it; a
+            lower clock and a busy sibling of the core lengthen it.
+    """
+
+    kind: ClassVar[str] = "fixed_work"
+
+    cpu_us: float
+
+
+@dataclass(frozen=True)
 class Gradient:
     """The gradient that one optimizer step used for a parameter, before any clipping.
 

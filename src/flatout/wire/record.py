@@ -37,6 +37,7 @@ from flatout.wire.header import RECORD_VERSION, Header
 from flatout.wire.lines import (
     AgentEvent,
     End,
+    FixedWork,
     Gradient,
     Gradients,
     ImportedFiles,
@@ -156,6 +157,7 @@ class ProcessRecord(_Loops[list[Step]]):
         gradients: a map from the name of a parameter to the gradients of its first optimizer steps.
         outputs: the outermost forward calls outside training.
         state: the state of the modules when the run ended; ``None``: not requested, or not reached.
+        fixed_work_us: the times of the fixed piece of work, see ``lines.FixedWork``.
         shared_work: what this rank has shared out with others; ``None``: there were none, or it did
             not end in an orderly way.
         end: the last line; ``None``: the process did not end in an orderly way.
@@ -172,6 +174,7 @@ class ProcessRecord(_Loops[list[Step]]):
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
+    fixed_work_us: list[float] = field(default_factory=list)
     shared_work: SharedWork | None = None
     end: End | None = None
 
@@ -291,7 +294,7 @@ def read_run(run_directory: Path) -> RunRecord:
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-    found = [read_process(path) for path in _record_paths(run_directory)]
+    found = [read_process(path) for path in record_paths(run_directory)]
     processes = sorted(found, key=_importance, reverse=True)
     companions: dict[str, ProcessRecord] = {}
     for process in processes:
@@ -334,7 +337,7 @@ def read_step_times(run_directory: Path) -> StepTimes | None:
     Raises:
         RecordError: the directory is missing, or a file in it is not a record of this version.
     """
-    processes = [_process_step_times(path) for path in _record_paths(run_directory)]
+    processes = [_process_step_times(path) for path in record_paths(run_directory)]
     main = max(processes, key=_importance, default=None)
     if main is not None:
         main.imported_files = set().union(*(process.imported_files for process in processes))
@@ -358,9 +361,52 @@ class StepCounter:
         Raises:
             RecordError: the directory is missing, or a file in it is not a record of this version.
         """
-        for path in _record_paths(self._run_directory):
+        for path in record_paths(self._run_directory):
             self._files.setdefault(path, _StepsOfFile(path)).read()
         return max((file.count for file in self._files.values()), default=0)
+
+
+class GrowingFile:
+    """A record file that is being written.
+
+    Args:
+        path: the path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = self._read_lines = 0
+
+    def read_new(self, kinds: Iterable[type]) -> Iterator[Any]:
+        """Yield the complete lines of some kinds that were added since the last call.
+
+        Raises:
+            RecordError: the file is not a record of this version.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                new = file.read()
+        except OSError as error:
+            raise RecordError(f"{self._path} cannot be read: {error.strerror}") from error
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        by_kind = {line.kind: line for line in kinds}  # type: ignore[attr-defined]
+        for text in whole.decode("utf-8", "replace").split("\n")[:-1]:
+            self._read_lines += 1
+            number = self._read_lines
+            document = _parse_object(self._path, number, text)
+            _check_header(self._path, number, document, is_first=number == 1)
+            if document.get("kind") in by_kind:
+                with _name_line(self._path, number):
+                    line: Any = decode(by_kind[document["kind"]], document)
+                yield line
+
+    @contextlib.contextmanager
+    def name_line(self) -> Iterator[None]:
+        """Return a context that converts an error about the last line to a ``RecordError``."""
+        with _name_line(self._path, self._read_lines):
+            yield
 
 
 class _StepsOfFile:
@@ -371,8 +417,7 @@ class _StepsOfFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read_bytes = self._read_lines = 0
+        self._file = GrowingFile(path)
         self._kinds = {"step": 0, "evaluation": 0}
         self._start_replay()
 
@@ -383,24 +428,12 @@ class _StepsOfFile:
 
     def read(self) -> None:
         """Read the complete lines that are new."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._read_bytes)
-                new = file.read()
-        except OSError as error:
-            raise RecordError(f"{self._path} cannot be read: {error.strerror}") from error
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(whole)
-        for line in whole.decode("utf-8", "replace").split("\n")[:-1]:
-            self._read_lines += 1
-            document = _parse_object(self._path, self._read_lines, line)
-            _check_header(self._path, self._read_lines, document, is_first=self._read_lines == 1)
-            with _name_line(self._path, self._read_lines):
-                if document.get("kind") == Header.kind:
-                    self._start_replay()
-                elif document.get("kind") == PackedTrace.kind:
-                    events = self._unpacker.events(decode(PackedTrace, document).packed)
-                    self._turns.tell(events, repeat(None))
+        for line in self._file.read_new((Header, PackedTrace)):
+            if isinstance(line, Header):
+                self._start_replay()
+            else:
+                with self._file.name_line():
+                    self._turns.tell(self._unpacker.events(line.packed), repeat(None))
 
     def _start_replay(self) -> None:
         self._turns, self._unpacker = Turns(self._add), Unpacker()
@@ -454,6 +487,8 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
             process.outputs.append(line)
         case State():
             process.state = line.roots
+        case FixedWork():
+            process.fixed_work_us.append(line.cpu_us)
         case SharedWork():
             process.shared_work = line
         case End():
@@ -511,6 +546,7 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
     Gradients,
     Output,
     State,
+    FixedWork,
     SharedWork,
     End,
 )
@@ -526,7 +562,12 @@ def _importance(process: ProcessRecord | StepTimes) -> tuple[bool, int, int, int
     return is_program, len(process.steps), len(process.evaluations), -(header.rank or 0)
 
 
-def _record_paths(run_directory: Path) -> list[Path]:
+def record_paths(run_directory: Path) -> list[Path]:
+    """Return the paths of the record files of a run.
+
+    Raises:
+        RecordError: the directory is missing.
+    """
     if not run_directory.is_dir():
         raise RecordError(f"{run_directory} is not a run directory")
     return sorted(run_directory.glob("record-*.jsonl"))

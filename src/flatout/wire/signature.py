@@ -31,6 +31,11 @@ def merge(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(words)
 
 
+def sizes(word: str) -> list[int | None]:
+    """Return the sizes of a tensor; ``None`` for one that varies, and none for a scalar."""
+    return [int(size) if size.isdecimal() else None for size in _parts(word)[1] if size]
+
+
 def _matches(proven: str, seen: str) -> bool:
     both = merge((proven,), (seen,))
     return both == (proven,)

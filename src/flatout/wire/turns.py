@@ -75,6 +75,7 @@ class Turn:
             since the previous ``USAGE`` event (not every short turn has one). ``None``: there was
             no such event in this turn, or none before it.
         peak_rss_bytes: the peak resident set of the process in the last ``USAGE`` event.
+        roots: the ids of the modules that were called outermost.
         rows, elements: the sums over the inputs of the outermost module calls; ``None``: not
             recorded.
     """
@@ -96,6 +97,7 @@ class Turn:
         "minor_faults",
         "peak_rss_bytes",
         "phases_ns",
+        "roots",
         "rows",
         "start_ns",
         "updates",
@@ -119,6 +121,7 @@ class Turn:
         self.minor_faults: float | None = None
         self.major_faults: float | None = None
         self.peak_rss_bytes: int | None = None
+        self.roots: frozenset[int] = frozenset()
         self.rows: int | None = None
         self.elements: int | None = None
 
@@ -432,6 +435,7 @@ class Turns:
         turn.phases_ns[OTHER] += now_ns - self._last_ns
         turn.end_ns = now_ns
         turn.arm, turn.block, turn.mark = self._arm, self._block, self._mark
+        turn.roots = frozenset(self._roots)
         self._account_usage(turn)
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"

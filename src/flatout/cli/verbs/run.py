@@ -22,6 +22,7 @@ from flatout.wire.request import GuardRequest, ProvenConditions, ProvenLoss, Req
 from flatout.wire.writer import reason_record_incomplete
 
 if TYPE_CHECKING:
+    from flatout.cli.watching import Watcher
     from flatout.plan import Plan
 
 SUMMARY = "run a command, with a plan or only watched"
@@ -118,12 +119,16 @@ def _run(arguments: argparse.Namespace) -> process.Exit:
 
         variables = knobs.prepare(request, os.environ)
     job_environment = environment.job_environment(run_directory, variables)
+    watcher = None if run_directory is None else _watcher(arguments, request, run_directory)
+    tick = None if watcher is None else watcher.tick
     if run_directory is None or request.ranks is None:
-        exited, failure = process.run(arguments.command, job_environment), None
+        exited, failure = process.run(arguments.command, job_environment, tick=tick), None
     else:
         exited, failure = companions.run(
-            arguments.command, job_environment, run_directory, request.ranks
+            arguments.command, job_environment, run_directory, request.ranks, tick=tick
         )
+    if watcher is not None:
+        watcher.finish()
     if failure is not None and not _has_said_why(run_directory):
         say(failure)
     if run_directory is not None:
@@ -133,6 +138,20 @@ def _run(arguments: argparse.Namespace) -> process.Exit:
             for line in learning.conclude(arguments, run_directory):
                 say(line)
     return exited
+
+
+def _watcher(
+    arguments: argparse.Namespace, request: Request, run_directory: Path
+) -> Watcher | None:
+    """Return what compares a run with what its plan promises; ``None``: it runs without a plan, or
+    not as the plan says."""
+    if arguments.plan is None or arguments.tune or arguments.set or arguments.ranks is not None:
+        return None
+    from flatout.cli import watching
+
+    return watching.watch(
+        arguments.plan, arguments.command, request.settings.keys(), run_directory, say
+    )
 
 
 def _execute_as_rank(arguments: argparse.Namespace) -> int:

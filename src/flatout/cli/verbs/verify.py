@@ -1,9 +1,10 @@
-"""``flatout verify``: proves a plan again, over any number of steps."""
+"""``flatout verify``: proves a plan again, over any number of steps, or only times it again."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flatout.cli import options
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
     from flatout.tune.ledger import Options, Outcome
     from flatout.wire.ratios import Ratio
 
-SUMMARY = "prove a plan again, over as many steps and seeds as you want"
+SUMMARY = "prove a plan again, over as many steps and seeds as you want, or only time it again"
 EXAMPLES = (
     "flatout verify python train.py",
     "flatout verify --plan big.toml --steps 2000 --seeds 8 python train.py",
     "flatout verify --at-least 1.2 python train.py",
+    "flatout verify --speed python train.py",
+    "flatout verify --speed --at-least 1.2 python train.py",
 )
 TAKES_JOB = True
 ARGUMENT = ""
@@ -46,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_SEEDS})",
     )
     parser.add_argument(
+        "--speed",
+        action="store_true",
+        help="only measure the speed again, in about a minute if steps are short, and compare it "
+        "with the plan's; nothing is proven, and the plan stays as it is; end with 1 unless the "
+        "measured speedup is a gain and its interval reaches the claimed one (or, with --at-least, "
+        "X)",
+    )
+    parser.add_argument(
         "--at-least",
         type=options.speedup,
         metavar="X",
@@ -58,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Verify; the exit status is 0 if the plan passes, 1 if it does not or is not as fast as it is
-    to be, 130 after Ctrl-C, and 143 after SIGTERM."""
+    """Verify; the exit status is 0 if the plan passes (with ``--speed``: if the measured speedup is
+    what it should be, see ``speed.Comparison``), 1 if it does not or is not as fast as it is to be,
+    130 after Ctrl-C, and 143 after SIGTERM."""
     from flatout.launch import interruption
 
     with interruption.note_signals():
@@ -73,8 +85,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from flatout.tune import journal
 
     proven = plan.read(arguments.plan)
-    paths.check_writable(arguments.plan)
     check_program(arguments.command[0])
+    if arguments.speed:
+        return _measure_speed(arguments, proven)
+    paths.check_writable(arguments.plan)
     wanted = _options(arguments, proven)
     opened = journal.open_journal("verify", arguments.command, wanted, arguments.resume, say)
     try:
@@ -102,6 +116,58 @@ def _verify(arguments: argparse.Namespace) -> int:
     if too_slow is not None:
         say(too_slow)
     return 0 if outcome.evidence is not None and too_slow is None else 1
+
+
+def _measure_speed(arguments: argparse.Namespace, proven: Plan) -> int:
+    """Measure the speed of the plan again; for the exit status see ``execute``."""
+    from flatout.errors import UserError
+    from flatout.launch import interruption
+    from flatout.report.live import Progress
+    from flatout.tune import formatting, journal, speed
+
+    if arguments.resume:
+        raise UserError("--speed begins anew each time: leave out --resume")
+    wanted = replace(_options(arguments, proven), steps=arguments.steps)
+    lasts_s = speed.estimate_before_s(proven.evidence, arguments.seeds, arguments.steps)
+    say(f"measuring the speed of {arguments.plan} again takes about {_minutes(lasts_s)}")
+    opened = journal.open_journal("verify", arguments.command, wanted, False, say)
+    try:
+        with Progress(quiet=arguments.quiet, verbose=arguments.verbose) as progress:
+            finished = speed.measure(
+                arguments.command,
+                proven.settings,
+                arguments.seeds,
+                wanted,
+                opened,
+                progress.say,
+                lambda so_far, left_s: progress.show(so_far.activity, left_s),
+            )
+        opened.finish()
+    except KeyboardInterrupt:
+        opened.finish()
+        return interruption.exit_status()
+    finally:
+        opened.close()
+    for name, why in finished.without_effect().items():
+        say(f"{name}={proven.settings[name]} has no effect: {why}")
+    if finished.count < 2:
+        say(finished.failure or "it was interrupted before two pairs were complete")
+        return interruption.exit_status() if finished.interrupted else 1
+    found = speed.Comparison(speed.claimed_by(proven.evidence), finished.ratio, arguments.at_least)
+    for line in found.lines:
+        say(line)
+    bare, with_plan = finished.costs
+    say(
+        f"a step takes {formatting.milliseconds(bare.step_ms)} bare, "
+        f"{formatting.milliseconds(with_plan.step_ms)} with the plan"
+    )
+    if finished.interrupted:
+        return interruption.exit_status()
+    return 0 if found.holds else 1
+
+
+def _minutes(seconds: float) -> str:
+    return "a minute" if seconds <= 60 else f"{seconds / 60:.0f} min"
 
 
 def _options(arguments: argparse.Namespace, proven: Plan) -> Options:

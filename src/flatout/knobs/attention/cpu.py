@@ -76,7 +76,11 @@ def install(library: ctypes.CDLL, is_paired: bool, on_failure: OnFailure) -> Und
         )
 
     return dispatch.override_operators(
-        {"scaled_dot_product_attention": attention}, "AutogradCPU", "CPU", on_failure=on_failure
+        {"scaled_dot_product_attention": attention},
+        "AutogradCPU",
+        "CPU",
+        on_failure=on_failure,
+        may_rest=True,
     )
 
 

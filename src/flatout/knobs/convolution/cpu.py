@@ -85,7 +85,7 @@ def install(on_failure: OnFailure) -> Undo:
 
     functions: dict[str, dispatch.Override]
     functions = {"convolution": convolution, "convolution_backward": convolution_backward}
-    return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
+    return dispatch.override_operators(functions, "CPU", on_failure=on_failure, may_rest=True)
 
 
 def forward(

@@ -64,7 +64,7 @@ def install(library: ctypes.CDLL, on_failure: OnFailure) -> Undo:
 
     functions: dict[str, dispatch.Override]
     functions = {"tanh": tanh, "gelu": gelu, "gelu_backward": gelu_backward, "abs": complex_abs}
-    return dispatch.override_operators(functions, "CPU", on_failure=on_failure)
+    return dispatch.override_operators(functions, "CPU", on_failure=on_failure, may_rest=True)
 
 
 def _compute(

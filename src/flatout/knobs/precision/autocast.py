@@ -108,12 +108,13 @@ class Autocast:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if not torch.is_grad_enabled() and (self._trains or self._host.hooks.optimizer_exists):
+            self._host.forward_wrappers.leave_inference(self)
+            return call(module, *args, **kwargs)
         if _is_traced():
             return call(module, *args, **kwargs)
         if torch.is_grad_enabled():
             self._note_training()
-        elif self._trains or self._host.hooks.optimizer_exists:
-            return call(module, *args, **kwargs)
         if self._knob in self._host.applied.failures:
             return call(module, *args, **kwargs)
         device = self._device(module)
