@@ -25,7 +25,7 @@ _MODULES_OF = {
     "inspection": ("inspection",),
     "guard": ("guard",),
 }
-"""For each field of a request, the modules of the agent that are imported if it differs from its default."""
+"""The modules of the agent that each field of a request needs if it differs from its default."""
 
 
 def import_modules() -> None:
