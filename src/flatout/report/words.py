@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
 from flatout.text import printable
-from flatout.tune import formatting, memory
+from flatout.tune import formatting, memory, unwatched
 from flatout.tune.document import Document, KnobResult, ProofResult, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
@@ -37,6 +37,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
     else:
         said.append(claim_line(document))
         said += filter(None, [compare_parts(document.baseline, document.with_plan or Side())])
+        said += filter(None, [unwatched.describe(document.unwatched_factor)])
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:

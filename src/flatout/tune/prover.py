@@ -122,7 +122,7 @@ class Prover(TuneStage):
             UserError: the program fails without any settings.
         """
         in_relay = self._bare.can_relay_under(settings)
-        finished = Pairs({}, dict(settings), in_relay=in_relay)
+        finished = Pairs({}, dict(settings), in_relay=in_relay, unwatched=self._bare.unwatched)
         refusal = self._compare_gradients(settings, count or self._bare.proof.gradient_seeds)
         if refusal is not None:
             return ProofAttempt(finished, refusal, None, self._gradients_pass)

@@ -130,9 +130,9 @@ class Unwatched:
         return min(faults_per_s * self.fault_us / 1e6, 0.9)
 
 
-def describe(factor: float) -> str | None:
+def describe(factor: float | None) -> str | None:
     """Return what a factor of ``Unwatched.factor`` means for a claim; ``None`` if nothing."""
-    if factor == 1.0:
+    if factor is None or factor == 1.0:
         return None
     change = f"{abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
     return (
