@@ -24,14 +24,14 @@ Beside other work, a run may be half as fast, and has half as many of them per s
 NEGLIGIBLE = 0.03
 """A difference of the step time below this share is not corrected."""
 
-WINDOW_S = 3.0
+WINDOW_S = 1.5
 """The page faults are counted for this long, or for ``WINDOW_STEPS`` if these take longer."""
 
 WINDOW_STEPS = 5
 WARMUP_STEPS = 10
 """Number of steps before the page faults are counted."""
 
-BUDGET_SHARE = 1 / 8
+BUDGET_SHARE = 1 / 10
 """Share of the budget that the run without the agent may take."""
 
 
