@@ -4,6 +4,7 @@ longer pair of runs decides, and what follows."""
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from test_memory import STEP
 
-from flatout.tune import growth, memory
+from flatout.tune import growth, journal, memory
 from flatout.tune.budget import ProofSize
 from flatout.tune.growth import GrowthCheck
 from flatout.tune.ledger import Ledger, Options
@@ -21,6 +22,7 @@ from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.prover import ProofAttempt, Prover
 from flatout.tune.trial import Trial
+from flatout.tune.tuner import Tuner
 from flatout.wire.header import Header
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Request
@@ -220,3 +222,43 @@ def test_growth_leaves_out_settings_without_a_search(monkeypatch: pytest.MonkeyP
         runner: Any = trials
         prover = Prover(runner, ledger, first, Options())
         assert prover.find_culprits(settings, attempt) == culprits
+
+
+LEAKING = """
+import gc, sys
+import torch
+net = torch.nn.Linear(8, 2)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+kept = []
+for step in range(1000):
+    loss = net(torch.randn(16, 8)).square().mean()
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    if gc.get_threshold()[0] == 50_000:  # the knob gc is on
+        kept.append(torch.ones(int(sys.argv[1]) // 4))
+"""
+
+
+@pytest.mark.tunes
+@pytest.mark.parametrize(
+    ("kept_bytes", "why"),
+    [(50 * KIB, "and does not stop"), (5 * MIB, "its peak memory is"), (0, None)],
+)
+def test_a_setting_under_which_a_program_leaks_is_refused(
+    kept_bytes: int, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+    (tmp_path / "program.py").write_text(LEAKING)
+    command = [sys.executable, str(tmp_path / "program.py"), str(kept_bytes)]
+    options = Options(budget_seconds=300, steps=30, isolate=False)
+    opened = journal.begin("verify", command)
+    try:
+        outcome = Tuner(
+            command, options, opened, lambda line: None, lambda *_: None, lambda _: None
+        ).verify({"gc": "seldom"}, 2)
+    finally:
+        opened.close()
+    if why is None:
+        assert outcome.evidence is not None, outcome.why
+    else:
+        assert outcome.evidence is None
+        assert why in outcome.why
