@@ -39,6 +39,9 @@ LONGER_STEPS = 400
 """Minimum number of steps of the longer runs that decide whether memory grows without end. A cache
 that fills during the first 200 steps does not count as growth there."""
 
+LONGER_S = 2.0
+"""The steps of a longer run take at least this many seconds: memory is read every 20 ms."""
+
 LONGER_FACTOR = 2
 """The longer runs have at least this many times the steps of the shorter ones."""
 
@@ -149,7 +152,7 @@ def _split_growth(excess_bytes: Sequence[int]) -> list[float]:
     ]
 
 
-def choose_longer_steps(growth: Growth, job_steps: int | None) -> int:
+def choose_longer_steps(growth: Growth, step_s: float, job_steps: int | None) -> int:
     """Return how many steps each of two longer runs should have that tell whether memory grows.
 
     There are fewer if the growth would take more than ``_MEMORY_SHARE`` of the available memory, or
@@ -157,11 +160,12 @@ def choose_longer_steps(growth: Growth, job_steps: int | None) -> int:
 
     Args:
         growth: what the shorter runs have shown.
+        step_s: the time of a step of the bare program, in seconds.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
     import psutil
 
-    steps = max(LONGER_STEPS, LONGER_FACTOR * growth.steps)
+    steps = max(LONGER_STEPS, LONGER_FACTOR * growth.steps, math.ceil(LONGER_S / step_s))
     if growth.high > 0:
         affordable_bytes = _MEMORY_SHARE * psutil.virtual_memory().available
         steps = min(steps, growth.steps + int(affordable_bytes / growth.high))
@@ -219,7 +223,7 @@ class GrowthCheck(TuneStage):
             TrialFailedError: the plan fails.
             UserError: the program fails without any settings.
         """
-        steps = choose_longer_steps(growth, self._bare.job_steps)
+        steps = choose_longer_steps(growth, self._bare.pace.step_s, self._bare.job_steps)
         lasts_s = 2 * self._bare.pace.seconds(steps)
         if steps <= growth.steps or not self._ledger.has_time_for(lasts_s):
             return None
