@@ -227,11 +227,11 @@ def test_growth_leaves_out_settings_without_a_search(monkeypatch: pytest.MonkeyP
 LEAKING = """
 import gc, sys
 import torch
-net = torch.nn.Linear(8, 2)
+net = torch.nn.Linear(1024, 1024)  # memory is read every 20 ms
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 kept = []
 for step in range(100_000):
-    loss = net(torch.randn(16, 8)).square().mean()
+    loss = net(torch.randn(256, 1024)).square().mean()
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     if gc.get_threshold()[0] == 50_000:  # the knob gc is on
         kept.append(torch.ones(int(sys.argv[1]) // 4))
@@ -249,7 +249,7 @@ def test_a_setting_under_which_a_program_leaks_is_refused(
     monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
     (tmp_path / "program.py").write_text(LEAKING)
     command = [sys.executable, str(tmp_path / "program.py"), str(kept_bytes)]
-    options = Options(budget_seconds=3600, steps=30, isolate=False)
+    options = Options(budget_seconds=3600, steps=60, isolate=False)
     opened = journal.begin("verify", command)
     try:
         outcome = Tuner(
