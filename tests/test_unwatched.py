@@ -109,7 +109,7 @@ class Alone:
 
     def sample_unwatched(self, lasts_s: float) -> list[Sample]:
         self.lasted_s.append(lasts_s)
-        return [Sample(n / 2, int(self.per_s * n / 2)) for n in range(round(2 * lasts_s))]
+        return [Sample(n / 2, int(self.per_s * n / 2)) for n in range(round(2 * lasts_s) + 2)]
 
 
 def compare(
