@@ -193,6 +193,8 @@ class Knob:
             no such setting.
         background_settings: the settings that start other processes. These keep using cores while
             the run is paused, so such runs cannot be interleaved with others.
+        memory_settings: the settings that need more memory by design, as the card says. If a plan
+            needs too much memory, they are left out first.
         hides_gains: whether the knob makes the step so much shorter, or so different, that settings
             which gain nothing beside it may gain without it. They are tried again if the knob is
             dropped.
@@ -214,6 +216,7 @@ class Knob:
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
     proof_setting: str | None = None
     background_settings: tuple[str, ...] = ()
+    memory_settings: tuple[str, ...] = ()
     hides_gains: bool = False
 
     def offer(self, facts: Facts) -> Match:

@@ -7,6 +7,7 @@ It imports only the standard library, the user's torch, and the packages of flat
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import traceback
@@ -15,6 +16,34 @@ from pathlib import Path
 from flatout.wire.request import RUN_VARIABLE, Request
 
 _session: object | None = None
+
+_MODULES_OF = {
+    "seed": ("seeds",),
+    "comparison": ("switch", "learning"),
+    "relay": ("relay",),
+    "profile_steps": ("profile",),
+    "inspection": ("inspection",),
+    "guard": ("guard",),
+}
+"""The modules of the agent that each field of a request needs if it differs from its default."""
+
+
+def import_modules() -> None:
+    """Import the modules that ``activate`` and the stages of this run need.
+
+    The start-up hook calls this beforehand in a thread of its own, because the memory of these
+    modules must not lie between the program's blocks (``launch/hook/sitecustomize.py``).
+
+    Raises:
+        Exception: whatever importing raises; ``activate`` fails by the same, and reports it.
+    """
+    from flatout.agent import session  # noqa: F401
+
+    request = Request.read(Path(os.environ[RUN_VARIABLE]))
+    for field, names in _MODULES_OF.items():
+        if getattr(request, field) != getattr(Request(), field):
+            for name in names:
+                importlib.import_module(f"{__name__}.{name}")
 
 
 def activate() -> None:

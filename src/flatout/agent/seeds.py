@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import multiprocessing
 import random
 import sys
 from typing import Any
 
 import torch
+
+if "numpy" in sys.modules:
+    # NumPy imports this at its first use, which would be in ``set_seeds``, on the program's heap.
+    importlib.import_module("numpy.random")
 
 STRIDE = 1_000_003
 """The difference between the seeds of the program in two runs with consecutive seeds. It is a

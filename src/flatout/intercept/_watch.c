@@ -28,6 +28,7 @@ static int64_t now_ns(void)
     return (int64_t)((double)count.QuadPart * 1e9 / (double)frequency.QuadPart);
 }
 #else
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 static int64_t now_ns(void) /* the clock behind time.perf_counter_ns */
@@ -130,18 +131,48 @@ static int value_count(int kind, int phase)
     return kind != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
 }
 
-/* Return a block of memory, enlarged if necessary, or NULL with an exception set. */
+/* Return fresh memory, or NULL. It comes from the system: in the program's heap, a block that is as
+ * old as the log would keep the allocator from joining what lies on both sides of it, or from
+ * returning it to the system, as it does in the program alone. */
+static void *map_memory(size_t bytes)
+{
+#ifdef _WIN32
+    return VirtualAlloc(NULL, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+#else
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+#endif
+}
+
+/* Free what map_memory has returned. */
+static void unmap_memory(void *memory, size_t bytes)
+{
+    if (memory == NULL)
+        return;
+#ifdef _WIN32
+    (void)bytes;
+    VirtualFree(memory, 0, MEM_RELEASE);
+#else
+    munmap(memory, bytes);
+#endif
+}
+
+/* Return a block of mapped memory, enlarged if necessary, or NULL with an exception set. */
 static void *grow(void *memory, Py_ssize_t *capacity, Py_ssize_t needed, size_t size)
 {
     if (needed <= *capacity)
         return memory;
-    Py_ssize_t larger = 2 * needed + 1024;
-    memory = PyMem_Realloc(memory, larger * size);
-    if (memory == NULL)
+    Py_ssize_t larger = 2 * needed + 16384;
+    void *moved = map_memory(larger * size);
+    if (moved == NULL) {
         PyErr_NoMemory();
-    else
-        *capacity = larger;
-    return memory;
+        return NULL;
+    }
+    if (memory != NULL)
+        memcpy(moved, memory, *capacity * size);
+    unmap_memory(memory, *capacity * size);
+    *capacity = larger;
+    return moved;
 }
 
 /* Append a packed event: one byte for kind, phase and flags, then each value as the difference to
@@ -349,8 +380,8 @@ static void log_dealloc(PyObject *self)
 {
     Log *log = (Log *)self;
     PyTypeObject *type = Py_TYPE(self);
-    PyMem_Free(log->events);
-    PyMem_Free(log->packed);
+    unmap_memory(log->events, log->capacity * sizeof(Event));
+    unmap_memory(log->packed, log->packed_capacity);
     Py_XDECREF(log->reader);
     Py_XDECREF(log->check_root);
     Py_XDECREF(log->roots);

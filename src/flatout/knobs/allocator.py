@@ -175,4 +175,5 @@ KNOB = Knob(
     apply=apply,
     claims=("the C allocator",),
     variables=variables,
+    memory_settings=("hugepages", "keep", "tcmalloc", "jemalloc"),
 )

@@ -76,4 +76,5 @@ KNOB = Knob(
     match=match,
     apply=apply,
     claims=("the thresholds of garbage collection",),
+    memory_settings=("seldom",),
 )

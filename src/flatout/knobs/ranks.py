@@ -149,4 +149,5 @@ KNOB = Knob(
     apply=apply,
     claims=("the choice of gradients",),
     background_settings=("2", "per_node", "per_gpu"),
+    memory_settings=("2", "per_node", "per_gpu"),
 )

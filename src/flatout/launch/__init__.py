@@ -73,8 +73,9 @@ def start(
     isolate: bool = False,
     output: Literal["inherit", "discard", "capture"] = "inherit",
     timeout_seconds: float | None = None,
-    progress: Callable[[Path], None] | None = None,
+    progress: Callable[[Path], bool | None] | None = None,
     runs: Path | None = None,
+    watched: bool = True,
 ) -> Finished:
     """Run a trial of a job to its end, with its trackers offline. No process of it is left then.
 
@@ -84,8 +85,10 @@ def start(
         isolate: run it in a copy-on-write view of the file system, which is discarded afterwards.
         output: what becomes of the job's standard output and error.
         timeout_seconds: kill the job after this time.
-        progress: called twice a second with the run directory while the job runs.
+        progress: called twice a second with the run directory while the job runs. The job is ended
+            once it returns true.
         runs: where its run directory is made; by default, where the records of runs are kept.
+        watched: whether it runs under the agent; if not, nothing is recorded.
 
     Raises:
         UserError: the program does not exist, the record cannot be written, or isolation is not
@@ -103,7 +106,9 @@ def start(
         ) from None
     job = _isolated(command, [run_directory]) if isolate else list(command)
     variables = knobs.prepare(request, os.environ)
-    prepared = trackers.offline(environment.job_environment(run_directory, variables))
+    prepared = trackers.offline(
+        environment.job_environment(run_directory if watched else None, variables)
+    )
     descriptor = _open_output(output, run_directory)
     options: dict[str, Any] = {
         "output": descriptor,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
 from flatout.text import printable
-from flatout.tune import formatting
+from flatout.tune import formatting, memory, unwatched
 from flatout.tune.document import Document, KnobResult, ProofResult, Side, TriedSettings
 from flatout.wire.ratios import Ratio
 
@@ -37,6 +37,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
     else:
         said.append(claim_line(document))
         said += filter(None, [compare_parts(document.baseline, document.with_plan or Side())])
+        said += filter(None, [unwatched.describe(document.unwatched_factor)])
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:
@@ -230,7 +231,7 @@ def proof_lines(proof: ProofResult, verbose: bool = False) -> list[str]:
     """The verdict of a proof and each check that failed; if ``verbose``, all checks and losses."""
     said = [f"proof: {_proof_headline(proof)}"]
     for check in proof.checks:
-        if verbose or check.passed is False:
+        if verbose or check.passed is False or check.name == memory.CHECK_NAME:
             result = {True: "passed", False: "NOT PASSED", None: "open"}[check.passed]
             said.append(f"  {check.name}: {result}" + (f", {check.why}" if check.why else ""))
     for number, evidence in enumerate(proof.losses if verbose or not proof.passed else (), 1):

@@ -7,18 +7,21 @@ program trains at all, and how many steps it has. Every later stage gets this as
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout import knobs
 from flatout.doctor.case import Case
 from flatout.errors import UserError
+from flatout.machine import Ceilings
 from flatout.plan.program import Program, observe_program
-from flatout.tune import budget, cycles, formatting, pairs
+from flatout.tune import budget, cycles, formatting, pairs, unwatched
 from flatout.tune.budget import ProofSize
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.tune.unwatched import Unwatched
 from flatout.wire.profile import Profile
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Request
@@ -66,6 +69,8 @@ class BareRun:
         job_steps: the number of steps of the whole job; ``None`` if it is not known, because the
             run was stopped before the job's end.
         can_relay: whether two runs can stay alive at the same time and alternate (a relay).
+        unwatched: what a run without the agent has shown; ``None`` if it was not made or tells
+            nothing.
     """
 
     process: ProcessRecord
@@ -77,6 +82,7 @@ class BareRun:
     proof: ProofSize
     job_steps: int | None
     can_relay: bool
+    unwatched: Unwatched | None = None
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
         """Return whether a bare run and a run with these settings can alternate in a relay."""
@@ -240,3 +246,36 @@ def can_relay(process: ProcessRecord) -> bool:
         and not case.on_accelerator
         and RELAY_MEMORY_FACTOR * max(peaks, default=0) < available_bytes
     )
+
+
+def compare_unwatched(
+    first: BareRun,
+    trials: Trials,
+    ceilings: Ceilings | None,
+    print_line: Callable[[str], None],
+) -> BareRun:
+    """Run the bare program without the agent, and compare its page faults with the first run's.
+
+    There is no such run if it would take too much of the budget (``unwatched.BUDGET_SHARE``), or if
+    the program ends before anything can be counted.
+
+    Raises:
+        KeyboardInterrupt: the user ends the tune.
+    """
+    step_s = first.pace.step_s
+    window_s = max(unwatched.WINDOW_S, unwatched.WINDOW_STEPS * step_s)
+    from_s = first.pace.outside_steps_s + unwatched.WARMUP_STEPS * step_s
+    job_s = math.inf if first.job_steps is None else first.pace.seconds(first.job_steps)
+    case = Case(first.process, ceilings)
+    if case.page_fault_us is None or from_s + window_s > min(
+        job_s, unwatched.BUDGET_SHARE * first.budget_s
+    ):
+        return first
+    rate = unwatched.faults_per_s(trials.sample_unwatched(from_s + window_s), from_s)
+    if rate is None:
+        return first
+    found = Unwatched(rate, case.page_fault_us * case.main_thread_faults)
+    difference = unwatched.describe(found.factor(first.process))
+    if difference is not None:
+        print_line(difference)
+    return dataclasses.replace(first, unwatched=found)

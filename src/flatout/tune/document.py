@@ -212,6 +212,9 @@ class Document:
         why: the reason why this plan was chosen, or why there is none, in one sentence.
         baseline, with_plan: the program without and with the plan.
         claim: the bare program's step time over the plan's, from fresh processes in alternation.
+        unwatched_factor: the bare program's step time without flatout's agent over that under it,
+            as far as page faults tell (``tune.unwatched``); ``claim`` and ``baseline`` count the
+            step without the agent.
         break_even_steps: the number of steps after which the plan has made up for the time of the
             tune and for its longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.
@@ -240,6 +243,7 @@ class Document:
     proof: ProofResult | None
     findings: tuple[Finding, ...]
     next_command: str | None
+    unwatched_factor: float | None = None
     version: int = DOCUMENT_VERSION
 
     @classmethod

@@ -18,6 +18,7 @@ from flatout import knobs
 from flatout.errors import UserError
 from flatout.tune import formatting, statistics, trial
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
+from flatout.tune.unwatched import Unwatched
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import WARMUP_STEPS, ProcessRecord, Step
 from flatout.wire.request import GuardRequest, Inspection, Relay, Request
@@ -92,6 +93,8 @@ class Pairs:
             steps.
         failure: the reason why the variant cannot run; ``None`` if it can.
         interrupted: whether the user has ended the tune early.
+        unwatched: what a run of the baseline without the agent has shown, if the baseline is the
+            bare program; ``None``: that is not known.
     """
 
     baseline: Mapping[str, str]
@@ -101,6 +104,7 @@ class Pairs:
     in_relay: bool = False
     failure: str | None = None
     interrupted: bool = False
+    unwatched: Unwatched | None = None
 
     @property
     def count(self) -> int:
@@ -112,7 +116,8 @@ class Pairs:
         """The step times of the two runs of each pair, in ms.
 
         Each is the mean that ``statistics.paired_means_ms`` returns, and the step's share of the
-        evaluation passes.
+        evaluation passes. Those of the bare program are corrected by
+        ``unwatched.Unwatched.factor``.
         """
         both = [(one.process, other.process) for one, other in self._zipped]
         in_steps = statistics.paired_means_ms(
@@ -125,9 +130,19 @@ class Pairs:
             ]
         )
         return [
-            (first + _passes_ms(one), second + _passes_ms(other))
+            ((first + _passes_ms(one)) * self._factor(one), second + _passes_ms(other))
             for (first, second), (one, other) in zip(in_steps, both, strict=True)
         ]
+
+    @property
+    def unwatched_factor(self) -> float | None:
+        """The factor by which the baseline's step times are corrected, the median of its runs."""
+        if self.unwatched is None or not self.baseline_runs:
+            return None
+        return median(self._factor(done.process) for done in self.baseline_runs)
+
+    def _factor(self, process: ProcessRecord) -> float:
+        return 1.0 if self.unwatched is None else self.unwatched.factor(process)
 
     @property
     def _zipped(self) -> list[tuple[Trial, Trial]]:
@@ -154,7 +169,8 @@ class Pairs:
         If the plan itself makes some steps slow, this ratio shows it.
         """
         return geometric_mean(
-            step_ms(one.process) / step_ms(other.process) for one, other in self._zipped
+            step_ms(one.process) * self._factor(one.process) / step_ms(other.process)
+            for one, other in self._zipped
         )
 
     @property

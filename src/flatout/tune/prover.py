@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.tune import formatting, gradients, memory, pairs, proof, search, statistics
+from flatout.tune import formatting, gradients, growth, memory, pairs, proof, search, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.budget import GRADIENT_STEPS
+from flatout.tune.growth import GrowthCheck
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
@@ -98,6 +99,7 @@ class Prover(TuneStage):
         self._repeats = [Run.of(bare.process)]
         self._bare_gradients: list[Mapping[str, Sequence[Gradient]]] = []
         self._gradients = Check("gradients", "open", "no gradients were recorded")
+        self._growth_check = GrowthCheck(trials, ledger, bare, options)
 
     def prove(self, settings: Mapping[str, str], count: int | None = None) -> ProofAttempt:
         """Put a plan to the proof.
@@ -112,7 +114,7 @@ class Prover(TuneStage):
             UserError: the program fails without any settings.
         """
         in_relay = self._bare.can_relay_under(settings)
-        finished = Pairs({}, dict(settings), in_relay=in_relay)
+        finished = Pairs({}, dict(settings), in_relay=in_relay, unwatched=self._bare.unwatched)
         refusal = self._compare_gradients(settings, count or self._bare.proof.gradient_seeds)
         if refusal is not None:
             return ProofAttempt(finished, refusal, None, self._gradients_pass)
@@ -139,6 +141,8 @@ class Prover(TuneStage):
         self._ledger.note_runs(finished)
         verdict = self._judge_pairs(finished)
         refusal = self._find_refusal(finished, verdict)
+        if refusal is None and verdict is not None:
+            verdict, refusal = self._growth_check.check(finished, verdict)
         part_passes = functools.partial(self._passes, finished)
         return ProofAttempt(finished, refusal, verdict, part_passes)
 
@@ -146,7 +150,8 @@ class Prover(TuneStage):
         """Find the settings of a plan that made its proof fail.
 
         If the verdict is undecided, no subset fails clearly. The most invasive settings are then
-        taken as the culprits, and also if there is no time to look for others.
+        taken as the culprits, and also if there is no time to look for others. If only the plan's
+        memory is refused, the culprits are the settings that need more of it by design.
 
         Args:
             settings: the settings of the plan.
@@ -154,6 +159,10 @@ class Prover(TuneStage):
         """
         if attempt.is_undecided:
             return search.find_most_invasive(settings)
+        if attempt.verdict is not None and attempt.verdict.passed:  # only its memory is refused
+            costly = memory.find_costly(settings)
+            if costly or growth.was_shown(attempt.verdict):
+                return costly or search.find_most_invasive(settings)
         part_s = self._bare.proof.pairs * self._pair_s / 2
         search_s = 2 * math.log2(2 * len(settings)) * part_s
         if attempt.verdict is None and attempt.pairs.failure is None:  # the gradients are wrong

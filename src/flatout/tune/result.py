@@ -72,6 +72,7 @@ def make_document(
         baseline=baseline,
         with_plan=with_plan,
         claim=found.ratio if has_plan and found is not None else None,
+        unwatched_factor=found.unwatched_factor if has_plan and found is not None else None,
         break_even_steps=break_even,
         tried=list_tried(outcome.entries, outcome.refused),
         knobs=tuple(

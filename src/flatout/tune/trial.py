@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from pathlib import Path
 from flatout import launch
 from flatout.errors import UserError
 from flatout.launch import interruption
+from flatout.tune import unwatched
 from flatout.tune.journal import Entry, Journal
+from flatout.tune.unwatched import Sample
 from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
 
 _TAIL_LINES = 12
 """Number of lines of a failed program's output that are kept."""
+
+_SAMPLES_FILE = "faults.json"
+"""The file in the run directory of a run without the agent that holds its samples."""
 
 _TERMINATED = f"killed by signal {int(signal.SIGTERM)}"
 """The end of the failure message of a run that was stopped because its relay partner failed."""
@@ -118,6 +124,41 @@ class Trials:
             return (finished,)
 
         return self._read(self._obtain((request,), start, timeout_seconds)[0])
+
+    def sample_unwatched(self, lasts_s: float) -> list[Sample]:
+        """Run the job for some time without the agent, and count its page faults from outside.
+
+        Args:
+            lasts_s: the time after which it is ended, in seconds.
+
+        Returns the samples; there are none if the system does not count page faults of others.
+
+        Raises:
+            KeyboardInterrupt: the user ends the tune.
+            UserError: it could not be started, or the journal cannot be written or read.
+        """
+        request = Request(stop_seconds=lasts_s)
+        entries = self._journal.take_next(request)
+        if entries is None:
+            interruption.check()
+            observer = unwatched.Observer(lasts_s)
+            finished = launch.start(
+                self._command,
+                request,
+                isolate=self._isolate,
+                output="discard",
+                timeout_seconds=2 * lasts_s,
+                progress=observer,
+                runs=self._journal.runs,
+                watched=False,
+            )
+            samples = json.dumps(unwatched.encode(observer.samples))
+            (Path(finished.run_directory) / _SAMPLES_FILE).write_text(samples)
+            name = Path(finished.run_directory).name
+            entries = (Entry(name, finished.seconds, False, None, "", self._journal.spent_s),)
+            self._journal.add((request,), entries)
+        path = self._journal.runs / entries[0].run / _SAMPLES_FILE
+        return unwatched.decode(json.loads(path.read_text()))
 
     def run_two(
         self, requests: tuple[Request, Request], relay: Relay, timeout_seconds: float

@@ -182,6 +182,8 @@ class Tuner:
         self._ledger.begin("running the bare program")
         first = bare.run(self._command, self._options, self._trials, self._ledger.print_line)
         self._journal.record_or_check_program(first.program)
+        ceilings = self._measure_ceilings(first.process.header.executable)
+        first = bare.compare_unwatched(first, self._trials, ceilings, self._ledger.print_line)
         outcome = self._ledger.outcome
         outcome.header, outcome.inputs = first.process.header, first.process.inputs
         outcome.program, outcome.modules = first.program, first.modules

@@ -112,4 +112,5 @@ KNOB = Knob(
     apply=apply,
     waits_for_calls=True,
     claims=("the decoding of images",),
+    memory_settings=("keep",),
 )

@@ -100,4 +100,5 @@ KNOB = Knob(
     apply=apply,
     waits_for_calls=True,
     claims=("the choice of gradients", "zero_grad"),
+    memory_settings=("on_demand",),
 )

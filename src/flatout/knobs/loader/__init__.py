@@ -194,4 +194,5 @@ KNOB = Knob(
     waits_for_calls=True,
     background_settings=("workers",),
     claims=("the fetching of loaders",),
+    memory_settings=("cache",),
 )

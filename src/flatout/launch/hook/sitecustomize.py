@@ -39,6 +39,7 @@ class _TorchFinder:
             loader.__dict__.pop("exec_module", None)
             loader.exec_module(module)
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+            _run_in_thread(_import_modules)
             _activate()
             if os.environ.get("FLATOUT_RANKS"):
                 _follow_companions("imported", 60)
@@ -54,20 +55,75 @@ class _TorchFinder:
                 pass  # this loader cannot be changed: torch is imported and not watched
 
 
+def _run_in_thread(call):
+    """Run a call in a thread of its own, and wait for it.
+
+    glibc takes the memory of each thread from another heap (malloc(3): arenas), so what the agent's
+    modules need does not lie between the program's blocks. If it did, glibc could return memory to
+    the system at each step that it keeps in the program alone, or the other way round.
+
+    If the call fails, this is not reported, because ``_activate`` repeats it.
+    """
+    import _thread
+
+    def run():
+        try:
+            call()
+        except Exception:  # noqa: BLE001
+            pass
+        finally:
+            done.release()
+
+    # This thread holds the import locks of torch and of the modules that import it. The other
+    # thread must not wait for them, because this thread waits for it.
+    names = sys.stdlib_module_names | {"torch"}
+    specs = [
+        module.__dict__["__spec__"]
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in names and "__spec__" in getattr(module, "__dict__", ())
+    ]
+    unfinished = [spec for spec in specs if getattr(spec, "_initializing", False)]
+    done = _thread.allocate_lock()
+    done.acquire()
+    stack_bytes = _thread.stack_size(0)  # the program may have set one that is too small
+    for spec in unfinished:
+        spec._initializing = False
+    try:
+        _thread.start_new_thread(run, ())
+        done.acquire()
+    except RuntimeError:
+        pass  # no thread can be started
+    finally:
+        for spec in unfinished:
+            spec._initializing = True
+        _thread.stack_size(stack_bytes)
+
+
+def _import_modules():
+    _find_package()
+    from flatout.agent import import_modules
+
+    import_modules()
+
+
+def _find_package():
+    """Make this copy of flatout importable, unless the program has imported another."""
+    if "flatout" in sys.modules:
+        return
+    import importlib.util
+
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    spec = importlib.util.spec_from_file_location(
+        "flatout", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["flatout"] = package
+    spec.loader.exec_module(package)
+
+
 def _activate():
     try:
-        if "flatout" not in sys.modules:
-            import importlib.util
-
-            root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-            spec = importlib.util.spec_from_file_location(
-                "flatout",
-                os.path.join(root, "__init__.py"),
-                submodule_search_locations=[root],
-            )
-            package = importlib.util.module_from_spec(spec)
-            sys.modules["flatout"] = package
-            spec.loader.exec_module(package)
+        _find_package()
         from flatout.agent import activate
     except Exception as error:  # noqa: BLE001 - it is reported, and the program goes on
         try:  # not through the program's buffers, which would try again at its end
