@@ -36,6 +36,14 @@ STEP = Step(
 )
 
 
+def test_micro_batches_to_an_optimizer_step_are_a_cycle() -> None:
+    process = ProcessRecord(Path("record"), Header())
+    for number in range(30):
+        has_update = number == 0 or number % 4 == 3
+        process.steps.append(replace(STEP, index=number, at_s=number, updates=int(has_update)))
+    assert find_cycle_steps(process) == 4
+
+
 def record(
     steps: int,
     passes_before: Callable[[int], int],
