@@ -65,6 +65,10 @@ _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
 _UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
 _BEGIN = "flatout::begin"
+_CLOCK_READINGS = 3
+"""The number of events that relate the profiler's clock to ``time.perf_counter``. The last one
+counts: the first takes a hundred microseconds, and a step that begins with a forward call leaves no
+such time between its boundary and its first operator."""
 _ANNOTATIONS = (
     _OPTIMIZER_STEP,
     "Optimizer.zero_grad#",
@@ -89,6 +93,7 @@ class Profiler:
         self._steps = steps
         self._steps_left = 0
         self._steps_waited = 0
+        self._begin_ns = 0
         self._boundaries_ns: list[int] = []
         self._updates: list[bool] = []
         self._faults: tuple[int, int] | None = None
@@ -157,10 +162,14 @@ class Profiler:
         self._steps_left = self._steps
         self._next_part = self._stop
         self._faults = _minor_faults()
-        self._boundaries_ns = [time.perf_counter_ns()]
         self._updates = []
-        with torch.profiler.record_function(_BEGIN):  # relates the profiler's clock to perf_counter
-            return False
+        for _ in range(_CLOCK_READINGS):
+            before_ns = time.perf_counter_ns()
+            with torch.profiler.record_function(_BEGIN):
+                after_ns = time.perf_counter_ns()
+        self._begin_ns = (before_ns + after_ns) // 2
+        self._boundaries_ns = [time.perf_counter_ns()]
+        return False
 
     def _awaits_update(self) -> bool:
         """Whether a window from here on would contain no optimizer step, because more micro-batches
@@ -169,17 +178,17 @@ class Profiler:
         self._steps_waited += 1
         steps_to_update = turns.micro_batches - turns.micro_batches_done
         is_irregular = self._steps_waited > 2 * turns.micro_batches
-        return turns.micro_batches > 1 and steps_to_update != 2 and not is_irregular
+        is_due = steps_to_update == min(2, self._steps)
+        return turns.micro_batches > 1 and not is_due and not is_irregular
 
     def _stop(self) -> bool:
         faults = _minor_faults()
         try:
             self._profiler.stop()
             events = self._profiler.events()
-            begin = next(event for event in events if event.name == _BEGIN)
-            first_ns = self._boundaries_ns[0]
+            begin_us = max(e.time_range.start for e in events if e.name == _BEGIN)
             boundaries_us = [
-                begin.time_range.start + (at_ns - first_ns) / 1e3 for at_ns in self._boundaries_ns
+                begin_us + (at_ns - self._begin_ns) / 1e3 for at_ns in self._boundaries_ns
             ]
             micro_batches = self._host.hooks.turns.micro_batches
             self._result = aggregate(events, boundaries_us, self._updates, micro_batches)
