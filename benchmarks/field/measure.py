@@ -118,7 +118,12 @@ def _run(installed: Installed, before: Sequence[str], seed: int) -> dict[str, An
     result = installed.program.read_result(output)
     if done["failure"] is None and result is None:
         done["failure"] = "it printed no result: " + _last_lines(output)
-    return {**done, "result": result, "clock_s": installed.program.read_clock_s(output), "said": said}
+    return {
+        **done,
+        "result": result,
+        "clock_s": installed.program.read_clock_s(output),
+        "said": said,
+    }
 
 
 def _call(installed: Installed, command: Sequence[str], limit_s: float | None) -> dict[str, Any]:

@@ -37,8 +37,8 @@ program, and then the program with its plan and without, in pairs. To add a prog
 - *step*: the median time of a step of the bare program, by doctor.
 - *finding*: what limits the program most, by doctor.
 - *tune*: how long `flatout tune` took.
-- *claim*: how many times faster the plan makes the program, by tune; in brackets the 95 % confidence
-  interval.
+- *claim*: how many times faster the plan makes the program, by tune; in brackets the 95 %
+  confidence interval.
 - *outside*: the same by a clock outside of both, for the whole job from start to end.
 - *own clock*: the same by the time that the program itself prints, if it prints one.
 - *same result?*: what the program prints as its result. *equal*: the same digits with the plan as
@@ -126,7 +126,9 @@ def _find_failures(program: Program, results: Results) -> list[str]:
         if line.get("failure"):
             found.append(f"{kind}: {line['failure']}")
     for pair in results.of(program.name, "pair"):
-        found += [f"{side}: {pair[side]['failure']}" for side in ("bare", "plan") if pair[side]["failure"]]
+        found += [
+            f"{side}: {pair[side]['failure']}" for side in ("bare", "plan") if pair[side]["failure"]
+        ]
     return found
 
 
@@ -208,7 +210,9 @@ def _cells(verdict: Verdict) -> list[str]:
         NOT_MEASURED if verdict.tune_s is None else f"{verdict.tune_s:.0f} s",
         settings,
         *(
-            nothing if ratio is None else f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+            nothing
+            if ratio is None
+            else f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
             for ratio in (verdict.claim, verdict.outside)
         ),
         "-" if verdict.program.clock is None else _own_clock(verdict, nothing),

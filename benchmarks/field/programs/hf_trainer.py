@@ -28,9 +28,7 @@ def make_texts(count: int, seed: int) -> Dataset:
     follows = torch.rand(count, LENGTH, generator=random) < 0.7
     for position in range(1, LENGTH):
         next_tokens = (tokens[:, position - 1] * 7 + 3) % VOCABULARY
-        tokens[:, position] = torch.where(
-            follows[:, position], next_tokens, tokens[:, position]
-        )
+        tokens[:, position] = torch.where(follows[:, position], next_tokens, tokens[:, position])
     return Dataset.from_dict({"input_ids": tokens, "labels": tokens}).with_format("torch")
 
 

@@ -1,4 +1,4 @@
-"""A physics-informed network by DeepXDE for Burgers' equation: Adam, then L-BFGS with its closure."""
+"""A physics-informed network by DeepXDE for Burgers' equation: Adam, then L-BFGS by closures."""
 
 # /// script
 # dependencies = ["deepxde"]

@@ -1,4 +1,4 @@
-"""A small encoder of sentences, trained from its configuration by sentence-transformers' Trainer."""
+"""A small encoder of sentences, trained from scratch by the Trainer of sentence-transformers."""
 
 # /// script
 # dependencies = ["sentence-transformers", "datasets", "accelerate"]

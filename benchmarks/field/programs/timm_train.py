@@ -9,10 +9,10 @@ Run by itself, this file makes the images: stripes of ten directions.
 # [tool.field]
 # title = "timm, `train.py`"
 # command = [
-#     "{python}", "{source}/train.py", "--data-dir", "{data}", "--model", "resnet18", "--num-classes",
-#     "10", "--img-size", "96", "-b", "32", "--epochs", "2", "--warmup-epochs", "0", "--opt",
-#     "adamw", "--lr", "1e-3", "--mixup", "0.2", "--model-ema", "--workers", "1", "--device", "cpu",
-#     "--seed", "{seed}", "--output", "{folder}",
+#     "{python}", "{source}/train.py", "--data-dir", "{data}", "--model", "resnet18",
+#     "--num-classes", "10", "--img-size", "96", "-b", "32", "--epochs", "2",
+#     "--warmup-epochs", "0", "--opt", "adamw", "--lr", "1e-3", "--mixup", "0.2", "--model-ema",
+#     "--workers", "1", "--device", "cpu", "--seed", "{seed}", "--output", "{folder}",
 # ]
 # prepares = true
 # result = '^Test: \[ +3/3\].*Loss: +[\d.]+ \( *([\d.]+)\).*Acc@1: +[\d.]+ \( *([\d.]+)\)'

@@ -5,8 +5,8 @@ profiler; if these cause many page faults, some steps between which the cost of 
 measured; and one step under the FLOP counter. The record gets one line, whose fields are in
 ``wire/profile.py``. Its times and counts are means over the profiled steps, without the fastest and
 the slowest quarter; the profiler slows these steps down. Where steps are micro-batches, the window
-contains the last one of a cycle, which has the optimizer step, and it counts once in a cycle. A field that could not be measured is
-missing, and an event gives the reason.
+contains the last one of a cycle, which has the optimizer step, and it counts once in a cycle. A
+field that could not be measured is missing, and an event gives the reason.
 """
 
 from __future__ import annotations

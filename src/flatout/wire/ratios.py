@@ -3,7 +3,8 @@
 Step times have a skewed distribution, drift, and are correlated with their neighbours: the
 machine's speed changes by 2x within minutes. Each block of steps therefore counts once, by the
 median of its step times. (Where gradients accumulate, the steps that end with an optimizer step
-have a median of their own, and the mean of both counts, weighted by the numbers of these steps.) The model of the logarithms y of these medians, in the order of time, is
+have a median of their own, and the mean of both counts, weighted by the numbers of these steps.)
+The model of the logarithms y of these medians, in the order of time, is
 
     y[i] = level - (sum of the logarithms of the ratios of the settings of block i) + e[i],
     e[i] = phi e[i-1] + noise,

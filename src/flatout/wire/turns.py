@@ -2,10 +2,11 @@
 
 A *turn* is an iteration of the training loop, or a forward pass that no backward call follows.
 Where gradients accumulate over micro-batches, each micro-batch is a turn, and the last one of a
-cycle has the optimizer step. The state machine in this file is pure: it has no torch and no clock of its own, and gets the events
-that ``intercept/_watch.c`` records. The reader of a record passes all events to it
-(``wire/record.py``); the agent does so while something is to be done at the boundary between two
-turns. The machine answers two questions about any loop, without the user's help:
+cycle has the optimizer step. The state machine in this file is pure: it has no torch and no clock
+of its own, and gets the events that ``intercept/_watch.c`` records. The reader of a record passes
+all events to it (``wire/record.py``); the agent does so while something is to be done at the
+boundary between two turns. The machine answers three questions about any loop, without the user's
+help:
 
 *Where does a turn begin?*  It begins at the first loader fetch after an optimizer step. Without a
 loader, it begins at the end of the step of the optimizer that closes the cycle (the second
@@ -53,9 +54,10 @@ TorchEvent = tuple[int, int, int, int, int, int]
 At the beginning of a forward call, the flags are 1 (gradients are recorded) and 2 (the module is in
 training mode). At the beginning of a backward call, the flag is 1 (the loss was recorded). At the
 end of a fetch, the flag is 1 if it raised an exception, as it does when the loader is exhausted.
-The values of a phase are the time in ns and the id of the loader, module or optimizer. The values of ``USAGE``
-are minor page faults, major page faults, and the peak resident set in bytes. The value of a note is
-a number: for ``ARM`` its number or -1 (no arm), for ``MARK`` an index into ``MARKS``."""
+The values of a phase are the time in ns and the id of the loader, module or optimizer. The values
+of ``USAGE`` are minor page faults, major page faults, and the peak resident set in bytes. The value
+of a note is a number: for ``ARM`` its number or -1 (no arm), for ``MARK`` an index into
+``MARKS``."""
 
 CYCLE_LIMIT = 32
 """The number of optimizer steps after which a turn is closed in any case.
