@@ -69,3 +69,10 @@ def test_what_the_user_asks_for_is_what_is_proven() -> None:
 
 def test_the_fewest_pairs_allow_a_claim() -> None:
     assert prover.FEWEST_PROOF_PAIRS >= 2
+
+
+@pytest.mark.parametrize(("micro_batches", "steps"), [(1, 5), (2, 5), (3, 7), (8, 9)])
+def test_gradients_are_compared_over_whole_cycles_of_micro_batches(
+    micro_batches: int, steps: int
+) -> None:
+    assert count_gradient_steps(Pace(1.0, 0.1, micro_batches=micro_batches)) == steps

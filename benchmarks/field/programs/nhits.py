@@ -46,8 +46,8 @@ def main() -> None:
     model = NHITS(
         h=HORIZON,
         input_size=5 * HORIZON,
-        max_steps=600,
-        val_check_steps=100,
+        max_steps=300,
+        val_check_steps=50,
         random_seed=int(sys.argv[1]),
         accelerator="cpu",
         enable_progress_bar=False,

@@ -38,7 +38,7 @@ def main() -> None:
         device="cpu",
     )
     start_s = time.perf_counter()
-    model.learn(30_000, log_interval=50)
+    model.learn(20_000, log_interval=50)
     print(f"trained for {time.perf_counter() - start_s:.2f} s")
     model.save("dqn_cartpole")
     mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)

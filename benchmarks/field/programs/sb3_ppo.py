@@ -21,7 +21,7 @@ def main() -> None:
     """Train, evaluate and save an agent."""
     model = PPO("MlpPolicy", "CartPole-v1", verbose=1, seed=int(sys.argv[1]), device="cpu")
     start_s = time.perf_counter()
-    model.learn(40_000)
+    model.learn(30_000)
     print(f"trained for {time.perf_counter() - start_s:.2f} s")
     model.save("ppo_cartpole")
     mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)

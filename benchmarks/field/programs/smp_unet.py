@@ -47,7 +47,7 @@ def main() -> None:
     """Train, with a validation after each epoch that keeps the best weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model = smp.Unet("resnet18", encoder_weights=None, in_channels=3, classes=1)

@@ -18,7 +18,7 @@ from flatout.knob import Exactness
 from flatout.plan import Check
 from flatout.tune import formatting, gradients, memory, pairs, proof, search, statistics
 from flatout.tune.bare import BareRun
-from flatout.tune.budget import GRADIENT_STEPS
+from flatout.tune.budget import GRADIENT_STEPS, count_gradient_steps
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
@@ -388,11 +388,12 @@ class Prover(TuneStage):
         Raises:
             TrialFailedError: the program fails.
         """
+        steps = count_gradient_steps(self._bare.pace)
         done = pairs.run_once(
             self._trials,
             settings,
             pace=self._bare.pace,
-            steps=min(GRADIENT_STEPS + 1, self._bare.job_steps or GRADIENT_STEPS + 1),
+            steps=min(steps, self._bare.job_steps or steps),
             seed=self._options.seed + number,
             inspection=Inspection(gradient_steps=GRADIENT_STEPS),
         )
@@ -402,7 +403,7 @@ class Prover(TuneStage):
 def estimate_s(bare: BareRun) -> float:
     """Return the time that the proof of a plan takes at least, in seconds."""
     claim_s = 2 * bare.proof.pairs * bare.pace.seconds(bare.proof.steps)
-    gradients_s = 2 * bare.proof.gradient_seeds * bare.pace.seconds(GRADIENT_STEPS + 1)
+    gradients_s = 2 * bare.proof.gradient_seeds * bare.pace.seconds(count_gradient_steps(bare.pace))
     return claim_s + gradients_s
 
 
