@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flatout.tune import budget, prover
-from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, size_proof
+from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, count_gradient_steps, size_proof
 from flatout.tune.pairs import Pace
 from flatout.wire.record import WARMUP_STEPS
 
