@@ -84,7 +84,7 @@ def _diagnose(installed: Installed) -> dict[str, Any]:
         if done["failure"] is not None:
             return {"failure": done["failure"], "seconds": done["seconds"]}
         found = json.loads(document.read_text("utf-8"))
-    kept = ("trains", "steps", "step_ms", "mean_step_ms", "phases_ms", "findings")
+    kept = ("trains", "steps", "micro_batches", "step_ms", "mean_step_ms", "phases_ms", "findings")
     return {"failure": None, "seconds": done["seconds"], **{key: found[key] for key in kept}}
 
 

@@ -34,7 +34,8 @@ installs the packages with torch 2.14.1 from PyPI, runs `flatout doctor` and `fl
 program, and then the program with its plan and without, in pairs. To add a program, add one file to
 `benchmarks/field/programs/`.
 
-- *step*: the median time of a step of the bare program, by doctor.
+- *step*: the median time of a step of the bare program, by doctor. Where gradients accumulate, it
+  is that of a micro-batch.
 - *finding*: what limits the program most, by doctor.
 - *tune*: how long `flatout tune` took.
 - *claim*: how many times faster the plan makes the program, by tune; in brackets the 95 %
@@ -55,6 +56,7 @@ class Verdict:
     Attributes:
         program: the program.
         step_ms: the time of a step; ``None``: not measured.
+        micro_batches: the number of steps to an optimizer step.
         finding: what limits the program most; empty: nothing does, or it is not known.
         tune_s: the time of the tune.
         settings: of the plan; ``None``: there was no tune.
@@ -67,6 +69,7 @@ class Verdict:
 
     program: Program
     step_ms: float | None
+    micro_batches: int
     finding: str
     tune_s: float | None
     settings: Mapping[str, str] | None
@@ -94,6 +97,7 @@ def judge(program: Program, results: Results) -> Verdict:
     return Verdict(
         program=program,
         step_ms=doctor.get("step_ms"),
+        micro_batches=doctor.get("micro_batches") or 1,
         finding=findings[0]["title"] if findings else "",
         tune_s=tuned.get("seconds"),
         settings=tuned.get("settings"),
@@ -205,7 +209,7 @@ def _cells(verdict: Verdict) -> list[str]:
     nothing = "-" if verdict.settings is not None and not verdict.settings else NOT_MEASURED
     return [
         verdict.program.title,
-        NOT_MEASURED if verdict.step_ms is None else f"{verdict.step_ms:.3g} ms",
+        NOT_MEASURED if verdict.step_ms is None else _step(verdict),
         verdict.finding or (NOT_MEASURED if verdict.step_ms is None else "nothing"),
         NOT_MEASURED if verdict.tune_s is None else f"{verdict.tune_s:.0f} s",
         settings,
@@ -218,6 +222,11 @@ def _cells(verdict: Verdict) -> list[str]:
         "-" if verdict.program.clock is None else _own_clock(verdict, nothing),
         verdict.same,
     ]
+
+
+def _step(verdict: Verdict) -> str:
+    each = f", {verdict.micro_batches} to an update" if verdict.micro_batches > 1 else ""
+    return f"{verdict.step_ms:.3g} ms{each}"
 
 
 def _own_clock(verdict: Verdict, nothing: str) -> str:
