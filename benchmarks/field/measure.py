@@ -28,6 +28,9 @@ SEEDS = 3
 LIMIT_S = 900.0
 """A run, or a doctor, that takes longer counts as hung."""
 
+TUNE_LIMIT_S = 3600.0
+"""Likewise a tune."""
+
 LAST_LINES = 12
 """Of what a failed command printed, so many lines are kept."""
 
@@ -93,7 +96,7 @@ def _tune(installed: Installed, budget: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         plan, document = Path(scratch, "flatout.toml"), Path(scratch, "found.json")
         options = ["--budget", budget, "--plan", str(plan), "--json", str(document), "--"]
-        done = _call(installed, [*_flatout("tune", *options), *installed.command(0)], None)
+        done = _call(installed, [*_flatout("tune", *options), *installed.command(0)], TUNE_LIMIT_S)
         common = {"seconds": done["seconds"], "said": done["errors"]}
         if not document.exists():
             return {**common, "failure": done["failure"] or "it wrote no document", "plan": None}
@@ -126,7 +129,7 @@ def _run(installed: Installed, before: Sequence[str], seed: int) -> dict[str, An
     }
 
 
-def _call(installed: Installed, command: Sequence[str], limit_s: float | None) -> dict[str, Any]:
+def _call(installed: Installed, command: Sequence[str], limit_s: float) -> dict[str, Any]:
     """Run a command: what it printed on both streams, how long it took, why it failed."""
     began_s = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
