@@ -1,6 +1,6 @@
 """Run flatout on programs that others maintain, and print a table of what came of it.
 
-    python -m benchmarks.field --out field.jsonl                       # all: about three hours
+    python -m benchmarks.field --out field.jsonl                       # all: some three hours
     python -m benchmarks.field --out field.jsonl sb3_ppo tabnet        # these only
     python -m benchmarks.field --out field.jsonl --doctor-only tabnet  # what limits it
     python -m benchmarks.field --out field.jsonl --summary             # measures nothing
@@ -34,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(programs)}")
     parser.add_argument("--out", type=Path, default=Path("field.jsonl"), help="the results' file")
-    parser.add_argument("--budget", default="4m", help="of each tune (default: 4m)")
+    parser.add_argument("--budget", help="of each tune (default: what tune chooses)")
     parser.add_argument("--pairs", type=int, default=5, help="of runs (default: 5)")
     parser.add_argument("--doctor-only", action="store_true", help="run nothing but doctor")
     parser.add_argument("--summary", action="store_true", help="only print what is measured so far")

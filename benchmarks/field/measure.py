@@ -40,12 +40,12 @@ class Settings:
     """What is measured.
 
     Attributes:
-        budget: of each tune.
+        budget: of each tune; ``None``: what tune chooses.
         pairs: of runs of the bare program and of the program with its plan.
         doctor_only: nothing but doctor is run.
     """
 
-    budget: str
+    budget: str | None
     pairs: int
     doctor_only: bool = False
 
@@ -91,11 +91,12 @@ def _diagnose(installed: Installed) -> dict[str, Any]:
     return {"failure": None, "seconds": done["seconds"], **{key: found[key] for key in kept}}
 
 
-def _tune(installed: Installed, budget: str) -> dict[str, Any]:
+def _tune(installed: Installed, budget: str | None) -> dict[str, Any]:
     installed.clear()
     with tempfile.TemporaryDirectory() as scratch:
         plan, document = Path(scratch, "flatout.toml"), Path(scratch, "found.json")
-        options = ["--budget", budget, "--plan", str(plan), "--json", str(document), "--"]
+        options = ["--budget", budget] if budget else []
+        options += ["--plan", str(plan), "--json", str(document), "--"]
         done = _call(installed, [*_flatout("tune", *options), *installed.command(0)], TUNE_LIMIT_S)
         common = {"seconds": done["seconds"], "said": done["errors"]}
         if not document.exists():
