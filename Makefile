@@ -92,6 +92,18 @@ bench: $(INSTALLED) .venv-suite/.installed
 bench-quick: $(INSTALLED) .venv-suite/.installed
 	$(BIN)/python -m benchmarks.suite --out bench-quick.jsonl --quick gpt
 
+# Programs of others as their users start them: doctor, tune, and pairs of runs with the plan and
+# without. Some three hours; each measurement is kept, and not made again. It needs git for the
+# examples that are in no package.
+.venv-field/.installed: constraints-field.txt $(wildcard benchmarks/field/programs/*.py) $(INSTALLED)
+	$(PYTHON) -m venv .venv-field
+	.venv-field/bin/pip install --quiet -c constraints-field.txt torch \
+	    $$($(BIN)/python -m benchmarks.field --list-dependencies)
+	touch $@
+
+field: $(INSTALLED) .venv-field/.installed
+	$(BIN)/python -m benchmarks.field --out field.jsonl $(PROGRAMS)
+
 frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
 	$(BIN)/python -m pytest -m frameworks
 
@@ -105,7 +117,7 @@ measured: $(INSTALLED)
 	$(BIN)/python -m pytest -m measured tests benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-site .venv-torch-* build dist site src/flatout.egg-info
+	rm -rf $(VENV) .venv-frameworks .venv-timm .venv-suite .venv-field .venv-site .venv-torch-* build dist site src/flatout.egg-info
 	rm -f src/flatout/intercept/_watch*.so
 
 docs: $(INSTALLED)
@@ -122,4 +134,4 @@ site: .venv-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test long versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks accelerator bench bench-quick measured clean
+.PHONY: all demo test long versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks field accelerator bench bench-quick measured clean

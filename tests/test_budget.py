@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flatout.tune import budget
-from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, size_proof
+from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, count_gradient_steps, size_proof
 from flatout.tune.pairs import Pace
 from flatout.wire.record import WARMUP_STEPS
 
@@ -71,3 +71,10 @@ def test_whole_cycles_are_covered_even_if_they_are_short_and_steps_slow() -> Non
     size = size_proof(Pace(5.0, 1.2, 10), 240.0, seen_steps=11)
     assert size.steps == 13
     assert size_proof(Pace(6.0, 1.5), 300.0, seen_steps=11, job_steps=18).steps == 18
+
+
+@pytest.mark.parametrize(("micro_batches", "steps"), [(1, 5), (2, 5), (3, 7), (8, 9)])
+def test_gradients_are_compared_over_whole_cycles_of_micro_batches(
+    micro_batches: int, steps: int
+) -> None:
+    assert count_gradient_steps(Pace(1.0, 0.1, micro_batches=micro_batches)) == steps

@@ -39,6 +39,20 @@ STEP = Step(
 )
 
 
+@pytest.mark.parametrize(("optimizer_ms", "cycle_steps"), [(4.0, 4), (0.4, 1)])
+def test_micro_batches_are_a_cycle_if_the_optimizer_step_takes_its_time(
+    optimizer_ms: float, cycle_steps: int
+) -> None:
+    process = ProcessRecord(Path("record"), Header())
+    for number in range(30):
+        has_update = number == 0 or number % 4 == 3
+        phases_ms = {"optimizer": optimizer_ms if has_update else 0.0}
+        step = replace(STEP, index=number, at_s=number, updates=has_update, phases_ms=phases_ms)
+        process.steps.append(step)
+    assert process.micro_batches == 4
+    assert find_cycle_steps(process) == cycle_steps
+
+
 def record(
     steps: int,
     passes_before: Callable[[int], int],

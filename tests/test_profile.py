@@ -25,7 +25,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from flatout.agent.flops import FlopCounter  # noqa: E402
-from flatout.agent.profile import aggregate  # noqa: E402
+from flatout.agent.profile import _weigh_steps, aggregate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +245,48 @@ for step in steps(model, optimizer, 1000):
         unoptimized_elements=0,
     )
     assert [event.what for event in process.events] == ["stopped"]
+
+
+def test_an_optimizer_step_counts_once_for_all_its_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, _ = run(
+        tmp_path,
+        monkeypatch,
+        """
+model = nn.Linear(16, 4)
+optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+for number in range(1000):
+    model(torch.randn(8, 16)).sum().backward()
+    if number % 5 == 4:
+        optimizer.step()
+        optimizer.zero_grad()
+""",
+    )
+    assert process.micro_batches == 5
+    profile = process.profile
+    assert profile is not None
+    assert profile.operators is not None
+    calls = {o.name: o.calls for o in profile.operators}
+    assert calls["aten::addmm"] == pytest.approx(1)
+    assert calls["aten::_foreach_addcdiv_"] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("updates", "weights"),
+    [
+        ([False, True, False, False, False], {1: 1 / 8, 2: 7 / 16, 3: 7 / 16}),
+        ([False, False, False, False], {1: 1 / 2, 2: 1 / 2}),
+        ([True, True], {0: 1 / 2, 1: 1 / 2}),
+    ],
+)
+def test_steps_with_and_without_an_optimizer_step_are_trimmed_apart(
+    updates: list[bool], weights: dict[int, float]
+) -> None:
+    durations_us = [1.0, 50.0, 2.0, 3.0, 4.0][: len(updates)]
+    if not any(updates):
+        durations_us[1] = 2.5
+    assert _weigh_steps(durations_us, updates, 8) == pytest.approx(weights)
 
 
 def test_evaluation_in_the_window_is_not_counted(

@@ -242,6 +242,42 @@ def test_the_settings_of_an_arm_are_on_in_its_steps_only(tmp_path: Path) -> None
     ]
 
 
+def test_settings_change_between_micro_batches_and_the_training_stays_as_it_is(
+    tmp_path: Path,
+) -> None:
+    comparison = Comparison(
+        arms=(BARE, {"optimizer": "onepass"}, {"memory_format": "channels_last"}),
+        block_steps=3,
+        discard_steps=1,
+        warmup_steps=2,
+        rounds=6,
+    )
+    losses = []
+    for name, compared in (("bare", Comparison((BARE,), rounds=30)), ("arms", comparison)):
+        folder = tmp_path / name
+        folder.mkdir()
+        program = f"""
+body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+net = nn.Sequential(body, nn.Linear(128, 1))
+optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+with open({str(folder / "losses")!r}, "w", buffering=1) as file:
+    for number in range(90):
+        loss = net(torch.randn(4, 3, 8, 8)).square().mean() / 5
+        loss.backward()
+        print(loss.item(), file=file)
+        if number % 5 == 4:
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+        process = run(folder, program, compared)
+        losses.append([float(line) for line in (folder / "losses").read_text().split()])
+        assert process.micro_batches == 5
+    assert len(losses[1]) > 60
+    assert [e.why for e in process.events if e.what in ("failed", "skipped")] == []
+    assert losses[1] == pytest.approx(losses[0][: len(losses[1])], rel=1e-4)
+
+
 def test_evaluation_between_the_steps_does_not_count(tmp_path: Path) -> None:
     comparison = Comparison(arms=(BARE, FUSED), block_steps=4, first_steps=0, rounds=2)
     program = (

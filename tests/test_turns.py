@@ -3,11 +3,12 @@
 A program is written as a string of events, one letter each, 1 ms apart unless noted:
 
     D  fetch a batch (2 ms)                   F  forward, gradients on, training mode (4 ms)
+    X  find a loader exhausted (2 ms)         C  a closure's optimizer step, with F and B twice
     e  forward, gradients off, evaluation     g  forward, gradients on, evaluation mode
     n  forward, gradients off, training mode  B  backward (3 ms)
     O  optimizer step (2 ms)                  .  1 ms of something else
 
-A digit after F, e, g, n or O names the module or the optimizer.
+A digit after F, e, g, n, O, D or X names the module, the optimizer or the loader.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ class Program:
 
     def event(self, letter: str, which: int) -> None:
         turns = self.turns
-        if letter == "D":
-            turns.fetch_begins(self.wait(1))
-            turns.fetch_ends(self.wait(2))
+        if letter in "DX":
+            turns.fetch_begins(self.wait(1), which)
+            turns.fetch_ends(self.wait(2), which, letter == "X")
+        elif letter == "C":
+            turns.update_begins(self.wait(1), which)
+            self.play("FBFB")
+            turns.update_ends(self.wait(2), which)
         elif letter in "Fegn":
             turns.forward_begins(self.wait(1), which, grad=letter in "Fg", training=letter in "Fn")
             turns.forward_ends(self.wait(4))
@@ -74,10 +79,18 @@ class Program:
         pytest.param("DFBO", 5, (1, 1, 1), id="loader"),
         pytest.param("FBO", 5, (1, 1, 1), id="no loader"),
         pytest.param("..FBO..", 5, (1, 1, 1), id="no loader, own batches"),
-        pytest.param("DFBDFBDFBDFBO", 4, (4, 4, 1), id="gradient accumulation"),
-        pytest.param("FBFBFBO", 4, (3, 3, 1), id="gradient accumulation without a loader"),
         pytest.param("DF1B F1B O1 F1B O2", 4, (3, 3, 2), id="GAN with a loader"),
-        pytest.param("DDFBO", 4, (1, 1, 1), id="two loaders"),
+        pytest.param("DF1B F1B F1B O1 F1B O2", 4, (4, 4, 2), id="GAN with a gradient penalty"),
+        pytest.param("D1D2FBO", 4, (1, 1, 1), id="two loaders"),
+        pytest.param("D1FB D2FBO", 4, (2, 2, 1), id="a loss for each of two loaders"),
+        pytest.param("D1D2 FBFBO", 4, (2, 2, 1), id="a loss for each of two loaders, at once"),
+        pytest.param("DDFBO", 4, (1, 1, 1), id="two batches of a loader, one loss"),
+        pytest.param("DFBBO", 4, (1, 2, 1), id="two losses of one forward call"),
+        pytest.param("DFBFBFBFBFBO", 4, (5, 5, 1), id="adversarial examples of a batch"),
+        pytest.param("FBFBFBO", 4, (3, 3, 1), id="three losses without a loader"),
+        pytest.param("F1BF2BF1BF2BO", 4, (4, 4, 1), id="losses of two modules without a loader"),
+        pytest.param("DC", 4, (2, 2, 1), id="closure"),
+        pytest.param("C", 4, (2, 2, 1), id="closure without a loader"),
         pytest.param("DF1F1BO", 4, (2, 1, 1), id="siamese"),
         pytest.param("De2F1BO", 4, (2, 1, 1), id="teacher in evaluation mode"),
         pytest.param("DO1O1O1O1O2", 4, (0, 0, 5), id="critic steps within a batch"),
@@ -89,6 +102,64 @@ def test_training_steps_are_the_turns_of_the_loop(
     program = Program().play(loop * steps)
     assert program.kinds() == "s" * steps
     assert program.counts() == [counts] * steps
+
+
+@pytest.mark.parametrize(
+    ("cycle", "micro_batch", "last"),
+    [
+        pytest.param("DFB" * 8 + "O", (1, 1, 0), (1, 1, 1), id="loader"),
+        pytest.param("DFB" * 2 + "O", (1, 1, 0), (1, 1, 1), id="two micro-batches"),
+        pytest.param("DDDD FBFBFBFB O", (1, 1, 0), (1, 1, 1), id="batches fetched together"),
+        pytest.param("FB" * 8 + "O", (1, 1, 0), (1, 1, 1), id="no loader"),
+        pytest.param("..FB" * 8 + "O", (1, 1, 0), (1, 1, 1), id="no loader, own batches"),
+        pytest.param("DF1BF2B" * 3 + "O", (2, 2, 0), (2, 2, 1), id="two losses of a micro-batch"),
+        pytest.param("D1D2FB" * 4 + "O", (1, 1, 0), (1, 1, 1), id="two loaders"),
+        pytest.param("De2F1B" * 4 + "O", (2, 1, 0), (2, 1, 1), id="teacher"),
+        pytest.param("DF1B" * 4 + "O1 F2BO2", (1, 1, 0), (2, 2, 2), id="two optimizers"),
+    ],
+)
+def test_micro_batches_are_steps_from_the_second_cycle_on(
+    cycle: str, micro_batch: tuple[int, int, int], last: tuple[int, int, int]
+) -> None:
+    program = Program().play(cycle * 4)
+    first, *counts = program.counts()
+    passes = first[1] - (last[1] - micro_batch[1])
+    size = passes // micro_batch[1]
+    assert counts == ([micro_batch] * (size - 1) + [last]) * 3
+    assert program.turns.micro_batches == size
+
+
+def test_fewer_micro_batches_at_the_end_of_an_epoch() -> None:
+    epoch = ("DFB" * 4 + "O") * 3 + "DFB" * 2 + "O" + "X" + "De1" * 2 + "X"
+    program = Program().play(epoch * 2)
+    assert program.counts()[1:] == (
+        ([(1, 1, 0)] * 3 + [(1, 1, 1)]) * 2
+        + [(1, 1, 0), (1, 1, 1)]
+        + ([(1, 1, 0)] * 3 + [(1, 1, 1)]) * 3
+        + [(1, 1, 0), (1, 1, 1)]
+    )
+    assert program.kinds().count("e") == 4
+
+
+def test_micro_batches_that_no_optimizer_step_follows_are_steps() -> None:
+    program = Program().play(("DFB" * 4 + "O") * 2 + "DFB" * 2)
+    assert program.counts()[-2:] == [(1, 1, 0), (1, 1, 0)]
+
+
+def test_a_longer_accumulation_after_a_warmup_without() -> None:
+    program = Program().play("DFBO" * 6 + ("DFB" * 2 + "O") * 2 + ("DFB" * 4 + "O") * 2)
+    assert program.counts()[:7] == [(1, 1, 1)] * 6 + [(2, 2, 1)]
+    assert program.counts()[7:] == [
+        *[(1, 1, 0), (1, 1, 1)],
+        *[*[(1, 1, 0)] * 3, (1, 1, 1)] * 2,
+    ]
+
+
+def test_losses_of_a_gan_are_not_micro_batches_at_the_end_of_an_epoch() -> None:
+    # The exhausted loader is no batch, nor are the two batches of the validation in between.
+    epoch = "DF1B F1B O1 F1B O2" * 3 + "X" + "De1" * 2 + "X"
+    program = Program().play(epoch * 3)
+    assert program.counts() == [(3, 3, 2)] * 9
 
 
 def test_the_next_batch_fetched_before_the_step_makes_whole_steps_after_the_first() -> None:

@@ -33,7 +33,7 @@ smaller sample, only the norm is recorded."""
 
 IDLE_BACKWARDS = 32
 """After this many backward calls for each requested gradient of a parameter, the inspection ends
-even if some parameters have had no gradient."""
+even if some parameters have had no gradient, once an optimizer has stepped."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,8 @@ class GradientInspector:
     def _end_backward(self) -> None:
         self.backwards += 1
         parameters = self._find_trainable()
-        if self.backwards > IDLE_BACKWARDS * self._wanted_updates or all(
-            self._updates[id(p)] >= self._wanted_updates for p in parameters
-        ):
+        is_idle = self._updates and self.backwards > IDLE_BACKWARDS * self._wanted_updates
+        if is_idle or all(self._updates[id(p)] >= self._wanted_updates for p in parameters):
             self.stop()
             return
         self._read_gradients(parameters)

@@ -4,8 +4,9 @@ The window has three parts, which begin and end at step boundaries: some steps u
 profiler; if these cause many page faults, some steps between which the cost of a page fault is
 measured; and one step under the FLOP counter. The record gets one line, whose fields are in
 ``wire/profile.py``. Its times and counts are means over the profiled steps, without the fastest and
-the slowest quarter; the profiler slows these steps down. A field that could not be measured is
-missing, and an event gives the reason.
+the slowest quarter; the profiler slows these steps down. Where steps are micro-batches, the window
+contains the last one of a cycle, which has the optimizer step, and it counts once in a cycle. A
+field that could not be measured is missing, and an event gives the reason.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
 _UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
 _BEGIN = "flatout::begin"
+_CLOCK_READINGS = 3
+"""The number of events that relate the profiler's clock to ``time.perf_counter``. The last one
+counts: the first takes a hundred microseconds, and a step that begins with a forward call leaves no
+such time between its boundary and its first operator."""
 _ANNOTATIONS = (
     _OPTIMIZER_STEP,
     "Optimizer.zero_grad#",
@@ -87,7 +92,10 @@ class Profiler:
         self._host = host
         self._steps = steps
         self._steps_left = 0
+        self._steps_waited = 0
+        self._begin_ns = 0
         self._boundaries_ns: list[int] = []
+        self._updates: list[bool] = []
         self._faults: tuple[int, int] | None = None
         self._fault_costs_us: list[float] = []
         self._fault_steps_ms: list[float] = []
@@ -108,6 +116,7 @@ class Profiler:
                 self._flops.restart()
             return False  # an evaluation pass between two steps
         self._boundaries_ns.append(time.perf_counter_ns())
+        self._updates.append(turn.updates > 0)
         self._steps_left -= 1
         if self._profiler is not None and self._is_long_enough():
             self._steps_left = 0
@@ -131,6 +140,8 @@ class Profiler:
         return self._boundaries_ns[-1] - self._boundaries_ns[0] >= seconds * 1e9
 
     def _start(self) -> bool:
+        if self._awaits_update():
+            return False
         self._host.mark = "profiled"
         if torch.autograd.profiler._is_profiler_enabled:
             self._host.events.add("skipped", "profile", "the program runs a profiler itself")
@@ -151,21 +162,36 @@ class Profiler:
         self._steps_left = self._steps
         self._next_part = self._stop
         self._faults = _minor_faults()
+        self._updates = []
+        for _ in range(_CLOCK_READINGS):
+            before_ns = time.perf_counter_ns()
+            with torch.profiler.record_function(_BEGIN):
+                after_ns = time.perf_counter_ns()
+        self._begin_ns = (before_ns + after_ns) // 2
         self._boundaries_ns = [time.perf_counter_ns()]
-        with torch.profiler.record_function(_BEGIN):  # relates the profiler's clock to perf_counter
-            return False
+        return False
+
+    def _awaits_update(self) -> bool:
+        """Whether a window from here on would contain no optimizer step, because more micro-batches
+        come before it."""
+        turns = self._host.hooks.turns
+        self._steps_waited += 1
+        steps_to_update = turns.micro_batches - turns.micro_batches_done
+        is_irregular = self._steps_waited > 2 * turns.micro_batches
+        is_due = steps_to_update == min(2, self._steps)
+        return turns.micro_batches > 1 and not is_due and not is_irregular
 
     def _stop(self) -> bool:
         faults = _minor_faults()
         try:
             self._profiler.stop()
             events = self._profiler.events()
-            begin = next(event for event in events if event.name == _BEGIN)
-            first_ns = self._boundaries_ns[0]
+            begin_us = max(e.time_range.start for e in events if e.name == _BEGIN)
             boundaries_us = [
-                begin.time_range.start + (at_ns - first_ns) / 1e3 for at_ns in self._boundaries_ns
+                begin_us + (at_ns - self._begin_ns) / 1e3 for at_ns in self._boundaries_ns
             ]
-            self._result = aggregate(events, boundaries_us)
+            micro_batches = self._host.hooks.turns.micro_batches
+            self._result = aggregate(events, boundaries_us, self._updates, micro_batches)
         except Exception as error:  # noqa: BLE001 - recorded with its traceback
             self._add_failure("profile", error)
         self._collect_facts()  # at the end of the program, its objects may be gone
@@ -302,7 +328,7 @@ def page_fault_cost_us() -> float | None:
 
 @dataclass
 class _Sum:
-    """The sums over all calls of an operator in the steps that count.
+    """The sums over all calls of an operator, each with the weight of its step.
 
     Attributes:
         calls: the number of calls.
@@ -310,63 +336,89 @@ class _Sum:
         device_self_us: the self time on the accelerator.
     """
 
-    calls: int = 0
+    calls: float = 0.0
     self_us: float = 0.0
     device_self_us: float = 0.0
 
 
-def aggregate(events: Iterable[Any], boundaries_us: Sequence[float]) -> Profile:
+def aggregate(
+    events: Iterable[Any],
+    boundaries_us: Sequence[float],
+    updates: Sequence[bool] = (),
+    micro_batches: int = 1,
+) -> Profile:
     """Aggregate the profiler's events by operator, as means over the steps that count.
 
     Args:
         events: the result of ``torch.profiler.profile.events()``, in the order of their starts.
         boundaries_us: the step boundaries, by the clock of the events; at least two.
+        updates: for each step, whether it had an optimizer step.
+        micro_batches: the number of steps from one optimizer step to the next.
     """
     durations_us = [b - a for a, b in pairwise(boundaries_us)]
-    by_duration = sorted(range(len(durations_us)), key=durations_us.__getitem__)
-    trimmed = len(by_duration) // 4
-    counting = set(by_duration[trimmed : len(by_duration) - trimmed])
-    steps = len(counting)
+    weights = _weigh_steps(durations_us, updates, micro_batches)
     has_device = device.accelerator_in_use() is not None
     sums: dict[tuple[str, str | None, str | None], _Sum] = {}
     labels = _EventLabels()
     device_us = 0.0
     for event in events:
-        counts = bisect_right(boundaries_us, event.time_range.start) - 1 in counting
+        weight = weights.get(bisect_right(boundaries_us, event.time_range.start) - 1)
         if event.device_type != DeviceType.CPU:
-            if counts and not event.is_user_annotation:
-                device_us += event.time_range.elapsed_us()
+            if weight is not None and not event.is_user_annotation:
+                device_us += weight * event.time_range.elapsed_us()
             continue
         name = event.name
         phase, within = labels.add(event)
-        if not counts or name.startswith(_ANNOTATIONS):
+        if weight is None or name.startswith(_ANNOTATIONS):
             continue
         total = sums.setdefault((name, phase, within), _Sum())
-        total.calls += 1
-        total.self_us += event.self_cpu_time_total
+        total.calls += weight
+        total.self_us += weight * event.self_cpu_time_total
         if has_device:
-            total.device_self_us += event.self_device_time_total
-    operators = _compute_means(sums, steps, has_device)
+            total.device_self_us += weight * event.self_device_time_total
+    operators = _to_times(sums, has_device)
     return Profile(
-        steps=steps,
-        step_ms=sum(durations_us[step] for step in counting) / 1e3 / steps,
+        steps=len(weights),
+        step_ms=sum(weight * durations_us[step] for step, weight in weights.items()) / 1e3,
         operators=tuple(operators[:LISTED_OPERATORS]),
         operators_total_ms=sum(o.self_ms for o in operators),
         operators_total_calls=sum(o.calls for o in operators),
-        device_total_ms=device_us / 1e3 / steps if has_device else None,
+        device_total_ms=device_us / 1e3 if has_device else None,
     )
 
 
-def _compute_means(
-    sums: Mapping[tuple[str, str | None, str | None], _Sum], steps: int, has_device: bool
+def _weigh_steps(
+    durations_us: Sequence[float], updates: Sequence[bool], micro_batches: int
+) -> dict[int, float]:
+    """Return the weights of those steps that count in the mean; they sum to 1.
+
+    The steps with an optimizer step and those without are trimmed apart from each other, and have
+    the weight that they have in a cycle of ``micro_batches`` steps.
+    """
+    kinds: dict[bool, list[int]] = {}
+    for step in sorted(range(len(durations_us)), key=durations_us.__getitem__):
+        kinds.setdefault(micro_batches > 1 and updates[step], []).append(step)
+    weights = {}
+    for is_last, steps in kinds.items():
+        trimmed = len(steps) // 4
+        counting = steps[trimmed : len(steps) - trimmed]
+        share = 1.0
+        if len(kinds) > 1:
+            share = 1 / micro_batches if is_last else 1 - 1 / micro_batches
+        weights.update(dict.fromkeys(counting, share / len(counting)))
+    return weights
+
+
+def _to_times(
+    sums: Mapping[tuple[str, str | None, str | None], _Sum], has_device: bool
 ) -> list[OperatorTimes]:
-    """Return means per step, the largest operator first."""
+    """Return the operators, the largest first."""
     operators = [
         OperatorTimes(
             *place,
-            calls=total.calls / steps,
-            self_ms=total.self_us / 1e3 / steps,
-            device_self_ms=total.device_self_us / 1e3 / steps if has_device else None,
+            calls=total.calls,
+            self_ms=total.self_us / 1e3,
+            device_self_ms=total.device_self_us / 1e3 if has_device else None,
         )
         for place, total in sums.items()
     ]

@@ -110,7 +110,7 @@ class Switch:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
             step_ms = self._between_ms + (turn.end_ns - turn.start_ns) / 1e6
-            self.blocks[-1].add(step_ms, Size.of(turn))
+            self.blocks[-1].add(step_ms, Size.of(turn), turn.updates > 0)
         self._between_ms = 0.0
         if self._steps_left <= 0 or (self._arm in self._dropped and is_alone):
             begin_ns = time.perf_counter_ns()

@@ -41,6 +41,7 @@ class Diagnosis:
             "torch": case.process.header.torch,
             "trains": case.process.trains,
             "steps": len(case.steps),
+            "micro_batches": case.process.micro_batches,
             "warmup_steps": len(case.warmup_steps),
             "warmup_ms": sum(step.step_ms for step in case.warmup_steps),
             "step_ms": case.step_ms,

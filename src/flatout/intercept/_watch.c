@@ -47,9 +47,10 @@ typedef struct {
     int kind;  /* BEGIN, END, USAGE or NOTE */
     int phase; /* for NOTE: which note */
     int flags; /* for FORWARD BEGIN: 1 gradients are recorded, 2 the module is in training mode; for
-                  BACKWARD BEGIN: 1 a loss was appended to `losses` */
-    int64_t value[3]; /* for BEGIN and END: the time in ns, then the address of the module (FORWARD)
-                         or of the optimizer (OPTIMIZER); for USAGE: minor page faults, major page
+                  BACKWARD BEGIN: 1 a loss was appended to `losses`; for DATA END: 1 it raised */
+    int64_t value[3]; /* for BEGIN and END: the time in ns, then the address of the loader or its
+                         iterator (DATA), the module (FORWARD) or the optimizer (OPTIMIZER), which
+                         at an END is 0 for a module; for USAGE: minor page faults, major page
                          faults, peak resident set in bytes; for NOTE: the value of the note */
 } Event;
 
@@ -128,7 +129,7 @@ static int value_count(int kind, int phase)
 {
     if (kind == USAGE)
         return 3;
-    return kind != NOTE && (phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
+    return kind != NOTE && (phase == DATA || phase == FORWARD || phase == OPTIMIZER) ? 2 : 1;
 }
 
 /* Return fresh memory, or NULL. It comes from the system: in the program's heap, a block that is as
@@ -669,13 +670,15 @@ static int is_recorded(Watch *watch, PyObject *target)
 
 /* Record the end of a call. An exception that is set already stays set. Return -1 if an exception
  * is set, else 0. */
-static int record_end(Watch *watch)
+static int record_end(Watch *watch, PyObject *target)
 {
     Log *log = watch->log;
     int64_t time_ns = now_ns();
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    int failed = append_event(log, END, watch->phase, 0, time_ns, 0, 0);
+    int is_data = watch->phase == DATA;
+    int failed = append_event(log, END, watch->phase, is_data && type != NULL, time_ns,
+                              is_data ? (int64_t)(intptr_t)target : 0, 0);
     if (type != NULL) {
         if (failed)
             PyErr_Clear();
@@ -708,7 +711,7 @@ static int record_begin(Watch *watch, PyObject *target, PyObject *args, PyObject
     if (append_event(log, BEGIN, watch->phase, flags, time_ns, (int64_t)(intptr_t)target, 0) < 0)
         return -1;
     if (call_reader_if_due(log, time_ns) < 0) {
-        record_end(watch); /* the exception stays set */
+        record_end(watch, target); /* the exception stays set */
         return -1;
     }
     return flags;
@@ -785,7 +788,7 @@ static PyObject *watch_call(PyObject *self, PyObject *args, PyObject *kwargs)
     }
     if (log->depth[watch->phase] > 0) /* a fork inside the call resets the depth */
         log->depth[watch->phase]--;
-    if (record_end(watch) < 0)
+    if (record_end(watch, target) < 0)
         Py_CLEAR(result);
 finished:
     Py_DECREF(original);

@@ -99,6 +99,9 @@ def _headline(case: Case) -> str:
     if warmup:
         seconds = sum(step.step_ms for step in warmup) / 1e3
         text += f" (without the first {len(warmup)}, which warm up in {seconds:.3g} s)"
+    micro_batches = case.process.micro_batches
+    if micro_batches > 1:
+        text += f"; each is a micro-batch, {micro_batches} to an optimizer step"
     return text
 
 

@@ -119,8 +119,10 @@ def run(
         process = dataclasses.replace(process, profile=profile)
     step_s = pace.step_s
     of_cycles = ""
-    if pace.cycle_steps > 1:
-        of_cycles = f", {pace.cycle_steps} steps from one group of evaluation passes to the next"
+    if pace.micro_batches > 1:
+        of_cycles = f", each a micro-batch, {pace.micro_batches} to an optimizer step"
+    if pace.cycle_steps > pace.micro_batches:
+        of_cycles += f", {pace.cycle_steps} steps from one group of evaluation passes to the next"
     print_line(
         f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps{of_cycles}), "
         f"{pairs.startup_s(process):.1f} s of start-up"
@@ -168,6 +170,7 @@ def find_pace(first: Trial) -> Pace:
         max(first.seconds - in_steps_s, 0),
         pairs.step_ms(process) / 1e3,
         cycle_steps=cycles.find_cycle_steps(process),
+        micro_batches=process.micro_batches,
     )
 
 

@@ -34,8 +34,8 @@ GRADIENT_SEEDS = 2
 """Number of seeds for which gradients are compared."""
 
 GRADIENT_STEPS = 4
-"""Number of updates of each run whose gradients are compared. There are several, because some
-settings do not affect the first step."""
+"""Number of updates of each run whose gradients are compared, or fewer if each takes several
+micro-batches. There are several, because some settings do not affect the first step."""
 
 FEW_STEPS = 8
 """Minimum number of steps of a run of a proof if the steps are too slow for ``MINIMUM_STEPS``."""
@@ -78,6 +78,15 @@ def choose_budget_s(pace: Pace) -> float:
     return max(by_step_s, START_UPS * pace.seconds(pace.cycle_steps))
 
 
+def count_gradient_steps(pace: Pace) -> int:
+    """Return the number of steps of a run whose gradients are compared.
+
+    After the first step come whole cycles of micro-batches. If gradients accumulate, the first step
+    is a whole cycle too (``wire/turns.py``), so there are at least two updates.
+    """
+    return 1 + -(-GRADIENT_STEPS // pace.micro_batches) * pace.micro_batches
+
+
 def size_proof(
     pace: Pace,
     budget_s: float,
@@ -114,7 +123,7 @@ def size_proof(
     if cycle_steps > 1:
         steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
     steps = wanted_steps or min(steps, job_steps or steps)
-    gradients_s = 2 * pace.seconds(GRADIENT_STEPS + 1)
+    gradients_s = 2 * pace.seconds(count_gradient_steps(pace))
     seeds = GRADIENT_SEEDS if GRADIENT_SEEDS * gradients_s <= GRADIENTS_SHARE * budget_s else 1
     return ProofSize(steps, pairs, seeds)
 

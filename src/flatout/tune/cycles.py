@@ -1,5 +1,6 @@
 """Finds the cycles of a program: what recurs every so many steps, such as evaluation passes after
-each epoch, or the rollouts between two updates of a policy.
+each epoch, the rollouts between two updates of a policy, or the optimizer step after some
+micro-batches.
 
 The time of a step alone does not tell what the user waits for in such a program. So times are
 compared over whole cycles.
@@ -15,11 +16,17 @@ from flatout.wire.record import ProcessRecord
 LEAST_SHARE = 0.01
 """Evaluation passes that take a smaller share of the time than this do not make a cycle."""
 
+LEAST_OPTIMIZER_SHARE = 0.02
+"""Optimizer steps that take a smaller share of the time than this do not make a cycle of
+micro-batches. (No setting of the optimizer could gain more than this share.)"""
+
 
 def find_cycle_steps(process: ProcessRecord) -> int:
     """Return the number of training steps from one group of evaluation passes to the next.
 
-    The result is 1 if there are no such groups, or one before every step. If only one group was
+    If there are no such groups, or one before every step, the result is the number of micro-batches
+    to an optimizer step, or 1 if gradients do not accumulate or the optimizer step takes little
+    time. If only one group was
     seen after the first step, the steps before it count as a cycle, since most loops begin with a
     whole one. Passes after the last step are left out: they may be the end of the program. If the
     distances of the groups differ, the result is their median.
@@ -27,10 +34,10 @@ def find_cycle_steps(process: ProcessRecord) -> int:
     steps = process.steps
     passes = [one for one in process.evaluations if one.mark != "profiled"]
     if not steps or not passes:
-        return 1
+        return _find_micro_batches(process)
     passes_ms = sum(one.step_ms for one in passes)
     if passes_ms < LEAST_SHARE * (passes_ms + sum(step.step_ms for step in steps)):
-        return 1
+        return _find_micro_batches(process)
     places: list[int] = []
     number = 0
     for one in passes:
@@ -39,6 +46,15 @@ def find_cycle_steps(process: ProcessRecord) -> int:
         if 0 < number < len(steps) and number not in places[-1:]:
             places.append(number)
     if not places:
-        return 1
+        return _find_micro_batches(process)
     distances = [after - before for before, after in pairwise(places)]
     return round(median(distances)) if distances else places[0]
+
+
+def _find_micro_batches(process: ProcessRecord) -> int:
+    """Return the number of micro-batches of a cycle; 1 if the optimizer step at its end takes so
+    little time that it matters little which of them are compared."""
+    timed = process.steady_steps
+    whole_ms = sum(step.step_ms for step in timed)
+    optimizer_ms = sum(step.phases_ms.get("optimizer") or 0.0 for step in timed)
+    return process.micro_batches if optimizer_ms >= LEAST_OPTIMIZER_SHARE * whole_ms else 1

@@ -67,11 +67,13 @@ class Pace:
             Python, imports, everything up to the first step, and the end.
         step_s: the time of a step of the bare program, in seconds.
         cycle_steps: the number of steps of a cycle of the program, see ``cycles.py``.
+        micro_batches: the number of steps from one optimizer step to the next.
     """
 
     outside_steps_s: float
     step_s: float
     cycle_steps: int = 1
+    micro_batches: int = 1
 
     def limit_s(self, steps: int) -> float:
         """Return the time limit of a trial of this many steps, in seconds."""

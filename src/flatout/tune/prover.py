@@ -18,7 +18,7 @@ from flatout.knob import Exactness
 from flatout.plan import Check
 from flatout.tune import formatting, gradients, growth, memory, pairs, proof, search, statistics
 from flatout.tune.bare import BareRun
-from flatout.tune.budget import GRADIENT_STEPS
+from flatout.tune.budget import GRADIENT_STEPS, count_gradient_steps
 from flatout.tune.growth import GrowthCheck
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
@@ -256,7 +256,7 @@ class Prover(TuneStage):
     def _gradients_s(self) -> float:
         """The time of a comparison of gradients, in seconds."""
         runs = 2 * self._bare.proof.gradient_seeds
-        return runs * self._bare.pace.seconds(GRADIENT_STEPS + 1)
+        return runs * self._bare.pace.seconds(count_gradient_steps(self._bare.pace))
 
     def _is_enough(self, finished: Pairs) -> bool:
         """Return whether the claim is precise enough and the losses decide, or the time is over.
@@ -399,11 +399,12 @@ class Prover(TuneStage):
         Raises:
             TrialFailedError: the program fails.
         """
+        steps = count_gradient_steps(self._bare.pace)
         done = pairs.run_once(
             self._trials,
             settings,
             pace=self._bare.pace,
-            steps=min(GRADIENT_STEPS + 1, self._bare.job_steps or GRADIENT_STEPS + 1),
+            steps=min(steps, self._bare.job_steps or steps),
             seed=self._options.seed + number,
             inspection=Inspection(gradient_steps=GRADIENT_STEPS),
         )
@@ -424,7 +425,9 @@ def _estimate_s(bare: BareRun, pairs_of_runs: int) -> float:
     claim_s = 2 * pairs_of_runs * bare.pace.seconds(bare.proof.steps)
     if not bare.process.trains:
         return claim_s
-    return claim_s + 2 * bare.proof.gradient_seeds * bare.pace.seconds(GRADIENT_STEPS + 1)
+    return claim_s + 2 * bare.proof.gradient_seeds * bare.pace.seconds(
+        count_gradient_steps(bare.pace)
+    )
 
 
 def _needs_repeats(verdict: Verdict) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-RECORD_VERSION = 6
+RECORD_VERSION = 7
 
 ENVIRONMENT_NAMES = (
     "CUDA_VISIBLE_DEVICES",

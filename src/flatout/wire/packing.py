@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flatout.wire.turns import FORWARD, NOTE, OPTIMIZER, USAGE, TorchEvent
+from flatout.wire.turns import DATA, FORWARD, NOTE, OPTIMIZER, USAGE, TorchEvent
 
 _TIME_INDEX, _NOTE_INDEX, _USAGE_INDEX = 8, 9, 10
 """Indices into ``_last``, which holds the previous value of each kind for delta decoding. Indices 0
@@ -62,4 +62,4 @@ def _value_count(kind: int, phase: int) -> int:
     """Return the number of values of an event, as ``intercept/_watch.c`` does."""
     if kind == USAGE:
         return 3
-    return 2 if kind != NOTE and phase in (FORWARD, OPTIMIZER) else 1
+    return 2 if kind != NOTE and phase in (DATA, FORWARD, OPTIMIZER) else 1

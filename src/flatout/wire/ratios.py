@@ -2,7 +2,9 @@
 
 Step times have a skewed distribution, drift, and are correlated with their neighbours: the
 machine's speed changes by 2x within minutes. Each block of steps therefore counts once, by the
-median of its step times. The model of the logarithms y of these medians, in the order of time, is
+median of its step times. (Where gradients accumulate, the steps that end with an optimizer step
+have a median of their own, and the mean of both counts, weighted by the numbers of these steps.)
+The model of the logarithms y of these medians, in the order of time, is
 
     y[i] = level - (sum of the logarithms of the ratios of the settings of block i) + e[i],
     e[i] = phi e[i-1] + noise,
@@ -23,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from statistics import NormalDist, fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,6 +107,7 @@ class Block:
         arm: the number of the arm.
         times_ms: the step times, without the steps right after the switch to the arm.
         sizes: the sizes of these steps, in order.
+        updates: whether each of these steps had an optimizer step, in order; empty: not known.
         first_ms: the step times of the first block of an arm, which warms up and is not used for
             ratios.
     """
@@ -111,12 +115,22 @@ class Block:
     arm: int
     times_ms: list[float] = field(default_factory=list)
     sizes: list[Size | None] = field(default_factory=list)
+    updates: list[bool] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
 
-    def add(self, step_ms: float, size: Size | None) -> None:
+    def add(self, step_ms: float, size: Size | None, has_update: bool = True) -> None:
         """Add a step to this block."""
         self.times_ms.append(step_ms)
         self.sizes.append(size)
+        self.updates.append(has_update)
+
+    def typical_ms(self) -> float:
+        """Return the time of a step, which a pause of the machine does not affect."""
+        kinds: dict[object, list[float]] = {}
+        for step_ms, has_update in zip_longest(self.times_ms, self.updates, fillvalue=True):
+            kinds.setdefault(has_update, []).append(step_ms)
+        total_ms = sum(len(times_ms) * median(times_ms) for times_ms in kinds.values())
+        return total_ms / len(self.times_ms)
 
 
 def merge_steps(blocks: Sequence[Block]) -> list[Block]:
@@ -126,7 +140,7 @@ def merge_steps(blocks: Sequence[Block]) -> list[Block]:
     which the median would leave out.
     """
     return [
-        Block(block.arm, [fmean(block.times_ms)], [None], block.first_ms)
+        Block(block.arm, [fmean(block.times_ms)], [None], first_ms=block.first_ms)
         if block.times_ms
         else block
         for block in blocks
@@ -212,7 +226,7 @@ def _estimate_ratios(
     if covariates:
         logs = [fmean(map(math.log, block.times_ms)) for block in timed]
     else:
-        logs = [math.log(median(block.times_ms)) for block in timed]
+        logs = [math.log(block.typical_ms()) for block in timed]
     rows = [
         {0: 1.0, **dict.fromkeys(columns, 1.0), **dict(enumerate(values, width))}
         for columns, *values in zip(on, *covariates, strict=True)

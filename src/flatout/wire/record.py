@@ -24,10 +24,11 @@ import contextlib
 import dataclasses
 import json
 import re
+import statistics
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -218,6 +219,13 @@ class ProcessRecord(_Loops[list[Step]]):
             else step
             for step in self.loop_steps
         ]
+
+    @property
+    def micro_batches(self) -> int:
+        """The usual number of steps from one optimizer step to the next; 1 if gradients do not
+        accumulate over micro-batches."""
+        ends = [number for number, step in enumerate(self.steps) if step.updates]
+        return statistics.median_low(b - a for a, b in pairwise(ends)) if len(ends) > 1 else 1
 
     def evaluations_before(self, steps: Sequence[Step]) -> list[Step]:
         """Return the timed evaluation passes that come right before some training steps.

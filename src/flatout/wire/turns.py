@@ -1,16 +1,25 @@
 """Grouping timed events into turns.
 
-A *turn* is an iteration of the training loop, or a forward pass that no backward call follows. The
-state machine in this file is pure: it has no torch and no clock of its own, and gets the events
-that ``intercept/_watch.c`` records. The reader of a record passes all events to it
-(``wire/record.py``); the agent does so while something is to be done at the boundary between two
-turns. The machine answers two questions about any loop, without the user's help:
+A *turn* is an iteration of the training loop, or a forward pass that no backward call follows.
+Where gradients accumulate over micro-batches, each micro-batch is a turn, and the last one of a
+cycle has the optimizer step. The state machine in this file is pure: it has no torch and no clock
+of its own, and gets the events that ``intercept/_watch.c`` records. The reader of a record passes
+all events to it (``wire/record.py``); the agent does so while something is to be done at the
+boundary between two turns. The machine answers three questions about any loop, without the user's
+help:
 
 *Where does a turn begin?*  It begins at the first loader fetch after an optimizer step. Without a
 loader, it begins at the end of the step of the optimizer that closes the cycle (the second
 optimizer of a GAN). Without an optimizer object, it begins at the first forward call after a
 backward call. A forward pass that no backward call follows (the model is in evaluation mode, or
 gradients are off) is a turn of another kind, so that evaluation is kept apart from training.
+
+*Which backward calls are those of micro-batches?*  Those before an optimizer step, if as many
+batches (or half as many, ...) have come from one loader; without a loader, if there are at least
+``CERTAIN_PASSES`` of them, one for each call of the only module. Other backward calls before an
+optimizer step are those of different losses, such as the two of a GAN's discriminator, and belong
+to one turn. After the first such cycle, a turn also begins at the fetch of the next micro-batch, or
+at its forward call if several batches were fetched together or none.
 
 *What did the program do during a turn?*  Times are exclusive: inside an optimizer's closure,
 forward and backward calls count as forward and backward. The gap between the last forward call and
@@ -21,6 +30,7 @@ between two modules). Any other gap counts as other Python code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 PHASES = ("data", "transfer", "forward", "loss", "backward", "optimizer", "other")
 DATA, TRANSFER, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = range(len(PHASES))
@@ -42,10 +52,12 @@ TorchEvent = tuple[int, int, int, int, int, int]
 """An event: its kind; its phase or note; its flags; three values.
 
 At the beginning of a forward call, the flags are 1 (gradients are recorded) and 2 (the module is in
-training mode). At the beginning of a backward call, the flag is 1 (the loss was recorded). The
-values of a phase are the time in ns and the id of the module or optimizer. The values of ``USAGE``
-are minor page faults, major page faults, and the peak resident set in bytes. The value of a note is
-a number: for ``ARM`` its number or -1 (no arm), for ``MARK`` an index into ``MARKS``."""
+training mode). At the beginning of a backward call, the flag is 1 (the loss was recorded). At the
+end of a fetch, the flag is 1 if it raised an exception, as it does when the loader is exhausted.
+The values of a phase are the time in ns and the id of the loader, module or optimizer. The values
+of ``USAGE`` are minor page faults, major page faults, and the peak resident set in bytes. The value
+of a note is a number: for ``ARM`` its number or -1 (no arm), for ``MARK`` an index into
+``MARKS``."""
 
 CYCLE_LIMIT = 32
 """The number of optimizer steps after which a turn is closed in any case.
@@ -54,6 +66,10 @@ If one batch is reused for more optimizer steps than this (PPO epochs), each fur
 closes a turn of its own. A longer cycle of several optimizers counts as separate stages of
 training.
 """
+
+CERTAIN_PASSES = 4
+"""The number of equal forward and backward passes before an optimizer step that are micro-batches
+where no loader shows it. Fewer can be the losses of a GAN, or an adversarial example."""
 
 
 class Turn:
@@ -126,6 +142,57 @@ class Turn:
         self.elements: int | None = None
 
 
+@dataclass(frozen=True)
+class _Accumulation:
+    """How gradients accumulate over micro-batches.
+
+    Attributes:
+        backwards: the number of backward calls of a micro-batch.
+        by_loader: whether the micro-batches are those of a loader.
+    """
+
+    backwards: int
+    by_loader: bool
+
+    def has_next_batch(self, cycle: _Cycle) -> bool:
+        """Whether a forward call after a backward call begins the next micro-batch: its batch was
+        fetched together with the one before, or no batches are fetched."""
+        batches = max(cycle.batches.values(), default=0)
+        if not self.by_loader:
+            return batches == 0
+        return batches * self.backwards > cycle.backwards
+
+
+class _Cycle:
+    """What happened since the last optimizer step, outside of optimizer steps and evaluation.
+
+    Attributes:
+        batches: the number of batches from each loader.
+        forwards, roots: the number of outermost module calls that autograd recorded, and the ids of
+            these modules.
+        backwards: the number of backward calls.
+    """
+
+    __slots__ = ("backwards", "batches", "forwards", "roots")
+
+    def __init__(self) -> None:
+        self.batches: dict[int, int] = {}
+        self.forwards = 0
+        self.roots: set[int] = set()
+        self.backwards = 0
+
+    def accumulation(self) -> _Accumulation | None:
+        """How gradients have accumulated in this cycle; ``None``: they have not, or it is not
+        certain."""
+        batches = max(self.batches.values(), default=0)
+        if batches >= 2 and self.backwards and self.backwards % batches == 0:
+            return _Accumulation(self.backwards // batches, by_loader=True)
+        is_alike = self.backwards == self.forwards and len(self.roots) == 1
+        if batches == 0 and self.backwards >= CERTAIN_PASSES and is_alike:
+            return _Accumulation(1, by_loader=False)
+        return None
+
+
 class Turns:
     """The state machine. All times are ``time.perf_counter_ns`` readings and must not decrease.
 
@@ -138,6 +205,9 @@ class Turns:
     Attributes:
         active: the phases that have begun and not ended, innermost last.
         seen: all phases that have begun so far.
+        micro_batches: the number of steps from one optimizer step to the next in the last cycle; 1
+            if gradients do not accumulate.
+        micro_batches_done: the number of steps since the last optimizer step.
     """
 
     def __init__(self, on_close: Callable[[Turn], None], optimizer_exists: bool = False) -> None:
@@ -166,6 +236,11 @@ class Turns:
         self._first_optimizer: int | None = None
         self._previous_optimizer: int | None = None
         self._closing_optimizer: int | None = None
+        self._cycle = _Cycle()
+        self._loaders: set[int] = set()  # of this turn
+        self._accumulation: _Accumulation | None = None
+        self.micro_batches = 1
+        self.micro_batches_done = 0
 
     # Events
 
@@ -198,9 +273,9 @@ class Turns:
                     self.update_ends(first, second)
             elif phase == DATA:
                 if kind == BEGIN:
-                    self.fetch_begins(first)
+                    self.fetch_begins(first, second)
                 else:
-                    self.fetch_ends(first)
+                    self.fetch_ends(first, second, bool(flags & 1))
             elif kind == BEGIN:
                 self.transfer_begins(first)
             else:
@@ -233,15 +308,19 @@ class Turns:
             self._turn.start_ns += pause_ns
             self._last_ns += pause_ns
 
-    def fetch_begins(self, now_ns: int) -> None:
-        """A loader is asked for a batch (or for its iterator)."""
+    def fetch_begins(self, now_ns: int, loader: int = 0) -> None:
+        """A loader is asked for a batch (or for its iterator); ``loader`` is its id."""
         if not self.active and self._closes_at_fetch():
             self._close(now_ns)
         self._enter(DATA, now_ns).fetched = True
+        self._loaders.add(loader)
+        self._cycle.batches[loader] = self._cycle.batches.get(loader, 0) + 1
 
-    def fetch_ends(self, now_ns: int) -> None:
-        """The loader has returned a batch, or is exhausted."""
+    def fetch_ends(self, now_ns: int, loader: int = 0, raised: bool = False) -> None:
+        """The loader has returned a batch, or has raised an exception: it is exhausted."""
         self._leave(DATA, now_ns)
+        if raised and self._cycle.batches.get(loader):
+            self._cycle.batches[loader] -= 1
 
     def transfer_begins(self, now_ns: int) -> None:
         """A copy of a tensor from the host to an accelerator begins."""
@@ -264,6 +343,9 @@ class Turns:
         evaluates = not training and root in self._trained
         if not self.active and self._closes_at_forward(root, trains, evaluates):
             self._close(now_ns)
+        if grad and not self.active:
+            self._cycle.forwards += 1
+            self._cycle.roots.add(root)
         turn = self._enter(FORWARD, now_ns)
         turn.forwards += 1
         turn.grad |= grad
@@ -287,6 +369,8 @@ class Turns:
         if turn is None or BACKWARD in self.active:
             return
         turn.backwards += 1
+        if not self.active:
+            self._cycle.backwards += 1
         self._backward_seen = True
         if self._updated_inside_backward and not self.active:
             self._updated_inside_backward = False
@@ -323,7 +407,8 @@ class Turns:
         turn = self._turn
         if turn is None or self.active:
             return
-        if turn.updates or self._is_manual_update() or self._is_evaluation():
+        is_micro_batch = self._accumulation is not None and bool(turn.backwards)
+        if turn.updates or is_micro_batch or self._is_manual_update() or self._is_evaluation():
             self._close(self._last_ns)
 
     # The rules for closing a turn
@@ -332,7 +417,10 @@ class Turns:
         turn = self._turn
         if turn is None:
             return False
-        return bool(turn.updates) or self._is_manual_update() or self._is_evaluation()
+        if turn.updates or self._is_manual_update() or self._is_evaluation():
+            return True
+        accumulation = self._accumulation
+        return accumulation is not None and turn.backwards >= accumulation.backwards
 
     def _closes_at_forward(self, root: int, trains: bool, evaluates: bool) -> bool:
         turn = self._turn
@@ -343,8 +431,15 @@ class Turns:
             # optimizers was closed. So only an evaluation pass closes the turn here.
             return evaluates
         if turn.backwards:
-            # This is gradient accumulation, or the update is manual, with this call after it.
-            return evaluates or (not turn.fetched and self._is_manual_update())
+            if evaluates or (not turn.fetched and self._is_manual_update()):
+                return True
+            accumulation = self._accumulation
+            return (
+                accumulation is not None
+                and root in self._roots
+                and turn.backwards >= accumulation.backwards
+                and accumulation.has_next_batch(self._cycle)
+            )
         if not turn.forwards:
             return False
         if self._training_forwards:
@@ -356,6 +451,8 @@ class Turns:
     def _end_update(self, now_ns: int, optimizer: int | None) -> None:
         assert self._turn is not None
         self._trained.update(root for root, trained in self._roots.items() if trained)
+        self._accumulation = self._cycle.accumulation() or self._accumulation
+        self._cycle = _Cycle()
         if optimizer is not None:
             self._learn_cycle(optimizer)
         full = self._turn.updates >= CYCLE_LIMIT
@@ -425,6 +522,7 @@ class Turns:
         self._last_ns = now_ns
         self._previous = OTHER
         self._roots = {}
+        self._loaders.clear()
         self._training_forwards = 0
         self._evaluation_forwards = 0
         return self._turn
@@ -439,10 +537,16 @@ class Turns:
         self._account_usage(turn)
         if not turn.updates and not turn.backwards:
             turn.kind = "evaluation"
+            for loader in self._loaders:
+                self._cycle.batches.pop(loader, None)
         elif not turn.updates:  # a manual update
             self._trained.update(root for root, trained in self._roots.items() if trained)
         turn.index = self._counts[turn.kind]
         self._counts[turn.kind] += 1
+        if turn.kind == "step":
+            self.micro_batches_done += 1
+            if turn.updates:
+                self.micro_batches, self.micro_batches_done = self.micro_batches_done, 0
         self._open(now_ns)
         self._on_close(turn)
 

@@ -1,0 +1,1 @@
+"""Programs that others maintain, as their users start them, under flatout."""
