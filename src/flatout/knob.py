@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flatout.errors import UserError
 
@@ -157,6 +158,36 @@ class Match:
         return None if self.share is None else 1 / max(1 - self.share, 1e-3)
 
 
+def _keep_arguments(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args
+
+
+def _keep_outputs(outputs: Any) -> Any:
+    return outputs
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a setting does inside outermost module calls, for single calls of torch's functions that
+    are replayed outside of the program (``agent/replay.py``).
+
+    Attributes:
+        undo: undoes what was applied to the whole process.
+        context: returns the context in which one call is made, given the weight if the call is the
+            last matmul or convolution of its module, else ``None``.
+        convert: returns the arguments of a call, given torch's function and its arguments.
+        leave: converts what the outermost module returns.
+        is_everywhere: whether it acts on all operators of ``Knob.replaces``, in a way that no
+            result shows.
+    """
+
+    undo: Undo = lambda: None
+    context: Callable[[Any], AbstractContextManager[Any]] = lambda weight: nullcontext()
+    convert: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] = _keep_arguments
+    leave: Callable[[Any], Any] = _keep_outputs
+    is_everywhere: bool = False
+
+
 @dataclass(frozen=True)
 class Knob:
     """One change to how a program runs, with one or more settings.
@@ -198,6 +229,11 @@ class Knob:
         hides_gains: whether the knob makes the step so much shorter, or so different, that settings
             which gain nothing beside it may gain without it. They are tried again if the knob is
             dropped.
+        replaces: parts of the names of the operators that the knob replaces or changes, or
+            ``Optimizer.step``; empty: it stands behind no operators. The gain of such a knob is
+            predicted by replaying calls (``agent/replay.py``), if it is hot.
+        inside: only for a knob that acts by the way outermost modules are called: applies a setting
+            to calls that are replayed; ``None``: ``apply`` acts on these as well.
     """
 
     name: str
@@ -218,6 +254,13 @@ class Knob:
     background_settings: tuple[str, ...] = ()
     memory_settings: tuple[str, ...] = ()
     hides_gains: bool = False
+    replaces: tuple[str, ...] = ()
+    inside: Callable[[Host, str], Inside] | None = None
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether its settings can be applied to single calls that are replayed."""
+        return bool(self.replaces) and self.hot and not self.slow_start
 
     def offer(self, facts: Facts) -> Match:
         """Return the settings to try, given the facts; none on a device that is not supported."""

@@ -105,6 +105,11 @@ class Profiler:
         self._is_written = False
         self._next_part: Callable[[], bool] = self._start
 
+    @property
+    def result(self) -> Profile:
+        """What has been measured so far."""
+        return self._result
+
     def at_boundary(self, turn: Turn) -> bool:
         """Count a step that has ended, and begin the next part of the window if it is due.
 

@@ -57,6 +57,12 @@ class Stages:
 
             self._profiler = Profiler(host, request.profile_steps)
             self.pending.append(self._profiler.at_boundary)
+            if request.replay is not None:
+                from flatout.agent.replay import Replayer
+
+                profiler = self._profiler
+                replayer = Replayer(host, request.replay, lambda: profiler.result)
+                self.pending.append(replayer.at_boundary)
         if self.pending and not request.learn:
             self.pending.append(self._stop)
 

@@ -9,8 +9,9 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flatout.intercept import _watch
@@ -163,6 +164,15 @@ class Hooks:
             watch.remove()
         self.root_search.remove()
         self._handles, self._watches = [], []
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """A context in which calls are not recorded: those of flatout itself."""
+        before, self._log.awake = self._log.awake, False
+        try:
+            yield
+        finally:
+            self._log.awake = before
 
     @property
     def tracks_steps(self) -> bool:

@@ -122,6 +122,8 @@ def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:
     for arm in arms:
         check_claims({**request.settings, **arm})
     used_knobs = {name for plan in (request.settings, *arms) for name in plan}
+    if request.replay is not None:
+        used_knobs |= {setting.partition("=")[0] for setting in request.replay.settings}
     needed_kernels = {kernel for name in used_knobs for kernel in get(name).kernels}
     if request.guard is not None:
         needed_kernels.add("finite")

@@ -173,4 +173,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the clipping of gradients",),
     kernels=("clipping",),
+    replaces=OPERATORS,
 )

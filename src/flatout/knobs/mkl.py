@@ -141,4 +141,5 @@ KNOB = Knob(
     apply=apply,
     kernels=("mkl",),
     variables=variables,
+    replaces=MATMUL_OPERATORS,
 )

@@ -103,4 +103,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the steps of optimizers",),
     kernels=("optimizers",),
+    replaces=("Optimizer.step",),
 )

@@ -9,9 +9,10 @@ A run has a directory, named by the environment variable ``FLATOUT_RUN``::
 
 A record file is append-only JSON Lines. Each line is one object. Its ``kind`` names the dataclass
 that has its other keys as fields (``wire/codec.py``): ``Header`` (``wire/header.py``) for the first
-line, ``Profile`` (``wire/profile.py``), or one of ``wire/lines.py``. ``wire/writer.py`` writes the
-file. The reader ignores a torn last line, unknown kinds and unknown keys. The name of a time ends
-with its unit, and ``at_s`` is in seconds since the header was written. A value that was not
+line, ``Profile`` (``wire/profile.py``), ``Replayed`` (``wire/replay.py``), or one of
+``wire/lines.py``. ``wire/writer.py`` writes the file. The reader ignores a torn last line, unknown
+kinds and unknown keys. The name of a time ends with its unit, and ``at_s`` is in seconds since the
+header was written. A value that was not
 measured is ``null`` or missing, never 0.
 
 Steps and phases are not stored: ``wire/turns.py`` derives them from the events when the record is
@@ -54,6 +55,7 @@ from flatout.wire.lines import (
 )
 from flatout.wire.packing import Unpacker
 from flatout.wire.profile import Profile
+from flatout.wire.replay import Replayed
 from flatout.wire.request import RANK_VARIABLE
 from flatout.wire.turns import DATA, OPTIMIZER, PHASES, TRANSFER, Turn, Turns
 
@@ -155,6 +157,7 @@ class ProcessRecord(_Loops[list[Step]]):
             there was no such call.
         imported_files: the files that the program has imported, see ``lines.ImportedFiles``.
         profile: the profiled window; ``None``: no window was profiled.
+        replayed: the replayed calls of a step; ``None``: none were replayed.
         gradients: a map from the name of a parameter to the gradients of its first optimizer steps.
         outputs: the outermost forward calls outside training.
         state: the state of the modules when the run ended; ``None``: not requested, or not reached.
@@ -172,6 +175,7 @@ class ProcessRecord(_Loops[list[Step]]):
     inputs: tuple[str, ...] | None = None
     imported_files: set[str] = field(default_factory=set)
     profile: Profile | None = None
+    replayed: Replayed | None = None
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
@@ -488,6 +492,8 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
             process.imported_files.update(line.files)
         case Profile():
             process.profile = line
+        case Replayed():
+            process.replayed = line
         case Gradients():
             for gradient in line.parameters:
                 process.gradients.setdefault(gradient.name, []).append(gradient)
@@ -551,6 +557,7 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
     Inputs,
     ImportedFiles,
     Profile,
+    Replayed,
     Gradients,
     Output,
     State,

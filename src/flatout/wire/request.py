@@ -111,6 +111,24 @@ class Relay:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """A replay of the calls of one step after the profile, see ``agent/replay.py``.
+
+    The replay may take the time of ``steps`` steps, within two limits.
+
+    Attributes:
+        settings: the settings that may be tried, each as ``KNOB=SETTING``.
+        steps: the number of steps.
+        least_seconds, most_seconds: the limits.
+    """
+
+    settings: tuple[str, ...]
+    steps: float = 8.0
+    least_seconds: float = 6.0
+    most_seconds: float = 25.0
+
+
+@dataclass(frozen=True)
 class ProvenConditions:
     """The conditions under which some settings were proven. They are applied only under these.
 
@@ -210,6 +228,7 @@ class Request:
         least_steps: the number of steps that are timed even after ``stop_seconds``.
         profile_steps: the number of steps to profile after the timed steps; the FLOPs of one more
             step are counted. 0: no profile.
+        replay: the replay of calls after the profile; ``None``: no replay.
         comparison: the comparison of arms inside the process; ``None``: no comparison.
         learn: whether the program continues after the comparison, with the settings that were
             faster. Each arm then has one setting.
@@ -228,6 +247,7 @@ class Request:
     stop_seconds: float | None = None
     least_steps: int = 0
     profile_steps: int = 0
+    replay: Replay | None = None
     comparison: Comparison | None = None
     learn: bool = False
     relay: Relay | None = None

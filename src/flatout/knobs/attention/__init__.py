@@ -160,4 +160,5 @@ KNOB = Knob(
     proof_setting="paired",
     claims=("scaled dot product attention",),
     kernels=("attention",),
+    replaces=("scaled_dot_product", *fastpath.OPERATORS),
 )

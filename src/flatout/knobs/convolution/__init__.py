@@ -71,4 +71,5 @@ KNOB = Knob(
     apply=apply,
     waits_for_calls=True,
     claims=("the CPU kernel of aten::convolution",),
+    replaces=("conv",),
 )

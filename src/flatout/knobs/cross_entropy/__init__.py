@@ -71,4 +71,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("cross entropy",),
     kernels=("cross_entropy",),
+    replaces=OPERATORS,
 )

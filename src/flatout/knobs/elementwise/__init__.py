@@ -71,4 +71,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the CPU kernels of tanh, GELU and complex abs",),
     kernels=("elementwise",),
+    replaces=OPERATORS,
 )

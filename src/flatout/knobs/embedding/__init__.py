@@ -69,4 +69,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the CPU kernels of embedding bags",),
     kernels=("embedding",),
+    replaces=(OPERATOR,),
 )

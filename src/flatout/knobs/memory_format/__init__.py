@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.intercept import handled_calls
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo
-from flatout.knob import Card, Facts, Knob, Match
+from flatout.knob import Card, Facts, Inside, Knob, Match
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,27 @@ def apply(host: Host, setting: str) -> Undo:
         for owner, name, function in replacements:
             undo.callback(wrap_function(owner, name, on_failure, function))
         return undo.pop_all().close
+
+
+def inside(host: Host, setting: str) -> Inside:
+    """Make single calls as the setting makes them inside an outermost module that it does not leave
+    alone."""
+    import torch
+
+    from flatout.knobs.memory_format.gradients import convert_gradients
+
+    convolutions = (torch.conv2d, torch.conv_transpose2d)
+
+    def convert(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        groups = args[6] if len(args) > 6 else 1  # the seventh argument of both functions
+        if function in convolutions and args and args[0].dim() == 4 and groups == 1:
+            return (channels_last(args[0]), *args[1:])
+        return args
+
+    undo: Undo = lambda: None  # noqa: E731
+    if hasattr(torch.library, "get_kernel"):
+        undo = convert_gradients(host.applied.on_failure_of(NAME))
+    return Inside(undo, convert=convert, leave=make_contiguous)
 
 
 def _checkpoint_generator_name(checkpoint: ModuleType) -> str:
@@ -240,4 +261,6 @@ KNOB = Knob(
     apply=apply,
     waits_for_calls=True,
     claims=("the layout of images",),
+    replaces=("convolution",),
+    inside=inside,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flatout.errors import RefusedError
 from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
-from flatout.knob import MATMUL_OPERATORS, Card, Facts, Knob, Match
+from flatout.knob import MATMUL_OPERATORS, Card, Facts, Inside, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -134,6 +134,43 @@ def _apply_fp16(host: Host) -> Undo:
         return undo.pop_all().close
 
 
+def inside(host: Host, setting: str) -> Inside:
+    """Make single calls as the setting makes them inside an outermost module that it does not leave
+    alone. The float32 operators of modules whose tensors are observed, and loss scaling, are not
+    part of it.
+
+    Raises:
+        RefusedError: see ``apply``.
+    """
+    import torch
+
+    from flatout.intercept import device
+    from flatout.knobs.precision.autocast import in_float32
+    from flatout.knobs.precision.operators import Float32Operators
+
+    if setting == "medium":
+        return Inside(undo=_apply_medium(host), is_everywhere=True)
+    accelerator = device.accelerator_in_use()
+    kind = "cpu" if accelerator is None else accelerator.type
+    dtype = torch.float16 if setting == "fp16" else torch.bfloat16
+    operators: Float32Operators | None = None
+    if setting == "safe":
+        if not hasattr(torch.library, "get_kernel"):
+            raise RefusedError(f"torch {torch.__version__} has no torch.library.get_kernel")
+        operators = Float32Operators(kind, host.applied.on_failure_of(NAME))
+
+    def context(weight: Any) -> torch.autocast:
+        if operators is not None and weight is not None:
+            operators.add_head((id(weight), weight.shape))
+        return torch.autocast(kind, dtype)
+
+    def leave(outputs: Any) -> Any:
+        return outputs if torch.is_autocast_enabled(kind) else in_float32(outputs)
+
+    undo = (lambda: None) if operators is None else operators.remove
+    return Inside(undo, context, leave=leave)
+
+
 def _install(host: Host, autocast: Autocast) -> Undo:
     """Wrap the outermost modules in an autocast."""
     with contextlib.ExitStack() as undo:
@@ -207,4 +244,6 @@ KNOB = Knob(
     hides_gains=True,
     claims=("autocast",),
     kernels=("fingerprint",),
+    replaces=MATMUL_OPERATORS,
+    inside=inside,
 )

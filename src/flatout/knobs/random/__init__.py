@@ -87,4 +87,5 @@ KNOB = Knob(
     proof_setting="paired",
     claims=("the CPU kernel of aten::bernoulli_", "dropout on the CPU"),
     kernels=("bernoulli", "twister"),
+    replaces=("bernoulli",),
 )

@@ -68,4 +68,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("gated recurrent units",),
     kernels=("gru",),
+    replaces=("aten::gru",),
 )
