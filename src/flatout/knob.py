@@ -47,6 +47,10 @@ MATMUL_OPERATORS = (
 """Substrings of the names of operators that consist of matmuls or convolutions."""
 
 
+OPTIMIZER_STEP = "Optimizer.step"
+"""Stands among operators for the steps of optimizer objects, which are known without a profile."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts about job and machine that are known before any setting is tried.
@@ -230,7 +234,7 @@ class Knob:
             which gain nothing beside it may gain without it. They are tried again if the knob is
             dropped.
         replaces: parts of the names of the operators that the knob replaces or changes, or
-            ``Optimizer.step``; empty: it stands behind no operators. The gain of such a knob is
+            ``OPTIMIZER_STEP``; empty: it stands behind no operators. The gain of such a knob is
             predicted by replaying calls (``agent/replay.py``), if it is hot.
         inside: only for a knob that acts by the way outermost modules are called: applies a setting
             to calls that are replayed; ``None``: ``apply`` acts on these as well.

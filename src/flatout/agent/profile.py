@@ -130,7 +130,9 @@ class Profiler:
     def close(self) -> None:
         """Stop torch's profiler or the FLOP counter, which must not outlive the interpreter. What
         was measured before the program has ended is recorded."""
-        if self._profiler is not None:
+        if self._profiler is not None and len(self._boundaries_ns) > 1:
+            self._aggregate()  # a program that ends this early has few other steps to profile
+        elif self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
         if self._next_part == self._finish and self._flops is not None:
@@ -186,8 +188,8 @@ class Profiler:
         is_due = steps_to_update == min(2, self._steps)
         return turns.micro_batches > 1 and not is_due and not is_irregular
 
-    def _stop(self) -> bool:
-        faults = _minor_faults()
+    def _aggregate(self) -> None:
+        """Stop torch's profiler, and aggregate its events."""
         try:
             self._profiler.stop()
             events = self._profiler.events()
@@ -201,6 +203,10 @@ class Profiler:
             self._add_failure("profile", error)
         self._collect_facts()  # at the end of the program, its objects may be gone
         self._profiler = None
+
+    def _stop(self) -> bool:
+        faults = _minor_faults()
+        self._aggregate()
         if self._faults is not None and faults is not None:
             steps = len(self._boundaries_ns) - 1
             minor_faults = (faults[0] - self._faults[0]) / steps

@@ -8,7 +8,7 @@ from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
-from flatout.knob import Card, Facts, Knob, Match
+from flatout.knob import OPTIMIZER_STEP, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -103,5 +103,5 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the steps of optimizers",),
     kernels=("optimizers",),
-    replaces=("Optimizer.step",),
+    replaces=(OPTIMIZER_STEP,),
 )

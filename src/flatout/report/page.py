@@ -177,20 +177,23 @@ def _next(document: Document) -> Markup | None:
 def _plan(document: Document) -> Markup | None:
     if not document.knobs:
         return None
-    heading = ("Knob", "May change", "Inside one process", "On top of the others", "By hand")
+    heading = (
+        *("Knob", "May change", "Predicted", "Inside one process", "On top of the others"),
+        "By hand",
+    )
     return _section(
         "The plan",
         element("p", _sentence(document.why)) if document.claim is not None else None,
         element(
             "table",
-            element("thead", _row("th", heading, numbers=(2, 3))),
+            element("thead", _row("th", heading, numbers=(2, 3, 4))),
             element("tbody", *(_knob(knob, heading) for knob in document.knobs)),
             class_="stacked knobs",
         ),
         _unknown_note(
             ratio is None
             for knob in document.knobs
-            for ratio in (knob.in_process, knob.gain_on_top)
+            for ratio in (knob.predicted, knob.in_process, knob.gain_on_top)
         ),
     )
 
@@ -203,9 +206,11 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
         element("td", knob.exactness, data_label=heading[1]),
         *(
             element("td", _ratio_cell(ratio), class_="number", data_label=label)
-            for ratio, label in ((knob.in_process, heading[2]), (knob.gain_on_top, heading[3]))
+            for ratio, label in zip(
+                (knob.predicted, knob.in_process, knob.gain_on_top), heading[2:], strict=False
+            )
         ),
-        element("td", with_code(knob.by_hand), data_label=heading[4]),
+        element("td", with_code(knob.by_hand), data_label=heading[5]),
     )
 
 
@@ -481,7 +486,12 @@ def _forest_row(
 
 
 def _state(entry: TriedSettings) -> Markup:
-    return element("small", _state_word(entry), f": {entry.why}" if entry.why else None)
+    return element(
+        "small",
+        _state_word(entry),
+        f": {entry.why}" if entry.why else None,
+        None if entry.predicted is None else f" ({words.prediction(entry.predicted)})",
+    )
 
 
 def _state_word(entry: TriedSettings) -> Markup:

@@ -175,6 +175,8 @@ def _knob(knob: KnobResult, verbose: bool) -> list[str]:
     if verbose:
         in_process, on_top = _ratio(knob.in_process), _ratio(knob.gain_on_top)
         said.append(f"    gain inside one process: {in_process}; on top of the others: {on_top}")
+        if knob.predicted is not None:
+            said.append(f"    {prediction(knob.predicted)} by replaying the calls of a step")
         said.append(f"    by hand: {knob.by_hand}")
     return said
 
@@ -263,9 +265,18 @@ def _not_in_plan(entries: Sequence[TriedSettings], verbose: bool) -> list[str]:
     return said
 
 
+def prediction(predicted: Ratio) -> str:
+    """A predicted ratio with its interval."""
+    return f"predicted {predicted.value:.2f}x ({predicted.low:.2f} to {predicted.high:.2f})"
+
+
 def _outcome(entry: TriedSettings) -> str:
-    """What became of an entry: ratio, state, reason, and the most that the profile allows."""
+    """What became of an entry: prediction, ratio, state, reason, and the most that the profile
+    allows."""
     figure = "" if entry.ratio is None else f"{entry.ratio} {_STAGES[entry.stage]}, "
+    if entry.predicted is not None:
+        measured = f"measured {figure}" if figure else ""
+        figure = f"{prediction(entry.predicted)}, {measured}"
     why = f": {entry.why}" if entry.why else ""
     bound = "" if entry.bound is None else f" (at most {entry.bound:.2f}x)"
     return f"{figure}{state(entry)}{why}{bound}"

@@ -16,13 +16,12 @@ from flatout.doctor.case import Case
 from flatout.errors import UserError
 from flatout.machine import Ceilings
 from flatout.plan.program import Program, observe_program
-from flatout.tune import budget, cycles, formatting, pairs, unwatched
+from flatout.tune import budget, cycles, formatting, pairs, prediction, unwatched
 from flatout.tune.budget import ProofSize
 from flatout.tune.ledger import Options
 from flatout.tune.pairs import Pace
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.tune.unwatched import Unwatched
-from flatout.wire.profile import Profile
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Request
 
@@ -113,10 +112,9 @@ def run(
     pace = find_pace(first)
     timed = _find_timed_steps(first, options)
     process = first.process
-    if first.ended and (process.profile is None or not process.profile.operators):
+    if first.ended and not _is_profiled(process):
         print_line("it ends before its steps were profiled, so it runs again")
-        profile = _profile_early(options, trials, process) or process.profile
-        process = dataclasses.replace(process, profile=profile)
+        process = _profile_early(options, trials, process)
     step_s = pace.step_s
     of_cycles = ""
     if pace.micro_batches > 1:
@@ -182,6 +180,7 @@ def _run_first(options: Options, trials: Trials) -> Trial:
         stop_seconds=None if options.steps else limit_s,
         least_steps=LEAST_STEPS,
         profile_steps=PROFILE_STEPS,
+        replay=prediction.make_request(options),
     )
     try:
         return trials.run(request, _limit_s(options))
@@ -189,22 +188,36 @@ def _run_first(options: Options, trials: Trials) -> Trial:
         raise pairs.to_user_error("the program does not run", failure) from failure
 
 
-def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> Profile | None:
-    """Run a program again of which the first run has reached the end, and profile its second half:
-    without a profile, settings would be tried that concern nothing in this program.
+def _is_profiled(process: ProcessRecord) -> bool:
+    return process.profile is not None and bool(process.profile.operators)
+
+
+def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> ProcessRecord:
+    """Run a program again of which the first run has reached the end, and profile its second half,
+    or else all steps but the first: without a profile, settings would be tried that concern nothing
+    in this program.
+
+    Returns the first run, with the profile and the replay of the other, if there are any.
 
     Raises:
         UserError: the program fails.
     """
-    request = Request(
-        seed=options.seed,
-        stop_steps=len(process.loop_steps) // 2,  # page faults are measured in many steps
-        profile_steps=PROFILE_STEPS,
-    )
-    try:
-        return trials.run(request, _limit_s(options)).process.profile
-    except TrialFailedError as failure:
-        raise pairs.to_user_error("the program fails when it runs again", failure) from failure
+    length = len(process.loop_steps)
+    for timed in dict.fromkeys((length // 2, 1)):  # page faults are measured in many steps
+        steps = min(PROFILE_STEPS, length - timed - 2)  # one for the FLOPs, one for the replay
+        request = Request(
+            seed=options.seed,
+            stop_steps=timed,
+            profile_steps=max(steps, 1),
+            replay=prediction.make_request(options),
+        )
+        try:
+            again = trials.run(request, _limit_s(options)).process
+        except TrialFailedError as failure:
+            raise pairs.to_user_error("the program fails when it runs again", failure) from failure
+        if _is_profiled(again):
+            return dataclasses.replace(process, profile=again.profile, replayed=again.replayed)
+    return process
 
 
 def _limit_s(options: Options) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flatout import knobs, machine
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding, find_all
-from flatout.knob import Exactness, Facts
+from flatout.knob import OPTIMIZER_STEP, Exactness, Facts
 from flatout.launch import isolation
 from flatout.machine import Ceilings
 from flatout.tune import memory
@@ -50,12 +50,22 @@ class Candidate:
         is_hot: whether it is compared inside one process. It then can be applied and undone between
             two steps, and its first steps are not slow.
         bound: the speedup that it cannot exceed; ``None`` if that is not known.
+        predicted: the speedup that replayed calls predict (``prediction.py``); ``None`` if there
+            is no prediction.
     """
 
     knob: str
     setting: str
     is_hot: bool
     bound: float | None
+    predicted: Ratio | None = None
+
+    @property
+    def promise(self) -> float:
+        """The speedup that may be expected: the predicted one, or at most the bound."""
+        if self.predicted is not None:
+            return self.predicted.value
+        return 1 / (1 - UNKNOWN_SHARE) if self.bound is None else self.bound
 
     @property
     def settings(self) -> dict[str, str]:
@@ -169,6 +179,9 @@ def find(
     refused: dict[str, str] = {}
     for name, knob in knobs.registry().items():
         if wanted is not None and name not in wanted:
+            continue
+        if known.operators is None and set(knob.replaces) - {OPTIMIZER_STEP}:
+            refused[name] = "it replaces operators, and those of this program were not profiled"
             continue
         match = knob.offer(known)
         allowed = [s for s in match.settings if exactness is None or knob.exactness[s] in exactness]

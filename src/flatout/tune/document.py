@@ -86,6 +86,8 @@ class TriedSettings:
         why: the reason of the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is
             that part of a step which the settings speed up (Amdahl 1967).
+        predicted: the ratio on the bare program that replayed calls predict, see
+            ``tune.prediction``; its pairs are the rounds of the replay.
     """
 
     settings: Mapping[str, str]
@@ -95,6 +97,7 @@ class TriedSettings:
     state: State
     why: str = ""
     bound: float | None = None
+    predicted: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class KnobResult:
         gain_on_top: how many times faster this setting made the stack that existed when the
             setting was tried: the step time without the knob over the step time with this setting.
             Other settings may have joined or left the stack before it became the plan.
+        predicted: see ``TriedSettings.predicted``.
     """
 
     knob: str
@@ -123,6 +127,7 @@ class KnobResult:
     gain_on_top: Ratio | None = dataclasses.field(
         default=None, metadata=codec.stored_as("without_it")
     )
+    predicted: Ratio | None = None
 
 
 @dataclass(frozen=True)

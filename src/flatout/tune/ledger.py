@@ -63,6 +63,7 @@ class LedgerEntry:
     state: State = "not tried"
     why: str = ""
     bound: float | None = None
+    predicted: Ratio | None = None
 
 
 @dataclass
@@ -125,6 +126,11 @@ class Outcome:
         The result is ``None`` if it was not measured.
         """
         return self._find_ratio(knob, setting, "inside one process")
+
+    def find_prediction(self, knob: str, setting: str) -> Ratio | None:
+        """Return the gain that replayed calls predict of a setting; ``None``: none was made."""
+        found = (entry for entry in self.entries if entry.settings == {knob: setting})
+        return next((entry.predicted for entry in found), None)
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
         """Return how many times faster a setting made the stack that existed then.
@@ -208,7 +214,8 @@ class Ledger:
     def enter(self, candidates: Iterable[Candidate]) -> None:
         """Add an entry for each candidate."""
         self.outcome.entries += [
-            LedgerEntry(candidate.settings, bound=candidate.bound) for candidate in candidates
+            LedgerEntry(one.settings, bound=one.bound, predicted=one.predicted)
+            for one in candidates
         ]
         self.notify()
 

@@ -84,6 +84,7 @@ def make_document(
                 by_hand=knobs.get(name).card.by_hand,
                 in_process=outcome.find_ratio_in_process(name, setting),
                 gain_on_top=outcome.find_gain_on_top(name, setting),
+                predicted=outcome.find_prediction(name, setting),
             )
             for name, setting in outcome.settings.items()
         ),
@@ -112,6 +113,7 @@ def list_tried(
                 state=entry.state,
                 why=entry.why,
                 bound=entry.bound,
+                predicted=entry.predicted,
             )
             for entry in tried
         ),

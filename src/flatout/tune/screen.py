@@ -196,8 +196,8 @@ class Screening(TuneStage):
         Of settings that exclude each other, the one with the largest possible gain is added.
         """
         left_out = [one for one in hot if one in self._no_time]
-        promising = [one for one in left_out if (one.bound or 1.0) >= PROMISING_BOUND]
-        promising.sort(key=lambda one: -(one.bound or 1.0))
+        promising = [one for one in left_out if _promise(one) >= PROMISING_BOUND]
+        promising.sort(key=lambda one: -_promise(one))
         grown = dict(stack)
         for factor in group_exclusive(hot):
             if any(grown.get(knob) == setting for knob, setting in factor):
@@ -256,7 +256,7 @@ class Screening(TuneStage):
         ]
         if not left:
             return []
-        least = min(reversed(left), key=lambda one: one.bound or 1.0)
+        least = min(reversed(left), key=_promise)
         self._no_time.append(least)
         budget_s = self._ledger.budget_s + reason.needed_s
         self._ledger.skip(
@@ -599,6 +599,12 @@ def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
         else:
             factors.append((claims, [setting]))
     return [settings for _, settings in factors]
+
+
+def _promise(candidate: Candidate) -> float:
+    """Return the gain that may be expected of a candidate; 1 if nothing is known of it."""
+    is_unknown = candidate.bound is None and candidate.predicted is None
+    return 1.0 if is_unknown else candidate.promise
 
 
 def _remove(stack: Mapping[str, str], left_out: Collection[str]) -> dict[str, str]:

@@ -29,8 +29,18 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
+from flatout.doctor.case import Case
 from flatout.machine import Ceilings
-from flatout.tune import bare, candidates, evidence, formatting, pairs, search, statistics
+from flatout.tune import (
+    bare,
+    candidates,
+    evidence,
+    formatting,
+    pairs,
+    prediction,
+    search,
+    statistics,
+)
 from flatout.tune.bare import BareRun
 from flatout.tune.budget import UNKNOWN_BUDGET_S
 from flatout.tune.candidates import Survey
@@ -202,11 +212,23 @@ class Tuner:
             self._options.exactness,
             self._options.memory,
         )
+        found, hopeless = prediction.sort_out(
+            found,
+            first.process.replayed,
+            step_ms=first.pace.step_s * 1e3,
+            operators_share=Case(first.process).all_operators_share,
+        )
         outcome = self._ledger.outcome
         outcome.findings, outcome.refused = found.findings, found.refused
         for name, why in found.refused.items():
             self._ledger.print_line(f"{name} is not tried: {why}")
-        self._ledger.enter(found.candidates)
+        self._ledger.enter([*found.candidates, *hopeless])
+        for candidate in found.candidates:
+            if candidate.predicted is not None:
+                self._ledger.print_line(f"{candidate}: predicted {candidate.predicted}")
+        for candidate, why in hopeless.items():
+            self._ledger.print_line(f"{candidate} is not tried: {why}")
+            self._ledger.reject(candidate.settings, why)
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:

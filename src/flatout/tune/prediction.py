@@ -1,0 +1,218 @@
+"""Predicts the gain of a setting from the replayed calls of a step (``agent/replay.py``).
+
+Of a step of time T, the replayed calls take t, and t' under the settings. The rest is left as it
+is, so the gain is
+
+    T / (T - (t - t')) = 1 / (1 - sum of share[i] (1 - 1 / ratio[i])),
+
+Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
+are replayed with their tensors at hand, and without what lies between them. So they take less than
+in the step, and a part of the rest belongs to them: the estimate takes half of the rest to gain as
+the calls do, and the interval reaches from none of it to all. What settings do to Python, to memory
+that is kept longer, and to the gradients' layout is not predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from flatout import knobs
+from flatout.tune import statistics
+from flatout.tune.candidates import Candidate, Survey
+from flatout.tune.ledger import Options
+from flatout.wire.ratios import CONFIDENCE, Ratio
+from flatout.wire.replay import BARE, Replayed, ReplayedCall, label, parse_label
+from flatout.wire.request import Replay
+
+REST_SHARE = 0.5
+"""The share of the time outside of replayed calls that is taken to gain as these calls do."""
+
+LEAST_COVERED = 0.4
+"""Nothing is predicted if the replayed calls take less than this share of the operators' time."""
+
+MOST_SECONDS = 25.0
+"""The longest time that a replay may take, in seconds."""
+
+BUDGET_SHARE = 0.08
+"""The share of the budget that a replay may take."""
+
+Settings = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the replay predicts of a setting.
+
+    Attributes:
+        alone: its gain on the bare program.
+        most: the upper limit of its gain, alone or on top of settings that change dtypes and
+            layouts, whichever is more.
+    """
+
+    alone: Ratio
+    most: float
+
+
+def make_request(options: Options) -> Replay:
+    """Return the request for a replay under all settings that the user allows."""
+    allowed = tuple(
+        f"{name}={setting}"
+        for name, knob in knobs.registry().items()
+        if knob.is_replayable and (options.knobs is None or name in options.knobs)
+        for setting in knob.settings
+        if setting != knob.proof_setting
+        and (options.exactness is None or knob.exactness[setting] in options.exactness)
+    )
+    most = MOST_SECONDS
+    if options.budget_seconds is not None:
+        most = min(most, BUDGET_SHARE * options.budget_seconds)
+    return Replay(allowed, least_seconds=min(Replay.least_seconds, most), most_seconds=most)
+
+
+def predict(
+    replayed: Replayed, step_ms: float, settings: Settings, onto: Settings | None = None
+) -> Ratio | None:
+    """Predict how many times as fast settings make a step.
+
+    Args:
+        replayed: the replayed calls.
+        step_ms: the time of a step of the bare program.
+        settings: the settings, with those of ``onto``.
+        onto: the settings of the program that they are compared with; ``None``: none.
+
+    Returns ``None`` if some of the settings were not replayed.
+    """
+    onto = {} if onto is None else onto
+    known = {one for name in replayed.settings for one in parse_label(name)}
+    if not replayed.calls or not parse_label(label({**settings, **onto})) <= known:
+        return None
+    of_bare = _replayed_ms(replayed)
+    before = [_find_times(call, onto) for call in replayed.calls]
+    after = [_find_times(call, settings) for call in replayed.calls]
+    counts = [call.count for call in replayed.calls]
+    before_ms = sum(n * fmean(times) for n, times in zip(counts, before, strict=True))
+    saved_ms = before_ms - sum(n * fmean(times) for n, times in zip(counts, after, strict=True))
+    deviation_ms = math.sqrt(
+        sum(n**2 * _variance(*pair) for n, *pair in zip(counts, before, after, strict=True))
+    )
+    rounds = min(map(len, before))
+    quantile = _quantile(rounds - 1)
+    step_ms = max(step_ms, of_bare) - (of_bare - before_ms)  # with ``onto``
+    rest_ms = max(step_ms - before_ms, 0.0)
+
+    def gain(saved_ms: float, share: float) -> float:
+        """The gain if a share of the rest belongs to the calls."""
+        saved_ms *= 1 + share * rest_ms / before_ms
+        return step_ms / max(step_ms - saved_ms, 0.02 * step_ms)
+
+    margin_ms = quantile * deviation_ms
+    bounds = [
+        gain(saved_ms + sign * margin_ms, share) for sign in (-1.0, 1.0) for share in (0.0, 1.0)
+    ]
+    return Ratio(gain(saved_ms, REST_SHARE), min(bounds), max(bounds), rounds)
+
+
+def _find_times(call: ReplayedCall, settings: Settings) -> Sequence[float]:
+    """Return the times of a call under settings.
+
+    Settings that do not act on it do not matter. If some replace each other on this call, as two
+    kernels for the same operator do, the fastest acts.
+    """
+    wanted = parse_label(label(settings))
+    found = [name for name in call.times_ms if parse_label(name) <= wanted]
+    most = max(len(parse_label(name)) for name in found)
+    times = [call.times_ms[name] for name in found if len(parse_label(name)) == most]
+    return min(times, key=fmean)
+
+
+def _variance(before_ms: Sequence[float], after_ms: Sequence[float]) -> float:
+    """Return the variance of the mean of what each round saves."""
+    saved = [b - a for b, a in zip(before_ms, after_ms, strict=True)]
+    return 0.0 if len(saved) < 2 or before_ms is after_ms else stdev(saved) ** 2 / len(saved)
+
+
+def _quantile(degrees: int) -> float:
+    from scipy import stats  # type: ignore[import-untyped]
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, max(degrees, 1)))
+
+
+def predict_candidates(
+    replayed: Replayed, step_ms: float, candidates: Sequence[Candidate]
+) -> dict[Candidate, Prediction]:
+    """Predict the gains of the candidates that were replayed.
+
+    Args:
+        replayed: the replayed calls.
+        step_ms: the time of a step of the bare program.
+        candidates: the candidates.
+    """
+    of_bare = _replayed_ms(replayed)
+    untimed_share = replayed.untimed_ms / (of_bare + replayed.untimed_ms)
+    labels = [dict(one.split("=") for one in parse_label(name)) for name in replayed.settings]
+    bases = [{}, *(one for one in labels if all(knobs.get(knob).inside for knob in one))]
+    found: dict[Candidate, Prediction] = {}
+    for candidate in candidates:
+        alone = predict(replayed, step_ms, candidate.settings)
+        if alone is None:
+            continue
+        gains = [
+            predict(replayed, step_ms, {**base, **candidate.settings}, base)
+            for base in bases
+            if candidate.knob not in base
+        ]
+        most = max(gain.high for gain in gains if gain is not None)
+        unseen_share = untimed_share
+        if candidate.bound is not None:
+            unseen_share *= 1 - 1 / candidate.bound
+        found[candidate] = Prediction(alone, most / max(1 - unseen_share, 0.02))
+    return found
+
+
+def _replayed_ms(replayed: Replayed) -> float:
+    """Return the time of the replayed calls of a step, bare."""
+    return sum(call.count * fmean(call.times_ms[BARE]) for call in replayed.calls)
+
+
+def _covers_enough(replayed: Replayed, step_ms: float, operators_share: float | None) -> bool:
+    """Return whether the replayed calls take enough of the operators' time to predict a step."""
+    if not replayed.calls:
+        return False
+    wanted_ms = step_ms * (1.0 if operators_share is None else operators_share)
+    return _replayed_ms(replayed) + replayed.untimed_ms >= LEAST_COVERED * wanted_ms
+
+
+def sort_out(
+    survey: Survey, replayed: Replayed | None, step_ms: float, operators_share: float | None
+) -> tuple[Survey, dict[Candidate, str]]:
+    """Drop the candidates that are predicted to gain nothing worth having, and put the others in
+    the order of what they promise.
+
+    Args:
+        survey: the candidates.
+        replayed: the replayed calls of the first run; ``None``: there are none.
+        step_ms: the time of a step of the bare program.
+        operators_share: the share of operators in a step; ``None``: not known.
+
+    Returns the survey with the candidates that are left, and the reason for each dropped one.
+    """
+    predictions: Mapping[Candidate, Prediction] = {}
+    if replayed is not None and _covers_enough(replayed, step_ms, operators_share):
+        predictions = predict_candidates(replayed, step_ms, survey.candidates)
+    dropped: dict[Candidate, str] = {}
+    kept = []
+    for candidate in survey.candidates:
+        prediction = predictions.get(candidate)
+        if prediction is not None:
+            candidate = dataclasses.replace(candidate, predicted=prediction.alone)
+            if prediction.most < statistics.WORTHWHILE:
+                why = f"replaying its operators predicts at most {prediction.most:.2f}x"
+                dropped[candidate] = why
+                continue
+        kept.append(candidate)
+    kept.sort(key=lambda one: -one.promise)
+    return dataclasses.replace(survey, candidates=tuple(kept)), dropped

@@ -1,0 +1,188 @@
+"""Predicting gains from replayed calls: pure decisions on made-up times."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from flatout.tune import prediction
+from flatout.tune.candidates import Candidate, Survey
+from flatout.tune.ledger import Options
+from flatout.wire.replay import BARE, Replayed, ReplayedCall, label, parse_label
+
+BF16 = {"precision": "bf16"}
+LAYOUT = {"memory_format": "channels_last"}
+BOTH = {**BF16, **LAYOUT}
+FAST = {"random": "fast"}
+KERNEL = {"attention": "fast"}
+
+
+def call(name: str, count: int, **times_ms: float) -> ReplayedCall:
+    """A call that takes the same time in each of four rounds; ``bare`` is one of the times."""
+    settings = {"bf16": BF16, "layout": LAYOUT, "both": BOTH, "fast": FAST, "kernel": KERNEL}
+    settings["fast_bf16"] = {**FAST, **BF16}
+    return ReplayedCall(
+        name,
+        count,
+        {
+            BARE if key == "bare" else label(settings[key]): (ms,) * 4
+            for key, ms in times_ms.items()
+        },
+    )
+
+
+ALL = tuple(map(label, (BF16, LAYOUT, BOTH, FAST, KERNEL)))
+
+
+def made(*calls: ReplayedCall, untimed_ms: float = 0.0) -> Replayed:
+    return Replayed(ALL, calls, untimed_ms)
+
+
+def test_a_label_can_be_read() -> None:
+    assert parse_label(label(BOTH)) == {"precision=bf16", "memory_format=channels_last"}
+    assert parse_label(BARE) == frozenset()
+
+
+def test_the_gain_is_amdahls_law_over_the_calls() -> None:
+    replayed = made(call("linear", 10, bare=6.0, bf16=2.0), call("relu", 20, bare=2.0))
+    ratio = prediction.predict(replayed, 100.0, BF16)
+    assert ratio is not None
+    shares, ratios = (0.6, 0.4), (3.0, 1.0)
+    saved = sum(share * (1 - 1 / one) for share, one in zip(shares, ratios, strict=True))
+    assert ratio.value == pytest.approx(1 / (1 - saved))
+    assert (ratio.low, ratio.high) == pytest.approx((ratio.value, ratio.value))
+
+
+def test_the_rest_of_the_step_widens_the_interval() -> None:
+    replayed = made(call("linear", 10, bare=6.0, bf16=3.0))
+    ratio = prediction.predict(replayed, 100.0, BF16)
+    assert ratio is not None
+    assert ratio.low == pytest.approx(1 / (1 - 0.3))  # the rest gains nothing
+    assert ratio.high == pytest.approx(2.0)  # the rest gains as the calls do
+    assert ratio.low < ratio.value < ratio.high
+
+
+def test_calls_that_take_longer_than_the_step_are_the_whole_step() -> None:
+    replayed = made(call("linear", 10, bare=6.0, bf16=3.0))
+    ratio = prediction.predict(replayed, 30.0, BF16)
+    assert ratio is not None
+    assert ratio.value == pytest.approx(2.0)
+
+
+def test_a_call_on_which_a_setting_does_not_act_keeps_its_time() -> None:
+    replayed = made(
+        call("dropout", 1, bare=4.0, fast=1.0, bf16=3.0, fast_bf16=0.5),
+        call("linear", 1, bare=6.0, bf16=2.0),
+    )
+    both = prediction.predict(replayed, 10.0, {**FAST, **BF16})
+    on_top = prediction.predict(replayed, 10.0, {**FAST, **BF16}, BF16)
+    alone = prediction.predict(replayed, 10.0, FAST)
+    assert both is not None
+    assert on_top is not None
+    assert alone is not None
+    assert both.value == pytest.approx(10 / 2.5)
+    assert on_top.value == pytest.approx(5 / 2.5)  # a larger part of a shorter step
+    assert alone.value == pytest.approx(10 / 7)
+
+
+def test_of_two_kernels_for_a_call_one_acts() -> None:
+    replayed = made(call("attention", 1, bare=8.0, fast=4.0, kernel=1.0))
+    ratio = prediction.predict(replayed, 8.0, {**FAST, **KERNEL})
+    assert ratio is not None
+    assert ratio.value == pytest.approx(8.0)
+
+
+def test_what_was_not_replayed_is_not_predicted() -> None:
+    replayed = made(call("linear", 1, bare=1.0))
+    assert prediction.predict(replayed, 1.0, {"threads": "one"}) is None
+    assert prediction.predict(made(), 1.0, BF16) is None
+    nothing = prediction.predict(replayed, 1.0, FAST)
+    assert nothing is not None
+    assert nothing.value == nothing.high == 1.0
+
+
+def test_the_interval_holds_the_truth_under_noise() -> None:
+    """Each round has a speed of its own, and each time its own noise."""
+    generator, held, truth, repeats = random.Random(0), 0, 10 / 6.5, 400
+    for _ in range(repeats):
+        speeds = [generator.lognormvariate(0, 0.3) for _ in range(6)]
+
+        def noisy(ms: float, speeds: list[float] = speeds) -> tuple[float, ...]:
+            return tuple(ms * speed * generator.lognormvariate(0, 0.03) for speed in speeds)
+
+        calls = tuple(
+            ReplayedCall("linear", 1, {BARE: noisy(bare), label(BF16): noisy(lowered)})
+            for bare, lowered in ((4.0, 2.0), (3.0, 1.5), (3.0, 3.0))
+        )
+        ratio = prediction.predict(made(*calls), 0.0, BF16)
+        assert ratio is not None
+        held += ratio.low <= truth <= ratio.high
+    assert held >= 0.9 * repeats
+
+
+def candidate(settings: dict[str, str], bound: float | None = 2.0) -> Candidate:
+    ((knob, setting),) = settings.items()
+    return Candidate(knob, setting, True, bound)
+
+
+def sorted_out(
+    replayed: Replayed | None, *settings: dict[str, str], step_ms: float = 10.0
+) -> tuple[list[str], dict[str, str]]:
+    survey = Survey(tuple(map(candidate, settings)), {}, {}, [])
+    kept, dropped = prediction.sort_out(survey, replayed, step_ms, 0.9)
+    return list(map(str, kept.candidates)), {str(one): why for one, why in dropped.items()}
+
+
+def test_candidates_without_a_predicted_gain_are_dropped_and_the_others_ordered() -> None:
+    replayed = made(
+        call("linear", 1, bare=6.0, bf16=3.0, layout=6.5, both=3.5),
+        call("dropout", 1, bare=4.0, fast=0.5),
+    )
+    kept, dropped = sorted_out(replayed, BF16, LAYOUT, FAST, KERNEL)
+    assert kept == ["random=fast", "precision=bf16"]
+    assert set(dropped) == {"memory_format=channels_last", "attention=fast"}
+    assert "predicts at most 1.0" in dropped["attention=fast"]
+
+
+def test_a_setting_that_gains_only_on_top_of_another_stays() -> None:
+    replayed = made(call("conv2d", 1, bare=10.0, bf16=5.0, layout=10.0, both=2.0))
+    kept, dropped = sorted_out(replayed, BF16, LAYOUT)
+    assert "memory_format=channels_last" in kept
+    assert not dropped
+
+
+def test_nothing_is_dropped_where_the_calls_are_not_the_step() -> None:
+    small = made(call("linear", 1, bare=1.0))
+    assert sorted_out(small, BF16) == (["precision=bf16"], {})
+    assert sorted_out(None, BF16) == (["precision=bf16"], {})
+
+
+def test_calls_that_there_was_no_time_for_count_as_far_as_the_profile_allows() -> None:
+    untimed = made(call("linear", 1, bare=5.0), untimed_ms=5.0)
+    kept, dropped = sorted_out(untimed, FAST)
+    assert kept == ["random=fast"]
+    assert not dropped
+
+
+def test_the_request_names_what_the_user_allows() -> None:
+    everything = prediction.make_request(Options()).settings
+    assert "precision=bf16" in everything
+    assert "random=paired" not in everything  # for proofs only
+    assert not [one for one in everything if one.startswith(("threads", "mkl", "compile"))]
+    exact = prediction.make_request(Options(exactness=("bitwise",))).settings
+    assert exact == ("random=same",)
+    assert prediction.make_request(Options(knobs=("optimizer",))).settings == (
+        *("optimizer=fused", "optimizer=onepass"),
+    )
+    short = prediction.make_request(Options(budget_seconds=20.0))
+    assert short.most_seconds < 2.0
+    assert short.least_seconds <= short.most_seconds
+
+
+def test_a_candidate_promises_what_is_predicted() -> None:
+    predicted = prediction.predict(made(call("linear", 1, bare=2.0, bf16=1.0)), 2.0, BF16)
+    one = dataclasses.replace(candidate(BF16, 8.0), predicted=predicted)
+    assert one.promise == pytest.approx(2.0)
+    assert candidate(BF16, 8.0).promise == 8.0
