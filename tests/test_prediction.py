@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from flatout.tune import prediction
 from flatout.tune.candidates import Candidate, Survey
-from flatout.tune.ledger import Options
+from flatout.tune.ledger import Ledger, Options
+from flatout.tune.pairs import Pace
+from flatout.tune.predicted import PredictedScreening, choose_screening
+from flatout.tune.screen import Screening, StopRule
+from flatout.wire.ratios import Ratio
 from flatout.wire.replay import BARE, Replayed, ReplayedCall, label, parse_label
 
 BF16 = {"precision": "bf16"}
@@ -186,3 +193,94 @@ def test_a_candidate_promises_what_is_predicted() -> None:
     one = dataclasses.replace(candidate(BF16, 8.0), predicted=predicted)
     assert one.promise == pytest.approx(2.0)
     assert candidate(BF16, 8.0).promise == 8.0
+
+
+def predicted(*settings: dict[str, str]) -> list[Candidate]:
+    ratio = Ratio(1.5, 1.4, 1.6, 4)
+    return [dataclasses.replace(candidate(one), predicted=ratio) for one in settings]
+
+
+def test_a_stack_takes_what_gains_on_top_of_it() -> None:
+    replayed = made(
+        call("conv2d", 1, bare=10.0, bf16=5.0, layout=10.0, both=2.0),
+        call("dropout", 1, bare=1.0, fast=0.9),
+    )
+    chosen, others = prediction.choose_stack(replayed, 11.0, predicted(FAST, LAYOUT, BF16, KERNEL))
+    assert list(map(str, chosen)) == [
+        *("precision=bf16", "memory_format=channels_last", "random=fast"),
+    ]
+    assert chosen[next(iter(chosen))].value == pytest.approx(11 / 6)
+    assert {str(one): why for one, why in others.items()} == {
+        "attention=fast": "predicted 1.00x on top of the others"
+    }
+
+
+def test_settings_that_exclude_each_other_are_not_chosen_together() -> None:
+    replayed = Replayed(
+        (label(BF16), "precision=safe"),
+        (
+            ReplayedCall(
+                "linear",
+                1,
+                {BARE: (4.0,) * 3, label(BF16): (2.0,) * 3, "precision=safe": (3.0,) * 3},
+            ),
+        ),
+    )
+    safe = {"precision": "safe"}
+    chosen, others = prediction.choose_stack(replayed, 4.0, predicted(safe, BF16))
+    assert list(map(str, chosen)) == ["precision=bf16"]
+    assert list(others.values()) == ["precision=bf16 gains more"]
+
+
+class Screened(PredictedScreening):
+    """A screening whose comparisons of whole steps are made up: the time of each stack."""
+
+    def __init__(self, hot: Sequence[Candidate], step_ms: Callable[[set[str]], float]) -> None:
+        ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
+        ledger.enter(hot)
+        self.ledger = ledger
+        replayed = made(
+            call("linear", 1, bare=500.0, bf16=200.0), call("dropout", 1, bare=500.0, fast=470.0)
+        )
+        bare: Any = SimpleNamespace(
+            job_steps=None, process=SimpleNamespace(replayed=replayed), pace=Pace(1.0, 1.0)
+        )
+        super().__init__(SimpleNamespace(), ledger, bare, Options())  # type: ignore[arg-type]
+        self.step_ms = step_ms
+        self.compared: list[list[str]] = []
+
+    def _compare_with_first(
+        self, arms: Sequence[Mapping[str, str]], stop_rule: StopRule, what: str
+    ) -> dict[int, Ratio]:
+        self.compared.append([label(arm) for arm in arms])
+        first, *others = (self.step_ms(set(arm)) for arm in arms)
+        ratios = [first / ms for ms in others]
+        return {n: Ratio(x, 0.99 * x, 1.01 * x, 9) for n, x in enumerate(ratios, 1)}
+
+
+def test_slow_steps_are_compared_only_for_what_is_not_predicted() -> None:
+    hot = [*predicted(BF16, FAST), candidate({"threads": "one"}), candidate({"gc": "seldom"})]
+    screening = Screened(
+        hot, lambda knobs: 0.5 - 0.1 * ("gc" in knobs) + 0.2 * ("threads" in knobs)
+    )
+    stack = screening.find_stack(hot)
+    assert stack == {"precision": "bf16", "random": "fast", "gc": "seldom"}
+    start = label({**BF16, **FAST})
+    assert screening.compared == [
+        [start, label({**BF16, **FAST, "threads": "one"}), label({**BF16, **FAST, "gc": "seldom"})]
+    ]
+    assert screening.ledger.find({"threads": "one"}).state == "no gain"
+    assert "predicted" in screening.ledger.find(BF16).why
+
+
+def test_where_all_is_predicted_no_step_is_compared() -> None:
+    hot = predicted(BF16, FAST)
+    screening = Screened(hot, lambda knobs: 1.0)
+    assert screening.find_stack(hot) == {"precision": "bf16", "random": "fast"}
+    assert not screening.compared
+
+
+def test_only_slow_steps_are_screened_by_predictions() -> None:
+    assert choose_screening(1.0, predicted(BF16)) is PredictedScreening
+    assert choose_screening(0.01, predicted(BF16)) is Screening
+    assert choose_screening(1.0, [candidate(BF16)]) is Screening

@@ -216,3 +216,44 @@ def sort_out(
         kept.append(candidate)
     kept.sort(key=lambda one: -one.promise)
     return dataclasses.replace(survey, candidates=tuple(kept)), dropped
+
+
+def choose_stack(
+    replayed: Replayed, step_ms: float, candidates: Sequence[Candidate]
+) -> tuple[dict[Candidate, Ratio], dict[Candidate, str]]:
+    """Choose settings one after the other, each time the one with the largest predicted gain on top
+    of those before it, as long as it is worth having.
+
+    Settings that exclude each other (``Knob.claims``) are not chosen together.
+
+    Args:
+        replayed: the replayed calls.
+        step_ms: the time of a step of the bare program.
+        candidates: candidates with predictions.
+
+    Returns the chosen settings with these gains, in order, and the reason for each other one.
+    """
+    stack: dict[str, str] = {}
+    chosen: dict[Candidate, Ratio] = {}
+    others: dict[Candidate, str] = {}
+    left = list(candidates)
+    while left:
+        gains: dict[Candidate, Ratio] = {}
+        for candidate in left:
+            gain = predict(replayed, step_ms, {**stack, **candidate.settings}, stack)
+            if gain is not None:
+                gains[candidate] = gain
+        best = next(iter(statistics.pick_winners(gains)), None)
+        if best is None or gains[best].value < statistics.WORTHWHILE:
+            for candidate in left:
+                predicted = f"{gains[candidate].value:.2f}x" if candidate in gains else "no gain"
+                others[candidate] = f"predicted {predicted} on top of the others"
+            break
+        chosen[best] = gains[best]
+        stack |= best.settings
+        claims = {best.knob, *knobs.get(best.knob).claims}
+        for candidate in left:
+            if candidate != best and claims & {candidate.knob, *knobs.get(candidate.knob).claims}:
+                others[candidate] = f"{best} gains more"
+        left = [one for one in left if one not in chosen and one not in others]
+    return chosen, others

@@ -37,6 +37,7 @@ from flatout.tune import (
     evidence,
     formatting,
     pairs,
+    predicted,
     prediction,
     search,
     statistics,
@@ -49,7 +50,6 @@ from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover, estimate_least_s
-from flatout.tune.screen import Screening
 from flatout.tune.trial import Trials
 
 MAXIMUM_PROOFS = 4
@@ -153,7 +153,8 @@ class Tuner:
         first = self._run_bare()
         survey = self._survey(first)
         shared = (self._trials, self._ledger, first, self._options)
-        screening, cold_trials, prover = Screening(*shared), ColdTrials(*shared), Prover(*shared)
+        kind = predicted.choose_screening(first.pace.step_s, survey.candidates)
+        screening, cold_trials, prover = kind(*shared), ColdTrials(*shared), Prover(*shared)
         stack = screening.find_stack([one for one in survey.candidates if one.is_hot])
         cold = [one for one in survey.candidates if not one.is_hot]
         cold = [*screening.not_compared, *cold]

@@ -1,0 +1,101 @@
+"""Chooses hot settings of a program with slow steps by their predictions.
+
+Comparing combinations of settings takes dozens of steps for each, which is too long where a step
+takes a good part of a second. So the stack is put together from what replayed calls predict
+(``prediction.py``). Whole steps are compared only for what no replay can predict: settings that do
+not stand behind operators, and predicted ones that are in doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flatout.tune import prediction, statistics
+from flatout.tune.candidates import Candidate
+from flatout.tune.screen import SLOW_STEP_S, Screening
+from flatout.wire.ratios import Ratio
+
+
+def choose_screening(step_s: float, candidates: Sequence[Candidate]) -> type[Screening]:
+    """Choose how hot candidates are screened.
+
+    Args:
+        step_s: the time of a step of the bare program, in seconds.
+        candidates: the candidates.
+    """
+    is_predicted = any(one.predicted is not None for one in candidates)
+    return PredictedScreening if is_predicted and step_s >= SLOW_STEP_S else Screening
+
+
+class PredictedScreening(Screening):
+    """A screening that replays decide."""
+
+    def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
+        """Find the hot settings that make the program faster together.
+
+        Args:
+            hot: the candidates; each must already be entered in the ledger.
+
+        Raises:
+            UserError: the program fails when it runs again.
+        """
+        predicted = [one for one in hot if one.predicted is not None]
+        gains = self._choose(predicted)
+        stack = {one.knob: one.setting for one in gains}
+        others = [one for one in hot if one.predicted is None]
+        return self._check(stack, [one for one in gains if gains[one].low <= 1], others)
+
+    def _choose(self, predicted: Sequence[Candidate]) -> dict[Candidate, Ratio]:
+        """Choose the settings that are predicted to make each other faster, and enter what is said
+        of them and of the others."""
+        replayed = self._bare.process.replayed
+        assert replayed is not None
+        gains, others = prediction.choose_stack(replayed, self._bare.pace.step_s * 1e3, predicted)
+        for candidate, gain in gains.items():
+            said = f"predicted {gain.value:.2f}x on top of the others; the proof measures it"
+            self._ledger.accept(candidate.settings, said)
+            self._ledger.print_line(f"{candidate}: {said}")
+        for candidate, why in others.items():
+            self._ledger.reject(candidate.settings, why)
+            self._ledger.print_line(f"{candidate} is left out: {why}")
+        return gains
+
+    def _check(
+        self, stack: dict[str, str], doubtful: Sequence[Candidate], others: Sequence[Candidate]
+    ) -> dict[str, str]:
+        """Compare the stack with itself without settings that are in doubt, and with others on top
+        of it, in whole steps.
+
+        Args:
+            stack: the settings that the predictions have chosen.
+            doubtful: those of them that may gain nothing.
+            others: settings without a prediction.
+        """
+        without = [{k: s for k, s in stack.items() if k != one.knob} for one in doubtful]
+        arms = (stack, *without, *(stack | one.settings for one in others))
+        if len(arms) == 1:
+            return stack
+        tried = ", ".join(map(str, [*others, *doubtful]))
+        self._ledger.start(others, "inside one process")
+        found = self._compare_with_first(arms, "arms", f"the predicted settings, and {tried}")
+        less = {one: found[n] for n, one in enumerate(doubtful, 1) if n in found}
+        grown = dict(stack)
+        for candidate in statistics.find_redundant(less)[: max(len(stack) - 1, 0)]:
+            if less[candidate].value >= 1:
+                why = "the other settings are as fast without it"
+                self._ledger.leave_out(candidate.settings, why)
+                del grown[candidate.knob]
+        on_top: dict[Candidate, Ratio] = {}
+        for number, candidate in enumerate(others, 1 + len(doubtful)):
+            if number not in found:
+                why = "the program did not get so far that its effect could be measured"
+                self._ledger.skip(candidate.settings, "inside one process", why)
+                continue
+            on_top[candidate] = found[number]
+            self._ledger.note_ratio(candidate, found[number])
+            self._ledger.reject(candidate.settings)
+        for candidate in statistics.pick_winners(on_top):
+            if candidate.knob not in grown:
+                grown |= candidate.settings
+                self._ledger.accept(candidate.settings, f"{on_top[candidate]} on top of the others")
+        return grown
