@@ -137,6 +137,7 @@ class OnePass:
                 with torch.no_grad():
                     factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0).item()
                 torch.autograd.graph.increment_version(grads)
+                handled_calls.counts[NAME] += 1
                 if factor != 1.0:
                     arrays.call_kernel(self._scale, grads, SERIAL_BELOW, factor)
                 return
