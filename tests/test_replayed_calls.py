@@ -17,12 +17,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from flatout import knobs
 from flatout.agent import calls
+from flatout.agent.bench import Bench, Key
 from flatout.agent.calls import CallLog, TensorForm, find_values, freeze, thaw
 from flatout.agent.replay import choose_settings, replay
 from flatout.agent.standins import make_tensor
 from flatout.intercept import handled_calls
 from flatout.intercept.host import Host
+from flatout.knob import Inside
 from flatout.wire.profile import OperatorTimes, Profile
 from flatout.wire.record import read_run
 from flatout.wire.replay import BARE, Replayed
@@ -342,6 +345,28 @@ def test_the_programs_own_autocast_is_replayed(host: Host) -> None:
     forms = [call.form for call in log.calls if call.form.name == "linear"]
     assert [form.autocast for form in forms] == [("cpu", torch.bfloat16)]
     assert labels(replayed(log, PRECISION), "float") == set()
+
+
+def test_the_clock_is_read_when_an_accelerator_is_ready(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = described(host, function_step(torch.tanh, torch.randn(4, requires_grad=True)))
+    order: list[str] = []
+    bench = Bench(log, (), 1.0, lambda: len(order) if order.append("clock") is None else 0)
+    order.clear()
+    monkeypatch.setattr(bench, "_devices", [torch.device("cuda", 0)])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda found: order.append("ready"))
+    monkeypatch.setattr("flatout.agent.bench.free_memory_bytes", lambda devices: None)
+    call = next(call for call in log.calls if call.form.name == "tanh")
+    key = Key(call.form, call.form.tensors)
+    bench.visit(key, bench.prepare(key), Inside(), repeats=3)
+    assert order == ["ready", "clock", "ready", "clock"]
+
+
+def test_a_knob_whose_calls_are_replayed_says_on_which_it_acts() -> None:
+    for knob in knobs.registry().values():
+        if knob.is_replayable:
+            assert knob.inside is not None or knob.waits_for_calls, knob.name
 
 
 @pytest.mark.parametrize(

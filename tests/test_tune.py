@@ -164,6 +164,45 @@ def test_a_short_program_is_profiled_and_compared_in_fresh_processes(tmp_path: P
     assert set(outcome.settings) <= {"optimizer"}
 
 
+SLOW = """
+import torch
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(1024, 4096), nn.Dropout(0.1), nn.Tanh(), nn.Linear(4096, 1024))
+optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+x = torch.randn(1024, 1024)
+for step in range(1000):
+    loss = (net(x) - x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.tunes
+@pytest.mark.usefixtures("two_pairs")
+def test_slow_steps_are_not_compared_for_what_a_replay_predicts(tmp_path: Path) -> None:
+    options = Options(
+        budget_seconds=150,
+        isolate=False,
+        knobs=("elementwise", "random", "optimizer", "clipping", "cross_entropy"),
+    )
+    opened = journal.begin("tune", write(tmp_path, SLOW))
+    lines: list[str] = []
+    made = Tuner(
+        write(tmp_path, SLOW), options, opened, lines.append, lambda *_: None, lambda _: None
+    )
+    outcome = made.run()
+    opened.close()
+    assert {"clipping", "cross_entropy"} <= outcome.refused.keys()
+    predicted = {knob for entry in outcome.entries for knob in entry.settings if entry.predicted}
+    assert predicted == {"elementwise", "random", "optimizer"}
+    assert not find_compared(outcome)
+    assert not any("comparing inside one process" in line for line in lines), lines
+    assert any("on top of the others" in line for line in lines), lines
+
+
 def test_nothing_to_try_is_a_result(tmp_path: Path) -> None:
     program = """
 import torch

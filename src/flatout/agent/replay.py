@@ -34,6 +34,7 @@ from flatout.agent.rounds import time_groups
 from flatout.intercept import device, handled_calls
 from flatout.intercept.modes import without_autocast
 from flatout.knob import Facts
+from flatout.knobs import fastpath
 from flatout.wire.replay import Replayed
 from flatout.wire.request import Replay
 from flatout.wire.turns import Turn
@@ -101,6 +102,8 @@ class Replayer:
             return "there is no profile"
         if ensemble.find(self._host.roots) is not None:
             return "other processes would wait for this one"
+        if any(o.name.removeprefix("aten::") in fastpath.OPERATORS for o in profile.operators):
+            return "torch runs transformer layers by its fast path, which no mode can see"
         if _is_compiled():
             return "parts of the program are compiled"
         return None

@@ -57,8 +57,9 @@ class Prediction:
     most: float
 
 
-def make_request(options: Options) -> Replay:
-    """Return the request for a replay under all settings that the user allows."""
+def make_request(options: Options) -> Replay | None:
+    """Return the request for a replay under all settings that the user allows; ``None``: there are
+    none."""
     allowed = tuple(
         f"{name}={setting}"
         for name, knob in knobs.registry().items()
@@ -67,6 +68,8 @@ def make_request(options: Options) -> Replay:
         if setting != knob.proof_setting
         and (options.exactness is None or knob.exactness[setting] in options.exactness)
     )
+    if not allowed:
+        return None
     most = MOST_SECONDS
     if options.budget_seconds is not None:
         most = min(most, BUDGET_SHARE * options.budget_seconds)
