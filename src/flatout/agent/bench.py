@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flatout import knobs
-from flatout.agent.calls import CallLog, Form, StepForm, TensorForm
+from flatout.agent.calls import CallLog, Form, StepForm, TensorForm, copy_state
 from flatout.agent.standins import Prepared, prepare, prepare_step, size_bytes
 from flatout.intercept.host import Host
 from flatout.knob import Inside
@@ -126,7 +126,10 @@ class Bench:
         if not self.has_memory_for(size_bytes(key.form)):
             raise MemoryError("there is too little free memory")
         if isinstance(key.form, StepForm):
-            return prepare_step(key.form)
+            reference, gradients = self.log.optimizers[key.form]
+            optimizer = reference()
+            state = [] if optimizer is None else copy_state(optimizer)
+            return prepare_step(key.form, gradients, state)
         return prepare(key.form, key.tensors, self.log.values[key.form])
 
     def has_memory_for(self, needed_bytes: float) -> bool:

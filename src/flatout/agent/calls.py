@@ -29,11 +29,11 @@ MOST_CALLS = 20_000
 """A step with more calls is not described; its time is that of Python."""
 
 MOST_COPIED = 1 << 20
-"""Tensors that are not made up are copied if they have at most this many elements: indices, masks
-and tensors with values that are not finite."""
+"""Indices and masks (of integers, booleans, or with values that are not finite) are copied if they
+have at most this many elements."""
 
 SAMPLED = 4096
-"""The number of elements from which the distribution of a tensor's values is estimated."""
+"""The largest number of elements of a sample of a tensor's values."""
 
 _Options = tuple[tuple[str, Any], ...]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -100,14 +100,11 @@ class Values(NamedTuple):
     """What is known about the values of a tensor.
 
     Attributes:
-        mean, deviation, low, high: of a sample.
-        copy: a copy in the tensor's shape, in place of these; ``None``: there is none.
+        sample: some of the elements, one-dimensional; of complex numbers both parts.
+        copy: a copy of the tensor; ``None``: the sample stands for it.
     """
 
-    mean: float
-    deviation: float
-    low: float
-    high: float
+    sample: torch.Tensor
     copy: torch.Tensor | None = None
 
 
@@ -258,27 +255,17 @@ def thaw(frozen: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def find_values(tensor: torch.Tensor) -> Values:
-    """Estimate the distribution of a tensor's values, or copy it.
-
-    Raises:
-        NotReplayableError: it can be neither made up nor copied.
-    """
-    part = tensor.detach()
+    """Take a sample of a tensor's values, or copy it if it is an index or a mask."""
+    detached = tensor.detach()
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    part = torch.view_as_real(detached.resolve_conj()) if tensor.is_complex() else detached
+    if part.is_contiguous():
+        part = part.reshape(-1)[:: part.numel() // SAMPLED | 1]
     while part.dim() and part.numel() > SAMPLED:
         part = part[part.shape[0] // 2]
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        if tensor.numel() > MOST_COPIED:
-            raise NotReplayableError("an index or a mask among its arguments is too large")
-        return Values(0.0, 0.0, 0.0, 0.0, tensor.detach().clone())
-    if not part.numel():
-        return Values(0.0, 1.0, 0.0, 0.0)
-    sample = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part).float()
-    if not bool(torch.isfinite(sample).all()):
-        if tensor.numel() > MOST_COPIED or tensor.requires_grad:
-            raise NotReplayableError("a tensor among its arguments is not finite")
-        return Values(0.0, 0.0, 0.0, 0.0, tensor.detach().clone())
-    deviation = float(sample.std(correction=0))
-    return Values(float(sample.mean()), deviation, float(sample.min()), float(sample.max()))
+    sample = part.clone(memory_format=torch.contiguous_format).reshape(-1)[:SAMPLED]
+    is_mask = not is_number or not (tensor.requires_grad or bool(torch.isfinite(sample).all()))
+    return Values(sample, detached.clone() if is_mask and tensor.numel() <= MOST_COPIED else None)
 
 
 class CallLog(TorchFunctionMode):
@@ -291,6 +278,7 @@ class CallLog(TorchFunctionMode):
         calls: the calls in order; optimizers' steps are in ``steps``.
         values: what is known about the tensors of each form, from its first call.
         steps: the steps of optimizers, each with its number of calls.
+        optimizers: for each of these the optimizer, and samples of its gradients.
         skipped: the calls that cannot be replayed: their number for each reason.
     """
 
@@ -299,6 +287,7 @@ class CallLog(TorchFunctionMode):
         self.calls: list[Call] = []
         self.values: dict[Form, tuple[Values, ...]] = {}
         self.steps: dict[StepForm, int] = {}
+        self.optimizers: dict[StepForm, tuple[weakref.ref[Any], list[Values]]] = {}
         self.skipped: dict[str, int] = {}
         self._host = host
         self._on_failure = host.events.on_failure_of("replay")
@@ -311,7 +300,8 @@ class CallLog(TorchFunctionMode):
 
     def open(self) -> None:
         """Begin a step, and forget what came before."""
-        for kept in (self.calls, self.values, self.steps, self.skipped, self._numbers):
+        parts = (self.calls, self.values, self.steps, self.optimizers, self.skipped, self._numbers)
+        for kept in parts:
             kept.clear()
         if self._is_open:
             return
@@ -385,11 +375,7 @@ class CallLog(TorchFunctionMode):
             is_inside=self._is_inside,
         )
         if form not in self.values:
-            try:
-                self.values[form] = tuple(map(find_values, tensors))
-            except NotReplayableError as why:
-                self._skip(f"{form.name}: {why}")
-                return
+            self.values[form] = tuple(map(find_values, tensors))
         inputs = tuple(map(self._number, tensors))
         self.calls.append(Call(form, inputs, tuple(map(self._number, results))))
 
@@ -458,6 +444,9 @@ class CallLog(TorchFunctionMode):
         try:
             with torch._C.DisableTorchFunction():
                 form = describe_step(optimizer)
+                if form not in self.optimizers:
+                    values = list(map(find_values, _gradients(optimizer)))
+                    self.optimizers[form] = weakref.ref(optimizer), values
         except NotReplayableError as why:
             self._skip(str(why))
         else:
@@ -491,6 +480,24 @@ def describe_step(optimizer: Any) -> StepForm:
     if not groups:
         raise NotReplayableError("an optimizer steps without gradients")
     return StepForm(kind, tuple(groups))
+
+
+def _gradients(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Yield the gradients that an optimizer's step uses."""
+    for group in optimizer.param_groups:
+        yield from (p.grad for p in group["params"] if p.grad is not None)
+
+
+def copy_state(optimizer: Any) -> list[dict[str, Any]]:
+    """Copy the state of each parameter that an optimizer's last step has updated."""
+    state = [
+        optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]
+    ]
+    return [
+        {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
+        for kept in state
+        if kept
+    ]
 
 
 def _programs_autocast() -> tuple[str, torch.dtype] | None:

@@ -1,7 +1,8 @@
 """Making a described call again: tensors of the same form, and the call on them.
 
-The tensors are made up: normally distributed with the mean and the deviation of the real ones, and
-between their extremes. Indices, masks and tensors that are not finite are copies.
+The tensors are made up: they repeat a sample of the values of the real ones, because zeros and tiny
+numbers may take another time than others. Indices and masks are copies, and so is the state of
+optimizers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ import torch
 from flatout.agent.calls import Form, StepForm, TensorForm, Values, leave, thaw
 from flatout.intercept.nested import tensors_in
 from flatout.knob import Inside
-
-_BLOCK = 65521
-"""Random numbers that are drawn; larger tensors repeat them. It is a prime, so that rows differ."""
-
-_NOTHING = Values(0.0, 1.0, -3.0, 3.0)
 
 
 class Prepared(NamedTuple):
@@ -50,39 +46,41 @@ def _tensor_bytes(form: TensorForm) -> int:
     return math.prod(form.shape) * form.dtype.itemsize
 
 
-@functools.cache
-def _normals(device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(_BLOCK, generator=generator).to(device)
-
-
-def make_tensor(form: TensorForm, values: Values = _NOTHING) -> torch.Tensor:
+def make_tensor(form: TensorForm, values: Values) -> torch.Tensor:
     """Make a tensor up."""
     if values.copy is not None:
-        tensor = values.copy.clone()
+        tensor = values.copy.to(form.dtype, copy=True)
         if not any(stride == 0 for stride in form.strides):
             tensor = torch.empty_strided(
                 form.shape, form.strides, dtype=form.dtype, device=form.device
             ).copy_(values.copy)
     else:
-        tensor = _make_floats(form, values)
+        tensor = _repeat(form, values.sample)
     if form.is_parameter:
         return torch.nn.Parameter(tensor, requires_grad=form.requires_grad)
     return tensor.requires_grad_(form.requires_grad)
 
 
-def _make_floats(form: TensorForm, values: Values) -> torch.Tensor:
+def _repeat(form: TensorForm, sample: torch.Tensor) -> torch.Tensor:
     size = 0
     if math.prod(form.shape):
         size = 1 + sum(s * (n - 1) for s, n in zip(form.strides, form.shape, strict=True))
     elements = 2 * size if form.dtype.is_complex else size
-    block = (_normals(form.device) * values.deviation + values.mean).clamp_(values.low, values.high)
+    if not sample.numel():
+        sample = sample.new_zeros(1)
     if form.dtype.is_complex:
-        flat = block.repeat(-(-elements // _BLOCK))[:elements].view(-1, 2)
-        memory = torch.view_as_complex(flat).to(form.dtype)
+        flat = sample.repeat(-(-elements // sample.numel()))[:elements]
+        memory = torch.view_as_complex(flat.view(-1, 2)).to(form.dtype)
     else:
-        memory = block.to(form.dtype).repeat(-(-elements // _BLOCK))[:elements]
+        memory = sample.to(form.dtype).repeat(-(-elements // sample.numel()))[:elements]
     return memory.as_strided(form.shape, form.strides)
+
+
+@functools.cache
+def _normals(device: torch.device) -> Values:
+    """Normally distributed values, the size of gradients."""
+    generator = torch.Generator().manual_seed(0)
+    return Values((0.01 * torch.randn(4093, generator=generator)).to(device))
 
 
 def prepare(form: Form, tensors: Sequence[TensorForm], values: Sequence[Values]) -> Prepared:
@@ -129,24 +127,36 @@ def prepare(form: Form, tensors: Sequence[TensorForm], values: Sequence[Values])
 
 
 def _gradient_of(tensor: torch.Tensor) -> torch.Tensor:
-    values = Values(0.0, 0.01, -0.03, 0.03) if tensor.dim() else Values(1.0, 0.0, 1.0, 1.0)
     form = TensorForm.of(tensor.detach())
-    if any(stride == 0 for stride in form.strides):
+    if not form.shape or any(stride == 0 for stride in form.strides):
         return torch.ones_like(tensor)
-    return make_tensor(form, values)
+    return make_tensor(form, _normals(form.device))
 
 
-def prepare_step(form: StepForm) -> Prepared:
-    """Prepare a step of an optimizer, with parameters, gradients and state of its own."""
-    groups = []
+def prepare_step(
+    form: StepForm, gradients: Sequence[Values], state: Sequence[dict[str, Any]]
+) -> Prepared:
+    """Prepare a step of an optimizer, with parameters, gradients and state of its own.
+
+    Args:
+        form: the step.
+        gradients: what is known about the values of the gradients.
+        state: a copy of the state of each parameter, which the step writes; if there are not as
+            many as parameters, the first step makes it.
+    """
+    groups, stepped = [], []
+    values = iter(gradients)
     for options, members in form.groups:
         parameters = []
         for parameter_form, gradient_form in members:
-            parameter = make_tensor(parameter_form, Values(0.0, 0.05, -0.2, 0.2))
-            parameter.grad = make_tensor(gradient_form, Values(0.0, 0.01, -0.04, 0.04))
+            parameter = make_tensor(parameter_form, _normals(parameter_form.device))
+            parameter.grad = make_tensor(gradient_form, next(values))
             parameters.append(parameter)
         groups.append({"params": parameters, **dict(options)})
+        stepped += parameters
     optimizer = form.optimizer(groups)
+    if len(state) == len(stepped):
+        optimizer.state.update(zip(stepped, state, strict=True))
     step = type(optimizer).step
     step = getattr(step, "__wrapped__", step)  # without the hooks that the program has registered
 
