@@ -10,6 +10,7 @@ Control"; proc_meminfo(5), proc_cpuinfo(5), cgroups(7).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,23 @@ def cpu_quota(root: Path = CGROUPS, groups: str | None = None) -> float | None:
         groups: content of ``/proc/self/cgroup``.
     """
     return _smallest("cpu", _quota_v2, _quota_v1, root, groups)
+
+
+def cpu_throttled_s(root: Path = CGROUPS, groups: str | None = None) -> float | None:
+    """Return how long CPU quotas have stopped this process's control groups so far, in seconds.
+
+    The result is ``None`` if no group tells it. For the arguments see ``cpu_quota``.
+    """
+    groups = text(Path("/proc/self/cgroup")) if groups is None else groups
+    found = [_throttled_s(*group) for group in _groups_with_cpu_times(root, groups or "")]
+    known = [seconds for seconds in found if seconds is not None]
+    return sum(known) if known else None
+
+
+@functools.cache
+def _groups_with_cpu_times(root: Path, groups: str) -> list[tuple[bool, Path]]:
+    """Return the groups that tell how long they were stopped, as ``_groups`` yields them."""
+    return [group for group in _groups("cpu", root, groups) if _throttled_s(*group) is not None]
 
 
 def memory_limit_bytes(root: Path = CGROUPS, groups: str | None = None) -> int | None:
@@ -120,6 +138,12 @@ def _quota_v1(folder: Path) -> float | None:
     quota = _integer(folder / "cpu.cfs_quota_us")
     period = _integer(folder / "cpu.cfs_period_us")
     return quota / period if quota and period else None
+
+
+def _throttled_s(is_v2: bool, folder: Path) -> float | None:
+    numbers = _numbers(folder / "cpu.stat")
+    used = numbers.get("throttled_usec" if is_v2 else "throttled_time")
+    return None if used is None else used / (1e6 if is_v2 else 1e9)
 
 
 def _free(folder: Path, limit_file: str, used_file: str, reclaimable: str) -> int | None:
