@@ -196,6 +196,9 @@ class Knob:
         hides_gains: whether the knob makes the step so much shorter, or so different, that settings
             which gain nothing beside it may gain without it. They are tried again if the knob is
             dropped.
+        needs_quiet: whether the knob decides how many CPUs the program uses. Beside other work,
+            fewer threads look better than they are, so its gain counts only where other processes
+            are known to have left the CPUs alone.
     """
 
     name: str
@@ -215,6 +218,7 @@ class Knob:
     proof_setting: str | None = None
     background_settings: tuple[str, ...] = ()
     hides_gains: bool = False
+    needs_quiet: bool = False
 
     def offer(self, facts: Facts) -> Match:
         """Return the settings to try, given the facts; none on a device that is not supported."""

@@ -96,7 +96,7 @@ class Size(NamedTuple):
         return cls(step.rows, step.elements) if step.rows and step.elements else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
     """Consecutive steps of one arm.
 
@@ -106,17 +106,24 @@ class Block:
         sizes: the sizes of these steps, in order.
         first_ms: the step times of the first block of an arm, which warms up and is not used for
             ratios.
+        start_s, end_s: the beginning of the first timed step and the end of the last, in seconds
+            since the header of the record; ``None``: there are no steps, or it is not known.
     """
 
     arm: int
     times_ms: list[float] = field(default_factory=list)
     sizes: list[Size | None] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
+    start_s: float | None = None
+    end_s: float | None = None
 
-    def add(self, step_ms: float, size: Size | None) -> None:
-        """Add a step to this block."""
+    def add(self, step_ms: float, size: Size | None, at_s: float | None = None) -> None:
+        """Add a step to this block; ``at_s`` is its beginning, see ``start_s``."""
         self.times_ms.append(step_ms)
         self.sizes.append(size)
+        if at_s is not None:
+            self.start_s = at_s if self.start_s is None else self.start_s
+            self.end_s = at_s + step_ms / 1e3
 
 
 def merge_steps(blocks: Sequence[Block]) -> list[Block]:
