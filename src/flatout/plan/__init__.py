@@ -24,6 +24,7 @@ settings = {precision = "bf16"}   # what was proven; a plan with other settings 
 ratio = 1.61                # bare step time over the plan's, from fresh processes
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
+others_share, quiet_share   # how quiet it was, see ``Evidence``
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
 [evidence.in_process]       # knob = ratio of its setting inside one process
 [[evidence.losses]]         # for each backward call of a step, with both curves
@@ -58,6 +59,7 @@ from flatout.plan.program import Digests, Program
 from flatout.text import one_line
 from flatout.wire import codec
 from flatout.wire.codec import (
+    OMIT_NONE,
     TOML,
     Count,
     MismatchError,
@@ -151,7 +153,7 @@ class Evidence:
     Attributes:
         settings: what was proven.
         ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
-        pairs: pairs of fresh processes behind the ratio.
+        pairs: pairs of fresh processes behind the ratio; 0 if other work made it not measurable.
         bare_step_ms, plan_step_ms: geometric means of the runs; their quotient is the ratio.
         steps: how many steps from the start the proof covers.
         seeds: how many seeds the proof was repeated with, as far as they changed anything (1: the
@@ -164,6 +166,10 @@ class Evidence:
         losses: one entry for each backward call of the step.
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.
+        others_share: the share of the CPUs that other processes took in the blocks of steps behind
+            the ratio; ``None``: not measured.
+        quiet_share: the share of the blocks that were undisturbed, which alone count; ``None``: the
+            plan was written before this was measured.
     """
 
     settings: Mapping[str, str]
@@ -181,6 +187,8 @@ class Evidence:
     losses: tuple[LossEvidence, ...] = ()
     checks: tuple[Check, ...] = ()
     verified: tuple[Verified, ...] = ()
+    others_share: NotNegative | None = field(default=None, metadata=OMIT_NONE)
+    quiet_share: NotNegative | None = field(default=None, metadata=OMIT_NONE)
 
     def check(self) -> None:
         """Raise ``MismatchError`` for a ratio outside of its interval."""

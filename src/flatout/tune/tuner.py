@@ -30,13 +30,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flatout import knobs
 from flatout.machine import Ceilings
-from flatout.tune import bare, candidates, evidence, formatting, pairs, search, statistics
+from flatout.tune import bare, candidates, evidence, formatting, pairs, quiet, search, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.budget import UNKNOWN_BUDGET_S
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
+from flatout.tune.neighbours import Neighbours
 from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover, estimate_least_s
 from flatout.tune.screen import Screening
@@ -80,7 +81,13 @@ class Tuner:
             refresh,
             lambda: journal.counted_s,
         )
-        self._trials = Trials(command, journal, options.isolate, tick=self._ledger.notify)
+        self._trials = Trials(
+            command,
+            journal,
+            options.isolate,
+            tick=self._ledger.notify,
+            neighbours=Neighbours(options.budget_seconds or UNKNOWN_BUDGET_S, print_line),
+        )
         self._measure_ceilings = measure_ceilings
 
     def run(self) -> Outcome:
@@ -224,6 +231,9 @@ class Tuner:
     def _explain_nothing_faster(self) -> str:
         """Return the reason why there are no settings to prove."""
         entries = self._ledger.outcome.entries
+        for entry in entries:
+            if entry.state == "not tried" and entry.why.startswith(quiet.NOT_MEASURABLE):
+                return entry.why
         if entries and all(entry.state == "not tried" for entry in entries):
             budget = formatting.duration(self._ledger.budget_s)
             return f"the budget of {budget} has no time to try a setting"
@@ -303,7 +313,9 @@ class Tuner:
         assert verdict is not None  # there is no proof without one
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
-        outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
+        not_measurable = attempt.pairs.quietness.why_not_measurable
+        gain = f"gives {attempt.pairs.ratio}" if not_measurable is None else not_measurable
+        outcome.why = f"{format_settings(settings)} {gain}, and {verdict.why}"
         in_process = {
             name: outcome.find_ratio_in_process(name, setting) for name, setting in settings.items()
         }
@@ -328,6 +340,9 @@ def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None
         finished_pairs: the pairs of the bare program and the plan.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
+    not_measurable = finished_pairs.quietness.why_not_measurable
+    if not_measurable is not None:
+        return f"no claim: {not_measurable}"
     ratio = finished_pairs.ratio
     if not statistics.is_gain(ratio):
         return f"{ratio} in fresh processes: {formatting.describe_ratio(ratio)}"

@@ -20,6 +20,7 @@ This file imports only the standard library, because both halves load it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ def merge_steps(blocks: Sequence[Block]) -> list[Block]:
     which the median would leave out.
     """
     return [
-        Block(block.arm, [fmean(block.times_ms)], [None], block.first_ms)
+        dataclasses.replace(block, times_ms=[fmean(block.times_ms)], sizes=[None])
         if block.times_ms
         else block
         for block in blocks
