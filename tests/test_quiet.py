@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,31 @@ def test_a_gain_that_only_the_slow_times_show_is_not_claimed() -> None:
     why = quiet.find_contradiction(pairs)
     assert why is not None
     assert why.startswith("the means give 1.84x")
+
+
+def test_more_noise_on_one_side_is_no_contradiction() -> None:
+    """The fastest of noisy times lie further below their mean than those of steady times."""
+    draw = random.Random(0)
+    pairs = [
+        [
+            dataclasses.replace(block(place=n), baseline_s=1.2 * math.exp(draw.gauss(0, 0.06)))
+            for n in range(30)
+        ]
+        for _ in range(12)
+    ]
+    means = statistics.estimate_ratio([quiet.log_ratio(one) for one in pairs])
+    floors = quiet.estimate_floor_ratio(pairs)
+    assert floors is not None
+    assert floors.high < means.low
+    assert quiet.find_contradiction(pairs) is None
+
+
+def test_a_gain_that_is_far_smaller_in_the_fastest_times_is_not_claimed() -> None:
+    """Ten times by the means, a third by the fastest times."""
+    slow = [
+        [block(place=n, gain=1.3 if (n + k) % 3 == 0 else 14.0) for n in range(9)] for k in range(6)
+    ]
+    assert "the means give 9.7" in (quiet.find_contradiction(slow) or "")
 
 
 def test_what_a_program_does_at_a_certain_step_is_no_contradiction() -> None:

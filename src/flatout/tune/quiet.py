@@ -9,7 +9,7 @@ known to have left the CPUs alone: beside other work, fewer threads look better 
 What accounting does not show is left to a second look. The *floor* of a block is a low quantile of
 its time over all pairs, for each side: others can only make a block slower, so its fast times tell
 what it takes by itself. It keeps what the program does at a certain step, such as an evaluation.
-Where the ratio of the floors contradicts the ratio of the means, nothing is claimed.
+Where the means show a gain and the floors do not, nothing is claimed.
 
 The functions are pure; ``benchmarks/replay.py`` tests them on recordings beside other work.
 """
@@ -41,6 +41,9 @@ COUNTED_SHARE = 0.25
 
 FLOOR_QUANTILE = 0.25
 """The quantile of the times of a block that is its floor."""
+
+FLOOR_GAIN = 0.5
+"""The share of the gain of the means that the floors must show at least; as logarithms."""
 
 FEWEST_FLOORS = 5
 """The fewest blocks of which the floors give a ratio."""
@@ -276,9 +279,12 @@ def is_enough(quietness: Quietness, log_ratios: Sequence[float], maximum: int) -
 
 
 def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
-    """Return why the means and the floors of some pairs tell different things, as a clause.
+    """Return why the means of some pairs show a gain and their floors do not, as a clause.
 
-    The result is ``None`` if they do not, or if there are too few blocks or pairs to tell.
+    Floors lie below means by the noise of each side, and the noise of the two sides differs, so
+    that a difference alone is no contradiction: the floors must show no gain at all, or with
+    intervals that lie apart less than ``FLOOR_GAIN`` of the gain. The result is ``None`` otherwise,
+    or if there are too few blocks or pairs to tell.
 
     Args:
         pairs: the blocks that count of each pair that counts.
@@ -287,8 +293,11 @@ def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
     if floors is None or len(pairs) < FEWEST_COUNTED:
         return None
     means = statistics.estimate_ratio([log_ratio(blocks) for blocks in pairs])
-    are_apart = means.low > floors.high or floors.low > means.high
-    if are_apart or (statistics.is_gain(means) and floors.value <= 1):
+    if not statistics.is_gain(means):
+        return None
+    is_less = floors.high < means.low
+    is_less = is_less and math.log(floors.value) < FLOOR_GAIN * math.log(means.value)
+    if is_less or floors.value <= 1:
         return f"the means give {means}, but the fastest times of the same blocks {floors}"
     return None
 

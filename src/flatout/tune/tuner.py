@@ -60,6 +60,7 @@ class Tuner:
             when a setting or the activity changes, and twice a second while a trial runs.
         measure_ceilings: returns the machine's peak rates, given the path of the Python
             interpreter; ``None`` if they are not known.
+        warn: prints a line that the user should see at once; by default like any other line.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Tuner:
         print_line: Callable[[str], None],
         refresh: Callable[[Outcome, float], None],
         measure_ceilings: Callable[[str], Ceilings | None],
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._command = command
         self._options = options
@@ -86,7 +88,7 @@ class Tuner:
             journal,
             options.isolate,
             tick=self._ledger.notify,
-            neighbours=Neighbours(options.budget_seconds or UNKNOWN_BUDGET_S, print_line),
+            neighbours=Neighbours(options.budget_seconds or UNKNOWN_BUDGET_S, warn or print_line),
         )
         self._measure_ceilings = measure_ceilings
 
