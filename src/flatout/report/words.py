@@ -210,10 +210,16 @@ def _beside_other_work(quietness: QuietnessResult | None) -> str:
     """Say how far other work has disturbed a claim; nothing if it has not."""
     if quietness is None or quietness.quiet_share == 1:
         return ""
+    return f"; {other_work(quietness)}"
+
+
+def other_work(quietness: QuietnessResult) -> str:
+    """What others took of the CPUs while the pairs of a claim ran."""
     taken = quietness.others_share
-    others = "" if taken is None else f" (others took {taken:.0%} of the CPUs)"
+    others = formatting.NOT_MEASURED if taken is None else f"{taken:.0%} of the CPUs"
     return (
-        f"; {quietness.quiet_share:.0%} of the blocks of steps were undisturbed and count{others}"
+        f"taken by others: {others}; {quietness.quiet_share:.0%} of the blocks of steps were "
+        "undisturbed, and these count"
     )
 
 

@@ -204,6 +204,7 @@ class QuietnessResult:
         others_share: the share of the CPUs that the job may use which others took meanwhile.
         quiet_share: the share of the blocks of steps that were undisturbed, and that alone count.
         pairs, counted: the number of pairs, and of those that count.
+        floors: the ratio of the fastest times of the same blocks; ``None``: too few blocks.
         why_not_measurable: why nothing is claimed, as a clause; ``None`` if it can be.
     """
 
@@ -211,6 +212,7 @@ class QuietnessResult:
     quiet_share: float
     pairs: int
     counted: int
+    floors: Ratio | None = None
     why_not_measurable: str | None = None
 
 

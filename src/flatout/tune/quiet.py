@@ -88,6 +88,7 @@ class Quietness:
             measured.
         taken_from_counted: the same of the blocks that count.
         blocks_share: the share of the blocks that count.
+        floors: the ratio of the floors; ``None``: too few blocks.
         contradiction: why means and floors tell different things, as a clause; ``None`` if they do
             not.
     """
@@ -97,6 +98,7 @@ class Quietness:
     taken: float | None
     taken_from_counted: float | None
     blocks_share: float
+    floors: Ratio | None = None
     contradiction: str | None = None
 
     @property
@@ -259,6 +261,7 @@ def assess(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> Quietness:
         taken=_mean_taken(every),
         taken_from_counted=_mean_taken(kept),
         blocks_share=len(kept) / len(every) if every else 1.0,
+        floors=estimate_floor_ratio(counted),
         contradiction=find_contradiction(counted),
     )
 

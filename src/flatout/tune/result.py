@@ -138,6 +138,7 @@ def _quietness(found: Quietness) -> QuietnessResult:
         quiet_share=found.blocks_share,
         pairs=found.pairs,
         counted=found.counted,
+        floors=found.floors,
         why_not_measurable=found.why_not_measurable,
     )
 
