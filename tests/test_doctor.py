@@ -24,7 +24,7 @@ from flatout.report.terminal import print_diagnosis
 from flatout.tune import candidates
 from flatout.wire import codec
 from flatout.wire.header import Header
-from flatout.wire.lines import End
+from flatout.wire.lines import CpuUsage, End
 from flatout.wire.profile import Profile
 from flatout.wire.record import ProcessRecord, RunRecord, Step
 from flatout.wire.turns import PHASES
@@ -580,6 +580,41 @@ def test_the_knobs_that_findings_name_are_there() -> None:
 def test_every_kind_has_a_test() -> None:
     source = Path(__file__).read_text()
     assert [kind for kind in kinds() if f'"{kind}"' not in source] == []
+
+
+@pytest.mark.parametrize(
+    ("waited", "others", "said"),
+    [
+        (0.4, 0.9, "others took 45% of the CPUs that this program may use, and its threads waited"),
+        (0.0, 0.9, "others took 45% of the CPUs that this program may use, and hardly delayed it"),
+        (0.0, 0.02, None),
+        (0.0, None, None),
+    ],
+)
+def test_other_work_is_said(
+    recorded: Any, waited: float, others: float | None, said: str | None
+) -> None:
+    diagnosis = recorded(steps=[turn(n, BALANCED) for n in range(40)])
+    process = diagnosis.case.process
+    for at_s in (0.0, process.steps[-1].end_s + 1):
+        idle_s = None if others is None else (1 - others) * at_s
+        process.usage.append(CpuUsage(at_s, 2, at_s, waited * at_s, idle_s=idle_s))
+    text = io.StringIO()
+    print_diagnosis(diagnosis, text)
+    shown = " ".join(text.getvalue().split())
+    assert ("Note: others took" in shown) == (said is not None)
+    assert said is None or said in shown
+    share = "not measured" if others is None else f"others took {others / 2:.1%} of the CPUs"
+    assert f"other work {share}" in shown
+    found = diagnosis.document()["others_share"]
+    assert found == (None if others is None else pytest.approx(others / 2))
+
+
+def test_a_ceiling_that_was_measured_beside_other_work_is_said(recorded: Any) -> None:
+    busy = replace(CEILINGS, others_share=0.3)
+    text = io.StringIO()
+    print_diagnosis(recorded(ceilings=busy), text)
+    assert "others took 30% of the CPUs while this machine's rates were" in text.getvalue()
 
 
 def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:

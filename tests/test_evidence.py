@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,30 @@ def test_a_proof_that_covers_another_takes_its_place() -> None:
         made, _ = evidence.merge(proven(200, 5), weaker, first_seed=0)
         assert (made.steps, made.verdict) == (200, "non-inferior")
         assert made.verified[0].steps == 400
+
+
+def test_pairs_beside_other_work_prove_and_do_not_time() -> None:
+    """The new proof counts in full, and the ratio stays that of the quiet pairs."""
+    quiet = dataclasses.replace(proven(200, 5), others_share=0.02, quiet_share=1.0)
+    busy = dataclasses.replace(
+        proven(400, 5, pairs=0), ratio=2.0, others_share=0.6, quiet_share=0.0
+    )
+    made, _ = evidence.merge(quiet, busy, first_seed=0)
+    assert made.steps == 400
+    assert (made.ratio, made.pairs) == (1.02, 5)
+    assert (made.others_share, made.quiet_share) == (0.02, 1.0)
+
+
+def test_a_plan_says_how_quiet_it_was(tmp_path: Path) -> None:
+    quiet = dataclasses.replace(proven(200, 5), others_share=0.02, quiet_share=0.875)
+    Plan({"gc": "seldom"}, evidence=quiet).write(tmp_path / "plan.toml")
+    read = plan.read(tmp_path / "plan.toml").evidence
+    assert read is not None
+    assert (read.others_share, read.quiet_share) == (0.02, 0.875)
+    Plan({"gc": "seldom"}, evidence=proven(200, 5)).write(tmp_path / "older.toml")
+    older = plan.read(tmp_path / "older.toml").evidence
+    assert older is not None
+    assert (older.others_share, older.quiet_share) == (None, None)
 
 
 PROOFS = st.builds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flatout import machine
 from flatout.cli import main
 from flatout.errors import UserError
 from flatout.machine import probe as machine_probe
+from flatout.machine import usage
 
 REPORT = {
     "torch": "2.13.0",
@@ -113,6 +115,58 @@ def test_what_was_not_measured_is_said(
     assert "cpu: float32 matmul 150 GFLOP/s" in shown
     assert "cpu: bfloat16 matmul not measured" in shown
     assert "cuda: name a device" in shown
+
+
+def test_rates_that_were_measured_beside_other_work_are_not_kept(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readings = [usage.Usage(0, 2, 0.0, None, None, 0.0, None, None, None)]
+
+    def read_after(seconds: float, others: float | None) -> usage.Usage:
+        """Take two CPUs, of which others use some, and this job one."""
+        before = readings[-1]
+        idle_s = None if others is None else (before.idle_s or 0) + (1 - others) * seconds
+        readings.append(
+            before._replace(
+                at_ns=before.at_ns + round(seconds * 1e9),
+                own_s=before.own_s + seconds,
+                idle_s=idle_s,
+            )
+        )
+        return readings[-1]
+
+    def measure(seconds: float, others: float | None) -> machine.Ceilings:
+        both = iter([readings[-1], read_after(seconds, others)])
+        monkeypatch.setattr(usage, "read", lambda: next(both))
+        return machine.ceilings(sys.executable)
+
+    busy = measure(9.0, others=0.6)
+    assert (busy.others_share, busy.is_disturbed) == (pytest.approx(0.3), True)
+    assert machine.known_ceilings(sys.executable) is None
+    assert main_with(monkeypatch, iter([readings[-1], read_after(9.0, 0.6)])) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "others took 30% of the CPUs: the rates are too low, and are not kept" in shown
+    quiet = measure(9.0, others=0.04)
+    assert quiet.others_share == pytest.approx(0.02)
+    assert machine.known_ceilings(sys.executable) == quiet
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize(("seconds", "idle_s"), [(0.1, 0.0), (9.0, None)])
+def test_where_others_are_not_measured_rates_are_kept(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, seconds: float, idle_s: float | None
+) -> None:
+    before = usage.Usage(0, 2, 0.0, None, None, idle_s, None, None, None)
+    both = iter([before, before._replace(at_ns=round(seconds * 1e9))])
+    monkeypatch.setattr(usage, "read", lambda: next(both))
+    assert machine.ceilings(sys.executable).others_share is None
+    assert machine.known_ceilings(sys.executable) is not None
+
+
+def main_with(monkeypatch: pytest.MonkeyPatch, readings: Iterator[usage.Usage]) -> int:
+    """The exit status of ``flatout machine`` with these readings."""
+    monkeypatch.setattr(usage, "read", lambda: next(readings))
+    return main(["machine", "--python", sys.executable])
 
 
 def test_an_interpreter_without_torch_is_one_sentence(tmp_path: Path) -> None:

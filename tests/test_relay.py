@@ -67,11 +67,25 @@ def test_blocks_of_two_processes_alternate(tmp_path: Path) -> None:
         marks = [(step.arm, step.mark) for step in process.steps]
         block = [(place, "switched"), *[(place, None)] * 3]
         assert marks == [(place, "first")] * 2 + block * 3
+        check_that_readings_enclose_blocks(process)
     lines = (tmp_path / "steps").read_text().split()
     # Warm-ups first, one after the other; where a step ends here, its block may have ended already.
     turns = [pid for pid, _ in groupby(lines)]
     assert len(set(turns)) == 2
     assert 6 <= len(turns) <= 9
+
+
+def check_that_readings_enclose_blocks(process: ProcessRecord) -> None:
+    """A reading of CPU time right before and right after each block tells of nothing else."""
+    blocks = [list(block) for _, block in groupby(process.steady_steps, lambda step: step.block)]
+    assert len(blocks) == 3
+    times = [usage.at_s for usage in process.usage]
+    for block in blocks:
+        start_s, end_s = block[0].at_s, block[-1].end_s
+        assert max(at_s for at_s in times if at_s <= start_s) > start_s - 1
+        assert min(at_s for at_s in times if at_s >= end_s) >= end_s
+    assert times == sorted(times)
+    assert process.usage[-1].own_s > process.usage[0].own_s
 
 
 @pytest.mark.parametrize(("place", "last"), [(0, ["done-1-1", "done-1-2"]), (1, ["done-0-2"])])
@@ -83,7 +97,8 @@ def test_the_first_stays_until_the_second_has_made_its_last_block(
     monkeypatch.setattr(agent_relay, "_wait_for", lambda _, name, __: waited.append(name))
     session = SimpleNamespace(counts_as_step=lambda _: True, add_pause=lambda _: None)
     relay = Relay(str(tmp_path), place, block_steps=2, discard_steps=1, warmup_steps=1, blocks=2)
-    runner = agent_relay.Runner(session, relay)  # type: ignore[arg-type]
+    usage = SimpleNamespace(note=lambda with_work=False: None)
+    runner = agent_relay.Runner(session, relay, usage)  # type: ignore[arg-type]
     turn = SimpleNamespace(start_ns=0, end_ns=1)
     ended = [runner.at_boundary(turn) for _ in range(5)]  # type: ignore[arg-type]
     assert ended == [False] * 4 + [True]

@@ -23,7 +23,7 @@ from flatout.errors import UserError
 from flatout.report import charts, page, words
 from flatout.report.live import LiveLine, Progress
 from flatout.tune import formatting
-from flatout.tune.document import CurvePoint, Curves, Document, TriedSettings
+from flatout.tune.document import CurvePoint, Curves, Document, QuietnessResult, TriedSettings
 from flatout.tune.progress import Activity
 from flatout.wire.ratios import Ratio
 
@@ -687,3 +687,32 @@ def test_a_browser_shows_the_pages(scheme: str, tmp_path: Path) -> None:
 
 def test_the_command_is_shown_as_it_was_given() -> None:
     assert f"'{COMMAND[3]}'" in Page(page.html(faster())).text
+
+
+def test_the_report_says_how_quiet_it_was() -> None:
+    quiet = QuietnessResult(0.02, 1.0, 5, 5)
+    quiet_document = dataclasses.replace(faster(), quietness=quiet)
+    assert "others" not in words.claim_line(quiet_document)
+    assert "taken by others: 2% of the CPUs; 100% of the blocks" in page.html(quiet_document)
+    beside = dataclasses.replace(quiet, others_share=0.3, quiet_share=0.6)
+    said = words.claim_line(dataclasses.replace(faster(), quietness=beside))
+    assert said.endswith(
+        "; taken by others: 30% of the CPUs; 60% of the blocks of steps were undisturbed, and "
+        "these count"
+    )
+    why = "not measurable now: 1 of 5 pairs were quiet enough"
+    busy = dataclasses.replace(beside, why_not_measurable=why)
+    none = dataclasses.replace(faster(), quietness=busy, claim=None)
+    assert words.claim_line(none) == f"faster: {why}"
+    unknown = dataclasses.replace(quiet, others_share=None)
+    assert words.other_work(unknown).startswith("taken by others: not measured; ")
+
+
+def test_what_others_take_is_said_without_being_asked_for() -> None:
+    shown, hidden = io.StringIO(), io.StringIO()
+    for file, quiet in ((shown, False), (hidden, True)):
+        with Progress(quiet=quiet, file=file) as progress:
+            progress.warn("others use 45% of the 2 CPUs that this job may use")
+            progress.say("pair 1: 10 ms, 5 ms, 2.00x")
+    assert shown.getvalue() == "flatout: others use 45% of the 2 CPUs that this job may use\n"
+    assert hidden.getvalue() == ""

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import cast
@@ -14,10 +15,14 @@ from typing import cast
 import forking
 import pytest
 
+from flatout.agent.learning import Learner
 from flatout.agent.switch import Switch, block_order
+from flatout.agent.usage import UsageLog
 from flatout.errors import RefusedError
 from flatout.intercept.host import Host
 from flatout.tune import design
+from flatout.wire.lines import CpuUsage, LearnedSettings
+from flatout.wire.ratios import estimate_arm_ratios
 from flatout.wire.record import ProcessRecord, read_run
 from flatout.wire.request import RUN_VARIABLE, Comparison, Request
 from flatout.wire.turns import Turn
@@ -188,6 +193,80 @@ def test_stacks_are_compared_until_each_setting_is_decided() -> None:
     assert session.reasons("stopped") == {}
     assert set(session.arms) - {None} == set(range(len(arms)))
     assert len(session.arms) < comparison.longest_steps / 2
+
+
+class Beside(Scripted):
+    """The same on two CPUs that others use too, with readings of CPU time.
+
+    Args:
+        gains: as in ``Scripted``.
+        is_waited: whether the program waits for others while an arm runs, and is slow.
+        taken: the share of the CPUs that others take all the time; ``None``: not measured.
+    """
+
+    def __init__(
+        self,
+        gains: dict[str, float],
+        is_waited: Callable[[int | None], bool],
+        taken: float | None,
+    ) -> None:
+        super().__init__(gains)
+        self.lines: list[object] = []
+        self._is_waited = is_waited
+        self._taken = taken
+        self._now_s = self._waited_s = 0.0
+
+    def write(self, line: object) -> None:
+        self.lines.append(line)
+
+    def seconds(self, at_ns: int) -> float:
+        return at_ns / 1e9
+
+    def note(self) -> CpuUsage:
+        idle_s = None if self._taken is None else (1 - 2 * self._taken) * self._now_s
+        return CpuUsage(self._now_s, 2, self._now_s, self._waited_s, idle_s=idle_s)
+
+    def compare_beside(self, comparison: Comparison, kind: type[Switch] = Switch) -> Switch:
+        switch = kind(cast(Host, self), comparison, cast(UsageLog, self))
+        is_over = False
+        while not is_over:
+            turn = Turn(round(self._now_s * 1e9))
+            is_waited = self._is_waited(self.arm)
+            gain = math.prod(self._gains.get(knob, 1.0) for knob in self.on)
+            seconds = 0.1 / gain * math.exp(self._draw.gauss(0, 0.01)) * (3 if is_waited else 1)
+            self._now_s += seconds
+            self._waited_s += seconds / 2 if is_waited else 0
+            turn.end_ns = round(self._now_s * 1e9)
+            self.arms.append(self.arm)
+            is_over = switch.at_boundary(turn)
+        return switch
+
+
+def test_a_block_that_others_disturb_does_not_count() -> None:
+    """Others are busy whenever bare runs in the first half: the other arm only seems faster."""
+    session: Beside
+    session = Beside({}, lambda arm: arm == 0 and len(session.arms) < 80, taken=0.3)
+    comparison = Comparison(arms_of("a"), block_steps=4, discard_steps=1, rounds=20)
+    switch = session.compare_beside(comparison)
+    counted = switch._find_counting_blocks()
+    assert 20 < len(counted) < len(switch.blocks)
+    (ratio,) = estimate_arm_ratios(counted).values()
+    assert ratio.low < 1 < ratio.high
+    (misled,) = estimate_arm_ratios(switch.blocks).values()
+    assert misled.value > 1.2
+
+
+@pytest.mark.parametrize(
+    ("taken", "kept"), [(0.0, True), (0.05, True), (0.4, False), (None, False)]
+)
+def test_fewer_threads_are_learned_only_on_a_quiet_machine(taken: float | None, kept: bool) -> None:
+    session = Beside({"threads": 1.3}, lambda arm: False, taken)
+    arms = (BARE, {"threads": "one"})
+    comparison = Comparison(arms, block_steps=4, discard_steps=1, rounds=8, decide="arms")
+    session.compare_beside(comparison, Learner)
+    (learned,) = [line for line in session.lines if isinstance(line, LearnedSettings)]
+    assert [one.kept for one in learned.settings] == [kept]
+    assert ("threads" in session.reasons("skipped")) != kept
 
 
 @pytest.mark.parametrize("breaks_in_use", [False, True])

@@ -23,6 +23,7 @@ from flatout.tune.ledger import Ledger, Options, Outcome
 from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.proof import Run
 from flatout.tune.prover import Prover
+from flatout.tune.quiet import Quietness
 from flatout.tune.tuner import Tuner
 
 
@@ -124,6 +125,12 @@ def find_compared(outcome: Outcome) -> set[str]:
         for knob, setting in entry.settings.items()
         if outcome.find_ratio_in_process(knob, setting) is not None
     }
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests run beside these."""
+    monkeypatch.setattr("flatout.tune.neighbours.WAIT_SHARE", 0.0)
 
 
 @pytest.mark.tunes
@@ -466,6 +473,8 @@ def test_a_proof_without_a_decision_goes_on_for_as_long_as_the_budget_allows(
     monkeypatch.setattr(prover, "_judge_without_gradients", lambda _: undecided)
     monkeypatch.setattr(prover, "_has_other_data_order", lambda _: False)
     monkeypatch.setattr(Pairs, "log_ratios", property(lambda self: [0.5] * self.count))
+    quiet = property(lambda self: Quietness(self.count, self.count, 0.0, 0.0, 1.0))
+    monkeypatch.setattr(Pairs, "quietness", quiet)
     pairs = Pairs({}, variant)
     while not prover._is_enough(pairs):
         run: Any = SimpleNamespace(seconds=10.0)

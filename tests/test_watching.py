@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from flatout.agent.fixed_work import FixedWorkTimer
 from flatout.cli.watching import Expected, WatchedProcess, Watcher
-from flatout.machine import load, system
+from flatout.machine import usage
 from flatout.plan.today import Promise
 from flatout.wire.header import Header
 from flatout.wire.lines import AgentEvent, FixedWork, Inputs
@@ -181,50 +176,8 @@ def test_a_program_that_replaces_itself_begins_anew(tmp_path: Path) -> None:
     assert not process.stretches.done
 
 
-# The load of the machine
-
-STAT = """cpu  300 0 100 800 40 0 10 5 7 0
-cpu0 200 10 50 400 20 1 4 5 7 0
-cpu1 100 0 50 400 20 0 6 0 0 0
-intr 1
-"""
-
-
-def test_the_work_on_allowed_cpus_is_counted() -> None:
-    ticks_per_s = os.sysconf("SC_CLK_TCK")
-    assert load.busy_seconds(STAT, [0]) == 270 / ticks_per_s
-    assert load.busy_seconds(STAT, [0, 1]) == 426 / ticks_per_s
-    assert load.busy_seconds(STAT, [0, 2]) is None
-    assert load.busy_seconds("", [0]) is None
-
-
-def test_others_are_what_is_not_the_jobs_own() -> None:
-    first = load.Load(0, busy_s=10.0, own_s=1.0, throttled_s=0.0)
-    last = load.Load(2_000_000_000, busy_s=13.0, own_s=2.5, throttled_s=0.5)
-    use = load.between(first, last)
-    assert (use.others_cpus, use.throttled_share) == (0.75, 0.25)
-    unknown = load.between(load.Load(0, None, 1.0, None), last)
-    assert (unknown.others_cpus, unknown.throttled_share) == (None, None)
-
-
-@pytest.mark.skipif(not load.STAT.exists(), reason="there is no /proc")
-def test_what_children_do_is_the_jobs_own() -> None:
-    first = load.take()
-    busy = "import time\nwhile time.process_time() < 0.3: pass"
-    subprocess.run([sys.executable, "-c", busy], check=True)
-    last = load.take()
-    assert last.own_s - first.own_s >= 0.25
-    assert last.busy_s is not None
-
-
-@pytest.mark.parametrize(
-    ("stat", "seconds"),
-    [("throttled_usec 1500000\n", 1.5), ("throttled_time 2500000000\n", 2.5), ("", None)],
-)
-def test_the_time_of_a_quota_is_read(tmp_path: Path, stat: str, seconds: float | None) -> None:
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "job" / "cpu.stat").write_text(f"usage_usec 7\n{stat}")
-    assert system.throttled_s(tmp_path, "0::/job\n") == seconds
-    (tmp_path / "job" / "cpu.max").write_text("max 100000\n")
-    assert system.throttled_s(tmp_path, "0::/job\n") is None
+def test_a_quota_is_told_as_a_share_of_the_time() -> None:
+    first = usage.read()._replace(at_ns=0, throttled_s=0.0)
+    last = first._replace(at_ns=2_000_000_000, throttled_s=0.5)
+    assert usage.throttled_between(first, last) == 0.25
+    assert usage.throttled_between(first._replace(throttled_s=None), last) is None

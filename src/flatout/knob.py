@@ -238,6 +238,9 @@ class Knob:
             predicted by replaying calls (``agent/replay.py``), if it is hot.
         inside: only for a knob that acts by the way outermost modules are called: applies a setting
             to calls that are replayed; ``None``: ``apply`` acts on these as well.
+        needs_quiet: whether the knob decides how many CPUs the program uses. Beside other work,
+            fewer threads look better than they are, so its gain counts only where other processes
+            are known to have left the CPUs alone.
     """
 
     name: str
@@ -260,6 +263,7 @@ class Knob:
     hides_gains: bool = False
     replaces: tuple[str, ...] = ()
     inside: Callable[[Host, str], Inside] | None = None
+    needs_quiet: bool = False
 
     @property
     def is_replayable(self) -> bool:

@@ -10,6 +10,7 @@ from flatout.agent.switch import BASELINE, Switch
 from flatout.errors import RefusedError
 from flatout.knob import ConflictError
 from flatout.wire import ratios
+from flatout.wire.disturbance import History, is_little, mean_taken
 from flatout.wire.lines import Learned, LearnedSettings
 from flatout.wire.turns import Turn
 
@@ -54,15 +55,19 @@ class Learner(Switch):
                 self._apply(name, setting, {})
             return
         comparison = self._comparison
-        timed_steps = comparison.block_steps - comparison.discard_steps
-        complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
+        complete = self._find_counting_blocks()
         arm_ratios = ratios.estimate_arm_ratios(complete, BASELINE)
+        others = mean_taken(complete, History(self._readings))
         settings: dict[str, str] = {}
         learned = []
         for arm in sorted(arm_ratios, key=lambda arm: -arm_ratios[arm].value):
             ((name, setting),) = comparison.arms[arm].items()
             ratio = arm_ratios[arm]
             is_faster = arm not in self._dropped and ratio.low > 1
+            if is_faster and knobs.get(name).needs_quiet and not is_little(others):
+                why = "its gain only counts on CPUs that other processes are known to leave alone"
+                self._host.events.add("skipped", name, why)
+                is_faster = False
             kept = is_faster and self._apply(name, setting, settings)
             if kept:
                 settings[name] = setting

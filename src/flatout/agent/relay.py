@@ -16,6 +16,7 @@ from flatout.wire.request import Relay
 from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
+    from flatout.agent.usage import UsageLog
     from flatout.intercept.host import Host
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.01
@@ -52,11 +53,13 @@ class Runner:
     Args:
         host: the host of this process.
         relay: the part of this process in the relay, and the lengths of the blocks.
+        usage: takes a reading of CPU time at the beginning and at the end of each block.
     """
 
-    def __init__(self, host: Host, relay: Relay) -> None:
+    def __init__(self, host: Host, relay: Relay, usage: UsageLog) -> None:
         self._host = host
         self._relay = relay
+        self._usage = usage
         self._folder = Path(relay.folder)
         self._steps = 0
         self._takes_part = True
@@ -96,6 +99,7 @@ class Runner:
             Whether there is no next block.
         """
         relay = self._relay
+        self._usage.note()
         if blocks_done == 0:
             self._takes_part = self._create(f"ready-{relay.place}")
             self._wait(f"ready-{1 - relay.place}")
@@ -109,6 +113,8 @@ class Runner:
         blocks_of_other = blocks_done + relay.place
         if blocks_of_other:
             self._wait(f"done-{1 - relay.place}-{blocks_of_other}")
+        self._usage.note(with_work=True)
+        self._host.arm = relay.place  # a new block begins
         self._host.mark = "switched" if relay.discard_steps else None
         return False
 

@@ -22,6 +22,7 @@ from flatout.agent.imported_files import write_imported_files
 from flatout.agent.inputs import FirstInputs
 from flatout.agent.recorder import Recorder
 from flatout.agent.stages import Stages
+from flatout.agent.usage import UsageLog
 from flatout.errors import RefusedError
 from flatout.intercept import handled_calls
 from flatout.intercept.capture import is_capturing
@@ -69,7 +70,8 @@ class Session:
         )
         self.hooks = self.host.hooks
         self._recorder = Recorder(self.host)
-        self._stages = Stages(self.host, self._stop)
+        self._usage = UsageLog(self.record, self.host.events.on_failure_of("CPU times"))
+        self._stages = Stages(self.host, self._stop, self._usage)
         self._guard: Guard | None = None
         self._inspector: Inspector | None = None
         self._parallel: Parallel | None = None
@@ -163,6 +165,7 @@ class Session:
         if not self._waits_for_step:
             yield "knobs", self._recorder.write_unused
             yield "record", functools.partial(self._write_events, wait=True)
+            yield "record", self._usage.note
             yield "record", self._recorder.write_unreported
             yield "record", functools.partial(write_imported_files, self.record)
             yield "record", functools.partial(self._recorder.write_end, reason)
@@ -199,6 +202,7 @@ class Session:
         self._stages.pending.clear()
         self._stages.forget_profiler()
         self.record.restart(os.getpid())
+        self._usage.restart()
         handled_calls.counts.clear()
         self.hooks.restart()
         if self._parallel is not None:
@@ -247,6 +251,7 @@ class Session:
     def _begin_record(self) -> None:
         self._waits_for_step = False
         self._recorder.write_header()
+        self._usage.note()
 
     def _read(self) -> None:
         """Read the log of the hooks, and write it to the record if that is due."""
@@ -257,6 +262,7 @@ class Session:
         if is_due and not self._waits_for_step and not self._is_over:
             self._write_events(wait=False)
             self._recorder.write_fixed_work()
+            self._usage.note_if_due(bool(self._stages.pending))
             self.record.flush()
 
     def _write_events(self, wait: bool) -> None:

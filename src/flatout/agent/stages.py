@@ -11,6 +11,7 @@ from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
     from flatout.agent.profile import Profiler
+    from flatout.agent.usage import UsageLog
     from flatout.intercept.host import Host
 
 Stage = Callable[[Turn], bool]
@@ -24,14 +25,16 @@ class Stages:
     Args:
         host: the host of this process; its request decides which stages there are.
         stop: the last stage, which ends the process.
+        usage: takes readings of CPU time.
 
     Attributes:
         pending: the stages that are not over; the first stage is running.
     """
 
-    def __init__(self, host: Host, stop: Stage) -> None:
+    def __init__(self, host: Host, stop: Stage, usage: UsageLog) -> None:
         self._host = host
         self._stop = stop
+        self._usage = usage
         self._profiler: Profiler | None = None
         self._steps_timed = 0
         self._timed_from_ns: int | None = None
@@ -45,11 +48,11 @@ class Stages:
             from flatout.agent.switch import Switch
 
             compares = Learner if request.learn else Switch
-            self.pending.append(compares(host, request.comparison).at_boundary)
+            self.pending.append(compares(host, request.comparison, self._usage).at_boundary)
         elif request.relay is not None:
             from flatout.agent.relay import Runner
 
-            self.pending.append(Runner(host, request.relay).at_boundary)
+            self.pending.append(Runner(host, request.relay, self._usage).at_boundary)
         elif request.stop_steps is not None or request.stop_seconds is not None:
             self.pending.append(self.time_step)
         if request.profile_steps:

@@ -20,11 +20,14 @@ from flatout.agent.inputs import InputSizes
 from flatout.errors import RefusedError
 from flatout.intercept.losses import loss_value
 from flatout.wire import ratios
+from flatout.wire.disturbance import History, drop_disturbed
+from flatout.wire.lines import CpuUsage
 from flatout.wire.ratios import Block, Size
 from flatout.wire.request import Comparison
 from flatout.wire.turns import Turn
 
 if TYPE_CHECKING:
+    from flatout.agent.usage import UsageLog
     from flatout.intercept.host import Host
 
 BASELINE = 0
@@ -66,14 +69,18 @@ class Switch:
         host: the host of this process; its ``arm`` and ``mark`` label the steps.
         comparison: the arms, and the lengths of the blocks. Evaluation passes of a program that
             trains do not count as steps.
+        usage: takes a reading of CPU time whenever a block begins; ``None``: there are no readings,
+            and every block counts.
 
     Attributes:
         blocks: the blocks that have begun so far.
     """
 
-    def __init__(self, host: Host, comparison: Comparison) -> None:
+    def __init__(self, host: Host, comparison: Comparison, usage: UsageLog | None = None) -> None:
         self._host = host
         self._comparison = comparison
+        self._usage = usage
+        self._readings: list[CpuUsage] = []
         self._arms = [dict(arm) for arm in comparison.arms]
         self._steps_left = comparison.warmup_steps
         self._discarded_steps = 0
@@ -110,7 +117,8 @@ class Switch:
             return self._end()
         if self._host.arm is not None and self._host.mark is None:
             step_ms = self._between_ms + (turn.end_ns - turn.start_ns) / 1e6
-            self.blocks[-1].add(step_ms, Size.of(turn), turn.updates > 0)
+            at_s = None if self._usage is None else self._host.record.seconds(turn.start_ns)
+            self.blocks[-1].add(step_ms, Size.of(turn), turn.updates > 0, at_s)
         self._between_ms = 0.0
         if self._steps_left <= 0 or (self._arm in self._dropped and is_alone):
             begin_ns = time.perf_counter_ns()
@@ -125,6 +133,8 @@ class Switch:
 
     def _begin_block(self) -> bool:
         """Begin the next block; return whether there is none."""
+        reading = None if self._usage is None else self._usage.note()
+        self._readings += [] if reading is None else [reading]
         if self._share_failures():
             return self._end()
         for arm, is_first in self._schedule:
@@ -210,10 +220,7 @@ class Switch:
         comparison = self._comparison
         if comparison.decide is None:
             return False
-        timed_steps = comparison.block_steps - comparison.discard_steps
-        complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
-        if not comparison.discard_steps:
-            complete = ratios.merge_steps(complete)
+        complete = self._find_counting_blocks()
         worthwhile = comparison.worthwhile
         if comparison.decide == "settings":
             settings = ratios.estimate_setting_ratios(complete, self._arms)
@@ -237,6 +244,14 @@ class Switch:
                 remaining.remove(arm)
                 self._drop(arm, f"it is slower than arm {leader}: {ratio}")
         return remaining == [leader] and to_baseline[leader].low > 1
+
+    def _find_counting_blocks(self) -> list[Block]:
+        """Return the complete blocks that other processes have not disturbed."""
+        comparison = self._comparison
+        timed_steps = comparison.block_steps - comparison.discard_steps
+        complete = [block for block in self.blocks if len(block.times_ms) >= timed_steps]
+        counted = drop_disturbed(complete, History(self._readings))
+        return counted if comparison.discard_steps else ratios.merge_steps(counted)
 
     def _drop(self, arm: int, why: str) -> None:
         """Drop an arm that needs no more steps."""

@@ -15,8 +15,8 @@ from itertools import repeat
 from pathlib import Path
 
 from flatout import machine, plan
-from flatout.machine import load
-from flatout.machine.load import Load
+from flatout.machine import usage
+from flatout.machine.usage import Usage
 from flatout.plan import today
 from flatout.plan.today import Promise, Stretch, Stretches, Today
 from flatout.wire.header import Header
@@ -147,7 +147,7 @@ class Watcher:
         self._run_directory = run_directory
         self._say = say
         self._processes: dict[Path, WatchedProcess] = {}
-        self._loads: deque[Load] = deque(maxlen=int(LONGEST_S / PERIOD_S))
+        self._readings: deque[Usage] = deque(maxlen=int(LONGEST_S / PERIOD_S))
         self._started_s = time.monotonic()
         self._due_s = self._started_s + PERIOD_S
         self._spent_s = 0.0
@@ -185,7 +185,7 @@ class Watcher:
         except RecordError:
             self._is_over = True  # the summary at the end of the run says why
             return
-        self._loads.append(load.take())
+        self._readings.append(usage.read())
         process = max(self._processes.values(), key=lambda one: one.importance, default=None)
         if process is None or process.header is None:
             return
@@ -197,7 +197,12 @@ class Watcher:
     def _describe(self, process: WatchedProcess, expected: Expected) -> Today:
         header, stretches = process.header, process.stretches.done
         assert header is not None
-        use = self._find_use(today.judged(stretches) or stretches)
+        readings = self._find_readings(today.judged(stretches) or stretches)
+        taken = throttled = None
+        if readings is not None:
+            taken = usage.taken_between(*readings)
+            throttled = usage.throttled_between(*readings)
+        cpus = self._readings[-1].cpus
         work_us = process.fixed_work_us
         return Today(
             stretches=stretches,
@@ -206,22 +211,23 @@ class Watcher:
             torch=header.torch,
             machine_causes=expected.machine_causes,
             left_out={**expected.left_out, **process.left_out},
-            cpus=1 if use is None else use.cpus,
-            others_cpus=None if use is None else use.others_cpus,
-            throttled_share=None if use is None else use.throttled_share,
+            cpus=cpus,
+            others_cpus=None if taken is None else taken * cpus,
+            throttled_share=throttled,
             fixed_work_us=today.low_quantile(work_us) if work_us else None,
         )
 
-    def _find_use(self, stretches: Sequence[Stretch]) -> load.Use | None:
-        """Return the use of the CPUs during some stretches, as far as it was observed."""
+    def _find_readings(self, stretches: Sequence[Stretch]) -> tuple[Usage, Usage] | None:
+        """Return the first and the last reading of CPU times during some stretches, if there are
+        two."""
         if not stretches:
             return None
         inside = [
             one
-            for one in self._loads
+            for one in self._readings
             if stretches[0].start_ns <= one.at_ns <= stretches[-1].end_ns + PERIOD_S * 1e9
         ]
-        return load.between(inside[0], inside[-1]) if len(inside) > 1 else None
+        return (inside[0], inside[-1]) if len(inside) > 1 else None
 
 
 def watch(

@@ -63,6 +63,8 @@ class Diagnosis:
             "peak_device_bytes": case.peak_device_bytes,
             "threads": case.process.header.threads,
             "usable_cores": case.usable_cores,
+            "others_share": case.other_work.taken,
+            "lost_share": case.other_work.lost,
             "ranks": _ranks_document(case.ranks),
             "findings": [asdict(finding) for finding in self.findings],
             "record": str(case.process.path),

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from flatout.doctor.ranks import Ranks
 from flatout.machine import Ceilings
+from flatout.wire.disturbance import NOT_MEASURED, History, Stretch
 from flatout.wire.facts import ProgramFacts
 from flatout.wire.profile import Profile
 from flatout.wire.record import ProcessRecord, Step
@@ -132,6 +133,14 @@ class TimedSteps:
     def steps(self) -> list[Step]:
         """The steady steps; of a program that ends while it warms up, its last timed step."""
         return self.process.steady_steps or self.process.timed_steps[-1:]
+
+    @cached_property
+    def other_work(self) -> Stretch:
+        """What other processes took of the CPUs while these steps were timed."""
+        if not self.steps:
+            return NOT_MEASURED
+        history = History(self.process.usage, self.process.usage_beside)
+        return history.between(self.steps[0].at_s, self.steps[-1].end_s)
 
     @cached_property
     def warmup_steps(self) -> list[Step]:

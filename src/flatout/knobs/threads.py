@@ -79,7 +79,8 @@ KNOB = Knob(
         "torch starts one thread for each core of the machine. `half` helps on processors with "
         "two hyper-threads per physical core, which share its arithmetic units. `one` helps with "
         "small operators, for which distributing the work takes longer than doing it, or if "
-        "several processes run on one machine.",
+        "several processes run on one machine. A gain counts only where other processes are known "
+        "to leave the CPUs alone: beside other work, fewer threads look better than they are.",
         hurts="Too few threads leave cores idle. Sums are divided differently among the "
         "threads, so results differ by rounding errors.",
         by_hand="Call `torch.set_num_threads(n)`, or run `OMP_NUM_THREADS=n python train.py`.",
@@ -90,4 +91,5 @@ KNOB = Knob(
     match=match,
     apply=apply,
     claims=("the number of threads",),
+    needs_quiet=True,
 )

@@ -24,11 +24,17 @@ from typing import Any
 
 from flatout import paths
 from flatout.errors import UserError
-from flatout.machine import system
+from flatout.machine import system, usage
 
 CACHE_VERSION = 3
 PROBE_SECONDS = 180
 """Time limit of the measurement; it takes about ten seconds for each type of device."""
+
+OTHERS_LIMIT = 0.05
+"""The share of the CPUs that others may take while rates are measured that are kept."""
+
+SHORTEST_S = 1.0
+"""The shortest measurement, in seconds, of which the time that others took is known."""
 
 _MOST_THREADS = 2**20
 """No machine computes with more threads."""
@@ -59,6 +65,8 @@ class Ceilings:
         fingerprint: the properties of the machine for which they hold.
         no_accelerator: why torch cannot use its accelerator; ``None`` if it can, or if torch was
             built for none.
+        others_share: the share of the CPUs that other processes took meanwhile; ``None``: not
+            measured.
     """
 
     python: str
@@ -71,10 +79,18 @@ class Ceilings:
     measured_at_unix_s: float
     fingerprint: Mapping[str, str | int | float]
     no_accelerator: str | None = None
+    others_share: float | None = None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other processes took so much that the rates are too low."""
+        return self.others_share is not None and self.others_share > OTHERS_LIMIT
 
 
 def ceilings(python: str, refresh: bool = False) -> Ceilings:
     """Return the peak rates of the machine for programs that an interpreter runs.
+
+    Rates that were measured beside other work are not kept: they are measured again the next time.
 
     Args:
         python: path of an interpreter that can import torch.
@@ -88,6 +104,8 @@ def ceilings(python: str, refresh: bool = False) -> Ceilings:
     if not refresh and (found := _cached(cached, key)) is not None:
         return found
     measured = _measure(str(key["python"]))
+    if measured.is_disturbed:
+        return measured
     entries = [entry for entry in cached if entry["key"] != key]
     entries.append({"key": key, "ceilings": asdict(measured)})
     _write_cache(_cache_file(), entries)
@@ -255,6 +273,7 @@ def _measure(python: str) -> Ceilings:
     environment["PYTHONSAFEPATH"] = (
         "1"  # Python 3.11 and later; the script handles earlier versions
     )
+    before = usage.read()
     try:
         answer = subprocess.run(
             [python, str(script)],
@@ -269,6 +288,8 @@ def _measure(python: str) -> Ceilings:
     if answer.returncode != 0:
         reason = answer.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(f"the machine could not be measured with {python}: {reason[0]}")
+    after = usage.read()
+    is_long = after.at_ns - before.at_ns > SHORTEST_S * 1e9
     report = json.loads(answer.stdout)
     devices = report["devices"]
     main_device = devices[next(reversed(devices))]
@@ -283,6 +304,7 @@ def _measure(python: str) -> Ceilings:
         no_accelerator=report["no_accelerator"],
         measured_at_unix_s=time.time(),
         fingerprint=fingerprint(),
+        others_share=usage.taken_between(before, after) if is_long else None,
     )
 
 
@@ -318,6 +340,8 @@ def _check_entry(entry: Any) -> None:
     for rate in rates:
         if rate is not None and not 0 < float(rate) < float("inf"):
             raise ValueError(f"{rate} is not a rate")
+    if found.others_share is not None and not 0 <= float(found.others_share) <= 1:
+        raise ValueError(f"{found.others_share} is not a share")
     tables = (entry["key"], found.fingerprint, *(d["reported"] for d in found.devices.values()))
     words = (found.python, found.torch)
     if type(found.threads) is not int or not (

@@ -10,6 +10,7 @@ Control"; proc_meminfo(5), proc_cpuinfo(5), cgroups(7).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,17 +41,21 @@ def cpu_quota(root: Path = CGROUPS, groups: str | None = None) -> float | None:
     return _smallest("cpu", _quota_v2, _quota_v1, root, groups)
 
 
-def throttled_s(root: Path = CGROUPS, groups: str | None = None) -> float | None:
-    """Return for how long CPU quotas have stopped this process's control groups so far, summed over
-    CPUs; ``None`` if there is no quota or that is not known. For the arguments see
-    ``cpu_quota``."""
+def cpu_throttled_s(root: Path = CGROUPS, groups: str | None = None) -> float | None:
+    """Return how long CPU quotas have stopped this process's control groups so far, in seconds.
+
+    The result is ``None`` if no group tells it. For the arguments see ``cpu_quota``.
+    """
     groups = text(Path("/proc/self/cgroup")) if groups is None else groups
-    found = [
-        seconds
-        for _, folder in _groups("cpu", root, groups or "")
-        if (seconds := _throttled_s(folder)) is not None
-    ]
-    return max(found, default=None)
+    found = [_throttled_s(*group) for group in _groups_with_cpu_times(root, groups or "")]
+    known = [seconds for seconds in found if seconds is not None]
+    return sum(known) if known else None
+
+
+@functools.cache
+def _groups_with_cpu_times(root: Path, groups: str) -> list[tuple[bool, Path]]:
+    """Return the groups that tell how long they were stopped, as ``_groups`` yields them."""
+    return [group for group in _groups("cpu", root, groups) if _throttled_s(*group) is not None]
 
 
 def memory_limit_bytes(root: Path = CGROUPS, groups: str | None = None) -> int | None:
@@ -135,14 +140,10 @@ def _quota_v1(folder: Path) -> float | None:
     return quota / period if quota and period else None
 
 
-def _throttled_s(folder: Path) -> float | None:
-    """Return the time for which a group with a quota was stopped."""
-    if (_quota_v2(folder) or _quota_v1(folder)) is None:
-        return None
+def _throttled_s(is_v2: bool, folder: Path) -> float | None:
     numbers = _numbers(folder / "cpu.stat")
-    if "throttled_usec" in numbers:
-        return numbers["throttled_usec"] / 1e6  # version 2
-    return numbers["throttled_time"] / 1e9 if "throttled_time" in numbers else None
+    used = numbers.get("throttled_usec" if is_v2 else "throttled_time")
+    return None if used is None else used / (1e6 if is_v2 else 1e9)
 
 
 def _free(folder: Path, limit_file: str, used_file: str, reclaimable: str) -> int | None:

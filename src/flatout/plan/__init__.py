@@ -24,6 +24,7 @@ settings = {precision = "bf16"}   # what was proven; a plan with other settings 
 ratio = 1.61                # bare step time over the plan's, from fresh processes
 ratio_low, ratio_high       # 95 % confidence interval
 pairs = 4
+others_share, quiet_share   # how quiet it was, see ``Evidence``
 bare_step_ms, plan_step_ms  # means, see ``Side.step_ms`` of ``tune.document``
 [evidence.reference]        # what a later run is compared with, see ``Reference``
 [evidence.in_process]       # knob = ratio of its setting inside one process
@@ -59,6 +60,7 @@ from flatout.plan.program import Digests, Program
 from flatout.text import one_line
 from flatout.wire import codec
 from flatout.wire.codec import (
+    OMIT_NONE,
     TOML,
     Count,
     MismatchError,
@@ -171,7 +173,7 @@ class Evidence:
     Attributes:
         settings: what was proven.
         ratio, ratio_low, ratio_high: bare step time over the plan's, with its 95 % interval.
-        pairs: pairs of fresh processes behind the ratio.
+        pairs: pairs of fresh processes behind the ratio; 0 if other work made it not measurable.
         bare_step_ms, plan_step_ms: geometric means of the runs; their quotient is the ratio.
         steps: how many steps from the start the proof covers.
         seeds: how many seeds the proof was repeated with, as far as they changed anything (1: the
@@ -185,6 +187,10 @@ class Evidence:
         checks: the checks that the proof consists of.
         verified: further proofs, added by ``flatout verify``.
         reference: what a later run is compared with; ``None`` in older plans.
+        others_share: the share of the CPUs that other processes took in the blocks of steps behind
+            the ratio; ``None``: not measured.
+        quiet_share: the share of the blocks that were undisturbed, which alone count; ``None``: the
+            plan was written before this was measured.
     """
 
     settings: Mapping[str, str]
@@ -203,6 +209,8 @@ class Evidence:
     checks: tuple[Check, ...] = ()
     verified: tuple[Verified, ...] = ()
     reference: Reference | None = field(default=None, metadata=codec.OMIT_NONE)
+    others_share: NotNegative | None = field(default=None, metadata=OMIT_NONE)
+    quiet_share: NotNegative | None = field(default=None, metadata=OMIT_NONE)
 
     def check(self) -> None:
         """Raise ``MismatchError`` for a ratio outside of its interval."""

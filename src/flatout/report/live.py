@@ -105,6 +105,11 @@ class Progress:
         if self._verbose and not self._quiet:
             self._print(line)
 
+    def warn(self, line: str) -> None:
+        """Print what the user should know at once."""
+        if not self._quiet:
+            self._print(line)
+
     def show(self, activity: Activity | None, left_s: float | None) -> None:
         """Show the current phase. It may be called several times a second.
 

@@ -584,9 +584,17 @@ def _machine(document: Document) -> Markup:
                 (element("dt", _FACT_NAMES.get(name, name.replace("_", " "))), element("dd", value))
                 for name, value in ((name, _with_unit(name, fact)) for name, fact in facts.items())
             ),
+            *_other_work(document),
             class_="machine",
         ),
     )
+
+
+def _other_work(document: Document) -> list[Markup]:
+    """What others took of the CPUs while the pairs of the claim ran; nothing if there are none."""
+    if document.quietness is None:
+        return []
+    return [element("dt", "Other work"), element("dd", words.other_work(document.quietness))]
 
 
 def _footer(document: Document) -> Markup:

@@ -14,6 +14,7 @@ from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 from flatout.doctor.ranks import RANK_PHASES, Ranks
 from flatout.tune.formatting import NOT_MEASURED, milliseconds
+from flatout.wire.disturbance import Stretch
 from flatout.wire.lines import SharedWork
 from flatout.wire.turns import PHASES
 
@@ -86,9 +87,29 @@ def notes(diagnosis: Diagnosis) -> list[str]:
         has_ended = case.process.end is not None and case.process.end.reason == "exit"
         more = "a longer run of the program" if has_ended else "a longer --budget"
         said.append(f"only {len(case.steps)} steps were timed; {more} would tell more")
+    if not case.other_work.is_quiet:
+        said += _describe_other_work(case.other_work)
+    if case.ceilings is not None and case.ceilings.is_disturbed:
+        said.append(
+            f"others took {case.ceilings.others_share:.0%} of the CPUs while this machine's rates "
+            "were measured: they are too low, and are not kept"
+        )
     if case.ceilings is None:
         said.append("without this machine's rates, MFU and the cost of page faults are not known")
     return said
+
+
+def _describe_other_work(found: Stretch) -> list[str]:
+    """What other processes took of the CPUs while steps were timed; nothing if it is not known."""
+    if found.taken is None:
+        return []
+    said = f"others took {found.taken:.0%} of the CPUs that this program may use"
+    if not found.is_disturbed:
+        return [f"{said}, and hardly delayed it"]
+    return [
+        f"{said}, and its threads waited for them for {min(found.lost or 0, 1):.0%} of the time: "
+        "on a quiet machine its step takes less, and the shares differ"
+    ]
 
 
 def _headline(case: Case) -> str:
@@ -190,6 +211,9 @@ def _figures(case: Case) -> Padding:
     if case.process.threads is not None:
         cores = "" if case.usable_cores is None else f" on {case.usable_cores:g} cores"
         table.add_row("threads", f"{case.process.threads}{cores}")
+    taken = case.other_work.taken
+    others = NOT_MEASURED if taken is None else f"others took {taken:.1%} of the CPUs"
+    table.add_row("other work", others)
     return Padding(table, (0, 0, 1, 2), expand=False)
 
 

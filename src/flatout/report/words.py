@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from flatout.plan import LossEvidence
 from flatout.text import printable
 from flatout.tune import formatting, memory, unwatched
-from flatout.tune.document import Document, KnobResult, ProofResult, Side, TriedSettings
+from flatout.tune.document import (
+    Document,
+    KnobResult,
+    ProofResult,
+    QuietnessResult,
+    Side,
+    TriedSettings,
+)
 from flatout.wire.ratios import Ratio
 
 MARGIN_SOURCES = {"seeds": "between seeds", "batches": "between batches", "runs": "between runs"}
@@ -185,7 +192,8 @@ def claim_line(document: Document) -> str:
     """The claimed speedup, in a line."""
     claim = document.claim
     if claim is None:
-        return f"faster: {formatting.NOT_MEASURED}"
+        why = None if document.quietness is None else document.quietness.why_not_measurable
+        return f"faster: {why or formatting.NOT_MEASURED}"
     bare_ms = document.baseline.step_ms
     plan_ms = None if document.with_plan is None else document.with_plan.step_ms
     times = ""
@@ -197,6 +205,24 @@ def claim_line(document: Document) -> str:
     return (
         f"{formatting.describe_ratio(claim)}: {claim.value:.2f}x ({claim.low:.2f} to "
         f"{claim.high:.2f} with 95 % confidence), {times}{claim.pairs} pairs of fresh processes"
+        f"{_beside_other_work(document.quietness)}"
+    )
+
+
+def _beside_other_work(quietness: QuietnessResult | None) -> str:
+    """Say how far other work has disturbed a claim; nothing if it has not."""
+    if quietness is None or quietness.quiet_share == 1:
+        return ""
+    return f"; {other_work(quietness)}"
+
+
+def other_work(quietness: QuietnessResult) -> str:
+    """What others took of the CPUs while the pairs of a claim ran."""
+    taken = quietness.others_share
+    others = formatting.NOT_MEASURED if taken is None else f"{taken:.0%} of the CPUs"
+    return (
+        f"taken by others: {others}; {quietness.quiet_share:.0%} of the blocks of steps were "
+        "undisturbed, and these count"
     )
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flatout import knobs
-from flatout.tune import memory, pairs, prover, statistics
+from flatout.tune import memory, pairs, prover, quiet, statistics
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
@@ -130,6 +130,10 @@ class ColdTrials(TuneStage):
         if candidate.knob in without_effect:
             self._ledger.reject_without_effect(settings, without_effect[candidate.knob])
             return False
+        too_few = tried.quietness.why_too_few
+        if too_few is not None:
+            self._ledger.skip(settings, "fresh processes", too_few)
+            return False
         self._ledger.note_ratio(candidate, tried.ratio)
         is_faster = statistics.is_probably_faster(tried.log_ratios)
         faster = sum(log > 0 for log in tried.log_ratios)
@@ -151,7 +155,12 @@ class ColdTrials(TuneStage):
 
     def _is_ranked(self, candidate: Candidate, tried: Pairs) -> bool:
         """Return whether a candidate has been tried often enough, or its time is over."""
-        if candidate.knob in tried.without_effect() or statistics.is_ranked(tried.log_ratios):
+        if candidate.knob in tried.without_effect():
+            return True
+        is_counted = tried.counted_count >= statistics.RANKING_PAIRS
+        if is_counted and statistics.is_ranked(tried.log_ratios):
+            return True
+        if tried.count >= statistics.MAXIMUM_RANKING_PAIRS + quiet.FEWEST_COUNTED:
             return True
         return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s()
 

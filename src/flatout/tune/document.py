@@ -202,6 +202,26 @@ class ProofResult:
 
 
 @dataclass(frozen=True)
+class QuietnessResult:
+    """How far other processes have disturbed the pairs of a claim.
+
+    Attributes:
+        others_share: the share of the CPUs that the job may use which others took meanwhile.
+        quiet_share: the share of the blocks of steps that were undisturbed, and that alone count.
+        pairs, counted: the number of pairs, and of those that count.
+        floors: the ratio of the fastest times of the same blocks; ``None``: too few blocks.
+        why_not_measurable: why nothing is claimed, as a clause; ``None`` if it can be.
+    """
+
+    others_share: float | None
+    quiet_share: float
+    pairs: int
+    counted: int
+    floors: Ratio | None = None
+    why_not_measurable: str | None = None
+
+
+@dataclass(frozen=True)
 class Document:
     """A finished tune.
 
@@ -228,6 +248,8 @@ class Document:
             completed.
         findings: the findings about what limits the bare program, the largest share first.
         next_command: the command to run next, ready for a shell.
+        quietness: how far other processes have disturbed the pairs of the claim; ``None`` if there
+            are none.
     """
 
     command: tuple[str, ...]
@@ -249,6 +271,7 @@ class Document:
     findings: tuple[Finding, ...]
     next_command: str | None
     unwatched_factor: float | None = None
+    quietness: QuietnessResult | None = None
     version: int = DOCUMENT_VERSION
 
     @classmethod

@@ -16,6 +16,12 @@ from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial
 from flatout.wire.ratios import Ratio
 
+_TIMING = (
+    *("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms"),
+    *("others_share", "quiet_share", "reference"),
+)
+"""The fields of the evidence that tell of speed."""
+
 
 def make_evidence(
     settings: Mapping[str, str],
@@ -32,7 +38,8 @@ def make_evidence(
         in_process: for each knob, its ratio inside one process, see
             ``document.KnobResult.in_process``; ``None`` if it was not measured.
     """
-    ratio = pairs.ratio
+    ratio, quietness = pairs.ratio, pairs.quietness
+    is_measurable = quietness.why_not_measurable is None
     bare, plan = pairs.costs
     is_by_seeds = any(loss.margin_source == "seeds" for loss in verdict.losses)
     return Evidence(
@@ -40,17 +47,19 @@ def make_evidence(
         ratio=ratio.value,
         ratio_low=ratio.low,
         ratio_high=ratio.high,
-        pairs=ratio.pairs,
+        pairs=ratio.pairs if is_measurable else 0,
         bare_step_ms=bare.step_ms,
         plan_step_ms=plan.step_ms,
         steps=verdict.steps,
-        seeds=ratio.pairs if is_by_seeds else 1,
+        seeds=pairs.count if is_by_seeds else 1,
         bare_repeats=verdict.bare_repeats is True,
         verdict=verdict.kind,
         in_process={name: r.value for name, r in in_process.items() if r is not None},
         losses=verdict.losses,
         checks=verdict.checks,
         reference=make_reference(pairs),
+        others_share=quietness.taken_from_counted,
+        quiet_share=quietness.blocks_share,
     )
 
 
@@ -91,13 +100,7 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
     proof".
     """
     timed = old if old.pairs > new.pairs else new
-    timing = {
-        key: getattr(timed, key)
-        for key in (
-            *("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms"),
-            "reference",
-        )
-    }
+    timing = {key: getattr(timed, key) for key in _TIMING}
     in_process = {**old.in_process, **new.in_process}
     added = Verified(new.steps, new.seeds, new.verdict, first_seed, _list_passed(new))
     further = tuple(one for one in old.verified if not _is_within(one, added))

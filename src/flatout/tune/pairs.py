@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import geometric_mean, median
+from statistics import fmean, geometric_mean, median
 from typing import Any
 
 from flatout import knobs
 from flatout.errors import UserError
-from flatout.tune import formatting, statistics, trial
+from flatout.tune import formatting, quiet, statistics, trial
+from flatout.tune.quiet import Quietness
 from flatout.tune.trial import RelayFailedError, Trial, TrialFailedError, Trials
 from flatout.tune.unwatched import Unwatched
 from flatout.wire.ratios import Ratio
@@ -107,6 +108,7 @@ class Pairs:
     failure: str | None = None
     interrupted: bool = False
     unwatched: Unwatched | None = None
+    _blocks: list[list[quiet.Block]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
@@ -114,26 +116,60 @@ class Pairs:
         return min(len(self.baseline_runs), len(self.variant_runs))
 
     @property
+    def blocks(self) -> list[list[quiet.Block]]:
+        """The blocks of each pair."""
+        for number in range(len(self._blocks), self.count):
+            both = self.baseline_runs[number].process, self.variant_runs[number].process
+            self._blocks.append(quiet.find_blocks(*both, in_relay=self.in_relay))
+        return self._blocks[: self.count]
+
+    @property
+    def quietness(self) -> Quietness:
+        """How far others have disturbed these pairs, and whether anything can be claimed."""
+        return quiet.assess(self.blocks, self.needs_quiet)
+
+    @property
+    def counted_count(self) -> int:
+        """The number of pairs that count, see ``quiet.py``."""
+        return len(quiet.counted_pairs(self.blocks, self.needs_quiet))
+
+    @property
+    def needs_quiet(self) -> bool:
+        """Whether only CPUs that others leave alone show the ratio."""
+        return quiet.needs_quiet(self.baseline, self.variant)
+
+    @property
     def times_ms(self) -> list[tuple[float, float]]:
-        """The step times of the two runs of each pair, in ms.
+        """The step times of the two runs of each pair that counts, in ms.
 
         Each is the mean that ``statistics.paired_means_ms`` returns, and the step's share of the
-        evaluation passes. Those of the bare program are corrected by
-        ``unwatched.Unwatched.factor``.
+        evaluation passes. Only blocks that count are used (``quiet.py``). If fewer than two pairs
+        count, so that nothing can be claimed, the times are those of all blocks. Those of the bare
+        program are corrected by ``unwatched.Unwatched.factor``.
         """
-        both = [(one.process, other.process) for one, other in self._zipped]
+        both = [
+            (
+                one.process.steady_steps,
+                other.process.steady_steps,
+                blocks,
+                self._factor(one.process),
+            )
+            for (one, other), blocks in zip(self._zipped, self._counted_blocks, strict=True)
+            if blocks
+        ]
         in_steps = statistics.paired_means_ms(
             [
                 [
-                    (step.step_ms, counterpart.step_ms)
-                    for step, counterpart in zip(one.steady_steps, other.steady_steps, strict=False)
+                    (step.step_ms, counterpart.step_ms) if number in counting else None
+                    for number, (step, counterpart) in enumerate(zip(one, other, strict=False))
                 ]
-                for one, other in both
+                for one, other, blocks, _ in both
+                for counting in [{n for block in blocks for n in range(*block.positions)}]
             ]
         )
         return [
-            ((first + _passes_ms(one)) * self._factor(one), second + _passes_ms(other))
-            for (first, second), (one, other) in zip(in_steps, both, strict=True)
+            (factor * (first + _passes_ms(one, blocks, 0)), second + _passes_ms(other, blocks, 1))
+            for (first, second), (one, other, blocks, factor) in zip(in_steps, both, strict=True)
         ]
 
     @property
@@ -145,6 +181,13 @@ class Pairs:
 
     def _factor(self, process: ProcessRecord) -> float:
         return 1.0 if self.unwatched is None else self.unwatched.factor(process)
+
+    @property
+    def _counted_blocks(self) -> list[list[quiet.Block]]:
+        """For each pair the blocks that count, none if the pair does not; see ``times_ms``."""
+        kept = [quiet.select(blocks, self.needs_quiet) for blocks in self.blocks]
+        is_enough = sum(map(bool, kept)) >= min(quiet.FEWEST_COUNTED, self.count)
+        return kept if is_enough else self.blocks
 
     @property
     def _zipped(self) -> list[tuple[Trial, Trial]]:
@@ -170,9 +213,12 @@ class Pairs:
 
         If the plan itself makes some steps slow, this ratio shows it.
         """
-        return geometric_mean(
-            step_ms(one.process) * self._factor(one.process) / step_ms(other.process)
-            for one, other in self._zipped
+        return math.exp(
+            fmean(
+                math.log(self._factor(one.process)) + quiet.log_ratio(blocks)
+                for (one, _), blocks in zip(self._zipped, self._counted_blocks, strict=True)
+                if blocks
+            )
         )
 
     @property
@@ -223,10 +269,17 @@ def _idle_knobs(process: ProcessRecord) -> dict[str, str]:
     return refused | trial.collect_reasons(process, "unused")
 
 
-def _passes_ms(process: ProcessRecord) -> float:
-    """Return the time of the evaluation passes per step, in ms."""
-    timed = process.steady_steps
-    return sum(one.step_ms for one in process.evaluations_before(timed)) / len(timed)
+def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int) -> float:
+    """Return the time of the evaluation passes per step, in ms.
+
+    Args:
+        steady: the steady steps of the run.
+        blocks: the blocks that count.
+        side: 0 for the baseline, 1 for the variant.
+    """
+    steps = [step.step_ms for block in blocks for step in steady[slice(*block.positions)]]
+    whole_ms = 1e3 * sum((block.baseline_s, block.variant_s)[side] for block in blocks)
+    return max(whole_ms - sum(steps), 0.0) / len(steps)
 
 
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
@@ -400,11 +453,23 @@ def run(
                 continue
         if pairs.failure is not None:
             return
-        one, other = pairs.times_ms[-1]
-        print_line(
-            f"pair {number + 1}: {formatting.milliseconds(one)}, {formatting.milliseconds(other)}, "
-            f"{one / other:.2f}x"
-        )
+        print_line(f"pair {number + 1}: {_describe_last(pairs)}")
+
+
+def _describe_last(pairs: Pairs) -> str:
+    """Return what the last pair has shown."""
+    last = Pairs(
+        pairs.baseline,
+        pairs.variant,
+        pairs.baseline_runs[pairs.count - 1 : pairs.count],
+        pairs.variant_runs[pairs.count - 1 : pairs.count],
+        in_relay=pairs.in_relay,
+    )
+    ((one, other),) = last.times_ms
+    found = f"{formatting.milliseconds(one)}, {formatting.milliseconds(other)}, {one / other:.2f}x"
+    if last.counted_count:
+        return found
+    return f"{found}; it does not count, {quiet.describe_others(last.quietness.taken)}"
 
 
 def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from flatout.knob import Exactness
 from flatout.plan import Check
-from flatout.tune import formatting, gradients, growth, memory, pairs, proof, search, statistics
+from flatout.tune import (
+    formatting,
+    gradients,
+    growth,
+    memory,
+    pairs,
+    proof,
+    quiet,
+    search,
+    statistics,
+)
 from flatout.tune.bare import BareRun
 from flatout.tune.budget import GRADIENT_STEPS, count_gradient_steps
 from flatout.tune.growth import GrowthCheck
@@ -269,7 +279,7 @@ class Prover(TuneStage):
         pair_s = max(self._pair_s, finished.last_pair_s)
         if finished.count >= MAXIMUM_PAIRS or not self._ledger.has_time_for(pair_s):
             return True
-        if not statistics.has_enough_pairs(finished.log_ratios, MAXIMUM_PAIRS):
+        if not quiet.is_enough(finished.quietness, finished.log_ratios, MAXIMUM_PAIRS):
             return False
         if self._has_other_data_order(finished):
             return True

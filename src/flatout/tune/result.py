@@ -17,6 +17,7 @@ from flatout.tune.document import (
     Document,
     KnobResult,
     ProofResult,
+    QuietnessResult,
     Side,
     TriedSettings,
 )
@@ -24,6 +25,7 @@ from flatout.tune.journal import format_resume_command
 from flatout.tune.ledger import LedgerEntry, Outcome
 from flatout.tune.pairs import Cost
 from flatout.tune.proof import Curve, Verdict
+from flatout.tune.quiet import Quietness
 from flatout.tune.trial import Trial
 
 
@@ -40,6 +42,7 @@ def make_document(
             has the same.
     """
     found, header = outcome.pairs, outcome.header
+    not_measurable = None if found is None else found.quietness.why_not_measurable
     has_plan = outcome.evidence is not None and found is not None
     baseline, with_plan, break_even = Side(), None, None
     if found is not None:
@@ -71,8 +74,9 @@ def make_document(
         why=outcome.why,
         baseline=baseline,
         with_plan=with_plan,
-        claim=found.ratio if has_plan and found is not None else None,
+        claim=found.ratio if has_plan and found is not None and not not_measurable else None,
         unwatched_factor=found.unwatched_factor if has_plan and found is not None else None,
+        quietness=None if found is None or not found.count else _quietness(found.quietness),
         break_even_steps=break_even,
         tried=list_tried(outcome.entries, outcome.refused),
         knobs=tuple(
@@ -128,6 +132,17 @@ def list_tried(
             )
             for name, why in refused.items()
         ),
+    )
+
+
+def _quietness(found: Quietness) -> QuietnessResult:
+    return QuietnessResult(
+        others_share=found.taken,
+        quiet_share=found.blocks_share,
+        pairs=found.pairs,
+        counted=found.counted,
+        floors=found.floors,
+        why_not_measurable=found.why_not_measurable,
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from flatout import knobs
-from flatout.tune import candidates, design, formatting, pairs, prover, statistics, trial
+from flatout.tune import candidates, design, formatting, pairs, prover, quiet, statistics, trial
 from flatout.tune.bare import BareRun
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
@@ -286,7 +286,7 @@ class Screening(TuneStage):
             for arm in arms
         ]
         ratios = estimate_setting_ratios(
-            statistics.find_complete_blocks(done.process.whole_steps, comparison), applied
+            quiet.find_counting_blocks(done.process, comparison), applied
         )
         skips = trial.collect_reasons(done.process, "skipped")
         unused = trial.collect_reasons(done.process, "unused")
@@ -296,10 +296,10 @@ class Screening(TuneStage):
                 self._ledger.fail(candidate.settings, failures[str(candidate)])
             elif candidate.knob in unused:
                 self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
-            elif ratio is None:
-                self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
             else:
-                self._ledger.note_ratio(candidate, ratio, skips.get(candidate.knob, ""))
+                self._note_or_skip(
+                    candidate, ratio, done, comparison, skips.get(candidate.knob, "")
+                )
 
     def _compare_alone(self, group: Sequence[Candidate]) -> None:
         """Measure each unsettled candidate of a group by itself; those that fail are dropped.
@@ -330,18 +330,29 @@ class Screening(TuneStage):
         """Enter the results of a comparison in which each candidate was an arm of its own."""
         failures = trial.collect_reasons(done.process, "skipped", "failed")
         unused = trial.collect_reasons(done.process, "unused")
-        ratios = estimate_arm_ratios(
-            statistics.find_complete_blocks(done.process.whole_steps, comparison)
-        )
+        ratios = estimate_arm_ratios(quiet.find_counting_blocks(done.process, comparison))
         for number, candidate in enumerate(compared, 1):
             if f"arm {number}" in failures:
                 self._ledger.fail(candidate.settings, failures[f"arm {number}"])
             elif candidate.knob in unused:
                 self._ledger.reject_without_effect(candidate.settings, unused[candidate.knob])
-            elif number in ratios:
-                self._ledger.note_ratio(candidate, ratios[number])
             else:
-                self._ledger.skip(candidate.settings, "inside one process", TOO_FEW_STEPS)
+                self._note_or_skip(candidate, ratios.get(number), done, comparison)
+
+    def _note_or_skip(
+        self,
+        candidate: Candidate,
+        ratio: Ratio | None,
+        done: Trial,
+        comparison: Comparison,
+        remark: str = "",
+    ) -> None:
+        """Enter a candidate's ratio with a remark, or the reason why it was not measurable."""
+        why = quiet.why_not_compared(done.process, comparison, candidate.knob)
+        if ratio is not None and why is None:
+            self._ledger.note_ratio(candidate, ratio, remark)
+        else:
+            self._ledger.skip(candidate.settings, "inside one process", why or TOO_FEW_STEPS)
 
     def _reduce(self, winners: dict[str, str]) -> dict[str, str]:
         """Remove from the stack of winners the settings that gain nothing on top of the others."""
@@ -445,9 +456,7 @@ class Screening(TuneStage):
                 f"{what}: not measured, the budget has no time for it: {reason}"
             )
             return {}
-        return estimate_arm_ratios(
-            statistics.find_complete_blocks(done.process.whole_steps, comparison)
-        )
+        return estimate_arm_ratios(quiet.find_counting_blocks(done.process, comparison))
 
     def _divide(self, hot: Sequence[Candidate]) -> list[list[Candidate]]:
         """Divide the candidates into as few groups as a program of this length can compare."""

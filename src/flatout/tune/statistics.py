@@ -81,7 +81,9 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
     return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
 
 
-def paired_means_ms(pairs_ms: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def paired_means_ms(
+    pairs_ms: Sequence[Sequence[tuple[float, float] | None]],
+) -> list[tuple[float, float]]:
     """Return the mean step times of the two runs of each pair, in ms.
 
     The two runs of a pair have the same seed: each step has a counterpart, which sees the same data
@@ -93,7 +95,7 @@ def paired_means_ms(pairs_ms: Sequence[Sequence[tuple[float, float]]]) -> list[t
 
     Args:
         pairs_ms: for each pair, the times of the steps after the warm-up and of their counterparts,
-            in ms.
+            in ms; ``None`` for a step that was disturbed and does not count.
 
     Raises:
         ValueError: a pair has no steps.
@@ -104,25 +106,25 @@ def paired_means_ms(pairs_ms: Sequence[Sequence[tuple[float, float]]]) -> list[t
     means = []
     for steps, of_pair in zip(pairs_ms, outliers, strict=True):
         left_out = of_pair - recurring
-        kept = [both for number, both in enumerate(steps) if number not in left_out]
+        kept = [both for number, both in enumerate(steps) if both and number not in left_out]
         means.append((fmean(one for one, _ in kept), fmean(other for _, other in kept)))
     return means
 
 
-def _find_outliers(steps: Sequence[tuple[float, float]]) -> set[int]:
+def _find_outliers(steps: Sequence[tuple[float, float] | None]) -> set[int]:
     """Find the steps of a pair of runs that seem to be outliers, by their numbers.
 
     Raises:
         ValueError: there are no steps.
     """
-    if not steps:
+    logs = {number: math.log(both[0] / both[1]) for number, both in enumerate(steps) if both}
+    if not logs:
         raise ValueError("a ratio needs a step of each run")
-    logs = [math.log(one / other) for one, other in steps]
-    centre = median(logs)
-    spread = median(abs(log - centre) for log in logs) / NormalDist().inv_cdf(0.75)
+    centre = median(logs.values())
+    spread = median(abs(log - centre) for log in logs.values()) / NormalDist().inv_cdf(0.75)
     limit = OUTLIER_DEVIATIONS * max(spread, LEAST_SPREAD)
-    found = {number for number, log in enumerate(logs) if abs(log - centre) > limit}
-    return found if len(found) <= MAXIMUM_OUTLIERS * len(steps) else set()
+    found = {number for number, log in logs.items() if abs(log - centre) > limit}
+    return found if len(found) <= MAXIMUM_OUTLIERS * len(logs) else set()
 
 
 def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
@@ -228,7 +230,7 @@ def split_into_blocks(steps: Sequence[Step]) -> list[Block]:
         if step.mark == "first":
             found[-1].first_ms.append(step.step_ms)
         elif step.mark is None:
-            found[-1].add(step.step_ms, Size.of(step), step.updates > 0)
+            found[-1].add(step.step_ms, Size.of(step), step.updates > 0, step.at_s)
     return found
 
 

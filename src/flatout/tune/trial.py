@@ -14,6 +14,7 @@ from flatout.errors import UserError
 from flatout.launch import interruption
 from flatout.tune import unwatched
 from flatout.tune.journal import Entry, Journal
+from flatout.tune.neighbours import Neighbours
 from flatout.tune.unwatched import Sample
 from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
@@ -82,6 +83,7 @@ class Trials:
         journal: the journal of the tune.
         isolate: whether trials run in a copy-on-write view of the file system.
         tick: is called twice a second while a trial runs.
+        neighbours: waits until other processes are quiet; ``None``: trials start at once.
     """
 
     def __init__(
@@ -90,11 +92,13 @@ class Trials:
         journal: Journal,
         isolate: bool,
         tick: Callable[[], None] | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._progress = None if tick is None else lambda _: tick()
         self._command = command
         self._journal = journal
         self._isolate = isolate
+        self._neighbours = neighbours
 
     def run(self, request: Request, timeout_seconds: float) -> Trial:
         """Run the job once, or take its result from the journal.
@@ -220,9 +224,13 @@ class Trials:
         entries = self._journal.take_next(*requests)
         if entries is None:
             interruption.check()
+            if self._neighbours is not None:
+                self._neighbours.before_trial()
             finished = start()
             if any(one.returncode == -signal.SIGKILL and not one.timed_out for one in finished):
                 finished = start()
+            if self._neighbours is not None:
+                self._neighbours.after_trial()
             entries = tuple(
                 _to_entry(one, timeout_seconds, self._journal.spent_s) for one in finished
             )

@@ -39,6 +39,7 @@ from flatout.tune import (
     pairs,
     predicted,
     prediction,
+    quiet,
     search,
     statistics,
 )
@@ -48,6 +49,7 @@ from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome, format_settings
+from flatout.tune.neighbours import Neighbours
 from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover, estimate_least_s
 from flatout.tune.trial import Trials
@@ -69,6 +71,7 @@ class Tuner:
             when a setting or the activity changes, and twice a second while a trial runs.
         measure_ceilings: returns the machine's peak rates, given the path of the Python
             interpreter; ``None`` if they are not known.
+        warn: prints a line that the user should see at once; by default like any other line.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Tuner:
         print_line: Callable[[str], None],
         refresh: Callable[[Outcome, float], None],
         measure_ceilings: Callable[[str], Ceilings | None],
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._command = command
         self._options = options
@@ -90,7 +94,13 @@ class Tuner:
             refresh,
             lambda: journal.counted_s,
         )
-        self._trials = Trials(command, journal, options.isolate, tick=self._ledger.notify)
+        self._trials = Trials(
+            command,
+            journal,
+            options.isolate,
+            tick=self._ledger.notify,
+            neighbours=Neighbours(options.budget_seconds or UNKNOWN_BUDGET_S, warn or print_line),
+        )
         self._measure_ceilings = measure_ceilings
 
     def run(self) -> Outcome:
@@ -249,6 +259,9 @@ class Tuner:
     def _explain_nothing_faster(self) -> str:
         """Return the reason why there are no settings to prove."""
         entries = self._ledger.outcome.entries
+        for entry in entries:
+            if entry.state == "not tried" and entry.why.startswith(quiet.NOT_MEASURABLE):
+                return entry.why
         if entries and all(entry.state == "not tried" for entry in entries):
             budget = formatting.duration(self._ledger.budget_s)
             return f"the budget of {budget} has no time to try a setting"
@@ -328,7 +341,9 @@ class Tuner:
         assert verdict is not None  # there is no proof without one
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
-        outcome.why = f"{format_settings(settings)} gives {attempt.pairs.ratio}, and {verdict.why}"
+        not_measurable = attempt.pairs.quietness.why_not_measurable
+        gain = f"gives {attempt.pairs.ratio}" if not_measurable is None else not_measurable
+        outcome.why = f"{format_settings(settings)} {gain}, and {verdict.why}"
         in_process = {
             name: outcome.find_ratio_in_process(name, setting) for name, setting in settings.items()
         }
@@ -353,6 +368,9 @@ def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None
         finished_pairs: the pairs of the bare program and the plan.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
+    not_measurable = finished_pairs.quietness.why_not_measurable
+    if not_measurable is not None:
+        return f"no claim: {not_measurable}"
     ratio = finished_pairs.ratio
     if not statistics.is_gain(ratio):
         return f"{ratio} in fresh processes: {formatting.describe_ratio(ratio)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
-from flatout.wire.codec import Doubles, Floats, Ints
+from flatout.wire.codec import OMIT_NONE, Doubles, Floats, Ints
 
 AGENT_EVENT_KINDS = ("applied", "undone", "skipped", "failed", "noticed", "stopped", "unused")
 """The values of ``AgentEvent.what``."""
@@ -51,6 +51,31 @@ class Losses:
 
     packed: Doubles
     peak_device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CpuUsage:
+    """A reading of how much CPU time this job, and everything else on its CPUs, has used so far.
+
+    Attributes:
+        at_s: the time of the reading in seconds since the header was written.
+        cpus, own_s, waited_s, preemptions, idle_s, stolen_s, pressure_s, throttled_s: see
+            ``machine.usage.Usage``; ``None``: not measured.
+        work_us: see ``machine.usage.fixed_work_us``.
+    """
+
+    kind: ClassVar[str] = "cpu"
+
+    at_s: float
+    cpus: int
+    own_s: float
+    waited_s: float | None = field(default=None, metadata=OMIT_NONE)
+    preemptions: int | None = field(default=None, metadata=OMIT_NONE)
+    idle_s: float | None = field(default=None, metadata=OMIT_NONE)
+    stolen_s: float | None = field(default=None, metadata=OMIT_NONE)
+    pressure_s: float | None = field(default=None, metadata=OMIT_NONE)
+    throttled_s: float | None = field(default=None, metadata=OMIT_NONE)
+    work_us: float | None = field(default=None, metadata=OMIT_NONE)
 
 
 @dataclass(frozen=True)

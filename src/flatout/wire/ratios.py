@@ -22,6 +22,7 @@ This file imports only the standard library, because both halves load it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class Size(NamedTuple):
         return cls(step.rows, step.elements) if step.rows and step.elements else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
     """Consecutive steps of one arm.
 
@@ -110,6 +111,8 @@ class Block:
         updates: whether each of these steps had an optimizer step, in order; empty: not known.
         first_ms: the step times of the first block of an arm, which warms up and is not used for
             ratios.
+        start_s, end_s: the beginning of the first timed step and the end of the last, in seconds
+            since the header of the record; ``None``: there are no steps, or it is not known.
     """
 
     arm: int
@@ -117,12 +120,30 @@ class Block:
     sizes: list[Size | None] = field(default_factory=list)
     updates: list[bool] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
+    start_s: float | None = None
+    end_s: float | None = None
 
-    def add(self, step_ms: float, size: Size | None, has_update: bool = True) -> None:
-        """Add a step to this block."""
+    def add(
+        self,
+        step_ms: float,
+        size: Size | None,
+        has_update: bool = True,
+        at_s: float | None = None,
+    ) -> None:
+        """Add a step to this block.
+
+        Args:
+            step_ms: its time.
+            size: its size; ``None``: not known.
+            has_update: whether it had an optimizer step.
+            at_s: its beginning, see ``start_s``.
+        """
         self.times_ms.append(step_ms)
         self.sizes.append(size)
         self.updates.append(has_update)
+        if at_s is not None:
+            self.start_s = at_s if self.start_s is None else self.start_s
+            self.end_s = at_s + step_ms / 1e3
 
     def typical_ms(self) -> float:
         """Return the time of a step, which a pause of the machine does not affect."""
@@ -140,7 +161,7 @@ def merge_steps(blocks: Sequence[Block]) -> list[Block]:
     which the median would leave out.
     """
     return [
-        Block(block.arm, [fmean(block.times_ms)], [None], first_ms=block.first_ms)
+        dataclasses.replace(block, times_ms=[fmean(block.times_ms)], sizes=[None], updates=[])
         if block.times_ms
         else block
         for block in blocks

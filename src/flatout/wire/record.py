@@ -38,6 +38,7 @@ from flatout.wire.codec import MismatchError, decode
 from flatout.wire.header import RECORD_VERSION, Header
 from flatout.wire.lines import (
     AgentEvent,
+    CpuUsage,
     End,
     FixedWork,
     Gradient,
@@ -117,6 +118,11 @@ class Step:
     elements: int | None = None
     block: int = 0
 
+    @property
+    def end_s(self) -> float:
+        """The end of the step, in seconds since the header."""
+        return self.at_s + self.step_ms / 1e3
+
 
 S = TypeVar("S", bound=Sized)
 
@@ -143,6 +149,19 @@ class _Loops(Generic[S]):
         return self.steps if self.trains else self.evaluations
 
 
+@dataclass(frozen=True)
+class UsageBeside:
+    """The readings of another process.
+
+    Attributes:
+        shift_s: the seconds by which its header came after that of this process.
+        usage: its readings.
+    """
+
+    shift_s: float
+    usage: list[CpuUsage]
+
+
 @dataclass
 class ProcessRecord(_Loops[list[Step]]):
     """Everything that one process recorded.
@@ -162,6 +181,9 @@ class ProcessRecord(_Loops[list[Step]]):
         outputs: the outermost forward calls outside training.
         state: the state of the modules when the run ended; ``None``: not requested, or not reached.
         fixed_work_us: the times of the fixed piece of work, see ``lines.FixedWork``.
+        usage: the readings of CPU time, in order (``wire/disturbance.py``); an ``exec`` begins
+            anew.
+        usage_beside: the readings of the other processes of the job.
         shared_work: what this rank has shared out with others; ``None``: there were none, or it did
             not end in an orderly way.
         end: the last line; ``None``: the process did not end in an orderly way.
@@ -180,6 +202,8 @@ class ProcessRecord(_Loops[list[Step]]):
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
     fixed_work_us: list[float] = field(default_factory=list)
+    usage: list[CpuUsage] = field(default_factory=list)
+    usage_beside: list[UsageBeside] = field(default_factory=list)
     shared_work: SharedWork | None = None
     end: End | None = None
 
@@ -205,6 +229,10 @@ class ProcessRecord(_Loops[list[Step]]):
     def steady_steps(self) -> list[Step]:
         """The timed steps after the warm-up (``warmup_steps``). There may be none."""
         return [step for step in self.loop_steps[self.warmup_steps :] if step.mark is None]
+
+    def beside(self, other: ProcessRecord) -> UsageBeside:
+        """Return the readings of another process on the same host, as seen from this one."""
+        return UsageBeside((other.header.started_ns - self.header.started_ns) / 1e9, other.usage)
 
     @property
     def warmup_steps(self) -> int:
@@ -315,7 +343,17 @@ def read_run(run_directory: Path) -> RunRecord:
             companions.setdefault(rank, process)
     if companions and processes[0] not in companions.values():
         _add_memory(processes[0], companions.values())
+    for main in processes[:1]:
+        main.usage_beside = [
+            main.beside(other) for other in processes[1:] if not _are_parent_and_child(main, other)
+        ]
     return RunRecord(run_directory, processes)
+
+
+def _are_parent_and_child(one: ProcessRecord, other: ProcessRecord) -> bool:
+    """Return whether the readings of one of them include the other (``machine/usage.py``)."""
+    one_pid, other_pid = one.header.pid, other.header.pid
+    return one.header.parent_pid == other_pid or other.header.parent_pid == one_pid
 
 
 def _add_memory(main: ProcessRecord, companions: Iterable[ProcessRecord]) -> None:
@@ -469,6 +507,7 @@ def read_process(path: Path) -> ProcessRecord:
             if isinstance(line, Header):
                 replay.finish()
                 replay = _Replay(process, line.started_ns)
+                process.usage.clear()
             else:
                 _add(line, process, replay)
     with _name_line(path, number):
@@ -486,6 +525,8 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
             replay.peak_device_bytes += [line.peak_device_bytes] * len(line.packed)
         case AgentEvent():
             process.events.append(line)
+        case CpuUsage():
+            process.usage.append(line)
         case Inputs():
             process.inputs = line.tensors
         case ImportedFiles():
@@ -554,6 +595,7 @@ _LINES_OF_PROCESS: tuple[type, ...] = (
     PackedTrace,
     Losses,
     AgentEvent,
+    CpuUsage,
     Inputs,
     ImportedFiles,
     Profile,

@@ -44,6 +44,7 @@ def execute(arguments: argparse.Namespace) -> int:
         "allocator": machine.allocator(),
         "compiler": machine.compiler(),
         **dataclasses.asdict(ceilings),
+        "is_disturbed": ceilings.is_disturbed,
     }
     if arguments.json is not None:
         try:
@@ -78,10 +79,21 @@ def _print(facts: Mapping[str, Any]) -> None:
         rows.append((f"{device}: copy", _unit(figures["memory_bytes_per_s"], 1e9, "GB/s")))
     if facts["no_accelerator"] is not None:
         rows.append(("accelerator", facts["no_accelerator"]))
+    rows.append(("other work", _other_work(facts)))
     rows.append(("measured", measured))
     for name, value in rows:
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _other_work(facts: Mapping[str, Any]) -> str:
+    share = facts["others_share"]
+    if share is None:
+        return "not measured"
+    said = f"others took {share:.0%} of the CPUs"
+    if facts["is_disturbed"]:
+        said += ": the rates are too low, and are not kept"
+    return said
 
 
 def _unit(value: float | None, unit: float, name: str) -> str:

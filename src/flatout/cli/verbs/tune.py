@@ -107,7 +107,9 @@ def _tune(arguments: argparse.Namespace) -> int:
             def show(so_far: Outcome, left_s: float) -> None:
                 progress.show(so_far.activity, left_s)
 
-            tuner = Tuner(arguments.command, wanted, opened, progress.say, show, ceilings)
+            tuner = Tuner(
+                arguments.command, wanted, opened, progress.say, show, ceilings, progress.warn
+            )
             outcome = tuner.run()
         document = result.make_document(
             arguments.command, arguments.plan, outcome, arguments.given_options

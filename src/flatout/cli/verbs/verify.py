@@ -208,7 +208,9 @@ def _prove(
             is_proof = so_far.activity is not None and so_far.activity.pairs is not None
             progress.show(so_far.activity, left_s if is_proof else None)
 
-        tuner = Tuner(arguments.command, wanted, opened, progress.say, show, tune.ceilings)
+        tuner = Tuner(
+            arguments.command, wanted, opened, progress.say, show, tune.ceilings, progress.warn
+        )
         return tuner.verify(proven.settings, arguments.seeds)
 
 

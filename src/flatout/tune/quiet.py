@@ -1,0 +1,336 @@
+"""Decides which parts of a comparison count on a machine that others use too.
+
+The unit is a block: consecutive steps of one run, and the same steps of the other run of the pair,
+which came next to them in time where the two alternated. A block counts if neither of its two parts
+was disturbed (``wire/disturbance.py``), and a pair counts if enough of its blocks do. With settings
+that decide how many CPUs the program uses (``Knob.needs_quiet``), a block counts only if others are
+known to have left the CPUs alone: beside other work, fewer threads look better than they are.
+
+What accounting does not show is left to a second look. The *floor* of a block is a low quantile of
+its time over all pairs, for each side: others can only make a block slower, so its fast times tell
+what it takes by itself. It keeps what the program does at a certain step, such as an evaluation.
+Where the means show a gain and the floors do not, nothing is claimed.
+
+The functions are pure; ``benchmarks/replay.py`` tests them on recordings beside other work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from flatout import knobs
+from flatout.tune import statistics
+from flatout.wire.disturbance import History, Stretch, drop_disturbed, is_little, mean_taken
+from flatout.wire.ratios import Block as ArmBlock
+from flatout.wire.ratios import Ratio
+from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.request import Comparison
+
+NOT_MEASURABLE = "not measurable now"
+"""The beginning of every reason that others are the cause of."""
+
+BLOCK_S = 0.25
+"""The shortest block of two runs that do not alternate, in seconds; see ``disturbance.WINDOW_S``
+and ``writer.FLUSH_SECONDS``."""
+
+COUNTED_SHARE = 0.25
+"""The share of its blocks that must count for a pair to count."""
+
+FLOOR_QUANTILE = 0.25
+"""The quantile of the times of a block that is its floor."""
+
+FLOOR_GAIN = 0.5
+"""The share of the gain of the means that the floors must show at least; as logarithms."""
+
+FEWEST_FLOORS = 5
+"""The fewest blocks of which the floors give a ratio."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same steps of the two runs of a pair.
+
+    Attributes:
+        positions: the first of these steps and the one after the last, among those that both runs
+            have timed.
+        baseline_s, variant_s: the times that the two runs took for them.
+        baseline, variant: what happened on the CPUs during these times.
+    """
+
+    positions: tuple[int, int]
+    baseline_s: float
+    variant_s: float
+    baseline: Stretch
+    variant: Stretch
+
+    def counts(self, needs_quiet: bool) -> bool:
+        """Return whether the block counts.
+
+        Args:
+            needs_quiet: whether others must be known to have left the CPUs alone.
+        """
+        both = (self.baseline, self.variant)
+        if needs_quiet:
+            return all(stretch.is_quiet for stretch in both)
+        return not any(stretch.is_disturbed for stretch in both)
+
+
+@dataclass(frozen=True)
+class Quietness:
+    """How far others have disturbed some pairs.
+
+    Attributes:
+        pairs, counted: the number of pairs, and of those that count.
+        taken: the share of the CPUs that others took during the blocks of all pairs; ``None``: not
+            measured.
+        taken_from_counted: the same of the blocks that count.
+        blocks_share: the share of the blocks that count.
+        floors: the ratio of the floors; ``None``: too few blocks.
+        contradiction: why means and floors tell different things, as a clause; ``None`` if they do
+            not.
+    """
+
+    pairs: int
+    counted: int
+    taken: float | None
+    taken_from_counted: float | None
+    blocks_share: float
+    floors: Ratio | None = None
+    contradiction: str | None = None
+
+    @property
+    def why_too_few(self) -> str | None:
+        """Why too few pairs count for a ratio, as a clause; ``None`` if there are enough."""
+        if self.counted >= min(FEWEST_COUNTED, self.pairs):
+            return None
+        return (
+            f"{NOT_MEASURABLE}: {self.counted} of {self.pairs} pairs were quiet enough, and "
+            f"{describe_others(self.taken)}"
+        )
+
+    @property
+    def why_not_measurable(self) -> str | None:
+        """Why nothing can be claimed from these pairs, as a clause; ``None`` if it can."""
+        if self.why_too_few is not None:
+            return self.why_too_few
+        if self.contradiction is not None:
+            return f"{NOT_MEASURABLE}: {self.contradiction}, and {describe_others(self.taken)}"
+        return None
+
+
+FEWEST_COUNTED = 2
+"""The fewest pairs that give an interval."""
+
+
+def needs_quiet(baseline: Mapping[str, str], variant: Mapping[str, str]) -> bool:
+    """Return whether a comparison of some settings needs CPUs that others leave alone."""
+    return any(
+        knobs.get(name).needs_quiet and baseline.get(name) != variant.get(name)
+        for name in {*baseline, *variant}
+    )
+
+
+def describe_others(taken: float | None) -> str:
+    """Return how much of the CPUs others took, as a clause."""
+    if taken is None:
+        return "how much of the CPUs others use is not measured"
+    return f"others took {taken:.0%} of the CPUs that this job may use"
+
+
+# Inside one process
+
+
+def find_counting_blocks(process: ProcessRecord, comparison: Comparison) -> list[ArmBlock]:
+    """Return the complete blocks of a comparison inside one process that were not disturbed."""
+    complete = statistics.find_complete_blocks(process.whole_steps, comparison)
+    return drop_disturbed(complete, _history(process))
+
+
+def why_not_compared(process: ProcessRecord, comparison: Comparison, knob: str) -> str | None:
+    """Return why a comparison inside one process tells nothing of a knob, as a clause.
+
+    The result is ``None`` if other processes are no reason.
+    """
+    complete = statistics.find_complete_blocks(process.whole_steps, comparison)
+    history = _history(process)
+    taken = mean_taken(complete, history)
+    counted = len(drop_disturbed(complete, history))
+    if counted < COUNTED_SHARE * len(complete):
+        return f"{NOT_MEASURABLE}: {describe_others(taken)}"
+    if knobs.get(knob).needs_quiet and not is_little(taken):
+        return (
+            f"it is only measurable on CPUs that others leave alone, and {describe_others(taken)}"
+        )
+    return None
+
+
+def _history(process: ProcessRecord) -> History:
+    return History(process.usage, process.usage_beside)
+
+
+# Blocks of pairs
+
+
+def find_blocks(baseline: ProcessRecord, variant: ProcessRecord, in_relay: bool) -> list[Block]:
+    """Find the blocks of a pair, from the steady steps of its runs.
+
+    Args:
+        baseline, variant: the runs.
+        in_relay: whether the two have alternated in blocks, and one waited while the other ran.
+    """
+    both = (baseline, variant)
+    steps = [process.steady_steps for process in both]
+    whole_ms = [
+        [step.step_ms for step in process.whole_steps[process.warmup_steps :] if step.mark is None]
+        for process in both
+    ]
+    histories = [
+        History(one.usage, [*one.usage_beside, *([one.beside(other)] if in_relay else [])])
+        for one, other in (both, both[::-1])
+    ]
+    length = None if in_relay else _block_steps(steps)
+    found = []
+    for first, end in _find_positions(steps, length):
+        seconds = [sum(side[first:end]) / 1e3 for side in whole_ms]
+        stretches = [
+            history.between(side[first].at_s, side[end - 1].end_s)
+            for side, history in zip(steps, histories, strict=True)
+        ]
+        found.append(Block((first, end), seconds[0], seconds[1], stretches[0], stretches[1]))
+    return found
+
+
+def _block_steps(both: Sequence[Sequence[Step]]) -> int:
+    """Return how many steps take ``BLOCK_S`` in both runs.
+
+    It is a power of two, so that it is the same for most pairs, and their blocks can be compared.
+    """
+    usual_ms = [median(step.step_ms for step in side) for side in both if side]
+    wanted = BLOCK_S * 1e3 / max(min(usual_ms, default=1.0), 1e-3)
+    return int(2 ** math.ceil(math.log2(max(wanted, 1))))
+
+
+def _find_positions(both: Sequence[Sequence[Step]], length: int | None) -> list[tuple[int, int]]:
+    """Return where blocks begin and end: where they do in a run, and after some steps."""
+    found: list[tuple[int, int]] = []
+    first, count = 0, min(map(len, both))
+    for end in range(1, count + 1):
+        is_over = end == count or any(side[end].block != side[end - 1].block for side in both)
+        if is_over or end - first == length:
+            found.append((first, end))
+            first = end
+    return found
+
+
+def log_ratio(blocks: Sequence[Block]) -> float:
+    """Return the logarithm of the ratio of a pair, from its blocks that count."""
+    baseline_s = sum(block.baseline_s for block in blocks)
+    return math.log(baseline_s / sum(block.variant_s for block in blocks))
+
+
+def select(blocks: Sequence[Block], needs_quiet: bool) -> list[Block]:
+    """Return the blocks of a pair that count; none if they are too few for the pair to count."""
+    counted = [block for block in blocks if block.counts(needs_quiet)]
+    return counted if len(counted) >= COUNTED_SHARE * len(blocks) else []
+
+
+# Pairs
+
+
+def counted_pairs(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> list[list[Block]]:
+    """Return the blocks that count of each pair that counts."""
+    return [kept for blocks in pairs if (kept := select(blocks, needs_quiet))]
+
+
+def assess(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> Quietness:
+    """Assess some pairs.
+
+    Args:
+        pairs: the blocks of each pair.
+        needs_quiet: whether others must be known to have left the CPUs alone.
+    """
+    counted = counted_pairs(pairs, needs_quiet)
+    every = [block for blocks in pairs for block in blocks]
+    kept = [block for blocks in counted for block in blocks]
+    return Quietness(
+        pairs=len(pairs),
+        counted=len(counted),
+        taken=_mean_taken(every),
+        taken_from_counted=_mean_taken(kept),
+        blocks_share=len(kept) / len(every) if every else 1.0,
+        floors=estimate_floor_ratio(counted),
+        contradiction=find_contradiction(counted),
+    )
+
+
+def is_enough(quietness: Quietness, log_ratios: Sequence[float], maximum: int) -> bool:
+    """Return whether pairs suffice for a claim, or are as many as can be afforded.
+
+    Args:
+        quietness: how far others have disturbed the pairs.
+        log_ratios: the logarithms of the ratios of those that count.
+        maximum: the number of pairs that can be afforded.
+    """
+    if quietness.pairs >= maximum:
+        return True
+    if quietness.why_not_measurable is not None:
+        return False
+    return statistics.has_enough_pairs(log_ratios, maximum)
+
+
+def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
+    """Return why the means of some pairs show a gain and their floors do not, as a clause.
+
+    Floors lie below means by the noise of each side, and the noise of the two sides differs, so
+    that a difference alone is no contradiction: the floors must show no gain at all, or with
+    intervals that lie apart less than ``FLOOR_GAIN`` of the gain. The result is ``None`` otherwise,
+    or if there are too few blocks or pairs to tell.
+
+    Args:
+        pairs: the blocks that count of each pair that counts.
+    """
+    floors = estimate_floor_ratio(pairs)
+    if floors is None or len(pairs) < FEWEST_COUNTED:
+        return None
+    means = statistics.estimate_ratio([log_ratio(blocks) for blocks in pairs])
+    if not statistics.is_gain(means):
+        return None
+    is_less = floors.high < means.low
+    is_less = is_less and math.log(floors.value) < FLOOR_GAIN * math.log(means.value)
+    if is_less or floors.value <= 1:
+        return f"the means give {means}, but the fastest times of the same blocks {floors}"
+    return None
+
+
+def estimate_floor_ratio(pairs: Sequence[Sequence[Block]]) -> Ratio | None:
+    """Estimate the ratio of the floors of the blocks; ``None`` if there are too few blocks.
+
+    Args:
+        pairs: the blocks that count of each pair that counts.
+    """
+    places: dict[tuple[int, int], list[Block]] = {}
+    for blocks in pairs:
+        for block in blocks:
+            places.setdefault(block.positions, []).append(block)
+    logs = [
+        math.log(_floor([b.baseline_s for b in same]) / _floor([b.variant_s for b in same]))
+        for same in places.values()
+    ]
+    return statistics.estimate_ratio(logs) if len(logs) >= FEWEST_FLOORS else None
+
+
+def _floor(values: Sequence[float]) -> float:
+    return sorted(values)[int(FLOOR_QUANTILE * (len(values) - 1))]
+
+
+def _mean_taken(blocks: Sequence[Block]) -> float | None:
+    known = [
+        stretch.taken
+        for block in blocks
+        for stretch in (block.baseline, block.variant)
+        if stretch.taken is not None
+    ]
+    return fmean(known) if known else None
