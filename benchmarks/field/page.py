@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy import stats
+
 from benchmarks.field.program import ROOT, Program, read_programs
 from benchmarks.outside import Results
 from flatout.tune.statistics import estimate_ratio
-from flatout.wire.ratios import Ratio, t_quantile
+from flatout.wire.ratios import Ratio
 
 MEASURED = ROOT / "benchmarks" / "field" / "measured.jsonl"
 PAGE = ROOT / "docs" / "field.md"
@@ -175,7 +177,7 @@ def _limits(by_seed: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
         if count < 2:
             limits.append((-math.inf, math.inf))
             continue
-        quantile = t_quantile((1 + CONFIDENCE) / 2, count - 1)
+        quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1))
         reach = quantile * statistics.stdev(values) * math.sqrt(1 + 1 / count)
         limits.append((mean - reach, mean + reach))
     return limits

@@ -118,7 +118,7 @@ class Switch:
         if self._host.arm is not None and self._host.mark is None:
             step_ms = self._between_ms + (turn.end_ns - turn.start_ns) / 1e6
             at_s = None if self._usage is None else self._host.record.seconds(turn.start_ns)
-            self.blocks[-1].add(step_ms, Size.of(turn), turn.updates > 0, at_s)
+            self.blocks[-1].add(step_ms, Size.of(turn), at_s)
         self._between_ms = 0.0
         if self._steps_left <= 0 or (self._arm in self._dropped and is_alone):
             begin_ns = time.perf_counter_ns()

@@ -230,7 +230,7 @@ def split_into_blocks(steps: Sequence[Step]) -> list[Block]:
         if step.mark == "first":
             found[-1].first_ms.append(step.step_ms)
         elif step.mark is None:
-            found[-1].add(step.step_ms, Size.of(step), step.updates > 0, step.at_s)
+            found[-1].add(step.step_ms, Size.of(step), step.at_s)
     return found
 
 

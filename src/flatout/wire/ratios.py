@@ -2,9 +2,7 @@
 
 Step times have a skewed distribution, drift, and are correlated with their neighbours: the
 machine's speed changes by 2x within minutes. Each block of steps therefore counts once, by the
-median of its step times. (Where gradients accumulate, the steps that end with an optimizer step
-have a median of their own, and the mean of both counts, weighted by the numbers of these steps.)
-The model of the logarithms y of these medians, in the order of time, is
+median of its step times. The model of the logarithms y of these medians, in the order of time, is
 
     y[i] = level - (sum of the logarithms of the ratios of the settings of block i) + e[i],
     e[i] = phi e[i-1] + noise,
@@ -26,7 +24,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from statistics import NormalDist, fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -108,7 +105,6 @@ class Block:
         arm: the number of the arm.
         times_ms: the step times, without the steps right after the switch to the arm.
         sizes: the sizes of these steps, in order.
-        updates: whether each of these steps had an optimizer step, in order; empty: not known.
         first_ms: the step times of the first block of an arm, which warms up and is not used for
             ratios.
         start_s, end_s: the beginning of the first timed step and the end of the last, in seconds
@@ -118,40 +114,17 @@ class Block:
     arm: int
     times_ms: list[float] = field(default_factory=list)
     sizes: list[Size | None] = field(default_factory=list)
-    updates: list[bool] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
     start_s: float | None = None
     end_s: float | None = None
 
-    def add(
-        self,
-        step_ms: float,
-        size: Size | None,
-        has_update: bool = True,
-        at_s: float | None = None,
-    ) -> None:
-        """Add a step to this block.
-
-        Args:
-            step_ms: its time.
-            size: its size; ``None``: not known.
-            has_update: whether it had an optimizer step.
-            at_s: its beginning, see ``start_s``.
-        """
+    def add(self, step_ms: float, size: Size | None, at_s: float | None = None) -> None:
+        """Add a step to this block; ``at_s`` is its beginning, see ``start_s``."""
         self.times_ms.append(step_ms)
         self.sizes.append(size)
-        self.updates.append(has_update)
         if at_s is not None:
             self.start_s = at_s if self.start_s is None else self.start_s
             self.end_s = at_s + step_ms / 1e3
-
-    def typical_ms(self) -> float:
-        """Return the time of a step, which a pause of the machine does not affect."""
-        kinds: dict[object, list[float]] = {}
-        for step_ms, has_update in zip_longest(self.times_ms, self.updates, fillvalue=True):
-            kinds.setdefault(has_update, []).append(step_ms)
-        total_ms = sum(len(times_ms) * median(times_ms) for times_ms in kinds.values())
-        return total_ms / len(self.times_ms)
 
 
 def merge_steps(blocks: Sequence[Block]) -> list[Block]:
@@ -161,7 +134,7 @@ def merge_steps(blocks: Sequence[Block]) -> list[Block]:
     which the median would leave out.
     """
     return [
-        dataclasses.replace(block, times_ms=[fmean(block.times_ms)], sizes=[None], updates=[])
+        dataclasses.replace(block, times_ms=[fmean(block.times_ms)], sizes=[None])
         if block.times_ms
         else block
         for block in blocks
@@ -247,7 +220,7 @@ def _estimate_ratios(
     if covariates:
         logs = [fmean(map(math.log, block.times_ms)) for block in timed]
     else:
-        logs = [math.log(block.typical_ms()) for block in timed]
+        logs = [math.log(median(block.times_ms)) for block in timed]
     rows = [
         {0: 1.0, **dict.fromkeys(columns, 1.0), **dict(enumerate(values, width))}
         for columns, *values in zip(on, *covariates, strict=True)
