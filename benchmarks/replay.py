@@ -206,6 +206,9 @@ class Machine:
     def flush(self) -> None:
         pass
 
+    def add_pause(self, since_ns: int) -> None:
+        """Recorded steps have no pauses."""
+
     def counts_as_step(self, turn: Turn) -> bool:
         return True
 
