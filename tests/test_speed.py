@@ -42,6 +42,14 @@ def test_the_speed_of_today_is_judged_by_the_claim(now: Ratio, holds: bool, said
     assert found.lines[1].startswith(said)
 
 
+def test_beside_other_work_nothing_is_concluded() -> None:
+    why = "not measurable now: 0 of 5 pairs were quiet enough, and others took 60% of the CPUs"
+    for at_least in (None, 1.1):
+        found = Comparison(CLAIMED, Ratio(1.5, 1.4, 1.6, 5), at_least, why)
+        assert not found.holds
+        assert found.lines == (f"speed: claimed {CLAIMED}", why)
+
+
 @pytest.mark.parametrize(
     ("now", "at_least", "holds"),
     [

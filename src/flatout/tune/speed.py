@@ -15,6 +15,7 @@ from flatout.tune import bare, formatting, pairs
 from flatout.tune.budget import FEW_STEPS
 from flatout.tune.journal import Journal
 from flatout.tune.ledger import Ledger, Options, Outcome
+from flatout.tune.neighbours import Neighbours
 from flatout.tune.pairs import Pace, Pairs
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import Ratio
@@ -47,11 +48,14 @@ class Comparison:
         claimed: the speedup of the plan's evidence; ``None``: the plan has none.
         now: the speedup that was measured now.
         at_least: what the user asks for; ``None``: that the claim holds, or, without one, a gain.
+        not_measurable: why other work makes it impossible to tell, as a clause; ``None`` if it does
+            not (``quiet.py``).
     """
 
     claimed: Ratio | None
     now: Ratio
     at_least: float | None = None
+    not_measurable: str | None = None
 
     @property
     def holds(self) -> bool:
@@ -60,6 +64,8 @@ class Comparison:
         With ``at_least``, the whole interval must lie at or above it, as in ``flatout verify
         --at-least``. Otherwise it must lie above 1 and must not lie below that of the claim.
         """
+        if self.not_measurable is not None:
+            return False
         if self.at_least is not None:
             return self.now.low >= self.at_least
         return self.now.low > 1 and not self._is_less
@@ -72,6 +78,8 @@ class Comparison:
     def lines(self) -> tuple[str, str]:
         """What was claimed and measured, and what follows from it, each in one line."""
         claimed = "nothing was claimed" if self.claimed is None else f"claimed {self.claimed}"
+        if self.not_measurable is not None:
+            return f"speed: {claimed}", self.not_measurable
         return f"speed: {claimed}, measured now {self.now}", self._conclusion
 
     @property
@@ -147,6 +155,7 @@ def measure(
     journal: Journal,
     print_line: Callable[[str], None],
     refresh: Callable[[Outcome, float], None],
+    warn: Callable[[str], None],
 ) -> Pairs:
     """Measure pairs of a plan and the bare program.
 
@@ -157,7 +166,7 @@ def measure(
         options: the options that the user gave.
         journal: the journal of this measurement.
         print_line: prints a line of progress.
-        refresh: see ``Tuner``.
+        refresh, warn: see ``Tuner``.
 
     Returns the pairs, which may be fewer after an interruption or a failure of the plan.
 
@@ -166,7 +175,8 @@ def measure(
         UserError: the program fails, never calls a model, or makes too few steps.
     """
     ledger = Ledger(BUDGET_S, lambda: journal.spent_s, print_line, refresh)
-    trials = Trials(command, journal, options.isolate, tick=ledger.notify)
+    neighbours = Neighbours(BUDGET_S, warn)
+    trials = Trials(command, journal, options.isolate, ledger.notify, neighbours)
     ledger.begin("running the bare program")
     first = _run_first(trials, options)
     pace = bare.find_pace(first)

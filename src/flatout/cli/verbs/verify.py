@@ -141,6 +141,7 @@ def _measure_speed(arguments: argparse.Namespace, proven: Plan) -> int:
                 opened,
                 progress.say,
                 lambda so_far, left_s: progress.show(so_far.activity, left_s),
+                progress.warn,
             )
         opened.finish()
     except KeyboardInterrupt:
@@ -153,7 +154,12 @@ def _measure_speed(arguments: argparse.Namespace, proven: Plan) -> int:
     if finished.count < 2:
         say(finished.failure or "it was interrupted before two pairs were complete")
         return interruption.exit_status() if finished.interrupted else 1
-    found = speed.Comparison(speed.claimed_by(proven.evidence), finished.ratio, arguments.at_least)
+    found = speed.Comparison(
+        speed.claimed_by(proven.evidence),
+        finished.ratio,
+        arguments.at_least,
+        finished.quietness.why_not_measurable,
+    )
     for line in found.lines:
         say(line)
     bare, with_plan = finished.costs
@@ -251,7 +257,7 @@ def _print_proof(arguments: argparse.Namespace, outcome: Outcome) -> Ratio | Non
     from flatout.tune import result
 
     document = result.make_document(arguments.command, arguments.plan, outcome)
-    if document.claim is not None:
+    if document.claim is not None or document.quietness is not None:
         say(words.claim_line(document))
     if document.proof is not None:
         for line in words.proof_lines(document.proof, arguments.verbose):
