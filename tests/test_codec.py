@@ -141,3 +141,14 @@ def test_unknown_keys_are_refused_where_the_format_says_so() -> None:
         decode(Inner, plain, STRICT_JSON)
     with pytest.raises(MismatchError, match="it must be a table"):
         decode(Inner, 3, TOML)
+
+
+def test_an_integer_that_is_no_float_is_refused() -> None:
+    """Figures are formatted as floats, and such an integer would raise there."""
+    with pytest.raises(codec.MismatchError, match="larger than any number"):
+        codec.decode(Counted, {"peak_bytes": 10**400})
+
+
+@dataclass(frozen=True)
+class Counted:
+    peak_bytes: int

@@ -627,7 +627,7 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     assert "steps were timed" not in report
     text = io.StringIO()
     print_diagnosis(recorded(steps=[turn(n, BALANCED) for n in range(5)]), text)
-    assert "only 2 steps were timed; a longer --budget would tell more" in text.getvalue()
+    assert "only 4 steps were timed; a longer --budget would tell more" in text.getvalue()
     ended = recorded(steps=[turn(n, BALANCED) for n in range(5)])
     ended.case.process.end = End(at_s=1.0, reason="exit")
     text = io.StringIO()

@@ -264,6 +264,8 @@ def _decode_bool(value: Any, format: Format) -> bool:
 def _decode_integer(value: Any, format: Format) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise MismatchError("must be an integer")
+    if abs(value) > _LARGEST:  # no measurement is, and as a float it would raise
+        raise MismatchError("is larger than any number")
     return value
 
 
