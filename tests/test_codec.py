@@ -145,8 +145,8 @@ def test_unknown_keys_are_refused_where_the_format_says_so() -> None:
 
 def test_an_integer_that_is_no_float_is_refused() -> None:
     """Figures are formatted as floats, and such an integer would raise there."""
-    with pytest.raises(codec.MismatchError, match="larger than any number"):
-        codec.decode(Counted, {"peak_bytes": 10**400})
+    with pytest.raises(MismatchError, match="larger than any number"):
+        decode(Counted, {"peak_bytes": 10**400})
 
 
 @dataclass(frozen=True)
