@@ -44,7 +44,8 @@ ALL = tuple(map(label, (BF16, LAYOUT, BOTH, FAST, KERNEL)))
 
 
 def made(*calls: ReplayedCall, untimed_ms: float = 0.0) -> Replayed:
-    return Replayed(ALL, calls, untimed_ms)
+    step = ReplayedCall("AdamW.step", 1, {BARE: (0.0,) * 4})
+    return Replayed(ALL, (*calls, step), untimed_ms)
 
 
 def test_a_label_can_be_read() -> None:
@@ -104,7 +105,7 @@ def test_of_two_kernels_for_a_call_one_acts() -> None:
 def test_what_was_not_replayed_is_not_predicted() -> None:
     replayed = made(call("linear", 1, bare=1.0))
     assert prediction.predict(replayed, 1.0, {"threads": "one"}) is None
-    assert prediction.predict(made(), 1.0, BF16) is None
+    assert prediction.predict(Replayed(ALL), 1.0, BF16) is None
     nothing = prediction.predict(replayed, 1.0, FAST)
     assert nothing is not None
     assert nothing.value == nothing.high == 1.0
@@ -166,6 +167,13 @@ def test_nothing_is_dropped_where_the_calls_are_not_the_step() -> None:
     assert sorted_out(None, BF16) == (["precision=bf16"], {})
 
 
+def test_a_part_of_a_step_without_the_optimizer_says_nothing_of_what_may_act_there() -> None:
+    part = Replayed(ALL, (call("linear", 1, bare=10.0, bf16=9.99),))
+    kept, dropped = sorted_out(part, BF16, FAST)
+    assert kept == ["random=fast"]
+    assert set(dropped) == {"precision=bf16"}
+
+
 def test_calls_that_there_was_no_time_for_count_as_far_as_the_profile_allows() -> None:
     untimed = made(call("linear", 1, bare=5.0), untimed_ms=5.0)
     kept, dropped = sorted_out(untimed, FAST)
@@ -200,6 +208,17 @@ def test_a_candidate_promises_what_is_predicted() -> None:
     one = dataclasses.replace(candidate(BF16, 8.0), predicted=predicted)
     assert one.promise == pytest.approx(2.0)
     assert candidate(BF16, 8.0).promise == 8.0
+
+
+def test_an_optimizer_takes_as_long_as_in_the_step() -> None:
+    step = ReplayedCall("Adam.step", 1, {BARE: (2.0,) * 3, "optimizer=onepass": (1.0,) * 3})
+    replayed = Replayed(("optimizer=onepass",), (step, call("linear", 1, bare=4.0)))
+    onepass = {"optimizer": "onepass"}
+    longer = prediction.with_optimizer_ms(replayed, 6.0)
+    ratio = prediction.predict(longer, 10.0, onepass)
+    assert ratio is not None
+    assert ratio.value == pytest.approx(10 / 7)
+    assert prediction.with_optimizer_ms(replayed, None) is replayed
 
 
 def predicted(*settings: dict[str, str]) -> list[Candidate]:

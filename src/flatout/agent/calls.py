@@ -21,6 +21,7 @@ from flatout.intercept.containment import attempt
 from flatout.intercept.nested import tensors_in
 from flatout.intercept.patch import wrap_function
 from flatout.knob import MATMUL_OPERATORS
+from flatout.wire.replay import OPTIMIZER_SUFFIX
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -212,7 +213,7 @@ class StepForm:
     @property
     def name(self) -> str:
         """The name of the class."""
-        return f"{self.optimizer.__name__}.step"
+        return f"{self.optimizer.__name__}{OPTIMIZER_SUFFIX}"
 
 
 def freeze(value: Any, tensors: list[torch.Tensor]) -> Hashable:

@@ -133,12 +133,16 @@ def run(
             "step and a start take; Ctrl-C keeps what is proven"
         )
     job_steps = len(process.loop_steps) if first.ended else None
+    phases_ms = pairs.phases_ms([process], step_s * 1e3)
+    if process.replayed is not None:
+        replayed = prediction.with_optimizer_ms(process.replayed, phases_ms.get("optimizer"))
+        process = dataclasses.replace(process, replayed=replayed)
     return BareRun(
         process=process,
         modules=first.modules,
         program=observe_program(command, first.modules),
         pace=pace,
-        phases_ms=pairs.phases_ms([process], step_s * 1e3),
+        phases_ms=phases_ms,
         budget_s=budget_s,
         proof=budget.size_proof(
             pace,

@@ -8,8 +8,9 @@ is, so the gain is
 Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
 are replayed with their tensors at hand, and without what lies between them. So they take less than
 in the step, and a part of the rest belongs to them: the estimate takes half of the rest to gain as
-the calls do, and the interval reaches from none of it to all. What settings do to Python, to memory
-that is kept longer, and to the gradients' layout is not predicted.
+the calls do, and the interval reaches from none of it to all. Steps of optimizers are taken to be as
+long as in the step itself (``with_optimizer_ms``). What settings do to Python, to memory that is
+kept longer, and to the gradients' layout is not predicted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from flatout.tune import statistics
 from flatout.tune.candidates import Candidate, Survey
 from flatout.tune.ledger import Options
 from flatout.wire.ratios import CONFIDENCE, Ratio
-from flatout.wire.replay import BARE, Replayed, ReplayedCall, label, parse_label
+from flatout.wire.replay import BARE, OPTIMIZER_SUFFIX, Replayed, ReplayedCall, label, parse_label
 from flatout.wire.request import Replay
 
 REST_SHARE = 0.5
@@ -74,6 +75,34 @@ def make_request(options: Options) -> Replay | None:
     if options.budget_seconds is not None:
         most = min(most, BUDGET_SHARE * options.budget_seconds)
     return Replay(allowed, least_seconds=min(Replay.least_seconds, most), most_seconds=most)
+
+
+def with_optimizer_ms(replayed: Replayed, optimizer_ms: float | None) -> Replayed:
+    """Return the replayed calls with the steps of optimizers as long as they are in a step.
+
+    There they take longer, because their tensors are not in the caches, and because the memory for
+    their results may be fresh.
+
+    Args:
+        replayed: the replayed calls.
+        optimizer_ms: the time of the phase ``optimizer`` of a step; ``None``: not measured.
+    """
+    steps = [call for call in replayed.calls if call.name.endswith(OPTIMIZER_SUFFIX)]
+    total_ms = sum(call.count * fmean(call.times_ms[BARE]) for call in steps)
+    if not optimizer_ms or not total_ms:
+        return replayed
+    factor = optimizer_ms / total_ms
+    scaled = {
+        id(call): dataclasses.replace(
+            call,
+            times_ms={
+                name: tuple(factor * ms for ms in times) for name, times in call.times_ms.items()
+            },
+        )
+        for call in steps
+    }
+    calls = tuple(scaled.get(id(call), call) for call in replayed.calls)
+    return dataclasses.replace(replayed, calls=calls)
 
 
 def predict(
@@ -158,10 +187,13 @@ def predict_candidates(
     untimed_share = replayed.untimed_ms / (of_bare + replayed.untimed_ms)
     labels = [dict(one.split("=") for one in parse_label(name)) for name in replayed.settings]
     bases = [{}, *(one for one in labels if all(knobs.get(knob).inside for knob in one))]
+    # Of several micro-batches to an optimizer step, the replayed one may not have been the last.
+    is_whole = any(call.name.endswith(OPTIMIZER_SUFFIX) for call in replayed.calls)
+    acting = {one for call in replayed.calls for name in call.times_ms for one in parse_label(name)}
     found: dict[Candidate, Prediction] = {}
     for candidate in candidates:
         alone = predict(replayed, step_ms, candidate.settings)
-        if alone is None:
+        if alone is None or not (is_whole or str(candidate) in acting):
             continue
         gains = [
             predict(replayed, step_ms, {**base, **candidate.settings}, base)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+OPTIMIZER_SUFFIX = ".step"
+"""How the names of calls end that are steps of optimizers."""
+
 BARE = ""
 """The label of the calls as they are, without any setting."""
 
