@@ -8,8 +8,8 @@ is, so the gain is
 Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
 are replayed with their tensors at hand, and without what lies between them. So they take less than
 in the step, and a part of the rest belongs to them: the estimate takes half of the rest to gain as
-the calls do, and the interval reaches from none of it to all. Steps of optimizers are taken to be as
-long as in the step itself (``with_optimizer_ms``). What settings do to Python, to memory that is
+the calls do, and the interval reaches from none of it to all. Steps of optimizers are taken to be
+as long as in the step itself (``with_optimizer_ms``). What settings do to Python, to memory that is
 kept longer, and to the gradients' layout is not predicted.
 """
 
