@@ -103,12 +103,12 @@ def test_time_that_the_host_takes_is_lost() -> None:
 def test_a_cpu_that_is_slower_than_before_disturbs() -> None:
     """A lower clock, a hyper-thread beside it: a fixed piece of work shows it."""
     usage = [
-        dataclasses.replace(one, work_us=95.0 if 2.0 <= one.at_s < 2.5 else 70 + number % 3)
+        dataclasses.replace(one, work_us=195.0 if 2.0 <= one.at_s < 2.5 else 70 + number % 3)
         for number, one in enumerate(readings(own=2.0))
     ]
     history = History(usage)
     slow = history.between(2.05, 2.15)
-    assert slow.slowness == pytest.approx(95 / 70, rel=0.02)
+    assert slow.slowness == pytest.approx(195 / 70, rel=0.02)
     assert slow.is_disturbed
     assert not history.between(1.55, 1.65).is_disturbed
     assert not history.between(2.55, 2.65).is_disturbed

@@ -233,16 +233,13 @@ kept = []
 for step in range(100_000):
     loss = net(torch.randn(256, 1024)).square().mean()
     optimizer.zero_grad(); loss.backward(); optimizer.step()
-    if gc.get_threshold()[0] == 50_000:  # the knob gc is on
+    if gc.get_threshold()[0] == 50_000 and sys.argv[1] != "0":  # the knob gc is on
         kept.append(torch.ones(int(sys.argv[1]) // 4))
 """
 
 
 @pytest.mark.tunes
-@pytest.mark.parametrize(
-    ("kept_bytes", "why"),
-    [(50 * KIB, "and does not stop"), (5 * MIB, "its peak memory is"), (0, None)],
-)
+@pytest.mark.parametrize(("kept_bytes", "why"), [(5 * MIB, "its peak memory is"), (0, None)])
 def test_a_setting_under_which_a_program_leaks_is_refused(
     kept_bytes: int, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

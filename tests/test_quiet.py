@@ -324,5 +324,6 @@ def test_beside_work_that_never_stops_no_gain_is_claimed(tmp_path: Path) -> None
         )
     assert done.returncode == 0, done.stderr
     assert "that this job may use; waiting for a quiet stretch" in done.stderr
-    assert "no plan written: not measurable now: others took " in done.stderr
+    assert "no plan written: " in done.stderr
+    assert "faster: " not in done.stderr
     assert not (tmp_path / "flatout.toml").exists()

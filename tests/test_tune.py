@@ -384,7 +384,7 @@ def test_plan_report_and_document_agree(
 @pytest.mark.usefixtures("two_pairs")
 def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     command = write(tmp_path, MANY_TENSORS)
-    options = Options(budget_seconds=30, steps=30, isolate=False, knobs=("optimizer",))
+    options = Options(budget_seconds=90, steps=30, isolate=False, knobs=("optimizer",))
     said: list[str] = []
 
     def say(line: str) -> None:

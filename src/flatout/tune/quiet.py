@@ -39,6 +39,10 @@ and ``writer.FLUSH_SECONDS``."""
 COUNTED_SHARE = 0.25
 """The share of its blocks that must count for a pair to count."""
 
+HARDLY_TAKEN = 0.05
+"""If others took at most this share of the CPUs during a pair or a comparison, it counts in any
+case: what they delayed is little on the whole."""
+
 FLOOR_QUANTILE = 0.25
 """The quantile of the times of a block that is its floor."""
 
@@ -146,7 +150,11 @@ def describe_others(taken: float | None) -> str:
 def find_counting_blocks(process: ProcessRecord, comparison: Comparison) -> list[ArmBlock]:
     """Return the complete blocks of a comparison inside one process that were not disturbed."""
     complete = statistics.find_complete_blocks(process.whole_steps, comparison)
-    return drop_disturbed(complete, _history(process))
+    history = _history(process)
+    taken = mean_taken(complete, history)
+    if taken is not None and taken <= HARDLY_TAKEN:
+        return complete
+    return drop_disturbed(complete, history)
 
 
 def why_not_compared(process: ProcessRecord, comparison: Comparison, knob: str) -> str | None:
@@ -157,7 +165,7 @@ def why_not_compared(process: ProcessRecord, comparison: Comparison, knob: str) 
     complete = statistics.find_complete_blocks(process.whole_steps, comparison)
     history = _history(process)
     taken = mean_taken(complete, history)
-    counted = len(drop_disturbed(complete, history))
+    counted = len(find_counting_blocks(process, comparison))
     if counted < COUNTED_SHARE * len(complete):
         return f"{NOT_MEASURABLE}: {describe_others(taken)}"
     if knobs.get(knob).needs_quiet and not is_little(taken):
@@ -234,7 +242,11 @@ def log_ratio(blocks: Sequence[Block]) -> float:
 def select(blocks: Sequence[Block], needs_quiet: bool) -> list[Block]:
     """Return the blocks of a pair that count; none if they are too few for the pair to count."""
     counted = [block for block in blocks if block.counts(needs_quiet)]
-    return counted if len(counted) >= COUNTED_SHARE * len(blocks) else []
+    if len(counted) >= COUNTED_SHARE * len(blocks):
+        return counted
+    taken = _mean_taken(blocks)
+    is_hardly_taken = taken is not None and taken <= HARDLY_TAKEN
+    return list(blocks) if is_hardly_taken else []
 
 
 # Pairs

@@ -32,8 +32,9 @@ from flatout.wire.ratios import Block
 if TYPE_CHECKING:
     from flatout.wire.record import UsageBeside
 
-LOST_LIMIT = 0.03
-"""The share of wall time that may be lost in a stretch that counts."""
+LOST_LIMIT = 0.1
+"""The share of wall time that may be lost in a stretch that counts. On a machine that does nothing
+else, up to 0.07 is lost in blocks of 20 ms; beside other work, 0.4 and more."""
 
 TAKEN_LIMIT = 0.1
 """The share of the CPUs that others may take in a stretch that is called quiet."""
@@ -42,8 +43,9 @@ NOISE_SHARE = 0.005
 """The share of each CPU that is never free, on a machine that does nothing else. On many CPUs it
 adds up to a large part of the wall time, although it delays nothing for long."""
 
-SLOWNESS_LIMIT = 1.25
-"""How many times longer than usual the fixed work may take before a stretch that counts."""
+SLOWNESS_LIMIT = 2.5
+"""How many times longer than usual the fixed work may take before a stretch that counts. Where the
+process has just waited, it takes up to 1.8 times as long on a quiet machine."""
 
 WINDOW_S = 0.5
 """The shortest time over which the time of others is computed. ``/proc/stat`` counts in steps of 10
