@@ -301,7 +301,7 @@ for _ in range(100000):
 """
 
 
-@pytest.mark.tunes
+@pytest.mark.measured
 def test_beside_work_that_never_stops_no_gain_is_claimed(tmp_path: Path) -> None:
     """One thread seems several times as fast as two that wait for each other."""
     (tmp_path / "program.py").write_text(PROGRAM)

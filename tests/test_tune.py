@@ -187,7 +187,7 @@ for step in range(1000):
 """
 
 
-@pytest.mark.tunes
+@pytest.mark.measured
 @pytest.mark.usefixtures("two_pairs")
 def test_slow_steps_are_not_compared_for_what_a_replay_predicts(tmp_path: Path) -> None:
     options = Options(
