@@ -58,13 +58,26 @@ def checked(record: RunRecord) -> ProcessRecord:
             assert step.phases_ms["forward"]
         for step in process.steps:
             assert step.phases_ms["backward"]
-            assert step.phases_ms["optimizer"]
+            assert step.phases_ms["optimizer"] or not step.updates
     assert record.main is not None
     return record.main
 
 
 def steps(process: ProcessRecord) -> list[Counts]:
     return [(step.forwards, step.backwards, step.updates) for step in process.steps]
+
+
+def updates(process: ProcessRecord) -> list[Counts]:
+    """The steps up to each optimizer step, added up: where gradients accumulate, a step is a
+    micro-batch, but for the first ones."""
+    found, sums = [], (0, 0, 0)
+    for forwards, backwards, update in steps(process):
+        sums = (sums[0] + forwards, sums[1] + backwards, sums[2] + update)
+        if update:
+            found.append(sums)
+            sums = (0, 0, 0)
+    assert sums == (0, 0, 0)
+    return found
 
 
 def evaluations(process: ProcessRecord) -> list[Counts]:
@@ -133,7 +146,8 @@ def test_hugging_face_trainer(template: Path, tmp_path: Path) -> None:
     own, record = compare([str(python), "hf_trainer.py"], template, tmp_path, python)
     assert own.returncode == 0, own.stderr
     main = checked(record)
-    assert steps(main) == [(2, 2, 1)] * 12
+    assert updates(main) == [(2, 2, 1)] * 12
+    assert (1, 1, 0) in steps(main)
     assert evaluations(main) == [(1, 0, 0)] * 4
     assert recorded_losses(main) == printed_losses(own)
 
@@ -172,7 +186,7 @@ def test_accelerate(launcher: str, processes: int, template: Path, tmp_path: Pat
     main = checked(record)
     trained = [process for process in record.processes if process.trains]
     assert len(trained) == processes
-    assert all(steps(process) == [(2, 2, 1)] * (16 // processes) for process in trained)
+    assert all(updates(process) == [(2, 2, 1)] * (16 // processes) for process in trained)
     # Accelerate divides each loss by the number of micro-batches before it calls backward.
     assert recorded_losses(main) == [loss / 2 for loss in printed_losses(own)]
 
