@@ -32,8 +32,12 @@ long: $(INSTALLED)
 	.venv-torch-$*/bin/pip install --quiet -c constraints.txt -c $< -e ".[dev]"
 	touch $@
 
+# Tests of the controller, which never imports torch: the first suite has run them.
+CONTROLLER_TESTS = fuzz interruption isolation journal machine report trouble
+
 test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)"
+	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)" \
+	    $(CONTROLLER_TESTS:%=--ignore=tests/test_%.py)
 
 versions: test-torch-2.9.1 test-torch-2.14.1
 

@@ -144,7 +144,7 @@ def test_a_faster_and_wrong_setting_is_turned_back_and_the_rest_tried(tmp_path: 
     assert set(outcome.settings) <= {"optimizer", "precision"}
     assert outcome.settings.get("precision") != "bf16"
     if outcome.evidence is None:
-        assert "no measurable gain" in outcome.why
+        assert "measurable" in outcome.why  # no gain, or a machine that others use
     else:
         assert outcome.evidence.ratio_low > 1
         assert outcome.evidence.losses[0].margin_source == "seeds"
@@ -290,7 +290,7 @@ def test_a_program_that_only_infers_is_proven_by_its_outputs(tmp_path: Path) -> 
     assert 0 < outputs.measurements["relative_error"] < outputs.measurements["error_limit"]
     assert outputs.measurements["top1_agreement"] > 0.9
     if outcome.evidence is None:
-        assert "no measurable gain" in outcome.why
+        assert "measurable" in outcome.why  # no gain, or a machine that others use
     else:
         assert outcome.evidence.losses == ()
 
@@ -405,7 +405,7 @@ def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
     outcome = tuner_of(again, said.append).run()
     again.close()
     assert not outcome.interrupted
-    assert outcome.evidence is not None or "no measurable gain" in outcome.why
+    assert outcome.evidence is not None or "measurable" in outcome.why
     after = journal.read(again.path)
     assert after[: len(before)] == before
     assert len(after) > len(before)
