@@ -632,7 +632,7 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     ended.case.process.end = End(at_s=1.0, reason="exit")
     text = io.StringIO()
     print_diagnosis(ended, text)
-    assert "only 2 steps were timed; a longer run of the program would" in text.getvalue()
+    assert "only 4 steps were timed; a longer run of the program would" in text.getvalue()
     text = io.StringIO()
     print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
     assert "Findings: none" in text.getvalue()
