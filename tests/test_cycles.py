@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_memory import STEP as MEMORY_STEP
 
 from flatout.report import words
 from flatout.tune import statistics
@@ -16,27 +17,11 @@ from flatout.tune.pairs import Pairs, median_step_ms, phases_ms, size_relay, ste
 from flatout.tune.trial import Trial
 from flatout.wire.header import Header
 from flatout.wire.ratios import estimate_arm_ratios
-from flatout.wire.record import ProcessRecord, Step
+from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Comparison
-from flatout.wire.turns import ARM, FORWARD, PAUSE, PHASES, Turn, Turns
+from flatout.wire.turns import ARM, FORWARD, PAUSE, Turn, Turns
 
-STEP = Step(
-    index=0,
-    at_s=0.0,
-    step_ms=10.0,
-    phases_ms=dict.fromkeys(PHASES),
-    losses=(),
-    forwards=1,
-    backwards=1,
-    updates=1,
-    minor_faults=None,
-    major_faults=None,
-    peak_rss_bytes=None,
-    peak_device_bytes=None,
-    arm=None,
-    mark=None,
-    grad=True,
-)
+STEP = replace(MEMORY_STEP, step_ms=10.0)
 
 
 @pytest.mark.parametrize(("optimizer_ms", "cycle_steps"), [(4.0, 4), (0.4, 1)])

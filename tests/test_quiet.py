@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_memory import STEP
 
 from flatout.machine.usage import Usage
 from flatout.tune import quiet, statistics
@@ -26,8 +27,7 @@ from flatout.tune.tuner import _explain_no_gain
 from flatout.wire.disturbance import Stretch
 from flatout.wire.header import Header
 from flatout.wire.lines import CpuUsage
-from flatout.wire.record import ProcessRecord, Step
-from flatout.wire.turns import PHASES
+from flatout.wire.record import ProcessRecord
 
 ALONE, BUSY = Stretch(0.01, 0.0), Stretch(0.5, 0.6)
 IDLE_PRIORITY, UNKNOWN = Stretch(0.4, 0.01), Stretch(None, None)
@@ -139,22 +139,11 @@ def record(step_ms: float, waited: float, others: float, blocks: int = 1) -> Pro
     process = ProcessRecord(Path(), Header())
     for number in range(40):
         process.steps.append(
-            Step(
+            dataclasses.replace(
+                STEP,
                 index=number,
                 at_s=number * step_ms / 1e3,
                 step_ms=step_ms,
-                phases_ms=dict.fromkeys(PHASES),
-                losses=(),
-                forwards=1,
-                backwards=1,
-                updates=1,
-                minor_faults=None,
-                major_faults=None,
-                peak_rss_bytes=None,
-                peak_device_bytes=None,
-                arm=None,
-                mark=None,
-                grad=True,
                 block=number * blocks // 40,
             )
         )
