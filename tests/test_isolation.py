@@ -141,7 +141,7 @@ def test_a_verb_leaves_every_file_as_it_was(
     found = world / "found.json"
     options = {
         "doctor": ["--steps", "20"],
-        "tune": ["--steps", "30", "--budget", "20s", "--plan", str(world / "plan.toml")],
+        "tune": ["--steps", "30", "--budget", "100s", "--plan", str(world / "plan.toml")],
     }
     before = {name: snapshot(world / name) for name in ("work", "home", "temporary")}
     job = [sys.executable, "program.py"]

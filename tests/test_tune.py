@@ -357,7 +357,7 @@ def test_plan_report_and_document_agree(
 ) -> None:
     command = write(tmp_path, MANY_TENSORS)
     monkeypatch.chdir(tmp_path)
-    options = ["--in-place", "--budget", "20s", "--steps", "30", "--json", "found.json"]
+    options = ["--in-place", "--budget", "90s", "--steps", "30", "--json", "found.json"]
     options += ["--knobs", "precision,optimizer"]
     assert main(["tune", *options, "--", *command]) == 0
     said = capsys.readouterr()
