@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flatout.intercept import dispatch
-from flatout.intercept.dispatch import REST_AFTER
 from flatout.intercept.host import Host
+from flatout.intercept.resting import IDLE_CALLS
 from flatout.knobs import evaluation
 from flatout.knobs.precision.autocast import Autocast
 from tests.hosts import host_in
@@ -71,12 +71,14 @@ def test_an_override_rests_while_it_handles_nothing(host: Host) -> None:
     expected = program.play(1)
     program.seen.clear()
     assert torch.equal(program.play(1000), expected)
-    assert len(program.seen) == REST_AFTER - 1  # and the one call before
+    assert len(program.seen) == IDLE_CALLS
     assert not torch.all(program.play(1, LARGE) == 7.0)  # it rests for all
     program.update()
     assert torch.all(program.update() == 7.0)
     assert torch.all(program.play(1, LARGE) == 7.0)
     program.undo()
+    program.play(1)
+    program.update()
     assert not host.forward_wrappers
     assert not host.before_optimizer_step
 
@@ -107,20 +109,19 @@ def test_an_override_that_handles_calls_or_must_act_does_not_rest(
 ) -> None:
     program = Program(host, may_rest)
     for _ in range(8):
-        program.play(100)
-        if may_rest:
-            program.play(1, LARGE)
+        program.play(IDLE_CALLS - 1)
+        program.play(1, LARGE if may_rest else 1)
     program.seen.clear()
-    program.play(10)
-    assert len(program.seen) == 10
+    program.play(IDLE_CALLS)
+    assert len(program.seen) == IDLE_CALLS
     program.undo()
 
 
 def test_an_override_does_not_rest_in_training(host: Host) -> None:
     program = Program(host)
-    for _ in range(2 * REST_AFTER):
+    for _ in range(2 * IDLE_CALLS):
         program.net(torch.ones(1, 4))
-    assert len(program.seen) == 2 * REST_AFTER
+    assert len(program.seen) == 2 * IDLE_CALLS
     program.undo()
 
 

@@ -93,11 +93,6 @@ An override returns the operator's result, a ``DeferredCall``, or ``None``, in w
 is called. It runs below autograd and autocast, and the program's modes do not see it."""
 
 
-REST_AFTER = 256
-"""An operator may rest after this many calls in a row, without gradients and outside of backward,
-that none of its overrides has handled."""
-
-
 class Entry(NamedTuple):
     """An override of one operator at one dispatch key.
 
@@ -161,12 +156,13 @@ class OverriddenOperator:
 
     Attributes:
         overrides: the overrides. The last one is called first.
-        unhandled: the number of calls in a row that may let the operator rest.
+        idle_calls: the number of outermost module calls in a row, without gradients, in which no
+            override has handled a call; counted by ``intercept/resting.py``.
     """
 
     def __init__(self, name: str, key: str) -> None:
         self.overrides: list[Entry] = []
-        self.unhandled = 0
+        self.idle_calls = 0
         self._name, self._key = name, key
         self._torch_kernel = _torch_kernel(name, key)
         self._library: torch.library.Library | None = None
@@ -194,7 +190,7 @@ class OverriddenOperator:
 
     def wake(self) -> None:
         """Call the overrides again, if there are any."""
-        self.unhandled = 0
+        self.idle_calls = 0
         if self._library is None and self.overrides:
             self._register()
 
@@ -202,12 +198,11 @@ class OverriddenOperator:
         below: Callable[..., Any] = functools.partial(self._torch_kernel, keyset)
         for entry in self.overrides:
             below = functools.partial(_call_override, self, entry, below)
-        if not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            self.unhandled += 1  # until an override handles the call
-            is_idle = self.unhandled % REST_AFTER == 0 and self._may_rest()
-            if is_idle and ask_for_rest is not None:
-                ask_for_rest(self)
-        return below(*args, **kwargs)
+        result = below(*args, **kwargs)
+        is_inference = not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        if is_inference and ask_for_rest is not None and self._may_rest():
+            ask_for_rest(self)
+        return result
 
 
 def is_override(below: Callable[..., Any]) -> bool:
@@ -240,7 +235,8 @@ knob_being_applied: str | None = None
 """The knob to which new overrides belong."""
 
 ask_for_rest: Callable[[OverriddenOperator], None] | None = None
-"""Called with an operator that may rest; ``None``: none ever rests."""
+"""Called with an operator that may rest, after each of its calls without gradients and outside of
+backward; ``None``: none ever rests."""
 
 
 def _call_override(
@@ -263,7 +259,7 @@ def _call_override(
             is_handled = False
     if not is_handled:
         return below(*args, **kwargs)
-    operator.unhandled = 0
+    operator.idle_calls = 0
     if knob is not None:
         handled_calls.counts[knob] += 1
     return result
