@@ -4,8 +4,8 @@ The way from torch's dispatcher into Python and back takes some 15 microseconds,
 operator itself. A program may make thousands of such calls between two steps, without gradients and
 with a batch of one (the rollouts of reinforcement learning). So an operator whose overrides
 have handled nothing in several outermost module calls in a row is given back to torch at the next
-one, when no kernel runs, and overridden again at the next optimizer step. Both are moments of the program, not of the clock: the same
-program always gets the same kernels.
+one, when no kernel runs, and overridden again at the next optimizer step. Both are moments of the
+program, not of the clock: the same program always gets the same kernels.
 """
 
 from __future__ import annotations
