@@ -2,9 +2,11 @@
 
 ``record_beside.py`` has recorded of each program what bare runs take against bare runs, against a
 setting that gains, and against ``threads=one``: quiet, and beside other work of several kinds. A
-replay draws pairs from the blocks of one kind of work (or from all of them, ``mixed``), until the
-rules of ``flatout tune`` say that there are enough, and makes the claim. What the same blocks take
-while the machine is quiet is the truth. ``replay.py`` runs this, and says what is asked of it.
+replay draws pairs from the blocks of one kind of work (or from all of them, ``mixed``): first those
+of the trial of a candidate, then those of the proof, each until the rules of ``flatout tune`` say
+that there are enough. A gain is claimed if the trial finds the setting faster and the proof shows a
+gain. What the same blocks take while the machine is quiet is the truth. ``replay.py`` runs this,
+and says what is asked of it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Recorded:
     Attributes:
         settings: of the variant.
         blocks: the blocks in their order.
-        work: for each block, the kind of other work; empty: it changed meanwhile.
+        work: for each block, the kind of other work; empty: there were several.
     """
 
     settings: dict[str, str]
@@ -60,15 +62,26 @@ class Recorded:
 
     @property
     def truth(self) -> float:
-        """The ratio of all quiet blocks; exactly 1 for the same settings on both sides."""
-        return math.exp(quiet.log_ratio(self.beside("quiet"))) if self.settings else 1.0
+        """The ratio of the quiet blocks; exactly 1 for the same settings on both sides."""
+        counted = [block for block in self.beside("quiet") if block.counts(needs_quiet=True)]
+        return math.exp(quiet.log_ratio(counted)) if self.settings else 1.0
 
 
 class Outcome(NamedTuple):
-    """Of one replay: the ratio, or why nothing can be claimed."""
+    """Of one replay.
+
+    Attributes:
+        ratio: what the proof measured; ``None``: it was not measurable.
+        is_tried: whether a trial before it would have found the setting faster.
+    """
 
     ratio: Ratio | None
-    why_not: str
+    is_tried: bool
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a gain is claimed."""
+        return self.is_tried and self.ratio is not None and statistics.is_gain(self.ratio)
 
 
 def recorded_programs() -> list[str]:
@@ -96,9 +109,11 @@ def _recorded(pair: dict[str, Any]) -> Recorded:
             for history, (start_s, end_s) in zip(histories, spans, strict=True)
         )
         blocks.append(Block((number, number + 1), baseline_s, variant_s, one, other))
-        begins = min(start_s + shift_s for (start_s, _), shift_s in zip(spans, shifts, strict=True))
-        ends = max(end_s + shift_s for (_, end_s), shift_s in zip(spans, shifts, strict=True))
-        work.append(_work_between(pair["work"], begins, ends))
+        active = [
+            (start_s + shift_s, end_s + shift_s)
+            for (start_s, end_s), shift_s in zip(spans, shifts, strict=True)
+        ]
+        work.append(_find_work(pair["work"], active))
     return Recorded(pair["settings"], blocks, work)
 
 
@@ -114,22 +129,47 @@ def _unpacked(column: Any, count: int) -> list[Any]:
     return column if isinstance(column, list) else [column] * count
 
 
-def _work_between(work: list[tuple[str, float]], start_s: float, end_s: float) -> str:
-    """Return the kind of work that went on all the time."""
+def _find_work(work: list[tuple[str, float]], active: Sequence[tuple[float, float]]) -> str:
+    """Return the kind of other work for most of the time in which a block was active.
+
+    Beside other work a block may outlast it. A block is quiet only if there was none at all.
+    """
+    beside_s = dict.fromkeys(WORK, 0.0)
     for (kind, begins_s), (_, ends_s) in pairwise(work):
-        if begins_s <= start_s and end_s <= ends_s:
-            return kind
-    return ""
+        for start_s, end_s in active:
+            beside_s[kind] += max(min(end_s, ends_s) - max(start_s, begins_s), 0.0)
+    kind = max(beside_s, key=lambda one: beside_s[one])
+    share = beside_s[kind] / sum(end_s - start_s for start_s, end_s in active)
+    return kind if share > (0.999 if kind == "quiet" else 0.5) else ""
 
 
 def replay(recorded: Recorded, work: str, seeds: Iterable[int]) -> list[Outcome]:
-    """Replay the claim of a pair's settings beside a kind of work, once for each seed."""
+    """Replay the claim of a pair's settings beside a kind of work, once for each seed; not at all
+    if no block was recorded beside it."""
     blocks = recorded.beside(work)
-    return [claim(recorded.settings, blocks, random.Random(seed)) for seed in seeds]
+    if not blocks:
+        return []
+    settings = recorded.settings
+    draws = (random.Random(seed) for seed in seeds)
+    return [Outcome(prove(settings, blocks, d), try_out(settings, blocks, d)) for d in draws]
 
 
-def claim(settings: dict[str, str], blocks: Sequence[Block], draw: random.Random) -> Outcome:
-    """Draw pairs until there are enough, as ``prover.py`` does, and make the claim."""
+def try_out(settings: dict[str, str], blocks: Sequence[Block], draw: random.Random) -> bool:
+    """Draw pairs as ``cold.py`` does, and return whether the settings seem faster."""
+    needs_quiet = quiet.needs_quiet({}, settings)
+    most = statistics.MAXIMUM_RANKING_PAIRS + quiet.FEWEST_COUNTED
+    pairs: list[list[Block]] = []
+    while len(pairs) < most:
+        pairs.append(_draw_pair(blocks, draw, can_swap=not settings))
+        logs = [quiet.log_ratio(kept) for kept in quiet.counted_pairs(pairs, needs_quiet)]
+        if len(logs) >= statistics.RANKING_PAIRS and statistics.is_ranked(logs):
+            break
+    is_measurable = quiet.assess(pairs, needs_quiet).why_too_few is None
+    return is_measurable and statistics.is_probably_faster(logs)
+
+
+def prove(settings: dict[str, str], blocks: Sequence[Block], draw: random.Random) -> Ratio | None:
+    """Draw pairs as ``prover.py`` does; return the ratio, or ``None`` if it is not measurable."""
     needs_quiet = quiet.needs_quiet({}, settings)
     pairs: list[list[Block]] = []
     while True:
@@ -141,9 +181,7 @@ def claim(settings: dict[str, str], blocks: Sequence[Block], draw: random.Random
         quietness = quiet.assess(pairs, needs_quiet)
         if quiet.is_enough(quietness, logs, MAXIMUM_PAIRS):
             break
-    if quietness.why_not_measurable is not None:
-        return Outcome(None, quietness.why_not_measurable)
-    return Outcome(statistics.estimate_ratio(logs), "")
+    return None if quietness.why_not_measurable else statistics.estimate_ratio(logs)
 
 
 def _draw_pair(blocks: Sequence[Block], draw: random.Random, can_swap: bool) -> list[Block]:
@@ -179,7 +217,7 @@ class Tally(NamedTuple):
             len(outcomes),
             len(ratios),
             sum(ratio.low <= recorded.truth <= ratio.high for ratio in ratios),
-            sum(map(statistics.is_gain, ratios)),
+            sum(outcome.is_claimed for outcome in outcomes),
         )
 
 

@@ -404,6 +404,9 @@ def replay_beside(names: Sequence[str], replays: int, pool: concurrent.futures.E
             for work in beside.WORK:
                 parts = [pool.submit(beside.tally, name, kind, work, part) for part in seeds]
                 found = beside.Tally(*map(sum, zip(*(p.result() for p in parts), strict=True)))
+                if not found.replays:
+                    print(f"  {name:8} {work:7} nothing recorded")
+                    continue
                 is_covered = found.holds >= LEAST_COVERED * found.measured
                 is_false = truth <= 1 and found.gains > (
                     0 if kind == "threads" else MOST_FALSE_GAINS * found.replays

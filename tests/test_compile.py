@@ -101,6 +101,27 @@ def test_compiled_in_place_and_undone(
     assert count() == graphs
 
 
+@pytest.mark.parametrize("setting", ["default", "regional"])
+def test_modules_of_torch_are_compiled(host: Host, setting: str) -> None:
+    """Dynamo passes over frames of torch's files, and ``module.compile()`` starts with one."""
+    x = torch.randn(4, 6)
+    nets = [
+        nn.Sequential(nn.Sequential(*(nn.Sequential(nn.Linear(6, 6)) for _ in range(2))))
+        for _ in range(2)
+    ]
+    wrapper, call = wrapped(host, setting)
+    for number, net in enumerate(nets):
+        expected = net(x)
+        before = count()
+        torch.testing.assert_close(call(net, x), expected)
+        torch.testing.assert_close(call(net, x), expected)
+        assert count() > before, number
+    wrapper.restore()
+    after = count()
+    nets[0](torch.randn(5, 6))
+    assert count() == after
+
+
 def test_recompiles_and_breaks_are_said(host: Host, said: list[tuple[str, str]]) -> None:
     class Breaks(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from test_memory import STEP
 
+from flatout.launch import Finished
 from flatout.machine.usage import Usage
 from flatout.tune import quiet, statistics
 from flatout.tune.neighbours import Neighbours
-from flatout.tune.pairs import Pairs
+from flatout.tune.pairs import Pairs, to_user_error
 from flatout.tune.prover import MAXIMUM_PAIRS, Prover
 from flatout.tune.quiet import Block
-from flatout.tune.trial import Trial
+from flatout.tune.trial import Trial, TrialFailedError, _to_entry
 from flatout.tune.tuner import _explain_no_gain
 from flatout.wire.disturbance import Stretch
 from flatout.wire.header import Header
@@ -44,6 +45,27 @@ def test_a_block_counts_if_neither_of_its_parts_was_disturbed() -> None:
     assert not block(BUSY).counts(needs_quiet=False)
     assert not block(variant=BUSY).counts(needs_quiet=False)
     assert block(IDLE_PRIORITY, UNKNOWN).counts(needs_quiet=False)
+
+
+@pytest.mark.parametrize("taken", [None, 0.01, 0.48])
+def test_a_trial_that_others_hold_up_tells_nothing_of_its_settings(taken: float | None) -> None:
+    stopped = Finished(Path("run"), -9, 60.0, "", timed_out=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finished, "read_record", lambda _: SimpleNamespace(main=None))
+        entry = _to_entry(stopped, 60.0, 100.0, taken)
+    assert entry.failure is not None
+    failure = TrialFailedError(entry.failure, None, "its last lines")
+    assert "it was stopped after 60 s, far longer than expected" in entry.failure
+    assert failure.is_due_to_others == (taken == 0.48)
+    said = str(to_user_error("the program fails when it runs again", failure))
+    if taken == 0.48:
+        assert said == (
+            "not measurable now: it was stopped after 60 s, far longer than expected, and others "
+            "took 48% of the CPUs that this job may use"
+        )
+    else:
+        assert said.startswith("the program fails when it runs again: it was stopped")
+        assert said.endswith("its last lines")
 
 
 def test_fewer_threads_count_only_where_others_are_known_to_be_quiet() -> None:

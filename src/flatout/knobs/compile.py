@@ -167,7 +167,7 @@ class Compiled:
             self._host.events.add("skipped", NAME, f"{name} is left alone: {why}")
             return WeakIdentitySet()
         for module in chosen:
-            module.compile(**self._options)
+            compile_in_place(module, self._options)
         return WeakIdentitySet(chosen)
 
     def _record_new_graphs(self) -> bool:
@@ -204,6 +204,27 @@ class Compiled:
             for module in modules:
                 module.__dict__.pop("_compiled_call_impl", None)
         self._compiled.clear()
+
+
+def compile_in_place(module: Any, options: Mapping[str, Any]) -> None:
+    """Call ``module.compile()``, so that it also compiles modules of torch's own classes.
+
+    Dynamo passes over frames of torch's files, and ``module.compile()`` begins with one: a
+    ``Sequential`` would run uncompiled. ``torch.compile(module)`` puts another frame around it.
+
+    Args:
+        module: the module.
+        options: arguments of ``torch.nn.Module.compile``.
+    """
+    import torch
+    from torch._dynamo import external_utils, trace_rules
+
+    module.compile(**options)
+    if trace_rules.check(module.forward):
+        call = external_utils.wrap_inline(module._call_impl)
+        code = call.__code__
+        call.__code__ = code.replace(co_name=code.co_name)  # Dynamo's cache belongs to the code
+        module._compiled_call_impl = torch.compile(call, **options)
 
 
 @contextlib.contextmanager

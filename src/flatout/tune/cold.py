@@ -13,7 +13,7 @@ from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import MINIMUM_STEPS, Pairs
 from flatout.tune.stage import TuneStage
-from flatout.tune.trial import Trials
+from flatout.tune.trial import Trials, is_due_to_others
 from flatout.wire.record import WARMUP_STEPS
 
 SHORT_STEPS, SHORT_S = 25, 1.0
@@ -124,7 +124,10 @@ class ColdTrials(TuneStage):
         """Enter the result of a candidate; return whether it is accepted into the stack."""
         settings = candidate.settings
         if tried.failure is not None:
-            self._ledger.fail(settings, tried.failure)
+            if is_due_to_others(tried.failure):
+                self._ledger.skip(settings, "fresh processes", tried.failure)
+            else:
+                self._ledger.fail(settings, tried.failure)
             return False
         without_effect = tried.without_effect()
         if candidate.knob in without_effect:

@@ -67,10 +67,12 @@ class Neighbours:
             self._wait(self._taken)
         self._before = self._read()
 
-    def after_trial(self) -> None:
-        """Note what others used while the trial ran."""
+    def after_trial(self) -> float | None:
+        """Return the share of the CPUs that others used while the trial ran; ``None``: not
+        measured."""
         if self._before is not None:
             self._taken = usage.taken_between(self._before, self._read())
+        return self._taken
 
     def _wait(self, taken: float) -> None:
         if not self._has_said:

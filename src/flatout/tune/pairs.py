@@ -597,6 +597,13 @@ def _run_side(
 
 
 def to_user_error(message: str, failure: TrialFailedError) -> UserError:
-    """Turn the failure of a trial into a user error that ends with the program's last lines."""
+    """Turn the failure of a trial into a user error that ends with the program's last lines.
+
+    Args:
+        message: a clause that tells what has failed, unless other processes may be the cause.
+        failure: the failure.
+    """
+    if failure.is_due_to_others:
+        return UserError(str(failure))
     lines = f"; its last lines:\n{failure.tail}" if failure.tail else ""
     return UserError(f"{message}: {failure}{lines}")

@@ -34,7 +34,7 @@ from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.stage import TuneStage
-from flatout.tune.trial import Trial, TrialFailedError, Trials
+from flatout.tune.trial import Trial, TrialFailedError, Trials, is_due_to_others
 from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
 from flatout.wire.request import Inspection
@@ -248,6 +248,8 @@ class Prover(TuneStage):
     def _find_refusal(self, finished: Pairs, verdict: Verdict | None) -> str | None:
         """Return the reason why the plan of these pairs cannot be used; ``None`` if it can."""
         if finished.failure is not None:
+            if is_due_to_others(finished.failure):
+                return finished.failure
             return f"it fails in a fresh process: {finished.failure}"
         if verdict is None:
             return "it was interrupted before two pairs were complete"

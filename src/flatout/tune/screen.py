@@ -160,7 +160,7 @@ class Screening(TuneStage):
             self._compare_groups(hot, self._compare_combined)
         except TrialFailedError as failure:
             self._ledger.print_line(
-                f"the program fails under a combination of settings, so each is tried alone: "
+                f"a comparison of several settings at once has failed, so each is tried alone: "
                 f"{failure}"
             )
             self._compare_groups(hot, lambda group, _: self._compare_alone(group))
@@ -319,7 +319,10 @@ class Screening(TuneStage):
                     message = "the program fails when it runs again"
                     raise pairs.to_user_error(message, failure) from failure
                 culprit = left.pop(last_arm - 1)
-                self._ledger.fail(culprit.settings, f"the program fails under it: {failure}")
+                if failure.is_due_to_others:
+                    self._ledger.skip(culprit.settings, "inside one process", str(failure))
+                else:
+                    self._ledger.fail(culprit.settings, f"the program fails under it: {failure}")
                 continue
             self._note_alone(left, done, comparison)
             break
@@ -444,7 +447,7 @@ class Screening(TuneStage):
         try:
             done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)
         except TrialFailedError as failure:
-            self._ledger.print_line(f"{what}: not measured, the program fails: {failure}")
+            self._ledger.print_line(f"{what}: not measured: {failure}")
             return {}
         except _JobEndedError as short:
             self._ledger.print_line(

@@ -12,10 +12,11 @@ from pathlib import Path
 from flatout import launch
 from flatout.errors import UserError
 from flatout.launch import interruption
-from flatout.tune import unwatched
+from flatout.tune import quiet, unwatched
 from flatout.tune.journal import Entry, Journal
 from flatout.tune.neighbours import Neighbours
 from flatout.tune.unwatched import Sample
+from flatout.wire.disturbance import TAKEN_LIMIT
 from flatout.wire.record import ProcessRecord, RecordError, RunRecord, read_run
 from flatout.wire.request import Relay, Request
 
@@ -42,6 +43,12 @@ class TrialFailedError(Exception):
         super().__init__(why)
         self.process = process
         self.tail = tail
+
+    @property
+    def is_due_to_others(self) -> bool:
+        """Whether other processes may be the cause, so that the failure tells nothing of the
+        settings."""
+        return is_due_to_others(str(self))
 
 
 class RelayFailedError(Exception):
@@ -229,10 +236,9 @@ class Trials:
             finished = start()
             if any(one.returncode == -signal.SIGKILL and not one.timed_out for one in finished):
                 finished = start()
-            if self._neighbours is not None:
-                self._neighbours.after_trial()
+            taken = None if self._neighbours is None else self._neighbours.after_trial()
             entries = tuple(
-                _to_entry(one, timeout_seconds, self._journal.spent_s) for one in finished
+                _to_entry(one, timeout_seconds, self._journal.spent_s, taken) for one in finished
             )
             self._journal.add(requests, entries)
         return entries
@@ -256,13 +262,30 @@ def run(
     return _to_trial(entry, finished.read_record())
 
 
-def _to_entry(finished: launch.Finished, timeout_seconds: float, spent_s: float) -> Entry:
+def is_due_to_others(failure: str) -> bool:
+    """Return whether other processes may be the cause of a trial's failure."""
+    return failure.startswith(quiet.NOT_MEASURABLE)
+
+
+def _to_entry(
+    finished: launch.Finished, timeout_seconds: float, spent_s: float, taken: float | None = None
+) -> Entry:
+    """Describe a trial that has ended, for the journal.
+
+    Args:
+        finished: the trial.
+        timeout_seconds: its time limit.
+        spent_s: how long the tune has taken so far, in seconds.
+        taken: the share of the CPUs that others used while it ran; ``None``: not measured.
+    """
     process = finished.read_record().main
     failure = parted = None
     if process is not None:
         parted = collect_reasons(process, "stopped").get("ranks") or finished.rank_failure
     if finished.timed_out:
         failure = f"it was stopped after {timeout_seconds:.0f} s, far longer than expected"
+        if taken is not None and taken > TAKEN_LIMIT:
+            failure = f"{quiet.NOT_MEASURABLE}: {failure}, and {quiet.describe_others(taken)}"
     elif parted is not None:
         failure = parted
     elif finished.returncode < 0:
