@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from flatout.tune import budget
-from flatout.tune.budget import GRADIENT_STEPS, choose_budget_s, count_gradient_steps, size_proof
+from flatout.tune.budget import (
+    GRADIENT_STEPS,
+    ProofSize,
+    choose_budget_s,
+    count_gradient_steps,
+    size_proof,
+)
+from flatout.tune.cold import ColdTrials
 from flatout.tune.pairs import Pace
 from flatout.wire.record import WARMUP_STEPS
 
@@ -78,3 +88,12 @@ def test_gradients_are_compared_over_whole_cycles_of_micro_batches(
     micro_batches: int, steps: int
 ) -> None:
     assert count_gradient_steps(Pace(1.0, 0.1, micro_batches=micro_batches)) == steps
+
+
+def test_a_small_proof_is_reserved_as_long_as_there_is_nothing_to_prove() -> None:
+    bare: Any = SimpleNamespace(
+        pace=Pace(1.0, 0.01), proof=ProofSize(100, 5, 1), process=SimpleNamespace(trains=False)
+    )
+    stage: Any = SimpleNamespace(_ledger=SimpleNamespace(left_s=30.0), _bare=bare)
+    assert ColdTrials._spare_s(stage, {"gc": "seldom"}) == pytest.approx(30 - 5 * 2 * 2)
+    assert ColdTrials._spare_s(stage, {}) == pytest.approx(30 - 3 * 2 * 2)

@@ -245,10 +245,10 @@ def test_one_pair_without_effect_is_enough() -> None:
     candidate = Candidate("ranks", "2", False, None)
     without = of(AgentEvent(0.0, "unused", "ranks", "nothing was shared out", None))
     tried_once = Pairs({}, candidate.settings, [of()], [without])
-    stage: Any = SimpleNamespace(_pair_s=1.0, _spare_s=lambda: 100.0)
-    assert ColdTrials._is_ranked(stage, candidate, tried_once)
+    stage: Any = SimpleNamespace(_pair_s=1.0, _spare_s=lambda stack: 100.0)
+    assert ColdTrials._is_ranked(stage, candidate, {}, tried_once)
     nothing = Pairs({}, candidate.settings)
-    assert not ColdTrials._is_ranked(stage, candidate, nothing)
+    assert not ColdTrials._is_ranked(stage, candidate, {}, nothing)
 
 
 def test_a_candidate_with_other_processes_is_not_tried_in_a_relay(

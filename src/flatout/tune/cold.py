@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flatout import knobs
 from flatout.tune import memory, pairs, prover, quiet, statistics
@@ -63,12 +63,12 @@ class ColdTrials(TuneStage):
                     won = f"{candidate.knob}={settings[candidate.knob]}"
                     self._ledger.skip(candidate.settings, "fresh processes", f"{won} has won")
                 continue  # an earlier setting of this knob has won
-            if self._is_affordable(candidate, again) and self._try(candidate, settings):
+            if self._is_affordable(candidate, settings, again) and self._try(candidate, settings):
                 settings |= candidate.settings
         return settings
 
-    def _is_affordable(self, candidate: Candidate, again: bool) -> bool:
-        """Return whether there is time for a candidate.
+    def _is_affordable(self, candidate: Candidate, stack: Mapping[str, str], again: bool) -> bool:
+        """Return whether there is time for a candidate on top of the stack.
 
         If there is none for a first trial, the reason is entered in the ledger. A candidate that
         was tried before keeps what the ledger says of that trial.
@@ -76,7 +76,7 @@ class ColdTrials(TuneStage):
         needed_s = statistics.RANKING_PAIRS * self._pair_s
         if knobs.get(candidate.knob).slow_start:
             needed_s += SLOW_START_S
-        spare_s = self._spare_s()
+        spare_s = self._spare_s(stack)
         if again:
             return needed_s <= spare_s
         if candidate.is_hot:  # there may be many, which share this time
@@ -110,7 +110,7 @@ class ColdTrials(TuneStage):
                 f"trying {candidate} in fresh processes",
                 statistics.RANKING_PAIRS,
                 self._pair_s,
-                functools.partial(self._is_ranked, candidate),
+                functools.partial(self._is_ranked, candidate, stack),
                 may_exceed=True,
             ),
             print_line=self._ledger.print_line,
@@ -156,7 +156,7 @@ class ColdTrials(TuneStage):
             self._ledger.reject(settings)
         return is_faster
 
-    def _is_ranked(self, candidate: Candidate, tried: Pairs) -> bool:
+    def _is_ranked(self, candidate: Candidate, stack: Mapping[str, str], tried: Pairs) -> bool:
         """Return whether a candidate has been tried often enough, or its time is over."""
         if candidate.knob in tried.without_effect():
             return True
@@ -165,8 +165,13 @@ class ColdTrials(TuneStage):
             return True
         if tried.count >= statistics.MAXIMUM_RANKING_PAIRS + quiet.FEWEST_COUNTED:
             return True
-        return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s()
+        return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s(stack)
 
-    def _spare_s(self) -> float:
-        """Return the time of the budget that the proof does not need, in seconds."""
-        return self._ledger.left_s - prover.estimate_s(self._bare)
+    def _spare_s(self, stack: Mapping[str, str]) -> float:
+        """Return the time of the budget that the proof does not need, in seconds.
+
+        As long as the stack is empty, a small proof must do: without a setting that is faster,
+        there would be nothing to prove.
+        """
+        estimate_s = prover.estimate_s if stack else prover.estimate_least_s
+        return self._ledger.left_s - estimate_s(self._bare)
