@@ -104,6 +104,15 @@ class Compile(Exercise):
     samples, steps = 600 * BATCH, 600
 
 
+class Replay(Exercise):
+    """Likewise; with what keeps state in its buffers, and draws random numbers."""
+
+    samples, steps = 600 * BATCH, 600
+
+    def network(self) -> nn.Module:
+        return nn.Sequential(super().network(), nn.BatchNorm1d(self.classes), nn.Dropout(0.1))
+
+
 class Convolution(Exercise):
     """Begins as generators do: a transposed convolution of images of one pixel."""
 
@@ -292,6 +301,7 @@ EXERCISES: dict[str, Exercise] = {
     "random": Random(),
     "ranks": Exercise(),
     "recurrent": Recurrent(),
+    "replay": Replay(),
     "threads": Exercise(),
     "zero_grad": ZeroGrad(),
 }

@@ -1,0 +1,132 @@
+"""Build and load extensions of Python in C++ that are compiled against torch's headers.
+
+An extension is a file ``NAME.cpp`` in this folder. Unlike a kernel, it depends on the torch and the
+Python that will load it, so only the agent can build it: it takes about half a minute, once for
+each version of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from flatout import paths
+from flatout.kernels import KernelError
+
+FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
+LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
+COMPILE_SECONDS = 300
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler: the first available of ``CXX``, c++, g++ and clang++."""
+    users_choice = shlex.split(os.environ.get("CXX", ""))
+    for words in (users_choice, ["c++"], ["g++"], ["clang++"]):
+        program = shutil.which(words[0]) if words else None
+        if program is not None:
+            return [program, *words[1:]]
+    return None
+
+
+def missing() -> str | None:
+    """What is needed to build an extension and this machine lacks, as a clause; ``None`` if
+    nothing."""
+    if find_compiler() is None:
+        return "there is no C++ compiler (CXX, c++, g++ or clang++)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Python's headers are not installed ({header})"
+    return None
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """Load an extension; it is built first if it is not in the cache.
+
+    Args:
+        name: the name of the source file, without ``.cpp``.
+
+    Raises:
+        KernelError: it cannot be built or loaded; the message is one sentence.
+    """
+    module_name = f"flatout_{name}"
+    path = _build(name, module_name)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise KernelError(f"the extension {name} cannot be loaded: {error}") from error
+    return module
+
+
+def _build(name: str, module_name: str) -> Path:
+    import torch
+
+    why = missing()
+    if why is not None:
+        raise KernelError(why)
+    compiler = find_compiler()
+    assert compiler is not None
+    root = Path(torch.__file__).parent
+    include = [root / "include", root / "include/torch/csrc/api/include"]
+    command = [
+        *compiler,
+        *FLAGS,
+        f"-DTORCH_EXTENSION_NAME={module_name}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        *(word for folder in include for word in ("-isystem", str(folder))),
+        f"-I{sysconfig.get_path('include')}",
+    ]
+    link = [f"-L{root / 'lib'}", *(f"-l{library}" for library in LIBRARIES)]
+    source = Path(__file__).with_name(f"{name}.cpp")
+    version = f"{torch.__version__} {torch.version.git_version} {sys.version}"
+    digest = hashlib.sha256()
+    for part in (source.read_bytes(), "\0".join((*command, *link)).encode(), version.encode()):
+        digest.update(hashlib.sha256(part).digest())
+    folder = paths.cache_directory() / "kernels"
+    library = folder / f"{name}-{digest.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            partial = Path(scratch, "extension.so")
+            shared = ["-shared", str(source), "-o", str(partial)]
+            _run([*command, *shared, *link], source.name, scratch)
+            partial.replace(library)
+    except OSError as error:
+        raise KernelError(f"the extension {name} cannot be built: {error}") from error
+    return library
+
+
+def _run(command: list[str], source: str, scratch: str) -> None:
+    try:
+        completed = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": scratch},
+        )
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{command[0]} took over {COMPILE_SECONDS} s") from None
+    if completed.returncode != 0:
+        errors = [line for line in completed.stderr.splitlines() if "error" in line]
+        error = errors[0].strip() if errors else f"exit status {completed.returncode}"
+        raise KernelError(f"{command[0]} cannot build {source}: {error}")

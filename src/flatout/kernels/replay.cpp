@@ -1,0 +1,393 @@
+// Runs a captured forward and backward pass as flat lists of torch's operators.
+//
+// A list is called below autograd and autocast: both have been captured. In the graph of autograd, a
+// whole pass is one node. Its backward is the second list, or, where that cannot be used (a gradient
+// of a gradient, or outputs without gradients), autograd itself over the operators of the first.
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ScalarOps.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+namespace py = pybind11;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+constexpr int NOTHING = -1;
+
+// What an operator is called with: the value of a slot, a list of slots, or a constant.
+struct Argument {
+  int slot = NOTHING;
+  bool is_list = false;
+  bool is_list_of_optional = false;
+  std::vector<int> slots;
+  c10::IValue constant;
+};
+
+struct Call {
+  c10::OperatorHandle op;
+  std::vector<Argument> arguments;
+  std::vector<int> results;  // a slot, or NOTHING, for each value that it returns
+  bool returns_list = false; // its one result is a list, whose elements go to the slots
+  std::vector<int> written;  // slots of tensors that it writes in place
+  std::vector<int> last_used; // slots that no later call reads
+};
+
+using Slots = std::vector<c10::IValue>;
+
+at::Tensor tensor_in(const Slots& slots, int slot) {
+  return slot == NOTHING || slots[slot].isNone() ? at::Tensor() : slots[slot].toTensor();
+}
+
+class CallList {
+ public:
+  void add_call(const std::string& name, const std::string& overload, const py::list& arguments,
+                std::vector<int> results, bool returns_list) {
+    auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+    Call call{op};
+    const auto& formals = op.schema().arguments();
+    TORCH_CHECK(formals.size() == arguments.size(), name, " takes ", formals.size(), " arguments");
+    for (size_t i = 0; i < formals.size(); ++i) {
+      call.arguments.push_back(to_argument(formals[i], arguments[i].cast<py::tuple>()));
+      const auto* alias = formals[i].alias_info();
+      if (alias && alias->isWrite()) {
+        const auto& argument = call.arguments.back();
+        TORCH_CHECK(argument.slot != NOTHING, name, " writes what is no tensor of the list");
+        call.written.push_back(argument.slot);
+      }
+    }
+    call.results = std::move(results);
+    call.returns_list = returns_list;
+    calls_.push_back(std::move(call));
+  }
+
+  void finish(int slot_count, std::vector<int> outputs) {
+    slot_count_ = slot_count;
+    outputs_ = std::move(outputs);
+    std::vector<int> last(slot_count, NOTHING);
+    for (int i = 0; i < (int)calls_.size(); ++i) {
+      for (const auto& argument : calls_[i].arguments) {
+        if (argument.slot != NOTHING) last[argument.slot] = i;
+        for (int slot : argument.slots)
+          if (slot != NOTHING) last[slot] = i;
+      }
+      for (int slot : calls_[i].results)
+        if (slot != NOTHING) last[slot] = i;
+    }
+    for (int slot : outputs_)
+      if (slot != NOTHING) last[slot] = NOTHING;
+    for (int slot = 0; slot < slot_count; ++slot)
+      if (last[slot] != NOTHING) calls_[last[slot]].last_used.push_back(slot);
+  }
+
+  int slot_count() const { return slot_count_; }
+  size_t size() const { return calls_.size(); }
+  const std::vector<int>& outputs() const { return outputs_; }
+
+  // Makes the calls, under the dispatch keys that the caller has set; if `pure`, without those that
+  // write inputs.
+  void run(Slots& slots, bool pure = false) const {
+    slots.resize(slot_count_);
+    torch::jit::Stack stack;
+    stack.reserve(16);
+    for (const auto& call : calls_) {
+      if (pure && !call.written.empty()) continue;
+      for (const auto& argument : call.arguments) push(stack, argument, slots);
+      call.op.callBoxed(stack);
+      pop(stack, call, slots);
+      for (int slot : call.written) bump_version(slots[slot].toTensor());
+      for (int slot : call.last_used) slots[slot] = c10::IValue();
+    }
+  }
+
+  variable_list run_below_autograd(Slots slots) const {
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      run(slots);
+    }
+    variable_list outputs;
+    outputs.reserve(outputs_.size());
+    for (int slot : outputs_) outputs.push_back(tensor_in(slots, slot));
+    return outputs;
+  }
+
+ private:
+  // Given as ("slot", number), ("list", numbers), ("value", object) or ("default", None).
+  static Argument to_argument(const c10::Argument& formal, const py::tuple& given) {
+    Argument argument;
+    auto kind = given[0].cast<std::string>();
+    py::object value = given[1];
+    if (kind == "slot") {
+      argument.slot = value.cast<int>();
+    } else if (kind == "list") {
+      argument.is_list = true;
+      argument.slots = value.cast<std::vector<int>>();
+      auto list = formal.type()->cast<c10::ListType>();
+      TORCH_CHECK(list, formal.name(), " is no list");
+      argument.is_list_of_optional =
+          list->getElementType()->kind() == c10::TypeKind::OptionalType;
+    } else if (kind == "default") {
+      TORCH_CHECK(formal.default_value().has_value(), formal.name(), " has no default");
+      argument.constant = *formal.default_value();
+    } else if (is_number(value) && takes_tensor(formal)) {
+      auto scalar = torch::jit::toIValue(value, c10::NumberType::get()).toScalar();
+      argument.constant = at::native::wrapped_scalar_tensor(scalar);
+    } else {
+      argument.constant = torch::jit::toIValue(value, formal.type());
+    }
+    return argument;
+  }
+
+  static bool is_number(const py::object& value) {
+    return py::isinstance<py::bool_>(value) || py::isinstance<py::int_>(value) ||
+           py::isinstance<py::float_>(value) || PyComplex_Check(value.ptr());
+  }
+
+  static bool takes_tensor(const c10::Argument& formal) {
+    return formal.type()->isSubtypeOf(*c10::TensorType::get());
+  }
+
+  // Below autograd, torch does not count what is written in place.
+  static void bump_version(const at::Tensor& tensor) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+
+  static void push(torch::jit::Stack& stack, const Argument& argument, const Slots& slots) {
+    if (argument.slot != NOTHING) {
+      stack.push_back(slots[argument.slot]);
+    } else if (!argument.is_list) {
+      stack.push_back(argument.constant);
+    } else if (argument.is_list_of_optional) {
+      c10::List<std::optional<at::Tensor>> list;
+      list.reserve(argument.slots.size());
+      for (int slot : argument.slots)
+        list.push_back(slot == NOTHING ? std::nullopt
+                                       : std::optional<at::Tensor>(slots[slot].toTensor()));
+      stack.emplace_back(std::move(list));
+    } else {
+      c10::List<at::Tensor> list;
+      list.reserve(argument.slots.size());
+      for (int slot : argument.slots) list.push_back(slots[slot].toTensor());
+      stack.emplace_back(std::move(list));
+    }
+  }
+
+  static void pop(torch::jit::Stack& stack, const Call& call, Slots& slots) {
+    const size_t count = call.results.size();
+    if (call.returns_list) {
+      auto list = stack.back().toTensorList();
+      for (size_t i = 0; i < count; ++i)
+        if (call.results[i] != NOTHING) slots[call.results[i]] = at::Tensor(list[i]);
+    } else {
+      const size_t first = stack.size() - count;
+      for (size_t i = 0; i < count; ++i)
+        if (call.results[i] != NOTHING) slots[call.results[i]] = std::move(stack[first + i]);
+    }
+    stack.clear();
+  }
+
+  std::vector<Call> calls_;
+  std::vector<int> outputs_;
+  int slot_count_ = 0;
+};
+
+struct Pass : torch::CustomClassHolder {
+  CallList forward, backward;
+  size_t returned = 0; // the outputs of the forward list that are the program's; the rest is saved
+  bool has_backward = false;
+  std::vector<bool> is_differentiable;             // of the returned outputs
+  std::vector<size_t> tangents;                    // outputs whose gradients backward is given
+  std::vector<size_t> saved_written; // outputs that are saved, and are inputs that forward writes
+  std::vector<size_t> viewed;        // inputs of which backward uses a view
+  std::vector<size_t> repeated_inputs; // inputs that have a further gradient each
+  bool draws_numbers = false;
+  std::atomic<int64_t> repetitions{0};
+};
+
+using PassPointer = c10::intrusive_ptr<Pass>;
+
+Slots to_slots(at::TensorList tensors, const CallList& list) {
+  Slots slots;
+  slots.reserve(list.slot_count());
+  for (const auto& tensor : tensors) slots.emplace_back(tensor);
+  return slots;
+}
+
+// Puts the generator into an earlier state for as long as it lives.
+class GeneratorState {
+ public:
+  explicit GeneratorState(const at::Tensor& state) {
+    if (!state.defined()) return;
+    now_ = get();
+    set(state);
+  }
+  ~GeneratorState() {
+    if (now_.defined()) set(now_);
+  }
+  static at::Tensor get() {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    return generator.get_state();
+  }
+
+ private:
+  static void set(const at::Tensor& state) {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(state);
+  }
+  at::Tensor now_;
+};
+
+// Its inputs are those of the forward list, and the inputs that are used several times once more for
+// each further use: autograd adds up the gradients of all uses one by one, also over several passes.
+struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
+  static variable_list forward(AutogradContext* ctx, PassPointer pass, at::TensorList all_inputs) {
+    auto inputs = all_inputs.slice(0, all_inputs.size() - pass->repeated_inputs.size());
+    if (pass->draws_numbers) ctx->saved_data["generator"] = GeneratorState::get();
+    auto outputs = pass->forward.run_below_autograd(to_slots(inputs, pass->forward));
+    // Torch's own operators write such tensors without counting it.
+    for (size_t i : pass->saved_written) outputs[i] = outputs[i].variable_data();
+    ctx->save_for_backward({outputs.begin() + pass->returned, outputs.end()});
+    outputs.resize(pass->returned);
+    std::vector<int64_t> versions;
+    for (size_t i : pass->viewed) versions.push_back(inputs[i]._version());
+    ctx->saved_data["versions"] = versions;
+    ctx->saved_data["inputs"] = inputs.vec();
+    ctx->saved_data["pass"] = c10::IValue::make_capsule(pass);
+    ctx->set_materialize_grads(false);
+    variable_list constant;
+    for (size_t i = 0; i < outputs.size(); ++i)
+      if (!pass->is_differentiable[i]) constant.push_back(outputs[i]);
+    if (!constant.empty()) ctx->mark_non_differentiable(constant);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    auto pass = c10::static_intrusive_pointer_cast<Pass>(ctx->saved_data["pass"].toCapsule());
+    auto saved = ctx->get_saved_variables();
+    auto inputs = ctx->saved_data["inputs"].toTensorVector();
+    auto versions = ctx->saved_data["versions"].toIntVector();
+    for (size_t k = 0; k < versions.size(); ++k)
+      TORCH_CHECK(inputs[pass->viewed[k]]._version() == versions[k],
+                  "one of the variables needed for gradient computation has been modified by an "
+                  "inplace operation");
+    bool is_usual = !at::GradMode::is_enabled();
+    for (size_t i : pass->tangents) is_usual = is_usual && gradients[i].defined();
+    auto generator = ctx->saved_data.find("generator");
+    auto found = is_usual
+        ? replay(*pass, saved, gradients)
+        : repeat(*pass, inputs, gradients,
+                 generator == ctx->saved_data.end() ? at::Tensor() : generator->second.toTensor());
+    found.resize(inputs.size() + pass->repeated_inputs.size());
+    found.insert(found.begin(), at::Tensor()); // of the pass, which has no gradient
+    return found;
+  }
+
+  static variable_list replay(const Pass& pass, const variable_list& saved,
+                              const variable_list& gradients) {
+    auto slots = to_slots(saved, pass.backward);
+    for (size_t i : pass.tangents) slots.emplace_back(gradients[i]);
+    return pass.backward.run_below_autograd(std::move(slots));
+  }
+
+  // Runs the forward list again under autograd, and takes its gradients.
+  static variable_list repeat(Pass& pass, const variable_list& inputs,
+                              const variable_list& gradients, const at::Tensor& generator) {
+    pass.repetitions++;
+    const bool creates_graph = at::GradMode::is_enabled();
+    at::AutoGradMode with_gradients(true);
+    GeneratorState as_then(generator);
+    variable_list given = inputs, wanted;
+    std::vector<size_t> places;
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (!given[i].requires_grad()) continue;
+      if (!creates_graph) given[i] = given[i].detach().requires_grad_();
+      wanted.push_back(given[i]);
+      places.push_back(i);
+    }
+    auto slots = to_slots(given, pass.forward);
+    {
+      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      pass.forward.run(slots, /*pure=*/true);
+    }
+    variable_list outputs, of_outputs;
+    for (size_t i = 0; i < pass.returned; ++i) {
+      if (!gradients[i].defined()) continue;
+      outputs.push_back(tensor_in(slots, pass.forward.outputs()[i]));
+      of_outputs.push_back(gradients[i]);
+    }
+    variable_list result(inputs.size());
+    if (outputs.empty()) return result;
+    auto found = torch::autograd::grad(outputs, wanted, of_outputs, creates_graph, creates_graph,
+                                       /*allow_unused=*/true);
+    for (size_t k = 0; k < places.size(); ++k) result[places[k]] = found[k];
+    return result;
+  }
+};
+
+// What Python sees of a pass.
+struct PythonPass {
+  PassPointer pass = c10::make_intrusive<Pass>();
+
+  void set_backward(std::vector<bool> is_differentiable, std::vector<size_t> tangents,
+                    std::vector<size_t> saved_written, std::vector<size_t> viewed,
+                    std::vector<size_t> repeated_inputs) {
+    pass->has_backward = true;
+    pass->is_differentiable = std::move(is_differentiable);
+    pass->tangents = std::move(tangents);
+    pass->saved_written = std::move(saved_written);
+    pass->viewed = std::move(viewed);
+    pass->repeated_inputs = std::move(repeated_inputs);
+  }
+
+  py::tuple operator()(const py::args& arguments) const {
+    variable_list inputs;
+    inputs.reserve(arguments.size() + pass->repeated_inputs.size());
+    for (auto argument : arguments) inputs.push_back(THPVariable_Unpack(argument.ptr()));
+    for (size_t i : pass->repeated_inputs) inputs.push_back(inputs[i]);
+    variable_list outputs;
+    {
+      py::gil_scoped_release release;
+      outputs = pass->has_backward
+          ? ReplayedPass::apply(pass, at::TensorList(inputs))
+          : pass->forward.run_below_autograd(to_slots(inputs, pass->forward));
+    }
+    py::tuple result(pass->returned);
+    for (size_t i = 0; i < pass->returned; ++i)
+      result[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(outputs[i]));
+    return result;
+  }
+};
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::class_<CallList>(m, "CallList")
+      .def("add_call", &CallList::add_call)
+      .def("finish", &CallList::finish)
+      .def("__len__", &CallList::size);
+  py::class_<PythonPass>(m, "Pass")
+      .def(py::init<>())
+      .def_property_readonly(
+          "forward", [](PythonPass& self) { return &self.pass->forward; },
+          py::return_value_policy::reference_internal)
+      .def_property_readonly(
+          "backward", [](PythonPass& self) { return &self.pass->backward; },
+          py::return_value_policy::reference_internal)
+      .def_property(
+          "returned", [](const PythonPass& self) { return self.pass->returned; },
+          [](PythonPass& self, size_t count) { self.pass->returned = count; })
+      .def_property(
+          "draws_numbers", [](const PythonPass& self) { return self.pass->draws_numbers; },
+          [](PythonPass& self, bool draws) { self.pass->draws_numbers = draws; })
+      .def_property_readonly(
+          "repetitions", [](const PythonPass& self) { return self.pass->repetitions.load(); })
+      .def("set_backward", &PythonPass::set_backward)
+      .def("__call__", &PythonPass::operator());
+}

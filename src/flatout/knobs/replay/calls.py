@@ -1,0 +1,260 @@
+"""Calls outermost modules by replaying what they have computed before."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_leaves
+
+from flatout.intercept import handled_calls, objects
+from flatout.intercept.identity import WeakIdentityDict
+from flatout.knobs.replay.capture import NotCapturedError, capture
+
+if TYPE_CHECKING:
+    from flatout.intercept.host import Host
+
+NAME = "replay"
+
+CAPTURED_AFTER = 2
+"""Inputs of the same shapes and kinds are captured when they come once more after so many times.
+Capturing takes a second or more, in which thousands of short calls could be made."""
+
+MOST_GRAPHS = 6
+"""At most this many graphs are captured of a module. Dynamo's own limit for one function is eight.
+Whatever matches none of them runs as it is."""
+
+MOST_MISSES = 64
+"""After this many calls in a row that match no graph, the module is left alone: it has ever new
+shapes, or changes something that it depends on at every call."""
+
+MOST_REPEATED = 8
+"""After this many backward passes of a graph that had to be computed by autograd (for gradients of
+gradients, or of some outputs only), the module is left alone: they take twice the time."""
+
+
+class Graph(NamedTuple):
+    """A captured graph.
+
+    Attributes:
+        guards: Dynamo's guards; its attribute ``cache_entry`` is ``None`` once the graph is no
+            longer valid, because something that the guards compare by identity was freed.
+        holds: checks the guards, given the local variables of the call; compiled code.
+        run: what Dynamo makes of the call; it runs the pass.
+        replayed: the pass.
+    """
+
+    guards: Any
+    holds: Callable[[dict[str, Any]], bool]
+    run: Callable[..., Any]
+    replayed: Any
+
+
+class ReplayedModule:
+    """An outermost module with its captured graphs; a call of it stands in for ``_call_impl``.
+
+    Args:
+        module: the module.
+        native: the extension ``kernels/replay.cpp``.
+        leave_alone: called with a reason, as a clause, when the module is not replayed any more.
+        note: called with a message when a graph has been captured.
+
+    Attributes:
+        may_capture: whether calls that match no graph count, and may be captured.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        native: ModuleType,
+        leave_alone: Callable[[str], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._call = call = module._call_impl
+        self._native = native
+        self._leave_alone = leave_alone
+        self._note = note
+        self.may_capture = True
+        self._graphs: list[Graph] = []
+        self._misses = 0
+        self._seen: Counter[Any] = Counter()
+        self._why_not: str | None = None
+
+        def call_module(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        code = call_module.__code__
+        call_module.__code__ = code.replace(co_name=code.co_name)  # Dynamo's cache belongs to it
+        self._traced = call_module
+        self._capture = torch.compile(
+            call_module, backend=self._backend, dynamic=False, fullgraph=True
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        values = {"args": args, "kwargs": kwargs, "call": self._call}
+        for graph in self._graphs:
+            if graph.guards.cache_entry is not None and graph.holds(values):
+                self._misses = 0
+                handled_calls.counts[NAME] += 1
+                return graph.run(*args, **kwargs)
+        if self.may_capture and self._why_not is None and self._wants_capture(args, kwargs):
+            return self._capture_and_run(args, kwargs)
+        return self._call(*args, **kwargs)
+
+    def _wants_capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Count a call that matches no graph, and return whether to capture it."""
+        self._misses += 1
+        if self._misses >= MOST_MISSES:
+            self._stop(f"{self._misses} calls in a row had other inputs than all before")
+            return False
+        if len(self._graphs) >= MOST_GRAPHS:
+            return False
+        kind = (torch.is_grad_enabled(), *map(_describe, tree_leaves((args, kwargs))))
+        self._seen[kind] += 1
+        return self._seen[kind] == CAPTURED_AFTER + 1
+
+    def _capture_and_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        options = {"record_runtime_overhead": False, "skip_nnmodule_hook_guards": False}
+        known = {name: value for name, value in options.items() if hasattr(dynamo_config, name)}
+        try:
+            with dynamo_config.patch(known):
+                result = self._capture(*args, **kwargs)
+        except TorchDynamoException as error:  # raised before anything is run
+            result = self._call(*args, **kwargs)  # if this fails as well, the inputs are to blame
+            self._stop(_explain(error))
+            return result
+        self._collect_graphs()
+        return result
+
+    def _backend(self, captured: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return capture(self._native, captured, inputs)
+
+    def _collect_graphs(self) -> None:
+        """Collect the graphs from Dynamo's cache, to check and run them without its frame hook."""
+        variables = self._traced.__globals__
+        self._graphs = []
+        for entry in _debug_get_cache_entry_list(self._traced.__code__):
+            replayed = None
+            for name in entry.code.co_names:
+                function = getattr(variables.get(name), "_torchdynamo_orig_callable", None)
+                if isinstance(function, self._native.Pass):
+                    variables[name] = function  # without the wrapper that turns Dynamo off in it
+                if isinstance(variables.get(name), self._native.Pass):
+                    replayed = variables[name]
+            run = types.FunctionType(
+                entry.code, variables, NAME, None, self._traced.__closure__
+            )
+            guards = entry.guard_manager
+            self._graphs.append(Graph(guards, guards.root.check, run, replayed))
+        newest = self._graphs[0].replayed if self._graphs else None
+        if newest is not None:
+            self._note(
+                f"graph {len(self._graphs)} of at most {MOST_GRAPHS}: {len(newest.forward)} "
+                f"operators forward, {len(newest.backward)} backward"
+            )
+
+    def stop_if_repeated(self) -> None:
+        """Stop replaying if backward passes are not those that were captured."""
+        for graph in self._graphs:
+            if graph.replayed is not None and graph.replayed.repetitions >= MOST_REPEATED:
+                self._stop(
+                    "its backward passes are of other outputs, or have gradients of their own"
+                )
+                return
+
+    def _stop(self, why: str) -> None:
+        self._why_not = why
+        self._graphs = []
+        self._leave_alone(why)
+
+
+def _describe(value: Any) -> Any:
+    """Return what must be the same for two inputs to be likely to match the same graph."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.requires_grad
+    return value if isinstance(value, (bool, int, float, str)) else type(value)
+
+
+def _explain(error: TorchDynamoException) -> str:
+    """Return why Dynamo has not captured a call, as a clause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NotCapturedError):
+            return str(cause)
+        cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+    lines = str(error).strip().splitlines()
+    return f"it cannot be captured ({lines[0] if lines else type(error).__name__})"
+
+
+class Replays:
+    """The forward wrapper that replays outermost module calls.
+
+    Args:
+        host: the process that is tuned.
+        native: the extension ``kernels/replay.cpp``.
+    """
+
+    def __init__(self, host: Host, native: ModuleType) -> None:
+        self._host = host
+        self._native = native
+        self._modules: WeakIdentityDict[Any, ReplayedModule] = host.keep(
+            NAME, "modules", WeakIdentityDict
+        )
+        self._left_alone: WeakIdentityDict[Any, str] = host.keep(
+            NAME, "left alone", WeakIdentityDict
+        )
+
+    def __call__(
+        self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an outermost module call."""
+        if module in self._left_alone:
+            return call(module, *args, **kwargs)
+        is_searching = self._host.hooks.root_search.is_active
+        replayed = self._modules.get(module)
+        if replayed is None:
+            replayed = None if is_searching else self._begin(module)
+            if replayed is None:
+                return call(module, *args, **kwargs)
+        replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
+        own = module.__dict__
+        own["_compiled_call_impl"] = replayed
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            own.pop("_compiled_call_impl", None)
+
+    def look(self, _: Any) -> None:
+        """Stop replaying modules whose backward passes are not those that were captured."""
+        for replayed in list(self._modules.values()):
+            replayed.stop_if_repeated()
+
+    def _begin(self, module: Any) -> ReplayedModule | None:
+        name = objects.class_name(module)
+
+        def leave_alone(why: str) -> None:
+            self._left_alone[module] = why
+            self._host.events.add("skipped", NAME, f"{name} is left alone: {why}")
+
+        if (
+            isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
+            or any(one._compiled_call_impl is not None for one in objects.modules(module))
+        ):
+            leave_alone("the program compiles it itself")
+            return None
+        replayed = ReplayedModule(
+            module,
+            self._native,
+            leave_alone,
+            lambda message: self._host.events.add("noticed", NAME, f"{name}: {message}"),
+        )
+        self._modules[module] = replayed
+        return replayed
