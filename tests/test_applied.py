@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,14 @@ def test_a_copy_in_host_memory_lives_as_long_as_it_is_read() -> None:
 def test_modules_that_torch_generates_are_none_of_the_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch 2.9 writes ``_remote_module_non_scriptable.py`` into a new temporary folder."""
+    """torch 2.9 writes ``_remote_module_non_scriptable.py`` into a new temporary folder, and
+    PyTorch Geometric a file for each convolution, under a new name in each process."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("_remote_module_of_a_test", "module_of_a_test"):
-        (tmp_path / f"{name}.py").write_text("")
+    for name in ("_remote_module_of_a_test", "module_of_a_test", "generated_for_a_test_x7k2"):
+        path = tmp_path / f"{name}.py"
+        path.write_text("")
+        if not name.startswith("generated"):
+            os.utime(path, (0, 0))
         __import__(name)
     own = [file for file in imported_files() if file.startswith(str(tmp_path.resolve()))]
     assert [Path(file).name for file in own] == ["module_of_a_test.py"]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flatout.errors import RefusedError
 from flatout.intercept import handled_calls
 from flatout.intercept.host import Host
 from flatout.kernels import extensions
@@ -134,7 +135,13 @@ def test_a_training_is_the_same_bit_by_bit(host: Host, said: list[tuple[str, str
         lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 3), nn.MaxPool1d(2)),
         lambda: nn.Sequential(nn.Linear(6, 3), nn.Softmax(1), nn.Flatten()),
     ],
-    ids=["mlp", "dropout 0.1", "dropout 0.2", "dropout 0.7", "transformer", "convolution", "softmax"],
+    ids=[
+        "mlp",
+        *(f"dropout {p}" for p in (0.1, 0.2, 0.7)),
+        "transformer",
+        "convolution",
+        "softmax",
+    ],
 )
 def test_modules_of_torch(host: Host, make: Callable[[], nn.Module]) -> None:
     assert assert_same(host, lambda call: train(call, make()))
@@ -227,9 +234,7 @@ def test_what_changes_between_steps(host: Host, what: str) -> None:
 def test_shapes_that_change(host: Host) -> None:
     def scenario(call: Call) -> list[torch.Tensor]:
         net = Net()
-        return [
-            found for rows in (5, 7, 5, 3) for found in train(call, net, rows=rows)
-        ]
+        return [found for rows in (5, 7, 5, 3) for found in train(call, net, rows=rows)]
 
     assert assert_same(host, scenario) > 4 * STEPS
 
@@ -424,6 +429,43 @@ def test_autocast_inside(host: Host, uses_twice: bool) -> None:
     assert bool(assert_same(host, scenario)) != uses_twice
 
 
+class Clamp(torch.autograd.Function):
+    """A straight-through estimator: its backward is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(x)
+        return x.sign() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * ctx.scale * (x.abs() < 1), None
+
+
+@pytest.mark.parametrize("creates_graph", [False, True])
+def test_functions_with_a_backward_of_their_own(host: Host, creates_graph: bool) -> None:
+    class Binary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(Clamp.apply(self.first(x), 0.5))
+
+    def scenario(call: Call) -> list[torch.Tensor]:
+        net, found = Binary(), []
+        for _ in range(STEPS):
+            net.zero_grad()
+            loss = call(net, torch.randn(5, 6)).square().sum()
+            loss.backward(create_graph=creates_graph)
+            found += [loss.detach(), *(one.detach() for one in gradients(net))]
+        return found
+
+    assert assert_same(host, scenario)
+
+
 def test_autocast_outside(host: Host) -> None:
     def scenario(call: Call) -> list[torch.Tensor]:
         found, net = [], Net()
@@ -503,7 +545,7 @@ def test_outputs_that_share_memory(host: Host) -> None:
 def test_inputs_that_are_written(host: Host) -> None:
     def scenario(call: Call) -> list[torch.Tensor]:
         net, found = Writes(6, 4), []
-        for step in range(2 * STEPS):
+        for _ in range(2 * STEPS):
             x = torch.randn(5, 6)
             version = x._version
             output = call(net, x)
@@ -530,6 +572,12 @@ def test_copies_and_undo_leave_no_trace(host: Host) -> None:
     undo()
     assert not host.forward_wrappers
     assert not host.before_optimizer_step
+
+
+def test_it_stays_out_of_ranks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatout.parallel.place.place", lambda: object())
+    with pytest.raises(RefusedError, match="with --ranks"):
+        replay.apply(host, "operators")
 
 
 def test_it_is_offered_where_there_is_overhead() -> None:

@@ -2,7 +2,7 @@
 //
 // A list is called below autograd and autocast: both have been captured. In the graph of autograd, a
 // whole pass is one node. Its backward is the second list, or, where that cannot be used (a gradient
-// of a gradient, or outputs without gradients), autograd itself over the operators of the first.
+// of a gradient, or outputs without gradients), autograd itself over a second call.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ScalarOps.h>
@@ -86,29 +86,20 @@ class CallList {
 
   int slot_count() const { return slot_count_; }
   size_t size() const { return calls_.size(); }
-  const std::vector<int>& outputs() const { return outputs_; }
 
-  // Makes the calls, under the dispatch keys that the caller has set; if `pure`, without those that
-  // write inputs.
-  void run(Slots& slots, bool pure = false) const {
+  // Makes the calls.
+  variable_list run(Slots slots) const {
     slots.resize(slot_count_);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    c10::impl::ExcludeDispatchKeyGuard below_autocast(c10::autocast_dispatch_keyset);
     torch::jit::Stack stack;
     stack.reserve(16);
     for (const auto& call : calls_) {
-      if (pure && !call.written.empty()) continue;
       for (const auto& argument : call.arguments) push(stack, argument, slots);
       call.op.callBoxed(stack);
       pop(stack, call, slots);
       for (int slot : call.written) bump_version(slots[slot].toTensor());
       for (int slot : call.last_used) slots[slot] = c10::IValue();
-    }
-  }
-
-  variable_list run_below_autograd(Slots slots) const {
-    {
-      at::AutoDispatchBelowADInplaceOrView below;
-      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      run(slots);
     }
     variable_list outputs;
     outputs.reserve(outputs_.size());
@@ -197,11 +188,22 @@ class CallList {
 };
 
 struct Pass : torch::CustomClassHolder {
+  ~Pass() override {
+    if (!Py_IsInitialized()) {
+      again.release();
+      return;
+    }
+    py::gil_scoped_acquire acquire; // autograd may have been the last to need it
+    again = py::function();
+  }
+
   CallList forward, backward;
   size_t returned = 0; // the outputs of the forward list that are the program's; the rest is saved
   bool has_backward = false;
   std::vector<bool> is_differentiable;             // of the returned outputs
   std::vector<size_t> tangents;                    // outputs whose gradients backward is given
+  py::function again; // makes the same calls under autograd
+  std::vector<size_t> written;       // inputs that the forward list writes
   std::vector<size_t> saved_written; // outputs that are saved, and are inputs that forward writes
   std::vector<size_t> viewed;        // inputs of which backward uses a view
   std::vector<size_t> repeated_inputs; // inputs that have a further gradient each
@@ -244,13 +246,15 @@ class GeneratorState {
   at::Tensor now_;
 };
 
+variable_list make_again(const Pass& pass, const variable_list& inputs);
+
 // Its inputs are those of the forward list, and the inputs that are used several times once more for
 // each further use: autograd adds up the gradients of all uses one by one, also over several passes.
 struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
   static variable_list forward(AutogradContext* ctx, PassPointer pass, at::TensorList all_inputs) {
     auto inputs = all_inputs.slice(0, all_inputs.size() - pass->repeated_inputs.size());
     if (pass->draws_numbers) ctx->saved_data["generator"] = GeneratorState::get();
-    auto outputs = pass->forward.run_below_autograd(to_slots(inputs, pass->forward));
+    auto outputs = pass->forward.run(to_slots(inputs, pass->forward));
     // Torch's own operators write such tensors without counting it.
     for (size_t i : pass->saved_written) outputs[i] = outputs[i].variable_data();
     ctx->save_for_backward({outputs.begin() + pass->returned, outputs.end()});
@@ -293,10 +297,10 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
                               const variable_list& gradients) {
     auto slots = to_slots(saved, pass.backward);
     for (size_t i : pass.tangents) slots.emplace_back(gradients[i]);
-    return pass.backward.run_below_autograd(std::move(slots));
+    return pass.backward.run(std::move(slots));
   }
 
-  // Runs the forward list again under autograd, and takes its gradients.
+  // Makes the calls of forward again under autograd, and takes its gradients.
   static variable_list repeat(Pass& pass, const variable_list& inputs,
                               const variable_list& gradients, const at::Tensor& generator) {
     pass.repetitions++;
@@ -305,21 +309,18 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
     GeneratorState as_then(generator);
     variable_list given = inputs, wanted;
     std::vector<size_t> places;
+    for (size_t i : pass.written) given[i] = given[i].detach().clone();
     for (size_t i = 0; i < given.size(); ++i) {
       if (!given[i].requires_grad()) continue;
       if (!creates_graph) given[i] = given[i].detach().requires_grad_();
       wanted.push_back(given[i]);
       places.push_back(i);
     }
-    auto slots = to_slots(given, pass.forward);
-    {
-      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      pass.forward.run(slots, /*pure=*/true);
-    }
+    auto made = make_again(pass, given);
     variable_list outputs, of_outputs;
     for (size_t i = 0; i < pass.returned; ++i) {
       if (!gradients[i].defined()) continue;
-      outputs.push_back(tensor_in(slots, pass.forward.outputs()[i]));
+      outputs.push_back(made[i]);
       of_outputs.push_back(gradients[i]);
     }
     variable_list result(inputs.size());
@@ -331,16 +332,29 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
   }
 };
 
+variable_list make_again(const Pass& pass, const variable_list& inputs) {
+  py::gil_scoped_acquire acquire;
+  py::tuple arguments(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i)
+    arguments[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(inputs[i]));
+  variable_list outputs;
+  for (auto output : pass.again(*arguments)) outputs.push_back(THPVariable_Unpack(output.ptr()));
+  return outputs;
+}
+
 // What Python sees of a pass.
 struct PythonPass {
   PassPointer pass = c10::make_intrusive<Pass>();
 
-  void set_backward(std::vector<bool> is_differentiable, std::vector<size_t> tangents,
+  void set_backward(py::function again, std::vector<bool> is_differentiable,
+                    std::vector<size_t> tangents, std::vector<size_t> written,
                     std::vector<size_t> saved_written, std::vector<size_t> viewed,
                     std::vector<size_t> repeated_inputs) {
+    pass->again = std::move(again);
     pass->has_backward = true;
     pass->is_differentiable = std::move(is_differentiable);
     pass->tangents = std::move(tangents);
+    pass->written = std::move(written);
     pass->saved_written = std::move(saved_written);
     pass->viewed = std::move(viewed);
     pass->repeated_inputs = std::move(repeated_inputs);
@@ -356,7 +370,7 @@ struct PythonPass {
       py::gil_scoped_release release;
       outputs = pass->has_backward
           ? ReplayedPass::apply(pass, at::TensorList(inputs))
-          : pass->forward.run_below_autograd(to_slots(inputs, pass->forward));
+          : pass->forward.run(to_slots(inputs, pass->forward));
     }
     py::tuple result(pass->returned);
     for (size_t i = 0; i < pass->returned; ++i)

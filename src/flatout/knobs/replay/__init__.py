@@ -36,8 +36,12 @@ def apply(host: Host, setting: str) -> Undo:
     """Replay each outermost module once flatout's search for them is over.
 
     Raises:
-        RefusedError: the extension cannot be built or loaded.
+        RefusedError: the extension cannot be built or loaded, or the program runs on several ranks.
     """
+    from flatout.parallel.place import place
+
+    if place() is not None:
+        raise RefusedError("with --ranks, the calls of outermost modules are split")
     try:
         native = extensions.load("replay")
     except KernelError as error:

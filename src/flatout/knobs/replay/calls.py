@@ -149,9 +149,7 @@ class ReplayedModule:
                     variables[name] = function  # without the wrapper that turns Dynamo off in it
                 if isinstance(variables.get(name), self._native.Pass):
                     replayed = variables[name]
-            run = types.FunctionType(
-                entry.code, variables, NAME, None, self._traced.__closure__
-            )
+            run = types.FunctionType(entry.code, variables, NAME, None, self._traced.__closure__)
             guards = entry.guard_manager
             self._graphs.append(Graph(guards, guards.root.check, run, replayed))
         newest = self._graphs[0].replayed if self._graphs else None
@@ -244,9 +242,8 @@ class Replays:
             self._left_alone[module] = why
             self._host.events.add("skipped", NAME, f"{name} is left alone: {why}")
 
-        if (
-            isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
-            or any(one._compiled_call_impl is not None for one in objects.modules(module))
+        if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
+            one._compiled_call_impl is not None for one in objects.modules(module)
         ):
             leave_alone("the program compiles it itself")
             return None

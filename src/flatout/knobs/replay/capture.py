@@ -11,13 +11,14 @@ import contextlib
 import functools
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 
@@ -37,6 +38,11 @@ VIEWS = frozenset(
 _PYTHON_FORMS = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 """Where torch registers, in Python, what some operators consist of while they are traced. Without
 tracing, they consist of other operators, which round elsewhere or draw other random numbers."""
+
+
+_TRACED_THROUGH = ("autograd_function_apply",)
+"""Calls of whole functions that are traced through: a program's own ``autograd.Function``, whose
+backward is traced as it is written."""
 
 
 class NotCapturedError(Exception):
@@ -59,7 +65,8 @@ def capture(native: ModuleType, captured: fx.GraphModule, inputs: Sequence[Any])
             of fixed shapes, or its outputs share memory with each other or with its inputs.
     """
     for node in captured.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        is_nested = isinstance(node.target, torch._ops.HigherOrderOperator)
+        if is_nested and str(node.target) not in _TRACED_THROUGH:
             raise NotCapturedError(f"it calls {node.target}")
     for value in inputs:
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
@@ -72,23 +79,23 @@ def capture(native: ModuleType, captured: fx.GraphModule, inputs: Sequence[Any])
         found["forward"], found["backward"] = default_partition(joint, *args, **kwargs)
         return found["forward"], found["backward"]
 
-    def keep(graph: fx.GraphModule, _: Any) -> Any:
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         context = TracingContext.try_get()
-        found["forward"] = graph
+        found["forward"] = gm
         found["metadata"] = None if context is None else context.fw_metadata
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(gm.forward)
 
     with torch._functorch.config.patch(donated_buffer=False), _as_without_tracing():
         aot_module_simplified(
             captured,
             inputs,
             fw_compiler=keep,
-            bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            bw_compiler=lambda gm, example_inputs: make_boxed_func(gm.forward),
             inference_compiler=keep,
             partition_fn=partition,
             keep_inference_input_mutations=True,
         )
-    return _to_pass(native, found)
+    return _to_pass(native, captured.forward, found)
 
 
 @contextlib.contextmanager
@@ -120,7 +127,8 @@ def _operators_with_python_forms() -> tuple[Any, ...]:
     )
 
 
-def _to_pass(native: ModuleType, found: Mapping[str, Any]) -> Any:
+def _to_pass(native: ModuleType, again: Callable[..., Any], found: Mapping[str, Any]) -> Any:
+    """Return the pass of two graphs; ``again`` makes the calls of the first under autograd."""
     metadata, forward = found["metadata"], found["forward"]
     if metadata is None:
         raise NotCapturedError("torch tells nothing of its outputs")
@@ -155,8 +163,10 @@ def _to_pass(native: ModuleType, found: Mapping[str, Any]) -> Any:
     inputs = _inputs_of(forward)
     written = {inputs[place] for place in metadata.mutated_graph_handled_indices}
     result.set_backward(
+        again,
         is_differentiable,
         tangents,
+        list(metadata.mutated_graph_handled_indices),
         [place for place in range(result.returned, len(outputs)) if outputs[place] in written],
         _find_viewed_inputs(inputs, saved, written),
         repeated_inputs,
@@ -189,7 +199,7 @@ def _separate_gradients(backward: fx.GraphModule) -> list[int]:
     gradients = list(output.args[0])
     repeated = []
     for place, node in enumerate(tuple(gradients)):
-        terms: list[fx.Node] = []
+        terms: list[Any] = []
         while (
             isinstance(node, fx.Node)
             and node.target is torch.ops.aten.add.Tensor
@@ -281,7 +291,9 @@ def _find_results(node: fx.Node) -> tuple[list[fx.Node | None], bool]:
     is_list = len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
     if len(returns) == 1 and not is_list:
         return [node], False
-    taken = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    taken: dict[Any, fx.Node] = {
+        user.args[1]: user for user in node.users if user.target is operator.getitem
+    }
     if len(taken) < len(node.users):
         raise NotCapturedError(f"it passes all results of {node.target} on")
     count = max(taken, default=-1) + 1 if is_list else len(returns)
@@ -298,7 +310,7 @@ def _find_viewed_inputs(
     """
     found = set()
     for node in saved:
-        base = node
+        base: Any = node
         while base is not None and base.op == "call_function":
             is_view = getattr(base.target, "overloadpacket", None) in VIEWS
             is_view = is_view or base.target is operator.getitem
