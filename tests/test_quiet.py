@@ -68,6 +68,29 @@ def test_a_trial_that_others_hold_up_tells_nothing_of_its_settings(taken: float 
         assert said.endswith("its last lines")
 
 
+def test_floors_count_by_their_time() -> None:
+    """The rollouts of reinforcement learning take most of the time, in few blocks, and gain."""
+    draw = random.Random(0)
+
+    def pair() -> list[Block]:
+        return [
+            Block(
+                (n, n + 1),
+                s * draw.uniform(1, 1.02),
+                s / gain * draw.uniform(1, 1.02),
+                ALONE,
+                ALONE,
+            )
+            for n, (s, gain) in enumerate([(0.01, 1.0)] * 18 + [(1.0, 1.3)] * 2)
+        ]
+
+    pairs = [pair() for _ in range(3)]
+    floors = quiet.estimate_floor_ratio(pairs)
+    assert floors is not None
+    assert floors.value == pytest.approx(1.28, abs=0.03)
+    assert quiet.find_contradiction(pairs) is None
+
+
 def test_fewer_threads_count_only_where_others_are_known_to_be_quiet() -> None:
     assert quiet.needs_quiet({}, {"threads": "one"})
     assert quiet.needs_quiet({"threads": "one"}, {"gc": "seldom"})

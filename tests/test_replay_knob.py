@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from flatout.knobs.replay.calls import (
     MOST_REPEATED,
     Replays,
 )
+from flatout.wire.lines import Captured
 from tests.hosts import host_in
 
 STEPS = CAPTURED_AFTER + 4
@@ -245,8 +248,23 @@ def test_ever_new_shapes_are_given_up(host: Host, said: list[tuple[str, str]]) -
         x = torch.randn(rows, 6)
         assert torch.equal(call(net, x), net(x))
     assert [what for what, _ in said] == ["skipped"]
-    assert "64 calls in a row had other inputs than all before" in said[0][1]
+    assert "64 of 64 calls had other inputs than those before" in said[0][1]
     assert handled_calls.counts[replay.NAME] == 0
+
+
+def test_an_evaluation_with_ever_new_shapes_does_not_end_the_replay_of_training(
+    host: Host, said: list[tuple[str, str]]
+) -> None:
+    net, call = Net().eval(), replays_of(host)[1]
+    x = torch.randn(2, 6)
+    for _ in range(2 * MOST_MISSES):
+        call(net, x)
+    for rows in range(3, 3 + MOST_MISSES):
+        call(net, torch.randn(rows, 6))
+    before = handled_calls.counts[replay.NAME]
+    call(net, x)
+    assert handled_calls.counts[replay.NAME] == before + 1
+    assert [what for what, _ in said] == ["noticed"]
 
 
 def test_the_number_of_graphs_is_limited(host: Host, said: list[tuple[str, str]]) -> None:
@@ -557,6 +575,20 @@ def test_inputs_that_are_written(host: Host) -> None:
     assert_same(host, scenario)
 
 
+def test_modules_are_freed(host: Host) -> None:
+    """As those of a cross validation, which trains one after the other."""
+    call = replays_of(host)[1]
+    references = []
+    for _ in range(3):
+        net = Net()
+        train(call, net)
+        references.append(weakref.ref(net))
+    del net
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+    assert handled_calls.counts[replay.NAME] > 3 * STEPS
+
+
 def test_copies_and_undo_leave_no_trace(host: Host) -> None:
     net = Net()
     keys = set(net.__dict__)
@@ -586,3 +618,18 @@ def test_it_is_offered_where_there_is_overhead() -> None:
     refused = replay.match(Facts("cpu", overhead_share=0.03))
     assert refused.refusal == "Python and dispatch take 3% of a step"
     assert replay.match(Facts("cpu", calls_modules=False)).settings == ()
+
+
+def test_the_time_of_capturing_is_recorded_and_not_part_of_a_step(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    pauses: list[int] = []
+    monkeypatch.setattr(host.record, "write", written.append)
+    monkeypatch.setattr(host, "add_pause", pauses.append)
+    net, call = Net(), replays_of(host)[1]
+    for _ in range(STEPS):
+        call(net, torch.randn(5, 6))
+    captured = [line.seconds for line in written if isinstance(line, Captured)]
+    assert len(captured) == len(pauses) == 1
+    assert captured[0] > 0

@@ -6,8 +6,9 @@ has created and the settings that are applied, and adds events.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from flatout.intercept import dispatch
@@ -19,6 +20,7 @@ from flatout.intercept.identity import WeakIdentitySet
 from flatout.intercept.losses import start_loss_copy
 from flatout.intercept.patch import Undo
 from flatout.intercept.resting import RestingOperators
+from flatout.wire.lines import Captured
 from flatout.wire.request import Request
 from flatout.wire.turns import ARM, MARK, MARKS, PAUSE, Turn, Turns
 from flatout.wire.writer import RecordWriter
@@ -165,6 +167,17 @@ class Host:
         """Take the time since a reading of ``time.perf_counter_ns`` out of the current turn,
         because the agent has held up the program."""
         self.hooks.append_note(PAUSE, time.perf_counter_ns() - since_ns)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Return a context in which a knob captures or compiles a part of the program, once and for
+        all: the time is recorded, and is not part of the current step."""
+        begin_ns = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.add_pause(begin_ns)
+            self.record.write(Captured((time.perf_counter_ns() - begin_ns) / 1e9))
 
     # Callbacks of the hooks
 

@@ -322,7 +322,7 @@ class Cost:
         startup_s: the time from the import of torch to the first step, in seconds; the median of
             the runs.
         warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
-            number of later steps; the median of the runs. It includes compilation.
+            number of later steps, and what was captured or compiled later; the median of the runs.
         step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
     """
 
@@ -349,7 +349,7 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
         first_s = sum(step.step_ms for step in warmup) / 1e3
         usual_s = len(warmup) * step_ms(done.process) / 1e3
         startups.append(startup_s(done.process))
-        warmups.append(max(first_s - usual_s, 0.0))
+        warmups.append(max(first_s - usual_s, 0.0) + done.process.capture_s)
     return Cost(median(startups), median(warmups), mean_step_ms)
 
 

@@ -320,6 +320,9 @@ def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
 def estimate_floor_ratio(pairs: Sequence[Sequence[Block]]) -> Ratio | None:
     """Estimate the ratio of the floors of the blocks; ``None`` if there are too few blocks.
 
+    A block counts by its time, as it does for the means: a program may spend most of its time in a
+    few blocks, in rollouts or evaluation passes, and gain there.
+
     Args:
         pairs: the blocks that count of each pair that counts.
     """
@@ -327,11 +330,14 @@ def estimate_floor_ratio(pairs: Sequence[Sequence[Block]]) -> Ratio | None:
     for blocks in pairs:
         for block in blocks:
             places.setdefault(block.positions, []).append(block)
-    logs = [
-        math.log(_floor([b.baseline_s for b in same]) / _floor([b.variant_s for b in same]))
+    if len(places) < FEWEST_FLOORS:
+        return None
+    floors = [
+        (_floor([b.baseline_s for b in same]), _floor([b.variant_s for b in same]))
         for same in places.values()
     ]
-    return statistics.estimate_ratio(logs) if len(logs) >= FEWEST_FLOORS else None
+    logs = [math.log(baseline_s / variant_s) for baseline_s, variant_s in floors]
+    return statistics.estimate_weighted_ratio(logs, [sum(sides) for sides in floors])
 
 
 def _floor(values: Sequence[float]) -> float:

@@ -467,8 +467,10 @@ class Screening(TuneStage):
             return []
         size = MAXIMUM_CANDIDATES
         if self._job_steps is not None:
-            blocks = (self._job_steps - WARMUP_STEPS) // MINIMUM_BLOCK_STEPS
-            if blocks < 2 * count_fewest_rounds(MANY_ARMS) * MANY_ARMS:
+            cycle_steps = self._bare.pace.cycle_steps  # if there are cycles, blocks are whole ones
+            shortest = cycle_steps if cycle_steps > 1 else 2 * MINIMUM_BLOCK_STEPS
+            blocks = (self._job_steps - WARMUP_STEPS) // shortest
+            if blocks < count_fewest_rounds(MANY_ARMS) * MANY_ARMS:
                 size = FEW_CANDIDATES
         count = -(-len(hot) // size)
         return [list(hot[part::count]) for part in range(count)]

@@ -81,6 +81,32 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
     return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
 
 
+def estimate_weighted_ratio(log_ratios: Sequence[float], weights: Sequence[float]) -> Ratio:
+    """Estimate a geometric mean of ratios that do not count alike, with Student's t-interval.
+
+    The interval takes them for as many equal ratios as Kish's effective sample size, which is
+    (sum w)^2 / sum w^2 (Kish 1965, Survey Sampling).
+
+    Args:
+        log_ratios: the natural logarithms of the ratios, at least two.
+        weights: their weights.
+    """
+    from scipy import stats
+
+    total = math.fsum(weights)
+    centre = math.fsum(w * log for w, log in zip(weights, log_ratios, strict=True)) / total
+    size = max(total**2 / math.fsum(w**2 for w in weights), 1.5)
+    spread = (
+        math.fsum(w * (log - centre) ** 2 for w, log in zip(weights, log_ratios, strict=True))
+        / total
+    )
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, size - 1))
+    half = quantile * math.sqrt(spread / (size - 1))
+    return Ratio(
+        math.exp(centre), math.exp(centre - half), math.exp(centre + half), len(log_ratios)
+    )
+
+
 def paired_means_ms(
     pairs_ms: Sequence[Sequence[tuple[float, float] | None]],
 ) -> list[tuple[float, float]]:

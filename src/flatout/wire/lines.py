@@ -130,6 +130,19 @@ class AgentEvent:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """A knob has captured or compiled a part of the program; the current step does not include it.
+
+    Attributes:
+        seconds: how long that took.
+    """
+
+    kind: ClassVar[str] = "captured"
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FixedWork:
     """The time of a fixed piece of work (``agent/fixed_work.py``), measured about once a second.
 

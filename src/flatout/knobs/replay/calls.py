@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import types
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +35,8 @@ MOST_GRAPHS = 6
 Whatever matches none of them runs as it is."""
 
 MOST_MISSES = 64
-"""After this many calls in a row that match no graph, the module is left alone: it has ever new
-shapes, or changes something that it depends on at every call."""
+"""After this many calls that match no graph, the module is left alone if fewer have matched one: it
+has ever new shapes, or changes something that it depends on at every call."""
 
 MOST_REPEATED = 8
 """After this many backward passes of a graph that had to be computed by autograd (for gradients of
@@ -58,62 +61,58 @@ class Graph(NamedTuple):
 
 
 class ReplayedModule:
-    """An outermost module with its captured graphs; a call of it stands in for ``_call_impl``.
+    """The captured graphs of an outermost module. It does not refer to the module.
 
     Args:
-        module: the module.
         native: the extension ``kernels/replay.cpp``.
-        leave_alone: called with a reason, as a clause, when the module is not replayed any more.
-        note: called with a message when a graph has been captured.
+        backend: turns what Dynamo has captured into a pass of ``native``.
+        say: called with the kind of an event and its message.
+        capturing: returns the context in which a graph is captured.
 
     Attributes:
         may_capture: whether calls that match no graph count, and may be captured.
+        is_left_alone: whether the module is not replayed any more.
     """
 
     def __init__(
         self,
-        module: Any,
         native: ModuleType,
-        leave_alone: Callable[[str], None],
-        note: Callable[[str], None],
+        backend: Callable[..., Any],
+        say: Callable[[str, str], None],
+        capturing: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._call = call = module._call_impl
-        self._native = native
-        self._leave_alone = leave_alone
-        self._note = note
         self.may_capture = True
+        self.is_left_alone = False
+        self._native = native
+        self._say = say
+        self._capturing = capturing
         self._graphs: list[Graph] = []
-        self._misses = 0
+        self._hits = self._misses = 0
         self._seen: Counter[Any] = Counter()
-        self._why_not: str | None = None
+        # Dynamo's cache belongs to the code, and what it makes to the global variables.
+        code = _call_module.__code__
+        variables = {"__builtins__": builtins, "__name__": __name__}
+        self._traced = types.FunctionType(code.replace(co_name=code.co_name), variables)
+        self._capture = torch.compile(self._traced, backend=backend, dynamic=False, fullgraph=True)
 
-        def call_module(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
-
-        code = call_module.__code__
-        call_module.__code__ = code.replace(co_name=code.co_name)  # Dynamo's cache belongs to it
-        self._traced = call_module
-        self._capture = torch.compile(
-            call_module, backend=self._backend, dynamic=False, fullgraph=True
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        values = {"args": args, "kwargs": kwargs, "call": self._call}
+    def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; stands in for its method ``_call_impl``."""
+        values = {"module": module, "args": args, "kwargs": kwargs}
         for graph in self._graphs:
             if graph.guards.cache_entry is not None and graph.holds(values):
-                self._misses = 0
+                self._hits += 1
                 handled_calls.counts[NAME] += 1
-                return graph.run(*args, **kwargs)
-        if self.may_capture and self._why_not is None and self._wants_capture(args, kwargs):
-            return self._capture_and_run(args, kwargs)
-        return self._call(*args, **kwargs)
+                return graph.run(module, args, kwargs)
+        if self.may_capture and self._wants_capture(args, kwargs):
+            return self._capture_and_run(module, args, kwargs)
+        return module._call_impl(*args, **kwargs)
 
     def _wants_capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Count a call that matches no graph, and return whether to capture it."""
         self._misses += 1
-        if self._misses >= MOST_MISSES:
-            self._stop(f"{self._misses} calls in a row had other inputs than all before")
+        if self._misses >= MOST_MISSES and self._hits < self._misses:
+            calls = self._hits + self._misses
+            self.leave_alone(f"{self._misses} of {calls} calls had other inputs than those before")
             return False
         if len(self._graphs) >= MOST_GRAPHS:
             return False
@@ -121,21 +120,20 @@ class ReplayedModule:
         self._seen[kind] += 1
         return self._seen[kind] == CAPTURED_AFTER + 1
 
-    def _capture_and_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _capture_and_run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         options = {"record_runtime_overhead": False, "skip_nnmodule_hook_guards": False}
         known = {name: value for name, value in options.items() if hasattr(dynamo_config, name)}
         try:
-            with dynamo_config.patch(known):
-                result = self._capture(*args, **kwargs)
+            with self._capturing(), dynamo_config.patch(known):
+                result = self._capture(module, args, kwargs)
         except TorchDynamoException as error:  # raised before anything is run
-            result = self._call(*args, **kwargs)  # if this fails as well, the inputs are to blame
-            self._stop(_explain(error))
+            result = module._call_impl(
+                *args, **kwargs
+            )  # if this fails too, the inputs are to blame
+            self.leave_alone(_explain(error))
             return result
         self._collect_graphs()
         return result
-
-    def _backend(self, captured: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        return capture(self._native, captured, inputs)
 
     def _collect_graphs(self) -> None:
         """Collect the graphs from Dynamo's cache, to check and run them without its frame hook."""
@@ -149,29 +147,36 @@ class ReplayedModule:
                     variables[name] = function  # without the wrapper that turns Dynamo off in it
                 if isinstance(variables.get(name), self._native.Pass):
                     replayed = variables[name]
-            run = types.FunctionType(entry.code, variables, NAME, None, self._traced.__closure__)
+            run = types.FunctionType(entry.code, variables)
             guards = entry.guard_manager
             self._graphs.append(Graph(guards, guards.root.check, run, replayed))
         newest = self._graphs[0].replayed if self._graphs else None
         if newest is not None:
-            self._note(
+            self._say(
+                "noticed",
                 f"graph {len(self._graphs)} of at most {MOST_GRAPHS}: {len(newest.forward)} "
-                f"operators forward, {len(newest.backward)} backward"
+                f"operators forward, {len(newest.backward)} backward",
             )
 
-    def stop_if_repeated(self) -> None:
-        """Stop replaying if backward passes are not those that were captured."""
-        for graph in self._graphs:
-            if graph.replayed is not None and graph.replayed.repetitions >= MOST_REPEATED:
-                self._stop(
-                    "its backward passes are of other outputs, or have gradients of their own"
-                )
-                return
+    def look_at_backward(self) -> None:
+        """Leave the module alone if its backward passes are not those that were captured."""
+        if any(
+            graph.replayed is not None and graph.replayed.repetitions >= MOST_REPEATED
+            for graph in self._graphs
+        ):
+            self.leave_alone(
+                "its backward passes are of other outputs, or have gradients of their own"
+            )
 
-    def _stop(self, why: str) -> None:
-        self._why_not = why
+    def leave_alone(self, why: str) -> None:
+        """Replay the module no more, for a reason, which is a clause."""
+        self.is_left_alone = True
         self._graphs = []
-        self._leave_alone(why)
+        self._say("skipped", f"is left alone: {why}")
+
+
+def _call_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module._call_impl(*args, **kwargs)
 
 
 def _describe(value: Any) -> Any:
@@ -203,55 +208,43 @@ class Replays:
     def __init__(self, host: Host, native: ModuleType) -> None:
         self._host = host
         self._native = native
+        self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
         self._modules: WeakIdentityDict[Any, ReplayedModule] = host.keep(
             NAME, "modules", WeakIdentityDict
-        )
-        self._left_alone: WeakIdentityDict[Any, str] = host.keep(
-            NAME, "left alone", WeakIdentityDict
         )
 
     def __call__(
         self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run an outermost module call."""
-        if module in self._left_alone:
-            return call(module, *args, **kwargs)
         is_searching = self._host.hooks.root_search.is_active
         replayed = self._modules.get(module)
-        if replayed is None:
-            replayed = None if is_searching else self._begin(module)
-            if replayed is None:
-                return call(module, *args, **kwargs)
+        if replayed is None and not is_searching:
+            replayed = self._modules[module] = self._begin(module)
+        if replayed is None or replayed.is_left_alone:
+            return call(module, *args, **kwargs)
         replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
         own = module.__dict__
-        own["_compiled_call_impl"] = replayed
+        own["_compiled_call_impl"] = functools.partial(replayed.call, module)
         try:
             return call(module, *args, **kwargs)
         finally:
             own.pop("_compiled_call_impl", None)
 
     def look(self, _: Any) -> None:
-        """Stop replaying modules whose backward passes are not those that were captured."""
+        """Leave modules alone whose backward passes are not those that were captured."""
         for replayed in list(self._modules.values()):
-            replayed.stop_if_repeated()
+            replayed.look_at_backward()
 
-    def _begin(self, module: Any) -> ReplayedModule | None:
-        name = objects.class_name(module)
+    def _begin(self, module: Any) -> ReplayedModule:
+        name, add = objects.class_name(module), self._host.events.add
 
-        def leave_alone(why: str) -> None:
-            self._left_alone[module] = why
-            self._host.events.add("skipped", NAME, f"{name} is left alone: {why}")
+        def say(what: str, message: str) -> None:
+            add(what, NAME, f"{name} {message}" if what == "skipped" else f"{name}: {message}")
 
+        replayed = ReplayedModule(self._native, self._backend, say, self._host.capturing)
         if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
             one._compiled_call_impl is not None for one in objects.modules(module)
         ):
-            leave_alone("the program compiles it itself")
-            return None
-        replayed = ReplayedModule(
-            module,
-            self._native,
-            leave_alone,
-            lambda message: self._host.events.add("noticed", NAME, f"{name}: {message}"),
-        )
-        self._modules[module] = replayed
+            replayed.leave_alone("the program compiles it itself")
         return replayed
