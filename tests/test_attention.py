@@ -248,6 +248,14 @@ def test_of_enormous_scores_the_largest_is_taken(blocks: None, size: float) -> N
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def bmm_spoils_the_row_before(dtype: torch.dtype) -> bool:
+    """Whether torch's own product reads a row of odd length one element too far, as oneDNN does on
+    processors with AMX: what is not a number then spoils two rows."""
+    left = torch.ones(1, 37, 37, dtype=dtype)
+    left[0, 20] = math.nan
+    return bool(torch.bmm(left, torch.ones(1, 37, 16, dtype=dtype))[0, 19].isnan().any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> None:
     query, key, value = inputs(dtype=dtype)
@@ -259,8 +267,11 @@ def test_what_is_not_a_number_stays_none(blocks: None, dtype: torch.dtype) -> No
     expected = reference((query, key, value), None, options)[0]  # 0 where it is not a number
     row_is_bad = torch.zeros(2, 3, 37, dtype=torch.bool)
     row_is_bad[0, 1, 20] = row_is_bad[1, 2, 30] = True
-    assert torch.equal(output.isnan().any(-1), row_is_bad)
     good = ~row_is_bad
+    if bmm_spoils_the_row_before(dtype):
+        good[:, :, :-1] &= ~row_is_bad[:, :, 1:]
+    assert output[row_is_bad].isnan().any(-1).all()
+    assert not output[good].isnan().any()
     torch.testing.assert_close(output[good].double(), expected[good], atol=0.02, rtol=0.02)
     gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
     for found in gradients:

@@ -448,13 +448,14 @@ def optimizers(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 
 def steps(make: Callable[..., Any], seed: int, dtype: torch.dtype) -> list[Any]:
-    """Parameters and state after each of a few steps with special values, drawn at random."""
+    """Parameters before any step, and with the state after each of a few steps, with special
+    values, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(SPECIAL), (4, COUNT), generator=generator)
     start, *gradients = torch.tensor(SPECIAL, dtype=dtype)[drawn]
     param = nn.Parameter(start.clone())
     optimizer = make([param])
-    seen = []
+    seen = [[start.clone()]]
     for number, grad in enumerate((*gradients, gradients[0])):
         param.grad = grad
         optimizer.step()
@@ -489,7 +490,7 @@ def test_special_values_come_out_as_torchs(case: tuple[str, dict[str, Any]], see
             (getattr(optim, name), torch.float32),
         )
     )
-    largest = [torch.zeros(tensor.numel()).double() for tensor in theirs[0]]
+    largest = [torch.zeros(tensor.numel()).double() for tensor in theirs[1]]
     for number, (expected, right, found) in enumerate(zip(theirs, exact, ours, strict=True)):
         where = f"{name} {options} step {number} seed {seed}"
         for index, (a, b, c) in enumerate(zip(found, expected, right, strict=True)):

@@ -127,9 +127,8 @@ class ReplayedModule:
             with self._capturing(), dynamo_config.patch(known):
                 result = self._capture(module, args, kwargs)
         except TorchDynamoException as error:  # raised before anything is run
-            result = module._call_impl(
-                *args, **kwargs
-            )  # if this fails too, the inputs are to blame
+            # If the call fails as well, its inputs are to blame.
+            result = module._call_impl(*args, **kwargs)
             self.leave_alone(_explain(error))
             return result
         self._collect_graphs()
