@@ -125,24 +125,40 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
         if sys.platform == "darwin":
             link_command += ["-undefined", "dynamic_lookup"]
         for step in (compile_command, link_command):
-            try:
-                completed = subprocess.run(
-                    step,
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=COMPILE_SECONDS,
-                    check=False,
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, "TMPDIR": name},
-                )
-            except subprocess.TimeoutExpired:
-                raise KernelError(f"{command[0]} took over {COMPILE_SECONDS} s") from None
-            if completed.returncode != 0:
-                errors = completed.stderr.strip().splitlines()
-                error = errors[0] if errors else f"exit status {completed.returncode}"
-                raise KernelError(f"{command[0]} cannot build {source.name}: {error}")
+            run_compiler(step, source.name, name, COMPILE_SECONDS)
         partial.replace(library)
+
+
+def run_compiler(command: list[str], source: str, folder: str, seconds: float) -> None:
+    """Run a compiler.
+
+    Args:
+        command: the command line.
+        source: the name of what it compiles, for the message.
+        folder: the folder for its temporary files.
+        seconds: how long it may take.
+
+    Raises:
+        KernelError: it fails, or takes too long.
+    """
+    try:
+        completed = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder},
+        )
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{command[0]} took over {seconds:.0f} s") from None
+    if completed.returncode != 0:
+        errors = completed.stderr.strip().splitlines()
+        first = next((line for line in errors if "error" in line), errors[0] if errors else "")
+        why = first or f"exit status {completed.returncode}"
+        raise KernelError(f"{command[0]} cannot build {source}: {why}")
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flatout import paths
-from flatout.kernels import KernelError
+from flatout.kernels import KernelError, run_compiler
 
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
@@ -105,28 +104,8 @@ def _build(name: str, module_name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             partial = Path(scratch, "extension.so")
             shared = ["-shared", str(source), "-o", str(partial)]
-            _run([*command, *shared, *link], source.name, scratch)
+            run_compiler([*command, *shared, *link], source.name, scratch, COMPILE_SECONDS)
             partial.replace(library)
     except OSError as error:
         raise KernelError(f"the extension {name} cannot be built: {error}") from error
     return library
-
-
-def _run(command: list[str], source: str, scratch: str) -> None:
-    try:
-        completed = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=COMPILE_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": scratch},
-        )
-    except subprocess.TimeoutExpired:
-        raise KernelError(f"{command[0]} took over {COMPILE_SECONDS} s") from None
-    if completed.returncode != 0:
-        errors = [line for line in completed.stderr.splitlines() if "error" in line]
-        error = errors[0].strip() if errors else f"exit status {completed.returncode}"
-        raise KernelError(f"{command[0]} cannot build {source}: {error}")
