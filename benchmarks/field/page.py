@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -259,4 +260,9 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(v) for key, v in value.items() if key not in ("said", "output")}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = re.sub(
+            r"(\.\./)+(?=\.venv-field/)", "", value
+        )  # where a plan was, seen from the job
+        return value.replace(f"{ROOT}/", "").replace("field/work/", "field/")
+    return value
