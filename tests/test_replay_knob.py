@@ -234,6 +234,16 @@ def test_what_changes_between_steps(host: Host, what: str) -> None:
     assert assert_same(host, scenario) >= STEPS - CAPTURED_AFTER - 1
 
 
+def test_what_has_changed_is_captured_again(host: Host) -> None:
+    net, call = Net(), replays_of(host)[1]
+    for train in (True, False):
+        net.train(train)
+        before = handled_calls.counts[replay.NAME]
+        for _ in range(STEPS):
+            call(net, torch.randn(5, 6))
+        assert handled_calls.counts[replay.NAME] == before + STEPS - CAPTURED_AFTER - 1
+
+
 def test_shapes_that_change(host: Host) -> None:
     def scenario(call: Call) -> list[torch.Tensor]:
         net = Net()

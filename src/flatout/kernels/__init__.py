@@ -105,10 +105,13 @@ def build(name: str) -> Path:
     return library
 
 
-def find_compiler() -> list[str] | None:
-    """The command of the C compiler: the first available of ``CC``, cc, gcc and clang."""
-    users_choice = shlex.split(os.environ.get("CC", ""))
-    for words in (users_choice, ["cc"], ["gcc"], ["clang"]):
+def find_compiler(
+    variable: str = "CC", names: tuple[str, ...] = ("cc", "gcc", "clang")
+) -> list[str] | None:
+    """The command of a compiler: the one that an environment variable names, else the first one
+    that is available."""
+    users_choice = shlex.split(os.environ.get(variable, ""))
+    for words in (users_choice, *([name] for name in names)):
         program = shutil.which(words[0]) if words else None
         if program is not None:
             return [program, *words[1:]]

@@ -10,9 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
-import shlex
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -20,27 +17,18 @@ from pathlib import Path
 from types import ModuleType
 
 from flatout import paths
-from flatout.kernels import KernelError, run_compiler
+from flatout.kernels import KernelError, find_compiler, run_compiler
 
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
+COMPILERS = ("CXX", ("c++", "g++", "clang++"))
 COMPILE_SECONDS = 300
-
-
-def find_compiler() -> list[str] | None:
-    """The command of the C++ compiler: the first available of ``CXX``, c++, g++ and clang++."""
-    users_choice = shlex.split(os.environ.get("CXX", ""))
-    for words in (users_choice, ["c++"], ["g++"], ["clang++"]):
-        program = shutil.which(words[0]) if words else None
-        if program is not None:
-            return [program, *words[1:]]
-    return None
 
 
 def missing() -> str | None:
     """What is needed to build an extension and this machine lacks, as a clause; ``None`` if
     nothing."""
-    if find_compiler() is None:
+    if find_compiler(*COMPILERS) is None:
         return "there is no C++ compiler (CXX, c++, g++ or clang++)"
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
@@ -77,7 +65,7 @@ def _build(name: str, module_name: str) -> Path:
     why = missing()
     if why is not None:
         raise KernelError(why)
-    compiler = find_compiler()
+    compiler = find_compiler(*COMPILERS)
     assert compiler is not None
     root = Path(torch.__file__).parent
     include = [root / "include", root / "include/torch/csrc/api/include"]

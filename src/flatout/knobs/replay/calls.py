@@ -137,6 +137,7 @@ class ReplayedModule:
     def _collect_graphs(self) -> None:
         """Collect the graphs from Dynamo's cache, to check and run them without its frame hook."""
         variables = self._traced.__globals__
+        self._seen.clear()  # what is no input, such as the mode, may change what inputs match
         self._graphs = []
         for entry in _debug_get_cache_entry_list(self._traced.__code__):
             replayed = None
