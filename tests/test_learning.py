@@ -46,7 +46,7 @@ def flatout(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "FLATOUT_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
 
