@@ -322,6 +322,17 @@ def test_where_nothing_is_told_nothing_is_waited_for() -> None:
     assert machine.said == []
 
 
+def test_what_others_take_is_averaged_over_the_time_of_all_trials() -> None:
+    machine = Machine([0.0, 0.0, 0.6])
+    watched = machine.neighbours(budget_s=0.0)
+    assert watched.mean_taken is None
+    for _ in range(3):
+        watched.before_trial()
+        machine.sleep(10.0)
+        watched.after_trial()
+    assert watched.mean_taken == pytest.approx(0.4)
+
+
 PROGRAM = """
 import torch
 torch.manual_seed(0)

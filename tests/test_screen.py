@@ -21,6 +21,7 @@ from flatout.tune.screen import (
     MAXIMUM_ROUNDS,
     Screening,
     StopRule,
+    build_arms,
     count_fewest_rounds,
     size_comparison,
 )
@@ -222,25 +223,42 @@ def test_of_two_faster_settings_of_a_knob_the_slower_one_is_left_out(
 class ShortJobs:
     """The runner of trials of a job that has few steps, which is not known before."""
 
-    def __init__(self, job_steps: int) -> None:
+    def __init__(self, job_steps: int, arms_ms: Sequence[float] = ()) -> None:
         self.job_steps = job_steps
+        self.arms_ms = arms_ms
         self.requests: list[Request] = []
 
     def run(self, request: Request, limit_s: float) -> Trial:
         comparison = request.comparison
         assert comparison is not None
         self.requests.append(request)
-        steps = min(comparison.longest_steps, self.job_steps)
-        process = ProcessRecord(Path(), Header(), steps=[STEP] * steps)
+        count = min(comparison.longest_steps, self.job_steps)
+        steps = [STEP] * count
+        if self.arms_ms:
+            blocks, arms = count // comparison.block_steps, len(comparison.arms)
+            steps = [
+                replace(
+                    STEP,
+                    arm=block % arms,
+                    step_ms=self.arms_ms[block % arms],
+                    block=block,
+                    mark=None if number >= comparison.discard_steps else "switched",
+                )
+                for block in range(blocks)
+                for number in range(comparison.block_steps)
+            ]
+        process = ProcessRecord(Path(), Header(), steps=steps)
         return Trial(process, 1.0, ended=comparison.longest_steps > self.job_steps)
 
 
-def screen_short_job(job_steps: int) -> tuple[Screening, ShortJobs, Ledger]:
+def screen_short_job(
+    job_steps: int, arms_ms: Sequence[float] = ()
+) -> tuple[Screening, ShortJobs, Ledger]:
     ledger = Ledger(60.0, lambda: 0.0, lambda line: None, lambda *_: None)
     bare: Any = SimpleNamespace(
         job_steps=None, pace=Pace(0.0, 0.01), proof=ProofSize(20, 5, 2), process=TRAINS
     )
-    trials: Any = ShortJobs(job_steps)
+    trials: Any = ShortJobs(job_steps, arms_ms)
     return Screening(trials, ledger, bare, Options()), trials, ledger
 
 
@@ -252,10 +270,38 @@ def test_candidates_are_divided_again_when_the_job_turns_out_to_be_short() -> No
     screening._rank(hot)
     whole, *groups = (request.comparison for request in trials.requests)
     assert whole is not None
-    assert len(whole.arms) == 24
-    assert [len(one.arms) for one in groups if one is not None] == [8, 8, 8]
+    assert len(whole.arms) == 17
+    assert [len(one.arms) for one in groups if one is not None] == [8, 8, 9]
     assert all(one.longest_steps <= 150 for one in groups if one is not None)
     assert all(ledger.is_settled(candidate.settings) for candidate in hot)
+
+
+def test_what_was_compared_before_a_job_ended_is_not_thrown_away() -> None:
+    found = Candidate("optimizer", "onepass", is_hot=True, bound=None)
+    arms_ms = [5.0 if arm else 10.0 for arm in build_arms([found])]
+    screening, trials, ledger = screen_short_job(20 * len(arms_ms), arms_ms)
+    ledger.enter([found])
+    assert screening._rank([found]) == {"optimizer": "onepass"}
+    assert len(trials.requests) == 1
+    ratio = ledger.find(found.settings).ratio
+    assert ratio is not None
+    assert ratio.value == pytest.approx(2.0, rel=0.01)
+
+
+def test_settings_that_share_the_cpus_are_compared_each_alone() -> None:
+    """One thread is fast beside a process that prefetches, and slow alone."""
+    one, ahead, gc, random = (
+        Candidate(*name.split("="), is_hot=True, bound=None)
+        for name in ("threads=one", "loader=prefetch", "gc=seldom", "random=fast")
+    )
+    arms = build_arms([one, gc, ahead, random])
+    assert arms[0] == {}
+    assert [arm for arm in arms if arm.keys() & {"threads", "loader"}] == [
+        {"threads": "one"},
+        {"loader": "prefetch"},
+    ]
+    assert {"gc": "seldom", "random": "fast"} in arms
+    assert build_arms([one, ahead]) == ({}, {"threads": "one"}, {"loader": "prefetch"})
 
 
 def test_a_stack_is_kept_as_it_is_when_the_job_turns_out_to_be_short() -> None:

@@ -238,6 +238,10 @@ class Knob:
             predicted by replaying calls (``agent/replay.py``), if it is hot.
         inside: only for a knob that acts by the way outermost modules are called: applies a setting
             to calls that are replayed; ``None``: ``apply`` acts on these as well.
+        shares_cpus: whether the knob decides how many threads or processes work at the same time.
+            What such a setting gains depends on the others of this kind, by far more than a factor
+            (one thread is fast beside a process that prefetches, and slow alone), so each is
+            compared without the others.
         needs_quiet: whether the knob decides how many CPUs the program uses. Beside other work,
             fewer threads look better than they are, so its gain counts only where other processes
             are known to have left the CPUs alone.
@@ -263,6 +267,7 @@ class Knob:
     hides_gains: bool = False
     replaces: tuple[str, ...] = ()
     inside: Callable[[Host, str], Inside] | None = None
+    shares_cpus: bool = False
     needs_quiet: bool = False
 
     @property

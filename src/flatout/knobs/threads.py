@@ -91,5 +91,6 @@ KNOB = Knob(
     match=match,
     apply=apply,
     claims=("the number of threads",),
+    shares_cpus=True,
     needs_quiet=True,
 )

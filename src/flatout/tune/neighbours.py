@@ -53,6 +53,12 @@ class Neighbours:
         self._before: Usage | None = None
         self._taken: float | None = None
         self._has_looked = self._has_said = False
+        self._watched_s = self._taken_s = 0.0
+
+    @property
+    def mean_taken(self) -> float | None:
+        """The share of the CPUs that others have used while trials ran; ``None``: not measured."""
+        return self._taken_s / self._watched_s if self._watched_s else None
 
     def before_trial(self) -> None:
         """Wait for a quiet stretch if others use much of the CPUs.
@@ -71,7 +77,12 @@ class Neighbours:
         """Return the share of the CPUs that others used while the trial ran; ``None``: not
         measured."""
         if self._before is not None:
-            self._taken = usage.taken_between(self._before, self._read())
+            after = self._read()
+            self._taken = usage.taken_between(self._before, after)
+            if self._taken is not None:
+                seconds = (after.at_ns - self._before.at_ns) / 1e9
+                self._watched_s += seconds
+                self._taken_s += self._taken * seconds
         return self._taken
 
     def _wait(self, taken: float) -> None:

@@ -1,11 +1,12 @@
 """Ranks hot candidates by comparing them inside one process.
 
 The program switches between combinations of settings every few steps, a factorial A/B test
-(``design.py``), so every step tells something about every candidate. The winners form a *stack*,
-the settings that are applied together. The stack is then compared with copies that each lack one
-knob, and settings that it does not need are removed. Last, candidates that affect so small a part
-of the bare step that no gain was measurable are compared once more on top of the stack, where that
-part is larger.
+(``design.py``), so every step tells something about every candidate. Settings that decide how many
+threads and processes work at the same time are compared each alone (``Knob.shares_cpus``). The
+winners form a *stack*, the settings that are applied together. The stack is then compared with
+copies that each lack one knob, and settings that it does not need are removed. Last, candidates
+that affect so small a part of the bare step that no gain was measurable are compared once more on
+top of the stack, where that part is larger.
 
 Screening claims nothing: the claim comes from fresh processes (``prover.py``).
 """
@@ -13,6 +14,7 @@ Screening claims nothing: the claim comes from fresh processes (``prover.py``).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
@@ -278,7 +280,7 @@ class Screening(TuneStage):
             NoTimeError, _JobEndedError: see ``_compare``.
             TrialFailedError: the program failed under a combination of several.
         """
-        arms = design.build_arms(group_exclusive(group))
+        arms = build_arms(group)
         done, comparison = self._compare(arms, "settings", COMPARISON_SHARE / groups, group)
         failures = trial.collect_reasons(done.process, "failed")
         applied = [
@@ -473,7 +475,9 @@ class Screening(TuneStage):
             if blocks < count_fewest_rounds(MANY_ARMS) * MANY_ARMS:
                 size = FEW_CANDIDATES
         count = -(-len(hot) // size)
-        return [list(hot[part::count]) for part in range(count)]
+        kinds = sorted(hot, key=lambda one: knobs.get(one.knob).shares_cpus)
+        bounds = [len(kinds) * part // count for part in range(count + 1)]
+        return [kinds[first:end] for first, end in itertools.pairwise(bounds)]
 
     def _compare(
         self,
@@ -492,7 +496,7 @@ class Screening(TuneStage):
 
         Raises:
             NoTimeError: the comparison would take the time that the proof needs.
-            _JobEndedError: the job has ended in this comparison, before all its blocks.
+            _JobEndedError: the job has ended in this comparison, before its fewest blocks.
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
@@ -521,7 +525,9 @@ class Screening(TuneStage):
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.loop_steps)
-            raise _JobEndedError(self._job_steps)
+            counting = quiet.find_counting_blocks(done.process, comparison)
+            if len(counting) < count_fewest_rounds(len(arms)) * len(arms):
+                raise _JobEndedError(self._job_steps)
         return done, comparison
 
 
@@ -593,6 +599,18 @@ def count_fewest_rounds(arms: int) -> int:
     """
     blocks = arms + 1 + MINIMUM_DEGREES_OF_FREEDOM
     return 2 * math.ceil(blocks / arms / 2)
+
+
+def build_arms(group: Sequence[Candidate]) -> tuple[dict[str, str], ...]:
+    """Build the arms that compare some candidates; the first is empty.
+
+    The arms are combinations of all candidates, except for those that share the CPUs: each of them
+    has an arm without any other setting.
+    """
+    combined = [one for one in group if not knobs.get(one.knob).shares_cpus]
+    alone = [one.settings for one in group if knobs.get(one.knob).shares_cpus]
+    arms = design.build_arms(group_exclusive(combined)) if combined else ({},)
+    return (*arms, *alone)
 
 
 def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:

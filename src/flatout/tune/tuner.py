@@ -53,6 +53,7 @@ from flatout.tune.neighbours import Neighbours
 from flatout.tune.pairs import Pairs
 from flatout.tune.prover import ProofAttempt, Prover, estimate_least_s
 from flatout.tune.trial import Trials
+from flatout.wire.disturbance import is_little
 
 MAXIMUM_PROOFS = 4
 """Maximum number of plans that are put to the proof. Each lacks the culprits of the one before, or
@@ -94,12 +95,15 @@ class Tuner:
             refresh,
             lambda: journal.counted_s,
         )
+        self._neighbours = Neighbours(
+            options.budget_seconds or UNKNOWN_BUDGET_S, warn or print_line
+        )
         self._trials = Trials(
             command,
             journal,
             options.isolate,
             tick=self._ledger.notify,
-            neighbours=Neighbours(options.budget_seconds or UNKNOWN_BUDGET_S, warn or print_line),
+            neighbours=self._neighbours,
         )
         self._measure_ceilings = measure_ceilings
 
@@ -265,6 +269,12 @@ class Tuner:
         if entries and all(entry.state == "not tried" for entry in entries):
             budget = formatting.duration(self._ledger.budget_s)
             return f"the budget of {budget} has no time to try a setting"
+        taken = self._neighbours.mean_taken
+        if taken is not None and not is_little(taken):
+            return (
+                f"{quiet.NOT_MEASURABLE}: no setting is faster beyond the noise, and "
+                f"{quiet.describe_others(taken)}"
+            )
         return "no setting is faster than the bare program, beyond noise"
 
     def _prove(self, prover: Prover, settings: Mapping[str, str]) -> ProofAttempt:

@@ -192,6 +192,7 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
+    shares_cpus=True,
     background_settings=("workers",),
     claims=("the fetching of loaders",),
     memory_settings=("cache",),
