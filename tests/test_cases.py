@@ -4,7 +4,8 @@ Each file in ``cases/`` is a program. Its comments that begin with ``# flatout r
 run, one line a run: ``# flatout run --set KNOB=SETTING | ARGUMENTS`` (both may be empty). What it
 prints, its exit status and the files that it leaves must be those of the bare program. The bare
 program runs in a fork of a process that has imported torch, unless a line ``# bare in a process of
-its own`` says that the program could tell.
+its own`` says that the program could tell. The runs of a program with a line ``# long`` belong to
+``make long``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import forking
 import pytest
@@ -26,6 +27,7 @@ import pytest
 CASES = Path(__file__).parent / "cases"
 MARK = "# flatout run"
 OWN_PROCESS = "# bare in a process of its own"
+LONG = "# long"
 
 
 class Outcome(NamedTuple):
@@ -67,18 +69,18 @@ def outcome(flatout: tuple[str, ...], program: Path, arguments: tuple[str, ...])
 bare = functools.cache(functools.partial(outcome, ()))
 
 
-def runs() -> Iterator[tuple[Path, str]]:
+def runs() -> Iterator[Any]:
     """Each program with each of its runs."""
     for program in sorted(CASES.glob("*.py")):
         text = program.read_text()
         found = [line for line in text.splitlines() if line.startswith(MARK)]
         assert found, f"{program} does not say how it is run"
-        yield from ((program, line.removeprefix(MARK).strip()) for line in found)
+        marks = [pytest.mark.long] if LONG in text.splitlines() else []
+        for how in (line.removeprefix(MARK).strip() for line in found):
+            yield pytest.param(program, how, id=f"{program.stem} {how}".strip(), marks=marks)
 
 
-@pytest.mark.parametrize(
-    ("program", "how"), [pytest.param(p, how, id=f"{p.stem} {how}".strip()) for p, how in runs()]
-)
+@pytest.mark.parametrize(("program", "how"), list(runs()))
 def test_under_flatout_it_does_what_it_does_bare(program: Path, how: str) -> None:
     options, _, arguments = how.partition("|")
     words = tuple(shlex.split(arguments))

@@ -82,6 +82,7 @@ def test_run_on_a_full_disk_is_the_program(disk: str, tmp_path: Path) -> None:
     assert "No space left on device" in own_sentence(done)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", WATCHING_VERBS)
 @pytest.mark.parametrize("disk", FULL)
 def test_doctor_and_tune_need_room_for_the_record(disk: str, verb: str, tmp_path: Path) -> None:
@@ -123,6 +124,7 @@ def test_run_with_a_spoilt_record_is_the_program(tmp_path: Path) -> None:
     assert "the record cannot be read: " in own_sentence(done)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", WATCHING_VERBS)
 def test_doctor_and_tune_of_a_spoilt_record(verb: str, tmp_path: Path) -> None:
     done = flatout(WATCHING_VERBS[verb], tmp_path, at_the_end=SPOILING)

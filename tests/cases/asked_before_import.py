@@ -1,4 +1,5 @@
 """A program may ask where torch is, in every way there is, before it imports it."""
+# long
 # flatout run
 # flatout run | lazy
 # flatout run | failing

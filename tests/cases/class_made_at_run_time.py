@@ -1,5 +1,6 @@
 """What a program drops is freed: classes made at run time with what their methods hold, modules,
 optimizers, loaders and datasets, each as early as without flatout."""
+# long
 # flatout run
 # flatout run --set precision=bf16 --set memory_format=channels_last
 # flatout run --set gradients=on_demand --set random=fast --set optimizer=onepass

@@ -1,4 +1,5 @@
 """A model that is trained, and then handed over in each form that torch has for that."""
+# long
 # flatout run --set precision=bf16
 # flatout run --set precision=safe
 

@@ -1,4 +1,5 @@
 """What hooks, closures, schedulers and checkpoints see of an optimizer is what the program set."""
+# long
 # flatout run --set optimizer=fused
 
 import pickle

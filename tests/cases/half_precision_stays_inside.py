@@ -2,6 +2,7 @@
 
 Each prints the types that it finds, and what NumPy makes of them.
 """
+# long
 # flatout run --set precision=bf16
 # flatout run --set precision=safe
 
