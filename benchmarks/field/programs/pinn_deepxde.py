@@ -48,7 +48,7 @@ def main() -> None:
     model = dde.Model(data, dde.nn.FNN([2] + [20] * 3 + [1], "tanh", "Glorot normal"))
     start_s = time.perf_counter()
     model.compile("adam", lr=1e-3)
-    model.train(iterations=1_500)
+    model.train(iterations=600)
     dde.optimizers.set_LBFGS_options(maxiter=500)
     model.compile("L-BFGS")
     model.train()

@@ -126,7 +126,9 @@ def examine(dataset: Any, collate_fn: Any) -> Account:
 
 
 _COLLATE = dict(collate.default_collate_fn_map)
-_DATASETS = {kind: dict(vars(kind)) for kind in (data.TensorDataset, data.Subset)}
+_DATASETS = {
+    kind: dict(vars(kind)) for kind in (data.TensorDataset, data.Subset, data.ConcatDataset)
+}
 
 
 def is_torchs_own() -> bool:

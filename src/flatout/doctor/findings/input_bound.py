@@ -32,7 +32,7 @@ def _remedies(case: Case) -> list[str]:
 
 
 _SETTINGS = {
-    "batched": "index a TensorDataset once for the whole batch",
+    "batched": "index the arrays of the dataset once for the whole batch",
     "cache": "keep samples that are the same every epoch in memory",
     "prefetch": "load the next batches in another process",
     "workers": "load in several processes, where cores are idle",

@@ -57,7 +57,7 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
 
     from flatout.intercept.purity import ImpureError, examine
     from flatout.knobs.loader.ahead import batches_drawn_early
-    from flatout.knobs.loader.batched import is_of_tensors
+    from flatout.knobs.loader.batched import can_be_batched
 
     dataset, collate_fn = loader.get("dataset"), loader.get("collate_fn")
     if (
@@ -67,7 +67,7 @@ def possible(loader: Mapping[str, Any]) -> tuple[str, ...]:
     ):
         return ()
     found = set()
-    if is_of_tensors(dataset, collate_fn):
+    if can_be_batched(dataset, collate_fn):
         found.add("batched")
     try:
         account = examine(dataset, collate_fn)
@@ -133,9 +133,12 @@ KNOB = Knob(
         what="The knob changes how data loaders without workers fetch their batches. It does "
         "not change loaders with workers, nor datasets that are a list, a tuple, a dict "
         "or iterable-style.\n\n"
-        "`batched`: a batch of a `TensorDataset`, or of a subset of one, is fetched by "
-        "one `index_select` on each tensor, instead of by indexing each sample and "
-        "stacking the samples.\n\n"
+        "`batched`: a batch of a `TensorDataset`, or of a dataset of the program whose "
+        "`__getitem__` only takes rows of tensors, of NumPy arrays or of lists "
+        "(`return self.x[i : i + self.length], self.y[i]`), is fetched by one index operation on "
+        "each of them, instead of by indexing each sample and stacking the samples. So is a batch "
+        "of a `Subset` or `ConcatDataset` of such. The knob reads this from the bytecode of "
+        "`__getitem__`, and compares the first two batches with those that torch fetches.\n\n"
         "`cache`: samples are kept in memory, up to a quarter of the memory that is "
         "available. Each sample is stored with a digest of the data and code that it was "
         "computed from, and is reused as long as the digest is the same. Datasets that "
