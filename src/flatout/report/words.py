@@ -227,7 +227,7 @@ def other_work(quietness: QuietnessResult) -> str:
 
 
 def compare_parts(bare: Side, plan: Side) -> str | None:
-    """What the plan does to the median step alone, and to the evaluation passes between the steps.
+    """What the plan does to the median step, and to the evaluation passes between the steps.
 
     The result is ``None`` if neither differs much from the claim (``LIKE_THE_CLAIM``).
     """
@@ -235,7 +235,7 @@ def compare_parts(bare: Side, plan: Side) -> str | None:
         return None
     claim = bare.step_ms / plan.step_ms
     median = bare.median_step_ms / plan.median_step_ms
-    ratios = [("the median step alone", median)]
+    ratios = [("the median step, without what lies between steps", median)]
     of_bare, of_plan = bare.phases_ms.get("evaluation"), plan.phases_ms.get("evaluation")
     if of_bare and of_plan:
         ratios.append(("evaluation passes between the steps", of_bare / of_plan))

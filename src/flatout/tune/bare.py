@@ -30,9 +30,8 @@ MAXIMUM_STEPS = 2000
 gives another number."""
 
 FIRST_RUN_SHARE = 1 / 36
-"""Share of the budget that the steps of the first run may take, beyond the first ``LEAST_STEPS``.
-A proof covers no more steps than the first run has timed, but at least
-``budget.size_proof`` allows."""
+"""Share of the budget that the steps of the first run may take, beyond the first ``LEAST_STEPS``. A
+proof covers no more steps than the first run has timed, unless it must (``budget.size_proof``)."""
 
 LEAST_STEPS = 5
 """Number of steps that the first run times in any case."""
@@ -197,9 +196,11 @@ def _is_profiled(process: ProcessRecord) -> bool:
 
 
 def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> ProcessRecord:
-    """Run a program again of which the first run has reached the end, and profile its second half,
-    or else all steps but the first: without a profile, settings would be tried that concern nothing
-    in this program.
+    """Run the program again, because its first run ended before it was profiled.
+
+    Up to ``PROFILE_STEPS`` steps are profiled from the middle of the program on or, if that gives
+    no profile, from its second step on. Without a profile, settings would be tried that concern
+    nothing in this program.
 
     Returns the first run, with the profile and the replay of the other, if there are any.
 
@@ -207,7 +208,7 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
         UserError: the program fails.
     """
     length = len(process.loop_steps)
-    for timed in dict.fromkeys((length // 2, 1)):  # page faults are measured in many steps
+    for timed in dict.fromkeys((length // 2, 1)):  # the steps before are those that are timed
         steps = min(PROFILE_STEPS, length - timed - 2)  # one for the FLOPs, one for the replay
         request = Request(
             seed=options.seed,
@@ -225,7 +226,7 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
 
 
 def _limit_s(options: Options) -> float:
-    """Return the time after which a run of a program counts as hung whose pace is not known."""
+    """Return the time after which a run counts as hung while the program's pace is not known."""
     if options.budget_seconds is None:
         return UNKNOWN_LIMIT_S
     return max(2 * options.budget_seconds, LEAST_LIMIT_S)

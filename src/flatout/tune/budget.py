@@ -10,15 +10,15 @@ from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.wire.record import WARMUP_STEPS
 
 USUAL_BUDGETS_S = ((0.1, 150.0), (2.0, 480.0), (10.0, 900.0))
-"""The budget for a step of some seconds, if the user names none. Between these points it is
-interpolated, and beyond the last one it is in proportion to the step."""
+"""Pairs of a step time and the budget for it, in seconds, if the user names no budget. Between
+these points it is interpolated, and beyond the last one it is in proportion to the step."""
 
 UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
 """The budget as long as nothing is known about the program."""
 
 START_UPS = 24
-"""Number of runs of a single cycle for which a budget that the user has not named has time in any
-case: the first run, the gradients, a comparison, and the pairs of the proof."""
+"""If the user names no budget, it has time for at least this many runs of one cycle each: the first
+run, the gradients, a comparison, and the pairs of the proof."""
 
 PROOF_SHARE = 0.45
 """Share of the budget in which the pairs of a proof should fit."""
@@ -49,7 +49,7 @@ USUAL_S = 2.0
 into that time."""
 
 OVERDRAFT = 1.05
-"""What has begun may end after the budget, up to this many times the budget."""
+"""Something is begun only if it should end within this many times the budget."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def choose_budget_s(pace: Pace) -> float:
 def count_gradient_steps(pace: Pace) -> int:
     """Return the number of steps of a run whose gradients are compared.
 
-    After the first step come whole cycles of micro-batches. If gradients accumulate, the first step
-    is a whole cycle too (``wire/turns.py``), so there are at least two updates.
+    After the first step come whole cycles of micro-batches. If gradients accumulate, all
+    micro-batches of the first update are recorded as one step (``wire/turns.py``), so there are at
+    least two updates.
     """
     return 1 + -(-GRADIENT_STEPS // pace.micro_batches) * pace.micro_batches
 
@@ -100,8 +101,9 @@ def size_proof(
     Args:
         pace: the pace of the bare program.
         budget_s: the budget, in seconds.
-        seen_steps: the number of steps that the first run has timed, which a proof does not exceed
-            by much, because the first run also shows whether the program repeats itself.
+        seen_steps: the number of steps that the first run has timed. A proof exceeds it only to
+            reach its minimum, a whole cycle or the end of a short job, or if the user asks for
+            more.
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """

@@ -62,7 +62,7 @@ class Candidate:
 
     @property
     def promise(self) -> float:
-        """The speedup that may be expected: the predicted one, or at most the bound."""
+        """The predicted speedup; without one the bound, or that of ``UNKNOWN_SHARE``."""
         if self.predicted is not None:
             return self.predicted.value
         return 1 / (1 - UNKNOWN_SHARE) if self.bound is None else self.bound
@@ -81,7 +81,8 @@ class Survey:
     """The settings that are worth a trial on a program, and the knobs that are not.
 
     Attributes:
-        candidates: the candidates, the one with the largest bound first.
+        candidates: the candidates, the most promising first: by their bounds or, after
+            ``prediction.sort_out``, by ``Candidate.promise``.
         refused: the wanted knobs without candidates, each with the reason.
         offered: for each knob, the settings that make sense for the program.
         findings: the findings about what limits the bare program.

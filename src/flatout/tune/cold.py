@@ -25,8 +25,8 @@ SLOW_START_S = 120.0
 compiles, and later ones find most of the compiled code in the cache."""
 
 HOT_SHARE = 0.3
-"""Share of the budget that hot candidates together may take, which are tried in fresh processes
-because the program is too short for a comparison in one."""
+"""Share of the budget that all trials of hot candidates in fresh processes may take together. There
+are such trials if the program is too short to compare these candidates inside one process."""
 
 
 class ColdTrials(TuneStage):
@@ -49,8 +49,8 @@ class ColdTrials(TuneStage):
         Args:
             stack: the settings so far.
             cold: the candidates; each must already be entered in the ledger.
-            again: whether the candidates have been tried on another stack. They then get only the
-                time that the proof does not need.
+            again: whether the candidates have been tried on another stack. Those for which there is
+                no time then keep what the ledger says of them, and ``HOT_SHARE`` does not apply.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.

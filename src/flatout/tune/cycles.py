@@ -24,12 +24,12 @@ micro-batches. (No setting of the optimizer could gain more than this share.)"""
 def find_cycle_steps(process: ProcessRecord) -> int:
     """Return the number of training steps from one group of evaluation passes to the next.
 
-    If there are no such groups, or one before every step, the result is the number of micro-batches
-    to an optimizer step, or 1 if gradients do not accumulate or the optimizer step takes little
-    time. If only one group was
-    seen after the first step, the steps before it count as a cycle, since most loops begin with a
-    whole one. Passes after the last step are left out: they may be the end of the program. If the
-    distances of the groups differ, the result is their median.
+    If there are no such groups, or if the passes take less than ``LEAST_SHARE`` of the time, the
+    result is the number of micro-batches to an optimizer step, or 1 if gradients do not accumulate
+    or the optimizer step takes little time. With a group before every step, the result is 1. If
+    only one group was seen after the first step, the steps before it count as a cycle, since most
+    loops begin with a whole one. Passes after the last step are left out: they may be the end of
+    the program. If the distances of the groups differ, the result is their median.
     """
     steps = process.steps
     passes = [one for one in process.evaluations if one.mark != "profiled"]

@@ -1,9 +1,9 @@
 """Builds factorial designs: combinations of settings in which every step tells about every setting.
 
 An *arm* is a combination of settings that is applied for some steps. If each arm had one setting, a
-step would tell about one setting. In a factorial design each factor (a knob with its settings) is
-on in half of the arms and off in the other half, and every combination of two factors occurs
-equally often. With 20 factors, the same precision then takes about a tenth of the steps that
+step would tell about one setting. In a factorial design each factor (settings that exclude each
+other) is on in half of the arms and off in the other half, and every combination of two factors
+occurs equally often. With 20 factors, the same precision then takes about a tenth of the steps that
 one-setting arms would need (Plackett and Burman 1946, The design of optimum multifactorial
 experiments). Each arm is accompanied by its opposite, so that two-factor interactions do not bias
 main effects (Box and Wilson 1951: fold-over).

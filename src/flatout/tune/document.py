@@ -79,15 +79,17 @@ class TriedSettings:
         label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
         stage: how the settings were compared.
         ratio: the step time without the settings over the step time with them. Inside one process
-            it comes from a factorial comparison or, if the program crashed under a combination,
-            from a comparison of these settings alone with the bare program. In fresh processes it
-            compares the stack with and without these settings.
+            it comes from a factorial comparison; from a comparison of these settings alone with the
+            bare program, if the program crashed under a combination or the knob shares the CPUs
+            (``Knob.shares_cpus``); or, if predictions choose the stack (``tune.predicted``), from a
+            comparison of the stack with and without them. The latter is compared in fresh processes
+            too.
         state: the result.
         why: the reason of the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is
             that part of a step which the settings speed up (Amdahl 1967).
         predicted: the ratio on the bare program that replayed calls predict, see
-            ``tune.prediction``; its pairs are the rounds of the replay.
+            ``tune.prediction``; ``Ratio.pairs`` holds the number of rounds of the replay.
     """
 
     settings: Mapping[str, str]
@@ -206,11 +208,12 @@ class QuietnessResult:
     """How far other processes have disturbed the pairs of a claim.
 
     Attributes:
-        others_share: the share of the CPUs that the job may use which others took meanwhile.
+        others_share: the share that others took of the CPUs that the job may use, during all pairs.
         quiet_share: the share of the blocks of steps that were undisturbed, and that alone count.
         pairs, counted: the number of pairs, and of those that count.
-        floors: the ratio of the fastest times of the same blocks; ``None``: too few blocks.
-        why_not_measurable: why nothing is claimed, as a clause; ``None`` if it can be.
+        floors: the ratio of the floors of the blocks that count; a floor is a low quantile of the
+            times of a block over the pairs (``tune.quiet``); ``None``: too few blocks.
+        why_not_measurable: why no speedup can be claimed, as a clause; ``None`` if one can.
     """
 
     others_share: float | None
@@ -237,9 +240,9 @@ class Document:
         why: the reason why this plan was chosen, or why there is none, in one sentence.
         baseline, with_plan: the program without and with the plan.
         claim: the bare program's step time over the plan's, from fresh processes in alternation.
-        unwatched_factor: the bare program's step time without flatout's agent over that under it,
-            as far as page faults tell (``tune.unwatched``); ``claim`` and ``baseline`` count the
-            step without the agent.
+        unwatched_factor: the bare program's step time without flatout's agent divided by its step
+            time with the agent, as far as page faults tell (``tune.unwatched``); ``claim`` and
+            ``baseline`` count the step without the agent.
         break_even_steps: the number of steps after which the plan has made up for the time of the
             tune and for its longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.

@@ -64,7 +64,7 @@ def make_evidence(
 
 
 def make_reference(pairs: Pairs) -> Reference:
-    """Make what a later run with the plan is compared with.
+    """Make the reference with which a later run with the plan is compared.
 
     Args:
         pairs: the pairs of the plan and the bare program, at least one.

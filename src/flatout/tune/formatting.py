@@ -1,4 +1,4 @@
-"""Formats numbers for the terminal and for the page alike."""
+"""Formats numbers for the terminal and for the page of ``flatout report`` alike."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ _MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Growth:
-    """By how much more memory grows under a plan than in the bare program, after the warm-up.
+    """By how much more memory grows under a plan than bare, in the second half of each run.
 
     Attributes:
-        result: ``grows`` if memory was shown to grow beyond what is allowed, ``stays`` if nothing
-            speaks for it, ``open`` if only a longer run can tell.
+        result: ``grows`` if memory was shown to grow beyond what is allowed, ``stays`` if it
+            grows by no more than is allowed, ``open`` if only a longer run can tell.
         value, low, high: the growth in bytes per step, as a mean with its interval.
         steps: the number of steps of each run.
         pairs: the number of pairs of runs.

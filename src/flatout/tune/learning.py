@@ -17,8 +17,8 @@ from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Comparison, Request
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
-"""Exactness classes of the settings that may be compared without a proof, because they keep the
-program's arithmetic."""
+"""Exactness classes of the settings that may be compared without a proof, because they
+keep the results bit by bit, or change only the order of sums."""
 
 BLOCK_STEPS = 6
 """Number of steps of a block."""

@@ -1,7 +1,7 @@
 """Keeps what a tune was asked for, which settings it has tried, and what came of each.
 
-The ledger is the one object that all stages of a tune share and write to. It tells the observer
-of the tune when a setting or an activity changes.
+The ledger is the one object that all stages of a tune share and write to. It shows the
+outcome so far (``refresh``) when a setting or an activity changes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Options:
     Attributes:
         budget_seconds: the time that the tune may take; ``None`` if it is left to flatout
             (``budget.choose_budget_s``).
-        steps: the number of steps that the proof covers; ``None`` for as many as the first run has
-            timed, within the limits of ``bare.USUAL_STEPS`` and ``bare.USUAL_S``.
+        steps: the number of steps that the proof covers; ``None`` if ``budget.size_proof`` chooses
+            it.
         seed: the seed of the first pair of runs; each later pair has the next one.
         isolate: whether every trial runs in a copy-on-write view of the file system.
         knobs: the names of the knobs to try; ``None`` for all.
@@ -345,7 +345,7 @@ class Ledger:
         return is_over
 
     def notify(self) -> None:
-        """Show the outcome so far to the observer of the tune."""
+        """Show the outcome so far."""
         activity = self.outcome.activity
         ends_s = self.budget_s if activity is None else activity.ends_s
         self._refresh(self.outcome, max(ends_s - self._read_spent_s(), 0.0))

@@ -24,7 +24,7 @@ CHECK_NAME = "memory"
 
 
 def find_costly(settings: Mapping[str, str]) -> dict[str, str]:
-    """Find the settings that need more memory by design, as their cards say.
+    """Find the settings that need more memory by design (``Knob.memory_settings``).
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -41,8 +41,8 @@ def refusal(
 ) -> str | None:
     """Return the reason why the peak memory of a plan is too high, as a clause.
 
-    The result is ``None`` if the plan needs no more than is allowed, if that holds in fewer than
-    ``FEWEST_PAIRS`` pairs, or if memory was not measured.
+    The result is ``None`` if the plan's peak is within what is allowed, if it is above that in
+    fewer than ``FEWEST_PAIRS`` pairs, or if memory was not measured.
 
     Args:
         bare, plan: the steps of each run of the bare program and of the plan, in pairs.
@@ -96,7 +96,7 @@ def find_peaks(
 
 
 def _peak(runs: Sequence[Sequence[Step]], read_peak: Callable[[Step], int | None]) -> int | None:
-    """Return the peak of the memory that is read so, the median of the runs."""
+    """Return the median over the runs of the largest value that ``read_peak`` finds in a run."""
     peaks = [max((read_peak(step) or 0 for step in steps), default=0) for steps in runs]
     known = [peak for peak in peaks if peak]
     return round(median(known)) if known else None

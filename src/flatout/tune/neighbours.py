@@ -1,8 +1,8 @@
 """Watches what other processes take of the CPUs while a tune runs, and waits until they are quiet.
 
-Before the first trial, and after each trial beside which others used much, the tune waits for a
-quiet stretch, for a share of its budget in all. Then it goes on: what others disturb does not count
-(``quiet.py``), and idle-priority work disturbs nothing.
+If others use much of the CPUs before the first trial, or used much during a trial, the tune waits
+for a quiet stretch before the next trial, for a share of its budget in all. Then it goes on: what
+others disturb does not count (``quiet.py``), and idle-priority work disturbs nothing.
 """
 
 from __future__ import annotations

@@ -135,14 +135,14 @@ class Pairs:
 
     @property
     def needs_quiet(self) -> bool:
-        """Whether only CPUs that others leave alone show the ratio."""
+        """Whether the ratio can be measured only on CPUs that others leave alone."""
         return quiet.needs_quiet(self.baseline, self.variant)
 
     @property
     def times_ms(self) -> list[tuple[float, float]]:
         """The step times of the two runs of each pair that counts, in ms.
 
-        Each is the mean that ``statistics.paired_means_ms`` returns, and the step's share of the
+        Each is the mean that ``statistics.paired_means_ms`` returns, plus the step's share of the
         evaluation passes. Only blocks that count are used (``quiet.py``). If fewer than two pairs
         count, so that nothing can be claimed, the times are those of all blocks. Those of the bare
         program are corrected by ``unwatched.Unwatched.factor``.
@@ -252,7 +252,7 @@ class Pairs:
 
     def without_effect(self) -> dict[str, str]:
         """Return the knobs of the variant that did nothing in any of its runs, with the reason: no
-        call was theirs, or they refused to be applied."""
+        call had use for them, or they refused to be applied."""
         idle = [_idle_knobs(done.process) for done in self.variant_runs]
         first = idle[0] if idle else {}
         return {
@@ -322,7 +322,8 @@ class Cost:
         startup_s: the time from the import of torch to the first step, in seconds; the median of
             the runs.
         warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
-            number of later steps, and what was captured or compiled later; the median of the runs.
+            number of later steps, plus the time of what was captured or compiled later; the median
+            of the runs.
         step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
     """
 
@@ -480,8 +481,8 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     Args:
         steps: the number of steps of each run.
         step_s: the time of one step, in seconds.
-        cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If there are
-            several, the steps must be whole cycles after the warm-up, and none is discarded.
+        cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If it is
+            more than 1, the steps should be whole cycles after the warm-up, and none is discarded.
     """
     usable = max(steps - WARMUP_STEPS, 1)
     longest = usable // FEWEST_RELAY_BLOCKS

@@ -2,8 +2,8 @@
 
 Comparing combinations of settings takes dozens of steps for each, which is too long where a step
 takes a good part of a second. So the stack is put together from what replayed calls predict
-(``prediction.py``). Whole steps are compared only for what no replay can predict: settings that do
-not stand behind operators, and predicted ones that are in doubt.
+(``prediction.py``). Whole steps are compared only for settings without a prediction, and for chosen
+settings whose predicted gain is in doubt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def choose_screening(step_s: float, candidates: Sequence[Candidate]) -> type[Scr
 
 
 class PredictedScreening(Screening):
-    """A screening that replays decide."""
+    """A screening that is decided by the predictions from replayed calls."""
 
     def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
         """Find the hot settings that make the program faster together.
@@ -63,8 +63,8 @@ class PredictedScreening(Screening):
     def _check(
         self, stack: dict[str, str], doubtful: Sequence[Candidate], others: Sequence[Candidate]
     ) -> dict[str, str]:
-        """Compare the stack with itself without settings that are in doubt, and with others on top
-        of it, in whole steps.
+        """Compare, in whole steps, the stack with the stack without each doubtful setting in turn,
+        and with the stack plus each other setting.
 
         Args:
             stack: the settings that the predictions have chosen.

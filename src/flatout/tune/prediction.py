@@ -1,16 +1,19 @@
-"""Predicts the gain of a setting from the replayed calls of a step (``agent/replay.py``).
+"""Predicts the gain of a setting from replayed calls (``agent/replay.py``).
 
-Of a step of time T, the replayed calls take t, and t' under the settings. The rest is left as it
-is, so the gain is
+The agent makes calls of operators and optimizers of a step of the first run once more, one by one,
+bare and under each setting, and times them. (The knob ``replay`` is something else.)
+
+Of a step of time T, the replayed calls take t, and t' under the settings. If the rest stayed
+as it is, the gain would be
 
     T / (T - (t - t')) = 1 / (1 - sum of share[i] (1 - 1 / ratio[i])),
 
 Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
 are replayed with their tensors at hand, and without what lies between them. So they take less than
-in the step, and a part of the rest belongs to them: the estimate takes half of the rest to gain as
-the calls do, and the interval reaches from none of it to all. Steps of optimizers are taken to be
-as long as in the step itself (``with_optimizer_ms``). What settings do to Python, to memory that is
-kept longer, and to the gradients' layout is not predicted.
+in the step, and a part of the rest belongs to them: the estimate assumes that half of the rest is
+sped up by as much as the calls, and the interval reaches from none of the rest to all of it. The
+times of optimizers are scaled to the time that they take in the step (``with_optimizer_ms``). What
+settings do to Python, to memory that is kept longer, and to the gradients' layout is not predicted.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from flatout.wire.replay import BARE, OPTIMIZER_SUFFIX, Replayed, ReplayedCall, 
 from flatout.wire.request import Replay
 
 REST_SHARE = 0.5
-"""The share of the time outside of replayed calls that is taken to gain as these calls do."""
+"""The share of the time outside of replayed calls that is assumed to be sped up as these calls
+are."""
 
 LEAST_COVERED = 0.4
 """Nothing is predicted if the replayed calls take less than this share of the operators' time."""
@@ -78,7 +82,7 @@ def make_request(options: Options) -> Replay | None:
 
 
 def with_optimizer_ms(replayed: Replayed, optimizer_ms: float | None) -> Replayed:
-    """Return the replayed calls with the steps of optimizers as long as they are in a step.
+    """Return the replayed calls with the times of optimizers scaled to what they take in a step.
 
     There they take longer, because their tensors are not in the caches, and because the memory for
     their results may be fresh.
@@ -114,7 +118,7 @@ def predict(
         replayed: the replayed calls.
         step_ms: the time of a step of the bare program.
         settings: the settings, with those of ``onto``.
-        onto: the settings of the program that they are compared with; ``None``: none.
+        onto: the settings on top of which the gain is predicted; ``None``: the bare program.
 
     Returns ``None`` if some of the settings were not replayed.
     """

@@ -210,7 +210,8 @@ class Verdict:
     """The verdict on a plan.
 
     Attributes:
-        passed: whether the plan computes the same within the margins: no check failed.
+        passed: whether the plan computes the same within the margins: no check failed, except
+            perhaps that of growing memory, which ``growth.py`` adds later.
         why: the reason, as a clause.
         kind: ``"bitwise"`` if all that was compared is identical; ``"inconclusive"`` if no loss has
             fallen, so only the other checks passed; otherwise ``"non-inferior"``.

@@ -160,8 +160,10 @@ class Prover(TuneStage):
         """Find the settings of a plan that made its proof fail.
 
         If the verdict is undecided, no subset fails clearly. The most invasive settings are then
-        taken as the culprits, and also if there is no time to look for others. If only the plan's
-        memory is refused, the culprits are the settings that need more of it by design.
+        taken as the culprits; likewise if there is no time for a search. If only the plan's memory
+        is refused, the culprits are the settings that need more memory by design. If there are
+        none, they are the most invasive settings if memory was shown to grow, and are searched for
+        otherwise.
 
         Args:
             settings: the settings of the plan.
@@ -273,8 +275,8 @@ class Prover(TuneStage):
     def _is_enough(self, finished: Pairs) -> bool:
         """Return whether the claim is precise enough and the losses decide, or the time is over.
 
-        While the losses do not decide, there is time left for the proof of a gentler plan, if there
-        is one: its gain is better than none.
+        While the losses do not decide, pairs go on, but time is kept for the proof of a gentler
+        plan, if there is such a plan: its gain is better than none.
         """
         if finished.count < min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS):
             return False

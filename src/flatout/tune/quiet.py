@@ -6,10 +6,10 @@ was disturbed (``wire/disturbance.py``), and a pair counts if enough of its bloc
 that decide how many CPUs the program uses (``Knob.needs_quiet``), a block counts only if others are
 known to have left the CPUs alone: beside other work, fewer threads look better than they are.
 
-What accounting does not show is left to a second look. The *floor* of a block is a low quantile of
-its time over all pairs, for each side: others can only make a block slower, so its fast times tell
-what it takes by itself. It keeps what the program does at a certain step, such as an evaluation.
-Where the means show a gain and the floors do not, nothing is claimed.
+A second test looks for disturbances that the readings of CPU time do not show. The *floor* of a
+block is a low quantile of its time over all pairs, for each side: others can only make a block
+slower, so its fast times tell what it takes by itself. It keeps what the program does at a certain
+step, such as an evaluation. Where the means show a gain and the floors do not, nothing is claimed.
 
 The functions are pure; ``benchmarks/replay.py`` tests them on recordings beside other work.
 """
@@ -30,7 +30,7 @@ from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Comparison
 
 NOT_MEASURABLE = "not measurable now"
-"""The beginning of every reason that others are the cause of."""
+"""The beginning of reasons that blame other processes."""
 
 BLOCK_S = 0.25
 """The shortest block of two runs that do not alternate, in seconds; see ``disturbance.WINDOW_S``
@@ -117,7 +117,7 @@ class Quietness:
 
     @property
     def why_not_measurable(self) -> str | None:
-        """Why nothing can be claimed from these pairs, as a clause; ``None`` if it can."""
+        """Why no speedup can be claimed from these pairs, as a clause; ``None`` if one can."""
         if self.why_too_few is not None:
             return self.why_too_few
         if self.contradiction is not None:
@@ -222,7 +222,8 @@ def _block_steps(both: Sequence[Sequence[Step]]) -> int:
 
 
 def _find_positions(both: Sequence[Sequence[Step]], length: int | None) -> list[tuple[int, int]]:
-    """Return where blocks begin and end: where they do in a run, and after some steps."""
+    """Return where each block begins and ends. It ends where the block of either run does, after
+    ``length`` steps, and with the last step."""
     found: list[tuple[int, int]] = []
     first, count = 0, min(map(len, both))
     for end in range(1, count + 1):
@@ -297,9 +298,9 @@ def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
     """Return why the means of some pairs show a gain and their floors do not, as a clause.
 
     Floors lie below means by the noise of each side, and the noise of the two sides differs, so
-    that a difference alone is no contradiction: the floors must show no gain at all, or with
-    intervals that lie apart less than ``FLOOR_GAIN`` of the gain. The result is ``None`` otherwise,
-    or if there are too few blocks or pairs to tell.
+    that a difference alone is no contradiction. It is one if the floors show no gain at all, or if
+    their interval lies wholly below that of the means and they show less than ``FLOOR_GAIN`` of the
+    gain. The result is ``None`` otherwise, or if there are too few blocks or pairs to tell.
 
     Args:
         pairs: the blocks that count of each pair that counts.
@@ -320,7 +321,7 @@ def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
 def estimate_floor_ratio(pairs: Sequence[Sequence[Block]]) -> Ratio | None:
     """Estimate the ratio of the floors of the blocks; ``None`` if there are too few blocks.
 
-    A block counts by its time, as it does for the means: a program may spend most of its time in a
+    Blocks are weighted by their time, as in the means: a program may spend most of its time in a
     few blocks, in rollouts or evaluation passes, and gain there.
 
     Args:

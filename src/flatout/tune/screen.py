@@ -1,12 +1,13 @@
 """Ranks hot candidates by comparing them inside one process.
 
-The program switches between combinations of settings every few steps, a factorial A/B test
-(``design.py``), so every step tells something about every candidate. Settings that decide how many
-threads and processes work at the same time are compared each alone (``Knob.shares_cpus``). The
-winners form a *stack*, the settings that are applied together. The stack is then compared with
-copies that each lack one knob, and settings that it does not need are removed. Last, candidates
-that affect so small a part of the bare step that no gain was measurable are compared once more on
-top of the stack, where that part is larger.
+The program switches between combinations of settings (*arms*) every few steps (a *block*; a *round*
+has one block of each arm). This is a factorial A/B test (``design.py``), so every step tells
+something about every candidate. Settings that decide how many threads and processes work at the
+same time are compared each alone (``Knob.shares_cpus``). The winners form a *stack*, the settings
+that are applied together. The stack is then compared with copies that each lack one knob, and
+settings that it does not need are removed. Last, candidates that affect so small a part of the bare
+step that no gain was measurable are compared once more on top of the stack, where that part is
+larger.
 
 Screening claims nothing: the claim comes from fresh processes (``prover.py``).
 """
@@ -51,13 +52,14 @@ PROMISING_BOUND = 1.1
 program at least this many times as fast. The pairs of the proof then measure it with the others."""
 
 SLOW_FIRST_STEPS = 1
-"""Number of slow steps that an arm with a new setting makes before the rounds."""
+"""Number of steps that an arm with a new setting makes before the rounds, if steps are slow."""
 
 MINIMUM_BLOCK_STEPS = 3
 """Minimum number of steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
 
 DISCARD_STEPS = 1
-"""Minimum number of steps at the start of a block that are not timed."""
+"""Minimum number of steps at the start of a block that are not timed. If blocks are whole cycles,
+all of their steps are timed."""
 
 BLOCK_S = 0.02
 """Minimum duration of a block, in seconds; a quarter of it is not timed. In a shorter block, the
@@ -76,8 +78,8 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""Number of arms that seven candidates need. A job is short if two comparisons with this number of
-arms do not fit into it, even with the fewest rounds and the shortest blocks. The candidates of a
+"""A job is short if the fewest rounds with this number of arms, which seven candidates need, do not
+fit into it. The candidates of a
 short job are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
@@ -496,7 +498,8 @@ class Screening(TuneStage):
 
         Raises:
             NoTimeError: the comparison would take the time that the proof needs.
-            _JobEndedError: the job has ended in this comparison, before its fewest blocks.
+            _JobEndedError: the job has ended in this comparison, before the fewest blocks that it
+                needs.
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """

@@ -47,7 +47,8 @@ class Comparison:
     Attributes:
         claimed: the speedup of the plan's evidence; ``None``: the plan has none.
         now: the speedup that was measured now.
-        at_least: what the user asks for; ``None``: that the claim holds, or, without one, a gain.
+        at_least: the speedup that the user asks for; ``None``: the claim must hold or, if there is
+            none, there must be a gain.
         not_measurable: why other work makes it impossible to tell, as a clause; ``None`` if it does
             not (``quiet.py``).
     """

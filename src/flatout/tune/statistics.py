@@ -84,8 +84,8 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
 def estimate_weighted_ratio(log_ratios: Sequence[float], weights: Sequence[float]) -> Ratio:
     """Estimate a geometric mean of ratios that do not count alike, with Student's t-interval.
 
-    The interval takes them for as many equal ratios as Kish's effective sample size, which is
-    (sum w)^2 / sum w^2 (Kish 1965, Survey Sampling).
+    The interval treats them as equally weighted ratios whose number is Kish's effective sample
+    size, (sum w)^2 / sum w^2 (Kish 1965, Survey Sampling).
 
     Args:
         log_ratios: the natural logarithms of the ratios, at least two.
@@ -188,9 +188,9 @@ def is_ranked(log_ratios: Sequence[float]) -> bool:
 
 
 def is_probably_faster(log_ratios: Sequence[float]) -> bool:
-    """Return whether a few pairs show that the variant is faster, by their mean or by their number:
-    all but one in five. The mean tells less if a process was slow for its whole life, due to where
-    its memory lies or to other processes.
+    """Return whether a few pairs show that the variant is faster, by their mean, or because it is
+    faster in all pairs but at most one in five. The mean tells less if a process was slow for its
+    whole life, due to where its memory lies or to other processes.
 
     Of settings without effect, one in eight is faster in three pairs of three, and one in five in
     four pairs of five.

@@ -12,7 +12,7 @@ it does not train.
 3. Hot candidates can be applied and undone between two steps. They are compared inside one process,
    and the winners become a stack: settings that are applied together (``screen.py``).
 4. Cold candidates need a fresh process, or many steps before they are fast. Each is tried on top of
-the stack (``cold.py``).
+   the stack (``cold.py``).
 5. The plan is put to the proof: bare and plan run in pairs of fresh processes, one pair for each
    seed. The pairs give the claimed ratio, and the losses for the proof (``prover.py``).
 6. If the proof fails, the setting that makes it fail is found, and replaced by a gentler one or
@@ -64,7 +64,8 @@ class Tuner:
     """One tune of one job.
 
     Args:
-        command: command line of the user's program.
+        command: command line of the job, the user's program up to its own end. Most trials stop it
+            earlier.
         options: the options that the user gave.
         journal: journal of this tune.
         print_line: prints a line of progress.
@@ -188,7 +189,7 @@ class Tuner:
             culprits = prover.find_culprits(settings, attempt)
             why = attempt.refusal
             if attempt.is_undecided:
-                why = self._note_undecided(culprits, attempt)
+                why = self._note_undecided(attempt)
             gentler = self._replace_culprits(settings, culprits, why, survey)
             if _may_have_hidden_gains(settings.keys() - gentler.keys()):
                 useless = [one for one in cold if self._ledger.has_no_gain(one.settings)]
@@ -288,14 +289,13 @@ class Tuner:
             outcome.why = f"{format_settings(settings)} is not proven: {attempt.refusal}"
         return attempt
 
-    def _note_undecided(self, settings: Mapping[str, str], attempt: ProofAttempt) -> str:
+    def _note_undecided(self, attempt: ProofAttempt) -> str:
         """Enter in the outcome that pairs do not decide whether a plan is worse than bare.
 
         Args:
-            settings: the settings because of which they may not decide.
             attempt: the proof without a decision.
 
-        Returns what is to be said of these settings, as a clause.
+        Returns the reason for leaving out the culprits, as a clause.
         """
         outcome = self._ledger.outcome
         more = attempt.pairs_to_decide
@@ -370,7 +370,8 @@ def _may_have_hidden_gains(dropped: Collection[str]) -> bool:
 
 
 def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None:
-    """Return the reason why a plan saves no time, as a clause that begins with its ratio.
+    """Return the reason why a plan saves no time, as a clause that begins with its ratio, or with
+    ``no claim`` if it is not measurable.
 
     The result is ``None`` if the plan saves time.
 

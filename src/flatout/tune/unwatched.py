@@ -98,7 +98,7 @@ class Unwatched:
 
     Attributes:
         faults_per_s: its minor page faults per second.
-        fault_us: the time that the step takes longer for each of them, in microseconds.
+        fault_us: the time that each of them adds to the step, in microseconds.
     """
 
     faults_per_s: float

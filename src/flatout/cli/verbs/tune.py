@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(
         parser,
         None,
-        "prove the plan over this many steps (default: 200; if these take less than 2 s, as many "
-        "as fit into 2 s, at most 2,000; if they do not fit into 1/36 of the budget, fewer, but "
-        "at least 20, or 8 if steps are slow; whole cycles of training and evaluation)",
+        "prove the plan over this many steps (default: 200, or as many as fit into 2 s, at most "
+        "2,000; fewer if the budget is too short for these, but at least 20, or 8 if steps are "
+        "slow; if the program also evaluates, whole cycles, where the budget has time for one)",
     )
     parser.add_argument(
         "--knobs",

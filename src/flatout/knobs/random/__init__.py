@@ -46,7 +46,7 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="draw dropout's random numbers many at once: torch's own, or others",
+    summary="draw dropout's random numbers many at once: those of torch, or other ones",
     settings=("paired", "same", "fast"),
     exactness={"paired": "resampled", "same": "bitwise", "fast": "reshuffled"},
     hot=True,
