@@ -128,8 +128,8 @@ def add_in_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="run on your real files instead of a copy-on-write view: the program, which is stopped "
-        "after some steps, then writes to them, and may overwrite checkpoints",
+        help="run on your real files instead of a copy-on-write view: the program, which is "
+        "stopped after some steps, then writes to them, and may overwrite checkpoints",
     )
 
 

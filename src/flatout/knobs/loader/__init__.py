@@ -169,8 +169,8 @@ KNOB = Knob(
         "`SequentialSampler`, `RandomSampler`, `WeightedRandomSampler` or "
         "`DistributedSampler` of torch, in a plain `BatchSampler`. The sampler must also "
         "fix its order at the start of the epoch. This excludes "
-        "`RandomSampler(replacement=True)` with a `torch.Generator` of the program. `cache` accepts "
-        "any sampler that returns integers.\n\n"
+        "`RandomSampler(replacement=True)` with a `torch.Generator` of the program. `cache` "
+        "accepts any sampler that returns integers.\n\n"
         "For each batch, the knob checks that the data from which the batch was computed have "
         "not changed; for `prefetch` and `workers` it also checks the modification times of "
         "the files that were read for the batch.",

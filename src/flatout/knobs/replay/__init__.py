@@ -75,8 +75,8 @@ KNOB = Knob(
         "outputs share memory with its inputs, if it is called with ever new shapes, or if "
         "its backward passes need gradients of gradients. The record of a run holds the "
         "number of graphs and of their operators. Inside of captured calls, the knobs `attention`, "
-        "`recurrent` and `cross_entropy` have no effect, nor has dropout's part of `random`. An extension is "
-        "compiled once for each version of torch, which takes half a minute.",
+        "`recurrent` and `cross_entropy` have no effect, nor has dropout's part of `random`. "
+        "An extension is compiled once for each version of torch, which takes half a minute.",
         helps="The knob helps programs with short steps and many small operators: tabular "
         "networks, forecasting, recurrent cells written in Python, reinforcement learning.",
         hurts="Capturing takes a second or more for each graph. Programs whose time goes to large "
