@@ -79,8 +79,8 @@ MAXIMUM_CANDIDATES = 11
 
 MANY_ARMS = 16
 """A job is short if the fewest rounds with this number of arms, which seven candidates need, do not
-fit into it. The candidates of a short job are compared in groups of at most ``FEW_CANDIDATES``, each
-group in its own run."""
+fit into it. The candidates of a short job are compared in groups of at most ``FEW_CANDIDATES``,
+each group in its own run."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
