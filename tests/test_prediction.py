@@ -231,7 +231,10 @@ def test_a_stack_takes_what_gains_on_top_of_it() -> None:
         call("conv2d", 1, bare=10.0, bf16=5.0, layout=10.0, both=2.0),
         call("dropout", 1, bare=1.0, fast=0.9),
     )
-    chosen, others = prediction.choose_stack(replayed, 11.0, predicted(FAST, LAYOUT, BF16, KERNEL))
+    chosen, undecided, others = prediction.choose_stack(
+        replayed, 11.0, predicted(FAST, LAYOUT, BF16, KERNEL)
+    )
+    assert not undecided
     assert list(map(str, chosen)) == [
         *("precision=bf16", "memory_format=channels_last", "random=fast"),
     ]
@@ -253,9 +256,54 @@ def test_settings_that_exclude_each_other_are_not_chosen_together() -> None:
         ),
     )
     safe = {"precision": "safe"}
-    chosen, others = prediction.choose_stack(replayed, 4.0, predicted(safe, BF16))
+    chosen, _, others = prediction.choose_stack(replayed, 4.0, predicted(safe, BF16))
     assert list(map(str, chosen)) == ["precision=bf16"]
     assert list(others.values()) == ["precision=bf16 gains more"]
+
+
+SAFE = {"precision": "safe"}
+
+
+def uncertain() -> Replayed:
+    """Calls that a lower precision makes faster on average, and by no means each time."""
+    times = {
+        BARE: (500.0,) * 4,
+        label(BF16): (200.0, 700.0, 300.0, 400.0),
+        label(SAFE): (300.0, 700.0, 300.0, 400.0),
+    }
+    return Replayed((label(BF16), label(SAFE)), (ReplayedCall("linear", 1, times),))
+
+
+def test_what_is_predicted_a_gain_in_doubt_is_undecided() -> None:
+    choice = prediction.choose_stack(uncertain(), 1000.0, predicted(SAFE, BF16))
+    assert not choice.chosen
+    assert list(map(str, choice.undecided)) == ["precision=bf16"]
+    assert list(map(str, choice.others)) == ["precision=safe"]
+
+
+@pytest.mark.parametrize(
+    ("half", "bf16_ms", "is_in_plan"),
+    [(0.01, 800.0, True), (0.3, 800.0, True), (0.3, 990.0, False), (0.01, 1010.0, False)],
+)
+def test_an_undecided_prediction_is_decided_by_whole_steps_or_left_to_the_proof(
+    half: float, bf16_ms: float, is_in_plan: bool
+) -> None:
+    hot = predicted(BF16, SAFE)
+
+    class Doubting(Screened):
+        def _compare_with_first(
+            self, arms: Sequence[Mapping[str, str]], stop_rule: StopRule, what: str
+        ) -> dict[int, Ratio]:
+            found = super()._compare_with_first(arms, stop_rule, what)
+            return {
+                n: Ratio(r.value, r.value * (1 - half), r.value * (1 + half), 5)
+                for n, r in found.items()
+            }
+
+    screening = Doubting(hot, lambda knobs: bf16_ms if "precision" in knobs else 1000.0)
+    screening._bare.process.replayed = uncertain()
+    assert screening.find_stack(hot) == (BF16 if is_in_plan else {})
+    assert screening.compared == [[label({}), label(BF16)]]
 
 
 class Screened(PredictedScreening):

@@ -2,7 +2,7 @@
 
 Comparing combinations of settings takes dozens of steps for each, which is too long where a step
 takes a good part of a second. So the stack is put together from what replayed calls predict
-(``prediction.py``). Whole steps are compared only for settings without a prediction, and for chosen
+(``prediction.py``). Whole steps are compared only for settings without a prediction, and for
 settings whose predicted gain is in doubt.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from flatout.tune import prediction, statistics
 from flatout.tune.candidates import Candidate
-from flatout.tune.screen import SLOW_STEP_S, Screening
+from flatout.tune.screen import LEFT_TO_THE_PROOF, SLOW_STEP_S, Screening
 from flatout.wire.ratios import Ratio
 
 
@@ -40,25 +40,30 @@ class PredictedScreening(Screening):
             UserError: the program fails when it runs again.
         """
         predicted = [one for one in hot if one.predicted is not None]
-        gains = self._choose(predicted)
+        gains, undecided = self._choose(predicted)
         stack = {one.knob: one.setting for one in gains}
-        others = [one for one in hot if one.predicted is None]
+        others = [*undecided, *(one for one in hot if one.predicted is None)]
         return self._check(stack, [one for one in gains if gains[one].low <= 1], others)
 
-    def _choose(self, predicted: Sequence[Candidate]) -> dict[Candidate, Ratio]:
-        """Choose the settings that are predicted to make each other faster, and enter what is said
-        of them and of the others."""
+    def _choose(
+        self, predicted: Sequence[Candidate]
+    ) -> tuple[dict[Candidate, Ratio], Sequence[Candidate]]:
+        """Choose the settings that are each predicted to make the step faster on top of those that
+        were chosen before, and enter what is predicted of them and of the others.
+
+        Returns the chosen settings with these gains, and the settings that are left undecided.
+        """
         replayed = self._bare.process.replayed
         assert replayed is not None
-        gains, others = prediction.choose_stack(replayed, self._bare.pace.step_s * 1e3, predicted)
-        for candidate, gain in gains.items():
+        choice = prediction.choose_stack(replayed, self._bare.pace.step_s * 1e3, predicted)
+        for candidate, gain in choice.chosen.items():
             said = f"predicted {gain.value:.2f}x on top of the others; the proof measures it"
             self._ledger.accept(candidate.settings, said)
             self._ledger.print_line(f"{candidate}: {said}")
-        for candidate, why in others.items():
+        for candidate, why in choice.others.items():
             self._ledger.reject(candidate.settings, why)
             self._ledger.print_line(f"{candidate} is left out: {why}")
-        return gains
+        return choice.chosen, list(choice.undecided)
 
     def _check(
         self, stack: dict[str, str], doubtful: Sequence[Candidate], others: Sequence[Candidate]
@@ -69,7 +74,7 @@ class PredictedScreening(Screening):
         Args:
             stack: the settings that the predictions have chosen.
             doubtful: those of them that may gain nothing.
-            others: settings without a prediction.
+            others: settings without a prediction, or with one that leaves open whether they gain.
         """
         without = [{k: s for k, s in stack.items() if k != one.knob} for one in doubtful]
         arms = (stack, *without, *(stack | one.settings for one in others))
@@ -98,4 +103,8 @@ class PredictedScreening(Screening):
             if candidate.knob not in grown:
                 grown |= candidate.settings
                 self._ledger.accept(candidate.settings, f"{on_top[candidate]} on top of the others")
+        for candidate, ratio in on_top.items():
+            if candidate.predicted and candidate.knob not in grown and self._is_open(ratio):
+                grown |= candidate.settings
+                self._ledger.accept(candidate.settings, LEFT_TO_THE_PROOF)
         return grown

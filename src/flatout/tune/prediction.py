@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from flatout import knobs
 from flatout.tune import statistics
@@ -257,9 +258,22 @@ def sort_out(
     return dataclasses.replace(survey, candidates=tuple(kept)), dropped
 
 
-def choose_stack(
-    replayed: Replayed, step_ms: float, candidates: Sequence[Candidate]
-) -> tuple[dict[Candidate, Ratio], dict[Candidate, str]]:
+class Choice(NamedTuple):
+    """The settings that predictions choose.
+
+    Attributes:
+        chosen: the chosen settings with the gain of each on top of those before it, in order.
+        undecided: settings that are predicted a gain worth having, but not for certain. Of those
+            that exclude each other, it has the one with the largest predicted gain.
+        others: the reason for each other setting.
+    """
+
+    chosen: dict[Candidate, Ratio]
+    undecided: dict[Candidate, Ratio]
+    others: dict[Candidate, str]
+
+
+def choose_stack(replayed: Replayed, step_ms: float, candidates: Sequence[Candidate]) -> Choice:
     """Choose settings one after the other, each time the one with the largest predicted gain on top
     of those before it, as long as it is worth having.
 
@@ -269,11 +283,10 @@ def choose_stack(
         replayed: the replayed calls.
         step_ms: the time of a step of the bare program.
         candidates: candidates with predictions.
-
-    Returns the chosen settings with these gains, in order, and the reason for each other one.
     """
     stack: dict[str, str] = {}
     chosen: dict[Candidate, Ratio] = {}
+    undecided: dict[Candidate, Ratio] = {}
     others: dict[Candidate, str] = {}
     left = list(candidates)
     while left:
@@ -284,15 +297,25 @@ def choose_stack(
                 gains[candidate] = gain
         best = next(iter(statistics.pick_winners(gains)), None)
         if best is None or gains[best].value < statistics.WORTHWHILE:
+            left.sort(key=lambda one: -gains[one].value if one in gains else 0.0)
             for candidate in left:
-                predicted = f"{gains[candidate].value:.2f}x" if candidate in gains else "no gain"
+                gain = gains.get(candidate)
+                predicted = "no gain" if gain is None else f"{gain.value:.2f}x"
                 others[candidate] = f"predicted {predicted} on top of the others"
+                is_first = not any(_exclude_each_other(candidate, one) for one in undecided)
+                if gain is not None and gain.value >= statistics.WORTHWHILE and is_first:
+                    undecided[candidate] = gain
+                    del others[candidate]
             break
         chosen[best] = gains[best]
         stack |= best.settings
-        claims = {best.knob, *knobs.get(best.knob).claims}
         for candidate in left:
-            if candidate != best and claims & {candidate.knob, *knobs.get(candidate.knob).claims}:
+            if candidate != best and _exclude_each_other(candidate, best):
                 others[candidate] = f"{best} gains more"
         left = [one for one in left if one not in chosen and one not in others]
-    return chosen, others
+    return Choice(chosen, undecided, others)
+
+
+def _exclude_each_other(one: Candidate, other: Candidate) -> bool:
+    claims = {one.knob, *knobs.get(one.knob).claims}
+    return bool(claims & {other.knob, *knobs.get(other.knob).claims})

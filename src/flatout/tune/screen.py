@@ -88,6 +88,9 @@ FEW_CANDIDATES = 3
 TOO_FEW_STEPS = "the program has too few steps to measure its effect"
 """The reason that is given for a candidate if a comparison gives no ratio for it."""
 
+LEFT_TO_THE_PROOF = "too few steps to be sure; the proof measures it"
+"""What is said of a setting that few, slow steps leave undecided."""
+
 StopRule = Literal["arms", "settings"] | None
 """The rule that ends a comparison early, see ``Comparison.decide``."""
 
@@ -176,7 +179,7 @@ class Screening(TuneStage):
             self._ledger.print_line(f"{candidate}: {entry.ratio} inside one process")
             is_winner = bool(statistics.pick_winners({str(candidate): entry.ratio}))
             if is_winner or self._is_open(entry.ratio):
-                why = "" if is_winner else "too few steps to be sure; the proof measures it"
+                why = "" if is_winner else LEFT_TO_THE_PROOF
                 self._ledger.accept(candidate.settings, why)
                 faster = (entry.ratio.value, candidate)
                 if candidate.knob in best:
