@@ -35,8 +35,9 @@ def test_the_budget_follows_the_step(step_s: float, budget_s: float) -> None:
 
 
 def test_a_long_start_or_cycle_gets_a_longer_budget() -> None:
-    assert choose_budget_s(Pace(60.0, 0.01)) > 20 * 60
-    assert choose_budget_s(Pace(3.0, 0.01, cycle_steps=2000)) > 20 * 20
+    assert choose_budget_s(Pace(60.0, 0.01)) > 10 * 60
+    assert choose_budget_s(Pace(3.0, 0.01, cycle_steps=2000)) > 10 * 20
+    assert choose_budget_s(Pace(10.0, 0.01)) == 150
 
 
 @pytest.mark.parametrize("pace", PACES, ids=str)

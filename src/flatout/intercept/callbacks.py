@@ -122,6 +122,8 @@ class StepCallbacks:
         forward_wrappers: the wrappers around outermost module calls.
         backward_wrappers: the wrappers around backward calls.
         before_optimizer_step, after_optimizer_step: the callbacks around optimizer steps.
+        called: the function that the program has called outermost: ``__call__`` of a module class,
+            or a method that is a forward pass (``methods.py``); ``None``: it has called none yet.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class StepCallbacks:
         self.backward_wrappers: CallbackList[BackwardWrapper] = CallbackList(self._patch_backward)
         self.before_optimizer_step: CallbackList[OptimizerCallback] = CallbackList(self.connect)
         self.after_optimizer_step: CallbackList[OptimizerCallback] = CallbackList(self.connect)
+        self.called: Call | None = None
         self._log = log
         self._on_skip = on_skip
         self._on_watch_failure = on_watch_failure
@@ -183,9 +186,10 @@ class StepCallbacks:
 
         Args:
             original: ``containment.call_module``.
-            call: the function that the program calls, ``__call__`` of the module's class.
+            call: the function that the program calls; see ``called``.
             module, args, kwargs: the arguments of the program's call.
         """
+        self.called = call
 
         def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
             return original(call, module, args, kwargs)

@@ -132,6 +132,11 @@ def _folder(frame: types.FrameType) -> str | None:
     return _folder_of_file[file]
 
 
+def is_of_flatout(frame: types.FrameType) -> bool:
+    """Whether the code of a frame is flatout's."""
+    return _folder(frame) == _FLATOUT
+
+
 def _package_folder(name: str) -> str:
     """Return the folder of a package with a trailing separator, or a path that cannot exist if the
     package is not installed."""

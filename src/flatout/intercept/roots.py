@@ -1,5 +1,7 @@
 """Finding the root modules: the modules that the program calls outermost.
 
+A call of a method that is a forward pass (``methods.py``) counts as a call of its module.
+
 Whether a module is a root depends on how it is called and not on its position in the module tree,
 so roots are only known once they are called. During a search, which lasts a few steps, every class
 that has registered parameters or submodules is watched. A class stays watched after the search if
@@ -9,12 +11,15 @@ an instance of it was called outermost.
 from __future__ import annotations
 
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from flatout.intercept import _watch, objects
-from flatout.intercept.containment import OnFailure, contain
+from flatout.intercept import _watch, methods, objects
+from flatout.intercept.containment import OnFailure, contain, wrap
+from flatout.intercept.methods import Method
+from flatout.intercept.patch import Undo, replace_function
 from flatout.intercept.watches import ClassWatch
 from flatout.wire.turns import FORWARD
 
@@ -81,6 +86,10 @@ class RootSearch:
         self._checks: dict[int, int] = {}
         self._classes: dict[int, _ModuleClass] = {}
         self._module_type: type | None = None
+        self._judged: set[types.CodeType] = set()  # of methods
+        self._refused: set[types.CodeType] = set()
+        self._method_watches: list[ClassWatch] = []
+        self._trials: list[weakref.ref[Undo]] = []
 
     @property
     def roots(self) -> list[Any]:
@@ -105,9 +114,14 @@ class RootSearch:
 
     def remove(self) -> None:
         """Remove all watches."""
+        for reference in self._trials:
+            if (end := reference()) is not None:
+                end()
+        for watch in self._method_watches:
+            watch.remove()
         for known in list(self._classes.values()):
             known.watch.remove()
-        self._classes = {}
+        self._classes, self._method_watches, self._trials = {}, [], []
 
     def close_step(self) -> None:
         """Count a step that has ended during a search, and end the search after enough steps."""
@@ -183,4 +197,37 @@ class RootSearch:
             self._log.roots[identity] = is_root
         if is_root and id(type(module)) in self._classes:
             self._classes[id(type(module))].has_roots = True
+        if is_root and not self.keeps_watches:
+            self._find_method(module)
         return is_root
+
+    # Methods
+
+    def _find_method(self, module: Any) -> None:
+        """Try the method that has called a module outermost, if it may be a forward pass."""
+        method = methods.find_around(module, self._refused)
+        if method is None or method.function.__code__ in self._judged:
+            return
+        self._judged.add(method.function.__code__)
+        part = weakref.ref(module)
+
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            end()
+            self._judge(method, methods.is_forward_pass(result), part())
+            return result
+
+        contained = wrap(self._on_watch_failure, call, method.function)
+        end = replace_function(method.owner, method.name, contained)
+        self._trials.append(weakref.ref(end))  # the class holds it
+
+    def _judge(self, method: Method, is_forward_pass: bool, part: Any) -> None:
+        """Watch a method that is a forward pass. If it is none, a method inside of it may be one
+        that has called the same module, ``part``."""
+        if not is_forward_pass:
+            self._refused.add(method.function.__code__)
+            self._log.roots.pop(id(part), None)
+            return
+        watch = ClassWatch(self._log, method.owner, method.name, FORWARD)
+        if watch.install() is None:
+            self._method_watches.append(watch)

@@ -16,7 +16,7 @@ these points it is interpolated, and beyond the last one it is in proportion to 
 UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
 """The budget as long as nothing is known about the program."""
 
-START_UPS = 24
+START_UPS = 12
 """If the user names no budget, it has time for at least this many runs of one cycle each: the first
 run, the gradients, a comparison, and the pairs of the proof."""
 

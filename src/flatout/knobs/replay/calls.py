@@ -1,4 +1,4 @@
-"""Calls outermost modules by replaying what they have computed before."""
+"""Makes outermost calls by replaying what they have computed before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 from flatout.intercept import handled_calls, objects
+from flatout.intercept.callbacks import Entry, ForwardWrapper
+from flatout.intercept.containment import knob_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.knobs.replay.capture import NotCapturedError, capture
 
@@ -60,14 +62,17 @@ class Graph(NamedTuple):
     replayed: Any
 
 
-class ReplayedModule:
-    """The captured graphs of an outermost module. It does not refer to the module.
+class ReplayedCalls:
+    """The captured graphs of an outermost module, or of one of its methods.
+
+    It does not refer to the module.
 
     Args:
         native: the extension ``kernels/replay.cpp``.
         backend: turns what Dynamo has captured into a pass of ``native``.
         say: called with the kind of an event and its message.
         capturing: returns the context in which a graph is captured.
+        function: the method; ``None``: the calls are those of the module itself.
 
     Attributes:
         may_capture: whether calls that match no graph count, and may be captured.
@@ -80,6 +85,7 @@ class ReplayedModule:
         backend: Callable[..., Any],
         say: Callable[[str, str], None],
         capturing: Callable[[], AbstractContextManager[None]],
+        function: types.FunctionType | None = None,
     ) -> None:
         self.may_capture = True
         self.is_left_alone = False
@@ -90,13 +96,14 @@ class ReplayedModule:
         self._hits = self._misses = 0
         self._seen: Counter[Any] = Counter()
         # Dynamo's cache belongs to the code, and what it makes to the global variables.
-        code = _call_module.__code__
-        variables = {"__builtins__": builtins, "__name__": __name__}
+        code = (_call_module if function is None else _call_method).__code__
+        variables = {"__builtins__": builtins, "__name__": __name__, "function": function}
+        self._function = function
         self._traced = types.FunctionType(code.replace(co_name=code.co_name), variables)
         self._capture = torch.compile(self._traced, backend=backend, dynamic=False, fullgraph=True)
 
     def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; stands in for its method ``_call_impl``."""
+        """Make a call; stands in for the method, or for the module's ``_call_impl``."""
         values = {"module": module, "args": args, "kwargs": kwargs}
         for graph in self._graphs:
             if graph.guards.cache_entry is not None and graph.holds(values):
@@ -105,6 +112,11 @@ class ReplayedModule:
                 return graph.run(module, args, kwargs)
         if self.may_capture and self._wants_capture(args, kwargs):
             return self._capture_and_run(module, args, kwargs)
+        return self._call_as_usual(module, args, kwargs)
+
+    def _call_as_usual(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._function is not None:
+            return self._function(module, *args, **kwargs)
         return module._call_impl(*args, **kwargs)
 
     def _wants_capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -128,7 +140,7 @@ class ReplayedModule:
                 result = self._capture(module, args, kwargs)
         except TorchDynamoException as error:  # raised before anything is run
             # If the call fails as well, its inputs are to blame.
-            result = module._call_impl(*args, **kwargs)
+            result = self._call_as_usual(module, args, kwargs)
             self.leave_alone(_explain(error))
             return result
         self._collect_graphs()
@@ -169,7 +181,7 @@ class ReplayedModule:
             )
 
     def leave_alone(self, why: str) -> None:
-        """Replay the module no more, for a reason, which is a clause."""
+        """Replay the calls no more, for a reason, which is a clause."""
         self.is_left_alone = True
         self._graphs = []
         self._say("skipped", f"is left alone: {why}")
@@ -177,6 +189,10 @@ class ReplayedModule:
 
 def _call_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return module._call_impl(*args, **kwargs)
+
+
+def _call_method(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(module, *args, **kwargs)  # noqa: F821
 
 
 def _describe(value: Any) -> Any:
@@ -197,6 +213,12 @@ def _explain(error: TorchDynamoException) -> str:
     return f"it cannot be captured ({lines[0] if lines else type(error).__name__})"
 
 
+def _find_method(called: Any) -> types.FunctionType | None:
+    """Return the function that the program has called if it is a method, and no ``__call__``."""
+    is_call = getattr(called, "__name__", "__call__") in ("__call__", "_wrapped_call_impl")
+    return called if isinstance(called, types.FunctionType) and not is_call else None
+
+
 class Replays:
     """The forward wrapper that replays outermost module calls.
 
@@ -209,7 +231,7 @@ class Replays:
         self._host = host
         self._native = native
         self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
-        self._modules: WeakIdentityDict[Any, ReplayedModule] = host.keep(
+        self._modules: WeakIdentityDict[Any, dict[Any, ReplayedCalls]] = host.keep(
             NAME, "modules", WeakIdentityDict
         )
 
@@ -218,12 +240,22 @@ class Replays:
     ) -> Any:
         """Run an outermost module call."""
         is_searching = self._host.hooks.root_search.is_active
-        replayed = self._modules.get(module)
+        function = _find_method(self._host.hooks.callbacks.called)
+        known = self._modules.setdefault(module, {})
+        replayed = known.get(function)
         if replayed is None and not is_searching:
-            replayed = self._modules[module] = self._begin(module)
+            replayed = known[function] = self._begin(module, function)
         if replayed is None or replayed.is_left_alone:
             return call(module, *args, **kwargs)
         replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
+        if function is not None:
+            is_alone = all(knob_of(one.callback) in (None, NAME) for one in self._entries)
+            # What other settings do around the call would be left out.
+            return (
+                replayed.call(module, *args, **kwargs)
+                if is_alone
+                else call(module, *args, **kwargs)
+            )
         own = module.__dict__
         own["_compiled_call_impl"] = functools.partial(replayed.call, module)
         try:
@@ -233,16 +265,23 @@ class Replays:
 
     def look(self, _: Any) -> None:
         """Leave modules alone whose backward passes are not those that were captured."""
-        for replayed in list(self._modules.values()):
-            replayed.look_at_backward()
+        for known in list(self._modules.values()):
+            for replayed in known.values():
+                replayed.look_at_backward()
 
-    def _begin(self, module: Any) -> ReplayedModule:
+    @property
+    def _entries(self) -> Sequence[Entry[ForwardWrapper]]:
+        return self._host.forward_wrappers.entries
+
+    def _begin(self, module: Any, function: types.FunctionType | None) -> ReplayedCalls:
         name, add = objects.class_name(module), self._host.events.add
+        if function is not None:
+            name = f"{name}.{function.__name__}"
 
         def say(what: str, message: str) -> None:
             add(what, NAME, f"{name} {message}" if what == "skipped" else f"{name}: {message}")
 
-        replayed = ReplayedModule(self._native, self._backend, say, self._host.capturing)
+        replayed = ReplayedCalls(self._native, self._backend, say, self._host.capturing, function)
         if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
             one._compiled_call_impl is not None for one in objects.modules(module)
         ):
