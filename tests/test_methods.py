@@ -8,6 +8,7 @@ import inspect
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from test_watch import Watched
 from torch import nn
 
 from flatout.intercept import _watch
+from tests.hosts import host_in
 
 
 class Policy(nn.Module):
@@ -155,6 +157,30 @@ def test_methods_of_bases(watched: Watched) -> None:
     assert isinstance(vars(Derived)["evaluate"], _watch.Watch)
     assert not isinstance(vars(Policy)["evaluate"], _watch.Watch)
     assert [turn.forwards for turn in watched.closed][-1] == 1
+
+
+def test_methods_are_found_after_rollouts(tmp_path: Path) -> None:
+    """Thousands of calls without gradients come before the first update."""
+    host = host_in(tmp_path)
+    host.hooks.install(live=True)
+    try:
+        net = Policy()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with torch.no_grad():
+            for _ in range(50):
+                net(torch.ones(1, 4))
+        host.hooks.read()
+        assert host.hooks.root_search.is_active
+        for _ in range(6):
+            loss = losses_of(evaluates(net, torch.randn(6, 4)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            host.hooks.read()
+        assert isinstance(vars(Policy)["evaluate"], _watch.Watch)
+        assert not host.hooks.root_search.is_active
+    finally:
+        host.hooks.remove()
 
 
 def test_calls_without_gradients_find_no_method(watched: Watched) -> None:

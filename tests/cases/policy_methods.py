@@ -36,7 +36,7 @@ class Policy(nn.Module):
 torch.manual_seed(0)
 policy = Policy()
 optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-for update in range(4):
+for update in range(6):
     states, actions = torch.randn(64, 4), torch.randint(2, (64,))
     if "rollouts" in sys.argv:
         policy.train(False)

@@ -183,7 +183,8 @@ class Host:
 
     def _close_step(self, turn: Turn) -> None:
         if self.hooks.root_search.is_active:
-            self.hooks.root_search.close_step()
+            trains = bool(turn.backwards or turn.updates) or not self.hooks.optimizer_exists
+            self.hooks.root_search.close_step(trains)
         self._on_step(turn)
 
     def _undo_withdrawn(self, turn: Turn) -> None:

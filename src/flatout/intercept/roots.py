@@ -26,6 +26,9 @@ from flatout.wire.turns import FORWARD
 _FIRST_STEPS = 3
 """The number of steps that the first search takes. The first step alone may be a sanity check."""
 
+_MOST_WAITED = 20_000
+"""The number of other steps for which the first search waits for steps that train."""
+
 _CHECKS = 3
 """The number of outermost calls at which a module without parameters is checked. Some modules
 create their layers in their first call."""
@@ -81,7 +84,7 @@ class RootSearch:
         self._on_search_begin = on_search_begin
         self._on_skip = on_skip
         self._on_watch_failure = on_watch_failure
-        self._steps = 0
+        self._steps = self._waited = 0
         self._called: dict[int, weakref.ref[Any]] = {}
         self._checks: dict[int, int] = {}
         self._classes: dict[int, _ModuleClass] = {}
@@ -123,8 +126,18 @@ class RootSearch:
             known.watch.remove()
         self._classes, self._method_watches, self._trials = {}, [], []
 
-    def close_step(self) -> None:
-        """Count a step that has ended during a search, and end the search after enough steps."""
+    def close_step(self, trains: bool) -> None:
+        """Count a step that has ended during a search, and end the search after enough steps.
+
+        Args:
+            trains: whether the step trains, or the program does not train at all. A program may
+                make thousands of steps without gradients (rollouts) before it calls the modules and
+                methods with which it trains; the first search waits for these.
+        """
+        if not trains and self._waited < _MOST_WAITED:
+            self._waited += 1
+            return
+        self._waited = _MOST_WAITED
         self._steps += 1
         if self._steps >= _FIRST_STEPS:
             self.is_active = False
