@@ -115,7 +115,7 @@ def test_the_claim_counts_what_lies_between_steps() -> None:
     said = words.compare_parts(*sides)
     assert said is not None
     assert said == (
-        "the median step, without what lies between steps: 1.25x; "
+        "speedup of the median step, without evaluations between steps: 1.25x; "
         "evaluation passes between the steps: 0.67x"
     )
     assert words.compare_parts(sides[0], sides[0]) is None

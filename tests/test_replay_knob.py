@@ -330,6 +330,57 @@ def test_gradients_of_inputs_and_of_several_outputs(host: Host) -> None:
     assert assert_same(host, scenario)
 
 
+class Heads(nn.Module):
+    """Several outputs, of which a training may use some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.first, self.second = Net(), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        shared = self.net(x)
+        self.kept = shared.tanh()
+        return self.first(shared), self.second(shared).relu(), self.first(self.kept)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1), (0, 1, 2)])
+def test_some_outputs_of_which_gradients_are_asked(
+    host: Host, said: list[tuple[str, str]], used: tuple[int, ...]
+) -> None:
+    """What is recorded for other outputs is not computed, and no parameter gets a gradient more."""
+    replays, call = replays_of(host)
+
+    nets: list[Heads] = []
+
+    def scenario(call: Call) -> list[torch.Tensor]:
+        nets.append(net := Heads())
+        optimizer, found = torch.optim.Adam(net.parameters(), lr=1e-2), []
+        for step in range(3 * STEPS):
+            outputs = call(net, torch.randn(5, 6))
+            wanted = used if step != 2 * STEPS else (0, 1, 2)  # one step is another
+            loss = torch.stack([outputs[place].square().mean() for place in wanted]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            given = [p.grad is not None for p in net.parameters()]
+            assert net.kept is not None
+            found += [loss.detach(), torch.tensor(given), net.kept.detach(), *gradients(net)]
+            replays.look(None)
+            optimizer.step()
+        return found
+
+    torch.manual_seed(0)
+    expected = scenario(lambda module, x: module(x))
+    torch.manual_seed(0)
+    found = scenario(call)
+    assert len(found) == len(expected)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(one, other), number
+    assert not any("is left alone" in why for _, why in said)
+    (known,) = replays._modules[nets[1]].values()
+    assert all(graph.replayed.repetitions <= 1 for graph in known._graphs)
+
+
 def test_a_gradient_with_other_strides(host: Host) -> None:
     def scenario(call: Call) -> list[torch.Tensor]:
         net, found = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 4)), []

@@ -279,7 +279,7 @@ def test_candidates_are_divided_again_when_the_job_turns_out_to_be_short() -> No
 def test_what_was_compared_before_a_job_ended_is_not_thrown_away() -> None:
     found = Candidate("optimizer", "onepass", is_hot=True, bound=None)
     arms_ms = [5.0 if arm else 10.0 for arm in build_arms([found])]
-    screening, trials, ledger = screen_short_job(20 * len(arms_ms), arms_ms)
+    screening, trials, ledger = screen_short_job(4 * (len(arms_ms) + 2), arms_ms)
     ledger.enter([found])
     assert screening._rank([found]) == {"optimizer": "onepass"}
     assert len(trials.requests) == 1

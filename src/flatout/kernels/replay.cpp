@@ -4,6 +4,7 @@
 // whole pass is one node. Its backward is the second list, or, where that cannot be used (a gradient
 // of a gradient, or outputs without gradients), autograd itself over a second call.
 
+#include <algorithm>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ScalarOps.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -207,8 +208,10 @@ struct Pass : torch::CustomClassHolder {
   std::vector<size_t> saved_written; // outputs that are saved, and are inputs that forward writes
   std::vector<size_t> viewed;        // inputs of which backward uses a view
   std::vector<size_t> repeated_inputs; // inputs that have a further gradient each
+  std::vector<size_t> unused; // differentiable outputs whose gradients backward is not given
   bool draws_numbers = false;
   std::atomic<int64_t> repetitions{0};
+  std::atomic<uint64_t> used{0}; // a bit for each output that had a gradient in the last repetition
 };
 
 using PassPointer = c10::intrusive_ptr<Pass>;
@@ -283,6 +286,7 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
                   "inplace operation");
     bool is_usual = !at::GradMode::is_enabled();
     for (size_t i : pass->tangents) is_usual = is_usual && gradients[i].defined();
+    for (size_t i : pass->unused) is_usual = is_usual && !gradients[i].defined();
     auto generator = ctx->saved_data.find("generator");
     auto found = is_usual
         ? replay(*pass, saved, gradients)
@@ -305,6 +309,10 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
                               const variable_list& gradients, const at::Tensor& generator) {
     pass.repetitions++;
     const bool creates_graph = at::GradMode::is_enabled();
+    uint64_t used = 0;
+    for (size_t i = 0; i < std::min<size_t>(pass.returned, 64); ++i)
+      used |= uint64_t(gradients[i].defined() && !creates_graph) << i;
+    pass.used = used;
     at::AutoGradMode with_gradients(true);
     GeneratorState as_then(generator);
     variable_list given = inputs, wanted;
@@ -354,6 +362,10 @@ struct PythonPass {
     pass->has_backward = true;
     pass->is_differentiable = std::move(is_differentiable);
     pass->tangents = std::move(tangents);
+    for (size_t i = 0; i < pass->returned; ++i)
+      if (pass->is_differentiable[i] &&
+          std::find(pass->tangents.begin(), pass->tangents.end(), i) == pass->tangents.end())
+        pass->unused.push_back(i);
     pass->written = std::move(written);
     pass->saved_written = std::move(saved_written);
     pass->viewed = std::move(viewed);
@@ -402,6 +414,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](PythonPass& self, bool draws) { self.pass->draws_numbers = draws; })
       .def_property_readonly(
           "repetitions", [](const PythonPass& self) { return self.pass->repetitions.load(); })
+      .def_property_readonly("used", [](const PythonPass& self) { return self.pass->used.load(); })
       .def("set_backward", &PythonPass::set_backward)
       .def("__call__", &PythonPass::operator());
 }

@@ -235,7 +235,7 @@ def compare_parts(bare: Side, plan: Side) -> str | None:
         return None
     claim = bare.step_ms / plan.step_ms
     median = bare.median_step_ms / plan.median_step_ms
-    ratios = [("the median step, without what lies between steps", median)]
+    ratios = [("speedup of the median step, without evaluations between steps", median)]
     of_bare, of_plan = bare.phases_ms.get("evaluation"), plan.phases_ms.get("evaluation")
     if of_bare and of_plan:
         ratios.append(("evaluation passes between the steps", of_bare / of_plan))

@@ -208,7 +208,9 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
         UserError: the program fails.
     """
     length = len(process.loop_steps)
-    for timed in dict.fromkeys((length // 2, 1)):  # the steps before are those that are timed
+    for timed in dict.fromkeys(
+        (length // 2, 1)
+    ):  # steps that are timed, before those that are profiled
         steps = min(PROFILE_STEPS, length - timed - 2)  # one for the FLOPs, one for the replay
         request = Request(
             seed=options.seed,

@@ -81,9 +81,9 @@ def choose_budget_s(pace: Pace) -> float:
 def count_gradient_steps(pace: Pace) -> int:
     """Return the number of steps of a run whose gradients are compared.
 
-    After the first step come whole cycles of micro-batches. If gradients accumulate, all
-    micro-batches of the first update are recorded as one step (``wire/turns.py``), so there are at
-    least two updates.
+    The first step is the whole first update: if gradients accumulate, all of its micro-batches are
+    recorded as one step (``wire/turns.py``). The steps of one or more whole updates follow, so
+    there are at least two updates.
     """
     return 1 + -(-GRADIENT_STEPS // pace.micro_batches) * pace.micro_batches
 

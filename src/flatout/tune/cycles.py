@@ -53,7 +53,7 @@ def find_cycle_steps(process: ProcessRecord) -> int:
 
 def _find_micro_batches(process: ProcessRecord) -> int:
     """Return the number of micro-batches of a cycle; 1 if the optimizer step at its end takes so
-    little time that it matters little which of them are compared."""
+    little time that comparisons need not cover whole cycles."""
     timed = process.steady_steps
     whole_ms = sum(step.step_ms for step in timed)
     optimizer_ms = sum(step.phases_ms.get("optimizer") or 0.0 for step in timed)

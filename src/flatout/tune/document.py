@@ -82,8 +82,9 @@ class TriedSettings:
             it comes from a factorial comparison; from a comparison of these settings alone with the
             bare program, if the program crashed under a combination or the knob shares the CPUs
             (``Knob.shares_cpus``); or, if predictions choose the stack (``tune.predicted``), from a
-            comparison of the stack with and without them. The latter is compared in fresh processes
-            too.
+            comparison of the stack with and without them. In fresh
+            processes, it always comes from a comparison of the stack with and without these
+            settings.
         state: the result.
         why: the reason of the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is
@@ -209,7 +210,7 @@ class QuietnessResult:
 
     Attributes:
         others_share: the share that others took of the CPUs that the job may use, during all pairs.
-        quiet_share: the share of the blocks of steps that were undisturbed, and that alone count.
+        quiet_share: the share of the blocks of steps that count, see ``tune.quiet``.
         pairs, counted: the number of pairs, and of those that count.
         floors: the ratio of the floors of the blocks that count; a floor is a low quantile of the
             times of a block over the pairs (``tune.quiet``); ``None``: too few blocks.

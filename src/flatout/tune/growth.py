@@ -153,7 +153,7 @@ def _split_growth(excess_bytes: Sequence[int]) -> list[float]:
 
 
 def choose_longer_steps(growth: Growth, step_s: float, job_steps: int | None) -> int:
-    """Return how many steps each of two longer runs should have that tell whether memory grows.
+    """Return the number of steps of each of the two longer runs, which tell whether memory grows.
 
     There are fewer if the growth would take more than ``_MEMORY_SHARE`` of the available memory, or
     if the job ends before.

@@ -489,7 +489,7 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
     block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
     block_steps = min(block_steps, usable)
-    if cycle_steps > 1:  # all steps but the warm-up count, or the rest would be no whole cycles
+    if cycle_steps > 1:  # steps left over would join the warm-up, and the blocks be no whole cycles
         block_steps = max(n for n in range(1, block_steps + 1) if usable % n == 0)
     blocks = max(usable // block_steps, 1)
     return Relay(
@@ -601,7 +601,7 @@ def to_user_error(message: str, failure: TrialFailedError) -> UserError:
     """Turn the failure of a trial into a user error that ends with the program's last lines.
 
     Args:
-        message: a clause that tells what has failed, unless other processes may be the cause.
+        message: a clause that tells what has failed; not used if others may be the cause.
         failure: the failure.
     """
     if failure.is_due_to_others:

@@ -192,7 +192,8 @@ def predict_candidates(
     untimed_share = replayed.untimed_ms / (of_bare + replayed.untimed_ms)
     labels = [dict(one.split("=") for one in parse_label(name)) for name in replayed.settings]
     bases = [{}, *(one for one in labels if all(knobs.get(knob).inside for knob in one))]
-    # Of several micro-batches to an optimizer step, the replayed one may not have been the last.
+    # If gradients accumulate, the replayed step may be one without the optimizer. Settings that
+    # act on none of its calls then get no prediction.
     is_whole = any(call.name.endswith(OPTIMIZER_SUFFIX) for call in replayed.calls)
     acting = {one for call in replayed.calls for name in call.times_ms for one in parse_label(name)}
     found: dict[Candidate, Prediction] = {}

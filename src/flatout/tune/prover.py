@@ -161,9 +161,9 @@ class Prover(TuneStage):
 
         If the verdict is undecided, no subset fails clearly. The most invasive settings are then
         taken as the culprits; likewise if there is no time for a search. If only the plan's memory
-        is refused, the culprits are the settings that need more memory by design. If there are
-        none, they are the most invasive settings if memory was shown to grow, and are searched for
-        otherwise.
+        is refused, the culprits are the settings that need more memory by design. If no
+        setting does, the most invasive ones are taken if memory was shown to grow; otherwise the
+        culprits are searched for.
 
         Args:
             settings: the settings of the plan.

@@ -8,8 +8,9 @@ known to have left the CPUs alone: beside other work, fewer threads look better 
 
 A second test looks for disturbances that the readings of CPU time do not show. The *floor* of a
 block is a low quantile of its time over all pairs, for each side: others can only make a block
-slower, so its fast times tell what it takes by itself. It keeps what the program does at a certain
-step, such as an evaluation. Where the means show a gain and the floors do not, nothing is claimed.
+slower, so its fast times tell what it takes by itself. What the program does at a certain step of
+every run, such as an evaluation, is part of that block's floor. Where the means show a gain and the
+floors do not, nothing is claimed.
 
 The functions are pure; ``benchmarks/replay.py`` tests them on recordings beside other work.
 """
@@ -222,8 +223,11 @@ def _block_steps(both: Sequence[Sequence[Step]]) -> int:
 
 
 def _find_positions(both: Sequence[Sequence[Step]], length: int | None) -> list[tuple[int, int]]:
-    """Return where each block begins and ends. It ends where the block of either run does, after
-    ``length`` steps, and with the last step."""
+    """Return the first step of each block and the one after its last.
+
+    A block ends where ``Step.block`` changes in either run, after ``length`` steps if it is given,
+    and with the last step that both runs have.
+    """
     found: list[tuple[int, int]] = []
     first, count = 0, min(map(len, both))
     for end in range(1, count + 1):

@@ -30,6 +30,7 @@ from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials
 from flatout.wire.ratios import (
     MINIMUM_DEGREES_OF_FREEDOM,
+    Block,
     Ratio,
     estimate_arm_ratios,
     estimate_setting_ratios,
@@ -78,9 +79,9 @@ MAXIMUM_CANDIDATES = 11
 (``design.build_arms``)."""
 
 MANY_ARMS = 16
-"""A job is short if the fewest rounds with this number of arms, which seven candidates need, do not
-fit into it. The candidates of a short job are compared in groups of at most ``FEW_CANDIDATES``,
-each group in its own run."""
+"""The number of arms that seven candidates need. A job is short if it has too few steps for the
+fewest rounds (``count_fewest_rounds``) of this many arms. The candidates of a short job are
+compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
 """Maximum number of candidates of such a group, see ``MANY_ARMS``."""
@@ -501,8 +502,7 @@ class Screening(TuneStage):
 
         Raises:
             NoTimeError: the comparison would take the time that the proof needs.
-            _JobEndedError: the job has ended in this comparison, before the fewest blocks that it
-                needs.
+            _JobEndedError: the job has ended in this comparison, before enough blocks.
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
@@ -531,8 +531,7 @@ class Screening(TuneStage):
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.loop_steps)
-            counting = quiet.find_counting_blocks(done.process, comparison)
-            if len(counting) < count_fewest_rounds(len(arms)) * len(arms):
+            if not _suffices(quiet.find_counting_blocks(done.process, comparison), comparison):
                 raise _JobEndedError(self._job_steps)
         return done, comparison
 
@@ -596,6 +595,16 @@ def size_comparison(
     return dataclasses.replace(
         comparison, rounds=rounds, block_steps=block_steps, discard_steps=discard_steps
     )
+
+
+def _suffices(blocks: Sequence[Block], comparison: Comparison) -> bool:
+    """Return whether blocks of a comparison that was not completed give a ratio for each arm, or
+    for each setting if the arms are combinations of settings."""
+    compared = len(comparison.arms)
+    if comparison.decide == "settings":
+        compared = 1 + len({item for arm in comparison.arms for item in arm.items()})
+    has_all_arms = len({block.arm for block in blocks}) == len(comparison.arms)
+    return has_all_arms and len(blocks) >= compared + 1 + MINIMUM_DEGREES_OF_FREEDOM
 
 
 def count_fewest_rounds(arms: int) -> int:

@@ -64,8 +64,8 @@ class Tuner:
     """One tune of one job.
 
     Args:
-        command: command line of the job, the user's program up to its own end. Most trials stop it
-            earlier.
+        command: the command line of the job. The job is the user's program when it runs to its own
+            end; most trials stop it earlier.
         options: the options that the user gave.
         journal: journal of this tune.
         print_line: prints a line of progress.

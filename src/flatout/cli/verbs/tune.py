@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(
         parser,
         None,
-        "prove the plan over this many steps (default: 200, or as many as fit into 2 s, at most "
-        "2,000; fewer if the budget is too short for these, but at least 20, or 8 if steps are "
-        "slow; if the program also evaluates, whole cycles, where the budget has time for one)",
+        "prove the plan over this many steps (default: 200, or more if more fit into 2 s, up to "
+        "2,000; fewer if the budget is too short, down to 20, or 8 if steps are slow; if the "
+        "program evaluates every so many steps, whole cycles from one evaluation to the next)",
     )
     parser.add_argument(
         "--knobs",

@@ -44,9 +44,8 @@ def apply(host: Host, setting: str) -> Undo:
     )
 
 
-KNOB = Knob(
-    name=NAME,
-    summary="draw dropout's random numbers many at once: those of torch, or other ones",
+KNOB = Knob( name=NAME, summary="draw many of dropout's random numbers at once; by the setting,
+those of torch or others",
     settings=("paired", "same", "fast"),
     exactness={"paired": "resampled", "same": "bitwise", "fast": "reshuffled"},
     hot=True,

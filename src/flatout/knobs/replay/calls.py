@@ -21,7 +21,7 @@ from flatout.intercept import handled_calls, objects
 from flatout.intercept.callbacks import Entry, ForwardWrapper
 from flatout.intercept.containment import knob_of
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.knobs.replay.capture import NotCapturedError, capture
+from flatout.knobs.replay.capture import NotCapturedError, capture, specialisations
 
 if TYPE_CHECKING:
     from flatout.intercept.host import Host
@@ -53,13 +53,17 @@ class Graph(NamedTuple):
             longer valid, because something that the guards compare by identity was freed.
         holds: checks the guards, given the local variables of the call; compiled code.
         run: what Dynamo makes of the call; it runs the pass.
+        name: the name of the pass among the global variables of ``run``.
         replayed: the pass.
+        is_specialised: whether the pass is for the gradients of some of its outputs.
     """
 
     guards: Any
     holds: Callable[[dict[str, Any]], bool]
     run: Callable[..., Any]
-    replayed: Any
+    name: str = ""
+    replayed: Any = None
+    is_specialised: bool = False
 
 
 class ReplayedCalls:
@@ -95,6 +99,7 @@ class ReplayedCalls:
         self._graphs: list[Graph] = []
         self._hits = self._misses = 0
         self._seen: Counter[Any] = Counter()
+        self._specialised: WeakIdentityDict[Any, bool] = WeakIdentityDict()
         # Dynamo's cache belongs to the code, and what it makes to the global variables.
         code = (_call_module if function is None else _call_method).__code__
         variables = {"__builtins__": builtins, "__name__": __name__, "function": function}
@@ -152,16 +157,17 @@ class ReplayedCalls:
         self._seen.clear()  # what is no input, such as the mode, may change what inputs match
         self._graphs = []
         for entry in _debug_get_cache_entry_list(self._traced.__code__):
-            replayed = None
+            replayed, of_pass = None, ""
             for name in entry.code.co_names:
                 function = getattr(variables.get(name), "_torchdynamo_orig_callable", None)
                 if isinstance(function, self._native.Pass):
                     variables[name] = function  # without the wrapper that turns Dynamo off in it
                 if isinstance(variables.get(name), self._native.Pass):
-                    replayed = variables[name]
+                    replayed, of_pass = variables[name], name
             run = types.FunctionType(entry.code, variables)
             guards = entry.guard_manager
-            self._graphs.append(Graph(guards, guards.root.check, run, replayed))
+            graph = Graph(guards, guards.root.check, run, of_pass, replayed)
+            self._graphs.append(graph._replace(is_specialised=replayed in self._specialised))
         newest = self._graphs[0].replayed if self._graphs else None
         if newest is not None:
             self._say(
@@ -171,7 +177,9 @@ class ReplayedCalls:
             )
 
     def look_at_backward(self) -> None:
-        """Leave the module alone if its backward passes are not those that were captured."""
+        """Capture passes for the gradients that they were given, if these are fewer, or leave the
+        module alone if its backward passes are not those that were captured."""
+        self._graphs = [self._specialise(graph) for graph in self._graphs]
         if any(
             graph.replayed is not None and graph.replayed.repetitions >= MOST_REPEATED
             for graph in self._graphs
@@ -179,6 +187,22 @@ class ReplayedCalls:
             self.leave_alone(
                 "its backward passes are of other outputs, or have gradients of their own"
             )
+
+    def _specialise(self, graph: Graph) -> Graph:
+        """Return a graph for the outputs that had gradients, if they were fewer than expected."""
+        passed = graph.replayed
+        if graph.is_specialised or passed is None or not passed.repetitions or not passed.used:
+            return graph
+        used = [place for place in range(passed.returned) if passed.used >> place & 1]
+        try:
+            with self._capturing():
+                made = specialisations[passed](used)
+        except (NotCapturedError, TorchDynamoException, RuntimeError) as error:
+            self._say("noticed", f"has no graph for the gradients of some outputs: {error}")
+            return graph._replace(is_specialised=True)
+        self._specialised[made] = True
+        self._traced.__globals__[graph.name] = made
+        return graph._replace(replayed=made, is_specialised=True)
 
     def leave_alone(self, why: str) -> None:
         """Replay the calls no more, for a reason, which is a clause."""

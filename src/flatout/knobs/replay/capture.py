@@ -22,6 +22,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 
+from flatout.intercept.identity import WeakIdentityDict
+
 NOTHING = -1
 
 VIEWS = frozenset(
@@ -49,6 +51,13 @@ class NotCapturedError(Exception):
     """A call cannot be captured; the message is a clause that says why."""
 
 
+Specialise = Callable[[Collection[int]], Any]
+"""Returns a pass whose backward is given the gradients of some outputs only, by their numbers."""
+
+specialisations: WeakIdentityDict[Any, Specialise] = WeakIdentityDict()
+"""How each pass is made for the gradients of some of its outputs."""
+
+
 def capture(native: ModuleType, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Return the pass (``Pass`` of ``native``) that makes the calls of a graph, forward and back.
 
@@ -73,6 +82,23 @@ def capture(native: ModuleType, captured: fx.GraphModule, inputs: Sequence[Any])
             raise NotCapturedError("not all of its inputs are tensors on the CPU")
     if torch.is_autocast_enabled("cpu"):
         raise NotCapturedError("it runs under autocast, which shares its casts between calls")
+    found = _trace(captured, inputs)
+    made = _to_pass(native, captured.forward, found)
+    is_differentiable = [one.requires_grad for one in found["metadata"].output_info]
+
+    def specialise(used: Collection[int]) -> Any:
+        context = torch._guards.TracingContext(torch._guards.detect_fake_mode(inputs))
+        off = torch.autocast("cpu", enabled=False)
+        with torch._guards.tracing(context), torch.enable_grad(), off:
+            again = _trace(_detach_unused(captured, used), inputs)
+            return _to_pass(native, captured.forward, again, is_differentiable)
+
+    specialisations[made] = specialise
+    return made
+
+
+def _trace(captured: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Trace a graph, forward and backward, and return both graphs with what torch tells of them."""
     found: dict[str, Any] = {}
 
     def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +121,24 @@ def capture(native: ModuleType, captured: fx.GraphModule, inputs: Sequence[Any])
             partition_fn=partition,
             keep_inference_input_mutations=True,
         )
-    return _to_pass(native, captured.forward, found)
+    return found
+
+
+def _detach_unused(captured: fx.GraphModule, used: Collection[int]) -> fx.GraphModule:
+    """Return a graph in which only some outputs have gradients."""
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(captured.graph, nodes)
+    assert isinstance(outputs, (tuple, list))
+    graph.output(
+        tuple(
+            graph.call_method("detach", (node,))
+            if isinstance(node, fx.Node) and place not in used
+            else node
+            for place, node in enumerate(outputs)
+        )
+    )
+    return fx.GraphModule(captured, graph)
 
 
 @contextlib.contextmanager
@@ -127,8 +170,21 @@ def _operators_with_python_forms() -> tuple[Any, ...]:
     )
 
 
-def _to_pass(native: ModuleType, again: Callable[..., Any], found: Mapping[str, Any]) -> Any:
-    """Return the pass of two graphs; ``again`` makes the calls of the first under autograd."""
+def _to_pass(
+    native: ModuleType,
+    again: Callable[..., Any],
+    found: Mapping[str, Any],
+    is_differentiable: Sequence[bool] = (),
+) -> Any:
+    """Return the pass of two graphs.
+
+    Args:
+        native: the extension.
+        again: makes the calls of the first graph under autograd.
+        found: the graphs, see ``_trace``.
+        is_differentiable: whether each output has gradients, also those that the graphs leave out;
+            empty: as the graphs have it.
+    """
     metadata, forward = found["metadata"], found["forward"]
     if metadata is None:
         raise NotCapturedError("torch tells nothing of its outputs")
@@ -155,8 +211,8 @@ def _to_pass(native: ModuleType, again: Callable[..., Any], found: Mapping[str, 
     backward = found["backward"]
     repeated_inputs = _separate_gradients(backward)
     _to_list(result.backward, backward)
-    is_differentiable = [one.requires_grad for one in metadata.output_info]
-    tangents = [place for place, needs in enumerate(is_differentiable) if needs]
+    has_gradient = [one.requires_grad for one in metadata.output_info]
+    tangents = [place for place, needs in enumerate(has_gradient) if needs]
     saved = outputs[result.returned :]
     if len(_inputs_of(backward)) != len(saved) + len(tangents):
         raise NotCapturedError("its backward pass takes more than what forward has saved")
@@ -164,7 +220,7 @@ def _to_pass(native: ModuleType, again: Callable[..., Any], found: Mapping[str, 
     written = {inputs[place] for place in metadata.mutated_graph_handled_indices}
     result.set_backward(
         again,
-        is_differentiable,
+        list(is_differentiable) or has_gradient,
         tangents,
         list(metadata.mutated_graph_handled_indices),
         [place for place in range(result.returned, len(outputs)) if outputs[place] in written],
