@@ -44,8 +44,9 @@ def apply(host: Host, setting: str) -> Undo:
     )
 
 
-KNOB = Knob( name=NAME, summary="draw many of dropout's random numbers at once; by the setting,
-those of torch or others",
+KNOB = Knob(
+    name=NAME,
+    summary="draw many of dropout's random numbers at once: torch's own or others, by the setting",
     settings=("paired", "same", "fast"),
     exactness={"paired": "resampled", "same": "bitwise", "fast": "reshuffled"},
     hot=True,
