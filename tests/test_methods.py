@@ -150,6 +150,35 @@ def test_a_method_inside_of_one_that_returns_the_loss(watched: Watched) -> None:
     assert isinstance(vars(Policy)["features"], _watch.Watch)
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.features(x).tanh()
+
+
+def test_a_watched_method_has_its_source(watched: Watched) -> None:
+    net: Any = Scripted()
+    source = inspect.getsource(Scripted.features)
+    train(net, FORWARD_PASSES["features"])
+    assert isinstance(vars(Scripted)["features"], _watch.Watch)
+    assert inspect.getsource(net.features) == source
+    assert inspect.unwrap(net.features) is Scripted.features
+    x = torch.randn(2, 4)
+    assert torch.equal(torch.jit.script(net)(x), net(x))
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+    assert torch.equal(torch.compile(net, backend="eager")(x), net(x))
+    assert torch.equal(torch.compile(net.features, backend="eager")(x), net.features(x))
+    assert torch.equal(pickle.loads(pickle.dumps(net)).features(x), net.features(x))
+    assert torch.equal(pickle.loads(pickle.dumps(net.features))(x), net.features(x))
+
+
 def test_methods_of_bases(watched: Watched) -> None:
     net = Derived()
     bare = train(copy.deepcopy(net), evaluates)

@@ -347,6 +347,14 @@ def test_slow_steps_are_compared_only_for_what_is_not_predicted() -> None:
     assert "predicted" in screening.ledger.find(BF16).why
 
 
+def test_what_excludes_a_chosen_setting_is_not_compared_on_top_of_it() -> None:
+    hot = [*predicted(BF16), candidate({"replay": "operators"}), candidate({"gc": "seldom"})]
+    screening = Screened(hot, lambda knobs: 0.5 - 0.1 * ("gc" in knobs))
+    assert screening.find_stack(hot) == {"precision": "bf16", "gc": "seldom"}
+    assert screening.compared == [[label(BF16), label({**BF16, "gc": "seldom"})]]
+    assert "cannot be used together" in screening.ledger.find({"replay": "operators"}).why
+
+
 def test_where_all_is_predicted_no_step_is_compared() -> None:
     hot = predicted(BF16, FAST)
     screening = Screened(hot, lambda knobs: 1.0)

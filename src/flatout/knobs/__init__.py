@@ -106,6 +106,13 @@ def check_claims(names: Iterable[str]) -> None:
                 )
 
 
+def find_conflict(name: str, names: Iterable[str]) -> str | None:
+    """Return the first of some knobs that cannot be used together with a knob; ``None`` if each can
+    be, or is the same knob."""
+    claims = {*get(name).claims}
+    return next((one for one in names if one != name and claims & {*get(one).claims}), None)
+
+
 def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:
     """Build the kernels that a job needs; returns the variables to add to its environment.
 

@@ -63,6 +63,14 @@ class ColdTrials(TuneStage):
                     won = f"{candidate.knob}={settings[candidate.knob]}"
                     self._ledger.skip(candidate.settings, "fresh processes", f"{won} has won")
                 continue  # an earlier setting of this knob has won
+            other = knobs.find_conflict(candidate.knob, settings)
+            if other is not None:
+                if not again:
+                    why = (
+                        f"it cannot be used together with {other}={settings[other]}, which has won"
+                    )
+                    self._ledger.skip(candidate.settings, "fresh processes", why)
+                continue
             if self._is_affordable(candidate, settings, again) and self._try(candidate, settings):
                 settings |= candidate.settings
         return settings

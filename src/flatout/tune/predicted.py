@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flatout import knobs
 from flatout.tune import prediction, statistics
 from flatout.tune.candidates import Candidate
 from flatout.tune.screen import LEFT_TO_THE_PROOF, SLOW_STEP_S, Screening
@@ -42,7 +43,14 @@ class PredictedScreening(Screening):
         predicted = [one for one in hot if one.predicted is not None]
         gains, undecided = self._choose(predicted)
         stack = {one.knob: one.setting for one in gains}
-        others = [*undecided, *(one for one in hot if one.predicted is None)]
+        others = []
+        for one in (*undecided, *(one for one in hot if one.predicted is None)):
+            chosen = knobs.find_conflict(one.knob, stack)
+            if chosen is None:
+                others.append(one)
+            else:
+                why = f"it cannot be used together with {chosen}={stack[chosen]}, which gains more"
+                self._ledger.leave_out(one.settings, why)
         return self._check(stack, [one for one in gains if gains[one].low <= 1], others)
 
     def _choose(
@@ -100,11 +108,17 @@ class PredictedScreening(Screening):
             self._ledger.note_ratio(candidate, found[number])
             self._ledger.reject(candidate.settings)
         for candidate in statistics.pick_winners(on_top):
-            if candidate.knob not in grown:
+            if self._fits(candidate, grown):
                 grown |= candidate.settings
                 self._ledger.accept(candidate.settings, f"{on_top[candidate]} on top of the others")
         for candidate, ratio in on_top.items():
-            if candidate.predicted and candidate.knob not in grown and self._is_open(ratio):
+            is_open = candidate.predicted is not None and self._is_open(ratio)
+            if is_open and self._fits(candidate, grown):
                 grown |= candidate.settings
                 self._ledger.accept(candidate.settings, LEFT_TO_THE_PROOF)
         return grown
+
+    @staticmethod
+    def _fits(candidate: Candidate, stack: dict[str, str]) -> bool:
+        is_alone = knobs.find_conflict(candidate.knob, stack) is None
+        return candidate.knob not in stack and is_alone

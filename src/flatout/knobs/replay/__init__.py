@@ -92,5 +92,5 @@ KNOB = Knob(
     match=match,
     apply=apply,
     waits_for_calls=True,
-    claims=("the compilation of modules",),
+    claims=("the compilation of modules", "autocast"),
 )
