@@ -13,6 +13,7 @@ from flatout.tune.budget import (
     ProofSize,
     choose_budget_s,
     count_gradient_steps,
+    extend_budget_s,
     size_proof,
 )
 from flatout.tune.cold import ColdTrials
@@ -32,6 +33,16 @@ PACES = [
 )
 def test_the_budget_follows_the_step(step_s: float, budget_s: float) -> None:
     assert choose_budget_s(Pace(3.0, step_s)) == pytest.approx(budget_s)
+
+
+@pytest.mark.parametrize(
+    ("wanted_s", "is_named", "budget_s"),
+    [(140, False, 150), (170, False, 170), (190, False, 150), (170, True, 150)],
+)
+def test_only_a_budget_that_the_user_has_not_named_is_extended_for_a_proof(
+    wanted_s: float, is_named: bool, budget_s: float
+) -> None:
+    assert extend_budget_s(150, wanted_s, is_named=is_named) == budget_s
 
 
 def test_a_long_start_or_cycle_gets_a_longer_budget() -> None:

@@ -860,12 +860,6 @@ static PyObject *watch_getattro(PyObject *self, PyObject *name)
     if (original == NULL)
         return NULL;
     value = PyObject_GetAttr(original, name);
-    /* By this attribute, `inspect` and torch.jit find the source of the original. */
-    if (value == NULL && PyErr_ExceptionMatches(PyExc_AttributeError) &&
-        PyUnicode_CompareWithASCIIString(name, "__wrapped__") == 0) {
-        PyErr_Clear();
-        return original;
-    }
     Py_DECREF(original);
     return value;
 }

@@ -53,6 +53,38 @@ class _ModuleClass:
         self.is_refused = False
 
 
+class _MethodWatch:
+    """A watch on a method that is a forward pass.
+
+    Dynamo and TorchScript find a Python function in its place, and compile the original. Only weak
+    references to the class and to this function are kept.
+
+    Args:
+        log: the event log that the watch writes to.
+        method: the method.
+    """
+
+    def __init__(self, log: _watch.Log, method: Method) -> None:
+        import torch
+
+        original, is_compiling = method.function, torch.compiler.is_compiling
+        watch: Any = _watch.Watch(log, FORWARD, original, method.owner, method.name, None)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if is_compiling() else watch(*args, **kwargs)
+
+        replace_function(method.owner, method.name, call)
+        self._name = method.name
+        self._owner = weakref.ref(method.owner)
+        self._function = weakref.ref(objects.namespace(method.owner)[method.name])
+
+    def remove(self) -> None:
+        """Restore the original method, unless the program has replaced it."""
+        owner, function = self._owner(), self._function()
+        if owner is not None and objects.namespace(owner).get(self._name) is function is not None:
+            setattr(owner, self._name, function.__wrapped__)
+
+
 class RootSearch:
     """Watches ``__call__`` of the module classes of the program.
 
@@ -91,7 +123,7 @@ class RootSearch:
         self._module_type: type | None = None
         self._judged: set[types.CodeType] = set()  # of methods
         self._refused: set[types.CodeType] = set()
-        self._method_watches: list[ClassWatch] = []
+        self._method_watches: list[_MethodWatch] = []
         self._trials: list[weakref.ref[Undo]] = []
 
     @property
@@ -241,6 +273,4 @@ class RootSearch:
             self._refused.add(method.function.__code__)
             self._log.roots.pop(id(part), None)
             return
-        watch = ClassWatch(self._log, method.owner, method.name, FORWARD)
-        if watch.install() is None:
-            self._method_watches.append(watch)
+        self._method_watches.append(_MethodWatch(self._log, method))

@@ -52,6 +52,11 @@ OVERDRAFT = 1.05
 """Something is begun only if it should end within this many times the budget."""
 
 
+EXTENSION = 1.25
+"""If the user has named no budget, the last proof may take this many times the budget: a proven
+plan is worth more than the rest of the promise."""
+
+
 @dataclass(frozen=True)
 class ProofSize:
     """The size of a proof.
@@ -76,6 +81,19 @@ def choose_budget_s(pace: Pace) -> float:
         if low < pace.step_s <= high:
             by_step_s = low_s + (pace.step_s - low) / (high - low) * (high_s - low_s)
     return max(by_step_s, START_UPS * pace.seconds(pace.cycle_steps))
+
+
+def extend_budget_s(budget_s: float, wanted_s: float, is_named: bool) -> float:
+    """Return the budget with which a proof that ends later may begin.
+
+    Args:
+        budget_s: the budget so far, in seconds.
+        wanted_s: the time at which the shortest proof would end, in seconds.
+        is_named: whether the user has named the budget, which is then kept.
+    """
+    if is_named or wanted_s > EXTENSION * budget_s:
+        return budget_s
+    return max(budget_s, wanted_s)
 
 
 def count_gradient_steps(pace: Pace) -> int:

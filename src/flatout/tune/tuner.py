@@ -44,7 +44,7 @@ from flatout.tune import (
     statistics,
 )
 from flatout.tune.bare import BareRun
-from flatout.tune.budget import UNKNOWN_BUDGET_S
+from flatout.tune.budget import UNKNOWN_BUDGET_S, extend_budget_s
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
@@ -251,6 +251,11 @@ class Tuner:
         """Return whether the budget has time for a small proof. If not, the reason is added to the
         outcome."""
         needed_s = estimate_least_s(first)
+        self._ledger.budget_s = extend_budget_s(
+            self._ledger.budget_s,
+            self._journal.counted_s + needed_s,
+            is_named=self._options.budget_seconds is not None,
+        )
         if self._ledger.has_time_for(needed_s):
             return True
         outcome = self._ledger.outcome
