@@ -215,10 +215,19 @@ def test_methods_are_found_after_rollouts(tmp_path: Path) -> None:
         host.hooks.remove()
 
 
-def test_calls_without_gradients_find_no_method(watched: Watched) -> None:
+def test_calls_without_gradients_do_not_decide_about_a_method(watched: Watched) -> None:
     net = Policy()
     with torch.no_grad():
         for _ in range(5):
+            net.features(torch.ones(2, 4))
+    train(net, FORWARD_PASSES["features"])
+    assert is_watched(Policy, "features")
+
+
+def test_a_method_that_is_only_called_without_gradients_is_none(watched: Watched) -> None:
+    net = Policy()
+    with torch.no_grad():
+        for _ in range(100):
             net.features(torch.ones(2, 4))
     assert not is_watched(Policy, "features")
 

@@ -87,7 +87,7 @@ def test_an_undecided_proof_says_how_many_pairs_would_decide_it() -> None:
     assert attempt.pairs_to_decide == 15
     ledger = Ledger(300.0, lambda: 250.0, lambda line: None, lambda *_: None)
     tuner: Any = SimpleNamespace(_ledger=ledger, _journal=SimpleNamespace(counted_s=250.0))
-    why = Tuner._note_undecided(tuner, {"precision": "bf16"}, attempt)
+    why = Tuner._note_undecided(tuner, attempt)
     assert why.startswith("not decided by 5 pairs: the loss may exceed bare's")
     assert "--budget 10m" in why  # 250 s so far, and 15 pairs of 20 s
     assert ledger.outcome.why.startswith(

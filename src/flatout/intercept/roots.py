@@ -10,6 +10,7 @@ an instance of it was called outermost.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 import weakref
@@ -28,6 +29,10 @@ _FIRST_STEPS = 3
 
 _MOST_WAITED = 20_000
 """The number of other steps for which the first search waits for steps that train."""
+
+_MOST_TRIED = 50
+"""The number of calls without gradients after which a method that may be a forward pass is refused
+at the next one."""
 
 _CHECKS = 3
 """The number of outermost calls at which a module without parameters is checked. Some modules
@@ -250,14 +255,18 @@ class RootSearch:
 
     def _find_method(self, module: Any) -> None:
         """Try the method that has called a module outermost, if it may be a forward pass."""
+        import torch
+
         method = methods.find_around(module, self._refused)
         if method is None or method.function.__code__ in self._judged:
             return
         self._judged.add(method.function.__code__)
-        part = weakref.ref(module)
+        part, left = weakref.ref(module), itertools.count(_MOST_TRIED, -1)
 
         def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            if not torch.is_grad_enabled() and next(left) > 0:
+                return result
             end()
             self._judge(method, methods.is_forward_pass(result), part())
             return result
@@ -273,4 +282,5 @@ class RootSearch:
             self._refused.add(method.function.__code__)
             self._log.roots.pop(id(part), None)
             return
-        self._method_watches.append(_MethodWatch(self._log, method))
+        if objects.namespace(method.owner).get(method.name) is method.function:
+            self._method_watches.append(_MethodWatch(self._log, method))

@@ -276,7 +276,8 @@ class Tuner:
             budget = formatting.duration(self._ledger.budget_s)
             return f"the budget of {budget} has no time to try a setting"
         taken = self._neighbours.mean_taken
-        if taken is not None and not is_little(taken):
+        was_compared = any(entry.ratio is not None for entry in entries)
+        if was_compared and taken is not None and not is_little(taken):
             return (
                 f"{quiet.NOT_MEASURABLE}: no setting is faster beyond the noise, and "
                 f"{quiet.describe_others(taken)}"
