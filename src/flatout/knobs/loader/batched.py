@@ -274,7 +274,10 @@ def _take(
     if count is not None:
         wanted = (first[:, None] + torch.arange(count, device="cpu")).reshape(-1)
     if is_array:
-        batch = torch.from_numpy(source.take(wanted.numpy(), axis=0))
+        # Results of kernels may depend on the alignment of memory, so it must be torch's.
+        dtype = torch.from_numpy(source[:0]).dtype
+        batch = torch.empty((len(wanted), *source.shape[1:]), dtype=dtype, device="cpu")
+        source.take(wanted.numpy(), axis=0, out=batch.numpy(), mode="clip")
     else:
         batch = source.index_select(0, wanted)
     if count is not None:
