@@ -264,5 +264,5 @@ def _without_paths(value: Any) -> Any:
         value = re.sub(
             r"(\.\./)+(?=\.venv-field/)", "", value
         )  # where a plan was, seen from the job
-        return value.replace(f"{ROOT}/", "").replace("field/work/", "field/")
+        return value.replace(f"{ROOT}/", "")
     return value

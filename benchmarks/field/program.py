@@ -131,7 +131,7 @@ class Installed:
     @property
     def folder(self) -> Path:
         """The folder into which the program writes."""
-        return self.home / "work" / self.program.name
+        return self.home / "runs" / self.program.name
 
     @property
     def data(self) -> Path:

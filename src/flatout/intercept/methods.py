@@ -80,7 +80,7 @@ def _find_instance(frame: types.FrameType, module: Any) -> Any:
 
 
 def _find_method(module_class: type, code: types.CodeType) -> Method | None:
-    for owner in module_class.__mro__:
+    for owner in objects.mro(module_class):
         function = objects.namespace(owner).get(code.co_name)
         if function is not None:
             break

@@ -6,7 +6,7 @@ import builtins
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,6 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 from flatout.intercept import handled_calls, objects
-from flatout.intercept.callbacks import Entry, ForwardWrapper
 from flatout.intercept.containment import knob_of
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.knobs.replay.capture import NotCapturedError, capture, specialisations
@@ -273,13 +272,11 @@ class Replays:
             return call(module, *args, **kwargs)
         replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
         if function is not None:
-            is_alone = all(knob_of(one.callback) in (None, NAME) for one in self._entries)
             # What other settings do around the call would be left out.
-            return (
-                replayed.call(module, *args, **kwargs)
-                if is_alone
-                else call(module, *args, **kwargs)
-            )
+            others = self._host.forward_wrappers.entries
+            is_alone = all(knob_of(one.callback) in (None, NAME) for one in others)
+            make = replayed.call if is_alone else call
+            return make(module, *args, **kwargs)
         own = module.__dict__
         own["_compiled_call_impl"] = functools.partial(replayed.call, module)
         try:
@@ -292,10 +289,6 @@ class Replays:
         for known in list(self._modules.values()):
             for replayed in known.values():
                 replayed.look_at_backward()
-
-    @property
-    def _entries(self) -> Sequence[Entry[ForwardWrapper]]:
-        return self._host.forward_wrappers.entries
 
     def _begin(self, module: Any, function: types.FunctionType | None) -> ReplayedCalls:
         name, add = objects.class_name(module), self._host.events.add
