@@ -57,7 +57,7 @@ class Net(torch.nn.Module):
         return x @ torch.stack(list(self.parts)).sum(0)
 net = Net()
 optimizer = torch.optim.AdamW(net.parameters())
-for step in range(2000):
+for step in range(1000):
     loss = net(torch.randn(8, 16)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -141,7 +141,7 @@ def test_a_verb_leaves_every_file_as_it_was(
     found = world / "found.json"
     options = {
         "doctor": ["--steps", "20"],
-        "tune": ["--steps", "30", "--budget", "100s", "--plan", str(world / "plan.toml")],
+        "tune": ["--steps", "30", "--knobs", "optimizer", "--budget", "500s", "--plan", str(world / "plan.toml")],
     }
     before = {name: snapshot(world / name) for name in ("work", "home", "temporary")}
     job = [sys.executable, "program.py"]

@@ -182,6 +182,17 @@ def test_a_watched_method_has_its_source(watched: Watched) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(net.features))(x), net.features(x))
 
 
+def test_what_a_function_drops_after_a_call_is_freed(watched: Watched) -> None:
+    def program(rows: int) -> bool:
+        x = torch.ones(rows, 4)
+        dropped = weakref.ref(x)
+        Policy().features(x)
+        del x
+        return dropped() is None
+
+    assert program(2)
+
+
 def test_methods_of_bases(watched: Watched) -> None:
     net = Derived()
     bare = train(copy.deepcopy(net), evaluates)

@@ -122,8 +122,9 @@ class StepCallbacks:
         forward_wrappers: the wrappers around outermost module calls.
         backward_wrappers: the wrappers around backward calls.
         before_optimizer_step, after_optimizer_step: the callbacks around optimizer steps.
-        called: the function that the program has called outermost: ``__call__`` of a module class,
-            or a method that is a forward pass (``methods.py``); ``None``: it has called none yet.
+        called: the function that the program has called outermost and that has not returned:
+            ``__call__`` of a module class, or a method that is a forward pass (``methods.py``).
+            ``None`` outside of such a call.
     """
 
     def __init__(
@@ -190,7 +191,14 @@ class StepCallbacks:
             module, args, kwargs: the arguments of the program's call.
         """
         self.called = call
+        try:
+            return self._call_wrapped(original, call, module, args, kwargs)
+        finally:
+            self.called = None  # it may hold a class that the program drops
 
+    def _call_wrapped(
+        self, original: Call, call: Call, module: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
             return original(call, module, args, kwargs)
 

@@ -28,6 +28,10 @@ _MOST_FRAMES = 20
 _MOST_LEAVES = 64
 """The number of values of a result that are looked at."""
 
+_REFERENCES_OF_OUR_OWN = 3
+"""The references to the variables of a frame that nobody else reads: of the frame, of the function
+that reads them, and of the call that counts."""
+
 
 class Method(NamedTuple):
     """A method of a module class.
@@ -73,10 +77,25 @@ def _find_instance(frame: types.FrameType, module: Any) -> Any:
     code = frame.f_code
     if not code.co_argcount:
         return None
-    first = frame.f_locals.get(code.co_varnames[0])
+    first = _read_first_argument(frame)
     if not isinstance(first, torch.nn.Module) or first is module:
         return None
     return first if any(part is module for part in objects.modules(first)) else None
+
+
+def _read_first_argument(frame: types.FrameType) -> Any:
+    """Return the first argument of the function that runs in a frame.
+
+    Until Python 3.13 (PEP 667), ``f_locals`` copies the variables into a dictionary that the frame
+    keeps, and so keeps what the function drops. What was copied is removed again, unless somebody
+    else has the dictionary.
+    """
+    code, variables = frame.f_code, frame.f_locals
+    first = variables.get(code.co_varnames[0])
+    if sys.version_info < (3, 13) and sys.getrefcount(variables) <= _REFERENCES_OF_OUR_OWN:
+        for name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            variables.pop(name, None)
+    return first
 
 
 def _find_method(module_class: type, code: types.CodeType) -> Method | None:

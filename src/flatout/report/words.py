@@ -25,6 +25,9 @@ LIKE_THE_CLAIM = 0.03
 
 _STAGES = {"inside one process": "inside one process", "fresh processes": "in fresh processes"}
 
+_LARGEST_BOUND = 10.0
+"""A bound above this is not said: almost the whole step could go, which tells nothing."""
+
 _NOT_IN_PLAN = ("slower", "no gain", "failed", "left out", "not tried")
 """The states of settings that are not in the plan, in the order in which they are listed."""
 
@@ -304,5 +307,7 @@ def _outcome(entry: TriedSettings) -> str:
         measured = f"measured {figure}" if figure else ""
         figure = f"{prediction(entry.predicted)}, {measured}"
     why = f": {entry.why}" if entry.why else ""
-    bound = "" if entry.bound is None else f" (at most {entry.bound:.2f}x)"
+    bound = ""
+    if entry.bound is not None and entry.bound < _LARGEST_BOUND:
+        bound = f" (at most {entry.bound:.2f}x)"
     return f"{figure}{state(entry)}{why}{bound}"
