@@ -141,8 +141,9 @@ def test_a_verb_leaves_every_file_as_it_was(
     found = world / "found.json"
     options = {
         "doctor": ["--steps", "20"],
-        "tune": ["--steps", "30", "--knobs", "optimizer", "--budget", "500s", "--plan", str(world / "plan.toml")],
+        "tune": ["--steps", "30", "--knobs", "optimizer", "--plan", str(world / "plan.toml")],
     }
+    options["tune"] += ["--budget", "500s"]
     before = {name: snapshot(world / name) for name in ("work", "home", "temporary")}
     job = [sys.executable, "program.py"]
     assert cli.main([verb, *options[verb], "--json", str(found), "--", *job]) == 0
