@@ -79,7 +79,7 @@ def shard(name: str, case: Case, settings: Settings, results: Results, folder: P
     if not results.of(name, "floor"):
         results.add(name, "floor", **_work(bare, folder))
     if not results.of(name, "tune") and _is_asked("flatout", settings):
-        results.add(name, "tune", **_tuned([*bare, "--steps", "100000"], settings, folder))
+        results.add(name, "tune", **tune([*bare, "--steps", "100000"], settings.budget, folder))
     tunes = results.of(name, "tune")
     if tunes and not results.of(name, "rest"):
         results.add(name, "rest", **_rest(tunes[-1]["settings"], bare, folder))
@@ -88,7 +88,7 @@ def shard(name: str, case: Case, settings: Settings, results: Results, folder: P
     for arm, command in commands.items():
         if not any(line["arm"] == arm for line in results.of(name, "first")):
             job = [*command, "--steps", str(first_steps)]
-            results.add(name, "first", arm=arm, **_first(job, variables.get(arm), folder))
+            results.add(name, "first", arm=arm, **run_first(job, variables.get(arm), folder))
     firsts = {line["arm"]: line for line in results.of(name, "first")}
     working = {arm: job for arm, job in commands.items() if not firsts[arm]["failure"]}
     for number in range(len(results.of(name, "round")), settings.rounds):
@@ -202,10 +202,11 @@ def _peers(python: str) -> list[str]:
     return [line for line in listed.stdout.splitlines() if line.partition("==")[0] in PEERS]
 
 
-def _tuned(command: Sequence[str], settings: Settings, folder: Path) -> dict[str, Any]:
+def tune(command: Sequence[str], budget: str | None, folder: Path) -> dict[str, Any]:
     """Tune a command: the plan's text, what it claims, and what the tune took."""
     plan, document = folder / "flatout.toml", folder / "found.json"
-    options = ["--budget", settings.budget, "--plan", str(plan), "--json", str(document)]
+    options = ["--plan", str(plan), "--json", str(document)]
+    options += [] if budget is None else ["--budget", budget]
     began_s = time.monotonic()
     _flatout(["tune", *options, "--", *command], folder)
     found = Document.read(document)
@@ -219,7 +220,7 @@ def _tuned(command: Sequence[str], settings: Settings, folder: Path) -> dict[str
     }
 
 
-def _first(
+def run_first(
     command: Sequence[str], variables: Mapping[str, str] | None, folder: Path
 ) -> dict[str, Any]:
     """Whether a command works, and how long its first run takes, compilation included."""

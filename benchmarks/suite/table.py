@@ -139,7 +139,7 @@ def _arm(
     own = [line["arms"][arm] for line in rounds]
     return ArmResult(
         step_ms=1e3 * statistics.median(one["step_s"] for one in own),
-        ratio=_ratio(bare, own),
+        ratio=estimate(bare, own),
         job_ratio=math.exp(
             statistics.mean(
                 math.log(b["ran_s"] / o["ran_s"]) for b, o in zip(bare, own, strict=True)
@@ -151,7 +151,8 @@ def _arm(
     )
 
 
-def _ratio(bare: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Ratio:
+def estimate(bare: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Ratio:
+    """The step times of bare over those of an arm, in the same rounds."""
     logs = [math.log(b["step_s"] / o["step_s"]) for b, o in zip(bare, own, strict=True)]
     if len(logs) > 1:
         return estimate_ratio(logs)
@@ -210,7 +211,7 @@ def _against_peers(
 
     best = min(peers, key=total)
     scored = [line["arms"] for line in rounds[1::2]]
-    return best, _ratio([line[best] for line in scored], [line["flatout"] for line in scored])
+    return best, estimate([line[best] for line in scored], [line["flatout"] for line in scored])
 
 
 def _floor(lines: Sequence[Mapping[str, Any]]) -> Floor | None:
@@ -340,11 +341,11 @@ def short(found: Mapping[str, ProgramResult]) -> str:
         if "flatout" not in result.arms:
             continue
         own, best = result.arms["flatout"], result.best_peer
-        peer = f"{_in_table(result.arms[best].ratio)} {best}" if best else "none"
-        over = _in_table(result.over_peer) if result.over_peer else ""
+        peer = f"{in_table(result.arms[best].ratio)} {best}" if best else "none"
+        over = in_table(result.over_peer) if result.over_peer else ""
         what = f"{name}, {CASES[name].kind}" if CASES[name].kind != "training" else name
         lines.append(
-            f"| {what} | {_in_table(own.ratio)} | {peer} | {over} | {_floor_share(result)} |"
+            f"| {what} | {in_table(own.ratio)} | {peer} | {over} | {_floor_share(result)} |"
         )
     return "\n".join([*lines, *_means(found)])
 
@@ -409,9 +410,9 @@ def markdown(found: Mapping[str, ProgramResult]) -> list[str]:
         plan = " ".join(f"{knob}={setting}" for knob, setting in result.settings.items())
         held_out = " (held out)" if CASES[name].is_held_out else ""
         lines.append(
-            f"| {name}{held_out} | {_in_table(own.ratio)} "
-            f"| {_in_table(result.claim) if result.claim else ''} | {result.best_peer or 'none'} "
-            f"| {_in_table(result.over_peer) if result.over_peer else ''} | {_floor_share(result)} "
+            f"| {name}{held_out} | {in_table(own.ratio)} "
+            f"| {in_table(result.claim) if result.claim else ''} | {result.best_peer or 'none'} "
+            f"| {in_table(result.over_peer) if result.over_peer else ''} | {_floor_share(result)} "
             f"| {result.tuning_s or 0:.0f} s | {plan or 'none'} |"
         )
     lines += _means(found)
@@ -443,7 +444,7 @@ def _program(name: str, result: ProgramResult) -> list[str]:
         first = f"{own.first_s:.0f} s" if own.first_s is not None else ""
         right = "right" if own.wrong is None else f"**broken**: {own.wrong}"
         lines.append(
-            f"| {arm} | {own.step_ms:.4g} | {_in_table(own.ratio)} | {share} "
+            f"| {arm} | {own.step_ms:.4g} | {in_table(own.ratio)} | {share} "
             f"| {own.job_ratio:.2f}x | {first} | {own.peak_bytes / 2**20:.0f} MiB | {right} |"
         )
     without = [f"{arm}: {why}" for arm, why in result.out.items()]
@@ -464,7 +465,8 @@ def rest(result: ProgramResult) -> str | None:
     return said
 
 
-def _in_table(ratio: Ratio) -> str:
+def in_table(ratio: Ratio) -> str:
+    """A ratio with its interval, if it has one."""
     if ratio.pairs < 2:
         return f"{ratio.value:.2f}x"
     return f"{ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"

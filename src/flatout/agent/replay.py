@@ -10,8 +10,9 @@ that they count (``Knob.waits_for_calls``).
 All settings take turns: a round makes the calls bare, then under each setting, and the next round
 goes through them in reverse order. The caches are thus as cold as in a step.
 
-Replayed calls leave out what happens between calls: Python, the accumulation of gradients, memory
-that is kept longer, and the data in the caches that the call before has left there.
+Replayed calls leave out what happens between calls: Python, the accumulation of gradients, the
+memory that a step holds between its calls, and the data that the call before has left in the
+caches.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ OVERDRAFT = 1.05
 
 
 EXTENSION = 1.25
-"""If the user has named no budget, the last proof may take this many times the budget: a proven
-plan is worth more than the rest of the promise."""
+"""If the user has named no budget, a tune may take this many times its budget to end its last
+proof: a proven plan is worth more than the time that was announced."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,15 @@ def choose_budget_s(pace: Pace) -> float:
 
 
 def extend_budget_s(budget_s: float, wanted_s: float, is_named: bool) -> float:
-    """Return the budget with which a proof that ends later may begin.
+    """Return the budget, extended if the shortest proof would end a little later.
+
+    The budget stays as it is if the user has named it, or if the proof would end after more than
+    ``EXTENSION`` times the budget.
 
     Args:
         budget_s: the budget so far, in seconds.
         wanted_s: the time at which the shortest proof would end, in seconds.
-        is_named: whether the user has named the budget, which is then kept.
+        is_named: whether the user has named the budget.
     """
     if is_named or wanted_s > EXTENSION * budget_s:
         return budget_s

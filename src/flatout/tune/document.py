@@ -78,13 +78,13 @@ class TriedSettings:
         settings: the setting of each knob; empty for a knob of which no setting was tried.
         label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
         stage: how the settings were compared.
-        ratio: the step time without the settings over the step time with them. Inside one process
-            it comes from a factorial comparison; from a comparison of these settings alone with the
-            bare program, if the program crashed under a combination or the knob shares the CPUs
-            (``Knob.shares_cpus``); or, if predictions choose the stack (``tune.predicted``), from a
-            comparison of the stack with and without them. In fresh
-            processes, it always comes from a comparison of the stack with and without these
-            settings.
+        ratio: the step time without the settings over the step time with them. Inside one
+            process, it usually comes from a factorial comparison. If the program crashed under a
+            combination, or if the knob shares the CPUs (``Knob.shares_cpus``), it comes from a
+            comparison of these settings alone with the bare program. If predictions choose the
+            stack (``tune.predicted``), it comes from a comparison of the stack with and without
+            these settings. In fresh processes, it always comes from a comparison of the stack with
+            and without these settings.
         state: the result.
         why: the reason of the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is

@@ -31,9 +31,9 @@ FEWEST_STEPS = 16
 """Growth is measured only in runs with at least this many steps."""
 
 SEGMENTS = 8
-"""Number of equal parts into which the second half of a run is split. The growth in each of them is
-one observation: an allocator takes memory in large pieces, which makes a staircase, and a leak
-climbs it in most parts."""
+"""Number of equal parts into which the second half of a run is split. The growth in each part
+is one observation. An allocator takes memory in large pieces, so memory grows in steps; if memory
+leaks, most of the parts have such a step."""
 
 LONGER_STEPS = 400
 """Minimum number of steps of the longer runs that decide whether memory grows without end. A cache

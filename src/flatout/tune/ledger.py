@@ -133,7 +133,7 @@ class Outcome:
         return next((entry.predicted for entry in found), None)
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
-        """Return how many times faster a setting made the stack that existed then.
+        """Return how many times faster a setting made the stack that existed when it was tried.
 
         This is the step time without the knob over the step time with this setting. The result is
         ``None`` if it was not measured.

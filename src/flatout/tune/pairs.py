@@ -489,7 +489,7 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
     block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
     block_steps = min(block_steps, usable)
-    if cycle_steps > 1:  # steps left over would join the warm-up, and the blocks be no whole cycles
+    if cycle_steps > 1:  # with steps left over, all blocks together would not be whole cycles
         block_steps = max(n for n in range(1, block_steps + 1) if usable % n == 0)
     blocks = max(usable // block_steps, 1)
     return Relay(

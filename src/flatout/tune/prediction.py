@@ -13,7 +13,8 @@ are replayed with their tensors at hand, and without what lies between them. So 
 in the step, and a part of the rest belongs to them: the estimate assumes that half of the rest is
 sped up by as much as the calls, and the interval reaches from none of the rest to all of it. The
 times of optimizers are scaled to the time that they take in the step (``with_optimizer_ms``). What
-settings do to Python, to memory that is kept longer, and to the gradients' layout is not predicted.
+settings do to the time of Python, to the memory that a step holds between its calls, and to the
+layout of gradients is not predicted.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Decides which parts of a comparison count on a machine that others use too.
 
-The unit is a block: consecutive steps of one run, and the same steps of the other run of the pair,
-which came next to them in time where the two alternated. A block counts if neither of its two parts
-was disturbed (``wire/disturbance.py``), and a pair counts if enough of its blocks do. With settings
-that decide how many CPUs the program uses (``Knob.needs_quiet``), a block counts only if others are
-known to have left the CPUs alone: beside other work, fewer threads look better than they are.
+The unit is a block: consecutive steps of one run, and the same steps of the other run of the pair.
+If the two runs alternate, one part of a block ran directly after the other. A block counts if
+neither part was disturbed (``wire/disturbance.py``), and a pair counts if enough of its blocks do.
+With settings that decide how many CPUs the program uses (``Knob.needs_quiet``), a block counts only
+if others are known to have left the CPUs alone: beside other work, fewer threads look better than
+they are.
 
 A second test looks for disturbances that the readings of CPU time do not show. The *floor* of a
 block is a low quantile of its time over all pairs, for each side: others can only make a block
@@ -51,7 +52,7 @@ FLOOR_GAIN = 0.5
 """The share of the gain of the means that the floors must show at least; as logarithms."""
 
 FEWEST_FLOORS = 5
-"""The fewest blocks of which the floors give a ratio."""
+"""With fewer blocks than this, no ratio is computed from their floors."""
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,11 @@ def is_enough(quietness: Quietness, log_ratios: Sequence[float], maximum: int) -
 def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
     """Return why the means of some pairs show a gain and their floors do not, as a clause.
 
-    Floors lie below means by the noise of each side, and the noise of the two sides differs, so
-    that a difference alone is no contradiction. It is one if the floors show no gain at all, or if
-    their interval lies wholly below that of the means and they show less than ``FLOOR_GAIN`` of the
-    gain. The result is ``None`` otherwise, or if there are too few blocks or pairs to tell.
+    The floor of a side lies below its mean by the noise of this side. The two sides differ in
+    noise, so the ratio of the floors may well differ from that of the means. They contradict each
+    other if the floors show no gain at all, or if their interval lies wholly below that of the
+    means and they show less than ``FLOOR_GAIN`` of the gain. The result is ``None`` otherwise, or
+    if there are too few blocks or pairs to tell.
 
     Args:
         pairs: the blocks that count of each pair that counts.

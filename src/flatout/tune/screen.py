@@ -53,7 +53,8 @@ PROMISING_BOUND = 1.1
 program at least this many times as fast. The pairs of the proof then measure it with the others."""
 
 SLOW_FIRST_STEPS = 1
-"""Number of steps that an arm with a new setting makes before the rounds, if steps are slow."""
+"""Number of steps that an arm makes before the rounds begin, if steps are slow and the arm has a
+setting that no arm before it has. So allocation and compilation are not measured."""
 
 MINIMUM_BLOCK_STEPS = 3
 """Minimum number of steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""

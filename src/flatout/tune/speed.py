@@ -32,7 +32,7 @@ FIRST_RUN_LIMIT_S = 120.0
 """The first run counts as hung after this time, in seconds."""
 
 USUAL_STARTUP_S = 5.0
-"""The start of a process that is assumed before any was timed, in seconds."""
+"""The start-up time of a process, in seconds, that is assumed until one was timed."""
 
 MAXIMUM_STEPS = 2000
 """The maximum number of steps of a run."""

@@ -52,7 +52,7 @@ class Observer:
     """Samples the page faults of the processes that this process has started.
 
     Args:
-        until_s: the time since its making at which the run is to end.
+        until_s: the run is to end this many seconds after the observer was made.
     """
 
     until_s: float
@@ -107,9 +107,9 @@ class Unwatched:
     def factor(self, process: ProcessRecord) -> float:
         """Return the step time without the agent over that of a run under it.
 
-        The result is 1 if the page faults do not differ, or if the difference is negligible. The
-        time outside page faults is the same in both runs, so the ratio of the step times is the
-        inverse ratio of the shares of this time.
+        The result is 1 if the page faults do not differ, or if the difference is negligible. A
+        step spends the same time outside page faults in both runs. So the ratio of the step times
+        follows from the share of a step that is spent outside page faults in each run.
 
         Args:
             process: the record of a run of the bare program under the agent.

@@ -63,13 +63,14 @@ KNOB = Knob(
     hot=True,
     platforms=("cpu",),
     card=Card(
-        what="The knob captures what an outermost module computes, forward and backward, or a "
-        "method of it that returns what the loss is made of (such as a policy's "
-        "`evaluate_actions`), by the same means as `torch.compile` (Dynamo and AOTAutograd). "
-        "From then on, a call makes the same calls of the same operators from C++, in the "
-        "same order: without the module's Python code, without recording each operator for "
-        "autograd, and without autograd's engine in backward. Nothing is fused or computed in "
-        "another way, so results stay the same bit by bit, random numbers included.\n\n"
+        what="The knob captures the forward and backward pass of an outermost module, as "
+        "`torch.compile` does (with Dynamo and AOTAutograd). It does the same for a method of "
+        "this module that returns what the loss is made of (such as a policy's "
+        "`evaluate_actions`). From then on, a call makes the same calls of the same operators "
+        "from C++, in the same order: without the module's Python code, without recording each "
+        "operator for autograd, and without autograd's engine in backward. Nothing is fused or "
+        "computed in another way, so results stay the same bit by bit, random numbers included."
+        "\n\n"
         "Dynamo's guards are checked at each call. A call that matches no graph is made as usual; "
         "when inputs of one kind come for the third time, a graph is captured for them, up to six "
         "graphs of a module. A module is left alone if it cannot be captured as one graph, if its "
