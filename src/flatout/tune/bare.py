@@ -202,7 +202,8 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
     no profile, from its second step on. Without a profile, settings would be tried that concern
     nothing in this program.
 
-    Returns the first run, with the profile and the replay of the other, if there are any.
+    Returns the first run, with the profile of the second run and with the times of the calls that
+    were replayed in it (``prediction.py``), if there are any.
 
     Raises:
         UserError: the program fails.

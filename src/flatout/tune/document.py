@@ -212,8 +212,9 @@ class QuietnessResult:
         others_share: the share that others took of the CPUs that the job may use, during all pairs.
         quiet_share: the share of the blocks of steps that count, see ``tune.quiet``.
         pairs, counted: the number of pairs, and of those that count.
-        floors: the ratio of the floors of the blocks that count; a floor is a low quantile of the
-            times of a block over the pairs (``tune.quiet``); ``None``: too few blocks.
+        floors: the floors of bare over those of the plan, for the blocks that count. The same block
+            of steps is timed in each pair; its floor on one side is a low quantile of these times
+            (``tune.quiet``). ``None``: there are too few blocks.
         why_not_measurable: why no speedup can be claimed, as a clause; ``None`` if one can.
     """
 

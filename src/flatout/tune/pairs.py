@@ -144,8 +144,8 @@ class Pairs:
 
         Each is the mean that ``statistics.paired_means_ms`` returns, plus the step's share of the
         evaluation passes. Only blocks that count are used (``quiet.py``). If fewer than two pairs
-        count, so that nothing can be claimed, the times are those of all blocks. Those of the bare
-        program are corrected by ``unwatched.Unwatched.factor``.
+        count, so that nothing can be claimed, the times are those of all blocks. In both
+        cases, the times of the bare program are multiplied by ``unwatched.Unwatched.factor``.
         """
         both = [
             (
@@ -283,8 +283,8 @@ def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int)
 
 
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
-    """Return the median step of some runs without evaluation passes, in ms; the geometric mean of
-    the runs, at least one."""
+    """Return the geometric mean of the median step times of one or more runs, in ms. Evaluation
+    passes do not count."""
     return geometric_mean(
         median(step.step_ms for step in process.steady_steps) for process in processes
     )

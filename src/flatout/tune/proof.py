@@ -412,7 +412,7 @@ def _without_state(run: Run) -> Run:
 def _judge_sites(
     bare: Sequence[Run], plan: Sequence[Run], repeats: Sequence[Run], steps: int
 ) -> tuple[tuple[LossEvidence, ...], list[Check]]:
-    """Judge the losses of each backward call of the step, over the first steps of each run.
+    """Judge the losses of each backward call of the step, over the steps that all runs have.
 
     Args:
         bare, plan, repeats: see ``judge``; all bare and plan runs have the same number of curves.

@@ -49,7 +49,7 @@ FLOOR_QUANTILE = 0.25
 """The quantile of the times of a block that is its floor."""
 
 FLOOR_GAIN = 0.5
-"""The share of the gain of the means that the floors must show at least; as logarithms."""
+"""The logarithm of the ratio of the floors must be at least this share of that of the means."""
 
 FEWEST_FLOORS = 5
 """With fewer blocks than this, no ratio is computed from their floors."""

@@ -1,4 +1,4 @@
-"""Ranks hot candidates by comparing them inside one process.
+"""Ranks hot candidates, which can be turned on and off between two steps, inside one process.
 
 The program switches between combinations of settings (*arms*) every few steps (a *block*; a *round*
 has one block of each arm). This is a factorial A/B test (``design.py``), so every step tells

@@ -24,7 +24,7 @@ _TAIL_LINES = 12
 """Number of lines of a failed program's output that are kept."""
 
 _SAMPLES_FILE = "faults.json"
-"""The file in the run directory of a run without the agent that holds its samples."""
+"""The file with the page faults of a run without the agent, in the directory of this run."""
 
 _TERMINATED = f"killed by signal {int(signal.SIGTERM)}"
 """The end of the failure message of a run that was stopped because its relay partner failed."""
