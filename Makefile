@@ -101,12 +101,16 @@ bench-quick: $(INSTALLED) .venv-suite/.installed
 # examples that are in no package.
 .venv-field/.installed: constraints-field.txt $(wildcard benchmarks/field/programs/*.py) $(INSTALLED)
 	$(PYTHON) -m venv .venv-field
-	.venv-field/bin/pip install --quiet -c constraints-field.txt torch \
+	.venv-field/bin/pip install --quiet -c constraints-field.txt torch jax optax \
 	    $$($(BIN)/python -m benchmarks.field --list-dependencies)
 	touch $@
 
 field: $(INSTALLED) .venv-field/.installed
 	$(BIN)/python -m benchmarks.field --out field.jsonl $(PROGRAMS)
+
+# Programs with small steps beside what users do by hand, and beside JAX. Some two hours.
+small: $(INSTALLED) .venv-field/.installed
+	$(BIN)/python -m benchmarks.small --out small.jsonl $(PROGRAMS)
 
 frameworks: $(INSTALLED) .venv-frameworks/.installed .venv-timm/.installed
 	$(BIN)/python -m pytest -m frameworks
@@ -138,4 +142,4 @@ site: .venv-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: all demo test long versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks field accelerator bench bench-quick measured clean
+.PHONY: all demo test long versions injected ranks ranks-quick hosts tunes traps lint docs site frameworks field small accelerator bench bench-quick measured clean
