@@ -11,10 +11,10 @@ as it is, the gain would be
 Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
 are replayed with their tensors at hand, and without what lies between them. So they take less than
 in the step: an unknown part of the remaining time T - t is theirs as well. The estimate assumes
-that half of it is sped up by as much as the calls. The ends of the interval assume that none of it
-is, and that all of it is. The times of optimizers are scaled to
-the time that they take in the step (``with_optimizer_ms``). What settings do to the time of Python,
-to the memory that a step holds between its calls, and to the layout of gradients is not predicted.
+that half of T - t is sped up by as much as the calls. The ends of the interval assume that none of
+T - t is, and that all of it is. The times of optimizers are scaled to the time that they take in
+the step (``with_optimizer_ms``). What settings do to the time of Python, to the memory that a step
+holds between its calls, and to the layout of gradients is not predicted.
 """
 
 from __future__ import annotations

@@ -541,8 +541,8 @@ def _judge_losses(
             f"{difference:+.3g} on average)"
         )
         why = f"{name} {excess}, more than the {margin:.3g} that {reason}"
-        # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up;
-        # hence the wider range.
+        # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up,
+        # and a mean difference of up to twice the margin is still undecided.
         is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
         is_close = difference < margin / 2
         if is_undecided and is_close and check == "losses" and margin_source == "seeds":

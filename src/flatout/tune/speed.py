@@ -220,8 +220,9 @@ def _run_first(trials: Trials, options: Options) -> Trial:
 
 
 def _can_relay(process: ProcessRecord, settings: Mapping[str, str]) -> bool:
-    """Return whether a bare run and a run with these settings can alternate: while
-    one runs, the other stands still, with the workers of its loaders. If the program ended before
-    it was profiled, it is not known whether its loaders have workers, and the result is false."""
+    """Return whether a bare run and a run with these settings can alternate. For this,
+    everything in the waiting run must stand still. Workers of loaders do not, nor does what some
+    settings do in the background. If the program ended before it was profiled, it is not known
+    whether it has such workers, and the result is false."""
     is_known = process.profile is not None and process.profile.facts is not None
     return is_known and bare.can_relay(process) and not bare.work_in_background(settings)

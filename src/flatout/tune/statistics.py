@@ -2,8 +2,9 @@
 
 The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
 ``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
-the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``:
-to the step times of ``paired_means_ms`` it adds each step's share of the evaluation passes.
+the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``,
+the ratios of step times that have two parts: the mean that ``paired_means_ms`` returns, and the
+step's share of the evaluation passes.
 
 An arm is a combination of settings that a comparison inside one process switches to; a stack is the
 settings that have been chosen so far, applied together.
