@@ -178,8 +178,8 @@ class ColdTrials(TuneStage):
     def _spare_s(self, stack: Mapping[str, str]) -> float:
         """Return the time of the budget that the proof does not need, in seconds.
 
-        As long as the stack is empty, a small proof must do: without a setting that is faster,
-        there would be nothing to prove.
+        As long as the stack is empty, only the time of the shortest proof is kept back: if no
+        setting is faster, there will be nothing to prove.
         """
         estimate_s = prover.estimate_s if stack else prover.estimate_least_s
         return self._ledger.left_s - estimate_s(self._bare)
