@@ -99,8 +99,9 @@ def measure_growth(
 ) -> Growth | None:
     """Measure by how much more the peak memory grows under a plan, in the second half of each run.
 
-    Memory *grows* if it needs more than is allowed after ``LEAK_STEPS`` more steps. Only longer
-    runs show that, because a cache that fills and a leak look alike at first.
+    Memory *grows* if, at this rate, the peak would be more than is allowed after ``LEAK_STEPS``
+    more steps. Only longer runs show that, because a cache that fills and a leak look alike at
+    first.
 
     Args:
         bare, plan: the steps of each run, in pairs.

@@ -267,7 +267,7 @@ class Choice(NamedTuple):
         chosen: the chosen settings with the gain of each on top of those before it, in order.
         undecided: settings that are predicted a gain worth having, but not for certain. Of those
             that exclude each other, it has the one with the largest predicted gain.
-        others: the reason for each other setting.
+        others: the settings that are left out, with the reason of each.
     """
 
     chosen: dict[Candidate, Ratio]
