@@ -142,7 +142,7 @@ class Trials:
         Args:
             lasts_s: the time after which it is ended, in seconds.
 
-        Returns the samples; there are none if the system does not tell the page faults of a process.
+        Returns the samples; there are none if the system does not tell the faults of a process.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.
