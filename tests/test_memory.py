@@ -34,19 +34,27 @@ def run(*mib: float | None) -> list[Step]:
 
 
 FLAT = run(*[400.0] * 40)
+LARGE = run(*[4000.0] * 40)
 
 
 def test_a_tenth_more_is_allowed_and_no_more() -> None:
-    assert memory.refusal([FLAT] * 2, [run(*[435.0] * 40)] * 2, 1.1) is None
-    why = memory.refusal([FLAT] * 2, [run(*[450.0] * 40)] * 2, 1.1)
+    assert memory.refusal([LARGE] * 2, [run(*[4350.0] * 40)] * 2, 1.1) is None
+    why = memory.refusal([LARGE] * 2, [run(*[4500.0] * 40)] * 2, 1.1)
     assert why is not None
-    assert why.startswith("its peak memory is 1.12 times bare's (450 MiB against 400 MiB; ")
+    assert why.startswith("its peak memory is 1.12 times bare's (4,500 MiB against 4,000 MiB; ")
     assert why.endswith("--memory 1.2 would allow it)")
-    assert memory.refusal([FLAT] * 2, [run(*[450.0] * 40)] * 2, 1.2) is None
+    assert memory.refusal([LARGE] * 2, [run(*[4500.0] * 40)] * 2, 1.2) is None
+
+
+def test_what_the_compiler_takes_once_is_allowed_unless_the_user_says_less() -> None:
+    with_compiler = run(*[500.0] * 40)
+    assert memory.refusal([FLAT] * 2, [with_compiler] * 2, 1.1) is None
+    assert memory.refusal([FLAT] * 2, [with_compiler] * 2, 1.05) is not None
+    assert memory.refusal([FLAT] * 2, [run(*[540.0] * 40)] * 2, 1.1) is not None
 
 
 def test_a_peak_above_the_allowance_must_be_seen_in_two_pairs() -> None:
-    high = run(*[450.0] * 40)
+    high = run(*[550.0] * 40)
     assert memory.refusal([FLAT], [high], 1.1) is None
     assert memory.refusal([FLAT] * 2, [FLAT, run(*[900.0] * 40)], 1.1) is None
     assert memory.refusal([FLAT] * 3, [high, FLAT, high], 1.1) is not None

@@ -153,8 +153,9 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         type=memory_ratio,
         default=memory.ALLOWED,
         metavar="X",
-        help="peak memory that the plan may have, as a multiple of the bare program's "
-        f"(default: {memory.ALLOWED:g})",
+        help="peak memory that the plan may have, as a multiple of the bare program's (default: "
+        f"{memory.ALLOWED:g}; unless X is less, {memory.CONSTANT_BYTES >> 20} MiB more than bare's "
+        "are always allowed)",
     )
     parser.add_argument(
         "--resume",

@@ -126,13 +126,15 @@ def measure_growth(
     quantile = t_quantile((1 + CONFIDENCE) / 2, len(excesses) - 1)
     half_width = quantile * stdev(excesses) / math.sqrt(len(excesses))
     low, high = value - half_width, value + half_width
-    limit = max(allowed * bare_peak - plan_peak, 0.0) / LEAK_STEPS
+    allowed_bytes = memory.limit_bytes(bare_peak, allowed, read_peak)
+    spare_bytes = min(allowed_bytes - plan_peak, (allowed - 1) * bare_peak)
+    limit = max(spare_bytes, 0.0) / LEAK_STEPS
     result: Literal["grows", "stays", "open"] = "open"
     if high <= limit or (value <= limit and low <= 0):
         result = "stays"
     elif is_longer and low > 0 and fmean(excesses[-SEGMENTS // 4 :]) > 0:
         is_long_enough = min(counts) >= LONGER_STEPS and value > limit
-        if is_long_enough or plan_peak > allowed * bare_peak:
+        if is_long_enough or plan_peak > allowed_bytes:
             result = "grows"
     return Growth(result, value, low, high, min(counts), len(counts))
 

@@ -16,6 +16,10 @@ from flatout.wire.record import Step
 ALLOWED = 1.1
 """By default, the peak memory that a plan may have, as a multiple of the bare program's."""
 
+CONSTANT_BYTES = 128 * 2**20
+"""What a plan may take in any case, by default: the modules of torch's compiler, which ``compile``
+and ``replay`` import, and compiled kernels take 80 to 120 MiB, once, whatever the program."""
+
 FEWEST_PAIRS = 2
 """A peak above the allowance counts only if it is seen in this many pairs."""
 
@@ -41,18 +45,20 @@ def refusal(
 ) -> str | None:
     """Return the reason why the peak memory of a plan is too high, as a clause.
 
-    The result is ``None`` if the plan's peak is within what is allowed, if it is above that in
-    fewer than ``FEWEST_PAIRS`` pairs, or if memory was not measured.
+    The result is ``None`` if the plan's peak is within what is allowed (``limit_bytes``), if it is
+    above that in fewer than ``FEWEST_PAIRS`` pairs, or if memory was not measured.
 
     Args:
         bare, plan: the steps of each run of the bare program and of the plan, in pairs.
         allowed: the peak memory that the plan may have, as a multiple of bare's.
     """
     read_peak, bare_peak, plan_peak = find_peaks(bare, plan)
-    if bare_peak is None or plan_peak is None or plan_peak <= allowed * bare_peak:
+    if bare_peak is None or plan_peak is None:
+        return None
+    if plan_peak <= limit_bytes(bare_peak, allowed, read_peak):
         return None
     above = [
-        of_plan > allowed * of_bare
+        of_plan > limit_bytes(of_bare, allowed, read_peak)
         for one, other in zip(bare, plan, strict=False)
         if (of_bare := _peak([one], read_peak)) and (of_plan := _peak([other], read_peak))
     ]
@@ -93,6 +99,20 @@ def find_peaks(
     if None not in peaks:
         return _read_device_peak, *peaks
     return _read_rss_peak, peak_rss_bytes(bare), peak_rss_bytes(plan)
+
+
+def limit_bytes(bare_peak: int, allowed: float, read_peak: Callable[[Step], int | None]) -> float:
+    """Return the peak memory that a plan may have, in bytes.
+
+    Args:
+        bare_peak: the peak of the bare program.
+        allowed: the peak that the plan may have, as a multiple of bare's. Less than ``ALLOWED``
+            means that the user allows no ``CONSTANT_BYTES`` either.
+        read_peak: reads the memory that counts, see ``find_peaks``; an accelerator's is not taken
+            by what the process imports.
+    """
+    has_constant = allowed >= ALLOWED and read_peak is _read_rss_peak
+    return max(allowed * bare_peak, bare_peak + CONSTANT_BYTES * has_constant)
 
 
 def _peak(runs: Sequence[Sequence[Step]], read_peak: Callable[[Step], int | None]) -> int | None:
