@@ -39,6 +39,13 @@ test-torch-%: .venv-torch-%/.installed
 	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)" \
 	    $(CONTROLLER_TESTS:%=--ignore=tests/test_%.py)
 
+# The tests of what stands on torch's internals.
+TORCH_TESTS = compile every_knob kernels loader methods on_demand optim precision profile replay_knob \
+    switch watch
+
+quick-test-torch-%: .venv-torch-%/.installed
+	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)" $(TORCH_TESTS:%=tests/test_%.py)
+
 versions: test-torch-2.9.1 test-torch-2.14.1
 
 # The same at the second and the seventh entry.

@@ -239,6 +239,7 @@ for step in range(100_000):
 
 
 @pytest.mark.measured
+@pytest.mark.tunes
 @pytest.mark.parametrize(("kept_bytes", "why"), [(5 * MIB, "its peak memory is"), (0, None)])
 def test_a_setting_under_which_a_program_leaks_is_refused(
     kept_bytes: int, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
