@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flatout.tune import budget
+from flatout.tune import budget, statistics
 from flatout.tune.budget import (
     GRADIENT_STEPS,
     ProofSize,
@@ -109,3 +109,13 @@ def test_a_small_proof_is_reserved_as_long_as_there_is_nothing_to_prove() -> Non
     stage: Any = SimpleNamespace(_ledger=SimpleNamespace(left_s=30.0), _bare=bare)
     assert ColdTrials._spare_s(stage, {"gc": "seldom"}) == pytest.approx(30 - 5 * 2 * 2)
     assert ColdTrials._spare_s(stage, {}) == pytest.approx(30 - 3 * 2 * 2)
+
+
+def test_a_run_of_a_proof_does_not_mostly_start_up() -> None:
+    """As TabNet's: 13 s of start-up and saving, and a validation after each 12 steps."""
+    pace = Pace(13.0, 0.094, 12)
+    size = size_proof(pace, choose_budget_s(pace), seen_steps=46, job_steps=300)
+    assert size.steps == WARMUP_STEPS + 3 * 12
+    assert size.pairs == statistics.FEWEST_PAIRS
+    fewest_s = 2 * size.pairs * pace.seconds(size.steps)
+    assert fewest_s < 0.7 * choose_budget_s(pace)

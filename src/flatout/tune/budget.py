@@ -27,6 +27,10 @@ WHOLE_SHARE = 0.7
 """Share of the budget in which the fewest pairs must fit if their runs are to cover a whole cycle
 of the program, or all of a short job. Otherwise they cover a part."""
 
+MEASURED_SHARE = 1 / 3
+"""The steps of a run of a proof should take at least this share of what the run takes outside of
+them, if the fewest pairs then fit into ``WHOLE_SHARE``. A run that mostly starts up tells little."""
+
 GRADIENTS_SHARE = 0.15
 """Share of the budget in which the gradients of more than one seed must fit."""
 
@@ -123,8 +127,8 @@ def size_proof(
         pace: the pace of the bare program.
         budget_s: the budget, in seconds.
         seen_steps: the number of steps that the first run has timed. A proof exceeds it only to
-            reach its minimum, a whole cycle or the end of a short job, or if the user asks for
-            more.
+            reach its minimum, a whole cycle, the end of a short job or ``MEASURED_SHARE``, or if
+            the user asks for more.
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
     """
@@ -143,6 +147,9 @@ def size_proof(
     ]
     pairs, steps = next((one for one in in_time if one[1] >= least), in_time[-1])
     steps = max(min(steps, max(seen_steps, least), max(usual, least)), whole)
+    worthwhile = min(int(MEASURED_SHARE * pace.outside_steps_s / pace.step_s), usual)
+    if _is_affordable(pace, worthwhile, budget_s):
+        steps = max(steps, worthwhile)
     if cycle_steps > 1:
         steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
     steps = wanted_steps or min(steps, job_steps or steps)
