@@ -28,8 +28,9 @@ WHOLE_SHARE = 0.7
 of the program, or all of a short job. Otherwise they cover a part."""
 
 MEASURED_SHARE = 1 / 3
-"""The steps of a run of a proof should take at least this share of what the run takes outside of
-them, if the fewest pairs then fit into ``WHOLE_SHARE``. A run that mostly starts up tells little."""
+"""The steps of a run of a proof should take at least this share of the time that the run takes
+outside of them, if the fewest pairs then fit into ``WHOLE_SHARE``. A run that mostly starts up
+tells little."""
 
 GRADIENTS_SHARE = 0.15
 """Share of the budget in which the gradients of more than one seed must fit."""
