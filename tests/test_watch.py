@@ -250,6 +250,19 @@ def test_another_thread_does_not_spoil_the_turns(watched: Watched) -> None:
     assert [(t.forwards, t.backwards, t.updates) for t in watched.closed] == [(1, 1, 1)] * 3
 
 
+def test_backward_passes_of_tracing_are_not_the_programs(watched: Watched) -> None:
+    """``torch.compile`` traces a backward pass, by calling it, in the first forward pass."""
+    net = Net()
+    compiled = torch.compile(net, backend="aot_eager")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        compiled(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    watched.hooks.read()
+    assert [(t.forwards, t.backwards, t.updates) for t in watched.closed] == [(1, 1, 1)] * 3
+    assert all(phase >= 0 for turn in watched.closed for phase in turn.phases_ns)
+
+
 def test_the_next_thread_is_watched_once_the_watched_one_has_ended(watched: Watched) -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

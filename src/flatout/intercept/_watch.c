@@ -111,6 +111,7 @@ typedef struct {
                                   whether it is a root */
     PyObject *roots;           /* dict from id(module) to whether it is a root */
     PyObject *is_grad_enabled; /* torch.is_grad_enabled */
+    PyObject *is_traced; /* whether torch traces the program, as capture.is_traced tells */
     PyObject *tensor_type;     /* torch.Tensor */
     PyObject *script_type;     /* torch.jit.ScriptModule */
     PyObject *disable_modes;   /* torch._C.DisableTorchFunction */
@@ -387,6 +388,7 @@ static void log_dealloc(PyObject *self)
     Py_XDECREF(log->check_root);
     Py_XDECREF(log->roots);
     Py_XDECREF(log->is_grad_enabled);
+    Py_XDECREF(log->is_traced);
     Py_XDECREF(log->tensor_type);
     Py_XDECREF(log->script_type);
     Py_XDECREF(log->disable_modes);
@@ -429,6 +431,7 @@ static PyMemberDef log_members[] = {
     {"check_root", T_OBJECT, offsetof(Log, check_root), 0, NULL},
     {"roots", T_OBJECT, offsetof(Log, roots), 0, NULL},
     {"is_grad_enabled", T_OBJECT, offsetof(Log, is_grad_enabled), 0, NULL},
+    {"is_traced", T_OBJECT, offsetof(Log, is_traced), 0, NULL},
     {"tensor_type", T_OBJECT, offsetof(Log, tensor_type), 0, NULL},
     {"script_type", T_OBJECT, offsetof(Log, script_type), 0, NULL},
     {"disable_modes", T_OBJECT, offsetof(Log, disable_modes), 0, NULL},
@@ -645,6 +648,16 @@ static int append_loss(Log *log, PyObject *args, PyObject *kwargs)
     return appended;
 }
 
+/* Return whether torch traces the program at present, which runs backward passes of its own. */
+static int is_traced(Log *log)
+{
+    PyObject *answer = log->is_traced == NULL ? NULL : PyObject_CallObject(log->is_traced, NULL);
+    int traced = answer == Py_True;
+    Py_XDECREF(answer);
+    PyErr_Clear();
+    return traced;
+}
+
 /* Return whether a call is to be recorded. */
 static int is_recorded(Watch *watch, PyObject *target)
 {
@@ -659,6 +672,10 @@ static int is_recorded(Watch *watch, PyObject *target)
         break;
     case TRANSFER:
         if (target == NULL || !is_true_attribute(target, log->names[IS_CPU]))
+            return 0;
+        break;
+    case BACKWARD:
+        if (depth[BACKWARD] || is_traced(log))
             return 0;
         break;
     default:

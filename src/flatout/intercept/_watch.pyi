@@ -12,6 +12,7 @@ class Log:
     check_root: Callable[[Any], bool | None]
     roots: dict[int, bool]
     is_grad_enabled: Callable[[], bool]
+    is_traced: Callable[[], bool]
     tensor_type: type
     script_type: type
     disable_modes: Callable[[], Any]

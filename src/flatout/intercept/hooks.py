@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from flatout.intercept import _watch
+from flatout.intercept import _watch, capture
 from flatout.intercept.callbacks import StepCallbacks
 from flatout.intercept.containment import contain, strip_frames
 from flatout.intercept.identity import WeakIdentitySet
@@ -108,6 +108,7 @@ class Hooks:
         log.reader = self._on_readable
         self.root_search.prepare()
         log.is_grad_enabled = torch.is_grad_enabled
+        log.is_traced = capture.is_traced
         log.tensor_type = torch.Tensor
         log.script_type = torch.jit.ScriptModule
         log.set_exchange_api(
