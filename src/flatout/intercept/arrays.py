@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,24 @@ def share_no_memory(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor
         read: dense tensors of float32 that are only read. They may share memory: both inputs of an
             addition can receive the same gradient tensor.
     """
-    end_of = dict(sorted(_spans(read)))  # for each start address, the largest end
+    return _are_disjoint(*_starts_and_sizes(written), *_starts_and_sizes(read))
+
+
+_Numbers = tuple[int, ...]
+
+
+def _starts_and_sizes(tensors: Sequence[torch.Tensor]) -> tuple[_Numbers, _Numbers]:
+    """Return the addresses of the tensors and their numbers of elements."""
+    return tuple(map(torch.Tensor.data_ptr, tensors)), tuple(map(torch.Tensor.numel, tensors))
+
+
+@functools.lru_cache(maxsize=8)  # the tensors of an optimizer mostly lie where they lay before
+def _are_disjoint(
+    written_starts: _Numbers, written_sizes: _Numbers, read_starts: _Numbers, read_sizes: _Numbers
+) -> bool:
+    end_of = dict(sorted(_spans(read_starts, read_sizes)))  # for each start, the largest end
     distinct_count = len(end_of)
-    for start, end in _spans(written):
+    for start, end in _spans(written_starts, written_sizes):
         end_of[start] = end
         distinct_count += 1
     ordered = sorted(end_of)
@@ -61,10 +77,9 @@ def share_no_memory(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor
     return len(end_of) == distinct_count and all(map(operator.le, ends, ordered[1:]))
 
 
-def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+def _spans(starts: _Numbers, sizes: _Numbers) -> Iterator[tuple[int, int]]:
     """Yield the first address and the address after the end of each tensor that is not empty."""
-    starts = map(torch.Tensor.data_ptr, tensors)
-    for start, size in zip(starts, map(torch.Tensor.numel, tensors), strict=True):
+    for start, size in zip(starts, sizes, strict=True):
         if size:
             yield start, start + 4 * size
 
