@@ -111,8 +111,10 @@ def limit_bytes(bare_peak: int, allowed: float, read_peak: Callable[[Step], int 
         read_peak: reads the memory that counts, see ``find_peaks``; an accelerator's is not taken
             by what the process imports.
     """
-    has_constant = allowed >= ALLOWED and read_peak is _read_rss_peak
-    return max(allowed * bare_peak, bare_peak + CONSTANT_BYTES * has_constant)
+    limit = allowed * bare_peak
+    if allowed >= ALLOWED and read_peak is _read_rss_peak:
+        limit = max(limit, bare_peak + CONSTANT_BYTES)
+    return limit
 
 
 def _peak(runs: Sequence[Sequence[Step]], read_peak: Callable[[Step], int | None]) -> int | None:
