@@ -35,13 +35,13 @@ class Settings(NamedTuple):
     Attributes:
         python: of all programs, flatout's controller apart.
         rounds: of all arms, a seed each.
-        budget: of each tune; ``None``: flatout chooses it.
+        budget: of each tune.
         arms: these only; ``None``: all.
     """
 
     python: Path
     rounds: int
-    budget: str | None
+    budget: str
     arms: Sequence[str] | None
 
 

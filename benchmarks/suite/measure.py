@@ -202,11 +202,10 @@ def _peers(python: str) -> list[str]:
     return [line for line in listed.stdout.splitlines() if line.partition("==")[0] in PEERS]
 
 
-def tune(command: Sequence[str], budget: str | None, folder: Path) -> dict[str, Any]:
+def tune(command: Sequence[str], budget: str, folder: Path) -> dict[str, Any]:
     """Tune a command: the plan's text, what it claims, and what the tune took."""
     plan, document = folder / "flatout.toml", folder / "found.json"
-    options = ["--plan", str(plan), "--json", str(document)]
-    options += [] if budget is None else ["--budget", budget]
+    options = ["--budget", budget, "--plan", str(plan), "--json", str(document)]
     began_s = time.monotonic()
     _flatout(["tune", *options, "--", *command], folder)
     found = Document.read(document)
