@@ -108,7 +108,7 @@ class StepCallbacks:
     """Calls the callbacks around forward calls, backward calls and optimizer steps.
 
     If there are no callbacks, the original is called directly. No callback is called while a CUDA
-    graph is captured, and no forward wrapper while the program is traced.
+    graph is captured, and no wrapper while the program is traced.
 
     Args:
         log: the event log that the watches write to. The watches call the functions that this class
@@ -240,7 +240,7 @@ class StepCallbacks:
     ) -> Any:
         """Make a backward call; ``original`` is torch's function."""
         call = original
-        if is_active and not is_capturing():
+        if is_active and not is_traced() and not is_capturing():
             for entry in self.backward_wrappers.entries:
                 call = self._wrap_backward(entry, call)
         return call(*args, **kwargs)
