@@ -1,9 +1,12 @@
 """For all tests."""
 
+import atexit
 import ctypes
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +14,12 @@ import pytest
 # Two processes of tests on two cores would wait for each other's OpenMP threads, which spin. Set
 # before torch is imported, and for all programs that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Kernels are compiled and the machine is measured once for all tests, whatever FLATOUT_HOME they set.
+# The first process of pytest makes the folder, and its workers inherit the variable.
+if "FLATOUT_CACHE" not in os.environ:
+    os.environ["FLATOUT_CACHE"] = tempfile.mkdtemp(prefix="flatout-tests-")
+    atexit.register(shutil.rmtree, os.environ["FLATOUT_CACHE"], ignore_errors=True)
 
 # A shell that starts the tests in the background has them ignore SIGINT, and so every child; nohup
 # has them ignore SIGHUP.

@@ -23,6 +23,7 @@ JOB_VERBS = [name for name, verb in verbs().items() if verb.TAKES_JOB]
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLATOUT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FLATOUT_CACHE")
     return tmp_path / "home"
 
 

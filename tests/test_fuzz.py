@@ -433,11 +433,11 @@ def test_measured_ceilings(
 ) -> None:
     """What cannot be read is measured anew, and it is said."""
     measured = machine.Ceilings("python", "2.9", 2, {"float32": 1.0}, 2.0, None, {}, 3.0, {})
-    monkeypatch.setenv("FLATOUT_HOME", str(folder / "home"))
+    monkeypatch.setenv("FLATOUT_CACHE", str(folder))
     monkeypatch.setattr(machine, "_torch_version", lambda _: "2.9")
     monkeypatch.setattr(machine, "_measure", lambda _: measured)
     machine.ceilings("python")
-    path = folder / "home" / "cache" / "machine.json"
+    path = folder / "machine.json"
     whole = json.loads(path.read_text())
 
     @fuzzed(1000)

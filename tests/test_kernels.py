@@ -25,8 +25,8 @@ from tests.hosts import host_in
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
-    return tmp_path / "cache" / "kernels"
+    monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path))
+    return tmp_path / "kernels"
 
 
 def test_a_kernel_is_built_once(empty_cache: Path) -> None:

@@ -74,6 +74,7 @@ def test_the_faster_optimizer_stays_on_and_the_training_is_the_same(tmp_path: Pa
     assert "not applied" not in again.stderr
 
 
+@pytest.mark.long
 def test_a_program_that_ends_too_early_teaches_nothing(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(MANY_TENSORS.replace("STEPS", "30"))
     done = flatout("run", "--tune", "--", sys.executable, "program.py", folder=tmp_path)

@@ -41,6 +41,7 @@ REPORT = {
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stands for the measurement, which takes seconds; the list tells how often it was made."""
+    monkeypatch.delenv("FLATOUT_CACHE")
     monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
     made: list[str] = []
     run = subprocess.run

@@ -828,7 +828,7 @@ def test_without_a_compiler_the_library_steps_as_torch_does_and_says_so_once(
     done = [
         subprocess.run(
             [sys.executable, "-c", WITHOUT_COMPILER, which],
-            env={**os.environ, "CC": "/bin/false", "FLATOUT_HOME": str(tmp_path)},
+            env={**os.environ, "CC": "/bin/false", "FLATOUT_CACHE": str(tmp_path)},
             capture_output=True,
             text=True,
             timeout=120,

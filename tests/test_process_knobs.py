@@ -388,10 +388,10 @@ def test_medium_leaves_a_choice_of_the_program_alone(host: Host) -> None:
 def test_kernels_are_built_and_variables_known_before_the_job_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FLATOUT_HOME", str(tmp_path))
+    monkeypatch.setenv("FLATOUT_CACHE", str(tmp_path))
     request = Request(comparison=Comparison(arms=({}, {"random": "fast"})))
     assert knobs.prepare(request, {}) == {}
-    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
     assert knobs.prepare(Request(settings={"allocator": "hugepages"}), {}) == {
         "GLIBC_TUNABLES": allocator.TUNABLES["hugepages"]
     }

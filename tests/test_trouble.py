@@ -49,10 +49,11 @@ def flatout(
 ) -> subprocess.CompletedProcess[str]:
     (folder / "program.py").write_text(PROGRAM.replace("ATTHEEND", at_the_end))
     words = [sys.executable, "-m", "flatout", *verb, "--", sys.executable, "program.py"]
+    places = {"FLATOUT_HOME": str(folder / "home"), "FLATOUT_CACHE": str(folder / "home/cache")}
     return subprocess.run(
         in_namespace(mounting, words, folder) if mounting else words,
         cwd=folder,
-        env={**os.environ, "FLATOUT_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **places, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -113,7 +114,7 @@ def test_doctor_and_tune_need_a_folder_for_the_record(verb: str, tmp_path: Path)
     "verb", [["tune", "--plan", "home/plan.toml"], ["doctor", "--json", "home/found.json"]]
 )
 def test_results_need_a_place_before_the_program_runs(verb: list[str], tmp_path: Path) -> None:
-    done = flatout(verb, tmp_path, f"{READ_ONLY} && export FLATOUT_HOME=/tmp")
+    done = flatout(verb, tmp_path, f"{READ_ONLY} && export FLATOUT_HOME=/tmp FLATOUT_CACHE=/tmp")
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot be written: it is read-only here" in own_sentence(done)
 

@@ -193,6 +193,7 @@ for step in range(1000):
 
 @pytest.mark.measured
 @pytest.mark.usefixtures("two_pairs")
+@pytest.mark.long
 def test_slow_steps_are_not_compared_for_what_a_replay_predicts(tmp_path: Path) -> None:
     options = Options(
         budget_seconds=150,
@@ -504,6 +505,7 @@ def test_a_proof_that_was_interrupted_does_not_blame_the_time() -> None:
     assert why == "it was interrupted before two pairs were complete"
 
 
+@pytest.mark.long
 def test_a_budget_that_is_too_short_for_a_trial_is_said_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

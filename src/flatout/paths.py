@@ -1,7 +1,7 @@
 """Where flatout keeps its own files: records and tunes (state) and what can be made again (cache).
 
-``FLATOUT_HOME`` holds both when it is set; otherwise the XDG base directories
-(https://specifications.freedesktop.org/basedir-spec/latest/).
+``FLATOUT_HOME`` holds both when it is set, and ``FLATOUT_CACHE`` the cache; otherwise the XDG base
+directories (https://specifications.freedesktop.org/basedir-spec/latest/).
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def tunes_directory() -> Path:
 
 
 def cache_directory() -> Path:
-    """Where measured ceilings and the scratch of isolated runs are."""
+    """Where measured ceilings, compiled kernels and the scratch of isolated runs are."""
+    cache = os.environ.get("FLATOUT_CACHE")
+    if cache:
+        return Path(cache).absolute()
     home = os.environ.get("FLATOUT_HOME")
     return Path(home) / "cache" if home else _base("XDG_CACHE_HOME", ".cache")
 
