@@ -15,7 +15,7 @@ import pytest
 # before torch is imported, and for all programs that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Kernels are compiled and the machine is measured once for all tests, whatever FLATOUT_HOME they set.
+# Kernels are compiled, and the machine is measured, once for all tests with any FLATOUT_HOME.
 # The first process of pytest makes the folder, and its workers inherit the variable.
 if "FLATOUT_CACHE" not in os.environ:
     os.environ["FLATOUT_CACHE"] = tempfile.mkdtemp(prefix="flatout-tests-")

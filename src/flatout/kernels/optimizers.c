@@ -85,7 +85,8 @@ static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int6
 /* Define a function for Python. It computes the coefficients k of each tensor from the options o,
    and runs the kernel that `choose` selects. It returns DONE, NO_MEMORY, or NOT_FINITE if a
    coefficient is not finite (for most of these, torch raises an error of its own). If it does not
-   return DONE, nothing has been written. */
+   return DONE, nothing has been written. With no threads, nothing is written in any case: it is only
+   found out whether all coefficients are finite. */
 #define OPTIMIZER(name, choose)                                                                   \
     int name(void *const *rows, const int64_t *sizes, int64_t count, const double *o,             \
              int threads) {                                                                       \
@@ -100,11 +101,12 @@ static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int6
             name##_prepare(tensors + i, o);                                                       \
             if (tensors[i].is_not_finite) status = NOT_FINITE;                                    \
         }                                                                                         \
-        for (int64_t i = 0; i < count && status == DONE; i++)                                     \
+        const int steps = status == DONE && threads > 0;                                          \
+        for (int64_t i = 0; i < count && steps; i++)                                              \
             for (int n = 0; n < NUMBERS; n++)                                                     \
                 if (tensors[i].numbers[n].at)                                                     \
                     *tensors[i].numbers[n].at = tensors[i].numbers[n].value;                      \
-        if (status == DONE) run(choose, tensors, sizes, count, parts, threads);                   \
+        if (steps) run(choose, tensors, sizes, count, parts, threads);                   \
         free(parts);                                                                              \
         free(tensors);                                                                            \
         return status;                                                                            \

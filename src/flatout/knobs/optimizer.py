@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept import handled_calls
 from flatout.intercept.patch import Undo
+from flatout.kernels import extensions
 from flatout.knob import OPTIMIZER_STEP, Card, Facts, Knob, Match
 
 if TYPE_CHECKING:
@@ -53,10 +56,27 @@ def apply(host: Host, setting: str) -> Undo:
     override = functional.Override(
         stepper, host.applied.on_failure_of(NAME), report_skipped, count_step
     )
-    undo, missing = functional.override_all(override)
-    for name in missing:
-        report_skipped(name, "the program has replaced torch's function for this optimizer")
-    return undo
+    with contextlib.ExitStack() as undo:
+        undo_functions, missing = functional.override_all(override)
+        undo.callback(undo_functions)
+        for name in missing:
+            report_skipped(name, "the program has replaced torch's function for this optimizer")
+        if setting == "onepass":
+            undo.callback(_prepare_steps(host, count_step))
+        return undo.pop_all().close
+
+
+def _prepare_steps(host: Host, on_step: Callable[[], None]) -> Undo:
+    """Make the steps in one call of C++, where that can be compiled."""
+    from flatout.optim import functional, prepared
+
+    try:
+        native = extensions.load("steps")
+    except kernels.KernelError as error:
+        host.events.add("noticed", NAME, f"torch's own code collects what a step needs: {error}")
+        return lambda: None
+    on_failure = host.applied.on_failure_of(NAME)
+    return prepared.PreparedSteps(native, functional.SERIAL_BELOW, on_failure, on_step).install()
 
 
 KNOB = Knob(

@@ -30,6 +30,7 @@ import torch
 
 from flatout.intercept import arrays
 from flatout.intercept.containment import attempt
+from flatout.optim import prepared
 
 SERIAL_BELOW = 32768
 """Groups with fewer elements are stepped on one thread: waking the others takes as long."""
@@ -395,7 +396,8 @@ class OnePass:
         threads = torch.get_num_threads() if sum(sizes) >= SERIAL_BELOW else 1
         option_array = array("d", options)
         torch.autograd.graph.increment_version(itertools.chain(columns[0], *columns[2:]))
-        status: int = self._kernels[form.name](
+        kernel = self._kernels[form.name]
+        status: int = kernel(
             addresses.buffer_info()[0],
             sizes.buffer_info()[0],
             count,
@@ -404,6 +406,17 @@ class OnePass:
         )
         if status < 0:
             raise MemoryError
+        if prepared.is_noting() and not status:
+            by_slot = {slots[name]: column for name, column in zip(names, columns, strict=True)}
+            prepared.note(
+                prepared.StepOfGroup(
+                    ctypes.cast(kernel, ctypes.c_void_p).value or 0,
+                    [by_slot.get(slot) for slot in range(SLOTS)],
+                    [slots[name] for name in (*form.scalars, "state_steps") if name in slots],
+                    options,
+                    form.options,
+                )
+            )
         return not status
 
 
