@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flatout import kernels
 from flatout.errors import RefusedError
 from flatout.intercept.patch import Undo
 from flatout.knob import Card, Facts, Knob, Match
@@ -93,7 +94,12 @@ def apply(host: Host, setting: str) -> Undo:
     if setting == "batched":
         from flatout.knobs.loader.batched import BatchedFetch
 
-        return BatchedFetch(host.applied.on_failure_of(NAME)).install()
+        try:
+            library = kernels.load("rows")
+        except kernels.KernelError as error:
+            host.events.add("noticed", NAME, f"torch copies the rows of batches: {error}")
+            library = None
+        return BatchedFetch(host.applied.on_failure_of(NAME), library).install()
     if setting == "cache":
         from flatout.knobs.loader.cache import SampleCache
 
@@ -198,5 +204,6 @@ KNOB = Knob(
     shares_cpus=True,
     background_settings=("workers",),
     claims=("the fetching of loaders",),
+    kernels=("rows",),
     memory_settings=("cache",),
 )

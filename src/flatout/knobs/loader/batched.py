@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from flatout.intercept.patch import Undo, wrap_function
 from flatout.intercept.purity import is_torchs_own
 from flatout.knobs.loader import recipe
 from flatout.knobs.loader.recipe import CASTS, INDEX, Group, Made, Number, Recipe, Row
+from flatout.knobs.loader.rows import Rows
 
 CHECKED_BATCHES = 2
 """So many batches of a dataset that the program has written are fetched in both ways and compared,
@@ -69,10 +71,14 @@ class BatchedFetch:
 
     Args:
         on_failure: called with the exception if this fails; torch then fetches the batch.
+        library: compiled from ``kernels/rows.c``, or ``None``.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, on_failure: Callable[[Exception], None], library: ctypes.CDLL | None = None
+    ) -> None:
         self._on_failure = on_failure
+        self._rows = Rows(library)
         self._recipes: WeakIdentityDict[Any, Recipe] = WeakIdentityDict()
         self._checked: WeakIdentityDict[Any, int] = WeakIdentityDict()
 
@@ -128,9 +134,18 @@ class BatchedFetch:
         if hasattr(dataset, "__getitems__"):
             raise _NotBatchedError
         if kind is data.TensorDataset:
-            return _select_rows(dataset.tensors, indices)
+            return self._select_rows(dataset.tensors, indices)
         batch = self._follow_recipe(dataset, indices)
         followed.append(dataset)
+        return batch
+
+    def _select_rows(self, tensors: Any, indices: Any) -> list[torch.Tensor]:
+        if type(tensors) is not tuple or not tensors or not all(map(_is_plain, tensors)):
+            raise _NotBatchedError
+        _demand_integers(indices)
+        batch = self._rows.take(tensors, indices)
+        if batch is None:
+            raise _NotBatchedError
         return batch
 
     def _collate_parts(self, dataset: Any, indices: Any, followed: list[Any]) -> Any:
@@ -166,20 +181,11 @@ class BatchedFetch:
                 raise _NotBatchedError
             self._recipes[dataset] = known
             self._checked[dataset] = 0
-        if type(indices) is not list or not indices or not all(type(i) is int for i in indices):
-            raise _NotBatchedError
+        _demand_integers(indices)
         try:
             return _collate_part(known.sample, attributes, indices)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise _NotBatchedError from error  # torch raises it where the program expects it
-
-
-def _select_rows(tensors: Any, indices: Any) -> list[torch.Tensor]:
-    if type(tensors) is not tuple or not all(map(_is_plain, tensors)):
-        raise _NotBatchedError
-    _demand_within(indices, min(len(tensor) for tensor in tensors))
-    wanted = torch.tensor(indices, device="cpu")
-    return [tensor.index_select(0, wanted) for tensor in tensors]
 
 
 def _select(subset_indices: Any, indices: Any) -> list[int]:
@@ -192,8 +198,14 @@ def _select(subset_indices: Any, indices: Any) -> list[int]:
 
 def _demand_within(indices: Any, length: int) -> None:
     """Demand a list of integers from 0 to ``length - 1`` that is not empty."""
-    is_list = type(indices) is list and bool(indices) and all(type(i) is int for i in indices)
-    if not (is_list and min(indices) >= 0 and max(indices) < length):
+    _demand_integers(indices)
+    if min(indices) < 0 or max(indices) >= length:
+        raise _NotBatchedError
+
+
+def _demand_integers(indices: Any) -> None:
+    """Demand a list of integers that is not empty."""
+    if type(indices) is not list or set(map(type, indices)) != {int}:
         raise _NotBatchedError
 
 
