@@ -8,12 +8,15 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ScalarOps.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 namespace py = pybind11;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 namespace {
@@ -188,7 +191,10 @@ class CallList {
   int slot_count_ = 0;
 };
 
-struct Pass : torch::CustomClassHolder {
+// What a saved output is.
+enum Kind { INPUT, WRITTEN_INPUT, RETURNED, INTERMEDIATE };
+
+struct Pass : c10::intrusive_ptr_target {
   ~Pass() override {
     if (!Py_IsInitialized()) {
       again.release();
@@ -205,8 +211,9 @@ struct Pass : torch::CustomClassHolder {
   std::vector<size_t> tangents;                    // outputs whose gradients backward is given
   py::function again; // makes the same calls under autograd
   std::vector<size_t> written;       // inputs that the forward list writes
-  std::vector<size_t> saved_written; // outputs that are saved, and are inputs that forward writes
+  std::vector<int> kinds;            // of the outputs that are saved
   std::vector<size_t> viewed;        // inputs of which backward uses a view
+  std::vector<size_t> viewed_outputs; // returned outputs that backward uses, or uses a view of
   std::vector<size_t> repeated_inputs; // inputs that have a further gradient each
   std::vector<size_t> unused; // differentiable outputs whose gradients backward is not given
   bool draws_numbers = false;
@@ -251,57 +258,84 @@ class GeneratorState {
 
 variable_list make_again(const Pass& pass, const variable_list& inputs);
 
-// Its inputs are those of the forward list, and the inputs that are used several times once more for
-// each further use: autograd adds up the gradients of all uses one by one, also over several passes.
-struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
-  static variable_list forward(AutogradContext* ctx, PassPointer pass, at::TensorList all_inputs) {
-    auto inputs = all_inputs.slice(0, all_inputs.size() - pass->repeated_inputs.size());
-    if (pass->draws_numbers) ctx->saved_data["generator"] = GeneratorState::get();
-    auto outputs = pass->forward.run(to_slots(inputs, pass->forward));
-    // Torch's own operators write such tensors without counting it.
-    for (size_t i : pass->saved_written) outputs[i] = outputs[i].variable_data();
-    ctx->save_for_backward({outputs.begin() + pass->returned, outputs.end()});
-    outputs.resize(pass->returned);
-    std::vector<int64_t> versions;
-    for (size_t i : pass->viewed) versions.push_back(inputs[i]._version());
-    ctx->saved_data["versions"] = versions;
-    ctx->saved_data["inputs"] = inputs.vec();
-    ctx->saved_data["pass"] = c10::IValue::make_capsule(pass);
-    ctx->set_materialize_grads(false);
-    variable_list constant;
-    for (size_t i = 0; i < outputs.size(); ++i)
-      if (!pass->is_differentiable[i]) constant.push_back(outputs[i]);
-    if (!constant.empty()) ctx->mark_non_differentiable(constant);
-    return outputs;
+torch::autograd::Edge edge_of(const at::Tensor& input) {
+  return input.requires_grad() ? torch::autograd::impl::gradient_edge(input)
+                               : torch::autograd::Edge();
+}
+
+// What a pass has saved for its backward. While the program hooks what is saved
+// (torch.autograd.graph.saved_tensors_hooks), all of it goes through SavedVariable. Otherwise only
+// inputs do, of which torch counts what is written to them: nobody else has the rest.
+struct Saved {
+  at::Tensor own;
+  SavedVariable of_program;
+  bool is_own = false;
+};
+
+// The node of a pass in the graph of autograd. Its inputs are those of the forward list, and the
+// inputs that are used several times once more for each further use: autograd adds up the gradients
+// of all uses one by one, also over several passes.
+class ReplayedPass : public torch::autograd::Node {
+ public:
+  ReplayedPass(PassPointer pass, variable_list inputs)
+      : pass_(std::move(pass)), inputs_(std::move(inputs)) {}
+
+  std::string name() const override { return "ReplayedPassBackward"; }
+
+  // Saves the outputs of the forward list from `pass->returned` on, and the generator's state before.
+  void save(variable_list& outputs, at::Tensor generator) {
+    generator_ = std::move(generator);
+    for (size_t i : pass_->viewed) watch(inputs_[i]);
+    for (size_t i : pass_->viewed_outputs) watch(outputs[i].detach());
+    const bool are_hooked = at::SavedTensorDefaultHooks::is_enabled() &&
+        at::SavedTensorDefaultHooks::get_hooks().has_value();
+    saved_.resize(outputs.size() - pass_->returned);
+    for (size_t k = 0; k < saved_.size(); ++k) {
+      at::Tensor output = std::move(outputs[pass_->returned + k]);
+      const int kind = pass_->kinds[k];
+      if (kind == WRITTEN_INPUT) output = output.variable_data(); // nor does torch count its writes
+      if (kind == RETURNED) output = output.detach(); // without this node, which would hold itself
+      saved_[k].is_own = kind != INPUT && !are_hooked;
+      if (saved_[k].is_own)
+        saved_[k].own = std::move(output);
+      else
+        saved_[k].of_program = SavedVariable(output, /*is_output=*/false);
+    }
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    auto pass = c10::static_intrusive_pointer_cast<Pass>(ctx->saved_data["pass"].toCapsule());
-    auto saved = ctx->get_saved_variables();
-    auto inputs = ctx->saved_data["inputs"].toTensorVector();
-    auto versions = ctx->saved_data["versions"].toIntVector();
-    for (size_t k = 0; k < versions.size(); ++k)
-      TORCH_CHECK(inputs[pass->viewed[k]]._version() == versions[k],
+  variable_list apply(variable_list&& gradients) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    for (const auto& [tensor, version] : watched_)
+      TORCH_CHECK(tensor._version() == version,
                   "one of the variables needed for gradient computation has been modified by an "
                   "inplace operation");
     bool is_usual = !at::GradMode::is_enabled();
-    for (size_t i : pass->tangents) is_usual = is_usual && gradients[i].defined();
-    for (size_t i : pass->unused) is_usual = is_usual && !gradients[i].defined();
-    auto generator = ctx->saved_data.find("generator");
-    auto found = is_usual
-        ? replay(*pass, saved, gradients)
-        : repeat(*pass, inputs, gradients,
-                 generator == ctx->saved_data.end() ? at::Tensor() : generator->second.toTensor());
-    found.resize(inputs.size() + pass->repeated_inputs.size());
-    found.insert(found.begin(), at::Tensor()); // of the pass, which has no gradient
+    for (size_t i : pass_->tangents) is_usual = is_usual && gradients[i].defined();
+    for (size_t i : pass_->unused) is_usual = is_usual && !gradients[i].defined();
+    auto found = is_usual ? replay(gradients) : repeat(*pass_, inputs_, gradients, generator_);
+    found.resize(inputs_.size() + pass_->repeated_inputs.size());
     return found;
   }
 
-  static variable_list replay(const Pass& pass, const variable_list& saved,
-                              const variable_list& gradients) {
-    auto slots = to_slots(saved, pass.backward);
-    for (size_t i : pass.tangents) slots.emplace_back(gradients[i]);
-    return pass.backward.run(std::move(slots));
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_released_ = true;
+    saved_.clear();
+    watched_.clear();
+    inputs_.clear();
+    generator_.reset();
+  }
+
+ private:
+  void watch(const at::Tensor& tensor) { watched_.emplace_back(tensor, tensor._version()); }
+
+  variable_list replay(variable_list& gradients) {
+    Slots slots;
+    slots.reserve(pass_->backward.slot_count());
+    for (auto& one : saved_) slots.emplace_back(one.is_own ? one.own : one.of_program.unpack());
+    for (size_t i : pass_->tangents) slots.emplace_back(std::move(gradients[i]));
+    return pass_->backward.run(std::move(slots));
   }
 
   // Makes the calls of forward again under autograd, and takes its gradients.
@@ -338,7 +372,60 @@ struct ReplayedPass : torch::autograd::Function<ReplayedPass> {
     for (size_t k = 0; k < places.size(); ++k) result[places[k]] = found[k];
     return result;
   }
+
+  PassPointer pass_;
+  variable_list inputs_;
+  std::vector<Saved> saved_;
+  std::vector<std::pair<at::Tensor, int64_t>> watched_; // which must keep these versions
+  at::Tensor generator_;
+  bool is_released_ = false;
 };
+
+// Torch holds nodes by one of two kinds of pointers, depending on its version.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <class Pointer, class Node = ReplayedPass>
+Pointer make_node(PassPointer pass, variable_list inputs) {
+  auto* node = new Node(std::move(pass), std::move(inputs));
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return Pointer(node, [](auto* one) { deleteNode(one); });
+  else
+    return Pointer::unsafe_steal_from_new(node);
+}
+
+template <class Pointer>
+void tell_hooks_of(const Pointer& node) {
+  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+}
+
+variable_list run_pass(const PassPointer& pass, variable_list inputs) {
+  const bool records = pass->has_backward && at::GradMode::is_enabled() &&
+      std::any_of(inputs.begin(), inputs.end(), [](const auto& one) { return one.requires_grad(); });
+  at::Tensor generator;
+  if (records && pass->draws_numbers) generator = GeneratorState::get();
+  variable_list outputs;
+  {
+    at::AutoGradMode without_gradients(false);
+    outputs = pass->forward.run(to_slots(inputs, pass->forward));
+  }
+  if (!records) {
+    outputs.resize(pass->returned);
+    return outputs;
+  }
+  torch::autograd::edge_list edges;
+  edges.reserve(inputs.size() + pass->repeated_inputs.size());
+  for (const auto& input : inputs) edges.push_back(edge_of(input));
+  for (size_t i : pass->repeated_inputs) edges.push_back(edge_of(inputs[i]));
+  auto node = make_node<NodePointer>(pass, std::move(inputs));
+  auto& own = static_cast<ReplayedPass&>(*node);
+  own.set_next_edges(std::move(edges));
+  for (size_t i = 0; i < pass->returned; ++i)
+    torch::autograd::set_history(pass->is_differentiable[i] ? outputs[i] : at::Tensor(), node);
+  own.save(outputs, std::move(generator));
+  tell_hooks_of(node);
+  outputs.resize(pass->returned);
+  return outputs;
+}
 
 variable_list make_again(const Pass& pass, const variable_list& inputs) {
   py::gil_scoped_acquire acquire;
@@ -356,8 +443,8 @@ struct PythonPass {
 
   void set_backward(py::function again, std::vector<bool> is_differentiable,
                     std::vector<size_t> tangents, std::vector<size_t> written,
-                    std::vector<size_t> saved_written, std::vector<size_t> viewed,
-                    std::vector<size_t> repeated_inputs) {
+                    std::vector<int> kinds, std::vector<size_t> viewed,
+                    std::vector<size_t> viewed_outputs, std::vector<size_t> repeated_inputs) {
     pass->again = std::move(again);
     pass->has_backward = true;
     pass->is_differentiable = std::move(is_differentiable);
@@ -367,29 +454,49 @@ struct PythonPass {
           std::find(pass->tangents.begin(), pass->tangents.end(), i) == pass->tangents.end())
         pass->unused.push_back(i);
     pass->written = std::move(written);
-    pass->saved_written = std::move(saved_written);
+    pass->kinds = std::move(kinds);
     pass->viewed = std::move(viewed);
+    pass->viewed_outputs = std::move(viewed_outputs);
     pass->repeated_inputs = std::move(repeated_inputs);
   }
-
-  py::tuple operator()(const py::args& arguments) const {
-    variable_list inputs;
-    inputs.reserve(arguments.size() + pass->repeated_inputs.size());
-    for (auto argument : arguments) inputs.push_back(THPVariable_Unpack(argument.ptr()));
-    for (size_t i : pass->repeated_inputs) inputs.push_back(inputs[i]);
-    variable_list outputs;
-    {
-      py::gil_scoped_release release;
-      outputs = pass->has_backward
-          ? ReplayedPass::apply(pass, at::TensorList(inputs))
-          : pass->forward.run(to_slots(inputs, pass->forward));
-    }
-    py::tuple result(pass->returned);
-    for (size_t i = 0; i < pass->returned; ++i)
-      result[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(outputs[i]));
-    return result;
-  }
 };
+
+// The function that runs a pass, without pybind11's search for overloads. `self` is a capsule.
+PyObject* call_pass(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  auto& pass = *static_cast<PassPointer*>(PyCapsule_GetPointer(self, nullptr));
+  variable_list inputs;
+  inputs.reserve(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    TORCH_CHECK_TYPE(THPVariable_Check(arguments[i]), "a pass takes tensors");
+    inputs.push_back(THPVariable_Unpack(arguments[i]));
+  }
+  variable_list outputs;
+  {
+    pybind11::gil_scoped_release release;
+    outputs = run_pass(pass, std::move(inputs));
+  }
+  PyObject* result = PyTuple_New(outputs.size());
+  if (result == nullptr) return nullptr;
+  for (size_t i = 0; i < outputs.size(); ++i)
+    PyTuple_SET_ITEM(result, i, THPVariable_Wrap(std::move(outputs[i])));
+  return result;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef call_pass_definition = {
+    "replayed_pass", (PyCFunction)(void*)call_pass, METH_FASTCALL, nullptr};
+
+py::object to_function(const PythonPass& python) {
+  auto* pointer = new PassPointer(python.pass);
+  auto* capsule = PyCapsule_New(pointer, nullptr, [](PyObject* own) {
+    delete static_cast<PassPointer*>(PyCapsule_GetPointer(own, nullptr));
+  });
+  auto* function = PyCFunction_New(&call_pass_definition, capsule);
+  Py_XDECREF(capsule);
+  if (function == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(function);
+}
 
 } // namespace
 
@@ -416,5 +523,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "repetitions", [](const PythonPass& self) { return self.pass->repetitions.load(); })
       .def_property_readonly("used", [](const PythonPass& self) { return self.pass->used.load(); })
       .def("set_backward", &PythonPass::set_backward)
-      .def("__call__", &PythonPass::operator());
+      .def_property_readonly("function", &to_function)
+      .def("__call__", [](const PythonPass& self, const py::args& arguments) {
+        return to_function(self)(*arguments);
+      });
 }

@@ -96,6 +96,7 @@ class ReplayedCalls:
         self._say = say
         self._capturing = capturing
         self._graphs: list[Graph] = []
+        self._passes: dict[str, Any] = {}
         self._hits = self._misses = 0
         self._seen: Counter[Any] = Counter()
         self._specialised: WeakIdentityDict[Any, bool] = WeakIdentityDict()
@@ -158,11 +159,11 @@ class ReplayedCalls:
         for entry in _debug_get_cache_entry_list(self._traced.__code__):
             replayed, of_pass = None, ""
             for name in entry.code.co_names:
-                function = getattr(variables.get(name), "_torchdynamo_orig_callable", None)
-                if isinstance(function, self._native.Pass):
-                    variables[name] = function  # without the wrapper that turns Dynamo off in it
-                if isinstance(variables.get(name), self._native.Pass):
-                    replayed, of_pass = variables[name], name
+                passed = getattr(variables.get(name), "_torchdynamo_orig_callable", None)
+                if isinstance(passed, self._native.Pass):
+                    self._set_pass(name, passed)
+                if name in self._passes:
+                    replayed, of_pass = self._passes[name], name
             run = types.FunctionType(entry.code, variables)
             guards = entry.guard_manager
             graph = Graph(guards, guards.root.check, run, of_pass, replayed)
@@ -174,6 +175,11 @@ class ReplayedCalls:
                 f"graph {len(self._graphs)} of at most {MOST_GRAPHS}: {len(newest.forward)} "
                 f"operators forward, {len(newest.backward)} backward",
             )
+
+    def _set_pass(self, name: str, passed: Any) -> None:
+        """Let what Dynamo has made call a pass, without the wrapper that turns Dynamo off in it."""
+        self._passes[name] = passed
+        self._traced.__globals__[name] = passed.function
 
     def look_at_backward(self) -> None:
         """Capture passes for the gradients that they were given, if these are fewer, or leave the
@@ -200,7 +206,7 @@ class ReplayedCalls:
             self._say("noticed", f"has no graph for the gradients of some outputs: {error}")
             return graph._replace(is_specialised=True)
         self._specialised[made] = True
-        self._traced.__globals__[graph.name] = made
+        self._set_pass(graph.name, made)
         return graph._replace(replayed=made, is_specialised=True)
 
     def leave_alone(self, why: str) -> None:

@@ -8,6 +8,7 @@ computed again, so that the lists make the very calls that autograd would make.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import operator
 from collections import Counter
@@ -223,8 +224,9 @@ def _to_pass(
         list(is_differentiable) or has_gradient,
         tangents,
         list(metadata.mutated_graph_handled_indices),
-        [place for place in range(result.returned, len(outputs)) if outputs[place] in written],
-        _find_viewed_inputs(inputs, saved, written),
+        [int(_find_kind(node, inputs, written, outputs[: result.returned])) for node in saved],
+        _find_viewed(inputs, saved, written),
+        _find_used_outputs(outputs[: result.returned], saved),
         repeated_inputs,
     )
     return result
@@ -356,7 +358,41 @@ def _find_results(node: fx.Node) -> tuple[list[fx.Node | None], bool]:
     return [taken.get(place) for place in range(count)], is_list
 
 
-def _find_viewed_inputs(
+class _Kind(enum.IntEnum):
+    """What a saved output is, as ``kernels/replay.cpp`` numbers it."""
+
+    INPUT = 0
+    WRITTEN_INPUT = 1
+    RETURNED = 2
+    INTERMEDIATE = 3
+
+
+def _find_kind(
+    node: fx.Node | None,
+    inputs: Sequence[fx.Node],
+    written: Collection[fx.Node],
+    returned: Sequence[fx.Node | None],
+) -> _Kind:
+    if node in written:
+        return _Kind.WRITTEN_INPUT
+    if node in inputs:
+        return _Kind.INPUT
+    return _Kind.RETURNED if node in returned else _Kind.INTERMEDIATE
+
+
+def _bases(node: fx.Node | None) -> Iterator[Any]:
+    """Yield a node and what it is a view of."""
+    base: Any = node
+    while base is not None:
+        yield base
+        is_view = base.op == "call_function" and (
+            getattr(base.target, "overloadpacket", None) in VIEWS
+            or base.target is operator.getitem
+        )
+        base = base.args[0] if is_view else None
+
+
+def _find_viewed(
     inputs: Sequence[fx.Node], saved: Sequence[fx.Node | None], written: Collection[fx.Node]
 ) -> list[int]:
     """Return the numbers of the inputs of which backward uses a view.
@@ -364,13 +400,13 @@ def _find_viewed_inputs(
     Torch counts what is written to a tensor, and refuses to compute gradients from one that has
     changed. A view that was made below autograd has a count of its own.
     """
-    found = set()
-    for node in saved:
-        base: Any = node
-        while base is not None and base.op == "call_function":
-            is_view = getattr(base.target, "overloadpacket", None) in VIEWS
-            is_view = is_view or base.target is operator.getitem
-            base = base.args[0] if is_view else None
-        if base is not node and base in inputs and base not in written:
-            found.add(inputs.index(base))
-    return sorted(found)
+    bases = {base for node in saved for base in list(_bases(node))[1:]}
+    return [i for i, node in enumerate(inputs) if node in bases and node not in written]
+
+
+def _find_used_outputs(
+    returned: Sequence[fx.Node | None], saved: Sequence[fx.Node | None]
+) -> list[int]:
+    """Return the numbers of the returned outputs that backward uses, or views of them."""
+    bases = {base for node in saved for base in _bases(node)}
+    return [i for i, node in enumerate(returned) if node is not None and node in bases]
