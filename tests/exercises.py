@@ -282,6 +282,7 @@ EXERCISES: dict[str, Exercise] = {
     "attention": Attention(),
     "clipping": Clipping(),
     "compile": Compile(),
+    "code_pages": Exercise(),
     "convolution": Convolution(),
     "cross_entropy": CrossEntropy(),
     "ddp": OfOneProcess(),

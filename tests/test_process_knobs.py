@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import json
 import os
@@ -18,7 +20,7 @@ from flatout import knobs, machine
 from flatout.errors import RefusedError
 from flatout.intercept.host import Host
 from flatout.knob import Facts
-from flatout.knobs import allocator, mkl, threads
+from flatout.knobs import allocator, code_pages, mkl, threads
 from flatout.knobs.gc import FEWEST_FROZEN
 from flatout.wire.record import RunRecord, read_run
 from flatout.wire.request import Comparison, Request
@@ -263,6 +265,80 @@ def test_which_numbers_of_threads_are_offered(monkeypatch: pytest.MonkeyPatch) -
     ):
         monkeypatch.setattr(threads, "usable_cores", lambda cores=cores: cores)
         assert knobs.get("threads").offer(Facts("cpu", threads=now)).settings == settings
+
+
+# code_pages
+
+MOVED_CODE = """
+import json, re, threading
+from pathlib import Path
+import torch
+from flatout.knobs import code_pages
+
+def step():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    net(torch.randn(8, 32)).square().sum().backward()
+    return net[0].weight.grad.tolist()
+
+def mapped_code():
+    found = re.findall(r"^(\\w+)-(\\w+) r-xp .* (\\S+torch_cpu\\S*)$",
+                       Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return sum(int(end, 16) - int(start, 16) for start, end, _ in found)
+
+expected, code = step(), mapped_code()
+results, is_over = [], threading.Event()
+
+def keep_computing():
+    while not is_over.is_set():
+        results.append(torch.arange(1000.0).square().sum().item())
+
+threads = [threading.Thread(target=keep_computing) for _ in range(2)]
+for thread in threads:
+    thread.start()
+found = []
+for _ in range(5):
+    undo = code_pages.apply(None, "huge")
+    moved = code - mapped_code()
+    found.append((moved > 0, step() == expected))
+    undo()
+    found.append((mapped_code() == code, step() == expected))
+is_over.set()
+for thread in threads:
+    thread.join()
+print(json.dumps([found, len(set(results))]))
+"""
+
+
+@pytest.mark.skipif(not code_pages._is_supported(), reason="it is for Linux on x86-64")
+def test_code_moves_to_huge_pages_and_back_while_threads_run_it(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(MOVED_CODE)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[True, True]] * 10, 1]
+
+
+def test_code_stays_where_the_system_does_not_allow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EACCES)
+        return -1
+
+    libc = code_pages._libc()
+    monkeypatch.setattr(libc, "mprotect", refuse)
+    monkeypatch.setattr(code_pages, "_libc", lambda: libc)
+    before = Path("/proc/self/maps").read_text().count("torch_cpu")
+    with pytest.raises(RefusedError, match=r"does not allow it \(Permission denied\)"):
+        code_pages.apply(None, "huge")  # type: ignore[arg-type]
+    assert Path("/proc/self/maps").read_text().count("torch_cpu") == before
+
+
+def test_code_is_moved_where_steps_are_short_only() -> None:
+    match = code_pages.match
+    assert match(Facts("cpu", huge_pages="madvise", overhead_share=0.5)).settings == ("huge",)
+    assert not match(Facts("cpu", huge_pages="madvise", overhead_share=0.02)).settings
+    assert "are off on this machine" in str(match(Facts("cpu", huge_pages="never")).refusal)
 
 
 # gc

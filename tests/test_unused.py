@@ -121,7 +121,8 @@ def test_what_had_no_effect_is_no_part_of_a_plan() -> None:
 def test_knobs_of_the_whole_process_wait_for_no_call() -> None:
     waiting = {name for name, knob in knobs.registry().items() if knob.waits_for_calls}
     assert knobs.registry().keys() - waiting == {
-        *("allocator", "cuda_allocator", "cudnn", "denormals", "gc", "mkl", "ranks", "threads")
+        *("allocator", "code_pages", "cuda_allocator", "cudnn", "denormals", "gc", "mkl"),
+        *("ranks", "threads"),
     }
     assert not knobs.get("convolution").offer(Facts("cpu", operators={"aten::mm": 0.5})).settings
 

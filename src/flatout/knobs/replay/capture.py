@@ -386,8 +386,7 @@ def _bases(node: fx.Node | None) -> Iterator[Any]:
     while base is not None:
         yield base
         is_view = base.op == "call_function" and (
-            getattr(base.target, "overloadpacket", None) in VIEWS
-            or base.target is operator.getitem
+            getattr(base.target, "overloadpacket", None) in VIEWS or base.target is operator.getitem
         )
         base = base.args[0] if is_view else None
 
