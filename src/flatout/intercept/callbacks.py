@@ -153,10 +153,42 @@ class StepCallbacks:
         """Install an entry point in the log for each kind of callback that is registered, and clear
         the others."""
         log = self._log
-        log.wrap_forward = self._contained_forward if self.forward_wrappers else None
+        log.wrap_forward = self._choose_forward()
         log.wraps_inference = any(entry.in_inference for entry in self.forward_wrappers.entries)
         log.before_optimizer_step = self._contained_before if self.before_optimizer_step else None
         log.after_optimizer_step = self._contained_after if self.after_optimizer_step else None
+
+    def _choose_forward(self) -> Call | None:
+        """Return what the watches call in place of an outermost module."""
+        entries = self.forward_wrappers.entries
+        if len(entries) == 1:  # with fewer calls than for several, which small networks notice
+            (entry,) = entries
+            call_lone = functools.partial(self._call_lone, entry)
+            return wrap(self._choose_on_failure(entry), call_lone, call_module)
+        return self._contained_forward if entries else None
+
+    def _call_lone(
+        self,
+        entry: Entry[ForwardWrapper],
+        original: Call,
+        call: Call,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: Any,
+    ) -> Any:
+        """Make an outermost module call with the one wrapper that there is."""
+        is_left_out = not entry.in_inference and not self._log.is_grad_enabled()
+        if is_left_out or is_traced() or is_capturing():
+            return self._call_wrapped(original, call, module, args, kwargs)
+
+        def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(call, module, args, kwargs)
+
+        self.called = call
+        try:
+            return entry.callback(wrapped, module, args, kwargs)
+        finally:
+            self.called = None  # it may hold a class that the program drops
 
     def _patch_backward(self) -> None:
         """Patch torch's backward function as long as there are backward wrappers."""

@@ -223,6 +223,8 @@ struct Pass : c10::intrusive_ptr_target {
 
 using PassPointer = c10::intrusive_ptr<Pass>;
 
+std::atomic<int64_t> all_repetitions{0}; // of all passes
+
 Slots to_slots(at::TensorList tensors, const CallList& list) {
   Slots slots;
   slots.reserve(list.slot_count());
@@ -342,6 +344,7 @@ class ReplayedPass : public torch::autograd::Node {
   static variable_list repeat(Pass& pass, const variable_list& inputs,
                               const variable_list& gradients, const at::Tensor& generator) {
     pass.repetitions++;
+    all_repetitions++;
     const bool creates_graph = at::GradMode::is_enabled();
     uint64_t used = 0;
     for (size_t i = 0; i < std::min<size_t>(pass.returned, 64); ++i)
@@ -501,6 +504,7 @@ py::object to_function(const PythonPass& python) {
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("repetitions", [] { return all_repetitions.load(); });
   py::class_<CallList>(m, "CallList")
       .def("add_call", &CallList::add_call)
       .def("finish", &CallList::finish)

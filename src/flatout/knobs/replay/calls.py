@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 NAME = "replay"
 
+_CALL_MODULE = torch.nn.Module.__call__
+"""What is called if the program calls a module whose class has no ``__call__`` of its own."""
+
 CAPTURED_AFTER = 2
 """Inputs of the same shapes and kinds are captured when they come once more after so many times.
 Capturing takes a second or more, in which thousands of short calls could be made."""
@@ -259,6 +262,7 @@ class Replays:
     def __init__(self, host: Host, native: ModuleType) -> None:
         self._host = host
         self._native = native
+        self._repetitions = 0
         self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
         self._modules: WeakIdentityDict[Any, dict[Any, ReplayedCalls]] = host.keep(
             NAME, "modules", WeakIdentityDict
@@ -268,21 +272,26 @@ class Replays:
         self, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run an outermost module call."""
-        is_searching = self._host.hooks.root_search.is_active
-        function = _find_method(self._host.hooks.callbacks.called)
-        known = self._modules.setdefault(module, {})
+        hooks = self._host.hooks
+        called = hooks.callbacks.called
+        function = None if called is _CALL_MODULE else _find_method(called)
+        known = self._modules.get(module)
+        if known is None:
+            known = self._modules[module] = {}
         replayed = known.get(function)
+        is_searching = hooks.root_search.is_active
         if replayed is None and not is_searching:
             replayed = known[function] = self._begin(module, function)
         if replayed is None or replayed.is_left_alone:
             return call(module, *args, **kwargs)
         replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
-        if function is not None:
+        if function is not None or called is _CALL_MODULE:
             # What other settings do around the call would be left out.
-            others = self._host.forward_wrappers.entries
-            is_alone = all(knob_of(one.callback) in (None, NAME) for one in others)
-            make = replayed.call if is_alone else call
-            return make(module, *args, **kwargs)
+            entries = self._host.forward_wrappers.entries
+            if len(entries) == 1 or all(knob_of(one.callback) in (None, NAME) for one in entries):
+                return replayed.call(module, *args, **kwargs)
+            if function is not None:
+                return call(module, *args, **kwargs)
         own = module.__dict__
         own["_compiled_call_impl"] = functools.partial(replayed.call, module)
         try:
@@ -292,6 +301,10 @@ class Replays:
 
     def look(self, _: Any) -> None:
         """Leave modules alone whose backward passes are not those that were captured."""
+        repetitions = self._native.repetitions()
+        if repetitions == self._repetitions:
+            return
+        self._repetitions = repetitions
         for known in list(self._modules.values()):
             for replayed in known.values():
                 replayed.look_at_backward()
