@@ -270,7 +270,7 @@ def test_which_numbers_of_threads_are_offered(monkeypatch: pytest.MonkeyPatch) -
 # code_pages
 
 MOVED_CODE = """
-import json, re, threading
+import json, re, threading, types
 from pathlib import Path
 import torch
 from flatout.knobs import code_pages
@@ -286,6 +286,8 @@ def mapped_code():
                        Path("/proc/self/maps").read_text(), re.MULTILINE)
     return sum(int(end, 16) - int(start, 16) for start, end, _ in found)
 
+kept = []
+host = types.SimpleNamespace(keep=lambda knob, name, make: kept)
 expected, code = step(), mapped_code()
 results, is_over = [], threading.Event()
 
@@ -298,7 +300,7 @@ for thread in threads:
     thread.start()
 found = []
 for _ in range(5):
-    undo = code_pages.apply(None, "huge")
+    undo = code_pages.apply(host, "huge")
     moved = code - mapped_code()
     found.append((moved > 0, step() == expected))
     undo()
@@ -320,7 +322,9 @@ def test_code_moves_to_huge_pages_and_back_while_threads_run_it(tmp_path: Path) 
     assert json.loads(done.stdout) == [[[True, True]] * 10, 1]
 
 
-def test_code_stays_where_the_system_does_not_allow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_stays_where_the_system_does_not_allow_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> int:
         ctypes.set_errno(errno.EACCES)
         return -1
@@ -330,7 +334,7 @@ def test_code_stays_where_the_system_does_not_allow_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(code_pages, "_libc", lambda: libc)
     before = Path("/proc/self/maps").read_text().count("torch_cpu")
     with pytest.raises(RefusedError, match=r"does not allow it \(Permission denied\)"):
-        code_pages.apply(None, "huge")  # type: ignore[arg-type]
+        code_pages.apply(host, "huge")
     assert Path("/proc/self/maps").read_text().count("torch_cpu") == before
 
 

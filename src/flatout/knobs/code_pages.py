@@ -60,12 +60,16 @@ def apply(host: Host, setting: str) -> Undo:
     """
     if not _is_supported():
         raise RefusedError("it is for Linux on x86-64")
+    # Once it has been put back, the code no longer counts as used.
+    known: list[_Code] = host.keep(NAME, "code", list)
     moved: list[_Code] = []
     with contextlib.ExitStack() as undo:
         undo.callback(_put_back_all, moved)
         try:
-            for code in _find_code(_huge_page_bytes()):
-                _move(code, _huge_page_bytes())
+            huge = _huge_page_bytes()
+            known[:] = known or _find_code(huge)
+            for code in known:
+                _move(code, huge)
                 moved.append(code)
         except OSError as error:
             raise RefusedError(f"the system does not allow it ({error.strerror})") from error
@@ -83,14 +87,12 @@ class _Code:
         size: in bytes, likewise.
         path: the file that it is mapped from.
         offset: of its first byte in this file.
-        device_and_inode: which identify the file.
     """
 
     start: int
     size: int
     path: str
     offset: int
-    device_and_inode: tuple[int, int]
 
 
 def _is_supported() -> bool:
@@ -129,10 +131,8 @@ def _split(line: str, huge: int) -> Iterator[tuple[int, _Code]]:
     if len(words) < 6 or words[1] != "r-xp" or words[5].endswith("(deleted)"):
         return
     begin, end = (int(word, 16) for word in words[0].split("-"))
-    major, minor = (int(word, 16) for word in words[3].split(":"))
-    identity = os.makedev(major, minor), int(words[4])
     for start in range(-(-begin // huge) * huge, end // huge * huge, huge):
-        yield start, _Code(start, huge, words[5], int(words[2], 16) + start - begin, identity)
+        yield start, _Code(start, huge, words[5], int(words[2], 16) + start - begin)
 
 
 def _move(code: _Code, huge: int) -> None:
@@ -169,17 +169,19 @@ def _put_back_all(moved: list[_Code]) -> None:
 
 
 def _put_back(code: _Code) -> None:
-    """Map the file again in the place of the copy.
+    """Map the file again in the place of the copy, unless it is another file by now.
 
     Raises:
         OSError: it cannot be opened or mapped.
     """
     descriptor = os.open(code.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if (status.st_dev, status.st_ino) == code.device_and_inode:
-            mapped = _mmap(code.size, _READ_EXECUTE, mmap.MAP_PRIVATE, descriptor, code.offset)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_POPULATE
+        mapped = _mmap(code.size, _READ_EXECUTE, flags, descriptor, code.offset)
+        if _libc().memcmp(mapped, code.start, code.size) == 0:
             _remap(mapped, code.size, code.start)
+        else:
+            _libc().munmap(mapped, code.size)
     finally:
         os.close(descriptor)
 
@@ -192,6 +194,7 @@ def _libc() -> ctypes.CDLL:
     libc.mremap.argtypes = [address, number, number, ctypes.c_int, address]
     libc.madvise.argtypes = libc.mprotect.argtypes = [address, number, ctypes.c_int]
     libc.munmap.argtypes = [address, number]
+    libc.memcmp.argtypes = [address, address, number]
     return libc
 
 

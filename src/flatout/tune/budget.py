@@ -27,10 +27,10 @@ WHOLE_SHARE = 0.7
 """Share of the budget in which the fewest pairs must fit if their runs are to cover a whole cycle
 of the program, or all of a short job. Otherwise they cover a part."""
 
-MEASURED_SHARE = 1 / 3
-"""The steps of a run of a proof should take at least this share of the time that the run takes
-outside of them, if the fewest pairs then fit into ``WHOLE_SHARE``. A run that mostly starts up
-tells little."""
+MEASURED_SHARES = (1 / 3, 1 / 6, 1 / 12)
+"""The steps of a run of a proof should take at least the first of these shares of the time that the
+run takes outside of them, with which the fewest pairs fit into ``WHOLE_SHARE``, and in any case the
+last. A run that mostly starts up tells little."""
 
 GRADIENTS_SHARE = 0.15
 """Share of the budget in which the gradients of more than one seed must fit."""
@@ -128,7 +128,7 @@ def size_proof(
         pace: the pace of the bare program.
         budget_s: the budget, in seconds.
         seen_steps: the number of steps that the first run has timed. A proof exceeds it only to
-            reach its minimum, a whole cycle, the end of a short job or ``MEASURED_SHARE``, or if
+            reach its minimum, a whole cycle, the end of a short job or ``MEASURED_SHARES``, or if
             the user asks for more.
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
@@ -148,9 +148,11 @@ def size_proof(
     ]
     pairs, steps = next((one for one in in_time if one[1] >= least), in_time[-1])
     steps = max(min(steps, max(seen_steps, least), max(usual, least)), whole)
-    worthwhile = min(int(MEASURED_SHARE * pace.outside_steps_s / pace.step_s), usual)
-    if _is_affordable(pace, worthwhile, budget_s):
-        steps = max(steps, worthwhile)
+    worthwhile = [
+        min(int(share * pace.outside_steps_s / pace.step_s), usual) for share in MEASURED_SHARES
+    ]
+    affordable = (count for count in worthwhile if _is_affordable(pace, count, budget_s))
+    steps = max(steps, next(affordable, worthwhile[-1]))
     if cycle_steps > 1:
         steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
     steps = wanted_steps or min(steps, job_steps or steps)
