@@ -241,9 +241,13 @@ class OriginalCall:
         self.raised: BaseException | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call_part(self._original, *args, **kwargs)
+
+    def call_part(self, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a part of the original function in its place, such as what it wraps itself."""
         self.was_called = True
         try:
-            self.result = self._original(*args, **kwargs)
+            self.result = part(*args, **kwargs)
         except BaseException as error:
             self.raised = error
             raise

@@ -9,6 +9,7 @@ straight to the kernel if nothing is different.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -101,11 +102,19 @@ class PreparedSteps:
                 owner = getattr(torch.optim, name)
                 _add_hooks(owner)
                 if "step" in owner.__dict__:
-                    undo.callback(wrap_function(owner, "step", self._on_failure, self._step))
+                    unhooked = owner.__dict__["step"].__wrapped__
+                    step = functools.partial(self._step, unhooked)
+                    undo.callback(wrap_function(owner, "step", self._on_failure, step))
             return undo.pop_all().close
 
-    def _step(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Step an optimizer, or let torch do so and see how."""
+    def _step(self, unhooked: Any, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Step an optimizer, or let torch do so and see how.
+
+        Args:
+            unhooked: the method of the class that ``original`` calls between its hooks.
+            original: the method of the class, see ``containment.wrap``.
+            optimizer, args, kwargs: what the program calls it with.
+        """
         if args or kwargs or type(optimizer) not in self._classes or not _is_plain(optimizer):
             return original(optimizer, *args, **kwargs)
         prepared = self._prepared.get(optimizer)
@@ -117,7 +126,7 @@ class PreparedSteps:
             self._on_step()
         else:
             self._prepared.pop(optimizer)
-            original.__wrapped__(optimizer)  # without the hooks, which have been called
+            original.call_part(unhooked, optimizer)  # the hooks have been called
         for hook in list(torch_optimizer._global_optimizer_post_hooks.values()):
             hook(optimizer, (optimizer,), {})
         return None
@@ -146,7 +155,7 @@ class PreparedSteps:
         steps = [step for step in made if step is not None]
         if not steps or len({step.kernel for step in steps}) != 1:
             return None
-        read_options = _read_options_by(steps[0])
+        read_options = functools.partial(_read_options, steps[0].read_options)
         state = optimizer.state
         if not all(type(of_parameter) is dict for of_parameter in state.values()):
             return None
@@ -180,21 +189,23 @@ def _are_state_of(rows: Sequence[Sequence[Any]], state: Mapping[Any, Any]) -> bo
     return True
 
 
-def _read_options_by(step: StepOfGroup) -> Callable[[Mapping[str, Any]], list[float] | None]:
-    """Return a function that reads the options of a group; it returns ``None`` if torch has to step
-    the group."""
+def _read_options(
+    read: Callable[[Mapping[str, Any]], tuple[float, ...]], group: Mapping[str, Any]
+) -> list[float] | None:
+    """Return the numbers that the kernel expects for a group; ``None``: torch has to step it.
 
-    def read(group: Mapping[str, Any]) -> list[float] | None:
-        if any(group.get(name) for name in _DECIDED_BY_TORCH):
-            return None
-        named = dict(group)
-        if "betas" in named:
-            named["beta1"], named["beta2"] = named["betas"]
-        options = step.read_options(named)
-        is_number = all(isinstance(option, (int, float)) for option in options)
-        return list(map(float, options)) if is_number else None
-
-    return read
+    Args:
+        read: returns these numbers, given the arguments of torch's function by name.
+        group: the group.
+    """
+    if any(group.get(name) for name in _DECIDED_BY_TORCH):
+        return None
+    named = dict(group)
+    if "betas" in named:
+        named["beta1"], named["beta2"] = named["betas"]
+    options = read(named)
+    are_numbers = all(isinstance(option, (int, float)) for option in options)
+    return list(map(float, options)) if are_numbers else None
 
 
 def _is_plain(optimizer: Any) -> bool:
