@@ -5,6 +5,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 TORCH = constraints-torch-2.13.0.txt
+# More than there are cores: a tenth of the time, tests wait for processes to end.
+PROCESSES = 3
 SUITE = not measured and (not ranks or short) and not hosts and not frameworks and not accelerator and not tunes and not traps and not injected and not long
 
 all: test
@@ -18,7 +20,7 @@ demo: $(INSTALLED)
 	./examples/demo.sh $(BIN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(SUITE)"
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal -m "$(SUITE)"
 
 # Single tests that take a tenth of the time of all others: whole runs of the examples, a compiler,
 # a tune in isolation, and every function of ours that a step reaches fails at its first entry.
@@ -36,7 +38,7 @@ long: $(INSTALLED)
 CONTROLLER_TESTS = fuzz interruption isolation journal machine report trouble
 
 test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)" \
+	.venv-torch-$*/bin/python -m pytest -n $(PROCESSES) --dist worksteal -m "$(SUITE)" \
 	    $(CONTROLLER_TESTS:%=--ignore=tests/test_%.py)
 
 # The tests of what stands on torch's internals.
@@ -44,7 +46,7 @@ TORCH_TESTS = compile every_knob kernels loader methods on_demand optim precisio
     switch watch
 
 quick-test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/python -m pytest -n 2 --dist worksteal -m "$(SUITE)" $(TORCH_TESTS:%=tests/test_%.py)
+	.venv-torch-$*/bin/python -m pytest -n $(PROCESSES) --dist worksteal -m "$(SUITE)" $(TORCH_TESTS:%=tests/test_%.py)
 
 versions: test-torch-2.9.1 test-torch-2.14.1
 

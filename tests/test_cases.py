@@ -4,8 +4,8 @@ Each file in ``cases/`` is a program. Its comments that begin with ``# flatout r
 run, one line a run: ``# flatout run --set KNOB=SETTING | ARGUMENTS`` (both may be empty). What it
 prints, its exit status and the files that it leaves must be those of the bare program. The bare
 program runs in a fork of a process that has imported torch, unless a line ``# bare in a process of
-its own`` says that the program could tell. The runs of a program with a line ``# long`` belong to
-``make long``.
+its own`` says that the program could tell. Runs with settings, and all runs of a program with a line
+``# long``, belong to ``make long``.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def runs() -> Iterator[Any]:
         text = program.read_text()
         found = [line for line in text.splitlines() if line.startswith(MARK)]
         assert found, f"{program} does not say how it is run"
-        marks = [pytest.mark.long] if LONG in text.splitlines() else []
         for how in (line.removeprefix(MARK).strip() for line in found):
+            is_long = LONG in text.splitlines() or "--set" in how
+            marks = [pytest.mark.long] if is_long else []
             yield pytest.param(program, how, id=f"{program.stem} {how}".strip(), marks=marks)
 
 

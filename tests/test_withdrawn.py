@@ -37,8 +37,8 @@ BREAKAGES = {
         from flatout.knobs.random import cpu
         cpu.Bernoulli.fill = cpu.Bernoulli.drop = None""",
     "optimizer=onepass": """
-        from flatout.optim import functional
-        functional._are_plain = None""",
+        from flatout.optim import prepared
+        prepared._is_plain = None""",
     "optimizer=fused": """
         from flatout.optim import functional
         functional.Fused.step = None""",

@@ -30,7 +30,7 @@ import torch
 
 from flatout.intercept import arrays
 from flatout.intercept.containment import attempt
-from flatout.optim import prepared
+from flatout.optim.prepared import StepOfGroup, is_noting, note
 
 SERIAL_BELOW = 32768
 """Groups with fewer elements are stepped on one thread: waking the others takes as long."""
@@ -373,9 +373,7 @@ class OnePass:
             kernel.argtypes = [pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int]
 
     def refusal(self, form: Form, options: Sequence[float]) -> str | None:
-        """Refuse only SGD without momentum and weight decay."""
-        if form.name == "sgd" and not any(options[1:]):
-            return "without momentum and weight decay, torch's step is a single operation as well"
+        """Refuse nothing."""
         return None
 
     def step(self, form: Form, arguments: Mapping[str, Any], options: Sequence[float]) -> bool:
@@ -406,10 +404,10 @@ class OnePass:
         )
         if status < 0:
             raise MemoryError
-        if prepared.is_noting() and not status:
+        if is_noting() and not status:
             by_slot = {slots[name]: column for name, column in zip(names, columns, strict=True)}
-            prepared.note(
-                prepared.StepOfGroup(
+            note(
+                StepOfGroup(
                     ctypes.cast(kernel, ctypes.c_void_p).value or 0,
                     [by_slot.get(slot) for slot in range(SLOTS)],
                     [slots[name] for name in (*form.scalars, "state_steps") if name in slots],

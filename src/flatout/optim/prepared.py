@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from flatout.intercept._watch import StepHook
+from flatout.intercept import _watch
 from flatout.intercept.containment import OnFailure, attempt
 from flatout.intercept.identity import WeakIdentityDict
 from flatout.intercept.patch import Undo, wrap_function
@@ -212,7 +212,7 @@ def _is_plain(optimizer: Any) -> bool:
     """Whether nothing but the step itself is asked for: no hook of the program, no profile."""
     own = optimizer.__dict__
     return not (
-        any(type(hook) is not StepHook for hook in _global_hooks())
+        any(type(hook) is not _watch.StepHook for hook in _global_hooks())
         or own.get("_optimizer_step_pre_hooks")
         or own.get("_optimizer_step_post_hooks")
         or own.get("grad_scale") is not None
