@@ -4,8 +4,8 @@ Each file in ``cases/`` is a program. Its comments that begin with ``# flatout r
 run, one line a run: ``# flatout run --set KNOB=SETTING | ARGUMENTS`` (both may be empty). What it
 prints, its exit status and the files that it leaves must be those of the bare program. The bare
 program runs in a fork of a process that has imported torch, unless a line ``# bare in a process of
-its own`` says that the program could tell. Runs with settings, and all runs of a program with a line
-``# long``, belong to ``make long``.
+its own`` says that the program could tell. Runs with settings, and all runs of a program with a
+line ``# long``, belong to ``make long``.
 """
 
 from __future__ import annotations
