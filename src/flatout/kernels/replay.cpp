@@ -218,6 +218,7 @@ struct Pass : c10::intrusive_ptr_target {
   std::vector<size_t> unused; // differentiable outputs whose gradients backward is not given
   bool draws_numbers = false;
   std::atomic<int64_t> repetitions{0};
+  std::atomic<bool> made_graphs{false}; // whether a repetition was for gradients of gradients
   std::atomic<uint64_t> used{0}; // a bit for each output that had a gradient in the last repetition
 };
 
@@ -346,6 +347,7 @@ class ReplayedPass : public torch::autograd::Node {
     pass.repetitions++;
     all_repetitions++;
     const bool creates_graph = at::GradMode::is_enabled();
+    if (creates_graph) pass.made_graphs = true;
     uint64_t used = 0;
     for (size_t i = 0; i < std::min<size_t>(pass.returned, 64); ++i)
       used |= uint64_t(gradients[i].defined() && !creates_graph) << i;
@@ -525,6 +527,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](PythonPass& self, bool draws) { self.pass->draws_numbers = draws; })
       .def_property_readonly(
           "repetitions", [](const PythonPass& self) { return self.pass->repetitions.load(); })
+      .def_property_readonly(
+          "made_graphs", [](const PythonPass& self) { return self.pass->made_graphs.load(); })
       .def_property_readonly("used", [](const PythonPass& self) { return self.pass->used.load(); })
       .def("set_backward", &PythonPass::set_backward)
       .def_property_readonly("function", &to_function)

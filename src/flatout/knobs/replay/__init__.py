@@ -52,6 +52,7 @@ def apply(host: Host, setting: str) -> Undo:
     with contextlib.ExitStack() as undo:
         undo.callback(host.forward_wrappers.append(replays))
         undo.callback(host.before_optimizer_step.append(replays.look))
+        undo.callback(host.backward_wrappers.append(replays.look_at_order))
         return undo.pop_all().close
 
 
@@ -75,7 +76,8 @@ KNOB = Knob(
         "when inputs of one kind come for the third time, a graph is captured for them, up to six "
         "graphs of a module. A module is left alone if it cannot be captured as one graph, if its "
         "outputs share memory with its inputs, if it is called with ever new shapes, or if "
-        "its backward passes need gradients of gradients. The record of a run holds the "
+        "its backward passes need gradients of gradients (if these come only later on, the first "
+        "such pass adds up gradients in another order). The record of a run holds the "
         "number of graphs and of their operators. Inside of captured calls, the knobs `attention`, "
         "`recurrent` and `cross_entropy` have no effect, nor has dropout's part of `random`. "
         "An extension is compiled once for each version of torch, which takes half a minute.",

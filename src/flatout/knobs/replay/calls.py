@@ -42,6 +42,9 @@ MOST_MISSES = 64
 """After this many calls that match no graph, the module is left alone if fewer have matched one: it
 has ever new shapes, or changes something that it depends on at every call."""
 
+LOOKED_AT_STEPS = 8
+"""For so many optimizer steps, it is looked whether the program needs gradients of gradients."""
+
 MOST_REPEATED = 8
 """After this many backward passes of a graph that had to be computed by autograd (for gradients of
 gradients, or of some outputs only), the module is left alone: they take twice the time."""
@@ -189,7 +192,8 @@ class ReplayedCalls:
         module alone if its backward passes are not those that were captured."""
         self._graphs = [self._specialise(graph) for graph in self._graphs]
         if any(
-            graph.replayed is not None and graph.replayed.repetitions >= MOST_REPEATED
+            graph.replayed is not None
+            and (graph.replayed.repetitions >= MOST_REPEATED or graph.replayed.made_graphs)
             for graph in self._graphs
         ):
             self.leave_alone(
@@ -263,6 +267,8 @@ class Replays:
         self._host = host
         self._native = native
         self._repetitions = 0
+        self._steps = 0
+        self._needs_second_order = False
         self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
         self._modules: WeakIdentityDict[Any, dict[Any, ReplayedCalls]] = host.keep(
             NAME, "modules", WeakIdentityDict
@@ -278,6 +284,8 @@ class Replays:
         known = self._modules.get(module)
         if known is None:
             known = self._modules[module] = {}
+        if self._needs_second_order:
+            return call(module, *args, **kwargs)
         replayed = known.get(function)
         is_searching = hooks.root_search.is_active
         if replayed is None and not is_searching:
@@ -301,6 +309,9 @@ class Replays:
 
     def look(self, _: Any) -> None:
         """Leave modules alone whose backward passes are not those that were captured."""
+        self._steps += 1
+        if self._steps == LOOKED_AT_STEPS:
+            self._host.backward_wrappers.remove(self.look_at_order)
         repetitions = self._native.repetitions()
         if repetitions == self._repetitions:
             return
@@ -308,6 +319,18 @@ class Replays:
         for known in list(self._modules.values()):
             for replayed in known.values():
                 replayed.look_at_backward()
+
+    def look_at_order(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Replay nothing in a program that asks for gradients of gradients.
+
+        They are computed by autograd over a second call, whose gradients it adds up in another
+        order. It is a backward wrapper.
+        """
+        create_graph = kwargs["create_graph"] if "create_graph" in kwargs else args[3:4] == (True,)
+        if create_graph and not self._needs_second_order:
+            self._needs_second_order = True
+            self._host.events.add("skipped", NAME, "nothing is replayed: gradients have gradients")
+        return call(*args, **kwargs)
 
     def _begin(self, module: Any, function: types.FunctionType | None) -> ReplayedCalls:
         name, add = objects.class_name(module), self._host.events.add
