@@ -4,13 +4,17 @@ import torch
 from torch import nn
 
 torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+net = nn.Sequential(
+    *(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh()),
+    nn.Linear(20, 1),
+)
 optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-for step in range(20):
-    x = torch.rand(50, 2, requires_grad=True)
+for _ in range(150):
+    x = torch.rand(500, 2, requires_grad=True)
     optimizer.zero_grad()
     u = net(x)
-    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    ones = torch.ones_like(u)
+    (slope,) = torch.autograd.grad(u, x, ones, create_graph=True)
     (curve,) = torch.autograd.grad(slope[:, 1].sum(), x, create_graph=True)
     loss = (slope[:, 0] + u[:, 0] * slope[:, 1] - 0.01 * curve[:, 1]).square().mean()
     loss = loss + net(x.detach()).square().mean()
