@@ -33,6 +33,7 @@ from torch.utils import data
 
 from flatout import knobs
 from flatout.agent import guard, inputs, inspection, session
+from flatout.kernels import extensions
 from flatout.knobs import compile as compiling
 from flatout.knobs.cross_entropy import cpu as cross_entropy
 from flatout.knobs.elementwise import cpu as elementwise
@@ -259,6 +260,8 @@ def main(entries_to_fail: str, *words: str) -> None:
         (cross_entropy, "FEWEST_LOGITS"),
     ):
         setattr(module, name, 1)
+    for extension in ("replay", "steps"):
+        extensions.load(extension)  # it would take longer than a child may
     compiling.OPTIONS = {"default": {"backend": "eager"}}
     assert inputs, inspection
     assert guard

@@ -216,6 +216,8 @@ class Knob:
             process; the knob is then tried in fresh processes.
         kernels: the names of the kernels (``flatout.kernels``) that the knob needs. They are built
             before the job starts.
+        extensions: the names of the extensions (``flatout.kernels.extensions``) that it uses. Only
+            the job itself can build them, which takes up to a minute, once.
         waits_for_calls: whether the knob acts only on certain calls. It then counts the calls that
             it handles (``intercept/handled_calls.py``). If it handles none, the record says that it
             had no effect.
@@ -259,6 +261,7 @@ class Knob:
     claims: tuple[str, ...] = ()
     slow_start: bool = False
     kernels: tuple[str, ...] = ()
+    extensions: tuple[str, ...] = ()
     waits_for_calls: bool = False
     variables: Callable[[str, Mapping[str, str]], Mapping[str, str]] | None = None
     proof_setting: str | None = None

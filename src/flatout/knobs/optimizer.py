@@ -127,5 +127,6 @@ KNOB = Knob(
     waits_for_calls=True,
     claims=("the steps of optimizers",),
     kernels=("optimizers",),
+    extensions=("steps",),
     replaces=(OPTIMIZER_STEP,),
 )

@@ -94,6 +94,7 @@ KNOB = Knob(
     ),
     match=match,
     apply=apply,
+    extensions=("replay",),
     waits_for_calls=True,
     claims=("the compilation of modules", "autocast"),
 )
