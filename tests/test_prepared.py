@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -141,9 +143,9 @@ def clear_state(t: Training) -> None:
     t.optimizer.state.clear()
 
 
-def add_group(t: Training) -> None:
+def add_group(t: Training, dtype: torch.dtype = torch.float32) -> None:
     torch.manual_seed(4)
-    extra = nn.Parameter(torch.randn(5))
+    extra = nn.Parameter(torch.randn(5, dtype=dtype))
     t.model.register_parameter("extra", extra)
     t.optimizer.add_param_group({"params": [extra], "lr": 0.5})
     t.after_backward = lambda: setattr(extra, "grad", extra.detach() * 0.1)
@@ -181,6 +183,18 @@ def global_hook(t: Training) -> None:
     t.after_step = handle.remove
 
 
+def reuse_addresses(t: Training) -> None:
+    """Set the learning rate twice: the second lies where the one before the first has lain."""
+    group, counter = t.optimizer.param_groups[0], itertools.count(1)
+
+    def change() -> None:
+        number = next(counter)
+        group["lr"] = 0.001 * number
+        group["lr"] = 0.002 * number
+
+    t.after_step = change
+
+
 CHANGES: dict[str, Callable[[Training], Any]] = {
     "nothing": lambda t: None,
     "learning rate": lambda t: t.optimizer.param_groups[0].update(lr=0.2),
@@ -198,16 +212,13 @@ CHANGES: dict[str, Callable[[Training], Any]] = {
         t.model[0].weight.data.clone() * 2,  # type: ignore[index]
     ),
     "another memory format": lambda t: t.model.to(memory_format=torch.channels_last),
-    "double precision": lambda t: setattr(
-        t.model[4].bias,  # type: ignore[index]
-        "data",
-        t.model[4].bias.data,  # type: ignore[index]
-    ),
     "shared memory": share_memory,
     "a loaded state": load_state,
     "replaced state": replace_state,
     "no state": clear_state,
     "a further group": add_group,
+    "a further group in double precision": functools.partial(add_group, dtype=torch.float64),
+    "learning rates at one address": reuse_addresses,
     "a gradient of another layout": transposed_gradient,
     "a gradient that is the parameter": gradient_in_parameter,
     "a hook": hook,

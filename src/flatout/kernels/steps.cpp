@@ -31,26 +31,29 @@ constexpr size_t PARAMETER = 0, GRADIENT = 1;
 using Kernel = int (*)(void* const* rows, const int64_t* sizes, int64_t count, const double* options,
                        int threads);
 
-// The objects of a dictionary, compared by identity and in order. Nothing is hashed: the hash of a
-// parameter is a function in Python.
+// The objects of a dictionary, compared by identity and in order. They are held, so that no other
+// object can have their address. Nothing is hashed: the hash of a parameter is a function in Python.
 struct Entries {
-  PyObject* dictionary = nullptr;
-  std::vector<std::pair<PyObject*, PyObject*>> entries;
+  py::object dictionary;
+  std::vector<std::pair<py::object, py::object>> entries;
 
   void remember(PyObject* now) {
-    dictionary = now;
+    dictionary = py::reinterpret_borrow<py::object>(now);
     entries.clear();
     PyObject *key, *value;
     Py_ssize_t place = 0;
-    while (PyDict_Next(now, &place, &key, &value)) entries.emplace_back(key, value);
+    while (PyDict_Next(now, &place, &key, &value))
+      entries.emplace_back(py::reinterpret_borrow<py::object>(key),
+                           py::reinterpret_borrow<py::object>(value));
   }
 
   bool are_same(PyObject* now) const {
-    if (now != dictionary || PyDict_Size(now) != (Py_ssize_t)entries.size()) return false;
+    if (now != dictionary.ptr() || PyDict_Size(now) != (Py_ssize_t)entries.size()) return false;
     PyObject *key, *value;
     Py_ssize_t place = 0;
     for (const auto& [known_key, known_value] : entries)
-      if (!PyDict_Next(now, &place, &key, &value) || key != known_key || value != known_value)
+      if (!PyDict_Next(now, &place, &key, &value) || key != known_key.ptr() ||
+          value != known_value.ptr())
         return false;
     return true;
   }
@@ -70,8 +73,6 @@ bool has_form_of(const at::Tensor& tensor, const at::Tensor& like) {
       tensor.strides() == like.strides() && tensor.is_non_overlapping_and_dense();
 }
 
-// A parameter with its state. The program's objects are held as long as the optimizer holds them:
-// they are compared with what it holds before they are used.
 struct State {
   size_t slot;
   bool is_number; // one for the whole parameter, such as a step counter
@@ -86,7 +87,7 @@ struct Row {
 struct Group {
   py::object dictionary;
   py::object list; // of its parameters
-  std::vector<PyObject*> parameters;
+  std::vector<py::object> parameters;
   Entries options_known;
   std::vector<double> options;
   std::vector<Row> rows;
@@ -104,9 +105,9 @@ class PreparedStep {
         serial_below_(serial_below) {
     state_known_.remember(state_.ptr());
     for (const auto& [parameter, of_parameter] : state_known_.entries) {
-      TORCH_CHECK(PyDict_Check(of_parameter), "the state of a parameter is no dictionary");
+      TORCH_CHECK(PyDict_Check(of_parameter.ptr()), "the state of a parameter is no dictionary");
       state_of_known_.emplace_back();
-      state_of_known_.back().remember(of_parameter);
+      state_of_known_.back().remember(of_parameter.ptr());
     }
   }
 
@@ -117,7 +118,8 @@ class PreparedStep {
     Group group;
     group.dictionary = dictionary;
     group.list = dictionary["params"];
-    for (auto parameter : group.list) group.parameters.push_back(parameter.ptr());
+    for (auto parameter : group.list)
+      group.parameters.push_back(py::reinterpret_borrow<py::object>(parameter));
     group.options_known.remember(dictionary.ptr());
     group.options = std::move(options);
     for (auto given : rows) {
@@ -175,7 +177,7 @@ class PreparedStep {
   bool is_state_same(PyObject* state) const {
     if (!state_known_.are_same(state)) return false;
     for (size_t i = 0; i < state_of_known_.size(); ++i)
-      if (!state_of_known_[i].are_same(state_known_.entries[i].second)) return false;
+      if (!state_of_known_[i].are_same(state_known_.entries[i].second.ptr())) return false;
     return true;
   }
 
@@ -185,7 +187,7 @@ class PreparedStep {
     if (list != group.list.ptr() || PyList_Size(list) != (Py_ssize_t)group.parameters.size())
       return false;
     for (size_t i = 0; i < group.parameters.size(); ++i)
-      if (PyList_GetItem(list, i) != group.parameters[i]) return false;
+      if (PyList_GetItem(list, i) != group.parameters[i].ptr()) return false;
     if (group.options_known.are_same(now)) return true;
     py::object options = read_options_(group.dictionary);
     if (options.is_none()) return false;
@@ -202,8 +204,8 @@ class PreparedStep {
     total_ = 0;
     for (const auto& group : groups_) {
       size_t next = 0;
-      for (PyObject* parameter : group.parameters) {
-        const at::Tensor& tensor = THPVariable_Unpack(parameter);
+      for (const auto& parameter : group.parameters) {
+        const at::Tensor& tensor = THPVariable_Unpack(parameter.ptr());
         const at::Tensor& gradient = tensor.grad();
         const bool is_next = next < group.rows.size() &&
             group.rows[next].parameter.unsafeGetTensorImpl() == tensor.unsafeGetTensorImpl();
@@ -245,6 +247,7 @@ class PreparedStep {
   // Whether no tensor that is written shares memory with another, or with a gradient.
   bool share_no_memory() {
     if (written_ != written_known_) { // mostly they lie where they lay before
+      written_known_.clear();
       sorted_ = written_;
       std::sort(sorted_.begin(), sorted_.end());
       for (size_t i = 1; i < sorted_.size(); ++i)
