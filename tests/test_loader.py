@@ -621,6 +621,25 @@ def test_what_the_program_has_changed_about_samples_counts(
     assert found[0].tolist() == [0, 2, 4]
 
 
+@pytest.mark.parametrize("kind", ["conjugated", "negated", "a column", "empty rows", "large"])
+def test_rows_of_odd_tensors(host: Host, kind: str) -> None:
+    torch.manual_seed(4)
+    z = torch.randn(8, 3, dtype=torch.complex64)
+    tensor = {
+        "conjugated": z.conj(),
+        "negated": torch._neg_view(torch.randn(8, 3)),
+        "a column": torch.arange(8),
+        "empty rows": torch.empty(8, 0),
+        "large": torch.randn(8, 20_000),
+    }[kind]
+    loader = DataLoader(TensorDataset(tensor, torch.arange(8)), batch_size=4)
+    bare = batches(loader, 1)
+    undo = knobs.get("loader").apply(host, "batched")
+    assert equal(batches(loader, 1), bare)
+    undo()
+    assert not host.applied.failures
+
+
 def test_a_row_that_is_not_there_is_the_programs_error(host: Host) -> None:
     undo = knobs.get("loader").apply(host, "batched")
     with pytest.raises(IndexError):

@@ -286,7 +286,7 @@ def mapped_code():
                        Path("/proc/self/maps").read_text(), re.MULTILINE)
     return sum(int(end, 16) - int(start, 16) for start, end, _ in found)
 
-kept = []
+kept = set()
 host = types.SimpleNamespace(keep=lambda knob, name, make: kept)
 expected, code = step(), mapped_code()
 results, is_over = [], threading.Event()

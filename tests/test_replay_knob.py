@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad as fwAD
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -439,6 +440,56 @@ def test_writing_what_backward_needs_is_an_error(host: Host, what: str) -> None:
                 loss.backward()
         else:
             loss.backward()
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Sigmoid(), nn.Flatten(0)])
+def test_writing_an_output_is_an_error_where_it_is_one_in_torch(
+    host: Host, last: nn.Module
+) -> None:
+    """Torch's backward of ReLU needs its output, that of a view does not."""
+
+    def scenario(call: Call) -> list[str]:
+        found, net = [], nn.Sequential(nn.Linear(6, 6), last)
+        for _ in range(STEPS):
+            output = call(net, torch.randn(5, 6))
+            with torch.no_grad():
+                output.add_(1)
+            try:
+                output.sum().backward()
+            except RuntimeError as error:
+                found.append(str(error)[:40])
+            else:
+                found.append("computed")
+        return found
+
+    assert scenario(replays_of(host)[1]) == scenario(lambda module, x: module(x))
+
+
+def test_forward_mode_and_transforms_are_as_they_are(host: Host) -> None:
+    net, call = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), replays_of(host)[1]
+    for _ in range(STEPS):
+        call(net, torch.randn(5, 6))
+    x, direction = torch.randn(5, 6), torch.randn(5, 6)
+
+    def tangent(run: Call) -> torch.Tensor:
+        with fwAD.dual_level():
+            return fwAD.unpack_dual(run(net, fwAD.make_dual(x, direction))).tangent
+
+    def transformed(run: Call) -> list[torch.Tensor]:
+        return [
+            torch.func.vmap(lambda row: run(net, row))(x),
+            torch.func.jvp(lambda value: run(net, value), (x,), (direction,))[1],
+            torch.func.grad(lambda value: run(net, value).sum())(x),
+            torch.func.grad(lambda scale: (scale * run(net, x)).sum())(torch.tensor(2.0)),
+        ]
+
+    def own(module: Any, value: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = module(value)
+        return result
+
+    assert torch.equal(tangent(call), tangent(own))
+    for one, other in zip(transformed(call), transformed(own), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradients_of_gradients(host: Host, said: list[tuple[str, str]]) -> None:

@@ -106,7 +106,7 @@ static void run(Kernel kernel, const Tensor *tensors, const int64_t *sizes, int6
             for (int n = 0; n < NUMBERS; n++)                                                     \
                 if (tensors[i].numbers[n].at)                                                     \
                     *tensors[i].numbers[n].at = tensors[i].numbers[n].value;                      \
-        if (steps) run(choose, tensors, sizes, count, parts, threads);                   \
+        if (steps) run(choose, tensors, sizes, count, parts, threads);                            \
         free(parts);                                                                              \
         free(tensors);                                                                            \
         return status;                                                                            \

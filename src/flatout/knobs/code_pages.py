@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import mmap
 import os
 import platform
@@ -60,15 +61,14 @@ def apply(host: Host, setting: str) -> Undo:
     """
     if not _is_supported():
         raise RefusedError("it is for Linux on x86-64")
-    # Once it has been put back, the code no longer counts as used.
-    known: list[_Code] = host.keep(NAME, "code", list)
+    # Once it has been put back, it can no longer be seen what code was used.
+    used: set[tuple[str, int]] = host.keep(NAME, "used", set)
     moved: list[_Code] = []
     with contextlib.ExitStack() as undo:
         undo.callback(_put_back_all, moved)
         try:
             huge = _huge_page_bytes()
-            known[:] = known or _find_code(huge)
-            for code in known:
+            for code in _find_code(huge, used):
                 _move(code, huge)
                 moved.append(code)
         except OSError as error:
@@ -103,8 +103,12 @@ def _huge_page_bytes() -> int:
     return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
 
 
-def _find_code(huge: int) -> list[_Code]:
+def _find_code(huge: int, used: set[tuple[str, int]]) -> list[_Code]:
     """Find the huge pages of libraries whose code has been used, those side by side as one.
+
+    Args:
+        huge: the size of a huge page, in bytes.
+        used: the path and the address of those that were found before; gets the others.
 
     Raises:
         OSError: the system does not say what is mapped.
@@ -115,7 +119,9 @@ def _find_code(huge: int) -> list[_Code]:
             for start, code in _split(line, huge):
                 pagemap.seek(start // mmap.PAGESIZE * 8)
                 entries = array("Q", pagemap.read(huge // mmap.PAGESIZE * 8))
-                if sum(1 for entry in entries if entry & _PRESENT) < FEWEST_PRESENT:
+                if sum(1 for entry in entries if entry & _PRESENT) >= FEWEST_PRESENT:
+                    used.add((code.path, start))
+                if (code.path, start) not in used:
                     continue
                 last = found[-1] if found else None
                 if last is not None and last.path == code.path and last.start + last.size == start:
@@ -186,6 +192,7 @@ def _put_back(code: _Code) -> None:
         os.close(descriptor)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     address, number = ctypes.c_void_p, ctypes.c_size_t
@@ -235,7 +242,7 @@ KNOB = Knob(
         "it computes.",
         helps="The knob helps programs with short steps and many small operators, also those that "
         "keep a GPU waiting.",
-        hurts="A process needs 100 to 200 MiB more memory, and the copying takes up to a second. "
+        hurts="A process needs 20 to 100 MiB more memory, and the copying takes up to a second. "
         "Profilers such as `perf` do not find the names of functions in code that has moved. The "
         "knob needs Linux on x86-64 with transparent huge pages "
         "(`/sys/kernel/mm/transparent_hugepage/enabled`).",

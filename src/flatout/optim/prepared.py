@@ -47,12 +47,11 @@ class StepOfGroup(NamedTuple):
     read_options: Callable[[Mapping[str, Any]], tuple[float, ...]]
 
 
-_made: ContextVar[list[StepOfGroup | None] | None] = ContextVar("made", default=None)
-"""The steps of groups that were made in this context; ``None`` stands for one that was not made
-whole."""
+_made: ContextVar[list[StepOfGroup] | None] = ContextVar("made", default=None)
+"""The steps of groups that were made in this context, if they are to be told."""
 
 
-def note(step: StepOfGroup | None) -> None:
+def note(step: StepOfGroup) -> None:
     """Tell of the step of a group."""
     made = _made.get()
     if made is not None:
@@ -135,7 +134,7 @@ class PreparedSteps:
         count = self._counts.get(optimizer, 0) or 0
         if count >= MOST_PREPARED:
             return original(optimizer)
-        made: list[StepOfGroup | None] = []
+        made: list[StepOfGroup] = []
         token = _made.set(made)
         try:
             result = original(optimizer)
@@ -147,12 +146,11 @@ class PreparedSteps:
             self._counts[optimizer] = count + 1
         return result
 
-    def _prepare(self, optimizer: Any, made: Sequence[StepOfGroup | None]) -> Any:
+    def _prepare(self, optimizer: Any, steps: Sequence[StepOfGroup]) -> Any:
         """Return a prepared step that makes the steps that were made; ``None``: there is none."""
         groups = optimizer.param_groups
-        if type(groups) is not list or len(made) != len(groups) or None in made:
+        if type(groups) is not list or len(steps) != len(groups):
             return None
-        steps = [step for step in made if step is not None]
         if not steps or len({step.kernel for step in steps}) != 1:
             return None
         read_options = functools.partial(_read_options, steps[0].read_options)

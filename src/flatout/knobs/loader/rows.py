@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 LARGEST_BYTES = 1 << 18
-"""Larger batches are copied by torch, on all threads."""
+"""Larger batches are copied by torch, on all threads. So is the memory of a tensor that holds the
+conjugated or negated elements (``z.conj()``, ``z.conj().imag``)."""
 
 
 class Rows:
@@ -38,7 +39,8 @@ class Rows:
             return None
         count = len(wanted)
         row_bytes = [tensor.nbytes // tensor.shape[0] for tensor in tensors]
-        if self._take is None or count * sum(row_bytes) > LARGEST_BYTES:
+        is_large = count * sum(row_bytes) > LARGEST_BYTES
+        if self._take is None or is_large or any(t.is_conj() or t.is_neg() for t in tensors):
             if min(wanted) < 0 or max(wanted) >= rows:
                 return None
             indices = torch.tensor(wanted, device="cpu")

@@ -8,6 +8,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import TorchDynamoException
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from flatout.intercept import handled_calls, objects
@@ -115,6 +117,8 @@ class ReplayedCalls:
 
     def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a call; stands in for the method, or for the module's ``_call_impl``."""
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return self._call_as_usual(module, args, kwargs)  # a pass has no derivative of these
         values = {"module": module, "args": args, "kwargs": kwargs}
         for graph in self._graphs:
             if graph.guards.cache_entry is not None and graph.holds(values):
@@ -255,6 +259,13 @@ def _find_method(called: Any) -> types.FunctionType | None:
     return called if isinstance(called, types.FunctionType) and not is_call else None
 
 
+@dataclass
+class _Program:
+    """What has been found out about the program; it is kept when the knob is undone."""
+
+    needs_second_order: bool = False
+
+
 class Replays:
     """The forward wrapper that replays outermost module calls.
 
@@ -268,7 +279,7 @@ class Replays:
         self._native = native
         self._repetitions = 0
         self._steps = 0
-        self._needs_second_order = False
+        self._program: _Program = host.keep(NAME, "program", _Program)
         self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
         self._modules: WeakIdentityDict[Any, dict[Any, ReplayedCalls]] = host.keep(
             NAME, "modules", WeakIdentityDict
@@ -284,7 +295,7 @@ class Replays:
         known = self._modules.get(module)
         if known is None:
             known = self._modules[module] = {}
-        if self._needs_second_order:
+        if self._program.needs_second_order:
             return call(module, *args, **kwargs)
         replayed = known.get(function)
         is_searching = hooks.root_search.is_active
@@ -293,13 +304,14 @@ class Replays:
         if replayed is None or replayed.is_left_alone:
             return call(module, *args, **kwargs)
         replayed.may_capture = not is_searching  # flatout's hooks would be captured as well
-        if function is not None or called is _CALL_MODULE:
+        entries = self._host.forward_wrappers.entries
+        if called is _CALL_MODULE and len(entries) == 1:
+            return replayed.call(module, *args, **kwargs)  # as below, with fewer calls
+        if function is not None:
             # What other settings do around the call would be left out.
-            entries = self._host.forward_wrappers.entries
-            if len(entries) == 1 or all(knob_of(one.callback) in (None, NAME) for one in entries):
-                return replayed.call(module, *args, **kwargs)
-            if function is not None:
-                return call(module, *args, **kwargs)
+            is_alone = all(knob_of(one.callback) in (None, NAME) for one in entries)
+            make = replayed.call if is_alone else call
+            return make(module, *args, **kwargs)
         own = module.__dict__
         own["_compiled_call_impl"] = functools.partial(replayed.call, module)
         try:
@@ -327,8 +339,8 @@ class Replays:
         order. It is a backward wrapper.
         """
         create_graph = kwargs["create_graph"] if "create_graph" in kwargs else args[3:4] == (True,)
-        if create_graph and not self._needs_second_order:
-            self._needs_second_order = True
+        if create_graph and not self._program.needs_second_order:
+            self._program.needs_second_order = True
             self._host.events.add("skipped", NAME, "nothing is replayed: gradients have gradients")
         return call(*args, **kwargs)
 
