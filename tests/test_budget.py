@@ -89,6 +89,14 @@ def test_what_the_user_asks_for_is_what_is_proven() -> None:
     assert size_proof(Pace(3.0, 1.0), 60.0, seen_steps=5, wanted_steps=500).steps == 500
 
 
+@pytest.mark.parametrize("budget_s", [20.0, 40.0, 60.0, 90.0, 150.0])
+def test_short_steps_are_measured_beside_a_long_start_up(budget_s: float) -> None:
+    """8 steps of 2 ms after 5 s of start-up once refused a plan of 1.7x as 0.68x."""
+    pace = Pace(5.5, 0.002)
+    steps = size_proof(pace, budget_s, seen_steps=800).steps
+    assert steps * pace.step_s >= pace.outside_steps_s / 12 - pace.step_s
+
+
 def test_whole_cycles_are_covered_even_if_they_are_short_and_steps_slow() -> None:
     size = size_proof(Pace(5.0, 1.2, 10), 240.0, seen_steps=11)
     assert size.steps == 13

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -271,6 +272,24 @@ def test_a_profile_shows_the_step_and_a_subclass_steps_itself(library: ctypes.CD
         own.go(5)
     assert asked == ["own"] * 5
     assert len(made) == count
+
+
+def test_threads_may_step_one_optimizer(library: ctypes.CDLL) -> None:
+    """As with Hogwild. The steps are large, so that other threads run meanwhile."""
+    with stepping(library, is_prepared=True):
+        parameter = nn.Parameter(torch.zeros(200_000))
+        optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
+        parameter.grad = torch.zeros(200_000)
+        for _ in range(3):
+            optimizer.step()
+        threads = [
+            threading.Thread(target=lambda: [optimizer.step() for _ in range(50)]) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not parameter.any()
 
 
 def test_what_an_optimizer_held_is_freed_with_it(library: ctypes.CDLL) -> None:

@@ -141,6 +141,7 @@ class PreparedStep {
   // Steps, unless something is not as it was; returns whether it has. If it has not, nothing has
   // been written.
   bool step(const py::object& groups, const py::object& state) {
+    if (is_stepping_) return false; // another thread, while this one is in a kernel without the GIL
     if (groups.ptr() != groups_list_.ptr() || !is_state_same(state.ptr())) return false;
     if (PyList_Size(groups_list_.ptr()) != (Py_ssize_t)groups_.size()) return false;
     for (size_t i = 0; i < groups_.size(); ++i)
@@ -156,6 +157,7 @@ class PreparedStep {
     first = 0;
     const int threads = total_ >= serial_below_ ? at::get_num_threads() : 1;
     {
+      Stepping stepping(is_stepping_);
       std::optional<py::gil_scoped_release> release; // other threads may load data meanwhile
       if (total_ >= serial_below_) release.emplace();
       for (const auto& group : groups_) {
@@ -174,6 +176,16 @@ class PreparedStep {
   }
 
  private:
+  // Changed with the GIL held only.
+  class Stepping {
+   public:
+    explicit Stepping(bool& is_stepping) : is_stepping_(is_stepping) { is_stepping_ = true; }
+    ~Stepping() { is_stepping_ = false; }
+
+   private:
+    bool& is_stepping_;
+  };
+
   bool is_state_same(PyObject* state) const {
     if (!state_known_.are_same(state)) return false;
     for (size_t i = 0; i < state_of_known_.size(); ++i)
@@ -281,6 +293,7 @@ class PreparedStep {
   std::vector<int64_t> sizes_;
   std::vector<Span> written_, written_known_, sorted_;
   int64_t total_ = 0;
+  bool is_stepping_ = false;
 };
 
 } // namespace
