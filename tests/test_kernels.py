@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatout import kernels, knobs
+from flatout.kernels import extensions
 from flatout.knobs.random.cpu import Bernoulli
 from tests.hosts import host_in
 
@@ -326,3 +327,50 @@ def test_words_are_uniform(library: ctypes.CDLL) -> None:
     for shift in (0, 8, 16, 24):
         counts = np.bincount((out >> shift) & 255, minlength=256)
         assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+
+
+# extensions
+
+
+@pytest.mark.skipif(extensions.missing() is not None, reason="there is no C++ compiler")
+def test_extensions_are_built_before_anything_is_timed(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that built them in between took a minute longer, and tune found no time for a proof."""
+    source = empty_cache.parent / "tiny.cpp"
+    source.write_text(
+        "#include <pybind11/pybind11.h>\n"
+        'PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.attr("answer") = 42; }\n'
+    )
+    monkeypatch.setattr(extensions, "_source", lambda name: source)
+    with extensions.built_only(), pytest.raises(kernels.KernelError, match="not been built yet"):
+        extensions.load("tiny")
+    assert not empty_cache.exists()
+    assert extensions.load("tiny").answer == 42
+    extensions.load.cache_clear()
+    with extensions.built_only():
+        assert extensions.load("tiny").answer == 42
+    extensions.load.cache_clear()
+
+
+def test_the_jobs_interpreter_builds_them_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    told: list[str] = []
+    status = [1, 0]
+
+    def run(command: list[str], **_: object) -> None:
+        commands.append(command)
+        empty_cache.mkdir(exist_ok=True)
+        if status.pop(0):
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(extensions.subprocess, "run", run)
+    for _ in range(4):
+        knobs.build_extensions(
+            {"replay", "optimizer", "gc"}, "python", "2.13", lambda: told.append("")
+        )
+    knobs.build_extensions({"gc"}, "python", "2.13", lambda: told.append(""))
+    assert len(commands) == len(told) == 2  # again after a failure, and then not
+    assert commands[1][2:] == ["replay", "steps"]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from flatout import knobs
 from flatout.agent.calls import CallLog, Form, StepForm, TensorForm, copy_state
 from flatout.agent.standins import Prepared, prepare, prepare_step, size_bytes
 from flatout.intercept.host import Host
-from flatout.kernels import KernelError, extensions
+from flatout.kernels import extensions
 from flatout.knob import Inside
 from flatout.wire.request import Request
 
@@ -37,13 +37,6 @@ class Key(NamedTuple):
     form: Form | StepForm
     tensors: tuple[TensorForm, ...] = ()
     is_head: bool = False
-
-
-def _build(names: Collection[str]) -> None:
-    """Build the extensions of knobs, which takes longer than the replay may."""
-    for extension in (one for name in names for one in knobs.get(name).extensions):
-        with contextlib.suppress(KernelError):  # the knob says so when it is applied
-            extensions.load(extension)
 
 
 class Bench:
@@ -81,7 +74,6 @@ class Bench:
         self.failed: dict[str, str] = {}
         self._limit_s = limit_s
         self._now_ns = now_ns
-        _build({name for name, _ in settings})
         self._began_ns = now_ns()
         self._host = Host(Request(), _Unrecorded(), knobs.apply)  # type: ignore[arg-type]
         devices = {tensor.device for call in log.calls for tensor in call.form.tensors}
@@ -114,7 +106,8 @@ class Bench:
             for name, setting in settings.items():
                 inside = knobs.get(name).inside
                 if inside is None:
-                    self._host.applied.apply(name, setting)
+                    with extensions.built_only():  # no call of an operator needs one
+                        self._host.applied.apply(name, setting)
                     stack.callback(self._host.applied.undo, name)
                 else:
                     parts.append(inside(self._host, setting))

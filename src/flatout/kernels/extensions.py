@@ -7,12 +7,17 @@ each version of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +28,8 @@ FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
 COMPILERS = ("CXX", ("c++", "g++", "clang++"))
 COMPILE_SECONDS = 300
+
+_may_build: ContextVar[bool] = ContextVar("may_build", default=True)
 
 
 def missing() -> str | None:
@@ -46,8 +53,8 @@ def load(name: str) -> ModuleType:
     Raises:
         KernelError: it cannot be built or loaded; the message is one sentence.
     """
+    path = build(name)
     module_name = f"flatout_{name}"
-    path = _build(name, module_name)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -59,9 +66,69 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def _build(name: str, module_name: str) -> Path:
+@contextlib.contextmanager
+def built_only() -> Iterator[None]:
+    """A context in which no extension is built: one that is not in the cache cannot be loaded."""
+    token = _may_build.set(False)
+    try:
+        yield
+    finally:
+        _may_build.reset(token)
+
+
+def build_with(
+    python: str, torch_version: str, names: Collection[str], on_begin: Callable[[], None]
+) -> None:
+    """Build extensions with the interpreter of a job, unless that was done before.
+
+    One that cannot be built is no error here: the agent meets the same error and records it.
+
+    Args:
+        python: the path of the interpreter.
+        torch_version: of its torch.
+        names: of the extensions.
+        on_begin: called if something has to be built.
+    """
+    digest = hashlib.sha256("\0".join((python, torch_version, *sorted(names))).encode())
+    for name in sorted(names):
+        digest.update(_source(name).read_bytes())
+    mark = _folder() / f"built-{digest.hexdigest()[:24]}"
+    if not names or missing() is not None or mark.exists():
+        return
+    on_begin()
+    script = Path(__file__).with_name("builder.py")
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "FLATOUT_DISABLE": "1"}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            [python, str(script), *sorted(names)],
+            capture_output=True,
+            timeout=COMPILE_SECONDS,
+            check=True,
+            env=environment,
+        )
+        mark.touch()
+
+
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.cpp")
+
+
+def _folder() -> Path:
+    return paths.cache_directory() / "kernels"
+
+
+def build(name: str) -> Path:
+    """Build an extension if it is not in the cache, and return its path.
+
+    Args:
+        name: the name of the source file, without ``.cpp``.
+
+    Raises:
+        KernelError: it cannot be built; the message is one sentence.
+    """
     import torch
 
+    module_name = f"flatout_{name}"
     why = missing()
     if why is not None:
         raise KernelError(why)
@@ -78,15 +145,17 @@ def _build(name: str, module_name: str) -> Path:
         f"-I{sysconfig.get_path('include')}",
     ]
     link = [f"-L{root / 'lib'}", *(f"-l{library}" for library in LIBRARIES)]
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = _source(name)
     version = f"{torch.__version__} {torch.version.git_version} {sys.version}"
     digest = hashlib.sha256()
     for part in (source.read_bytes(), "\0".join((*command, *link)).encode(), version.encode()):
         digest.update(hashlib.sha256(part).digest())
-    folder = paths.cache_directory() / "kernels"
+    folder = _folder()
     library = folder / f"{name}-{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
+    if not _may_build.get():
+        raise KernelError(f"the extension {name} has not been built yet")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

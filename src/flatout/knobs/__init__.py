@@ -10,12 +10,13 @@ import contextlib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from flatout import kernels
 from flatout.errors import UserError
+from flatout.kernels import extensions
 from flatout.knob import ConflictError, Knob, UnknownSettingError
 from flatout.text import did_you_mean
 
@@ -111,6 +112,21 @@ def find_conflict(name: str, names: Iterable[str]) -> str | None:
     be, or is the same knob."""
     claims = {*get(name).claims}
     return next((one for one in names if one != name and claims & {*get(one).claims}), None)
+
+
+def build_extensions(
+    names: Collection[str], python: str, torch_version: str, on_begin: Callable[[], None]
+) -> None:
+    """Build the extensions of knobs with the job's interpreter, before the job is timed with them.
+
+    Args:
+        names: of the knobs.
+        python: the path of the interpreter.
+        torch_version: of its torch.
+        on_begin: called if something has to be built.
+    """
+    needed = {extension for name in names for extension in get(name).extensions}
+    extensions.build_with(python, torch_version, needed, on_begin)
 
 
 def prepare(request: Request, environment: Mapping[str, str]) -> dict[str, str]:

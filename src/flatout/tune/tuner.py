@@ -25,6 +25,7 @@ resumed (``journal.py``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -245,6 +246,10 @@ class Tuner:
         for candidate, why in hopeless.items():
             self._ledger.print_line(f"{candidate} is not tried: {why}")
             self._ledger.reject(candidate.settings, why)
+        header = first.process.header
+        names = {knob for candidate in found.candidates for knob in candidate.settings}
+        told = functools.partial(self._ledger.begin, "compiling extensions, once for this torch")
+        knobs.build_extensions(names, header.executable, header.torch, told)
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
