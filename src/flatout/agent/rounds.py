@@ -32,8 +32,13 @@ class _Variant(NamedTuple):
 
 
 def time_groups(bench: Bench, groups: Sequence[Group]) -> Replayed:
-    """Time groups of calls, the first ones, for which there is time."""
-    timed = _choose(bench, groups)
+    """Time groups of calls, the first ones, for which there is time.
+
+    Calls on which no setting acts are not timed again: their exploration has told their time.
+    """
+    changed = [group for group in groups if len(_find_variants(bench, group)) > 1]
+    unchanged = [group for group in groups if len(_find_variants(bench, group)) == 1]
+    timed = _choose(bench, changed)
     rounds = int(1e3 * bench.left_s / max(sum(_round_ms(bench, g) for g in timed), 1e-3)) - 1
     rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
     times: list[Times] = []
@@ -41,6 +46,7 @@ def time_groups(bench: Bench, groups: Sequence[Group]) -> Replayed:
         part = _take_part(bench, timed[len(times) :])
         times += _time_part(bench, part, rounds)
     counting = [dict([setting]) for setting in bench.counting]
+    times += [{BARE: (group.ms,)} for group in unchanged]
     return Replayed(
         settings=tuple(
             name
@@ -49,10 +55,10 @@ def time_groups(bench: Bench, groups: Sequence[Group]) -> Replayed:
         ),
         calls=tuple(
             ReplayedCall(group.keys[BARE].form.name, group.calls, of_group)
-            for group, of_group in zip(timed, times, strict=True)
+            for group, of_group in zip([*timed, *unchanged], times, strict=True)
             if BARE in of_group
         ),
-        untimed_ms=sum(group.step_ms for group in groups[len(timed) :]),
+        untimed_ms=sum(group.step_ms for group in changed[len(timed) :]),
         skipped=dict(bench.skipped),
         failed=bench.failed,
         seconds=bench.spent_s,

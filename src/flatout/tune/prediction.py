@@ -137,7 +137,8 @@ def predict(
     deviation_ms = math.sqrt(
         sum(n**2 * _variance(*pair) for n, *pair in zip(counts, before, after, strict=True))
     )
-    rounds = min(map(len, before))
+    # A call on which nothing acts was timed once.
+    rounds = max(map(len, before))
     quantile = _quantile(rounds - 1)
     step_ms = max(step_ms, of_bare) - (of_bare - before_ms)  # with ``onto``
     rest_ms = max(step_ms - before_ms, 0.0)

@@ -32,7 +32,8 @@ class ReplayedCall:
         count: the number of these calls in a step.
         times_ms: for each label the time of one call with its backward pass, in each round. Bare
             and all settings take turns in a round. A label is missing if its settings, or some of
-            them, do not act on the call: the label with the others tells its time.
+            them, do not act on the call: the label with the others tells its time. A call on which
+            no setting acts is timed once.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Replayed:
 
     Attributes:
         settings: the labels of the settings under which calls were replayed, without effect or not.
-        calls: the calls, those that take the most time of a step first.
+        calls: the calls; those on which no setting acts come last.
         untimed_ms: the time per step of the calls for which no time was left; they were run once.
         skipped: the calls that could not be replayed: the number of calls for each reason.
         failed: the settings that were not replayed, each with the reason.
