@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flatout.tune import budget, statistics
+from flatout.tune.bare import find_outside_steps_s
 from flatout.tune.budget import (
     GRADIENT_STEPS,
     ProofSize,
@@ -127,3 +128,34 @@ def test_a_run_of_a_proof_does_not_mostly_start_up() -> None:
     assert size.pairs == statistics.FEWEST_PAIRS
     fewest_s = 2 * size.pairs * pace.seconds(size.steps)
     assert fewest_s < 0.7 * choose_budget_s(pace)
+
+
+def run_of(seconds: float, step_ms: float, at_s: float, end_s: float, reason: str) -> Any:
+    """A run of ten steps, the first of which begins at a time of its record."""
+    steps = [SimpleNamespace(at_s=at_s + n * step_ms / 1e3, step_ms=step_ms) for n in range(10)]
+    process = SimpleNamespace(
+        loop_steps=steps,
+        evaluations=[],
+        trains=True,
+        end=SimpleNamespace(at_s=end_s, reason=reason),
+        replayed=SimpleNamespace(seconds=4.0),
+    )
+    return SimpleNamespace(process=process, seconds=seconds)
+
+
+def test_the_time_of_profile_and_replay_is_not_expected_of_later_runs() -> None:
+    """Two seconds before the record, three to the first step, a second of steps, nine of ours."""
+    assert find_outside_steps_s(run_of(15.0, 100.0, 3.0, 13.0, "stopped")) == pytest.approx(5.0)
+    assert find_outside_steps_s(run_of(15.0, 100.0, 3.0, 13.0, "exit")) == pytest.approx(10.0)
+
+
+def test_runs_that_alternate_start_up_together() -> None:
+    pace = Pace(5.0, 0.1, overlap_s=2.0)
+    assert pace.pair_s(10) == pytest.approx(2 * (5 + 1) - 2)
+    pace.learn(4.0)
+    assert pace.seconds(0) == 4.0
+    pace.learn(6.0)
+    assert pace.seconds(0) == 4.0
+    alone = size_proof(Pace(5.0, 0.1), 100.0, seen_steps=500)
+    together = size_proof(Pace(5.0, 0.1, overlap_s=3.0), 100.0, seen_steps=500)
+    assert together.steps > alone.steps

@@ -57,6 +57,7 @@ class GradientInspector:
     Args:
         host: the host of this process.
         updates: the number of optimizer steps of each parameter that are recorded.
+        only_in_warmup: see ``wire.request.Inspection``.
         roots: the root modules, in which the names of parameters are looked up.
         contain: calls a function with arguments; if the function fails, returns ``None`` and ends
             the inspection.
@@ -70,6 +71,7 @@ class GradientInspector:
         self,
         host: Host,
         updates: int,
+        only_in_warmup: bool,
         roots: RootNames,
         contain: Callable[..., Any],
         on_failure: OnFailure,
@@ -77,6 +79,7 @@ class GradientInspector:
         self.backwards = 0
         self._host = host
         self._wanted_updates = updates
+        self._only_in_warmup = only_in_warmup
         self._roots = roots
         self._contain = contain
         self._names: dict[int, tuple[str, torch.Tensor]] = {}
@@ -106,6 +109,8 @@ class GradientInspector:
     # Callbacks
 
     def _backward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._only_in_warmup and self._host.mark != "first":
+            self.stop()
         self._backward_depth += 1
         accumulates = kwargs.get("accumulate_grad")
         if accumulates and self._is_active:

@@ -78,7 +78,12 @@ class Inspector:
         self._is_active = True
         host.forward_wrappers.append(self._forward)
         self._gradients = GradientInspector(
-            host, inspection.gradient_steps, self._roots, self._contain, self._on_failure
+            host,
+            inspection.gradient_steps,
+            inspection.only_in_warmup,
+            self._roots,
+            self._contain,
+            self._on_failure,
         )
 
     def close(self) -> None:
@@ -119,7 +124,9 @@ class Inspector:
         if not self._wants_output(module):
             output = call(module, *args, **kwargs)
             if self._inspection.state and torch.is_grad_enabled() and module in self._roots:
-                self._contain(self._count_saturated, module, output)
+                found = self._probabilities.get(id(module))
+                if found is None or not found.is_ruled_out:
+                    self._contain(self._count_saturated, module, output)
             return output
         is_detailed = self._outputs < self._inspection.outputs
         inputs = self._contain(digest, tensors_in((args, kwargs))) if is_detailed else None
@@ -172,18 +179,22 @@ class Inspector:
 
 class _Probabilities:
     """Finds out whether outputs look like probabilities, and counts the elements that are exactly
-    1."""
+    1.
+
+    Attributes:
+        is_ruled_out: whether an output was no probability, so that no further one is looked at.
+    """
 
     def __init__(self) -> None:
         self._elements = 0
         self._passes = 0
         self._saturated: torch.Tensor | None = None
         self._outside: torch.Tensor | None = None
-        self._is_ruled_out = False
+        self.is_ruled_out = False
 
     def add(self, values: torch.Tensor) -> None:
         """Add an output. The host waits for an accelerator at the first ``CERTAIN_PASSES`` only."""
-        if self._is_ruled_out:
+        if self.is_ruled_out:
             return
         sampled = sample(values, SAMPLE_ELEMENTS)
         outside = ((sampled < 0) | (sampled > 1)).any()
@@ -192,7 +203,7 @@ class _Probabilities:
         self._saturated = saturated if self._saturated is None else self._saturated + saturated
         self._elements += sampled.numel()
         self._passes += 1
-        self._is_ruled_out = self._passes <= CERTAIN_PASSES and bool(self._outside)
+        self.is_ruled_out = self._passes <= CERTAIN_PASSES and bool(self._outside)
 
     def counts(self) -> tuple[int, int]:
         """Return ``probability_count`` and ``saturated_count`` of ``lines.RootState``."""

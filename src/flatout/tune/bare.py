@@ -136,6 +136,9 @@ def run(
     if process.replayed is not None:
         replayed = prediction.with_optimizer_ms(process.replayed, phases_ms.get("optimizer"))
         process = dataclasses.replace(process, replayed=replayed)
+    is_relay_possible = can_relay(process) and job_steps != 1
+    if not is_relay_possible:
+        pace.overlap_s = 0.0
     return BareRun(
         process=process,
         modules=first.modules,
@@ -149,9 +152,10 @@ def run(
             seen_steps=len(timed),
             wanted_steps=options.steps,
             job_steps=job_steps,
+            may_share_gradients=is_relay_possible and process.trains,
         ),
         job_steps=job_steps,
-        can_relay=can_relay(process) and job_steps != 1,
+        can_relay=is_relay_possible,
     )
 
 
@@ -164,15 +168,30 @@ def find_pace(first: Trial) -> Pace:
     process = first.process
     if not process.loop_steps:
         raise UserError("this program never calls a model or backward: there is no step")
-    first_s = process.loop_steps[0].at_s
-    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
-    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
+    outside_steps_s = find_outside_steps_s(first)
+    # Of two runs that alternate, the second waits after the import of torch.
+    overlap_s = max(outside_steps_s - pairs.startup_s(process), 0.0)
     return Pace(
-        max(first.seconds - in_steps_s, 0),
+        outside_steps_s,
         pairs.step_ms(process) / 1e3,
         cycle_steps=cycles.find_cycle_steps(process),
         micro_batches=process.micro_batches,
+        overlap_s=overlap_s if can_relay(process) else 0.0,
     )
+
+
+def find_outside_steps_s(trial: Trial) -> float:
+    """Return the time that a trial took outside of its steps, in seconds, without that of the
+    profile and of replayed calls."""
+    process = trial.process
+    first_s = process.loop_steps[0].at_s
+    if process.end is not None and process.end.reason == "stopped":
+        # All that lies between the first step and the stop, but the steps, is done by the agent.
+        return max(trial.seconds - (process.end.at_s - first_s), 0.0)
+    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
+    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
+    replay_s = 0.0 if process.replayed is None else process.replayed.seconds
+    return max(trial.seconds - in_steps_s - replay_s, 0.0)
 
 
 def _run_first(options: Options, trials: Trials) -> Trial:

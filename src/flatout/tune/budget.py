@@ -70,11 +70,16 @@ class ProofSize:
         steps: the number of steps of each run.
         pairs: the minimum number of pairs of runs.
         gradient_seeds: the number of seeds for which gradients are compared.
+        warmup_steps: the number of steps of a relay before its first block.
+        shares_gradients: whether the runs of a pair record their gradients in these steps, so that
+            gradients need no runs of their own.
     """
 
     steps: int
     pairs: int
     gradient_seeds: int
+    warmup_steps: int = WARMUP_STEPS
+    shares_gradients: bool = False
 
 
 def choose_budget_s(pace: Pace) -> float:
@@ -121,6 +126,7 @@ def size_proof(
     seen_steps: int,
     wanted_steps: int | None = None,
     job_steps: int | None = None,
+    may_share_gradients: bool = False,
 ) -> ProofSize:
     """Divide the time of a proof into pairs of runs.
 
@@ -132,6 +138,7 @@ def size_proof(
             the user asks for more.
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
+        may_share_gradients: whether the runs of a pair can record gradients while they warm up.
     """
     usual = max(USUAL_STEPS, int(USUAL_S / pace.step_s))
     whole, cycle_steps = FEW_STEPS, pace.cycle_steps
@@ -143,7 +150,7 @@ def size_proof(
         cycle_steps = 1
     least = max(MINIMUM_STEPS, whole)
     in_time = [
-        (pairs, int((PROOF_SHARE * budget_s / 2 / pairs - pace.outside_steps_s) / pace.step_s))
+        (pairs, int((PROOF_SHARE * budget_s / pairs - pace.pair_s(0)) / 2 / pace.step_s))
         for pairs in (statistics.MINIMUM_PAIRS, statistics.FEWEST_PAIRS)
     ]
     pairs, steps = next((one for one in in_time if one[1] >= least), in_time[-1])
@@ -155,12 +162,18 @@ def size_proof(
     steps = max(steps, next(affordable, worthwhile[-1]))
     if cycle_steps > 1:
         steps = WARMUP_STEPS + (steps - WARMUP_STEPS) // cycle_steps * cycle_steps
+    recorded_steps = count_gradient_steps(pace)
+    if may_share_gradients:
+        steps += max(recorded_steps - WARMUP_STEPS, 0)
     steps = wanted_steps or min(steps, job_steps or steps)
-    gradients_s = 2 * pace.seconds(count_gradient_steps(pace))
+    if may_share_gradients and steps - recorded_steps >= FEW_STEPS - WARMUP_STEPS:
+        warmup_steps = max(recorded_steps, WARMUP_STEPS)
+        return ProofSize(steps, pairs, min(GRADIENT_SEEDS, pairs), warmup_steps, True)
+    gradients_s = 2 * pace.seconds(recorded_steps)
     seeds = GRADIENT_SEEDS if GRADIENT_SEEDS * gradients_s <= GRADIENTS_SHARE * budget_s else 1
     return ProofSize(steps, pairs, seeds)
 
 
 def _is_affordable(pace: Pace, steps: int, budget_s: float) -> bool:
     """Return whether the fewest pairs have time for runs of so many steps."""
-    return 2 * statistics.FEWEST_PAIRS * pace.seconds(steps) <= WHOLE_SHARE * budget_s
+    return statistics.FEWEST_PAIRS * pace.pair_s(steps) <= WHOLE_SHARE * budget_s

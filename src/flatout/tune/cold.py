@@ -38,7 +38,7 @@ class ColdTrials(TuneStage):
             SHORT_STEPS, round(SHORT_S / bare.pace.step_s), WARMUP_STEPS + bare.pace.cycle_steps
         )
         self._steps = max(min(bare.proof.steps, shortest), min(bare.proof.steps, MINIMUM_STEPS))
-        self._pair_s = 2 * bare.pace.seconds(self._steps)
+        self._pair_s = bare.pace.pair_s(self._steps)
         self._of_hot_s = 0.0
 
     def extend(

@@ -69,12 +69,15 @@ class Pace:
         step_s: the time of a step of the bare program, in seconds.
         cycle_steps: the number of steps of a cycle of the program, see ``cycles.py``.
         micro_batches: the number of steps from one optimizer step to the next.
+        overlap_s: how long two runs that alternate start up at the same time, in seconds; 0 if runs
+            cannot alternate.
     """
 
     outside_steps_s: float
     step_s: float
     cycle_steps: int = 1
     micro_batches: int = 1
+    overlap_s: float = 0.0
 
     def limit_s(self, steps: int) -> float:
         """Return the time limit of a trial of this many steps, in seconds."""
@@ -83,6 +86,16 @@ class Pace:
     def seconds(self, steps: int) -> float:
         """Return the expected time of a trial of this many steps, in seconds."""
         return self.outside_steps_s + steps * self.step_s
+
+    def pair_s(self, steps: int) -> float:
+        """Return the expected time of a pair of trials of this many steps, in seconds."""
+        return 2 * self.seconds(steps) - self.overlap_s
+
+    def learn(self, outside_steps_s: float) -> None:
+        """Take over the time that a later run took outside of its steps, if it is shorter: the
+        first run of a program finds fewer files in memory."""
+        self.outside_steps_s = min(self.outside_steps_s, outside_steps_s)
+        self.overlap_s = min(self.overlap_s, self.outside_steps_s)
 
 
 @dataclass
@@ -98,6 +111,8 @@ class Pairs:
         interrupted: whether the user has ended the tune early.
         unwatched: what a run of the baseline without the agent has shown, if the baseline is the
             bare program; ``None``: that is not known.
+        began_in_relay: the first value of ``in_relay``, which becomes false if two runs at the same
+            time fail.
     """
 
     baseline: Mapping[str, str]
@@ -108,7 +123,11 @@ class Pairs:
     failure: str | None = None
     interrupted: bool = False
     unwatched: Unwatched | None = None
+    began_in_relay: bool = field(init=False)
     _blocks: list[list[quiet.Block]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self.began_in_relay = self.in_relay
 
     @property
     def count(self) -> int:
@@ -409,6 +428,8 @@ def run(
     seed: int,
     is_enough: Callable[[Pairs], bool],
     print_line: Callable[[str], None],
+    warmup_steps: int = WARMUP_STEPS,
+    inspection: Inspection = PROOF_INSPECTION,
 ) -> None:
     """Run pairs until there are enough, and add them to ``pairs``.
 
@@ -420,15 +441,19 @@ def run(
         seed: the seed of the first pair of runs; each later pair has the next one.
         is_enough: tells before each pair whether there are enough.
         print_line: prints a line of progress for each pair.
+        warmup_steps: the number of steps of a relay before its first block, at least.
+        inspection: what each run of a relay records.
 
     Raises:
         UserError: the baseline cannot run.
     """
+    relay = size_relay(steps, pace.step_s, pace.cycle_steps, warmup_steps)
     while not is_enough(pairs):
         number = pairs.count
         try:
             if pairs.in_relay:
-                _run_relay(trials, pairs, pace=pace, steps=steps, seed=seed + number)
+                limit_s = 2 * pace.limit_s(steps)
+                _run_relay(trials, pairs, relay, steps, limit_s, seed + number, inspection)
             else:
                 for is_variant in (False, True) if number % 2 == 0 else (True, False):
                     if pairs.failure is None:
@@ -473,7 +498,9 @@ def _describe_last(pairs: Pairs) -> str:
     return f"{found}; it does not count, {quiet.describe_others(last.quietness.taken)}"
 
 
-def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
+def size_relay(
+    steps: int, step_s: float, cycle_steps: int = 1, warmup_steps: int = WARMUP_STEPS
+) -> Relay:
     """Divide two runs of this many steps into the blocks in which they alternate.
 
     The blocks are whole; the steps that are left over come before them, as warm-up.
@@ -483,8 +510,9 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
         step_s: the time of one step, in seconds.
         cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If it is
             more than 1, the steps should be whole cycles after the warm-up, and none is discarded.
+        warmup_steps: the number of steps of the warm-up, at least.
     """
-    usable = max(steps - WARMUP_STEPS, 1)
+    usable = max(steps - warmup_steps, 1)
     longest = usable // FEWEST_RELAY_BLOCKS
     shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
     block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
@@ -502,18 +530,25 @@ def size_relay(steps: int, step_s: float, cycle_steps: int = 1) -> Relay:
     )
 
 
-def _run_relay(trials: Trials, pairs: Pairs, *, pace: Pace, steps: int, seed: int) -> None:
+def _run_relay(
+    trials: Trials,
+    pairs: Pairs,
+    relay: Relay,
+    steps: int,
+    limit_s: float,
+    seed: int,
+    inspection: Inspection,
+) -> None:
     """Run one pair whose runs alternate.
 
     Raises:
         RelayFailedError: one of the runs fails, or one of its knobs; place 0 is the baseline.
     """
-    relay = size_relay(steps, pace.step_s, pace.cycle_steps)
     baseline_begins = pairs.count % 2 == 0
     sides = (pairs.baseline, pairs.variant) if baseline_begins else (pairs.variant, pairs.baseline)
-    one, other = (_request(s, seed=seed, inspection=PROOF_INSPECTION) for s in sides)
+    one, other = (_request(s, seed=seed, inspection=inspection) for s in sides)
     try:
-        done = trials.run_two((one, other), relay, 2 * pace.limit_s(steps))
+        done = trials.run_two((one, other), relay, limit_s)
         for place, settings in enumerate(sides):
             try:
                 _check_complete(done[place], settings, steps, seed)

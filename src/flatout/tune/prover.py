@@ -1,9 +1,9 @@
 """Proves plans, for ``flatout tune``, for ``flatout verify`` and in the search for a culprit.
 
-The proof of a plan has two parts. First, the gradients of its first updates are compared with the
-bare program's, in short runs. Then bare and plan run in pairs of fresh processes, which give the
-claimed ratio and the losses that are compared. ``proof.py``, ``gradients.py`` and ``memory.py``
-check the records; the prover makes the runs that they need, and combines their verdicts.
+Bare and plan run in pairs of fresh processes, which give the claimed ratio and the losses that are
+compared. The gradients of the first updates are compared as well (``gradient_runs.py``).
+``proof.py``, ``gradients.py`` and ``memory.py`` check the records; the prover makes the runs that
+they need, and combines their verdicts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flatout.knob import Exactness
-from flatout.plan import Check
 from flatout.tune import (
     formatting,
-    gradients,
+    gradient_runs,
     growth,
     memory,
     pairs,
@@ -28,19 +27,16 @@ from flatout.tune import (
     statistics,
 )
 from flatout.tune.bare import BareRun
-from flatout.tune.budget import GRADIENT_STEPS, count_gradient_steps
+from flatout.tune.gradient_runs import GradientRuns
 from flatout.tune.growth import GrowthCheck
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Run, Verdict
 from flatout.tune.stage import TuneStage
 from flatout.tune.trial import Trial, TrialFailedError, Trials, is_due_to_others
-from flatout.wire.lines import Gradient
 from flatout.wire.record import ProcessRecord
-from flatout.wire.request import Inspection
 
 PROOF_ACTIVITY = "proving the plan"
-GRADIENTS_ACTIVITY = f"{PROOF_ACTIVITY}: comparing its gradients with the bare program's"
 
 MAXIMUM_PAIRS = 24
 """Maximum number of pairs behind a claim, unless the user gives a number of pairs."""
@@ -107,8 +103,7 @@ class Prover(TuneStage):
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
         self._repeats = [Run.of(bare.process)]
-        self._bare_gradients: list[Mapping[str, Sequence[Gradient]]] = []
-        self._gradients = Check("gradients", "open", "no gradients were recorded")
+        self._gradients = GradientRuns(trials, ledger, bare, options)
         self._growth_check = GrowthCheck(trials, ledger, bare, options)
 
     def prove(self, settings: Mapping[str, str], count: int | None = None) -> ProofAttempt:
@@ -125,14 +120,19 @@ class Prover(TuneStage):
         """
         in_relay = self._bare.can_relay_under(settings)
         finished = Pairs({}, dict(settings), in_relay=in_relay, unwatched=self._bare.unwatched)
-        refusal = self._compare_gradients(settings, count or self._bare.proof.gradient_seeds)
+        seeds = count or self._bare.proof.gradient_seeds
+        refusal = self._gradients.begin(finished, seeds)
         if refusal is not None:
             return ProofAttempt(finished, refusal, None, self._gradients_pass)
         steps = self._bare.proof.steps
         self._ledger.print_line(
             f"{format_settings(settings)} against bare in fresh processes, {steps} steps each"
         )
-        is_enough = self._is_enough if count is None else lambda done: done.count >= count
+
+        def is_over(done: Pairs) -> bool:
+            is_enough = self._is_enough(done) if count is None else done.count >= count
+            return is_enough or self._gradients.is_wrong(done, seeds)
+
         pairs.run(
             self._trials,
             finished,
@@ -143,12 +143,17 @@ class Prover(TuneStage):
                 PROOF_ACTIVITY,
                 self._bare.proof.pairs if count is None else count,
                 self._pair_s,
-                is_enough,
+                is_over,
                 may_exceed=count is None,
             ),
             print_line=self._ledger.print_line,
+            warmup_steps=self._bare.proof.warmup_steps,
+            inspection=self._gradients.inspection,
         )
         self._ledger.note_runs(finished)
+        refusal = self._gradients.end(finished, seeds)
+        if refusal is not None:
+            return ProofAttempt(finished, refusal, None, self._gradients_pass)
         verdict = self._judge_pairs(finished)
         refusal = self._find_refusal(finished, verdict)
         if refusal is None and verdict is not None:
@@ -178,47 +183,12 @@ class Prover(TuneStage):
         part_s = self._bare.proof.pairs * self._pair_s / 2
         search_s = 2 * math.log2(2 * len(settings)) * part_s
         if attempt.verdict is None and attempt.pairs.failure is None:  # the gradients are wrong
-            search_s = 2 * math.log2(2 * len(settings)) * self._gradients_s / 2
+            search_s = 2 * math.log2(2 * len(settings)) * self._gradients.estimate_s() / 2
         if not self._ledger.has_time_for(search_s + estimate_least_s(self._bare)):
             return search.find_most_invasive(settings)
         self._ledger.begin("looking for the setting that makes the proof fail")
         self._ledger.print_line("looking for the setting that makes the proof fail")
         return search.find_culprits(settings, attempt.part_passes)
-
-    def _compare_gradients(self, settings: Mapping[str, str], seeds: int) -> str | None:
-        """Compare the gradients of the first updates with the bare program's.
-
-        Settings that draw other random numbers are replaced as in ``search.use_proof_settings``.
-
-        Args:
-            settings: the settings of the plan.
-            seeds: the number of seeds.
-
-        Returns the reason why the plan does not pass; ``None`` if no gradient speaks against it.
-
-        Raises:
-            UserError: the program fails without any settings.
-        """
-        if not self._bare.process.trains:
-            return None
-        self._ledger.begin(GRADIENTS_ACTIVITY)
-        settings = search.use_proof_settings(settings)
-        while len(self._bare_gradients) < seeds:
-            number = len(self._bare_gradients)
-            try:
-                self._bare_gradients.append(self._record_gradients({}, number))
-            except TrialFailedError as failure:
-                message = "the program fails when it runs again"
-                raise pairs.to_user_error(message, failure) from failure
-        try:
-            plan = [self._record_gradients(settings, number) for number in range(seeds)]
-        except TrialFailedError as failure:
-            return f"it fails in a fresh process: {failure}"
-        check = self._gradients = gradients.judge(
-            self._bare_gradients[:seeds], plan, proof.collect_exactness(settings)
-        )
-        self._ledger.print_line(f"first gradients of {format_settings(settings)}: {check.why}")
-        return check.why if check.result == "failed" else None
 
     def _judge_pairs(self, finished: Pairs) -> Verdict | None:
         """Judge a plan by its pairs and by its gradients, which must have been compared.
@@ -244,7 +214,7 @@ class Prover(TuneStage):
         except KeyboardInterrupt:
             finished.interrupted = True
         if self._bare.process.trains:
-            verdict = dataclasses.replace(verdict, checks=(self._gradients, *verdict.checks))
+            verdict = dataclasses.replace(verdict, checks=(self._gradients.check, *verdict.checks))
         return verdict
 
     def _find_refusal(self, finished: Pairs, verdict: Verdict | None) -> str | None:
@@ -264,13 +234,7 @@ class Prover(TuneStage):
     @property
     def _pair_s(self) -> float:
         """The time of a pair of runs of a proof, in seconds, at the pace of the bare program."""
-        return 2 * self._bare.pace.seconds(self._bare.proof.steps)
-
-    @property
-    def _gradients_s(self) -> float:
-        """The time of a comparison of gradients, in seconds."""
-        runs = 2 * self._bare.proof.gradient_seeds
-        return runs * self._bare.pace.seconds(count_gradient_steps(self._bare.pace))
+        return self._bare.pace.pair_s(self._bare.proof.steps)
 
     def _is_enough(self, finished: Pairs) -> bool:
         """Return whether the claim is precise enough and the losses decide, or the time is over.
@@ -312,7 +276,7 @@ class Prover(TuneStage):
 
     def _gradients_pass(self, part: Mapping[str, str]) -> bool:
         """Return whether a part of a plan has the bare program's gradients."""
-        return self._compare_gradients(part, self._bare.proof.gradient_seeds) is None
+        return self._gradients.compare(part, self._bare.proof.gradient_seeds) is None
 
     def _has_other_data_order(self, finished: Pairs) -> bool:
         """Return whether the plan saw its data in another order than bare, and has proof settings
@@ -360,9 +324,14 @@ class Prover(TuneStage):
     def _judge(
         self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
     ) -> Verdict:
+        # Gradients are judged apart, under other settings if need be (``GradientRuns``).
+        of_bare, of_plan = (
+            [dataclasses.replace(Run.of(done.process), gradients={}) for done in runs]
+            for runs in (bare, plan)
+        )
         return proof.judge(
-            [Run.of(done.process) for done in bare],
-            [Run.of(done.process) for done in plan],
+            of_bare,
+            of_plan,
             self._repeats,
             self._collect_exactness(settings),
         )
@@ -405,43 +374,26 @@ class Prover(TuneStage):
             seed=self._options.seed + number,
         )
 
-    def _record_gradients(
-        self, settings: Mapping[str, str], number: int
-    ) -> Mapping[str, Sequence[Gradient]]:
-        """Record the gradients of one short run, with the seed of a pair.
 
-        Raises:
-            TrialFailedError: the program fails.
-        """
-        steps = count_gradient_steps(self._bare.pace)
-        done = pairs.run_once(
-            self._trials,
-            settings,
-            pace=self._bare.pace,
-            steps=min(steps, self._bare.job_steps or steps),
-            seed=self._options.seed + number,
-            inspection=Inspection(gradient_steps=GRADIENT_STEPS),
-        )
-        return done.process.gradients
+def estimate_s(bare: BareRun, settings: Mapping[str, str] | None = None) -> float:
+    """Return the time that the proof of a plan takes, in seconds.
+
+    Args:
+        bare: the results of the first run.
+        settings: the settings of the plan; ``None`` if they are not known yet.
+    """
+    return _estimate_s(bare, bare.proof.pairs, settings)
 
 
-def estimate_s(bare: BareRun) -> float:
-    """Return the time that the proof of a plan takes, in seconds."""
-    return _estimate_s(bare, bare.proof.pairs)
+def estimate_least_s(bare: BareRun, settings: Mapping[str, str] | None = None) -> float:
+    """Return the time that the proof of a plan takes at least, in seconds; see ``estimate_s``."""
+    least = min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS)
+    return _estimate_s(bare, least, settings)
 
 
-def estimate_least_s(bare: BareRun) -> float:
-    """Return the time that the proof of a plan takes at least, in seconds."""
-    return _estimate_s(bare, min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS))
-
-
-def _estimate_s(bare: BareRun, pairs_of_runs: int) -> float:
-    claim_s = 2 * pairs_of_runs * bare.pace.seconds(bare.proof.steps)
-    if not bare.process.trains:
-        return claim_s
-    return claim_s + 2 * bare.proof.gradient_seeds * bare.pace.seconds(
-        count_gradient_steps(bare.pace)
-    )
+def _estimate_s(bare: BareRun, pairs_of_runs: int, settings: Mapping[str, str] | None) -> float:
+    claim_s = pairs_of_runs * bare.pace.pair_s(bare.proof.steps)
+    return claim_s + gradient_runs.estimate_s(bare, settings)
 
 
 def _needs_repeats(verdict: Verdict) -> bool:

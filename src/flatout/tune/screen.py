@@ -22,7 +22,7 @@ from typing import Literal
 
 from flatout import knobs
 from flatout.tune import candidates, design, formatting, pairs, prover, quiet, statistics, trial
-from flatout.tune.bare import BareRun
+from flatout.tune.bare import BareRun, find_outside_steps_s
 from flatout.tune.candidates import Candidate
 from flatout.tune.ledger import Ledger, Options, format_settings
 from flatout.tune.pairs import Pace
@@ -507,7 +507,10 @@ class Screening(TuneStage):
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
-        spare_s = self._ledger.left_s - prover.estimate_s(self._bare)
+        # The first comparison finds the plan: it may take the time of all but the fewest pairs.
+        estimate_s = prover.estimate_least_s if stop_rule == "settings" else prover.estimate_s
+        proof_s = estimate_s(self._bare)
+        spare_s = self._ledger.left_s - proof_s
         comparison = size_comparison(
             arms,
             stop_rule,
@@ -516,7 +519,7 @@ class Screening(TuneStage):
             job_steps=self._job_steps,
         )
         needed_s = self._bare.pace.seconds(comparison.longest_steps)
-        if not self._ledger.has_time_for(needed_s + prover.estimate_s(self._bare)):
+        if not self._ledger.has_time_for(needed_s + proof_s):
             raise NoTimeError(needed_s)
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
         self._ledger.print_line(
@@ -530,6 +533,8 @@ class Screening(TuneStage):
         self._ledger.start(() if isinstance(compared, str) else compared, "inside one process")
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
+        if not done.ended:
+            self._bare.pace.learn(find_outside_steps_s(done))
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.loop_steps)
             if not _suffices(quiet.find_counting_blocks(done.process, comparison), comparison):

@@ -142,7 +142,7 @@ class Tuner:
         outcome = self._ledger.outcome
         try:
             first = self._run_bare()
-            self._ledger.budget_s += 3 * count * 2 * first.pace.seconds(first.proof.steps)
+            self._ledger.budget_s += 3 * count * first.pace.pair_s(first.proof.steps)
             prover = Prover(self._trials, self._ledger, first, self._options)
             attempt = prover.prove(settings, count)
             outcome.interrupted = attempt.pairs.interrupted
@@ -255,7 +255,7 @@ class Tuner:
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
         """Return whether the budget has time for a small proof. If not, the reason is added to the
         outcome."""
-        needed_s = estimate_least_s(first)
+        needed_s = estimate_least_s(first, settings)
         self._ledger.budget_s = extend_budget_s(
             self._ledger.budget_s,
             self._journal.counted_s + needed_s,

@@ -156,11 +156,14 @@ class Inspection:
         state: whether to record the state of the modules at the end, and the outputs of forward
             calls outside training.
         outputs: the number of these forward calls that are recorded in every detail.
+        only_in_warmup: whether no gradients are recorded after the warm-up of a relay, because
+            reading them takes time.
     """
 
     gradient_steps: int = 0
     state: bool = False
     outputs: int = 0
+    only_in_warmup: bool = False
 
 
 @dataclass(frozen=True)
