@@ -323,7 +323,9 @@ MISTAKES = {
 def test_programs_that_cannot_be_tuned_are_one_sentence(tmp_path: Path, mistake: str) -> None:
     program, message = MISTAKES[mistake]
     command = write(tmp_path, program)
-    completed = flatout("--quiet", "--steps", "20", "--", *command, folder=tmp_path)
+    # Of a short budget, little is spent on waiting for a machine that other tests leave alone.
+    words = ("--quiet", "--budget", "30s", "--steps", "20", "--")
+    completed = flatout(*words, *command, folder=tmp_path)
     assert completed.returncode == 2
     assert completed.stdout == ""
     assert completed.stderr.startswith("flatout: ")
