@@ -304,6 +304,15 @@ def test_settings_that_share_the_cpus_are_compared_each_alone() -> None:
     assert build_arms([one, ahead]) == ({}, {"threads": "one"}, {"loader": "prefetch"})
 
 
+def test_settings_that_are_slow_to_switch_are_compared_each_alone() -> None:
+    pages, gc = (
+        Candidate(*name.split("="), is_hot=True, bound=None)
+        for name in ("code_pages=huge", "gc=seldom")
+    )
+    arms = build_arms([pages, gc])
+    assert [arm for arm in arms if "code_pages" in arm] == [{"code_pages": "huge"}]
+
+
 def test_a_stack_is_kept_as_it_is_when_the_job_turns_out_to_be_short() -> None:
     screening, trials, _ = screen_short_job(25)
     assert screening._reduce(dict(STACK)) == STACK

@@ -195,6 +195,40 @@ def test_stacks_are_compared_until_each_setting_is_decided() -> None:
     assert len(session.arms) < comparison.longest_steps / 2
 
 
+@pytest.mark.parametrize("fewest", [2, 30])
+def test_a_comparison_ends_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, fewest: int
+) -> None:
+    """It takes 6 s to apply the setting, and there are 50 s."""
+    apply = Scripted.apply
+    now_s = 0.0
+
+    def apply_slowly(self: Scripted, knob: str, setting: str) -> None:
+        nonlocal now_s
+        now_s += 6.0
+        apply(self, knob, setting)
+
+    monkeypatch.setattr(Scripted, "apply", apply_slowly)
+    monkeypatch.setattr("flatout.agent.switch.time.perf_counter_ns", lambda: int(now_s * 1e9))
+    session = Scripted({})
+    comparison = Comparison(
+        arms_of("a"),
+        block_steps=4,
+        first_steps=0,
+        rounds=60,
+        most_seconds=50.0,
+        fewest_rounds=fewest,
+    )
+    session.compare(comparison)
+    rounds, rest = divmod(len(session.arms) - comparison.warmup_steps, 2 * comparison.block_steps)
+    assert (rounds % 2, rest) == (0, 0)
+    if fewest == 2:
+        assert 2 < rounds < 30
+        assert 50 < now_s <= 50 + 2 * 6
+    else:
+        assert rounds == fewest
+
+
 class Beside(Scripted):
     """The same on two CPUs that others use too, with readings of CPU time.
 

@@ -244,6 +244,9 @@ class Knob:
             What such a setting gains depends on the others of this kind, by far more than a factor
             (one thread is fast beside a process that prefetches, and slow alone), so each is
             compared without the others.
+        slow_switch: whether it takes tens of milliseconds to apply the knob or to undo it. Beside
+            others, such a setting would be switched at every second block of a comparison, so it is
+            compared without the others.
         needs_quiet: whether the knob decides how many CPUs the program uses. Beside other work,
             fewer threads look better than they are, so its gain counts only where other processes
             are known to have left the CPUs alone.
@@ -271,7 +274,13 @@ class Knob:
     replaces: tuple[str, ...] = ()
     inside: Callable[[Host, str], Inside] | None = None
     shares_cpus: bool = False
+    slow_switch: bool = False
     needs_quiet: bool = False
+
+    @property
+    def is_compared_alone(self) -> bool:
+        """Whether its settings are compared with bare, each without any other."""
+        return self.shares_cpus or self.slow_switch
 
     @property
     def is_replayable(self) -> bool:

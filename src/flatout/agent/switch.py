@@ -88,6 +88,7 @@ class Switch:
         self._arm: int | None = None
         self._dropped: set[int] = set()
         self.blocks: list[Block] = []
+        self._began_ns: int | None = None
         self._diverged: set[int] = set()
         self._unread: deque[tuple[int, object]] = deque()
         self._baseline_diverges = False
@@ -164,7 +165,7 @@ class Switch:
             yield arm, True
         for number in range(comparison.rounds):
             if number % 2 == 0:
-                if self._decide_together():
+                if self._decide_together(number):
                     return
                 arms = [arm for arm in range(len(comparison.arms)) if arm not in self._dropped]
             for arm in round_order(arms, number):
@@ -201,19 +202,31 @@ class Switch:
             self._drop_failed(arm, f"it cannot be applied in the process of rank {rank}")
         return all(could)
 
-    def _decide_together(self) -> bool:
+    def _decide_together(self, rounds: int) -> bool:
         """Drop arms that need no more steps, as rank 0 sees it; return whether the comparison is
-        decided."""
+        over.
+
+        Args:
+            rounds: the number of rounds so far.
+        """
         processes = ensemble.find(self._host.roots)
         if processes is None:
-            return self._decide()
+            return self._is_late(rounds) or self._decide()
         message: list[Any] = []
         if processes.rank == 0:
-            message = [self._decide(), sorted(self._dropped)]
+            message = [self._is_late(rounds) or self._decide(), sorted(self._dropped)]
         is_decided, dropped = processes.exchange(message)[0]
         for arm in set(dropped) - self._dropped:
             self._drop(arm, "rank 0 has seen enough of it")
         return bool(is_decided)
+
+    def _is_late(self, rounds: int) -> bool:
+        """Return whether the time of the comparison is over, see ``Comparison.most_seconds``."""
+        now_ns = time.perf_counter_ns()
+        if self._began_ns is None:
+            self._began_ns = now_ns
+        most_s, fewest = self._comparison.most_seconds, self._comparison.fewest_rounds
+        return most_s is not None and rounds >= fewest and now_ns - self._began_ns > most_s * 1e9
 
     def _decide(self) -> bool:
         """Drop arms that need no more steps; return whether the comparison is decided."""

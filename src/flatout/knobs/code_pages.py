@@ -258,4 +258,5 @@ KNOB = Knob(
     apply=apply,
     claims=("the pages of machine code",),
     memory_settings=("huge",),
+    slow_switch=True,
 )

@@ -80,9 +80,9 @@ class TriedSettings:
         stage: how the settings were compared.
         ratio: the step time without the settings over the step time with them. Inside one
             process, it usually comes from a factorial comparison. If the program crashed under a
-            combination, or if the knob decides how many threads and processes work at the same time
-            (``Knob.shares_cpus``), it comes from a comparison of these settings alone with the bare
-            program. If predictions choose the stack (``tune.predicted``), it comes from a
+            combination, or if such settings are always compared alone
+            (``Knob.is_compared_alone``), it comes from a comparison of these settings alone with
+            the bare program. If predictions choose the stack (``tune.predicted``), it comes from a
             comparison of the stack with and without these settings. In fresh processes, it always
             comes from a comparison of the stack with and without these settings.
         state: the result.

@@ -2,8 +2,8 @@
 
 The program switches between combinations of settings (*arms*) every few steps (a *block*; a *round*
 has one block of each arm). This is a factorial A/B test (``design.py``), so every step tells
-something about every candidate. Settings that decide how many threads and processes work at the
-same time are compared each alone (``Knob.shares_cpus``). The winners form a *stack*, the settings
+something about every candidate. Some settings are compared each alone
+(``Knob.is_compared_alone``). The winners form a *stack*, the settings
 that are applied together. The stack is then compared with copies that each lack one knob, and
 settings that it does not need are removed. Last, candidates that affect so small a part of the bare
 step that no gain was measurable are compared once more on top of the stack, where that part is
@@ -138,6 +138,7 @@ class Screening(TuneStage):
         self._job_steps = bare.job_steps
         self.not_compared: list[Candidate] = []
         self._no_time: list[Candidate] = []
+        self._switching_s = 0.0
 
     @property
     def _has_job_ended(self) -> bool:
@@ -482,7 +483,7 @@ class Screening(TuneStage):
             if blocks < count_fewest_rounds(MANY_ARMS) * MANY_ARMS:
                 size = FEW_CANDIDATES
         count = -(-len(hot) // size)
-        kinds = sorted(hot, key=lambda one: knobs.get(one.knob).shares_cpus)
+        kinds = sorted(hot, key=lambda one: knobs.get(one.knob).is_compared_alone)
         bounds = [len(kinds) * part // count for part in range(count + 1)]
         return [kinds[first:end] for first, end in itertools.pairwise(bounds)]
 
@@ -518,7 +519,7 @@ class Screening(TuneStage):
             pace=self._bare.pace,
             job_steps=self._job_steps,
         )
-        needed_s = self._bare.pace.seconds(comparison.longest_steps)
+        needed_s = self._bare.pace.seconds(comparison.longest_steps) + self._switching_s
         if not self._ledger.has_time_for(needed_s + proof_s):
             raise NoTimeError(needed_s)
         what = compared if isinstance(compared, str) else "; ".join(map(str, compared))
@@ -533,13 +534,23 @@ class Screening(TuneStage):
         self._ledger.start(() if isinstance(compared, str) else compared, "inside one process")
         request = Request(comparison=comparison, seed=self._options.seed)
         done = self._trials.run(request, self._bare.pace.limit_s(comparison.longest_steps))
-        if not done.ended:
-            self._bare.pace.learn(find_outside_steps_s(done))
+        self._learn_pace(done)
         if done.ended and self._job_steps is None:
             self._job_steps = len(done.process.loop_steps)
             if not _suffices(quiet.find_counting_blocks(done.process, comparison), comparison):
                 raise _JobEndedError(self._job_steps)
         return done, comparison
+
+
+    def _learn_pace(self, done: Trial) -> None:
+        """Learn from a comparison how long a start takes, and how long the settings of its arms
+        take to be applied and undone."""
+        pace = self._bare.pace
+        if not done.ended:
+            pace.learn(find_outside_steps_s(done))
+        steps_s = sum(step.step_ms for step in done.process.loop_steps) / 1e3
+        extra_s = done.seconds - pace.outside_steps_s - steps_s
+        self._switching_s = max(self._switching_s, extra_s)
 
 
 def size_comparison(
@@ -580,6 +591,8 @@ def size_comparison(
         warmup_steps=WARMUP_STEPS,
         first_steps=SLOW_FIRST_STEPS if is_slow else Comparison.first_steps,
         rounds=min(max(rounds, fewest), MAXIMUM_ROUNDS),
+        fewest_rounds=fewest,
+        most_seconds=round(max(limit_s, 0.0), 1),
         decide=stop_rule,
     )
     if job_steps is None or comparison.longest_steps <= job_steps:
@@ -625,11 +638,11 @@ def count_fewest_rounds(arms: int) -> int:
 def build_arms(group: Sequence[Candidate]) -> tuple[dict[str, str], ...]:
     """Build the arms that compare some candidates; the first is empty.
 
-    The arms are combinations of all candidates, except for those that share the CPUs: each of them
-    has an arm without any other setting.
+    The arms are combinations of all candidates, except for those that are compared alone
+    (``Knob.is_compared_alone``): each of them has an arm without any other setting.
     """
-    combined = [one for one in group if not knobs.get(one.knob).shares_cpus]
-    alone = [one.settings for one in group if knobs.get(one.knob).shares_cpus]
+    combined = [one for one in group if not knobs.get(one.knob).is_compared_alone]
+    alone = [one.settings for one in group if knobs.get(one.knob).is_compared_alone]
     arms = design.build_arms(group_exclusive(combined)) if combined else ({},)
     return (*arms, *alone)
 

@@ -59,6 +59,10 @@ class Comparison:
             ``"settings"``: no arm is dropped; the comparison ends when it is clear for each setting
             whether it gains ``worthwhile`` (for the combinations of ``tune.design``).
         worthwhile: the least ratio that is worth having, above 1.
+        most_seconds: the time after which the comparison ends, once it has made the fewest rounds;
+            ``None``: no limit. It counts from the first block on, with the time that it takes to
+            switch. An arm may be slower than the program without it.
+        fewest_rounds: the number of rounds that are made in any case.
     """
 
     arms: tuple[dict[str, str], ...]
@@ -69,6 +73,8 @@ class Comparison:
     rounds: int = 8
     decide: Literal["arms", "fastest", "settings"] | None = None
     worthwhile: float = 1.02
+    most_seconds: float | None = None
+    fewest_rounds: int = 0
 
     @property
     def arms_with_first_steps(self) -> list[int]:
