@@ -156,6 +156,10 @@ def test_runs_that_alternate_start_up_together() -> None:
     assert pace.seconds(0) == 4.0
     pace.learn(6.0)
     assert pace.seconds(0) == 4.0
+    pace.learn_pair(10, 12.0)  # expected: 2 * 5 - 2
+    assert pace.pair_s(10) == pytest.approx(12.0)
+    pace.learn_pair(20, 10.0)  # faster than expected without any settings
+    assert pace.pair_s(10) == pytest.approx(8.0)
     alone = size_proof(Pace(5.0, 0.1), 100.0, seen_steps=500)
     together = size_proof(Pace(5.0, 0.1, overlap_s=3.0), 100.0, seen_steps=500)
     assert together.steps > alone.steps

@@ -47,14 +47,14 @@ def test_a_tenth_more_is_allowed_and_no_more() -> None:
 
 
 def test_what_the_compiler_takes_once_is_allowed_unless_the_user_says_less() -> None:
-    with_compiler = run(*[500.0] * 40)
+    with_compiler = run(*[640.0] * 40)
     assert memory.refusal([FLAT] * 2, [with_compiler] * 2, 1.1) is None
     assert memory.refusal([FLAT] * 2, [with_compiler] * 2, 1.05) is not None
-    assert memory.refusal([FLAT] * 2, [run(*[540.0] * 40)] * 2, 1.1) is not None
+    assert memory.refusal([FLAT] * 2, [run(*[670.0] * 40)] * 2, 1.1) is not None
 
 
 def test_a_peak_above_the_allowance_must_be_seen_in_two_pairs() -> None:
-    high = run(*[550.0] * 40)
+    high = run(*[670.0] * 40)
     assert memory.refusal([FLAT], [high], 1.1) is None
     assert memory.refusal([FLAT] * 2, [FLAT, run(*[900.0] * 40)], 1.1) is None
     assert memory.refusal([FLAT] * 3, [high, FLAT, high], 1.1) is not None

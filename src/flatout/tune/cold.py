@@ -38,7 +38,6 @@ class ColdTrials(TuneStage):
             SHORT_STEPS, round(SHORT_S / bare.pace.step_s), WARMUP_STEPS + bare.pace.cycle_steps
         )
         self._steps = max(min(bare.proof.steps, shortest), min(bare.proof.steps, MINIMUM_STEPS))
-        self._pair_s = bare.pace.pair_s(self._steps)
         self._of_hot_s = 0.0
 
     def extend(
@@ -74,6 +73,11 @@ class ColdTrials(TuneStage):
             if self._is_affordable(candidate, settings, again) and self._try(candidate, settings):
                 settings |= candidate.settings
         return settings
+
+    @property
+    def _pair_s(self) -> float:
+        """The time of a pair of runs that ranks a candidate, in seconds."""
+        return self._bare.pace.pair_s(self._steps)
 
     def _is_affordable(self, candidate: Candidate, stack: Mapping[str, str], again: bool) -> bool:
         """Return whether there is time for a candidate on top of the stack.

@@ -71,6 +71,7 @@ class Pace:
         micro_batches: the number of steps from one optimizer step to the next.
         overlap_s: how long two runs that alternate start up at the same time, in seconds; 0 if runs
             cannot alternate.
+        extra_s: how much longer the last pair took than that, in seconds, because of its settings.
     """
 
     outside_steps_s: float
@@ -78,6 +79,7 @@ class Pace:
     cycle_steps: int = 1
     micro_batches: int = 1
     overlap_s: float = 0.0
+    extra_s: float = 0.0
 
     def limit_s(self, steps: int) -> float:
         """Return the time limit of a trial of this many steps, in seconds."""
@@ -89,7 +91,11 @@ class Pace:
 
     def pair_s(self, steps: int) -> float:
         """Return the expected time of a pair of trials of this many steps, in seconds."""
-        return 2 * self.seconds(steps) - self.overlap_s
+        return 2 * self.seconds(steps) - self.overlap_s + self.extra_s
+
+    def learn_pair(self, steps: int, pair_s: float) -> None:
+        """Take over how long a pair of trials of this many steps has taken, in seconds."""
+        self.extra_s = max(self.extra_s + pair_s - self.pair_s(steps), 0.0)
 
     def learn(self, outside_steps_s: float) -> None:
         """Take over the time that a later run took outside of its steps, if it is shorter: the
@@ -479,6 +485,7 @@ def run(
                 continue
         if pairs.failure is not None:
             return
+        pace.learn_pair(steps, pairs.last_pair_s)
         print_line(f"pair {number + 1}: {_describe_last(pairs)}")
 
 

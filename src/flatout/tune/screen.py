@@ -541,7 +541,6 @@ class Screening(TuneStage):
                 raise _JobEndedError(self._job_steps)
         return done, comparison
 
-
     def _learn_pace(self, done: Trial) -> None:
         """Learn from a comparison how long a start takes, and how long the settings of its arms
         take to be applied and undone."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import TypeVar
 
-from flatout.wire.ratios import CONFIDENCE, Block, Ratio, Size, merge_steps
+from flatout.wire.ratios import CONFIDENCE, Block, Ratio, Size, merge_steps, to_ratio
 from flatout.wire.record import Step
 from flatout.wire.request import Comparison
 
@@ -79,7 +79,7 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
     centre = fmean(log_ratios)
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
     half = quantile * stdev(log_ratios) / math.sqrt(count)
-    return Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), count)
+    return to_ratio(centre, half, count)
 
 
 def estimate_weighted_ratio(log_ratios: Sequence[float], weights: Sequence[float]) -> Ratio:
@@ -103,9 +103,7 @@ def estimate_weighted_ratio(log_ratios: Sequence[float], weights: Sequence[float
     )
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, size - 1))
     half = quantile * math.sqrt(spread / (size - 1))
-    return Ratio(
-        math.exp(centre), math.exp(centre - half), math.exp(centre + half), len(log_ratios)
-    )
+    return to_ratio(centre, half, len(log_ratios))
 
 
 def paired_means_ms(

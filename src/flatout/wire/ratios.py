@@ -56,6 +56,11 @@ MINIMUM_DEGREES_OF_FREEDOM = 5
 """With fewer degrees of freedom, no ratio is estimated."""
 
 
+LARGEST_LOG = 700.0
+"""The logarithm of the largest limit of an interval: that of a few wildly different ratios may be
+larger than any number."""
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A speedup: the baseline's step time over the other's.
@@ -78,6 +83,14 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.value:.2f}x ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
+
+
+def to_ratio(centre: float, half: float, pairs: int) -> Ratio:
+    """Return the ratio whose logarithm has this value and half-width of its interval."""
+    low, value, high = (
+        math.exp(min(log, LARGEST_LOG)) for log in (centre - half, centre, centre + half)
+    )
+    return Ratio(value, low, high, pairs)
 
 
 class Size(NamedTuple):
@@ -241,9 +254,7 @@ def _estimate_ratios(
         half = CALIBRATION * quantile * math.sqrt(best.variance * best.inverse[column][column])
         turned_on = sum(column in columns for columns in on)
         pairs = min(turned_on, len(rows) - turned_on)
-        ratios.append(
-            Ratio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), pairs)
-        )
+        ratios.append(to_ratio(centre, half, pairs))
     return ratios
 
 
