@@ -222,3 +222,15 @@ def test_two_trials_of_a_relay_are_one_entry() -> None:
     again = journal.resume("tune", COMMAND)
     assert again.take_next(*both) is None
     again.close()
+
+
+def test_what_is_done_once_on_a_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("flatout.tune.journal.time.monotonic", lambda: now_s)
+    opened = journal.begin("tune", COMMAND)
+    now_s += 3.0
+    with opened.uncounted():
+        now_s += 40.0
+    now_s += 2.0
+    assert opened.spent_s == pytest.approx(5.0)
+    opened.close()

@@ -315,3 +315,107 @@ def test_undone_the_class_is_as_it_was(library: ctypes.CDLL) -> None:
     assert hooked == {
         name: vars(getattr(torch.optim, name)).get("step") for name in prepared._CLASSES
     }
+
+
+class OwnParameter(nn.Parameter):
+    """A parameter that notices what happens to it."""
+
+    said: list[str] = []
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        cls.said.append(getattr(function, "__qualname__", str(function)))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.said.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def with_gradients(make: Callable[[Any], nn.Parameter] = nn.Parameter) -> torch.optim.Optimizer:
+    weights = [make(torch.ones(3)) for _ in range(3)]
+    for weight in weights[:2]:
+        weight.grad = torch.ones(3)
+    return torch.optim.Adam([{"params": weights[:1]}, {"params": weights[1:]}])
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor | None]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_gradients_are_dropped_as_torch_drops_them(library: ctypes.CDLL) -> None:
+    original = torch.optim.Optimizer.zero_grad
+    optimizer = with_gradients()
+    kept = gradients(optimizer)[0]
+    with stepping(library, is_prepared=True):
+        optimizer.zero_grad()
+        assert gradients(optimizer) == [None] * 3
+        assert kept is not None
+        assert torch.equal(kept, torch.ones(3))
+        optimizer.zero_grad()  # there are none
+    assert torch.optim.Optimizer.zero_grad is original
+
+
+def test_zeros_are_zeros(library: ctypes.CDLL) -> None:
+    for how in ((False,), ()):
+        optimizer = with_gradients()
+        with stepping(library, is_prepared=True):
+            optimizer.zero_grad(*how, **({} if how else {"set_to_none": False}))
+        first, second, third = gradients(optimizer)
+        assert third is None
+        for zeros in (first, second):
+            assert zeros is not None
+            assert torch.equal(zeros, torch.zeros(3))
+
+
+def test_who_looks_at_gradients_sees_that_they_go(library: ctypes.CDLL) -> None:
+    mine = with_gradients(OwnParameter)
+    OwnParameter.said.clear()
+    plain = with_gradients()
+    with stepping(library, is_prepared=True):
+        mine.zero_grad()
+        assert OwnParameter.said
+        with Seen() as seen:
+            plain.zero_grad()
+        assert seen.said
+        with torch.profiler.profile() as profile:
+            plain.zero_grad()
+    assert gradients(mine) == gradients(plain) == [None] * 3
+    assert any("Optimizer.zero_grad#Adam" in event.name for event in profile.events())
+
+
+def test_the_end_of_a_gradient_may_change_the_optimizer(library: ctypes.CDLL) -> None:
+    optimizer = with_gradients()
+    gradient = gradients(optimizer)[0]
+    weakref.finalize(gradient, optimizer.param_groups.pop)
+    del gradient
+    with stepping(library, is_prepared=True):
+        optimizer.zero_grad()
+    assert len(optimizer.param_groups) == 1
+    assert gradients(optimizer) == [None]
+
+
+def test_an_optimizer_of_the_programs_own_drops_its_gradients_itself(library: ctypes.CDLL) -> None:
+    class Own(torch.optim.Adam):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.calls += 1
+            super().zero_grad(set_to_none)
+
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = Own([weight])
+    with stepping(library, is_prepared=True):
+        optimizer.zero_grad()
+    assert (optimizer.calls, weight.grad) == (1, None)

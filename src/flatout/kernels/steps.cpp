@@ -296,9 +296,47 @@ class PreparedStep {
   bool is_stepping_ = false;
 };
 
+// Whether no class of the program can have a part in what is done with a tensor.
+bool is_plain(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == ParameterClass || type == THPVariableClass;
+}
+
+// Calls `use` with each parameter of the groups; returns whether all are as torch makes them.
+template <typename Use>
+bool for_each_parameter(PyObject* groups, const Use& use) {
+  static PyObject* const name = PyUnicode_InternFromString("params");
+  if (!PyList_CheckExact(groups)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    PyObject* group = PyList_GET_ITEM(groups, i);
+    PyObject* list = PyDict_CheckExact(group) ? PyDict_GetItem(group, name) : nullptr;
+    if (list == nullptr || !PyList_CheckExact(list)) return false;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j) {
+      PyObject* parameter = PyList_GET_ITEM(list, j);
+      if (!is_plain(parameter)) return false;
+      use(THPVariable_Unpack(parameter));
+    }
+  }
+  return true;
+}
+
+// Sets the gradients of all parameters to None, as Optimizer.zero_grad does; returns whether it
+// has. If it has not, nothing has been changed.
+bool drop_gradients(const py::object& groups) {
+  if (!for_each_parameter(groups.ptr(), [](const at::Tensor&) {})) return false;
+  std::vector<at::Tensor> dropped; // whatever their end calls must not change the lists meanwhile
+  for_each_parameter(groups.ptr(), [&](const at::Tensor& parameter) {
+    if (!parameter.grad().defined()) return;
+    dropped.push_back(std::move(parameter.mutable_grad()));
+    parameter.mutable_grad().reset();
+  });
+  return true;
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("drop_gradients", &drop_gradients);
   py::class_<PreparedStep>(m, "PreparedStep")
       .def(py::init<py::object, py::dict, uintptr_t, py::function, int64_t>())
       .def("add_group", &PreparedStep::add_group)

@@ -104,7 +104,29 @@ class PreparedSteps:
                     unhooked = owner.__dict__["step"].__wrapped__
                     step = functools.partial(self._step, unhooked)
                     undo.callback(wrap_function(owner, "step", self._on_failure, step))
+            base = torch.optim.Optimizer
+            undo.callback(wrap_function(base, "zero_grad", self._on_failure, self._zero_grad))
             return undo.pop_all().close
+
+    def _zero_grad(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the gradients of an optimizer to ``None``, or let torch do so.
+
+        Args:
+            original: torch's method, see ``containment.wrap``.
+            optimizer, args, kwargs: what the program calls it with.
+        """
+        is_plain = not (
+            args
+            or kwargs
+            or type(optimizer) not in self._classes
+            or "_zero_grad_profile_name" not in optimizer.__dict__
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._len_torch_function_stack()
+            or "grad" in torch.nn.Parameter.__dict__
+        )
+        drop = self._native.drop_gradients
+        if not (is_plain and attempt(self._on_failure, drop, optimizer.param_groups)):
+            original(optimizer, *args, **kwargs)
 
     def _step(self, unhooked: Any, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Step an optimizer, or let torch do so and see how.

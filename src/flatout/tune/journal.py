@@ -20,12 +20,13 @@ cut off. The file is locked while its tune runs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,6 +146,16 @@ class Journal:
         Decisions rest on it, so that they are the same when the tune is resumed.
         """
         return self._spent_before_s
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A context whose time is no part of what the tune takes: it is spent once on a machine,
+        for all tunes."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._session_began_s += time.monotonic() - began_s
 
     def take_next(self, *requests: Request) -> tuple[Entry, ...] | None:
         """Return the next trials if the journal has them for the same requests, otherwise ``None``.

@@ -25,7 +25,6 @@ resumed (``journal.py``).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -248,8 +247,11 @@ class Tuner:
             self._ledger.reject(candidate.settings, why)
         header = first.process.header
         names = {knob for candidate in found.candidates for knob in candidate.settings}
-        told = functools.partial(self._ledger.begin, "compiling extensions, once for this torch")
-        knobs.build_extensions(names, header.executable, header.torch, told)
+        what = "compiling extensions, once for this torch, which does not count"
+        with self._journal.uncounted():
+            knobs.build_extensions(
+                names, header.executable, header.torch, lambda: self._ledger.begin(what)
+            )
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
