@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from flatout.tune.pairs import Pairs
 from flatout.tune.proof import Verdict
 from flatout.tune.trial import Trial
 from flatout.wire.header import Header
+from flatout.wire.lines import Captured
 from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.turns import PHASES
@@ -187,6 +189,26 @@ def test_the_line_of_a_pair_is_what_is_summed_up(monkeypatch: pytest.MonkeyPatch
     )
     assert said == [f"pair {n}: 10 ms, 9.8 ms, 1.02x" for n in (1, 2, 3)]
     assert f"{made.ratio.value:.2f}x" == "1.02x"
+
+
+def with_captures(step_ms: float, at_s: Sequence[float]) -> Trial:
+    """A run of a hundred steps that begin after a second, with captures of 200 ms each."""
+    made = trial((step_ms, [1.0] * 100, [], 1.0, 1e8))
+    made.process.captures += [Captured(0.2, at) for at in at_s]
+    return made
+
+
+def test_what_a_plan_captures_again_and_again_is_part_of_its_steps() -> None:
+    """A cross-validation: 10 ms a step bare, 5 ms with the plan, and captures in between."""
+    bare = [with_captures(10.0, ())] * 3
+    once = Pairs({}, {"replay": "operators"}, bare, [with_captures(5.0, (1.0, 1.01))] * 3)
+    assert once.ratio.value == pytest.approx(2.0)
+    assert once.costs[1].warmup_s == pytest.approx(0.4)
+    again = [with_captures(5.0, (1.0, 1.1, 1.2, 1.3, 1.4, 1.5))] * 3
+    often = Pairs({}, {"replay": "operators"}, bare, again)
+    late_ms = 3 * 200 / 49  # at 1.3, 1.4 and 1.5 s, over half of the 97 steady steps
+    assert often.ratio.value == pytest.approx(10 / (5 + late_ms), rel=1e-3)
+    assert often.costs[1].warmup_s == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -27,6 +28,7 @@ from flatout.knobs.replay.calls import (
     MOST_GRAPHS,
     MOST_MISSES,
     MOST_REPEATED,
+    CaptureTimes,
     Replays,
 )
 from flatout.wire.lines import Captured
@@ -51,6 +53,13 @@ def host(tmp_path: Path) -> Iterator[Host]:
     handled_calls.counts[replay.NAME] = 0
     yield made
     handled_calls.counts[replay.NAME] = 0
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured as soon as they are wanted."""
+    if "now_s" not in request.fixturenames:
+        monkeypatch.setattr("flatout.knobs.replay.calls.PROMPT_GRAPHS", 99)
 
 
 @pytest.fixture
@@ -745,3 +754,69 @@ def test_the_time_of_capturing_is_recorded_and_not_part_of_a_step(
     captured = [line.seconds for line in written if isinstance(line, Captured)]
     assert len(captured) == len(pauses) == 1
     assert captured[0] > 0
+
+
+@pytest.fixture
+def now_s(host: Host) -> list[float]:
+    """The time by the clock of captures, each of which takes one second."""
+    now = [0.0]
+    times = host.keep(replay.NAME, "times", lambda: CaptureTimes(lambda: now[0]))
+    capturing = times.capturing
+
+    @contextlib.contextmanager
+    def take_a_second(form: Any) -> Iterator[None]:
+        with capturing(form):
+            yield
+            now[0] += 1.0
+
+    times.capturing = take_a_second
+    return now
+
+
+def test_one_network_after_another_is_not_captured_again_and_again(
+    host: Host, now_s: list[float]
+) -> None:
+    """As in a cross-validation: each capture has to be a fiftieth of the time at most."""
+    call = replays_of(host)[1]
+
+    def count_replayed_networks(networks: int) -> int:
+        before = now_s[0]
+        for _ in range(networks):
+            net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+            for _ in range(STEPS):
+                call(net, torch.randn(5, 3))
+        return round(now_s[0] - before)
+
+    assert count_replayed_networks(5) == 2
+    now_s[0] = 49.0
+    assert count_replayed_networks(5) == 0
+    now_s[0] = 51.0
+    assert count_replayed_networks(5) == 1
+    now_s[0] = 90.0
+    assert count_replayed_networks(5) == 0
+    now_s[0] = 151.0
+    assert count_replayed_networks(5) == 2
+
+
+def test_networks_of_another_form_do_not_wait(host: Host, now_s: list[float]) -> None:
+    call = replays_of(host)[1]
+    for width in (3, 4, 5, 6, 7):
+        net = nn.Sequential(nn.Linear(3, width), nn.Tanh())
+        for _ in range(STEPS):
+            call(net, torch.randn(5, 3))
+    assert now_s[0] == 5.0
+
+
+def test_a_call_that_waits_for_its_capture_is_captured_later(
+    host: Host, now_s: list[float], said: list[tuple[str, str]]
+) -> None:
+    call, net = replays_of(host)[1], nn.Linear(3, 4)
+    for rows in (5, 6, 7):
+        for _ in range(MOST_MISSES + STEPS):
+            call(net, torch.randn(rows, 3))
+    assert now_s[0] == 2.0
+    now_s[0] = 60.0
+    for _ in range(STEPS):
+        call(net, torch.randn(7, 3))
+    assert now_s[0] == 61.0
+    assert not [why for what, why in said if what == "skipped"]

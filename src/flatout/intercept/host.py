@@ -177,7 +177,9 @@ class Host:
             yield
         finally:
             self.add_pause(begin_ns)
-            self.record.write(Captured((time.perf_counter_ns() - begin_ns) / 1e9))
+            end_ns = time.perf_counter_ns()
+            at_s = round(self.record.seconds(end_ns), 6)
+            self.record.write(Captured((end_ns - begin_ns) / 1e9, at_s))
 
     # Callbacks of the hooks
 

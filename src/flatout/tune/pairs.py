@@ -168,17 +168,13 @@ class Pairs:
         """The step times of the two runs of each pair that counts, in ms.
 
         Each is the mean that ``statistics.paired_means_ms`` returns, plus the step's share of the
-        evaluation passes. Only blocks that count are used (``quiet.py``). If fewer than two pairs
-        count, so that nothing can be claimed, the times are those of all blocks. In both
-        cases, the times of the bare program are multiplied by ``unwatched.Unwatched.factor``.
+        evaluation passes and of late captures (``late_captures_ms``). Only blocks that count are
+        used (``quiet.py``). If fewer than two pairs count, so that nothing can be claimed, the
+        times are those of all blocks. In both cases, the times of the bare program are multiplied
+        by ``unwatched.Unwatched.factor``.
         """
-        both = [
-            (
-                one.process.steady_steps,
-                other.process.steady_steps,
-                blocks,
-                self._factor(one.process),
-            )
+        counted = [
+            (one.process, other.process, blocks)
             for (one, other), blocks in zip(self._zipped, self._counted_blocks, strict=True)
             if blocks
         ]
@@ -186,15 +182,24 @@ class Pairs:
             [
                 [
                     (step.step_ms, counterpart.step_ms) if number in counting else None
-                    for number, (step, counterpart) in enumerate(zip(one, other, strict=False))
+                    for number, (step, counterpart) in enumerate(
+                        zip(one.steady_steps, other.steady_steps, strict=False)
+                    )
                 ]
-                for one, other, blocks, _ in both
+                for one, other, blocks in counted
                 for counting in [{n for block in blocks for n in range(*block.positions)}]
             ]
         )
+        between = [
+            [
+                _passes_ms(process.steady_steps, blocks, side) + late_captures_ms(process)
+                for side, process in enumerate((one, other))
+            ]
+            for one, other, blocks in counted
+        ]
         return [
-            (factor * (first + _passes_ms(one, blocks, 0)), second + _passes_ms(other, blocks, 1))
-            for (first, second), (one, other, blocks, factor) in zip(in_steps, both, strict=True)
+            (self._factor(one) * (first + extra[0]), second + extra[1])
+            for (first, second), extra, (one, _, _) in zip(in_steps, between, counted, strict=True)
         ]
 
     @property
@@ -307,6 +312,24 @@ def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int)
     return max(whole_ms - sum(steps), 0.0) / len(steps)
 
 
+def late_captures_ms(process: ProcessRecord) -> float:
+    """Return the time of captures per step, in ms, in the second half of the steady steps.
+
+    What a knob captures once belongs to the start of a job (``Cost.warmup_s``). If it still
+    captures there, it is likely to go on so.
+    """
+    late = process.steady_steps[len(process.steady_steps) // 2 :]
+    return 1e3 * sum(_find_late_captures_s(process)) / len(late) if late else 0.0
+
+
+def _find_late_captures_s(process: ProcessRecord) -> list[float]:
+    steady = process.steady_steps
+    if not steady:
+        return []
+    begin_s = steady[len(steady) // 2].at_s
+    return [one.seconds for one in process.captures if one.at_s >= begin_s]
+
+
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
     """Return the geometric mean of the median step times of one or more runs, in ms. Evaluation
     passes do not count."""
@@ -347,8 +370,8 @@ class Cost:
         startup_s: the time from the import of torch to the first step, in seconds; the median of
             the runs.
         warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
-            number of later steps, plus the time of what was captured or compiled later; the median
-            of the runs.
+            number of later steps, plus the time of what was captured or compiled in the first half
+            of the later ones; the median of the runs.
         step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
     """
 
@@ -375,7 +398,9 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
         first_s = sum(step.step_ms for step in warmup) / 1e3
         usual_s = len(warmup) * step_ms(done.process) / 1e3
         startups.append(startup_s(done.process))
-        warmups.append(max(first_s - usual_s, 0.0) + done.process.capture_s)
+        captures_s = sum(one.seconds for one in done.process.captures)
+        captures_s -= sum(_find_late_captures_s(done.process))
+        warmups.append(max(first_s - usual_s, 0.0) + captures_s)
     return Cost(median(startups), median(warmups), mean_step_ms)
 
 

@@ -135,11 +135,13 @@ class Captured:
 
     Attributes:
         seconds: how long that took.
+        at_s: the time of its end in seconds since the header was written.
     """
 
     kind: ClassVar[str] = "captured"
 
     seconds: float
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class ProcessRecord(_Loops[list[Step]]):
         gradients: a map from the name of a parameter to the gradients of its first optimizer steps.
         outputs: the outermost forward calls outside training.
         state: the state of the modules when the run ended; ``None``: not requested, or not reached.
-        capture_s: the time that knobs took to capture parts of the program, which is part of no
+        captures: the times that knobs took to capture parts of the program, which are part of no
             step, in seconds.
         fixed_work_us: the times of the fixed piece of work, see ``lines.FixedWork``.
         usage: the readings of CPU time, in order (``wire/disturbance.py``); an ``exec`` begins
@@ -204,7 +204,7 @@ class ProcessRecord(_Loops[list[Step]]):
     gradients: dict[str, list[Gradient]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     state: tuple[RootState, ...] | None = None
-    capture_s: float = 0.0
+    captures: list[Captured] = field(default_factory=list)
     fixed_work_us: list[float] = field(default_factory=list)
     usage: list[CpuUsage] = field(default_factory=list)
     usage_beside: list[UsageBeside] = field(default_factory=list)
@@ -547,7 +547,7 @@ def _add(line: Any, process: ProcessRecord, replay: _Replay) -> None:
         case State():
             process.state = line.roots
         case Captured():
-            process.capture_s += line.seconds
+            process.captures.append(line)
         case FixedWork():
             process.fixed_work_us.append(line.cpu_us)
         case SharedWork():

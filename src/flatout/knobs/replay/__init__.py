@@ -83,8 +83,8 @@ KNOB = Knob(
         "An extension is compiled once for each version of torch, which takes half a minute.",
         helps="The knob helps programs with short steps and many small operators: tabular "
         "networks, forecasting, recurrent cells written in Python, reinforcement learning.",
-        hurts="Capturing takes a second or more for each graph. Programs whose time goes to large "
-        "operators gain nothing.",
+        hurts="Capturing takes a second or more for each graph, so later graphs wait until that is "
+        "2 % of the time. Programs whose time goes to large operators gain nothing.",
         by_hand='There is no such backend in torch; `torch.compile(model, backend="aot_eager")` '
         "captures the same, but runs it from Python.",
         sources=(

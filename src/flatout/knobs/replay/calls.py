@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
+import time
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
@@ -44,6 +46,15 @@ MOST_MISSES = 64
 """After this many calls that match no graph, the module is left alone if fewer have matched one: it
 has ever new shapes, or changes something that it depends on at every call."""
 
+PROMPT_GRAPHS = 2
+"""So many graphs of modules of the same form are captured as soon as they are wanted, for training
+and for evaluation, for example. A program that makes one network after another, as for each fold of
+a cross-validation, would capture all of them."""
+
+LATE_SHARE = 0.02
+"""Further graphs are captured when their capture takes at most this share of the time since the
+first one."""
+
 LOOKED_AT_STEPS = 8
 """For so many optimizer steps, it is looked whether the program needs gradients of gradients."""
 
@@ -73,6 +84,42 @@ class Graph(NamedTuple):
     is_specialised: bool = False
 
 
+class CaptureTimes:
+    """Decides whether there is time to capture a further graph.
+
+    Args:
+        now_s: the clock, in seconds.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.perf_counter) -> None:
+        self._now_s = now_s
+        self._began_s: float | None = None
+        self._counts: Counter[Any] = Counter()
+        self._late_s = 0.0
+        self._longest_s = 0.0
+
+    def has_time(self, form: Any) -> bool:
+        """Return whether there is time for a graph of a module of this form."""
+        if self._began_s is None or self._counts[form] < PROMPT_GRAPHS:
+            return True
+        most_s = LATE_SHARE * (self._now_s() - self._began_s)
+        return self._late_s + self._longest_s <= most_s
+
+    @contextlib.contextmanager
+    def capturing(self, form: Any) -> Iterator[None]:
+        """A context in which a graph of a module of this form is captured."""
+        begin_s = self._now_s()
+        if self._began_s is None:
+            self._began_s = begin_s
+        try:
+            yield
+        finally:
+            taken_s = self._now_s() - begin_s
+            self._longest_s = max(self._longest_s, taken_s)
+            self._late_s += taken_s if self._counts[form] >= PROMPT_GRAPHS else 0.0
+            self._counts[form] += 1
+
+
 class ReplayedCalls:
     """The captured graphs of an outermost module, or of one of its methods.
 
@@ -83,6 +130,8 @@ class ReplayedCalls:
         backend: turns what Dynamo has captured into a pass of ``native``.
         say: called with the kind of an event and its message.
         capturing: returns the context in which a graph is captured.
+        times: decides whether there is time for it.
+        form: what modules have in common whose graphs are likely to be the same.
         function: the method; ``None``: the calls are those of the module itself.
 
     Attributes:
@@ -96,6 +145,8 @@ class ReplayedCalls:
         backend: Callable[..., Any],
         say: Callable[[str, str], None],
         capturing: Callable[[], AbstractContextManager[None]],
+        times: CaptureTimes,
+        form: Any,
         function: types.FunctionType | None = None,
     ) -> None:
         self.may_capture = True
@@ -103,6 +154,8 @@ class ReplayedCalls:
         self._native = native
         self._say = say
         self._capturing = capturing
+        self._times = times
+        self._form = form
         self._graphs: list[Graph] = []
         self._passes: dict[str, Any] = {}
         self._hits = self._misses = 0
@@ -136,6 +189,8 @@ class ReplayedCalls:
 
     def _wants_capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Count a call that matches no graph, and return whether to capture it."""
+        if len(self._graphs) < MOST_GRAPHS and not self._times.has_time(self._form):
+            return False  # it says nothing of the module: later there may be time
         self._misses += 1
         if self._misses >= MOST_MISSES and self._hits < self._misses:
             calls = self._hits + self._misses
@@ -151,7 +206,11 @@ class ReplayedCalls:
         options = {"record_runtime_overhead": False, "skip_nnmodule_hook_guards": False}
         known = {name: value for name, value in options.items() if hasattr(dynamo_config, name)}
         try:
-            with self._capturing(), dynamo_config.patch(known):
+            with (
+                self._capturing(),
+                self._times.capturing(self._form),
+                dynamo_config.patch(known),
+            ):
                 result = self._capture(module, args, kwargs)
         except TorchDynamoException as error:  # raised before anything is run
             # If the call fails as well, its inputs are to blame.
@@ -281,6 +340,7 @@ class Replays:
         self._steps = 0
         self._program: _Program = host.keep(NAME, "program", _Program)
         self._backend = host.keep(NAME, "backend", lambda: functools.partial(capture, native))
+        self._times: CaptureTimes = host.keep(NAME, "times", CaptureTimes)
         self._modules: WeakIdentityDict[Any, dict[Any, ReplayedCalls]] = host.keep(
             NAME, "modules", WeakIdentityDict
         )
@@ -352,7 +412,16 @@ class Replays:
         def say(what: str, message: str) -> None:
             add(what, NAME, f"{name} {message}" if what == "skipped" else f"{name}: {message}")
 
-        replayed = ReplayedCalls(self._native, self._backend, say, self._host.capturing, function)
+        shapes = tuple(parameter.shape for parameter in objects.parameters(module))
+        replayed = ReplayedCalls(
+            self._native,
+            self._backend,
+            say,
+            self._host.capturing,
+            self._times,
+            form=(name, shapes),
+            function=function,
+        )
         if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)) or any(
             one._compiled_call_impl is not None for one in objects.modules(module)
         ):
