@@ -163,3 +163,22 @@ def test_runs_that_alternate_start_up_together() -> None:
     alone = size_proof(Pace(5.0, 0.1), 100.0, seen_steps=500)
     together = size_proof(Pace(5.0, 0.1, overlap_s=3.0), 100.0, seen_steps=500)
     assert together.steps > alone.steps
+
+
+@pytest.mark.parametrize(
+    ("left_s", "cycle_steps", "steps"),
+    [
+        (60.0, 1, None),  # as many as planned
+        (27.0, 1, 250),
+        (27.0, 119, 241),  # whole cycles behind the warm-up of 3 steps
+        (27.0, 300, None),
+        (24.6, 1, None),  # of 100 steps, too little would be timed beside the start-ups
+        (20.0, 1, None),
+    ],
+)
+def test_a_proof_covers_what_there_is_time_for(
+    left_s: float, cycle_steps: int, steps: int | None
+) -> None:
+    """Three pairs, each of whose runs starts up for 5 s; 2 s of that pass at the same time."""
+    pace = Pace(5.0, 0.002, cycle_steps, overlap_s=2.0)
+    assert budget.fit_steps(ProofSize(1000, 5, 1), pace, left_s) == steps

@@ -62,12 +62,13 @@ EXTENSION = 1.25
 proof: a proven plan is worth more than the time that was announced."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProofSize:
     """The size of a proof.
 
     Attributes:
-        steps: the number of steps of each run.
+        steps: the number of steps of each run. It is reduced if there is less time left than
+            planned (``fit_steps``).
         pairs: the minimum number of pairs of runs.
         gradient_seeds: the number of seeds for which gradients are compared.
         warmup_steps: the number of steps of a relay before its first block.
@@ -172,6 +173,26 @@ def size_proof(
     gradients_s = 2 * pace.seconds(recorded_steps)
     seeds = GRADIENT_SEEDS if GRADIENT_SEEDS * gradients_s <= GRADIENTS_SHARE * budget_s else 1
     return ProofSize(steps, pairs, seeds)
+
+
+def fit_steps(size: ProofSize, pace: Pace, left_s: float) -> int | None:
+    """Return the number of steps of a run with which the fewest pairs fit into the time that is
+    left; ``None`` if that would be too few, or no fewer than planned.
+
+    Args:
+        size: the size of the proof as planned.
+        pace: the pace of the bare program, and of the pairs so far.
+        left_s: the time that is left for pairs, in seconds.
+    """
+    pairs = min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS)
+    steps = int((left_s / pairs - pace.pair_s(0)) / 2 / pace.step_s)
+    timed_steps = steps - size.warmup_steps
+    if pace.cycle_steps > 1:
+        timed_steps -= timed_steps % pace.cycle_steps
+    least = MINIMUM_STEPS - size.warmup_steps
+    least = max(least, int(MEASURED_SHARES[-1] * pace.outside_steps_s / pace.step_s))
+    steps = size.warmup_steps + timed_steps
+    return steps if timed_steps >= least and steps < size.steps else None
 
 
 def _is_affordable(pace: Pace, steps: int, budget_s: float) -> bool:

@@ -36,6 +36,7 @@ from flatout.tune import (
     candidates,
     evidence,
     formatting,
+    gradient_runs,
     pairs,
     predicted,
     prediction,
@@ -44,7 +45,7 @@ from flatout.tune import (
     statistics,
 )
 from flatout.tune.bare import BareRun
-from flatout.tune.budget import UNKNOWN_BUDGET_S, extend_budget_s
+from flatout.tune.budget import OVERDRAFT, UNKNOWN_BUDGET_S, extend_budget_s, fit_steps
 from flatout.tune.candidates import Survey
 from flatout.tune.cold import ColdTrials
 from flatout.tune.journal import Journal
@@ -255,8 +256,8 @@ class Tuner:
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
-        """Return whether the budget has time for a small proof. If not, the reason is added to the
-        outcome."""
+        """Return whether the budget has time for a small proof. If there is time for fewer steps
+        than planned, the proof gets these. If there is none, the reason is added to the outcome."""
         needed_s = estimate_least_s(first, settings)
         self._ledger.budget_s = extend_budget_s(
             self._ledger.budget_s,
@@ -264,6 +265,17 @@ class Tuner:
             is_named=self._options.budget_seconds is not None,
         )
         if self._ledger.has_time_for(needed_s):
+            return True
+        steps = None
+        if self._options.steps is None:
+            pairs_s = OVERDRAFT * self._ledger.budget_s - self._journal.counted_s
+            pairs_s -= gradient_runs.estimate_s(first, settings)
+            steps = fit_steps(first.proof, first.pace, pairs_s)
+        if steps is not None:
+            self._ledger.print_line(
+                f"the proof covers {steps} steps a run, not {first.proof.steps}, for want of time"
+            )
+            first.proof.steps = steps
             return True
         outcome = self._ledger.outcome
         wanted_s = self._journal.counted_s + needed_s
