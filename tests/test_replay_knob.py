@@ -820,3 +820,26 @@ def test_a_call_that_waits_for_its_capture_is_captured_later(
         call(net, torch.randn(7, 3))
     assert now_s[0] == 61.0
     assert not [why for what, why in said if what == "skipped"]
+
+
+@pytest.mark.parametrize("count", [200, 254, 255, 256, 300, 700])
+def test_modules_of_many_parameters(host: Host, count: int) -> None:
+    """A call with more than 255 arguments is longer, which CPython 3.11 does not expect."""
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ParameterList(torch.randn(16) for _ in range(count))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ torch.stack(list(self.parts)).sum(0)
+
+    def scenario(call: Call) -> list[torch.Tensor]:
+        net, found = Many(), []
+        for _ in range(40):
+            loss = call(net, torch.randn(4, 16)).square().mean()
+            loss.backward()
+            found += [loss.detach(), *gradients(net)[-3:]]
+        return found
+
+    assert assert_same(host, scenario) >= 30

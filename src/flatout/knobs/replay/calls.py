@@ -58,6 +58,12 @@ first one."""
 LOOKED_AT_STEPS = 8
 """For so many optimizer steps, it is looked whether the program needs gradients of gradients."""
 
+MOST_ARGUMENTS = 255
+"""The largest number of arguments of a call of a built-in function in code that Dynamo makes.
+CPython 3.11 has two instructions for a call; it skips the second one after some calls of a built-in
+function, and does not know that it is longer where there are more arguments. Its own compiler never
+makes such calls."""
+
 MOST_REPEATED = 8
 """After this many backward passes of a graph that had to be computed by autograd (for gradients of
 gradients, or of some outputs only), the module is left alone: they take twice the time."""
@@ -158,6 +164,7 @@ class ReplayedCalls:
         self._form = form
         self._graphs: list[Graph] = []
         self._passes: dict[str, Any] = {}
+        self._wide: set[str] = set()
         self._hits = self._misses = 0
         self._seen: Counter[Any] = Counter()
         self._specialised: WeakIdentityDict[Any, bool] = WeakIdentityDict()
@@ -230,6 +237,8 @@ class ReplayedCalls:
             for name in entry.code.co_names:
                 passed = getattr(variables.get(name), "_torchdynamo_orig_callable", None)
                 if isinstance(passed, self._native.Pass):
+                    if entry.code.co_stacksize > MOST_ARGUMENTS:
+                        self._wide.add(name)
                     self._set_pass(name, passed)
                 if name in self._passes:
                     replayed, of_pass = self._passes[name], name
@@ -248,7 +257,10 @@ class ReplayedCalls:
     def _set_pass(self, name: str, passed: Any) -> None:
         """Let what Dynamo has made call a pass, without the wrapper that turns Dynamo off in it."""
         self._passes[name] = passed
-        self._traced.__globals__[name] = passed.function
+        function = passed.function
+        if name in self._wide:
+            function = functools.partial(function)  # no built-in function
+        self._traced.__globals__[name] = function
 
     def look_at_backward(self) -> None:
         """Capture passes for the gradients that they were given, if these are fewer, or leave the
