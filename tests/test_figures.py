@@ -204,6 +204,8 @@ def test_what_a_plan_captures_again_and_again_is_part_of_its_steps() -> None:
     once = Pairs({}, {"replay": "operators"}, bare, [with_captures(5.0, (1.0, 1.01))] * 3)
     assert once.ratio.value == pytest.approx(2.0)
     assert once.costs[1].warmup_s == pytest.approx(0.4)
+    late = Pairs({}, {"replay": "operators"}, bare, [with_captures(5.0, (1.4,))] * 3)
+    assert late.ratio.value == pytest.approx(2.0)  # as the only evaluation of the run
     again = [with_captures(5.0, (1.0, 1.1, 1.2, 1.3, 1.4, 1.5))] * 3
     often = Pairs({}, {"replay": "operators"}, bare, again)
     late_ms = 3 * 200 / 49  # at 1.3, 1.4 and 1.5 s, over half of the 97 steady steps

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flatout.agent import flows
-from flatout.agent.tensors import sample
+from flatout.agent.tensors import norm, sample
 from flatout.plan import Check
 from flatout.tune import gradients
 from flatout.wire.lines import Gradient
@@ -351,3 +351,13 @@ def test_a_parameter_that_the_first_seed_does_not_use_is_judged_as_well() -> Non
     check = judge(bare, plan, "reduced")
     assert check.result == "failed"
     assert check.why.startswith("the gradient norm of sometimes is 2 times bare's")
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 2**20 + 7), (2**21 + 3, 2), (2, 3, 2**19)])
+def test_the_norm_of_parts_is_that_of_the_whole(shape: tuple[int, ...], order: float) -> None:
+    values = torch.randn(shape)
+    expected = torch.linalg.vector_norm(values.double(), ord=order)
+    assert torch.allclose(norm(values, order), expected, rtol=1e-12)
+    assert norm(values, order).dtype == torch.float64
+    assert torch.allclose(norm(values.T, order), expected, rtol=1e-12) if len(shape) == 2 else True

@@ -807,6 +807,26 @@ def test_networks_of_another_form_do_not_wait(host: Host, now_s: list[float]) ->
     assert now_s[0] == 5.0
 
 
+def test_networks_that_live_together_do_not_wait(host: Host, now_s: list[float]) -> None:
+    """As the critics of SAC and their targets."""
+    call = replays_of(host)[1]
+    nets = [nn.Linear(3, 4) for _ in range(4)]
+    for _ in range(2 * STEPS):
+        for net in nets:
+            call(net, torch.randn(5, 3)).sum().backward()
+            with torch.no_grad():
+                call(net, torch.randn(5, 3))
+    assert now_s[0] == 8.0
+
+
+def test_a_network_whose_sizes_are_not_known_yet(host: Host) -> None:
+    def scenario(call: Call) -> list[torch.Tensor]:
+        net = nn.LazyLinear(4)
+        return [call(net, torch.randn(5, 3)).detach() for _ in range(2 * STEPS)]
+
+    assert assert_same(host, scenario) > 0
+
+
 def test_a_call_that_waits_for_its_capture_is_captured_later(
     host: Host, now_s: list[float], said: list[tuple[str, str]]
 ) -> None:

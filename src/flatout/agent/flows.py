@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from flatout.agent.tensors import norm
 from flatout.intercept.graph import edges, leaf_of
 
 INDEPENDENT, COMMON = 8.0, 64.0
@@ -112,9 +113,7 @@ class Flows:
                 continue
             roundoff = _roundoff(of_output)
             shared = min(roundoff, _ACCUMULATION_ROUNDOFF)
-            exact = torch.float32 if of_output.device.type == "mps" else torch.float64
-            norms = (torch.linalg.vector_norm(of_output, ord=o, dtype=exact) for o in (2, 1))
-            euclidean, absolute = norms
+            euclidean, absolute = norm(of_output), norm(of_output, 1.0)
             is_half = leaf.dtype in (torch.bfloat16, torch.float16)
             independent = HALF_INDEPENDENT if is_half else INDEPENDENT
             noise = independent * roundoff * euclidean + COMMON * shared * absolute

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatout.agent.flows import Flows, is_sum_of_terms
-from flatout.agent.tensors import sample, stored_values, summation_dtype, to_floats
+from flatout.agent.tensors import norm, sample, stored_values, to_floats
 from flatout.intercept import objects
 from flatout.intercept.gradients import stored_gradient
 from flatout.wire.lines import Gradients, NamedGradient
@@ -172,7 +172,7 @@ class GradientInspector:
             values = stored_values(grad)
             has_sample = self._sample_elements >= LEAST_ELEMENTS and not grad.is_sparse
             self._read[id(parameter)] = _ReadGradient(
-                torch.linalg.vector_norm(values, dtype=summation_dtype(values)),
+                norm(values),
                 values.numel(),
                 # A copy: clipping and optimizers change gradients in place.
                 sample(values, self._sample_elements).to(torch.float32, copy=True)

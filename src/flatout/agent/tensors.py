@@ -29,9 +29,28 @@ def stored_values(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+PART_ELEMENTS = 2**20
+"""The largest number of elements of which a norm is computed at once."""
+
+
 def summation_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the dtype for sums: float64, or float32 on Metal, which has no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def norm(values: torch.Tensor, order: float = 2.0) -> torch.Tensor:
+    """Return the norm over all elements, as a scalar tensor.
+
+    Torch makes a copy of what it sums in another dtype. Large tensors are summed in parts, so that
+    the copy does not add to the peak memory of the program.
+    """
+    dtype = summation_dtype(values)
+    if values.numel() <= PART_ELEMENTS:
+        of_all: torch.Tensor = torch.linalg.vector_norm(values, ord=order, dtype=dtype)
+        return of_all
+    longest = max(range(values.dim()), key=lambda dim: values.shape[dim])
+    parts = values.chunk(-(-values.numel() // PART_ELEMENTS), dim=longest)
+    return norm(torch.stack([norm(part, order) for part in parts]), order)
 
 
 def sample(values: torch.Tensor, elements: int) -> torch.Tensor:

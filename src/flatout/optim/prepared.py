@@ -22,7 +22,7 @@ from torch.optim import optimizer as torch_optimizer
 from flatout.intercept import _watch
 from flatout.intercept.containment import OnFailure, attempt
 from flatout.intercept.identity import WeakIdentityDict
-from flatout.intercept.patch import Undo, wrap_function
+from flatout.intercept.patch import Undo, add_attribute, wrap_function
 
 MOST_PREPARED = 8
 """An optimizer that was something else after so many prepared steps is prepared no more: what it
@@ -104,15 +104,29 @@ class PreparedSteps:
                     unhooked = owner.__dict__["step"].__wrapped__
                     step = functools.partial(self._step, unhooked)
                     undo.callback(wrap_function(owner, "step", self._on_failure, step))
-            base = torch.optim.Optimizer
-            undo.callback(wrap_function(base, "zero_grad", self._on_failure, self._zero_grad))
+                if "zero_grad" not in owner.__dict__:
+                    # Not on the base class: other knobs replace it there, and may undo that first.
+                    undo.callback(add_attribute(owner, "zero_grad", self._make_zero_grad()))
             return undo.pop_all().close
+
+    def _make_zero_grad(self) -> Callable[..., None]:
+        of_torch = torch.optim.Optimizer.zero_grad
+
+        @functools.wraps(of_torch)
+        def zero_grad(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            now = torch.optim.Optimizer.zero_grad  # unless a knob or the program replaces it
+            if now is not of_torch or torch.compiler.is_compiling():
+                now(optimizer, *args, **kwargs)
+            else:
+                self._zero_grad(now, optimizer, *args, **kwargs)
+
+        return zero_grad
 
     def _zero_grad(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Set the gradients of an optimizer to ``None``, or let torch do so.
 
         Args:
-            original: torch's method, see ``containment.wrap``.
+            original: torch's method.
             optimizer, args, kwargs: what the program calls it with.
         """
         is_plain = not (
@@ -122,6 +136,7 @@ class PreparedSteps:
             or "_zero_grad_profile_name" not in optimizer.__dict__
             or torch._C._autograd._profiler_enabled()
             or torch._C._len_torch_function_stack()
+            or torch._C._len_torch_dispatch_stack()
             or "grad" in torch.nn.Parameter.__dict__
         )
         drop = self._native.drop_gradients

@@ -189,7 +189,7 @@ def fit_steps(size: ProofSize, pace: Pace, left_s: float) -> int | None:
     timed_steps = steps - size.warmup_steps
     if pace.cycle_steps > 1:
         timed_steps -= timed_steps % pace.cycle_steps
-    least = MINIMUM_STEPS - size.warmup_steps
+    least = max(MINIMUM_STEPS - WARMUP_STEPS, pace.cycle_steps, pace.micro_batches)
     least = max(least, int(MEASURED_SHARES[-1] * pace.outside_steps_s / pace.step_s))
     steps = size.warmup_steps + timed_steps
     return steps if timed_steps >= least and steps < size.steps else None

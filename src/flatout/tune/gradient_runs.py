@@ -165,7 +165,11 @@ class GradientRuns(TuneStage):
         return [self._record(settings, number) for number in range(seeds)]
 
     def _record(self, settings: Mapping[str, str], number: int) -> Recorded:
-        steps = count_gradient_steps(self._bare.pace)
+        pace, size = self._bare.pace, self._bare.proof
+        steps = count_gradient_steps(pace)
+        if size.shares_gradients:  # as many as those with whose gradients they are compared
+            relay = pairs.size_relay(size.steps, pace.step_s, pace.cycle_steps, size.warmup_steps)
+            steps = relay.warmup_steps
         done = pairs.run_once(
             self._trials,
             settings,

@@ -71,7 +71,8 @@ class Pace:
         micro_batches: the number of steps from one optimizer step to the next.
         overlap_s: how long two runs that alternate start up at the same time, in seconds; 0 if runs
             cannot alternate.
-        extra_s: how much longer the last pair took than that, in seconds, because of its settings.
+        extra_s: how much longer the last pair took than that, in seconds, because of its settings;
+            0 before other settings run in pairs.
     """
 
     outside_steps_s: float
@@ -100,8 +101,9 @@ class Pace:
     def learn(self, outside_steps_s: float) -> None:
         """Take over the time that a later run took outside of its steps, if it is shorter: the
         first run of a program finds fewer files in memory."""
-        self.outside_steps_s = min(self.outside_steps_s, outside_steps_s)
-        self.overlap_s = min(self.overlap_s, self.outside_steps_s)
+        shorter_s = max(self.outside_steps_s - outside_steps_s, 0.0)
+        self.outside_steps_s -= shorter_s
+        self.overlap_s = max(self.overlap_s - shorter_s, 0.0)
 
 
 @dataclass
@@ -315,8 +317,8 @@ def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int)
 def late_captures_ms(process: ProcessRecord) -> float:
     """Return the time of captures per step, in ms, in the second half of the steady steps.
 
-    What a knob captures once belongs to the start of a job (``Cost.warmup_s``). If it still
-    captures there, it is likely to go on so.
+    What a knob captures once belongs to the start of a job (``Cost.warmup_s``). If it captures more
+    than once there, and no less than in the first half, it is likely to go on so.
     """
     late = process.steady_steps[len(process.steady_steps) // 2 :]
     return 1e3 * sum(_find_late_captures_s(process)) / len(late) if late else 0.0
@@ -326,8 +328,10 @@ def _find_late_captures_s(process: ProcessRecord) -> list[float]:
     steady = process.steady_steps
     if not steady:
         return []
-    begin_s = steady[len(steady) // 2].at_s
-    return [one.seconds for one in process.captures if one.at_s >= begin_s]
+    begin_s, middle_s = steady[0].at_s, steady[len(steady) // 2].at_s
+    late = [one.seconds for one in process.captures if one.at_s >= middle_s]
+    early = [one for one in process.captures if begin_s <= one.at_s < middle_s]
+    return late if len(late) >= max(len(early), 2) else []
 
 
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
@@ -479,6 +483,7 @@ def run(
         UserError: the baseline cannot run.
     """
     relay = size_relay(steps, pace.step_s, pace.cycle_steps, warmup_steps)
+    pace.extra_s = 0.0
     while not is_enough(pairs):
         number = pairs.count
         try:

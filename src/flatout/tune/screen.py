@@ -544,12 +544,15 @@ class Screening(TuneStage):
     def _learn_pace(self, done: Trial) -> None:
         """Learn from a comparison how long a start takes, and how long the settings of its arms
         take to be applied and undone."""
-        pace = self._bare.pace
-        if not done.ended:
-            pace.learn(find_outside_steps_s(done))
-        steps_s = sum(step.step_ms for step in done.process.loop_steps) / 1e3
-        extra_s = done.seconds - pace.outside_steps_s - steps_s
-        self._switching_s = max(self._switching_s, extra_s)
+        process = done.process
+        if done.ended or process.end is None:
+            return
+        self._bare.pace.learn(find_outside_steps_s(done))
+        first_s = process.loop_steps[0].at_s
+        passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
+        in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
+        switching_s = process.end.at_s - first_s - in_steps_s
+        self._switching_s = max(self._switching_s, switching_s)
 
 
 def size_comparison(

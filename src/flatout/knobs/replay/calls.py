@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import TorchDynamoException
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from flatout.intercept import handled_calls, objects
@@ -46,9 +48,10 @@ MOST_MISSES = 64
 """After this many calls that match no graph, the module is left alone if fewer have matched one: it
 has ever new shapes, or changes something that it depends on at every call."""
 
-PROMPT_GRAPHS = 2
-"""So many graphs of modules of the same form are captured as soon as they are wanted, for training
-and for evaluation, for example. A program that makes one network after another, as for each fold of
+PROMPT_GRAPHS, MOST_MODULES = 2, 4
+"""So many graphs of a module are captured as soon as they are wanted, for training and for
+evaluation, for example, and so many times as many of modules of the same form that live at the same
+time, as the critics of SAC do. A program that makes one network after another, as for each fold of
 a cross-validation, would capture all of them."""
 
 LATE_SHARE = 0.02
@@ -101,12 +104,17 @@ class CaptureTimes:
         self._now_s = now_s
         self._began_s: float | None = None
         self._counts: Counter[Any] = Counter()
+        self._modules: dict[Any, list[weakref.ref[Any]]] = {}
         self._late_s = 0.0
         self._longest_s = 0.0
 
+    def add(self, form: Any, module: Any) -> None:
+        """Take note of a module of this form."""
+        self._modules.setdefault(form, []).append(weakref.ref(module))
+
     def has_time(self, form: Any) -> bool:
         """Return whether there is time for a graph of a module of this form."""
-        if self._began_s is None or self._counts[form] < PROMPT_GRAPHS:
+        if self._began_s is None or not self._is_late(form):
             return True
         most_s = LATE_SHARE * (self._now_s() - self._began_s)
         return self._late_s + self._longest_s <= most_s
@@ -122,8 +130,15 @@ class CaptureTimes:
         finally:
             taken_s = self._now_s() - begin_s
             self._longest_s = max(self._longest_s, taken_s)
-            self._late_s += taken_s if self._counts[form] >= PROMPT_GRAPHS else 0.0
+            self._late_s += taken_s if self._is_late(form) else 0.0
             self._counts[form] += 1
+
+    def _is_late(self, form: Any) -> bool:
+        """Return whether a further graph of this form is not one of the prompt ones."""
+        if self._counts[form] < PROMPT_GRAPHS:
+            return False
+        known = self._modules[form] = [one for one in self._modules[form] if one() is not None]
+        return self._counts[form] >= PROMPT_GRAPHS * min(max(len(known), 1), MOST_MODULES)
 
 
 class ReplayedCalls:
@@ -424,7 +439,12 @@ class Replays:
         def say(what: str, message: str) -> None:
             add(what, NAME, f"{name} {message}" if what == "skipped" else f"{name}: {message}")
 
-        shapes = tuple(parameter.shape for parameter in objects.parameters(module))
+        with torch._C.DisableTorchFunctionSubclass():
+            shapes = tuple(
+                None if is_lazy(parameter) else parameter.shape
+                for parameter in objects.parameters(module)
+            )
+        self._times.add((name, shapes), module)
         replayed = ReplayedCalls(
             self._native,
             self._backend,
