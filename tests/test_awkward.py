@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from flatout.launch.process import _Sentinel
+
 FLATOUT = [sys.executable, "-m", "flatout"]
 RUN = [*FLATOUT, "run", "--"]
 
@@ -430,3 +432,26 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_sentinel_that_waits_for_a_cpu_is_waited_for(is_busy: bool) -> None:
+    """On a busy machine it may be some time before it can report a signal to the whole group."""
+    told, tell = os.pipe()
+    begin = "import os, sys, time\nend = time.monotonic() + 0.4\n"
+    work = "while time.monotonic() < end: pass\n" if is_busy else "time.sleep(60)\n"
+    report = f"os.write({tell}, bytes([{signal.SIGTERM.value}]))"
+    process = subprocess.Popen([sys.executable, "-c", begin + work + report], pass_fds=[tell])
+    while not is_busy and "S" not in state_of(process.pid):
+        pass
+    sentinel = object.__new__(_Sentinel)
+    sentinel._told, sentinel._pid = told, process.pid
+    assert sentinel.got(signal.SIGTERM) == is_busy
+    process.kill()
+    process.wait()
+    os.close(told)
+    os.close(tell)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

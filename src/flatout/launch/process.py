@@ -58,6 +58,9 @@ _SENTINEL_WAIT_S = 0.05
 """How long to wait until the sentinel reports the same signal: the kernel sends it to the whole
 group at once, but the sentinel has to be scheduled."""
 
+_SENTINEL_LONGEST_S = 5.0
+"""How long to wait at most as long as the sentinel waits for a CPU."""
+
 _GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL for a job that must end."""
 
@@ -312,16 +315,29 @@ class _Sentinel:
 
     def got(self, number: int) -> bool:
         """Whether the sentinel got this signal as well."""
-        deadline_s = time.monotonic() + _SENTINEL_WAIT_S
+        begin_s, wait_s = time.monotonic(), _SENTINEL_WAIT_S
         while True:
-            wait_s = max(0.0, deadline_s - time.monotonic())
             if not select.select([self._told], [], [], wait_s)[0]:
-                return False
+                if wait_s == 0:
+                    return False
+                is_late = time.monotonic() - begin_s > _SENTINEL_LONGEST_S
+                if is_late or not self._waits_for_cpu():
+                    wait_s = 0  # it may have reported meanwhile
+                continue
             told = os.read(self._told, 1)
             if not told:
                 return False
             if told[0] == number:
                 return True
+
+    def _waits_for_cpu(self) -> bool:
+        """Whether the sentinel is ready to run, as far as the system tells (proc(5), Linux)."""
+        try:
+            with open(f"/proc/{self._pid}/stat") as file:
+                stat = file.read()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[:1] == ["R"]
 
     def end(self) -> None:
         """End the sentinel."""
