@@ -139,6 +139,7 @@ def run_of(seconds: float, step_ms: float, at_s: float, end_s: float, reason: st
         trains=True,
         end=SimpleNamespace(at_s=end_s, reason=reason),
         replayed=SimpleNamespace(seconds=4.0),
+        in_steps_s=10 * step_ms / 1e3,
     )
     return SimpleNamespace(process=process, seconds=seconds)
 

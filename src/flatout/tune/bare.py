@@ -188,10 +188,8 @@ def find_outside_steps_s(trial: Trial) -> float:
     if process.end is not None and process.end.reason == "stopped":
         # All that lies between the first step and the stop, but the steps, is done by the agent.
         return max(trial.seconds - (process.end.at_s - first_s), 0.0)
-    passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
-    in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
     replay_s = 0.0 if process.replayed is None else process.replayed.seconds
-    return max(trial.seconds - in_steps_s - replay_s, 0.0)
+    return max(trial.seconds - process.in_steps_s - replay_s, 0.0)
 
 
 def _run_first(options: Options, trials: Trials) -> Trial:

@@ -549,9 +549,7 @@ class Screening(TuneStage):
             return
         self._bare.pace.learn(find_outside_steps_s(done))
         first_s = process.loop_steps[0].at_s
-        passes = [one for one in process.evaluations if process.trains and one.at_s > first_s]
-        in_steps_s = sum(step.step_ms for step in (*process.loop_steps, *passes)) / 1e3
-        switching_s = process.end.at_s - first_s - in_steps_s
+        switching_s = process.end.at_s - first_s - process.in_steps_s
         self._switching_s = max(self._switching_s, switching_s)
 
 

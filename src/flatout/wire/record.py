@@ -263,6 +263,14 @@ class ProcessRecord(_Loops[list[Step]]):
         ends = [number for number, step in enumerate(self.steps) if step.updates]
         return statistics.median_low(b - a for a, b in pairwise(ends)) if len(ends) > 1 else 1
 
+    @property
+    def in_steps_s(self) -> float:
+        """The time of all steps and, if the program trains, of the evaluation passes after the
+        first step, in seconds. There must be a step."""
+        first_s = self.loop_steps[0].at_s
+        passes = [one for one in self.evaluations if self.trains and one.at_s > first_s]
+        return sum(step.step_ms for step in (*self.loop_steps, *passes)) / 1e3
+
     def evaluations_before(self, steps: Sequence[Step]) -> list[Step]:
         """Return the timed evaluation passes that come right before some training steps.
 
