@@ -38,11 +38,27 @@ def test_a_kernel_is_built_once(empty_cache: Path) -> None:
     assert list(empty_cache.iterdir()) == [library]
 
 
-def test_processes_that_build_at_once_all_get_it(empty_cache: Path) -> None:
+def test_processes_that_build_at_once_build_it_once(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host with eight ranks, each compiled the extensions, on the same cores."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
     program = "from flatout import kernels; import torch; kernels.load('bernoulli').bernoulli_8"
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert len(list(empty_cache.iterdir())) == 1
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len([command for command in commands if " -c " in command]) == 1
+
+
+def test_a_builder_that_never_ends_does_not_stop_the_others(tmp_path: Path) -> None:
+    library = tmp_path / "kernel.so"
+    with kernels.built_by_one(library, 60), kernels.built_by_one(library, 0):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_compiler_builds_another(

@@ -2,8 +2,8 @@
 
 A kernel is a file ``NAME.c`` in this folder with a plain C interface that needs none of torch's
 headers. The name of its shared library in the cache contains a hash of everything that it depends
-on: sources, compiler, flags and processor. Several processes may build the same kernel at once:
-each builds its own file, and the last one that renames it wins, with the same content.
+on: sources, compiler, flags and processor. Where several processes need the same kernel at once,
+such as ranks, one builds it and the others wait (``built_by_one``).
 
 The kernels use OpenMP, but are not linked to it. The symbols come from the OpenMP runtime that
 torch has loaded into the global scope, so the process has only one thread pool.
@@ -13,6 +13,7 @@ This module uses only the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,10 +24,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from flatout import paths
 from flatout.machine import system
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall")
 FLAGS_OF = {"optimizers": ("-ffp-contract=off",)}
@@ -99,10 +107,50 @@ def build(name: str) -> Path:
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(command, source, library)
+            with built_by_one(library, COMPILE_SECONDS):
+                if not library.exists():
+                    _compile(command, source, library)
         except OSError as error:
             raise KernelError(f"the kernel {name} cannot be built: {error}") from error
     return library
+
+
+@contextlib.contextmanager
+def built_by_one(library: Path, most_seconds: float) -> Iterator[None]:
+    """A context for building a library, which one process at a time enters.
+
+    Processes that wait for longer than ``most_seconds``, or whose file system has no locks, enter
+    as well: each builds a file of its own, and the last one that renames it wins, with the same
+    content.
+
+    Args:
+        library: the path of the library, in a folder that exists.
+        most_seconds: how long building it takes at most.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock_file = library.with_suffix(".lock")
+    with open(lock_file, "w") as lock:
+        deadline_s = time.monotonic() + most_seconds
+        while time.monotonic() < deadline_s:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
+        try:
+            yield
+        finally:
+            # A child that was forked meanwhile holds the same lock, so closing the file is no end.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            lock_file.unlink(missing_ok=True)
 
 
 def find_compiler(

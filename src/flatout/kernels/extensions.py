@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flatout import paths
-from flatout.kernels import KernelError, find_compiler, run_compiler
+from flatout.kernels import KernelError, built_by_one, find_compiler, run_compiler
 
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
 LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
@@ -158,11 +158,18 @@ def build(name: str) -> Path:
         raise KernelError(f"the extension {name} has not been built yet")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            partial = Path(scratch, "extension.so")
-            shared = ["-shared", str(source), "-o", str(partial)]
-            run_compiler([*command, *shared, *link], source.name, scratch, COMPILE_SECONDS)
-            partial.replace(library)
+        with built_by_one(library, COMPILE_SECONDS):
+            if not library.exists():
+                _compile([*command, "-shared", str(source)], link, library)
     except OSError as error:
         raise KernelError(f"the extension {name} cannot be built: {error}") from error
     return library
+
+
+def _compile(command: list[str], link: list[str], library: Path) -> None:
+    """Compile and link; the last word of the command is the path of the source file."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        partial = Path(scratch, "extension.so")
+        whole = [*command, "-o", str(partial), *link]
+        run_compiler(whole, Path(command[-1]).name, scratch, COMPILE_SECONDS)
+        partial.replace(library)
