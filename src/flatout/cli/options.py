@@ -154,8 +154,8 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         default=memory.ALLOWED,
         metavar="X",
         help="peak memory that the plan may have, as a multiple of the bare program's (default: "
-        f"{memory.ALLOWED:g}; unless X is less, {memory.CONSTANT_BYTES >> 20} MiB more than bare's "
-        "are always allowed)",
+        f"{memory.ALLOWED:g}; if X is at least {memory.ALLOWED:g}, the plan may in any case take "
+        f"{memory.CONSTANT_BYTES >> 20} MiB more than the bare program)",
     )
     parser.add_argument(
         "--resume",

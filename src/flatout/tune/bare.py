@@ -169,7 +169,8 @@ def find_pace(first: Trial) -> Pace:
     if not process.loop_steps:
         raise UserError("this program never calls a model or backward: there is no step")
     outside_steps_s = find_outside_steps_s(first)
-    # Of two runs that alternate, the second waits after the import of torch.
+    # Of two runs that alternate, the second waits after ``import torch`` until the first has warmed
+    # up. So what precedes this import, and what follows the steps, is what both do at once.
     overlap_s = max(outside_steps_s - pairs.startup_s(process), 0.0)
     return Pace(
         outside_steps_s,
@@ -186,7 +187,7 @@ def find_outside_steps_s(trial: Trial) -> float:
     process = trial.process
     first_s = process.loop_steps[0].at_s
     if process.end is not None and process.end.reason == "stopped":
-        # All that lies between the first step and the stop, but the steps, is done by the agent.
+        # Between the first step and the stop, everything except the steps is the agent's work.
         return max(trial.seconds - (process.end.at_s - first_s), 0.0)
     replay_s = 0.0 if process.replayed is None else process.replayed.seconds
     return max(trial.seconds - process.in_steps_s - replay_s, 0.0)

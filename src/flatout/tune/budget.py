@@ -17,20 +17,21 @@ UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
 """The budget as long as nothing is known about the program."""
 
 START_UPS = 12
-"""If the user names no budget, it has time for at least this many runs of one cycle each: the first
-run, the gradients, a comparison, and the pairs of the proof."""
+"""A budget that flatout chooses has time for at least this many runs of one cycle (``cycles.py``)
+each: the first run, the gradients, a comparison, and the pairs of the proof."""
 
 PROOF_SHARE = 0.45
 """Share of the budget in which the pairs of a proof should fit."""
 
 WHOLE_SHARE = 0.7
-"""Share of the budget in which the fewest pairs must fit if their runs are to cover a whole cycle
-of the program, or all of a short job. Otherwise they cover a part."""
+"""The runs of a proof cover a whole cycle of the program, or all of a short job, if
+``FEWEST_PAIRS`` pairs of such runs fit into this share of the budget. Otherwise they cover a
+part of it."""
 
 MEASURED_SHARES = (1 / 3, 1 / 6, 1 / 12)
-"""The steps of a run of a proof should take at least the first of these shares of the time that the
-run takes outside of them, with which the fewest pairs fit into ``WHOLE_SHARE``, and in any case the
-last. A run that mostly starts up tells little."""
+"""A run that mostly starts up tells little. So the steps of a proof's run should take at least a
+certain share of the time that the run spends outside its steps. It is the first of these shares
+with which ``FEWEST_PAIRS`` pairs fit into ``WHOLE_SHARE`` of the budget; if none fits, the last."""
 
 GRADIENTS_SHARE = 0.15
 """Share of the budget in which the gradients of more than one seed must fit."""
@@ -39,8 +40,8 @@ GRADIENT_SEEDS = 2
 """Number of seeds for which gradients are compared."""
 
 GRADIENT_STEPS = 4
-"""Number of updates of each run whose gradients are compared, or fewer if each takes several
-micro-batches. There are several, because some settings do not affect the first step."""
+"""Number of updates of a run whose gradients are compared. There are fewer if an update takes
+several micro-batches. One would not do, because some settings do not affect the first step."""
 
 FEW_STEPS = 8
 """Minimum number of steps of a run of a proof if the steps are too slow for ``MINIMUM_STEPS``."""
@@ -71,9 +72,10 @@ class ProofSize:
             planned (``fit_steps``).
         pairs: the minimum number of pairs of runs.
         gradient_seeds: the number of seeds for which gradients are compared.
-        warmup_steps: the number of steps of a relay before its first block.
-        shares_gradients: whether the runs of a pair record their gradients in these steps, so that
-            gradients need no runs of their own.
+        warmup_steps: the number of steps that each run of a pair makes before the two begin to
+            alternate.
+        shares_gradients: whether the runs of a pair record their gradients during these
+            ``warmup_steps``, so that gradients need no runs of their own.
     """
 
     steps: int

@@ -25,7 +25,7 @@ ALTERNATIVES_SHARE = 0.1
 step."""
 
 UNKNOWN_SHARE = 0.05
-"""Share of a step that a knob is taken to have if its share is unknown."""
+"""Share of a step that a knob is assumed to speed up if the share is not known."""
 
 SECOND_LOOKS = 3
 """Maximum number of settings that are compared once more on top of the stack, which is the settings
@@ -62,7 +62,8 @@ class Candidate:
 
     @property
     def promise(self) -> float:
-        """The predicted speedup; without one the bound, or that of ``UNKNOWN_SHARE``."""
+        """The predicted speedup. Without a prediction, it is the bound; if the bound is not known
+        either, it is the bound that ``UNKNOWN_SHARE`` implies."""
         if self.predicted is not None:
             return self.predicted.value
         return 1 / (1 - UNKNOWN_SHARE) if self.bound is None else self.bound

@@ -1,4 +1,7 @@
-"""Tries each cold candidate on top of the stack, in a few pairs of fresh processes."""
+"""Tries each cold candidate on top of the stack, in a few pairs of fresh processes.
+
+A candidate is cold if its knob needs a fresh process, or many steps before it is fast.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,9 @@ class ColdTrials(TuneStage):
         Args:
             stack: the settings so far.
             cold: the candidates; each must already be entered in the ledger.
-            again: whether the candidates have been tried on another stack. Those for which there is
-                no time then keep what the ledger says of them, and ``HOT_SHARE`` does not apply.
+            again: whether the candidates have been tried on another stack. If so, a candidate for
+                which there is no time keeps what the ledger says of it, and ``HOT_SHARE`` does not
+                apply.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.

@@ -244,7 +244,7 @@ class Document:
         claim: the bare program's step time over the plan's, from fresh processes in alternation.
         unwatched_factor: the bare program's step time without flatout's agent divided by its step
             time with the agent, as far as page faults tell (``tune.unwatched``); ``claim`` and
-            ``baseline`` count the step without the agent.
+            ``baseline`` are computed with the step time without the agent.
         break_even_steps: the number of steps after which the plan has made up for the time of the
             tune and for its longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.

@@ -1,7 +1,7 @@
 """Makes the evidence of a plan from a proof, and merges it with the evidence of a later proof.
 
-A new proof replaces the old one only if it covers it; otherwise it is stored beside it. The
-functions are pure.
+A new proof replaces the old one only if it proves at least as much (``merge``); otherwise the new
+proof is stored beside the old one. The functions are pure.
 """
 
 from __future__ import annotations

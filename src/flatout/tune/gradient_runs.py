@@ -1,9 +1,10 @@
 """Obtains the gradients of the first updates of bare and plan, for the proof of a plan.
 
 Where the two runs of a pair alternate, they record their gradients while they warm up, and need no
-further runs. If a plan changes the order of the data, its gradients are recorded under stand-ins
-that do not (``search.use_proof_settings``), in short runs of their own. Where runs cannot
-alternate, bare and plan both make such short runs. ``gradients.py`` judges what was recorded.
+further runs. If settings of a plan change the order of the data, the plan's gradients are recorded
+with other settings in their place, which keep bare's order (``search.use_proof_settings``), in
+short runs of their own. Where runs cannot alternate, bare and plan both make such short runs.
+``gradients.py`` judges what was recorded.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class GradientRuns(TuneStage):
 
     @property
     def inspection(self) -> Inspection:
-        """What the runs of a pair that alternate record."""
+        """What the two runs of a pair record if they alternate."""
         if not self._bare.proof.shares_gradients:
             return pairs.PROOF_INSPECTION
         return dataclasses.replace(
@@ -167,7 +168,8 @@ class GradientRuns(TuneStage):
     def _record(self, settings: Mapping[str, str], number: int) -> Recorded:
         pace, size = self._bare.pace, self._bare.proof
         steps = count_gradient_steps(pace)
-        if size.shares_gradients:  # as many as those with whose gradients they are compared
+        if size.shares_gradients:
+            # Bare's gradients come from the warm-up of the pairs, which has this many steps.
             relay = pairs.size_relay(size.steps, pace.step_s, pace.cycle_steps, size.warmup_steps)
             steps = relay.warmup_steps
         done = pairs.run_once(

@@ -74,7 +74,7 @@ roundoff, the largest relative error of one rounding, is 2**-11 for float16 and 
 bfloat16."""
 
 MEDIAN = ""
-"""The key of the median over all parameters; the other keys are names of parameters."""
+"""In mappings from parameter names to log ratios, the key of the median over all parameters."""
 
 
 def judge(

@@ -32,8 +32,8 @@ FEWEST_STEPS = 16
 
 SEGMENTS = 8
 """Number of equal parts into which the second half of a run is split. The growth in each part
-is one observation. An allocator takes memory in large pieces, so memory grows in steps; if memory
-leaks, most of the parts have such a step."""
+is one observation. An allocator takes memory in large pieces, so memory grows in jumps; if memory
+leaks, most of the parts contain such a jump."""
 
 LONGER_STEPS = 400
 """Minimum number of steps of the longer runs that decide whether memory grows without end. A cache
@@ -51,7 +51,7 @@ _MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Growth:
-    """By how much more memory grows under a plan than bare, in the second half of each run.
+    """How much faster memory grows under a plan than bare, in the second half of each run.
 
     Attributes:
         result: ``grows`` if memory was shown to grow beyond what is allowed, ``stays`` if it

@@ -128,7 +128,8 @@ class Outcome:
         return self._find_ratio(knob, setting, "inside one process")
 
     def find_prediction(self, knob: str, setting: str) -> Ratio | None:
-        """Return the gain that replayed calls predict of a setting; ``None``: none was made."""
+        """Return the gain that replayed calls predict for a setting; ``None`` if there is no
+        prediction."""
         found = (entry for entry in self.entries if entry.settings == {knob: setting})
         return next((entry.predicted for entry in found), None)
 

@@ -17,9 +17,10 @@ ALLOWED = 1.1
 """By default, the peak memory that a plan may have, as a multiple of the bare program's."""
 
 CONSTANT_BYTES = 256 * 2**20
-"""What a plan may take in any case, by default, because it is taken once, whatever the program: the
-modules of torch's compiler, which ``compile`` and ``replay`` import, and compiled kernels take 80
-to 120 MiB, and the code that ``code_pages`` copies 20 to 100 MiB."""
+"""How much more main memory than bare a plan may take in any case, by default. Some settings need a
+fixed amount, however small the program: the modules of torch's compiler, which ``compile`` and
+``replay`` import, take 80 to 120 MiB together with compiled kernels, and the code that
+``code_pages`` copies takes 20 to 100 MiB."""
 
 FEWEST_PAIRS = 2
 """A peak above the allowance counts only if it is seen in this many pairs."""
@@ -109,8 +110,8 @@ def limit_bytes(bare_peak: int, allowed: float, read_peak: Callable[[Step], int 
         bare_peak: the peak of the bare program.
         allowed: the peak that the plan may have, as a multiple of bare's. Less than ``ALLOWED``
             means that the user allows no ``CONSTANT_BYTES`` either.
-        read_peak: reads the memory that counts, see ``find_peaks``; an accelerator's is not taken
-            by what the process imports.
+        read_peak: reads the memory that counts, see ``find_peaks``. ``CONSTANT_BYTES`` applies to
+            main memory only: what a process imports takes none of an accelerator's memory.
     """
     limit = allowed * bare_peak
     if allowed >= ALLOWED and read_peak is _read_rss_peak:

@@ -1,9 +1,9 @@
 """Watches what other processes take of the CPUs while a tune runs, and waits until they are quiet.
 
 If others use much of the CPUs before the first trial, or used much during a trial, the tune waits
-for a quiet stretch before the next trial, for a share of its budget in all. Then it goes on, busy
-as the CPUs may be: steps that others disturb do not count (``quiet.py``), and others that run at
-idle priority disturb none.
+for a quiet stretch before the next trial. All waits together take at most a share of its budget.
+After that it goes on, however busy the CPUs are: steps that others disturb do not count
+(``quiet.py``), and others that run at idle priority disturb none.
 """
 
 from __future__ import annotations

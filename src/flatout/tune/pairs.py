@@ -71,8 +71,8 @@ class Pace:
         micro_batches: the number of steps from one optimizer step to the next.
         overlap_s: how long two runs that alternate start up at the same time, in seconds; 0 if runs
             cannot alternate.
-        extra_s: how much longer the last pair took than that, in seconds, because of its settings;
-            0 before other settings run in pairs.
+        extra_s: how much longer the last pair took, because of its settings, than the attributes
+            above predict, in seconds. It is set to 0 before pairs of other settings begin.
     """
 
     outside_steps_s: float
@@ -95,12 +95,13 @@ class Pace:
         return 2 * self.seconds(steps) - self.overlap_s + self.extra_s
 
     def learn_pair(self, steps: int, pair_s: float) -> None:
-        """Take over how long a pair of trials of this many steps has taken, in seconds."""
+        """Learn ``extra_s`` from the time that a pair of trials of this many steps has taken, in
+        seconds."""
         self.extra_s = max(self.extra_s + pair_s - self.pair_s(steps), 0.0)
 
     def learn(self, outside_steps_s: float) -> None:
-        """Take over the time that a later run took outside of its steps, if it is shorter: the
-        first run of a program finds fewer files in memory."""
+        """Learn from the time that a later run took outside its steps, if it is shorter: the first
+        run of a program finds fewer files in memory."""
         shorter_s = max(self.outside_steps_s - outside_steps_s, 0.0)
         self.outside_steps_s -= shorter_s
         self.overlap_s = max(self.overlap_s - shorter_s, 0.0)
@@ -315,10 +316,12 @@ def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int)
 
 
 def late_captures_ms(process: ProcessRecord) -> float:
-    """Return the time of captures per step, in ms, in the second half of the steady steps.
+    """Return the time that captures take in the second half of the steady steps, in ms per step.
 
-    What a knob captures once belongs to the start of a job (``Cost.warmup_s``). If it captures more
-    than once there, and no less than in the first half, it is likely to go on so.
+    A capture is the work of a knob that captures or compiles a part of the program while it runs.
+    If there are at least two captures in the second half, and no fewer than in the first half, they
+    are likely to go on. Otherwise they belong to the start of a job (``Cost.warmup_s``), and the
+    result is 0.
     """
     late = process.steady_steps[len(process.steady_steps) // 2 :]
     return 1e3 * sum(_find_late_captures_s(process)) / len(late) if late else 0.0
@@ -374,8 +377,8 @@ class Cost:
         startup_s: the time from the import of torch to the first step, in seconds; the median of
             the runs.
         warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
-            number of later steps, plus the time of what was captured or compiled in the first half
-            of the later ones; the median of the runs.
+            number of later steps, plus the time of all captures that ``late_captures_ms`` does not
+            count; the median of the runs.
         step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
     """
 

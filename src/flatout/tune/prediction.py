@@ -1,6 +1,6 @@
 """Predicts the gain of a setting from replayed calls (``agent/replay.py``).
 
-The agent makes calls of operators and optimizers of a step of the first run once more, one by one,
+The agent repeats the calls of operators and optimizers from a step of the first run, one by one,
 bare and under each setting, and times them. (The knob ``replay`` is something else.)
 
 Of a step of time T, the replayed calls take t, and t' under the settings. If the rest stayed
@@ -137,7 +137,7 @@ def predict(
     deviation_ms = math.sqrt(
         sum(n**2 * _variance(*pair) for n, *pair in zip(counts, before, after, strict=True))
     )
-    # A call on which nothing acts was timed once.
+    # A call on which no setting acts has one time; the others have one for each round.
     rounds = max(map(len, before))
     quantile = _quantile(rounds - 1)
     step_ms = max(step_ms, of_bare) - (of_bare - before_ms)  # with ``onto``
@@ -266,8 +266,8 @@ class Choice(NamedTuple):
 
     Attributes:
         chosen: the chosen settings with the gain of each on top of those before it, in order.
-        undecided: settings that are predicted a gain worth having, but not for certain. Of those
-            that exclude each other, it has the one with the largest predicted gain.
+        undecided: settings for which a gain worth having is predicted, but not with certainty. Of
+            settings that exclude each other, only that with the largest predicted gain is here.
         others: the settings that are left out, with the reason of each.
     """
 

@@ -101,7 +101,7 @@ FIRST_STEPS = 4
 """Minimum number of first steps by which losses are judged if later ones do not decide."""
 
 FIRST_STEPS_MARGIN = 0.25
-"""What the plan's loss may differ from bare's in the first steps, in seed-to-seed standard
+"""By how much the plan's loss may differ from bare's in the first steps, in seed-to-seed standard
 deviations. It is less than later on, because updates let differences grow."""
 
 LOWER_MARGINS = 6.0
@@ -592,9 +592,10 @@ def _judge_first_steps(
 
 
 def _find_first_steps(bare: Sequence[Curve]) -> range | None:
-    """Find the first steps within which bare's loss falls beyond noise, at most half of all.
+    """Find the first steps after which bare's loss has fallen by more than noise explains.
 
-    Where no loss has fallen, updates have hardly acted, and equal losses prove nothing of them.
+    They are at most half of all steps; the result is ``None`` if the loss has not fallen by then.
+    Where no loss has fallen, updates have hardly acted, and equal losses prove nothing about them.
     """
     size = max(len(bare[0]) // 8, FIRST_STEPS)
     while size <= len(bare[0]) // 2:
@@ -675,7 +676,7 @@ def _describe_scatter(
 
     Args:
         bare: one curve for each seed, all of one length.
-        by_seeds: whether seeds change them; there are then at least two.
+        by_seeds: whether seeds change bare's losses; if so, there are at least two curves.
 
     Returns, for each step, the mean over the seeds, the largest excess of a loss over the mean of
     the other seeds, and the standard deviation between seeds. If seeds do not change the losses,
@@ -757,7 +758,7 @@ def _mean_curves(bare: Sequence[Curve], plan: Sequence[Curve], points: int) -> L
     return LossCurves(tuple(starts), *means, *spreads)
 
 
-# Passes that do not train, and the end
+# Passes that do not train, and the state at the end of a run
 
 
 def _judge_evaluation(
@@ -1051,8 +1052,8 @@ def _judge_outputs(
     why += f" of their size (limit {limit:.2g})"
     if rows:
         measurements |= {"top1_agreement": agreeing / rows, "top1_rows": float(rows)}
-        why += f"; the first choice agrees in {agreeing / rows:.2%} of {rows} rows"
+        why += f"; the largest element is the same in {agreeing / rows:.2%} of {rows} rows"
         if clear and clear_agreeing / clear < TOP1_AGREEMENT:
             passed = False
-            why += f", {clear_agreeing / clear:.2%} of those where it is clear"
+            why += f", and in {clear_agreeing / clear:.2%} of those where it leads clearly"
     return Check("outputs", "passed" if passed else "failed", why, measurements), calls

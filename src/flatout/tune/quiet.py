@@ -13,7 +13,8 @@ slower, so its fast times tell what it takes by itself. What the program does at
 every run, such as an evaluation, is part of that block's floor. Where the means show a gain and the
 floors do not, nothing is claimed.
 
-The functions are pure; ``benchmarks/replay.py`` tests them on recordings beside other work.
+The functions are pure; ``benchmarks/replay.py`` tests them on recordings of runs that shared
+the machine with other work.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BLOCK_S = 0.25
 and ``writer.FLUSH_SECONDS``."""
 
 COUNTED_SHARE = 0.25
-"""The share of its blocks that must count for a pair to count."""
+"""A pair counts only if at least this share of its blocks counts."""
 
 HARDLY_TAKEN = 0.05
 """If others took at most this share of the CPUs during a pair or a comparison, it counts in any

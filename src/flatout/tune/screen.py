@@ -196,7 +196,7 @@ class Screening(TuneStage):
         return self._add_promising(stack, hot)
 
     def _is_open(self, ratio: Ratio) -> bool:
-        """Return whether few, slow steps leave open that a setting gains much."""
+        """Return whether a setting may still gain much: the steps are slow, and too few to tell."""
         is_slow = self._bare.pace.step_s >= SLOW_STEP_S
         return is_slow and ratio.value >= PROMISING_BOUND and ratio.high > 1 > ratio.low
 
@@ -508,7 +508,8 @@ class Screening(TuneStage):
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
-        # The first comparison finds the plan: it may take the time of all but the fewest pairs.
+        # The comparison that stops by "settings" is the first, and finds the plan. So it need only
+        # leave time for the smallest proof; the others leave time for the planned one.
         estimate_s = prover.estimate_least_s if stop_rule == "settings" else prover.estimate_s
         proof_s = estimate_s(self._bare)
         spare_s = self._ledger.left_s - proof_s

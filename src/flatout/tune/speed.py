@@ -96,8 +96,8 @@ class Comparison:
             return "the plan is less of a gain today than it was claimed to be"
         if now.low <= 1:
             return (
-                "not decided: the interval holds 1, no gain; more pairs (--seeds), more steps "
-                "(--steps) or a quieter machine would narrow it"
+                "not decided: the interval includes 1.00x (no gain); more pairs (--seeds), more "
+                "steps (--steps) or a quieter machine would narrow it"
             )
         return "the claim holds" if self.claimed is not None else "the plan is a gain"
 
@@ -133,7 +133,7 @@ def estimate_s(pace: Pace, count: int, steps: int) -> float:
 
 
 def estimate_before_s(evidence: Evidence | None, count: int, steps: int | None) -> float:
-    """Return the time that the whole measurement takes, in seconds, before anything has run.
+    """Estimate, before anything has run, how long the whole measurement takes, in seconds.
 
     Args:
         evidence: the evidence of the plan; ``None``: the time of a step is not known.
@@ -211,7 +211,7 @@ def _run_first(trials: Trials, options: Options) -> Trial:
         seed=options.seed,
         stop_steps=MAXIMUM_STEPS,
         stop_seconds=FIRST_RUN_S,
-        profile_steps=1,  # for what it says of the program's loaders
+        profile_steps=1,  # It tells whether the program's loaders have workers.
     )
     try:
         return trials.run(request, FIRST_RUN_LIMIT_S)

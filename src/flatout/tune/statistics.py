@@ -3,8 +3,8 @@
 The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
 ``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
 the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``,
-the ratios of step times that have two parts: the mean that ``paired_means_ms`` returns, and the
-step's share of the evaluation passes.
+the logarithms of ratios of step times. Such a step time is the mean that ``paired_means_ms``
+returns, plus the step's share of the evaluation passes and of late captures (``Pairs.times_ms``).
 
 An arm is a combination of settings that a comparison inside one process switches to; a stack is the
 settings that have been chosen so far, applied together.

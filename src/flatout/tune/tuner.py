@@ -248,7 +248,7 @@ class Tuner:
             self._ledger.reject(candidate.settings, why)
         header = first.process.header
         names = {knob for candidate in found.candidates for knob in candidate.settings}
-        what = "compiling extensions, once for this torch, which does not count"
+        what = "compiling extensions (once for this version of torch; does not count as budget)"
         with self._journal.uncounted():
             knobs.build_extensions(
                 names, header.executable, header.torch, lambda: self._ledger.begin(what)
@@ -256,8 +256,12 @@ class Tuner:
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
-        """Return whether the budget has time for a small proof. If there is time for fewer steps
-        than planned, the proof gets these. If there is none, the reason is added to the outcome."""
+        """Return whether the budget has time for a small proof.
+
+        If there is time only for fewer steps than planned, the proof covers these, unless the user
+        chose the number of steps. If there is no time for a proof, the reason is added to the
+        outcome.
+        """
         needed_s = estimate_least_s(first, settings)
         self._ledger.budget_s = extend_budget_s(
             self._ledger.budget_s,
@@ -280,8 +284,8 @@ class Tuner:
         outcome = self._ledger.outcome
         wanted_s = self._journal.counted_s + needed_s
         outcome.why += (
-            f"{'; ' if outcome.why else ''}the budget has no time to prove "
-            f"{format_settings(settings)}; a --budget of {math.ceil(wanted_s / 60)}m would have"
+            f"{'; ' if outcome.why else ''}the budget is too short to prove "
+            f"{format_settings(settings)}; a --budget of {math.ceil(wanted_s / 60)}m is long enough"
         )
         return False
 

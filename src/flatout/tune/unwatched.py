@@ -4,7 +4,8 @@ What lies where in a program's heap decides whether its allocator returns memory
 each step, and takes it back at the next with a page fault for every page. The agent's own memory
 lies elsewhere (``launch/hook/sitecustomize.py``), but in some programs a small difference is
 enough. So the program runs once without the agent, and its page faults are counted from outside.
-If they take another share of the time, the step time of the bare program is corrected for it.
+If they take a different share of the time there, the step time of the bare program is corrected for
+the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from flatout.wire.record import ProcessRecord
 
 LEAST_FACTOR = 3.0
 """The page faults per second of two runs differ if one has this many times those of the other.
-Beside other work, a run may be half as fast, and has half as many of them per second."""
+A smaller difference may come from other processes: a run that they slow down to half its speed has
+half as many page faults per second."""
 
 NEGLIGIBLE = 0.03
 """A difference of the step time below this share is not corrected."""
@@ -105,7 +107,7 @@ class Unwatched:
     fault_us: float
 
     def factor(self, process: ProcessRecord) -> float:
-        """Return the step time without the agent over that of a run under it.
+        """Return the step time without the agent, divided by the step time of a run with the agent.
 
         The result is 1 if the page faults do not differ, or if the difference is negligible. A
         step spends the same time outside page faults in both runs. So the ratio of the step times
@@ -137,7 +139,8 @@ def describe(factor: float | None) -> str | None:
     change = f"{abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
     return (
         f"without flatout's agent, a step of the bare program is about {change}, because it has "
-        f"{'fewer' if factor < 1 else 'more'} page faults; the claim counts that step"
+        f"{'fewer' if factor < 1 else 'more'} page faults; the claimed speedup "
+        "is computed with the step time without the agent"
     )
 
 

@@ -27,7 +27,7 @@ TAKES_JOB = True
 ARGUMENT = ""
 
 USUAL_BUDGETS = (
-    "by the time of a step: 2.5 min if it is below 0.1 s, 8 min if it is 2 s, 15 min if it is "
+    "depends on how long a step takes: 2.5 min for steps below 0.1 s, 8 min for 2 s, 15 min for "
     "10 s; more if the program takes long to start"
 )
 

@@ -46,7 +46,7 @@ def apply(host: Host, setting: str) -> Undo:
 
 KNOB = Knob(
     name=NAME,
-    summary="draw many of dropout's random numbers at once; with `fast`, other ones than torch",
+    summary="draw many of dropout's random numbers at once; `fast` draws others than torch does",
     settings=("paired", "same", "fast"),
     exactness={"paired": "resampled", "same": "bitwise", "fast": "reshuffled"},
     hot=True,

@@ -76,15 +76,17 @@ KNOB = Knob(
         "when inputs of one kind come for the third time, a graph is captured for them, up to six "
         "graphs of a module. A module is left alone if it cannot be captured as one graph, if its "
         "outputs share memory with its inputs, if it is called with ever new shapes, or if "
-        "its backward passes need gradients of gradients (if these come only later on, the first "
-        "such pass adds up gradients in another order). The record of a run holds the "
+        "its backward passes need gradients of gradients. If the program first asks for them after "
+        "a graph was captured, that pass adds up its gradients in another order, and nothing is "
+        "replayed from then on. The record of a run holds the "
         "number of graphs and of their operators. Inside of captured calls, the knobs `attention`, "
         "`recurrent` and `cross_entropy` have no effect, nor has dropout's part of `random`. "
         "An extension is compiled once for each version of torch, which takes half a minute.",
         helps="The knob helps programs with short steps and many small operators: tabular "
         "networks, forecasting, recurrent cells written in Python, reinforcement learning.",
-        hurts="Capturing takes a second or more for each graph, so later graphs wait until that is "
-        "2 % of the time. Programs whose time goes to large operators gain nothing.",
+        hurts="Capturing takes a second or more for each graph. The first graphs of a module are "
+        "captured at once; each further one waits until captures take at most 2 % of the time. "
+        "Programs whose time goes to large operators gain nothing.",
         by_hand='There is no such backend in torch; `torch.compile(model, backend="aot_eager")` '
         "captures the same, but runs it from Python.",
         sources=(
