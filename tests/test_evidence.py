@@ -49,7 +49,7 @@ def proven(
 def test_a_shorter_proof_stands_beside_the_longer_one_and_its_pairs_count() -> None:
     made, how = evidence.merge(proven(2000, 5), proven(40, 9), first_seed=3)
     assert (made.steps, made.seeds) == (2000, 5)
-    assert how == "the new proof is stored beside the old one over 2,000 steps and 5 seeds"
+    assert how == "the new proof is stored beside the old one, which covers 2,000 steps and 5 seeds"
     (further,) = made.verified
     assert (further.steps, further.seeds, further.first_seed) == (40, 9, 3)
     assert (made.ratio, made.pairs) == (1.004, 9)
@@ -83,7 +83,7 @@ def test_what_a_later_run_is_compared_with_are_medians_of_all_runs() -> None:
 def test_a_proof_that_covers_another_takes_its_place() -> None:
     made, how = evidence.merge(proven(200, 5), proven(400, 5), first_seed=0)
     assert (made.steps, made.verified) == (400, ())
-    assert how == "the new proof replaces the old one over 200 steps and 5 seeds"
+    assert how == "the new proof replaces the old one, which covers 200 steps and 5 seeds"
     assert made.in_process == {"gc": 1.1}
     for weaker in (
         proven(400, 5, names=("losses", "spikes", "state")),  # it never looked at gradients

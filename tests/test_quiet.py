@@ -292,9 +292,9 @@ def test_others_are_said_at_once_and_waited_for() -> None:
     machine = Machine([0.45, 0.5, 0.5, 0.03])
     machine.neighbours().before_trial()
     assert machine.said == [
-        "others use 45% of the 2 CPUs that this job may use; waiting for a quiet stretch, at most "
-        "15.0 s in all",
-        "it is quiet after 3.0 s",
+        "other processes use 45% of the 2 CPUs that this job may use; waiting until they use less, "
+        "for at most 15.0 s in all",
+        "the CPUs are quiet after 3.0 s",
     ]
 
 
@@ -307,7 +307,7 @@ def test_waiting_takes_a_bounded_share_of_the_budget() -> None:
         watched.after_trial()
     assert machine.read().at_ns == pytest.approx((9 * 10 + 5 + 0.3) * 1e9)
     assert machine.said[1:] == [
-        "others still use 45% of the CPUs; going on: what they disturb does not count"
+        "other processes still use 45% of the CPUs; going on: steps that they disturb do not count"
     ]
 
 

@@ -350,4 +350,4 @@ def test_promising_settings_that_there_is_no_time_to_compare_are_left_to_the_pro
     assert screening._rank(hot) == {"precision": "bf16", "attention": "fast"}
     assert not trials.requests
     assert ledger.find({"gc": "seldom"}).state == "not tried"
-    assert "wants a --budget of" in ledger.find({"gc": "seldom"}).why
+    assert "needs a --budget of" in ledger.find({"gc": "seldom"}).why

@@ -167,7 +167,7 @@ def test_verify_looks_at_gradients_too_and_keeps_what_was_proven(tmp_path: Path)
     assert "proven, written into right.toml\n" in said
     code, said, second = verified("right.toml", "--steps", "25", "--seeds", "2", "--seed", "7")
     assert code == 0, said
-    assert "the new proof is stored beside the old one over 40 steps and 2 seeds" in said
+    assert "the new proof is stored beside the old one, which covers 40 steps and 2 seeds" in said
     assert "steps = 40" in second
     assert "first_seed = 7" in second
 

@@ -314,7 +314,7 @@ MISTAKES = {
     ),
     "shorter than --steps": (
         MANY_TENSORS.replace("BEFORE", "pass").replace("STEPS", "7"),
-        "ends after 7 steps, so its proof cannot cover the 20 that --steps asks for",
+        "ends after 7 steps, so its proof cannot cover the 20 steps that --steps asks for",
     ),
 }
 
@@ -429,7 +429,7 @@ def test_a_tune_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
     after = journal.read(again.path)
     assert after[: len(before)] == before
     assert len(after) > len(before)
-    begins = said.index("running the bare program to see what its steps take", 1)
+    begins = said.index("running the bare program to see how long its steps take", 1)
     once, again_said = (
         [line for line in lines if line.endswith("inside one process")]
         for lines in (said[:begins], said[begins:])
@@ -523,5 +523,5 @@ def test_a_budget_that_is_too_short_for_a_trial_is_said_in_one_sentence(
     )
     words = ["tune", "--in-place", "--knobs", "threads,gc,allocator", "--budget", "1s"]
     assert main([*words, "--", sys.executable, "program.py"]) == 0
-    assert "the budget of 1.0 s has no time to try a setting" in capsys.readouterr().err
+    assert "the budget of 1.0 s is too short to try a setting" in capsys.readouterr().err
     assert not (tmp_path / "flatout.toml").exists()

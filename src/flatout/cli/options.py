@@ -52,9 +52,9 @@ def add_budget(
     """``--budget TIME``.
 
     Args:
-        parser: of the verb.
-        default_s: in seconds; ``None``: it depends on the program.
-        limits: what it limits, a sentence without its stop.
+        parser: the parser of the verb.
+        default_s: the default in seconds; ``None`` if it depends on the program.
+        limits: what the budget limits, in words.
         default: the default in words, if it depends on the program.
     """
     if default_s is not None:
@@ -64,7 +64,7 @@ def add_budget(
         type=duration_s,
         default=default_s,
         metavar="TIME",
-        help=f"{limits}: 90s, 5m, 1h (default: {default})",
+        help=f"{limits}; for example 90s, 5m or 1h (default: {default})",
     )
 
 
@@ -85,7 +85,7 @@ def add_plan(parser: argparse.ArgumentParser, meaning: str, *, has_default: bool
 
 
 def add_set(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--set KNOB=SETTING``, as often as wanted."""
+    """``--set KNOB=SETTING``, which may be repeated."""
     parser.add_argument(
         "--set",
         action="append",
@@ -96,7 +96,7 @@ def add_set(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 
 def add_ranks(parser: argparse.ArgumentParser, meaning: str, default: str) -> None:
-    """``--ranks N``, by default ``None``, which is described."""
+    """``--ranks N``; ``default`` describes what ``None`` means, the value without this option."""
     parser.add_argument(
         "--ranks",
         type=positive,
@@ -115,7 +115,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_python(
     parser: argparse.ArgumentParser, default: str = "the first python on PATH that has torch"
 ) -> None:
-    """``--python FILE``; ``default`` says which one is taken otherwise."""
+    """``--python FILE``; ``default`` says which interpreter is used without this option."""
     parser.add_argument(
         "--python",
         metavar="FILE",
@@ -128,13 +128,13 @@ def add_in_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="run on your real files instead of a copy-on-write view: the program, which is "
-        "stopped after some steps, then writes to them, and may overwrite checkpoints",
+        help="run on your real files instead of a copy-on-write view of them; the program, which "
+        "flatout stops after some steps, may then overwrite your files, such as checkpoints",
     )
 
 
 def add_verbose(parser: argparse.ArgumentParser, extra: str) -> None:
-    """``-v``; ``extra`` says what is printed beside the result."""
+    """``-v``; ``extra`` says what is printed in addition to the result."""
     parser.add_argument("-v", "--verbose", action="store_true", help=f"also print {extra}")
 
 
@@ -145,8 +145,8 @@ def add_proof(parser: argparse.ArgumentParser, verb: str) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="seed of the first baseline/plan pair of runs; it shifts the seeds that the program "
-        "sets, and 0 leaves them as they are; later pairs use S+1, S+2, ... (default: 0)",
+        help="seed of the first baseline/plan pair of runs (default: 0); later pairs use S+1, S+2, "
+        "...; a seed shifts the seeds that the program itself sets, and 0 leaves them unchanged",
     )
     parser.add_argument(
         "--memory",

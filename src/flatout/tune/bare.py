@@ -1,7 +1,8 @@
 """Runs the bare program, without any setting, and measures what later stages need to know.
 
 The run shows how long a start and a step take, what the time of a step goes into, whether the
-program trains at all, and how many steps it has. Every later stage gets this as one ``BareRun``.
+program trains at all, and, if the run reaches the job's end, how many steps the job has. Every
+later stage of the tune gets these results as one ``BareRun``.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Request
 
 MAXIMUM_STEPS = 2000
-"""Maximum number of steps of the first run, and therefore of a proof, unless ``Options.steps``
-gives another number."""
+"""Maximum number of steps of the first run, and therefore of a proof, unless ``Options.steps`` sets
+a different number."""
 
 FIRST_RUN_SHARE = 1 / 36
-"""Share of the budget that the steps of the first run may take, beyond the first ``LEAST_STEPS``. A
-proof covers no more steps than the first run has timed, unless it must (``budget.size_proof``)."""
+"""The first run stops timing steps when they have taken this share of the budget, but not before it
+has timed ``LEAST_STEPS`` steps. A proof covers at most as many steps as the first run has timed;
+``budget.size_proof`` lists the exceptions."""
 
 LEAST_STEPS = 5
-"""Number of steps that the first run times in any case."""
+"""Number of steps that the first run times even if they are slow."""
 
 LEAST_LIMIT_S = 120.0
 """The first run counts as hung after this many seconds, or after twice the budget if that is
@@ -47,8 +49,9 @@ PROFILE_STEPS = 5
 """Number of steps that the first run makes under the profiler, after the steps that are timed."""
 
 RELAY_MEMORY_FACTOR = 3
-"""Two runs exist at the same time only if the available memory is at least this many times the bare
-program's peak, because a run with settings may need more than a bare one."""
+"""Two runs exist at the same time and alternate (a relay) only if the available memory is more than
+this many times the bare program's peak. The reason for the margin is that a run with settings may
+need more memory than a bare run."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class BareRun:
         proof: the size of a proof.
         job_steps: the number of steps of the whole job; ``None`` if it is not known, because the
             run was stopped before the job's end.
-        can_relay: whether two runs can stay alive at the same time and alternate (a relay).
-        unwatched: what a run without the agent has shown; ``None`` if it was not made or tells
-            nothing.
+        can_relay: whether two runs can exist at the same time and alternate (a relay).
+        unwatched: what a run without the agent (flatout's code inside the program's process) has
+            shown; ``None`` if there was no such run, or if it tells nothing.
     """
 
     process: ProcessRecord
@@ -88,14 +91,15 @@ class BareRun:
 
 
 def work_in_background(settings: Mapping[str, str]) -> bool:
-    """Return whether any of these settings goes on working while its run waits in a relay."""
+    """Return whether any of these settings starts processes that keep working while its run waits
+    in a relay."""
     return any(setting in knobs.get(name).background_settings for name, setting in settings.items())
 
 
 def run(
     command: Sequence[str], options: Options, trials: Trials, print_line: Callable[[str], None]
 ) -> BareRun:
-    """Run the bare program for as long as its share of the budget allows.
+    """Run the bare program until it is stopped (``FIRST_RUN_SHARE``) or ends.
 
     Args:
         command: the command line of the user's program.
@@ -106,20 +110,20 @@ def run(
     Raises:
         UserError: the program fails, never calls a model, or has fewer steps than the user wants.
     """
-    print_line("running the bare program to see what its steps take")
+    print_line("running the bare program to see how long its steps take")
     first = _run_first(options, trials)
     pace = find_pace(first)
     timed = _find_timed_steps(first, options)
     process = first.process
     if first.ended and not _is_profiled(process):
-        print_line("it ends before its steps were profiled, so it runs again")
+        print_line("the program ended before its steps were profiled, so it runs again")
         process = _profile_early(options, trials, process)
     step_s = pace.step_s
     of_cycles = ""
     if pace.micro_batches > 1:
         of_cycles = f", each a micro-batch, {pace.micro_batches} to an optimizer step"
     if pace.cycle_steps > pace.micro_batches:
-        of_cycles += f", {pace.cycle_steps} steps from one group of evaluation passes to the next"
+        of_cycles += f", with {pace.cycle_steps} steps between groups of evaluation passes"
     print_line(
         f"bare: {formatting.milliseconds(step_s * 1e3)} a step ({len(timed)} steps{of_cycles}), "
         f"{pairs.startup_s(process):.1f} s of start-up"
@@ -128,8 +132,8 @@ def run(
     if budget_s is None:
         budget_s = budget.choose_budget_s(pace)
         print_line(
-            f"the tune takes about {formatting.duration(budget_s)}, because of the time that a "
-            "step and a start take; Ctrl-C keeps what is proven"
+            f"the tune takes about {formatting.duration(budget_s)}, given how long a step and a "
+            "start take; Ctrl-C ends the tune and keeps what is proven"
         )
     job_steps = len(process.loop_steps) if first.ended else None
     phases_ms = pairs.phases_ms([process], step_s * 1e3)
@@ -163,14 +167,15 @@ def find_pace(first: Trial) -> Pace:
     """Return the pace of the bare program, given its first run.
 
     Raises:
-        UserError: it made no step.
+        UserError: the run made no step.
     """
     process = first.process
     if not process.loop_steps:
         raise UserError("this program never calls a model or backward: there is no step")
     outside_steps_s = find_outside_steps_s(first)
-    # Of two runs that alternate, the second waits after ``import torch`` until the first has warmed
-    # up. So what precedes this import, and what follows the steps, is what both do at once.
+    # When two runs alternate, the second run waits after ``import torch`` until the first run has
+    # warmed up. So the two runs overlap only in what precedes this import and in what follows
+    # the steps.
     overlap_s = max(outside_steps_s - pairs.startup_s(process), 0.0)
     return Pace(
         outside_steps_s,
@@ -182,8 +187,8 @@ def find_pace(first: Trial) -> Pace:
 
 
 def find_outside_steps_s(trial: Trial) -> float:
-    """Return the time that a trial took outside of its steps, in seconds, without that of the
-    profile and of replayed calls."""
+    """Return the time that a trial took outside of its steps, in seconds. The time of the profile
+    and of replayed calls does not count."""
     process = trial.process
     first_s = process.loop_steps[0].at_s
     if process.end is not None and process.end.reason == "stopped":
@@ -214,23 +219,23 @@ def _is_profiled(process: ProcessRecord) -> bool:
 
 
 def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> ProcessRecord:
-    """Run the program again, because its first run ended before it was profiled.
+    """Run the program again, because the first run ended before its steps were profiled.
 
-    Up to ``PROFILE_STEPS`` steps are profiled from the middle of the program on or, if that gives
-    no profile, from its second step on. Without a profile, settings would be tried that concern
-    nothing in this program.
+    The second run profiles up to ``PROFILE_STEPS`` steps, from the middle of the program on. If
+    that gives no profile, a third run profiles steps from the program's second step on. Without a
+    profile, the tune would try settings that do not affect this program.
 
-    Returns the first run, with the profile of the second run and with the times of the calls that
-    were replayed in it (``prediction.py``), if there are any.
+    Returns the record of the first run, with the profile and the replayed calls (``prediction.py``)
+    of the later run. If no run gives a profile, the record is returned unchanged.
 
     Raises:
         UserError: the program fails.
     """
     length = len(process.loop_steps)
-    for timed in dict.fromkeys(
-        (length // 2, 1)
-    ):  # steps that are timed, before those that are profiled
-        steps = min(PROFILE_STEPS, length - timed - 2)  # one for the FLOPs, one for the replay
+    # The number of timed steps before the profiled steps:
+    for timed in dict.fromkeys((length // 2, 1)):
+        # Counting the FLOPs takes one more step, and so does recording the calls to be replayed.
+        steps = min(PROFILE_STEPS, length - timed - 2)
         request = Request(
             seed=options.seed,
             stop_steps=timed,
@@ -247,7 +252,7 @@ def _profile_early(options: Options, trials: Trials, process: ProcessRecord) -> 
 
 
 def _limit_s(options: Options) -> float:
-    """Return the time after which a run counts as hung while the program's pace is not known."""
+    """Return the time after which a run counts as hung before the program's pace is known."""
     if options.budget_seconds is None:
         return UNKNOWN_LIMIT_S
     return max(2 * options.budget_seconds, LEAST_LIMIT_S)
@@ -257,24 +262,24 @@ def _find_timed_steps(first: Trial, options: Options) -> list[Step]:
     """Return the steps before the profiled ones.
 
     Raises:
-        UserError: there are fewer than the user wants.
+        UserError: the program has fewer steps than the user wants.
     """
     steps = first.process.loop_steps
     if first.ended and len(steps) < (options.steps or 0):
         raise UserError(
             f"this program ends after {len(steps)} steps, so its proof cannot cover the "
-            f"{options.steps} that --steps asks for"
+            f"{options.steps} steps that --steps asks for"
         )
     return first.process.timed_steps
 
 
 def can_relay(process: ProcessRecord) -> bool:
-    """Return whether two copies of this program can stay alive at the same time, as a relay needs.
+    """Return whether two copies of this program can exist at the same time, as a relay needs.
 
-    The result is false for distributed jobs, because both copies would use the same port; for
-    loaders with workers, because the workers keep running while their run waits; on accelerators,
-    because it is not known how much of their memory is free; and if there is too little free main
-    memory.
+    The result is false for distributed jobs (both copies would use the same port), for programs
+    whose loaders have workers (which would keep working while their run waits), on accelerators (it
+    is not known how much of their memory is free), and if too little main memory is available
+    (``RELAY_MEMORY_FACTOR``).
     """
     import psutil
 
@@ -298,8 +303,11 @@ def compare_unwatched(
 ) -> BareRun:
     """Run the bare program without the agent, and compare its page faults with the first run's.
 
-    There is no such run if it would take too much of the budget (``unwatched.BUDGET_SHARE``), or if
-    the program ends before anything can be counted.
+    No such run is made if the cost of a page fault is not known, if the run would take too much of
+    the budget (``unwatched.BUDGET_SHARE``), or if the program would end before the page faults have
+    been counted.
+
+    Returns the first run, with ``unwatched`` filled in if page faults were counted.
 
     Raises:
         KeyboardInterrupt: the user ends the tune.

@@ -1,4 +1,8 @@
-"""Chooses how long a tune may take, and how much of that time its proof gets."""
+"""Chooses how long a tune may take, and how much of that time its proof gets.
+
+A proof runs the bare program and the plan in pairs of fresh processes. Both runs of a pair have the
+same number of steps.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +14,60 @@ from flatout.tune.pairs import MINIMUM_STEPS, Pace
 from flatout.wire.record import WARMUP_STEPS
 
 USUAL_BUDGETS_S = ((0.1, 150.0), (2.0, 480.0), (10.0, 900.0))
-"""Pairs of a step time and the budget for it, in seconds, if the user names no budget. Between
-these points it is interpolated, and beyond the last one it is in proportion to the step."""
+"""Step times and the budgets for them, both in seconds, if the user names no budget. Between these
+step times, the budget is interpolated. Above the last one, it is proportional to the step time."""
 
 UNKNOWN_BUDGET_S = USUAL_BUDGETS_S[0][1]
-"""The budget as long as nothing is known about the program."""
+"""The budget as long as nothing is known about the program, in seconds."""
 
 START_UPS = 12
-"""A budget that flatout chooses has time for at least this many runs of one cycle (``cycles.py``)
-each: the first run, the gradients, a comparison, and the pairs of the proof."""
+"""A budget that flatout chooses has time for at least this many runs: the first run, the gradients,
+a comparison, and the pairs of the proof. Each run is assumed to make the steps of one cycle,
+after which the program's work repeats (``cycles.py``)."""
 
 PROOF_SHARE = 0.45
-"""Share of the budget in which the pairs of a proof should fit."""
+"""Share of the budget into which the pairs of a proof should fit."""
 
 WHOLE_SHARE = 0.7
 """The runs of a proof cover a whole cycle of the program, or all of a short job, if
-``FEWEST_PAIRS`` pairs of such runs fit into this share of the budget. Otherwise they cover a
-part of it."""
+``FEWEST_PAIRS`` pairs of such runs fit into this share of the budget. Otherwise the runs cover only
+a part of the cycle or of the job."""
 
 MEASURED_SHARES = (1 / 3, 1 / 6, 1 / 12)
 """A run that mostly starts up tells little. So the steps of a proof's run should take at least a
-certain share of the time that the run spends outside its steps. It is the first of these shares
-with which ``FEWEST_PAIRS`` pairs fit into ``WHOLE_SHARE`` of the budget; if none fits, the last."""
+certain share of the time that the run spends outside its steps. These shares are tried in order
+until ``FEWEST_PAIRS`` pairs of such runs fit into ``WHOLE_SHARE`` of the budget. If they never fit,
+the last share is used."""
 
 GRADIENTS_SHARE = 0.15
-"""Share of the budget in which the gradients of more than one seed must fit."""
+"""If gradients need runs of their own, they are compared for ``GRADIENT_SEEDS`` seeds only if these
+runs fit into this share of the budget, and otherwise for one seed."""
 
 GRADIENT_SEEDS = 2
 """Number of seeds for which gradients are compared."""
 
 GRADIENT_STEPS = 4
-"""Number of updates of a run whose gradients are compared. There are fewer if an update takes
-several micro-batches. One would not do, because some settings do not affect the first step."""
+"""Number of updates of a run whose gradients are compared; fewer if an update takes several
+micro-batches. One update would not be enough, because some settings do not affect the first one."""
 
 FEW_STEPS = 8
-"""Minimum number of steps of a run of a proof if the steps are too slow for ``MINIMUM_STEPS``."""
+"""Minimum number of steps of a proof's run if there is no time for ``MINIMUM_STEPS``."""
 
 USUAL_STEPS = 200
-"""Number of steps that a proof covers, unless the steps are fast (``USUAL_S``) or ``Options.steps``
-gives another number."""
+"""A proof usually covers at most this many steps. It covers more if the steps are fast
+(``USUAL_S``), if a cycle is longer, or if ``Options.steps`` asks for more."""
 
 USUAL_S = 2.0
-"""If ``USUAL_STEPS`` steps take less than this many seconds, a proof covers as many steps as fit
-into that time."""
+"""If ``USUAL_STEPS`` steps take less than this many seconds, a proof may cover as many steps as fit
+into this time."""
 
 OVERDRAFT = 1.05
-"""Something is begun only if it should end within this many times the budget."""
+"""Work is begun only if it is expected to end within this many times the budget."""
 
 
 EXTENSION = 1.25
-"""If the user has named no budget, a tune may take this many times its budget to end its last
-proof: a proven plan is worth more than the time that was announced."""
+"""If the user has named no budget, a tune may take up to this many times its budget to finish a
+proof: a proven plan is worth more than keeping to the announced time."""
 
 
 @dataclass
@@ -68,7 +75,7 @@ class ProofSize:
     """The size of a proof.
 
     Attributes:
-        steps: the number of steps of each run. It is reduced if there is less time left than
+        steps: the number of steps of each run. The tuner reduces it if less time is left than
             planned (``fit_steps``).
         pairs: the minimum number of pairs of runs.
         gradient_seeds: the number of seeds for which gradients are compared.
@@ -97,7 +104,7 @@ def choose_budget_s(pace: Pace) -> float:
 
 
 def extend_budget_s(budget_s: float, wanted_s: float, is_named: bool) -> float:
-    """Return the budget, extended if the shortest proof would end a little later.
+    """Return the budget, extended if it is a little too short for the shortest proof.
 
     The budget stays as it is if the user has named it, or if the proof would end after more than
     ``EXTENSION`` times the budget.
@@ -115,9 +122,9 @@ def extend_budget_s(budget_s: float, wanted_s: float, is_named: bool) -> float:
 def count_gradient_steps(pace: Pace) -> int:
     """Return the number of steps of a run whose gradients are compared.
 
-    The first step is the whole first update: if gradients accumulate, all of its micro-batches are
-    recorded as one step (``wire/turns.py``). The steps of one or more whole updates follow, so
-    there are at least two updates.
+    The first step is the whole first update: if gradients accumulate, all micro-batches of the
+    first update are recorded as one step (``wire/turns.py``). The steps of one or more whole
+    updates follow, so there are at least two updates.
     """
     return 1 + -(-GRADIENT_STEPS // pace.micro_batches) * pace.micro_batches
 
@@ -131,14 +138,14 @@ def size_proof(
     job_steps: int | None = None,
     may_share_gradients: bool = False,
 ) -> ProofSize:
-    """Divide the time of a proof into pairs of runs.
+    """Choose the size of a proof, so that its pairs of runs fit into the budget if possible.
 
     Args:
         pace: the pace of the bare program.
         budget_s: the budget, in seconds.
-        seen_steps: the number of steps that the first run has timed. A proof exceeds it only to
-            reach its minimum, a whole cycle, the end of a short job or ``MEASURED_SHARES``, or if
-            the user asks for more.
+        seen_steps: the number of steps that the first run has timed. A proof covers more steps only
+            to reach ``MINIMUM_STEPS``, a whole cycle, the end of a short job or
+            ``MEASURED_SHARES``, to record gradients, or if the user asks for more.
         wanted_steps: the number of steps that the user wants; ``None`` if it is left to flatout.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
         may_share_gradients: whether the runs of a pair can record gradients while they warm up.
@@ -178,12 +185,14 @@ def size_proof(
 
 
 def fit_steps(size: ProofSize, pace: Pace, left_s: float) -> int | None:
-    """Return the number of steps of a run with which the fewest pairs fit into the time that is
-    left; ``None`` if that would be too few, or no fewer than planned.
+    """Return how many steps a proof's run can have if ``FEWEST_PAIRS`` pairs must fit into the time
+    that is left.
+
+    The result is ``None`` if these are too few steps, or if the planned number of steps fits.
 
     Args:
         size: the size of the proof as planned.
-        pace: the pace of the bare program, and of the pairs so far.
+        pace: the pace of the bare program, corrected by the time that the last pair took.
         left_s: the time that is left for pairs, in seconds.
     """
     pairs = min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS)
@@ -198,5 +207,6 @@ def fit_steps(size: ProofSize, pace: Pace, left_s: float) -> int | None:
 
 
 def _is_affordable(pace: Pace, steps: int, budget_s: float) -> bool:
-    """Return whether the fewest pairs have time for runs of so many steps."""
+    """Return whether ``FEWEST_PAIRS`` pairs of runs of this many steps fit into ``WHOLE_SHARE`` of
+    the budget."""
     return statistics.FEWEST_PAIRS * pace.pair_s(steps) <= WHOLE_SHARE * budget_s

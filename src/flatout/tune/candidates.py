@@ -17,24 +17,25 @@ from flatout.wire.ratios import Ratio
 from flatout.wire.record import ProcessRecord
 
 HOPELESS_SHARE = 0.01
-"""A knob is not tried if what it speeds up takes less than this share of a step. Its speedup would
-be at most 1.01, less than ``statistics.WORTHWHILE``, and too small to be measured."""
+"""A knob is not tried if the work that it speeds up takes less than this share of a step. Its
+speedup would be at most 1.01. That is less than ``statistics.WORTHWHILE``, and too small to be
+measured."""
 
 ALTERNATIVES_SHARE = 0.1
-"""A knob's second setting is tried as well if what it speeds up takes at least this share of a
-step."""
+"""A knob's second setting is tried as well if the work that the knob speeds up takes at least this
+share of a step."""
 
 UNKNOWN_SHARE = 0.05
 """Share of a step that a knob is assumed to speed up if the share is not known."""
 
 SECOND_LOOKS = 3
-"""Maximum number of settings that are compared once more on top of the stack, which is the settings
-that have won, applied together."""
+"""Maximum number of settings that are compared once more on top of the stack. The stack is the
+settings that have won, applied together."""
 
 SECOND_LOOK_SPEEDUP = 1.1
-"""Settings are compared once more only if the stack is at least this many times as fast as bare.
-If the stack gains less, the work that a setting speeds up has about the same share of the stack's
-step as of the bare step, so the first comparison is good enough."""
+"""Settings are compared once more only if the stack is at least this many times as fast as the bare
+program. If the stack gains less, the work that a setting speeds up takes about the same share of
+the stack's step as of the bare step, so the first comparison is good enough."""
 
 SECOND_LOOK_SHARE = 0.02
 """A setting is compared once more only if it could save at least this share of the stack's step. A
@@ -47,9 +48,9 @@ class Candidate:
 
     Attributes:
         knob, setting: the names of the knob and its setting.
-        is_hot: whether it is compared inside one process. It then can be applied and undone between
-            two steps, and its first steps are not slow.
-        bound: the speedup that it cannot exceed; ``None`` if that is not known.
+        is_hot: whether the setting is compared with others inside one process. Such a setting can
+            be applied and undone between two steps, and its first steps are not slow.
+        bound: the upper limit of the setting's speedup; ``None`` if it is not known.
         predicted: the speedup that replayed calls predict (``prediction.py``); ``None`` if there
             is no prediction.
     """
@@ -82,8 +83,8 @@ class Survey:
     """The settings that are worth a trial on a program, and the knobs that are not.
 
     Attributes:
-        candidates: the candidates, the most promising first: by their bounds or, after
-            ``prediction.sort_out``, by ``Candidate.promise``.
+        candidates: the candidates, the most promising first. ``survey`` sorts them by their bounds,
+            and ``prediction.sort_out`` then sorts them by ``Candidate.promise``.
         refused: the wanted knobs without candidates, each with the reason.
         offered: for each knob, the settings that make sense for the program.
         findings: the findings about what limits the bare program.
@@ -108,8 +109,8 @@ def survey(
         process: the record of a bare run.
         ceilings: the machine's peak rates; ``None`` if they were not measured.
         wanted: the names of the knobs that may be tried; ``None`` for all.
-        exactness: the classes of the settings that may be tried; ``None`` for all.
-        allowed_memory: the peak memory that a plan may have, as a multiple of bare's.
+        exactness: the exactness classes of the settings that may be tried; ``None`` for all.
+        allowed_memory: the peak memory that a plan may have, as a multiple of the bare program's.
     """
     case = Case(process, ceilings, machine.usable_cores())
     facts = collect_facts(case, allowed_memory)
@@ -172,10 +173,10 @@ def find(
     Args:
         known: the facts about the job.
         wanted: the names of the knobs that may be tried; ``None`` for all.
-        exactness: the classes of the settings that may be tried; ``None`` for all.
+        exactness: the exactness classes of the settings that may be tried; ``None`` for all.
 
-    Returns the candidates, the one with the largest bound first; and for each other wanted knob the
-    reason why it has none.
+    Returns the candidates, the one with the largest bound first, and for each wanted knob without
+    candidates the reason why it has none.
     """
     shares: dict[Candidate, float] = {}
     refused: dict[str, str] = {}
@@ -183,7 +184,7 @@ def find(
         if wanted is not None and name not in wanted:
             continue
         if known.operators is None and set(knob.replaces) - {OPTIMIZER_STEP}:
-            refused[name] = "it replaces operators, and those of this program were not profiled"
+            refused[name] = "it replaces operators, and this program's operators were not profiled"
             continue
         match = knob.offer(known)
         allowed = [s for s in match.settings if exactness is None or knob.exactness[s] in exactness]
@@ -207,16 +208,16 @@ def find(
 def find_second_looks(
     ratios: Mapping[Candidate, Ratio | None], settings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Find settings that had no clear gain on bare, but may gain more on top of the others.
+    """Find settings that had no clear gain on the bare program, but may have one on the stack.
 
-    What such a setting speeds up was a small part of the bare step. It is a larger part of a step
-    that the other settings have made shorter. Two knobs that claim the same part of the program
-    (``Knob.claims``) exclude each other, so a setting is left out if its knob and a knob of
-    the stack exclude each other.
+    The work that such a setting speeds up took a small share of the bare step. In the stack's
+    shorter step, the same work takes a larger share. Two knobs that claim the same part of the
+    program (``Knob.claims``) exclude each other. A setting is left out if its knob and
+    a knob of the stack exclude each other.
 
     Args:
         ratios: the measured speedup of each candidate; ``None`` if it was not measured.
-        settings: the settings that were faster, which form the stack.
+        settings: the settings of the stack, which were faster than the bare program.
 
     Returns the settings, the most promising first.
     """

@@ -1,6 +1,8 @@
 """Tries each cold candidate on top of the stack, in a few pairs of fresh processes.
 
-A candidate is cold if its knob needs a fresh process, or many steps before it is fast.
+A candidate is cold if its knob needs a fresh process, or many steps before it is fast. The stack is
+the settings that have won so far, applied together. One run of a pair has the settings of the
+stack, and the other run has the candidate's setting in addition.
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from flatout.tune.trial import Trials, is_due_to_others
 from flatout.wire.record import WARMUP_STEPS
 
 SHORT_STEPS, SHORT_S = 25, 1.0
-"""Runs that serve only to rank candidates make at least ``SHORT_STEPS`` steps and last at least
-about ``SHORT_S`` seconds, unless the runs of a proof are shorter."""
+"""A run that only ranks candidates makes at least ``SHORT_STEPS`` steps, which take at least about
+``SHORT_S`` seconds in total. However, it never makes more steps than a run of a proof."""
 
 SLOW_START_S = 120.0
-"""Time that compiling takes in all runs of a candidate together, in seconds. The first run
-compiles, and later ones find most of the compiled code in the cache."""
+"""Estimate of the time that compiling takes in all runs of a candidate together, in seconds. The
+first run compiles, and later runs find most of the compiled code in the cache."""
 
 HOT_SHARE = 0.3
-"""Share of the budget that all trials of hot candidates in fresh processes may take together. There
-are such trials if the program is too short to compare these candidates inside one process."""
+"""Share of the budget that all trials of hot candidates in fresh processes may take together. A hot
+candidate can be applied and undone between two steps, so it is normally compared inside one
+process. It is tried in fresh processes only if the program has too few steps for that."""
 
 
 class ColdTrials(TuneStage):
-    """The trials of cold candidates of one tune."""
+    """Tries the cold candidates of one tune."""
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
         super().__init__(trials, ledger, bare, options)
@@ -52,8 +55,8 @@ class ColdTrials(TuneStage):
             stack: the settings so far.
             cold: the candidates; each must already be entered in the ledger.
             again: whether the candidates have been tried on another stack. If so, a candidate for
-                which there is no time keeps what the ledger says of it, and ``HOT_SHARE`` does not
-                apply.
+                which there is no time keeps its entry in the ledger unchanged, and ``HOT_SHARE``
+                does not apply.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.
@@ -84,10 +87,10 @@ class ColdTrials(TuneStage):
         return self._bare.pace.pair_s(self._steps)
 
     def _is_affordable(self, candidate: Candidate, stack: Mapping[str, str], again: bool) -> bool:
-        """Return whether there is time for a candidate on top of the stack.
+        """Return whether there is time to try a candidate on top of the stack.
 
-        If there is none for a first trial, the reason is entered in the ledger. A candidate that
-        was tried before keeps what the ledger says of that trial.
+        If there is no time for a candidate's first trial, the reason is entered in the ledger. The
+        entry of a candidate that was tried before stays unchanged.
         """
         needed_s = statistics.RANKING_PAIRS * self._pair_s
         if knobs.get(candidate.knob).slow_start:
@@ -95,7 +98,7 @@ class ColdTrials(TuneStage):
         spare_s = self._spare_s(stack)
         if again:
             return needed_s <= spare_s
-        if candidate.is_hot:  # there may be many, which share this time
+        if candidate.is_hot:  # all hot candidates share this time
             spare_s = min(spare_s, HOT_SHARE * self._ledger.budget_s - self._of_hot_s)
         if needed_s <= spare_s:
             self._of_hot_s += needed_s if candidate.is_hot else 0.0
@@ -137,7 +140,7 @@ class ColdTrials(TuneStage):
         return self._judge(candidate, tried)
 
     def _judge(self, candidate: Candidate, tried: Pairs) -> bool:
-        """Enter the result of a candidate; return whether it is accepted into the stack."""
+        """Enter the result of a candidate in the ledger; return whether it joins the stack."""
         settings = candidate.settings
         if tried.failure is not None:
             if is_due_to_others(tried.failure):
@@ -173,7 +176,7 @@ class ColdTrials(TuneStage):
         return is_faster
 
     def _is_ranked(self, candidate: Candidate, stack: Mapping[str, str], tried: Pairs) -> bool:
-        """Return whether a candidate has been tried often enough, or its time is over."""
+        """Return whether a candidate has had enough pairs, or no time is left for one more."""
         if candidate.knob in tried.without_effect():
             return True
         is_counted = tried.counted_count >= statistics.RANKING_PAIRS
@@ -184,10 +187,10 @@ class ColdTrials(TuneStage):
         return tried.count >= statistics.RANKING_PAIRS and self._pair_s > self._spare_s(stack)
 
     def _spare_s(self, stack: Mapping[str, str]) -> float:
-        """Return the time of the budget that the proof does not need, in seconds.
+        """Return the time that is left minus the time that the proof needs, in seconds.
 
-        As long as the stack is empty, only the time of the shortest proof is kept back: if no
-        setting is faster, there will be nothing to prove.
+        As long as the stack is empty, only the time of the shortest proof is reserved, because
+        there may be nothing to prove in the end.
         """
         estimate_s = prover.estimate_s if stack else prover.estimate_least_s
         return self._ledger.left_s - estimate_s(self._bare)

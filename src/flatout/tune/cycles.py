@@ -1,8 +1,11 @@
-"""Finds the cycles of a program: what recurs every so many steps, such as evaluation passes after
-each epoch, the rollouts between two updates of a policy, or the optimizer step after some
-micro-batches.
+"""Finds the number of steps in a cycle of a program.
 
-The time of a step alone does not tell what the user waits for in such a program. So times are
+A program may do some work only every so many steps: evaluation passes after each epoch, rollouts
+between two updates of a policy, or the optimizer step after some micro-batches. A *cycle* is the
+steps from one time to the next. An evaluation pass is any forward pass without a backward pass, so
+rollouts are evaluation passes as well.
+
+In such a program, the time of a step alone does not tell how long the user waits. So times are
 compared over whole cycles.
 """
 
@@ -14,22 +17,25 @@ from statistics import median
 from flatout.wire.record import ProcessRecord
 
 LEAST_SHARE = 0.01
-"""Evaluation passes that take a smaller share of the time than this do not make a cycle."""
+"""If evaluation passes take a smaller share of the time than this, they do not make a cycle."""
 
 LEAST_OPTIMIZER_SHARE = 0.02
-"""Optimizer steps that take a smaller share of the time than this do not make a cycle of
-micro-batches. (No setting of the optimizer could gain more than this share.)"""
+"""If optimizer steps take a smaller share of the time than this, they do not make a cycle of
+micro-batches. No setting that speeds up the optimizer could then save more than this share."""
 
 
 def find_cycle_steps(process: ProcessRecord) -> int:
-    """Return the number of training steps from one group of evaluation passes to the next.
+    """Return the number of training steps of a cycle.
 
-    If there are no such groups, or if the passes take less than ``LEAST_SHARE`` of the time, the
-    result is the number of micro-batches to an optimizer step, or 1 if gradients do not accumulate
-    or the optimizer step takes little time. With a group before every step, the result is 1. If
-    only one group was seen after the first step, the steps before it count as a cycle, since most
-    loops begin with a whole one. Passes after the last step are left out: they may be the end of
-    the program. If the distances of the groups differ, the result is their median.
+    The evaluation passes between two training steps form a group. The result is the number of steps
+    from one group to the next or, if this number varies, its median. If there is only one group,
+    the steps before it count as a cycle, since most loops begin with a whole cycle. Passes before
+    the first step do not count, nor do passes after the last step, which may be the end of the
+    program.
+
+    If there is no group, or if the passes take less than ``LEAST_SHARE`` of the time, the result is
+    the number of micro-batches for an optimizer step. It is 1 if gradients do not accumulate, or if
+    the optimizer step takes less than ``LEAST_OPTIMIZER_SHARE`` of the time.
     """
     steps = process.steps
     passes = [one for one in process.evaluations if one.mark != "profiled"]
@@ -52,8 +58,8 @@ def find_cycle_steps(process: ProcessRecord) -> int:
 
 
 def _find_micro_batches(process: ProcessRecord) -> int:
-    """Return the number of micro-batches of a cycle; 1 if the optimizer step at its end takes so
-    little time that comparisons need not cover whole cycles."""
+    """Return the number of micro-batches for an optimizer step; 1 if this step takes so little time
+    that comparisons need not cover whole cycles."""
     timed = process.steady_steps
     whole_ms = sum(step.step_ms for step in timed)
     optimizer_ms = sum(step.phases_ms.get("optimizer") or 0.0 for step in timed)

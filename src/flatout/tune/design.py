@@ -1,12 +1,13 @@
 """Builds factorial designs: combinations of settings in which every step tells about every setting.
 
 An *arm* is a combination of settings that is applied for some steps. If each arm had one setting, a
-step would tell about one setting. In a factorial design each factor (settings that exclude each
-other) is on in half of the arms and off in the other half, and every combination of two factors
-occurs equally often. With 20 factors, the same precision then takes about a tenth of the steps that
-one-setting arms would need (Plackett and Burman 1946, The design of optimum multifactorial
-experiments). Each arm is accompanied by its opposite, so that two-factor interactions do not bias
-main effects (Box and Wilson 1951: fold-over).
+step would tell about one setting. A *factor* is a set of settings that exclude each other. In a
+factorial design, each factor is on in half of the arms and off in the other half. For any two
+factors, each of the four on/off combinations occurs equally often. With 20 factors, a
+factorial design needs about a tenth of the steps that one-setting arms would need for the same
+precision (Plackett and Burman 1946, The design of optimum multifactorial experiments). For each
+arm there is an opposite arm, in which exactly the other factors are on, so that two-factor
+interactions do not bias main effects (Box and Wilson 1951: fold-over).
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ MAXIMUM_FACTORS = _ORDERS[-1] - 1
 """Maximum number of factors of a design."""
 
 _ATTEMPTS = 32
-"""Number of random assignments that are tried if factors have several settings; the best is
-used."""
+"""If a factor has several settings, its settings are assigned to arms at random. This many random
+assignments are tried, and the best is used."""
 
 _SINGULAR = 1e-9
-"""A pivot below this counts as zero: in a matrix of whole numbers, it is a rounding error."""
+"""A pivot whose absolute value is below this counts as zero: in a matrix of whole numbers, it is a
+rounding error."""
 
 
 def build_arms(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, str], ...]:
-    """Build the arms of a comparison; the first is empty.
+    """Build the arms of a comparison; the first arm has no settings.
 
     Args:
-        factors: a list of at most ``MAXIMUM_FACTORS`` factors. Each factor is the list of the
-            settings (knob, setting) that exclude each other.
+        factors: a list of at most ``MAXIMUM_FACTORS`` factors. Each factor is a list of settings
+            (knob, setting) that exclude each other.
 
-    Returns 2n arms. The number n is the smallest of ``_ORDERS`` above the number of factors, or the
-    next one with which all effects can be estimated.
+    Returns 2n arms. The number n is the smallest of ``_ORDERS`` that exceeds the number of factors
+    and with which all effects can be estimated.
 
     Raises:
         ValueError: too many factors.
@@ -54,7 +56,10 @@ def build_arms(factors: Sequence[Sequence[tuple[str, str]]]) -> tuple[dict[str, 
 
 
 def _build_half(order: int) -> list[list[bool]]:
-    """Return the factors that are on, for each arm of one half; the other half is the opposite."""
+    """Return for each arm of one half of the design which factors are on.
+
+    The other half consists of the opposite arms.
+    """
     prime = order - 1
     squares = {number * number % prime for number in range(1, prime)}
     return [[False] * prime] + [
@@ -68,9 +73,11 @@ def _assign(
     factors: Sequence[Sequence[tuple[str, str]]],
     generator: random.Random,
 ) -> tuple[dict[str, str], ...]:
-    """Choose a setting for each factor that is on in an arm, each setting about equally often.
+    """Turn the rows of ``_build_half`` into arms, each followed by its opposite.
 
-    The assignment is random: in a fixed order, settings of two factors could always go together.
+    For each factor that is on in an arm, one of its settings is chosen. Each setting of a factor is
+    chosen about equally often, in random order: in a fixed order, certain settings of two factors
+    could always occur together.
     """
     settings_left = []
     for options in factors:
@@ -91,9 +98,9 @@ def _assign(
 def _log_determinant(arms: Sequence[Mapping[str, str]]) -> float:
     """Return the log determinant of the design's information matrix.
 
-    Each arm gets the same number of steps. The larger the determinant, the smaller is the region in
-    which the baseline's speed and all effects are known to lie (D-optimality, Wald 1943). The
-    result is minus infinity if some effects cannot be told apart.
+    It is assumed that each arm gets the same number of steps. The larger the determinant, the
+    smaller is the joint confidence region of the baseline's speed and all effects (D-optimality,
+    Wald 1943). The result is minus infinity if some effects cannot be told apart.
     """
     settings = sorted({item for arm in arms for item in arm.items()})
     rows = [[1.0, *(float(arm.get(knob) == s) for knob, s in settings)] for arm in arms]

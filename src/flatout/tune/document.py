@@ -1,9 +1,8 @@
 """The result of a tune as one JSON document, which programs and ``flatout report`` can read.
 
-A number that is null was not measured, unless its attribute says otherwise; 0 never means that. A
-number that is not finite, such as a loss that has
-diverged, is one of the strings that ``wire/codec.py`` names, since JSON has no such numbers.
-Unknown keys are ignored.
+A number that was not measured is null, never 0. Where null means something else, the attribute says
+so. A number that is not finite, such as a loss that has diverged, is stored as one of the strings
+that ``wire/codec.py`` names, since JSON has no such numbers. Unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ DOCUMENT_VERSION = 1
 DOCUMENT_FILE = "result.json"
 
 PARTS = (*PHASES, "evaluation")
-"""The parts of a step in a document: its phases, such as data, forward and backward, and its share
-of the evaluation passes between the steps."""
+"""The parts into which a document splits the time of a step: its phases, such as data, forward and
+backward, and its share of the evaluation passes between the steps."""
 
 Stage = Literal["inside one process", "fresh processes"]
 State = Literal["won", "no gain", "failed", "not tried", "left out", "running"]
@@ -43,21 +42,22 @@ class Side:
     """The bare program, or the program with the plan.
 
     Attributes:
-        step_ms: the time of a step, which the claim compares. It is the mean over a run after its
-            warm-up, with the step's share of the evaluation passes between the steps. Over several
-            runs it is the geometric mean, so the bare program's step time over the plan's is the
-            claimed ratio. See ``tune.pairs.Pairs.times_ms``.
-        median_step_ms: the median of the steps alone, without evaluation passes; the geometric mean
-            over the runs.
+        step_ms: the time of a step, from which the claimed ratio is computed. For one run, it is
+            the mean after the warm-up, and includes the step's share of the evaluation passes
+            between the steps. For several runs, it is the geometric mean of their times, so that
+            the bare program's step time divided by the plan's is the claimed ratio. See
+            ``tune.pairs.Pairs.times_ms``.
+        median_step_ms: the median step time of a run, without evaluation passes. For several runs,
+            it is the geometric mean of their medians.
         startup_s: the time from the import of torch to the first step.
-        warmup_s: the extra time of the first steps: their total minus that of the same number of
-            later steps. It includes compilation.
-        peak_rss_bytes: the median over the runs of the peak memory of the main process, or, under
-            the knob ``ranks``, of all ranks together; see ``tune.memory.refusal``.
-        peak_device_bytes: the peak of the memory that torch had allocated on the accelerator, the
+        warmup_s: the extra time of the first steps: their total time minus the time of the same
+            number of later steps. Compilation is included.
+        peak_rss_bytes: the peak memory of the main process or, under the knob ``ranks``, of all
+            ranks together; the median of the runs. See ``tune.memory.refusal``.
+        peak_device_bytes: the peak of the memory that torch had allocated on the accelerator; the
             median of the runs.
         job_s: the projected time of the whole job: start-up, compilation, steps, evaluation.
-        phases_ms: the time of each of ``PARTS`` in a step; they sum to ``step_ms``.
+        phases_ms: the time of each of ``PARTS`` in a step; these times sum to ``step_ms``.
     """
 
     step_ms: float | None = None
@@ -75,22 +75,24 @@ class TriedSettings:
     """Settings that were tried, or considered and not tried.
 
     Attributes:
-        settings: the setting of each knob; empty for a knob of which no setting was tried.
+        settings: the setting of each knob. If no setting of a knob was tried, it is empty, and
+            ``label`` is the name of the knob.
         label: the settings in a few words, such as ``precision=bf16, optimizer=onepass``.
         stage: how the settings were compared.
-        ratio: the step time without the settings over the step time with them. Inside one
-            process, it usually comes from a factorial comparison. If the program crashed under a
-            combination, or if such settings are always compared alone
-            (``Knob.is_compared_alone``), it comes from a comparison of these settings alone with
-            the bare program. If predictions choose the stack (``tune.predicted``), it comes from a
-            comparison of the stack with and without these settings. In fresh processes, it always
-            comes from a comparison of the stack with and without these settings.
+        ratio: the step time without the settings divided by the step time with them. The stage
+            decides how the ratio is measured. In fresh processes, the stack (the settings chosen so
+            far, applied together) is compared with and without these settings. Inside one process,
+            the ratio usually comes from a factorial comparison (``tune.design``), with two
+            exceptions. If the program crashed under a combination, or if such settings are always
+            compared alone (``Knob.is_compared_alone``), these settings alone are compared with the
+            bare program. If predictions choose the stack (``tune.predicted``), the stack is
+            compared with and without these settings.
         state: the result.
-        why: the reason of the state, in one sentence; it may be empty.
-        bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where the share is
-            that part of a step which the settings speed up (Amdahl 1967).
-        predicted: the ratio on the bare program that replayed calls predict, see
-            ``tune.prediction``; ``Ratio.pairs`` holds the number of rounds of the replay.
+        why: the reason for the state, in one sentence; it may be empty.
+        bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where ``share`` is
+            the part of a step that the settings speed up (Amdahl 1967).
+        predicted: the ratio to the bare program, predicted from calls of a step that were replayed
+            one by one (``tune.prediction``). Its ``pairs`` is the number of rounds of the replay.
     """
 
     settings: Mapping[str, str]
@@ -113,11 +115,12 @@ class KnobResult:
         by_hand: how to do the same in one's own code, in Markdown.
         exactness: what the setting may change, in the words of ``EXACTNESS``.
         in_process: the ratio of this setting inside one process, see ``TriedSettings.ratio``. A
-            factorial comparison gives the mean effect of the setting over all combinations with the
-            others.
-        gain_on_top: how many times faster this setting made the stack that existed when the
-            setting was tried: the step time without the knob over the step time with this setting.
-            Other settings may have joined or left the stack before it became the plan.
+            factorial comparison gives the mean effect of the setting over its combinations with
+            other settings.
+        gain_on_top: how many times faster this setting made the stack: the step time without the
+            knob divided by the step time with this setting. The stack is the settings that were
+            applied together when this gain was measured. Other settings may have joined or left the
+            stack before the stack became the plan.
         predicted: see ``TriedSettings.predicted``.
     """
 
@@ -139,10 +142,10 @@ class CheckResult:
 
     Attributes:
         name: the property that is checked, in a few words.
-        passed: whether the check passed; ``None`` if it is open, because it could not be made or
-            proves little.
+        passed: whether the check passed; ``None`` if the result is open, because the check could
+            not be made or proves little.
         why: the verdict in one sentence.
-        measurements: the measured values and limits by which it was judged, by name.
+        measurements: a map from names to the measured values and limits that decide the check.
     """
 
     name: str
@@ -154,7 +157,8 @@ class CheckResult:
 
 
 class CurvePoint(NamedTuple):
-    """A point of a loss curve: the mean over the seeds, and that mean minus and plus its spread."""
+    """A point of a loss curve: the mean over the seeds, and this mean minus and plus the standard
+    deviation between seeds."""
 
     step: int
     mean: float | None
@@ -168,7 +172,7 @@ class Curves:
 
     Attributes:
         site: the name of the backward call, such as ``loss 1``.
-        bare, plan: the points of both curves, in the order of the steps.
+        bare, plan: the points of bare's curve and of the plan's, in the order of the steps.
     """
 
     site: str
@@ -178,19 +182,20 @@ class Curves:
 
 @dataclass(frozen=True)
 class ProofResult:
-    """Whether the plan computes the same.
+    """The result of a proof: whether the plan computes the same as the bare program.
 
     Attributes:
-        passed: whether the proof passed; ``None`` if it is inconclusive, because no loss has fallen
-            over these steps and only the other checks have passed.
-        kind: ``bitwise`` if all that was compared is identical, otherwise ``non-inferior``.
+        passed: whether the proof passed; ``None`` if it is inconclusive: no check has failed, but
+            no loss has fallen over these steps, so that only the other checks prove something.
+        kind: ``bitwise`` if everything that was compared is identical, otherwise ``non-inferior``.
         why: the verdict in one sentence.
-        steps: the number of steps from the start that the proof covers.
-        seeds: the number of seeds with which it was repeated.
-        bare_repeats: whether the bare program gave identical losses twice; ``None`` if it was not
-            tried.
+        steps: the number of steps that the proof covers, from the start of the program.
+        seeds: the number of seeds from which bare and plan were run.
+        bare_repeats: whether the bare program gave identical results in two runs from one seed;
+            ``None`` if this was not tried.
         checks: the checks of which the proof consists.
-        curves, losses: the loss curves, and their evidence, of each backward call of the step.
+        curves: the loss curves of each backward call of the step.
+        losses: the evidence from the losses of each backward call of the step.
     """
 
     passed: bool | None
@@ -206,16 +211,22 @@ class ProofResult:
 
 @dataclass(frozen=True)
 class QuietnessResult:
-    """How far other processes have disturbed the pairs of a claim.
+    """How far other processes have disturbed the pairs of runs behind a claim.
 
     Attributes:
-        others_share: the share that others took of the CPUs that the job may use, during all pairs.
-        quiet_share: the share of the blocks of steps that count, see ``tune.quiet``.
-        pairs, counted: the number of pairs, and of those that count.
-        floors: the floors of bare over those of the plan, for the blocks that count. The same block
-            of steps is timed in each pair; its floor on one side is a low quantile of these times
-            (``tune.quiet``). ``None``: there are too few blocks.
-        why_not_measurable: why no speedup can be claimed, as a clause; ``None`` if one can.
+        others_share: the share of the job's CPUs (those that it may use) that other processes took
+            during all pairs, on average.
+        quiet_share: the share of the blocks that count. A block consists of consecutive steps of
+            one run of a pair and the same steps of the other run. It counts if other processes did
+            not disturb it (``tune.quiet``).
+        pairs: the number of pairs.
+        counted: the number of pairs that count, because enough of their blocks do.
+        floors: bare's floors divided by the plan's floors, for the blocks that count. The same
+            block of steps is timed in every pair. Its floor on one side is a low quantile of these
+            times, because other processes can only make a block slower. ``None``: there are too few
+            blocks.
+        why_not_measurable: why no speedup can be claimed, as a clause; ``None`` if a speedup can be
+            claimed.
     """
 
     others_share: float | None
@@ -232,29 +243,32 @@ class Document:
 
     Attributes:
         command: the command line of the job.
-        program: the base name of its script.
+        program: the base name of the job's script.
         torch: the version of torch.
         machine: facts about the machine.
         seconds: the time that the whole tune took.
         finished_unix_s: the time at which the tune ended.
-        plan: the path of the plan's file; ``None`` if none was written.
+        plan: the path of the plan's file; ``None`` if no plan was written.
         settings: the setting of each knob of the plan.
         why: the reason why this plan was chosen, or why there is none, in one sentence.
-        baseline, with_plan: the program without and with the plan.
-        claim: the bare program's step time over the plan's, from fresh processes in alternation.
-        unwatched_factor: the bare program's step time without flatout's agent divided by its step
-            time with the agent, as far as page faults tell (``tune.unwatched``); ``claim`` and
-            ``baseline`` are computed with the step time without the agent.
+        baseline, with_plan: the program without and with the plan; ``with_plan`` is ``None`` if
+            there is no plan.
+        claim: the bare program's step time divided by the plan's, from alternating runs of both in
+            fresh processes; ``None`` if there is no plan, or if no speedup can be claimed.
+        unwatched_factor: the bare program's step time without flatout's agent (its code inside the
+            job) divided by its step time with the agent, estimated from page faults
+            (``tune.unwatched``). ``claim`` and ``baseline`` use the step time without the agent.
         break_even_steps: the number of steps after which the plan has made up for the time of the
-            tune and for its longer start; ``None`` if it never does, or if there is no plan.
+            tune and for the plan's longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.
         knobs: the knobs of the plan.
-        proof: the proof of the plan, or of the last one that was tried; ``None`` if it was not
-            completed.
-        findings: the findings about what limits the bare program, the largest share first.
+        proof: the proof of the plan or, without a plan, of the last settings that were put to the
+            proof; ``None`` if there was no proof, or if it was not completed.
+        findings: the findings about what limits the bare program; those that concern the largest
+            share of a step come first.
         next_command: the command to run next, ready for a shell.
-        quietness: how far other processes have disturbed the pairs of the claim; ``None`` if there
-            are none.
+        quietness: how far other processes have disturbed the pairs of runs behind the claim;
+            ``None`` if there are no pairs.
     """
 
     command: tuple[str, ...]
@@ -307,15 +321,15 @@ class Document:
             raise DocumentError(f"{path} is not a result of flatout tune: {why}") from mismatch
 
     def check(self) -> None:
-        """Raise ``MismatchError`` if the time lies before 1970 or after the year 9999."""
+        """Raise ``MismatchError`` if ``finished_unix_s`` lies before 1970 or after 9999."""
         if self.finished_unix_s is not None and not 0 <= self.finished_unix_s < _YEAR_10000_UNIX_S:
             raise codec.MismatchError("is not a valid date", "finished_unix_s")
 
     def to_json(self) -> str:
-        """Return the document as it is kept in a file."""
+        """Return the text of the document's file."""
         plain = codec.encode(self, non_finite_as_strings=True)
         return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
 _YEAR_10000_UNIX_S = 253402300800
-"""The beginning of the year 10000, from which on ``datetime`` has no dates."""
+"""The beginning of the year 10000. ``datetime`` has no dates from then on."""

@@ -20,7 +20,7 @@ _TIMING = (
     *("ratio", "ratio_low", "ratio_high", "pairs", "bare_step_ms", "plan_step_ms"),
     *("others_share", "quiet_share", "reference"),
 )
-"""The fields of the evidence that tell of speed."""
+"""The fields of ``Evidence`` that belong to the measurement of speed."""
 
 
 def make_evidence(
@@ -33,10 +33,10 @@ def make_evidence(
 
     Args:
         settings: the settings of the plan.
-        pairs: its pairs with the bare program, at least two.
+        pairs: the pairs of the bare program and the plan, at least two.
         verdict: the verdict on these pairs.
-        in_process: for each knob, its ratio inside one process, see
-            ``document.KnobResult.in_process``; ``None`` if it was not measured.
+        in_process: for each knob, the ratio of its setting inside one process, see
+            ``document.KnobResult.in_process``; ``None`` if this ratio was not measured.
     """
     ratio, quietness = pairs.ratio, pairs.quietness
     is_measurable = quietness.why_not_measurable is None
@@ -67,7 +67,7 @@ def make_reference(pairs: Pairs) -> Reference:
     """Make the reference with which a later run with the plan is compared.
 
     Args:
-        pairs: the pairs of the plan and the bare program, at least one.
+        pairs: the pairs of the bare program and the plan, at least one.
     """
     plan = pairs.variant_runs[: pairs.count]
     work_us = [us for done in plan for us in done.process.fixed_work_us]
@@ -86,10 +86,10 @@ def _median_step_ms(runs: Sequence[Trial]) -> float:
 def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]:
     """Merge the evidence of two proofs of the same settings.
 
-    The new proof covers the old one if it has at least as many steps and seeds, if it passed all
-    the checks that the old one passed, and if it is conclusive (or both are inconclusive). It then
-    replaces the old one; otherwise it is stored beside it. Of the two ratios, the one with more
-    pairs is kept.
+    The new proof covers the old proof if it has at least as many steps and seeds, if it passed all
+    checks that the old proof passed, and if it is conclusive or the old proof is inconclusive too.
+    If so, the new proof replaces the old proof; otherwise both are stored. The measured speed is
+    that of the proof with more pairs, or that of the new proof if both have the same number.
 
     Args:
         old: the evidence in the plan.
@@ -106,10 +106,10 @@ def merge(old: Evidence, new: Evidence, first_seed: int) -> tuple[Evidence, str]
     further = tuple(one for one in old.verified if not _is_within(one, added))
     if _covers(new, old):
         evidence = dataclasses.replace(new, **timing, in_process=in_process, verified=further)
-        return evidence, f"the new proof replaces the old one over {_extent(old)}"
+        return evidence, f"the new proof replaces the old one, which covers {_extent(old)}"
     verified = (*further, added)
     evidence = dataclasses.replace(old, **timing, in_process=in_process, verified=verified)
-    return evidence, f"the new proof is stored beside the old one over {_extent(old)}"
+    return evidence, f"the new proof is stored beside the old one, which covers {_extent(old)}"
 
 
 def _list_passed(evidence: Evidence) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def _covers(new: Evidence, old: Evidence) -> bool:
 
 
 def _is_within(one: Verified, other: Verified) -> bool:
-    """Return whether the other proof has all seeds, steps and checks of the first."""
+    """Return whether the proof ``other`` has all seeds, steps and checks of the proof ``one``."""
     first, last = one.first_seed, one.first_seed + one.seeds
     return (
         other.first_seed <= first

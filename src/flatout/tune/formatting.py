@@ -17,9 +17,9 @@ class Formatted(NamedTuple):
 
     Attributes:
         text: the number with its unit.
-        value: the number as rounded in the text, but in the unit in which it was passed.
-            Differences of numbers that are printed side by side are computed from it, so that a
-            reader who computes them again finds the same.
+        value: the number, rounded as in the text, in the unit in which it was passed. Differences
+            between printed numbers are computed from these values, so that a reader who subtracts
+            the printed numbers gets the printed difference.
     """
 
     text: str
@@ -31,7 +31,7 @@ Formatter = Callable[[float], Formatted]
 
 
 def format_milliseconds(ms: float) -> Formatted:
-    """Format a short time to three digits; between 1,000 and 9,999 ms, without decimals."""
+    """Format a short time to three digits, or to four if it is between 1,000 and 9,999 ms."""
     unit, size = ("s", 1e3) if ms >= 1e4 else ("ms", 1.0) if ms >= 1 else ("us", 1e-3)
     number = _three_digits(ms / size)
     return Formatted(f"{number} {unit}", _number(number) * size)
@@ -40,7 +40,8 @@ def format_milliseconds(ms: float) -> Formatted:
 def format_duration(seconds: float) -> Formatted:
     """Format a time of any length.
 
-    Below 99.95 s, it is given to a tenth of a second; from there on, in its two largest units.
+    A time below 99.95 s is given to a tenth of a second. A longer time is given in two units:
+    minutes and seconds, hours and minutes, or days and hours.
     """
     if abs(seconds) < 99.95:
         return Formatted(f"{seconds:.1f} s", round(seconds, 1))
@@ -84,33 +85,39 @@ def memory(size_bytes: float | None) -> str:
 
 
 def change(formatter: Formatter, bare: float | None, plan: float | None) -> str:
-    """Return how much more or less the plan takes than bare, in percent; empty if not known."""
+    """Return how much more or less the plan takes than bare, in percent.
+
+    The text is empty if this is not known.
+    """
     if not (_is_known(bare) and _is_known(plan) and (of := formatter(bare).value)):
         return ""
     return _unsigned_zero(f"{formatter(plan).value / of - 1:+.0%}")
 
 
 def seconds_change(formatter: Formatter, bare_s: float | None, plan_s: float | None) -> str:
-    """Return how many seconds more or less the plan takes than bare; empty if not known."""
+    """Return how many seconds more or less the plan takes than bare.
+
+    The text is empty if this is not known.
+    """
     if not (_is_known(bare_s) and _is_known(plan_s)):
         return ""
     return _unsigned_zero(f"{formatter(plan_s).value - formatter(bare_s).value:+.1f} s")
 
 
 def describe_ratio(ratio: Ratio) -> str:
-    """Return whether a ratio is "faster", "slower", or neither; see ``statistics.is_gain``."""
+    """Return "faster", "slower" or "no measurable gain"; see ``statistics.is_gain``."""
     if ratio.low > 1:
         return "faster"
     return "slower" if ratio.high < 1 else "no measurable gain"
 
 
 def loss(value: float) -> str:
-    """Return the text of a loss, to six digits; in words if it has diverged."""
+    """Return the text of a loss, to six digits; ``not finite`` if the loss has diverged."""
     return f"{value:.6g}" if math.isfinite(value) else "not finite"
 
 
 def signed(value: float) -> str:
-    """Return the text of a difference, to two digits; in words if it is not finite."""
+    """Return the text of a difference with its sign, to two digits; see ``loss``."""
     return f"{value:+.2g}" if math.isfinite(value) else "not finite"
 
 

@@ -1,10 +1,11 @@
-"""Obtains the gradients of the first updates of bare and plan, for the proof of a plan.
+"""Obtains the gradients of the first updates under bare and plan, for the proof of the plan.
 
-Where the two runs of a pair alternate, they record their gradients while they warm up, and need no
-further runs. If settings of a plan change the order of the data, the plan's gradients are recorded
-with other settings in their place, which keep bare's order (``search.use_proof_settings``), in
-short runs of their own. Where runs cannot alternate, bare and plan both make such short runs.
-``gradients.py`` judges what was recorded.
+If the two runs of a pair alternate and have enough steps, they record their gradients while they
+warm up. There is one exception: a setting that draws other random numbers than bare may change the
+order of the data. If its knob has a stand-in that keeps bare's order
+(``search.use_proof_settings``), the plan's gradients are recorded with the stand-in, in short runs
+of their own. If runs do not alternate or have too few steps, the gradients of both bare and plan
+are recorded in short runs of their own. ``gradients.py`` judges the recorded gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class GradientRuns(TuneStage):
     """The gradients of bare and of the plans of one tune.
 
     Attributes:
-        check: the latest comparison of gradients.
+        check: the result of the latest comparison of gradients.
     """
 
     def __init__(self, trials: Trials, ledger: Ledger, bare: BareRun, options: Options) -> None:
@@ -49,10 +50,10 @@ class GradientRuns(TuneStage):
         )
 
     def begin(self, finished: Pairs, seeds: int) -> str | None:
-        """Make the runs that a plan needs before its pairs.
+        """Make the short runs that a plan needs before its pairs, if any.
 
         Args:
-            finished: the pairs of the plan, of which none has run.
+            finished: the pairs of the plan; none of them has run yet.
             seeds: the number of seeds for which gradients are compared.
 
         Returns the reason why the plan does not pass; ``None`` if nothing speaks against it so far.
@@ -74,8 +75,11 @@ class GradientRuns(TuneStage):
         return None
 
     def is_wrong(self, finished: Pairs, seeds: int) -> bool:
-        """Return whether gradients that pairs have recorded so far speak against the plan. They are
-        looked at twice at most, so that chance has little opportunity."""
+        """Return whether the gradients that the pairs have recorded so far speak against the plan.
+
+        The gradients are judged at most twice (after two pairs and after the last seed), because
+        every judgment is one more chance of a false alarm.
+        """
         if finished.count not in (min(GRADIENT_SEEDS, seeds), seeds):
             return False
         return self._is_shared(finished) and self._judge(finished, seeds).result == "failed"
@@ -86,7 +90,7 @@ class GradientRuns(TuneStage):
         Returns and raises: see ``begin``.
         """
         if not self._bare.proof.shares_gradients or not finished.began_in_relay:
-            return None  # they have been compared
+            return None  # ``begin`` has compared them
         if finished.failure is not None or not finished.count:
             return None
         if not finished.in_relay:  # runs cannot alternate after all
@@ -95,9 +99,9 @@ class GradientRuns(TuneStage):
         return self._tell(finished.variant)
 
     def compare(self, settings: Mapping[str, str], seeds: int) -> str | None:
-        """Compare the gradients of bare and plan, each from runs of its own.
+        """Record gradients of bare and plan in short runs of their own, and compare them.
 
-        Settings that change the order of the data are replaced as in ``search.use_proof_settings``.
+        Settings that draw other random numbers are replaced (``search.use_proof_settings``).
 
         Args:
             settings: the settings of the plan.
@@ -128,7 +132,7 @@ class GradientRuns(TuneStage):
         return self._tell(settings)
 
     def estimate_s(self) -> float:
-        """Return the time of a comparison of gradients from runs of their own, in seconds."""
+        """Return the time that ``compare`` takes, in seconds."""
         runs = 2 * self._bare.proof.gradient_seeds
         return runs * self._bare.pace.seconds(count_gradient_steps(self._bare.pace))
 
@@ -153,12 +157,12 @@ class GradientRuns(TuneStage):
         return gradients.judge(bare, plan, proof.collect_exactness(settings))
 
     def _tell(self, settings: Mapping[str, str]) -> str | None:
-        """Print what the check says; return why the plan does not pass."""
+        """Print the result of the check; return why the plan does not pass, or ``None``."""
         self._ledger.print_line(f"first gradients of {format_settings(settings)}: {self.check.why}")
         return self.check.why if self.check.result == "failed" else None
 
     def _record_all(self, settings: Mapping[str, str], seeds: int) -> list[Recorded]:
-        """Record the gradients of runs of their own, one for each seed.
+        """Record gradients in short runs, one run for each seed.
 
         Raises:
             TrialFailedError: the program fails.

@@ -1,21 +1,22 @@
 """Checks whether the first updates of bare and plan get the same gradients.
 
-A scale error in one gradient, of 1.25x for example, does not change the gradient's direction, and
-Adam divides it out again, so the loss hardly shows it. The gradient norm does. For each parameter,
-in each update of each seed, the norm under the plan is divided by the bare program's. Rounding
-errors, and dropout masks that differ from bare's, scatter the logarithm of this quotient around
-zero. For each parameter, the confidence interval of the mean logarithm (Student's t over seeds and
-updates, with Bonferroni's correction for the number of parameters: Dunn 1961) tells a scale error
-from noise. A plan is refused if, for one parameter, the whole interval lies beyond the tolerance.
-(The coefficient ``<plan, bare> / <bare, bare>`` would not do: errors in the activations make it
-smaller than 1, by up to a tenth in a network with batch norm in bfloat16.)
+A scale error multiplies one gradient by a constant, such as 1.25. The gradient keeps its direction,
+and Adam divides the constant out again, so the loss hardly shows the error. The gradient norm shows
+it. For each parameter, update and seed, the gradient norm under the plan is divided by the gradient
+norm in the bare program. Rounding errors, and dropout masks that differ from bare's, scatter the
+logarithm of this quotient around zero. For each parameter, the confidence interval of the mean
+logarithm (Student's t over seeds and updates, with Bonferroni's correction for the number of
+parameters: Dunn 1961) tells a scale error from noise. A plan is refused if the whole interval of
+any parameter lies beyond the tolerance. (The coefficient ``<plan, bare> / <bare, bare>`` would be a
+worse measure than the quotient of the norms: errors in the activations make it smaller than 1, by
+up to a tenth in a network with batch norm in bfloat16.)
 
 Where bare and plan draw the same random numbers, gradients must also point in the same direction.
-In the first update in which any gradient differs, the relative error ``|plan - bare| / |bare|`` of
-each parameter's gradient, over the sampled elements, is bounded. Where bare and plan draw different
-random numbers, the loss of an update differs, so all its quotients have a common factor. Each
-quotient is therefore divided by the median over all parameters of that update, and these medians
-are tested as well.
+This is checked in the first update in which any gradient differs: the relative error
+``|plan - bare| / |bare|`` of each parameter's gradient, over the sampled elements, must be small.
+Where bare and plan draw different random numbers, the loss of an update differs, which multiplies
+all quotients of the update by a common factor. Each quotient is therefore divided by the median of
+the quotients of all parameters in the same update, and these medians are tested as well.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from flatout.plan import Check
 from flatout.wire.lines import Gradient
 
 RANDOM: tuple[Exactness, ...] = ("resampled", "reshuffled")
-"""Exactness classes of settings that draw other random numbers."""
+"""Exactness classes of settings that draw different random numbers than the bare program."""
 
 CONFIDENCE = 0.95
 """Probability that all parameters pass if nothing but noise moves their gradient norms."""
@@ -44,14 +45,14 @@ class Bounds:
     """How far gradients may differ under settings of an exactness class.
 
     Attributes:
-        factor: the largest factor by which a gradient norm may be too large or too small, not
-            counting its noise (the half-width of its confidence interval).
-        error: the largest relative error of a parameter's gradient in the first update in which
-            any gradient differs, as the root mean square over the seeds.
+        factor: the largest factor by which a gradient norm may be too large or too small. Noise
+            (the half-width of the confidence interval) is allowed in addition.
+        error: the largest relative error that a parameter's gradient may have in the first update
+            in which any gradient differs. It is the root mean square over the seeds.
         floor: the norm below which a gradient may be nothing but rounding error, as a fraction of
-            the norm of all gradients of the update. For biases and scales, the code inside the job
-            (the agent) also records an estimate of the rounding error (``agent/flows.py``); the
-            larger of the two is used.
+            the norm of all gradients of the update. For biases and scales, the agent (flatout's
+            code inside the job) also records such a norm (``agent/flows.py``); the larger of the
+            two norms is used.
     """
 
     factor: float
@@ -60,18 +61,20 @@ class Bounds:
 
 
 REORDERED = Bounds(factor=1.01, error=1e-3, floor=2.0**-20)
-"""One rounding to float32 is a relative error of up to 2**-24. Eight residual blocks with batch
-norm amplify the rounding error of a gradient up to 500 times."""
+"""The bounds for settings that keep the precision. One rounding to float32 is a relative error of
+up to 2**-24. Eight residual blocks with batch norm amplify the rounding error of a gradient up to
+500 times."""
 
 REDUCED = Bounds(factor=1.1, error=1.2, floor=2.0**-11)
-"""One rounding to bfloat16 is a relative error of up to 2**-8. Relative errors measured under
-autocast at the first step: 0.01 to 0.02 in transformers, 0.2 in three residual blocks with batch
-norm, 0.9 in eight (1.4 would be an unrelated gradient of the same norm)."""
+"""The bounds for settings that lower the precision. One rounding to bfloat16 is a relative error of
+up to 2**-8. Relative errors measured under autocast at the first step: 0.01 to 0.02 in
+transformers, 0.2 in three residual blocks with batch norm, 0.9 in eight such blocks. (An unrelated
+gradient of the same norm would have a relative error of 1.4.)"""
 
 COARSE_ROUNDOFF = 2.0**-12
-"""Smallest unit roundoff of a program's own arithmetic for which ``REDUCED`` applies. The unit
-roundoff, the largest relative error of one rounding, is 2**-11 for float16 and TF32 and 2**-8 for
-bfloat16."""
+"""If a program itself computes with at least this unit roundoff, ``REDUCED`` applies to all plans.
+The unit roundoff is the largest relative error of one rounding: 2**-11 for float16 and TF32, 2**-8
+for bfloat16."""
 
 MEDIAN = ""
 """In mappings from parameter names to log ratios, the key of the median over all parameters."""
@@ -93,8 +96,8 @@ def judge(
         return Check("gradients", "failed", why)
     bounds = REDUCED if "reduced" in exactness or are_coarse(bare) else REORDERED
     is_random = any(kind in RANDOM for kind in exactness)
-    # Other random numbers move norms, so the tolerance is then REDUCED's. They add no rounding
-    # error, so the floor stays that of `bounds`.
+    # Different random numbers change the norms, so the tolerance is then REDUCED's. But they add no
+    # rounding error, so the floor stays that of `bounds`.
     tolerance = math.log(REDUCED.factor if is_random else bounds.factor)
     log_ratios = _collect_log_norm_ratios(bare, plan, bounds.floor)
     if not log_ratios:
@@ -148,8 +151,8 @@ def judge(
 def are_coarse(recorded: Sequence[Recorded]) -> bool:
     """Return whether a program itself computes any gradient in TF32, float16 or bfloat16.
 
-    Another order of the same arithmetic then changes gradients as much as lower precision does. The
-    limit is ``COARSE_ROUNDOFF``.
+    In such a program, a different order of the same arithmetic changes gradients as much as lower
+    precision does. The limit is ``COARSE_ROUNDOFF``.
     """
     return any(
         gradient.roundoff is not None and gradient.roundoff >= COARSE_ROUNDOFF
@@ -182,8 +185,8 @@ def _matching_gradients(
 ) -> Iterator[tuple[int, Gradient, Gradient, float]]:
     """Yield the gradients of one parameter that are finite in the bare run, in order of updates.
 
-    Each item holds the number of the update, the gradients of bare and plan, and the norm of all of
-    bare's gradients in that update.
+    Each item holds the number of the update, the parameter's gradients in bare and plan, and the
+    norm of the bare run's gradients of all parameters together.
     """
     for update, (of_bare, of_plan) in enumerate(
         zip(bare_run.get(name, ()), plan_run.get(name, ()), strict=False)
@@ -225,7 +228,8 @@ def _rounding_norm(of_bare: Gradient, of_plan: Gradient, relative_floor: float) 
 def _collect_log_norm_ratios(
     bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> dict[str, dict[tuple[int, int], float]]:
-    """Collect the ``_log_norm_ratios`` of each parameter that has any, by its name."""
+    """Return the ``_log_norm_ratios`` of each parameter by its name; a parameter that has none is
+    left out."""
     names = dict.fromkeys(name for run in bare for name in run)
     found = {name: dict(_log_norm_ratios(name, bare, plan, floor)) for name in names}
     return {name: of_one for name, of_one in found.items() if of_one}
@@ -234,10 +238,10 @@ def _collect_log_norm_ratios(
 def _log_norm_ratios(
     name: str, bare: Sequence[Recorded], plan: Sequence[Recorded], floor: float
 ) -> Iterator[tuple[tuple[int, int], float]]:
-    """Yield seed and update, and the logarithm of the plan's gradient norm over bare's.
+    """Yield seed and update, and the logarithm of the plan's gradient norm divided by bare's.
 
-    A gradient is left out if it may be nothing but rounding error in both. Updates before the first
-    difference are left out, because they say nothing about a setting that was not yet active.
+    A gradient is left out if it may be nothing but rounding error in both bare and plan. Updates
+    before the first difference between bare and plan are left out: no setting acted on them yet.
     """
     for seed, (bare_run, plan_run) in enumerate(zip(bare, plan, strict=True)):
         first = _first_differing_update(bare_run, plan_run)
@@ -253,9 +257,10 @@ def _log_norm_ratios(
 def _divide_by_median(
     log_ratios: Mapping[str, Mapping[tuple[int, int], float]],
 ) -> dict[str, dict[tuple[int, int], float]]:
-    """Divide each ratio by the median of its update; the medians themselves are at ``MEDIAN``.
+    """Divide each ratio by the median ratio of its update.
 
-    All ratios are given and returned as logarithms.
+    The result also has the medians themselves, under the key ``MEDIAN``. All ratios are given and
+    returned as logarithms.
     """
     of_updates: dict[tuple[int, int], list[float]] = {}
     for of_one in log_ratios.values():
@@ -270,10 +275,10 @@ def _divide_by_median(
 
 
 def _mean_and_half_width(values: Sequence[float], parameters: int) -> tuple[float, float]:
-    """Return the mean and half the width of its confidence interval, which is 0 for one value.
+    """Return the mean and the half-width of its confidence interval.
 
     Args:
-        values: the values, at least one.
+        values: the values, at least one. If there is only one, the half-width is 0.
         parameters: the number of parameters, for Bonferroni's correction.
     """
     from scipy import stats  # type: ignore[import-untyped]
@@ -292,9 +297,9 @@ def _errors(
 ) -> Iterator[tuple[str, float]]:
     """Yield the relative error of each parameter's gradient in the first update with a difference.
 
-    It need not be the very first update, because some settings do nothing in the first steps.
-    Gradients that may be nothing but rounding error are ignored: they get no error, and they do not
-    count in the search for the first update with a difference.
+    This update need not be the very first one, because some settings do nothing in the first steps.
+    Gradients that may be nothing but rounding error are ignored: no error is yielded for them, and
+    an update in which only they differ is not an update with a difference.
     """
     import numpy as np
 

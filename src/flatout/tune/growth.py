@@ -1,8 +1,8 @@
-"""Checks whether the memory of a plan grows without end, against the bare program's own growth.
+"""Checks whether the memory of a plan grows without end, compared with the bare program's memory.
 
-The pairs of a proof are short, and a cache that fills looks like a leak in them. So they only
-raise a suspicion; a longer pair of runs then decides it, if the budget has time for it. If nothing
-is decided, the plan is kept, and the proof says what was seen.
+The pairs of a proof are short, and in a short run a cache that fills up looks like a leak. So these
+pairs can only raise a suspicion. A longer pair of runs then decides whether there is a leak, if the
+budget has time for it. If this is not decided, the plan is kept, and the proof says what was seen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from flatout.wire.ratios import CONFIDENCE, t_quantile
 from flatout.wire.record import Step
 
 LEAK_STEPS = 2000
-"""Number of further steps after which memory that grows must still be within what is allowed."""
+"""Number of further steps at the measured growth after which memory must still be within what is
+allowed."""
 
 FEWEST_STEPS = 16
 """Growth is measured only in runs with at least this many steps."""
@@ -36,14 +37,16 @@ is one observation. An allocator takes memory in large pieces, so memory grows i
 leaks, most of the parts contain such a jump."""
 
 LONGER_STEPS = 400
-"""Minimum number of steps of the longer runs that decide whether memory grows without end. A cache
-that fills during the first 200 steps does not count as growth there."""
+"""Minimum number of steps of the longer runs that decide whether memory grows without end. Only the
+second half of a run is measured, so a cache that fills up during the first 200 of these steps does
+not count as growth."""
 
 LONGER_S = 2.0
-"""The steps of a longer run take at least this many seconds: memory is read every 20 ms."""
+"""The steps of a longer run take at least this many seconds, because memory is read only every
+20 ms."""
 
 LONGER_FACTOR = 2
-"""The longer runs have at least this many times the steps of the shorter ones."""
+"""The longer runs have at least this many times as many steps as the shorter runs."""
 
 _MEMORY_SHARE = 0.5
 """Share of the available memory that the growth in a longer run may take."""
@@ -51,13 +54,14 @@ _MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Growth:
-    """How much faster memory grows under a plan than bare, in the second half of each run.
+    """How much faster memory grows under a plan than under bare, in the second half of each run.
 
     Attributes:
         result: ``grows`` if memory was shown to grow beyond what is allowed, ``stays`` if it
             grows by no more than is allowed, ``open`` if only a longer run can tell.
-        value, low, high: the growth in bytes per step, as a mean with its interval.
-        steps: the number of steps of each run.
+        value, low, high: by how many bytes per step the plan's memory grows more than bare's: the
+            mean, and the bounds of its confidence interval.
+        steps: the number of steps of each run; if they differ, the smallest number.
         pairs: the number of pairs of runs.
     """
 
@@ -85,7 +89,7 @@ class Growth:
         if self.result == "stays":
             result, why = "passed", f"its memory does not keep growing over {self.steps} steps"
         elif self.result == "open":
-            result, why = "open", f"{self.describe()}; whether it stops is not decided"
+            result, why = "open", f"{self.describe()}; whether the growth stops is not decided"
         bounds = {"low": self.low, "growth": self.value, "high": self.high}
         kib = {f"{name}_kib_a_step": one / 1024 for name, one in bounds.items()}
         return Check(memory.CHECK_NAME, result, why, kib)
@@ -97,16 +101,16 @@ def measure_growth(
     allowed: float,
     is_longer: bool = False,
 ) -> Growth | None:
-    """Measure by how much more the peak memory grows under a plan, in the second half of each run.
+    """Measure how much faster the peak memory grows under a plan than under bare.
 
-    Memory *grows* if, at this rate, the peak would be more than is allowed after ``LEAK_STEPS``
-    more steps. Only longer runs show that, because a cache that fills and a leak look alike at
-    first.
+    Only the second half of each run counts. Memory *grows* if, at this rate, the peak would be more
+    than is allowed after ``LEAK_STEPS`` more steps. Only longer runs can show that, because at
+    first a cache that fills up looks like a leak.
 
     Args:
         bare, plan: the steps of each run, in pairs.
         allowed: the peak memory that the plan may have, as a multiple of bare's.
-        is_longer: whether these runs were made to decide what shorter ones have left open.
+        is_longer: whether these runs were made to decide what shorter runs have left open.
 
     Returns the growth; ``None`` if memory was not measured, or if there are too few steps.
     """
@@ -158,8 +162,8 @@ def _split_growth(excess_bytes: Sequence[int]) -> list[float]:
 def choose_longer_steps(growth: Growth, step_s: float, job_steps: int | None) -> int:
     """Return the number of steps of each of the two longer runs, which tell whether memory grows.
 
-    There are fewer if the growth would take more than ``_MEMORY_SHARE`` of the available memory, or
-    if the job ends before.
+    The number is smaller than usual if the growth would otherwise take more than ``_MEMORY_SHARE``
+    of the available memory, or if the job ends earlier.
 
     Args:
         growth: what the shorter runs have shown.
@@ -176,24 +180,25 @@ def choose_longer_steps(growth: Growth, step_s: float, job_steps: int | None) ->
 
 
 def was_shown(verdict: Verdict) -> bool:
-    """Return whether memory was shown to grow without end."""
+    """Return whether a verdict says that memory grows without end."""
     return any(
         check.name == memory.CHECK_NAME and check.result == "failed" for check in verdict.checks
     )
 
 
 class GrowthCheck(TuneStage):
-    """Checks the growth of memory of proven plans of one job."""
+    """Checks whether memory grows without end under the proven plans of one job."""
 
     def check(self, finished: Pairs, verdict: Verdict) -> tuple[Verdict, str | None]:
         """Find out whether the memory of a plan grows without end.
 
         Args:
             finished: the pairs of the plan's proof, which has passed.
-            verdict: the verdict on them.
+            verdict: the verdict on these pairs.
 
-        Returns the verdict, with the check of the memory if there was a suspicion, and the reason
-        why the plan cannot be used; ``None`` if it can.
+        Returns the verdict and the reason why the plan cannot be used; the reason is ``None`` if
+        the plan can be used. If there was a suspicion, a check of the memory is added to the
+        verdict, unless the plan failed in a longer run.
 
         Raises:
             UserError: the program fails without any settings.
@@ -207,7 +212,7 @@ class GrowthCheck(TuneStage):
         if growth is None or growth.result == "stays":
             return verdict, None
         if job_steps is not None and job_steps <= growth.steps:
-            return verdict, None  # the job ends before it could grow any further
+            return verdict, None  # the job ends before its memory could grow any further
         try:
             growth = self._prolong(growth, finished) or growth
         except TrialFailedError as failure:
@@ -220,7 +225,10 @@ class GrowthCheck(TuneStage):
         return verdict, check.why if growth.result == "grows" else None
 
     def _prolong(self, growth: Growth, finished: Pairs) -> Growth | None:
-        """Measure the growth in a longer pair of runs, if there is time for it, else ``None``.
+        """Measure the growth in a longer pair of runs.
+
+        The result is ``None`` if there is no time for such runs, if they could not have more steps
+        than the shorter runs, or if memory was not measured.
 
         Raises:
             TrialFailedError: the plan fails.
@@ -231,10 +239,10 @@ class GrowthCheck(TuneStage):
         if steps <= growth.steps or not self._ledger.has_time_for(lasts_s):
             return None
         self._ledger.print_line(
-            f"{growth.describe()}; whether it stops shows in runs of {steps} steps, about "
-            f"{formatting.duration(lasts_s)}"
+            f"{growth.describe()}; two runs of {steps} steps, which take about "
+            f"{formatting.duration(lasts_s)}, show whether the growth stops"
         )
-        self._ledger.begin("looking whether the memory keeps growing")
+        self._ledger.begin("checking whether the memory keeps growing")
         try:
             bare = self._run(finished.baseline, steps)
         except TrialFailedError as failure:

@@ -7,15 +7,16 @@ A tune has a folder of its own below ``paths.tunes_directory()``::
     runs/            the run directories of its trials
     result.json      the result, written at the end
 
-A tune that is resumed begins anew; each trial that it asks for is taken from the journal, as long
-as the journal has it. This works because a tune chooses its next trial mostly by the results of the
-trials before it and the time that they took. It also depends on the free memory, the machine's
-measured peak rates and the cores that may be used. If any of these has changed so much that the
-tune's next trial is not the next one in the journal, the rest of the journal is dropped. A trial
-that was running when the tune was killed is run again.
+A resumed tune starts from the beginning. As long as the next trial that it chooses is the next one
+in the journal, the trial is not run, and its result is taken from the journal. This works because a
+tune chooses its next trial mostly by the results of the earlier trials and the time that they took.
+The choice also depends on the free memory, the machine's measured peak rates and the cores that may
+be used. If these have changed so much that the tune chooses a different trial than the next one in
+the journal, the rest of the journal is dropped. A trial that was running when the tune was killed
+is not in the journal, and is run again.
 
-Each line is written by one call. If a tune was killed while it wrote a line, the incomplete line is
-cut off. The file is locked while its tune runs.
+If a tune was killed while it wrote a line, the incomplete line is cut off when the tune is resumed.
+The file is locked while its tune runs.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ RUNS_FOLDER = "runs"
 
 KEPT_TUNES = 20
 KEPT_BYTES = 512 * 2**20
-"""Maximum number of old tunes that are kept, and their maximum size in all; the oldest are deleted
-first."""
+"""Maximum number of old tunes that are kept, and their maximum total size in bytes. The oldest are
+deleted first."""
 
 
 class JournalError(UserError):
-    """A journal cannot be written or read, or there is none."""
+    """A journal cannot be written or read, or there is none to resume."""
 
 
 def _is_folder_name(name: str) -> bool:
@@ -69,12 +70,13 @@ class Entry:
     """The result of one trial.
 
     Attributes:
-        run: the name of its run directory.
-        seconds: the wall time of its command.
+        run: the name of the trial's run directory.
+        seconds: the wall time of the trial's command.
         ended: whether the program came to its end by itself.
-        failure: the reason why it gave no usable record; ``None`` if it gave one.
+        failure: the reason why the trial gave no usable record; ``None`` if it gave one.
         tail: the last lines of the program's output if the trial failed, otherwise empty.
-        spent_s: the total time of the tune so far, including the time before a resume.
+        spent_s: the time that the tune had taken when the trial ended, in seconds. It includes the
+            time before a resume.
     """
 
     run: Annotated[str, codec.Constraint(_is_folder_name, "the name of a folder")]
@@ -127,15 +129,15 @@ class Journal:
 
     @property
     def runs(self) -> Path:
-        """The folder that holds the run directories of its trials."""
+        """The folder that holds the run directories of the tune's trials."""
         return self.folder / RUNS_FOLDER
 
     @property
     def spent_s(self) -> float:
         """The time that the tune has taken so far, in seconds.
 
-        Each trial that is taken from the journal sets it to the total that was recorded when that
-        trial ended; from there it goes on with the clock.
+        When a trial is taken from the journal, this time is set to the total that was recorded when
+        the trial ended. From then on, it advances with the clock.
         """
         return self._spent_before_s + (time.monotonic() - self._session_began_s)
 
@@ -143,14 +145,15 @@ class Journal:
     def counted_s(self) -> float:
         """The time that the tune had taken when the last trial ended, in seconds.
 
-        Decisions rest on it, so that they are the same when the tune is resumed.
+        Decisions are made with this time, not with ``spent_s``, so that they are the same when the
+        tune is resumed.
         """
         return self._spent_before_s
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """A context whose time is no part of what the tune takes: it is spent once on a machine,
-        for all tunes."""
+        """A context whose duration does not count as time of the tune, for work that is done once
+        on a machine, for all tunes."""
         began_s = time.monotonic()
         try:
             yield
@@ -158,13 +161,17 @@ class Journal:
             self._session_began_s += time.monotonic() - began_s
 
     def take_next(self, *requests: Request) -> tuple[Entry, ...] | None:
-        """Return the next trials if the journal has them for the same requests, otherwise ``None``.
+        """Return the results of the next trials if the journal has them, otherwise ``None``.
 
-        If the journal has other requests here, the tune has decided differently this time, and the
-        rest of the journal is dropped.
+        If the next trials in the journal had different requests, the tune has decided differently
+        this time. In this case, or if their run directories are gone, the rest of the journal is
+        dropped.
+
+        Args:
+            requests: the requests of the next trials.
 
         Raises:
-            JournalError: the journal holds an invalid trial here.
+            JournalError: the next line of the journal is not a valid trial.
         """
         if self._next == len(self._recorded):
             return None
@@ -223,7 +230,8 @@ class Journal:
         self._at_byte = max(self._at_byte, self._program_end)
 
     def finish(self, result: str | None = None) -> None:
-        """Write the result, if there is one, and the end; the tune can no longer be resumed.
+        """Write the result, if there is one, and end the journal. After that, the tune cannot be
+        resumed.
 
         Raises:
             JournalError: the journal or the result cannot be written.
@@ -258,7 +266,7 @@ def open_journal(
         command: the command line of the job.
         options: the user's options, as a dataclass. On resuming, the options that differ from those
             of the journal are printed.
-        resumes: whether to resume the last tune of this job that has not come to its end.
+        resumes: whether to resume the last unfinished tune of this job.
         print_line: prints a line of progress.
 
     Raises:
@@ -307,8 +315,8 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
     """Open the journal of the last tune of this job that can be continued.
 
     Raises:
-        JournalError: none can be: all have come to their ends, belong to another version of
-            flatout, or are still running.
+        JournalError: there is no such tune. Each tune has come to its end, has a different command,
+            folder or version of flatout, is still running, or has a journal that cannot be read.
     """
     why: list[str] = []
     for path in sorted(paths.tunes_directory().glob(f"*/{JOURNAL_FILE}"), reverse=True):
@@ -334,11 +342,12 @@ def resume(verb: str, command: Sequence[str]) -> Journal:
 def format_resume_command(verb: str, options: Sequence[str], command: Sequence[str]) -> str:
     """Return the command that resumes a verb, quoted for a shell.
 
-    It repeats the options, because with other options the verb would run other trials.
+    This command repeats the options, because with different options the verb would run different
+    trials.
 
     Args:
         verb: the name of the verb.
-        options: its options, as words of the command line.
+        options: the options of the verb, as words of the command line.
         command: the command line of the job.
     """
     others = [word for word in options if word != "--resume"]
@@ -348,12 +357,12 @@ def format_resume_command(verb: str, options: Sequence[str], command: Sequence[s
 def _explain_no_resume(job: dict[str, Any], verb: str, command: Sequence[str]) -> str | None:
     """Return the reason why the tune of a job cannot be resumed for this command, as a clause.
 
-    The result is ``None`` if it can be resumed.
+    The result is ``None`` if the tune can be resumed.
 
     Args:
         job: the journal's line about the job.
         verb: the name of the verb that resumes.
-        command: its command.
+        command: the command line that the verb was given.
     """
     now = _describe_job(verb, command)
     if job.get("folder") != now["folder"]:
@@ -404,7 +413,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _describe_job(verb: str, command: Sequence[str]) -> dict[str, Any]:
-    """Describe what must be the same for a tune to be resumed, besides its program."""
+    """Describe what must be the same, besides the program, for a tune to be resumed."""
     return {
         "version": JOURNAL_VERSION,
         "flatout": __version__,
@@ -449,7 +458,7 @@ def _is_locked(folder: Path) -> bool:
 def _read_whole_lines(path: Path) -> tuple[list[tuple[dict[str, Any], int]], int]:
     """Read the objects of the complete lines, each with the byte offset of its end.
 
-    The second result is the end of the last complete line.
+    The second result is the byte offset of the end of the last complete line.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Chooses settings during a whole run (``flatout run --tune``), and writes them as a plan."""
+"""Chooses settings while a program runs to its end (``flatout run --tune``), and writes them as a
+plan."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from flatout.wire.record import RecordError, read_step_times
 from flatout.wire.request import Comparison, Request
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "reordered")
-"""Exactness classes of the settings that may be compared without a proof, because they
-keep the results bit by bit, or change only the order of sums."""
+"""Settings of these exactness classes may be compared without a proof, because they keep the
+results bit by bit, or change only the order of sums."""
 
 BLOCK_STEPS = 6
-"""Number of steps of a block."""
+"""Number of steps of a block. The settings alternate in blocks."""
 
 DISCARD_STEPS = 2
 """Number of steps at the start of each block that are not timed."""
@@ -33,29 +34,29 @@ ROUNDS = 8
 """Maximum number of blocks of each setting."""
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""Candidates for all of these devices are compared, because the job's device is known only once it
-runs. Settings that do not apply to it report so."""
+"""Candidates for all of these devices are compared, because the job's device is known only once the
+job runs. Settings that do not apply to this device are then dropped."""
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
     """Make the request for the agent, flatout's code inside the job.
 
-    The agent compares each hot candidate alone with the baseline, and keeps the settings that are
-    faster.
+    The agent compares each hot candidate (a setting that can be applied and undone between two
+    steps) alone with the baseline, and keeps the settings that are faster.
 
     Args:
         arguments: the arguments of ``flatout run``.
 
     Raises:
-        UserError: the plan's file cannot be written, or holds a plan that was not learned; or the
-            user sets knobs as well.
+        UserError: the plan's file cannot be written or holds a plan that was not learned, or the
+            user has set knobs by hand.
     """
     path = _path(arguments)
     paths.check_writable(path)
     if path.exists() and plan.read(path).learned is None:
         raise UserError(
-            f"{path} holds a plan that was not learned by --tune: run with it (without --tune), or "
-            "name another file by --plan"
+            f"{path} holds a plan that was not learned by --tune: leave --tune out to run with "
+            "this plan, or name a different file with --plan"
         )
     if arguments.set:
         raise UserError("--tune chooses the settings itself: leave --set out")
@@ -124,7 +125,7 @@ def conclude(arguments: argparse.Namespace, run_directory: Path) -> list[str]:
         *lines,
         f"an unproven plan of {', '.join(f'{k}={s}' for k, s in kept.items())} is in {path}",
         f"to prove it: flatout verify --plan {shlex.quote(str(path))} -- {command}",
-        "to replace it by a proven plan of all settings that help: "
+        "to replace it with a proven plan of all settings that help: "
         f"flatout tune --plan {shlex.quote(str(path))} -- {command}",
     ]
 

@@ -30,14 +30,14 @@ class Options:
     """The options of a tune that the user gave.
 
     Attributes:
-        budget_seconds: the time that the tune may take; ``None`` if it is left to flatout
-            (``budget.choose_budget_s``).
+        budget_seconds: the time that the tune may take; ``None`` if ``budget.choose_budget_s``
+            chooses it.
         steps: the number of steps that the proof covers; ``None`` if ``budget.size_proof`` chooses
             it.
-        seed: the seed of the first pair of runs; each later pair has the next one.
+        seed: the seed of the first pair of runs; each later pair has the next seed.
         isolate: whether every trial runs in a copy-on-write view of the file system.
         knobs: the names of the knobs to try; ``None`` for all.
-        exactness: the classes of the settings that may be tried; ``None`` for all.
+        exactness: the exactness classes of the settings that may be tried; ``None`` for all.
         memory: the peak memory that is allowed, as a multiple of the bare program's.
     """
 
@@ -68,7 +68,7 @@ class LedgerEntry:
 
 @dataclass
 class Outcome:
-    """What a tune has found so far, and in the end.
+    """What a tune has found: so far while it runs, and everything when it has ended.
 
     Attributes:
         settings: the settings of the plan; empty if nothing helps.
@@ -76,13 +76,13 @@ class Outcome:
         evidence: the evidence for the plan; ``None`` if there is no plan.
         entries: the settings that were tried or are to be tried, in the order in which they were
             found.
-        gain_on_top: for each knob and setting, how many times faster it made the stack, see
-            ``find_gain_on_top``.
-        refused: the wanted knobs without candidates, each with the reason.
+        gain_on_top: for each knob and setting, how many times faster the setting made the stack
+            (the settings that are applied together), see ``find_gain_on_top``.
+        refused: the wanted knobs that have no candidates, each with the reason.
         findings: the findings about what limits the bare program.
         pairs: the pairs behind the plan; ``None`` if there is no plan.
         verdict: the verdict of the last proof.
-        pace: the pace of the bare program.
+        pace: the times from which the duration of a run of the bare program is estimated.
         startup_s: the time of the bare program from the import of torch to the first step.
         phases_ms: the time of each phase of a step of the bare program; ``None`` if it was not
             measured.
@@ -90,13 +90,13 @@ class Outcome:
         inputs: the dtype and shape of each input tensor of the first outermost module call, with
             ``*`` for sizes that differ between runs (``wire.signature``); ``None`` if the runs
             differ in more than sizes.
-        program: the files of which the program consists, and the environment variables that they
-            name, at its first run; ``None`` if it has not run.
+        program: the program as it was at its first run: its files, and the environment variables
+            that they name. ``None`` if the program has not run.
         modules: the files that the runs have imported.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
         interrupted: whether the user has ended the tune.
         seconds: the time that the tune took.
-        activity: what the tune does now; ``None`` if it has not begun.
+        activity: what the tune does now; ``None`` before its first activity.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -134,9 +134,10 @@ class Outcome:
         return next((entry.predicted for entry in found), None)
 
     def find_gain_on_top(self, knob: str, setting: str) -> Ratio | None:
-        """Return how many times faster a setting made the stack that existed when it was tried.
+        """Return how many times faster a setting made the stack.
 
-        This is the step time without the knob over the step time with this setting. The result is
+        The gain is the step time without the knob divided by the step time with this setting. The
+        stack is the settings that were applied together when the gain was measured. The result is
         ``None`` if it was not measured.
         """
         on_top = self.gain_on_top.get((knob, setting))
@@ -154,10 +155,11 @@ class Ledger:
 
     Args:
         budget_s: the time that the tune may take, in seconds.
-        read_spent_s: returns the time that it has taken so far, in seconds, for the display.
-        read_counted_s: returns the time that it had taken when the last trial ended, in seconds.
+        read_spent_s: returns the time that the tune has taken so far, in seconds, for the display.
         print_line: prints a line of progress.
         refresh: shows the outcome so far and the seconds left in the current activity.
+        read_counted_s: returns the time that the tune had taken when the last trial ended, in
+            seconds, for decisions; by default ``read_spent_s``.
 
     Attributes:
         outcome: the outcome so far.
@@ -185,12 +187,12 @@ class Ledger:
         return self.budget_s - self._read_counted_s()
 
     def has_time_for(self, needed_s: float) -> bool:
-        """Return whether what takes so many seconds ends within the budget, or little later
-        (``budget.OVERDRAFT``)."""
+        """Return whether something that takes ``needed_s`` seconds ends within the budget, or soon
+        after it (``budget.OVERDRAFT``)."""
         return self._read_counted_s() + needed_s <= OVERDRAFT * self.budget_s
 
     def find(self, settings: Mapping[str, str]) -> LedgerEntry:
-        """Find the entry of some settings; only the methods of this class may change it.
+        """Find the entry of some settings. Only the methods of this class may change the entry.
 
         Raises:
             KeyError: these settings were never entered.
@@ -228,7 +230,7 @@ class Ledger:
         self.notify()
 
     def note_ratio(self, candidate: Candidate, ratio: Ratio | None, why: str = "") -> None:
-        """Enter a candidate's measured ratio, and a remark on it; it is judged later."""
+        """Enter a candidate's measured ratio with a remark. The candidate is judged later."""
         entry = self.find(candidate.settings)
         entry.ratio, entry.why = ratio, why
 
@@ -239,18 +241,18 @@ class Ledger:
         self.notify()
 
     def reject(self, settings: Mapping[str, str], why: str = "") -> None:
-        """Mark settings as without gain; ``why`` is empty if the ratio itself is the reason."""
+        """Mark settings as having no gain. ``why`` is empty if the ratio itself is the reason."""
         entry = self.find(settings)
         entry.state, entry.why = "no gain", why
         self.notify()
 
     def reject_without_effect(self, settings: Mapping[str, str], why: str) -> None:
-        """Reject settings that did nothing: their ratio is noise, and does not count."""
+        """Reject settings that did nothing. A ratio that was measured for them is only noise."""
         self.print_line(f"{format_settings(settings)} has no effect: {why}")
         self.reject(settings, f"it has no effect: {why}")
 
     def fail(self, settings: Mapping[str, str], why: str) -> None:
-        """Mark settings as unusable, because they or the program fail."""
+        """Mark settings as unusable, because they fail or the program fails under them."""
         entry = self.find(settings)
         entry.state, entry.why = "failed", why
         self.print_line(f"{format_settings(settings)} is dropped: {why}")
@@ -267,8 +269,8 @@ class Ledger:
     def leave_out(self, settings: Mapping[str, str], why: str) -> None:
         """Mark settings as left out of the plan although they may be faster.
 
-        They need not have an entry: a gentler setting that took the place of a culprit in the plan
-        may never have been a candidate.
+        The settings need not have an entry. A setting that made a proof fail is replaced by a
+        gentler one, and the gentler one may never have been a candidate.
         """
         self.print_line(f"{format_settings(settings)} is left out: {why}")
         for entry in self.outcome.entries:
@@ -277,14 +279,15 @@ class Ledger:
         self.notify()
 
     def note_on_top(self, knob: str, setting: str, ratio: Ratio) -> None:
-        """Enter how many times faster a setting makes the stack, see ``find_gain_on_top``."""
+        """Enter how many times faster a setting makes the stack; see ``Outcome.gain_on_top``."""
         self.outcome.gain_on_top[knob, setting] = ratio
         self.print_line(f"{knob} on top of the others: {ratio} inside one process")
 
     def note_runs(self, pairs: Pairs) -> None:
         """Enter the inputs and the imported files of runs.
 
-        The plan names the inputs that all runs have in common, and the files that any has imported.
+        The plan names the inputs that all runs have in common, and the files that any of the runs
+        has imported.
         """
         outcome = self.outcome
         for done in (*pairs.baseline_runs, *pairs.variant_runs):
@@ -303,11 +306,13 @@ class Ledger:
 
         Args:
             what: the activity in words.
-            pair: the number of the pair of runs that is being made; ``None`` if it makes no pairs.
-            pairs: the number of pairs that it will make; ``None`` if that is not known.
-            lasts_s: the time that it should take, in seconds; ``None`` for the rest of the budget.
-            may_exceed_pairs: whether it makes more pairs than that if the results are not clear by
-                then.
+            pair: the number of the pair of runs that is being made; ``None`` if the activity makes
+                no pairs.
+            pairs: the number of pairs that the activity will make; ``None`` if it is not known.
+            lasts_s: the time that the activity should take, in seconds; ``None`` for the rest of
+                the budget.
+            may_exceed_pairs: whether more than ``pairs`` pairs are made if the results are not
+                clear after these.
         """
         ends_s = self.budget_s if lasts_s is None else self._read_spent_s() + lasts_s
         self.outcome.activity = Activity(what, pair, pairs, ends_s, may_exceed_pairs)
@@ -321,15 +326,16 @@ class Ledger:
         is_enough: Callable[[Pairs], bool],
         may_exceed: bool,
     ) -> Callable[[Pairs], bool]:
-        """Wrap ``is_enough`` so that it also updates the activity before each pair.
+        """Return a function that does the same as ``is_enough``, and also updates the activity
+        before each pair.
 
         Args:
             what: the activity in words.
-            expected: the number of pairs that it should take.
+            expected: the number of pairs that the activity should make.
             pair_s: the time of one pair, in seconds.
-            is_enough: tells before each pair whether there are enough.
-            may_exceed: whether it takes more pairs than expected if the results are not clear by
-                then.
+            is_enough: tells before each pair whether the finished pairs are enough.
+            may_exceed: whether more than ``expected`` pairs are made if the results are not clear
+                after these.
         """
 
         def is_over(finished_pairs: Pairs) -> bool:

@@ -1,6 +1,6 @@
 """Checks whether the peak memory of a plan is too high, from the recorded steps of its runs.
 
-``growth.py`` checks whether its memory grows without end.
+``growth.py`` checks whether the memory of a plan grows without end.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from flatout.tune import formatting
 from flatout.wire.record import Step
 
 ALLOWED = 1.1
-"""By default, the peak memory that a plan may have, as a multiple of the bare program's."""
+"""The peak memory that a plan may have by default, as a multiple of the bare program's."""
 
 CONSTANT_BYTES = 256 * 2**20
-"""How much more main memory than bare a plan may take in any case, by default. Some settings need a
-fixed amount, however small the program: the modules of torch's compiler, which ``compile`` and
-``replay`` import, take 80 to 120 MiB together with compiled kernels, and the code that
-``code_pages`` copies takes 20 to 100 MiB."""
+"""A plan may in any case take this much more main memory than bare, unless the user allows less
+than ``ALLOWED``. Some settings need a fixed amount, however small the program: the modules of
+torch's compiler, which ``compile`` and ``replay`` import, take 80 to 120 MiB together with compiled
+kernels, and the code that ``code_pages`` copies takes 20 to 100 MiB."""
 
 FEWEST_PAIRS = 2
-"""A peak above the allowance counts only if it is seen in this many pairs."""
+"""A plan is refused only if its peak is above the limit in at least this many pairs."""
 
 CHECK_NAME = "memory"
 """The name of the check of a proof that says whether memory grows (``growth.py``)."""
@@ -47,8 +47,8 @@ def refusal(
 ) -> str | None:
     """Return the reason why the peak memory of a plan is too high, as a clause.
 
-    The result is ``None`` if the plan's peak is within what is allowed (``limit_bytes``), if it is
-    above that in fewer than ``FEWEST_PAIRS`` pairs, or if memory was not measured.
+    The result is ``None`` if the plan's peak is within the limit (``limit_bytes``), if the peak is
+    above the limit in fewer than ``FEWEST_PAIRS`` pairs, or if memory was not measured.
 
     Args:
         bare, plan: the steps of each run of the bare program and of the plan, in pairs.
@@ -74,17 +74,17 @@ def refusal(
 
 
 def peak_rss_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """Return the peak memory of the main process, or of all ranks, the median of the runs.
+    """Return the peak memory of the main process, or of all ranks together; the median of the runs.
 
-    The result is ``None`` if it was not measured.
+    The result is ``None`` if this memory was not measured.
     """
     return _peak(runs, _read_rss_peak)
 
 
 def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
-    """Return the peak memory on the accelerator, the median of the runs.
+    """Return the peak memory on the accelerator; the median of the runs.
 
-    The result is ``None`` if the program uses no accelerator, or if its memory was not measured.
+    The result is ``None`` if the program uses no accelerator, or if this memory was not measured.
     """
     return _peak(runs, _read_device_peak)
 
@@ -92,10 +92,11 @@ def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
 def find_peaks(
     bare: Sequence[Sequence[Step]], plan: Sequence[Sequence[Step]]
 ) -> tuple[Callable[[Step], int | None], int | None, int | None]:
-    """Return how the memory that counts is read from a step, and its peaks in bare and plan.
+    """Return the function that reads the memory that counts from a step, and the peaks of this
+    memory in bare and plan.
 
-    If the program uses an accelerator, the accelerator's memory counts, else that of the main
-    process, or of all ranks together.
+    If the program uses an accelerator, the accelerator's memory counts. Otherwise main memory
+    counts: that of the main process, or of all ranks together.
     """
     peaks = peak_device_bytes(bare), peak_device_bytes(plan)
     if None not in peaks:
@@ -111,7 +112,7 @@ def limit_bytes(bare_peak: int, allowed: float, read_peak: Callable[[Step], int 
         allowed: the peak that the plan may have, as a multiple of bare's. Less than ``ALLOWED``
             means that the user allows no ``CONSTANT_BYTES`` either.
         read_peak: reads the memory that counts, see ``find_peaks``. ``CONSTANT_BYTES`` applies to
-            main memory only: what a process imports takes none of an accelerator's memory.
+            main memory only, because what a process imports takes no memory on an accelerator.
     """
     limit = allowed * bare_peak
     if allowed >= ALLOWED and read_peak is _read_rss_peak:

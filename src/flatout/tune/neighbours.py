@@ -1,9 +1,10 @@
-"""Watches what other processes take of the CPUs while a tune runs, and waits until they are quiet.
+"""Watches how much of the CPUs other processes use during a tune, and waits if they use much.
 
-If others use much of the CPUs before the first trial, or used much during a trial, the tune waits
-for a quiet stretch before the next trial. All waits together take at most a share of its budget.
-After that it goes on, however busy the CPUs are: steps that others disturb do not count
-(``quiet.py``), and others that run at idle priority disturb none.
+Before its first trial, a tune waits for a quiet stretch if others use much of the CPUs. Before each
+later trial, it waits if others used much of the CPUs during the previous trial. All waits together
+take at most ``WAIT_SHARE`` of the budget. After that, the tune goes on, however busy the CPUs are:
+steps that others disturb do not count (``quiet.py``), and others that run at idle priority disturb
+no steps.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from flatout.tune import formatting
 from flatout.wire.disturbance import TAKEN_LIMIT
 
 WAIT_SHARE = 0.05
-"""The share of the budget that a tune waits for quiet, in all."""
+"""Maximum share of the budget that all waits of a tune take together."""
 
 LONGEST_WAIT_S = 15.0
-"""The longest that it waits in all, in seconds."""
+"""Maximum time that all waits of a tune take together, in seconds."""
 
 LOOK_S = 0.3
-"""For how long it looks before the first trial, in seconds."""
+"""How long the CPUs are watched before the first trial, in seconds."""
 
 QUIET_S = 1.0
-"""How long a quiet stretch lasts, in seconds."""
+"""Others must use little of the CPUs for this long, in seconds, to make a quiet stretch."""
 
 
 class Neighbours:
-    """What others take of the CPUs that the jobs of one tune may use.
+    """Watches how much others use of the CPUs that the trials of one tune may use.
 
     Args:
         budget_s: the budget of the tune, in seconds.
@@ -58,7 +59,7 @@ class Neighbours:
 
     @property
     def mean_taken(self) -> float | None:
-        """The share of the CPUs that others have used while trials ran; ``None``: not measured."""
+        """The mean share of the CPUs that others used while trials ran; ``None``: not measured."""
         return self._taken_s / self._watched_s if self._watched_s else None
 
     def before_trial(self) -> None:
@@ -91,8 +92,8 @@ class Neighbours:
             self._has_said = True
             cpus = formatting.count(self._read().cpus, "CPU")
             self._print_line(
-                f"others use {taken:.0%} of the {cpus} that this job may use; waiting for a quiet "
-                f"stretch, at most {formatting.duration(self._left_s)} in all"
+                f"other processes use {taken:.0%} of the {cpus} that this job may use; waiting "
+                f"until they use less, for at most {formatting.duration(self._left_s)} in all"
             )
         waited_s = 0.0
         while self._left_s > 0:
@@ -101,17 +102,17 @@ class Neighbours:
             waited_s += QUIET_S
             self._left_s -= QUIET_S
             if now is None or now <= TAKEN_LIMIT:
-                self._print_line(f"it is quiet after {formatting.duration(waited_s)}")
+                self._print_line(f"the CPUs are quiet after {formatting.duration(waited_s)}")
                 return
             taken = now
         if waited_s:
             self._print_line(
-                f"others still use {taken:.0%} of the CPUs; going on: what they disturb does not "
-                "count"
+                f"other processes still use {taken:.0%} of the CPUs; going on: steps that they "
+                "disturb do not count"
             )
 
     def _look(self, seconds: float) -> float | None:
-        """Return what others take in the next seconds."""
+        """Return the share of the CPUs that others use in the next ``seconds`` seconds."""
         before = self._read()
         self._sleep(seconds)
         return usage.taken_between(before, self._read())

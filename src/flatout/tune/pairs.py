@@ -1,9 +1,13 @@
-"""Runs pairs of fresh processes, which give the claimed ratio, and the losses for the proof.
+"""Runs a baseline and a variant of the program in pairs of fresh processes.
 
-The two runs of a pair have the same seed. Where two copies of the program can be alive at once
-(``bare.BareRun.can_relay_under``), they alternate in blocks of steps (a relay). Otherwise one runs
-after the other, as baseline, variant, variant, baseline, and so on, so that a steady drift of the
-machine cancels.
+The pairs give the claimed ratio, and the losses for the proof. Baseline and variant differ in their
+settings. The baseline usually has none: it is the *bare* program.
+
+The two runs of a pair have the same seed. If two copies of the program can be alive at once
+(``bare.BareRun.can_relay_under``), the two runs form a *relay*: they alternate in *blocks* of
+steps, so that one run waits while the other makes a block. Otherwise the runs follow one another,
+in the order baseline, variant, variant, baseline, and so on, so that a steady drift of the
+machine's speed cancels.
 """
 
 from __future__ import annotations
@@ -26,37 +30,37 @@ from flatout.wire.request import GuardRequest, Inspection, Relay, Request
 from flatout.wire.turns import PHASES
 
 MINIMUM_STEPS = 20
-"""Minimum number of steps of a run whose times or losses are compared, unless the steps are so slow
-that the budget has no time for them, or the program ends earlier."""
+"""Minimum number of steps of a run whose times or losses are compared. A run has fewer if the
+program ends earlier, or if steps are so slow that the budget has no time for this many."""
 
 LIMIT_FACTOR = 4.0
-"""A trial counts as hung if it takes more than this many times the time that the bare program
-needs, plus ``LIMIT_EXTRA_S``."""
+"""A trial (a single run) counts as hung if it takes longer than ``LIMIT_EXTRA_S`` plus this many
+times the time that the bare program needs for as many steps."""
 
 LIMIT_EXTRA_S = 30.0
-"""Time that every trial may take in addition, in seconds; see ``LIMIT_FACTOR``."""
+"""Time that is added to the limit of every trial, in seconds; see ``LIMIT_FACTOR``."""
 
 PROOF_INSPECTION = Inspection(state=True, outputs=8)
 """What each run of a proof records, besides its losses."""
 
 RELAY_BLOCK_STEPS = 5
-"""Minimum number of steps of a block of a relay, unless each step is longer than
-``RELAY_SLOW_STEP_S``."""
+"""Minimum number of steps in a block of a relay, unless each step takes ``RELAY_SLOW_STEP_S`` or
+longer."""
 
 RELAY_SLOW_STEP_S = 0.25
-"""Time of a step, in seconds, from which on the runs of a relay alternate at each step. It is long
-enough to refill the caches."""
+"""If a step takes at least this many seconds, the runs of a relay alternate at each step. Such a
+step is long enough to refill the caches."""
 
 RELAY_BLOCK_S = 0.1
-"""Minimum duration of a block of a relay, in seconds, unless that leaves fewer than
-``FEWEST_RELAY_BLOCKS`` blocks. A block must be long enough to refill the caches that the other run
-has emptied."""
+"""Minimum duration of a block of a relay, in seconds, unless each run would then have fewer than
+``FEWEST_RELAY_BLOCKS`` blocks. A block must be long enough to refill the caches, which hold the
+other run's data when the block begins."""
 
 FEWEST_RELAY_BLOCKS = 8
 """Minimum number of blocks of each run of a relay, unless the run is too short for them."""
 
 RELAY_DISCARD_SHARE = 1 / 5
-"""Share of a block's steps, at its start, that are not timed."""
+"""Share of a block's steps that is not timed, at the start of the block."""
 
 
 @dataclass
@@ -64,13 +68,14 @@ class Pace:
     """The times from which the duration of a trial is estimated.
 
     Attributes:
-        outside_steps_s: the wall time of the bare run outside its steps, in seconds: the start of
-            Python, imports, everything up to the first step, and the end.
+        outside_steps_s: the wall time of the bare run outside its steps, in seconds: what comes
+            before the first step, such as the start of Python and the imports, and after the last.
         step_s: the time of a step of the bare program, in seconds.
-        cycle_steps: the number of steps of a cycle of the program, see ``cycles.py``.
+        cycle_steps: the number of steps after which something recurs in the program, such as
+            evaluation passes (a cycle, see ``cycles.py``); 1 if there is no cycle.
         micro_batches: the number of steps from one optimizer step to the next.
-        overlap_s: how long two runs that alternate start up at the same time, in seconds; 0 if runs
-            cannot alternate.
+        overlap_s: the time that the two runs of a relay save, in seconds, because both start Python
+            at the same time and both end at the same time; 0 if runs cannot alternate.
         extra_s: how much longer the last pair took, because of its settings, than the attributes
             above predict, in seconds. It is set to 0 before pairs of other settings begin.
     """
@@ -100,8 +105,10 @@ class Pace:
         self.extra_s = max(self.extra_s + pair_s - self.pair_s(steps), 0.0)
 
     def learn(self, outside_steps_s: float) -> None:
-        """Learn from the time that a later run took outside its steps, if it is shorter: the first
-        run of a program finds fewer files in memory."""
+        """Learn from a later run, if it took less time outside its steps than the runs before.
+
+        The first run takes longer, because it finds fewer of the program's files in memory.
+        """
         shorter_s = max(self.outside_steps_s - outside_steps_s, 0.0)
         self.outside_steps_s -= shorter_s
         self.overlap_s = max(self.overlap_s - shorter_s, 0.0)
@@ -118,10 +125,10 @@ class Pairs:
             steps.
         failure: the reason why the variant cannot run; ``None`` if it can.
         interrupted: whether the user has ended the tune early.
-        unwatched: what a run of the baseline without the agent has shown, if the baseline is the
-            bare program; ``None``: that is not known.
-        began_in_relay: the first value of ``in_relay``, which becomes false if two runs at the same
-            time fail.
+        unwatched: what a bare run without the agent (flatout's code inside the program) has shown;
+            ``None``: the baseline's times are not corrected.
+        began_in_relay: the initial value of ``in_relay``. If the first relay fails, ``in_relay``
+            becomes false.
     """
 
     baseline: Mapping[str, str]
@@ -145,7 +152,7 @@ class Pairs:
 
     @property
     def blocks(self) -> list[list[quiet.Block]]:
-        """The blocks of each pair."""
+        """The blocks of each pair (``quiet.Block``)."""
         for number in range(len(self._blocks), self.count):
             both = self.baseline_runs[number].process, self.variant_runs[number].process
             self._blocks.append(quiet.find_blocks(*both, in_relay=self.in_relay))
@@ -153,28 +160,30 @@ class Pairs:
 
     @property
     def quietness(self) -> Quietness:
-        """How far others have disturbed these pairs, and whether anything can be claimed."""
+        """How much other processes have disturbed these pairs, and whether a speedup can be
+        claimed."""
         return quiet.assess(self.blocks, self.needs_quiet)
 
     @property
     def counted_count(self) -> int:
-        """The number of pairs that count, see ``quiet.py``."""
+        """The number of pairs that count, because other processes hardly disturbed them
+        (``quiet.py``)."""
         return len(quiet.counted_pairs(self.blocks, self.needs_quiet))
 
     @property
     def needs_quiet(self) -> bool:
-        """Whether the ratio can be measured only on CPUs that others leave alone."""
+        """Whether the ratio can be measured only on CPUs that other processes leave alone."""
         return quiet.needs_quiet(self.baseline, self.variant)
 
     @property
     def times_ms(self) -> list[tuple[float, float]]:
         """The step times of the two runs of each pair that counts, in ms.
 
-        Each is the mean that ``statistics.paired_means_ms`` returns, plus the step's share of the
-        evaluation passes and of late captures (``late_captures_ms``). Only blocks that count are
-        used (``quiet.py``). If fewer than two pairs count, so that nothing can be claimed, the
-        times are those of all blocks. In both cases, the times of the bare program are multiplied
-        by ``unwatched.Unwatched.factor``.
+        Each time is the mean that ``statistics.paired_means_ms`` returns, plus the time per step
+        of the evaluation passes and of late captures (``late_captures_ms``). Only blocks that count
+        are used (``quiet.py``). If so few pairs count that nothing can be claimed, all blocks of
+        all pairs are used. In both cases, the baseline's times are multiplied by
+        ``unwatched.Unwatched.factor`` if ``unwatched`` is known.
         """
         counted = [
             (one.process, other.process, blocks)
@@ -207,7 +216,8 @@ class Pairs:
 
     @property
     def unwatched_factor(self) -> float | None:
-        """The factor by which the baseline's step times are corrected, the median of its runs."""
+        """The factor by which the baseline's step times are corrected: the median over its runs.
+        ``None``: they are not corrected."""
         if self.unwatched is None or not self.baseline_runs:
             return None
         return median(self._factor(done.process) for done in self.baseline_runs)
@@ -217,7 +227,7 @@ class Pairs:
 
     @property
     def _counted_blocks(self) -> list[list[quiet.Block]]:
-        """For each pair the blocks that count, none if the pair does not; see ``times_ms``."""
+        """For each pair, the blocks that ``times_ms`` uses; none if the pair does not count."""
         kept = [quiet.select(blocks, self.needs_quiet) for blocks in self.blocks]
         is_enough = sum(map(bool, kept)) >= min(quiet.FEWEST_COUNTED, self.count)
         return kept if is_enough else self.blocks
@@ -228,7 +238,8 @@ class Pairs:
 
     @property
     def log_ratios(self) -> list[float]:
-        """The logarithm of the ratio of each pair: baseline step time over variant step time."""
+        """The logarithm of the ratio of each pair of ``times_ms``: the baseline's step time divided
+        by the variant's."""
         return [math.log(one / other) for one, other in self.times_ms]
 
     @property
@@ -242,9 +253,11 @@ class Pairs:
 
     @property
     def whole_ratio(self) -> float:
-        """The ratio over all steps, including the steps that ``times_ms`` leaves out as outliers.
+        """The ratio of the times of all steps, outliers included, in the blocks that ``times_ms``
+        uses.
 
-        If the plan itself makes some steps slow, this ratio shows it.
+        ``times_ms`` itself leaves out outliers. If the variant makes some steps slow, this ratio
+        shows it.
         """
         return math.exp(
             fmean(
@@ -256,7 +269,7 @@ class Pairs:
 
     @property
     def costs(self) -> tuple[Cost, Cost]:
-        """The costs of baseline and variant; the ratio of their step times is ``ratio``."""
+        """The costs of baseline and variant. The ratio of their step times is ``ratio.value``."""
         baseline, variant = (
             _cost(runs[: self.count], geometric_mean(column))
             for runs, column in zip(
@@ -276,7 +289,7 @@ class Pairs:
         return max(both_s) if self.in_relay else sum(both_s)
 
     def steps(self, side: list[Trial]) -> list[list[Step]]:
-        """Return the steps of each run of one side that is part of a complete pair.
+        """Return, for one side, the steps of each run that is part of a complete pair.
 
         Args:
             side: ``baseline_runs`` or ``variant_runs``.
@@ -284,8 +297,9 @@ class Pairs:
         return [done.process.loop_steps for done in side[: self.count]]
 
     def without_effect(self) -> dict[str, str]:
-        """Return the knobs of the variant that did nothing in any of its runs, with the reason: no
-        call had use for them, or they refused to be applied."""
+        """Return the knobs of the variant that had no effect in any of its runs, each with the
+        reason: the program made no call that the knob handles, or the knob refused to be applied.
+        """
         idle = [_idle_knobs(done.process) for done in self.variant_runs]
         first = idle[0] if idle else {}
         return {
@@ -303,10 +317,10 @@ def _idle_knobs(process: ProcessRecord) -> dict[str, str]:
 
 
 def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int) -> float:
-    """Return the time of the evaluation passes per step, in ms.
+    """Return the time that evaluation passes take, in ms per step.
 
     Args:
-        steady: the steady steps of the run.
+        steady: the steady steps of the run (``ProcessRecord.steady_steps``).
         blocks: the blocks that count.
         side: 0 for the baseline, 1 for the variant.
     """
@@ -318,10 +332,10 @@ def _passes_ms(steady: Sequence[Step], blocks: Sequence[quiet.Block], side: int)
 def late_captures_ms(process: ProcessRecord) -> float:
     """Return the time that captures take in the second half of the steady steps, in ms per step.
 
-    A capture is the work of a knob that captures or compiles a part of the program while it runs.
-    If there are at least two captures in the second half, and no fewer than in the first half, they
-    are likely to go on. Otherwise they belong to the start of a job (``Cost.warmup_s``), and the
-    result is 0.
+    Steady steps are the timed steps after the warm-up. A capture is the work of a knob that
+    captures or compiles a part of the program while the program runs. If there are at least two
+    captures in the second half, and no fewer than in the first half, they are likely to go on.
+    Otherwise they belong to the start of a job (``Cost.warmup_s``), and the result is 0.
     """
     late = process.steady_steps[len(process.steady_steps) // 2 :]
     return 1e3 * sum(_find_late_captures_s(process)) / len(late) if late else 0.0
@@ -338,8 +352,10 @@ def _find_late_captures_s(process: ProcessRecord) -> list[float]:
 
 
 def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
-    """Return the geometric mean of the median step times of one or more runs, in ms. Evaluation
-    passes do not count."""
+    """Return the geometric mean of the median step times of one or more runs, in ms.
+
+    Evaluation passes are left out.
+    """
     return geometric_mean(
         median(step.step_ms for step in process.steady_steps) for process in processes
     )
@@ -349,8 +365,8 @@ def step_ms(process: ProcessRecord) -> float:
     """Return the mean time of a step after the warm-up, in ms.
 
     It includes the step's share of the evaluation passes. A median would scatter less, but it would
-    leave out the evaluation passes and whatever happens only at every tenth step, for which the
-    user waits as well.
+    leave out the evaluation passes, and whatever happens only at every tenth step. The user waits
+    for these as well.
 
     Raises:
         ValueError: the run has no steps after the warm-up.
@@ -358,14 +374,17 @@ def step_ms(process: ProcessRecord) -> float:
     timed = process.steady_steps
     if not timed:
         raise ValueError(
-            f"{len(process.loop_steps)} steps leave none after a warm-up of {WARMUP_STEPS}"
+            f"of {len(process.loop_steps)} steps, none is left after a warm-up of {WARMUP_STEPS}"
         )
     passes = process.evaluations_before(timed)
     return sum(step.step_ms for step in (*timed, *passes)) / len(timed)
 
 
 def startup_s(process: ProcessRecord) -> float:
-    """Return the time from the import of torch, when the record begins, to the first step, in s."""
+    """Return the time from the import of torch to the first step, in seconds.
+
+    The record begins with this import.
+    """
     return process.loop_steps[0].at_s
 
 
@@ -374,12 +393,12 @@ class Cost:
     """The times that the runs of one side take.
 
     Attributes:
-        startup_s: the time from the import of torch to the first step, in seconds; the median of
+        startup_s: the time from the import of torch to the first step, in seconds; the median over
             the runs.
-        warmup_s: the extra time of the first steps, in seconds: their total minus that of the same
-            number of later steps, plus the time of all captures that ``late_captures_ms`` does not
-            count; the median of the runs.
-        step_ms: the time of a step after the warm-up, in ms; the geometric mean of the runs.
+        warmup_s: the extra time of the first steps, in seconds: the time by which they are longer
+            than as many later steps, plus the time of all captures that ``late_captures_ms`` does
+            not count; the median over the runs.
+        step_ms: the time of a step after the warm-up, in ms; the geometric mean over the runs.
     """
 
     startup_s: float
@@ -396,7 +415,7 @@ def _cost(trials: Sequence[Trial], mean_step_ms: float) -> Cost:
 
     Args:
         trials: the runs, at least one.
-        mean_step_ms: their step time, see ``Pairs.costs``.
+        mean_step_ms: the step time of these runs, see ``Pairs.costs``.
     """
     startups, warmups = [], []
     for done in trials:
@@ -418,7 +437,8 @@ def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[s
 
     Args:
         processes: the runs of one side, at least one.
-        mean_step_ms: their step time, which is split by the mean shares of the parts in the runs.
+        mean_step_ms: the step time of these runs. It is split in proportion to the mean share that
+            each part has in the runs.
     """
     shares: dict[str, list[float]] = {}
     for process in processes:
@@ -439,9 +459,9 @@ def phases_ms(processes: Sequence[ProcessRecord], mean_step_ms: float) -> dict[s
 
 
 def break_even_steps(bare: Cost, plan: Cost, tune_s: float) -> int | None:
-    """Return after how many steps the plan has made up for the tune and its longer start.
+    """Return after how many steps the plan has made up for the tune and for its own longer start.
 
-    The result is ``None`` if it never does.
+    The result is ``None`` if the plan never does.
 
     Args:
         bare, plan: the costs of the two sides.
@@ -479,8 +499,10 @@ def run(
         seed: the seed of the first pair of runs; each later pair has the next one.
         is_enough: tells before each pair whether there are enough.
         print_line: prints a line of progress for each pair.
-        warmup_steps: the number of steps of a relay before its first block, at least.
-        inspection: what each run of a relay records.
+        warmup_steps: the minimum number of steps that each run of a relay makes before its first
+            block.
+        inspection: what each run of a relay records. Runs that do not alternate record
+            ``PROOF_INSPECTION``.
 
     Raises:
         UserError: the baseline cannot run.
@@ -512,7 +534,8 @@ def run(
                 )
             else:
                 print_line(
-                    f"two runs at the same time fail ({failed}): from now on they run one by one"
+                    f"two runs at the same time failed ({failed}); from now on, the runs of a pair "
+                    "run one after the other"
                 )
                 pairs.in_relay = False
                 continue
@@ -535,7 +558,7 @@ def _describe_last(pairs: Pairs) -> str:
     found = f"{formatting.milliseconds(one)}, {formatting.milliseconds(other)}, {one / other:.2f}x"
     if last.counted_count:
         return found
-    return f"{found}; it does not count, {quiet.describe_others(last.quietness.taken)}"
+    return f"{found}; this pair does not count: {quiet.describe_others(last.quietness.taken)}"
 
 
 def size_relay(
@@ -543,21 +566,22 @@ def size_relay(
 ) -> Relay:
     """Divide two runs of this many steps into the blocks in which they alternate.
 
-    The blocks are whole; the steps that are left over come before them, as warm-up.
+    All blocks have the same number of steps. The steps that are left over come before the first
+    block and belong to the warm-up.
 
     Args:
         steps: the number of steps of each run.
         step_s: the time of one step, in seconds.
-        cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If it is
-            more than 1, the steps should be whole cycles after the warm-up, and none is discarded.
-        warmup_steps: the number of steps of the warm-up, at least.
+        cycle_steps: the number of steps of a cycle of the program (``cycles.py``). If it is more
+            than 1, the steps after the warm-up should be whole cycles, and all of them are timed.
+        warmup_steps: the minimum number of steps of the warm-up.
     """
     usable = max(steps - warmup_steps, 1)
     longest = usable // FEWEST_RELAY_BLOCKS
     shortest = RELAY_BLOCK_STEPS if step_s < RELAY_SLOW_STEP_S else 1
     block_steps = max(shortest, min(round(RELAY_BLOCK_S / step_s), longest))
     block_steps = min(block_steps, usable)
-    if cycle_steps > 1:  # with steps left over, all blocks together would not be whole cycles
+    if cycle_steps > 1:  # if steps were left over, the blocks together would not be whole cycles
         block_steps = max(n for n in range(1, block_steps + 1) if usable % n == 0)
     blocks = max(usable // block_steps, 1)
     return Relay(
@@ -582,7 +606,8 @@ def _run_relay(
     """Run one pair whose runs alternate.
 
     Raises:
-        RelayFailedError: one of the runs fails, or one of its knobs; place 0 is the baseline.
+        RelayFailedError: one of the runs fails, or one of its knobs fails. ``place`` is 0 for the
+            baseline, 1 for the variant.
     """
     baseline_begins = pairs.count % 2 == 0
     sides = (pairs.baseline, pairs.variant) if baseline_begins else (pairs.variant, pairs.baseline)
@@ -615,7 +640,7 @@ def run_once(
     """Run the program once under some settings.
 
     Raises:
-        TrialFailedError: the run fails, one of its knobs fails, or it ends early.
+        TrialFailedError: the run fails or ends early, or one of its knobs fails.
     """
     request = _request(settings, seed=seed, inspection=inspection, stop_steps=steps)
     done = trials.run(request, pace.limit_s(steps))
@@ -626,9 +651,9 @@ def run_once(
 def _request(settings: Mapping[str, str], **asked: Any) -> Request:
     """Make the request of a run under some settings.
 
-    Unless all of these are bitwise, the request turns on the guard, which watches gradients and
-    weights for infinities and NaN (``agent/guard.py``). ``flatout run`` would do so as well, and
-    the guard's time is part of what the settings cost.
+    Unless all of these settings are bitwise, the request turns on the guard, which watches
+    gradients and weights for infinities and NaN (``agent/guard.py``). ``flatout run`` turns it on
+    as well, so the guard's time is part of what the settings cost.
     """
     is_bitwise = all(knobs.is_bitwise(name, setting) for name, setting in settings.items())
     guard = None if is_bitwise else GuardRequest()
@@ -639,7 +664,7 @@ def _check_complete(done: Trial, settings: Mapping[str, str], steps: int, seed: 
     """Check that a run made enough steps, and that none of its knobs failed.
 
     Raises:
-        TrialFailedError: it ended early, or a knob failed.
+        TrialFailedError: the run ended early, or a knob failed.
     """
     for name, why in trial.collect_reasons(done.process, "failed").items():
         if name in settings:
@@ -676,7 +701,8 @@ def to_user_error(message: str, failure: TrialFailedError) -> UserError:
     """Turn the failure of a trial into a user error that ends with the program's last lines.
 
     Args:
-        message: a clause that tells what has failed; not used if others may be the cause.
+        message: a clause that tells what has failed. It is left out if other processes may be the
+            cause.
         failure: the failure.
     """
     if failure.is_due_to_others:

@@ -1,7 +1,8 @@
-"""Chooses hot settings of a program with slow steps by their predictions.
+"""Chooses hot settings by predictions of their gains, for programs with slow steps.
 
-Comparing combinations of settings takes dozens of steps for each, which is too long where a step
-takes a good part of a second. So the stack is put together from what replayed calls predict
+Hot settings can be turned on and off between two steps. To compare combinations of them takes
+dozens of steps for each combination, which is too long if a step takes a good part of a second. So
+the stack, the settings that are applied together, is put together from what replayed calls predict
 (``prediction.py``). Whole steps are compared only for settings without a prediction, and for
 settings whose predicted gain is in doubt.
 """
@@ -29,7 +30,7 @@ def choose_screening(step_s: float, candidates: Sequence[Candidate]) -> type[Scr
 
 
 class PredictedScreening(Screening):
-    """A screening that is decided by the predictions from replayed calls."""
+    """A screening that chooses mostly by the predictions from replayed calls."""
 
     def find_stack(self, hot: Sequence[Candidate]) -> dict[str, str]:
         """Find the hot settings that make the program faster together.
@@ -56,10 +57,13 @@ class PredictedScreening(Screening):
     def _choose(
         self, predicted: Sequence[Candidate]
     ) -> tuple[dict[Candidate, Ratio], Sequence[Candidate]]:
-        """Choose the settings that are each predicted to make the step faster on top of those that
-        were chosen before, and enter what is predicted of them and of the others.
+        """Choose settings by their predictions, and enter the chosen and the rejected ones in the
+        ledger.
 
-        Returns the chosen settings with these gains, and the settings that are left undecided.
+        Each chosen setting is predicted to make the step faster on top of those chosen before it.
+
+        Returns the chosen settings, each with this predicted gain, and the settings whose gain the
+        predictions leave open.
         """
         replayed = self._bare.process.replayed
         assert replayed is not None
@@ -76,13 +80,18 @@ class PredictedScreening(Screening):
     def _check(
         self, stack: dict[str, str], doubtful: Sequence[Candidate], others: Sequence[Candidate]
     ) -> dict[str, str]:
-        """Compare, in whole steps, the stack with the stack without each doubtful setting in turn,
-        and with the stack plus each other setting.
+        """Correct the stack by a comparison of whole steps.
+
+        The stack is compared with other stacks: each lacks one doubtful setting, or has one of the
+        other settings added.
 
         Args:
             stack: the settings that the predictions have chosen.
-            doubtful: those of them that may gain nothing.
-            others: settings without a prediction, or with one that leaves open whether they gain.
+            doubtful: the settings of the stack that may gain nothing, by their predictions.
+            others: settings without a prediction, or whose prediction leaves their gain open.
+
+        Returns the stack without the doubtful settings that it does not need, and with the other
+        settings that make it faster or that the comparison leaves open.
         """
         without = [{k: s for k, s in stack.items() if k != one.knob} for one in doubtful]
         arms = (stack, *without, *(stack | one.settings for one in others))
@@ -101,7 +110,7 @@ class PredictedScreening(Screening):
         on_top: dict[Candidate, Ratio] = {}
         for number, candidate in enumerate(others, 1 + len(doubtful)):
             if number not in found:
-                why = "the program did not get so far that its effect could be measured"
+                why = "the comparison of whole steps gave no result for it"
                 self._ledger.skip(candidate.settings, "inside one process", why)
                 continue
             on_top[candidate] = found[number]

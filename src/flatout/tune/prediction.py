@@ -1,20 +1,25 @@
 """Predicts the gain of a setting from replayed calls (``agent/replay.py``).
 
-The agent repeats the calls of operators and optimizers from a step of the first run, one by one,
-bare and under each setting, and times them. (The knob ``replay`` is something else.)
+The agent (flatout's code inside the program) repeats the calls of operators and optimizers from a
+step of the first run. It makes them one by one, bare (without any setting) and under each setting,
+and times them. (The knob ``replay`` is something else.)
 
-Of a step of time T, the replayed calls take t, and t' under the settings. If the rest stayed
-as it is, the gain would be
+Let T be the time of a bare step. The replayed calls of the step take the time t bare, and t' under
+the settings. If the rest of the step took as long as before, the gain would be
 
-    T / (T - (t - t')) = 1 / (1 - sum of share[i] (1 - 1 / ratio[i])),
+    T / (T - (t - t')) = 1 / (1 - sum of share[i] (1 - 1 / ratio[i])).
 
-Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i. Calls
-are replayed with their tensors at hand, and without what lies between them. So they take less than
-in the step: an unknown part of the remaining time T - t is theirs as well. The estimate assumes
-that half of T - t is sped up by as much as the calls. The ends of the interval assume that none of
-T - t is, and that all of it is. The times of optimizers are scaled to the time that they take in
-the step (``with_optimizer_ms``). What settings do to the time of Python, to the memory that a step
-holds between its calls, and to the layout of gradients is not predicted.
+This is Amdahl's law (1967), where share[i] = t[i] / T and ratio[i] = t[i] / t'[i] for each call i.
+
+A replayed call finds its tensors at hand, and nothing happens between replayed calls. So replayed
+calls take less time than the same calls in the step, and an unknown part of the remaining time
+T - t belongs to the calls as well. The estimate assumes that half of T - t is sped up by the same
+factor as the calls. The limits of the interval assume that none or all of T - t is sped up, and
+allow for the scatter of the measured times. The times of optimizers are scaled to the time that
+they take in the step (``with_optimizer_ms``).
+
+Settings also change the time of Python, the memory that a step holds between its calls, and the
+layout of gradients. These effects are not predicted.
 """
 
 from __future__ import annotations
@@ -35,8 +40,8 @@ from flatout.wire.replay import BARE, OPTIMIZER_SUFFIX, Replayed, ReplayedCall, 
 from flatout.wire.request import Replay
 
 REST_SHARE = 0.5
-"""The share of the time outside of replayed calls that is assumed to be sped up as these calls
-are."""
+"""The share of the time outside the replayed calls that is assumed to be sped up by the same factor
+as these calls."""
 
 LEAST_COVERED = 0.4
 """Nothing is predicted if the replayed calls take less than this share of the operators' time."""
@@ -52,12 +57,12 @@ Settings = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the replay predicts of a setting.
+    """What the replay predicts for a setting.
 
     Attributes:
-        alone: its gain on the bare program.
-        most: the upper limit of its gain, alone or on top of settings that change dtypes and
-            layouts, whichever is more.
+        alone: the gain of the setting on the bare program.
+        most: the upper limit of the setting's gain, either on the bare program or on top of
+            settings that change dtypes and layouts, whichever is larger.
     """
 
     alone: Ratio
@@ -65,8 +70,8 @@ class Prediction:
 
 
 def make_request(options: Options) -> Replay | None:
-    """Return the request for a replay under all settings that the user allows; ``None``: there are
-    none."""
+    """Return the request for a replay under all replayable settings that the user allows; ``None``
+    if there are no such settings."""
     allowed = tuple(
         f"{name}={setting}"
         for name, knob in knobs.registry().items()
@@ -84,14 +89,14 @@ def make_request(options: Options) -> Replay | None:
 
 
 def with_optimizer_ms(replayed: Replayed, optimizer_ms: float | None) -> Replayed:
-    """Return the replayed calls with the times of optimizers scaled to what they take in a step.
+    """Return the replayed calls, with the times of optimizers scaled to their time in a step.
 
-    There they take longer, because their tensors are not in the caches, and because the memory for
-    their results may be fresh.
+    In a step, optimizers take longer than in the replay, because their tensors are not in the
+    caches, and because the memory for their results may be newly allocated.
 
     Args:
         replayed: the replayed calls.
-        optimizer_ms: the time of the phase ``optimizer`` of a step; ``None``: not measured.
+        optimizer_ms: the time of the phase ``optimizer`` of a step, in ms; ``None``: not measured.
     """
     steps = [call for call in replayed.calls if call.name.endswith(OPTIMIZER_SUFFIX)]
     total_ms = sum(call.count * fmean(call.times_ms[BARE]) for call in steps)
@@ -114,15 +119,15 @@ def with_optimizer_ms(replayed: Replayed, optimizer_ms: float | None) -> Replaye
 def predict(
     replayed: Replayed, step_ms: float, settings: Settings, onto: Settings | None = None
 ) -> Ratio | None:
-    """Predict how many times as fast settings make a step.
+    """Predict by what factor settings speed up a step.
 
     Args:
         replayed: the replayed calls.
         step_ms: the time of a step of the bare program.
-        settings: the settings, with those of ``onto``.
+        settings: the settings, including those of ``onto``.
         onto: the settings on top of which the gain is predicted; ``None``: the bare program.
 
-    Returns ``None`` if some of the settings were not replayed.
+    Returns the predicted gain; ``None`` if some of the settings were not replayed.
     """
     onto = {} if onto is None else onto
     known = {one for name in replayed.settings for one in parse_label(name)}
@@ -137,14 +142,15 @@ def predict(
     deviation_ms = math.sqrt(
         sum(n**2 * _variance(*pair) for n, *pair in zip(counts, before, after, strict=True))
     )
-    # A call on which no setting acts has one time; the others have one for each round.
+    # In each round, bare and all settings take turns. Calls on which no setting acts were timed
+    # only once; all other calls have one time for each round.
     rounds = max(map(len, before))
     quantile = _quantile(rounds - 1)
-    step_ms = max(step_ms, of_bare) - (of_bare - before_ms)  # with ``onto``
+    step_ms = max(step_ms, of_bare) - (of_bare - before_ms)  # the time of a step under ``onto``
     rest_ms = max(step_ms - before_ms, 0.0)
 
     def gain(saved_ms: float, share: float) -> float:
-        """The gain if a share of the rest belongs to the calls."""
+        """Return the gain if this share of the rest of the step belongs to the calls."""
         saved_ms *= 1 + share * rest_ms / before_ms
         return step_ms / max(step_ms - saved_ms, 0.02 * step_ms)
 
@@ -158,8 +164,8 @@ def predict(
 def _find_times(call: ReplayedCall, settings: Settings) -> Sequence[float]:
     """Return the times of a call under settings.
 
-    Settings that do not act on it do not matter. If some replace each other on this call, as two
-    kernels for the same operator do, the fastest acts.
+    Settings that do not act on the call are ignored. If several settings replace each other on the
+    call, as kernels for the same operator do, the fastest of them is assumed to act.
     """
     wanted = parse_label(label(settings))
     found = [name for name in call.times_ms if parse_label(name) <= wanted]
@@ -169,7 +175,7 @@ def _find_times(call: ReplayedCall, settings: Settings) -> Sequence[float]:
 
 
 def _variance(before_ms: Sequence[float], after_ms: Sequence[float]) -> float:
-    """Return the variance of the mean of what each round saves."""
+    """Return the variance of the mean time saved, estimated from the time saved in each round."""
     saved = [b - a for b, a in zip(before_ms, after_ms, strict=True)]
     return 0.0 if len(saved) < 2 or before_ms is after_ms else stdev(saved) ** 2 / len(saved)
 
@@ -194,8 +200,9 @@ def predict_candidates(
     untimed_share = replayed.untimed_ms / (of_bare + replayed.untimed_ms)
     labels = [dict(one.split("=") for one in parse_label(name)) for name in replayed.settings]
     bases = [{}, *(one for one in labels if all(knobs.get(knob).inside for knob in one))]
-    # If gradients accumulate, the replayed step may be one without the optimizer. Settings that
-    # act on none of its calls then get no prediction.
+    # If gradients accumulate over micro-batches, the replayed step may lack the optimizer's step. A
+    # setting that acts on none of the replayed calls may act on the optimizer, so it then gets no
+    # prediction.
     is_whole = any(call.name.endswith(OPTIMIZER_SUFFIX) for call in replayed.calls)
     acting = {one for call in replayed.calls for name in call.times_ms for one in parse_label(name)}
     found: dict[Candidate, Prediction] = {}
@@ -217,7 +224,7 @@ def predict_candidates(
 
 
 def _replayed_ms(replayed: Replayed) -> float:
-    """Return the time of the replayed calls of a step, bare."""
+    """Return the time that the replayed calls of a step take without any setting, in ms."""
     return sum(call.count * fmean(call.times_ms[BARE]) for call in replayed.calls)
 
 
@@ -232,16 +239,17 @@ def _covers_enough(replayed: Replayed, step_ms: float, operators_share: float | 
 def sort_out(
     survey: Survey, replayed: Replayed | None, step_ms: float, operators_share: float | None
 ) -> tuple[Survey, dict[Candidate, str]]:
-    """Drop the candidates that are predicted to gain nothing worth having, and put the others in
-    the order of what they promise.
+    """Drop the candidates whose predicted gain is not worth having, and sort the others by
+    ``Candidate.promise``, the largest first.
 
     Args:
         survey: the candidates.
         replayed: the replayed calls of the first run; ``None``: there are none.
         step_ms: the time of a step of the bare program.
-        operators_share: the share of operators in a step; ``None``: not known.
+        operators_share: the share of a step that operators take; ``None``: not known.
 
-    Returns the survey with the candidates that are left, and the reason for each dropped one.
+    Returns the survey with the candidates that are left; and the dropped candidates, each with the
+    reason.
     """
     predictions: Mapping[Candidate, Prediction] = {}
     if replayed is not None and _covers_enough(replayed, step_ms, operators_share):
@@ -253,7 +261,7 @@ def sort_out(
         if prediction is not None:
             candidate = dataclasses.replace(candidate, predicted=prediction.alone)
             if prediction.most < statistics.WORTHWHILE:
-                why = f"replaying its operators predicts at most {prediction.most:.2f}x"
+                why = f"replayed calls predict a gain of at most {prediction.most:.2f}x"
                 dropped[candidate] = why
                 continue
         kept.append(candidate)
@@ -265,10 +273,12 @@ class Choice(NamedTuple):
     """The settings that predictions choose.
 
     Attributes:
-        chosen: the chosen settings with the gain of each on top of those before it, in order.
-        undecided: settings for which a gain worth having is predicted, but not with certainty. Of
-            settings that exclude each other, only that with the largest predicted gain is here.
-        others: the settings that are left out, with the reason of each.
+        chosen: the chosen settings in the order of choice, each with its predicted gain on top of
+            those before it.
+        undecided: settings for which a gain worth having is predicted, but not with certainty, each
+            with this gain. Of settings that exclude each other, only the one with the largest
+            predicted gain is here.
+        others: the settings that are left out, each with the reason.
     """
 
     chosen: dict[Candidate, Ratio]
@@ -277,10 +287,11 @@ class Choice(NamedTuple):
 
 
 def choose_stack(replayed: Replayed, step_ms: float, candidates: Sequence[Candidate]) -> Choice:
-    """Choose settings one after the other, each time the one with the largest predicted gain on top
-    of those before it, as long as it is worth having.
+    """Choose settings one after the other, by their predicted gains.
 
-    Settings that exclude each other (``Knob.claims``) are not chosen together.
+    Each time, the setting with the largest predicted gain on top of those before it is chosen,
+    until no such gain is worth having. Settings that exclude each other (``Knob.claims``) are not
+    chosen together.
 
     Args:
         replayed: the replayed calls.

@@ -10,13 +10,14 @@ class Activity:
     """Something that a tune does for a while, such as comparing settings.
 
     Attributes:
-        what: the activity in words; the progress line begins with them.
+        what: the activity in words; the progress line begins with these words.
         pair: the number of the pair of runs that is being made, counted from 1; ``None`` if the
             activity makes no pairs.
-        pairs: the number of pairs that it will make; ``None`` if that is not known.
-        may_exceed_pairs: whether it makes more pairs than that if the results are not clear by
-            then.
-        ends_s: the time at which it should be over, on the clock of ``Journal.spent_s``.
+        pairs: the number of pairs that the activity will make; ``None`` if it is not known.
+        may_exceed_pairs: whether the activity makes more than ``pairs`` pairs if the results are
+            not clear by then.
+        ends_s: the time at which the activity should be over, in seconds on the clock of
+            ``Journal.spent_s``, which counts the time of the tune so far.
     """
 
     what: str

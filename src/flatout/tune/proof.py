@@ -6,52 +6,59 @@ tell which checks are made. The functions are pure functions of records.
 
 ``losses``
     This check is paired non-inferiority, for each backward call of the step, over the second half
-    of the steps and over their last quarter. The upper confidence limit (Student's t over the
-    seeds) of the mean of plan minus bare must be at most the margin, one seed-to-seed standard
-    deviation of bare. A plan that lowers the loss passes, unless it lowers it by far more than
-    another seed changes it: it then trains something else.
+    of the steps and over the last quarter. The upper confidence limit (Student's t over the seeds)
+    of the mean of plan minus bare must be at most the margin. The margin is one seed-to-seed
+    standard deviation of bare's mean loss. A plan that lowers the loss passes, unless it lowers the
+    loss by far more than a different seed does: such a plan appears to train something else.
     Flatout varies the seed by adding an offset to the seeds that the program sets by calls like
-    ``torch.manual_seed`` (``agent/seeds.py``). It cannot reach a ``torch.Generator`` of the
+    ``torch.manual_seed`` (``agent/seeds.py``). Flatout cannot reach a ``torch.Generator`` of the
     program's own, for example; a program that uses only such generators gives the same losses from
-    every seed. The margin is then the standard error of the mean of the last quarter, computed from
-    the scatter from batch to batch, because another data order would change the mean by at least
-    that.
+    every seed. For such a program, the margin is the standard error of the mean loss of the last
+    quarter, computed from the scatter from batch to batch: a different order of the data would
+    change this mean by at least as much.
     If the loss has not fallen by more than the margin since the first steps, the check proves
-    little: a plan under which nothing is learned would pass as well. The check is then open, and
-    the proof ``inconclusive``.
+    little: a plan under which nothing is learned would pass as well. The check is then open
+    (neither passed nor failed), and the proof ``inconclusive``.
 ``spikes``
-    Each loss must be finite. It may exceed the bare loss, or the mean of all seeds if that is
-    higher, by an allowance, the larger of two values: twice the largest excess of a bare loss over
-    the mean of the other seeds, and six times the standard deviation of the bare losses between
-    seeds. Both are computed for each quarter of the steps (``_judge_spikes`` says what holds if
-    seeds do not change the losses).
+    Each loss must be finite, and may exceed its reference by at most an allowance. The reference is
+    the bare loss of the same step and seed, or the mean of the bare losses of all seeds in this
+    step, whichever is higher. The allowance is the larger of two values: twice the largest excess
+    of a bare loss over the mean of the other seeds, and six times the standard deviation of the
+    bare losses between seeds. Each quarter of the steps has an allowance of its own.
+    ``_judge_spikes`` says what holds if seeds do not change the losses.
 ``identity``
-    Settings of the class ``bitwise`` must give bitwise identical losses and weights. If two bare
-    runs from one seed are not identical either, this check is open, and the other checks decide.
+    If all settings are of the class ``bitwise``, losses and weights must be bitwise identical to
+    bare's. If bare itself gives different results in two runs from one seed, this check is open,
+    and the other checks decide.
 ``gradients``
-    The gradients of the first updates are compared for each parameter, since the loss hardly shows
-    a wrong constant factor in one gradient under an optimizer like Adam. See ``gradients.judge``.
-``evaluation``, ``state``
-    The losses and outputs of passes that do not train are compared, and the buffers at the end
-    (statistics of batch norm). Weights and buffers must stay finite if bare's do.
+    The gradients of the first updates are compared for each parameter, because the loss hardly
+    shows a wrong constant factor in one gradient under an optimizer like Adam. See
+    ``gradients.judge``.
+``evaluation``
+    The losses and outputs of passes that do not train are compared.
+``state``
+    The buffers at the end of the run (such as the statistics of batch norm) are compared. Weights
+    and buffers must be finite if bare's are.
 ``probabilities``
     If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
-    becomes infinite or is clamped, and the gradients of these probabilities become 0. The plan
-    must therefore not raise the share of probabilities that an outermost module returns as exactly
-    1 by more than ``MORE_ONES``.
+    becomes infinite or is clamped, and the gradients of these probabilities become 0. Therefore,
+    among the probabilities that the outermost modules return, the share of exact ones may rise by
+    at most ``MORE_ONES`` under the plan. (The program itself calls the outermost modules; they call
+    all others.)
 ``outputs``
     If the program only infers, its outputs for identical inputs are compared.
 
-Some programs do not repeat themselves from one seed, because several processes train one set of
-weights, or because of atomic additions. A step then has no counterpart in another run. A loss then
-counts as a spike only if it also exceeds bare's highest loss in the same quarter of the steps by
-the allowance. If another seed changes the losses hardly more than a repeat from the same seed does,
-the margin is at least the spread between bare's runs.
+Some programs do not repeat themselves: two runs from one seed differ, because several processes
+train one set of weights, or because of atomic additions. In such a program, a step has no
+counterpart in the other runs, and a loss counts as a spike only if it also exceeds bare's highest
+loss in the same quarter of the steps by more than the allowance. If a different seed changes the
+losses hardly more than a repeat from the same seed does, the margin is at least the spread between
+bare's runs.
 
 More seeds bring the confidence limits closer to the means. If settings change the order of the data
 (the class ``reshuffled``), bare and plan differ as much as two seeds do: the difference of their
-means over n seeds has a standard deviation of ``sqrt(2 / n)`` times the margin. A check that fails
-only because its confidence limit is far from the mean difference is ``undecided``.
+means over n seeds has a standard deviation of ``sqrt(2 / n)`` times the margin. If a check fails
+only because its confidence limit is far from the mean difference, the check is ``undecided``.
 """
 
 from __future__ import annotations
@@ -85,38 +92,41 @@ CONFIDENCE = 0.95
 """Confidence of the upper limit on the mean difference of losses."""
 
 BEGINNING_SHARE = 1 / 20
-"""Share of the steps, at the start, that shows the loss before anything was learned."""
+"""The mean loss of this share of the steps, from the first one on, counts as the loss before
+anything was learned."""
 
 FALL_DEVIATIONS = 3.0
 """A loss has fallen only if its fall exceeds this many standard errors of the mean of its first
 values. The standard error is computed from the scatter from batch to batch."""
 
 SAME_DATA = 0.5
-"""Two runs count as having the same batches if their losses have more than this correlation."""
+"""Two runs count as having the same batches if the changes of their losses from step to step have
+more than this correlation."""
 
 MORE_ONES = 0.002
-"""Share of a model's probabilities that may become exactly 1 under the plan."""
+"""By how much the share of a model's probabilities that are exactly 1 may rise under the plan."""
 
 FIRST_STEPS = 4
-"""Minimum number of first steps by which losses are judged if later ones do not decide."""
+"""If the later steps do not decide, losses are judged by the first steps: at least this many."""
 
 FIRST_STEPS_MARGIN = 0.25
 """By how much the plan's loss may differ from bare's in the first steps, in seed-to-seed standard
-deviations. It is less than later on, because updates let differences grow."""
+deviations. Less is allowed than in later steps, because updates let differences grow."""
 
 LOWER_MARGINS = 6.0
-"""A plan that lowers the loss by more than this many margins must be training something else."""
+"""A plan fails if it lowers the loss by more than this many margins: it must be training something
+else."""
 
 SPIKE_DEVIATIONS = 6.0
-"""A spike exceeds bare's loss by more than this many of bare's standard deviations."""
+"""A spike exceeds bare's loss by more than this many of bare's seed-to-seed standard deviations."""
 
 SPIKE_FACTOR = 2.0
-"""A spike must also exceed bare's loss by more than this factor times the largest excess of a bare
+"""A spike must also exceed bare's loss by more than this many times the largest excess of a bare
 loss over the mean of the other seeds."""
 
 ROUNDING = 1e-6
-"""Differences below this fraction of a value do not count. It is some units in the last place of
-float32 (2**-23 = 1.2e-7)."""
+"""Differences below this fraction of a value do not count. The fraction is a few units in the last
+place of float32 (2**-23 = 1.2e-7)."""
 
 MOMENT_MARGINS = 6.0
 """No mean or RMS of a tensor may move by more than this many seed-to-seed standard deviations."""
@@ -126,32 +136,33 @@ MOMENT_CHANGE = 0.1
 
 LEAST_SPREAD = 0.01
 """Lower bound on the seed-to-seed standard deviation of a mean or RMS, as a fraction of the
-tensor's RMS, because a few seeds can underestimate it. It is used if seeds change the mean or
-RMS."""
+tensor's RMS. It is used if seeds change the mean or RMS: a few seeds can underestimate the
+deviation."""
 
 UNKNOWN_SPREAD = 0.05
-"""Lower bound on the same standard deviation if seeds do not change the mean or RMS."""
+"""The same lower bound if seeds do not change the mean or RMS."""
 
 OUTPUT_ERROR = 1e-3
-"""Largest relative error of outputs for identical inputs, without ``reduced`` settings."""
+"""Largest relative error that is allowed in outputs for identical inputs, without ``reduced``
+settings."""
 
 REDUCED_OUTPUT_ERROR = 2.0**-4
-"""Largest relative error of outputs with ``reduced`` settings. One rounding to bfloat16 is a
-relative error of up to 2**-8; a deep network adds up hundreds of them, as a random walk."""
+"""The same limit with ``reduced`` settings. One rounding to bfloat16 is a relative error of up to
+2**-8; in a deep network, hundreds of such errors add up like a random walk."""
 
 TOP1_AGREEMENT = 0.99
-"""Share of the clear rows (``CLEAR_LEAD``) whose largest element must be at the same place under
-the plan."""
+"""At least this share of the clear rows (``CLEAR_LEAD``) must have their largest element at the
+same place under the plan as under bare."""
 
 CLEAR_LEAD = 4.0
-"""A row is clear if its largest element leads by more than this many times the root mean square
-error of the output's elements."""
+"""A row of an output is clear if its largest element exceeds the second largest by more than this
+many times the root mean square error of the output's elements."""
 
 CURVE_POINTS = 100
-"""Points of the loss curves in a verdict."""
+"""Maximum number of points of a loss curve in a verdict."""
 
 PLAN_CURVE_POINTS = 20
-"""Points of the loss curves in a plan's file."""
+"""Maximum number of points of a loss curve in a plan's file."""
 
 
 @dataclass(frozen=True)
@@ -210,17 +221,17 @@ class Verdict:
     """The verdict on a plan.
 
     Attributes:
-        passed: whether the plan computes the same within the margins: no check failed, except
-            perhaps that of growing memory, which ``growth.py`` adds later.
+        passed: whether the plan computes the same within the margins, that is, whether no check
+            failed. The check for growing memory, which ``growth.py`` adds later, does not count.
         why: the reason, as a clause.
-        kind: ``"bitwise"`` if all that was compared is identical; ``"inconclusive"`` if no loss has
-            fallen, so only the other checks passed; otherwise ``"non-inferior"``.
-        steps: the number of steps from the start that were compared; for a program that only
-            infers, the number of calls.
-        bare_repeats: whether bare gave identical results twice from one seed; of a program that
-            only infers, ``None`` if it was not tried.
-        losses: the evidence for each backward call of the step.
-        checks: all checks; the first that failed is decisive.
+        kind: ``"bitwise"`` if everything that was compared is identical; ``"inconclusive"`` if no
+            loss has fallen, so that the losses prove little; otherwise ``"non-inferior"``.
+        steps: the number of steps that were compared, from the first one on; for a program that
+            only infers, the number of calls that were compared.
+        bare_repeats: whether bare gave identical results when it ran again from the same seed;
+            ``None`` if the program only infers and this was not tested.
+        losses: the evidence on the losses of each backward call of the step.
+        checks: all checks. If any failed, ``why`` is the reason of the first that failed.
         curves: the loss curves of each backward call of the step.
         seeds: the number of seeds from which bare and plan were run.
     """
@@ -237,7 +248,8 @@ class Verdict:
 
     @property
     def undecided(self) -> bool:
-        """Whether the plan failed only because its limits are wide, so more seeds may decide."""
+        """Whether the plan failed only because confidence limits are far from the means, so that
+        more seeds may decide."""
         failed = [check for check in self.checks if check.result == "failed"]
         return bool(failed) and all(check.undecided for check in failed)
 
@@ -245,8 +257,8 @@ class Verdict:
 def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
     """Extract the loss curves of a run, one for each backward call of the step.
 
-    A step is left out if its number of backward calls is not the most common one, and a call is
-    left out if its loss could not be read in one of the steps.
+    A step is left out if its number of backward calls is not the most common one. A backward call
+    is left out if its loss could not be read in any one of the steps.
     """
     common = Counter(len(step.losses) for step in steps).most_common(1)
     sites = common[0][0] if common else 0
@@ -280,7 +292,7 @@ def judge(
 
     Args:
         bare, plan: one run for each seed, in the same order of seeds, at least one.
-        repeats: additional bare runs from the first seed, if any; they may have another length.
+        repeats: additional bare runs from the first seed, if any. Their number of steps may differ.
         exactness: the exactness classes of the plan's settings, see ``collect_exactness``.
     """
     if not any(run.trains for run in bare):
@@ -346,8 +358,9 @@ def _find_mismatch(bare: Sequence[Run], plan: Sequence[Run], steps: int) -> str 
 def have_same_data(one: Run, other: Run) -> bool:
     """Return whether the losses of two runs rise and fall together from step to step.
 
-    A hard batch raises the losses of both runs, whatever else is random. Differences of successive
-    steps remove the trend, which all runs share.
+    If both runs have the same batches, a hard batch raises the losses of both, whatever else is
+    random. The differences of successive losses are compared rather than the losses, which share a
+    trend in all runs.
     """
     for curves in zip(one.curves, other.curves, strict=False):
         jumps = [[after - before for before, after in pairwise(curve)] for curve in curves]
@@ -361,7 +374,8 @@ def have_same_data(one: Run, other: Run) -> bool:
 def _are_identical(one: Run, other: Run) -> bool:
     """Return whether two runs have the same losses in the steps that both have.
 
-    If they have equally many steps, their weights must be the same as well.
+    If both runs have equally many steps and recorded their weights, the weights must be the same as
+    well.
     """
     if len(one.curves) != len(other.curves):
         return False
@@ -437,9 +451,9 @@ def _judge_sites(
 def _judge_site(
     name: str, bare: Sequence[Curve], plan: Sequence[Curve], repeats: Sequence[Curve]
 ) -> tuple[LossEvidence | None, list[Check]]:
-    """Judge one backward call.
+    """Judge the losses of one backward call.
 
-    Returns its evidence and its checks. There is no evidence if a loss is not finite.
+    Returns the evidence and the checks. There is no evidence if a loss is not finite.
     """
     for whose, runs in (("bare", bare), ("the plan", plan)):
         for run in runs:
@@ -454,7 +468,7 @@ def _judge_site(
         begun, ended = _level(bare, _beginning(bare)), evidence.bare_final
         why = (
             f"{name} did not fall within {len(bare[0])} steps (from {begun:.4g} to {ended:.4g}), "
-            "so losses as good as bare's prove little"
+            "so losses that agree with bare's prove little"
         )
         check = Check("losses", "open", why, {**check.measurements, "fall": begun - ended})
     return evidence, [_judge_spikes(name, bare, plan, by_seeds, differing_repeats), check]
@@ -469,10 +483,10 @@ def _level(curves: Sequence[Curve], part: range) -> float:
 
 
 def _has_fallen(bare: Sequence[Curve], margin: float) -> bool:
-    """Return whether bare's loss falls by more than the margin, and more than by chance.
+    """Return whether bare's loss falls by more than the margin, and by more than noise explains.
 
-    If it does, a plan that learns nothing would exceed the margin and fail, so a pass means
-    something.
+    If it does, the loss of a plan that learns nothing would exceed bare's by more than the margin.
+    Only then does it mean something that a plan passes.
     """
     steps, beginning = len(bare[0]), _beginning(bare)
     fall = _level(bare, beginning) - _level(bare, range(steps - max(steps // 4, 1), steps))
@@ -498,10 +512,10 @@ def _judge_losses(
         by_seeds: whether seeds change bare's losses.
         differing_repeats: the curves of those additional bare runs from the first seed that differ
             from that seed's first run. If there are any, bare does not repeat itself. These
-            runs may have fewer steps; only those with all steps count for the margin.
-        allowed_error: the relative error that the plan's settings may cause. If the margin that
-            bare's own spread gives is practically zero (at most ``ROUNDING`` of the loss), the
-            margin is this error times the loss.
+            curves may have fewer steps; the margin is computed only from curves with all steps.
+        allowed_error: the relative error that the plan's settings may cause. If bare's own spread
+            is practically zero (at most ``ROUNDING`` times the loss), the margin is this error
+            times the loss.
     """
     steps = len(bare[0])
     quarter = max(steps // 4, 1)
@@ -541,8 +555,8 @@ def _judge_losses(
             f"{difference:+.3g} on average)"
         )
         why = f"{name} {excess}, more than the {margin:.3g} that {reason}"
-        # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up,
-        # and a mean difference of up to twice the margin is still undecided.
+        # If bare does not repeat itself, the runs are unpaired, so the noise of both means adds up.
+        # The check is then undecided as long as the mean difference is below twice the margin.
         is_undecided = difference < (2 * margin if margin_source == "runs" else margin)
         is_close = difference < margin / 2
         if is_undecided and is_close and check == "losses" and margin_source == "seeds":
@@ -563,11 +577,11 @@ def _judge_losses(
 def _judge_first_steps(
     name: str, bare: Sequence[Curve], plan: Sequence[Curve], why_undecided: str
 ) -> Check | None:
-    """Judge losses by the first steps, after the later ones have not decided.
+    """Judge losses by the first steps, after the later steps have not decided.
 
-    In the first steps, the two runs of a pair still have nearly the same weights. What a setting
-    does to a loss then shows with far less noise than after many updates, which let the runs of a
-    pair diverge as those of two seeds do.
+    In the first steps, the two runs of a pair (bare and plan with one seed) still have nearly the
+    same weights, so there is little noise to hide what a setting does to a loss. After many
+    updates, the two runs have diverged as far as the runs of two seeds do.
 
     Args:
         name, bare, plan: see ``_judge_losses``.
@@ -587,15 +601,15 @@ def _judge_first_steps(
         "losses",
         "passed",
         f"in the first {len(window)} steps, {name} exceeds bare's by at most {limit:+.3g} "
-        f"({margin:.3g} is allowed); later ones are too noisy to decide: {why_undecided}",
+        f"({margin:.3g} is allowed); later steps are too noisy to decide: {why_undecided}",
     )
 
 
 def _find_first_steps(bare: Sequence[Curve]) -> range | None:
-    """Find the first steps after which bare's loss has fallen by more than noise explains.
+    """Find how many first steps bare's loss takes to fall by more than noise explains.
 
-    They are at most half of all steps; the result is ``None`` if the loss has not fallen by then.
-    Where no loss has fallen, updates have hardly acted, and equal losses prove nothing about them.
+    As long as the loss has not fallen, updates have hardly acted, and equal losses prove nothing
+    about them. The result is ``None`` if the loss does not fall within the first half of the steps.
     """
     size = max(len(bare[0]) // 8, FIRST_STEPS)
     while size <= len(bare[0]) // 2:
@@ -609,7 +623,8 @@ def _find_first_steps(bare: Sequence[Curve]) -> range | None:
 
 
 def _spread(curves: Sequence[Curve], windows: Sequence[range]) -> float:
-    """Return the run-to-run standard deviation of the mean in a window, pooled over the windows."""
+    """Return the run-to-run standard deviation of the mean loss in a window, pooled over the
+    windows."""
     return math.sqrt(fmean(stdev(_means(curves, part)) ** 2 for part in windows))
 
 
@@ -623,19 +638,19 @@ def _judge_spikes(
     """Check that no single loss stands out.
 
     A loss stands out if it exceeds its reference by more than the allowance of its quarter of the
-    steps. Both depend on how bare's losses behave:
+    steps. Reference and allowance depend on how bare's losses behave:
 
-    - If seeds change them, the reference is bare's loss of the same seed or the mean of all seeds,
-      whichever is higher. The allowance is ``SPIKE_FACTOR`` times the largest excess of a bare loss
-      over the mean of the other seeds, or ``SPIKE_DEVIATIONS`` times bare's standard deviation
-      between seeds, whichever is more.
-    - If seeds do not change them, the reference is bare's loss of the step. The allowance is
-      computed in the same way from bare's jumps from step to step.
+    - If seeds change the losses, the reference is bare's loss of the same step and seed, or bare's
+      mean over all seeds in this step, whichever is higher. The allowance is ``SPIKE_FACTOR`` times
+      the largest excess of a bare loss over the mean of the other seeds, or ``SPIKE_DEVIATIONS``
+      times bare's standard deviation between seeds, whichever is more.
+    - If seeds do not change the losses, the reference is bare's loss of the same step. The
+      allowance is computed in the same way, but from bare's jumps from step to step.
     - If bare does not repeat itself, the reference is the highest of three values: the reference
       above, bare's highest loss in the quarter, and the mean of the plan's own losses in this step
-      and the ``steps / 4`` before it. Other processes may already have trained the shared
-      weights, so a run's step does not tell how far training is. The allowance is at least the
-      excess of bare's highest loss over the mean of the quarter.
+      and in the ``steps / 4`` steps before it. Other processes may already have trained the shared
+      weights, so the number of a step does not tell how far the training is. The allowance is at
+      least the excess of bare's highest loss over bare's mean in the quarter.
 
     Args:
         name: the name of the losses, in words.
@@ -672,7 +687,7 @@ def _judge_spikes(
 def _describe_scatter(
     bare: Sequence[Curve], by_seeds: bool
 ) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
-    """Describe how bare's losses scatter in each step, as ``_judge_spikes`` needs it.
+    """Describe how bare's losses scatter in each step, for ``_judge_spikes``.
 
     Args:
         bare: one curve for each seed, all of one length.
@@ -680,14 +695,14 @@ def _describe_scatter(
 
     Returns, for each step, the mean over the seeds, the largest excess of a loss over the mean of
     the other seeds, and the standard deviation between seeds. If seeds do not change the losses,
-    the mean is the loss itself, and both others are ``abs(next loss - loss) / sqrt(2)``.
+    the mean is the loss itself, and the other two values are ``abs(next loss - loss) / sqrt(2)``.
     """
     if not by_seeds:
         jumps = [abs(after - before) / math.sqrt(2) for before, after in pairwise(bare[0])]
         jumps = [*jumps, *jumps[-1:]] or [0.0]
         return bare[0], jumps, jumps
     by_step = list(zip(*bare, strict=True))
-    # A loss is further from the mean of the other seeds than from that of all seeds.
+    # A loss is this many times as far from the mean of the other seeds as from the mean of all.
     leave_one_out_factor = len(bare) / (len(bare) - 1)
     means = [fmean(values) for values in by_step]
     excesses = [
@@ -698,7 +713,8 @@ def _describe_scatter(
 
 
 def _seeds_matter(bare: Sequence[Curve], repeats: Sequence[Curve]) -> bool:
-    """Return whether another seed changes bare's losses by far more than repeating one does."""
+    """Return whether a different seed changes bare's losses by far more than a repeat from the same
+    seed does."""
     if len(bare) < 2:
         return False
     first = bare[0]
@@ -715,7 +731,7 @@ def _distance(one: Curve, other: Curve) -> float:
 def _batch_scatter(curve: Curve) -> float:
     """Return the standard deviation of a loss around its trend.
 
-    It is computed from the differences of successive steps.
+    The deviation is computed from the differences of successive steps.
     """
     jumps = [after - before for before, after in pairwise(curve)]
     return stdev(jumps) / math.sqrt(2) if len(jumps) > 1 else 0.0
@@ -726,7 +742,8 @@ def _means(runs: Sequence[Curve], part: range) -> list[float]:
 
 
 def _upper_limit(bare: Sequence[Curve], plan: Sequence[Curve], part: range) -> tuple[float, float]:
-    """Return the one-sided upper limit of the mean paired difference in a window, and that mean."""
+    """Return the one-sided upper confidence limit of the mean of plan minus bare in a window, and
+    this mean."""
     from scipy import stats  # type: ignore[import-untyped]
 
     differences = [
@@ -766,10 +783,10 @@ def _judge_evaluation(
 ) -> list[Check]:
     """Judge the losses that evaluation passes return, and the mean and RMS of other outputs.
 
-    A loss that does not depend on the seed, such as that of a pretrained model before its first
-    update, has no spread. If it does not vary between passes either, its margin is the relative
-    error that is allowed for outputs on identical inputs (``_output_error``). Values that are not
-    finite in a bare run are left out.
+    A loss that does not depend on the seed, such as the loss of a pretrained model before its first
+    update, has no spread between seeds. If this loss does not vary between passes either, its
+    margin is the relative error that is allowed for outputs on identical inputs
+    (``_output_error``). A pass in which the loss of a bare run is not finite is left out.
     """
     calls = min((len(run.outputs) for run in (*bare, *plan)), default=0)
     if not calls:
@@ -779,7 +796,7 @@ def _judge_evaluation(
     for name in scalars[0][0]:
         of_bare, of_plan = ([run.get(name, ()) for run in runs] for runs in scalars)
         if len({len(run) for run in (*of_bare, *of_plan)}) != 1:
-            # the number of passes or outputs depends on the data, so they have no counterparts
+            # The number of passes or outputs depends on the data, so values have no counterparts.
             continue
         of_bare, of_plan = _leave_out_non_finite(of_bare, of_plan)
         if not of_bare[0]:
@@ -807,7 +824,7 @@ def _judge_evaluation(
 def _leave_out_non_finite(
     bare: Sequence[Curve], plan: Sequence[Curve]
 ) -> tuple[list[Curve], list[Curve]]:
-    """Return the curves without the places at which a bare curve is not finite."""
+    """Return the curves without the places at which any bare curve is not finite."""
     values = zip(*bare, strict=True)
     places = [place for place, ours in enumerate(values) if all(map(math.isfinite, ours))]
     of_bare, of_plan = ([tuple(run[i] for i in places) for run in runs] for runs in (bare, plan))
@@ -815,7 +832,7 @@ def _leave_out_non_finite(
 
 
 def _scalars(outputs: Sequence[Output]) -> dict[str, Curve]:
-    """Collect the scalars that calls return, by module and place among its outputs."""
+    """Collect the scalars that calls return, by module and by place among the module's outputs."""
     found: dict[str, list[float]] = {}
     for output in outputs:
         for place, tensor in enumerate(output.tensors):
@@ -861,12 +878,15 @@ def _judge_state(bare: Sequence[Run], plan: Sequence[Run]) -> Check:
         for runs in (bare, plan)
     ]
     if not any(moments[0]):
-        return Check("state", "passed", "all weights are finite; there are no floating buffers")
+        return Check("state", "passed", "all weights are finite; no buffer is floating-point")
     return _judge_moments("state", "buffers", *moments)
 
 
 def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check]:
-    """Judge how many probabilities are exactly 1; there is no check if no module returns any."""
+    """Judge the share of probabilities that are exactly 1.
+
+    There is no check if no module returns probabilities.
+    """
     shares: list[float] = []
     for runs in (bare, plan):
         modules = [module for run in runs for module in run.state or ()]
@@ -888,7 +908,7 @@ def _judge_probabilities(bare: Sequence[Run], plan: Sequence[Run]) -> list[Check
 def _judge_moments(
     check: str, what: str, bare: Sequence[Moments], plan: Sequence[Moments]
 ) -> Check:
-    """Judge the means and RMS of many tensors at once, by how far they move.
+    """Judge the means and RMS of many tensors at once, by how far the plan moves them.
 
     For the mean and the RMS of each tensor, the difference between plan and bare, averaged over the
     seeds, is divided by bare's seed-to-seed standard deviation. The mean square of these
@@ -909,7 +929,9 @@ def _judge_moments(
             if not all(map(math.isfinite, of_bare)):
                 continue
             if not all(map(math.isfinite, of_plan)):
-                return Check(check, "failed", f"the {moment} of {name} is not finite in the plan")
+                return Check(
+                    check, "failed", f"the {moment} of {name} is not finite under the plan"
+                )
             size = max(run[name][1] for run in bare)
             seeds = len(of_bare)
             spread = stdev(of_bare) if seeds > 1 else 0.0
@@ -932,7 +954,7 @@ def _judge_moments(
         return Check(check, "open", f"bare and plan have no {what} in common")
     power = fmean(value**2 for value in shifts) - fmean(value**2 for value in noises)
     moved = math.sqrt(max(power, 0.0))
-    why = f"the {what} shift by {moved:.2g} seed-to-seed standard deviations of bare (RMS)"
+    why = f"the {what} shift by {moved:.2g} of bare's seed-to-seed standard deviations (RMS)"
     measurements = {"deviations": moved, "compared": float(len(shifts))}
     return Check(check, "passed" if moved <= 1 else "failed", why, measurements)
 
@@ -978,10 +1000,10 @@ def _judge_inference(
 
 
 def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Return whether both sides have equally many outputs with a digest, at least one, and all of
-    these are identical.
+    """Return whether all outputs with a digest, and their inputs, are identical on both sides.
 
-    ``Inspection.outputs`` limits the number of outputs with a digest.
+    There must be at least one such output, and equally many on both sides. ``Inspection.outputs``
+    limits the number of outputs with a digest.
     """
     sides = [
         [(o.inputs, o.digest) for run in runs for o in run.outputs if o.digest is not None]
@@ -991,7 +1013,8 @@ def _same_outputs(one: Sequence[Run], other: Sequence[Run]) -> bool:
 
 
 def _output_error(exactness: Collection[Exactness]) -> float:
-    """Return the relative error that outputs for identical inputs may have under settings."""
+    """Return the relative error that outputs for identical inputs may have, given the classes of
+    the settings."""
     return REDUCED_OUTPUT_ERROR if "reduced" in exactness else OUTPUT_ERROR
 
 
@@ -1000,7 +1023,8 @@ def _judge_outputs(
 ) -> tuple[Check, int]:
     """Judge the relative error and the top-1 agreement of outputs for identical inputs.
 
-    The relative error is that of the sampled elements, in the Euclidean norm.
+    The relative error is the Euclidean norm of the differences of the sampled elements, divided by
+    the norm of bare's elements.
 
     Returns the check, and the number of calls with identical inputs.
     """
@@ -1015,7 +1039,7 @@ def _judge_outputs(
                 continue
             shapes = [[tensor.shape for tensor in o.tensors] for o in (of_bare, of_plan)]
             if shapes[0] != shapes[1]:
-                why = f"the outputs of {of_bare.root} have other sizes under the plan"
+                why = f"the outputs of {of_bare.root} have different sizes under the plan"
                 return Check("outputs", "failed", why), calls
             if not of_bare.tensors and of_bare.digest != of_plan.digest:
                 why = f"the non-floating outputs of {of_bare.root} differ under the plan"
@@ -1026,8 +1050,8 @@ def _judge_outputs(
                     continue
                 x, y = (np.asarray(t.sample, dtype=np.float64) for t in (a, b))
                 if not np.isfinite(x).all():
-                    # bare's output itself holds infinities, such as masked logits: no relative
-                    # error exists
+                    # Bare's output itself is not finite (masked logits, for example), so there is
+                    # no relative error.
                     continue
                 difference = float(np.linalg.norm(y - x))
                 size = float(np.linalg.norm(x))
@@ -1055,5 +1079,5 @@ def _judge_outputs(
         why += f"; the largest element is the same in {agreeing / rows:.2%} of {rows} rows"
         if clear and clear_agreeing / clear < TOP1_AGREEMENT:
             passed = False
-            why += f", and in {clear_agreeing / clear:.2%} of those where it leads clearly"
+            why += f", and in {clear_agreeing / clear:.2%} of the rows where it leads clearly"
     return Check("outputs", "passed" if passed else "failed", why, measurements), calls

@@ -1,9 +1,10 @@
-"""Proves plans, for ``flatout tune``, for ``flatout verify`` and in the search for a culprit.
+"""Proves plans for ``flatout tune`` and ``flatout verify``, and finds settings that make a proof
+fail.
 
-Bare and plan run in pairs of fresh processes, which give the claimed ratio and the losses that are
-compared. The gradients of the first updates are compared as well (``gradient_runs.py``).
-``proof.py``, ``gradients.py`` and ``memory.py`` check the records; the prover makes the runs that
-they need, and combines their verdicts.
+The bare program (without any setting) and the plan run in pairs of fresh processes. The pairs give
+the claimed ratio, and the losses that are compared. The gradients of the first updates are compared
+as well (``gradient_runs.py``). The prover makes the runs; ``proof.py``, ``gradients.py``,
+``memory.py`` and ``growth.py`` check their records, and the prover combines the verdicts.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ MAXIMUM_PAIRS = 24
 """Maximum number of pairs behind a claim, unless the user gives a number of pairs."""
 
 REPEATS = 2
-"""Number of additional bare runs from one seed before a plan is refused for not being identical.
-With thread races, a program may differ from itself in only some runs."""
+"""Number of additional bare runs from one seed, made before a plan is refused because it is not
+identical to bare. If threads race, the results of a program may differ in only some of its runs."""
 
 COARSE_DTYPES = ("bfloat16", "float16")
-"""Dtypes of a program's own arithmetic that are so coarse that mere reordering causes errors as
-large as lower precision would."""
+"""If a program itself computes in one of these coarse dtypes, mere reordering causes errors as
+large as a lower precision would."""
 
 COARSE_SHARE = 0.01
-"""Share of a program's operations in ``COARSE_DTYPES`` above which its arithmetic is coarse."""
+"""A program's arithmetic counts as coarse if more than this share of its FLOPs is in
+``COARSE_DTYPES``."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class ProofAttempt:
     """The result of one proof of a plan.
 
     Attributes:
-        pairs: the pairs of the plan and the bare program; there are none if the plan's gradients
-            were refused.
-        refusal: the reason why the plan cannot be used, as a clause; ``None`` if it is proven.
-        verdict: the verdict on the pairs; ``None`` if there is none.
+        pairs: the pairs of the bare program and the plan; there are none if the plan was refused
+            before its pairs began (``GradientRuns.begin``).
+        refusal: the reason why the plan cannot be used, as a clause; ``None`` if the plan is
+            proven.
+        verdict: the verdict on the pairs; ``None`` if the pairs were not judged.
         part_passes: returns whether a subset of the settings passes the check that the whole plan
             failed.
     """
@@ -73,15 +76,15 @@ class ProofAttempt:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether the pairs show neither that the plan is worse nor that it is not."""
+        """Whether the plan was refused because the pairs leave open if it is worse than bare."""
         return self.refusal is not None and self.verdict is not None and self.verdict.undecided
 
     @property
     def pairs_to_decide(self) -> int:
         """How many more pairs an undecided proof probably needs.
 
-        The distance of a confidence limit from the mean falls with the square root of the number of
-        pairs.
+        The distance of a confidence limit from the mean is inversely proportional to the square
+        root of the number of pairs.
         """
         assert self.verdict is not None
         factors = [1.0]
@@ -112,7 +115,7 @@ class Prover(TuneStage):
         Args:
             settings: the settings of the plan.
             count: the number of pairs, each with a seed of its own; ``None`` for as many as the
-                claim needs and the budget allows.
+                claim and the losses need, if the budget has time for them.
 
         Raises:
             KeyboardInterrupt: the user ends the tune before there are pairs.
@@ -164,11 +167,11 @@ class Prover(TuneStage):
     def find_culprits(self, settings: Mapping[str, str], attempt: ProofAttempt) -> dict[str, str]:
         """Find the settings of a plan that made its proof fail.
 
-        If the verdict is undecided, no subset fails clearly. The most invasive settings are then
-        taken as the culprits; likewise if there is no time for a search. If only the plan's memory
-        is refused, the culprits are the settings that need more memory by design. If no
-        setting does, the most invasive ones are taken if memory was shown to grow; otherwise the
-        culprits are searched for.
+        If the verdict is undecided, no subset would fail clearly, so the most invasive settings are
+        taken as the culprits. If the plan was refused only because of its memory, the culprits are
+        the settings that need more memory by design; if the plan has no such setting and memory was
+        shown to grow, they are the most invasive settings. In all other cases, the culprits are
+        searched for; if there is no time for a search, the most invasive settings are taken.
 
         Args:
             settings: the settings of the plan.
@@ -176,7 +179,7 @@ class Prover(TuneStage):
         """
         if attempt.is_undecided:
             return search.find_most_invasive(settings)
-        if attempt.verdict is not None and attempt.verdict.passed:  # only its memory is refused
+        if attempt.verdict is not None and attempt.verdict.passed:  # memory is the only reason
             costly = memory.find_costly(settings)
             if costly or growth.was_shown(attempt.verdict):
                 return costly or search.find_most_invasive(settings)
@@ -191,10 +194,11 @@ class Prover(TuneStage):
         return search.find_culprits(settings, attempt.part_passes)
 
     def _judge_pairs(self, finished: Pairs) -> Verdict | None:
-        """Judge a plan by its pairs and by its gradients, which must have been compared.
+        """Judge a plan by its pairs and by its gradients.
 
-        If the verdict turns out to need more runs, they are made. The result is ``None`` if there
-        are too few pairs.
+        The gradients must already have been compared. If a first verdict shows that more runs are
+        needed, they are made. The result is ``None`` if the plan has failed to run, or if there are
+        too few pairs.
         """
         if finished.failure is not None or finished.count < 2:
             return None
@@ -233,14 +237,16 @@ class Prover(TuneStage):
 
     @property
     def _pair_s(self) -> float:
-        """The time of a pair of runs of a proof, in seconds, at the pace of the bare program."""
+        """The expected time of a pair of runs of a proof, in seconds."""
         return self._bare.pace.pair_s(self._bare.proof.steps)
 
     def _is_enough(self, finished: Pairs) -> bool:
         """Return whether the claim is precise enough and the losses decide, or the time is over.
 
-        While the losses do not decide, pairs go on, but time is kept for the proof of a gentler
-        plan, if there is such a plan: its gain is better than none.
+        As long as the losses do not decide, more pairs are run. But time is kept for the proof of a
+        gentler plan, if there is one: a smaller gain is better than none. If bare and plan see
+        their data in a different order, no more pairs are run for the losses, because these can be
+        compared again in the same order (``_judge_with_same_data``).
         """
         if finished.count < min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS):
             return False
@@ -260,7 +266,10 @@ class Prover(TuneStage):
         return not self._ledger.has_time_for(pair_s + reserved_s)
 
     def _passes(self, finished: Pairs, part: Mapping[str, str]) -> bool:
-        """Return whether a part of a plan passes against the bare runs of the plan's pairs."""
+        """Return whether some settings of a plan pass against the bare runs of the plan's pairs.
+
+        An undecided verdict counts as passed.
+        """
         bare = finished.baseline_runs[: self._bare.proof.pairs]
         try:
             runs = [self._run(part, number) for number in range(len(bare))]
@@ -275,12 +284,12 @@ class Prover(TuneStage):
         return (verdict.passed or verdict.undecided) and excess is None
 
     def _gradients_pass(self, part: Mapping[str, str]) -> bool:
-        """Return whether a part of a plan has the bare program's gradients."""
+        """Return whether some settings of a plan pass the comparison of gradients with bare's."""
         return self._gradients.compare(part, self._bare.proof.gradient_seeds) is None
 
     def _has_other_data_order(self, finished: Pairs) -> bool:
-        """Return whether the plan saw its data in another order than bare, and has proof settings
-        (``search.use_proof_settings``) that would restore the order.
+        """Return whether the plan saw its data in a different order than bare, although proof
+        settings (``search.use_proof_settings``) could restore bare's order.
         """
         if search.use_proof_settings(finished.variant) == dict(finished.variant):
             return False
@@ -290,27 +299,30 @@ class Prover(TuneStage):
         )
 
     def _judge_without_gradients(self, finished: Pairs) -> Verdict:
-        """Judge the pairs without the gradients."""
+        """Judge the pairs, but not their gradients."""
         return self._judge(finished.variant, finished.baseline_runs, finished.variant_runs)
 
     def _judge_with_same_data(self, finished: Pairs, lasts_s: float) -> Verdict | None:
-        """Judge a plan again, with each setting that draws other random numbers replaced by its
-        knob's ``proof_setting``, a slower stand-in that keeps bare's order of the data.
+        """Judge a plan again, with bare's order of the data.
 
-        If a plan draws other random numbers, its data may come in another order. The losses of a
-        pair then differ as much as those of two seeds, so a decision takes many seeds. The result
-        is ``None`` if no knob of the plan has such a stand-in, or if the program fails under it.
+        Each setting that draws other random numbers is replaced by its knob's ``proof_setting``, a
+        slower stand-in that keeps bare's order of the data. Without a stand-in, the data may come
+        in a different order. The losses of bare and plan from one seed then differ as much as those
+        of two seeds, so that a decision takes many seeds.
 
         Args:
             finished: the pairs of the plan.
-            lasts_s: the time that this takes, in seconds.
+            lasts_s: the expected time of the new runs, in seconds.
+
+        Returns the new verdict; ``None`` if no setting of the plan has a stand-in, or if the
+        program fails under the stand-ins.
         """
         settings = search.use_proof_settings(finished.variant)
         if settings == dict(finished.variant):
             return None
         self._ledger.print_line(
-            "loss comparison undecided: this plan changes the order of the data; checking again "
-            f"with the same order ({format_settings(settings)}), about "
+            "the losses do not decide, because this plan changes the order of the data; comparing "
+            f"them again in bare's order ({format_settings(settings)}), about "
             f"{formatting.duration(lasts_s)}"
         )
         try:
@@ -324,7 +336,8 @@ class Prover(TuneStage):
     def _judge(
         self, settings: Mapping[str, str], bare: Sequence[Trial], plan: Sequence[Trial]
     ) -> Verdict:
-        # Gradients are judged apart, under other settings if need be (``GradientRuns``).
+        # Gradients are judged separately, sometimes from runs with other settings: see
+        # ``GradientRuns``.
         of_bare, of_plan = (
             [dataclasses.replace(Run.of(done.process), gradients={}) for done in runs]
             for runs in (bare, plan)
@@ -339,8 +352,9 @@ class Prover(TuneStage):
     def _collect_exactness(self, settings: Mapping[str, str]) -> frozenset[Exactness]:
         """Collect the exactness classes of settings, given the program's own precision.
 
-        If its own arithmetic is coarse (``COARSE_DTYPES``), ``reduced`` is added, because mere
-        reordering then changes results as much.
+        If the program's own arithmetic is coarse (``COARSE_DTYPES``), ``reduced`` is added, because
+        mere reordering then changes results as much as a lower precision would. Nothing is added if
+        all settings are ``bitwise``.
         """
         found = proof.collect_exactness(settings)
         if found <= {"bitwise"} or not _is_coarse(self._bare.process):
@@ -348,9 +362,9 @@ class Prover(TuneStage):
         return found | {"reduced"}
 
     def _repeat_bare(self) -> None:
-        """Run bare again, to find out whether it repeats itself."""
+        """Run the bare program again, to find out whether its results repeat."""
         self._ledger.print_line(
-            "the plan is not identical to bare; running bare again, to see whether it repeats "
+            "the plan is not identical to bare; running bare again, to see whether bare repeats "
             "itself"
         )
         for _ in range(REPEATS):
@@ -361,7 +375,9 @@ class Prover(TuneStage):
                 raise pairs.to_user_error(message, failure) from failure
 
     def _run(self, settings: Mapping[str, str], number: int) -> Trial:
-        """Run the program for the steps of a proof, with the seed of a pair.
+        """Run the program once, with as many steps as a proof and the seed of pair ``number``.
+
+        Pairs are counted from 0.
 
         Raises:
             TrialFailedError: the program fails.
@@ -376,7 +392,7 @@ class Prover(TuneStage):
 
 
 def estimate_s(bare: BareRun, settings: Mapping[str, str] | None = None) -> float:
-    """Return the time that the proof of a plan takes, in seconds.
+    """Return the expected time of the proof of a plan, in seconds.
 
     Args:
         bare: the results of the first run.
@@ -386,7 +402,10 @@ def estimate_s(bare: BareRun, settings: Mapping[str, str] | None = None) -> floa
 
 
 def estimate_least_s(bare: BareRun, settings: Mapping[str, str] | None = None) -> float:
-    """Return the time that the proof of a plan takes at least, in seconds; see ``estimate_s``."""
+    """Return the expected time of the smallest proof of a plan, in seconds.
+
+    The smallest proof has ``statistics.FEWEST_PAIRS`` pairs. See ``estimate_s`` for the arguments.
+    """
     least = min(statistics.FEWEST_PAIRS, statistics.MINIMUM_PAIRS)
     return _estimate_s(bare, least, settings)
 
@@ -397,11 +416,13 @@ def _estimate_s(bare: BareRun, pairs_of_runs: int, settings: Mapping[str, str] |
 
 
 def _needs_repeats(verdict: Verdict) -> bool:
-    """Return whether the plan should be identical to bare and is not, so bare must be run again.
+    """Return whether bare must be run again, because the plan should be identical to bare but is
+    not.
 
-    If the program trains, the very first run of the tune (``bare.run``) already serves as a repeat
-    of the bare run of the first pair. If it only infers, that run has recorded no outputs and
-    cannot serve as one: ``bare_repeats`` is then ``None`` and the check open.
+    If the program trains, the first run of the tune (``bare.run``) already serves as a repeat of
+    the first pair's bare run. If the program only infers, the first run of the tune has recorded no
+    outputs, so it cannot serve as a repeat: ``bare_repeats`` is then ``None``, and the check is
+    open.
     """
     return any(
         check.name == "identity"
@@ -411,7 +432,7 @@ def _needs_repeats(verdict: Verdict) -> bool:
 
 
 def _is_coarse(process: ProcessRecord) -> bool:
-    """Return whether the share of ``COARSE_DTYPES`` in the arithmetic exceeds ``COARSE_SHARE``."""
+    """Return whether the program's own arithmetic is coarse, see ``COARSE_SHARE``."""
     by_dtype = (None if process.profile is None else process.profile.flops_by_dtype) or {}
     coarse = sum(by_dtype.get(name, 0) for name in COARSE_DTYPES)
     return bool(coarse > COARSE_SHARE * sum(by_dtype.values()))

@@ -1,17 +1,18 @@
-"""Decides which parts of a comparison count on a machine that others use too.
+"""Decides which parts of a comparison count on a machine that other processes (*others*) use too.
 
-The unit is a block: consecutive steps of one run, and the same steps of the other run of the pair.
-If the two runs alternate, one part of a block ran directly after the other. A block counts if
-neither part was disturbed (``wire/disturbance.py``), and a pair counts if enough of its blocks do.
-With settings that decide how many CPUs the program uses (``Knob.needs_quiet``), a block counts only
-if others are known to have left the CPUs alone: beside other work, fewer threads look better than
-they are.
+The unit is a *block*: consecutive steps of one run of a pair, and the same steps of the other run.
+If the two runs alternate, the two parts of a block ran directly one after the other. A block counts
+if neither of its parts was disturbed (``wire/disturbance.py``). A pair counts if enough of its
+blocks count. Some settings decide how many CPUs the program uses (``Knob.needs_quiet``). If such
+settings are compared, a block counts only if others are known to have left the CPUs alone: while
+others work, fewer threads look better than they are.
 
-A second test looks for disturbances that the readings of CPU time do not show. The *floor* of a
-block is a low quantile of its time over all pairs, for each side: others can only make a block
-slower, so its fast times tell what it takes by itself. What the program does at a certain step of
-every run, such as an evaluation, is part of that block's floor. Where the means show a gain and the
-floors do not, nothing is claimed.
+A second test looks for disturbances that the readings of CPU time do not show. For each side
+(baseline and variant), the *floor* of a block is a low quantile of the times that the block took in
+all pairs that count. Others can only make a block slower, so its fast times tell how long it takes
+undisturbed. If the program does something at a certain step of every run, such as an evaluation,
+the time that this takes is part of the floor of the block with that step. If the means show a gain
+and the floors do not, nothing is claimed.
 
 The functions are pure; ``benchmarks/replay.py`` tests them on recordings of runs that shared
 the machine with other work.
@@ -33,24 +34,25 @@ from flatout.wire.record import ProcessRecord, Step
 from flatout.wire.request import Comparison
 
 NOT_MEASURABLE = "not measurable now"
-"""The beginning of reasons that blame other processes."""
+"""A reason that blames other processes begins with these words."""
 
 BLOCK_S = 0.25
-"""The shortest block of two runs that do not alternate, in seconds; see ``disturbance.WINDOW_S``
-and ``writer.FLUSH_SECONDS``."""
+"""Minimum duration of a block if the two runs do not alternate, in seconds. It is the time between
+two readings of CPU time (``writer.FLUSH_SECONDS``); see also ``disturbance.WINDOW_S``."""
 
 COUNTED_SHARE = 0.25
 """A pair counts only if at least this share of its blocks counts."""
 
 HARDLY_TAKEN = 0.05
-"""If others took at most this share of the CPUs during a pair or a comparison, it counts in any
-case: what they delayed is little on the whole."""
+"""A pair, or a comparison inside one process, counts in any case if others took at most this share
+of the CPUs meanwhile: the delay that they caused is then small on the whole."""
 
 FLOOR_QUANTILE = 0.25
-"""The quantile of the times of a block that is its floor."""
+"""The floor of a block is this quantile of its times."""
 
 FLOOR_GAIN = 0.5
-"""The logarithm of the ratio of the floors must be at least this share of that of the means."""
+"""The floors should show at least this share of the gain that the means show (both as logarithms of
+ratios); see ``find_contradiction``."""
 
 FEWEST_FLOORS = 5
 """With fewer blocks than this, no ratio is computed from their floors."""
@@ -61,10 +63,11 @@ class Block:
     """The same steps of the two runs of a pair.
 
     Attributes:
-        positions: the first of these steps and the one after the last, among those that both runs
-            have timed.
-        baseline_s, variant_s: the times that the two runs took for them.
-        baseline, variant: what happened on the CPUs during these times.
+        positions: the index of the first of these steps in ``steady_steps`` of both runs, and one
+            more than the index of the last.
+        baseline_s, variant_s: the times that the two runs took for these steps, in seconds,
+            including the evaluation passes before each step.
+        baseline, variant: what happened on the CPUs while the two runs made these steps.
     """
 
     positions: tuple[int, int]
@@ -87,17 +90,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Quietness:
-    """How far others have disturbed some pairs.
+    """How much others have disturbed some pairs.
 
     Attributes:
-        pairs, counted: the number of pairs, and of those that count.
+        pairs, counted: the number of all pairs, and the number of pairs that count.
         taken: the share of the CPUs that others took during the blocks of all pairs; ``None``: not
             measured.
-        taken_from_counted: the same of the blocks that count.
-        blocks_share: the share of the blocks that count.
-        floors: the ratio of the floors; ``None``: too few blocks.
-        contradiction: why means and floors tell different things, as a clause; ``None`` if they do
-            not.
+        taken_from_counted: the share of the CPUs that others took during the blocks that count;
+            ``None``: not measured.
+        blocks_share: the number of blocks that count, as a share of all blocks.
+        floors: the baseline's floors divided by the variant's; ``None``: too few blocks.
+        contradiction: how the floors contradict a gain of the means, as a clause; ``None`` if they
+            do not.
     """
 
     pairs: int
@@ -110,7 +114,8 @@ class Quietness:
 
     @property
     def why_too_few(self) -> str | None:
-        """Why too few pairs count for a ratio, as a clause; ``None`` if there are enough."""
+        """The reason why there is no ratio, as a clause, if too few pairs count; ``None`` if enough
+        pairs count."""
         if self.counted >= min(FEWEST_COUNTED, self.pairs):
             return None
         return (
@@ -129,11 +134,11 @@ class Quietness:
 
 
 FEWEST_COUNTED = 2
-"""The fewest pairs that give an interval."""
+"""The smallest number of pairs that gives a confidence interval."""
 
 
 def needs_quiet(baseline: Mapping[str, str], variant: Mapping[str, str]) -> bool:
-    """Return whether a comparison of some settings needs CPUs that others leave alone."""
+    """Return whether comparing these settings needs CPUs that others leave alone."""
     return any(
         knobs.get(name).needs_quiet and baseline.get(name) != variant.get(name)
         for name in {*baseline, *variant}
@@ -143,7 +148,7 @@ def needs_quiet(baseline: Mapping[str, str], variant: Mapping[str, str]) -> bool
 def describe_others(taken: float | None) -> str:
     """Return how much of the CPUs others took, as a clause."""
     if taken is None:
-        return "how much of the CPUs others use is not measured"
+        return "it is not known how much of the CPUs others took"
     return f"others took {taken:.0%} of the CPUs that this job may use"
 
 
@@ -151,7 +156,11 @@ def describe_others(taken: float | None) -> str:
 
 
 def find_counting_blocks(process: ProcessRecord, comparison: Comparison) -> list[ArmBlock]:
-    """Return the complete blocks of a comparison inside one process that were not disturbed."""
+    """Return the complete blocks of a comparison inside one process that count.
+
+    These are the blocks that were not disturbed, or all complete blocks if others took hardly
+    anything of the CPUs (``HARDLY_TAKEN``).
+    """
     complete = statistics.find_complete_blocks(process.whole_steps, comparison)
     history = _history(process)
     taken = mean_taken(complete, history)
@@ -161,9 +170,9 @@ def find_counting_blocks(process: ProcessRecord, comparison: Comparison) -> list
 
 
 def why_not_compared(process: ProcessRecord, comparison: Comparison, knob: str) -> str | None:
-    """Return why a comparison inside one process tells nothing of a knob, as a clause.
+    """Return why a comparison inside one process tells nothing about a knob, as a clause.
 
-    The result is ``None`` if other processes are no reason.
+    The result is ``None`` if others have not disturbed the comparison too much.
     """
     complete = statistics.find_complete_blocks(process.whole_steps, comparison)
     history = _history(process)
@@ -186,11 +195,12 @@ def _history(process: ProcessRecord) -> History:
 
 
 def find_blocks(baseline: ProcessRecord, variant: ProcessRecord, in_relay: bool) -> list[Block]:
-    """Find the blocks of a pair, from the steady steps of its runs.
+    """Divide the steady steps of a pair (the timed steps after the warm-up) into blocks.
 
     Args:
-        baseline, variant: the runs.
-        in_relay: whether the two have alternated in blocks, and one waited while the other ran.
+        baseline, variant: the two runs of the pair.
+        in_relay: whether the two runs alternated in blocks (a relay), so that one waited while the
+            other ran.
     """
     both = (baseline, variant)
     steps = [process.steady_steps for process in both]
@@ -215,9 +225,10 @@ def find_blocks(baseline: ProcessRecord, variant: ProcessRecord, in_relay: bool)
 
 
 def _block_steps(both: Sequence[Sequence[Step]]) -> int:
-    """Return how many steps take ``BLOCK_S`` in both runs.
+    """Return the number of steps of a block that takes about ``BLOCK_S`` or longer in both runs.
 
-    It is a power of two, so that it is the same for most pairs, and their blocks can be compared.
+    The number is a power of two, so that it is the same for most pairs and their blocks can be
+    compared.
     """
     usual_ms = [median(step.step_ms for step in side) for side in both if side]
     wanted = BLOCK_S * 1e3 / max(min(usual_ms, default=1.0), 1e-3)
@@ -225,10 +236,10 @@ def _block_steps(both: Sequence[Sequence[Step]]) -> int:
 
 
 def _find_positions(both: Sequence[Sequence[Step]], length: int | None) -> list[tuple[int, int]]:
-    """Return the first step of each block and the one after its last.
+    """Return, for each block, the index of its first step, and one more than that of its last step.
 
-    A block ends where ``Step.block`` changes in either run, after ``length`` steps if it is given,
-    and with the last step that both runs have.
+    A block ends where ``Step.block`` changes in either run, and after the last step that both runs
+    have. If ``length`` is given, a block also ends after that number of steps.
     """
     found: list[tuple[int, int]] = []
     first, count = 0, min(map(len, both))
@@ -241,13 +252,17 @@ def _find_positions(both: Sequence[Sequence[Step]], length: int | None) -> list[
 
 
 def log_ratio(blocks: Sequence[Block]) -> float:
-    """Return the logarithm of the ratio of a pair, from its blocks that count."""
+    """Return the logarithm of the ratio of a pair, computed from these blocks of the pair."""
     baseline_s = sum(block.baseline_s for block in blocks)
     return math.log(baseline_s / sum(block.variant_s for block in blocks))
 
 
 def select(blocks: Sequence[Block], needs_quiet: bool) -> list[Block]:
-    """Return the blocks of a pair that count; none if they are too few for the pair to count."""
+    """Return the blocks of a pair that count; none if the pair does not count.
+
+    If fewer than ``COUNTED_SHARE`` of the blocks count, but others took hardly anything of the CPUs
+    (``HARDLY_TAKEN``), all blocks are returned.
+    """
     counted = [block for block in blocks if block.counts(needs_quiet)]
     if len(counted) >= COUNTED_SHARE * len(blocks):
         return counted
@@ -260,12 +275,12 @@ def select(blocks: Sequence[Block], needs_quiet: bool) -> list[Block]:
 
 
 def counted_pairs(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> list[list[Block]]:
-    """Return the blocks that count of each pair that counts."""
+    """Return, for each pair that counts, its blocks that count."""
     return [kept for blocks in pairs if (kept := select(blocks, needs_quiet))]
 
 
 def assess(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> Quietness:
-    """Assess some pairs.
+    """Assess how much others have disturbed some pairs.
 
     Args:
         pairs: the blocks of each pair.
@@ -286,11 +301,11 @@ def assess(pairs: Sequence[Sequence[Block]], needs_quiet: bool) -> Quietness:
 
 
 def is_enough(quietness: Quietness, log_ratios: Sequence[float], maximum: int) -> bool:
-    """Return whether pairs suffice for a claim, or are as many as can be afforded.
+    """Return whether there are enough pairs for a claim, or as many as can be afforded.
 
     Args:
-        quietness: how far others have disturbed the pairs.
-        log_ratios: the logarithms of the ratios of those that count.
+        quietness: how much others have disturbed the pairs.
+        log_ratios: the logarithms of the ratios of the pairs that count.
         maximum: the number of pairs that can be afforded.
     """
     if quietness.pairs >= maximum:
@@ -301,16 +316,17 @@ def is_enough(quietness: Quietness, log_ratios: Sequence[float], maximum: int) -
 
 
 def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
-    """Return why the means of some pairs show a gain and their floors do not, as a clause.
+    """Return how the floors of some pairs contradict a gain that the means show, as a clause.
 
-    The floor of a side lies below its mean by the noise of this side. The two sides differ in
-    noise, so the ratio of the floors may well differ from that of the means. They contradict each
-    other if the floors show no gain at all, or if their interval lies wholly below that of the
-    means and they show less than ``FLOOR_GAIN`` of the gain. The result is ``None`` otherwise, or
-    if there are too few blocks or pairs to tell.
+    On each side, the floor lies below the mean by the noise of that side. The two sides differ in
+    noise, so the ratio of the floors may well differ from the ratio of the means. The floors
+    contradict a gain of the means if they show no gain at all; or if they show less than
+    ``FLOOR_GAIN`` of it, and the interval of their ratio lies wholly below that of the means. The
+    result is ``None`` if there is no contradiction, or if there are too few blocks or pairs to
+    tell.
 
     Args:
-        pairs: the blocks that count of each pair that counts.
+        pairs: for each pair that counts, its blocks that count.
     """
     floors = estimate_floor_ratio(pairs)
     if floors is None or len(pairs) < FEWEST_COUNTED:
@@ -321,18 +337,19 @@ def find_contradiction(pairs: Sequence[Sequence[Block]]) -> str | None:
     is_less = floors.high < means.low
     is_less = is_less and math.log(floors.value) < FLOOR_GAIN * math.log(means.value)
     if is_less or floors.value <= 1:
-        return f"the means give {means}, but the fastest times of the same blocks {floors}"
+        return f"the means give {means}, but the fastest times of the same blocks give {floors}"
     return None
 
 
 def estimate_floor_ratio(pairs: Sequence[Sequence[Block]]) -> Ratio | None:
-    """Estimate the ratio of the floors of the blocks; ``None`` if there are too few blocks.
+    """Estimate the ratio of the baseline's floors to the variant's; ``None`` if there are too few
+    blocks.
 
     Blocks are weighted by their time, as in the means: a program may spend most of its time in a
-    few blocks, in rollouts or evaluation passes, and gain there.
+    few blocks, such as those with rollouts or evaluation passes, and gain there.
 
     Args:
-        pairs: the blocks that count of each pair that counts.
+        pairs: for each pair that counts, its blocks that count.
     """
     places: dict[tuple[int, int], list[Block]] = {}
     for blocks in pairs:

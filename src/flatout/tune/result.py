@@ -36,10 +36,10 @@ def make_document(
 
     Args:
         command: the command line of the job.
-        plan: the path of the plan, if one is written.
+        plan: the path at which the plan is written, if there is a plan.
         outcome: the outcome of the tune.
-        options: the options of the tune as words of the command line. The command that resumes it
-            has the same.
+        options: the options of the tune, as words of the command line. The command that resumes the
+            tune repeats them.
     """
     found, header = outcome.pairs, outcome.header
     not_measurable = None if found is None else found.quietness.why_not_measurable
@@ -101,7 +101,7 @@ def make_document(
 def list_tried(
     tried: Sequence[LedgerEntry], refused: Mapping[str, str]
 ) -> tuple[TriedSettings, ...]:
-    """List the settings that were tried, and those that were not, for the document.
+    """List, for the document, the settings that were tried and those that were not.
 
     Args:
         tried: the settings that were compared or left out.

@@ -1,15 +1,19 @@
-"""Ranks hot candidates, which can be turned on and off between two steps, inside one process.
+"""Ranks the hot candidates inside one process.
 
-The program switches between combinations of settings (*arms*) every few steps (a *block*; a *round*
-has one block of each arm). This is a factorial A/B test (``design.py``), so every step tells
-something about every candidate. Some settings are compared each alone
-(``Knob.is_compared_alone``). The winners form a *stack*, the settings
-that are applied together. The stack is then compared with copies that each lack one knob, and
-settings that it does not need are removed. Last, candidates that affect so small a part of the bare
-step that no gain was measurable are compared once more on top of the stack, where that part is
-larger.
+A candidate is a setting that is worth a trial. It is hot if it can be turned on and off between two
+steps of a running program.
 
-Screening claims nothing: the claim comes from fresh processes (``prover.py``).
+The program switches between combinations of settings (*arms*). It makes a few steps under one arm
+(a *block*), then a block under the next arm; a *round* has one block of each arm. This is a
+factorial A/B test (``design.py``), so every step tells something about every candidate. A few
+settings are not combined with others, but have an arm of their own (``Knob.is_compared_alone``).
+
+The winners form the *stack*, the settings that are applied together. The stack is then compared
+with copies that each lack one knob, and the settings that it does not need are removed. Last, some
+candidates are compared once more, on top of the stack: those that affect so small a part of the
+bare step that no gain could be measured. The same part is a larger share of the stack's step.
+
+Screening claims no speedup: claims come from fresh processes (``prover.py``).
 """
 
 from __future__ import annotations
@@ -42,38 +46,40 @@ BLOCK_STEPS = 4
 """Number of steps of a block, unless the block would be shorter than ``BLOCK_S``."""
 
 SLOW_STEP_S = 0.25
-"""Time of a step, in seconds, from which on a block has ``SLOW_BLOCK_STEPS`` steps. What a switch
-leaves in the caches does not last that long."""
+"""A step is slow if it takes at least this many seconds. A block of slow steps has only
+``SLOW_BLOCK_STEPS`` steps, because what a switch leaves in the caches does not outlast one of
+them."""
 
 SLOW_BLOCK_STEPS = 2
 """Number of steps of a block of slow steps; the first is not timed."""
 
 PROMISING_BOUND = 1.1
-"""A setting that there is no time to compare joins the stack unmeasured if it could make the
-program at least this many times as fast. The pairs of the proof then measure it with the others."""
+"""A setting that there is no time to compare still joins the stack if it could make the program at
+least this many times as fast. The proof then measures it together with the others. The same holds
+for a setting whose ratio is at least this, but uncertain because steps are slow and few."""
 
 SLOW_FIRST_STEPS = 1
 """Number of steps that an arm makes before the rounds begin, if steps are slow and the arm has a
-setting that no arm before it has. So allocation and compilation are not measured."""
+setting that no arm before it has. These steps keep allocation and compilation out of the rounds."""
 
 MINIMUM_BLOCK_STEPS = 3
 """Minimum number of steps of a block, for a program that ends too early for ``BLOCK_STEPS``."""
 
 DISCARD_STEPS = 1
-"""Minimum number of steps at the start of a block that are not timed. If blocks are whole cycles,
-all of their steps are timed."""
+"""Minimum number of steps at the start of a block that are not timed. If blocks are whole cycles of
+the program (``cycles.py``), all of their steps are timed."""
 
 BLOCK_S = 0.02
-"""Minimum duration of a block, in seconds; a quarter of it is not timed. In a shorter block, the
-state of the caches after the switch would affect the times."""
+"""Minimum duration of a block, in seconds. The first quarter of such a block is not timed. In a
+shorter block, the state of the caches after the switch would affect the times."""
 
 MAXIMUM_ROUNDS = 40
 """Maximum number of blocks of one arm in a comparison."""
 
 COMPARISON_SHARE = 0.15
 """Share of the budget that the factorial comparison of all candidates may take. If the program
-crashes in it, each comparison of single candidates may take as much. Each comparison of stacks may
-take half as much (there are up to three)."""
+crashes in this comparison, candidates are compared each alone, and every such comparison may take
+as much. A comparison of stacks may take half as much; there are up to three."""
 
 MAXIMUM_CANDIDATES = 11
 """Maximum number of candidates that are compared in one process; they need 24 arms
@@ -81,24 +87,24 @@ MAXIMUM_CANDIDATES = 11
 
 MANY_ARMS = 16
 """The number of arms that seven candidates need. A job is short if it has too few steps for the
-fewest rounds (``count_fewest_rounds``) of this many arms. The candidates of a short job are
-compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
+minimum number of rounds (``count_fewest_rounds``) of this many arms. The candidates of a short job
+are compared in groups of at most ``FEW_CANDIDATES``, each group in its own run."""
 
 FEW_CANDIDATES = 3
-"""Maximum number of candidates of such a group, see ``MANY_ARMS``."""
+"""Maximum number of candidates in a group of a short job, see ``MANY_ARMS``."""
 
-TOO_FEW_STEPS = "the program has too few steps to measure its effect"
-"""The reason that is given for a candidate if a comparison gives no ratio for it."""
+TOO_FEW_STEPS = "the program has too few steps to measure the effect of this setting"
+"""The reason that is given if a comparison gives no ratio for a candidate."""
 
 LEFT_TO_THE_PROOF = "too few steps to be sure; the proof measures it"
-"""What is said of a setting that few, slow steps leave undecided."""
+"""The remark on a setting that joins the stack although slow and few steps leave it undecided."""
 
 StopRule = Literal["arms", "settings"] | None
 """The rule that ends a comparison early, see ``Comparison.decide``."""
 
 
 class _JobEndedError(Exception):
-    """The whole job turns out to have fewer steps than a comparison.
+    """Raised if the whole job turns out to end before a comparison has enough blocks.
 
     Args:
         steps: the number of steps of the job.
@@ -144,7 +150,7 @@ class Screening(TuneStage):
     def _has_job_ended(self) -> bool:
         """Whether the job has come to its end within the first run or a comparison.
 
-        It then has too few steps to compare stacks, whose ratios are close to 1.
+        A job that ends so early has too few steps to compare stacks, whose ratios are close to 1.
         """
         return self._job_steps is not None
 
@@ -160,18 +166,18 @@ class Screening(TuneStage):
         return self._look_again(self._reduce(self._rank(hot)), hot)
 
     def _rank(self, hot: Sequence[Candidate]) -> dict[str, str]:
-        """Find the best setting of each hot knob that speeds up the step, the largest gain first.
+        """Find the hot knobs that speed up the step, and the best setting of each.
 
-        The candidates are compared in combinations, which shows what each gains among the others.
-        If the program crashes under a combination, each candidate is compared alone, to find the
-        one that causes the crash.
+        The knob with the largest gain comes first. The candidates are compared in combinations,
+        which shows what each gains among the others. If the program crashes under a combination,
+        each candidate is compared alone, to find the one that causes the crash.
         """
         try:
             self._compare_groups(hot, self._compare_combined)
         except TrialFailedError as failure:
             self._ledger.print_line(
-                f"a comparison of several settings at once has failed, so each is tried alone: "
-                f"{failure}"
+                f"a comparison of several settings at once has failed, so each setting is tried "
+                f"alone: {failure}"
             )
             self._compare_groups(hot, lambda group, _: self._compare_alone(group))
         best: dict[str, tuple[float, Candidate]] = {}
@@ -196,14 +202,15 @@ class Screening(TuneStage):
         return self._add_promising(stack, hot)
 
     def _is_open(self, ratio: Ratio) -> bool:
-        """Return whether a setting may still gain much: the steps are slow, and too few to tell."""
+        """Return whether a setting may gain much, but slow steps were too few to tell."""
         is_slow = self._bare.pace.step_s >= SLOW_STEP_S
         return is_slow and ratio.value >= PROMISING_BOUND and ratio.high > 1 > ratio.low
 
     def _add_promising(self, stack: dict[str, str], hot: Sequence[Candidate]) -> dict[str, str]:
-        """Add the settings that there was no time to compare, if they may gain much.
+        """Add the settings that may gain much, but that there was no time to compare.
 
-        Of settings that exclude each other, the one with the largest possible gain is added.
+        Of settings that exclude each other, only the one with the largest possible gain is added;
+        none is added if the stack already has one of them.
         """
         left_out = [one for one in hot if one in self._no_time]
         promising = [one for one in left_out if _promise(one) >= PROMISING_BOUND]
@@ -215,7 +222,7 @@ class Screening(TuneStage):
             best = next((one for one in promising if (one.knob, one.setting) in factor), None)
             if best is not None:
                 grown |= best.settings
-                self._ledger.accept(best.settings, "not compared alone, for want of time")
+                self._ledger.accept(best.settings, "there was no time to compare it")
                 self._ledger.print_line(f"{best} joins the plan unmeasured; the proof measures it")
         return grown
 
@@ -224,12 +231,12 @@ class Screening(TuneStage):
     ) -> None:
         """Compare candidates in as few groups as possible.
 
-        If a comparison shows that the job is too short for it, the candidates that are left are
-        divided again.
+        If a comparison shows that the job is too short for it, the candidates of this group and of
+        the groups after it are divided again.
 
         Args:
             hot: the candidates.
-            compare: compares the candidates of a group, given them and the number of groups.
+            compare: compares one group, given its candidates and the number of groups.
         """
         groups = self._divide(hot)
         count = len(groups)
@@ -257,7 +264,8 @@ class Screening(TuneStage):
     def _compare_fewer(
         self, groups: Sequence[Sequence[Candidate]], reason: NoTimeError
     ) -> list[list[Candidate]]:
-        """Divide the candidates again, without the one that can gain least."""
+        """Leave out the unsettled candidate that promises the smallest gain, and divide the others
+        again."""
         left = [
             candidate
             for group in groups
@@ -272,21 +280,20 @@ class Screening(TuneStage):
         self._ledger.skip(
             least.settings,
             "inside one process",
-            f"comparing it with the others takes too long for this budget; it wants a --budget of "
-            f"{math.ceil(budget_s / 60)}m",
+            f"comparing it with the others needs a --budget of about {math.ceil(budget_s / 60)}m",
         )
         return self._divide([candidate for candidate in left if candidate is not least])
 
     def _compare_combined(self, group: Sequence[Candidate], groups: int) -> None:
-        """Measure each candidate of a group among the others; those that fail are dropped.
+        """Measure each candidate of a group among the others, and drop candidates that fail.
 
         Args:
             group: the candidates.
-            groups: the number of groups, which share the time.
+            groups: the number of groups; each may take an equal part of the time.
 
         Raises:
             NoTimeError, _JobEndedError: see ``_compare``.
-            TrialFailedError: the program failed under a combination of several.
+            TrialFailedError: the program failed under a combination of settings.
         """
         arms = build_arms(group)
         done, comparison = self._compare(arms, "settings", COMPARISON_SHARE / groups, group)
@@ -312,11 +319,11 @@ class Screening(TuneStage):
                 )
 
     def _compare_alone(self, group: Sequence[Candidate]) -> None:
-        """Measure each unsettled candidate of a group by itself; those that fail are dropped.
+        """Measure each unsettled candidate of a group alone, and drop candidates that fail.
 
         Raises:
             NoTimeError, _JobEndedError: see ``_compare``.
-            UserError: the program fails without any of them.
+            UserError: the program fails without any settings.
         """
         left = [c for c in group if not self._ledger.is_settled(c.settings)]
         while left:
@@ -360,7 +367,7 @@ class Screening(TuneStage):
         comparison: Comparison,
         remark: str = "",
     ) -> None:
-        """Enter a candidate's ratio with a remark, or the reason why it was not measurable."""
+        """Enter a candidate's ratio with a remark, or the reason why there is no ratio."""
         why = quiet.why_not_compared(done.process, comparison, candidate.knob)
         if ratio is not None and why is None:
             self._ledger.note_ratio(candidate, ratio, remark)
@@ -388,17 +395,17 @@ class Screening(TuneStage):
         return winners
 
     def _find_removable(self, winners: dict[str, str], redundant: list[str]) -> list[str]:
-        """Find how many of the redundant knobs, counted from the first, can be removed together
-        without making the stack slower, and return these.
+        """Find the redundant knobs that can be removed together without making the stack slower.
 
         If two knobs speed up the same work, the stack can do without either one, but not without
-        both. Therefore the first two are also removed together, then the first three, and so on,
-        until the stack gets slower.
+        both. Therefore the stack is also compared with copies that lack the first two redundant
+        knobs, the first three, and so on. The knobs that a copy lacks can be removed if neither
+        this copy nor a copy before it is slower than the stack.
 
         Args:
             winners: the stack.
-            redundant: knobs that the stack can do without as long as all others stay, in the order
-                in which to remove them.
+            redundant: the knobs each of which the stack can do without if all others stay, in the
+                order in which to remove them.
         """
         if len(redundant) < 2:
             return redundant
@@ -430,7 +437,7 @@ class Screening(TuneStage):
             return stack
         arms = (stack, *(stack | {knob: setting} for knob, setting in again.items()))
         found = self._compare_with_first(
-            arms, None, f"once more {format_settings(again)}, on top of the chosen settings"
+            arms, None, f"{format_settings(again)} once more, on top of the chosen settings"
         )
         gains = {knob: found[n] for n, knob in enumerate(again, 1) if n in found}
         for knob, gain in gains.items():
@@ -444,15 +451,16 @@ class Screening(TuneStage):
     def _compare_with_first(
         self, arms: Sequence[Mapping[str, str]], stop_rule: StopRule, what: str
     ) -> dict[int, Ratio]:
-        """Compare arms with the first of them.
+        """Compare the first arm with each of the others.
 
         Args:
             arms: the arms.
             stop_rule: the rule that ends the comparison early.
             what: a description of the arms for the progress line.
 
-        Returns for each other arm, by its number, the step time of the first arm over that of this
-        arm; nothing if the program fails, or if the job ends before the comparison.
+        Returns a map from the number of each other arm to its ratio: the step time of the first arm
+        divided by the step time of this arm. The map is empty if the program fails, if the job ends
+        before there are enough blocks, or if the budget is too short.
         """
         try:
             done, comparison = self._compare(arms, stop_rule, COMPARISON_SHARE / 2, what)
@@ -461,12 +469,12 @@ class Screening(TuneStage):
             return {}
         except _JobEndedError as short:
             self._ledger.print_line(
-                f"{what}: not measured, the program ends after {short.steps} steps"
+                f"{what}: not measured, because the program ends after {short.steps} steps"
             )
             return {}
         except NoTimeError as reason:
             self._ledger.print_line(
-                f"{what}: not measured, the budget has no time for it: {reason}"
+                f"{what}: not measured, because the budget is too short: {reason}"
             )
             return {}
         return estimate_arm_ratios(quiet.find_counting_blocks(done.process, comparison))
@@ -477,7 +485,7 @@ class Screening(TuneStage):
             return []
         size = MAXIMUM_CANDIDATES
         if self._job_steps is not None:
-            cycle_steps = self._bare.pace.cycle_steps  # if there are cycles, blocks are whole ones
+            cycle_steps = self._bare.pace.cycle_steps  # more than 1: blocks are whole cycles
             shortest = cycle_steps if cycle_steps > 1 else 2 * MINIMUM_BLOCK_STEPS
             blocks = (self._job_steps - WARMUP_STEPS) // shortest
             if blocks < count_fewest_rounds(MANY_ARMS) * MANY_ARMS:
@@ -497,19 +505,19 @@ class Screening(TuneStage):
         """Compare arms that alternate inside one process.
 
         Args:
-            arms: the arms; the others are compared with the first.
+            arms: the arms; each of the others is compared with the first.
             stop_rule: the rule that ends the comparison early.
             share: the share of the budget that the comparison may take.
             compared: the candidates, or a description of the arms for the progress line.
 
         Raises:
             NoTimeError: the comparison would take the time that the proof needs.
-            _JobEndedError: the job has ended in this comparison, before enough blocks.
+            _JobEndedError: the job has ended in this comparison, before there were enough blocks.
             TrialFailedError: the program fails under one of the arms.
             TooFewStepsError: the program ends too early to compare anything.
         """
-        # The comparison that stops by "settings" is the first, and finds the plan. So it need only
-        # leave time for the smallest proof; the others leave time for the planned one.
+        # Comparisons with the stop rule "settings" come first, and find the plan. So they need only
+        # leave time for the shortest proof; other comparisons leave time for the planned proof.
         estimate_s = prover.estimate_least_s if stop_rule == "settings" else prover.estimate_s
         proof_s = estimate_s(self._bare)
         spare_s = self._ledger.left_s - proof_s
@@ -543,8 +551,8 @@ class Screening(TuneStage):
         return done, comparison
 
     def _learn_pace(self, done: Trial) -> None:
-        """Learn from a comparison how long a start takes, and how long the settings of its arms
-        take to be applied and undone."""
+        """Learn from a comparison how long the program takes to start, and how long it takes to
+        apply and undo the settings of the arms."""
         process = done.process
         if done.ended or process.end is None:
             return
@@ -564,14 +572,15 @@ def size_comparison(
 ) -> Comparison:
     """Make a comparison as long as its time and the program allow.
 
-    If the program is too short, the comparison has fewer rounds. Its blocks are shorter than
-    ``BLOCK_STEPS`` and ``BLOCK_S`` only if not even the fewest rounds fit. If the program has
-    cycles, its blocks are whole cycles.
+    If the program ends too early, the comparison has fewer rounds. If the program ends too early
+    even for the minimum number of rounds (``count_fewest_rounds``), blocks are shorter than
+    ``BLOCK_STEPS`` and ``BLOCK_S``. If the program has cycles, blocks are whole cycles.
 
     Args:
         arms: the arms.
         stop_rule: the rule that ends the comparison early.
-        limit_s: the time that it may take, in seconds, if the fewest rounds do not take longer.
+        limit_s: the time that the comparison may take, in seconds. The minimum number of rounds is
+            made even if it takes longer.
         pace: the pace of the bare program.
         job_steps: the number of steps of the job; ``None`` if the job has not come to its end in
             any run so far.
@@ -608,8 +617,8 @@ def size_comparison(
     if block_steps < shortest:
         needed = job_steps - usable + fewest * shortest * len(arms)
         raise TooFewStepsError(
-            f"this program ends after {job_steps} steps, and comparing {len(arms)} combinations of "
-            f"settings in one process takes at least {needed}"
+            f"this program ends after {job_steps} steps, but comparing {len(arms)} combinations of "
+            f"settings in one process takes at least {needed} steps"
         )
     discard_steps = min(comparison.discard_steps, max(DISCARD_STEPS, block_steps // 4))
     return dataclasses.replace(
@@ -618,8 +627,8 @@ def size_comparison(
 
 
 def _suffices(blocks: Sequence[Block], comparison: Comparison) -> bool:
-    """Return whether blocks of a comparison that was not completed give a ratio for each arm, or
-    for each setting if the arms are combinations of settings."""
+    """Return whether the blocks of an incomplete comparison give all ratios: one for each arm or,
+    if the arms are combinations of settings, one for each setting."""
     compared = len(comparison.arms)
     if comparison.decide == "settings":
         compared = 1 + len({item for arm in comparison.arms for item in arm.items()})
@@ -628,7 +637,7 @@ def _suffices(blocks: Sequence[Block], comparison: Comparison) -> bool:
 
 
 def count_fewest_rounds(arms: int) -> int:
-    """Return the least even number of rounds with enough blocks to estimate a confidence interval.
+    """Return the least even number of rounds with enough blocks to estimate confidence intervals.
 
     See ``wire.ratios.estimate_arm_ratios``.
     """
@@ -637,10 +646,10 @@ def count_fewest_rounds(arms: int) -> int:
 
 
 def build_arms(group: Sequence[Candidate]) -> tuple[dict[str, str], ...]:
-    """Build the arms that compare some candidates; the first is empty.
+    """Build the arms that compare some candidates; the first arm is empty.
 
-    The arms are combinations of all candidates, except for those that are compared alone
-    (``Knob.is_compared_alone``): each of them has an arm without any other setting.
+    The arms are combinations of the candidates. Candidates that are compared alone
+    (``Knob.is_compared_alone``) are left out of these combinations; each has an arm of its own.
     """
     combined = [one for one in group if not knobs.get(one.knob).is_compared_alone]
     alone = [one.settings for one in group if knobs.get(one.knob).is_compared_alone]
@@ -669,7 +678,7 @@ def group_exclusive(hot: Sequence[Candidate]) -> list[list[tuple[str, str]]]:
 
 
 def _promise(candidate: Candidate) -> float:
-    """Return the gain that may be expected of a candidate; 1 if nothing is known of it."""
+    """Return the speedup that a candidate promises; 1 if nothing is known about it."""
     is_unknown = candidate.bound is None and candidate.predicted is None
     return 1.0 if is_unknown else candidate.promise
 

@@ -1,6 +1,6 @@
 """Finds the settings of a plan that make its proof fail, and the settings that take their place.
 
-The functions are pure. A callback tells them whether a part of a plan passes.
+The functions are pure. A callback tells whether a subset of a plan's settings passes the proof.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOST_INVASIVE_FIRST: tuple[Exactness, ...] = (
 def use_proof_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """Replace each setting that draws other random numbers by its knob's ``proof_setting``.
 
-    Torch's default generator then advances as in the bare program, so the same data come in the
-    same order. A setting without such a replacement stays.
+    Under these replacements, torch's default generator advances as in the bare program, so the same
+    data come in the same order. If a knob has no ``proof_setting``, its setting stays.
 
     Raises:
         UnknownSettingError: there is no such knob.
@@ -44,7 +44,7 @@ def find_gentler(name: str, setting: str, offered: Collection[str] | None = None
 
     Args:
         name: the name of the knob.
-        setting: its current setting.
+        setting: the knob's current setting.
         offered: the settings that make sense for this program (see ``Match``); ``None`` for all.
 
     Raises:
@@ -59,7 +59,7 @@ def find_gentler(name: str, setting: str, offered: Collection[str] | None = None
 
 
 def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
-    """Find the settings of the most invasive exactness class that occurs among the given settings.
+    """Find those settings whose exactness class is the most invasive one among the given settings.
 
     The order of the classes is ``MOST_INVASIVE_FIRST``.
 
@@ -74,16 +74,16 @@ def find_most_invasive(settings: Mapping[str, str]) -> dict[str, str]:
 def find_culprits(
     settings: Mapping[str, str], passes: Callable[[Mapping[str, str]], bool]
 ) -> dict[str, str]:
-    """Find a part of the settings that fails, but passes once any one of them is removed.
+    """Find a subset of the settings that fails, but passes if any one of its settings is removed.
 
     This is the delta debugging of Zeller and Hildebrandt (Simplifying and isolating
-    failure-inducing input, IEEE Transactions on Software Engineering 28, 2002): it tries halves,
-    then their complements, then smaller parts. One culprit among n knobs takes about
-    ``2 log2(n)`` trials, and no part is tried twice.
+    failure-inducing input, IEEE Transactions on Software Engineering 28, 2002). It tries halves,
+    then smaller subsets and their complements. To find one culprit among n knobs takes about
+    ``2 log2(n)`` trials. No subset is tried twice.
 
     Args:
         settings: the settings that fail together; the bare program is assumed to pass.
-        passes: tells whether a part of the settings passes; it is called with at least one knob.
+        passes: tells whether a subset of the settings passes; called with at least one knob.
     """
     tried: dict[frozenset[str], bool] = {}
 

@@ -1,7 +1,7 @@
 """Measures the speed of a plan again, in about a minute and without a proof.
 
-A short bare run shows what a start and a step take. Then bare and plan run in pairs of fresh
-processes, as for a claim (``pairs.py``).
+First, a short run of the bare program, without any setting, shows how long a start and a step take.
+Then bare and plan run in pairs of fresh processes, as for a claim (``pairs.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from flatout.wire.record import WARMUP_STEPS, ProcessRecord
 from flatout.wire.request import Request
 
 BUDGET_S = 60.0
-"""The time that the measurement takes, in seconds, unless steps are too slow for it."""
+"""The time that the whole measurement should take, in seconds. It takes longer if even runs of
+``FEW_STEPS`` steps do not fit, or if the user asks for more steps."""
 
 FIRST_RUN_S = 4.0
 """The steps of the first run may take this long, in seconds."""
@@ -32,7 +33,7 @@ FIRST_RUN_LIMIT_S = 120.0
 """The first run counts as hung after this time, in seconds."""
 
 USUAL_STARTUP_S = 5.0
-"""The start-up time of a process, in seconds, that is assumed until one was timed."""
+"""The start-up time of a process, in seconds, that is assumed before any start has been timed."""
 
 MAXIMUM_STEPS = 2000
 """The maximum number of steps of a run."""
@@ -45,12 +46,12 @@ class Comparison:
     """What a plan's evidence claims, and what was measured now.
 
     Attributes:
-        claimed: the speedup of the plan's evidence; ``None``: the plan has none.
+        claimed: the speedup that the plan's evidence claims; ``None``: the plan has no evidence.
         now: the speedup that was measured now.
-        at_least: the speedup that the user asks for; ``None``: the claim must hold or, if there is
-            none, there must be a gain.
-        not_measurable: why other work makes it impossible to tell, as a clause; ``None`` if it does
-            not (``quiet.py``).
+        at_least: the speedup that the user asks for. ``None``: the user asks for none; then the
+            claim must hold or, without a claim, there must be a gain.
+        not_measurable: why other work on the machine makes the speedup impossible to measure
+            (``quiet.py``), as a clause; ``None``: the speedup can be measured.
     """
 
     claimed: Ratio | None
@@ -60,10 +61,11 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the speedup is shown to be what it should be.
+        """Whether the measurement shows that the speedup is large enough.
 
-        With ``at_least``, the whole interval must lie at or above it, as in ``flatout verify
-        --at-least``. Otherwise it must lie above 1 and must not lie below that of the claim.
+        With ``at_least``, the whole interval of the measured speedup must lie at or above
+        ``at_least``, as in ``flatout verify --at-least``. Without it, the whole interval must lie
+        above 1, and must not lie wholly below the claimed interval.
         """
         if self.not_measurable is not None:
             return False
@@ -77,7 +79,7 @@ class Comparison:
 
     @property
     def lines(self) -> tuple[str, str]:
-        """What was claimed and measured, and what follows from it, each in one line."""
+        """Two lines for the user: the claimed and the measured speedup, and the conclusion."""
         claimed = "nothing was claimed" if self.claimed is None else f"claimed {self.claimed}"
         if self.not_measurable is not None:
             return f"speed: {claimed}", self.not_measurable
@@ -91,13 +93,13 @@ class Comparison:
                 return f"the speedup is at least {self.at_least:g}x"
             return f"the speedup of {now} is not shown to be at least {self.at_least:g}x"
         if now.high < 1:
-            return "the plan is slower than the bare program today"
+            return "today the plan is slower than the bare program"
         if self._is_less:
-            return "the plan is less of a gain today than it was claimed to be"
+            return "today the plan gains less than was claimed"
         if now.low <= 1:
             return (
                 "not decided: the interval includes 1.00x (no gain); more pairs (--seeds), more "
-                "steps (--steps) or a quieter machine would narrow it"
+                "steps (--steps) or a quieter machine would narrow the interval"
             )
         return "the claim holds" if self.claimed is not None else "the plan is a gain"
 
@@ -110,8 +112,10 @@ def claimed_by(evidence: Evidence | None) -> Ratio | None:
 
 
 def choose_steps(pace: Pace, count: int, left_s: float, job_steps: int | None = None) -> int:
-    """Return how many steps each run makes, so that all pairs fit into the time that is left: whole
-    cycles, if one fits.
+    """Return the number of steps of each run with which all pairs fit into the time that is left.
+
+    If a whole cycle of the program fits (``cycles.py``), the steps after the warm-up are whole
+    cycles. If not even ``FEW_STEPS`` steps fit, the pairs take longer than the time that is left.
 
     Args:
         pace: the pace of the bare program; the plan's is assumed to be the same.
@@ -128,7 +132,7 @@ def choose_steps(pace: Pace, count: int, left_s: float, job_steps: int | None = 
 
 
 def estimate_s(pace: Pace, count: int, steps: int) -> float:
-    """Return the time that the pairs take, in seconds; for the arguments see ``choose_steps``."""
+    """Return the time that ``count`` pairs of runs of this many steps take, in seconds."""
     return 2 * count * pace.seconds(steps)
 
 
@@ -136,9 +140,10 @@ def estimate_before_s(evidence: Evidence | None, count: int, steps: int | None) 
     """Estimate, before anything has run, how long the whole measurement takes, in seconds.
 
     Args:
-        evidence: the evidence of the plan; ``None``: the time of a step is not known.
+        evidence: the evidence of the plan, with its step times; ``None``: the plan has none, and
+            the result is ``BUDGET_S``.
         count: the number of pairs.
-        steps: the number of steps of each run; ``None``: see ``choose_steps``.
+        steps: the number of steps of each run; ``None`` if ``choose_steps`` chooses it.
     """
     if evidence is None:
         return BUDGET_S
@@ -158,7 +163,7 @@ def measure(
     refresh: Callable[[Outcome, float], None],
     warn: Callable[[str], None],
 ) -> Pairs:
-    """Measure pairs of a plan and the bare program.
+    """Measure the speed of a plan against the bare program, in pairs of runs.
 
     Args:
         command: the command line of the user's program.
@@ -169,10 +174,10 @@ def measure(
         print_line: prints a line of progress.
         refresh, warn: see ``Tuner``.
 
-    Returns the pairs, which may be fewer after an interruption or a failure of the plan.
+    Returns the pairs. There are fewer than ``count`` if the user interrupts, or if the plan fails.
 
     Raises:
-        KeyboardInterrupt: the user ends the measurement before there are pairs.
+        KeyboardInterrupt: the user ends the measurement before the first pair begins.
         UserError: the program fails, never calls a model, or makes too few steps.
     """
     ledger = Ledger(BUDGET_S, lambda: journal.spent_s, print_line, refresh)
@@ -211,7 +216,7 @@ def _run_first(trials: Trials, options: Options) -> Trial:
         seed=options.seed,
         stop_steps=MAXIMUM_STEPS,
         stop_seconds=FIRST_RUN_S,
-        profile_steps=1,  # It tells whether the program's loaders have workers.
+        profile_steps=1,  # The profile tells whether loaders have workers.
     )
     try:
         return trials.run(request, FIRST_RUN_LIMIT_S)
@@ -220,9 +225,12 @@ def _run_first(trials: Trials, options: Options) -> Trial:
 
 
 def _can_relay(process: ProcessRecord, settings: Mapping[str, str]) -> bool:
-    """Return whether a bare run and a run with these settings can alternate. For this,
-    everything in the waiting run must stand still. Workers of loaders do not, nor does what some
-    settings do in the background. If the program ended before it was profiled, it is not known
-    whether it has such workers, and the result is false."""
+    """Return whether a bare run and a run with these settings can alternate in blocks of steps (a
+    relay).
+
+    For this, nothing may go on working in the run that waits. Workers of loaders, and what some
+    settings do in the background, would go on. If the program ended before it was profiled, it is
+    not known whether its loaders have workers; the result is then false.
+    """
     is_known = process.profile is not None and process.profile.facts is not None
     return is_known and bare.can_relay(process) and not bare.work_in_background(settings)

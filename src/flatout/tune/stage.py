@@ -1,4 +1,4 @@
-"""The base class of the stages of a tune after its first run."""
+"""The base class of the stages of a tune that follow its first run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class TuneStage:
 
     Args:
         trials: the runner of trials.
-        ledger: the ledger of this tune.
-        bare: the results of the first run.
+        ledger: the ledger of this tune, which holds what was tried (``ledger.py``).
+        bare: the results of the first run, which ran the bare program.
         options: the options that the user gave.
     """
 

@@ -1,13 +1,17 @@
-"""Computes ratios from step times; decides which settings win, and when enough is measured.
+"""Computes ratios from step times; decides which settings win, and when to stop measuring.
 
-The functions are pure, and ``benchmarks/replay.py`` tests the same functions on recorded steps.
-``wire/ratios.py`` estimates ratios inside one process. In fresh processes each pair counts once, by
-the logarithm of its ratio, and intervals are taken over pairs. Claims rest on ``Pairs.log_ratios``,
-the logarithms of ratios of step times. Such a step time is the mean that ``paired_means_ms``
-returns, plus the step's share of the evaluation passes and of late captures (``Pairs.times_ms``).
+Ratios are estimated here from pairs of fresh processes, and in ``wire/ratios.py`` from steps inside
+one process. Each pair counts once, by the logarithm of its ratio: the step time of one run divided
+by that of the other (``Pairs.log_ratios``). The interval follows from the spread between pairs. The
+step time of a run is the mean that ``paired_means_ms`` returns, plus the step's share of evaluation
+passes and of late captures (``Pairs.times_ms``). A late capture is the work of a knob that captures
+or compiles a part of the program late in the run.
 
-An arm is a combination of settings that a comparison inside one process switches to; a stack is the
-settings that have been chosen so far, applied together.
+A comparison inside one process switches between combinations of settings, the *arms*. A *block* is
+consecutive steps of one arm. The *stack* is the settings that have been chosen so far, applied
+together.
+
+The functions are pure. ``benchmarks/replay.py`` tests them on recorded steps.
 """
 
 from __future__ import annotations
@@ -24,37 +28,39 @@ from flatout.wire.request import Comparison
 
 MINIMUM_PAIRS = 5
 """Minimum number of pairs of fresh processes behind a claim. If the user interrupts the tune, two
-are enough, with the wide interval that they give."""
+pairs are enough; their interval is wide."""
 
 FEWEST_PAIRS = 3
 """Minimum number of pairs if the budget has no time for ``MINIMUM_PAIRS``. Student's t-interval
-over so few is wide, so only a clear gain is claimed."""
+over so few pairs is wide, so only a clear gain is claimed."""
 
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.
 
-In nine of ten cases, the interval of a gain of 5 % then lies above 1.
+If the gain is 5 %, an interval of this width lies above 1 in nine of ten cases.
 """
 
 WORTHWHILE = 1.02
 """Smallest speedup that a tune tries to find."""
 
 RANKING_CONFIDENCE = 0.8
-"""Confidence of the intervals by which settings are ranked; claims have ``CONFIDENCE``."""
+"""Confidence of the intervals by which settings are ranked. Claims are made with
+``CONFIDENCE``."""
 
 RANKING_PAIRS = 3
-"""Number of pairs of fresh processes that rank a candidate, if they agree on which side is
-faster."""
+"""Number of pairs of fresh processes after which a candidate is ranked, if all of them agree on
+which side is faster."""
 
 MAXIMUM_RANKING_PAIRS = 5
-"""Maximum number of pairs of fresh processes that rank a candidate, if they do not agree."""
+"""Number of pairs of fresh processes after which a candidate is ranked even if they disagree."""
 
 OUTLIER_DEVIATIONS = 3.0
-"""In a pair of runs, each step has a ratio: its time in one run over its time in the other. A step
-is left out if the log of its ratio is more than this many standard deviations from the median."""
+"""In a pair of runs, each step has a ratio: its time in one run divided by its time in the other. A
+step is an outlier if the logarithm of its ratio is more than this many standard deviations from the
+median of these logarithms. Outliers are left out."""
 
 LEAST_SPREAD = 0.05
-"""Lower bound on the standard deviation of these logs."""
+"""Lower bound on the standard deviation of these logarithms."""
 
 MAXIMUM_OUTLIERS = 0.1
 """If more than this share of the steps are outliers, they are no accident, and none is left out."""
@@ -83,10 +89,10 @@ def estimate_ratio(log_ratios: Sequence[float]) -> Ratio:
 
 
 def estimate_weighted_ratio(log_ratios: Sequence[float], weights: Sequence[float]) -> Ratio:
-    """Estimate a geometric mean of ratios that do not count alike, with Student's t-interval.
+    """Estimate the weighted geometric mean of ratios, with Student's t-interval.
 
-    The interval treats them as equally weighted ratios whose number is Kish's effective sample
-    size, (sum w)^2 / sum w^2 (Kish 1965, Survey Sampling).
+    The interval is that of equally weighted ratios whose number is Kish's effective sample size,
+    (sum w)^2 / sum w^2 (Kish 1965, Survey Sampling).
 
     Args:
         log_ratios: the natural logarithms of the ratios, at least two.
@@ -111,12 +117,12 @@ def paired_means_ms(
 ) -> list[tuple[float, float]]:
     """Return the mean step times of the two runs of each pair, in ms.
 
-    The two runs of a pair have the same seed: each step has a counterpart, which sees the same data
-    unless a setting reshuffles them. All steps count, as they do for the user, except a few
-    outliers. If the ratio of a step and its counterpart is far from that of the others, the machine
-    stood still during one of the two, and both are left out. If the step is an outlier in most
-    pairs, however, it is no accident, but a step that does something else than the others (it saves
-    the model, for example), and it counts.
+    The two runs of a pair have the same seed, so each step has a counterpart in the other run. The
+    counterpart sees the same data, unless a setting changes the order of the data. All steps count,
+    because the user waits for all of them. Only a few outliers are left out: if the ratio of a step
+    to its counterpart is far from the ratios of the other steps, the machine is assumed to have
+    paused during one of the two, and both are left out. But if the same step is an outlier in most
+    pairs, it does something that the other steps do not, such as saving the model. It then counts.
 
     Args:
         pairs_ms: for each pair, the times of the steps after the warm-up and of their counterparts,
@@ -137,7 +143,7 @@ def paired_means_ms(
 
 
 def _find_outliers(steps: Sequence[tuple[float, float] | None]) -> set[int]:
-    """Find the steps of a pair of runs that seem to be outliers, by their numbers.
+    """Return the numbers of the steps of a pair of runs that seem to be outliers.
 
     Raises:
         ValueError: there are no steps.
@@ -155,13 +161,15 @@ def _find_outliers(steps: Sequence[tuple[float, float] | None]) -> set[int]:
 def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
     """Return whether to stop measuring pairs of fresh processes.
 
-    Measuring stops when the interval is as narrow as ``PRECISE``, wherever it lies. A rule that
-    looks at the width alone keeps the interval's confidence, in the limit (Chow and Robbins 1965,
-    On the asymptotic theory of fixed-width sequential confidence intervals). There are two
-    exceptions. Measuring continues while the estimate is at least ``WORTHWHILE`` but the interval
-    includes 1. The estimate of a setting without a gain is rarely that high, so this adds few false
-    claims (``benchmarks/replay.py`` counts them). And measuring stops when the interval lies below
-    1, which can only make claims rarer.
+    Measuring stops when the interval is as narrow as ``PRECISE``, wherever it lies. Under a rule
+    that looks only at the width, the interval keeps its confidence asymptotically (Chow and Robbins
+    1965, On the asymptotic theory of fixed-width sequential confidence intervals). There are two
+    exceptions:
+
+    - If the estimate is at least ``WORTHWHILE`` but the interval includes 1, measuring continues.
+      The estimate of a setting without a gain is rarely that high, so this adds few false claims
+      (``benchmarks/replay.py`` counts them).
+    - If the whole interval lies below 1, measuring stops. This can only make claims rarer.
 
     Args:
         log_ratios: the logarithms of the ratios of the pairs so far.
@@ -178,8 +186,8 @@ def has_enough_pairs(log_ratios: Sequence[float], maximum: int) -> bool:
 def is_ranked(log_ratios: Sequence[float]) -> bool:
     """Return whether a few pairs suffice to tell which side is faster.
 
-    They do if they are at least ``RANKING_PAIRS`` and agree, or if there are
-    ``MAXIMUM_RANKING_PAIRS`` of them.
+    ``RANKING_PAIRS`` pairs suffice if all of them agree; otherwise ``MAXIMUM_RANKING_PAIRS`` pairs
+    suffice.
     """
     count = len(log_ratios)
     agree = sum(log > 0 for log in log_ratios) in (0, count)
@@ -187,9 +195,11 @@ def is_ranked(log_ratios: Sequence[float]) -> bool:
 
 
 def is_probably_faster(log_ratios: Sequence[float]) -> bool:
-    """Return whether a few pairs show that the variant is faster, by their mean, or because it is
-    faster in at least four fifths of the pairs. The mean tells less if a process was slow for its
-    whole life, due to where its memory lies or to other processes.
+    """Return whether a few pairs show that the variant is probably faster.
+
+    One of two things suffices: the mean shows a gain (``pick_winners``), or the variant is faster
+    in at least four fifths of the pairs. The mean alone would not do: it tells little if one
+    process was slow for its whole life, because of where its memory lies or of other processes.
 
     Of settings without effect, 12 % are faster in all of three pairs, and 19 % in at least four of
     five pairs.
@@ -199,16 +209,16 @@ def is_probably_faster(log_ratios: Sequence[float]) -> bool:
 
 
 def is_gain(ratio: Ratio) -> bool:
-    """Return whether a ratio is a gain beyond noise, which may be claimed."""
+    """Return whether a ratio is a gain beyond noise. Only such a gain may be claimed."""
     return ratio.low > 1
 
 
 def pick_winners(ratios: Mapping[A, Ratio]) -> list[A]:
     """Pick the settings that are likely to be faster, the greatest gain first.
 
-    A setting wins if its 80 % interval lies above 1, so one in ten settings without effect wins by
-    chance. Such a setting costs the stack nothing, and it does not affect the claim, which comes
-    from fresh processes. A real gain that is missed, however, would be lost.
+    A setting wins if its 80 % interval lies above 1. So one in ten settings without effect wins by
+    chance. Such a setting does not slow the stack down, and it does not affect the claim, which
+    comes from fresh processes. A stricter rule would miss more of the real gains.
     """
     share = NormalDist().inv_cdf((1 + RANKING_CONFIDENCE) / 2) / NormalDist().inv_cdf(
         (1 + CONFIDENCE) / 2
@@ -222,14 +232,14 @@ def pick_winners(ratios: Mapping[A, Ratio]) -> list[A]:
 
 
 def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
-    """Find the parts of the stack that it does not need, in the order in which to remove them.
+    """Find the parts that the stack does not need, in the order in which to remove them.
 
     Args:
-        stack_less_part: for each part, the step time of the stack over that of the stack without
-            the part.
+        stack_less_part: for each part, the step time of the whole stack divided by the step time of
+            the stack without this part.
 
-    Returns the parts whose removal, with the confidence of the intervals, slows the stack by less
-    than 2 % (``WORTHWHILE``).
+    Returns the parts whose removal slows the stack down by less than 2 % (``WORTHWHILE``), with the
+    confidence of the intervals.
     """
     spare = [one for one, ratio in stack_less_part.items() if ratio.low > 1 / WORTHWHILE]
     return sorted(spare, key=lambda one: stack_less_part[one].value, reverse=True)
@@ -239,7 +249,7 @@ def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
 
 
 def split_into_blocks(steps: Sequence[Step]) -> list[Block]:
-    """Split the steps of a comparison into its blocks, in order.
+    """Group the steps of a comparison into its blocks, in order.
 
     Args:
         steps: the steps of one process, in order, see ``ProcessRecord.whole_steps``.

@@ -1,4 +1,8 @@
-"""Runs trials: single runs of the job, each of which is stopped after some steps."""
+"""Runs trials: single runs of the user's command (the *job*), most of which are stopped early.
+
+The *agent* is flatout's code inside the job. It stops the job, and writes the record of the run. In
+a *relay*, two trials are alive at the same time and alternate in blocks of steps.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +28,19 @@ _TAIL_LINES = 12
 """Number of lines of a failed program's output that are kept."""
 
 _SAMPLES_FILE = "faults.json"
-"""The file with the page faults of a run without the agent, in the directory of this run."""
+"""The file in a run directory that holds the page faults of a run without the agent."""
 
 _TERMINATED = f"killed by signal {int(signal.SIGTERM)}"
-"""The end of the failure message of a run that was stopped because its relay partner failed."""
+"""The failure message of a run ends with this if the run was stopped because the other run of its
+relay failed."""
 
 
 class TrialFailedError(Exception):
     """A trial gave no usable record; the message says why.
 
     Attributes:
-        process: the record of the job's main process, as far as it got; ``None`` if there is
-            none.
+        process: the record of the job's main process up to the failure; ``None`` if there is no
+            record.
         tail: the last lines of the program's output.
     """
 
@@ -46,8 +51,8 @@ class TrialFailedError(Exception):
 
     @property
     def is_due_to_others(self) -> bool:
-        """Whether other processes may be the cause, so that the failure tells nothing of the
-        settings."""
+        """Whether other processes may have caused the failure. Such a failure tells nothing about
+        the settings."""
         return is_due_to_others(str(self))
 
 
@@ -56,7 +61,7 @@ class RelayFailedError(Exception):
 
     Attributes:
         place: the place of the failed trial among the two, 0 or 1.
-        failure: its failure.
+        failure: the failure of that trial.
     """
 
     def __init__(self, place: int, failure: TrialFailedError) -> None:
@@ -73,7 +78,7 @@ class Trial:
         process: the record of the job's main process.
         seconds: the wall time of the whole command.
         ended: whether the program came to its end by itself.
-        modules: the files that its processes have imported, see ``wire.record``.
+        modules: the files that the job's processes have imported, see ``wire.record``.
     """
 
     process: ProcessRecord
@@ -83,7 +88,7 @@ class Trial:
 
 
 class Trials:
-    """Runs the trials of one tune, and writes each into the journal when it has ended.
+    """Runs the trials of one tune, and writes the result of each into the journal.
 
     Args:
         command: the command line of the job.
@@ -108,18 +113,17 @@ class Trials:
         self._neighbours = neighbours
 
     def run(self, request: Request, timeout_seconds: float) -> Trial:
-        """Run the job once, or take its result from the journal.
+        """Run the job once, or take the result from the journal if it is there.
 
         Args:
-            request: the request for the agent, flatout's code inside the job. It should include a
-                stop condition.
+            request: the request to the agent, which should include a stop condition.
             timeout_seconds: the time limit for the whole command.
 
         Raises:
             KeyboardInterrupt: the user ends the tune; the journal gets nothing of this trial.
             TrialFailedError: the trial failed, hung, or recorded nothing.
-            UserError: it could not be started, or its record or the journal cannot be written or
-            read.
+            UserError: the trial could not be started, or its record or the journal cannot be
+                written or read.
         """
 
         def start() -> tuple[launch.Finished]:
@@ -137,16 +141,17 @@ class Trials:
         return self._read(self._obtain((request,), start, timeout_seconds)[0])
 
     def sample_unwatched(self, lasts_s: float) -> list[Sample]:
-        """Run the job for some time without the agent, and count its page faults from outside.
+        """Run the job for some time without the agent, and count the job's page faults from
+        outside.
 
         Args:
-            lasts_s: the time after which it is ended, in seconds.
+            lasts_s: the time after which the job is ended, in seconds.
 
-        Returns the samples; there are none if the system does not tell the faults of a process.
+        Returns the samples. There are none if the system does not report page faults of a process.
 
         Raises:
             KeyboardInterrupt: the user ends the tune.
-            UserError: it could not be started, or the journal cannot be written or read.
+            UserError: the job could not be started, or the journal cannot be written or read.
         """
         request = Request(stop_seconds=lasts_s)
         entries = self._journal.take_next(request)
@@ -174,12 +179,12 @@ class Trials:
     def run_two(
         self, requests: tuple[Request, Request], relay: Relay, timeout_seconds: float
     ) -> tuple[Trial, Trial]:
-        """Run the job twice at the same time, the two runs alternating (``agent/relay.py``).
+        """Run the job twice at the same time, as a relay (``agent/relay.py``).
 
         Args:
             requests: the requests for the agents of the two runs.
-            relay: the blocks in which the runs alternate.
-            timeout_seconds: the time limit for both.
+            relay: the blocks of steps in which the runs alternate.
+            timeout_seconds: the time limit for both runs together.
 
         Raises:
             RelayFailedError: one of the runs failed, hung, or recorded nothing.
@@ -224,9 +229,9 @@ class Trials:
     ) -> tuple[Entry, ...]:
         """Take the entries of trials from the journal, or make them by running the trials.
 
-        Trials that were killed from outside (by a user, or by the kernel for want of memory) run
-        once more, and the journal gets only the second attempt: the first says little about the
-        program.
+        If a trial was killed from outside (by a user, or by the kernel when memory ran out), it is
+        run once more. The journal then gets only the second attempt, because the first says little
+        about the program.
         """
         entries = self._journal.take_next(*requests)
         if entries is None:
@@ -274,9 +279,10 @@ def _to_entry(
 
     Args:
         finished: the trial.
-        timeout_seconds: its time limit.
+        timeout_seconds: the time limit of the trial.
         spent_s: how long the tune has taken so far, in seconds.
-        taken: the share of the CPUs that others used while it ran; ``None``: not measured.
+        taken: the share of the CPUs that other processes used during the trial; ``None``: not
+            measured.
     """
     process = finished.read_record().main
     failure = parted = None
@@ -317,11 +323,13 @@ def _to_trial(entry: Entry, record: RunRecord) -> Trial:
 
 
 def collect_reasons(process: ProcessRecord, *what: str) -> dict[str, str]:
-    """Collect, for each subject, the reason of its last event that is of one of the given kinds.
+    """Return the reason of each of the agent's events of the given kinds, by the event's subject.
+
+    If several of these events have the same subject, the last one counts.
 
     Args:
-        process: the record with the events. The subject of an event is a knob, ``KNOB=SETTING`` or
-            ``arm N``.
+        process: the record with the events. The subject of an event is what it is about: a knob,
+            ``KNOB=SETTING`` or ``arm N``.
         what: the kinds of events, such as ``"failed"`` and ``"skipped"``.
     """
     return {event.subject: event.why for event in process.events if event.what in what}

@@ -13,10 +13,11 @@ it does not train.
    and the winners become a stack: settings that are applied together (``screen.py``).
 4. Cold candidates need a fresh process, or many steps before they are fast. Each is tried on top of
    the stack (``cold.py``).
-5. The plan is put to the proof: bare and plan run in pairs of fresh processes, one pair for each
-   seed. The pairs give the claimed ratio, and the losses for the proof (``prover.py``).
-6. If the proof fails, the setting that makes it fail is found, and replaced by a gentler one or
-   dropped. Step 5 is then repeated.
+5. The stack is now the plan, and is put to the proof: bare and plan run in pairs of fresh
+   processes, one pair for each seed. The pairs give the claimed speedup, and the losses for the
+   proof (``prover.py``).
+6. If the proof fails, the setting that makes it fail is found. It is replaced by a gentler setting
+   of the same knob, or dropped. Step 5 is then repeated.
 
 The ledger holds the settings that were tried and what came of them (``ledger.py``). The journal
 keeps the results of the trials and the time that they took, so that a tune that was killed can be
@@ -57,24 +58,25 @@ from flatout.tune.trial import Trials
 from flatout.wire.disturbance import is_little
 
 MAXIMUM_PROOFS = 4
-"""Maximum number of plans that are put to the proof. Each lacks the culprits of the one before, or
-has gentler settings in their place."""
+"""Maximum number of plans that are put to the proof. After a failed proof, the next plan lacks the
+settings that made the proof fail (the culprits), or has gentler settings in their place."""
 
 
 class Tuner:
     """One tune of one job.
 
     Args:
-        command: the command line of the job. The job is the user's program when it runs to its own
-            end; most trials stop it earlier.
+        command: the command line of the job. The job is the user's program, run to its own end;
+            most trials stop the program earlier.
         options: the options that the user gave.
         journal: journal of this tune.
         print_line: prints a line of progress.
         refresh: shows the outcome so far and the seconds left in the current activity. It is called
-            when a setting or the activity changes, and twice a second while a trial runs.
-        measure_ceilings: returns the machine's peak rates, given the path of the Python
-            interpreter; ``None`` if they are not known.
-        warn: prints a line that the user should see at once; by default like any other line.
+            when the state of a setting or the activity changes, and twice a second while a trial
+            runs.
+        measure_ceilings: returns the machine's peak rates, given the path of the program's Python
+            interpreter; ``None`` if the rates are not known.
+        warn: prints a line that the user should see at once. ``None``: ``print_line`` prints it.
     """
 
     def __init__(
@@ -134,7 +136,8 @@ class Tuner:
             settings: the settings of the plan.
             count: the number of pairs, each with a seed of its own.
 
-        Returns the outcome, which has evidence if the plan passes, whether or not it is faster.
+        Returns the outcome. It has evidence if the plan passes the proof, even if the plan is not
+        faster.
 
         Raises:
             UserError: the program fails, never calls a model, or makes too few steps.
@@ -248,7 +251,7 @@ class Tuner:
             self._ledger.reject(candidate.settings, why)
         header = first.process.header
         names = {knob for candidate in found.candidates for knob in candidate.settings}
-        what = "compiling extensions (once for this version of torch; does not count as budget)"
+        what = "compiling extensions (once for this version of torch; not taken from the budget)"
         with self._journal.uncounted():
             knobs.build_extensions(
                 names, header.executable, header.torch, lambda: self._ledger.begin(what)
@@ -256,11 +259,11 @@ class Tuner:
         return found
 
     def _has_time_to_prove(self, settings: Mapping[str, str], first: BareRun) -> bool:
-        """Return whether the budget has time for a small proof.
+        """Return whether the budget has time for the shortest proof.
 
-        If there is time only for fewer steps than planned, the proof covers these, unless the user
-        chose the number of steps. If there is no time for a proof, the reason is added to the
-        outcome.
+        A budget that flatout chose is extended a little if that is enough. If there is still time
+        only for fewer steps than planned, the proof covers these fewer steps, unless the user chose
+        the number of steps. If there is no time for a proof, the reason is added to the outcome.
         """
         needed_s = estimate_least_s(first, settings)
         self._ledger.budget_s = extend_budget_s(
@@ -277,7 +280,7 @@ class Tuner:
             steps = fit_steps(first.proof, first.pace, pairs_s)
         if steps is not None:
             self._ledger.print_line(
-                f"the proof covers {steps} steps a run, not {first.proof.steps}, for want of time"
+                f"time is short: the proof covers {steps} steps a run, not {first.proof.steps}"
             )
             first.proof.steps = steps
             return True
@@ -297,7 +300,7 @@ class Tuner:
                 return entry.why
         if entries and all(entry.state == "not tried" for entry in entries):
             budget = formatting.duration(self._ledger.budget_s)
-            return f"the budget of {budget} has no time to try a setting"
+            return f"the budget of {budget} is too short to try a setting"
         taken = self._neighbours.mean_taken
         was_compared = any(entry.ratio is not None for entry in entries)
         if was_compared and taken is not None and not is_little(taken):
@@ -319,10 +322,10 @@ class Tuner:
         return attempt
 
     def _note_undecided(self, attempt: ProofAttempt) -> str:
-        """Enter in the outcome that pairs do not decide whether a plan is worse than bare.
+        """Enter in the outcome that the pairs do not show whether a plan is worse than bare.
 
         Args:
-            attempt: the proof without a decision.
+            attempt: the undecided proof of the plan.
 
         Returns the reason for leaving out the culprits, as a clause.
         """
@@ -331,7 +334,7 @@ class Tuner:
         wanted_s = self._journal.counted_s + attempt.pairs.last_pair_s * more
         why = (
             f"not decided by {attempt.pairs.count} pairs: {attempt.refusal}; about {more} more "
-            f"pairs, --budget {math.ceil(wanted_s / 60)}m, should decide"
+            f"pairs should decide it, for which --budget {math.ceil(wanted_s / 60)}m is long enough"
         )
         outcome.why = (
             f"{format_settings(attempt.pairs.variant)} is neither proven nor refuted: {why}"
@@ -345,8 +348,8 @@ class Tuner:
 
         Args:
             settings: the settings that were not proven.
-            culprits: the settings among them that made the proof fail.
-            why: the reason why it failed, as a clause.
+            culprits: those of ``settings`` that made the proof fail.
+            why: the reason why the proof failed, as a clause.
             survey: the survey that tells which settings make sense for this program.
         """
         left = dict(settings)
@@ -357,11 +360,11 @@ class Tuner:
                 del left[name]
             else:
                 left[name] = gentler
-                self._ledger.print_line(f"{name}={gentler} takes its place")
+                self._ledger.print_line(f"{name}={gentler} takes the place of {name}={setting}")
         return left
 
     def _decide(self, proven: Mapping[str, str], attempt: ProofAttempt) -> None:
-        """Accept a proven plan if it saves time. Otherwise enter the reason in the outcome."""
+        """Accept a proven plan if it saves time; if not, enter the reason in the outcome."""
         settings, outcome = dict(proven), self._ledger.outcome
         for name, why in attempt.pairs.without_effect().items():
             self._ledger.leave_out({name: settings.pop(name)}, f"it has no effect: {why}")
@@ -377,7 +380,7 @@ class Tuner:
     def _accept(self, settings: Mapping[str, str], attempt: ProofAttempt) -> None:
         """Enter a proven plan and its evidence in the outcome."""
         outcome, verdict = self._ledger.outcome, attempt.verdict
-        assert verdict is not None  # there is no proof without one
+        assert verdict is not None  # a proven plan has a verdict
         outcome.settings = dict(settings)
         outcome.pairs = attempt.pairs
         not_measurable = attempt.pairs.quietness.why_not_measurable
@@ -392,17 +395,17 @@ class Tuner:
 def _may_have_hidden_gains(dropped: Collection[str]) -> bool:
     """Return whether any of the dropped knobs may have hidden the gains of others.
 
-    A setting that made a part of the step short leaves little for others to gain there. Without
-    it, settings that were rejected deserve another trial.
+    A setting that makes a part of the step short leaves little there for other settings to gain. If
+    that setting is dropped, other settings that were rejected deserve a second trial.
     """
     return any(knobs.get(name).hides_gains for name in dropped)
 
 
 def _explain_no_gain(finished_pairs: Pairs, job_steps: int | None) -> str | None:
-    """Return the reason why a plan saves no time, as a clause that begins with its ratio, or with
-    ``no claim`` if it is not measurable.
+    """Return the reason why a plan saves no time; ``None`` if the plan does save time.
 
-    The result is ``None`` if the plan saves time.
+    The reason is a clause. It begins with the plan's ratio or, if the ratio is not measurable, with
+    ``no claim``.
 
     Args:
         finished_pairs: the pairs of the bare program and the plan.

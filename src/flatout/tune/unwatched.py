@@ -1,11 +1,12 @@
-"""Compares the page faults of the bare program with those that it has without flatout's agent.
+"""Compares the page faults of the bare program with and without flatout's agent inside it.
 
-What lies where in a program's heap decides whether its allocator returns memory to the system at
-each step, and takes it back at the next with a page fault for every page. The agent's own memory
-lies elsewhere (``launch/hook/sitecustomize.py``), but in some programs a small difference is
-enough. So the program runs once without the agent, and its page faults are counted from outside.
-If they take a different share of the time there, the step time of the bare program is corrected for
-the difference.
+The layout of a program's heap decides whether the allocator keeps freed memory, or returns it to
+the system at each step. When the next step uses returned memory again, each page causes a page
+fault. The agent, flatout's code inside the program, keeps its own memory elsewhere
+(``launch/hook/sitecustomize.py``), but in some programs a small difference in the layout is enough.
+So the program runs once without the agent, and the page faults of this run are counted from
+outside. If page faults take a different share of the time in this run, the step time of the bare
+program is corrected for the difference.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from typing import NamedTuple
 from flatout.wire.record import ProcessRecord
 
 LEAST_FACTOR = 3.0
-"""The page faults per second of two runs differ if one has this many times those of the other.
-A smaller difference may come from other processes: a run that they slow down to half its speed has
-half as many page faults per second."""
+"""The rates of page faults (per second) of two runs count as different if one rate is at least this
+many times the other. Other processes may cause a smaller difference: if they slow a run down to
+half its speed, it has half as many page faults per second."""
 
 NEGLIGIBLE = 0.03
-"""A difference of the step time below this share is not corrected."""
+"""The step time is corrected only if the correction changes it by more than this share."""
 
 WINDOW_S = 1.5
-"""The page faults are counted for this long, or for ``WINDOW_STEPS`` if these take longer."""
+"""Page faults are counted for this many seconds, or for ``WINDOW_STEPS`` steps if these take
+longer."""
 
 WINDOW_STEPS = 5
 WARMUP_STEPS = 10
-"""Number of steps before the page faults are counted."""
+"""Number of steps before page faults are counted."""
 
 BUDGET_SHARE = 1 / 10
 """Share of the budget that the run without the agent may take."""
@@ -42,7 +44,7 @@ class Sample(NamedTuple):
 
     Attributes:
         at_s: the time since the start of the run.
-        minor_faults: the number of its minor page faults so far.
+        minor_faults: the number of minor page faults of the process so far.
     """
 
     at_s: float
@@ -54,7 +56,7 @@ class Observer:
     """Samples the page faults of the processes that this process has started.
 
     Args:
-        until_s: the run is to end this many seconds after the observer was made.
+        until_s: the time from the creation of the observer to the end of the run, in seconds.
     """
 
     until_s: float
@@ -70,7 +72,7 @@ class Observer:
         for process in psutil.Process().children(recursive=True):
             try:
                 status = Path(f"/proc/{process.pid}/stat").read_text()
-            except OSError:  # it has ended, or this is not Linux
+            except OSError:  # the process has ended, or this is not Linux
                 continue
             fields = status.rpartition(")")[2].split()  # proc_pid_stat(5), from field 3 on
             self._samples.setdefault(process.pid, []).append(Sample(at_s, int(fields[7])))
@@ -79,7 +81,7 @@ class Observer:
 
     @property
     def samples(self) -> list[Sample]:
-        """The samples of the process that has computed most."""
+        """The samples of the process that has used the most CPU time."""
         if not self._cpu_ticks:
             return []
         return self._samples[max(self._cpu_ticks, key=self._cpu_ticks.__getitem__)]
@@ -99,8 +101,8 @@ class Unwatched:
     """What a run of the bare program without the agent has shown.
 
     Attributes:
-        faults_per_s: its minor page faults per second.
-        fault_us: the time that each of them adds to the step, in microseconds.
+        faults_per_s: the minor page faults per second of this run.
+        fault_us: the time that each page fault adds to the step, in microseconds.
     """
 
     faults_per_s: float
@@ -109,9 +111,10 @@ class Unwatched:
     def factor(self, process: ProcessRecord) -> float:
         """Return the step time without the agent, divided by the step time of a run with the agent.
 
-        The result is 1 if the page faults do not differ, or if the difference is negligible. A
-        step spends the same time outside page faults in both runs. So the ratio of the step times
-        follows from the share of a step that is spent outside page faults in each run.
+        The result is 1 if the page faults of the two runs do not differ (``LEAST_FACTOR``), or if
+        the difference is negligible. It is assumed that a step spends the same time outside page
+        faults in both runs. So the ratio of the step times follows from the share of the time that
+        page faults take in each run.
 
         Args:
             process: the record of a run of the bare program under the agent.
@@ -133,14 +136,17 @@ class Unwatched:
 
 
 def describe(factor: float | None) -> str | None:
-    """Return what a factor of ``Unwatched.factor`` means for a claim; ``None`` if nothing."""
+    """Return what a factor of ``Unwatched.factor`` means for a claim, as a clause.
+
+    The result is ``None`` if the factor is 1, or if there is none.
+    """
     if factor is None or factor == 1.0:
         return None
     change = f"{abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
     return (
         f"without flatout's agent, a step of the bare program is about {change}, because it has "
-        f"{'fewer' if factor < 1 else 'more'} page faults; the claimed speedup "
-        "is computed with the step time without the agent"
+        f"{'fewer' if factor < 1 else 'more'} page faults; the claimed speedup is computed with "
+        "this step time"
     )
 
 
@@ -150,5 +156,5 @@ def encode(samples: Sequence[Sample]) -> list[Mapping[str, float]]:
 
 
 def decode(values: Sequence[Mapping[str, float]]) -> list[Sample]:
-    """Return the samples of ``encode``."""
+    """Return the samples that ``encode`` has turned into JSON values."""
     return [Sample(float(one["at_s"]), int(one["minor_faults"])) for one in values]

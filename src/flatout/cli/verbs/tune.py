@@ -27,8 +27,8 @@ TAKES_JOB = True
 ARGUMENT = ""
 
 USUAL_BUDGETS = (
-    "depends on how long a step takes: 2.5 min for steps below 0.1 s, 8 min for 2 s, 15 min for "
-    "10 s; more if the program takes long to start"
+    "2.5 min for steps below 0.1 s, 8 min for steps of 2 s, 15 min for steps of 10 s; more if the "
+    "program takes long to start"
 )
 
 
@@ -39,23 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(
         parser,
         None,
-        "prove the plan over this many steps (default: 200, or more if more fit into 2 s, up to "
-        "2,000; fewer if the budget is too short, down to 20, or 8 if steps are slow; if the "
-        "program evaluates every so many steps, whole cycles from one evaluation to the next)",
+        "prove the plan over this many steps (default: 200; if steps are fast, as many as fit into "
+        "2 s, up to 2,000; if the budget is short, as few as 20, or 8 if steps are slow; if the "
+        "program evaluates at regular intervals, a whole number of intervals)",
     )
     parser.add_argument(
         "--knobs",
         type=_knobs,
         metavar="KNOB,...",
-        help="try these knobs only (default: all that may help; 'flatout knobs' lists them)",
+        help="try only these knobs (default: all that may help); 'flatout knobs' lists all knobs",
     )
     parser.add_argument(
         "--exactness",
         type=_exactness,
         metavar="CLASS,...",
-        help="try only settings of these classes, which tell how far results may differ: "
-        "bitwise (identical), reordered (other summation order), reduced (lower precision), "
-        "resampled (other random numbers), reshuffled (other data order); default: all",
+        help="try only settings of these classes (default: all); a class tells how far results may "
+        "differ: bitwise (not at all), reordered (different order of sums), reduced (lower "
+        "precision), resampled (different random numbers), reshuffled (different random numbers "
+        "and order of the data)",
     )
     options.add_proof(parser, "tune")
     options.add_json(parser)
@@ -114,7 +115,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         document = result.make_document(
             arguments.command, arguments.plan, outcome, arguments.given_options
         )
-        for line in words.lines(document, arguments.verbose):  # first: a disk may be full by now
+        for line in words.lines(document, arguments.verbose):  # before writing: disks may be full
             say(line)
         if outcome.evidence is not None:
             write_plan(arguments.plan, arguments.command, outcome)
@@ -166,7 +167,9 @@ def write_plan(path: Path, command: Sequence[str], outcome: Outcome) -> None:
 
 
 def ceilings(python: str) -> Ceilings | None:
-    """What this machine can do at most for an interpreter; ``None``, and a message, if not known.
+    """Return the peak rates of this machine, as measured with an interpreter.
+
+    If they cannot be measured, print a message, and return ``None``.
 
     Args:
         python: the path of the interpreter.
