@@ -202,7 +202,7 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
     name = element("code", f"{knob.knob} = {knob.setting}")
     return element(
         "tr",
-        element("th", name, element("small", knob.summary), scope="row"),
+        element("th", name, element("small", with_code(knob.summary)), scope="row"),
         element("td", knob.exactness, data_label=heading[1]),
         *(
             element("td", _ratio_cell(ratio), class_="number", data_label=label)
@@ -217,8 +217,9 @@ def _knob(knob: KnobResult, heading: Sequence[str]) -> Markup:
 def _ratio_cell(ratio: Ratio | None) -> Markup:
     if ratio is None:
         return join(_UNKNOWN)
-    interval = f"{ratio.low:.2f} to {ratio.high:.2f}, {formatting.count(ratio.pairs, 'pair')}"
-    return element("span", _times(ratio.value), element("small", interval))
+    parts = (f"{ratio.low:.2f} to {ratio.high:.2f},", formatting.count(ratio.pairs, "pair"))
+    low_to_high, count = (element("span", part, class_="unbroken") for part in parts)
+    return element("span", _times(ratio.value), element("small", low_to_high, " ", count))
 
 
 def _sides(document: Document) -> Markup:

@@ -83,9 +83,9 @@ class TriedSettings:
             decides how the ratio is measured. In fresh processes, the stack (the settings chosen so
             far, applied together) is compared with and without these settings. Inside one process,
             the ratio usually comes from a factorial comparison (``tune.design``), with two
-            exceptions. If the program crashed under a combination, or if such settings are always
-            compared alone (``Knob.is_compared_alone``), these settings alone are compared with the
-            bare program. If predictions choose the stack (``tune.predicted``), the stack is
+            exceptions. If the program crashed under a combination, or if the knob's settings are
+            always compared alone (``Knob.is_compared_alone``), the program under these settings and
+            no others is compared with the bare program. If predictions choose the stack (``tune.predicted``), the stack is
             compared with and without these settings.
         state: the result.
         why: the reason for the state, in one sentence; it may be empty.

@@ -48,8 +48,8 @@ def make_request(arguments: argparse.Namespace) -> Request:
         arguments: the arguments of ``flatout run``.
 
     Raises:
-        UserError: the plan's file cannot be written or holds a plan that was not learned, or the
-            user has set knobs by hand.
+        UserError: the plan's file cannot be written, or holds a plan that ``flatout run --tune``
+            did not write; or the user has set knobs by hand (``--set``).
     """
     path = _path(arguments)
     paths.check_writable(path)

@@ -92,8 +92,10 @@ def peak_device_bytes(runs: Sequence[Sequence[Step]]) -> int | None:
 def find_peaks(
     bare: Sequence[Sequence[Step]], plan: Sequence[Sequence[Step]]
 ) -> tuple[Callable[[Step], int | None], int | None, int | None]:
-    """Return the function that reads the memory that counts from a step, and the peaks of this
-    memory in bare and plan.
+    """Find out which memory counts, and return its peaks.
+
+    Returns a function that reads this memory's peak from the record of a step, and the peaks of
+    bare and plan.
 
     If the program uses an accelerator, the accelerator's memory counts. Otherwise main memory
     counts: that of the main process, or of all ranks together.

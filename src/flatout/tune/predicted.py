@@ -97,9 +97,10 @@ class PredictedScreening(Screening):
         arms = (stack, *without, *(stack | one.settings for one in others))
         if len(arms) == 1:
             return stack
-        tried = ", ".join(map(str, [*others, *doubtful]))
+        changes = [f"without {one}" for one in doubtful] + [f"with {one}" for one in others]
+        compared = f"the predicted settings, and the same {', '.join(changes)}"
         self._ledger.start(others, "inside one process")
-        found = self._compare_with_first(arms, "arms", f"the predicted settings, and {tried}")
+        found = self._compare_with_first(arms, "arms", compared)
         less = {one: found[n] for n, one in enumerate(doubtful, 1) if n in found}
         grown = dict(stack)
         for candidate in statistics.find_redundant(less)[: max(len(stack) - 1, 0)]:

@@ -954,7 +954,7 @@ def _judge_moments(
         return Check(check, "open", f"bare and plan have no {what} in common")
     power = fmean(value**2 for value in shifts) - fmean(value**2 for value in noises)
     moved = math.sqrt(max(power, 0.0))
-    why = f"the {what} shift by {moved:.2g} of bare's seed-to-seed standard deviations (RMS)"
+    why = f"typically, the {what} shift by {moved:.2g} of bare's seed-to-seed standard deviations"
     measurements = {"deviations": moved, "compared": float(len(shifts))}
     return Check(check, "passed" if moved <= 1 else "failed", why, measurements)
 

@@ -238,8 +238,8 @@ def find_redundant(stack_less_part: Mapping[A, Ratio]) -> list[A]:
         stack_less_part: for each part, the step time of the whole stack divided by the step time of
             the stack without this part.
 
-    Returns the parts whose removal slows the stack down by less than 2 % (``WORTHWHILE``), with the
-    confidence of the intervals.
+    Returns the parts whose removal slows the stack down by less than 2 % (``WORTHWHILE``), even at
+    the lower end of the interval of its ratio.
     """
     spare = [one for one, ratio in stack_less_part.items() if ratio.low > 1 / WORTHWHILE]
     return sorted(spare, key=lambda one: stack_less_part[one].value, reverse=True)

@@ -76,9 +76,10 @@ KNOB = Knob(
         "when inputs of one kind come for the third time, a graph is captured for them, up to six "
         "graphs of a module. A module is left alone if it cannot be captured as one graph, if its "
         "outputs share memory with its inputs, if it is called with ever new shapes, or if "
-        "its backward passes need gradients of gradients. If the program first asks for them after "
-        "a graph was captured, that pass adds up its gradients in another order, and nothing is "
-        "replayed from then on. The record of a run holds the "
+        "its backward passes need gradients of gradients. If the program asks for gradients of "
+        "gradients for the first time when a graph has already been captured, this one backward "
+        "pass adds up its gradients in another order than torch; from then on, the module is left "
+        "alone. The record of a run holds the "
         "number of graphs and of their operators. Inside of captured calls, the knobs `attention`, "
         "`recurrent` and `cross_entropy` have no effect, nor has dropout's part of `random`. "
         "An extension is compiled once for each version of torch, which takes half a minute.",
