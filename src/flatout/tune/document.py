@@ -85,8 +85,8 @@ class TriedSettings:
             the ratio usually comes from a factorial comparison (``tune.design``), with two
             exceptions. If the program crashed under a combination, or if the knob's settings are
             always compared alone (``Knob.is_compared_alone``), the program under these settings and
-            no others is compared with the bare program. If predictions choose the stack (``tune.predicted``), the stack is
-            compared with and without these settings.
+            no others is compared with the bare program. If predictions choose the stack
+            (``tune.predicted``), the stack is compared with and without these settings.
         state: the result.
         why: the reason for the state, in one sentence; it may be empty.
         bound: the largest ratio that the profile allows: ``1 / (1 - share)``, where ``share`` is
