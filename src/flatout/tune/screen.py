@@ -47,8 +47,7 @@ BLOCK_STEPS = 4
 
 SLOW_STEP_S = 0.25
 """A step is slow if it takes at least this many seconds. A block of slow steps has only
-``SLOW_BLOCK_STEPS`` steps, because what a switch leaves in the caches does not outlast one of
-them."""
+``SLOW_BLOCK_STEPS`` steps: after a switch, one slow step is enough to fill the caches anew."""
 
 SLOW_BLOCK_STEPS = 2
 """Number of steps of a block of slow steps; the first is not timed."""

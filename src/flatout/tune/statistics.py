@@ -37,7 +37,7 @@ over so few pairs is wide, so only a clear gain is claimed."""
 PRECISE = 0.03
 """Relative half-width of a claimed interval below which more pairs are not worth their time.
 
-If the gain is 5 %, an interval of this width lies above 1 in nine of ten cases.
+If the gain is 5 %, then in nine of ten cases an interval of this width excludes a ratio of 1.
 """
 
 WORTHWHILE = 1.02
