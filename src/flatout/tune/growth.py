@@ -25,8 +25,8 @@ from flatout.wire.ratios import CONFIDENCE, t_quantile
 from flatout.wire.record import Step
 
 LEAK_STEPS = 2000
-"""Number of further steps at the measured growth after which memory must still be within what is
-allowed."""
+"""Memory *grows* if, were it to go on at the measured rate, it would exceed what is allowed within
+this many more steps. (These steps are not run.)"""
 
 FEWEST_STEPS = 16
 """Growth is measured only in runs with at least this many steps."""

@@ -42,7 +42,7 @@ tell which checks are made. The functions are pure functions of records.
 ``probabilities``
     If a precision rounds probabilities near 1 to exactly 1, a loss that contains ``log(1 - p)``
     becomes infinite or is clamped, and the gradients of these probabilities become 0. Therefore,
-    among the probabilities that the outermost modules return, the share of exact ones may rise by
+    of the probabilities that the outermost modules return, the share that is exactly 1 may rise by
     at most ``MORE_ONES`` under the plan. (The program itself calls the outermost modules; they call
     all others.)
 ``outputs``
@@ -258,7 +258,7 @@ def extract_curves(steps: Sequence[Step]) -> tuple[Curve, ...]:
     """Extract the loss curves of a run, one for each backward call of the step.
 
     A step is left out if its number of backward calls is not the most common one. A backward call
-    is left out if its loss could not be read in any one of the steps.
+    is kept only if its loss could be read in all of the steps that are kept.
     """
     common = Counter(len(step.losses) for step in steps).most_common(1)
     sites = common[0][0] if common else 0

@@ -266,9 +266,10 @@ class Prover(TuneStage):
         return not self._ledger.has_time_for(pair_s + reserved_s)
 
     def _passes(self, finished: Pairs, part: Mapping[str, str]) -> bool:
-        """Return whether some settings of a plan pass against the bare runs of the plan's pairs.
+        """Return whether ``part``, a subset of a plan's settings, passes the proof.
 
-        An undecided verdict counts as passed.
+        The program runs under ``part`` and is compared with the bare runs of the plan's pairs. An
+        undecided verdict counts as passed.
         """
         bare = finished.baseline_runs[: self._bare.proof.pairs]
         try:
@@ -284,12 +285,12 @@ class Prover(TuneStage):
         return (verdict.passed or verdict.undecided) and excess is None
 
     def _gradients_pass(self, part: Mapping[str, str]) -> bool:
-        """Return whether some settings of a plan pass the comparison of gradients with bare's."""
+        """Return whether ``part``, a subset of a plan's settings, has the gradients of bare."""
         return self._gradients.compare(part, self._bare.proof.gradient_seeds) is None
 
     def _has_other_data_order(self, finished: Pairs) -> bool:
-        """Return whether the plan saw its data in a different order than bare, although proof
-        settings (``search.use_proof_settings``) could restore bare's order.
+        """Return whether the plan saw its data in a different order than bare, and proof settings
+        (``search.use_proof_settings``) can restore bare's order.
         """
         if search.use_proof_settings(finished.variant) == dict(finished.variant):
             return False

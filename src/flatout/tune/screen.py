@@ -77,8 +77,9 @@ MAXIMUM_ROUNDS = 40
 
 COMPARISON_SHARE = 0.15
 """Share of the budget that the factorial comparison of all candidates may take. If the program
-crashes in this comparison, candidates are compared each alone, and every such comparison may take
-as much. A comparison of stacks may take half as much; there are up to three."""
+crashes in this comparison, it is repeated with one arm for each candidate, and once more without
+the culprit after each further crash; each of these comparisons may take as much. A comparison of
+stacks may take half as much; there are up to three."""
 
 MAXIMUM_CANDIDATES = 11
 """Maximum number of candidates that are compared in one process; they need 24 arms
@@ -169,14 +170,14 @@ class Screening(TuneStage):
 
         The knob with the largest gain comes first. The candidates are compared in combinations,
         which shows what each gains among the others. If the program crashes under a combination,
-        each candidate is compared alone, to find the one that causes the crash.
+        each candidate gets an arm of its own, to find the one that causes the crash.
         """
         try:
             self._compare_groups(hot, self._compare_combined)
         except TrialFailedError as failure:
             self._ledger.print_line(
-                f"a comparison of several settings at once has failed, so each setting is tried "
-                f"alone: {failure}"
+                f"a comparison of several settings at once has failed, so each setting gets "
+                f"blocks of its own: {failure}"
             )
             self._compare_groups(hot, lambda group, _: self._compare_alone(group))
         best: dict[str, tuple[float, Candidate]] = {}
