@@ -2,8 +2,8 @@
 
 A program may do some work only every so many steps: evaluation passes after each epoch, rollouts
 between two updates of a policy, or the optimizer step after some micro-batches. A *cycle* is the
-steps from one time to the next. An evaluation pass is any forward pass without a backward pass, so
-rollouts are evaluation passes as well.
+steps from one occurrence of such work to the next. An evaluation pass is any forward pass without a
+backward pass, so rollouts are evaluation passes as well.
 
 In such a program, the time of a step alone does not tell how long the user waits. So times are
 compared over whole cycles.

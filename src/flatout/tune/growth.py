@@ -25,8 +25,8 @@ from flatout.wire.ratios import CONFIDENCE, t_quantile
 from flatout.wire.record import Step
 
 LEAK_STEPS = 2000
-"""Memory *grows* if, were it to go on at the measured rate, it would exceed what is allowed within
-this many more steps. (These steps are not run.)"""
+"""Memory *grows* if its peak, rising at the measured rate, would pass the allowed peak within this
+many more steps. (These steps are not run.)"""
 
 FEWEST_STEPS = 16
 """Growth is measured only in runs with at least this many steps."""
@@ -198,7 +198,7 @@ class GrowthCheck(TuneStage):
 
         Returns the verdict and the reason why the plan cannot be used; the reason is ``None`` if
         the plan can be used. If there was a suspicion, a check of the memory is added to the
-        verdict, unless the plan failed in a longer run.
+        verdict. None is added if the program could not complete a longer run under the plan.
 
         Raises:
             UserError: the program fails without any settings.
