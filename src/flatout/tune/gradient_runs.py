@@ -173,7 +173,7 @@ class GradientRuns(TuneStage):
         pace, size = self._bare.pace, self._bare.proof
         steps = count_gradient_steps(pace)
         if size.shares_gradients:
-            # The pairs record bare's gradients in their warm-up: this run makes as many steps as it.
+            # Bare's gradients come from the warm-up of the pairs: as many steps as it has.
             relay = pairs.size_relay(size.steps, pace.step_s, pace.cycle_steps, size.warmup_steps)
             steps = relay.warmup_steps
         done = pairs.run_once(
