@@ -120,7 +120,7 @@ def extend_budget_s(budget_s: float, wanted_s: float, is_named: bool) -> float:
 
 
 def count_gradient_steps(pace: Pace) -> int:
-    """Return the number of steps of a run whose gradients are compared.
+    """Return how many steps a run makes to record the gradients that are compared.
 
     The first step is the whole first update: if gradients accumulate, all micro-batches of the
     first update are recorded as one step (``wire/turns.py``). The steps of one or more whole

@@ -173,7 +173,7 @@ class GradientRuns(TuneStage):
         pace, size = self._bare.pace, self._bare.proof
         steps = count_gradient_steps(pace)
         if size.shares_gradients:
-            # Bare's gradients come from the warm-up of the pairs: as many steps as it has.
+            # Bare's gradients were recorded in the warm-up of the pairs. This run is as long.
             relay = pairs.size_relay(size.steps, pace.step_s, pace.cycle_steps, size.warmup_steps)
             steps = relay.warmup_steps
         done = pairs.run_once(

@@ -34,8 +34,8 @@ ROUNDS = 8
 """Maximum number of blocks of each setting."""
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""Candidates for all of these devices are compared, because the job's device is known only once the
-job runs. Settings that do not apply to this device are then dropped."""
+"""The request names candidates for all of these devices, because the job's device is known only
+once the job runs. The agent drops those that do not apply to it before it times them."""
 
 
 def make_request(arguments: argparse.Namespace) -> Request:

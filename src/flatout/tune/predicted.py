@@ -98,7 +98,7 @@ class PredictedScreening(Screening):
         if len(arms) == 1:
             return stack
         changes = [f"without {one}" for one in doubtful] + [f"with {one}" for one in others]
-        compared = f"the predicted settings, and the same {', '.join(changes)}"
+        compared = f"the predicted settings, and the same with one change: {', or '.join(changes)}"
         self._ledger.start(others, "inside one process")
         found = self._compare_with_first(arms, "arms", compared)
         less = {one: found[n] for n, one in enumerate(doubtful, 1) if n in found}

@@ -97,7 +97,8 @@ TOO_FEW_STEPS = "the program has too few steps to measure the effect of this set
 """The reason that is given if a comparison gives no ratio for a candidate."""
 
 LEFT_TO_THE_PROOF = "too few steps to be sure; the proof measures it"
-"""The remark on a setting that joins the stack although slow and few steps leave it undecided."""
+"""The remark on a setting that joins the stack although its gain is not certain, because the steps
+are slow and few were compared."""
 
 StopRule = Literal["arms", "settings"] | None
 """The rule that ends a comparison early, see ``Comparison.decide``."""
