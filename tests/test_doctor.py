@@ -117,6 +117,7 @@ def profile(*operators: dict[str, Any], step_ms: float = 10.0, **fields: Any) ->
 
 BALANCED = {"forward": 4.0, "loss": 0.0, "backward": 5.6, "optimizer": 0.3, "other": 0.1}
 PRODUCTS = operator("aten::mm", 9.0, calls=3)
+COUNTED = ("aten::mm", "aten::bmm", "aten::addmm", "aten::dot")
 
 
 @pytest.fixture
@@ -156,8 +157,11 @@ def share(diagnosis: Diagnosis, kind: str) -> float | None:
     return next(finding.share for finding in diagnosis.findings if finding.kind == kind)
 
 
-def test_a_program_bound_by_its_arithmetic_has_no_finding(recorded: Any) -> None:
+def test_of_a_program_bound_by_its_arithmetic_the_operator_is_named(recorded: Any) -> None:
     diagnosis = recorded(profiled=profile(PRODUCTS))
+    assert kinds_found(diagnosis) == ["dominant-operator"]
+    small = [operator(f"aten::conv_{n}", 2.0) for n in range(5)]
+    diagnosis = recorded(profiled=profile(*small))
     assert diagnosis.findings == []
     assert diagnosis.bottleneck is None
 
@@ -205,6 +209,28 @@ def test_unfused_optimizer(
         assert share(diagnosis, "unfused-optimizer") == pytest.approx(15 / 24.7, abs=0.01)
 
 
+def test_an_optimizer_without_a_fused_step_is_no_part_of_the_finding(recorded: Any) -> None:
+    """Embeddings trained by SparseAdam took most of it."""
+    sparse = {"class": "SparseAdam", "tensors": 2, "elements": 9, "fused": False, "can_fuse": False}
+    window = profile(
+        operator("aten::index", 4.0, phase="optimizer", within="SparseAdam"),
+        operator("aten::addcdiv_", 1.0, phase="optimizer", within="AdamW"),
+        facts={"optimizers": [ADAMW, sparse]},
+    )
+    diagnosis = recorded({**BALANCED, "forward": 0.3, "optimizer": 4.0}, window)
+    step_ms = 0.3 + 5.6 + 4.0 + 0.1
+    assert share(diagnosis, "unfused-optimizer") == pytest.approx(0.2 * 4.0 / step_ms)
+    assert share(diagnosis, "optimizer-bound") == pytest.approx(0.8 * 4.0 / step_ms)
+    assert "optimizer-bound" not in kinds_found(recorded(profiled=profile(PRODUCTS)))
+
+
+def test_torch_compile_is_not_advised_for_a_scripted_module(recorded: Any) -> None:
+    steps = operator("aten::tanh", 6.0, calls=10)
+    scripted = profile(steps, operator("<backward op>", 0.1, phase="backward"))
+    [remedy] = [f.remedy for f in recorded(profiled=scripted).findings if f.kind == "memory-bound"]
+    assert remedy.startswith("edit: use fewer of them (torch.compile does not compile what")
+
+
 def test_an_optimizer_under_its_knob_is_no_finding(recorded: Any) -> None:
     facts = {"optimizers": [ADAMW], "knobs": ["optimizer", "random"]}
     window = profile(PRODUCTS, step_ms=25.0, facts=facts)
@@ -212,9 +238,19 @@ def test_an_optimizer_under_its_knob_is_no_finding(recorded: Any) -> None:
 
 
 def test_python_between_steps(recorded: Any) -> None:
-    diagnosis = recorded({**BALANCED, "other": 10.0}, profile(PRODUCTS, step_ms=20.0))
+    diagnosis = recorded(
+        {**BALANCED, "other": 10.0}, profile({**PRODUCTS, "phase": "backward"}, step_ms=20.0)
+    )
     assert diagnosis.bottleneck == "python-between-steps"
     assert share(diagnosis, "python-between-steps") == pytest.approx(10 / 19.9)
+
+
+def test_operators_between_the_phases_are_not_python(recorded: Any) -> None:
+    """A scripted module has no forward phase."""
+    phases = {"forward": 0.0, "loss": 0.0, "backward": 5.0, "optimizer": 0.0, "other": 5.0}
+    scripted = profile(operator("aten::mm", 4.5), operator("aten::mm", 5.0, phase="backward"))
+    assert "python-between-steps" not in kinds_found(recorded(phases, scripted))
+    assert share(recorded(phases), "python-between-steps") == pytest.approx(0.5)
 
 
 def test_many_small_operators(recorded: Any) -> None:
@@ -341,6 +377,28 @@ def test_wrong_dtype(
         assert share(diagnosis, "compute-bound-wrong-dtype") == pytest.approx(0.9 * 0.75)
 
 
+@pytest.mark.parametrize(
+    ("rates", "found"),
+    [
+        ({"float32": 1e11, "float16": 1e10, "bfloat16": 4e11}, 0.9 * (1 - 1 / 40)),
+        ({"float32": 1e11, "float16": 1e10, "bfloat16": 1e10}, 0.9 * 0.9),
+        ({"float32": 1e11, "float16": 2e11, "bfloat16": 2e11}, None),
+        ({"float32": 1e11, "float16": None, "bfloat16": 4e11}, None),
+    ],
+)
+def test_a_half_precision_that_is_slow_here(
+    recorded: Any, rates: dict[str, float | None], found: float | None
+) -> None:
+    window = profile(PRODUCTS, flops_by_dtype={"float16": 10**8})
+    ceilings = replace(CEILINGS, devices={"cpu": {"matmul_flops_per_s": rates}})
+    diagnosis = recorded(profiled=window, ceilings=ceilings)
+    if found is None:
+        assert "compute-bound-wrong-dtype" not in kinds_found(diagnosis)
+        return
+    assert share(diagnosis, "compute-bound-wrong-dtype") == pytest.approx(found)
+    assert diagnosis.findings[0].title.startswith("float16")
+
+
 def test_page_faults_cost_what_the_machine_was_measured_to_take(recorded: Any) -> None:
     window = profile(PRODUCTS, minor_faults=8000.0, minor_faults_of_thread=4000.0)
     diagnosis = recorded(profiled=window, minor_faults=8000)
@@ -373,6 +431,9 @@ def test_oversubscribed_threads(
     header = {"threads": threads, "environment": environment}
     diagnosis = recorded(header=header, usable_cores=cores)
     assert ("oversubscribed-threads" in kinds_found(diagnosis)) == found
+    if found:  # all but 0.1 ms of a step of 10 ms may compute
+        expected = (1 - 2 / (threads * int(environment.get("LOCAL_WORLD_SIZE", 1)))) * 0.99
+        assert share(diagnosis, "oversubscribed-threads") == pytest.approx(expected)
 
 
 def test_threads_are_those_that_the_program_has_set(recorded: Any) -> None:
@@ -381,6 +442,104 @@ def test_threads_are_those_that_the_program_has_set(recorded: Any) -> None:
     diagnosis = recorded(header={"threads": 8}, usable_cores=2.0, profiled=window)
     assert "oversubscribed-threads" not in kinds_found(diagnosis)
     assert candidates.collect_facts(diagnosis.case).threads == 1
+
+
+def test_processes_that_train_at_once_share_the_cores(tmp_path: Path) -> None:
+    """As in Hogwild: the launcher of the job has told nobody of them."""
+
+    def process(number: int, begin_s: float, steps: int = 20) -> ProcessRecord:
+        header = replace(HEADER, threads=2, started_unix_s=begin_s)
+        turns = [turn(n, BALANCED) for n in range(steps)]
+        return ProcessRecord(record_path(tmp_path, number), header, turns, [])
+
+    def find(*processes: ProcessRecord) -> list[str]:
+        diagnosis = diagnose(RunRecord(tmp_path, list(processes)), NO_BF16, 2.0)
+        return [
+            evidence
+            for finding in diagnosis.findings
+            if finding.kind == "oversubscribed-threads"
+            for evidence in finding.evidence
+        ]
+
+    assert find(process(1, 100.0), process(2, 100.1)) == [
+        "2 processes of this program compute with 2 threads each on 2 cores"
+    ]
+    assert find(process(1, 100.0)) == []
+    assert find(process(1, 100.0), process(2, 200.0), process(3, 300.0)) == []  # one after another
+    assert find(process(1, 100.0), process(2, 100.0, steps=0)) == []
+
+
+def test_gradients_of_gradients(recorded: Any) -> None:
+    second = operator("aten::mm", 4.0, phase="backward", within="second_order")
+    window = profile(operator("aten::tanh", 3.0), second, operator("aten::mm", 2.0))
+    diagnosis = recorded(profiled=window)
+    assert share(diagnosis, "second-order-gradients") == pytest.approx(0.4)
+    [remedy] = [f.remedy for f in diagnosis.findings if f.kind == "memory-bound"]
+    assert remedy.startswith("edit: use fewer of them (torch.compile cannot")
+    assert "second-order-gradients" not in kinds_found(recorded(profiled=profile(PRODUCTS)))
+
+
+def test_recomputation(recorded: Any) -> None:
+    again = operator("aten::addmm", 2.5, phase="backward", within="recomputation")
+    diagnosis = recorded(profiled=profile(PRODUCTS, again, step_ms=12.0))
+    assert share(diagnosis, "recomputation") == pytest.approx(2.5 / 12, rel=1e-3)
+    assert "recomputation" not in kinds_found(recorded(profiled=profile(PRODUCTS)))
+
+
+def test_packed_sequences(recorded: Any) -> None:
+    steps = operator("aten::add_", 6.0, calls=400, within="recurrent")
+    pack = operator("aten::_pack_padded_sequence", 0.1)
+    diagnosis = recorded(profiled=profile(steps, pack))
+    assert share(diagnosis, "packed-sequences") == pytest.approx(0.6)
+    assert "packed-sequences" not in kinds_found(recorded(profiled=profile(steps)))
+
+
+def test_rows_that_are_added_up_by_index(recorded: Any) -> None:
+    gather = operator("aten::index", 2.0)
+    window = profile(operator("aten::scatter_add_", 3.0), gather, operator("aten::mm", 4.0))
+    diagnosis = recorded(profiled=window)
+    assert share(diagnosis, "scattered-rows") == pytest.approx(0.5)
+    only_reads = profile(gather, operator("aten::mm", 4.0))
+    assert "scattered-rows" not in kinds_found(recorded(profiled=only_reads))
+
+
+@pytest.mark.parametrize(
+    ("workers", "persistent", "waits_ms", "found"),
+    [
+        (2, False, [60.0, 90.0], True),
+        (2, True, [60.0, 90.0], False),
+        (0, False, [60.0, 90.0], False),
+        (2, False, [60.0], False),
+        (2, False, [], False),
+    ],
+)
+def test_workers_that_start_again(
+    recorded: Any, workers: int, persistent: bool, waits_ms: list[float], found: bool
+) -> None:
+    waits = [*[1.0] * 20, *waits_ms]
+    steps = [turn(n, {**BALANCED, "data": ms}) for n, ms in enumerate(waits)]
+    loader = {"workers": workers, "persistent_workers": persistent, "dataset": "Lines"}
+    window = profile(PRODUCTS, facts={"loaders": [loader]})
+    diagnosis = recorded(steps=steps, profiled=window)
+    assert ("workers-restarted" in kinds_found(diagnosis)) == found
+    if found:
+        timed = diagnosis.case.steps
+        total_ms = sum(step.step_ms for step in timed)
+        assert share(diagnosis, "workers-restarted") == pytest.approx(148 / total_ms)
+        data_ms = sum(step.phases_ms["data"] or 0.0 for step in timed) - 148
+        assert data_ms / total_ms == pytest.approx(share(diagnosis, "input-bound"), abs=1e-6)
+
+
+def test_an_operator_that_no_other_finding_speaks_of_is_named(recorded: Any) -> None:
+    def named(*operators: dict[str, Any], ceilings: Ceilings = NO_BF16) -> list[str]:
+        found = recorded(profiled=profile(*operators), ceilings=ceilings).findings
+        return [f.evidence[0] for f in found if f.kind == "dominant-operator"]
+
+    assert named(operator("aten::fft_r2c", 6.0)) == ["aten::fft_r2c: 1 calls, 60% of a step"]
+    assert named(PRODUCTS) == ["aten::mm: 3 calls, 90% of a step"]
+    assert named(PRODUCTS, ceilings=CEILINGS) == []  # the slow dtype is the finding
+    assert named(operator("aten::scatter_add_", 6.0)) == []
+    assert named(operator("aten::fft_r2c", 2.0)) == []
 
 
 def test_gradients_in_evaluation(recorded: Any) -> None:
@@ -407,7 +566,7 @@ def test_gradients_in_an_inference_loop(recorded: Any) -> None:
 
 def test_denormals(recorded: Any) -> None:
     window = profile(PRODUCTS, facts={"parameters": {"denormal_share": 0.3}})
-    assert kinds_found(recorded(profiled=window)) == ["denormals"]
+    assert kinds_found(recorded(profiled=window)) == ["denormals", "dominant-operator"]
 
 
 def test_unoptimized_gradients(recorded: Any) -> None:
@@ -415,10 +574,10 @@ def test_unoptimized_gradients(recorded: Any) -> None:
     optimizer = {"class": "Adam", "tensors": 2, "elements": 1000, "fused": True, "can_fuse": True}
     facts = {"parameters": parameters, "optimizers": [optimizer]}
     diagnosis = recorded(profiled=profile(PRODUCTS, facts=facts))
-    assert kinds_found(diagnosis) == ["unoptimized-gradients"]
+    assert kinds_found(diagnosis) == ["unoptimized-gradients", "dominant-operator"]
     assert "3,000 of 4,000 elements" in diagnosis.findings[0].evidence[0]
     by_hand = profile(PRODUCTS, facts={**facts, "optimizers": []})
-    assert kinds_found(recorded(profiled=by_hand)) == []
+    assert "unoptimized-gradients" not in kinds_found(recorded(profiled=by_hand))
 
 
 def test_memory_bound_and_layout_copies(recorded: Any) -> None:
@@ -634,7 +793,8 @@ def test_the_report_names_findings_and_what_is_missing(recorded: Any) -> None:
     print_diagnosis(ended, text)
     assert "only 4 steps were timed; a longer run of the program would" in text.getvalue()
     text = io.StringIO()
-    print_diagnosis(recorded(profiled=profile(PRODUCTS)), text)
+    small = [operator(f"aten::{name}", 2.0) for name in ("mm", "bmm", "addmm", "dot")]
+    print_diagnosis(recorded(profiled=profile(*small, counted=dict.fromkeys(COUNTED, 1))), text)
     assert "Findings: none" in text.getvalue()
     assert "MFU 10.0%" in text.getvalue()
 

@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from flatout.agent.flops import FlopCounter  # noqa: E402
 from flatout.agent.profile import _weigh_steps, aggregate  # noqa: E402
@@ -177,6 +178,57 @@ def test_fused_attention_is_none_of_it() -> None:
     q = torch.randn(2, 4, 32, 16, requires_grad=True)
     operators = profiled(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
     assert all(o.within is None for o in operators)
+
+
+def times_within(work: Callable[[], object]) -> dict[tuple[str | None, str | None], set[str]]:
+    """The names of the operators by their phase and the work that they are called for."""
+    found: dict[tuple[str | None, str | None], set[str]] = {}
+    for o in profiled(work):
+        found.setdefault((o.phase, o.within), set()).add(o.name)
+    return found
+
+
+def test_gradients_of_gradients_are_told_from_plain_backward_passes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def step() -> None:
+        [gradient] = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    found = times_within(lambda: [step() for _ in range(2)])
+    assert {"aten::mm", "aten::tanh_backward"} <= found["backward", "second_order"]
+    assert "aten::add_" in found["backward", None]  # accumulated into the parameters
+    assert not any(within == "recomputation" for _, within in found)
+
+
+def test_a_recurrent_network_is_told_from_what_surrounds_it() -> None:
+    lstm, head = nn.LSTM(8, 8), nn.Linear(8, 1)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(5, 8), torch.randn(3, 8)])
+
+    def step() -> None:
+        output, _ = nn.utils.rnn.pad_packed_sequence(lstm(packed)[0])
+        head(output).sum().backward()
+
+    calls = {(o.phase, o.within): o.calls for o in profiled(step) if o.name == "aten::addmm"}
+    assert calls[None, "recurrent"] > 4
+    assert calls[None, None] == 1
+    assert "aten::sigmoid_backward" in times_within(step)["backward", "recurrent"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_is_told_from_backward(reentrant: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def step() -> None:
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+    found = times_within(lambda: [step() for _ in range(3)])
+    assert {"aten::addmm", "aten::tanh"} <= found["backward", "recomputation"]
+    assert {"aten::mm", "aten::tanh_backward"} <= found["backward", None]
+    assert "aten::tanh_backward" not in found["backward", "recomputation"]
+    assert not any(within == "second_order" for _, within in found)
 
 
 # In programs

@@ -43,6 +43,9 @@ LISTED_OPERATORS = 100
 """The number of operators that are listed. The other operators take some thousandths of a step; the
 totals include them."""
 
+_ALWAYS_LISTED = frozenset({"aten::_pack_padded_sequence"})
+"""Operators that are listed however short they are, because they tell what a program does."""
+
 _SPARE_BYTES = 256 * 2**20
 """The size of the memory that is allocated and freed before the profiler starts, so that large
 activations find memory; see ``Profiler._start``."""
@@ -63,7 +66,14 @@ tenth), and the time after which no further measurement begins."""
 
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _OPTIMIZER_STEP = "Optimizer.step#"
-_UNFUSED_ATTENTION = "aten::_scaled_dot_product_attention_math"
+_ATTENTION = "aten::_scaled_dot_product_attention_math"
+_WORK = {
+    **dict.fromkeys((_ATTENTION, f"{_ATTENTION}_for_mps"), "attention"),
+    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), "recurrent"),
+}
+"""Operators whose work is told apart in forward and backward, with the name that it has in
+``OperatorTimes``."""
+
 _BEGIN = "flatout::begin"
 _CLOCK_READINGS = 3
 """The number of events that relate the profiler's clock to ``time.perf_counter``. The last one
@@ -370,7 +380,8 @@ def aggregate(
     weights = _weigh_steps(durations_us, updates, micro_batches)
     has_device = device.accelerator_in_use() is not None
     sums: dict[tuple[str, str | None, str | None], _Sum] = {}
-    labels = _EventLabels()
+    events = list(events)
+    labels = _EventLabels(_find_second_order_nodes(events))
     device_us = 0.0
     for event in events:
         weight = weights.get(bisect_right(boundaries_us, event.time_range.start) - 1)
@@ -391,7 +402,10 @@ def aggregate(
     return Profile(
         steps=len(weights),
         step_ms=sum(weight * durations_us[step] for step, weight in weights.items()) / 1e3,
-        operators=tuple(operators[:LISTED_OPERATORS]),
+        operators=(
+            *operators[:LISTED_OPERATORS],
+            *(o for o in operators[LISTED_OPERATORS:] if o.name in _ALWAYS_LISTED),
+        ),
         operators_total_ms=sum(o.self_ms for o in operators),
         operators_total_calls=sum(o.calls for o in operators),
         device_total_ms=device_us / 1e3 if has_device else None,
@@ -436,13 +450,62 @@ def _to_times(
     return sorted(operators, key=lambda o: max(o.self_ms, o.device_self_ms or 0.0), reverse=True)
 
 
+_Node = tuple[int, int]
+"""An autograd node: the sequence number of the operator that created it, and the number of the
+thread in which the operator was called."""
+
+
+def _find_second_order_nodes(events: Iterable[Any]) -> set[_Node]:
+    """Find the nodes that were created in a backward pass, and evaluated in a later one.
+
+    The nodes that a checkpoint creates when it computes a forward pass again are none of them: they
+    are evaluated in the same backward pass, or never.
+
+    Args:
+        events: the profiler's events, in the order of their starts.
+    """
+    in_backward: set[int] = set()
+    created: set[_Node] = set()
+    found: set[_Node] = set()
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        is_nested = event.cpu_parent is not None and id(event.cpu_parent) in in_backward
+        is_node = event.name.startswith(_BACKWARD_NODE)
+        if is_nested or is_node:
+            in_backward.add(id(event))
+        if is_node and not is_nested:
+            node = event.sequence_nr, event.fwd_thread
+            if node in created:
+                found.add(node)
+        elif is_nested and _is_recorded(event):
+            created.add((event.sequence_nr, event.thread))
+        elif not is_nested:  # an operator that creates no node has the number of the next node
+            created.discard((event.sequence_nr, event.thread))
+    return found
+
+
+def _is_recorded(event: Any) -> bool:
+    """Whether an event of a backward pass is an operator that autograd records. (The call of a node
+    has the node's own number.)"""
+    parent = event.cpu_parent
+    of_node = parent.name.startswith(_BACKWARD_NODE) and parent.sequence_nr == event.sequence_nr
+    return event.sequence_nr >= 0 and not of_node and not event.name.startswith(_BACKWARD_NODE)
+
+
 class _EventLabels:
     """Determines ``phase`` and ``within`` (see ``OperatorTimes``) of the profiler's events on the
-    CPU."""
+    CPU.
 
-    def __init__(self) -> None:
+    Args:
+        second_order_nodes: the result of ``_find_second_order_nodes``.
+    """
+
+    def __init__(self, second_order_nodes: set[_Node]) -> None:
         self._labels: dict[int, tuple[str | None, str | None]] = {}
-        self._attention_nodes: set[int] = set()
+        self._work_of_node: dict[int, str] = {}
+        self._second_order_nodes = second_order_nodes
+        self._recorded = "second_order" if second_order_nodes else "recomputation"
 
     def add(self, event: Any) -> tuple[str | None, str | None]:
         """Return ``phase`` and ``within`` of the next event, which are inherited from its
@@ -452,18 +515,22 @@ class _EventLabels:
         # An autograd node has the same number as the operator that creates it.
         node = event.sequence_nr
         if name.startswith(_OPTIMIZER_STEP):
-            phase = "optimizer"
+            phase, within = "optimizer", name.removeprefix(_OPTIMIZER_STEP).partition(".")[0]
         elif name.startswith(_BACKWARD_NODE):
             phase = "backward"
-            if node in self._attention_nodes:
-                within = "attention"
-        elif phase != "backward":
-            if name.startswith(_UNFUSED_ATTENTION):
-                within = "attention"
+            if node in self._work_of_node:
+                within = self._work_of_node[node]
+            elif (node, event.fwd_thread) in self._second_order_nodes:
+                within = "second_order"
+        elif phase == "backward":
+            if within is None and _is_recorded(event):
+                within = self._recorded
+        else:
+            within = within or _WORK.get(name)
             if within is not None:
-                self._attention_nodes.add(node)
+                self._work_of_node[node] = within
             else:  # an operator that creates no node has the number of the next node
-                self._attention_nodes.discard(node)
-            self._attention_nodes.discard(-1)
+                self._work_of_node.pop(node, None)
+            self._work_of_node.pop(-1, None)
         self._labels[id(event)] = (phase, within)
         return phase, within

@@ -90,8 +90,21 @@ def diagnose(
             "flatout saw no training or inference step, so there is nothing to diagnose"
         )
     measured = ranks.measure(run, TimedSteps(process).steps)
-    case = Case(process, ceilings, usable_cores, measured)
+    case = Case(process, ceilings, usable_cores, measured, _count_at_once(run))
     return Diagnosis(case, find_all(case))
+
+
+def _count_at_once(run: RunRecord) -> int:
+    """Return how many processes made steps during at least half of the main process's steps."""
+    periods = [
+        (process.loop_steps[0].at_s + started_s, process.loop_steps[-1].end_s + started_s)
+        for process in run.processes
+        if process.loop_steps
+        for started_s in [process.header.started_unix_s]
+    ]
+    first_s, last_s = periods[0]
+    overlaps_s = (min(last_s, end_s) - max(first_s, begin_s) for begin_s, end_s in periods)
+    return sum(overlap_s >= (last_s - first_s) / 2 for overlap_s in overlaps_s)
 
 
 def _ranks_document(measured: ranks.Ranks | None) -> dict[str, Any] | None:

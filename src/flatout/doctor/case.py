@@ -200,11 +200,14 @@ class Case(TimedSteps):
         usable_cores: how many cores the job could use, ``None`` if not known.
         ranks: what the ranks have spent their time on; ``None``: there are none, or it was not
             measured.
+        processes: how many processes of the job made steps at the same time as this one, which is
+            counted too.
     """
 
     ceilings: Ceilings | None = None
     usable_cores: float | None = None
     ranks: Ranks | None = None
+    processes: int = 1
 
     # The profiled window
 

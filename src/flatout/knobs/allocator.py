@@ -24,7 +24,8 @@ TUNABLES = {
     "keep": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296",
 }
 """glibc's tunables for each setting. ``hugepages`` backs the heap with transparent huge pages;
-``keep`` also takes large blocks from the heap and returns no memory below 4 GiB to the system.
+``keep`` also takes large blocks from the heap, and returns memory to the system only when more than
+4 GiB are free at the end of the heap.
 https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html"""
 
 PRELOADED = {"tcmalloc": ("tcmalloc_minimal", "tcmalloc"), "jemalloc": ("jemalloc",)}
@@ -151,10 +152,11 @@ KNOB = Knob(
     card=Card(
         what="The knob sets environment variables of the C allocator before the program starts.\n\n"
         "- `hugepages`: glibc uses transparent huge pages (`glibc.malloc.hugetlb=1`), so "
-        "a large tensor causes one page fault for each 2 MiB instead of 512.\n"
-        "- `keep`: in addition, glibc takes large blocks from the heap and returns "
-        "nothing below 4 GiB to the system, so each step reuses the memory of the "
-        "previous step.\n"
+        "2 MiB of a large tensor cause one page fault, not 512 (one for each page of "
+        "4 KiB).\n"
+        "- `keep`: in addition, glibc takes large blocks from the heap, and returns "
+        "memory to the system only when more than 4 GiB are free at the end of the heap. "
+        "So each step reuses the memory of the previous step.\n"
         "- `tcmalloc`, `jemalloc`: the allocator of that name is preloaded, if it is "
         "installed.\n\n"
         "The knob does nothing if the environment already configures the allocator.",

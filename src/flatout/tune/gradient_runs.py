@@ -173,7 +173,7 @@ class GradientRuns(TuneStage):
         pace, size = self._bare.pace, self._bare.proof
         steps = count_gradient_steps(pace)
         if size.shares_gradients:
-            # Bare's gradients were recorded in the warm-up of the pairs. This run is as long.
+            # The pairs record bare's gradients while they warm up, so this run is as long as that.
             relay = pairs.size_relay(size.steps, pace.step_s, pace.cycle_steps, size.warmup_steps)
             steps = relay.warmup_steps
         done = pairs.run_once(

@@ -20,8 +20,15 @@ class OperatorTimes:
     Attributes:
         name: the operator's name in torch's profiler, such as ``aten::mm``.
         phase: ``optimizer``, ``backward``, or ``None`` for any other phase.
-        within: ``attention`` for operators called by ``scaled_dot_product_attention`` if it has no
-            fused kernel, in forward and backward; otherwise ``None``.
+        within: the work that the operator is called for; ``None`` for any other work.
+            ``attention``: ``scaled_dot_product_attention`` without a fused kernel, in forward and
+            backward. ``recurrent``: ``aten::lstm``, ``aten::gru`` and simple recurrent networks, in
+            forward and backward, where they call an operator for each time step.
+            ``second_order``: backward passes that autograd records
+            (``create_graph=True``), and the backward of what was recorded there.
+            ``recomputation``: forward passes that are computed again in backward
+            (``torch.utils.checkpoint``). In the phase ``optimizer``: the name of the optimizer's
+            class.
         calls: the number of calls per step.
         self_ms: the host self time per step (excluding called operators).
         device_self_ms: the self time per step on the accelerator; ``None``: the program uses no
@@ -46,7 +53,8 @@ class Profile:
     Attributes:
         steps: the number of steps in the means.
         step_ms: the time of a profiled step.
-        operators: the operators with the largest times, largest first.
+        operators: the operators with the largest times, largest first; and those that tell what a
+            program does, however short they are.
         operators_total_ms, operators_total_calls: the self time and the calls per step of all
             operators, listed or not.
         device_total_ms: the time per step of all kernels on the accelerator; ``None`` also if the

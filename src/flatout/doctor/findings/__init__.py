@@ -16,6 +16,12 @@ from flatout.doctor.case import Case, PlacedOperator
 MATTERS = 0.05
 """Smallest share of a step that is reported: the spread between repeated measurements."""
 
+LAST = "dominant-operator"
+"""The kind of finding that says where the time goes, but of nothing that is wrong."""
+
+_SCRIPT_OPERATORS = ("torch::jit::", "<backward op>", "fallback_function")
+"""How the names of events begin that only TorchScript's executor makes."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -46,17 +52,29 @@ def describe_largest(case: Case, wanted: Callable[[PlacedOperator], bool]) -> li
     ][:3]
 
 
+def why_not_compiled(case: Case) -> str | None:
+    """Why torch.compile is no remedy for a program, as a clause; ``None`` if it may be one."""
+    if any(operator.within == "second_order" for operator in case.operators):
+        return "torch.compile cannot record gradients of gradients"
+    if any(operator.name.startswith(_SCRIPT_OPERATORS) for operator in case.operators):
+        return "torch.compile does not compile what torch.jit.script has"
+    return None
+
+
 def kinds() -> list[str]:
     """All kinds of findings."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def find_all(case: Case) -> list[Finding]:
-    """All findings; the largest share comes first, and findings without a share come last."""
+    """All findings; the largest share comes first, and findings without a share come last.
+
+    The very last is ``LAST``.
+    """
     found = []
     for module in pkgutil.iter_modules(__path__):
         finding = importlib.import_module(f"{__name__}.{module.name}").find(case)
         if finding is not None:
             assert finding.kind == module.name.replace("_", "-")
             found.append(finding)
-    return sorted(found, key=lambda f: (f.share is None, -(f.share or 0.0), f.kind))
+    return sorted(found, key=lambda f: (f.share is None, -(f.share or 0.0), f.kind == LAST, f.kind))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from flatout.doctor.case import Case
 from flatout.doctor.findings import MATTERS, Finding
+from flatout.doctor.findings.workers_restarted import share_of_starts
 
 
 def find(case: Case) -> Finding | None:
-    share = case.host_share("data")
+    _, of_starts = share_of_starts(case)
+    share = case.host_share("data") - of_starts
     if share < MATTERS:
         return None
     evidence = [f"a step waits {case.phases_ms['data']:.3g} ms for its batch"]

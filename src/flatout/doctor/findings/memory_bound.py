@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case, PlacedOperator
-from flatout.doctor.findings import Finding, describe_largest
+from flatout.doctor.findings import Finding, describe_largest, why_not_compiled
 
 _NAMES = (
     *("add", "add_", "mul", "mul_", "div", "div_", "sub", "sub_", "neg", "pow", "rsqrt", "sqrt"),
@@ -42,10 +42,13 @@ def find(case: Case) -> Finding | None:
     share = case.operators_share(moves) - (case.page_fault_share or 0.0)
     if share < MEMORY_MATTERS:
         return None
+    why_not = why_not_compiled(case)
     return Finding(
         "memory-bound",
         "elementwise operators limited by memory bandwidth",
         describe_largest(case, moves),
         share,
-        "edit: use torch.compile(model), which fuses them",
+        "edit: use torch.compile(model), which fuses them"
+        if why_not is None
+        else f"edit: use fewer of them ({why_not})",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatout.doctor.case import Case
-from flatout.doctor.findings import Finding
+from flatout.doctor.findings import Finding, why_not_compiled
 
 OVERHEAD_MATTERS = 0.25
 """Smallest share that is reported: every model has some small operators."""
@@ -23,6 +23,7 @@ def find(case: Case) -> Finding | None:
         evidence = [f"operators that take more than 20 us a call make up {large:.0%} of a step"]
     if share < OVERHEAD_MATTERS:
         return None
+    why_not = why_not_compiled(case)
     return Finding(
         "overhead-bound",
         "Python and dispatch around small operators",
@@ -32,5 +33,7 @@ def find(case: Case) -> Finding | None:
             f"a step calls {calls:,.0f} operators",
         ],
         share,
-        "edit: use larger batches, fewer and larger operators, or torch.compile(model)",
+        "edit: use larger batches, fewer and larger operators, or torch.compile(model)"
+        if why_not is None
+        else f"edit: use larger batches, or fewer and larger operators ({why_not})",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from flatout.doctor.case import Case
 from flatout.doctor.findings import Finding
 
+_COMPUTING = ("forward", "loss", "backward", "optimizer")
+
 
 def find(case: Case) -> Finding | None:
     threads = case.process.threads
@@ -14,20 +16,21 @@ def find(case: Case) -> Finding | None:
     ranks = int(case.process.header.environment.get("LOCAL_WORLD_SIZE") or 1)
     if own is not None:
         ranks = own.ranks
+    number = max(ranks, case.processes)
     cores = max(1.0, case.usable_cores)
-    if threads * ranks <= cores or (threads == 1 and own is None):
+    if threads * number <= cores or (threads == 1 and own is None):
         return None
-    who = (
-        f"{ranks} ranks compute with {threads} threads each"
-        if ranks > 1
-        else (f"torch computes with {threads} threads")
-    )
+    who = f"torch computes with {threads} threads"
+    if number > 1:
+        name = "ranks" if ranks > 1 else "processes of this program"
+        who = f"{number} {name} compute with {threads} threads each"
     return Finding(
         "oversubscribed-threads",
         "more threads than cores",
         [f"{who} on {case.usable_cores:g} cores"],
-        None,
-        _remedy(ranks, cores, own is not None),
+        # While all compute, each thread waits for a core for this share of the time.
+        (1 - cores / (threads * number)) * case.phase_share(*_COMPUTING),
+        _remedy(number, cores, own is not None),
     )
 
 

@@ -11,7 +11,7 @@ PYTHON_MATTERS = 0.1
 
 
 def find(case: Case) -> Finding | None:
-    share = case.host_share("other")
+    share = case.host_share("other") - _operators_share(case)
     of_rank_0 = None if case.ranks is None else case.ranks.times[0]
     if of_rank_0 is not None:  # exchanges between ranks belong to no phase either
         share = min(share, of_rank_0.share(PROGRAM))
@@ -31,3 +31,13 @@ def find(case: Case) -> Finding | None:
         share,
         "edit: move work out of the loop, or do it only every nth step",
     )
+
+
+def _operators_share(case: Case) -> float:
+    """Return the share of a step in operators that no phase contains, such as those of a scripted
+    module: they are not Python. On an accelerator, the time that the host spends on them counts as
+    Python's."""
+    if case.on_accelerator:
+        return 0.0
+    share = case.operators_share(lambda o: o.phase is None)
+    return max(0.0, share - case.phase_share("data", "forward", "loss"))
