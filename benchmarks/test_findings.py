@@ -36,6 +36,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("python_between", "python-between-steps"),
         ("evaluation_under_grad", "gradient-in-evaluation"),
         ("page_faults", "page-fault-bound"),
+        ("recomputed", "recomputation"),
+        ("scattered", "scattered-rows"),
+        ("packed", "packed-sequences"),
+        ("restarted", "workers-restarted"),
     ],
 )
 def test_the_planted_bottleneck_is_the_first_finding(home: Path, program: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""One operator takes most of a step, and no other finding speaks of it."""
+"""One operator takes much of a step, and no other finding speaks of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find(case: Case) -> Finding | None:
         remedy = "edit: a smaller model; it is the arithmetic of this one"
     return Finding(
         "dominant-operator",
-        "one operator takes most of a step",
+        "the largest operator, of which nothing else is known",
         [f"{operator.name}: {operator.calls:.3g} calls, {operator.share:.0%} of a step"],
         None,
         remedy,
