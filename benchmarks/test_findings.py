@@ -57,7 +57,9 @@ def test_the_planted_bottleneck_is_the_first_finding(home: Path, program: str, k
     )
     assert completed.returncode == 0, completed.stderr
     document = json.loads(document_path.read_text())
-    first = document["findings"][0]
+    # On a machine with bfloat16 units, float32 is a finding of its own in every program.
+    found = [one for one in document["findings"] if one["kind"] != "compute-bound-wrong-dtype"]
+    first = found[0]
     planted = planted_share(completed.stdout, document["warmup_steps"])
     print(f"\n{program}: planted {planted:.1%}, found {first['share']:.1%} {first['kind']}")
     assert first["kind"] == kind, completed.stdout
