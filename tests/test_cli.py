@@ -59,7 +59,7 @@ def test_a_command_runs_with_and_without_dashes(capfd: pytest.CaptureFixture[str
     ("words", "said"),
     [
         (["tun", "python"], "there is no verb 'tun'; did you mean tune?"),
-        (["python", "x.py"], "there is no verb 'python' (known: completion, doctor, "),
+        (["python", "x.py"], "there is no verb 'python' (known: compare, completion, doctor, "),
         (["tune", "--budgte", "5m", "python"], "flatout tune has no option --budgte; did you mean"),
         (["tune", "--sett=x", "python"], "flatout tune has no option --sett"),
         (["knobs", "--pyton", "x"], "has no option --pyton; did you mean --python?"),

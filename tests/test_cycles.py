@@ -13,7 +13,7 @@ from flatout.report import words
 from flatout.tune import statistics
 from flatout.tune.cycles import find_cycle_steps
 from flatout.tune.document import Side
-from flatout.tune.pairs import Pairs, median_step_ms, phases_ms, size_relay, step_ms
+from flatout.tune.pairs import Pairs, find_unlike_s, median_step_ms, phases_ms, size_relay, step_ms
 from flatout.tune.trial import Trial
 from flatout.wire.header import Header
 from flatout.wire.ratios import estimate_arm_ratios
@@ -36,6 +36,19 @@ def test_micro_batches_are_a_cycle_if_the_optimizer_step_takes_its_time(
         process.steps.append(step)
     assert process.micro_batches == 4
     assert find_cycle_steps(process) == cycle_steps
+
+
+@pytest.mark.parametrize(
+    ("long_ms", "unlike_s"),
+    [((), 0.0), ((5000.0,), 5.0), ((150.0,) * 3, 0.0), ((300.0,) * 4, 1.2), ((210.0,), 0.0)],
+)
+def test_steps_unlike_those_that_are_compared(long_ms: Sequence[float], unlike_s: float) -> None:
+    """After 600 steps of Adam, one step of L-BFGS took more than half of the job, and a claim from
+    the first 200 steps was projected on it."""
+    process = ProcessRecord(Path("record"), Header())
+    for number, ms in enumerate([10.0] * 600 + list(long_ms)):
+        process.steps.append(replace(STEP, index=number, at_s=number, step_ms=ms))
+    assert find_unlike_s(process) == pytest.approx(unlike_s)
 
 
 def record(

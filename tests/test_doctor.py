@@ -736,6 +736,12 @@ def test_the_knobs_that_findings_name_are_there() -> None:
         knobs.check(*word.split("="))
 
 
+def test_every_kind_is_in_the_documentation() -> None:
+    page = Path(__file__).parents[1].joinpath("docs/findings.md").read_text()
+    assert re.findall(r"\| `([a-z-]+)` \|", page) != []
+    assert set(re.findall(r"\| `([a-z-]+)` \|", page)) == set(kinds())
+
+
 def test_every_kind_has_a_test() -> None:
     source = Path(__file__).read_text()
     assert [kind for kind in kinds() if f'"{kind}"' not in source] == []

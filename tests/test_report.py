@@ -430,6 +430,17 @@ def test_break_even_is_said_where_the_length_of_the_job_is_known() -> None:
     assert words.break_even(dataclasses.replace(document, break_even_steps=None)) is None
 
 
+def test_a_claim_that_does_not_cover_the_whole_job_says_so() -> None:
+    document = faster()
+    side = dataclasses.replace(document.baseline, job_s=100.0)
+    partly = dataclasses.replace(document, baseline=side, unlike_s=60.0)
+    [said] = [line for line in words.lines(partly) if "whole job:" in line]
+    assert said.startswith("this speedup does not cover the whole job: 60.0 s of 1 min 40 s are in")
+    whole = dataclasses.replace(document, baseline=side)
+    assert not any("whole job:" in line for line in words.lines(whole))
+    assert words.break_even(partly) != words.break_even(whole)  # fewer of its steps gain
+
+
 def test_words_when_nothing_helps() -> None:
     said = words.lines(nothing_helps())
     assert said[0] == "no plan written: no setting is faster than the bare program, beyond noise"

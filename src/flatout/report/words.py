@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flatout.plan import LossEvidence
 from flatout.text import printable
-from flatout.tune import formatting, memory, unwatched
+from flatout.tune import formatting, memory, pairs, unwatched
 from flatout.tune.document import (
     Document,
     KnobResult,
@@ -48,6 +48,7 @@ def lines(document: Document, verbose: bool = False) -> list[str]:
         said.append(claim_line(document))
         said += filter(None, [compare_parts(document.baseline, document.with_plan or Side())])
         said += filter(None, [unwatched.describe(document.unwatched_factor)])
+        said += _describe_unlike(document)
     if document.proof is not None:
         said += proof_lines(document.proof, verbose)
     if document.plan is not None:
@@ -78,7 +79,7 @@ def break_even(document: Document) -> str | None:
     steps, bare = document.break_even_steps, document.baseline
     if steps is None or bare.job_s is None or not bare.step_ms:
         return None
-    in_steps_s = bare.job_s - (bare.startup_s or 0.0) - (bare.warmup_s or 0.0)
+    in_steps_s = bare.job_s - (bare.startup_s or 0.0) - (bare.warmup_s or 0.0) - document.unlike_s
     job_steps = round(in_steps_s * 1e3 / bare.step_ms)
     said = f"after {formatting.count(steps, 'step')} of {job_steps:,}, with the time of the tune"
     return said if steps <= job_steps else f"{said}: only if this job runs more than once"
@@ -245,6 +246,18 @@ def compare_parts(bare: Side, plan: Side) -> str | None:
     if all(abs(ratio / claim - 1) < LIKE_THE_CLAIM for _, ratio in ratios):
         return None
     return "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in ratios)
+
+
+def _describe_unlike(document: Document) -> list[str]:
+    """What part of the job the claim says nothing of; nothing if it covers the whole job."""
+    job_s = document.baseline.job_s
+    if not document.unlike_s or job_s is None:
+        return []
+    return [
+        f"this speedup does not cover the whole job: {formatting.duration(document.unlike_s)} of "
+        f"{formatting.duration(job_s)} are in steps that take at least {pairs.UNLIKE_FACTOR:g} "
+        "times as long as those compared"
+    ]
 
 
 def _sides(baseline: Side, with_plan: Side) -> list[str]:

@@ -70,6 +70,9 @@ class BareRun:
         job_steps: the number of steps of the whole job; ``None`` if it is not known, because the
             run was stopped before the job's end.
         can_relay: whether two runs can exist at the same time and alternate (a relay).
+        unlike_s: the time of the job in steps unlike those that are compared
+            (``pairs.find_unlike_s``), in seconds; 0 also if the run was stopped before the job's
+            end.
         unwatched: what a run without the agent (flatout's code inside the program's process) has
             shown; ``None`` if there was no such run, or if it tells nothing.
     """
@@ -83,6 +86,7 @@ class BareRun:
     proof: ProofSize
     job_steps: int | None
     can_relay: bool
+    unlike_s: float = 0.0
     unwatched: Unwatched | None = None
 
     def can_relay_under(self, settings: Mapping[str, str]) -> bool:
@@ -159,6 +163,7 @@ def run(
             may_share_gradients=is_relay_possible and process.trains,
         ),
         job_steps=job_steps,
+        unlike_s=pairs.find_unlike_s(process) if first.ended else 0.0,
         can_relay=is_relay_possible,
     )
 

@@ -258,6 +258,8 @@ class Document:
         unwatched_factor: the bare program's step time without flatout's agent (its code inside the
             job) divided by its step time with the agent, estimated from page faults
             (``tune.unwatched``). ``claim`` and ``baseline`` use the step time without the agent.
+        unlike_s: the time of the whole job in steps unlike those that were compared, in seconds
+            (``pairs.find_unlike_s``). ``job_s`` of both sides contains it, unchanged.
         break_even_steps: the number of steps after which the plan has made up for the time of the
             tune and for the plan's longer start; ``None`` if it never does, or if there is no plan.
         tried: all settings that were compared, or left out with a reason.
@@ -290,6 +292,7 @@ class Document:
     findings: tuple[Finding, ...]
     next_command: str | None
     unwatched_factor: float | None = None
+    unlike_s: float = 0.0
     quietness: QuietnessResult | None = None
     version: int = DOCUMENT_VERSION
 

@@ -94,6 +94,7 @@ class Outcome:
             that they name. ``None`` if the program has not run.
         modules: the files that the runs have imported.
         job_steps: the number of steps of the whole job; ``None`` if it is not known.
+        unlike_s: the time of the job in steps unlike those that are compared, in seconds.
         interrupted: whether the user has ended the tune.
         seconds: the time that the tune took.
         activity: what the tune does now; ``None`` before its first activity.
@@ -116,6 +117,7 @@ class Outcome:
     program: Program | None = None
     modules: frozenset[str] = frozenset()
     job_steps: int | None = None
+    unlike_s: float = 0.0
     interrupted: bool = False
     seconds: float = 0.0
     activity: Activity | None = None

@@ -63,6 +63,11 @@ RELAY_DISCARD_SHARE = 1 / 5
 """Share of a block's steps that is not timed, at the start of the block."""
 
 
+UNLIKE_FACTOR = 20.0
+UNLIKE_SHARE = 0.05
+"""See ``find_unlike_s``."""
+
+
 @dataclass
 class Pace:
     """The times from which the duration of a trial is estimated.
@@ -359,6 +364,22 @@ def median_step_ms(processes: Sequence[ProcessRecord]) -> float:
     return geometric_mean(
         median(step.step_ms for step in process.steady_steps) for process in processes
     )
+
+
+def find_unlike_s(process: ProcessRecord) -> float:
+    """Return the time that a run spends in steps that are unlike those that are compared, in
+    seconds.
+
+    Such a step takes at least ``UNLIKE_FACTOR`` times as long as the median step. For example, one
+    step of L-BFGS calls the model hundreds of times. The result is 0 if these steps take less than
+    ``UNLIKE_SHARE`` of the time of all steps.
+    """
+    times_ms = [step.step_ms for step in process.steady_steps]
+    if not times_ms:
+        return 0.0
+    limit_ms = UNLIKE_FACTOR * median(times_ms)
+    unlike_ms = sum(ms for ms in times_ms if ms >= limit_ms)
+    return unlike_ms / 1e3 if unlike_ms >= UNLIKE_SHARE * sum(times_ms) else 0.0
 
 
 def step_ms(process: ProcessRecord) -> float:

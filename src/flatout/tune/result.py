@@ -47,9 +47,9 @@ def make_document(
     baseline, with_plan, break_even = Side(), None, None
     if found is not None:
         bare, plan_cost = found.costs
-        baseline = _side(found.baseline_runs[: found.count], bare, outcome.job_steps)
+        baseline = _side(found.baseline_runs[: found.count], bare, outcome)
         if has_plan:
-            with_plan = _side(found.variant_runs[: found.count], plan_cost, outcome.job_steps)
+            with_plan = _side(found.variant_runs[: found.count], plan_cost, outcome)
             break_even = pairs.break_even_steps(bare, plan_cost, outcome.seconds)
     elif outcome.pace is not None:
         baseline = Side(
@@ -75,6 +75,7 @@ def make_document(
         baseline=baseline,
         with_plan=with_plan,
         claim=found.ratio if has_plan and found is not None and not not_measurable else None,
+        unlike_s=outcome.unlike_s,
         unwatched_factor=found.unwatched_factor if has_plan and found is not None else None,
         quietness=None if found is None or not found.count else _quietness(found.quietness),
         break_even_steps=break_even,
@@ -146,7 +147,8 @@ def _quietness(found: Quietness) -> QuietnessResult:
     )
 
 
-def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
+def _side(runs: Sequence[Trial], cost: Cost, outcome: Outcome) -> Side:
+    job_steps = outcome.job_steps
     steps = [done.process.loop_steps for done in runs]
     return Side(
         step_ms=cost.step_ms,
@@ -155,7 +157,7 @@ def _side(runs: Sequence[Trial], cost: Cost, job_steps: int | None) -> Side:
         warmup_s=cost.warmup_s,
         peak_rss_bytes=memory.peak_rss_bytes(steps),
         peak_device_bytes=memory.peak_device_bytes(steps),
-        job_s=None if job_steps is None else cost.job_s(job_steps),
+        job_s=None if job_steps is None else cost.job_s(job_steps) + outcome.unlike_s,
         phases_ms=pairs.phases_ms([done.process for done in runs], cost.step_ms),
     )
 

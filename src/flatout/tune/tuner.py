@@ -219,7 +219,7 @@ class Tuner:
         outcome.program, outcome.modules = first.program, first.modules
         outcome.pace, outcome.phases_ms = first.pace, first.phases_ms
         outcome.startup_s = pairs.startup_s(first.process)
-        outcome.job_steps = first.job_steps
+        outcome.job_steps, outcome.unlike_s = first.job_steps, first.unlike_s
         self._ledger.budget_s = first.budget_s
         return first
 

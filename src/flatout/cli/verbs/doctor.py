@@ -7,14 +7,15 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flatout.cli import options
 from flatout.cli.streams import say
 
 if TYPE_CHECKING:
+    from flatout.doctor import Diagnosis
     from flatout.launch import Finished
     from flatout.machine import Ceilings
     from flatout.report.live import LiveLine
@@ -26,6 +27,7 @@ EXAMPLES = (
     "flatout doctor --quiet --budget 2m --json diagnosis.json python train.py",
     "flatout doctor --set precision=bf16 python train.py",
     "flatout doctor --ranks 2 -- python train.py",
+    "flatout doctor ~/.local/state/flatout/runs/RUN",
 )
 TAKES_JOB = True
 ARGUMENT = ""
@@ -77,12 +79,14 @@ def execute(arguments: argparse.Namespace) -> int:
     from flatout import doctor, knobs, launch, machine, paths
     from flatout.errors import UserError
     from flatout.launch import companions
-    from flatout.report import terminal
     from flatout.report.live import LiveLine
     from flatout.wire.request import Request
 
     if arguments.json is not None:
         paths.check_writable(arguments.json)
+    recorded = _find_record(arguments.command)
+    if recorded is not None:
+        return _diagnose_record(recorded, arguments)
     settings = knobs.parse_settings(arguments.set)
     ranks = None
     if (arguments.ranks or 1) > 1:
@@ -107,14 +111,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if run.main is None or not run.main.loop_steps:
         raise UserError(_why_no_step(run, finished, arguments.quiet))
     diagnosis = doctor.diagnose(run, _ceilings(run.main.header.executable), machine.usable_cores())
-    if arguments.json is not None:
-        document = diagnosis.document() | {"returncode": finished.returncode}
-        try:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from None
-    sys.stdout.flush()
-    terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
+    _print(diagnosis, arguments, {"returncode": finished.returncode})
     if diagnosis.findings:
         say(f"next: flatout tune -- {shlex.join(arguments.command)}")
     if ranks is not None:
@@ -130,6 +127,44 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         say(f"the program's output is in {_output_file(finished)}")
     return 0
+
+
+def _find_record(command: Sequence[str]) -> Path | None:
+    """The folder of the record of a run, if that is given in place of a command."""
+    folder = Path(command[0]).expanduser()
+    is_record = len(command) == 1 and folder.is_dir() and any(folder.glob("record-*.jsonl"))
+    return folder if is_record else None
+
+
+def _diagnose_record(folder: Path, arguments: argparse.Namespace) -> int:
+    """Diagnose what a run on this machine has recorded, without running anything."""
+    from flatout import doctor, machine
+    from flatout.errors import UserError
+    from flatout.wire.record import RecordError, read_run
+
+    try:
+        run = read_run(folder)
+    except RecordError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+    if run.main is None or not run.main.loop_steps:
+        raise UserError(f"the record in {folder} has no training or inference step")
+    ceilings = _ceilings(run.main.header.executable)
+    _print(doctor.diagnose(run, ceilings, machine.usable_cores()), arguments, {})
+    return 0
+
+
+def _print(diagnosis: Diagnosis, arguments: argparse.Namespace, extra: dict[str, Any]) -> None:
+    from flatout.errors import UserError
+    from flatout.report import terminal
+
+    if arguments.json is not None:
+        document = diagnosis.document() | extra
+        try:
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{arguments.json} cannot be written: {error.strerror}") from None
+    sys.stdout.flush()
+    terminal.print_diagnosis(diagnosis, sys.stdout, arguments.verbose)
 
 
 def _ceilings(python: str) -> Ceilings | None:
