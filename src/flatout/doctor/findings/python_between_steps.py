@@ -40,4 +40,4 @@ def _operators_share(case: Case) -> float:
     if case.on_accelerator:
         return 0.0
     share = case.operators_share(lambda o: o.phase is None)
-    return max(0.0, share - case.phase_share("data", "forward", "loss"))
+    return max(0.0, share - case.phase_share("data", "transfer", "forward", "loss"))
